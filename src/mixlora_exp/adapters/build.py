@@ -1,0 +1,117 @@
+"""From a method's configuration to a PEFT model, to disk, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.model import set_kernel
+from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.errors import UserError
+
+__all__ = ["attach_adapter", "load_adapter", "peft_config", "save_adapter"]
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def peft_config(method: LoraMethodConfig) -> LoraConfig:
+    """The PEFT configuration of a method."""
+    common = {
+        "r": method.rank,
+        "lora_alpha": method.alpha,
+        "lora_dropout": method.dropout,
+        "use_dora": method.dora,
+        "target_modules": list(method.targets),
+        "task_type": "CAUSAL_LM",
+    }
+    if not isinstance(method, MixLoraMethodConfig):
+        return LoraConfig(**common)
+    return MixLoraConfig(
+        **common,
+        num_experts=method.num_experts,
+        top_k=method.top_k,
+        router_loss_coef=method.router_loss_coef,
+        router_loss=method.router_loss.value,
+        router_loss_pooling=method.router_loss_pooling.value,
+        router_init_std=method.router_init_std,
+    )
+
+
+def attach_adapter(
+    model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
+) -> PeftModel:
+    """Put a fresh adapter of `method` on `model`, drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, peft_config(method))
+    set_kernel(adapted, kernel.name.value)
+    return adapted
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter to `folder`, which appears whole or not at all.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        # `save_embedding_layers=False`: the base is frozen, and "auto" would ask the hub.
+        model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"output_dir: the adapter could not be written to {folder} ({error}); nothing was "
+            "recorded. Free space there or choose another output_dir."
+        ) from error
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> PeftModel:
+    """Load an adapter from disk onto its base model, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing, cut off or not an adapter, or does not fit `base`.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"adapter={folder} has no {name}: give a folder that PEFT wrote")
+    try:
+        json.loads((folder / CONFIG).read_text())
+        weights = load_peft_weights(str(folder), device="cpu")
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"adapter={folder} cannot be read, it is cut off or damaged ({error}); "
+            "train it again or take another copy"
+        ) from error
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"adapter={folder} does not fit this base model: {' '.join(reason[:2])[:300]}; "
+            "use the model it was trained on"
+        ) from error
+    # PEFT only warns when tensors are missing or left over.
+    result = set_peft_model_state_dict(model, weights)
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        odd = (missing or result.unexpected_keys)[0]
+        raise UserError(
+            f"adapter={folder} does not fit this base model: "
+            f"{len(missing)} tensors are missing and {len(result.unexpected_keys)} have no place, "
+            f"{odd} for one; use the model it was trained on"
+        )
+    set_kernel(model, kernel.name.value)
+    return model.eval()

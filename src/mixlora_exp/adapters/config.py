@@ -1,0 +1,101 @@
+"""PEFT configuration of MixLoRA and MixDoRA, as it stands in `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from peft.utils import PeftType
+
+__all__ = ["MixLoraConfig"]
+
+# Options of LoraConfig that have no meaning for experts yet; set, they must not be ignored.
+_UNSUPPORTED = (
+    "rank_pattern", "alpha_pattern", "layer_replication", "layers_to_transform", "lora_bias",
+    "fan_in_fan_out", "exclude_modules", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "arrow_config", "eva_config", "corda_config", "loftq_config",
+    "lora_ga_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+)  # fmt: skip
+
+
+@dataclass
+class MixLoraConfig(LoraConfig):
+    """LoRA experts behind a top-k router in the feed-forward block, plain LoRA in attention.
+
+    `target_modules` names projections; those of `feed_forward_targets` become experts of the block
+    that holds them, the others get PEFT's LoRA. `r`, `lora_alpha`, `lora_dropout`, `use_dora` and
+    `use_rslora` hold for both. With `use_dora` every LoRA carries a magnitude (MixDoRA).
+
+    Raises:
+        ValueError: a value is out of range, or an option of LoraConfig is set that experts lack.
+    """
+
+    num_experts: int = field(default=8, metadata={"help": "Experts per feed-forward block (E)."})
+    top_k: int = field(default=2, metadata={"help": "Experts per token (K)."})
+    router_loss_coef: float = field(
+        default=1e-3, metadata={"help": "Coefficient of the load-balance loss, Eq. (8)."}
+    )
+    router_loss: str = field(
+        default="argmax",
+        metadata={"help": "What F_i of Eq. (9) counts: 'argmax', or 'topk' (all K chosen)."},
+    )
+    router_loss_pooling: str = field(
+        default="layer",
+        metadata={"help": "'layer': loss per layer, averaged; 'all': statistics of all layers."},
+    )
+    router_init_std: float = field(
+        default=0.02, metadata={"help": "Standard deviation of the router's initial weights."}
+    )
+    feed_forward: str = field(default="mlp", metadata={"help": "Name of the feed-forward block."})
+    feed_forward_targets: list[str] = field(
+        default_factory=lambda: ["gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "Names of its gate, up and down projection, in this order."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MIXLORA
+        if self.target_modules is None:
+            self.target_modules = {
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                *self.feed_forward_targets,
+            }
+        for name in _UNSUPPORTED:
+            if getattr(self, name, None):
+                raise ValueError(f"MixLoraConfig does not support {name}={getattr(self, name)!r}")
+        if self.bias != "none":
+            raise ValueError(f"MixLoraConfig does not support bias={self.bias!r}, only 'none'")
+        if not isinstance(self.init_lora_weights, bool):
+            raise ValueError(
+                "MixLoraConfig supports init_lora_weights True and False, "
+                f"not {self.init_lora_weights!r}"
+            )
+        if isinstance(self.target_modules, str):
+            raise ValueError(
+                f"MixLoraConfig needs target_modules as a list, not {self.target_modules!r}"
+            )
+        if not self.expert_targets:
+            raise ValueError(
+                f"target_modules={sorted(self.target_modules)} names none of "
+                f"{self.feed_forward_targets}: without experts this is LoRA, use LoraConfig"
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k={self.top_k} must be in [1, num_experts={self.num_experts}]")
+        if self.r < 1:
+            raise ValueError(f"r={self.r} must be >= 1")
+        if self.router_loss_coef < 0:
+            raise ValueError(f"router_loss_coef={self.router_loss_coef} must be >= 0")
+        if self.router_loss not in ("argmax", "topk"):
+            raise ValueError(f"router_loss={self.router_loss!r} is not 'argmax' or 'topk'")
+        if self.router_loss_pooling not in ("layer", "all"):
+            raise ValueError(
+                f"router_loss_pooling={self.router_loss_pooling!r} is not 'layer' or 'all'"
+            )
+
+    @property
+    def expert_targets(self) -> list[str]:
+        """The feed-forward projections that get experts, in the order gate, up, down."""
+        return [name for name in self.feed_forward_targets if name in self.target_modules]

@@ -1,0 +1,138 @@
+"""The PEFT tuner of MixLoRA and MixDoRA."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+
+from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.layer import MixLoraFeedForward
+from mixlora_exp.kernels import resolve_kernel, router_fractions, router_loss
+
+__all__ = ["MixLoraModel", "RouterReport", "set_kernel"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """What the routers did in one forward pass.
+
+    `loss`: Eq. (8) without its coefficient; `counts` (layers, E): real tokens sent to each expert.
+    """
+
+    loss: Tensor
+    counts: Tensor
+
+
+class MixLoraModel(LoraModel):
+    """Puts LoRA on attention and LoRA experts with a router into each feed-forward block.
+
+    In training mode the router loss, times `router_loss_coef`, is added to the model's loss and
+    stands alone in the output as `aux_loss`. When the trainer divides by the number of label
+    tokens of a whole optimizer step (`num_items_in_batch`), it is scaled by this pass's share of
+    them, so that it counts once per step whatever the accumulation. `router_report` tells about
+    the last pass.
+    """
+
+    tuner_layer_cls = (LoraLayer, MixLoraFeedForward)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_report: RouterReport | None = None
+
+    @staticmethod
+    def _check_target_module_exists(config: MixLoraConfig, key: str):
+        name = key.rsplit(".", 1)[-1]
+        if name in config.feed_forward_targets:
+            return False
+        if name == config.feed_forward:
+            return True
+        return LoraModel._check_target_module_exists(config, key)
+
+    def _create_and_replace(
+        self, config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        if isinstance(target, MixLoraFeedForward):
+            target.update_layer(adapter_name, config)
+        elif target_name == config.feed_forward:
+            layer = MixLoraFeedForward(target, adapter_name, config)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            setattr(parent, target_name, layer)
+        else:
+            super()._create_and_replace(
+                config, adapter_name, target, target_name, parent, current_key, **kwargs
+            )
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "MixLoRA cannot be merged into the base weights: the router chooses experts per token"
+        )
+
+    def feed_forwards(self) -> list[MixLoraFeedForward]:
+        """The MixLoRA blocks, first layer first."""
+        return [m for m in self.model.modules() if isinstance(m, MixLoraFeedForward)]
+
+    def _report(self, mask: Tensor | None) -> RouterReport | None:
+        layers = [layer for layer in self.feed_forwards() if layer.routing is not None]
+        if not layers:
+            return None
+        config = self.peft_config[layers[0].active_adapters[0]]
+        rows = layers[0].routing.experts.shape[0]
+        if mask is not None:
+            # With a key/value cache the mask covers the past too; the last columns are this pass's.
+            mask = mask[:, -(rows // mask.shape[0]) :].reshape(-1).bool()
+        statistics = [
+            router_fractions(
+                layer.routing,
+                None if mask is None else mask.to(layer.routing.experts.device),
+                count_all=config.router_loss == "topk",
+            )
+            for layer in layers
+        ]
+        device = statistics[0][0].device
+        fractions, probabilities, counts = (
+            torch.stack([s.to(device) for s in column]) for column in zip(*statistics, strict=True)
+        )
+        loss = router_loss(fractions, probabilities, pooled=config.router_loss_pooling == "all")
+        return RouterReport(loss, counts.detach())
+
+    def forward(self, *args: Any, **kwargs: Any):
+        """The base model's forward pass; see the class for the router loss."""
+        output = self.model(*args, **kwargs)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = None
+        self.router_report = report = self._report(mask)
+        if report is None or not self.training:
+            return output
+        config = self.peft_config[self.active_adapters[0]]
+        term = config.router_loss_coef * report.loss
+        with suppress(TypeError):
+            output["aux_loss"] = report.loss
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        if labels is None:
+            return output
+        if items is not None:
+            term = term * (labels[..., 1:] != -100).sum() / items
+        if isinstance(output, tuple):
+            return (output[0] + term.to(output[0].device), *output[1:])
+        output.loss = output.loss + term.to(output.loss.device)
+        return output
+
+
+def set_kernel(model: nn.Module, name: str) -> str:
+    """Choose the kernel of every MixLoRA block of `model`; returns the implementation it names.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
+    resolved = resolve_kernel(name)
+    for module in model.modules():
+        if isinstance(module, MixLoraFeedForward):
+            module.kernel = resolved
+    return resolved

@@ -1,0 +1,37 @@
+"""Makes `MIXLORA` a PEFT type, so that PEFT builds, saves and loads these adapters by itself.
+
+PEFT keeps its types in an enum and has no public way to add one; this file is the only place that
+touches it.
+"""
+
+from __future__ import annotations
+
+from peft import mapping
+from peft.utils import PeftType
+
+__all__ = ["register"]
+
+NAME = "MIXLORA"
+
+
+def _extend_enum() -> None:
+    if NAME in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
+    # A new attribute must be set past the enum's guard, before the member is in its maps.
+    type.__setattr__(PeftType, NAME, member)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    PeftType._member_names_.append(NAME)
+
+
+def register() -> None:
+    """Register the configuration and the tuner under `PeftType.MIXLORA`; harmless when repeated."""
+    _extend_enum()
+    from mixlora_exp.adapters.config import MixLoraConfig
+    from mixlora_exp.adapters.model import MixLoraModel
+
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.MIXLORA] = MixLoraConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.MIXLORA] = MixLoraModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.MIXLORA] = MixLoraModel.prefix

@@ -1,0 +1,191 @@
+"""The command line: check everything first, then let Hydra run it; exit code 2 for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig
+
+from mixlora_exp.config import (
+    CONF_DIR,
+    Plan,
+    check_composition,
+    open_session,
+    plan_runs,
+    register_schemas,
+    to_config,
+)
+from mixlora_exp.errors import UserError
+
+MISTAKE = 2
+CRASH = 1
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A run of a sweep that did not finish."""
+
+    overrides: str
+    message: str
+    crashed: bool
+    """True for an error of the program's, false for a request that cannot be carried out."""
+
+
+def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse with Hydra's own flags; overrides and flags may come in any order."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        typed = [word.partition("=")[0] for word in argv if word.startswith("-")]
+        wrong = next((flag for flag in typed if flag not in known), "")
+        close = difflib.get_close_matches(wrong, known, cutoff=0.7)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; --hydra-help lists flags"
+        raise UserError(f"{message}{hint}")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(list(argv))
+    if args.experimental_rerun is not None:
+        raise UserError(
+            f"--experimental-rerun={args.experimental_rerun} is not supported: "
+            "repeat the overrides that stand in the run's record"
+        )
+    return args
+
+
+def run_one(cfg: DictConfig) -> None:
+    """Carry out one composed configuration (a task function of Hydra's)."""
+    config = to_config(cfg)
+    # Imported late, so that a mistake on the command line is told before torch is loaded.
+    from mixlora_exp.experiment import run
+
+    run(config)
+
+
+def run_single(cfg: DictConfig) -> UserError | None:
+    """Carry out a run that stands alone; Hydra would announce a mistake as a crash, if raised."""
+    try:
+        run_one(cfg)
+    except UserError as error:
+        return error
+    return None
+
+
+def run_cell(cfg: DictConfig) -> Failure | None:
+    """Carry out one run of a sweep; a failure is returned, so that the other runs still start."""
+    job = HydraConfig.get()
+    overrides = " ".join(job.overrides.task)
+    sys.stderr.write(f"== run {job.job.num + 1}: {overrides}\n")
+    try:
+        run_one(cfg)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return Failure(overrides, str(error), crashed=False)
+    except Exception as error:
+        traceback.print_exc()
+        return Failure(overrides, f"{type(error).__name__}: {error}", crashed=True)
+    return None
+
+
+def _failures(returned: Any) -> Iterator[Failure]:
+    """Yield the failures among what a sweeper returned: job returns, in batches."""
+    if isinstance(returned, JobReturn):
+        if isinstance(returned.return_value, Failure):
+            yield returned.return_value
+    elif isinstance(returned, (list, tuple)):
+        for item in returned:
+            yield from _failures(item)
+
+
+def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
+    """Run the plan through Hydra's launcher and sweeper and return the exit code."""
+    if not plan.multirun:
+        job = session.run(config_name=name, task_function=run_single, overrides=overrides)
+        if isinstance(job.return_value, UserError):
+            raise job.return_value
+        return 0
+    overrides = [*overrides, "hydra.mode=MULTIRUN"]
+    if not plan.expanded:
+        session.multirun(config_name=name, task_function=run_one, overrides=overrides)
+        return 0
+    returned = session.multirun(config_name=name, task_function=run_cell, overrides=overrides)
+    failures = list(_failures(returned))
+    if not failures:
+        return 0
+    sys.stderr.write(f"error: {len(failures)} of {len(plan.cells)} runs failed:\n")
+    for failure in failures:
+        sys.stderr.write(f"  {failure.overrides}: {failure.message}\n")
+    return CRASH if any(failure.crashed for failure in failures) else MISTAKE
+
+
+def _show(argv: Sequence[str], args: argparse.Namespace) -> int:
+    """Let Hydra print help, the configuration or its own state."""
+    register_schemas()
+    flags = [word for word in argv if word not in args.overrides]
+    before = sys.argv
+    sys.argv = [before[0], *args.overrides, *flags]
+    try:
+        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(run_one)()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    args = _parse_arguments(argv)
+    overrides = list(args.overrides)
+    if args.hydra_help or args.shell_completion:
+        return _show(argv, args)
+    if args.config_dir is not None:
+        if not Path(args.config_dir).is_dir():
+            raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
+        overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
+    name = args.config_name or "config"
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(args.config_path or CONF_DIR))
+        if args.help or args.cfg is not None or args.info is not None or args.resolve:
+            check_composition(session, name, overrides)
+            stack.close()
+            return _show(argv, args)
+        if args.run and args.multirun:
+            raise UserError("--run and --multirun cannot be used together: give one of them")
+        plan = plan_runs(session, name, overrides, args.multirun)
+        return _launch(session, name, overrides, plan)
+
+
+def execute(argv: Sequence[str]) -> int:
+    """Run a command line and return its exit code.
+
+    0: done; 2: a mistake of the user's, told in one message; 130: interrupted; 1: runs of a sweep
+    crashed. A crash outside of a sweep is raised, for Python to print it and exit with 1.
+    """
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return MISTAKE
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0
+
+
+def main() -> NoReturn:
+    """Run the command line that the process was started with, and exit."""
+    sys.exit(execute(sys.argv[1:]))

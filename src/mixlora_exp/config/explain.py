@@ -1,0 +1,174 @@
+"""Words for what Hydra and OmegaConf refuse: one message with the field, its value, the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+import yaml
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+
+WANTED = {"Integer": "a whole number", "Float": "a number"}
+
+
+def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
+    """Return `; did you mean ...?` with the closest options, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
+
+
+def unknown_field(key: str, owner: type | None, source: str = "") -> str:
+    """Return the message for a dotted key that the dataclass `owner` does not have."""
+    parent, _, name = key.rpartition(".")
+    if not dataclasses.is_dataclass(owner):
+        return f"{key} is not a setting{source}"
+    fields = [item.name for item in dataclasses.fields(owner)]
+    options = [*fields, "experiment"] if owner is Config else fields
+    where = f"{parent} has" if parent else "there are"
+    if parent == "method":
+        where = "the chosen method has"
+    return (
+        f"{key} is not a setting{source}{suggest(name, options, f'{parent}.' if parent else '')} "
+        f"({where}: {', '.join(options)})"
+    )
+
+
+def unknown_option(group: str, option: str, options: Sequence[str], source: str = "") -> str:
+    """Return the message for `group=option` when the group has no such option."""
+    if not options:
+        return f"{group}={option}{source}: there is no group {group!r} in conf/"
+    return (
+        f"{group}={option}{source} is not an option of {group}"
+        f"{suggest(option, options, f'{group}=')} (options: {', '.join(options)})"
+    )
+
+
+def _root_cause(error: BaseException) -> OmegaConfBaseException | None:
+    """Return the OmegaConf error below a Hydra one, innermost first."""
+    found: OmegaConfBaseException | None = None
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OmegaConfBaseException) and (found is None or seen.full_key):
+            found = seen
+        seen = seen.__cause__ or seen.__context__
+    return found
+
+
+def _file(error: BaseException) -> str:
+    """Return words for the file that Hydra names in its message, or nothing."""
+    file = re.match(r"In '([^']+)': ", str(error))
+    if file is None or file[1] in ("config", "hydra/config"):
+        return ""
+    return f" (in {file[1]}.yaml)"
+
+
+def _typed(key: str, overrides: Sequence[str]) -> str | None:
+    """Return the override that set `key`, or a part of it, or the group that it is in."""
+    plain = re.sub(r"\[\d+\]$", "", key)
+    names = {override.lstrip("+").partition("=")[0]: override for override in overrides}
+    inside = (line for name, line in names.items() if name.startswith(f"{plain}."))
+    around = (
+        line
+        for name, line in names.items()
+        if plain.startswith(f"{name}.") and line.partition("=")[2].startswith("{")
+    )
+    return names.get(plain) or next(inside, None) or next(around, None)
+
+
+def _explain_value(cause: OmegaConfBaseException, key: str, source: str, line: str | None) -> str:
+    """Return the message for a value of the wrong type, or not among an enum's names."""
+    detail = str(cause).splitlines()[0]
+    if wrong := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", detail):
+        options = wrong[2].split(", ")
+        given = line or f"{key}={wrong[1]}"
+        return f"{given}{source} is not valid{suggest(wrong[1], options)} (choose from {wrong[2]})"
+    if wrong := re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", detail):
+        given = line or f"{key}={wrong[1]}"
+        wanted = WANTED.get(wrong[3], wrong[3])
+        return f"{given}{source} is not valid: expected {wanted}, got {wrong[1]!r} ({wrong[2]})"
+    if wrong := re.search(r"Value '(.*)' is not a valid bool", detail):
+        return f"{line or f'{key}={wrong[1]}'}{source} is not valid: expected true or false"
+    if "is not Optional" in detail:
+        return f"{line or f'{key}=null'}{source} is not valid: null is not allowed here"
+    if "is not a ListConfig" in detail:
+        return f"{line or key}{source} is not valid: expected a list, as in {key}=[a,b]"
+    return f"{line or key or 'configuration'}{source} is not valid: {detail}"
+
+
+def _explain_omegaconf(
+    cause: OmegaConfBaseException, error: BaseException, overrides: Sequence[str]
+) -> str:
+    key = cause.full_key or ""
+    source = _file(error)
+    line = None if source else _typed(key, overrides)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}=??? has no value{source}: set {key}=VALUE"
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
+        if key == "experiment" and source:
+            return f"{source[5:-1]} must begin with the line `# @package _global_`"
+        if line is not None:
+            source = f" (given as {line!r})"
+        return unknown_field(key, cause.object_type, source)
+    if isinstance(cause, ValidationError):
+        if dereferenced := re.search(r"interpolation '(.+?)': (.*)", str(cause)):
+            return f"{line or f'{key}={dereferenced[1]}'}{source} is not valid: {dereferenced[2]}"
+        return _explain_value(cause, key, source, line)
+    detail = str(cause).splitlines()[0]
+    return f"{line or key}{source} is not valid: {detail}"
+
+
+def _explain_grammar(error: OverrideParseException) -> str:
+    reasons = [line for line in error.message.splitlines() if line.strip()]
+    reason = next((x for x in reasons if not x.startswith(("Error parsing", "See https"))), "")
+    key, equals, value = error.override.partition("=")
+    hint = f"""; quote special characters: '{key}="{value}"'""" if equals and value else ""
+    return (
+        f"{error.override!r} cannot be read as group=option or group.field=value ({reason}){hint}"
+    )
+
+
+def _explain_missing(error: MissingConfigException, overrides: Sequence[str]) -> str:
+    path = error.missing_cfg_file or ""
+    group, _, option = path.rpartition("/")
+    if not group:
+        return f"--config-name={path}: there is no such file in the configuration folder"
+    source = _file(error)
+    if not source and not any(line.startswith(f"{group}=") for line in overrides):
+        experiment = next((line for line in overrides if line.startswith("experiment=")), None)
+        source = f" (set by {experiment})" if experiment else ""
+    return unknown_option(group, option, error.options or (), source)
+
+
+def _one_line(error: BaseException) -> str:
+    return re.sub(r"\s*\n\s*", " ", str(error).strip())
+
+
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """Return one line for an error of composition; `overrides` tell what was typed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        return _explain_grammar(error)
+    if isinstance(error, MissingConfigException):
+        return _explain_missing(error, overrides)
+    if isinstance(error, yaml.YAMLError):
+        return f"a YAML file cannot be read: {_one_line(error)}"
+    cause = _root_cause(error)
+    if cause is not None:
+        return _explain_omegaconf(cause, error, overrides)
+    if wrong := re.search(r"Could not override '([^'@]+)'\. No match", str(error)):
+        groups = [item.name for item in dataclasses.fields(Config)]
+        return f"override {wrong[1]}{_file(error)} names no group{suggest(wrong[1], groups)}"
+    return _one_line(error)

@@ -1,0 +1,175 @@
+"""What a command line asks for, checked whole before anything starts: one run, or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from mixlora_exp.config.explain import explain, suggest
+from mixlora_exp.config.resolve import open_session, to_config
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run: the overrides that make it, and its configuration."""
+
+    overrides: tuple[str, ...]
+    config: Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All runs of a command line; `expanded` is false for a sweeper that picks its own cells."""
+
+    multirun: bool
+    expanded: bool
+    cells: tuple[Cell, ...]
+
+
+@contextmanager
+def _explained(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra raises for a wrong command line or file into a `UserError`."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(explain(error, overrides)) from error
+
+
+def _parse(hydra: Any, overrides: Sequence[str]) -> list[Override]:
+    with _explained(overrides):
+        return OverridesParser.create(hydra.config_loader).parse_overrides(list(overrides))
+
+
+def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> None:
+    """Refuse what Hydra lets pass or words badly: forms of override, and groups without a name."""
+    groups = hydra.config_loader.list_groups("")
+    for override in overrides:
+        key, line = override.key_or_group, override.input_line or ""
+        if not key:
+            raise UserError(f"{line!r} names no field: write group=option or group.field=value")
+        if override.is_sweep_override():
+            _check_sweep(override, line, sweep)
+            continue
+        if override.is_delete():
+            if key != "experiment" and not override.is_hydra_override():
+                hint = " (tracker=none)" if key == "tracker" else ""
+                raise UserError(
+                    f"{line}: a setting cannot be taken away, give it another value{hint}"
+                )
+            continue
+        if key not in groups:
+            head, slash, _ = key.partition("/")
+            if slash and head not in groups:
+                raise UserError(f"{line}: there is no group {head!r}{suggest(head, groups)}")
+            continue
+        if override.is_add() or override.is_force_add():
+            raise UserError(
+                f"{line}: {key} is a group that is always there, write {line.lstrip('+')}"
+            )
+        if not isinstance(override.value(), (str, list, dict)):
+            options = hydra.config_loader.get_group_options(key, ObjectType.CONFIG)
+            known = ", ".join(options)
+            raise UserError(f"{line} is not valid: choose one option by name ({known})")
+
+
+def _check_sweep(override: Override, line: str, sweep: bool) -> None:
+    if override.is_hydra_override():
+        raise UserError(f"{line}: settings of Hydra's own cannot be swept, give one value")
+    if not sweep:
+        raise UserError(
+            f"{line} names several values: add -m to run each of them, or write [a,b] for a list"
+        )
+
+
+def _load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+    with _explained(overrides):
+        return hydra.config_loader.load_configuration(
+            config_name=name,
+            overrides=list(overrides),
+            run_mode=mode,
+            validate_sweep_overrides=False,
+        )
+
+
+def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Config:
+    with flag_override(cfg, ["struct", "readonly"], False):
+        del cfg["hydra"]
+    with _explained(overrides):
+        return to_config(cfg)
+
+
+def compose_cell(hydra: Any, name: str, overrides: Sequence[str]) -> Config:
+    """Return the checked configuration of one run."""
+    _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
+    return _finish(_load(hydra, name, overrides, RunMode.RUN), overrides)
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Return the `Config` of one command line; a mistake in it raises `UserError`."""
+    with open_session() as hydra:
+        return compose_cell(hydra, "config", overrides)
+
+
+def check_composition(hydra: Any, name: str, overrides: Sequence[str]) -> None:
+    """Check that the overrides compose, for a command that only shows the configuration."""
+    _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
+    _load(hydra, name, overrides, RunMode.RUN)
+
+
+def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -> Plan:
+    """Expand a command line into its runs, as Hydra's own sweeper does, and check each of them.
+
+    An experiment file may ask for a sweep itself (`hydra.mode: MULTIRUN` with
+    `hydra.sweeper.params`). The first run that is not valid raises `UserError`.
+    """
+    parsed = _parse(hydra, overrides)
+    _check_overrides(hydra, parsed, sweep=True)
+    master = _load(hydra, name, overrides, RunMode.MULTIRUN)
+    if not (multirun or master.hydra.mode == RunMode.MULTIRUN):
+        _check_overrides(hydra, parsed, sweep=False)
+        cell = Cell(overrides=tuple(overrides), config=_finish(master, overrides))
+        return Plan(multirun=False, expanded=True, cells=(cell,))
+
+    fixed = [line for line in overrides if line.lstrip("+~").startswith("hydra")]
+    sweeper = master.hydra.sweeper
+    if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+        base = [o.input_line for o in parsed if not o.is_sweep_override()]
+        cell = Cell(overrides=tuple(base), config=compose_cell(hydra, name, base))
+        return Plan(multirun=True, expanded=False, cells=(cell,))
+
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    task = [line for line in overrides if line not in fixed]
+    swept = _parse(hydra, [*params, *task])
+    for override in swept:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(
+                f"{override.input_line} lists no values, which Hydra's basic sweeper needs: "
+                "write key=1,2 or key=range(1,4)"
+            )
+    with _explained(overrides):
+        batches = BasicSweeper.split_arguments(swept, None)
+    cells = []
+    for lines in batches[0]:
+        try:
+            config = compose_cell(hydra, name, [*fixed, *lines])
+        except UserError as error:
+            raise UserError(
+                f"cell {len(cells) + 1} of {len(batches[0])} ({' '.join(lines)}): {error}; "
+                "nothing was started"
+            ) from error
+        cells.append(Cell(overrides=tuple(lines), config=config))
+    return Plan(multirun=True, expanded=True, cells=tuple(cells))

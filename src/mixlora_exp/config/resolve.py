@@ -1,0 +1,147 @@
+"""From Hydra's `DictConfig` to one plain, checked `Config`, and what identifies it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixlora_exp.config import schema
+from mixlora_exp.config.explain import explain, unknown_field
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+
+CONF_DIR = Path(__file__).resolve().parents[3] / "conf"
+"""`conf/` beside `train.py`: the package runs from its repository (editable install)."""
+
+EXCLUDED = (
+    "output_dir",
+    "dry_run",
+    "force",
+    "tracker",
+    "trainer.logging_steps",
+    "model.access",
+    "model.nominal_parameters",
+    "data.path",
+    "data.mirror",
+)
+"""Fields that do not determine a result, dotted; a group stands for all of its fields.
+
+The record holds the hashes of the data files that were read, so their place does not count.
+`model.path` does: no hash of the weights is taken, and two folders may hold different models.
+"""
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra; calling it again changes nothing."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    # Apart from the group `method`, so that `method=glob(*)` and lists of options hold files only.
+    methods = {
+        "none": schema.MethodConfig,
+        "lora": schema.LoraMethodConfig,
+        "mixlora": schema.MixLoraMethodConfig,
+    }
+    for name, node in methods.items():
+        store.store(group="schemas/method", name=name, node=node)
+
+
+@contextmanager
+def open_session(config_dir: Path | str = CONF_DIR) -> Iterator[Any]:
+    """Yield Hydra's object, initialised with `config_dir`; an outer session is restored after."""
+    register_schemas()
+    if not Path(config_dir).is_dir():
+        raise UserError(
+            f"there is no configuration folder {config_dir}: install the repository with "
+            "`pip install -e .` and run from it, or pass --config-path=DIR"
+        )
+    with initialize_config_dir(
+        config_dir=str(Path(config_dir).resolve()), job_name="train", version_base="1.3"
+    ):
+        yield GlobalHydra.instance().hydra
+
+
+def _check_fields(node: DictConfig, path: str) -> None:
+    """Refuse fields that `+key=value` added although the dataclass does not have them."""
+    owner = OmegaConf.get_type(node)
+    if dataclasses.is_dataclass(owner):
+        known = {item.name for item in dataclasses.fields(owner)}
+        for key in node:
+            if key not in known:
+                given = OmegaConf.to_container(node, resolve=False)[key]
+                source = f" (given as '{path}{key}={given}')"
+                raise UserError(unknown_field(f"{path}{key}", owner, source))
+    for key in node:
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        child = node[key]
+        if isinstance(child, DictConfig):
+            _check_fields(child, f"{path}{key}.")
+
+
+def _raw_value(cfg: DictConfig, key: str | None) -> Any:
+    """Return the value at a dotted key as it was written, interpolations unresolved."""
+    value = OmegaConf.to_container(cfg, resolve=False)
+    for name in (key or "").split("."):
+        value = value.get(name, "???") if isinstance(value, dict) else "???"
+    return value
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """Check a composed configuration and return it as plain dataclasses.
+
+    Raises `UserError` for a field that does not exist, a missing value, an interpolation that
+    leads nowhere or a value out of its range.
+    """
+    _check_fields(cfg, "")
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        value = _raw_value(cfg, error.full_key)
+        raise UserError(explain(error, [f"{error.full_key}={value}"])) from error
+    if not isinstance(config, Config):
+        raise UserError("the configuration is not one of mixlora_exp: its defaults lack `schema`")
+    return config
+
+
+def to_dict(config: Any) -> Any:
+    """Return a configuration (or a part of it) as JSON-able dicts, lists and scalars."""
+    if dataclasses.is_dataclass(config):
+        return {
+            item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)
+        }
+    if isinstance(config, Enum):
+        return config.value
+    if isinstance(config, (list, tuple)):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def fingerprint(config: Config) -> str:
+    """Return the SHA-256 of everything in `config` that determines the result (see `EXCLUDED`)."""
+    tree = to_dict(config)
+    for dotted in EXCLUDED:
+        *parents, name = dotted.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        del node[name]
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_name(config: Config) -> str:
+    """Return a file name for the run: readable parts, the seed, and the fingerprint's start."""
+    parts = (config.model.name, config.method.name, config.task.name, config.data.name.value)
+    return "-".join((*parts, f"s{config.seed}", fingerprint(config)[:10]))

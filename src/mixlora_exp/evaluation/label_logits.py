@@ -1,0 +1,115 @@
+"""Protocol `label_logits`: arg-max of the next-token logits over the labels that an item has.
+
+The prompt lists the options under letters (BoolQ: true, false) and one forward pass per item reads
+the logits after it, as the official implementation scores (peers differ: lm-eval compares the
+likelihood of whole answers).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mixlora_exp.config.schema import AnswerForm, DataConfig
+from mixlora_exp.data.encoding import Encoded, encode_questions
+from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation.forward import Scorer, batches
+from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
+from mixlora_exp.tasks.base import Item
+
+__all__ = ["score_label_logits"]
+
+# Two routes of a token this close may swap by rounding, and its logits jump with them.
+NEAR_TIE = 1e-4
+
+
+def _label_ids(item: Item, encoded: Encoded) -> list[int]:
+    for label, ids in zip(item.labels, encoded.answers, strict=True):
+        if len(ids) != 1:
+            raise UserError(
+                f"evaluation.protocols=label_logits needs labels of one token each; this model's "
+                f"tokenizer splits {label!r} of {item.id} into {len(ids)}; use answer_text"
+            )
+    return [ids[0] for ids in encoded.answers]
+
+
+def _item_score(item: Item, logits: Tensor, labels: list[int]) -> ItemScore:
+    """logits: (vocabulary,). Ties go to the first label."""
+    scores = logits[labels]
+    return ItemScore(
+        id=item.id,
+        answer=item.answer,
+        prediction=int(scores.argmax()),
+        scores=scores.tolist(),
+        gold_log_likelihood=float(logits.log_softmax(dim=-1)[labels[item.answer]]),
+    )
+
+
+def _check_batching(
+    scorer: Scorer,
+    encoded: Sequence[Encoded],
+    labels: Sequence[list[int]],
+    scores: Sequence[ItemScore],
+) -> dict[str, float | int]:
+    """Score some items again one by one: what does batching move?
+
+    Items with a near-tied router choice are counted apart and left out of the difference.
+    """
+    difference, flips, near_ties = 0.0, 0, 0
+    for question, ids, score in zip(encoded, labels, scores, strict=True):
+        alone = scorer.logits([question.prompt], keep=1)[0, 0][ids]
+        flips += int(alone.argmax()) != score.prediction
+        if scorer.smallest_router_gap() < NEAR_TIE:
+            near_ties += 1
+        else:
+            batched = alone.new_tensor(score.scores)
+            difference = max(difference, float((alone - batched).abs().max()))
+    return {
+        "items": len(scores),
+        "answers_flipped": flips,
+        "max_logit_difference": difference,
+        "near_tied_routes": near_ties,
+    }
+
+
+def score_label_logits(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    data: DataConfig,
+    batch_check: int = 0,
+) -> TaskScore:
+    """Score items of one task; the first `batch_check` (by id) once more, one by one.
+
+    Raises:
+        UserError: a label is not one token.
+    """
+    start = time.perf_counter()
+    encoded = encode_questions(tokenizer, items, AnswerForm.label, data)
+    labels = [_label_ids(item, e) for item, e in zip(items, encoded, strict=True)]
+    scores: list[ItemScore | None] = [None] * len(items)
+    lengths = [len(e.prompt) for e in encoded]
+    for batch in batches(lengths, [item.id for item in items], scorer.batch_tokens):
+        logits = scorer.logits([encoded[i].prompt for i in batch], keep=1)[:, 0]
+        for i, row in zip(batch, logits, strict=True):
+            scores[i] = _item_score(items[i], row, labels[i])
+    load = scorer.take_expert_load()
+    seconds = time.perf_counter() - start
+    checked = sorted(range(len(items)), key=lambda i: items[i].id)[:batch_check]
+    check = _check_batching(
+        scorer, *([column[i] for i in checked] for column in (encoded, labels, scores))
+    )
+    scorer.take_expert_load()
+    return summarize(
+        items[0].task,
+        "label_logits",
+        items,
+        scores,
+        shortened=sum(e.shortened for e in encoded),
+        seconds=round(seconds, 3),
+        expert_load=load,
+        batch_check=check if checked else None,
+    )

@@ -1,0 +1,46 @@
+"""The MixLoRA block by its definition: every expert is a whole feed-forward block.
+
+Slow and plain on purpose: it is what the other kernels are judged against (in float64).
+Paper, Section 3.2 and Fig. 3a.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mixlora_exp.kernels.dropout import dropout
+from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
+
+__all__ = ["mixlora_reference"]
+
+
+def _project(x: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
+    """`W x + s B_e A_e x_low`, with DoRA times `m_e / ||W + s B_e A_e||`."""
+    y = x @ projection.weight.T
+    experts = projection.experts
+    if experts is None:
+        return y
+    low = x_low @ experts.a[expert].to(x.dtype).T @ experts.b[expert].to(x.dtype).T
+    y = y + experts.scaling * low
+    if experts.magnitude is None:
+        return y
+    assert experts.norm is not None
+    return y * (experts.magnitude[expert] / experts.norm[expert]).to(x.dtype)
+
+
+def mixlora_reference(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D)."""
+    y = x.new_zeros(x.shape)
+    x_low = dropout(x, block.dropout)
+    for expert in range(routing.probabilities.shape[-1]):
+        tokens, slots = (routing.experts == expert).nonzero(as_tuple=True)
+        if len(tokens) == 0:
+            continue
+        inputs = x[tokens], x_low[tokens]
+        hidden = block.activation(_project(*inputs, block.gate, expert))
+        hidden = hidden * _project(*inputs, block.up, expert)
+        hidden_low = dropout(hidden, block.dropout)
+        out = _project(hidden, hidden_low, block.down, expert)
+        weights = routing.weights[tokens, slots].to(x.dtype)
+        y = y.index_add(0, tokens, weights.unsqueeze(-1) * out)
+    return y

@@ -1,0 +1,15 @@
+"""Base models and tokenizers: families, shapes, and every source they come from."""
+
+from __future__ import annotations
+
+from mixlora_exp.models.families import FAMILIES, FamilyLayout
+from mixlora_exp.models.loading import build_hf_config, identify, load_model, load_tokenizer
+
+__all__ = [
+    "FAMILIES",
+    "FamilyLayout",
+    "build_hf_config",
+    "identify",
+    "load_model",
+    "load_tokenizer",
+]

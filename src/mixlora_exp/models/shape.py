@@ -1,0 +1,73 @@
+"""A model's shape: from YAML to a transformers config, and the check of what was loaded."""
+
+from __future__ import annotations
+
+from transformers import GemmaConfig, LlamaConfig, PreTrainedConfig
+
+from mixlora_exp.config.schema import Family, ModelConfig, ModelSource
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.families import FAMILIES
+
+__all__ = ["build_hf_config", "check_family", "check_shape"]
+
+_CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
+    Family.llama: LlamaConfig,
+    Family.gemma: GemmaConfig,
+}
+
+# Field of `ModelConfig` -> attribute of the transformers config. Only what decides the number and
+# the form of the weights: revisions of one repository may differ in the rest.
+_COMPARED = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+
+def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
+    """Return the transformers config of the shape in the YAML, cut to `config.depth` layers."""
+    special_tokens: dict[str, int | None] = {"pad_token_id": None}
+    if config.source is ModelSource.random and config.path is None:
+        # The ids of `tiny.build_tokenizer`.
+        special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return _CONFIG_CLASSES[config.family](
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=config.tie_embeddings,
+        hidden_act=FAMILIES[config.family].activation,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rms_norm_eps=config.norm_eps,
+        max_position_embeddings=config.max_positions,
+        **special_tokens,
+    )
+
+
+def check_family(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> None:
+    """Raise a `UserError` when the loaded model is not of the family that the YAML names."""
+    expected = FAMILIES[config.family].model_type
+    if loaded.model_type != expected:
+        raise UserError(
+            f"model.family={config.family.value} does not fit {origin}, "
+            f"whose model_type is {loaded.model_type}"
+        )
+
+
+def check_shape(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> None:
+    """Raise a `UserError` that names the first field in which the loaded model differs."""
+    check_family(config, loaded, origin)
+    for field, attribute in _COMPARED.items():
+        expected, found = getattr(config, field), getattr(loaded, attribute)
+        if expected != found:
+            raise UserError(
+                f"model.{field}={expected} does not fit {origin}, whose {attribute} is {found}"
+            )

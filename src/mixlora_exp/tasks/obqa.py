@@ -1,0 +1,50 @@
+"""OpenBookQA: elementary science stems, to be answered or completed by one of four options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixlora_exp.tasks import rows
+from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
+
+__all__ = ["OBQA"]
+
+
+def _parse(row: Mapping[str, Any], index: int) -> Item:
+    options, answer = rows.choices(row)
+    return Item(
+        task="obqa",
+        id=rows.row_id(row, "obqa", index),
+        question=rows.text(row, "question_stem"),
+        options=options,
+        answer=answer,
+        labels=rows.letters(options),
+    )
+
+
+def _ask_label(item: Item) -> Prompt:
+    return Prompt(
+        before=f"{item.question}\nPick what answers or completes this.\n",
+        context=item.context,
+        after=f"{lettered(item)}Answer:",
+    )
+
+
+def _ask_text(item: Item) -> Prompt:
+    return Prompt(f"Answer or complete: {item.question}\n", item.context, "Answer:")
+
+
+OBQA = Task(
+    name="obqa",
+    title="OBQA",
+    kind="Question Answering",
+    hub_id="allenai/openbookqa",
+    hub_config="main",
+    revision="388097ea7776314e93a529163e0fea805b8a6454",
+    splits={"train": "train", "test": "test"},
+    sizes={"train": 4957, "test": 500},
+    parse=_parse,
+    ask_label=_ask_label,
+    ask_text=_ask_text,
+)

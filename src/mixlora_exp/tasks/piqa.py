@@ -1,0 +1,50 @@
+"""PIQA: a practical goal and two ways to reach it, of which one works."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixlora_exp.tasks import rows
+from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
+
+__all__ = ["PIQA"]
+
+
+def _parse(row: Mapping[str, Any], index: int) -> Item:
+    options = (rows.text(row, "sol1"), rows.text(row, "sol2"))
+    return Item(
+        task="piqa",
+        id=rows.row_id(row, "piqa", index),
+        question=rows.text(row, "goal"),
+        options=options,
+        answer=rows.number(row, "label", 0, 1),
+        labels=rows.letters(options),
+    )
+
+
+def _ask_label(item: Item) -> Prompt:
+    return Prompt(
+        before=f"Goal: {item.question}\nWhich way gets this done?\n",
+        context=item.context,
+        after=f"{lettered(item)}Answer:",
+    )
+
+
+def _ask_text(item: Item) -> Prompt:
+    return Prompt(f"Goal: {item.question}\nHow is this done?\n", item.context, "Answer:")
+
+
+PIQA = Task(
+    name="piqa",
+    title="PIQA",
+    kind="Question Answering",
+    hub_id="baber/piqa",
+    hub_config=None,
+    revision="142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+    splits={"train": "train", "test": "validation"},
+    sizes={"train": 16113, "test": 1838},
+    parse=_parse,
+    ask_label=_ask_label,
+    ask_text=_ask_text,
+)

@@ -1,0 +1,91 @@
+"""Readers of single fields: each returns a checked value or raises `ValueError` with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mixlora_exp.tasks.base import LETTERS
+
+__all__ = ["choices", "letters", "number", "row_id", "text", "texts", "value"]
+
+
+def value(row: Mapping[str, Any], name: str) -> Any:
+    """The field `name`, which must be there and not be null."""
+    if name not in row:
+        raise ValueError(f"field '{name}' is missing")
+    found = row[name]
+    if found is None:
+        raise ValueError(f"field '{name}' is null")
+    return found
+
+
+def text(row: Mapping[str, Any], name: str) -> str:
+    """The text of field `name`, without surrounding blanks; empty text is refused."""
+    return _checked_text(value(row, name), f"field '{name}'")
+
+
+def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The list of texts in field `name`, at least two of them."""
+    found = value(row, name)
+    if isinstance(found, str | bytes) or not isinstance(found, Sequence):
+        raise ValueError(f"field '{name}' must be a list, not {type(found).__name__}")
+    if len(found) < 2:
+        raise ValueError(f"field '{name}' has {len(found)} options, at least 2 are needed")
+    if len(found) > len(LETTERS):
+        raise ValueError(f"field '{name}' has {len(found)} options, at most {len(LETTERS)} fit")
+    return tuple(_checked_text(entry, f"field '{name}[{i}]'") for i, entry in enumerate(found))
+
+
+def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
+    """The whole number in field `name` (a number or its digits), from `first` to `last`."""
+    found = value(row, name)
+    digits = found.strip() if isinstance(found, str) else found
+    if isinstance(digits, str) and digits.isascii() and digits.isdigit():
+        digits = int(digits)
+    if type(digits) is not int or not first <= digits <= last:
+        raise ValueError(f"{name} {found!r} is not one of {first}..{last}")
+    return digits
+
+
+def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
+    """The row's own `id`, or one made of the task and the row's index."""
+    found = row.get("id")
+    if found is None or found == "":
+        return f"{task}-{index}"
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        raise ValueError(f"field 'id' must be text, not {type(found).__name__}")
+    return str(found)
+
+
+def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """The options of a `choices` = {text, label} field, and which of them `answerKey` names."""
+    found = value(row, "choices")
+    if not isinstance(found, Mapping):
+        raise ValueError(f"field 'choices' must be an object, not {type(found).__name__}")
+    try:
+        options, labels = texts(found, "text"), texts(found, "label")
+    except ValueError as error:
+        raise ValueError(f"in 'choices': {error}") from None
+    if len(options) != len(labels):
+        raise ValueError(f"'choices' has {len(options)} texts but {len(labels)} labels")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"'choices' repeats a label: {', '.join(labels)}")
+    key = text(row, "answerKey")
+    if key not in labels:
+        raise ValueError(f"answerKey '{key}' is not among the labels {', '.join(labels)}")
+    return options, labels.index(key)
+
+
+def letters(options: Sequence[str]) -> tuple[str, ...]:
+    """One letter per option."""
+    return tuple(LETTERS[: len(options)])
+
+
+def _checked_text(found: Any, where: str) -> str:
+    if not isinstance(found, str):
+        raise ValueError(f"{where} must be text, not {type(found).__name__}")
+    stripped = found.strip()
+    if not stripped:
+        raise ValueError(f"{where} is empty")
+    return stripped

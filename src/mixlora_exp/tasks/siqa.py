@@ -1,0 +1,51 @@
+"""SIQA: a question about what people in a short situation feel, want or do; three options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixlora_exp.tasks import rows
+from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
+
+__all__ = ["SIQA"]
+
+
+def _parse(row: Mapping[str, Any], index: int) -> Item:
+    options = tuple(rows.text(row, name) for name in ("answerA", "answerB", "answerC"))
+    return Item(
+        task="siqa",
+        id=rows.row_id(row, "siqa", index),
+        question=rows.text(row, "question"),
+        options=options,
+        answer=rows.number(row, "label", 1, 3) - 1,
+        labels=rows.letters(options),
+        context=rows.text(row, "context"),
+    )
+
+
+def _ask_label(item: Item) -> Prompt:
+    return Prompt(
+        before="Scene: ",
+        context=item.context,
+        after=f"\n{item.question}\nWhich reply suits best?\n{lettered(item)}Answer:",
+    )
+
+
+def _ask_text(item: Item) -> Prompt:
+    return Prompt("Scene: ", item.context, f"\n{item.question}\nAnswer:")
+
+
+SIQA = Task(
+    name="siqa",
+    title="SIQA",
+    kind="Question Answering",
+    hub_id="lighteval/siqa",
+    hub_config=None,
+    revision="54c6a1f8cb6daf4f5abf24a601852612fb35eb25",
+    splits={"train": "train", "test": "validation"},
+    sizes={"train": 33410, "test": 1954},
+    parse=_parse,
+    ask_label=_ask_label,
+    ask_text=_ask_text,
+)

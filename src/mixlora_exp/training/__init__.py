@@ -1,0 +1,8 @@
+"""Training: the transformers Trainer, with what MixLoRA needs to be seen."""
+
+from __future__ import annotations
+
+from mixlora_exp.training.fit import TrainSummary, fit
+from mixlora_exp.training.trainer import MixLoraTrainer
+
+__all__ = ["MixLoraTrainer", "TrainSummary", "fit"]

@@ -1,0 +1,145 @@
+"""One training run: arguments from the configuration, the Trainer, and a summary of what it did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from mixlora_exp.config.schema import Config, Tracker
+from mixlora_exp.data.collator import Collator
+from mixlora_exp.data.encoding import Example
+from mixlora_exp.errors import UserError
+from mixlora_exp.runtime import peak_memory_bytes, resolve_device
+from mixlora_exp.training.progress import LogFile, ProgressBar
+from mixlora_exp.training.trainer import MixLoraTrainer
+
+__all__ = ["TrainSummary", "fit", "training_arguments"]
+
+
+# Reentrant recomputation would lose the router loss's gradient.
+RECOMPUTE = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSummary:
+    """What training did. `tokens` are real tokens (no padding); `expert_load` (layers, E) is the
+    share of (token, slot) pairs that each expert got."""
+
+    examples: int
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    final_loss: float
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    expert_load: list[list[float]] | None = None
+
+
+def training_arguments(config: Config, folder: Path, dtype: torch.dtype) -> TrainingArguments:
+    """Table 3's values and what the paper leaves open, in the Trainer's words."""
+    trainer = config.trainer
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=trainer.micro_batch_size,
+        gradient_accumulation_steps=trainer.accumulation_steps,
+        learning_rate=trainer.learning_rate,
+        weight_decay=trainer.weight_decay,
+        lr_scheduler_type=trainer.schedule,
+        warmup_steps=trainer.warmup_steps,
+        # 0 is the Trainer's word for no clipping.
+        max_grad_norm=trainer.max_grad_norm or 0.0,
+        num_train_epochs=trainer.epochs,
+        max_steps=-1 if trainer.max_steps is None else trainer.max_steps,
+        optim="adamw_torch",
+        bf16=dtype is torch.bfloat16,
+        **(RECOMPUTE if trainer.gradient_checkpointing else {}),
+        logging_steps=trainer.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[] if config.tracker.name is Tracker.none else [config.tracker.name.value],
+        run_name=folder.parent.name,
+        use_cpu=resolve_device().type == "cpu",
+        remove_unused_columns=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def fit(
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    folder: Path,
+    dtype: torch.dtype,
+) -> TrainSummary:
+    """Train `model` in place on `examples`.
+
+    Raises:
+        UserError: the loss is not a finite number at the end.
+    """
+    trainer = MixLoraTrainer(
+        model=model,
+        args=training_arguments(config, folder, dtype),
+        train_dataset=list(examples),
+        data_collator=Collator(tokenizer.pad_token_id, config.trainer.loss_on),
+        sampler_seed=config.seed,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar())
+    trainer.add_callback(LogFile(folder.parent / "train_log.jsonl"))
+    start = time.perf_counter()
+    result = trainer.train()
+    seconds = time.perf_counter() - start
+    trainer.fold_counts()
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if not torch.isfinite(torch.tensor(result.training_loss)):
+        raise UserError(
+            f"trainer.learning_rate={config.trainer.learning_rate}: the loss became "
+            f"{result.training_loss}; nothing was recorded. Lower it, or set trainer.max_grad_norm"
+        )
+    steps = trainer.state.global_step
+    tokens = _tokens_seen(trainer, examples, steps, config)
+    load = trainer.expert_counts
+    return TrainSummary(
+        examples=len(examples),
+        steps=steps,
+        tokens=tokens,
+        seconds=round(seconds, 3),
+        tokens_per_second=round(tokens / seconds, 2),
+        peak_memory_bytes=peak_memory_bytes(trainer.args.device),
+        final_loss=curve[-1]["loss"] if curve else result.training_loss,
+        curve=curve,
+        expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
+    )
+
+
+def _tokens_seen(
+    trainer: MixLoraTrainer, examples: Sequence[Example], steps: int, config: Config
+) -> int:
+    """Real tokens of the batches that the optimizer saw, from the sampler's own order."""
+    sampler = trainer._get_train_sampler(examples)
+    remaining = steps * config.trainer.batch_size
+    tokens, epoch = 0, 0
+    while remaining > 0:
+        sampler.set_epoch(epoch)
+        order = list(sampler)[:remaining]
+        tokens += sum(len(examples[i].input_ids) for i in order)
+        # The last, incomplete batch of an epoch is a step of its own.
+        remaining -= -(-len(order) // config.trainer.batch_size) * config.trainer.batch_size
+        epoch += 1
+    return tokens

