@@ -107,6 +107,8 @@ def _finished(path: Path, data: dict[str, list[dict[str, Any]]]) -> Path:
 
 def _carry_out(config: Config, folder: Path, splits: Splits) -> dict[str, Any]:
     started = time.time()
+    # Now, not at the end: the code that runs is the code of this moment.
+    origin = provenance(ROOT, hardware_names())
     device = resolve_device()
     dtype = resolve_dtype(config.trainer.precision, device)
     set_seed(config.seed)
@@ -147,7 +149,7 @@ def _carry_out(config: Config, folder: Path, splits: Splits) -> dict[str, Any]:
         "scores_before": None if before is None else [_score_entry(score) for score in before],
         "predictions": predictions,
         "seconds": round(time.time() - started, 1),
-        "provenance": provenance(ROOT, hardware_names()),
+        "provenance": origin,
     }
 
 
