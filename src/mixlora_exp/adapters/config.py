@@ -15,6 +15,7 @@ _UNSUPPORTED = (
     "fan_in_fan_out", "exclude_modules", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "arrow_config", "eva_config", "corda_config", "loftq_config",
     "lora_ga_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+    "use_qalora",
 )  # fmt: skip
 
 
@@ -64,8 +65,10 @@ class MixLoraConfig(LoraConfig):
                 *self.feed_forward_targets,
             }
         for name in _UNSUPPORTED:
-            if getattr(self, name, None):
-                raise ValueError(f"MixLoraConfig does not support {name}={getattr(self, name)!r}")
+            value = getattr(self, name, None)
+            # Not its truth: `layers_to_transform=0` asks for the first layer alone.
+            if value or (value == 0 and value is not False):
+                raise ValueError(f"MixLoraConfig does not support {name}={value!r}")
         if self.bias != "none":
             raise ValueError(f"MixLoraConfig does not support bias={self.bias!r}, only 'none'")
         if not isinstance(self.init_lora_weights, bool):
@@ -86,6 +89,8 @@ class MixLoraConfig(LoraConfig):
             raise ValueError(f"top_k={self.top_k} must be in [1, num_experts={self.num_experts}]")
         if self.r < 1:
             raise ValueError(f"r={self.r} must be >= 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         if self.router_loss_coef < 0:
             raise ValueError(f"router_loss_coef={self.router_loss_coef} must be >= 0")
         if self.router_loss not in ("argmax", "topk"):

@@ -38,11 +38,15 @@ class _NormCache:
         self._entries: dict[tuple[str, str], tuple[tuple, Tensor]] = {}
 
     def get(self, key: tuple[str, str], sources: tuple[Tensor, ...], compute) -> Tensor:
-        state = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in sources)
-        entry = self._entries.get(key)
-        if entry is None or entry[0] != state:
-            entry = self._entries[key] = (state, compute())
-        return entry[1]
+        # Made in inference mode, a value could not be used in training later.
+        with torch.inference_mode(False):
+            if any(t.is_inference() for t in sources):
+                return compute()  # Such tensors have no version to tell a change by.
+            state = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in sources)
+            entry = self._entries.get(key)
+            if entry is None or entry[0] != state:
+                entry = self._entries[key] = (state, compute())
+            return entry[1]
 
 
 class MixLoraFeedForward(nn.Module, BaseTunerLayer):
@@ -84,7 +88,6 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
             setattr(self, name, {})
         self.kernel = "auto"
         self.routing: Routing | None = None
-        self._norms = _NormCache()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -97,6 +100,8 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MixLoraConfig) -> None:
         """Add an adapter: A as PEFT's LoRA draws it, B zero, router N(0, router_init_std)."""
+        # Anew, since a new adapter may lie where a deleted one of its name lay.
+        self._norms = _NormCache()
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.lora_alpha / (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,18 @@ class MixLoraModel(LoraModel):
         raise ValueError(
             "MixLoRA cannot be merged into the base weights: the router chooses experts per token"
         )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("MixLoRA adapters cannot be combined into one: each has its own router")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "MixLoRA runs one adapter at a time, so adapter_names is not supported"
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def feed_forwards(self) -> list[MixLoraFeedForward]:
         """The MixLoRA blocks, first layer first."""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from math import isfinite
-from re import fullmatch
 
 from omegaconf import MISSING
 
-from mixlora_exp.errors import UserError
+from mixlora_exp.config.checks import require, require_name, require_positive
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -91,24 +89,6 @@ class Tracker(Enum):
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"
-
-
-def require(condition: bool, name: str, value: object, rule: str) -> None:
-    """Raise a `UserError` that names the field, its value and the rule it breaks."""
-    if not condition:
-        raise UserError(f"{name}={'null' if value is None else value} is not valid: {rule}")
-
-
-def require_positive(name: str, value: float, zero: bool = False) -> None:
-    """Raise a `UserError` unless `value` is finite and above zero (or zero, if that is allowed)."""
-    valid = isfinite(value) and (value >= 0 if zero else value > 0)
-    require(valid, name, value, f"must be {'>=' if zero else '>'} 0 and finite")
-
-
-def require_name(name: str, value: str) -> None:
-    """Raise a `UserError` unless `value` can stand in a file name."""
-    valid = fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value) is not None
-    require(valid, name, value, "use letters, digits, '_', '.' and '-' only")
 
 
 @dataclass(slots=True, kw_only=True)

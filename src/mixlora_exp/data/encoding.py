@@ -27,11 +27,12 @@ class Encoded:
 @dataclass(frozen=True, slots=True)
 class Example:
     """A training example: `input_ids`, of which the last `answer_length` are the answer (with its
-    end-of-sequence token)."""
+    end-of-sequence token). `shortened`: its context was cut."""
 
     input_ids: list[int]
     answer_length: int
     task: str
+    shortened: bool = False
 
 
 def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Prompt, list[str]]:
@@ -56,7 +57,9 @@ def _shorten(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, excess: int) ->
     offsets = tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
     start, end = len(prompt.before), len(prompt.before) + len(prompt.context)
     ends = [stop for _, stop in offsets if start < stop <= end]
-    keep = ends[-excess - 1] - start if excess < len(ends) else 0
+    # A character of several tokens gives them all the same end: it goes whole.
+    kept = [stop for stop in ends[:-excess] if stop < ends[-excess]]
+    keep = kept[-1] - start if kept else 0
     return replace(prompt, context=prompt.context[:keep].rstrip())
 
 
@@ -77,11 +80,11 @@ def encode(
     """Encode (item id, prompt, answers) triples; the longest answer decides about shortening.
 
     An example of more than `cutoff` tokens (one more is kept free for the end-of-sequence token)
-    loses the end of its context, never its question, options or answer.
+    loses the end of its context, never its question, options or answer: one that is too long
+    without any context stays longer than `cutoff` (PIQA has such rows).
 
     Raises:
-        UserError: an example is too long without any context, or an answer cannot be told apart
-            from the prompt.
+        UserError: an answer cannot be told apart from the prompt.
     """
     prompts = _ids(tokenizer, [prompt.text for _, prompt, _ in asked])
     fulls = iter(
@@ -93,13 +96,8 @@ def encode(
     for (name, prompt, answers), ids in zip(asked, prompts, strict=True):
         ends = [_split(next(fulls), ids, name, answer) for answer in answers]
         room = cutoff - 1 - max(len(end) for end in ends)
-        shortened = len(ids) > room
-        while len(ids) > room:
-            if not prompt.context:
-                raise UserError(
-                    f"data.cutoff_length={cutoff} is too small: item {name} needs "
-                    f"{len(ids) + cutoff - room} tokens without its context; raise it"
-                )
+        shortened = len(ids) > room and bool(prompt.context)
+        while len(ids) > room and prompt.context:
             prompt = _shorten(tokenizer, prompt, len(ids) - room)
             (ids,) = _ids(tokenizer, [prompt.text])
         encoded.append(Encoded(ids, ends, shortened))
@@ -126,5 +124,7 @@ def encode_examples(
             asked.append((item.id, prompt, [answers[item.answer]]))
         for item, encoded in zip(items, encode(tokenizer, asked, data.cutoff_length), strict=True):
             answer = [*encoded.answers[0], tokenizer.eos_token_id]
-            examples.append(Example(encoded.prompt + answer, len(answer), item.task))
+            examples.append(
+                Example(encoded.prompt + answer, len(answer), item.task, encoded.shortened)
+            )
     return examples

@@ -23,7 +23,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return x
     if x.device.type != "cpu":
         return functional.dropout(x, p)
-    dropped = round(p * LEVELS)
+    dropped = min(round(p * LEVELS), LEVELS - 1)
     count = x.numel()
     # The full range of int64 has no other name: without bounds the sign bit stays zero.
     draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)

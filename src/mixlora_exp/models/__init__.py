@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from mixlora_exp.models.families import FAMILIES, FamilyLayout
-from mixlora_exp.models.loading import build_hf_config, identify, load_model, load_tokenizer
+from mixlora_exp.models.loading import (
+    build_hf_config,
+    has_local_tokenizer,
+    identify,
+    load_model,
+    load_tokenizer,
+)
 
 __all__ = [
     "FAMILIES",
     "FamilyLayout",
     "build_hf_config",
+    "has_local_tokenizer",
     "identify",
     "load_model",
     "load_tokenizer",

@@ -17,7 +17,7 @@ from transformers import initialization as transformers_initialization
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
-from mixlora_exp.models.pypi import cached_folder, file_sha256, find_gguf
+from mixlora_exp.models.pypi import cached_folder, file_sha256, find_gguf, is_cached
 from mixlora_exp.models.reading import (
     finish_tokenizer,
     read_config,
@@ -28,7 +28,13 @@ from mixlora_exp.models.reading import (
 from mixlora_exp.models.shape import build_hf_config, check_family, check_shape
 from mixlora_exp.models.tiny import build_tokenizer
 
-__all__ = ["build_hf_config", "identify", "load_model", "load_tokenizer"]
+__all__ = [
+    "build_hf_config",
+    "has_local_tokenizer",
+    "identify",
+    "load_model",
+    "load_tokenizer",
+]
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -93,6 +99,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             f"has {len(tokenizer)} tokens"
         )
     return tokenizer
+
+
+def has_local_tokenizer(config: ModelConfig) -> bool:
+    """Tell whether `load_tokenizer` needs neither the network nor a conversion of weights."""
+    if config.path is not None:
+        return Path(config.path).expanduser().is_dir()
+    if config.source is ModelSource.pypi:
+        return is_cached(config)
+    return config.source is ModelSource.random
 
 
 def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[str, Any]:

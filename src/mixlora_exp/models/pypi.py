@@ -26,7 +26,7 @@ from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
 
-__all__ = ["cached_folder", "file_sha256", "find_gguf"]
+__all__ = ["cached_folder", "file_sha256", "find_gguf", "is_cached"]
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "conversion.json"
@@ -67,7 +67,7 @@ def cached_folder(config: ModelConfig) -> Path:
     it is complete, and one whose files have another size than then is made anew.
     """
     gguf = find_gguf(config)
-    folder = _cache_root() / f"{config.name}-{file_sha256(gguf)[:12]}"
+    folder = _folder_for(config, gguf)
     if _is_complete(folder):
         return folder
     _LOG.info("converting %s to safetensors, once, into %s", gguf.name, folder)
@@ -81,6 +81,18 @@ def cached_folder(config: ModelConfig) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def is_cached(config: ModelConfig) -> bool:
+    """Tell whether the package's file has been converted already."""
+    try:
+        return _is_complete(_folder_for(config, find_gguf(config)))
+    except UserError:
+        return False
+
+
+def _folder_for(config: ModelConfig, gguf: Path) -> Path:
+    return _cache_root() / f"{config.name}-{file_sha256(gguf)[:12]}"
 
 
 def _cache_root() -> Path:

@@ -13,12 +13,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mixlora_exp.config.schema import Config, Tracker
+from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.runtime import peak_memory_bytes, resolve_device
 from mixlora_exp.training.progress import LogFile, ProgressBar
+from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 __all__ = ["TrainSummary", "fit", "training_arguments"]
@@ -33,10 +34,13 @@ RECOMPUTE = {
 
 @dataclass(frozen=True, slots=True)
 class TrainSummary:
-    """What training did. `tokens` are real tokens (no padding); `expert_load` (layers, E) is the
-    share of (token, slot) pairs that each expert got."""
+    """What training did. `shortened` examples lost context to the cut-off, those `over_cutoff` had
+    none to lose and stayed longer. `tokens` are real tokens (no padding); `expert_load` (layers, E)
+    is the share of (token, slot) pairs that each expert got."""
 
     examples: int
+    shortened: int
+    over_cutoff: int
     steps: int
     tokens: int
     seconds: float
@@ -62,13 +66,13 @@ def training_arguments(config: Config, folder: Path, dtype: torch.dtype) -> Trai
         max_grad_norm=trainer.max_grad_norm or 0.0,
         num_train_epochs=trainer.epochs,
         max_steps=-1 if trainer.max_steps is None else trainer.max_steps,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         bf16=dtype is torch.bfloat16,
         **(RECOMPUTE if trainer.gradient_checkpointing else {}),
         logging_steps=trainer.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=[] if config.tracker.name is Tracker.none else [config.tracker.name.value],
+        report_to=[],
         run_name=folder.parent.name,
         use_cpu=resolve_device().type == "cpu",
         remove_unused_columns=False,
@@ -101,7 +105,9 @@ def fit(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressBar())
-    trainer.add_callback(LogFile(folder.parent / "train_log.jsonl"))
+    trainer.add_callback(LogFile(folder.parent / "train_log.jsonl", lambda: trainer.expert_load))
+    for callback in tracker_callbacks(config, folder.parent):
+        trainer.add_callback(callback)
     start = time.perf_counter()
     result = trainer.train()
     seconds = time.perf_counter() - start
@@ -117,6 +123,8 @@ def fit(
     load = trainer.expert_counts
     return TrainSummary(
         examples=len(examples),
+        shortened=sum(example.shortened for example in examples),
+        over_cutoff=sum(len(e.input_ids) > config.data.cutoff_length for e in examples),
         steps=steps,
         tokens=tokens,
         seconds=round(seconds, 3),

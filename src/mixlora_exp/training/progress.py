@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ class ProgressBar(ProgressCallback):
 
 
 class LogFile(TrainerCallback):
-    """Appends every log entry to a JSON-lines file, so that a killed run leaves its curve."""
+    """Appends every log entry, with the expert load per layer, to a JSON-lines file, so that a
+    killed run leaves its curve."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expert_load: Callable[[], list[list[float]] | None]) -> None:
         self.path = path
+        self.expert_load = expert_load
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -33,4 +36,6 @@ class LogFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                load = self.expert_load() if "loss" in logs else None
+                entry = logs if load is None else {**logs, "expert_load": load}
+                file.write(json.dumps({"step": state.global_step, **entry}) + "\n")

@@ -24,6 +24,8 @@ class MixLoraTrainer(Trainer):
         self._sampler_seed = sampler_seed
         self._router_loss, self._router_passes = 0.0, 0
         self._window_counts: torch.Tensor | None = None
+        self.expert_load: list[list[float]] | None = None
+        """Share of each expert, per layer, between the last two log entries."""
         self.expert_counts: torch.Tensor | None = None
         """Tokens sent to each expert in training so far, (layers, E); None without experts."""
 
@@ -53,8 +55,7 @@ class MixLoraTrainer(Trainer):
             load = counts / counts.sum(dim=-1, keepdim=True)
             logs["router_loss"] = float(self._router_loss) / self._router_passes
             logs["expert_load_std"] = float(load.std(dim=-1, correction=0).mean())
-            for layer, share in enumerate(load.tolist()):
-                logs[f"expert_load/layer_{layer}"] = [round(value, 4) for value in share]
+            self.expert_load = [[round(share, 4) for share in layer] for layer in load.tolist()]
             self.fold_counts()
         super().log(logs, start_time)
 
