@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -50,7 +51,9 @@ def attach_adapter(
     model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
     """Put a fresh adapter of `method` on `model`, drawn from `seed`."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 asks transformers for an attribute by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
     set_kernel(adapted, kernel.name.value)
@@ -88,13 +91,24 @@ def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> P
         if not (folder / name).is_file():
             raise UserError(f"adapter={folder} has no {name}: give a folder that PEFT wrote")
     try:
-        json.loads((folder / CONFIG).read_text())
+        trained_on = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
         weights = load_peft_weights(str(folder), device="cpu")
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, AttributeError) as error:  # a list has no `get`
         raise UserError(
             f"adapter={folder} cannot be read, it is cut off or damaged ({error}); "
             "train it again or take another copy"
         ) from error
+    here = base.config.name_or_path
+    # A folder of one machine says nothing about a model; two names on the hub do.
+    if (
+        trained_on
+        and here
+        and trained_on != here
+        and not any(map(os.path.isdir, (trained_on, here)))
+    ):
+        raise UserError(
+            f"adapter={folder} was trained on {trained_on}, not on {here}; use that model"
+        )
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -137,8 +137,10 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+        """Where the base is, and float32 or better: experts, router and above all magnitudes must
+        not be rounded to the base's bf16 on their way into the optimizer."""
         weight = self._frozen("gate").weight
-        return weight.device, weight.dtype
+        return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
     def _projection(self, role: str, adapter: str) -> Projection:
         weight = self._frozen(role).weight

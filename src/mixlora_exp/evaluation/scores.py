@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixlora_exp.errors import UserError
 from mixlora_exp.tasks.base import Item
 
 __all__ = ["ItemScore", "TaskScore", "summarize"]
@@ -55,7 +56,18 @@ class TaskScore:
 def summarize(
     task: str, protocol: str, items: Sequence[Item], scores: Sequence[ItemScore], **rest: Any
 ) -> TaskScore:
-    """Accuracy with its standard error sqrt(p (1 - p) / n), beside the two baselines."""
+    """Accuracy with its standard error sqrt(p (1 - p) / n), beside the two baselines.
+
+    Raises:
+        UserError: a score is not a finite number, so that an arg-max of it means nothing.
+    """
+    for score in scores:
+        if not all(map(math.isfinite, (*score.scores, score.gold_log_likelihood))):
+            raise UserError(
+                f"the model gives item {score.id} of {task} scores that are not finite numbers; "
+                "nothing was recorded. If it was trained, lower trainer.learning_rate or set "
+                "trainer.max_grad_norm"
+            )
     n = len(scores)
     accuracy = sum(s.prediction == s.answer for s in scores) / n
     normalized = None

@@ -18,7 +18,7 @@ from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.runtime import peak_memory_bytes, resolve_device
-from mixlora_exp.training.progress import LogFile, ProgressBar
+from mixlora_exp.training.progress import LogFile, progress_callback
 from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
 
@@ -104,7 +104,7 @@ def fit(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar())
+    trainer.add_callback(progress_callback())
     trainer.add_callback(LogFile(folder.parent / "train_log.jsonl", lambda: trainer.expert_load))
     for callback in tracker_callbacks(config, folder.parent):
         trainer.add_callback(callback)

@@ -1,15 +1,18 @@
-"""What training shows and keeps while it runs: one bar, and one log line per logged step."""
+"""What training shows and keeps while it runs: a bar or lines, and a log file."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-__all__ = ["LogFile", "ProgressBar"]
+from mixlora_exp.errors import UserError
+
+__all__ = ["LogFile", "ProgressBar", "ProgressLines", "progress_callback"]
 
 
 class ProgressBar(ProgressCallback):
@@ -19,6 +22,20 @@ class ProgressBar(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
             shown = {name: f"{logs[name]:.3f}" for name in ("loss", "router_loss") if name in logs}
             self.training_bar.set_postfix(shown)
+
+
+class ProgressLines(TrainerCallback):
+    """A line per logged step, for where there is no terminal to draw a bar on."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            shown = [f"{n} {logs[n]:.3f}" for n in ("loss", "router_loss") if n in logs]
+            sys.stderr.write(f"  step {state.global_step}/{state.max_steps}, {', '.join(shown)}\n")
+
+
+def progress_callback() -> TrainerCallback:
+    """A bar on a terminal, lines elsewhere."""
+    return ProgressBar() if sys.stderr.isatty() else ProgressLines()
 
 
 class LogFile(TrainerCallback):
@@ -35,7 +52,13 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with self.path.open("a") as file:
-                load = self.expert_load() if "loss" in logs else None
-                entry = logs if load is None else {**logs, "expert_load": load}
-                file.write(json.dumps({"step": state.global_step, **entry}) + "\n")
+            load = self.expert_load() if "loss" in logs else None
+            entry = logs if load is None else {**logs, "expert_load": load}
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": state.global_step, **entry}) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"output_dir: cannot write {self.path} ({error.strerror}); nothing was "
+                    "recorded. Free space there or choose another output_dir."
+                ) from error
