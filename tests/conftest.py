@@ -14,3 +14,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("shared data folder is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_oracle() -> Path:
+    """The folder of another implementation's outputs beside the repository, where there is one."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "oracle"
+    if not folder.is_dir():
+        pytest.skip("shared oracle folder is absent")
+    return folder

@@ -88,7 +88,7 @@ def test_experiments() -> None:
     assert quickstart.method.name == "mixlora"
     assert quickstart.task.name == "all"
     assert quickstart.data.name is s.DataSource.embedded
-    assert quickstart.data.forms == [s.AnswerForm.label, s.AnswerForm.text]
+    assert quickstart.data.forms == [s.AnswerForm.text]
     assert quickstart.evaluation.protocols == [s.Protocol.answer_text, s.Protocol.label_logits]
     assert quickstart.evaluation.before_training
     smoke = compose(["experiment=smoke", "method=lora", "trainer.max_steps=1"])

@@ -97,20 +97,23 @@ def read_record(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the record {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not a record: it is cut off or not JSON ({error})") from error
+        raise UserError(
+            f"{path} is not a record: it is cut off or not JSON ({error}); "
+            "run the experiment again with force=true"
+        ) from error
     if not isinstance(record, dict):
         raise UserError(f"{path} is not a record: it holds no JSON object")
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version={version} is not valid: "
-            f"records of schema_version={SCHEMA_VERSION} are read; run the experiment again"
+            f"records of schema_version={SCHEMA_VERSION} are read; run the experiment again with force=true"
         )
     content = {name: value for name, value in record.items() if name != _HASH}
     if record.get(_HASH) != _content_hash(content):
         raise UserError(
             f"{path} was changed after it was written ({_HASH} does not fit its content); "
-            "restore it or run the experiment again"
+            "restore it or run the experiment again with force=true"
         )
     return record
 

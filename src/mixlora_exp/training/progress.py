@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
+            # A loss that is no number has no place in JSON.
+            entry = {name: value if isfinite(value) else None for name, value in logs.items()}
             load = self.expert_load() if "loss" in logs else None
-            entry = logs if load is None else {**logs, "expert_load": load}
+            if load is not None:
+                entry["expert_load"] = load
             try:
                 with self.path.open("a") as file:
                     file.write(json.dumps({"step": state.global_step, **entry}) + "\n")

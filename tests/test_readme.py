@@ -1,0 +1,104 @@
+"""The README's commands, each run at tiny size."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp.cli import execute
+from mixlora_exp.results.record import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(start: str) -> list[str]:
+    lines = [
+        line.partition("  # ")[0].strip() for block in blocks("bash") for line in block.splitlines()
+    ]
+    return [line for line in lines if line.startswith(start)]
+
+
+def tiny(arguments: list[str], folder: Path) -> list[str]:
+    """The same command on a random tiny model, generated data and two steps."""
+    groups = ("model", "data", "model.path", "data.path", "trainer.max_steps", "evaluation.limit")
+    kept = [a for a in arguments if a.partition("=")[0] not in groups]
+    if "dry_run=true" in kept:
+        return kept
+    small = ["model=tiny", "data=embedded", "data.train_limit=8", "trainer.max_steps=2"]
+    small += ["evaluation.limit=2", "trainer.batch_size=4", "trainer.micro_batch_size=2"]
+    if "experiment=smoke" in kept:
+        small = []
+    if "-m" in kept:  # A sweep is shown by its first two values of each parameter.
+        kept = [re.sub(r"^([^=]+=[^,]+,[^,]+),.*", r"\1", a) for a in kept]
+    return [*kept, *small, f"output_dir={folder}"]
+
+
+def test_there_are_commands_to_test() -> None:
+    assert len(commands("python train.py")) >= 9
+    assert {"make quickstart", "make test"} <= set(commands("make"))
+
+
+@pytest.mark.parametrize("command", commands("python train.py"))
+def test_command_runs_at_tiny_size(command: str, tmp_path: Path) -> None:
+    arguments = tiny(shlex.split(command)[2:], tmp_path)
+    assert execute(arguments) == 0
+    if "dry_run=true" not in arguments:
+        records = sorted(tmp_path.glob("*/record.json"))
+        assert records
+        assert all(read_record(path)["status"] == "finished" for path in records)
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_make_target_exists(command: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def transcripts() -> list[tuple[str, str]]:
+    shown = [block for block in blocks("text") if block.startswith("$ ")]
+    pairs = []
+    for block in shown:
+        for part in block.split("$ ")[1:]:
+            command, _, output = part.partition("\n")
+            pairs.append((command, output.strip()))
+    return pairs
+
+
+@pytest.mark.parametrize(("command", "output"), transcripts())
+def test_shown_output_is_the_real_output(
+    command: str, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = execute(shlex.split(command)[2:])
+    captured = capsys.readouterr()
+    assert code == (2 if output.startswith("error: ") else 0)
+    assert " ".join((captured.out + captured.err).split()) == " ".join(output.split())
+
+
+def test_python_block_loads_an_adapter(tmp_path: Path) -> None:
+    assert execute(["experiment=smoke", f"output_dir={tmp_path}"]) == 0
+    (folder,) = tmp_path.glob("*/adapter")
+    (block,) = blocks("python")
+    import torch
+
+    from mixlora_exp.config import compose
+    from mixlora_exp.models import load_model
+
+    base = load_model(compose(["model=tiny"]).model, torch.float32, seed=42)
+    base.save_pretrained(tmp_path / "base")
+    code = block.replace("meta-llama/Llama-2-7b-hf", str(tmp_path / "base"))
+    code = code.replace("outputs/.../adapter", str(folder))
+    space: dict = {}
+    exec(compile(code, "README.md", "exec"), space)
+    assert space["model"].active_peft_config.peft_type == "MIXLORA"

@@ -1,0 +1,308 @@
+"""Training: it learns, it repeats itself, and what it reports is what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixlora_exp.config import compose
+from mixlora_exp.data.encoding import Example
+from mixlora_exp.errors import UserError
+from mixlora_exp.training import MixLoraTrainer
+from mixlora_exp.training.fit import training_arguments
+
+METHODS = ["lora", "dora", "mixlora", "mixdora"]
+Train = Callable[..., Any]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_falls(method: str, train: Train) -> None:
+    run = train(f"method={method}", "trainer.max_steps=30", "trainer.learning_rate=5e-3")
+    assert len(run.losses) == 30
+    assert all(math.isfinite(loss) for loss in run.losses)
+    # It starts at the log of the vocabulary; the frozen random head sets a floor near 5.9.
+    assert run.losses[0] == pytest.approx(math.log(1024), abs=0.3)
+    assert sum(run.losses[-5:]) / 5 < run.losses[0] - 0.8
+
+
+@pytest.mark.parametrize("method", ["dora", "mixdora"])
+def test_same_seed_same_bits(method: str, train: Train) -> None:
+    changes = [f"method={method}", "trainer.max_steps=4", "method.dropout=0.1"]
+    first, second = train(*changes), train(*changes)
+    assert same(first.before, second.before)
+    assert same(first.after, second.after)
+    assert first.losses == second.losses
+    other = train(*changes, "seed=43")
+    assert other.losses != first.losses
+    assert not same(other.before, first.before), "the adapter is drawn from the seed"
+
+
+def test_dropout_is_drawn_from_the_seed_alone(train: Train) -> None:
+    changes = ["trainer.max_steps=2", "method.dropout=0.5"]
+    first = train(*changes)
+    torch.manual_seed(999)
+    assert same(train(*changes).after, first.after)
+    assert not same(train("trainer.max_steps=2", "method.dropout=0").after, first.after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_trainable_weight_is_trained(method: str, train: Train) -> None:
+    # On all tokens: only those at answers would reach the last layer's experts otherwise.
+    run = train(
+        f"method={method}",
+        "trainer.max_steps=2",
+        "trainer.weight_decay=0",
+        "trainer.batch_size=8",
+        "trainer.loss_on=all",
+    )
+    optimized = {p for group in run.trainer.optimizer.param_groups for p in group["params"]}
+    trainable = {p for p in run.trainer.model.parameters() if p.requires_grad}
+    assert optimized == trainable
+    assert sum(p.numel() for p in optimized) == sum(t.numel() for t in run.before.values())
+    unchanged = [name for name in run.before if torch.equal(run.before[name], run.after[name])]
+    assert not unchanged
+    kinds = {"lora_A", "lora_B"}
+    kinds |= {"lora_router"} if method.startswith("mix") else set()
+    kinds |= {"lora_magnitude"} if method.endswith("dora") else set()
+    assert all(any(kind in name for name in run.before) for kind in kinds)
+    for name, weight in run.before.items():
+        if method.startswith("mix") and ".mlp." in name:
+            # One slice per expert; each saw tokens, so each moved.
+            moved = (run.after[name] - weight).flatten(1).abs().amax(dim=1)
+            assert (moved > 0).all(), name
+
+
+def test_the_base_is_frozen(train: Train) -> None:
+    run = train("trainer.max_steps=2")
+    fresh = train("trainer.max_steps=1")
+    base, other = (
+        {n: p for n, p in r.trainer.model.named_parameters() if not p.requires_grad}
+        for r in (run, fresh)
+    )
+    assert same(base, other)
+    assert all("lora_" in name for name in run.before)
+
+
+def accumulated(train: Train, micro: int, *changes: str) -> Any:
+    return train(
+        "data.train_limit=32",
+        "trainer.batch_size=16",
+        f"trainer.micro_batch_size={micro}",
+        "trainer.max_steps=2",
+        "method.dropout=0",
+        *changes,
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_micro_batches_change_nothing(method: str, train: Train) -> None:
+    """Adam divides by the gradient's own size, so an element whose gradient is rounding error may
+    go either way: the weights are compared where Adam's epsilon does not hide that."""
+    changes = [f"method={method}"]
+    changes += ["method.router_loss_coef=0"] if method == "mixlora" else []
+    runs = [accumulated(train, micro, *changes) for micro in (16, 8, 4)]
+    for run in runs[1:]:
+        assert run.losses == pytest.approx(runs[0].losses, abs=2e-4)
+        assert largest_difference(run.after, runs[0].after) < 1e-5
+
+
+def test_router_loss_counts_once_per_step(train: Train) -> None:
+    """Its gradient does not grow with the number of micro-batches."""
+    runs = [accumulated(train, m, "method.router_loss_coef=1") for m in (16, 4)]
+    for run in runs:
+        assert run.losses[0] == pytest.approx(math.log(1024) + 1, abs=0.3)
+    assert runs[0].losses == pytest.approx(runs[1].losses, abs=0.05)
+
+
+def test_arguments_are_those_of_table_3(tmp_path: Path) -> None:
+    args = training_arguments(compose([]), tmp_path / "trainer", torch.float32)
+    assert args.learning_rate == 2e-4
+    assert args.train_batch_size * args.gradient_accumulation_steps == 16
+    assert args.gradient_accumulation_steps == 2
+    assert args.num_train_epochs == 2
+    assert args.max_steps == -1
+    assert args.weight_decay == 0.01
+    assert args.lr_scheduler_type == "constant"
+    assert args.warmup_steps == 0
+    assert args.max_grad_norm == 0.0
+    assert args.optim in ("adamw_torch", "adamw_torch_fused")
+    assert not args.gradient_checkpointing
+    assert not args.bf16
+    assert not args.fp16
+    assert args.save_strategy == "no"
+    assert not args.report_to
+    changed = compose(
+        [
+            "trainer.max_grad_norm=0.5",
+            "trainer.max_steps=9",
+            "trainer.schedule=cosine",
+            "trainer.warmup_steps=3",
+            "seed=7",
+        ]
+    )
+    args = training_arguments(changed, tmp_path / "trainer", torch.bfloat16)
+    assert (args.max_grad_norm, args.max_steps, args.warmup_steps) == (0.5, 9, 3)
+    assert args.lr_scheduler_type == "cosine"
+    assert (args.seed, args.data_seed) == (7, 7)
+    assert args.bf16
+
+
+def test_optimizer_is_adamw_at_a_constant_rate(train: Train) -> None:
+    run = train("trainer.max_steps=3")
+    optimizer = run.trainer.optimizer
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    assert type(optimizer) is torch.optim.AdamW
+    assert {entry["learning_rate"] for entry in run.summary.curve} == {2e-4}
+    (decayed,) = [g for g in optimizer.param_groups if g["weight_decay"] == 0.01]
+    assert any(p.dim() > 1 for p in decayed["params"])
+
+
+def test_first_step_is_adams(train: Train) -> None:
+    """Without clipping and warm-up, Adam's first step is the learning rate wherever there is a
+    gradient, and B starts at zero."""
+    run = train("trainer.max_steps=1", "method=lora")
+    for name, weight in run.after.items():
+        if "lora_B" in name:
+            assert float(weight.abs().max()) == pytest.approx(2e-4, rel=1e-3)
+
+
+def test_loss_on_all_tokens_or_on_the_answer(train: Train) -> None:
+    """The first step's loss, by hand from the untrained model."""
+    for loss_on in ("answer", "all"):
+        run = train(
+            "method=lora", "trainer.max_steps=1", f"trainer.loss_on={loss_on}", "method.dropout=0"
+        )
+        model = run.trainer.model.unload().eval()
+        batch = list(run.trainer._get_train_sampler())[: run.config.trainer.batch_size]
+        total, tokens = 0.0, 0
+        for example in (run.examples[i] for i in batch):
+            ids = torch.tensor([example.input_ids])
+            with torch.no_grad():
+                likelihoods = model(ids).logits[0, :-1].log_softmax(-1)
+            wanted = -likelihoods.gather(1, ids[0, 1:, None])[:, 0]
+            counted = wanted[-example.answer_length :] if loss_on == "answer" else wanted
+            total, tokens = total + float(counted.sum()), tokens + len(counted)
+        assert run.losses[0] == pytest.approx(total / tokens, abs=2e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_changes_nothing(method: str, train: Train) -> None:
+    changes = [f"method={method}", "trainer.max_steps=3", "method.dropout=0"]
+    plain = train(*changes)
+    recomputed = train(*changes, "trainer.gradient_checkpointing=true")
+    assert recomputed.trainer.model.is_gradient_checkpointing
+    assert recomputed.losses == plain.losses
+    assert largest_difference(recomputed.after, plain.after) < 1e-6
+    assert recomputed.summary.expert_load == plain.summary.expert_load
+
+
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+def test_router_figures_are_logged(method: str, train: Train) -> None:
+    run = train(f"method={method}", "trainer.max_steps=4", "trainer.logging_steps=2")
+    logged = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    for entry in logged:
+        # 1 at perfect balance; a fresh router is near it.
+        assert 0.9 < entry["router_loss"] < 1.5
+        assert 0 < entry["expert_load_std"] < 0.3
+    lines = [json.loads(line) for line in (run.folder / "train_log.jsonl").open()]
+    written = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in written] == [2, 4]
+    for line, entry in zip(written, logged, strict=True):
+        assert line["router_loss"] == entry["router_loss"]
+        assert [len(layer) for layer in line["expert_load"]] == [8, 8]
+        assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in line["expert_load"])
+    load = run.summary.expert_load
+    assert [len(layer) for layer in load] == [8, 8]
+    assert all(sum(layer) == pytest.approx(1) for layer in load)
+    # Every real token of every pass was sent to two experts in each layer.
+    assert run.trainer.expert_counts.sum(-1).tolist() == [2 * run.summary.tokens] * 2
+
+
+def test_counts_since_the_last_log_are_not_lost(train: Train) -> None:
+    run = train("trainer.max_steps=3", "trainer.logging_steps=2")
+    assert run.trainer.expert_counts.sum(-1).tolist() == [2 * run.summary.tokens] * 2
+
+
+def test_plain_lora_logs_no_router(train: Train) -> None:
+    run = train("method=lora", "trainer.max_steps=2")
+    assert run.summary.expert_load is None
+    assert not any("router_loss" in entry for entry in run.summary.curve)
+    text = (run.folder / "train_log.jsonl").read_text()
+    assert "expert_load" not in text
+    assert "router" not in text
+
+
+def test_log_file_starts_anew(train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    for _ in range(2):
+        run = train("method=lora", "trainer.max_steps=2", folder=folder)
+    steps = [json.loads(line)["step"] for line in (run.folder / "train_log.jsonl").open()]
+    assert steps == [1, 2, 2], "two steps and the closing line"
+
+
+@pytest.mark.parametrize("method", ["lora", "mixdora"])
+def test_a_loss_that_is_no_number_is_refused(method: str, train: Train) -> None:
+    with pytest.raises(UserError, match=r"trainer\.learning_rate=1e\+30: the loss became"):
+        train(f"method={method}", "trainer.learning_rate=1e30", "trainer.max_steps=3")
+
+
+def test_batches_come_in_the_order_of_the_sampler(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs, each with an incomplete last batch: what the summary counts is what ran."""
+    seen: list[list[int]] = []
+    original = MixLoraTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["attention_mask"].sum(-1).tolist())
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(MixLoraTrainer, "compute_loss", compute_loss)
+    # 11 examples of different lengths, so that a length tells which example it was.
+    examples = [Example([1, *range(3, 3 + n), 2], 2, "arc_e") for n in range(5, 16)]
+    run = train("method=lora", "trainer.max_steps=null", "trainer.epochs=2", examples=examples)
+    sampler = run.trainer._get_train_sampler()
+    expected = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = [len(examples[i].input_ids) for i in sampler]
+        expected += [order[start : start + 2] for start in range(0, 11, 2)]
+    assert seen == expected
+    assert run.summary.steps == 6
+    assert run.summary.tokens == sum(map(sum, seen))
+
+
+def test_summary(train: Train) -> None:
+    run = train("method=lora", "trainer.max_steps=5")
+    summary = run.summary
+    assert (summary.examples, summary.steps) == (16, 5)
+    assert summary.final_loss == run.losses[-1]
+    assert summary.seconds > 0
+    assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.seconds, rel=0.01)
+    assert summary.peak_memory_bytes > 2**20
+    # Four examples per step, so one epoch and a step more.
+    order = list(run.trainer._get_train_sampler())
+    one_epoch = sum(len(example.input_ids) for example in run.examples)
+    assert (
+        one_epoch
+        < summary.tokens
+        < one_epoch + 4 * max(len(run.examples[i].input_ids) for i in order)
+    )
+    assert json.dumps(dataclasses.asdict(summary))
