@@ -107,7 +107,8 @@ def read_record(path: Path | str) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version={version} is not valid: "
-            f"records of schema_version={SCHEMA_VERSION} are read; run the experiment again with force=true"
+            f"records of schema_version={SCHEMA_VERSION} are read; "
+            "run the experiment again with force=true"
         )
     content = {name: value for name, value in record.items() if name != _HASH}
     if record.get(_HASH) != _content_hash(content):
