@@ -100,6 +100,11 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MixLoraConfig) -> None:
         """Add an adapter: A as PEFT's LoRA draws it, B zero, router N(0, router_init_std)."""
+        if list(self.projection_names.values()) != list(config.feed_forward_targets):
+            raise ValueError(
+                f"feed_forward_targets={config.feed_forward_targets} differ from those of the "
+                f"adapters already there, {list(self.projection_names.values())}"
+            )
         # Anew, since a new adapter may lie where a deleted one of its name lay.
         self._norms = _NormCache()
         self.r[adapter_name] = config.r

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mixlora_exp.adapters import MixLoraConfig
+from mixlora_exp.config import compose
+from mixlora_exp.models import load_model
+
+MODELS = {"llama": "tiny", "gemma": "tiny_gemma"}
+
+
+@cache
+def build_base(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    return load_model(compose([f"model={MODELS[family]}"]).model, dtype, seed=1)
+
+
+def make_base(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return deepcopy(build_base(family, dtype))
+
+
+def make_config(**changes: Any) -> MixLoraConfig:
+    values = {"r": 4, "lora_alpha": 8, "num_experts": 4, "task_type": "CAUSAL_LM", **changes}
+    return MixLoraConfig(**values)
+
+
+def draw_adapters(model: nn.Module, seed: int = 7) -> None:
+    """Give every trainable tensor random values near its own, so that B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * noise.to(parameter.dtype))
+
+
+def make_model(
+    family: str = "llama", dtype: torch.dtype = torch.float32, drawn: bool = True, **changes: Any
+) -> PeftModel:
+    """A tiny model with a MixLoRA adapter (MixDoRA with `use_dora`), B random unless told."""
+    torch.manual_seed(0)
+    model = get_peft_model(make_base(family, dtype), make_config(**changes))
+    if drawn:
+        draw_adapters(model)
+    return model
+
+
+def make_batch(rows: int = 2, seed: int = 3, length: int = 10) -> dict[str, Tensor]:
+    """Random ids; each row but the first ends in padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 1000, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, length - 2 * row :] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture(params=[False, True], ids=["mixlora", "mixdora"])
+def dora(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=list(MODELS))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def base_of() -> Callable[..., PreTrainedModel]:
+    return make_base
+
+
+@pytest.fixture
+def config_of() -> Callable[..., MixLoraConfig]:
+    return make_config
+
+
+@pytest.fixture
+def model_of() -> Callable[..., PeftModel]:
+    return make_model
+
+
+@pytest.fixture
+def draw() -> Callable[..., None]:
+    return draw_adapters
+
+
+@pytest.fixture
+def batch_of() -> Callable[..., dict[str, Tensor]]:
+    return make_batch
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    return make_batch()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models run faster, and to the same bit, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

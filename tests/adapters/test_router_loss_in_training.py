@@ -1,0 +1,233 @@
+"""The router loss beside the model's own, gradient checkpointing, and the norms of MixDoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixlora_exp.adapters import layer as layer_module
+
+COEFFICIENT = 0.5
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_loss_is_the_models_own_plus_the_router_loss(model_of, batch, family, dora) -> None:
+    model = model_of(family, use_dora=dora, router_loss_coef=COEFFICIENT)
+    own = model.eval()(**batch)
+    assert "aux_loss" not in own
+    output = model.train()(**batch)
+    report = model.base_model.router_report
+    assert torch.equal(output["aux_loss"], report.loss)
+    assert output["aux_loss"].item() > 1.0 - 1e-3
+    torch.testing.assert_close(output.loss, own.loss + COEFFICIENT * report.loss)
+    as_tuple = model(**batch, return_dict=False)
+    torch.testing.assert_close(as_tuple[0], output.loss)
+
+
+def test_router_loss_without_labels_stands_alone(model_of, batch) -> None:
+    model = model_of().train()
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert output.loss is None
+    assert output["aux_loss"].requires_grad
+
+
+@pytest.mark.parametrize("kind", ["argmax", "topk"])
+@pytest.mark.parametrize("pooling", ["layer", "all"])
+def test_report_is_eq_8_over_real_tokens(model_of, batch, kind, pooling) -> None:
+    model = model_of(router_loss=kind, router_loss_pooling=pooling).eval()
+    model(**batch)
+    real = batch["attention_mask"].flatten().bool()
+    layers = [block.routing for block in model.base_model.feed_forwards()]
+    shares, masses, counts = [], [], []
+    for routing in layers:
+        chosen = torch.nn.functional.one_hot(routing.experts[real], 4).float()
+        counts.append(chosen.sum(dim=(0, 1)))
+        shares.append((chosen if kind == "topk" else chosen[:, :1]).sum(dim=1).mean(dim=0))
+        masses.append(routing.probabilities[real].mean(dim=0))
+    share, mass = torch.stack(shares), torch.stack(masses)
+    if pooling == "all":
+        expected = 4 * (share.mean(dim=0) * mass.mean(dim=0)).sum()
+    else:
+        expected = torch.stack([4 * (f * p).sum() for f, p in zip(share, mass, strict=True)]).mean()
+    report = model.base_model.router_report
+    torch.testing.assert_close(report.loss, expected)
+    torch.testing.assert_close(report.counts, torch.stack(counts))
+
+
+def test_padding_does_not_change_the_router_loss(model_of, batch_of) -> None:
+    model = model_of().train()
+    batch = batch_of(rows=1)
+    plain = model(**batch)
+    wider = {
+        key: torch.nn.functional.pad(value, (0, 5), value=-100 if key == "labels" else 0)
+        for key, value in batch.items()
+    }
+    padded = model(**wider)
+    torch.testing.assert_close(padded["aux_loss"], plain["aux_loss"])
+    torch.testing.assert_close(padded.loss, plain.loss)
+
+
+def test_router_loss_counts_once_per_optimizer_step(model_of, batch_of, dora) -> None:
+    """Each micro-batch adds its share of the step's label tokens, in loss and gradient."""
+    model = model_of(use_dora=dora, router_loss_coef=COEFFICIENT).train()
+    batches = [batch_of(rows=1, seed=1), batch_of(rows=3, seed=2), batch_of(rows=2, seed=4)]
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    assert len(set(tokens)) == 3
+    items = torch.tensor(sum(tokens))
+    total = 0.0
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=items).loss
+        loss.backward()
+        total += loss.item()
+    summed = gradients(model)
+    model.zero_grad()
+    expected = 0.0
+    for batch, count in zip(batches, tokens, strict=True):
+        loss = model(**batch).loss * count / sum(tokens)
+        loss.backward()
+        expected += loss.item()
+    assert total == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about names of methods
+def test_checkpointing_gives_the_same_loss_and_gradients(model_of, batch, family, dora) -> None:
+    """With dropout, whose masks are drawn again; the router loss reaches through it too."""
+    results = []
+    for checkpointed in (False, True):
+        model = model_of(
+            family, use_dora=dora, lora_dropout=0.2, router_loss_coef=COEFFICIENT
+        ).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(4)
+        passes = 0
+
+        def count(*_) -> None:
+            nonlocal passes
+            passes += 1
+
+        model.base_model.feed_forwards()[0].register_forward_pre_hook(count)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        assert passes == 1 + checkpointed
+        results.append((loss.item(), gradients(model)))
+    (plain, expected), (loss, found) = results
+    assert loss == plain
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.fixture
+def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each computation of the norms: "expert", and "frozen" for ||W||^2."""
+    calls: list[str] = []
+    for name, label in (("dora_norms", "expert"), ("squared_row_norms", "frozen")):
+        real = getattr(layer_module, name)
+
+        def counted(*args, real=real, label=label):
+            calls.append(label)
+            return real(*args)
+
+        monkeypatch.setattr(layer_module, name, counted)
+    return calls
+
+
+def norms_by_hand(block) -> dict[str, torch.Tensor]:
+    found = {}
+    for role in ("gate", "up", "down"):
+        weight = getattr(block.base_layer, f"{role}_proj").weight
+        a, b = (getattr(block, f"lora_{part}_{role}")["default"] for part in "AB")
+        full = weight + block.scaling["default"] * b @ a
+        found[role] = full.detach().double().norm(dim=-1).float()
+    return found
+
+
+def check_norms(model) -> None:
+    for block in model.base_model.feed_forwards():
+        frozen = block.block("default")
+        for role, expected in norms_by_hand(block).items():
+            torch.testing.assert_close(getattr(frozen, role).experts.norm, expected)
+
+
+def test_norms_follow_the_optimizer_and_only_it(model_of, batch, norm_calls) -> None:
+    model = model_of(use_dora=True).train()
+    norm_calls.clear()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(3):
+        for _ in range(2):  # two micro-batches
+            model(**batch).loss.backward()
+        # Two layers, three projections; ||W||^2 in the first step alone.
+        assert norm_calls.count("expert") == 6 * (step + 1)
+        assert norm_calls.count("frozen") == 6
+        check_norms(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    for _ in range(3):
+        with torch.no_grad():
+            model(**batch)
+    assert norm_calls.count("expert") == 6 * 4
+    check_norms(model)
+
+
+def test_norms_follow_a_load(model_of, batch, norm_calls) -> None:
+    """Of values into the tensors that are there, as `load_state_dict` does it."""
+    model = model_of(use_dora=True).eval()
+    with torch.no_grad():
+        model(**batch)
+        state = {name: value * 2 for name, value in model.state_dict().items() if "lora_" in name}
+        norm_calls.clear()
+        model.load_state_dict(state, strict=False)
+        model(**batch)
+    assert norm_calls.count("expert") == 6
+    check_norms(model)
+
+
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        pytest.param(torch.no_grad, id="no_grad"),
+        pytest.param(torch.inference_mode, id="inference_mode, whose tensors autograd refuses"),
+    ],
+)
+def test_scoring_first_does_not_change_training(model_of, batch, dora, scoring) -> None:
+    found = []
+    for scored in (False, True):
+        model = model_of(use_dora=dora)
+        if scored:
+            with scoring():
+                model.eval()(**batch)
+        loss = model.train()(**batch).loss
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    assert found[0][0] == found[1][0]
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+
+
+def test_model_built_in_inference_mode_can_score(model_of, batch) -> None:
+    """Its tensors have no version, so norms cannot be kept."""
+    expected = model_of(use_dora=True).eval()(**batch).logits
+    with torch.inference_mode():
+        model = model_of(use_dora=True).eval()
+        for _ in range(2):
+            torch.testing.assert_close(model(**batch).logits, expected.detach())
+
+
+def test_training_lowers_the_loss(model_of, batch, family, dora) -> None:
+    model = model_of(family, drawn=False, use_dora=dora).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
