@@ -31,8 +31,8 @@ from mixlora_exp.results.record import (
     write_json,
     write_jsonl,
 )
-from mixlora_exp.results.show import print_record, say
-from mixlora_exp.runtime import autocast, hardware_names, resolve_device, resolve_dtype
+from mixlora_exp.results.show import be_quiet, print_record, say
+from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
 from mixlora_exp.tasks.base import Item
 from mixlora_exp.training import TrainSummary, fit
 
@@ -46,11 +46,14 @@ def run(config: Config) -> Path | None:
     """Carry out `config`; returns the path of its record, None for a dry run.
 
     A finished run of the same fingerprint is not repeated unless `force` is set. The record is
-    written last, so a folder without one holds no result.
+    written last, so a folder without one holds no result. Started by torchrun or accelerate, all
+    processes train and the first one does the rest.
 
     Raises:
         UserError: something that the user can mend; nothing is recorded.
     """
+    first = processes().is_main_process
+    be_quiet(not first)
     if config.dry_run:
         print_plan(config)
         return None
@@ -61,9 +64,13 @@ def run(config: Config) -> Path | None:
     if record_path.exists() and not config.force:
         return _finished(record_path, _data_entry(splits))
     _make_folder(folder)
-    record_path.unlink(missing_ok=True)
+    processes().wait_for_everyone()
+    if first:
+        record_path.unlink(missing_ok=True)
     say(f"Run {folder.name}")
     record = _carry_out(config, folder, splits)
+    if not first:
+        return None
     write_json(record_path, finish_record(record))
     print_record(record)
     say(f"Record: {record_path}")
@@ -129,6 +136,8 @@ def _carry_out(config: Config, folder: Path, splits: Splits) -> dict[str, Any]:
     model: torch.nn.Module = base
     if isinstance(config.method, LoraMethodConfig):
         summary, adapter = _train(config, folder, base, tokenizer, splits, dtype)
+        if not processes().is_main_process:
+            return {}
         say(f"Scoring the adapter loaded back from {adapter}")
         model = load_adapter(base, adapter, config.kernel)
     after = _score(config, model, tokenizer, tests, dtype)
@@ -184,7 +193,8 @@ def _train(
     say(f"Training {config.method.name} on {len(examples)} examples")
     summary = fit(config, model, tokenizer, examples, folder / "trainer", dtype)
     adapter = folder / "adapter"
-    save_adapter(model, adapter)
+    if processes().is_main_process:
+        save_adapter(model, adapter)
     model.unload()
     return summary, adapter
 

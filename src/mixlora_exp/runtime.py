@@ -7,15 +7,29 @@ import sys
 from contextlib import AbstractContextManager
 
 import torch
+from accelerate import PartialState
 
 from mixlora_exp.config.schema import Precision
 
-__all__ = ["autocast", "hardware_names", "peak_memory_bytes", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "autocast",
+    "hardware_names",
+    "peak_memory_bytes",
+    "processes",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+
+def processes() -> PartialState:
+    """accelerate's view of the processes that torchrun or `accelerate launch` started: how many,
+    which this one is, and its device."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def resolve_device() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's CUDA device if there is one, else the CPU."""
+    return processes().device
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import squared_row_norms
 
 __all__ = ["attach_adapter", "load_adapter", "peft_config", "save_adapter"]
 
@@ -56,8 +58,22 @@ def attach_adapter(
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
+    _exact_magnitudes(adapted)
     set_kernel(adapted, kernel.name.value)
     return adapted
+
+
+@torch.no_grad()
+def _exact_magnitudes(model: PeftModel) -> None:
+    """Set the magnitudes of PEFT's own DoRA layers to the row norms of W in float32.
+
+    On a bf16 base PEFT rounds them to bf16, and a fresh adapter is not the base model then.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for magnitude in module.lora_magnitude_vector.values():
+                norms = squared_row_norms(module.get_base_layer().weight).sqrt()
+                magnitude.weight.copy_(norms)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -28,10 +28,11 @@ ROLES = ("gate", "up", "down")
 
 
 class _NormCache:
-    """A value that is computed again only when one of the tensors it came from has changed.
+    """Row norms that are kept while nothing they come from can have changed.
 
-    An optimizer step or a load raises a tensor's version; between two steps, over micro-batches
-    and in evaluation, the norms of DoRA are constants.
+    Versions tell a change by a load or by hand, but not one by every optimizer (fused AdamW writes
+    past them), so the layer keeps norms in evaluation mode only and forgets them on `train()` and
+    `eval()`. The frozen weight's own norms stay.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,9 @@ class _NormCache:
             if entry is None or entry[0] != state:
                 entry = self._entries[key] = (state, compute())
             return entry[1]
+
+    def forget_adapters(self) -> None:
+        self._entries = {key: entry for key, entry in self._entries.items() if not key[1]}
 
 
 class MixLoraFeedForward(nn.Module, BaseTunerLayer):
@@ -90,6 +94,10 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         self.routing: Routing | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    def train(self, mode: bool = True) -> MixLoraFeedForward:
+        self._norms.forget_adapters()
+        return super().train(mode)
 
     @property
     def in_features(self) -> int:
@@ -157,11 +165,14 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         if not self.use_dora[adapter]:
             return Projection(weight, Experts(a, b, scaling))
         squared = self._norms.get((role, ""), (weight,), lambda: squared_row_norms(weight.detach()))
-        norm = self._norms.get(
-            (role, adapter),
-            (weight, a, b),
-            lambda: dora_norms(weight, squared, a, b, scaling),
-        )
+        if self.training:
+            norm = dora_norms(weight, squared, a, b, scaling)
+        else:
+            norm = self._norms.get(
+                (role, adapter),
+                (weight, a, b),
+                lambda: dora_norms(weight, squared, a, b, scaling),
+            )
         magnitude = getattr(self, f"lora_magnitude_{role}")[adapter]
         return Projection(weight, Experts(a, b, scaling, magnitude, norm))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.layer import MixLoraFeedForward
@@ -124,8 +125,10 @@ class MixLoraModel(LoraModel):
             return output
         config = self.peft_config[self.active_adapters[0]]
         term = config.router_loss_coef * report.loss
-        with suppress(TypeError):
-            output["aux_loss"] = report.loss
+        if isinstance(output, CausalLMOutputWithPast):
+            # transformers' own output class with an `aux_loss`: an extra key on another class is
+            # lost or refused where outputs are rebuilt (DistributedDataParallel does so).
+            output = MoeCausalLMOutputWithPast(**output, aux_loss=report.loss)
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
         if labels is None:
             return output

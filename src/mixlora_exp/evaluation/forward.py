@@ -13,6 +13,8 @@ from mixlora_exp.data.collator import pad_left
 
 __all__ = ["Scorer", "batches"]
 
+HEAD_CHUNK = 2**14
+
 
 def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of like length whose padded size stays within `batch_tokens`.
@@ -29,6 +31,22 @@ def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> I
         batch.append(i)
     if batch:
         yield batch
+
+
+def _full_precision_head(
+    module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor | None:
+    """Forward hook of the output projection: its product again, in float32.
+
+    In bf16 a logit near 24 is a multiple of 1/8, and the first of several tied answers would win.
+    """
+    if module.weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    hidden = args[0].float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        # In chunks, for a whole vocabulary in float32 may not fit beside the model.
+        parts = [hidden @ part.float().T for part in module.weight.split(HEAD_CHUNK)]
+    return torch.cat(parts, dim=-1)
 
 
 class Scorer:
@@ -52,16 +70,34 @@ class Scorer:
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> Tensor:
         """Logits of the last `keep` positions of each row, (rows, keep, vocabulary), float32."""
         batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
-        with self.autocast:
-            length = batch["input_ids"].shape[1]
-            # Column numbers, for the reason given in `Collator`.
-            kept = torch.arange(length - keep, length, device=self.device)
-            output = self.model(**batch, logits_to_keep=kept, use_cache=False)
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_hook(_full_precision_head)
+        try:
+            with self.autocast:
+                length = batch["input_ids"].shape[1]
+                # Column numbers, for the reason given in `Collator`.
+                kept = torch.arange(length - keep, length, device=self.device)
+                output = self.model(**batch, logits_to_keep=kept, use_cache=False)
+        finally:
+            hook.remove()
         report = getattr(getattr(self.model, "base_model", None), "router_report", None)
         if report is not None:
             counts = report.counts.double()
             self._counts = counts if self._counts is None else self._counts + counts
         return output.logits[:, -keep:].float()
+
+    def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
+        """Of the last pass: per row, the experts of its real tokens, layer by layer, (tokens, K);
+        empty without experts."""
+        layers = [
+            module.routing.experts.view(len(lengths), -1, module.routing.experts.shape[-1])
+            for module in self.model.modules()
+            if getattr(module, "routing", None) is not None
+        ]
+        return [
+            [layer[row, layer.shape[1] - length :] for layer in layers]
+            for row, length in enumerate(lengths)
+        ]
 
     def take_expert_load(self) -> list[list[float]] | None:
         """Share of (token, slot) pairs per layer and expert since the last call; None without
@@ -70,15 +106,3 @@ class Scorer:
         if counts is None:
             return None
         return (counts / counts.sum(dim=-1, keepdim=True)).tolist()
-
-    def smallest_router_gap(self) -> float:
-        """Of the last pass: the least difference, over layers and tokens, between the router logits
-        of the last expert chosen and the first one left out; infinite without a choice."""
-        gap = float("inf")
-        for module in self.model.modules():
-            routing = getattr(module, "routing", None)
-            if routing is None or routing.experts.shape[-1] == routing.logits.shape[-1]:
-                continue
-            top = routing.logits.topk(routing.experts.shape[-1] + 1, dim=-1).values
-            gap = min(gap, float((top[:, -2] - top[:, -1]).min()))
-        return gap

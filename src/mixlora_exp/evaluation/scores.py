@@ -35,6 +35,7 @@ class TaskScore:
     `majority_class` is the accuracy of always giving the most frequent answer, `chance` that of
     guessing among each item's options. `expert_load` (layers, E): share of the (token, slot) pairs
     that each expert got while the task was scored. `shortened`: items whose context was cut.
+    `tied`: items whose best score is that of several options (the first of them is the answer).
     """
 
     task: str
@@ -46,6 +47,7 @@ class TaskScore:
     majority_class: float
     chance: float
     gold_log_likelihood: float
+    tied: int
     shortened: int
     seconds: float
     expert_load: list[list[float]] | None = None
@@ -83,6 +85,7 @@ def summarize(
         accuracy_normalized=normalized,
         majority_class=answers.most_common(1)[0][1] / n,
         chance=sum(1 / len(item.options) for item in items) / n,
+        tied=sum(s.scores.count(max(s.scores)) > 1 for s in scores),
         gold_log_likelihood=sum(s.gold_log_likelihood for s in scores) / n,
         items=list(scores),
         **rest,

@@ -9,9 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_record", "say", "scores_table"]
+__all__ = ["be_quiet", "print_record", "say", "scores_table"]
 
 console = Console(soft_wrap=True, highlight=False)
+
+
+def be_quiet(quiet: bool) -> None:
+    """Say nothing from now on, or speak again: of several processes one speaks."""
+    console.quiet = quiet
 
 
 def say(message: str) -> None:
@@ -49,7 +54,9 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
         table.add_column(f"{label}\nafter" if before else label, justify="right")
     for name in ("std.\nerror", "majority\nclass", "chance", "n"):
         table.add_column(name, justify="right")
-    table.add_column("expert load, % of slots")
+    has_experts = any(s["expert_load"] is not None for s in scores)
+    if has_experts:
+        table.add_column("expert load, % of slots")
 
     def add(label: str, rows: list[Mapping[str, Any]], tail: list[str]) -> None:
         cells = [label]
@@ -62,11 +69,13 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
 
     for s in scores:
         tail = [_percent(s[k]) for k in ("stderr", "majority_class", "chance")]
-        add(s["task"], [s], [*tail, str(s["n"]), _load_text(s["expert_load"])])
+        tail.append(str(s["n"]))
+        add(s["task"], [s], [*tail, _load_text(s["expert_load"])] if has_experts else tail)
     if len(scores) > 1:
         table.add_section()
         tail = ["", *(_percent(mean(s[k] for s in scores)) for k in ("majority_class", "chance"))]
-        add("average", scores, [*tail, str(sum(s["n"] for s in scores)), ""])
+        tail.append(str(sum(s["n"] for s in scores)))
+        add("average", scores, tail)
     return table
 
 

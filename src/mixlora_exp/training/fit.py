@@ -17,7 +17,7 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
-from mixlora_exp.runtime import peak_memory_bytes, resolve_device
+from mixlora_exp.runtime import peak_memory_bytes, processes, resolve_device
 from mixlora_exp.training.progress import LogFile, progress_callback
 from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -52,15 +52,25 @@ class TrainSummary:
 
 
 def training_arguments(config: Config, folder: Path, dtype: torch.dtype) -> TrainingArguments:
-    """Table 3's values and what the paper leaves open, in the Trainer's words."""
+    """Table 3's values and what the paper leaves open, in the Trainer's words.
+
+    Raises:
+        UserError: `batch_size` cannot be shared out evenly over the processes.
+    """
     trainer = config.trainer
+    count = processes().num_processes
+    if trainer.batch_size % (trainer.micro_batch_size * count):
+        raise UserError(
+            f"trainer.micro_batch_size={trainer.micro_batch_size} on {count} processes does "
+            f"not divide trainer.batch_size={trainer.batch_size}: choose a smaller one"
+        )
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=trainer.micro_batch_size,
-        gradient_accumulation_steps=trainer.accumulation_steps,
+        gradient_accumulation_steps=trainer.accumulation_steps // count,
         learning_rate=trainer.learning_rate,
         weight_decay=trainer.weight_decay,
-        lr_scheduler_type=trainer.schedule,
+        lr_scheduler_type=_schedule(config),
         warmup_steps=trainer.warmup_steps,
         # 0 is the Trainer's word for no clipping.
         max_grad_norm=trainer.max_grad_norm or 0.0,
@@ -82,6 +92,12 @@ def training_arguments(config: Config, folder: Path, dtype: torch.dtype) -> Trai
     )
 
 
+def _schedule(config: Config) -> str:
+    # The Trainer's "constant" takes no notice of warm-up steps.
+    warms_up = config.trainer.schedule == "constant" and config.trainer.warmup_steps > 0
+    return "constant_with_warmup" if warms_up else config.trainer.schedule
+
+
 def fit(
     config: Config,
     model: PeftModel,
@@ -95,9 +111,13 @@ def fit(
     Raises:
         UserError: the loss is not a finite number at the end.
     """
+    arguments = training_arguments(config, folder, dtype)
+    # Several visible GPUs without torchrun would be used through nn.DataParallel, which multiplies
+    # the batch and cannot split `logits_to_keep`.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = MixLoraTrainer(
         model=model,
-        args=training_arguments(config, folder, dtype),
+        args=arguments,
         train_dataset=list(examples),
         data_collator=Collator(tokenizer.pad_token_id, config.trainer.loss_on),
         sampler_seed=config.seed,
@@ -121,6 +141,8 @@ def fit(
     steps = trainer.state.global_step
     tokens = _tokens_seen(trainer, examples, steps, config)
     load = trainer.expert_counts
+    if load is not None:
+        load = trainer.accelerator.reduce(load)
     return TrainSummary(
         examples=len(examples),
         shortened=sum(example.shortened for example in examples),

@@ -31,7 +31,9 @@ class MixLoraTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> BucketSampler:
         examples = train_dataset if train_dataset is not None else self.train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # accelerate deals micro-batches out to the processes in turn.
+        micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
+        batch = self.args.train_batch_size * micro_batches
         lengths = [len(example.input_ids) for example in examples]
         return BucketSampler(lengths, batch, self._sampler_seed)
 
