@@ -117,6 +117,10 @@ def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
         if isinstance(job.return_value, UserError):
             raise job.return_value
         return 0
+    # Imported late, so that a mistake on the command line is told before torch is loaded.
+    from mixlora_exp.inputs import check_inputs
+
+    check_inputs([cell.config for cell in plan.cells])
     overrides = [*overrides, "hydra.mode=MULTIRUN"]
     if not plan.expanded:
         session.multirun(config_name=name, task_function=run_one, overrides=overrides)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.config import Config, fingerprint, run_name, to_dict
-from mixlora_exp.config.schema import LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.data.encoding import encode_examples
-from mixlora_exp.data.sources import LoadedSplit, limit_items, load_split
+from mixlora_exp.data.sources import limit_items
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import Scorer, TaskScore, score_task
-from mixlora_exp.kernels import resolve_kernel
+from mixlora_exp.evaluation import Scorer, TaskScore, check_task, score_task
+from mixlora_exp.inputs import Inputs, differences, gather_inputs, resolve_config
 from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.planning import parameters_entry, print_plan
 from mixlora_exp.results.record import (
@@ -42,33 +43,41 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = "record.json"
 
 
+@dataclass(slots=True)
+class _Run:
+    """What the steps of a run share."""
+
+    config: Config
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    tests: dict[str, list[Item]]
+    dtype: torch.dtype
+
+
 def run(config: Config) -> Path | None:
     """Carry out `config`; returns the path of its record, None for a dry run.
 
-    A finished run of the same fingerprint is not repeated unless `force` is set. The record is
-    written last, so a folder without one holds no result. Started by torchrun or accelerate, all
-    processes train and the first one does the rest.
+    A finished run of the same fingerprint on the same inputs is not repeated unless `force` is
+    set. The record is written last, so a folder without one holds no result. Started by torchrun or
+    accelerate, all processes train and the first one does the rest.
 
     Raises:
         UserError: something that the user can mend; nothing is recorded.
     """
     first = processes().is_main_process
     be_quiet(not first)
+    config = resolve_config(config)
     if config.dry_run:
         print_plan(config)
         return None
-    folder = Path(config.output_dir) / run_name(config)
+    folder = Path(config.output_dir).expanduser() / run_name(config)
     record_path = folder / RECORD
-    # Data first: its mistakes are the commonest and the quickest to find.
-    splits = _load_data(config)
+    # Inputs first: their mistakes are the commonest and the quickest to find.
+    inputs = gather_inputs(config)
     if record_path.exists() and not config.force:
-        return _finished(record_path, _data_entry(splits))
-    _make_folder(folder)
-    processes().wait_for_everyone()
-    if first:
-        record_path.unlink(missing_ok=True)
+        return _finished(record_path, inputs)
     say(f"Run {folder.name}")
-    record = _carry_out(config, folder, splits)
+    record = _carry_out(config, folder, inputs)
     if not first:
         return None
     write_json(record_path, finish_record(record))
@@ -77,81 +86,79 @@ def run(config: Config) -> Path | None:
     return record_path
 
 
-def _make_folder(folder: Path) -> None:
+def _finished(path: Path, inputs: Inputs) -> Path:
+    """Show a finished run, if its inputs were those of now."""
+    record = read_record(path)
+    changed = differences(inputs.identity, record)
+    if changed:
+        raise UserError(
+            f"{path} is a finished run of the same settings on other inputs "
+            f"({', '.join(changed)} differ): choose another output_dir, or force=true to replace it"
+        )
+    print_record(record)
+    say(f"Already finished: {path}. force=true runs it again.")
+    return path
+
+
+def _start_folder(folder: Path) -> None:
+    """Make the run's folder; from here on it holds no finished run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"output_dir={folder.parent}: cannot be written ({error.strerror}); choose another"
         ) from error
 
 
-Splits = dict[tuple[str, str], LoadedSplit]
-
-
-def _data_entry(splits: Splits) -> dict[str, list[dict[str, Any]]]:
-    """The files that were read, as they stand in a record."""
-    return {
-        f"{task}/{split}": [dataclasses.asdict(file) for file in loaded.files]
-        for (task, split), loaded in splits.items()
-    }
-
-
-def _finished(path: Path, data: dict[str, list[dict[str, Any]]]) -> Path:
-    """Show a finished run, if it read the same data as would be read now."""
-    record = read_record(path)
-    for split, files in data.items():
-        hashes = [file["sha256"] for file in files]
-        if [file["sha256"] for file in record["data"].get(split, [])] != hashes:
-            raise UserError(
-                f"{path} is a finished run of the same settings on other data ({split} differs): "
-                "choose another output_dir, or force=true to replace it"
-            )
-    print_record(record)
-    say(f"Already finished: {path}. force=true runs it again.")
-    return path
-
-
-def _carry_out(config: Config, folder: Path, splits: Splits) -> dict[str, Any]:
+def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
     started = time.time()
     # Now, not at the end: the code that runs is the code of this moment.
     origin = provenance(ROOT, hardware_names())
     device = resolve_device()
     dtype = resolve_dtype(config.trainer.precision, device)
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
+    limit, seed = config.evaluation.limit, config.data.seed
+    this = _Run(
+        config,
+        folder,
+        load_tokenizer(config.model),
+        {t: limit_items(inputs.splits[t, "test"].items, limit, seed) for t in config.task.evaluate},
+        dtype,
+    )
+    for protocol in config.evaluation.protocols:
+        for items in this.tests.values():
+            check_task(protocol, this.tokenizer, items, config.data)
     base = load_model(config.model, dtype, config.seed).to(device)
     if device.type == "cpu":
         # On short sequences a CPU runs plain attention 2 to 3 times faster than the fused one.
         base.set_attn_implementation("eager")
-    identity = identify(config.model, base)
-    tests = {
-        task: limit_items(splits[task, "test"].items, config.evaluation.limit, config.data.seed)
-        for task in config.task.evaluate
-    }
-    before, summary, adapter = None, None, None
-    if config.evaluation.before_training:
+    identity = {**inputs.identity, "model": identify(config.model, base)}
+    if processes().is_main_process:
+        _start_folder(folder)
+    processes().wait_for_everyone()
+    before, summary, adapter = None, None, config.adapter
+    if config.evaluation.before_training and processes().is_main_process:
         say("Scoring the base model")
-        before = _score(config, base, tokenizer, tests, dtype)
-    model: torch.nn.Module = base
+        before = _score(this, base)
     if isinstance(config.method, LoraMethodConfig):
-        summary, adapter = _train(config, folder, base, tokenizer, splits, dtype)
+        summary = _train(this, base, inputs)
+        adapter = str(folder / "adapter")
         if not processes().is_main_process:
             return {}
+    model: torch.nn.Module = base
+    if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
-        model = load_adapter(base, adapter, config.kernel)
-    after = _score(config, model, tokenizer, tests, dtype)
+        model = load_adapter(base, Path(adapter).expanduser(), config.kernel)
+    after = _score(this, model)
     predictions = _write_predictions(folder, after)
     return {
         "name": folder.name,
         "fingerprint": fingerprint(config),
         "status": "finished",
         "config": to_dict(config),
-        "model": identity,
-        "kernel": _kernel(config),
-        "dtype": str(dtype).removeprefix("torch."),
+        **identity,
         "attention": base.config._attn_implementation,
-        "data": _data_entry(splits),
         "parameters": parameters_entry(config),
         "train": None if summary is None else dataclasses.asdict(summary),
         "scores": [_score_entry(score) for score in after],
@@ -162,58 +169,32 @@ def _carry_out(config: Config, folder: Path, splits: Splits) -> dict[str, Any]:
     }
 
 
-def _kernel(config: Config) -> str | None:
-    if isinstance(config.method, MixLoraMethodConfig):
-        return resolve_kernel(config.kernel.name.value)
-    return "peft" if isinstance(config.method, LoraMethodConfig) else None
-
-
-def _load_data(config: Config) -> Splits:
-    wanted = [(task, "test") for task in config.task.evaluate]
-    if isinstance(config.method, LoraMethodConfig):
-        wanted = [(task, "train") for task in config.task.train] + wanted
-    return {(task, split): load_split(config.data, task, split) for task, split in wanted}
-
-
-def _train(
-    config: Config,
-    folder: Path,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Splits,
-    dtype: torch.dtype,
-) -> tuple[TrainSummary, Path]:
-    """Train an adapter on `base`, save it and take it off again."""
+def _train(this: _Run, base: PreTrainedModel, inputs: Inputs) -> TrainSummary:
+    """Train an adapter on `base`, save it to the run's folder and take it off again."""
+    config = this.config
     items: list[Item] = []
     for task in config.task.train:
-        loaded = splits[task, "train"].items
+        loaded = inputs.splits[task, "train"].items
         items += limit_items(loaded, config.data.train_limit, config.data.seed)
-    examples = encode_examples(tokenizer, items, config.data)
+    examples = encode_examples(this.tokenizer, items, config.data)
     model = attach_adapter(base, config.method, config.kernel, config.seed)
     say(f"Training {config.method.name} on {len(examples)} examples")
-    summary = fit(config, model, tokenizer, examples, folder / "trainer", dtype)
-    adapter = folder / "adapter"
+    summary = fit(config, model, this.tokenizer, examples, this.folder, this.dtype)
     if processes().is_main_process:
-        save_adapter(model, adapter)
+        save_adapter(model, this.folder / "adapter")
     model.unload()
-    return summary, adapter
+    return summary
 
 
-def _score(
-    config: Config,
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tests: dict[str, list[Item]],
-    dtype: torch.dtype,
-) -> list[TaskScore]:
-    scores = []
+def _score(this: _Run, model: torch.nn.Module) -> list[TaskScore]:
+    config, scores = this.config, []
+    context = autocast(next(model.parameters()).device, this.dtype)
     for protocol in config.evaluation.protocols:
-        for task, items in tests.items():
-            device = next(model.parameters()).device
-            scorer = Scorer(
-                model, tokenizer, autocast(device, dtype), config.evaluation.batch_tokens
+        for task, items in this.tests.items():
+            scorer = Scorer(model, this.tokenizer, context, config.evaluation.batch_tokens)
+            score = score_task(
+                protocol, scorer, this.tokenizer, items, config.data, config.evaluation
             )
-            score = score_task(protocol, scorer, tokenizer, items, config.data, config.evaluation)
             say(f"  {protocol.value} {task}: {score.accuracy:.3f} of {score.n}")
             scores.append(score)
     return scores

@@ -12,6 +12,7 @@ from mixlora_exp.config.schema import (
     AnswerForm,
     DataSource,
     LoraMethodConfig,
+    LossOn,
     MethodConfig,
     MixLoraMethodConfig,
     ModelConfig,
@@ -28,6 +29,7 @@ CHARACTERS = {
     "arc_e": (269, 157), "arc_c": (307, 179), "boolq": (694, 694), "obqa": (181, 103),
     "piqa": (284, 168), "siqa": (218, 144), "hellaswag": (465, 190), "winogrande": (175, 163),
 }  # fmt: skip
+BOOLQ_PASSAGE = 576
 CHARACTERS_PER_TOKEN = 4.0
 
 
@@ -144,6 +146,8 @@ def _tokens(config: Config, rows: dict[str, int], items: dict[str, list]) -> tup
     for task, n in rows.items():
         for form in config.data.forms:
             characters = CHARACTERS[task][0 if form is AnswerForm.label else 1]
+            if task == "boolq" and not config.data.boolq_passage:
+                characters -= BOOLQ_PASSAGE
             total += n * min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
     return round(total), False
 
@@ -159,6 +163,7 @@ def _memory(config: Config, parameters: Parameters, longest: int) -> dict[str, i
     """An estimate in bytes, not a measurement: frozen weights, the float32 adapter with gradient
     and AdamW's two moments, and activations that plain autograd keeps for one micro-batch."""
     model, method = config.model, config.method
+    # `auto` is taken for bf16, since a plan is often made for another machine.
     width = 4 if config.trainer.precision is Precision.float32 else 2
     if not isinstance(method, LoraMethodConfig):
         return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
@@ -171,7 +176,12 @@ def _memory(config: Config, parameters: Parameters, longest: int) -> dict[str, i
         elements += attention + model.hidden_size + 3 * slots * model.intermediate_size
     layers = 1 if config.trainer.gradient_checkpointing else model.depth
     tokens = config.trainer.micro_batch_size * longest
-    logits = config.trainer.micro_batch_size * 4 * model.vocab_size * 4
+    if config.trainer.gradient_checkpointing:
+        # The input of each layer is kept.
+        elements += model.depth * model.hidden_size
+    # Logits in float32 and their gradient, at the answer's few positions or at all.
+    kept = longest if config.trainer.loss_on is LossOn.all else 4
+    logits = config.trainer.micro_batch_size * kept * model.vocab_size * 8
     return {
         "weights": parameters.base * width,
         "adapter_and_optimizer": parameters.trainable * 16,

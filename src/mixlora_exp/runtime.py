@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -16,9 +17,12 @@ __all__ = [
     "hardware_names",
     "peak_memory_bytes",
     "processes",
+    "reset_peak_memory",
     "resolve_device",
     "resolve_dtype",
 ]
+
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def processes() -> PartialState:
@@ -53,10 +57,23 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` count from here (on a CPU: where Linux lets it)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            CLEAR_REFS.write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on the GPU, or resident of this process on a CPU."""
+    """Peak memory since the reset: allocated on the GPU, or resident of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

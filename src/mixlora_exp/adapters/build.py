@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,13 +51,19 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
     )
 
 
+@contextmanager
+def _peft_warnings_held_back() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers for an attribute by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        yield
+
+
 def attach_adapter(
     model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
     """Put a fresh adapter of `method` on `model`, drawn from `seed`."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT 0.21 asks transformers for an attribute by its old name.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+    with torch.random.fork_rng(devices=[]), _peft_warnings_held_back():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
     _exact_magnitudes(adapted)
@@ -126,7 +134,8 @@ def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> P
             f"adapter={folder} was trained on {trained_on}, not on {here}; use that model"
         )
     try:
-        model = PeftModel.from_pretrained(base, str(folder))
+        with _peft_warnings_held_back():
+            model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(

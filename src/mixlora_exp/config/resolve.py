@@ -143,5 +143,6 @@ def fingerprint(config: Config) -> str:
 
 def run_name(config: Config) -> str:
     """Return a file name for the run: readable parts, the seed, and the fingerprint's start."""
-    parts = (config.model.name, config.method.name, config.task.name, config.data.name.value)
+    method = config.method.name if config.adapter is None else "adapter"
+    parts = (config.model.name, method, config.task.name, config.data.name.value)
     return "-".join((*parts, f"s{config.seed}", fingerprint(config)[:10]))

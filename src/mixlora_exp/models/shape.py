@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 from transformers import GemmaConfig, LlamaConfig, PreTrainedConfig
 
-from mixlora_exp.config.schema import Family, ModelConfig, ModelSource
+from mixlora_exp.config.schema import Family, ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.families import FAMILIES
 
-__all__ = ["build_hf_config", "check_family", "check_shape"]
+__all__ = ["build_hf_config", "check_family", "check_shape", "with_folder_shape"]
 
 _CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
     Family.llama: LlamaConfig,
@@ -50,6 +54,25 @@ def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
         max_position_embeddings=config.max_positions,
         **special_tokens,
     )
+
+
+def with_folder_shape(config: ModelConfig) -> ModelConfig:
+    """The configuration with the shape of the model in `model.path`, if that is what is loaded.
+
+    A folder without a readable `config.json` is left to `load_model` to refuse.
+    """
+    if config.path is None or config.weights is Weights.random:
+        return config
+    try:
+        found = json.loads((Path(config.path).expanduser() / "config.json").read_text())
+        hf_config = _CONFIG_CLASSES[config.family](**found)
+    except (OSError, ValueError, TypeError):
+        return config
+    shape = {field: getattr(hf_config, attribute) for field, attribute in _COMPARED.items()}
+    if all(getattr(config, field) == value for field, value in shape.items()):
+        return config
+    # The paper's denominator belongs to the shape that is left behind.
+    return dataclasses.replace(config, **shape, nominal_parameters=None)
 
 
 def check_family(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> None:

@@ -28,13 +28,6 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _load_text(load: list[list[float]] | None) -> str:
-    """Mean share of each expert over layers, in percent."""
-    if load is None:
-        return "-"
-    return " ".join(f"{100 * mean(layer[e] for layer in load):.0f}" for e in range(len(load[0])))
-
-
 def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
     """Accuracy in percent per task, before and after training, beside majority class and chance."""
     data = record["config"]["data"]["name"]
@@ -45,44 +38,62 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
     before = {(s["task"], s["protocol"]): s for s in record["scores_before"] or []}
     scores = [s for s in record["scores"] if s["protocol"] == protocol]
     normalized = scores[0]["accuracy_normalized"] is not None
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     kinds = ["accuracy", *(["accuracy_normalized"] if normalized else [])]
     for kind in kinds:
-        label = "per character" if kind == "accuracy_normalized" else "accuracy"
-        if before:
-            table.add_column(f"{label}\nbefore", justify="right")
-        table.add_column(f"{label}\nafter" if before else label, justify="right")
-    for name in ("std.\nerror", "majority\nclass", "chance", "n"):
+        label = "per char." if kind == "accuracy_normalized" else "accuracy"
+        head = f"{label}\nbefore > after" if before else label
+        table.add_column(head, justify="right", no_wrap=True)
+    for name in ("std.\nerr.", "major.\nclass", "chance", "n"):
         table.add_column(name, justify="right")
-    has_experts = any(s["expert_load"] is not None for s in scores)
-    if has_experts:
-        table.add_column("expert load, % of slots")
 
     def add(label: str, rows: list[Mapping[str, Any]], tail: list[str]) -> None:
         cells = [label]
         for kind in kinds:
+            values = [mean(s[kind] for s in rows)]
             if before:
-                old = [before[s["task"], protocol][kind] for s in rows]
-                cells.append(_percent(mean(old)))
-            cells.append(_percent(mean(s[kind] for s in rows)))
+                values.insert(0, mean(before[s["task"], protocol][kind] for s in rows))
+            cells.append(" > ".join(map(_percent, values)))
         table.add_row(*cells, *tail)
 
     for s in scores:
         tail = [_percent(s[k]) for k in ("stderr", "majority_class", "chance")]
-        tail.append(str(s["n"]))
-        add(s["task"], [s], [*tail, _load_text(s["expert_load"])] if has_experts else tail)
+        add(s["task"], [s], [*tail, str(s["n"])])
     if len(scores) > 1:
         table.add_section()
         tail = ["", *(_percent(mean(s[k] for s in scores)) for k in ("majority_class", "chance"))]
-        tail.append(str(sum(s["n"] for s in scores)))
-        add("average", scores, tail)
+        add("average", scores, [*tail, str(sum(s["n"] for s in scores))])
+    return table
+
+
+def load_table(record: Mapping[str, Any]) -> Table | None:
+    """Share of each expert per scored task, in percent of (token, slot) pairs, mean over layers;
+    None without experts."""
+    first = record["scores"][0]["protocol"]
+    loads = {s["task"]: s["expert_load"] for s in record["scores"] if s["protocol"] == first}
+    if record["train"] is not None:
+        loads["training"] = record["train"]["expert_load"]
+    if any(load is None for load in loads.values()):
+        return None
+    table = Table(title="expert load, % of slots", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for expert in range(len(loads["training" if "training" in loads else next(iter(loads))][0])):
+        table.add_column(str(expert), justify="right")
+    table.add_column("std. of\nshares", justify="right")
+    for task, load in loads.items():
+        shares = [mean(layer[e] for layer in load) for e in range(len(load[0]))]
+        spread = mean(pstdev(layer) for layer in load)
+        table.add_row(task, *(f"{100 * share:.0f}" for share in shares), f"{spread:.4f}")
     return table
 
 
 def print_record(record: Mapping[str, Any]) -> None:
-    """The tables of a record, one per protocol, and what training took."""
+    """The tables of a record, one per protocol, the expert load, and what training took."""
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):
         console.print(scores_table(record, protocol))
+    loads = load_table(record)
+    if loads is not None:
+        console.print(loads)
     train = record["train"]
     if train is None:
         return
@@ -91,7 +102,3 @@ def print_record(record: Mapping[str, Any]) -> None:
         f"({train['tokens_per_second']:.0f} tokens/s), loss {train['final_loss']:.3f}, "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
-    if train["expert_load"] is not None:
-        spread = mean(pstdev(layer) for layer in train["expert_load"])
-        say(f"Expert load in training: {_load_text(train['expert_load'])} % of slots")
-        say(f"(standard deviation across experts {spread:.4f}, mean over layers)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
-from mixlora_exp.runtime import peak_memory_bytes, processes, resolve_device
+from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
 from mixlora_exp.training.progress import LogFile, progress_callback
 from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -106,12 +107,12 @@ def fit(
     folder: Path,
     dtype: torch.dtype,
 ) -> TrainSummary:
-    """Train `model` in place on `examples`.
+    """Train `model` in place on `examples`; logs go to the run's `folder`.
 
     Raises:
-        UserError: the loss is not a finite number at the end.
+        UserError: the loss is no longer a finite number, or memory does not suffice.
     """
-    arguments = training_arguments(config, folder, dtype)
+    arguments = training_arguments(config, folder / "trainer", dtype)
     # Several visible GPUs without torchrun would be used through nn.DataParallel, which multiplies
     # the batch and cannot split `logits_to_keep`.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -125,15 +126,23 @@ def fit(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(progress_callback())
-    trainer.add_callback(LogFile(folder.parent / "train_log.jsonl", lambda: trainer.expert_load))
-    for callback in tracker_callbacks(config, folder.parent):
+    trainer.add_callback(LogFile(folder / "train_log.jsonl", lambda: trainer.expert_load))
+    for callback in tracker_callbacks(config, folder):
         trainer.add_callback(callback)
     start = time.perf_counter()
-    result = trainer.train()
+    reset_peak_memory(trainer.args.device)
+    try:
+        result = trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"trainer.micro_batch_size={config.trainer.micro_batch_size}: the device's memory does "
+            "not suffice; nothing was recorded. Choose a smaller one, or set "
+            "trainer.gradient_checkpointing=true"
+        ) from error
     seconds = time.perf_counter() - start
     trainer.fold_counts()
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if not torch.isfinite(torch.tensor(result.training_loss)):
+    if not all(isfinite(loss) for loss in (result.training_loss, *(e["loss"] for e in curve))):
         raise UserError(
             f"trainer.learning_rate={config.trainer.learning_rate}: the loss became "
             f"{result.training_loss}; nothing was recorded. Lower it, or set trainer.max_grad_norm"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 
@@ -11,26 +10,15 @@ from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.config import Config, to_dict
 from mixlora_exp.config.schema import Tracker
-from mixlora_exp.errors import UserError
 
 __all__ = ["tracker_callbacks"]
 
 
 def tracker_callbacks(config: Config, folder: Path) -> list[TrainerCallback]:
     """The Trainer callbacks of the chosen tracker. One that cannot be reached is left out with a
-    warning: the run's own files do not depend on it.
-
-    Raises:
-        UserError: the tracker's package is not installed.
-    """
-    name = config.tracker.name.value
+    warning: the run's own files do not depend on it."""
     if config.tracker.name is Tracker.none:
         return []
-    if importlib.util.find_spec(name) is None:
-        raise UserError(
-            f"tracker={name}: the package {name} is not installed: run `pip install {name}`, "
-            "or use tracker=none"
-        )
     if config.tracker.name is Tracker.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -43,6 +31,8 @@ def tracker_callbacks(config: Config, folder: Path) -> list[TrainerCallback]:
             name=folder.name,
             dir=str(folder),
             config=to_dict(config),
+            # The next cell of a sweep is a run of its own.
+            reinit="finish_previous",
         )
     except Exception as error:  # noqa: BLE001 - a tracker never stops a run, whatever it raises
         warnings.warn(f"tracker=wandb is left out: {error}", stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -59,6 +60,9 @@ class MixLoraTrainer(Trainer):
             logs["expert_load_std"] = float(load.std(dim=-1, correction=0).mean())
             self.expert_load = [[round(share, 4) for share in layer] for layer in load.tolist()]
             self.fold_counts()
+        if not isfinite(logs.get("loss", 0.0)):
+            # What follows would be computed from weights that are no numbers.
+            self.control.should_training_stop = True
         super().log(logs, start_time)
 
     def fold_counts(self) -> None:

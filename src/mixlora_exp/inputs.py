@@ -1,0 +1,148 @@
+"""Everything a run reads, found and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config import Config
+from mixlora_exp.config.schema import (
+    DataSource,
+    LoraMethodConfig,
+    MixLoraMethodConfig,
+    Tracker,
+)
+from mixlora_exp.data.sources import LoadedSplit, load_split
+from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import resolve_kernel
+from mixlora_exp.models import file_sha256, identify, with_folder_shape
+from mixlora_exp.runtime import resolve_device, resolve_dtype
+
+__all__ = ["Inputs", "check_inputs", "differences", "gather_inputs", "resolve_config"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads. `identity` is what a record tells of it, and what tells a finished run from
+    one on other inputs under the same settings."""
+
+    splits: dict[tuple[str, str], LoadedSplit]
+    identity: dict[str, Any]
+
+
+def resolve_config(config: Config) -> Config:
+    """The configuration with what `model.path` decides: the shape of the folder's model."""
+    return dataclasses.replace(config, model=with_folder_shape(config.model))
+
+
+def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
+    wanted = [(task, "test") for task in config.task.evaluate]
+    if isinstance(config.method, LoraMethodConfig):
+        wanted = [(task, "train") for task in config.task.train] + wanted
+    return {(task, split): load_split(config.data, task, split) for task, split in wanted}
+
+
+def _adapter(config: Config) -> dict[str, Any] | None:
+    """Path, hash and type of the adapter that is scored, None when none is given."""
+    if config.adapter is None:
+        return None
+    folder = Path(config.adapter).expanduser()
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    for path in (settings, weights):
+        if not path.is_file():
+            raise UserError(
+                f"adapter={config.adapter} has no {path.name}: give a folder that PEFT wrote"
+            )
+    try:
+        peft_type = json.loads(settings.read_text())["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"adapter={config.adapter}: {settings.name} is cut off or damaged ({error}); "
+            "take another copy"
+        ) from error
+    return {"path": config.adapter, "peft_type": peft_type, "sha256": file_sha256(weights)}
+
+
+def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
+    """The kernel that computes the adapter; `peft` is PEFT's own forward pass."""
+    mixture = isinstance(config.method, MixLoraMethodConfig)
+    if mixture or (adapter is not None and adapter["peft_type"] == "MIXLORA"):
+        return resolve_kernel(config.kernel.name.value)
+    return "peft" if adapter or isinstance(config.method, LoraMethodConfig) else None
+
+
+def _check_tracker(config: Config) -> None:
+    name = config.tracker.name
+    if name is not Tracker.none and importlib.util.find_spec(name.value) is None:
+        raise UserError(
+            f"tracker={name.value}: the package {name.value} is not installed: "
+            f"run `pip install {name.value}`, or use tracker=none"
+        )
+
+
+def gather_inputs(config: Config) -> Inputs:
+    """Read the data and say what else the run reads, with hashes.
+
+    Raises:
+        UserError: data, model folder, adapter or tracker is missing or damaged.
+    """
+    _check_tracker(config)
+    splits = _splits(config)
+    adapter = _adapter(config)
+    identity = {
+        "data": {
+            f"{task}/{split}": [dataclasses.asdict(file) for file in loaded.files]
+            for (task, split), loaded in splits.items()
+        },
+        "model": identify(config.model),
+        "adapter": adapter,
+        "kernel": _kernel(config, adapter),
+        "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
+    }
+    return Inputs(splits, identity)
+
+
+def check_inputs(configs: list[Config]) -> None:
+    """Check what the runs of a sweep read, each data split once; nothing on the hub.
+
+    Raises:
+        UserError: something is missing or damaged.
+    """
+    seen = set()
+    for config in map(resolve_config, configs):
+        _check_tracker(config)
+        _adapter(config)
+        if config.data.name is DataSource.hub and config.data.mirror is None:
+            continue
+        trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []
+        wanted = {(t, "train") for t in trains} | {(t, "test") for t in config.task.evaluate}
+        for task, split in sorted(wanted):
+            key = (config.data.name, config.data.path, config.data.mirror, task, split)
+            if key not in seen:
+                load_split(config.data, task, split)
+                seen.add(key)
+
+
+def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """Names of the inputs in which a finished run differs: data splits by hash, the rest whole.
+
+    A hub model's commit is known only once it is loaded, so it is not compared.
+    """
+    found = []
+    for split, files in now["data"].items():
+        hashes = [file["sha256"] for file in files]
+        if [file["sha256"] for file in then["data"].get(split, [])] != hashes:
+            found.append(split)
+    for name in ("model", "adapter", "kernel", "dtype"):
+        old, new = then.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            old, new = (
+                {k: v for k, v in x.items() if k not in ("commit", "path")} for x in (old, new)
+            )
+        if old != new:
+            found.append(name)
+    return found
