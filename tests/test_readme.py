@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -9,9 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixlora_exp.cli import execute
+from mixlora_exp.config import compose, schema
+from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.results.record import read_record
+from mixlora_exp.tasks import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,14 +33,36 @@ def commands(start: str) -> list[str]:
     return [line for line in lines if line.startswith(start)]
 
 
-def tiny(arguments: list[str], folder: Path) -> list[str]:
-    """The same command on a random tiny model, generated data and two steps."""
-    groups = ("model", "data", "model.path", "data.path", "trainer.max_steps", "evaluation.limit")
-    kept = [a for a in arguments if a.partition("=")[0] not in groups]
-    if "dry_run=true" in kept:
-        return kept
-    small = ["model=tiny", "data=embedded", "data.train_limit=8", "trainer.max_steps=2"]
-    small += ["evaluation.limit=2", "trainer.batch_size=4", "trainer.micro_batch_size=2"]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What DIR stands for in a command: data files, a model, an adapter, all tiny."""
+    root = tmp_path_factory.mktemp("folders")
+    for task in schema.TASK_NAMES:
+        for split in ("train", "test"):
+            path = root / "data" / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = embedded.rows(task, split, seed=0)[:8]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = compose(["model=tiny_gemma"]).model
+    load_model(config, torch.float32).save_pretrained(root / "model")
+    load_tokenizer(config).save_pretrained(root / "model")
+    assert execute(["experiment=smoke", "model=tiny_gemma", f"output_dir={root / 'out'}"]) == 0
+    (adapter,) = (root / "out").glob("*/adapter")
+    return {"data.path": root / "data", "model.path": root / "model", "adapter": adapter}
+
+
+def tiny(arguments: list[str], folder: Path, folders: dict[str, Path]) -> list[str]:
+    """The same command on a random tiny model, small data and two steps."""
+    if "dry_run=true" in arguments:
+        return arguments
+    given = {a.partition("=")[0] for a in arguments if a.endswith("=DIR")}
+    kept = [a for a in arguments if a.partition("=")[0] not in ("trainer.max_steps", "model")]
+    kept = [f"{a[:-4]}={folders[a[:-4]]}" if a.endswith("=DIR") else a for a in kept]
+    small = ["data.train_limit=8", "trainer.max_steps=2", "trainer.batch_size=4"]
+    small += ["model=tiny_gemma" if given else "model=tiny"]
+    small += [] if "trainer.micro_batch_size=4" in kept else ["trainer.micro_batch_size=2"]
+    small += [] if "evaluation.limit=100" in kept else ["evaluation.limit=2"]
+    small += [] if "data=local" in kept else ["data=embedded"]
     if "experiment=smoke" in kept:
         small = []
     if "-m" in kept:  # A sweep is shown by its first two values of each parameter.
@@ -49,8 +76,8 @@ def test_there_are_commands_to_test() -> None:
 
 
 @pytest.mark.parametrize("command", commands("python train.py"))
-def test_command_runs_at_tiny_size(command: str, tmp_path: Path) -> None:
-    arguments = tiny(shlex.split(command)[2:], tmp_path)
+def test_command_runs_at_tiny_size(command: str, tmp_path: Path, folders: dict[str, Path]) -> None:
+    arguments = tiny(shlex.split(command)[2:], tmp_path, folders)
     assert execute(arguments) == 0
     if "dry_run=true" not in arguments:
         records = sorted(tmp_path.glob("*/record.json"))
