@@ -39,8 +39,8 @@ format: $(STAMP)  ## mend style and formatting
 	$(BIN)/ruff format .
 
 clean:  ## delete caches and build products; never results/, outputs/ or .venv
-	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache
-	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An interrupted installation is continued; a .venv whose Python or pip does not work is made anew.
 # torch comes first, for what it is built for decides about triton: a CUDA build requires its own,

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
+from mixlora_exp import __version__
 from mixlora_exp.config import (
     CONF_DIR,
     Plan,
@@ -151,10 +152,15 @@ def _show(argv: Sequence[str], args: argparse.Namespace) -> int:
 
 
 def _dispatch(argv: Sequence[str]) -> int:
+    if "--version" in argv:
+        sys.stdout.write(f"mixlora-exp {__version__}\n")
+        return 0
     args = _parse_arguments(argv)
     overrides = list(args.overrides)
+    if args.hydra_help:
+        args.overrides = []
     if args.hydra_help or args.shell_completion:
-        return _show(argv, args)
+        return _show([word for word in argv if word.startswith("-") or not args.hydra_help], args)
     if args.config_dir is not None:
         if not Path(args.config_dir).is_dir():
             raise UserError(f"--config-dir={args.config_dir}: there is no such folder")

@@ -22,7 +22,13 @@ from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import limit_items
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import Scorer, TaskScore, check_task, score_task
-from mixlora_exp.inputs import Inputs, differences, gather_inputs, resolve_config
+from mixlora_exp.inputs import (
+    Inputs,
+    check_inputs,
+    differences,
+    gather_inputs,
+    resolve_config,
+)
 from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.planning import parameters_entry, print_plan
 from mixlora_exp.results.record import (
@@ -68,6 +74,7 @@ def run(config: Config) -> Path | None:
     be_quiet(not first)
     config = resolve_config(config)
     if config.dry_run:
+        check_inputs([config])
         print_plan(config)
         return None
     folder = Path(config.output_dir).expanduser() / run_name(config)
@@ -134,14 +141,14 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         # On short sequences a CPU runs plain attention 2 to 3 times faster than the fused one.
         base.set_attn_implementation("eager")
     identity = {**inputs.identity, "model": identify(config.model, base)}
-    if processes().is_main_process:
-        _start_folder(folder)
-    processes().wait_for_everyone()
     before, summary, adapter = None, None, config.adapter
     if config.evaluation.before_training and processes().is_main_process:
         say("Scoring the base model")
         before = _score(this, base)
     if isinstance(config.method, LoraMethodConfig):
+        if processes().is_main_process:
+            _start_folder(folder)
+        processes().wait_for_everyone()
         summary = _train(this, base, inputs)
         adapter = str(folder / "adapter")
         if not processes().is_main_process:
@@ -151,6 +158,8 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         say(f"Scoring the adapter loaded back from {adapter}")
         model = load_adapter(base, Path(adapter).expanduser(), config.kernel)
     after = _score(this, model)
+    if summary is None:
+        _start_folder(folder)
     predictions = _write_predictions(folder, after)
     return {
         "name": folder.name,
@@ -195,7 +204,7 @@ def _score(this: _Run, model: torch.nn.Module) -> list[TaskScore]:
             score = score_task(
                 protocol, scorer, this.tokenizer, items, config.data, config.evaluation
             )
-            say(f"  {protocol.value} {task}: {score.accuracy:.3f} of {score.n}")
+            say(f"  {protocol.value} {task}: {100 * score.accuracy:.1f} % of {score.n} items")
             scores.append(score)
     return scores
 

@@ -54,9 +54,11 @@ def _adapter(config: Config) -> dict[str, Any] | None:
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for path in (settings, weights):
         if not path.is_file():
-            raise UserError(
-                f"adapter={config.adapter} has no {path.name}: give a folder that PEFT wrote"
+            inner = (folder / "adapter" / path.name).is_file()
+            hint = (
+                f"did you mean {folder / 'adapter'}?" if inner else "give a folder that PEFT wrote"
             )
+            raise UserError(f"adapter={config.adapter} has no {path.name}: {hint}")
     try:
         peft_type = json.loads(settings.read_text())["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
@@ -107,7 +109,7 @@ def gather_inputs(config: Config) -> Inputs:
 
 
 def check_inputs(configs: list[Config]) -> None:
-    """Check what the runs of a sweep read, each data split once; nothing on the hub.
+    """Check what runs would read, each data split once; nothing on the hub.
 
     Raises:
         UserError: something is missing or damaged.
@@ -116,6 +118,9 @@ def check_inputs(configs: list[Config]) -> None:
     for config in map(resolve_config, configs):
         _check_tracker(config)
         _adapter(config)
+        path = config.model.path
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise UserError(f"model.path={path} is not valid: there is no such folder")
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue
         trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []

@@ -115,7 +115,7 @@ def test_interrupt(flags: list[str], ran: list[Config], capsys: pytest.CaptureFi
         (["seed=7", "--cfg", "job"], ["seed: 7"]),
         (["--cfg", "job", "-p", "method"], ["rank: 16"]),
         (["--hydra-help"], ["Hydra"]),
-        (["--version"], ["Hydra 1."]),
+        (["--version"], ["mixlora-exp 0."]),
     ],
     ids=lambda value: " ".join(value),
 )

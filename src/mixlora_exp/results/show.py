@@ -42,7 +42,7 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
     kinds = ["accuracy", *(["accuracy_normalized"] if normalized else [])]
     for kind in kinds:
         label = "per char." if kind == "accuracy_normalized" else "accuracy"
-        head = f"{label}\nbefore > after" if before else label
+        head = f"{label}\nbefore → after" if before else label
         table.add_column(head, justify="right", no_wrap=True)
     for name in ("std.\nerr.", "major.\nclass", "chance", "n"):
         table.add_column(name, justify="right")
@@ -53,7 +53,7 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
             values = [mean(s[kind] for s in rows)]
             if before:
                 values.insert(0, mean(before[s["task"], protocol][kind] for s in rows))
-            cells.append(" > ".join(map(_percent, values)))
+            cells.append(" → ".join(map(_percent, values)))
         table.add_row(*cells, *tail)
 
     for s in scores:

@@ -30,8 +30,10 @@ class ProgressLines(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if state.is_world_process_zero and "loss" in (logs or {}):
-            shown = [f"{n} {logs[n]:.3f}" for n in ("loss", "router_loss") if n in logs]
-            sys.stderr.write(f"  step {state.global_step}/{state.max_steps}, {', '.join(shown)}\n")
+            shown = f"loss {logs['loss']:.3f}"
+            if "router_loss" in logs:
+                shown += f" with its share of router loss {logs['router_loss']:.3f}"
+            sys.stderr.write(f"  step {state.global_step}/{state.max_steps}, {shown}\n")
 
 
 def progress_callback() -> TrainerCallback:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from pathlib import Path
 
 from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -35,6 +35,6 @@ def tracker_callbacks(config: Config, folder: Path) -> list[TrainerCallback]:
             reinit="finish_previous",
         )
     except Exception as error:  # noqa: BLE001 - a tracker never stops a run, whatever it raises
-        warnings.warn(f"tracker=wandb is left out: {error}", stacklevel=2)
+        sys.stderr.write(f"warning: tracker=wandb is left out: {error}\n")
         return []
     return [WandbCallback()]
