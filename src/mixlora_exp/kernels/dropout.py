@@ -15,8 +15,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Zero each element with probability `p` and scale the others by `1 / (1 - p)`.
 
     A CPU draws random numbers one by one, so here four 16-bit numbers are cut from each 64-bit
-    draw; `p` is rounded to a multiple of 2^-16 and the scale follows the rounded one. On a GPU this is torch's dropout. Both draw from torch's
-    default generator.
+    draw; `p` is rounded to a multiple of 2^-16 and the scale follows the rounded one. On a GPU
+    this is torch's dropout. Both draw from torch's default generator.
     """
     if p == 0.0:
         return x
