@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.norms import NormCache
 from mixlora_exp.kernels import (
     KERNELS,
     Experts,
@@ -17,40 +18,17 @@ from mixlora_exp.kernels import (
     Projection,
     Routing,
     dora_norms,
+    draw_mask,
+    known_activation,
     resolve_kernel,
     route,
     squared_row_norms,
+    working_dtype,
 )
 
 __all__ = ["MixLoraFeedForward"]
 
 ROLES = ("gate", "up", "down")
-
-
-class _NormCache:
-    """Row norms that are kept while nothing they come from can have changed.
-
-    Versions tell a change by a load or by hand, but not one by every optimizer (fused AdamW writes
-    past them), so the layer keeps norms in evaluation mode only and forgets them on `train()` and
-    `eval()`. The frozen weight's own norms stay.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], tuple[tuple, Tensor]] = {}
-
-    def get(self, key: tuple[str, str], sources: tuple[Tensor, ...], compute) -> Tensor:
-        # Made in inference mode, a value could not be used in training later.
-        with torch.inference_mode(False):
-            if any(t.is_inference() for t in sources):
-                return compute()  # Such tensors have no version to tell a change by.
-            state = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in sources)
-            entry = self._entries.get(key)
-            if entry is None or entry[0] != state:
-                entry = self._entries[key] = (state, compute())
-            return entry[1]
-
-    def forget_adapters(self) -> None:
-        self._entries = {key: entry for key, entry in self._entries.items() if not key[1]}
 
 
 class MixLoraFeedForward(nn.Module, BaseTunerLayer):
@@ -91,12 +69,13 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         for name in self.other_param_names:
             setattr(self, name, {})
         self.kernel = "auto"
+        self._activation = known_activation(base_layer.act_fn)
         self.routing: Routing | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def train(self, mode: bool = True) -> MixLoraFeedForward:
-        self._norms.forget_adapters()
+        self._norms.clear()
         return super().train(mode)
 
     @property
@@ -114,7 +93,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
                 f"adapters already there, {list(self.projection_names.values())}"
             )
         # Anew, since a new adapter may lie where a deleted one of its name lay.
-        self._norms = _NormCache()
+        self._norms = NormCache()
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.lora_alpha / (
@@ -155,33 +134,40 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         weight = self._frozen("gate").weight
         return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
-    def _projection(self, role: str, adapter: str) -> Projection:
+    def _projection(self, role: str, adapter: str, dtype: torch.dtype) -> Projection:
         weight = self._frozen(role).weight
         if adapter not in getattr(self, f"lora_A_{role}"):
-            return Projection(weight)
+            return Projection(weight.to(dtype))
         a = getattr(self, f"lora_A_{role}")[adapter]
         b = getattr(self, f"lora_B_{role}")[adapter]
         scaling = self.scaling[adapter]
         if not self.use_dora[adapter]:
-            return Projection(weight, Experts(a, b, scaling))
-        squared = self._norms.get((role, ""), (weight,), lambda: squared_row_norms(weight.detach()))
-        if self.training:
-            norm = dora_norms(weight, squared, a, b, scaling)
-        else:
-            norm = self._norms.get(
-                (role, adapter),
-                (weight, a, b),
-                lambda: dora_norms(weight, squared, a, b, scaling),
-            )
+            return Projection(weight.to(dtype), Experts(a, b, scaling))
+        squared = self._norms.get(
+            (role, ""), (weight,), lambda: squared_row_norms(weight), frozen=True
+        )
+        norm = self._norms.get(
+            (role, adapter), (weight, a, b), lambda: dora_norms(weight, squared, a, b, scaling)
+        )
         magnitude = getattr(self, f"lora_magnitude_{role}")[adapter]
-        return Projection(weight, Experts(a, b, scaling, magnitude, norm))
+        return Projection(weight.to(dtype), Experts(a, b, scaling, magnitude, norm))
 
-    def block(self, adapter: str) -> FeedForward:
-        """What the kernels take for this adapter; dropout only in training mode."""
+    def block(self, adapter: str, rows: int, dtype: torch.dtype) -> FeedForward:
+        """What the kernels take for `rows` tokens in `dtype` with this adapter, dropout masks
+        drawn anew; dropout only in training mode."""
+        gate, up, down = (self._projection(role, adapter, dtype) for role in ROLES)
+        p = self.lora_dropout[adapter] if self.training else 0.0
+        drawn = 0.0 if self.kernel == "peft" else p
+        device, (inner, hidden) = gate.weight.device, gate.weight.shape
+        low = gate.experts is not None or up.experts is not None
         return FeedForward(
-            *(self._projection(role, adapter) for role in ROLES),
-            activation=self.base_layer.act_fn,
-            dropout=self.lora_dropout[adapter] if self.training else 0.0,
+            gate,
+            up,
+            down,
+            self._activation,
+            p,
+            draw_mask((rows, hidden), drawn if low else 0.0, device),
+            draw_mask((rows, inner), drawn if down.experts is not None else 0.0, device),
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -195,7 +181,10 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         (adapter,) = active
         rows = x.flatten(0, -2)
         self.routing = route(rows, self.lora_router[adapter], self.top_k[adapter])
-        y = KERNELS[resolve_kernel(self.kernel)](rows, self.routing, self.block(adapter))
+        dtype = working_dtype(x)
+        block = self.block(adapter, rows.shape[0], dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = KERNELS[resolve_kernel(self.kernel)](rows.to(dtype), self.routing, block)
         return y.view(x.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

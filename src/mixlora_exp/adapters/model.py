@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.linear import use_linear_kernel
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.kernels import resolve_kernel, router_fractions, router_loss
 
@@ -141,12 +142,14 @@ class MixLoraModel(LoraModel):
 
 
 def set_kernel(model: nn.Module, name: str) -> str:
-    """Choose the kernel of every MixLoRA block of `model`; returns the implementation it names.
+    """Choose the kernel of every adapter layer of `model`, PEFT's own LoRA layers included;
+    returns the implementation that `name` stands for.
 
     Raises:
         ValueError: no kernel has this name.
     """
     resolved = resolve_kernel(name)
+    use_linear_kernel(model, resolved)
     for module in model.modules():
         if isinstance(module, MixLoraFeedForward):
             module.kernel = resolved

@@ -83,7 +83,9 @@ class Protocol(Enum):
 
 class Kernel(Enum):
     auto = "auto"
+    peft = "peft"
     reference = "reference"
+    shared = "shared"
     exact = "exact"
 
 

@@ -4,76 +4,110 @@ The down projection is linear and shared by all experts, so
 
     sum_k w_k (W2 h_k + s B2_k A2_k h_k)  =  W2 (sum_k w_k h_k)  +  s sum_k w_k B2_k A2_k h_k
 
-and W1, W3 and W2 run once per token whatever K is. The low-rank parts are dense products over the
-experts stacked to `E R` columns, of which a slot keeps those of its expert: no sorting, no loop
-over experts and no shape that depends on the data. With DoRA the row scale of an expert stands
-before the sum, so W2 runs on K hidden states; gate and up still run once.
+and W1, W3 and W2 run once per token whatever K is. With DoRA the row scale of an expert stands
+before the sum, so W2 runs on K hidden states; gate and up still run once. For the backward pass
+only x, W1 x, W3 x and the routing are kept; the experts' part is computed again from them.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from mixlora_exp.kernels.dropout import dropout
-from mixlora_exp.kernels.shapes import Experts, FeedForward, Projection, Routing
+from mixlora_exp.kernels import dense, grouped
+from mixlora_exp.kernels.packing import pack, unpack
+from mixlora_exp.kernels.shapes import FeedForward, Routing
 
-__all__ = ["mixlora_exact"]
-
-
-def _keep_chosen(columns: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
-    """Zero all but the columns of each slot's expert.
-
-    columns: (T, K or 1, E R); chosen: (T, K, E) bool; returns (T, K, E R).
-    """
-    grouped = columns.unflatten(-1, (num_experts, -1))
-    return torch.where(chosen.unsqueeze(-1), grouped, 0.0).flatten(-2)
+__all__ = ["mixlora_exact", "mixlora_exact_dense", "mixlora_exact_grouped"]
 
 
-def _expand(low: Tensor, experts: Experts) -> Tensor:
-    """`s B_all low`: (..., E R) to (..., out)."""
-    b = experts.b.transpose(1, 2).flatten(0, 1).to(low.dtype)
-    return (low * experts.scaling) @ b
-
-
-def _reduce(x: Tensor, experts: Experts) -> Tensor:
-    """`A_all x`: (..., in) to (..., E R)."""
-    return functional.linear(x, experts.a.flatten(0, 1).to(x.dtype))
-
-
-def _scale(experts: Experts, routing: Routing) -> Tensor:
-    """`m_e / ||W + s B_e A_e||` of each slot's expert, (T, K, out)."""
-    assert experts.magnitude is not None
-    assert experts.norm is not None
-    return functional.embedding(routing.experts, experts.magnitude / experts.norm)
-
-
-def _slots(x: Tensor, x_low: Tensor, projection: Projection, routing: Routing, chosen: Tensor):
-    """What each slot's expert makes of its token: (T, K, out), or (T, 1, out) without experts."""
-    y = functional.linear(x, projection.weight).unsqueeze(1)
-    experts = projection.experts
-    if experts is None:
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, weights, experts, *tensors):
+        block = unpack(spec, tensors)
+        gate = functional.linear(x, block.gate.weight)
+        up = functional.linear(x, block.up.weight)
+        y, kept = grouped.forward(x, gate, up, experts, weights, block)
+        ctx.spec = spec
+        ctx.save_for_backward(x, weights, experts, gate, up, kept, *tensors)
         return y
-    low = _reduce(x_low, experts).unsqueeze(1)
-    y = y + _expand(_keep_chosen(low, chosen, chosen.shape[-1]), experts)
-    return y if experts.magnitude is None else y * _scale(experts, routing).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weights, experts, gate, up, kept, *tensors = ctx.saved_tensors
+        block = unpack(ctx.spec, tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            dx, dweights, gradients = grouped.backward(
+                dy.contiguous(), x, gate, up, experts, weights, block, kept
+            )
+        return None, dx, dweights, None, *gradients.flat(block)
+
+
+class _Recomputed(torch.autograd.Function):
+    """`dense.hidden_states`, computed again in the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(ctx, spec, x, gate, up, experts, weights, *tensors):
+        ctx.spec = spec
+        ctx.save_for_backward(x, gate, up, experts, weights, *tensors)
+        return dense.hidden_states(x, gate, up, experts, weights, unpack(spec, tensors))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        needed = ctx.needs_input_grad[1:]
+        inputs = [
+            tensor if tensor is None else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        device = ctx.saved_tensors[0].device.type
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            x, gate, up, experts, weights, *tensors = inputs
+            block = unpack(ctx.spec, tensors)
+            made = dense.hidden_states(x, gate, up, experts, weights, block)
+            pairs = [(m, g) for m, g in zip(made, grads, strict=True) if m is not None]
+            wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+            found = iter(
+                torch.autograd.grad(
+                    [m for m, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+                )
+            )
+        return None, *(next(found) if need else None for need in needed)
+
+
+def mixlora_exact_grouped(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`, tokens grouped by expert. x: (T, D); returns (T, D).
+
+    Raises:
+        ValueError: a frozen weight asks for a gradient.
+    """
+    if any(projection.weight.requires_grad for projection in block.projections.values()):
+        raise ValueError("kernel=exact needs frozen base weights: use kernel=shared to train them")
+    if len(x) == 0:
+        return torch.zeros_like(x)
+    spec, tensors = pack(block)
+    return _Grouped.apply(spec, x, routing.weights, routing.experts, *tensors)
+
+
+def mixlora_exact_dense(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """The same over all experts' columns at once. x: (T, D); returns (T, D)."""
+    gate = functional.linear(x, block.gate.weight)
+    up = functional.linear(x, block.up.weight)
+    inputs = (x, gate, up, routing.experts, routing.weights)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # The compiler decides by itself what to keep and what to compute again.
+        hidden, columns = dense.hidden_states(*inputs, block)
+    else:
+        spec, tensors = pack(block)
+        hidden, columns = _Recomputed.apply(spec, *inputs, *tensors)
+    return dense.combine(hidden, columns, routing.experts, routing.weights, block)
 
 
 def mixlora_exact(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D)."""
-    num_experts = routing.probabilities.shape[-1]
-    chosen = functional.one_hot(routing.experts, num_experts).bool()
-    weights = routing.weights.to(x.dtype).unsqueeze(-1)
-    x_low = dropout(x, block.dropout)
-    hidden = block.activation(_slots(x, x_low, block.gate, routing, chosen))
-    hidden = hidden * _slots(x, x_low, block.up, routing, chosen)
-    experts = block.down.experts
-    low = None
-    if experts is not None:
-        low = _keep_chosen(_reduce(dropout(hidden, block.dropout), experts), chosen, num_experts)
-    if experts is not None and experts.magnitude is not None:
-        y = functional.linear(hidden, block.down.weight) + _expand(low, experts)
-        return (weights * y * _scale(experts, routing).to(y.dtype)).sum(dim=1)
-    y = functional.linear((weights * hidden).sum(dim=1), block.down.weight)
-    return y if low is None else y + _expand((weights * low).sum(dim=1), experts)
+    """The faster of the two forms: grouped on a CPU, dense elsewhere and under `torch.compile`."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return mixlora_exact_grouped(x, routing, block)
+    return mixlora_exact_dense(x, routing, block)

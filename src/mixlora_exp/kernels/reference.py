@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixlora_exp.kernels.dropout import dropout
+from mixlora_exp.kernels.activations import activate
+from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
 
 __all__ = ["mixlora_reference"]
@@ -31,15 +32,15 @@ def _project(x: Tensor, x_low: Tensor, projection: Projection, expert: int) -> T
 def mixlora_reference(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D)."""
     y = x.new_zeros(x.shape)
-    x_low = dropout(x, block.dropout)
+    x_low = drop(x, block.x_mask)
     for expert in range(routing.probabilities.shape[-1]):
         tokens, slots = (routing.experts == expert).nonzero(as_tuple=True)
         if len(tokens) == 0:
             continue
         inputs = x[tokens], x_low[tokens]
-        hidden = block.activation(_project(*inputs, block.gate, expert))
+        hidden = activate(_project(*inputs, block.gate, expert), block.activation)
         hidden = hidden * _project(*inputs, block.up, expert)
-        hidden_low = dropout(hidden, block.dropout)
+        hidden_low = drop(hidden, block.hidden_mask, tokens)
         out = _project(hidden, hidden_low, block.down, expert)
         weights = routing.weights[tokens, slots].to(x.dtype)
         y = y.index_add(0, tokens, weights.unsqueeze(-1) * out)

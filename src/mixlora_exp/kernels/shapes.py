@@ -6,12 +6,17 @@ Shape letters, used throughout this package: `T` tokens, `D` hidden size, `F` fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-__all__ = ["Experts", "FeedForward", "Projection", "Routing"]
+from mixlora_exp.kernels.activations import Activation
+from mixlora_exp.kernels.dropout import DropMask
+
+__all__ = ["Experts", "FeedForward", "Gradients", "LowRank", "Projection", "Routing", "low_ranks"]
+
+ROLES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +51,102 @@ class Projection:
 class FeedForward:
     """A gated feed-forward block, `down(activation(gate(x)) * up(x))`: SwiGLU or GeGLU.
 
-    `dropout` is the probability with which the input of each low-rank branch is dropped: one mask
-    on x for the gate and up branches of all experts, and one mask per slot on the hidden state.
+    `dropout` is the probability with which an element of a low-rank branch's input is dropped. One
+    mask on x (T, D) serves the gate and up branches of all experts, one on the hidden state (T, F)
+    serves all slots of a token; None where there is no dropout. (`peft` draws its own.)
     """
 
     gate: Projection
     up: Projection
     down: Projection
-    activation: Callable[[Tensor], Tensor]
+    activation: Activation
     dropout: float = 0.0
+    x_mask: DropMask | None = None
+    hidden_mask: DropMask | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return next(p.experts.a.shape[0] for p in self.projections.values() if p.experts)
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """By role."""
+        return {"gate": self.gate, "up": self.up, "down": self.down}
+
+    def slice(self, first: int, end: int) -> FeedForward:
+        """The block for tokens `first` to `end` alone: its masks are cut."""
+        if self.x_mask is None and self.hidden_mask is None:
+            return self
+        masks = [None if m is None else m.slice(first, end) for m in (self.x_mask, self.hidden_mask)]
+        return replace(self, x_mask=masks[0], hidden_mask=masks[1])
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A projection's experts as products take them. a: (E, R, in), b: (E, out, R), in the dtype of
+    the products; `factor` is the LoRA scaling times what dropout multiplies kept elements by;
+    `scale` (E, out) is DoRA's `m / ||W + s B A||`."""
+
+    a: Tensor
+    b: Tensor
+    factor: float
+    scale: Tensor | None
+
+
+def low_ranks(block: FeedForward, dtype: torch.dtype) -> dict[str, LowRank | None]:
+    """By role, None for a projection without experts."""
+    made: dict[str, LowRank | None] = {}
+    for role, projection in block.projections.items():
+        experts = projection.experts
+        if experts is None:
+            made[role] = None
+            continue
+        mask = block.hidden_mask if role == "down" else block.x_mask
+        scale = None
+        if experts.magnitude is not None:
+            assert experts.norm is not None
+            scale = (experts.magnitude / experts.norm).to(dtype)
+        factor = experts.scaling * (1.0 if mask is None else mask.scale)
+        made[role] = LowRank(experts.a.to(dtype), experts.b.to(dtype), factor, scale)
+    return made
+
+
+class Gradients:
+    """Sums of the adapters' gradients by role, in float32 or better.
+
+    Of the magnitudes it holds the gradient times the norm; `flat` divides by it.
+    """
+
+    def __init__(self, block: FeedForward) -> None:
+        self.a: dict[str, Tensor] = {}
+        self.b: dict[str, Tensor] = {}
+        self.magnitude: dict[str, Tensor] = {}
+        for role, projection in block.projections.items():
+            experts = projection.experts
+            if experts is None:
+                continue
+            dtype = torch.promote_types(projection.weight.dtype, torch.float32)
+            self.a[role] = torch.zeros_like(experts.a, dtype=dtype)
+            self.b[role] = torch.zeros_like(experts.b, dtype=dtype)
+            if experts.magnitude is not None:
+                self.magnitude[role] = torch.zeros_like(experts.magnitude, dtype=dtype)
+
+    def flat(self, block: FeedForward) -> list[Tensor | None]:
+        """In the order of `packing.pack` and the dtypes of the parameters; None for what has
+        no gradient: weights, norms and masks."""
+        found: list[Tensor | None] = []
+        for role, projection in block.projections.items():
+            experts = projection.experts
+            if experts is None:
+                found += [None] * 5
+                continue
+            magnitude = None
+            if experts.magnitude is not None:
+                magnitude = (self.magnitude[role] / experts.norm).to(experts.magnitude.dtype)
+            a, b = self.a[role].to(experts.a.dtype), self.b[role].to(experts.b.dtype)
+            found += [None, a, b, magnitude, None]
+        return [*found, None, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,65 @@
+"""Row norms of DoRA, kept for as long as the adapter cannot have changed: one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["NormCache"]
+
+
+class _Steps:
+    """Counts the steps of all optimizers in this process.
+
+    Tensor versions alone do not tell of every change: fused AdamW writes past them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer, args, kwargs) -> None:
+        self.count += 1
+
+
+STEPS = _Steps()
+
+
+class NormCache:
+    """Values by key, computed again when a source was written to, moved, or an optimizer stepped.
+
+    `weight.data` written by hand, outside of any optimizer, goes unnoticed: call `clear` then, or
+    `train()` or `eval()` on the model.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str], tuple[tuple, Tensor]] = {}
+
+    def get(
+        self,
+        key: tuple[str, str],
+        sources: tuple[Tensor, ...],
+        compute: Callable[[], Tensor],
+        *,
+        frozen: bool = False,
+    ) -> Tensor:
+        """The value of `compute`. `frozen`: no optimizer holds the sources."""
+        # Made in inference mode, a value could not be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+                return compute()  # Such tensors have no version to tell a change by.
+            state = (
+                0 if frozen else STEPS.count,
+                tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in sources),
+            )
+            entry = self._entries.get(key)
+            if entry is None or entry[0] != state:
+                entry = self._entries[key] = (state, compute())
+            return entry[1]
+
+    def clear(self) -> None:
+        """Forget what depends on adapters; keys with an empty second part stay."""
+        self._entries = {key: entry for key, entry in self._entries.items() if not key[1]}

@@ -1,0 +1,56 @@
+"""A block as a flat list of tensors and back, as an autograd function must take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mixlora_exp.kernels.activations import Activation
+from mixlora_exp.kernels.dropout import DropMask
+from mixlora_exp.kernels.shapes import ROLES, Experts, FeedForward, Projection
+
+__all__ = ["Spec", "pack", "unpack"]
+
+PER_PROJECTION = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What of a block is no tensor: LoRA scaling by role (None without experts), the activation,
+    and (scale, shape) of the masks."""
+
+    scalings: tuple[float | None, ...]
+    activation: Activation
+    masks: tuple[tuple[float, tuple[int, int]] | None, ...]
+
+
+def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
+    """(spec, tensors): weight, a, b, magnitude, norm of gate, up and down, then the masks."""
+    scalings, tensors = [], []
+    for projection in block.projections.values():
+        e = projection.experts
+        scalings.append(None if e is None else e.scaling)
+        parts = (None,) * 4 if e is None else (e.a, e.b, e.magnitude, e.norm)
+        tensors += [projection.weight, *parts]
+    masks = (block.x_mask, block.hidden_mask)
+    tensors += [None if mask is None else mask.elements for mask in masks]
+    described = tuple(None if mask is None else (mask.scale, mask.shape) for mask in masks)
+    return Spec(tuple(scalings), block.activation, described), tensors
+
+
+def unpack(spec: Spec, tensors: Sequence[Tensor | None]) -> FeedForward:
+    """The block that `pack` made these of."""
+    projections = []
+    for i, scaling in enumerate(spec.scalings):
+        weight, a, b, magnitude, norm = tensors[i * PER_PROJECTION : (i + 1) * PER_PROJECTION]
+        experts = None if scaling is None else Experts(a, b, scaling, magnitude, norm)
+        projections.append(Projection(weight, experts))
+    masks = [
+        None if described is None else DropMask(elements, *described)
+        for elements, described in zip(
+            tensors[len(ROLES) * PER_PROJECTION :], spec.masks, strict=True
+        )
+    ]
+    return FeedForward(*projections, spec.activation, 0.0, *masks)
