@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 	"$$python" -c '$(VERSION_CHECK)' 2>/dev/null && echo "$$python" && break; done)
 PYTEST_ARGS ?=
 
-.PHONY: help install quickstart test test-slow lint format clean
+.PHONY: help install quickstart test test-slow bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,15 @@ test: lint  ## lint, and run the tests that take seconds
 
 test-slow: $(STAMP)  ## run the tests that take longer: real weights, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# At full depth where that fits in an hour on two cores; LLaMA-2 7B is cut to two layers.
+bench: $(STAMP)  ## measure time and memory of a step of each method on this machine
+	$(BIN)/python scripts/bench.py model=llama2_7b layers=2 batch=2 length=512
+	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=float32
+	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=bfloat16
+
+bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight minutes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench_gpu.py
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .

@@ -28,11 +28,9 @@ from mixlora_exp.config import (
     register_schemas,
     to_config,
 )
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import MISTAKE, UserError, guarded
 
-MISTAKE = 2
 CRASH = 1
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +182,7 @@ def execute(argv: Sequence[str]) -> int:
     0: done; 2: a mistake of the user's, told in one message; 130: interrupted; 1: runs of a sweep
     crashed. A crash outside of a sweep is raised, for Python to print it and exit with 1.
     """
-    try:
-        return _dispatch(argv)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return MISTAKE
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return INTERRUPTED
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 0
+    return guarded(_dispatch, argv)
 
 
 def main() -> NoReturn:

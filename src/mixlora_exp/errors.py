@@ -1,8 +1,14 @@
-"""The one exception that stands for a mistake of the user's, not of the program's."""
+"""Mistakes of the user, told in one message and never as a traceback."""
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+import sys
+from collections.abc import Callable, Sequence
+
+__all__ = ["INTERRUPTED", "MISTAKE", "UserError", "guarded"]
+
+MISTAKE, INTERRUPTED = 2, 130
+"""Exit codes."""
 
 
 class UserError(Exception):
@@ -11,3 +17,21 @@ class UserError(Exception):
     The message names the field, its value and the way out. `mixlora_exp.cli` prints it without
     a traceback and exits with code 2.
     """
+
+
+def guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Run a command line and return its exit code.
+
+    0: done; 2: a mistake of the user's, told in one message; 130: interrupted; else what `command`
+    returned. A crash is raised, for Python to print it and exit with 1.
+    """
+    try:
+        return command(argv) or 0
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return MISTAKE
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0

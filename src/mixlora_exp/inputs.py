@@ -13,12 +13,11 @@ from mixlora_exp.config import Config
 from mixlora_exp.config.schema import (
     DataSource,
     LoraMethodConfig,
-    MixLoraMethodConfig,
     Tracker,
 )
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import resolve_kernel
+from mixlora_exp.kernels import has_triton, resolve_kernel
 from mixlora_exp.models import file_sha256, identify, with_folder_shape
 from mixlora_exp.runtime import resolve_device, resolve_dtype
 
@@ -70,11 +69,17 @@ def _adapter(config: Config) -> dict[str, Any] | None:
 
 
 def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
-    """The kernel that computes the adapter; `peft` is PEFT's own forward pass."""
-    mixture = isinstance(config.method, MixLoraMethodConfig)
-    if mixture or (adapter is not None and adapter["peft_type"] == "MIXLORA"):
-        return resolve_kernel(config.kernel.name.value)
-    return "peft" if adapter or isinstance(config.method, LoraMethodConfig) else None
+    """The kernel that computes the adapter, None without one."""
+    if adapter is None and not isinstance(config.method, LoraMethodConfig):
+        return None
+    device = resolve_device().type
+    name = resolve_kernel(config.kernel.name.value, device)
+    if name == "triton" and not (device == "cuda" and has_triton()):
+        raise UserError(
+            "kernel=triton needs a CUDA GPU and the package triton, which this machine lacks: "
+            "use kernel=auto"
+        )
+    return name
 
 
 def _check_tracker(config: Config) -> None:

@@ -46,7 +46,7 @@ BAD = [
     (["task.train=arc_e"], ["task.train=arc_e", "expected a list"]),
     (["trainer.loss_on=answers"], ["trainer.loss_on=answers", "answer, all", "mean answer"]),
     (["data.forms=[lable]"], ["data.forms=[lable]", "label, text"]),
-    (["kernel.name=fast"], ["kernel.name=fast", "auto, reference, exact"]),
+    (["kernel.name=fast"], ["kernel.name=fast", "auto, peft, reference, shared, exact, triton"]),
     (["trainer.max_steps=0"], ["trainer.max_steps=0", ">= 1"]),
     (["data=local"], ["data.path=null", "data.path=DIR"]),
     (["model.name=???"], ["model.name=???", "set model.name=VALUE"]),

@@ -35,7 +35,7 @@ GROUPS = {
     "method": ["dora", "lora", "mixdora", "mixlora", "none"],
     "task": sorted([*s.TASK_NAMES, "all", "multi"]),
     "data": ["embedded", "hub", "local"],
-    "kernel": ["auto", "exact", "reference"],
+    "kernel": ["auto", "exact", "peft", "reference", "shared", "triton"],
     "trainer": ["paper", "smoke"],
     "evaluation": ["full", "limit"],
     "tracker": ["none", "tensorboard", "wandb"],

@@ -182,9 +182,10 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         rows = x.flatten(0, -2)
         self.routing = route(rows, self.lora_router[adapter], self.top_k[adapter])
         dtype = working_dtype(x)
+        kernel = KERNELS[resolve_kernel(self.kernel, x.device.type)]
         block = self.block(adapter, rows.shape[0], dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = KERNELS[resolve_kernel(self.kernel)](rows.to(dtype), self.routing, block)
+            y = kernel(rows.to(dtype), self.routing, block)
         return y.view(x.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

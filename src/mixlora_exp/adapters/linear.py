@@ -95,8 +95,8 @@ class ReferenceLinear(FusedLinear):
 
 
 def use_linear_kernel(model: nn.Module, kernel: str) -> None:
-    """Let PEFT's LoRA layers of `model` run with `kernel`: PEFT's own forward pass for `peft`, plain
-    operations for `reference`, else fused."""
+    """Let PEFT's LoRA layers of `model` run with `kernel`: PEFT's own forward pass for `peft`,
+    plain operations for `reference`, else fused."""
     wanted = {"peft": stock.Linear, "reference": ReferenceLinear}.get(kernel, FusedLinear)
     for module in model.modules():
         # Exact types: quantised and other special layers keep their own.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from mixlora_exp.adapters.config import MixLoraConfig
-from mixlora_exp.adapters.linear import use_linear_kernel
 from mixlora_exp.adapters.layer import MixLoraFeedForward
+from mixlora_exp.adapters.linear import use_linear_kernel
 from mixlora_exp.kernels import resolve_kernel, router_fractions, router_loss
 
 __all__ = ["MixLoraModel", "RouterReport", "set_kernel"]
@@ -148,7 +148,7 @@ def set_kernel(model: nn.Module, name: str) -> str:
     Raises:
         ValueError: no kernel has this name.
     """
-    resolved = resolve_kernel(name)
+    resolved = resolve_kernel(name, next(model.parameters()).device.type)
     use_linear_kernel(model, resolved)
     for module in model.modules():
         if isinstance(module, MixLoraFeedForward):

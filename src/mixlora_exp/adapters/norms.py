@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["NormCache"]
+__all__ = ["NormCache", "adapters_changed"]
 
 
 class _Steps:
@@ -63,3 +63,8 @@ class NormCache:
     def clear(self) -> None:
         """Forget what depends on adapters; keys with an empty second part stay."""
         self._entries = {key: entry for key, entry in self._entries.items() if not key[1]}
+
+
+def adapters_changed() -> None:
+    """Let every cached norm be computed anew, as after an optimizer step."""
+    STEPS.count += 1

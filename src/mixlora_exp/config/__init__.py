@@ -1,22 +1,28 @@
 """Configuration: `conf/` and the command line, composed by Hydra into checked dataclasses.
 
-No OmegaConf object leaves this package: `to_config` turns one into a `schema.Config`.
+No OmegaConf object leaves this package: `to_config` turns one into a `schema.Config`. The schemas
+themselves need neither Hydra nor OmegaConf, which are imported when a name below is first used:
+adapters and benchmarks run without them.
 """
 
 from __future__ import annotations
 
-from mixlora_exp.config.plan import Cell, Plan, check_composition, compose, plan_runs
-from mixlora_exp.config.resolve import (
-    CONF_DIR,
-    EXCLUDED,
-    fingerprint,
-    open_session,
-    register_schemas,
-    run_name,
-    to_config,
-    to_dict,
-)
-from mixlora_exp.config.schema import Config
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixlora_exp.config.plan import Cell, Plan, check_composition, compose, plan_runs
+    from mixlora_exp.config.resolve import (
+        CONF_DIR,
+        EXCLUDED,
+        fingerprint,
+        open_session,
+        register_schemas,
+        run_name,
+        to_config,
+        to_dict,
+    )
+    from mixlora_exp.config.schema import Config
 
 __all__ = [
     "CONF_DIR",
@@ -34,3 +40,12 @@ __all__ = [
     "to_config",
     "to_dict",
 ]
+
+_PLAN = {"Cell", "Plan", "check_composition", "compose", "plan_runs"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "plan" if name in _PLAN else "schema" if name == "Config" else "resolve"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -8,6 +8,7 @@ __all__ = [
     "AnswerForm",
     "DataSource",
     "Family",
+    "Head",
     "Kernel",
     "LossOn",
     "ModelSource",
@@ -81,12 +82,26 @@ class Protocol(Enum):
     answer_text = "answer_text"
 
 
+class Head(Enum):
+    """How the loss over the vocabulary is computed from the last hidden states."""
+
+    auto = "auto"
+    """`liger` on a GPU where that package is installed, else `chunked`."""
+    full = "full"
+    """transformers' own: all logits at once, in float32."""
+    chunked = "chunked"
+    """A few rows of logits at a time, and their gradient at once."""
+    liger = "liger"
+    """The fused kernel of the liger-kernel package."""
+
+
 class Kernel(Enum):
     auto = "auto"
     peft = "peft"
     reference = "reference"
     shared = "shared"
     exact = "exact"
+    triton = "triton"
 
 
 class Tracker(Enum):

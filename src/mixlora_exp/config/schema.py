@@ -7,14 +7,14 @@ plain objects once, and no `DictConfig` goes further. Every check names the fiel
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from omegaconf import MISSING
+from typing import Any
 
 from mixlora_exp.config.checks import require, require_name, require_positive
 from mixlora_exp.config.choices import (
     AnswerForm,
     DataSource,
     Family,
+    Head,
     Kernel,
     LossOn,
     ModelSource,
@@ -25,6 +25,9 @@ from mixlora_exp.config.choices import (
     Tracker,
     Weights,
 )
+
+MISSING: Any = "???"
+"""OmegaConf's mark of a value that must be given, spelled out: this file needs no import."""
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -252,6 +255,8 @@ class TrainerConfig:
     max_grad_norm: float | None = None
     """Clip the gradient norm; null: no clipping."""
     loss_on: LossOn = LossOn.answer
+    head: Head = Head.auto
+    """How the loss over the vocabulary is computed; the choices agree up to rounding."""
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
     logging_steps: int = 10

@@ -11,6 +11,7 @@ A kernel takes `x` (T, D), a `Routing` and a `FeedForward` and returns (T, D):
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from torch import Tensor
@@ -35,6 +36,7 @@ __all__ = [
     "Routing",
     "dora_norms",
     "draw_mask",
+    "has_triton",
     "known_activation",
     "resolve_kernel",
     "route",
@@ -44,22 +46,37 @@ __all__ = [
     "working_dtype",
 ]
 
+
+def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` by fused kernels. x: (T, D); returns (T, D)."""
+    # Not before it is used: Triton is missing on many machines.
+    from mixlora_exp.kernels.triton_block import mixlora_triton as run
+
+    return run(x, routing, block)
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 KERNELS: dict[str, Callable[[Tensor, Routing, FeedForward], Tensor]] = {
     "reference": mixlora_reference,
     "peft": mixlora_stock,
     "shared": mixlora_shared,
     "exact": mixlora_exact,
+    "triton": mixlora_triton,
 }
 
 
-def resolve_kernel(name: str) -> str:
-    """The implementation that `auto` stands for, or `name` itself if it is one.
+def resolve_kernel(name: str, device: str = "cpu") -> str:
+    """The implementation that `auto` stands for on a device type, or `name` itself if it is one.
 
     Raises:
         ValueError: no kernel has this name.
     """
     if name == "auto":
-        return "exact"
+        return "triton" if device == "cuda" and has_triton() else "exact"
     if name not in KERNELS:
         raise ValueError(f"kernel={name} is unknown: choose from auto, {', '.join(KERNELS)}")
     return name

@@ -35,9 +35,7 @@ class Rows:
 
     def combine(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum over the slots of each token, weighted by `weights` (tokens, K): (tokens, width)."""
-        return functional.embedding_bag(
-            self.position, rows, per_sample_weights=weights, mode="sum"
-        )
+        return functional.embedding_bag(self.position, rows, per_sample_weights=weights, mode="sum")
 
     def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Each row times its expert's matrix. rows: (rows, in); matrices: (E, in, out)."""

@@ -78,7 +78,9 @@ class FeedForward:
         """The block for tokens `first` to `end` alone: its masks are cut."""
         if self.x_mask is None and self.hidden_mask is None:
             return self
-        masks = [None if m is None else m.slice(first, end) for m in (self.x_mask, self.hidden_mask)]
+        masks = [
+            None if m is None else m.slice(first, end) for m in (self.x_mask, self.hidden_mask)
+        ]
         return replace(self, x_mask=masks[0], hidden_mask=masks[1])
 
 

@@ -42,9 +42,7 @@ def mixlora_shared(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         hidden = activate(_adapt(gate[tokens], x_low[tokens], block.gate, expert), block.activation)
         hidden = hidden * _adapt(up[tokens], x_low[tokens], block.up, expert)
         hidden_low = drop(hidden, block.hidden_mask, tokens)
-        out = _adapt(
-            functional.linear(hidden, block.down.weight), hidden_low, block.down, expert
-        )
+        out = _adapt(functional.linear(hidden, block.down.weight), hidden_low, block.down, expert)
         weights = routing.weights[tokens, slots].to(x.dtype)
         y = y.index_add(0, tokens, weights.unsqueeze(-1) * out)
     return y

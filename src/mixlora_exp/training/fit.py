@@ -122,6 +122,7 @@ def fit(
         train_dataset=list(examples),
         data_collator=Collator(tokenizer.pad_token_id, config.trainer.loss_on),
         sampler_seed=config.seed,
+        head=config.trainer.head,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from mixlora_exp.config.choices import Head
 from mixlora_exp.data.sampler import BucketSampler
+from mixlora_exp.training.head import loss_from_hidden
 
 __all__ = ["MixLoraTrainer"]
 
@@ -20,8 +22,11 @@ class MixLoraTrainer(Trainer):
     `train_dataset` must be a sequence of examples with `input_ids`.
     """
 
-    def __init__(self, *args: Any, sampler_seed: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sampler_seed: int, head: Head = Head.auto, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._head = head
         self._sampler_seed = sampler_seed
         self._router_loss, self._router_passes = 0.0, 0
         self._window_counts: torch.Tensor | None = None
@@ -39,8 +44,11 @@ class MixLoraTrainer(Trainer):
         return BucketSampler(lengths, batch, self._sampler_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tuner = self.accelerator.unwrap_model(model).base_model
+        # Outputs that somebody asks for must be whole.
+        head = Head.full if return_outputs else self._head
+        with loss_from_hidden(tuner.model, head):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         report = getattr(tuner, "router_report", None)
         if report is not None:
             self._router_loss += report.loss.detach()

@@ -1,0 +1,73 @@
+"""Peak memory of one training step and one forward pass of a row, in a process of its own.
+
+On a CPU the peak is that of the process's resident memory, which a process that measured other rows
+before would blur: freed memory stays with it. Run as `python -m mixlora_exp.bench.memory`, with the
+settings as JSON on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mixlora_exp.bench.measure import inference_step, training_step
+from mixlora_exp.bench.model import adapted, base_model, model_config
+from mixlora_exp.bench.settings import ROWS, BenchConfig
+from mixlora_exp.runtime import peak_memory_bytes, reset_peak_memory
+
+__all__ = ["measure_here", "measure_in_process"]
+
+
+def measure_in_process(config: BenchConfig, row: str) -> dict[str, Any]:
+    """`measure_here` in a fresh process; `{"error": ...}` if it died, of want of memory say."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.bench.memory"],
+        input=json.dumps({**asdict(config), "rows": [row]}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"exit code {result.returncode}: {reason}"}
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure_here(config: BenchConfig, row: str) -> dict[str, int]:
+    """Bytes beyond what the process held before the model was built: weights, adapter, activations
+    and gradients, without an optimizer."""
+    device = torch.device("cpu")
+    ids = torch.zeros(config.batch, config.length, dtype=torch.int64)
+    # Libraries allocate their own when they first run.
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+    reset_peak_memory(device)
+    before = peak_memory_bytes(device)
+    shape = model_config(config.model, config.layers)
+    base = base_model(shape, getattr(torch, config.dtype), "cpu", config.seed)
+    ids = torch.randint(shape.vocab_size, ids.shape)
+    model = adapted(base, ROWS[row], config.dropout, config.seed)
+    inference_step(model, ids)
+    inference = peak_memory_bytes(device) - before
+    reset_peak_memory(device)
+    training_step(model, ROWS[row], ids)
+    return {
+        "infer_peak_memory_bytes": inference,
+        "train_peak_memory_bytes": peak_memory_bytes(device) - before,
+    }
+
+
+def main() -> None:
+    """Measure the one row asked for on standard input and print the result as JSON."""
+    config = BenchConfig(**json.loads(sys.stdin.read()))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    sys.stdout.write(json.dumps(measure_here(config, config.rows[0])) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Random-weight models of a true shape, one per row, which share the frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from enum import Enum
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as transformers_initialization
+
+from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.bench.settings import Row
+from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.shape import build_hf_config
+
+__all__ = ["adapted", "base_model", "model_config"]
+
+CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
+
+
+def model_config(name: str, layers: int | None) -> ModelConfig:
+    """The shape in `conf/model/<name>.yaml`, cut to `layers`, with random weights.
+
+    Raises:
+        UserError: there is no such model, or `layers` is more than it has.
+    """
+    path = CONF / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONF.glob("*.yaml")))
+        raise UserError(f"model={name} is unknown: choose from {known}")
+    hints = get_type_hints(ModelConfig)
+    values = {}
+    for key, value in yaml.safe_load(path.read_text()).items():
+        kind = hints[key]
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            value = kind(value)
+        elif kind in (float, float | None) and value is not None:
+            value = float(value)  # YAML reads 1e-5 as text.
+        values[key] = value
+    weights = hints["weights"]
+    return ModelConfig(**{**values, "weights": weights("random"), "layers": layers})
+
+
+def base_model(config: ModelConfig, dtype: torch.dtype, device: str, seed: int) -> PreTrainedModel:
+    """A frozen model of that shape on `device`, filled from `seed`."""
+    torch.manual_seed(seed)
+    # Drawn on the device and in the precision they stay in: seven billion float32 are 28 GB.
+    with torch.device(device), transformers_initialization.no_init_weights():
+        model = AutoModelForCausalLM.from_config(build_hf_config(config), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02)
+            else:
+                parameter.fill_(1.0 if config.family.value != "gemma" else 0.0)
+    # `generate`'s defaults and caches have no part in this.
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def _sharing(base: nn.Module) -> nn.Module:
+    """A copy of the modules that holds the very same weights."""
+    shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    return copy.deepcopy(base, shared)
+
+
+def adapted(base: PreTrainedModel, row: Row, dropout: float, seed: int) -> nn.Module:
+    """The model of a row on the weights of `base`. B is not left at zero, so that no product of
+    the row is with zeros. Rows `base` and `floor` have no adapter."""
+    model = _sharing(base)
+    if row.method in ("base", "floor"):
+        return model
+    common = {
+        "r": row.rank,
+        "lora_alpha": 2 * row.rank,
+        "lora_dropout": dropout,
+        "use_dora": row.method.endswith("dora"),
+        "target_modules": [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS],
+        "task_type": "CAUSAL_LM",
+    }
+    if row.method.startswith("mix"):
+        config = MixLoraConfig(**common, num_experts=row.num_experts, top_k=row.top_k)
+    else:
+        config = LoraConfig(**common)
+    torch.manual_seed(seed)
+    made: PeftModel = get_peft_model(model, config)
+    set_kernel(made, row.kernel)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+            if row.adapter_dtype == "base":
+                parameter.data = parameter.data.to(base.dtype)
+    return made

@@ -1,0 +1,108 @@
+"""A benchmark's record as a table, beside the paper's Tables 6 and 7."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["markdown", "paper_rows"]
+
+PAPER = Path(__file__).resolve().parents[3] / "results" / "paper"
+PAPER_TABLES = {"llama2_7b": "table6.csv", "gemma_2b": "table7.csv"}
+# Row of the benchmark -> (method, optimised) of the paper's table, one model at a time.
+PAPER_ROWS = {
+    "lora_peft": ("lora", ""),
+    "dora_peft": ("dora", ""),
+    "mixlora_peft": ("mixlora", "no"),
+    "mixlora_shared": ("mixlora", "yes"),
+}
+HEADER = (
+    "row",
+    "train fwd us/token",
+    "% of LoRA",
+    "train bwd us/token",
+    "% of LoRA",
+    "fwd + bwd, ratio to LoRA (quartiles)",
+    "n",
+    "infer fwd us/token",
+    "% of LoRA",
+    "peak train MB",
+    "peak infer MB",
+    "FFN saved bytes/token",
+    "paper: fwd %, bwd %, infer %",
+)
+
+
+def paper_rows(model: str) -> dict[str, Mapping[str, str]]:
+    """The paper's figures by row of the benchmark, empty for a model that it does not have."""
+    if model not in PAPER_TABLES:
+        return {}
+    with (PAPER / PAPER_TABLES[model]).open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    return {
+        row: line
+        for row, key in PAPER_ROWS.items()
+        for line in table
+        if (line["method"], line["optimized"]) == key and line["models"] == "1"
+    }
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:,.0f}"
+
+
+def _line(name: str, row: Mapping[str, Any], paper: Mapping[str, str] | None) -> list[str]:
+    if "error" in row and "rounds" not in row:
+        return [name, row["error"], *["-"] * (len(HEADER) - 2)]
+    ratio = "-"
+    if row.get("train_ratio") is not None:
+        low, high = row["train_ratio_quartiles"]
+        ratio = f"{row['train_ratio']:.2f} ({low:.2f} to {high:.2f})"
+    from_paper = "-"
+    if paper is not None:
+        columns = ("train_forward_pct", "train_backward_pct", "infer_forward_pct")
+        from_paper = ", ".join(f"{float(paper[column]):.0f}" for column in columns)
+    return [
+        name,
+        _number(row.get("train_forward_us_per_token")),
+        _percent(row.get("train_forward_ratio")),
+        _number(row.get("train_backward_us_per_token")),
+        _percent(row.get("train_backward_ratio")),
+        ratio,
+        str(row["rounds"]),
+        _number(row.get("infer_forward_us_per_token")),
+        _percent(row.get("infer_forward_ratio")),
+        _megabytes(row.get("train_peak_memory_bytes")),
+        _megabytes(row.get("infer_peak_memory_bytes")),
+        _number(row.get("feed_forward_saved_bytes_per_token"), 0),
+        from_paper,
+    ]
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The table of one record, with what it was measured on."""
+    config, hardware = record["config"], record["provenance"]["hardware"]
+    machine = ", ".join(hardware.get("gpus") or []) or (
+        f"{hardware['cpu']}, {record['threads']} threads"
+    )
+    head = (
+        f"# {config['model']}, {record['layers']} layers, {config['batch']} x {config['length']} "
+        f"tokens, {config['dtype']}, dropout {config['dropout']}\n\n"
+        f"{machine}; torch {record['provenance']['packages']['torch']}. Random weights. Medians of "
+        "n rounds, rows interleaved in one process; ratios are taken within rounds. A dash is not "
+        "measured.\n\n"
+    )
+    paper = paper_rows(config["model"])
+    lines = [HEADER, ["---"] * len(HEADER)]
+    lines += [_line(name, row, paper.get(name)) for name, row in record["rows"].items()]
+    return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)

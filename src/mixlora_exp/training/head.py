@@ -1,0 +1,89 @@
+"""The loss over the vocabulary computed from hidden states, inside any causal model's forward."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from mixlora_exp.config.choices import Head
+from mixlora_exp.kernels.loss import IGNORED, linear_cross_entropy
+
+__all__ = ["loss_from_hidden", "resolve_head"]
+
+SumLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def resolve_head(head: Head, device: torch.device) -> Head:
+    """What `auto` stands for on `device`, or `head` itself."""
+    if head is not Head.auto:
+        return head
+    fused = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    return Head.liger if fused else Head.chunked
+
+
+def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", ignore_index=IGNORED)(
+        weight, hidden, labels
+    )
+
+
+def _can_replace(model: PreTrainedModel) -> bool:
+    """Whether the loss is the plain one of a frozen, plain output projection."""
+    head = model.get_output_embeddings()
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+        and getattr(model.config, "final_logit_softcapping", None) is None
+    )
+
+
+def _next_token_labels(labels: Tensor) -> Tensor:
+    """Label of each position: the next one's token."""
+    return functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+
+
+@contextmanager
+def loss_from_hidden(model: PreTrainedModel, head: Head) -> Iterator[None]:
+    """Within this context `model(labels=...)` computes its loss without the logits.
+
+    The output projection hands its input through and the model's loss function, given that,
+    computes product and loss together; `logits` of the output are then those hidden states, and
+    are not to be used. Nothing changes for `head=full` or where the output projection is trained,
+    adapted, has a bias or is followed by a soft cap. `model` is the base model, without PEFT
+    around it.
+    """
+    resolved = resolve_head(head, model.device)
+    if resolved is Head.full or not _can_replace(model):
+        yield
+        return
+    projection = model.get_output_embeddings()
+    sum_loss: SumLoss = _liger if resolved is Head.liger else linear_cross_entropy
+
+    def loss_function(
+        logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, **kwargs
+    ) -> Tensor:
+        labels = kwargs.get("shift_labels") if labels is None else _next_token_labels(labels)
+        hidden, labels = logits.flatten(0, -2), labels.flatten().to(logits.device)
+        dtype = projection.weight.dtype
+        with torch.autocast(logits.device.type, enabled=False):
+            total = sum_loss(hidden.to(dtype), projection.weight, labels)
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / items
+
+    stock = model.loss_function
+    projection.forward = lambda hidden: hidden
+    model.loss_function = loss_function
+    try:
+        yield
+    finally:
+        del projection.forward
+        model.loss_function = stock
