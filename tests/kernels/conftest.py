@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -8,7 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mixlora_exp.kernels import KERNELS, Experts, FeedForward, Projection, Routing, route
+from mixlora_exp.kernels import (
+    KERNELS,
+    DropMask,
+    Experts,
+    FeedForward,
+    Projection,
+    Routing,
+    draw_mask,
+    route,
+)
+from mixlora_exp.kernels.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.kernels.shared import mixlora_shared
+from mixlora_exp.kernels.stock import mixlora_stock
 
 ROLES = ("gate", "up", "down")
 
@@ -25,16 +38,34 @@ class Case:
     rank: int = 2
     roles: tuple[str, ...] = ROLES
     dora: bool = False
-    activation: Callable[[Tensor], Tensor] = functional.silu
+    activation: str | Callable[[Tensor], Tensor] = functional.silu
     pushed: dict[int, float] = field(default_factory=dict)
     """What is added to the router logits of these experts, about, for every token."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The dropout masks of a block, sparse or as bool."""
+
+    x: DropMask | None = None
+    hidden: DropMask | None = None
+
+    def as_bool(self) -> Masks:
+        """The same masks, as `kept`."""
+        made = [m and DropMask(m.kept(), m.scale, m.shape) for m in (self.x, self.hidden)]
+        return Masks(*made)
+
+
+def row_norms(weight: Tensor, values: dict[str, Tensor], role: str) -> Tensor:
+    """||W + s B A|| by rows of each expert, from the whole matrix."""
+    return (weight + Block.scaling * values[f"{role}.b"] @ values[f"{role}.a"]).norm(dim=-1)
 
 
 @dataclass(frozen=True)
 class Block:
     """Random values of a case, in float64: the inputs of a kernel and an upstream gradient.
 
-    `run` computes output and gradients, by name, in a precision.
+    `run` computes output and gradients, by name, in a precision and under given dropout masks.
     """
 
     case: Case
@@ -45,7 +76,11 @@ class Block:
     scaling: float = 1.7
 
     def run(
-        self, kernel: str | Callable, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None
+        self,
+        kernel: str | Callable,
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype | None = None,
+        masks: Masks | None = None,
     ) -> dict[str, Tensor]:
         adapter_dtype = adapter_dtype or dtype
         leaves = {
@@ -56,7 +91,8 @@ class Block:
             leaf.requires_grad_()
         routing = route(leaves["x"], leaves["router"], self.case.top_k)
         compute = KERNELS[kernel] if isinstance(kernel, str) else kernel
-        y = compute(leaves["x"], routing, self.block(leaves, dtype, adapter_dtype))
+        block = self.block(leaves, dtype, adapter_dtype, masks=masks)
+        y = compute(leaves["x"], routing, block)
         assert y.dtype == dtype
         y.backward(self.upstream.to(dtype))
         results = {"y": y.detach()}
@@ -68,13 +104,21 @@ class Block:
     def rounded(self, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Block:
         """The same block with values that fit in the given precisions, still in float64."""
 
-        def cut(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            kinds = {name: dtype if name == "x" else adapter_dtype for name in values}
-            return {name: value.to(kinds[name]).double() for name, value in values.items()}
+        def cut(name: str, value: Tensor) -> Tensor:
+            return value.to(dtype if name == "x" else adapter_dtype).double()
 
-        return replace(self, values=cut(self.values), norms=cut(self.norms))
+        values = {name: cut(name, value) for name, value in self.values.items()}
+        norms = {role: cut(role, row_norms(self.frozen[role], values, role)) for role in self.norms}
+        return replace(self, values=values, norms=norms)
 
-    def block(self, leaves: dict[str, Tensor], dtype, adapter_dtype, dropout=0.0) -> FeedForward:
+    def block(
+        self,
+        leaves: dict[str, Tensor],
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype,
+        dropout: float = 0.0,
+        masks: Masks | None = None,
+    ) -> FeedForward:
         projections = []
         for role in ROLES:
             experts = None
@@ -87,7 +131,13 @@ class Block:
                     self.norms[role].to(adapter_dtype) if self.case.dora else None,
                 )
             projections.append(Projection(self.frozen[role].to(dtype), experts))
-        return FeedForward(*projections, activation=self.case.activation, dropout=dropout)
+        masks = masks or Masks()
+        return FeedForward(*projections, self.case.activation, dropout, masks.x, masks.hidden)
+
+    def masks(self, p: float) -> Masks:
+        """Masks of this block's shapes from the default generator."""
+        shapes = (self.case.tokens, self.case.hidden), (self.case.tokens, self.case.inner)
+        return Masks(*(draw_mask(shape, p, torch.device("cpu")) for shape in shapes))
 
 
 def make_block(case: Case, seed: int, dtype: torch.dtype = torch.float64) -> Block:
@@ -115,7 +165,7 @@ def make_block(case: Case, seed: int, dtype: torch.dtype = torch.float64) -> Blo
         b = draw(case.experts, fan_out, case.rank, scale=case.rank**-0.5)
         values[f"{role}.a"], values[f"{role}.b"] = a, b
         if case.dora:
-            norms[role] = (frozen[role] + Block.scaling * b @ a).norm(dim=-1)
+            norms[role] = row_norms(frozen[role], values, role)
             values[f"{role}.magnitude"] = norms[role] * (1 + 0.3 * draw(*norms[role].shape))
     values["x"] = values["x"].to(dtype).double()
     upstream = draw(case.tokens, case.hidden).to(dtype).double()
@@ -146,6 +196,7 @@ CASES = [
     pytest.param(Case(pushed={1: 60.0, 3: 60.0}), id="all tokens to the same two experts"),
     pytest.param(Case(rank=10, hidden=16), id="rank 10, no power of two"),
     pytest.param(Case(rank=32), id="rank above the hidden size"),
+    pytest.param(Case(tokens=70), id="tokens beyond a multiple of 32, as bf16 rows are rounded"),
     pytest.param(Case(roles=("gate",)), id="experts on gate only"),
     pytest.param(Case(roles=("up",)), id="experts on up only"),
     pytest.param(Case(roles=("down",)), id="experts on down only, hidden state shared"),
@@ -156,9 +207,20 @@ CASES = [
     pytest.param(Case(dora=True, roles=("gate", "up")), id="DoRA without down"),
     pytest.param(Case(dora=True, tokens=1, experts=3, top_k=3), id="DoRA, one token, K=E"),
     pytest.param(Case(dora=True, pushed={2: -60.0}), id="DoRA, an expert without tokens"),
+    pytest.param(Case(dora=True, rank=10, hidden=16, tokens=37), id="DoRA, rank 10"),
+    pytest.param(Case(dora=True, rank=32, top_k=1), id="DoRA, rank above the hidden size"),
     pytest.param(Case(activation=gelu_tanh), id="GeGLU, as in Gemma"),
     pytest.param(Case(activation=gelu_tanh, dora=True, top_k=1), id="GeGLU with DoRA, K=1"),
 ]
+
+
+# Those that take the masks they are given; `peft` draws its own.
+MASKED = {
+    "shared": mixlora_shared,
+    "exact, grouped": mixlora_exact_grouped,
+    "exact, dense": mixlora_exact_dense,
+}
+FORMS = {"peft": mixlora_stock, **MASKED}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -190,3 +252,55 @@ def plain() -> Case:
 def routing_of() -> Callable[[Tensor, int], Routing]:
     """The routing that given probabilities lead to."""
     return make_routing
+
+
+@pytest.fixture
+def fresh_seed() -> int:
+    """Another seed each time; pytest shows it when the test fails."""
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")  # noqa: T201
+    torch.manual_seed(seed)
+    return seed
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
+def form(request: pytest.FixtureRequest) -> Callable:
+    """Each kernel but the reference, `exact` in both its forms."""
+    return request.param
+
+
+@pytest.fixture(params=MASKED.values(), ids=MASKED.keys())
+def masked_form(request: pytest.FixtureRequest) -> Callable:
+    """Each of them that takes dropout masks."""
+    return request.param
+
+
+@pytest.fixture(
+    params=[mixlora_exact_grouped, mixlora_exact_dense], ids=["exact, grouped", "exact, dense"]
+)
+def exact_form(request: pytest.FixtureRequest) -> Callable:
+    return request.param
+
+
+def check_same(results: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Output and all gradients, equal as far as float64 goes."""
+    assert results.keys() == truth.keys()
+    for name, result in results.items():
+        torch.testing.assert_close(
+            result, truth[name], rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.fixture
+def same() -> Callable[[dict[str, Tensor], dict[str, Tensor]], None]:
+    return check_same
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many (token, slot) pairs the grouped form takes at a time."""
+
+    def set_rows(count: int) -> None:
+        monkeypatch.setattr("mixlora_exp.kernels.rows.BLOCK_ROWS", count)
+
+    return set_rows

@@ -1,25 +1,24 @@
-"""The block by its definition, and the exact formulation against it."""
+"""The block by its definition, and every kernel against it."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels import FeedForward, Projection, Routing, resolve_kernel, route
-from mixlora_exp.kernels.exact import mixlora_exact
+from mixlora_exp.kernels import (
+    KERNELS,
+    FeedForward,
+    Projection,
+    Routing,
+    resolve_kernel,
+    route,
+)
+from mixlora_exp.kernels.activations import activate
+from mixlora_exp.kernels.exact import mixlora_exact_grouped
 from mixlora_exp.kernels.reference import mixlora_reference
-
-
-@pytest.fixture
-def fresh_seed() -> int:
-    """Another seed each time; pytest shows it when the test fails."""
-    seed = random.SystemRandom().getrandbits(32)
-    print(f"seed {seed}")  # noqa: T201
-    return seed
 
 
 def relative(result: Tensor, truth: Tensor) -> float:
@@ -44,29 +43,27 @@ def literal(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         total = torch.zeros_like(x[token])
         for slot, expert in enumerate(routing.experts[token].tolist()):
             gate, up = (weight(p, expert) @ x[token] for p in (block.gate, block.up))
-            out = weight(block.down, expert) @ (block.activation(gate) * up)
+            out = weight(block.down, expert) @ (activate(gate, block.activation) * up)
             total = total + routing.weights[token, slot] * out
         rows.append(total)
     return torch.stack(rows)
 
 
-def test_reference_is_the_definition_token_by_token(block_of, case, fresh_seed) -> None:
+def test_reference_is_the_definition_token_by_token(block_of, case, fresh_seed, same) -> None:
     block = block_of(case, fresh_seed)
-    truth = block.run(literal, torch.float64)
-    results = block.run("reference", torch.float64)
-    assert results.keys() == truth.keys()
-    for name, result in results.items():
-        torch.testing.assert_close(result, truth[name], rtol=1e-9, atol=1e-10, msg=name)
+    same(block.run("reference", torch.float64), block.run(literal, torch.float64))
 
 
-def test_exact_equals_reference_in_float64(block_of, case, fresh_seed) -> None:
+def test_kernel_equals_reference_in_float64(block_of, case, form, fresh_seed, same) -> None:
     """Output and all gradients, for fresh inputs and a fresh upstream gradient."""
     block = block_of(case, fresh_seed)
-    truth = block.run("reference", torch.float64)
-    results = block.run("exact", torch.float64)
-    assert results.keys() == truth.keys()
-    for name, result in results.items():
-        torch.testing.assert_close(result, truth[name], rtol=1e-9, atol=1e-10, msg=name)
+    same(block.run(form, torch.float64), block.run("reference", torch.float64))
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "triton"])
+def test_kernel_by_its_name_equals_reference(block_of, plain, name, fresh_seed, same) -> None:
+    block = block_of(plain, fresh_seed)
+    same(block.run(name, torch.float64), block.run("reference", torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +74,7 @@ def test_exact_equals_reference_in_float64(block_of, case, fresh_seed) -> None:
         pytest.param(torch.bfloat16, torch.bfloat16, id="bf16 throughout"),
     ],
 )
-def test_exact_is_as_precise_as_the_reference(block_of, case, dtype, adapter_dtype) -> None:
+def test_kernel_is_as_precise_as_the_reference(block_of, case, form, dtype, adapter_dtype) -> None:
     """Its error is at most twice the error that the definition makes in the same precision.
 
     Mean errors over five seeds: the ratio of two single errors is a matter of luck.
@@ -87,8 +84,8 @@ def test_exact_is_as_precise_as_the_reference(block_of, case, dtype, adapter_dty
         block = block_of(case, seed, dtype).rounded(dtype, adapter_dtype)
         truth = block.run("reference", torch.float64)
         reference = block.run("reference", dtype, adapter_dtype)
-        exact = block.run("exact", dtype, adapter_dtype)
-        for name, result in exact.items():
+        results = block.run(form, dtype, adapter_dtype)
+        for name, result in results.items():
             if case.top_k == 1 and name == "router":
                 # The weight is 1 whatever the router says: its gradient is rounding, no more.
                 assert result.norm() < 1e-5 * truth["x"].norm()
@@ -101,10 +98,9 @@ def test_exact_is_as_precise_as_the_reference(block_of, case, dtype, adapter_dty
         assert error <= 2 * allowed + floor, (name, error, allowed)
 
 
-@pytest.mark.parametrize("kernel", [mixlora_reference, mixlora_exact])
-def test_expert_without_tokens_gets_no_gradient(block_of, plain, kernel) -> None:
+def test_expert_without_tokens_gets_no_gradient(block_of, plain, form) -> None:
     block = block_of(replace(plain, pushed={2: -60.0}), 0)
-    results = block.run(kernel, torch.float64)
+    results = block.run(form, torch.float64)
     for role in ("gate", "up", "down"):
         for part in ("a", "b"):
             gradient = results[f"{role}.{part}"]
@@ -112,55 +108,45 @@ def test_expert_without_tokens_gets_no_gradient(block_of, plain, kernel) -> None
             assert all(gradient[expert].abs().max() > 0 for expert in (0, 1, 3))
 
 
-def test_dropout_masks_the_input_of_gate_and_up_alike_in_both_kernels(block_of, plain) -> None:
-    """Without experts on down the mask on x is the only one, so one seed gives both the same."""
-    block = block_of(replace(plain, roles=("gate", "up")), 0)
-    leaves = block.values
-    outputs = []
-    for kernel in (mixlora_reference, mixlora_exact):
-        feed_forward = block.block(leaves, torch.float64, torch.float64, dropout=0.4)
-        routing = route(leaves["x"], leaves["router"], 2)
-        torch.manual_seed(5)
-        outputs.append(kernel(leaves["x"], routing, feed_forward))
-        mixed = kernel(leaves["x"], routing, replace(feed_forward, dropout=0.0))
-    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-10)
-    assert not torch.allclose(outputs[0], mixed)
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_no_tokens_at_all(block_of, plain, form, dora) -> None:
+    """A batch may be empty."""
+    block = block_of(replace(plain, tokens=0, dora=dora), 0)
+    routing = route(block.values["x"], block.values["router"], 2)
+    y = form(block.values["x"], routing, block.block(block.values, torch.float64, torch.float64))
+    assert y.shape == (0, 12)
+    assert y.dtype == torch.float64
 
 
-@pytest.mark.parametrize("kernel", [mixlora_reference, mixlora_exact])
-def test_dropout_spares_the_frozen_path(block_of, plain, kernel) -> None:
-    """With B = 0 the low-rank branch adds nothing, so whatever is dropped the output stays."""
-    block = block_of(plain, 0)
-    leaves = {
-        name: torch.zeros_like(value) if name.endswith(".b") else value
-        for name, value in block.values.items()
-    }
-    routing = route(leaves["x"], leaves["router"], 2)
-    dropped, whole = (
-        kernel(leaves["x"], routing, block.block(leaves, torch.float64, torch.float64, dropout=p))
-        for p in (0.5, 0.0)
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_strided_input_and_upstream_gradient(block_of, plain, form, dora, same) -> None:
+    """As a transposed activation and an expanded gradient (of a sum) are."""
+    block = block_of(replace(plain, dora=dora), 0)
+    strided = replace(
+        block,
+        upstream=torch.ones(1, 1, dtype=torch.float64).expand(9, 12),
+        values={**block.values, "x": block.values["x"].T.contiguous().T},
     )
-    assert torch.equal(dropped, whole)
+    assert not strided.values["x"].is_contiguous()
+    whole = replace(block, upstream=torch.ones(9, 12, dtype=torch.float64))
+    same(strided.run(form, torch.float64), whole.run("reference", torch.float64))
 
 
-@pytest.mark.parametrize("kernel", [mixlora_reference, mixlora_exact])
-def test_a_token_with_nan_leaves_the_others_alone(block_of, plain, kernel) -> None:
-    """A padding row may hold NaN."""
+def test_weights_that_are_trained_are_refused_by_the_grouped_form(block_of, plain) -> None:
+    """It has no gradient for them, and none must be lost in silence."""
     block = block_of(plain, 0)
-    x = block.values["x"].clone()
-    x[3] = float("nan")
     feed_forward = block.block(block.values, torch.float64, torch.float64)
-    outputs = [
-        kernel(rows, route(rows, block.values["router"], 2), feed_forward)
-        for rows in (block.values["x"], x)
-    ]
-    others = torch.arange(len(x)) != 3
-    torch.testing.assert_close(outputs[1][others], outputs[0][others], rtol=1e-12, atol=1e-12)
-    assert outputs[1][3].isnan().all()
+    feed_forward.down.weight.requires_grad_()
+    routing = route(block.values["x"], block.values["router"], 2)
+    with pytest.raises(ValueError, match=r"frozen base weights.*kernel=shared"):
+        mixlora_exact_grouped(block.values["x"], routing, feed_forward)
+    mixlora_reference(block.values["x"], routing, feed_forward).sum().backward()
+    assert feed_forward.down.weight.grad.abs().max() > 0
 
 
 def test_kernel_names() -> None:
     assert resolve_kernel("auto") == "exact"
-    assert resolve_kernel("reference") == "reference"
-    with pytest.raises(ValueError, match=r"kernel=fast is unknown.*reference.*exact"):
+    for name in ("reference", "peft", "shared", "exact"):
+        assert resolve_kernel(name) == name
+    with pytest.raises(ValueError, match=r"kernel=fast is unknown.*auto.*reference.*exact"):
         resolve_kernel("fast")

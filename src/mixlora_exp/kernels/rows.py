@@ -74,7 +74,7 @@ class Rows:
         token = torch.div(mask.elements, width, rounding_mode="floor")
         column = mask.elements - token * width
         elements = (self.position[token] * width + column.unsqueeze(1)).flatten()
-        return rows.flatten().index_fill_(0, elements, 0.0).view(rows.shape)
+        return rows.clone().view(-1).index_fill_(0, elements, 0.0).view(rows.shape)
 
 
 def sort_rows(experts: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> Rows:

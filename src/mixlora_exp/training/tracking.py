@@ -8,8 +8,7 @@ from pathlib import Path
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import TrainerCallback
 
-from mixlora_exp.config import Config, to_dict
-from mixlora_exp.config.schema import Tracker
+from mixlora_exp.config.schema import Config, Tracker
 
 __all__ = ["tracker_callbacks"]
 
@@ -24,6 +23,8 @@ def tracker_callbacks(config: Config, folder: Path) -> list[TrainerCallback]:
 
         return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))]
     import wandb
+
+    from mixlora_exp.config import to_dict  # Needs Hydra, which benchmarks do without.
 
     try:
         wandb.init(
