@@ -1,0 +1,143 @@
+"""This project's MixLoRA beside that of the package `moe-peft`: same shape, precision and batch.
+
+`python scripts/bench_peers.py model=smollm2_135m dtype=bfloat16` makes a virtual environment for
+the package (it asks for a transformers release from 2024), and lets the two take turns, one step
+each. The package `mixlora` by the same authors runs inference only and is not measured.
+Writes `results/bench/peers-<model>-<dtype>.json`. CPU only. `dora=true` compares MixDoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixlora_exp.bench.measure import training_step
+from mixlora_exp.bench.model import adapted, base_model, model_config
+from mixlora_exp.bench.settings import Row
+from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.results.record import finish_record, provenance, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+# What moe-peft 2.0.2 runs with; its own requirements ask for a torch from 2024 as well.
+PACKAGES = ["transformers==4.46.3", "accelerate<1.3", "datasets<4", "evaluate", "numpy<2.3"]
+PEERS = ["moe-peft==2.0.2"]
+EXTRA = ["fire", "sentencepiece", "scikit-learn", "jinja2"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Settings:
+    model: str = "smollm2_135m"
+    layers: int | None = None
+    batch: int = 8
+    length: int = 128
+    dtype: str = "bfloat16"
+    dropout: float = 0.05
+    dora: bool = False
+    rounds: int = 15
+    threads: int | None = None
+    environment: str = "outputs/peers-venv"
+
+
+def _settings(arguments: Sequence[str]) -> Settings:
+    try:
+        given = OmegaConf.from_dotlist(list(arguments))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), given))
+    except OmegaConfBaseException as error:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise UserError(f"{str(error).splitlines()[0]}; the fields are {known}") from error
+
+
+def _environment(folder: Path) -> Path:
+    """The Python of the package's environment, made if it is not there.
+
+    Raises:
+        UserError: it cannot be installed.
+    """
+    python = folder / "bin" / "python"
+    if not (folder / "installed").is_file():
+        venv.create(folder, clear=True, with_pip=True)
+        for packages in (["torch==2.13.0"], [*PACKAGES, *EXTRA], ["--no-deps", *PEERS]):
+            command = [str(python), "-m", "pip", "install", "--quiet", *packages]
+            if subprocess.run(command, check=False).returncode:
+                raise UserError(
+                    f"{packages[-1]} cannot be installed into {folder}: nothing measured"
+                )
+        (folder / "installed").touch()
+    return python
+
+
+def run(arguments: Sequence[str]) -> None:
+    settings = _settings(arguments)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    config = model_config(settings.model, settings.layers)
+    if config.family.value != "llama":
+        raise UserError(f"model={settings.model}: choose a model of the Llama family")
+    python = _environment(ROOT / settings.environment)
+    shape = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    spec = json.dumps({**asdict(settings), "shape": shape})
+    worker = subprocess.Popen(
+        [str(python), "-W", "ignore", str(ROOT / "scripts" / "peers_worker.py"), spec],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    if worker.stdout.readline().strip() != "ready":
+        raise UserError("moe-peft does not run here: its message stands above; nothing measured")
+    base = base_model(config, getattr(torch, settings.dtype), "cpu", 0)
+    # Eager attention on both sides, which the package recommends and has.
+    base.set_attn_implementation("eager")
+    row = Row(method="mixdora" if settings.dora else "mixlora", kernel="exact")
+    model = adapted(base, row, settings.dropout, 0)
+    ids = torch.randint(config.vocab_size, (settings.batch, settings.length))
+    training_step(model, row, ids)
+    samples = []
+    for number in range(settings.rounds):
+        worker.stdin.write("step\n")
+        peer = json.loads(worker.stdout.readline())
+        forward, backward = training_step(model, row, ids)
+        ours = {"train_forward_s": forward, "train_backward_s": backward}
+        samples.append({"moe_peft": peer, "ours": ours})
+        ratio = sum(peer.values()) / sum(ours.values())
+        print(f"round {number + 1}/{settings.rounds}: {ratio:.2f}", file=sys.stderr, flush=True)
+    worker.stdin.close()
+    worker.wait()
+    ratios = [sum(s["moe_peft"].values()) / sum(s["ours"].values()) for s in samples]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    record = {
+        "config": asdict(settings),
+        "threads": torch.get_num_threads(),
+        "peers": {"moe-peft": PEERS[0], "transformers": PACKAGES[0], "torch": "torch==2.13.0"},
+        "times_faster_than_moe_peft": round(middle, 3),
+        "quartiles": [round(low, 3), round(high, 3)],
+        "samples": samples,
+        "provenance": provenance(ROOT),
+    }
+    kind = "mixdora" if settings.dora else "mixlora"
+    name = f"peers-{kind}-{settings.model}-{config.depth}layers-{settings.dtype}.json"
+    path = ROOT / "results" / "bench" / name
+    write_json(path, finish_record(record))
+    print(f"{middle:.2f} times ({low:.2f} to {high:.2f}) as fast as moe-peft: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""Training steps of the package `moe-peft`, one a line: run by `bench_peers.py` in its venv.
+
+Reads what to build as JSON from the first argument, answers `ready`, and then each line on standard
+input with one step's seconds as JSON. Imports nothing of this project.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ADAPTER = {
+    "bias": "none",
+    "peft_type": "MIXLORA",
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
+    "routing_strategy": "mixlora",
+    "num_experts": 8,
+    "act_fn": "silu",
+    "top_k": 2,
+    "base_model_name_or_path": "random",
+    "task_type": "CAUSAL_LM",
+}
+
+
+def base(spec: dict) -> LlamaForCausalLM:
+    """A Llama of the shape asked for, random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**spec["shape"], attn_implementation="eager")
+    model = LlamaForCausalLM(config).to(getattr(torch, spec["dtype"]))
+    return model.requires_grad_(False)
+
+
+def moe_peft_step(spec: dict):
+    """A training step of moe-peft's MixLoRA as its trainer takes it, without recomputation."""
+    from moe_peft.adapters import lora_config_factory
+    from moe_peft.common import LLMBatchConfig, LLMModelInput
+    from moe_peft.model import LLMModel
+    from moe_peft.models import from_pretrained
+
+    inner = from_pretrained(base(spec), attn_impl="eager", use_sliding_window=False, device="cpu")
+    model = LLMModel(inner)
+    adapter = {**ADAPTER, "lora_dropout": spec["dropout"], "use_dora": spec["dora"]}
+    config = lora_config_factory(adapter)
+    config.adapter_name = "a"
+    model.init_adapter(config)
+    weights = model.get_adapter_weight_dict("a")
+    for name, weight in weights.items():
+        weight.requires_grad_(True)
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, 0, 0.02)
+    shape = (spec["batch"], spec["length"])
+    ids = torch.randint(spec["shape"]["vocab_size"], shape)
+
+    def step() -> dict:
+        inputs = LLMModelInput(
+            batch_configs_=[LLMBatchConfig("a", 0, shape[0])],
+            batch_tokens_=ids,
+            batch_labels_=ids,
+            batch_masks_=torch.ones_like(ids),
+        )
+        start = time.perf_counter()
+        (output,) = model(inputs)
+        loss = output.loss if output.aux_loss is None else output.loss + output.aux_loss
+        middle = time.perf_counter()
+        loss.backward()
+        end = time.perf_counter()
+        for weight in weights.values():
+            weight.grad = None
+        return {"train_forward_s": middle - start, "train_backward_s": end - middle}
+
+    return step
+
+
+def main() -> None:
+    """Build the model, then one step per line."""
+    spec = json.loads(sys.argv[1])
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
+    step = moe_peft_step(spec)
+    step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(step()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

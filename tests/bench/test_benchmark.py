@@ -1,0 +1,206 @@
+"""The benchmark's arithmetic, its record and table, and that it runs without Hydra."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mixlora_exp.bench.checks import CASES, kernel_errors
+from mixlora_exp.bench.measure import saved_bytes
+from mixlora_exp.bench.model import adapted, base_model, model_config
+from mixlora_exp.bench.report import markdown, paper_rows
+from mixlora_exp.bench.run import _summary, benchmark, check
+from mixlora_exp.bench.settings import ROWS, BenchConfig
+from mixlora_exp.bench.store import write
+from mixlora_exp.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"model": "tiny", "batch": 2, "length": 8, "dtype": "float32", "memory": False}
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    rows = ["lora_peft", "lora_peft_again", "dora", "mixlora", "mixlora_head", "mixlora_triton"]
+    config = BenchConfig(**SMALL, rounds=2, rows=[*rows, "floor", "base"])
+    return benchmark(config, say=lambda text: None)
+
+
+def test_every_row_is_measured_or_says_why_not(result: dict) -> None:
+    rows = result["rows"]
+    if not torch.cuda.is_available():
+        assert rows.pop("mixlora_triton")["error"] == "not measured: needs a GPU"
+    for name, row in rows.items():
+        expected = len(range(0, 2, ROWS[name].every))
+        assert row["rounds"] == expected, name
+        assert row["train_forward_us_per_token"] > 0
+        assert row["infer_forward_us_per_token"] > 0
+    assert rows["lora_peft"]["train_ratio"] == 1.0
+    assert (
+        rows["base"]["train_backward_us_per_token"] < rows["floor"]["train_backward_us_per_token"]
+    )
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    """Round 1 is twice as slow for both; the ratio of medians would not be 2."""
+    mine = [{"round": 0, "train_forward_s": 2.0, "train_backward_s": 4.0}]
+    mine.append({"round": 2, "train_forward_s": 8.0, "train_backward_s": 16.0})
+    baseline = [
+        {"round": n, "train_forward_s": s, "train_backward_s": 2 * s}
+        for n, s in enumerate((1.0, 100.0, 4.0))
+    ]
+    found = _summary(mine, baseline, tokens=1_000_000)
+    assert found["train_ratio"] == 2.0
+    assert found["train_ratio_quartiles"] == [2.0, 2.0]
+    assert found["train_forward_us_per_token"] == 5.0
+    assert found["train_backward_us_per_token"] == 10.0
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
+    weight = torch.randn(8, 4, requires_grad=True)
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def run() -> torch.Tensor:
+        y = functional.linear(x, weight)  # keeps x and the weight
+        return y.view(-1).exp().view(3, 8).exp()  # keeps its two results
+
+    owned = {weight.untyped_storage().data_ptr()}
+    assert saved_bytes(run, owned) == 4 * (3 * 4 + 3 * 8 + 3 * 8)
+
+
+def test_rows_share_the_frozen_weights() -> None:
+    config = model_config("tiny", None)
+    base = base_model(config, torch.float32, "cpu", 0)
+    frozen = {p.data_ptr() for p in base.parameters()}
+    for name in ("lora_peft", "mixdora"):
+        model = adapted(base, ROWS[name], 0.05, 0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert {p.data_ptr() for p in model.parameters() if not p.requires_grad} == frozen
+        assert trained
+        assert all(p.dtype is torch.float32 for p in trained)
+    lowered = adapted(base_model(config, torch.bfloat16, "cpu", 0), ROWS["mixlora_bf16"], 0, 0)
+    assert {p.dtype for p in lowered.parameters()} == {torch.bfloat16}
+
+
+def test_record_and_table(result: dict, tmp_path: Path) -> None:
+    config = BenchConfig(**SMALL, output=str(tmp_path / "deep" / "folder"), name="here")
+    paths, table = write(result, config)
+    record = json.loads(paths[0].read_text())
+    assert record["provenance"]["packages"]["torch"] == torch.__version__
+    assert paths[1].read_text() == table
+    for name in result["rows"]:
+        assert f"| {name} |" in table
+    widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert len(widths) == 1, "a row has another number of cells"
+
+
+def test_the_papers_figures_stand_in_the_rows_of_their_method() -> None:
+    paper = paper_rows("llama2_7b")
+    assert set(paper) == {"lora_peft", "dora_peft", "mixlora_peft", "mixlora_shared"}
+    assert float(paper["mixlora_shared"]["train_forward_pct"]) == 188.5
+    assert float(paper["dora_peft"]["train_backward_pct"]) == 216.1
+    assert paper_rows("smollm2_135m") == {}
+    row = {"rounds": 1, "train_forward_us_per_token": 2.0}
+    record = {
+        "config": {"model": "llama2_7b", "batch": 1, "length": 1, "dtype": "d", "dropout": 0},
+        "provenance": {"hardware": {"cpu": "c", "gpus": []}, "packages": {"torch": "t"}},
+        "threads": 2,
+        "layers": 2,
+        "rows": {"mixlora_shared": row, "mixlora": row},
+    }
+    lines = {line.split(" | ")[0]: line for line in markdown(record).splitlines()}
+    assert lines["| mixlora_shared"].endswith("188, 199, 183 |")
+    assert lines["| mixlora"].endswith("| - |")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 0}, "rounds=0 must be >= 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be in"),
+        ({"dtype": "int8"}, "dtype=int8 is unknown: choose float32"),
+        ({"rows": ["lora_peft", "mixlra"]}, "rows=mixlra is unknown: choose from"),
+        ({"rows": ["mixlora"]}, "lack lora_peft"),
+    ],
+)
+def test_mistakes(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(BenchConfig(**{**SMALL, **change}))
+
+
+def test_unknown_model_is_told() -> None:
+    with pytest.raises(UserError, match=r"model=llama9 is unknown: choose from .*llama2_7b"):
+        model_config("llama9", None)
+
+
+def _run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_command_line(tmp_path: Path) -> None:
+    result = _run(
+        "scripts/bench.py",
+        "model=tiny",
+        "batch=1",
+        "length=4",
+        "rounds=1",
+        "dtype=float32",
+        "rows=[lora_peft,mixlora]",
+        f"output={tmp_path}",
+        "name=one",
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "one.json").read_text())
+    assert record["rows"]["mixlora"]["train_peak_memory_bytes"] > 0, "measured in its own process"
+    assert "| mixlora |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("scripts/bench.py", "modle=tiny"), "modle"),
+        (("scripts/bench.py", "rounds=many"), "rounds"),
+        (("scripts/bench_peers.py", "modle=tiny"), "modle"),
+    ],
+)
+def test_mistakes_on_the_command_line(command: tuple[str, ...], message: str) -> None:
+    result = _run(*command)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the suite takes minutes")
+def test_the_gpu_suite_says_that_it_needs_a_gpu_and_needs_no_hydra() -> None:
+    """It runs on machines that have PyTorch, transformers and PEFT alone."""
+    block = (
+        "import sys, runpy\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('hydra', 'omegaconf', 'lm_eval'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "runpy.run_path('scripts/bench_gpu.py', run_name='__main__')\n"
+    )
+    result = _run("-c", block)
+    assert result.returncode == 2, result.stderr
+    assert "needs a CUDA GPU" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["paper's setting", "MixDoRA", "K=1"])
+def test_the_gpu_suites_check_accepts_a_right_kernel_and_no_wrong_one(name, monkeypatch) -> None:
+    case = CASES[name]
+    assert kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]
+    from mixlora_exp.bench import checks
+
+    right = checks.KERNELS["exact"]
+    monkeypatch.setitem(checks.KERNELS, "exact", lambda *inputs: right(*inputs) * (1 + 1e-4))
+    assert not kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]
