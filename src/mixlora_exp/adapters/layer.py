@@ -21,7 +21,7 @@ from mixlora_exp.kernels import (
     draw_mask,
     known_activation,
     resolve_kernel,
-    route,
+    router_of,
     squared_row_norms,
     working_dtype,
 )
@@ -180,12 +180,12 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
             raise ValueError(f"MixLoRA runs one adapter at a time, active are {active}")
         (adapter,) = active
         rows = x.flatten(0, -2)
-        self.routing = route(rows, self.lora_router[adapter], self.top_k[adapter])
+        name = resolve_kernel(self.kernel, x.device.type)
+        self.routing = router_of(name)(rows, self.lora_router[adapter], self.top_k[adapter])
         dtype = working_dtype(x)
-        kernel = KERNELS[resolve_kernel(self.kernel, x.device.type)]
         block = self.block(adapter, rows.shape[0], dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = kernel(rows.to(dtype), self.routing, block)
+            y = KERNELS[name](rows.to(dtype), self.routing, block)
         return y.view(x.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -70,6 +70,11 @@ class MixLoraModel(LoraModel):
                 config, adapter_name, target, target_name, parent, current_key, **kwargs
             )
 
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(*args, **kwargs)
+        # PEFT made its own layers for attention, also when an adapter is loaded.
+        use_linear_kernel(self.model, "exact")
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "MixLoRA cannot be merged into the base weights: the router chooses experts per token"

@@ -42,6 +42,7 @@ __all__ = [
     "route",
     "router_fractions",
     "router_loss",
+    "router_of",
     "squared_row_norms",
     "working_dtype",
 ]
@@ -53,6 +54,15 @@ def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     from mixlora_exp.kernels.triton_block import mixlora_triton as run
 
     return run(x, routing, block)
+
+
+def router_of(kernel: str) -> Callable[[Tensor, Tensor, int], Routing]:
+    """The function that routes for a kernel: one launch for `triton`, else `route`."""
+    if kernel != "triton":
+        return route
+    from mixlora_exp.kernels.triton_router import route_triton
+
+    return route_triton
 
 
 def has_triton() -> bool:

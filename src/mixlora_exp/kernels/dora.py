@@ -8,10 +8,20 @@ from torch import Tensor
 __all__ = ["dora_norms", "squared_row_norms"]
 
 
+CHUNK_ELEMENTS = 2**22
+"""Elements of W that exist in float32 at a time: 16 MB."""
+
+
+def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of W at a time: W in float32 would be twice the size of a bf16 model's."""
+    return weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
+
+
+@torch.no_grad()
 def squared_row_norms(weight: Tensor) -> Tensor:
     """||W||^2 per output row, (out,), in float32 or better. weight: (out, in)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(dtype).square().sum(dim=-1)
+    return torch.cat([rows.to(dtype).square().sum(dim=-1) for rows in _row_chunks(weight)])
 
 
 @torch.no_grad()
@@ -33,7 +43,9 @@ def dora_norms(
     dtype = squared_norms.dtype
     a, b = a.to(dtype), b.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        cross = (weight.to(dtype) @ a.flatten(0, 1).T).unflatten(1, (num_experts, rank))
+        columns = a.flatten(0, 1).T
+        cross = torch.cat([rows.to(dtype) @ columns for rows in _row_chunks(weight)])
+        cross = cross.unflatten(1, (num_experts, rank))
         cross = (cross.transpose(0, 1) * b).sum(dim=-1)
         gram = a @ a.transpose(1, 2)
         squared = squared_norms + 2 * scaling * cross + scaling**2 * ((b @ gram) * b).sum(dim=-1)
