@@ -28,7 +28,7 @@ def check(config: BenchConfig) -> None:
     """Raises:
     UserError: a value is out of range or a row is unknown.
     """
-    for name in ("batch", "length", "rounds"):
+    for name in ("batch", "length", "rounds", "infer_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be >= 1")
     if not 0 <= config.dropout < 1:
@@ -53,10 +53,12 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _measure(config: BenchConfig, model: nn.Module, row: str, ids: torch.Tensor) -> dict:
+def _measure(
+    config: BenchConfig, model: nn.Module, row: str, ids: torch.Tensor, number: int
+) -> dict[str, float]:
     forward, backward = training_step(model, ROWS[row], ids)
-    sample = {"train_forward_s": forward, "train_backward_s": backward}
-    if config.inference:
+    sample = {"round": number, "train_forward_s": forward, "train_backward_s": backward}
+    if number % config.infer_every == 0:
         sample["infer_forward_s"] = inference_step(model, ids)
     return sample
 
@@ -105,7 +107,7 @@ def benchmark(
         # The first step of a row is its warm-up and shows whether it fits.
         try:
             model = adapted(base, ROWS[row], config.dropout, config.seed)
-            _measure(config, model, row, ids)
+            _measure(config, model, row, ids, 0)
             rows[row] = {**asdict(ROWS[row]), "rank": ROWS[row].rank}
             if ROWS[row].method not in ("base", "floor"):
                 tokens = min(config.batch * config.length, 1024)
@@ -130,7 +132,7 @@ def benchmark(
         names = names[number % len(names) :] + names[: number % len(names)]
         for row in names:
             if number % ROWS[row].every == 0:
-                samples[row].append({"round": number, **_measure(config, models[row], row, ids)})
+                samples[row].append(_measure(config, models[row], row, ids, number))
         say(f"round {number + 1}/{config.rounds}")
     for row, taken in samples.items():
         reference = samples.get(BASELINES.get(row, BASELINE), [])
@@ -165,7 +167,7 @@ def _summary(taken: list[dict], reference: list[dict], tokens: int) -> dict[str,
     found: dict[str, Any] = {"rounds": len(taken)}
     timed = [key for key in taken[0] if key.endswith("_s")]
     for key in timed:
-        low, middle, high = _quartiles([s[key] for s in taken])
+        low, middle, high = _quartiles([s[key] for s in taken if key in s])
         name = key.removesuffix("_s") + "_us_per_token"
         found[name] = round(middle * 1e6 / tokens, 3)
         found[name + "_quartiles"] = [round(v * 1e6 / tokens, 3) for v in (low, high)]
@@ -174,7 +176,8 @@ def _summary(taken: list[dict], reference: list[dict], tokens: int) -> dict[str,
     parts = {key.removesuffix("_s"): (key,) for key in timed}
     parts["train"] = ("train_forward_s", "train_backward_s")
     for name, keys in parts.items():
-        ratios = [sum(a[k] for k in keys) / sum(b[k] for k in keys) for a, b in pairs]
+        both = [(a, b) for a, b in pairs if all(k in a and k in b for k in keys)]
+        ratios = [sum(a[k] for k in keys) / sum(b[k] for k in keys) for a, b in both]
         if ratios:
             low, middle, high = _quartiles(ratios)
             found[f"{name}_ratio"] = round(middle, 4)

@@ -66,8 +66,9 @@ BASELINES = {"mixlora_bf16": "lora_peft_bf16", "mixlora_triton_bf16": "lora_peft
 @dataclass(slots=True, kw_only=True)
 class BenchConfig:
     """One benchmark. `layers` cuts the depth (null: all); `dtype` is the frozen weights';
-    `rounds`: each row is measured once a round, after a warm-up round; `memory`: also the peak of
-    each row, on a CPU in a process of its own. `threads`: null is torch's choice."""
+    `rounds`: each row is measured once a round, after a warm-up; `infer_every`: the forward pass
+    without gradients in each n-th round; `memory`: also the peak of each row, on a CPU in a process
+    of its own. `threads`: null is torch's choice."""
 
     model: str = "smollm2_135m"
     layers: int | None = None
@@ -76,7 +77,7 @@ class BenchConfig:
     dtype: str = "bfloat16"
     dropout: float = 0.05
     rounds: int = 16
-    inference: bool = True
+    infer_every: int = 4
     memory: bool = True
     rows: list[str] = field(default_factory=lambda: list(ROWS))
     seed: int = 0

@@ -16,10 +16,11 @@ __all__ = [
     "store_columns",
 ]
 
-# Triton takes globals as constants only.
+# Triton takes globals as constants only. In products they stand right of the tensor: left of it
+# the interpreter makes a constant of the result.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)
-TANH_SCALE = tl.constexpr(0.7978845608028654)
+TWO_TANH_SCALE = tl.constexpr(1.5957691216057308)
 TANH_CUBIC = tl.constexpr(0.044715)
 
 
@@ -33,13 +34,14 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         below = 0.5 * (1.0 + tl.math.erf(x * SQRT_HALF))
         value = x * below
-        slope = below + x * INVERSE_SQRT_TAU * tl.exp(-0.5 * x * x)
+        slope = below + x * INVERSE_SQRT_TAU * tl.exp(x * x * -0.5)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         # (1 + tanh z) / 2 is the logistic function of 2 z.
-        s = tl.sigmoid(2.0 * TANH_SCALE * x * (1.0 + TANH_CUBIC * x * x))
+        cubic = x * x * TANH_CUBIC
+        s = tl.sigmoid(x * (1.0 + cubic) * TWO_TANH_SCALE)
         value = x * s
-        slope = s + value * (1.0 - s) * 2.0 * TANH_SCALE * (1.0 + 3.0 * TANH_CUBIC * x * x)
+        slope = s + value * (1.0 - s) * (1.0 + 3.0 * cubic) * TWO_TANH_SCALE
     return value, slope
 
 
