@@ -91,23 +91,22 @@ def read(folder: Path, name: str) -> Oracle:
 
 @pytest.fixture(
     params=[
-        ("llama-lora", None),
-        ("llama-dora", None),
-        ("llama-mixlora", "reference"),
-        ("llama-mixlora", "exact"),
-    ],
-    ids=lambda param: "-".join(filter(None, param)),
+        (name, kernel)
+        for name in ("llama-lora", "llama-dora", "llama-mixlora")
+        for kernel in ("reference", "peft", "exact")
+    ]
+    + [("llama-mixlora", "shared")],
+    ids="-".join,
     scope="module",
 )
 def oracle(request: pytest.FixtureRequest, shared_oracle: Path) -> Oracle:
     name, kernel = request.param
     oracle = read(shared_oracle, name)
-    if kernel is not None:
-        set_kernel(oracle.model, kernel)
+    set_kernel(oracle.model, kernel)
     return oracle
 
 
-@pytest.fixture(params=["reference", "exact"], scope="module")
+@pytest.fixture(params=["reference", "peft", "shared", "exact"], scope="module")
 def mixlora(request: pytest.FixtureRequest, shared_oracle: Path) -> Oracle:
     oracle = read(shared_oracle, "llama-mixlora")
     set_kernel(oracle.model, request.param)

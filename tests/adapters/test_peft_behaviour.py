@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from mixlora_exp.adapters import MixLoraConfig, MixLoraFeedForward, set_kernel
+from mixlora_exp.adapters import MixLoraConfig, MixLoraFeedForward
 
 
 @torch.no_grad()
@@ -105,24 +105,6 @@ def test_first_step_of_a_fresh_adapter_moves_b_and_the_router(model_of, batch, d
     model(**batch).loss.backward()
     for name, parameter in trainable(model).items():
         assert (parameter.grad.abs().max() > 0) == ("lora_A" not in name), name
-
-
-def test_dropout_acts_in_training_and_not_in_evaluation(model_of, batch, dora) -> None:
-    model = model_of(use_dora=dora, lora_dropout=0.3)
-    model.train()
-    assert not torch.equal(logits(model, batch), logits(model, batch))
-    model.eval()
-    assert torch.equal(logits(model, batch), logits(model, batch))
-    without = model_of(use_dora=dora, lora_dropout=0.0).eval()
-    assert torch.equal(logits(model, batch), logits(without, batch))
-
-
-def test_kernels_agree_on_a_whole_model(model_of, batch, family, dora) -> None:
-    model = model_of(family, use_dora=dora).eval()
-    assert set_kernel(model, "auto") == "exact"
-    exact = logits(model, batch)
-    set_kernel(model, "reference")
-    torch.testing.assert_close(logits(model, batch), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_disable_adapter_is_the_base_model(model_of, base_of, batch, family, dora) -> None:
@@ -338,17 +320,3 @@ def test_router_report_of_a_pass_with_a_cache(model_of) -> None:
         mask[1, :2] = 0
         model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
     assert model.base_model.router_report.counts.sum(dim=1).tolist() == [4, 4]
-
-
-def test_training_under_autocast(model_of, batch, dora) -> None:
-    """Both kernels run on float32 weights where autocast makes the products bf16."""
-    losses = []
-    for kernel in ("reference", "exact"):
-        model = model_of(use_dora=dora).train()
-        set_kernel(model, kernel)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in trainable(model).values())
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)

@@ -1,11 +1,9 @@
-"""The router loss beside the model's own, gradient checkpointing, and the norms of MixDoRA."""
+"""The router loss beside the model's own, in training with and without gradient checkpointing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
-from mixlora_exp.adapters import layer as layer_module
 
 COEFFICIENT = 0.5
 
@@ -123,80 +121,6 @@ def test_checkpointing_gives_the_same_loss_and_gradients(model_of, batch, family
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.fixture
-def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows with each computation of the norms: "expert", and "frozen" for ||W||^2."""
-    calls: list[str] = []
-    for name, label in (("dora_norms", "expert"), ("squared_row_norms", "frozen")):
-        real = getattr(layer_module, name)
-
-        def counted(*args, real=real, label=label):
-            calls.append(label)
-            return real(*args)
-
-        monkeypatch.setattr(layer_module, name, counted)
-    return calls
-
-
-def norms_by_hand(block) -> dict[str, torch.Tensor]:
-    found = {}
-    for role in ("gate", "up", "down"):
-        weight = getattr(block.base_layer, f"{role}_proj").weight
-        a, b = (getattr(block, f"lora_{part}_{role}")["default"] for part in "AB")
-        full = weight + block.scaling["default"] * b @ a
-        found[role] = full.detach().double().norm(dim=-1).float()
-    return found
-
-
-def check_norms(model) -> None:
-    for block in model.base_model.feed_forwards():
-        frozen = block.block("default")
-        for role, expected in norms_by_hand(block).items():
-            torch.testing.assert_close(getattr(frozen, role).experts.norm, expected)
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused, which raises no version"])
-def test_norms_follow_the_optimizer(model_of, batch, norm_calls, fused: bool) -> None:
-    model = model_of(use_dora=True).train()
-    norm_calls.clear()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=fused)
-    for _ in range(3):
-        for _ in range(2):  # two micro-batches
-            model(**batch).loss.backward()
-        check_norms(model)
-        optimizer.step()
-        optimizer.zero_grad()
-    # Two layers, three projections; ||W||^2 is frozen.
-    assert norm_calls.count("frozen") == 6
-    model.eval()
-    norm_calls.clear()
-    for _ in range(3):
-        with torch.no_grad():
-            model(**batch)
-    assert norm_calls.count("expert") == 6
-    check_norms(model)
-    # Scoring between steps keeps nothing for later.
-    model.train()(**batch).loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        model.eval()(**batch)
-    check_norms(model)
-
-
-def test_norms_follow_a_load(model_of, batch, norm_calls) -> None:
-    """Of values into the tensors that are there, as `load_state_dict` does it."""
-    model = model_of(use_dora=True).eval()
-    with torch.no_grad():
-        model(**batch)
-        state = {name: value * 2 for name, value in model.state_dict().items() if "lora_" in name}
-        norm_calls.clear()
-        model.load_state_dict(state, strict=False)
-        model(**batch)
-    assert norm_calls.count("expert") == 6
-    check_norms(model)
-
-
 @pytest.mark.parametrize(
     "scoring",
     [
@@ -217,15 +141,6 @@ def test_scoring_first_does_not_change_training(model_of, batch, dora, scoring) 
     assert found[0][0] == found[1][0]
     for name, gradient in found[0][1].items():
         assert torch.equal(gradient, found[1][1][name]), name
-
-
-def test_model_built_in_inference_mode_can_score(model_of, batch) -> None:
-    """Its tensors have no version, so norms cannot be kept."""
-    expected = model_of(use_dora=True).eval()(**batch).logits
-    with torch.inference_mode():
-        model = model_of(use_dora=True).eval()
-        for _ in range(2):
-            torch.testing.assert_close(model(**batch).logits, expected.detach())
 
 
 def test_training_lowers_the_loss(model_of, batch, family, dora) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,21 @@ def test_kernel_by_its_name_equals_reference(block_of, plain, name, fresh_seed, 
     same(block.run(name, torch.float64), block.run("reference", torch.float64))
 
 
+@pytest.fixture(scope="module")
+def definition_of() -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The reference's results for a block in float64 and in given precisions, kept for the next
+    kernel."""
+    kept = {}
+
+    def compute(block, seed, *dtypes):
+        key = (repr(block.case), seed, dtypes)
+        if key not in kept:
+            kept[key] = block.run("reference", torch.float64), block.run("reference", *dtypes)
+        return kept[key]
+
+    return compute
+
+
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
     [
@@ -74,7 +90,9 @@ def test_kernel_by_its_name_equals_reference(block_of, plain, name, fresh_seed, 
         pytest.param(torch.bfloat16, torch.bfloat16, id="bf16 throughout"),
     ],
 )
-def test_kernel_is_as_precise_as_the_reference(block_of, case, form, dtype, adapter_dtype) -> None:
+def test_kernel_is_as_precise_as_the_reference(
+    block_of, definition_of, case, form, dtype, adapter_dtype
+) -> None:
     """Its error is at most twice the error that the definition makes in the same precision.
 
     Mean errors over five seeds: the ratio of two single errors is a matter of luck.
@@ -82,8 +100,7 @@ def test_kernel_is_as_precise_as_the_reference(block_of, case, form, dtype, adap
     errors: dict[str, list[tuple[float, float]]] = {}
     for seed in range(5):
         block = block_of(case, seed, dtype).rounded(dtype, adapter_dtype)
-        truth = block.run("reference", torch.float64)
-        reference = block.run("reference", dtype, adapter_dtype)
+        truth, reference = definition_of(block, seed, dtype, adapter_dtype)
         results = block.run(form, dtype, adapter_dtype)
         for name, result in results.items():
             if case.top_k == 1 and name == "router":
@@ -150,3 +167,17 @@ def test_kernel_names() -> None:
         assert resolve_kernel(name) == name
     with pytest.raises(ValueError, match=r"kernel=fast is unknown.*auto.*reference.*exact"):
         resolve_kernel("fast")
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "expected"),
+    [
+        pytest.param("cuda", True, "triton", id="a GPU"),
+        pytest.param("cuda", False, "exact", id="a GPU without Triton"),
+        pytest.param("cpu", True, "exact", id="a CPU, where Triton is interpreted"),
+        pytest.param("mps", True, "exact", id="another device"),
+    ],
+)
+def test_kernel_that_auto_stands_for(monkeypatch, device, installed, expected) -> None:
+    monkeypatch.setattr("mixlora_exp.kernels.has_triton", lambda: installed)
+    assert resolve_kernel("auto", device) == expected

@@ -78,6 +78,11 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         self._norms.clear()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> MixLoraFeedForward:
+        # `to`, `float` and the like may round the weights and give them their old memory back.
+        self._norms.clear(frozen=True)
+        return super()._apply(*args, **kwargs)
+
     @property
     def in_features(self) -> int:
         return self._frozen("gate").in_features
@@ -147,7 +152,10 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
             (role, ""), (weight,), lambda: squared_row_norms(weight), frozen=True
         )
         norm = self._norms.get(
-            (role, adapter), (weight, a, b), lambda: dora_norms(weight, squared, a, b, scaling)
+            (role, adapter),
+            (weight, a, b),
+            lambda: dora_norms(weight, squared, a, b, scaling),
+            scaling=scaling,
         )
         magnitude = getattr(self, f"lora_magnitude_{role}")[adapter]
         return Projection(weight.to(dtype), Experts(a, b, scaling, magnitude, norm))
@@ -179,7 +187,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         if len(active) > 1:
             raise ValueError(f"MixLoRA runs one adapter at a time, active are {active}")
         (adapter,) = active
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         name = resolve_kernel(self.kernel, x.device.type)
         self.routing = router_of(name)(rows, self.lora_router[adapter], self.top_k[adapter])
         dtype = working_dtype(x)

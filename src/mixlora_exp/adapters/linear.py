@@ -36,6 +36,11 @@ class FusedLinear(stock.Linear):
         self.norms.clear()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedLinear:
+        # `to`, `float` and the like may round the weights and give them their old memory back.
+        self.norms.clear(frozen=True)
+        return super()._apply(*args, **kwargs)
+
     def _fused_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """The adapter to run fused, None if PEFT's own forward pass is needed."""
         if self.disable_adapters or self.merged or any(v is not None for v in kwargs.values()):
@@ -57,6 +62,7 @@ class FusedLinear(stock.Linear):
             ("norm", name),
             (weight, a, b),
             lambda: dora_norms(weight, squared, a[None], b[None], self.scaling[name])[0],
+            scaling=self.scaling[name],
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -66,7 +72,7 @@ class FusedLinear(stock.Linear):
         weight, bias = self.base_layer.weight, self.base_layer.bias
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         dtype = working_dtype(x)
-        rows = x.flatten(0, -2).to(dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
         magnitude = norm = None
         if name in self.lora_variant:
             magnitude = self.lora_magnitude_vector[name].weight
@@ -85,7 +91,7 @@ class FusedLinear(stock.Linear):
             )
             if bias is not None:
                 y = y + bias.to(dtype)
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class ReferenceLinear(FusedLinear):

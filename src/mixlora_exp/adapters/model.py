@@ -72,8 +72,9 @@ class MixLoraModel(LoraModel):
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
-        # PEFT made its own layers for attention, also when an adapter is loaded.
-        use_linear_kernel(self.model, "exact")
+        # PEFT makes its own layers for attention, also when an adapter is loaded, and blocks that
+        # an adapter adds know nothing of `set_kernel`.
+        set_kernel(self.model, next((block.kernel for block in self.feed_forwards()), "auto"))
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -157,5 +158,5 @@ def set_kernel(model: nn.Module, name: str) -> str:
     use_linear_kernel(model, resolved)
     for module in model.modules():
         if isinstance(module, MixLoraFeedForward):
-            module.kernel = resolved
+            module.kernel = name  # "auto" is resolved where the block then is.
     return resolved

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +30,13 @@ class _Steps:
 STEPS = _Steps()
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    state: tuple
+    sources: tuple[weakref.ref, ...]
+    value: Tensor
+
+
 class NormCache:
     """Values by key, computed again when a source was written to, moved, or an optimizer stepped.
 
@@ -36,7 +45,7 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], tuple[tuple, Tensor]] = {}
+        self._entries: dict[tuple[str, str], _Entry] = {}
 
     def get(
         self,
@@ -44,25 +53,35 @@ class NormCache:
         sources: tuple[Tensor, ...],
         compute: Callable[[], Tensor],
         *,
+        scaling: float = 1.0,
         frozen: bool = False,
     ) -> Tensor:
-        """The value of `compute`. `frozen`: no optimizer holds the sources."""
+        """The value of `compute`, which depends on the sources and on `scaling` alone. `frozen`:
+        no optimizer holds the sources."""
         # Made in inference mode, a value could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
             if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
                 return compute()  # Such tensors have no version to tell a change by.
             state = (
+                scaling,
                 0 if frozen else STEPS.count,
                 tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in sources),
             )
             entry = self._entries.get(key)
-            if entry is None or entry[0] != state:
-                entry = self._entries[key] = (state, compute())
-            return entry[1]
+            # The same tensors too: others may have been given the memory of deleted ones.
+            if (
+                entry is None
+                or entry.state != state
+                or any(ref() is not t for ref, t in zip(entry.sources, sources, strict=True))
+            ):
+                entry = _Entry(state, tuple(map(weakref.ref, sources)), compute())
+                self._entries[key] = entry
+            return entry.value
 
-    def clear(self) -> None:
-        """Forget what depends on adapters; keys with an empty second part stay."""
-        self._entries = {key: entry for key, entry in self._entries.items() if not key[1]}
+    def clear(self, *, frozen: bool = False) -> None:
+        """Forget what depends on adapters; keys with an empty second part stay unless `frozen`."""
+        kept = {} if frozen else {k: entry for k, entry in self._entries.items() if not k[1]}
+        self._entries = kept
 
 
 def adapters_changed() -> None:

@@ -21,6 +21,8 @@ from mixlora_exp.kernels.dropout import DropMask
 from mixlora_exp.kernels.exact import mixlora_exact_dense
 from mixlora_exp.kernels.packing import pack, unpack
 from mixlora_exp.kernels.shapes import FeedForward, LowRank, Routing, low_ranks
+from mixlora_exp.kernels.triton_parts import INTERPRETED
+from mixlora_exp.kernels.triton_tiles import max_columns
 
 __all__ = ["mixlora_triton", "supports"]
 
@@ -252,7 +254,7 @@ def supports(x: Tensor, block: FeedForward) -> bool:
     """
     present = [p.experts for p in block.projections.values() if p.experts is not None]
     dtypes = {torch.float32, torch.float16}
-    if launch.INTERPRETED:
+    if INTERPRETED:
         on_device = True
     else:
         dtypes.add(torch.bfloat16)
@@ -263,7 +265,7 @@ def supports(x: Tensor, block: FeedForward) -> bool:
         and len(x) > 0
         and bool(present)
         and len({experts.a.shape[:2] for experts in present}) == 1
-        and triton.next_power_of_2(present[0].a.shape[:2].numel()) <= launch.max_columns(x.dtype)
+        and triton.next_power_of_2(present[0].a.shape[:2].numel()) <= max_columns(x.dtype)
         and isinstance(block.activation, str)
         and block.activation in NAMES
         and all(

@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels of the feed-forward block, and their block sizes."""
+"""Launchers of the Triton kernels of the feed-forward block."""
 
 from __future__ import annotations
 
@@ -11,83 +11,14 @@ from torch import Tensor
 
 from mixlora_exp.kernels.triton_ffn import forward_kernel
 from mixlora_exp.kernels.triton_ffn_backward import backward_inner_kernel, backward_tokens_kernel
+from mixlora_exp.kernels.triton_tiles import Tiles, default_tiles, padded
 
 __all__ = [
-    "INTERPRETED",
     "Operands",
-    "Tiles",
     "backward_inner",
     "backward_tokens",
-    "default_tiles",
     "forward",
-    "max_columns",
 ]
-
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-"""Whether Triton's interpreter runs the kernels, for a machine without a GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Block sizes of a launch: `tokens` and `inner`, of the F columns, in a tile (powers of two,
-    at least 16 of the inner columns and of the tokens' rows); `splits` of the loop over the tiles
-    of F or, in `backward_inner`, of T; warps of a program; stages of its loop."""
-
-    tokens: int
-    inner: int
-    splits: int
-    warps: int
-    stages: int
-
-
-# Rows (a token has one per slot, K padded), inner, warps and stages, by the padded E R.
-#
-# A program holds sums of rows * E R (forward; twice that in `tokens`) or 3 * inner * E R float32
-# numbers (`inner`), and the left operands beside them: of 255 registers a thread they may take
-# about half, so tiles shrink as E R grows. Shared memory holds the stages of three tiles of
-# inner * E R (in `inner`: rows * E R) and stays below the 99 KB that a program may have on a 24 GB
-# consumer card. All compile without spilled registers, or next to none, for compute capabilities
-# 8.0 and 9.0.
-HALF_TILES = {
-    "forward": {
-        16: (64, 64, 4, 2),
-        32: (64, 64, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (64, 32, 4, 2),
-        256: (32, 32, 8, 2),
-        512: (16, 16, 4, 1),
-    },
-    "tokens": {
-        16: (64, 32, 4, 2),
-        32: (64, 32, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (32, 32, 4, 2),
-        256: (16, 32, 8, 2),
-        512: (16, 16, 8, 1),
-    },
-    "inner": {
-        16: (32, 64, 4, 2),
-        32: (32, 64, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (32, 32, 4, 2),
-        256: (16, 16, 8, 2),
-        512: (16, 16, 8, 1),
-    },
-}
-
-# float32 products that are not cut to tf32 run outside the tensor cores, each thread with whole
-# rows of both operands in registers: small tiles, and no more than 128 columns.
-FULL_TILES = {width: (16, 16, 4, 1) for width in (16, 32, 64, 128)}
-
-# Data-centre cards have 160 KB of shared memory or more for a program. A tile of twice the rows on
-# twice the warps reads the experts' matrices half as often.
-LARGE_SHARED = {(8, 0), (9, 0), (10, 0), (10, 3)}
-DOUBLED = ("forward", "tokens")
-
-
-def max_columns(dtype: torch.dtype) -> int:
-    """The largest E R that the kernels take."""
-    return max(FULL_TILES if dtype == torch.float32 else HALF_TILES["forward"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +76,18 @@ class Operands:
         """How many of gate and up have experts."""
         return (self.b1 is not None) + (self.b3 is not None)
 
+    def tiles(self, kernel: str) -> Tiles:
+        """Those of `default_tiles`."""
+        return default_tiles(
+            kernel,
+            tokens=self.tokens,
+            inner=self.inner,
+            columns=self.columns,
+            top_k=self.top_k,
+            dtype=self.gate.dtype,
+            device=self.gate.device,
+        )
+
     def arguments(self) -> dict[str, Any]:
         """Of the kernels, but for what differs between them."""
         names = ("gate", "up", "p", "b1", "b3", "a2", "scale1", "scale3", "experts", "weights")
@@ -169,40 +112,6 @@ class Operands:
             "PER_SLOT": self.per_slot,
             "DROPPED": self.kept is not None,
         }
-
-
-def padded(size: int) -> int:
-    """The power of two, at least 16 as products need it, that holds `size`."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def default_tiles(kernel: str, operands: Operands) -> Tiles:
-    """The block sizes of `forward`, `tokens` (`backward_tokens`) or `inner` (`backward_inner`).
-
-    The loop is split until the programs fill the GPU twice, for one tile of tokens (a batch of
-    few, generation) would keep one multiprocessor busy; not further, since each split has its own
-    sums to write.
-    """
-    slots = triton.next_power_of_2(operands.top_k)
-    device = operands.gate.device
-    if INTERPRETED:
-        # Small, so that small tests have several tiles and splits.
-        return Tiles(max(1, 16 // slots), 16, 2, 4, 1)
-    width = padded(operands.columns)
-    if operands.gate.dtype == torch.float32:
-        rows, inner, warps, stages = FULL_TILES[width]
-    else:
-        rows, inner, warps, stages = HALF_TILES[kernel][width]
-        large = torch.cuda.get_device_capability(device) in LARGE_SHARED
-        if large and kernel in DOUBLED and width <= 128:
-            rows, warps = 2 * rows, 2 * warps
-    tokens = max(1, rows // slots)
-    # Few tokens do not need a large tile.
-    tokens = min(tokens, max(triton.next_power_of_2(operands.tokens), 16 // slots, 1))
-    counts = triton.cdiv(operands.tokens, tokens), triton.cdiv(operands.inner, inner)
-    programs, loop = counts if kernel != "inner" else counts[::-1]
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return Tiles(tokens, inner, min(loop, triton.cdiv(wanted, programs)), warps, stages)
 
 
 def _split(count: int, splits: int) -> tuple[int, int]:
@@ -235,7 +144,7 @@ def forward(operands: Operands, tiles: Tiles | None = None) -> tuple[Tensor, Ten
     """(hidden, reduced). hidden: `sum_k w_k h_k` (T, F), or per slot `h_k` (T, K, F); reduced:
     `A2 drop(h_k)` (T, E R) float32 of all slots side by side, times w_k unless per slot; None
     without experts on the down projection."""
-    tiles = tiles or default_tiles("forward", operands)
+    tiles = tiles or operands.tiles("forward")
     steps, splits = _split(triton.cdiv(operands.inner, tiles.inner), tiles.splits)
     gate = operands.gate
     shape = (operands.tokens, operands.top_k, operands.inner) if operands.per_slot else gate.shape
@@ -263,7 +172,7 @@ def backward_tokens(
     slot (T, K, F), then with the slot's weight in it, and dweights is None. q: (T, E R), what times
     A2 is the rest of that gradient, None without experts on the down projection.
     """
-    tiles = tiles or default_tiles("tokens", operands)
+    tiles = tiles or operands.tiles("tokens")
     steps, splits = _split(triton.cdiv(operands.inner, tiles.inner), tiles.splits)
     tokens = operands.tokens
     # A large tensor less at the peak: a tile of `dhidden` is read where its gradient is written.
@@ -294,7 +203,7 @@ def backward_inner(
 ) -> dict[str, Tensor | None]:
     """The gradients of b1, b3, a2 (F, E R), and of scale1, scale3 as (F, E), by these names in
     float32, None where there is no such operand. dhidden, q: as in `backward_tokens`."""
-    tiles = tiles or default_tiles("inner", operands)
+    tiles = tiles or operands.tiles("inner")
     steps, splits = _split(triton.cdiv(operands.tokens, tiles.tokens), tiles.splits)
     parts: dict[str, Tensor | None] = {}
     for name in ("b1", "b3", "a2", "scale1", "scale3"):

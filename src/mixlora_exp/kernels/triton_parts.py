@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "INTERPRETED",
     "activate",
     "add_slots",
     "dot",
@@ -25,12 +26,21 @@ TANH_CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
+def _logistic(x):
+    """(value, 1 - value) of the logistic function, the second without cancellation."""
+    # Beyond 80 the value is 0 in float32 as it is, and an infinite power would give NaN.
+    power = tl.exp(tl.minimum(-x, 80.0))
+    value = 1.0 / (1.0 + power)
+    return value, power * value
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """(value, slope) of the activation."""
     if ACTIVATION == "silu":
-        s = tl.sigmoid(x)
+        s, rest = _logistic(x)
         value = x * s
-        slope = s + value * (1.0 - s)
+        slope = s + value * rest
     elif ACTIVATION == "gelu":
         below = 0.5 * (1.0 + tl.math.erf(x * SQRT_HALF))
         value = x * below
@@ -39,9 +49,9 @@ def activate(x, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "gelu_tanh")
         # (1 + tanh z) / 2 is the logistic function of 2 z.
         cubic = x * x * TANH_CUBIC
-        s = tl.sigmoid(x * (1.0 + cubic) * TWO_TANH_SCALE)
+        s, rest = _logistic(x * (1.0 + cubic) * TWO_TANH_SCALE)
         value = x * s
-        slope = s + value * (1.0 - s) * (1.0 + 3.0 * cubic) * TWO_TANH_SCALE
+        slope = s + value * rest * (1.0 + 3.0 * cubic) * TWO_TANH_SCALE
     return value, slope
 
 
@@ -106,3 +116,7 @@ def add_slots(values, BT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
     if SLOTS == 1:
         return values
     return tl.sum(tl.reshape(values, (BT, SLOTS, WIDTH)), axis=1)
+
+
+INTERPRETED = not isinstance(dot, triton.JITFunction)
+"""Whether Triton's interpreter runs the kernels, for a machine without a GPU."""

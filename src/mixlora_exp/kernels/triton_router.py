@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mixlora_exp.kernels.routing import route
 from mixlora_exp.kernels.shapes import Routing
+from mixlora_exp.kernels.triton_parts import INTERPRETED
 
 __all__ = ["route_triton"]
 
@@ -87,9 +88,6 @@ def _router_kernel(
     offsets = row[:, None] * K + slot[None, :]
     tl.store(experts + offsets, taken.to(tl.int64), mask=inside)
     tl.store(weights + offsets, values, mask=inside)
-
-
-INTERPRETED = not isinstance(_router_kernel, triton.JITFunction)
 
 
 class _Route(torch.autograd.Function):

@@ -1,0 +1,72 @@
+"""Whole layers under `torch.compile`, as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from mixlora_exp.adapters import set_kernel
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def layer_of(model_of, name: str, **changes) -> nn.Module:
+    model = model_of(**changes)
+    set_kernel(model, "exact")
+    return model.base_model.model.model.layers[0].get_submodule(name)
+
+
+LAYERS = pytest.mark.parametrize("name", ["mlp", "self_attn.q_proj"])
+
+
+@LAYERS
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_layer_is_one_graph_with_the_same_results(model_of, dora, name, backend) -> None:
+    """Output and gradients; fullgraph=True raises where the graph would break."""
+    layer = layer_of(model_of, name, use_dora=dora).train()
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 64)
+    found = []
+    for run in (layer, torch.compile(layer, backend=backend, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        wanted = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
+        found.append((y, *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)))
+    assert len(found[0]) == len(found[1]) > 3
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
+@LAYERS
+def test_compiled_norms_follow_the_optimizer(model_of, name) -> None:
+    """A norm from the cache must not become a constant of the graph."""
+    layer = layer_of(model_of, name, use_dora=True).train()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x = torch.randn(2, 9, 64)
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
+    for _ in range(3):
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
+        y.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@LAYERS
+def test_compiled_dropout(model_of, dora, name) -> None:
+    """Masks are drawn anew in each pass, and none in evaluation."""
+    layer = layer_of(model_of, name, use_dora=dora, lora_dropout=0.3).train()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x = torch.randn(2, 9, 64)
+    assert not torch.allclose(compiled(x), compiled(x))
+    layer.eval()
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,203 @@
+"""Dropout masks: each element has its own chance, whichever way a mask is drawn and held."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mixlora_exp.kernels import DropMask, draw_mask
+from mixlora_exp.kernels.dropout import drop
+
+CPU = torch.device("cpu")
+PROBABILITIES = (0.01, 0.05, 0.3, 0.5, 0.7)
+SIGMAS = 6.0
+"""Of a check with fresh random numbers: it fails by chance less than once in a million runs."""
+
+
+@pytest.fixture(params=PROBABILITIES)
+def p(request: pytest.FixtureRequest) -> float:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["one draw", "many short draws"])
+def draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gaps are drawn at once if they suffice; the seams of several draws must not show."""
+    if request.param:
+        real = torch.rand
+        monkeypatch.setattr(torch, "rand", lambda size: real(min(size, 20)))
+
+
+def dropped_of(mask: DropMask) -> torch.Tensor:
+    return ~mask.kept()
+
+
+def test_fraction_dropped(draws, fresh_seed, p) -> None:
+    """Over all, per row and per column, within the error of a binomial."""
+    dropped = dropped_of(draw_mask((300, 400), p, CPU)).double()
+    for dims, count in (((0, 1), 300 * 400), ((0,), 300), ((1,), 400)):
+        fractions = dropped.mean(dim=dims)
+        # Small counts of rare events have longer tails than a normal variable.
+        limit = SIGMAS * math.sqrt(p * (1 - p) / count) + 6 / count
+        assert (fractions - p).abs().max() <= limit, dims
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 50, 400], ids=lambda lag: f"{lag} apart")
+def test_elements_are_dropped_independently(draws, fresh_seed, p, lag) -> None:
+    """Of neighbours along the gaps, across rows, and one above the other (400)."""
+    centred = dropped_of(draw_mask((300, 400), p, CPU)).flatten().double() - p
+    products = centred[lag:] * centred[:-lag]
+    z = products.sum() / (math.sqrt(len(products)) * p * (1 - p))
+    assert abs(float(z)) <= SIGMAS
+
+
+def test_gaps_are_geometric(draws, fresh_seed, p) -> None:
+    """The number of kept elements between two dropped ones, by the chi-square statistic."""
+    places = dropped_of(draw_mask((300, 400), p, CPU)).flatten().nonzero().flatten()
+    gaps = places.diff() - 1
+    # As many bins as have 20 expected gaps, and one for all that are longer.
+    bins = int(math.log(20 / (len(gaps) * p)) / math.log1p(-p)) if p * len(gaps) > 20 else 1
+    bins = max(bins, 2)
+    expected = len(gaps) * p * (1 - p) ** torch.arange(bins, dtype=torch.float64)
+    expected = torch.cat([expected, len(gaps) - expected.sum(dim=0, keepdim=True)])
+    found = gaps.clamp(max=bins).bincount(minlength=bins + 1)
+    chi_square = float(((found - expected) ** 2 / expected).sum())
+    # Wilson and Hilferty: the cube root of chi-square / bins is nearly normal.
+    z = (chi_square / bins) ** (1 / 3) - (1 - 2 / (9 * bins))
+    assert z / math.sqrt(2 / (9 * bins)) <= SIGMAS
+
+
+def test_every_element_can_be_dropped(fresh_seed, p) -> None:
+    """The first and the last one too, as often as the others, and apart from each other."""
+    rounds = 4000
+    dropped = torch.stack([dropped_of(draw_mask((2, 3), p, CPU)) for _ in range(rounds)])
+    dropped = dropped.flatten(1).double()
+    limit = SIGMAS * math.sqrt(p * (1 - p) / rounds) + 3 / rounds
+    assert (dropped.mean(dim=0) - p).abs().max() <= limit
+    both = (dropped[:, 0] * dropped[:, -1]).mean()
+    assert abs(float(both) - p**2) <= SIGMAS * p / math.sqrt(rounds) + 3 / rounds
+
+
+def test_scale_keeps_the_mean(p) -> None:
+    mask = draw_mask((300, 400), p, CPU)
+    assert mask.scale == pytest.approx(1 / (1 - p))
+    assert mask.shape == (300, 400)
+    x = torch.ones(300, 400)
+    made = drop(x, mask)
+    assert set(made.unique().tolist()) == {0.0, torch.tensor(mask.scale).item()}
+    limit = SIGMAS * math.sqrt(p / (1 - p) / x.numel())
+    assert made.double().mean().item() == pytest.approx(1, abs=limit)
+
+
+def test_mask_follows_the_seed_and_changes_from_draw_to_draw(p) -> None:
+    torch.manual_seed(3)
+    first, second = (draw_mask((50, 80), p, CPU) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(draw_mask((50, 80), p, CPU).elements, first.elements)
+    assert torch.equal(draw_mask((50, 80), p, CPU).elements, second.elements)
+    # Two draws share as many dropped elements as chance has it.
+    both = (dropped_of(first) & dropped_of(second)).double().mean().item()
+    assert both == pytest.approx(p**2, abs=SIGMAS * p / math.sqrt(4000))
+
+
+def test_no_dropout_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    assert draw_mask((5, 7), 0.0, CPU) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    x = torch.randn(5, 7)
+    assert drop(x, None) is x
+    assert drop(x, None, torch.tensor([1])) is x
+
+
+def test_few_dropped_elements_are_held_by_number(p) -> None:
+    """So that little is kept for the backward pass; above one half a bool per element is less."""
+    mask = draw_mask((30, 40), p, CPU)
+    assert mask.is_sparse == (p <= 0.5)
+    if mask.is_sparse:
+        assert mask.elements.dtype == torch.int32
+        assert (mask.elements.diff() > 0).all()
+        assert mask.elements.min() >= 0
+        assert mask.elements.max() < 1200
+        assert mask.elements.numel() == int(dropped_of(mask).sum())
+    else:
+        assert mask.elements.dtype == torch.bool
+        assert mask.elements.shape == (30, 40)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 1), id="one element"),
+        pytest.param((1, 7), id="one row"),
+        pytest.param((7, 1), id="one column"),
+        pytest.param((0, 4), id="no rows"),
+    ],
+)
+def test_small_shapes(fresh_seed, p, shape) -> None:
+    for _ in range(50):
+        mask = draw_mask(shape, p, CPU)
+        assert mask.kept().shape == shape
+        assert mask.zero(torch.ones(shape)).shape == shape
+
+
+@pytest.fixture(params=["sparse", "bool"])
+def mask(request: pytest.FixtureRequest, fresh_seed) -> DropMask:
+    made = draw_mask((11, 7), 0.4, CPU)
+    return made if request.param == "sparse" else DropMask(made.kept(), made.scale, made.shape)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        pytest.param(0, 11, id="all rows"),
+        pytest.param(0, 4, id="the first rows"),
+        pytest.param(3, 8, id="in the middle"),
+        pytest.param(10, 11, id="the last row"),
+        pytest.param(5, 5, id="no row"),
+    ],
+)
+def test_slice_is_a_slice_of_kept(mask, start, end) -> None:
+    part = mask.slice(start, end)
+    assert part.shape == (end - start, 7)
+    assert part.scale == mask.scale
+    assert part.is_sparse == mask.is_sparse
+    assert torch.equal(part.kept(), mask.kept()[start:end])
+    x = torch.randn(end - start, 7)
+    assert torch.equal(part.zero(x), torch.where(mask.kept()[start:end], x, 0.0))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_zero_makes_a_new_tensor(mask, dtype, transposed) -> None:
+    x = (torch.randn(7, 11).T if transposed else torch.randn(11, 7)).to(dtype)
+    x[0, 0] = x[10, 6] = float("nan")
+    before = x.clone()
+    zeroed = mask.zero(x)
+    expected = torch.where(mask.kept(), before, 0.0)
+    torch.testing.assert_close(zeroed, expected, rtol=0, atol=0, equal_nan=True)
+    assert zeroed.dtype == dtype
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_drop_of_some_rows_is_that_of_the_whole(mask) -> None:
+    """In any order and more than once, as the tokens of an expert are."""
+    x = torch.randn(11, 7)
+    rows = torch.tensor([4, 0, 10, 4])
+    expected = torch.where(mask.kept(), x * mask.scale, 0.0)
+    torch.testing.assert_close(drop(x, mask), expected)
+    torch.testing.assert_close(drop(x[rows], mask, rows), expected[rows])
+
+
+def test_gradient_of_drop_is_the_mask(mask) -> None:
+    x = torch.randn(11, 7, requires_grad=True)
+    drop(x, mask).sum().backward()
+    torch.testing.assert_close(x.grad, mask.kept() * mask.scale, check_dtype=False)
+
+
+def test_large_matrix_is_drawn_to_its_end(fresh_seed) -> None:
+    """2.8 million elements: the last rows are dropped from as the first are."""
+    dropped = dropped_of(draw_mask((4096, 688), 0.05, CPU)).double()
+    quarters = dropped.view(8, -1).mean(dim=-1)
+    limit = SIGMAS * math.sqrt(0.05 * 0.95 / (4096 * 688 / 8))
+    assert (quarters - 0.05).abs().max() <= limit

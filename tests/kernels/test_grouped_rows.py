@@ -1,0 +1,134 @@
+"""The grouped form's own machinery: several blocks of tokens, rows sorted and rounded by expert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixlora_exp.kernels import DropMask, draw_mask, rows
+from mixlora_exp.kernels.exact import mixlora_exact_grouped
+
+BLOCKS = [
+    pytest.param({}, 8, id="five blocks, the last one smaller"),
+    pytest.param({}, 2, id="a block per token"),
+    pytest.param({}, 1, id="a block smaller than a token's K rows"),
+    pytest.param({"top_k": 1}, 5, id="K=1"),
+    pytest.param({"experts": 3, "top_k": 3}, 12, id="K=E"),
+    pytest.param({"rank": 10}, 8, id="rank 10"),
+    pytest.param({"rank": 32}, 8, id="rank 32"),
+    pytest.param({"dora": True}, 8, id="DoRA, which keeps the down projection's output"),
+    pytest.param({"dora": True, "roles": ("down",)}, 8, id="DoRA on down only"),
+    pytest.param({"dora": True, "roles": ("gate", "up")}, 8, id="DoRA without down"),
+    pytest.param({"pushed": {1: 60.0, 3: 60.0}}, 8, id="experts without rows in any block"),
+    pytest.param({"pushed": {2: -4.0}}, 4, id="an expert with rows in few blocks"),
+]
+
+
+@pytest.mark.parametrize(("changes", "count"), BLOCKS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
+def test_several_blocks_equal_reference(
+    block_of, plain, tiny_blocks, fresh_seed, same, changes, count, dropout
+) -> None:
+    case = replace(plain, tokens=19, **changes)
+    tiny_blocks(count)
+    assert len(list(rows.blocks(19, case.top_k))) >= 4
+    block = block_of(case, fresh_seed)
+    masks = block.masks(dropout)
+    results = block.run(mixlora_exact_grouped, torch.float64, masks=masks)
+    same(results, block.run("reference", torch.float64, masks=masks))
+
+
+@pytest.mark.parametrize(("changes", "count"), BLOCKS)
+def test_several_blocks_in_bf16(block_of, plain, tiny_blocks, changes, count) -> None:
+    """Where an expert's rows are rounded up too: as near as one block is, to bf16."""
+    block = block_of(replace(plain, tokens=19, **changes), 0, torch.bfloat16)
+    whole = block.run(mixlora_exact_grouped, torch.bfloat16, torch.float32)
+    tiny_blocks(count)
+    parts = block.run(mixlora_exact_grouped, torch.bfloat16, torch.float32)
+    for name, part in parts.items():
+        if case_without_router_gradient(changes, name):
+            continue
+        assert (part - whole[name]).norm() <= 0.02 * whole[name].norm(), name
+
+
+def case_without_router_gradient(changes: dict, name: str) -> bool:
+    """With K=1 a weight is 1 whatever the router says: the gradient is rounding."""
+    return name == "router" and changes.get("top_k") == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "limit", "expected"),
+    [
+        pytest.param(10, 2, 2048, [(0, 10)], id="all in one"),
+        pytest.param(1024, 2, 2048, [(0, 1024)], id="just full"),
+        pytest.param(1025, 2, 2048, [(0, 513), (513, 1025)], id="one more, halves and no rest"),
+        pytest.param(7, 1, 3, [(0, 3), (3, 6), (6, 7)], id="no multiple"),
+        pytest.param(3, 8, 4, [(0, 1), (1, 2), (2, 3)], id="K above the limit, a token each"),
+    ],
+)
+def test_blocks_cover_the_tokens_once(tiny_blocks, tokens, top_k, limit, expected) -> None:
+    tiny_blocks(limit)
+    assert list(rows.blocks(tokens, top_k)) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step"),
+    [
+        pytest.param(torch.float64, 1, id="float64: each pair once"),
+        pytest.param(torch.float32, 1, id="float32: each pair once"),
+        pytest.param(torch.bfloat16, 32, id="bf16: rounded up to 32"),
+        pytest.param(torch.float16, 32, id="float16: likewise"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "top_k"),
+    [
+        pytest.param(70, 3, id="no multiple of 32"),
+        pytest.param(64, 2, id="a multiple"),
+        pytest.param(1, 1, id="one pair"),
+    ],
+)
+def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k) -> None:
+    experts = torch.rand(tokens, 8).argsort(dim=-1)[:, :top_k]
+    experts[experts == 5] = 6  # one expert has none
+    weights = torch.rand(tokens, top_k) + 0.1
+    made = rows.sort_rows(experts, weights, 8, dtype)
+    # A pair's row holds its token and weight and lies in its expert's segment.
+    token = torch.arange(tokens).unsqueeze(1).expand(-1, top_k)
+    assert torch.equal(made.tokens[made.position], token)
+    assert torch.equal(made.weights[made.position].squeeze(-1), weights.to(dtype))
+    assert made.position.unique().numel() == tokens * top_k
+    covered = 0
+    for expert, first, end in made.segments:
+        assert first == covered
+        covered = end
+        count = int((experts == expert).sum())
+        assert count > 0
+        assert end - first == -(-count // step) * step
+        inside = (made.position >= first) & (made.position < end)
+        assert torch.equal(inside, experts == expert)
+        # What fills a segment up repeats one of its tokens, and counts nothing.
+        filling = torch.ones(end - first, dtype=torch.bool)
+        filling[made.position[inside] - first] = False
+        assert (made.weights[first:end][filling] == 0).all()
+        assert torch.isin(made.tokens[first:end][filling], token[inside]).all()
+    assert covered == len(made.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bf16"])
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "bool"])
+def test_rows_are_zeroed_by_their_tokens_mask(fresh_seed, dtype, sparse) -> None:
+    """In a new tensor: the frozen path goes on with the rows as they are."""
+    mask = draw_mask((11, 7), 0.4, torch.device("cpu"))
+    if not sparse:
+        mask = DropMask(mask.kept(), mask.scale, mask.shape)
+    made = rows.sort_rows(torch.randint(0, 4, (11, 2)), torch.rand(11, 2), 4, dtype)
+    values = torch.randn(len(made.tokens), 7).to(dtype)
+    before = values.clone()
+    zeroed = made.zero(values, mask)
+    pairs = made.position.flatten()
+    expected = torch.where(mask.kept()[made.tokens], before, 0.0)
+    assert torch.equal(zeroed[pairs], expected[pairs])
+    assert torch.equal(values, before), "the rows themselves were changed"

@@ -1,0 +1,425 @@
+"""The Triton kernels: compiled on a GPU, elsewhere by Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixlora_exp.kernels import DropMask, FeedForward, Routing, known_activation, route
+from mixlora_exp.kernels.exact import mixlora_exact_dense
+from mixlora_exp.kernels.packing import pack, unpack
+
+pytest.importorskip("triton")
+spec = importlib.util.spec_from_file_location(
+    "triton_cases", Path(__file__).with_name("triton_cases.py")
+)
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+GPU = cases.GPU
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# The interpreter's bf16 products are wrong on a CPU.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+triton_block, triton_launch, triton_router, triton_tiles = cases.load(
+    "block", "launch", "router", "tiles"
+)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton imports more of itself when a kernel first runs."""
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """`mixlora_triton` on the GPU if there is one, for inputs on the CPU; never its fallback."""
+    masks = [m and DropMask(m.kept(), m.scale, m.shape) for m in (block.x_mask, block.hidden_mask)]
+    block = replace(block, activation=known_activation(block.activation))
+    spec, tensors = pack(replace(block, x_mask=masks[0], hidden_mask=masks[1]))
+    block = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
+    parts = (routing.logits, routing.probabilities, routing.experts, routing.weights)
+    x = x.to(DEVICE)
+    assert triton_block.supports(x, block)
+    return triton_block.mixlora_triton(x, Routing(*(p.to(DEVICE) for p in parts)), block).cpu()
+
+
+def relative(result: Tensor, truth: Tensor) -> float:
+    return float((result - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+GELU = torch.nn.functional.gelu
+CASES = [
+    pytest.param({}, id="plain"),
+    pytest.param({"tokens": 24, "hidden": 40, "inner": 72}, id="several tiles and splits"),
+    pytest.param({"tokens": 5}, id="tokens fewer than a tile"),
+    pytest.param({"tokens": 1}, id="one token, as in generation"),
+    pytest.param({"hidden": 7, "inner": 13}, id="odd sizes, below a tile"),
+    pytest.param({"hidden": 17, "inner": 33}, id="odd sizes, one above a multiple of a tile"),
+    pytest.param({"experts": 5, "top_k": 3}, id="E and K no powers of two"),
+    pytest.param({"top_k": 1, "tokens": 20}, id="K=1, a row per token"),
+    pytest.param({"experts": 3, "top_k": 3}, id="K=E, no expert is left out"),
+    pytest.param({"pushed": {2: -60.0}}, id="an expert without tokens"),
+    pytest.param({"pushed": {1: 60.0}, "top_k": 1}, id="all tokens to one expert"),
+    pytest.param({"rank": 10, "hidden": 16}, id="rank 10, columns padded from 40 to 64"),
+    pytest.param({"rank": 32}, id="rank 32, above the hidden size"),
+    pytest.param({"activation": GELU}, id="GeGLU by erf"),
+    pytest.param(
+        {"activation": lambda x: GELU(x, approximate="tanh")}, id="GeGLU by tanh, as in Gemma"
+    ),
+    pytest.param({"roles": ("gate",)}, id="experts on gate only, none to reduce h for"),
+    pytest.param({"roles": ("up", "down")}, id="experts on up and down, P of one side"),
+    pytest.param({"roles": ("down",)}, id="experts on down only, no P"),
+    pytest.param({"dora": True}, id="DoRA everywhere"),
+    pytest.param({"dora": True, "roles": ("down",)}, id="DoRA on down only, h per slot"),
+    pytest.param({"dora": True, "roles": ("gate", "up")}, id="DoRA without down, h mixed"),
+    pytest.param({"dora": True, "experts": 5, "top_k": 3}, id="DoRA, E and K no powers of two"),
+    pytest.param({"dora": True, "pushed": {2: -60.0}}, id="DoRA, an expert without tokens"),
+    pytest.param({"dora": True, "roles": ("gate", "down"), "top_k": 1}, id="DoRA, not on up, K=1"),
+]
+
+
+def names_to_judge(case, results: dict[str, Tensor]) -> list[str]:
+    """With K = 1 the weight is 1 whatever the router says: its gradient is rounding, no more."""
+    return [name for name in results if not (case.top_k == 1 and name == "router")]
+
+
+def check_close(block, masks=None) -> None:
+    """In float32, output and every gradient against the reference in float64."""
+    truth = block.run("reference", torch.float64, masks=masks)
+    results = block.run(fused, torch.float32, masks=masks)
+    assert results.keys() == truth.keys()
+    for name in names_to_judge(block.case, results):
+        assert relative(results[name], truth[name]) < 5e-5, name
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_fresh_inputs(block_of, plain, options, fresh_seed) -> None:
+    """Output and every gradient under dropout, for new inputs each time."""
+    block = block_of(replace(plain, **options), fresh_seed, torch.float32)
+    check_close(block, block.masks(0.3))
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_precise_as_the_reference(block_of, plain, options, dtype) -> None:
+    """Output and every gradient, without dropout and with it: the error is at most twice that of
+    the definition in the same precision.
+
+    On the mean over a few inputs: the ratio of two single errors is a matter of luck.
+    """
+    case = replace(plain, **options)
+    torch.manual_seed(0)
+    errors: dict[str, list[tuple[float, float]]] = {}
+    repeats = (2 if dtype == torch.float32 else 1) * (1 if case.tokens > 5 else 3)
+    for seed, p in enumerate((0.0, 0.3) * repeats):
+        block = block_of(case, seed, dtype).rounded(dtype, torch.float32)
+        masks = block.masks(p)
+        truth = block.run("reference", torch.float64, masks=masks)
+        reference = block.run("reference", dtype, torch.float32, masks)
+        results = block.run(fused, dtype, torch.float32, masks)
+        for name in names_to_judge(case, results):
+            pair = relative(results[name], truth[name]), relative(reference[name], truth[name])
+            errors.setdefault(name, []).append(pair)
+    floor = torch.finfo(dtype).eps / 2
+    for name, pairs in errors.items():
+        error, allowed = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        assert error <= 2 * allowed + floor, (name, error, allowed)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        pytest.param((8, 16, 1), id="one split"),
+        pytest.param((8, 32, 5), id="more splits than tiles"),
+        pytest.param((16, 16, 2), id="larger token tiles, the last split half empty"),
+        pytest.param((32, 64, 3), id="one tile is larger than all"),
+    ],
+)
+def test_block_sizes_do_not_matter(block_of, plain, monkeypatch, fresh_seed, tiles, dora) -> None:
+    chosen = triton_tiles.Tiles(*tiles, warps=4, stages=1)
+    monkeypatch.setattr(triton_launch, "default_tiles", lambda kernel, **_: chosen)
+    case = replace(plain, tokens=20, inner=40, dora=dora)
+    block = block_of(case, fresh_seed, torch.float32)
+    check_close(block, block.masks(0.3))
+
+
+@pytest.mark.parametrize("masked", ["x", "hidden"])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_one_mask_alone(block_of, plain, fresh_seed, masked, dora) -> None:
+    block = block_of(replace(plain, dora=dora), fresh_seed, torch.float32)
+    masks = replace(block.masks(0.4), **{"hidden" if masked == "x" else "x": None})
+    check_close(block, masks)
+
+
+def test_strided_input_and_upstream_gradient(block_of, plain) -> None:
+    """As a transposed activation and an expanded gradient (of a sum) are."""
+    block = block_of(plain, 0, torch.float32)
+    strided = block.values["x"].T.contiguous().T
+    upstream = torch.ones(1, 1, dtype=torch.float64).expand(9, 12)
+    assert not strided.is_contiguous()
+    check_close(replace(block, upstream=upstream, values={**block.values, "x": strided}))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on fresh buffers hold NaN, or an integer that no index has; counts them."""
+    made: list[int] = []
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+
+        def make(*args, real: Callable = real, **kwargs) -> Tensor:
+            buffer = real(*args, **kwargs)
+            made.append(buffer.numel())
+            integer = not buffer.is_floating_point()
+            return buffer.fill_(torch.iinfo(buffer.dtype).max if integer else float("nan"))
+
+        monkeypatch.setattr(torch, name, make)
+    return made
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_same_bits_each_time_whatever_buffers_hold(
+    block_of, plain, monkeypatch, fresh_seed, dora
+) -> None:
+    case = replace(plain, tokens=19, inner=33, experts=5, top_k=3, dora=dora)
+    block = block_of(case, fresh_seed, torch.float32)
+    masks = block.masks(0.3)
+    first, second = (block.run(fused, torch.float32, masks=masks) for _ in range(2))
+    made = poison(monkeypatch)
+    third = block.run(fused, torch.float32, masks=masks)
+    assert len(made) >= 5
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+        assert torch.equal(result, third[name]), name
+
+
+def broken_run(block, experts: Tensor, upstream: Tensor | None = None, **changed: Tensor):
+    """`fused` with some values changed and the routing kept, as (y, gradients by name)."""
+    leaves = {
+        name: changed.get(name, value).to(torch.float32, copy=True).requires_grad_()
+        for name, value in block.values.items()
+    }
+    probabilities = route(block.values["x"], block.values["router"], block.case.top_k)
+    weights = probabilities.weights.float()
+    routing = Routing(probabilities.logits, probabilities.probabilities, experts, weights)
+    y = fused(leaves["x"], routing, block.block(leaves, torch.float32, torch.float32))
+    y.backward((block.upstream if upstream is None else upstream).float())
+    return y.detach(), {name: leaf.grad for name, leaf in leaves.items() if name != "router"}
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")], ids=["NaN", "infinity"])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_broken_token_leaves_the_others_alone(block_of, plain, dora, broken) -> None:
+    """A padding row may hold NaN. The token itself must not look sound."""
+    block = block_of(replace(plain, dora=dora), 0, torch.float32)
+    experts = route(block.values["x"], block.values["router"], 2).experts
+    x = block.values["x"].clone()
+    x[3] = broken
+    others = torch.arange(len(x)) != 3
+    sound, sound_gradients = broken_run(block, experts)
+    found, gradients = broken_run(block, experts, x=x)
+    torch.testing.assert_close(found[others], sound[others])
+    torch.testing.assert_close(gradients["x"][others], sound_gradients["x"][others])
+    assert found[3].isnan().all()
+
+
+@pytest.mark.parametrize("role", ["gate", "up", "down"])
+@pytest.mark.parametrize(
+    ("dora", "part"),
+    [
+        pytest.param(False, "a", id="LoRA, A"),
+        pytest.param(False, "b", id="LoRA, B"),
+        pytest.param(True, "b", id="DoRA, B"),
+        pytest.param(True, "magnitude", id="DoRA, magnitude"),
+    ],
+)
+def test_a_broken_expert_reaches_its_tokens_only(block_of, plain, dora, part, role) -> None:
+    """One expert may diverge. Its tokens and its gradients show it; where they do not count in the
+    loss, all other gradients are as if it were sound."""
+    block = block_of(replace(plain, tokens=24, dora=dora), 0, torch.float32)
+    experts = route(block.values["x"], block.values["router"], 2).experts
+    chosen = (experts == 1).any(dim=-1)
+    assert 3 < chosen.sum() < 21
+    name = f"{role}.{part}"
+    value = block.values[name].clone()
+    value[1].view(-1)[:1] = float("nan")
+    upstream = torch.where(chosen.unsqueeze(-1), 0.0, block.upstream)
+    sound, sound_gradients = broken_run(block, experts, upstream)
+    found, gradients = broken_run(block, experts, upstream, **{name: value})
+    torch.testing.assert_close(found[~chosen], sound[~chosen])
+    assert found[chosen].isnan().all()
+    torch.testing.assert_close(gradients["x"][~chosen], sound_gradients["x"][~chosen])
+    others = torch.arange(4) != 1
+    for key in gradients.keys() - {"x"}:
+        torch.testing.assert_close(gradients[key][others], sound_gradients[key][others], msg=key)
+        assert gradients[key][1].isnan().all(), key
+
+
+@pytest.mark.parametrize("part", ["a", "magnitude"])
+def test_a_broken_expert_without_tokens_breaks_nothing(block_of, plain, part) -> None:
+    block = block_of(replace(plain, pushed={2: -60.0}, dora=True), 0, torch.float32)
+    experts = route(block.values["x"], block.values["router"], 2).experts
+    value = block.values[f"up.{part}"].clone()
+    value[2] = float("nan")
+    found, gradients = broken_run(block, experts, **{f"up.{part}": value})
+    assert found.isfinite().all()
+    for key, gradient in gradients.items():
+        assert gradient.isfinite().all(), key
+
+
+def test_what_is_kept_does_not_grow_with_k(block_of, plain) -> None:
+    """But for the routing: an expert's number and its weight."""
+    kept = {}
+    for top_k in (1, 4):
+        block = block_of(replace(plain, tokens=16, top_k=top_k), 0, torch.float32)
+        sizes: dict[int, int] = {}
+
+        def pack_hook(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        leaves = {name: v.float().requires_grad_() for name, v in block.values.items()}
+        routing = route(leaves["x"], leaves["router"], top_k)
+        feed_forward = block.block(leaves, torch.float32, torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+            fused(leaves["x"], routing, feed_forward)
+        kept[top_k] = sum(sizes.values())
+    assert 0 < kept[4] - kept[1] <= 16 * 3 * (8 + 4)
+
+
+def test_autocast_changes_nothing_inside(block_of, plain) -> None:
+    block = block_of(plain, 0, torch.float32)
+    outside = block.run(fused, torch.float32)
+
+    def inside(*args) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return fused(*args)
+
+    for name, result in block.run(inside, torch.float32).items():
+        assert torch.equal(result, outside[name]), name
+
+
+UNSUPPORTED = [
+    pytest.param({}, torch.float64, "", id="float64"),
+    pytest.param({"activation": torch.tanh}, torch.float32, "", id="unknown activation"),
+    pytest.param({"rank": 40}, torch.float32, "", id="160 columns in float32"),
+    pytest.param({"rank": 130}, torch.float16, "", id="520 columns"),
+    pytest.param({"tokens": 0}, torch.float32, "", id="no tokens"),
+    pytest.param({}, torch.float32, "trained", id="a base weight that is trained"),
+    pytest.param({}, torch.float32, "ranks", id="ranks that differ"),
+]
+
+
+@pytest.mark.parametrize(("options", "dtype", "change"), UNSUPPORTED)
+def test_the_rest_is_left_to_the_dense_form(block_of, plain, options, dtype, change) -> None:
+    block = block_of(replace(plain, **options), 0, dtype)
+    results = []
+    for kernel in (triton_block.mixlora_triton, mixlora_exact_dense):
+        leaves = {
+            name: v.to(DEVICE, dtype, copy=True).requires_grad_()
+            for name, v in block.values.items()
+        }
+        made = block.block(leaves, dtype, dtype)
+        spec, tensors = pack(replace(made, activation=known_activation(made.activation)))
+        made = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
+        if change == "trained":
+            made.up.weight.requires_grad_()
+        if change == "ranks":
+            experts = made.up.experts
+            cut = replace(experts, a=experts.a[:, :1], b=experts.b[:, :, :1])
+            made = replace(made, up=replace(made.up, experts=cut))
+        assert not triton_block.supports(leaves["x"], made)
+        y = kernel(leaves["x"], route(leaves["x"], leaves["router"], 2), made)
+        y.sum().backward()
+        grads = [leaf.grad for leaf in leaves.values()]
+        results.append([y, *grads, *([made.up.weight.grad] if change == "trained" else [])])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(GPU, reason="compiled kernels take bf16")
+def test_interpreter_leaves_bf16_to_the_dense_form(block_of, plain) -> None:
+    block = block_of(replace(plain, activation="silu"), 0, torch.bfloat16)
+    made = block.block(block.values, torch.bfloat16, torch.bfloat16)
+    assert not triton_block.supports(block.values["x"].bfloat16(), made)
+
+
+def test_package_does_not_import_its_triton_kernels() -> None:
+    """Triton is missing on many machines."""
+    code = "import sys, mixlora_exp.kernels; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "mixlora_exp.kernels.exact" in done.stdout
+    assert "mixlora_exp.kernels.triton" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "cards",
+    [
+        pytest.param(["8.9"], id="the usual block, on a consumer card"),
+        pytest.param(
+            ["8.0", "8.9", "9.0", "12.0", "all"],
+            id="every table, on every kind of card",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_launches_compile_within_a_card(cards, tmp_path) -> None:
+    """Without a GPU: Triton brings NVIDIA's assembler. The interpreter takes code that the compiler
+    refuses, and knows nothing of shared memory."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *cards],
+        capture_output=True,
+        text=True,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "refused" not in done.stdout, done.stdout
+    assert "fits" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_captured_in_a_cuda_graph(block_of, plain, dora) -> None:
+    """Nothing is read back to the host: the graph computes for new inputs what eager mode does."""
+    block = block_of(replace(plain, activation="silu", dora=dora), 0, torch.bfloat16)
+    leaves = {name: v.to(DEVICE, torch.float32) for name, v in block.values.items()}
+    leaves["x"] = leaves["x"].bfloat16()
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    made = block.block(leaves, torch.bfloat16, torch.float32)
+    spec, tensors = pack(made)
+    made = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
+    upstream = block.upstream.to(DEVICE, torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        routing = triton_router.route_triton(leaves["x"], leaves["router"], 2)
+        y = triton_block.mixlora_triton(leaves["x"], routing, made)
+        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), upstream)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves["x"].copy_(torch.randn_like(leaves["x"]))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
