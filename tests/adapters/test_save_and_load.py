@@ -69,7 +69,7 @@ def test_method_reaches_peft(method) -> None:
     blocks = [m for m in model.modules() if isinstance(m, MixLoraFeedForward)]
     assert len(blocks) == (2 if method.startswith("mix") else 0)
     for block in blocks:
-        assert block.kernel == "exact"
+        assert block.kernel == config.kernel.name.value
         assert block.lora_router["default"].shape == (config.method.num_experts, 64)
 
 
