@@ -33,13 +33,6 @@ triton_block, triton_launch, triton_router, triton_tiles = cases.load(
 )
 
 
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton imports more of itself when a kernel first runs."""
-    if not GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-
 def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """`mixlora_triton` on the GPU if there is one, for inputs on the CPU; never its fallback."""
     masks = [m and DropMask(m.kept(), m.scale, m.shape) for m in (block.x_mask, block.hidden_mask)]

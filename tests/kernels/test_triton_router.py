@@ -23,13 +23,6 @@ route_triton = triton_router.route_triton
 FIELDS = ("logits", "probabilities", "experts", "weights")
 
 
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton imports more of itself when a kernel first runs."""
-    if not cases.GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-
 def inputs(tokens: int, hidden: int, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = torch.randn(tokens, hidden, dtype=torch.float64).to(dtype)
     router = torch.randn(experts, hidden) * 0.5

@@ -9,32 +9,48 @@ from types import ModuleType
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-PREFIX = "mixlora_exp.kernels.triton_"
+PACKAGE = "mixlora_exp.kernels"
 
 
 def load(*names: str) -> list[ModuleType]:
-    """Modules of Triton kernels, interpreted where there is no GPU."""
-    if not GPU:
-        interpret()
-    with pytest.MonkeyPatch.context() as patch:
-        if not GPU:
+    """The modules `triton_NAME`: as they are on a GPU, elsewhere copies of them that Triton
+    interprets, which other tests do not see."""
+    full = [f"{PACKAGE}.triton_{name}" for name in names]
+    if GPU:
+        return [importlib.import_module(name) for name in full]
+    interpret_library()
+    before = forget()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
-        return [importlib.import_module(PREFIX + name) for name in names]
+            # Triton imports it when a kernel first runs, and then it must find this variable.
+            importlib.import_module("triton.experimental.gluon")
+            return [importlib.import_module(name) for name in full]
+    finally:
+        forget()
+        for name, module in before.items():
+            sys.modules[name] = module
+            setattr(sys.modules[PACKAGE], name.rpartition(".")[2], module)
 
 
-def interpret() -> None:
-    """Make Triton forget what it made for the compiler when another test imported it."""
-    import triton.language as tl
+def interpret_library() -> None:
+    """Triton's own functions, which were made for the compiler if it has been imported before."""
     from triton.runtime.interpreter import InterpretedFunction
 
     for module in (tl.standard, tl):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 setattr(module, name, InterpretedFunction(value.fn))
-    loaded = [name for name in sys.modules if name.startswith(PREFIX)]
-    parts = sys.modules.get(f"{PREFIX}parts")
-    if parts is not None and not parts.INTERPRETED:
-        for name in loaded:
-            del sys.modules[name]
+
+
+def forget() -> dict[str, ModuleType]:
+    """Take the package's Triton modules out of it; returns them."""
+    package = importlib.import_module(PACKAGE)
+    found = [name for name in sys.modules if name.startswith(f"{PACKAGE}.triton_")]
+    for name in found:
+        if hasattr(package, name.rpartition(".")[2]):
+            delattr(package, name.rpartition(".")[2])
+    return {name: sys.modules.pop(name) for name in found}
