@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -103,3 +105,13 @@ def test_training_under_autocast(model_of, batch, dora) -> None:
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
         losses.append(loss.item())
     assert losses == pytest.approx([losses[0]] * 4, rel=0.02)
+
+
+def test_model_can_be_copied_after_a_pass(model_of, batch) -> None:
+    """What the layers remember of a pass must not hold its graph."""
+    model = model_of().train()
+    model(**batch).loss.backward()
+    copied = copy.deepcopy(model).eval()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(copied(**batch).logits, model(**batch).logits)

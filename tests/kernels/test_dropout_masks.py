@@ -201,3 +201,9 @@ def test_large_matrix_is_drawn_to_its_end(fresh_seed) -> None:
     quarters = dropped.view(8, -1).mean(dim=-1)
     limit = SIGMAS * math.sqrt(0.05 * 0.95 / (4096 * 688 / 8))
     assert (quarters - 0.05).abs().max() <= limit
+
+
+def test_tiny_probability() -> None:
+    """Gaps far longer than 2^31."""
+    mask = draw_mask((50, 20), 1e-9, torch.device("cpu"))
+    assert mask.kept().all()

@@ -29,6 +29,10 @@ class RouterReport:
     loss: Tensor
     counts: Tensor
 
+    def detached(self) -> RouterReport:
+        """The same without the loss's graph."""
+        return RouterReport(self.loss.detach(), self.counts)
+
 
 class MixLoraModel(LoraModel):
     """Puts LoRA on attention and LoRA experts with a router into each feed-forward block.
@@ -114,6 +118,9 @@ class MixLoraModel(LoraModel):
             )
             for layer in layers
         ]
+        for layer in layers:
+            # Without its graph, which would keep the pass alive and cannot be copied.
+            layer.routing = layer.routing.detached()
         device = statistics[0][0].device
         fractions, probabilities, counts = (
             torch.stack([s.to(device) for s in column]) for column in zip(*statistics, strict=True)
@@ -127,7 +134,8 @@ class MixLoraModel(LoraModel):
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None
-        self.router_report = report = self._report(mask)
+        report = self._report(mask)
+        self.router_report = None if report is None else report.detached()
         if report is None or not self.training:
             return output
         config = self.peft_config[self.active_adapters[0]]

@@ -97,8 +97,8 @@ def _draw_dropped(count: int, p: float) -> Tensor:
         size = int(expected + 5 * math.sqrt(expected) + 16)
         # `1 - u` is never zero. float32 has steps of 2^-24, so gaps end at 324 for p = 0.05,
         # which a longer gap would have with a chance of 6e-8.
-        gaps = (1.0 - torch.rand(size)).log_().mul_(1.0 / math.log1p(-p)).to(torch.int32)
-        numbers = gaps.add_(1).cumsum(0, dtype=torch.int64).add_(reached)
+        gaps = (1.0 - torch.rand(size)).log_().mul_(1.0 / math.log1p(-p)).to(torch.int64)
+        numbers = gaps.add_(1).cumsum(0).add_(reached)
         chunks.append(numbers)
         reached = int(numbers[-1])
     numbers = torch.cat(chunks) if len(chunks) > 1 else chunks[0]

@@ -163,3 +163,8 @@ class Routing:
     probabilities: Tensor
     experts: Tensor
     weights: Tensor
+
+    def detached(self) -> Routing:
+        """The same decision without gradients."""
+        parts = (self.logits, self.probabilities, self.experts, self.weights)
+        return Routing(*(part.detach() for part in parts))
