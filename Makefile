@@ -14,7 +14,8 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 	"$$python" -c '$(VERSION_CHECK)' 2>/dev/null && echo "$$python" && break; done)
 PYTEST_ARGS ?=
 
-.PHONY: help install quickstart test test-slow bench bench-gpu lint format clean
+.PHONY: help install quickstart test test-slow bench bench-gpu bench-eval collect tables check-tables \
+	figures report lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,24 @@ bench: $(STAMP)  ## measure time and memory of a step of each method on this mac
 
 bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench_gpu.py
+
+bench-eval: $(STAMP)  ## measure how many items a second the scoring protocols take
+	$(BIN)/python scripts/bench_eval.py
+
+collect: $(STAMP)  ## bring finished runs of committed code from outputs/ into results/runs/
+	$(BIN)/python scripts/collect.py
+
+tables: $(STAMP)  ## make the paper's tables from the records, as Markdown, CSV and LaTeX
+	$(BIN)/python scripts/tables.py
+
+check-tables: $(STAMP)  ## fail where a table is not what the records give
+	$(BIN)/python scripts/tables.py check=true
+
+figures: $(STAMP)  ## draw the figures from the records
+	$(BIN)/python scripts/figures.py
+
+report: tables $(STAMP)  ## make the report, one page with tables, figures and records
+	$(BIN)/python scripts/report.py
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .

@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.bench.measure import training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.settings import Row
+from mixlora_exp.config import options
 from mixlora_exp.errors import UserError, guarded
 from mixlora_exp.results.record import finish_record, provenance, write_json
 
@@ -48,15 +47,6 @@ class Settings:
     environment: str = "outputs/peers-venv"
 
 
-def _settings(arguments: Sequence[str]) -> Settings:
-    try:
-        given = OmegaConf.from_dotlist(list(arguments))
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), given))
-    except OmegaConfBaseException as error:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise UserError(f"{str(error).splitlines()[0]}; the fields are {known}") from error
-
-
 def _environment(folder: Path) -> Path:
     """The Python of the package's environment, made if it is not there.
 
@@ -77,7 +67,7 @@ def _environment(folder: Path) -> Path:
 
 
 def run(arguments: Sequence[str]) -> None:
-    settings = _settings(arguments)
+    settings = options(Settings, arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     config = model_config(settings.model, settings.layers)

@@ -14,12 +14,13 @@ import transformers
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.cli import execute
 from mixlora_exp.config import CONF_DIR, Config, compose, open_session
+from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.config.plan import compose_cell
 from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.data.encoding import encode_examples
-from mixlora_exp.data.sources import limit_items, load_split
+from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.planning import count_parameters, count_steps, plan
+from mixlora_exp.planning import count_steps, plan
 from mixlora_exp.training import fit
 
 METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]
@@ -155,7 +156,7 @@ def test_steps_and_tokens_are_those_of_training(
     expected = plan(config)
     assert expected.steps == steps
     assert expected.tokens_counted
-    items = limit_items(load_split(config.data, "arc_e", "train").items, 10, config.data.seed)
+    items = load_split(config.data, "arc_e", "train").limited(10, config.data.seed).items
     tokenizer = load_tokenizer(config.model)
     examples = encode_examples(tokenizer, items, config.data)
     base = load_model(config.model, torch.float32)

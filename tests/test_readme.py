@@ -15,6 +15,7 @@ import torch
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose, schema
 from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.rescoring import translate
 from mixlora_exp.results.record import read_record
 from mixlora_exp.tasks import embedded
 
@@ -48,13 +49,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     load_tokenizer(config).save_pretrained(root / "model")
     assert execute(["experiment=smoke", "model=tiny_gemma", f"output_dir={root / 'out'}"]) == 0
     (adapter,) = (root / "out").glob("*/adapter")
-    return {"data.path": root / "data", "model.path": root / "model", "adapter": adapter}
+    return {
+        "data.path": root / "data",
+        "model.path": root / "model",
+        "adapter": adapter,
+        "run": adapter.parent,
+    }
 
 
 def tiny(arguments: list[str], folder: Path, folders: dict[str, Path]) -> list[str]:
     """The same command on a random tiny model, small data and two steps."""
     if "dry_run=true" in arguments:
         return arguments
+    arguments = [a.replace("run=outputs/NAME", "run=DIR") for a in arguments]
     given = {a.partition("=")[0] for a in arguments if a.endswith("=DIR")}
     kept = [a for a in arguments if a.partition("=")[0] not in ("trainer.max_steps", "model")]
     kept = [f"{a[:-4]}={folders[a[:-4]]}" if a.endswith("=DIR") else a for a in kept]
@@ -71,7 +78,8 @@ def tiny(arguments: list[str], folder: Path, folders: dict[str, Path]) -> list[s
 
 
 def test_there_are_commands_to_test() -> None:
-    assert len(commands("python train.py")) >= 9
+    assert len(commands("python train.py")) >= 8
+    assert len(commands("python evaluate.py")) >= 3
     assert {"make quickstart", "make test"} <= set(commands("make"))
 
 
@@ -83,6 +91,18 @@ def test_command_runs_at_tiny_size(command: str, tmp_path: Path, folders: dict[s
         records = sorted(tmp_path.glob("*/record.json"))
         assert records
         assert all(read_record(path)["status"] == "finished" for path in records)
+
+
+@pytest.mark.parametrize("command", commands("python evaluate.py"))
+def test_scoring_command_runs_at_tiny_size(
+    command: str, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    if "lm_eval" in command:
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    arguments = tiny(shlex.split(command)[2:], tmp_path, folders)
+    assert execute(translate(arguments)) == 0
+    (path,) = tmp_path.glob("*/record.json")
+    assert read_record(path)["train"] is None
 
 
 @pytest.mark.parametrize("command", commands("make"))

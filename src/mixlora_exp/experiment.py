@@ -19,17 +19,18 @@ from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.config import Config, fingerprint, run_name, to_dict
 from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.data.encoding import encode_examples
-from mixlora_exp.data.sources import limit_items
+from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import Scorer, TaskScore, check_task, score_task
+from mixlora_exp.evaluation import Scorer, TaskScore, check_tests, score_tests
 from mixlora_exp.inputs import (
+    RECORD,
     Inputs,
     check_inputs,
     differences,
     gather_inputs,
     resolve_config,
 )
-from mixlora_exp.models import identify, load_model, load_tokenizer
+from mixlora_exp.models import file_sha256, identify, load_model, load_tokenizer
 from mixlora_exp.planning import parameters_entry, print_plan
 from mixlora_exp.results.record import (
     finish_record,
@@ -46,7 +47,6 @@ from mixlora_exp.training import TrainSummary, fit
 __all__ = ["RECORD", "run"]
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = "record.json"
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class _Run:
     config: Config
     folder: Path
     tokenizer: PreTrainedTokenizerBase
-    tests: dict[str, list[Item]]
+    tests: dict[str, LoadedSplit]
     dtype: torch.dtype
 
 
@@ -130,34 +130,34 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         config,
         folder,
         load_tokenizer(config.model),
-        {t: limit_items(inputs.splits[t, "test"].items, limit, seed) for t in config.task.evaluate},
+        {t: inputs.splits[t, "test"].limited(limit, seed) for t in config.task.evaluate},
         dtype,
     )
     for protocol in config.evaluation.protocols:
-        for items in this.tests.values():
-            check_task(protocol, this.tokenizer, items, config.data)
+        check_tests(protocol, this.tokenizer, this.tests, config.data)
     base = load_model(config.model, dtype, config.seed).to(device)
     if device.type == "cpu":
         # On short sequences a CPU runs plain attention 2 to 3 times faster than the fused one.
         base.set_attn_implementation("eager")
     identity = {**inputs.identity, "model": identify(config.model, base)}
-    before, summary, adapter = None, None, config.adapter
+    before, summary, adapter, saved = None, None, config.adapter, None
     if config.evaluation.before_training and processes().is_main_process:
         say("Scoring the base model")
-        before = _score(this, base)
+        before, _ = _score(this, base)
     if isinstance(config.method, LoraMethodConfig):
         if processes().is_main_process:
             _start_folder(folder)
         processes().wait_for_everyone()
         summary = _train(this, base, inputs)
         adapter = str(folder / "adapter")
+        saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
         if not processes().is_main_process:
             return {}
     model: torch.nn.Module = base
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
         model = load_adapter(base, Path(adapter).expanduser(), config.kernel)
-    after = _score(this, model)
+    after, scoring = _score(this, model)
     if summary is None:
         _start_folder(folder)
     predictions = _write_predictions(folder, after)
@@ -170,8 +170,10 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         "attention": base.config._attn_implementation,
         "parameters": parameters_entry(config),
         "train": None if summary is None else dataclasses.asdict(summary),
+        "saved_adapter": saved,
         "scores": [_score_entry(score) for score in after],
         "scores_before": None if before is None else [_score_entry(score) for score in before],
+        "scoring": scoring,
         "predictions": predictions,
         "seconds": round(time.time() - started, 1),
         "provenance": origin,
@@ -183,8 +185,8 @@ def _train(this: _Run, base: PreTrainedModel, inputs: Inputs) -> TrainSummary:
     config = this.config
     items: list[Item] = []
     for task in config.task.train:
-        loaded = inputs.splits[task, "train"].items
-        items += limit_items(loaded, config.data.train_limit, config.data.seed)
+        loaded = inputs.splits[task, "train"]
+        items += loaded.limited(config.data.train_limit, config.data.seed).items
     examples = encode_examples(this.tokenizer, items, config.data)
     model = attach_adapter(base, config.method, config.kernel, config.seed)
     say(f"Training {config.method.name} on {len(examples)} examples")
@@ -195,18 +197,22 @@ def _train(this: _Run, base: PreTrainedModel, inputs: Inputs) -> TrainSummary:
     return summary
 
 
-def _score(this: _Run, model: torch.nn.Module) -> list[TaskScore]:
-    config, scores = this.config, []
+def _score(
+    this: _Run, model: torch.nn.Module
+) -> tuple[list[TaskScore], dict[str, dict[str, float]]]:
+    """Scores of every task under every protocol, and how long each protocol took."""
+    config, scores, times = this.config, [], {}
     context = autocast(next(model.parameters()).device, this.dtype)
     for protocol in config.evaluation.protocols:
-        for task, items in this.tests.items():
-            scorer = Scorer(model, this.tokenizer, context, config.evaluation.batch_tokens)
-            score = score_task(
-                protocol, scorer, this.tokenizer, items, config.data, config.evaluation
-            )
-            say(f"  {protocol.value} {task}: {100 * score.accuracy:.1f} % of {score.n} items")
-            scores.append(score)
-    return scores
+        start = time.perf_counter()
+        scorer = Scorer(model, this.tokenizer, context, config.evaluation.batch_tokens)
+        found = score_tests(protocol, scorer, this.tests, config.data, config.evaluation)
+        seconds = time.perf_counter() - start
+        times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}
+        for score in found:
+            say(f"  {protocol.value} {score.task}: {100 * score.accuracy:.1f} % of {score.n} items")
+        scores += found
+    return scores, times
 
 
 def _score_entry(score: TaskScore) -> dict[str, Any]:

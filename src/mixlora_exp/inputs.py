@@ -19,9 +19,13 @@ from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import has_triton, resolve_kernel
 from mixlora_exp.models import file_sha256, identify, with_folder_shape
+from mixlora_exp.results.record import read_record
 from mixlora_exp.runtime import resolve_device, resolve_dtype
 
-__all__ = ["Inputs", "check_inputs", "differences", "gather_inputs", "resolve_config"]
+__all__ = ["RECORD", "Inputs", "check_inputs", "differences", "gather_inputs", "resolve_config"]
+
+
+RECORD = "record.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,13 @@ def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
     wanted = [(task, "test") for task in config.task.evaluate]
     if isinstance(config.method, LoraMethodConfig):
         wanted = [(task, "train") for task in config.task.train] + wanted
-    return {(task, split): load_split(config.data, task, split) for task, split in wanted}
+    custom = config.task.custom
+    splits = {(task, split): load_split(config.data, task, split, custom) for task, split in wanted}
+    # Rows are for protocols; those of large training splits would only take memory.
+    return {
+        key: dataclasses.replace(loaded, rows=[]) if key[1] == "train" else loaded
+        for key, loaded in splits.items()
+    }
 
 
 def _adapter(config: Config) -> dict[str, Any] | None:
@@ -65,7 +75,41 @@ def _adapter(config: Config) -> dict[str, Any] | None:
             f"adapter={config.adapter}: {settings.name} is cut off or damaged ({error}); "
             "take another copy"
         ) from error
-    return {"path": config.adapter, "peft_type": peft_type, "sha256": file_sha256(weights)}
+    sha256 = file_sha256(weights)
+    return {
+        "path": config.adapter,
+        "peft_type": peft_type,
+        "sha256": sha256,
+        "trained_by": _trained_by(folder.parent / RECORD, sha256),
+    }
+
+
+def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
+    """What is known of the run that wrote an adapter: from the record beside it, if it tells of
+    these very weights. Tables need it to know which cell the scores belong to."""
+    if not path.is_file():
+        return None
+    record = read_record(path)
+    if (record.get("saved_adapter") or {}).get("sha256") != sha256:
+        return None
+    kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "parameters")
+    return {**{name: record[name] for name in kept}, "git": record["provenance"]["git"]}
+
+
+def _check_base(config: Config, adapter: dict[str, Any] | None, model: dict[str, Any]) -> None:
+    """Refuse an adapter whose record names another base model."""
+    trained_by = (adapter or {}).get("trained_by")
+    if trained_by is None:
+        return
+    then, now = (
+        {k: v for k, v in m.items() if k != "commit"} for m in (trained_by["model"], model)
+    )
+    if then != now:
+        name = trained_by["config"]["model"]["name"]
+        raise UserError(
+            f"adapter={config.adapter} was trained on {name} ({then}), not on "
+            f"model={config.model.name} ({now}): use that model"
+        )
 
 
 def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
@@ -110,6 +154,7 @@ def gather_inputs(config: Config) -> Inputs:
         "kernel": _kernel(config, adapter),
         "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
     }
+    _check_base(config, adapter, identity["model"])
     return Inputs(splits, identity)
 
 
@@ -133,7 +178,7 @@ def check_inputs(configs: list[Config]) -> None:
         for task, split in sorted(wanted):
             key = (config.data.name, config.data.path, config.data.mirror, task, split)
             if key not in seen:
-                load_split(config.data, task, split)
+                load_split(config.data, task, split, config.task.custom)
                 seen.add(key)
 
 

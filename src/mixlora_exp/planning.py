@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixlora_exp.config import Config, run_name
+from mixlora_exp.config.parameters import Parameters, count_parameters
 from mixlora_exp.config.schema import (
     AnswerForm,
     DataSource,
     LoraMethodConfig,
     LossOn,
-    MethodConfig,
     MixLoraMethodConfig,
-    ModelConfig,
     Precision,
     TrainerConfig,
 )
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["Parameters", "Plan", "count_parameters", "plan", "print_plan"]
+__all__ = ["Plan", "plan", "print_plan"]
 
 # Mean characters of prompt and answer per training row (label, text), over the training splits
 # (HellaSwag: over 6,477 of its rows). Used where no tokenizer or no data is at hand.
@@ -31,24 +30,6 @@ CHARACTERS = {
 }  # fmt: skip
 BOOLQ_PASSAGE = 576
 CHARACTERS_PER_TOKEN = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Counts that follow from shapes alone.
-
-    `trainable` is everything the optimizer updates. `adapter` leaves out DoRA's magnitudes, as the
-    paper's #Params column does; `percent_paper` is it over the paper's denominator, where there
-    is one; `percent_true` is `trainable` over all parameters of the adapted model.
-    """
-
-    base: int
-    trainable: int
-    adapter: int
-    router: int
-    magnitude: int
-    percent_true: float
-    percent_paper: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,46 +48,6 @@ class Plan:
     memory: dict[str, int]
 
 
-def _projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of each projection of a layer."""
-    d, f = model.hidden_size, model.intermediate_size
-    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return {
-        "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
-        "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
-    }  # fmt: skip
-
-
-def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
-    """Exact parameter counts of a method on a model."""
-    projections = _projections(model)
-    layer = sum(i * o for i, o in projections.values()) + 2 * model.hidden_size
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    base = model.depth * layer + embeddings + model.hidden_size
-    low_rank = router = magnitude = 0
-    if isinstance(method, LoraMethodConfig):
-        experts = method.num_experts if isinstance(method, MixLoraMethodConfig) else 1
-        for target in method.targets:
-            size_in, size_out = projections[target]
-            copies = experts if target in ("gate_proj", "up_proj", "down_proj") else 1
-            low_rank += copies * method.rank * (size_in + size_out)
-            magnitude += copies * size_out if method.dora else 0
-        router = experts * model.hidden_size if isinstance(method, MixLoraMethodConfig) else 0
-    low_rank, router, magnitude = (n * model.depth for n in (low_rank, router, magnitude))
-    adapter = low_rank + router
-    trainable = adapter + magnitude
-    nominal = model.nominal_parameters if model.depth == model.num_layers else None
-    return Parameters(
-        base=base,
-        trainable=trainable,
-        adapter=adapter,
-        router=router,
-        magnitude=magnitude,
-        percent_true=100 * trainable / (base + trainable),
-        percent_paper=None if nominal is None else 100 * adapter / nominal,
-    )
-
-
 def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, list]]:
     """Train and test rows per task, and the training items where the data is at hand."""
     trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []
@@ -115,20 +56,34 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
         rows = {task: TASKS[task].sizes["train"] for task in trains}
         tests = {task: TASKS[task].sizes["test"] for task in config.task.evaluate}
     else:
-        from mixlora_exp.data.sources import limit_items, load_split
+        from mixlora_exp.data.sources import load_split
 
+        custom = config.task.custom
         for task in trains:
-            loaded = load_split(config.data, task, "train").items
-            items[task] = limit_items(loaded, config.data.train_limit, config.data.seed)
+            loaded = load_split(config.data, task, "train", custom)
+            items[task] = loaded.limited(config.data.train_limit, config.data.seed).items
         rows = {task: len(found) for task, found in items.items()}
         tests = {
-            task: len(load_split(config.data, task, "test").items) for task in config.task.evaluate
+            task: len(load_split(config.data, task, "test", custom).items)
+            for task in config.task.evaluate
         }
 
     def cut(sizes: dict[str, int], limit: int | None) -> dict[str, int]:
         return {task: min(n, limit or n) for task, n in sizes.items()}
 
     return cut(rows, config.data.train_limit), cut(tests, config.evaluation.limit), items
+
+
+def _characters(config: Config, task: str, form: AnswerForm, items: list) -> float:
+    """Mean characters of an example: of the data sets of the paper known, else counted."""
+    if task in CHARACTERS:
+        mean = CHARACTERS[task][0 if form is AnswerForm.label else 1]
+        without = task == "boolq" and not config.data.boolq_passage
+        return mean - (BOOLQ_PASSAGE if without else 0)
+    from mixlora_exp.data.encoding import ask
+
+    asked = [(ask(item, form), item.answer) for item in items]
+    return sum(len(p.text) + 1 + len(answers[i]) for (p, answers), i in asked) / len(asked)
 
 
 def _tokens(config: Config, rows: dict[str, int], items: dict[str, list]) -> tuple[int, bool]:
@@ -145,9 +100,7 @@ def _tokens(config: Config, rows: dict[str, int], items: dict[str, list]) -> tup
     total = 0.0
     for task, n in rows.items():
         for form in config.data.forms:
-            characters = CHARACTERS[task][0 if form is AnswerForm.label else 1]
-            if task == "boolq" and not config.data.boolq_passage:
-                characters -= BOOLQ_PASSAGE
+            characters = _characters(config, task, form, items.get(task, []))
             total += n * min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
     return round(total), False
 

@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from mixlora_exp.config.schema import TASK_NAMES, DataConfig, DataSource
-from mixlora_exp.data.sources import limit_items, load_split
+from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS
 from mixlora_exp.tasks.embedded import rows as embedded_rows
@@ -225,13 +225,15 @@ def test_embedded_splits_carry_the_hash_of_their_rows() -> None:
 
 
 def test_a_limit_takes_the_first_of_a_shuffle() -> None:
-    items = load_split(DataConfig(name=DataSource.embedded), "piqa", "test").items
-    assert limit_items(items, None, 0) == items
-    few, more = limit_items(items, 5, 0), limit_items(items, 9, 0)
-    assert few == more[:5]
-    assert few != items[:5]
-    assert few != limit_items(items, 5, 1)
-    assert len(limit_items(items, 10_000, 0)) == len(items)
+    whole = load_split(DataConfig(name=DataSource.embedded), "piqa", "test")
+    assert whole.limited(None, 0).items == whole.items
+    few, more = whole.limited(5, 0), whole.limited(9, 0)
+    assert few.items == more.items[:5]
+    assert few.items != whole.items[:5]
+    assert few.items != whole.limited(5, 1).items
+    assert len(whole.limited(10_000, 0).items) == len(whole.items)
+    for item, row in zip(few.items, few.rows, strict=True):
+        assert (item.question, item.options) == (row["goal"], (row["sol1"], row["sol2"]))
 
 
 def test_an_unknown_split_is_a_programming_error() -> None:

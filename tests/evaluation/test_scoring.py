@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig, Protocol
 from mixlora_exp.data.encoding import ask
+from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import score_task
+from mixlora_exp.evaluation import Scorer, TaskScore, score_tests
 from mixlora_exp.evaluation.answer_text import score_answer_text
 from mixlora_exp.evaluation.forward import batches
 from mixlora_exp.evaluation.label_logits import score_label_logits
@@ -24,7 +25,22 @@ from mixlora_exp.evaluation.scores import ItemScore, summarize
 from mixlora_exp.tasks import Item
 
 Make = Callable[..., Any]
-PROTOCOLS = {"label_logits": score_label_logits, "answer_text": score_answer_text}
+
+
+def labels(scorer: Scorer, items: list[Item], data: DataConfig, batch_check: int = 0) -> TaskScore:
+    tests = {"arc_e": LoadedSplit(items, [])}
+    (score,) = score_label_logits(scorer, tests, data, EvaluationConfig(batch_check=batch_check))
+    return score
+
+
+def texts(scorer: Scorer, items: list[Item], data: DataConfig) -> TaskScore:
+    (score,) = score_answer_text(
+        scorer, {"arc_e": LoadedSplit(items, [])}, data, EvaluationConfig()
+    )
+    return score
+
+
+PROTOCOLS = {"label_logits": labels, "answer_text": texts}
 
 
 # Two routes of a token this close may swap by rounding, and its logits jump with them.
@@ -79,7 +95,7 @@ def test_labels_equal_a_slow_loop(
     model = make_model(method, model_name)
     chosen = [*items("arc_e", 6), *items("boolq", 6)]
     score = scorer(model)
-    result = score_label_logits(score, tokenizer, chosen, data)
+    result = labels(score, chosen, data)
     compared = 0
     for item, found in zip(chosen, result.items, strict=True):
         expected = slow_labels(model, tokenizer, item)
@@ -109,7 +125,7 @@ def test_texts_equal_a_slow_loop(
     model = make_model(method)
     chosen = [*items("piqa", 4), *items("hellaswag", 3), *items("winogrande", 3)]
     score = scorer(model)
-    result = score_answer_text(score, tokenizer, chosen, data)
+    result = texts(score, chosen, data)
     compared = 0
     for item, found in zip(chosen, result.items, strict=True):
         prompt, answers = ask(item, AnswerForm.text)
@@ -145,9 +161,9 @@ def test_order_of_items_changes_no_bit(
 ) -> None:
     model = make_model(method)
     chosen = items("siqa", 12)
-    first = PROTOCOLS[protocol](scorer(model), tokenizer, chosen, data)
+    first = PROTOCOLS[protocol](scorer(model), chosen, data)
     mixed = random.Random(3).sample(chosen, len(chosen))
-    second = PROTOCOLS[protocol](scorer(model), tokenizer, mixed, data)
+    second = PROTOCOLS[protocol](scorer(model), mixed, data)
     assert [item.id for item in second.items] == [item.id for item in mixed]
     by_id = {item.id: item for item in second.items}
     assert first.items == [by_id[item.id] for item in chosen]
@@ -169,7 +185,7 @@ def test_batch_size_changes_only_rounding(
     chosen = items("obqa", 12)
     form = AnswerForm.label if protocol == "label_logits" else AnswerForm.text
     results = [
-        PROTOCOLS[protocol](scorer(model, batch_tokens), tokenizer, chosen, data)
+        PROTOCOLS[protocol](scorer(model, batch_tokens), chosen, data)
         for batch_tokens in (1, 130, 100_000)
     ]
     single = scorer(model)
@@ -216,7 +232,7 @@ def test_labels_of_several_tokens_are_refused(
     (item,) = items("siqa", 1)
     long = dataclasses.replace(item, labels=("A", "second answer", "C"))
     with pytest.raises(UserError, match=f"'second answer' of {item.id} into .* use answer_text"):
-        score_label_logits(scorer(make_model("none")), tokenizer, [item, long], data)
+        labels(scorer(make_model("none")), [item, long], data)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -232,8 +248,8 @@ def test_dropout_is_off(
 ) -> None:
     chosen = items("arc_c", 4)
     model = make_model(method)
-    expected = PROTOCOLS[protocol](scorer(model.eval()), tokenizer, chosen, data)
-    found = PROTOCOLS[protocol](scorer(model.train()), tokenizer, chosen, data)
+    expected = PROTOCOLS[protocol](scorer(model.eval()), chosen, data)
+    found = PROTOCOLS[protocol](scorer(model.train()), chosen, data)
     assert found.items == expected.items
 
 
@@ -246,7 +262,7 @@ def test_scoring_leaves_no_gradient_and_no_change(
 ) -> None:
     model = make_model("mixdora")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    score_label_logits(scorer(model), tokenizer, items("arc_e", 4), data)
+    labels(scorer(model), items("arc_e", 4), data)
     for name, weight in model.named_parameters():
         assert weight.grad is None
         assert torch.equal(weight, before[name])
@@ -264,7 +280,7 @@ def test_statistics_by_hand() -> None:
         ItemScore(i.id, i.answer, p, [0.0], -1.0 * n, prediction_normalized=i.answer)
         for n, (i, p) in enumerate(zip(chosen, predictions, strict=True))
     ]
-    result = summarize("arc_e", "p", chosen, scores, shortened=1, seconds=0.5)
+    result = summarize("arc_e", "p", chosen, scores, shortened=1)
     assert (result.n, result.accuracy) == (5, 0.6)
     assert result.stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
     assert result.majority_class == 0.6
@@ -272,7 +288,7 @@ def test_statistics_by_hand() -> None:
     assert result.accuracy_normalized == 1.0
     assert result.gold_log_likelihood == pytest.approx(-2.0)
     plain = [dataclasses.replace(score, prediction_normalized=None) for score in scores]
-    rest = {"shortened": 0, "seconds": 0.1}
+    rest = {"shortened": 0}
     assert summarize("arc_e", "p", chosen, plain, **rest).accuracy_normalized is None
 
 
@@ -286,15 +302,15 @@ def test_batch_check_reports_what_batching_moves(
     chosen = items("arc_e", 8)
     model = make_model("mixlora")
     for asked, checked in ((5, 5), (50, 8)):
-        check = score_label_logits(scorer(model), tokenizer, chosen, data, asked).batch_check
+        check = labels(scorer(model), chosen, data, asked).batch_check
         assert check["items"] == checked
         assert check["answers_flipped"] == 0
         assert 0 <= check["max_logit_difference"] < 1e-4
         assert check["items_rerouted"] == 0
-    assert score_label_logits(scorer(model), tokenizer, chosen, data, 0).batch_check is None
+    assert labels(scorer(model), chosen, data, 0).batch_check is None
     # Asking for it changes neither the scores nor the expert load.
-    with_check = score_label_logits(scorer(model), tokenizer, chosen, data, 8)
-    without = score_label_logits(scorer(model), tokenizer, chosen, data, 0)
+    with_check = labels(scorer(model), chosen, data, 8)
+    without = labels(scorer(model), chosen, data, 0)
     assert with_check.items == without.items
     assert with_check.expert_load == without.expert_load
 
@@ -308,7 +324,7 @@ def test_batch_check_in_bf16(
 ) -> None:
     bf16 = torch.bfloat16
     model = make_model("mixlora", dtype=bf16)
-    result = score_label_logits(scorer(model, dtype=bf16), tokenizer, items("arc_e", 8), data, 8)
+    result = labels(scorer(model, dtype=bf16), items("arc_e", 8), data, 8)
     check = result.batch_check
     assert check["items"] == 8
     assert 0 <= check["answers_flipped"] <= 8
@@ -328,10 +344,12 @@ def test_batch_check_counts_flips(
     score = scorer(make_model("none"))
     honest = score.logits
     monkeypatch.setattr(
-        score, "logits", lambda rows, keep: honest(rows, keep) * (-1 if len(rows) == 1 else 1)
+        score,
+        "logits",
+        lambda rows, keep, groups=None: honest(rows, keep) * (-1 if len(rows) == 1 else 1),
     )
     chosen = [dataclasses.replace(i, id=f"x-{n}") for n, i in enumerate(items("arc_e", 1) * 4)]
-    check = score_label_logits(score, tokenizer, chosen, data, 4).batch_check
+    check = labels(score, chosen, data, 4).batch_check
     assert check["answers_flipped"] == 4
     assert check["max_logit_difference"] > 1e-3
 
@@ -350,10 +368,10 @@ def test_rerouted_items_are_left_out_of_the_difference(
 
     def elsewhere(lengths: list[int]) -> list[list[torch.Tensor]]:
         found = honest(lengths)
-        return found if len(lengths) > 1 else [[layer + 1 for layer in row] for row in found]
+        return found if len(lengths) > 1 else [[(layer + 1) % 8 for layer in row] for row in found]
 
     monkeypatch.setattr(score, "routes", elsewhere)
-    check = score_label_logits(score, tokenizer, items("arc_e", 4), data, 4).batch_check
+    check = labels(score, items("arc_e", 4), data, 4).batch_check
     assert check["items_rerouted"] == 4
     assert check["max_logit_difference"] is None
 
@@ -368,7 +386,7 @@ def test_bf16_logits_are_not_rounded_to_bf16(
     """A bf16 head would give logits of 8 bits, and ties between options."""
     bf16 = torch.bfloat16
     model = make_model("none", dtype=bf16)
-    result = score_label_logits(scorer(model, dtype=bf16), tokenizer, items("arc_e", 8), data)
+    result = labels(scorer(model, dtype=bf16), items("arc_e", 8), data)
     scores = torch.tensor([found.scores for found in result.items])
     assert (scores != scores.to(bf16).float()).float().mean() > 0.9
     assert result.tied == 0
@@ -383,8 +401,10 @@ def test_task_is_scored_by_its_protocol(
 ) -> None:
     evaluation = EvaluationConfig(batch_check=2)
     model = make_model("mixlora")
-    for protocol in Protocol:
-        result = score_task(protocol, scorer(model), tokenizer, items("boolq", 4), data, evaluation)
+    tests = {"boolq": LoadedSplit(items("boolq", 4), []), "obqa": LoadedSplit(items("obqa", 3), [])}
+    for protocol in (Protocol.label_logits, Protocol.answer_text):
+        result, other = score_tests(protocol, scorer(model), tests, data, evaluation)
+        assert (other.task, other.n) == ("obqa", 3)
         assert (result.task, result.protocol, result.n) == ("boolq", protocol.value, 4)
         assert (result.batch_check is not None) is (protocol is Protocol.label_logits)
         assert (result.accuracy_normalized is not None) is (protocol is Protocol.answer_text)
@@ -402,7 +422,7 @@ def test_shortened_items_are_counted(
 ) -> None:
     chosen = items("boolq", 3)
     chosen[1] = dataclasses.replace(chosen[1], context="a long story of the sea. " * 90)
-    result = PROTOCOLS[protocol](scorer(make_model("none")), tokenizer, chosen, data)
+    result = PROTOCOLS[protocol](scorer(make_model("none")), chosen, data)
     assert result.shortened == 1
 
 
@@ -420,4 +440,4 @@ def test_scores_that_are_no_numbers_are_refused(
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(UserError, match="of arc_e scores that are not finite"):
-        PROTOCOLS[protocol](scorer(model), tokenizer, items("arc_e", 2), data)
+        PROTOCOLS[protocol](scorer(model), items("arc_e", 2), data)

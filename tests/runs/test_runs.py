@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from mixlora_exp import experiment
 from mixlora_exp.config import Config, fingerprint, run_name, to_dict
-from mixlora_exp.data.sources import limit_items, load_split
+from mixlora_exp.config.parameters import count_parameters
+from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
-from mixlora_exp.planning import count_parameters, plan
+from mixlora_exp.planning import plan
 
 METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]
 VARIANTS = [(f"method={method}",) for method in METHODS]
@@ -70,8 +71,7 @@ def test_scores_follow_from_the_predictions(overrides: tuple[str, ...], finished
         assert entry["prediction"] == entry["scores"].index(max(entry["scores"]))
     nats = [entry["gold_log_likelihood"] for entry in predictions]
     assert score["gold_log_likelihood"] == pytest.approx(sum(nats) / 8)
-    items = load_split(run.config.data, "arc_e", "test").items
-    chosen = limit_items(items, 8, run.config.data.seed)
+    chosen = load_split(run.config.data, "arc_e", "test").limited(8, run.config.data.seed).items
     assert [entry["id"] for entry in predictions] == [item.id for item in chosen]
     assert [entry["answer"] for entry in predictions] == [item.answer for item in chosen]
     assert score["chance"] == pytest.approx(sum(1 / len(item.options) for item in chosen) / 8)

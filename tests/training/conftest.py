@@ -13,7 +13,7 @@ import torch
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.config import Config, compose
 from mixlora_exp.data.encoding import Example, encode_examples
-from mixlora_exp.data.sources import limit_items, load_split
+from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import MixLoraTrainer, TrainSummary, fit
 
@@ -68,8 +68,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Trai
         config = compose([*SMALL, *overrides])
         tokenizer = load_tokenizer(config.model)
         if examples is None:
-            items = load_split(config.data, "arc_e", "train").items
-            items = limit_items(items, config.data.train_limit, config.data.seed)
+            loaded = load_split(config.data, "arc_e", "train")
+            items = loaded.limited(config.data.train_limit, config.data.seed).items
             examples = encode_examples(tokenizer, items, config.data)
         base = load_model(config.model, torch.float32, config.seed)
         base.set_attn_implementation("eager")

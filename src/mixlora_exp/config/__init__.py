@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixlora_exp.config.arguments import options
     from mixlora_exp.config.plan import Cell, Plan, check_composition, compose, plan_runs
     from mixlora_exp.config.resolve import (
         CONF_DIR,
@@ -34,6 +35,7 @@ __all__ = [
     "compose",
     "fingerprint",
     "open_session",
+    "options",
     "plan_runs",
     "register_schemas",
     "run_name",
@@ -41,11 +43,12 @@ __all__ = [
     "to_dict",
 ]
 
+_OWN = {"Config": "schema", "options": "arguments"}
 _PLAN = {"Cell", "Plan", "check_composition", "compose", "plan_runs"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "plan" if name in _PLAN else "schema" if name == "Config" else "resolve"
+    home = "plan" if name in _PLAN else _OWN.get(name, "resolve")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -6,6 +6,7 @@ from enum import Enum
 
 __all__ = [
     "AnswerForm",
+    "AnswerKind",
     "DataSource",
     "Family",
     "Head",
@@ -59,6 +60,14 @@ class DataSource(Enum):
     embedded = "embedded"
 
 
+class AnswerKind(Enum):
+    """What the answer field of a user's own task holds."""
+
+    index = "index"
+    letter = "letter"
+    text = "text"
+
+
 class AnswerForm(Enum):
     """What a training example asks for: the label of a lettered option, or the option's text."""
 
@@ -80,6 +89,8 @@ class LossOn(Enum):
 class Protocol(Enum):
     label_logits = "label_logits"
     answer_text = "answer_text"
+    lm_eval = "lm_eval"
+    generate = "generate"
 
 
 class Head(Enum):

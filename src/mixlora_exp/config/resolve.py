@@ -125,6 +125,8 @@ def to_dict(config: Any) -> Any:
         return config.value
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
     return config
 
 

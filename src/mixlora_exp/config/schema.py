@@ -12,6 +12,7 @@ from typing import Any
 from mixlora_exp.config.checks import require, require_name, require_positive
 from mixlora_exp.config.choices import (
     AnswerForm,
+    AnswerKind,
     DataSource,
     Family,
     Head,
@@ -164,22 +165,46 @@ class MixLoraMethodConfig(LoraMethodConfig):
 
 
 @dataclass(slots=True, kw_only=True)
+class CustomTask:
+    """A user's own multiple-choice task: which field of a row holds what (data=local)."""
+
+    question: str = MISSING
+    options: list[str] = MISSING
+    """One field with a list of texts, or several fields with a text each."""
+    answer: str = MISSING
+    answer_as: AnswerKind = MISSING
+    count_from: int = 0
+    """answer_as=index: the index of the first option."""
+    context: str | None = None
+    """Field with a text that the question is about."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.options), "task.custom.options", self.options, "name at least one field")
+
+
+@dataclass(slots=True, kw_only=True)
 class TaskConfig:
     """Which tasks are trained on (mixed) and which are scored."""
 
     name: str = MISSING
     train: list[str] = MISSING
     evaluate: list[str] = MISSING
+    custom: dict[str, CustomTask] = field(default_factory=dict)
+    """The user's own tasks, by name (docs/adding-a-task.md)."""
 
     def __post_init__(self) -> None:
         require_name("task.name", self.name)
+        for task in self.custom:
+            require_name("task.custom", task)
+            require(
+                task not in TASK_NAMES, "task.custom", task, "a task of the paper has this name"
+            )
+        known = (*TASK_NAMES, *self.custom)
         for name in ("train", "evaluate"):
             tasks = getattr(self, name)
             require(bool(tasks), f"task.{name}", tasks, "name at least one task")
             for task in tasks:
-                require(
-                    task in TASK_NAMES, f"task.{name}", task, f"choose from {', '.join(TASK_NAMES)}"
-                )
+                require(task in known, f"task.{name}", task, f"choose from {', '.join(known)}")
             require(len(set(tasks)) == len(tasks), f"task.{name}", tasks, "a task is named twice")
 
 
@@ -300,6 +325,8 @@ class EvaluationConfig:
     """Padded tokens per forward pass."""
     before_training: bool = False
     """Score the base model too, before it is trained."""
+    max_new_tokens: int = 16
+    """Protocol `generate`: tokens of an answer at most."""
     batch_check: int = 16
     """Items per task that `label_logits` scores again one by one, to report what batching moves."""
 
@@ -307,7 +334,7 @@ class EvaluationConfig:
         require(bool(self.protocols), "evaluation.protocols", self.protocols, "name at least one")
         if self.limit is not None:
             require(self.limit >= 1, "evaluation.limit", self.limit, "must be >= 1")
-        for name, least in (("batch_tokens", 1), ("batch_check", 0)):
+        for name, least in (("batch_tokens", 1), ("max_new_tokens", 1), ("batch_check", 0)):
             value = getattr(self, name)
             require(value >= least, f"evaluation.{name}", value, f"must be >= {least}")
         repeated = len(set(self.protocols)) != len(self.protocols)
@@ -351,6 +378,13 @@ class Config:
             "adapter",
             self.adapter,
             "an existing adapter is scored, not trained: add method=none",
+        )
+        own = [task for task in (*self.task.train, *self.task.evaluate) if task in self.task.custom]
+        require(
+            not own or self.data.name is DataSource.local,
+            "data",
+            self.data.name.value,
+            f"{', '.join(dict.fromkeys(own))} is a task of your own: add data=local data.path=DIR",
         )
         require(
             self.tracker.name is Tracker.none or trains,

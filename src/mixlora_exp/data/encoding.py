@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.tasks import TASKS
-from mixlora_exp.tasks.base import Item, Prompt
+from mixlora_exp.tasks import TASKS, Item, Prompt
+from mixlora_exp.tasks.custom import ask_label, ask_text
 
 __all__ = ["Encoded", "Example", "ask", "encode", "encode_examples", "encode_questions"]
 
@@ -39,10 +39,10 @@ def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Pr
     """The prompt of an item in one form and the answers it can have, one per option."""
     if item.task == "boolq" and not boolq_passage:
         item = replace(item, context="")
-    task = TASKS[item.task]
+    task = TASKS.get(item.task)
     if form is AnswerForm.label:
-        return task.ask_label(item), list(item.labels)
-    return task.ask_text(item), list(item.options)
+        return (task.ask_label if task else ask_label)(item), list(item.labels)
+    return (task.ask_text if task else ask_text)(item), list(item.options)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

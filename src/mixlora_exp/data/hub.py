@@ -29,7 +29,7 @@ def load_hub(mirror: str | None, task: str, split: str) -> LoadedSplit:
             ) from None
     if not items:
         raise UserError(f"{name} has no rows: {_way_out(spec)}")
-    return LoadedSplit(items, [DataFile(name, len(items), hash_rows(rows))])
+    return LoadedSplit(items, [DataFile(name, len(items), hash_rows(rows))], rows)
 
 
 def _name(spec: Task, split: str, revision: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mixlora_exp.tasks import Item
@@ -24,10 +25,21 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSplit:
-    """The items of one split of one task, in the official order."""
+    """The items of one split of one task, in the official order, and the rows they came from."""
 
     items: list[Item]
     files: list[DataFile]
+    rows: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
+
+    def limited(self, limit: int | None, seed: int) -> LoadedSplit:
+        """The first `limit` items of a shuffle by `seed`; with None, all in the given order."""
+        if limit is None:
+            return self
+        order = list(range(len(self.items)))
+        random.Random(seed).shuffle(order)
+        kept = order[:limit]
+        rows = [self.rows[i] for i in kept] if self.rows else []
+        return LoadedSplit([self.items[i] for i in kept], self.files, rows)
 
 
 def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -12,21 +12,23 @@ from typing import Any
 
 from mixlora_exp.data.loaded import DataFile, LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.tasks import TASKS
+from mixlora_exp.tasks import TASKS, Task
 
 __all__ = ["load_local"]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
-def load_local(root: str, task: str, split: str) -> LoadedSplit:
+def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
     """Read one split row by row; the first row that does not fit ends the reading."""
+    task = spec.name
     file = _find(Path(root).expanduser(), task, split)
     rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-    items = []
+    items, kept = [], []
     for where, row in rows:
+        kept.append(row)
         try:
-            items.append(TASKS[task].parse(row, len(items)))
+            items.append(spec.parse(row, len(items)))
         except ValueError as error:
             raise UserError(f"{where}: this is not a row of {task}: {error}") from None
     if not items:
@@ -35,7 +37,7 @@ def load_local(root: str, task: str, split: str) -> LoadedSplit:
         )
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return LoadedSplit(items, [DataFile(str(file), len(items), sha256)])
+    return LoadedSplit(items, [DataFile(str(file), len(items), sha256)], kept)
 
 
 def _find(root: Path, task: str, split: str) -> Path:

@@ -1,50 +1,63 @@
-"""Evaluation: protocols that score the items of a task with a loaded model."""
+"""Evaluation: protocols that score the items of tasks with a loaded model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig, Protocol
-from mixlora_exp.data.encoding import encode_questions
-from mixlora_exp.evaluation.answer_text import score_answer_text
+from mixlora_exp.config.schema import DataConfig, EvaluationConfig, Protocol
+from mixlora_exp.data.loaded import LoadedSplit
+from mixlora_exp.evaluation.answer_text import check_answer_text, score_answer_text
 from mixlora_exp.evaluation.forward import Scorer
-from mixlora_exp.evaluation.label_logits import encode_labels, score_label_logits
+from mixlora_exp.evaluation.generate import check_generate, score_generate
+from mixlora_exp.evaluation.harness_tasks import harness_rows
+from mixlora_exp.evaluation.label_logits import check_label_logits, score_label_logits
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore
-from mixlora_exp.tasks.base import Item
 
-__all__ = ["ItemScore", "Scorer", "TaskScore", "check_task", "score_task"]
+__all__ = ["ItemScore", "Scorer", "TaskScore", "check_tests", "score_tests"]
 
 
-def check_task(
+def check_tests(
     protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
+    tests: Mapping[str, LoadedSplit],
     data: DataConfig,
 ) -> None:
-    """Check, without a model, that a protocol can score these items.
+    """Check, without a model, that a protocol can score these tasks.
 
     Raises:
-        UserError: the tokenizer does not suit the protocol.
+        UserError: the tokenizer or a row does not suit the protocol, or a package is missing.
     """
-    if protocol is Protocol.label_logits:
-        encode_labels(tokenizer, items, data)
-    else:
-        encode_questions(tokenizer, items, AnswerForm.text, data)
-
-
-def score_task(
-    protocol: Protocol,
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
-    data: DataConfig,
-    evaluation: EvaluationConfig,
-) -> TaskScore:
-    """Score the items of one task under one protocol."""
     match protocol:
         case Protocol.label_logits:
-            return score_label_logits(scorer, tokenizer, items, data, evaluation.batch_check)
+            check_label_logits(tokenizer, tests, data)
         case Protocol.answer_text:
-            return score_answer_text(scorer, tokenizer, items, data)
+            check_answer_text(tokenizer, tests, data)
+        case Protocol.generate:
+            check_generate(tokenizer, tests, data)
+        case Protocol.lm_eval:
+            for task, test in tests.items():
+                harness_rows(task, test)
+
+
+def score_tests(
+    protocol: Protocol,
+    scorer: Scorer,
+    tests: Mapping[str, LoadedSplit],
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+) -> list[TaskScore]:
+    """Score all tasks under one protocol, in the order of `tests`."""
+    match protocol:
+        case Protocol.label_logits:
+            return score_label_logits(scorer, tests, data, evaluation)
+        case Protocol.answer_text:
+            return score_answer_text(scorer, tests, data, evaluation)
+        case Protocol.generate:
+            return score_generate(scorer, tests, data, evaluation)
+        case Protocol.lm_eval:
+            # Imported late: the package takes seconds to load, and is optional.
+            from mixlora_exp.evaluation.harness import score_lm_eval
+
+            return score_lm_eval(scorer, tests)

@@ -6,59 +6,66 @@ option's tokens, and by that sum per character of the option.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import AnswerForm, DataConfig
+from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
 from mixlora_exp.data.encoding import encode_questions
-from mixlora_exp.evaluation.forward import Scorer, batches
+from mixlora_exp.data.loaded import LoadedSplit
+from mixlora_exp.evaluation.forward import Scorer
+from mixlora_exp.evaluation.packing import Request
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["score_answer_text"]
+__all__ = ["check_answer_text", "score_answer_text"]
+
+
+def _item_score(item: Item, likelihoods: Sequence[float]) -> ItemScore:
+    normalized = [s / len(o) for s, o in zip(likelihoods, item.options, strict=True)]
+    return ItemScore(
+        id=item.id,
+        answer=item.answer,
+        prediction=likelihoods.index(max(likelihoods)),
+        scores=list(likelihoods),
+        gold_log_likelihood=likelihoods[item.answer],
+        prediction_normalized=normalized.index(max(normalized)),
+    )
+
+
+def check_answer_text(
+    tokenizer: PreTrainedTokenizerBase, tests: Mapping[str, LoadedSplit], data: DataConfig
+) -> None:
+    """Raises:
+    UserError: an answer cannot be told apart from its prompt.
+    """
+    for test in tests.values():
+        encode_questions(tokenizer, test.items, AnswerForm.text, data)
 
 
 def score_answer_text(
-    scorer: Scorer, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], data: DataConfig
-) -> TaskScore:
-    """Score items of one task."""
-    start = time.perf_counter()
-    encoded = encode_questions(tokenizer, items, AnswerForm.text, data)
-    pairs = [(i, k) for i, e in enumerate(encoded) for k in range(len(e.answers))]
-    # The last token of an answer is predicted, never fed.
-    rows = [encoded[i].prompt + encoded[i].answers[k][:-1] for i, k in pairs]
-    keys = [f"{items[i].id}/{k}" for i, k in pairs]
-    sums = [[0.0] * len(e.answers) for e in encoded]
-    for batch in batches([len(row) for row in rows], keys, scorer.batch_tokens):
-        targets = [encoded[pairs[b][0]].answers[pairs[b][1]] for b in batch]
-        keep = max(len(target) for target in targets)
-        logits = scorer.logits([rows[b] for b in batch], keep).log_softmax(dim=-1)
-        for b, target, row in zip(batch, targets, logits, strict=True):
-            ids = torch.tensor(target, device=row.device).unsqueeze(-1)
-            likelihood = row[-len(target) :].gather(1, ids).sum()
-            sums[pairs[b][0]][pairs[b][1]] = float(likelihood)
-    scores = []
-    for item, likelihoods in zip(items, sums, strict=True):
-        normalized = [s / len(o) for s, o in zip(likelihoods, item.options, strict=True)]
-        scores.append(
-            ItemScore(
-                id=item.id,
-                answer=item.answer,
-                prediction=likelihoods.index(max(likelihoods)),
-                scores=likelihoods,
-                gold_log_likelihood=likelihoods[item.answer],
-                prediction_normalized=normalized.index(max(normalized)),
-            )
+    scorer: Scorer,
+    tests: Mapping[str, LoadedSplit],
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+) -> list[TaskScore]:
+    """Score the items of all tasks in one pass."""
+    questions, keys, groups, shortened = [], [], [], {}
+    for task, test in tests.items():
+        encoded = encode_questions(scorer.tokenizer, test.items, AnswerForm.text, data)
+        shortened[task] = sum(e.shortened for e in encoded)
+        questions += [[Request(e.prompt + a, len(a)) for a in e.answers] for e in encoded]
+        keys += [f"{task}/{item.id}" for item in test.items]
+        groups += [task] * len(test.items)
+    found = iter(scorer.log_likelihoods(questions, keys, groups))
+    return [
+        summarize(
+            task,
+            "answer_text",
+            test.items,
+            [_item_score(item, [value for value, _ in next(found)]) for item in test.items],
+            shortened=shortened[task],
+            expert_load=scorer.take_expert_load(task),
         )
-    return summarize(
-        items[0].task,
-        "answer_text",
-        items,
-        scores,
-        shortened=sum(e.shortened for e in encoded),
-        seconds=round(time.perf_counter() - start, 3),
-        expert_load=scorer.take_expert_load(),
-    )
+        for task, test in tests.items()
+    ]

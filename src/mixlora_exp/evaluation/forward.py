@@ -1,19 +1,24 @@
-"""Batched forward passes for scoring: fixed batches, last positions only, dropout off."""
+"""Batched forward passes for scoring: fixed batches, few positions' logits, dropout off."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.data.collator import pad_left
+from mixlora_exp.evaluation.packing import Packed, Request, pack, pad_packed
 
 __all__ = ["Scorer", "batches"]
 
 HEAD_CHUNK = 2**14
+"""Rows of the vocabulary matrix that are held in float32 at once."""
+LOGIT_ROWS = 256
+"""Positions whose logits over the vocabulary are held at once."""
 
 
 def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> Iterator[list[int]]:
@@ -50,7 +55,10 @@ def _full_precision_head(
 
 
 class Scorer:
-    """Runs a model over rows of tokens and counts which experts they went to."""
+    """Runs a model over rows of tokens and counts which experts they went to.
+
+    `group` arguments name what each row belongs to (a task); experts are counted apart for each.
+    """
 
     def __init__(
         self,
@@ -60,31 +68,91 @@ class Scorer:
         batch_tokens: int,
     ) -> None:
         self.model = model.eval()
+        self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id
         self.autocast = autocast
         self.batch_tokens = batch_tokens
         self.device = next(model.parameters()).device
-        self._counts: Tensor | None = None
+        self._counts: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def logits(self, rows: Sequence[Sequence[int]], keep: int) -> Tensor:
-        """Logits of the last `keep` positions of each row, (rows, keep, vocabulary), float32."""
-        batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
+    @contextmanager
+    def full_precision(self) -> Iterator[nn.Module]:
+        """Within this context the output projection, which is given, computes in float32."""
         head = self.model.get_output_embeddings()
         hook = head.register_forward_hook(_full_precision_head)
         try:
             with self.autocast:
-                length = batch["input_ids"].shape[1]
-                # Column numbers, for the reason given in `Collator`.
-                kept = torch.arange(length - keep, length, device=self.device)
-                output = self.model(**batch, logits_to_keep=kept, use_cache=False)
+                yield head
         finally:
             hook.remove()
-        report = getattr(getattr(self.model, "base_model", None), "router_report", None)
-        if report is not None:
-            counts = report.counts.double()
-            self._counts = counts if self._counts is None else self._counts + counts
+
+    @torch.no_grad()
+    def logits(
+        self, rows: Sequence[Sequence[int]], keep: int, groups: Sequence[str] | None = None
+    ) -> Tensor:
+        """Logits of the last `keep` positions of each row, (rows, keep, vocabulary), float32."""
+        batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
+        with self.full_precision():
+            length = batch["input_ids"].shape[1]
+            # Column numbers, for the reason given in `Collator`.
+            kept = torch.arange(length - keep, length, device=self.device)
+            output = self.model(**batch, logits_to_keep=kept, use_cache=False)
+        self._count([len(row) for row in rows], groups)
         return output.logits[:, -keep:].float()
+
+    def log_likelihoods(
+        self,
+        questions: Sequence[Sequence[Request]],
+        keys: Sequence[str],
+        groups: Sequence[str] | None = None,
+    ) -> list[list[tuple[float, bool]]]:
+        """Per question and request: the sum of the scored tokens' log-probabilities in nats, and
+        whether each of them is the likeliest one. A question's common prefix is computed once.
+
+        `keys` tell questions of one length apart, so that their order changes nothing.
+        """
+        packed = [pack(requests) for requests in questions]
+        found: list[list[tuple[float, bool]]] = [[] for _ in packed]
+        for batch in batches([len(p.tokens) for p in packed], keys, self.batch_tokens):
+            chosen = [packed[i] for i in batch]
+            scores = self._score(chosen, None if groups is None else [groups[i] for i in batch])
+            for i, score in zip(batch, scores, strict=True):
+                found[i] = score
+        return found
+
+    @torch.no_grad()
+    def _score(
+        self, questions: Sequence[Packed], groups: Sequence[str] | None
+    ) -> list[list[tuple[float, bool]]]:
+        batch = pad_packed(questions, self.pad_id, next(self.model.parameters()).dtype)
+        length = batch["input_ids"].shape[1]
+        targets = [
+            (row, column + length - len(question.tokens), token)
+            for row, question in enumerate(questions)
+            for request in question.targets
+            for column, token in request
+        ]
+        rows, columns, tokens = torch.tensor(targets, device=self.device).T
+        kept: list[Tensor] = []
+
+        def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            # The logits of all positions would not fit; the model's own pass gets one.
+            kept.append(args[0][rows, columns])
+            return (args[0][:1, :1],)
+
+        with self.full_precision() as head:
+            hook = head.register_forward_pre_hook(gather)
+            try:
+                self.model(**{k: v.to(self.device) for k, v in batch.items()}, use_cache=False)
+            finally:
+                hook.remove()
+            likelihoods, greedy = _likelihoods(head, kept[0], tokens)
+        self._count([len(q.tokens) for q in questions], groups)
+        values, best = iter(likelihoods.tolist()), iter(greedy.tolist())
+        return [
+            [_total([(next(values), next(best)) for _ in request]) for request in question.targets]
+            for question in questions
+        ]
 
     def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
         """Of the last pass: per row, the experts of its real tokens, layer by layer, (tokens, K);
@@ -99,10 +167,41 @@ class Scorer:
             for row, length in enumerate(lengths)
         ]
 
-    def take_expert_load(self) -> list[list[float]] | None:
+    def _count(self, lengths: Sequence[int], groups: Sequence[str] | None) -> None:
+        """Add the last pass to the counts of its rows' groups."""
+        report = getattr(getattr(self.model, "base_model", None), "router_report", None)
+        if report is None:
+            return
+        experts = report.counts.shape[-1]
+        by_group: dict[str, list[list[Tensor]]] = defaultdict(list)
+        for row, route in enumerate(self.routes(lengths)):
+            by_group["" if groups is None else groups[row]].append(route)
+        for group, routes in by_group.items():
+            layers = [torch.cat(parts).flatten() for parts in zip(*routes, strict=True)]
+            counts = torch.stack([layer.bincount(minlength=experts) for layer in layers]).double()
+            self._counts[group] = self._counts.get(group, 0) + counts
+
+    def take_expert_load(self, group: str = "") -> list[list[float]] | None:
         """Share of (token, slot) pairs per layer and expert since the last call; None without
-        experts."""
-        counts, self._counts = self._counts, None
+        experts. A token that several options share is counted once."""
+        counts = self._counts.pop(group, None)
         if counts is None:
             return None
         return (counts / counts.sum(dim=-1, keepdim=True)).tolist()
+
+
+def _likelihoods(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token (N) after its hidden state (N, d), and whether it leads."""
+    values, greedy = [], []
+    for part, wanted in zip(hidden.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True):
+        logits = head(part).float()
+        ids = wanted.unsqueeze(-1)
+        values.append(logits.gather(-1, ids).squeeze(-1) - logits.logsumexp(dim=-1))
+        greedy.append(logits.argmax(dim=-1) == wanted)
+    return torch.cat(values), torch.cat(greedy)
+
+
+def _total(scored: Sequence[tuple[float, bool]]) -> tuple[float, bool]:
+    return sum(value for value, _ in scored), all(best for _, best in scored)

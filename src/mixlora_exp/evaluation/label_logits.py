@@ -7,21 +7,21 @@ likelihood of whole answers).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import AnswerForm, DataConfig
+from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
 from mixlora_exp.data.encoding import Encoded, encode_questions
+from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.forward import Scorer, batches
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["encode_labels", "score_label_logits"]
+__all__ = ["check_label_logits", "encode_labels", "score_label_logits"]
 
 
 def _label_ids(item: Item, encoded: Encoded) -> list[int]:
@@ -59,14 +59,13 @@ def encode_labels(
 
 
 def _check_batching(
-    scorer: Scorer, encoded: Sequence[Encoded], labels: Sequence[list[int]]
+    scorer: Scorer, prompts: Sequence[list[int]], labels: Sequence[list[int]]
 ) -> dict[str, float | int | None]:
     """Score some items in one batch and one by one: what does batching move?
 
     An item with a token that batching sends to another expert (two nearly tied ones swap by
     rounding) is counted apart and left out of the difference of logits.
     """
-    prompts = [question.prompt for question in encoded]
     together = scorer.logits(prompts, keep=1)[:, 0]
     routes = scorer.routes([len(prompt) for prompt in prompts])
     differences, flips, rerouted = [], 0, 0
@@ -86,40 +85,62 @@ def _check_batching(
     }
 
 
+def check_label_logits(
+    tokenizer: PreTrainedTokenizerBase, tests: Mapping[str, LoadedSplit], data: DataConfig
+) -> None:
+    """Raises:
+    UserError: a label is not one token.
+    """
+    for test in tests.values():
+        encode_labels(tokenizer, test.items, data)
+
+
 def score_label_logits(
     scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
+    tests: Mapping[str, LoadedSplit],
     data: DataConfig,
-    batch_check: int = 0,
-) -> TaskScore:
-    """Score items of one task; the first `batch_check` (by id) once more, one by one.
+    evaluation: EvaluationConfig,
+) -> list[TaskScore]:
+    """Score the items of all tasks in one pass; `evaluation.batch_check` of each task (the first
+    by id) once more, one by one.
 
     Raises:
         UserError: a label is not one token.
     """
-    start = time.perf_counter()
-    encoded, labels = encode_labels(tokenizer, items, data)
+    items, prompts, labels, groups, shortened = [], [], [], [], {}
+    for task, test in tests.items():
+        encoded, found = encode_labels(scorer.tokenizer, test.items, data)
+        shortened[task] = sum(e.shortened for e in encoded)
+        items += test.items
+        prompts += [e.prompt for e in encoded]
+        labels += found
+        groups += [task] * len(test.items)
+    keys = [f"{group}/{item.id}" for group, item in zip(groups, items, strict=True)]
     scores: list[ItemScore | None] = [None] * len(items)
-    lengths = [len(e.prompt) for e in encoded]
-    for batch in batches(lengths, [item.id for item in items], scorer.batch_tokens):
-        logits = scorer.logits([encoded[i].prompt for i in batch], keep=1)[:, 0]
+    for batch in batches([len(prompt) for prompt in prompts], keys, scorer.batch_tokens):
+        logits = scorer.logits([prompts[i] for i in batch], 1, [groups[i] for i in batch])[:, 0]
         for i, row in zip(batch, logits, strict=True):
             scores[i] = _item_score(items[i], row, labels[i])
-    load = scorer.take_expert_load()
-    seconds = time.perf_counter() - start
-    checked = sorted(range(len(items)), key=lambda i: items[i].id)[:batch_check]
-    check = None
-    if checked:
-        check = _check_batching(scorer, [encoded[i] for i in checked], [labels[i] for i in checked])
-        scorer.take_expert_load()
-    return summarize(
-        items[0].task,
-        "label_logits",
-        items,
-        scores,
-        shortened=sum(e.shortened for e in encoded),
-        seconds=round(seconds, 3),
-        expert_load=load,
-        batch_check=check,
-    )
+    results = []
+    for task, test in tests.items():
+        mine = [i for i, group in enumerate(groups) if group == task]
+        load = scorer.take_expert_load(task)
+        checked = sorted(mine, key=lambda i: items[i].id)[: evaluation.batch_check]
+        check = None
+        if checked:
+            check = _check_batching(
+                scorer, [prompts[i] for i in checked], [labels[i] for i in checked]
+            )
+            scorer.take_expert_load()
+        results.append(
+            summarize(
+                task,
+                "label_logits",
+                test.items,
+                [scores[i] for i in mine],
+                shortened=shortened[task],
+                expert_load=load,
+                batch_check=check,
+            )
+        )
+    return results

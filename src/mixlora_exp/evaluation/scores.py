@@ -18,14 +18,16 @@ __all__ = ["ItemScore", "TaskScore", "summarize"]
 class ItemScore:
     """One scored item. `scores` are per option what the prediction is the arg-max of (logits or
     log-likelihoods); `gold_log_likelihood` is in nats; `prediction_normalized` is the choice by
-    log-likelihood per character, where the protocol has one."""
+    log-likelihood per character, where the protocol has one. A protocol that reads a generated
+    `text` has neither scores nor likelihood, and the prediction None where it found no answer."""
 
     id: str
     answer: int
-    prediction: int
-    scores: list[float]
-    gold_log_likelihood: float
+    prediction: int | None
+    scores: list[float] = field(default_factory=list)
+    gold_log_likelihood: float | None = None
     prediction_normalized: int | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class TaskScore:
     guessing among each item's options. `expert_load` (layers, E): share of the (token, slot) pairs
     that each expert got while the task was scored. `shortened`: items whose context was cut.
     `tied`: items whose best score is that of several options (the first of them is the answer).
+    `unparsed`: items whose generated text named no option; they count as wrong.
     """
 
     task: str
@@ -46,10 +49,10 @@ class TaskScore:
     accuracy_normalized: float | None
     majority_class: float
     chance: float
-    gold_log_likelihood: float
+    gold_log_likelihood: float | None
     tied: int
     shortened: int
-    seconds: float
+    unparsed: int | None = None
     expert_load: list[list[float]] | None = None
     batch_check: dict[str, Any] | None = None
     items: list[ItemScore] = field(default_factory=list, repr=False)
@@ -64,7 +67,8 @@ def summarize(
         UserError: a score is not a finite number, so that an arg-max of it means nothing.
     """
     for score in scores:
-        if not all(map(math.isfinite, (*score.scores, score.gold_log_likelihood))):
+        numbers = (*score.scores, score.gold_log_likelihood or 0.0)
+        if not all(map(math.isfinite, numbers)):
             raise UserError(
                 f"the model gives item {score.id} of {task} scores that are not finite numbers; "
                 "nothing was recorded. If it was trained, lower trainer.learning_rate or set "
@@ -85,8 +89,13 @@ def summarize(
         accuracy_normalized=normalized,
         majority_class=answers.most_common(1)[0][1] / n,
         chance=sum(1 / len(item.options) for item in items) / n,
-        tied=sum(s.scores.count(max(s.scores)) > 1 for s in scores),
-        gold_log_likelihood=sum(s.gold_log_likelihood for s in scores) / n,
+        tied=sum(s.scores.count(max(s.scores, default=0)) > 1 for s in scores),
+        gold_log_likelihood=_mean([s.gold_log_likelihood for s in scores]),
         items=list(scores),
         **rest,
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

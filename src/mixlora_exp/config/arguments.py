@@ -1,0 +1,32 @@
+"""`name=value` arguments of a script, checked against a dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixlora_exp.errors import UserError
+
+__all__ = ["options"]
+
+Schema = TypeVar("Schema")
+
+
+def options(schema: type[Schema], arguments: Sequence[str]) -> Schema:
+    """An instance of the dataclass `schema` with the values given as `name=value`.
+
+    Raises:
+        UserError: a field is unknown or a value is not of its type.
+    """
+    known = ", ".join(schema.__dataclass_fields__)
+    for word in arguments:
+        if "=" not in word:
+            raise UserError(f"{word!r} is not name=value; the fields are {known}")
+    try:
+        given = OmegaConf.from_dotlist(list(arguments))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{str(error).splitlines()[0]}; the fields are {known}") from error

@@ -1,0 +1,158 @@
+"""Protocol `lm_eval`: the tasks and metrics of the lm-eval package, run by its own evaluator.
+
+`SharedPrefixLM` is its `HFLM` with one change: the options of a question are computed in one row
+with their common prefix, not in a row each.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from mixlora_exp.data.loaded import LoadedSplit
+from mixlora_exp.evaluation.forward import Scorer
+from mixlora_exp.evaluation.harness_tasks import HARNESS_TASKS, write_tasks
+from mixlora_exp.evaluation.packing import Request
+from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
+from mixlora_exp.tasks.base import Item
+
+__all__ = ["SharedPrefixLM", "evaluate_tasks", "score_lm_eval"]
+
+OURS = {spec.name: task for task, spec in HARNESS_TASKS.items()}
+
+
+class SharedPrefixLM(HFLM):
+    """lm-eval's model on a `Scorer`: the same requests, truncation and sums."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__(pretrained=scorer.model, tokenizer=scorer.tokenizer, backend="causal")
+        self.scorer = scorer
+        self._documents: list[tuple[str, int]] | None = None
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+        # What the encoded requests no longer tell: which of them belong to one question.
+        self._documents = [(request.task_name, request.doc_id) for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._documents = None
+
+    def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list:
+        documents = self._documents or [("", i) for i in range(len(requests))]
+        members: dict[tuple[str, int], list[int]] = {}
+        for index, document in enumerate(documents):
+            members.setdefault(document, []).append(index)
+        questions = [[self._request(*requests[i][1:]) for i in own] for own in members.values()]
+        keys = [f"{task}/{number}" for task, number in members]
+        groups = [OURS.get(task, task) for task, _ in members]
+        found = self.scorer.log_likelihoods(questions, keys, groups)
+        results: list[Any] = [None] * len(requests)
+        for own, answers in zip(members.values(), found, strict=True):
+            for index, answer in zip(own, answers, strict=True):
+                results[index] = answer
+                # Its cache of answers on disk, if one is in use.
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+        return results
+
+    def _request(self, context: list[int], continuation: list[int]) -> Request:
+        """What does not fit is cut from the left, as in the parent."""
+        tokens = (context + continuation)[-(self.max_length + 1) :]
+        return Request(tokens, min(len(continuation), len(tokens) - 1))
+
+
+@contextmanager
+def _quiet():
+    """Its notes at every start: the model was given ready-made, these tasks were chosen."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def evaluate_tasks(model: HFLM, tests: Mapping[str, LoadedSplit]) -> dict[str, Any]:
+    """lm-eval's results of `model` on the items of `tests`, with a sample for each of them."""
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        names = write_tasks(Path(folder), tests)
+        return simple_evaluate(
+            model=model,
+            tasks=names,
+            num_fewshot=0,
+            task_manager=TaskManager(include_path=folder, include_defaults=False),
+            bootstrap_iters=0,
+            # Nothing is drawn, and the run's own random state stays as it is.
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+
+
+def _item_score(task: str, item: Item, sample: Mapping[str, Any]) -> ItemScore:
+    spec = HARNESS_TASKS[task]
+    likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+    # A choice as the harness measures it: without the blank that joins it to the prompt.
+    lengths = [len(arguments[1].removeprefix(" ")) for arguments in sample["arguments"]]
+    normalized = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
+    order = spec.choices or range(len(likelihoods))
+    best = order[likelihoods.index(max(likelihoods))]
+    best_normalized = order[normalized.index(max(normalized))] if "acc_norm" in sample else None
+    for metric, chosen in (("acc", best), ("acc_norm", best_normalized)):
+        if chosen is not None and bool(sample[metric]) != (chosen == item.answer):
+            raise RuntimeError(
+                f"lm-eval's {metric} of item {item.id} of {task} does not fit its likelihoods: "
+                "its task or metric is not the one that this version knows"
+            )
+    scores = [0.0] * len(likelihoods)
+    for choice, value in zip(order, likelihoods, strict=True):
+        scores[choice] = value
+    return ItemScore(
+        id=item.id,
+        answer=item.answer,
+        prediction=best,
+        scores=scores,
+        gold_log_likelihood=scores[item.answer],
+        prediction_normalized=best_normalized,
+    )
+
+
+def task_scores(
+    results: Mapping[str, Any], tests: Mapping[str, LoadedSplit], scorer: Scorer | None = None
+) -> list[TaskScore]:
+    """lm-eval's results as this project's: its `acc` is `accuracy`, its `acc_norm` (where the task
+    has one) `accuracy_normalized`."""
+    scores = []
+    for task, test in tests.items():
+        name = HARNESS_TASKS[task].name
+        samples: Sequence[Mapping[str, Any]] = sorted(
+            results["samples"][name], key=lambda sample: sample["doc_id"]
+        )
+        scores.append(
+            summarize(
+                task,
+                "lm_eval",
+                test.items,
+                [_item_score(task, *pair) for pair in zip(test.items, samples, strict=True)],
+                shortened=0,
+                expert_load=None if scorer is None else scorer.take_expert_load(task),
+            )
+        )
+    return scores
+
+
+def score_lm_eval(scorer: Scorer, tests: Mapping[str, LoadedSplit]) -> list[TaskScore]:
+    """Score the items of all tasks in one pass.
+
+    Raises:
+        UserError: lm-eval has no such task, or lacks a field of a row.
+    """
+    return task_scores(evaluate_tasks(SharedPrefixLM(scorer), tests), tests, scorer)

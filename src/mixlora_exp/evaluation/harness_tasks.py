@@ -1,0 +1,158 @@
+"""Task files for lm-eval that read this project's rows in place of a download.
+
+Each file includes the harness's own task and changes nothing but where the rows come from, so that
+prompts, targets and metrics stay the harness's. `lm_eval run --include_path DIR --tasks arc_easy`
+reads them too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mixlora_exp.data.loaded import LoadedSplit
+from mixlora_exp.errors import UserError
+
+__all__ = ["HARNESS_TASKS", "HarnessTask", "harness_rows", "write_tasks"]
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessTask:
+    """A task of lm-eval: its name, its file in the package, the fields that its templates read,
+    and which option of the item each of its choices is (in order; null: the same order)."""
+
+    name: str
+    file: str
+    row: Callable[[Row], dict[str, Any]]
+    choices: tuple[int, ...] | None = None
+
+
+def _take(row: Row, *names: str) -> dict[str, Any]:
+    absent = [name for name in names if row.get(name) is None]
+    if absent:
+        raise ValueError(f"the field {absent[0]!r}, which lm-eval's task reads, is missing")
+    return {name: row[name] for name in names}
+
+
+def _arc(row: Row) -> dict[str, Any]:
+    return _take(row, "question", "choices", "answerKey")
+
+
+def _obqa(row: Row) -> dict[str, Any]:
+    return _take(row, "question_stem", "choices", "answerKey")
+
+
+def _boolq(row: Row) -> dict[str, Any]:
+    # The harness knows SuperGLUE's field: an `answer` beside it would be ignored in silence.
+    return {**_take(row, "passage", "question"), "label": int(_take(row, "answer")["answer"])}
+
+
+def _piqa(row: Row) -> dict[str, Any]:
+    return {**_take(row, "goal", "sol1", "sol2"), "label": int(_take(row, "label")["label"])}
+
+
+def _siqa(row: Row) -> dict[str, Any]:
+    texts = _take(row, "context", "question", "answerA", "answerB", "answerC")
+    return {**texts, "label": str(_take(row, "label")["label"])}
+
+
+def _hellaswag(row: Row) -> dict[str, Any]:
+    # `ctx` may be given whole: without its second part, the harness appends nothing to the first.
+    parts = (row["ctx_a"], row["ctx_b"]) if row.get("ctx_b") and row.get("ctx_a") else None
+    first, second = parts or (_take(row, "ctx")["ctx"], "")
+    kept = _take(row, "activity_label", "endings")
+    return {**kept, "ctx_a": first, "ctx_b": second, "label": str(_take(row, "label")["label"])}
+
+
+def _winogrande(row: Row) -> dict[str, Any]:
+    texts = _take(row, "sentence", "option1", "option2")
+    return {**texts, "answer": str(_take(row, "answer")["answer"])}
+
+
+HARNESS_TASKS: dict[str, HarnessTask] = {
+    "arc_e": HarnessTask("arc_easy", "arc/arc_easy.yaml", _arc),
+    "arc_c": HarnessTask("arc_challenge", "arc/arc_challenge.yaml", _arc),
+    # Its choices are no and yes, this project's options true and false.
+    "boolq": HarnessTask("boolq", "super_glue/boolq/default.yaml", _boolq, (1, 0)),
+    "obqa": HarnessTask("openbookqa", "openbookqa/openbookqa.yaml", _obqa),
+    "piqa": HarnessTask("piqa", "piqa/piqa.yaml", _piqa),
+    "siqa": HarnessTask("social_iqa", "siqa/siqa.yaml", _siqa),
+    "hellaswag": HarnessTask("hellaswag", "hellaswag/hellaswag.yaml", _hellaswag),
+    "winogrande": HarnessTask("winogrande", "winogrande/default.yaml", _winogrande),
+}
+"""The harness's task for each of this project's."""
+
+
+def _package_tasks() -> Path:
+    # Found without importing it, which takes seconds.
+    spec = find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "evaluation.protocols=lm_eval needs the package lm-eval, which is not installed: "
+            "run `pip install lm-eval`, or choose another protocol"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "tasks"
+
+
+def harness_rows(task: str, test: LoadedSplit) -> list[dict[str, Any]]:
+    """The rows of a split as the harness's task expects them.
+
+    Raises:
+        UserError: the harness has no such task, or a row lacks a field that it reads.
+    """
+    _package_tasks()
+    if task not in HARNESS_TASKS:
+        raise UserError(
+            f"evaluation.protocols=lm_eval: lm-eval has no task for {task}; "
+            f"it has one for {', '.join(HARNESS_TASKS)}: choose another protocol"
+        )
+    rows = []
+    for item, row in zip(test.items, test.rows, strict=True):
+        try:
+            rows.append(HARNESS_TASKS[task].row(row))
+        except ValueError as error:
+            raise UserError(
+                f"evaluation.protocols=lm_eval: {item.id} of {task}: {error}; "
+                "choose another protocol, or add the field"
+            ) from None
+    return rows
+
+
+def write_tasks(folder: Path, tests: Mapping[str, LoadedSplit]) -> list[str]:
+    """Write `<name>.yaml` and `<name>.jsonl` of each task into `folder`; returns their names."""
+    names = []
+    for task, test in tests.items():
+        rows, spec = harness_rows(task, test), HARNESS_TASKS[task]
+        source = _package_tasks() / spec.file
+        if not source.is_file():
+            raise UserError(
+                f"evaluation.protocols=lm_eval: the installed lm-eval has no {spec.file}: "
+                "install the version of requirements/constraints.txt"
+            )
+        data = folder.resolve() / f"{spec.name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        config = {
+            "include": str(source),
+            "task": spec.name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {
+                "data_files": {"test": str(data)},
+                "cache_dir": str(folder.resolve() / "cache"),
+            },
+            "training_split": None,
+            "validation_split": None,
+            "fewshot_split": None,
+            "test_split": "test",
+        }
+        (folder / f"{spec.name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        names.append(spec.name)
+    return names

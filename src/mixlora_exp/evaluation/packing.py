@@ -1,0 +1,88 @@
+"""Token rows with a common beginning as one row, so that the beginning is computed once.
+
+A multiple-choice question is scored by the likelihood of each of its options after the same prompt.
+Packed, the row is the common prefix (trunk) and then what is left of each option (branches). A
+branch sees the trunk and itself, its positions go on where the trunk ends, and so each token has
+the same inputs as in a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Packed", "Request", "pack", "pad_packed"]
+
+TRUNK, PADDING = 0, -1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row of tokens, of which the last `scored` (at least one) are to be predicted."""
+
+    tokens: Sequence[int]
+    scored: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The rows of one question as one. `segments`: 0 for the trunk, i for the i-th branch.
+    `targets`: per request, the column that predicts each scored token, and that token."""
+
+    tokens: list[int]
+    positions: list[int]
+    segments: list[int]
+    targets: list[list[tuple[int, int]]]
+
+
+def _common_length(rows: Sequence[Sequence[int]]) -> int:
+    shortest = min(map(len, rows))
+    for column in range(shortest):
+        if any(row[column] != rows[0][column] for row in rows):
+            return column
+    return shortest
+
+
+def pack(requests: Sequence[Request]) -> Packed:
+    """Pack the rows of one question; the last token of each is predicted, never fed."""
+    rows = [request.tokens[:-1] for request in requests]
+    trunk = _common_length(rows)
+    packed = Packed(list(rows[0][:trunk]), list(range(trunk)), [TRUNK] * trunk, [])
+    for number, (row, request) in enumerate(zip(rows, requests, strict=True), start=1):
+        # Column of a row's token in the packed row: the trunk's own, or moved to its branch.
+        shift = len(packed.tokens) - trunk
+        packed.tokens.extend(row[trunk:])
+        packed.positions.extend(range(trunk, len(row)))
+        packed.segments.extend([number] * (len(row) - trunk))
+        first = len(row) - request.scored
+        columns = [c if c < trunk else c + shift for c in range(first, len(row))]
+        wanted = request.tokens[len(request.tokens) - request.scored :]
+        packed.targets.append(list(zip(columns, wanted, strict=True)))
+    return packed
+
+
+def pad_packed(questions: Sequence[Packed], pad_id: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`input_ids` and `position_ids` (rows, length), padded in front, and the additive
+    `attention_mask` (rows, 1, length, length) in `dtype`: 0 where a token is seen, else the lowest
+    number."""
+    length = max(len(q.tokens) for q in questions)
+
+    def padded(name: str, value: int) -> Tensor:
+        rows = [getattr(q, name) for q in questions]
+        return torch.tensor([[value] * (length - len(row)) + row for row in rows])
+
+    segments = padded("segments", PADDING)
+    own, other = segments.unsqueeze(2), segments.unsqueeze(1)
+    before = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = before & (other != PADDING) & ((other == TRUNK) | (own == other))
+    # Padding sees itself: a softmax over nothing would be NaN.
+    seen |= torch.eye(length, dtype=torch.bool) & (own == PADDING)
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return {
+        "input_ids": padded("tokens", pad_id),
+        "position_ids": padded("positions", 0),
+        "attention_mask": mask.unsqueeze(1),
+    }

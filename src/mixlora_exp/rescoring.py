@@ -1,0 +1,125 @@
+"""`evaluate.py`: the command line of `train.py` for an adapter that exists, or for none.
+
+`run=DIR` takes everything from the record of a finished run and scores the adapter that it left;
+`adapter=DIR` takes one of PEFT's or ours. `protocol=a,b` is short for `evaluation.protocols=[a,b]`.
+Everything else is as in `train.py`, and goes before what the record says.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mixlora_exp.cli import execute
+from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.results.record import read_record
+
+__all__ = ["main", "translate"]
+
+USAGE = """\
+Score an adapter, or the base model alone, without training.
+
+  python evaluate.py run=outputs/NAME protocol=lm_eval      the adapter of a finished run
+  python evaluate.py adapter=DIR model=smollm2_135m task=multi protocol=answer_text
+  python evaluate.py model=smollm2_135m task=arc_e          the base model alone
+
+protocol=label_logits,answer_text,lm_eval,generate: one or several; else as in the run's record.
+Other fields as for train.py, for example evaluation.limit=100 or data=local data.path=DIR.
+"""
+
+# The method is that of the adapter; what a run would train with plays no part.
+NOT_TAKEN = ("method", "adapter", "dry_run", "force", "tracker")
+GROUPS = ("model", "task", "data", "kernel", "trainer", "evaluation")
+
+
+def _quoted(value: Any) -> str:
+    """A value as Hydra's grammar reads it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case list():
+            return "[" + ",".join(map(_quoted, value)) + "]"
+        case dict():
+            return "{" + ",".join(f"{key}:{_quoted(item)}" for key, item in value.items()) + "}"
+    # A backslash is itself but before a quote.
+    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(value))
+    return f"'{text}'"
+
+
+def _recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
+    """The overrides that make the recorded configuration again, but for groups given anew."""
+    for name, value in config.items():
+        if name in NOT_TAKEN or name in skipped:
+            continue
+        if isinstance(value, dict):
+            for field, content in value.items():
+                if isinstance(content, dict):
+                    # Its keys are the user's: they are added.
+                    if content:
+                        yield f"++{name}.{field}={_quoted(content)}"
+                else:
+                    yield f"{name}.{field}={_quoted(content)}"
+        else:
+            yield f"{name}={_quoted(value)}"
+
+
+def translate(argv: Sequence[str]) -> list[str]:
+    """The command line of `train.py` that does what this one of `evaluate.py` asks for.
+
+    Raises:
+        UserError: `run=DIR` holds no finished run or no adapter, or two sources are given.
+    """
+    given = dict(word.split("=", 1) for word in argv if "=" in word and not word.startswith("-"))
+    rest = [w for w in argv if w.partition("=")[0] not in ("run", "protocol")]
+    if "method" in given and given["method"] != "none":
+        raise UserError(
+            f"method={given['method']}: evaluate.py trains nothing; leave it out, or use train.py"
+        )
+    if "method" not in given:
+        rest = ["method=none", *rest]
+    if "protocol" in given:
+        names = given["protocol"].strip("[]")
+        rest.append(f"evaluation.protocols=[{names}]")
+    if "run" not in given:
+        return rest
+    if "adapter" in given:
+        raise UserError(
+            f"run={given['run']} and adapter={given['adapter']} were both given: name one of them"
+        )
+    folder = Path(given["run"]).expanduser()
+    if not (folder / "record.json").is_file():
+        raise UserError(
+            f"run={given['run']} holds no record.json: give the folder of a finished run"
+        )
+    record = read_record(folder / "record.json")
+    base = []
+    if record["config"]["method"]["name"] != "none":
+        if not (folder / "adapter" / "adapter_config.json").is_file():
+            raise UserError(
+                f"run={given['run']} holds no adapter/ (a copied record has none): give the "
+                "folder that the run wrote, or adapter=DIR"
+            )
+        base = [f"adapter={_quoted(str(folder / 'adapter'))}"]
+    elif record["config"]["adapter"] is not None:
+        base = [f"adapter={_quoted(record['config']['adapter'])}"]
+    anew = {name for name in GROUPS if name in given}
+    return [*base, *_recorded(record["config"], anew), *rest]
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or any(word in ("-h", "--help") for word in argv):
+        sys.stdout.write(USAGE)
+        return 0
+    return execute(translate(argv))
+
+
+def main() -> NoReturn:
+    """Run the command line that the process was started with, and exit."""
+    sys.exit(guarded(_dispatch, sys.argv[1:]))

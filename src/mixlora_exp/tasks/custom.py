@@ -1,0 +1,91 @@
+"""A user's own multiple-choice task: which fields of a row hold what. No code is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mixlora_exp.tasks import rows
+from mixlora_exp.tasks.base import LETTERS, Item, Prompt, Task, lettered
+
+__all__ = ["ask_label", "ask_text", "custom_task"]
+
+
+def ask_label(item: Item) -> Prompt:
+    """Context, if there is one, question and lettered options."""
+    asked = f"Question: {item.question}\n{lettered(item)}Answer:"
+    return Prompt("Text: ", item.context, f"\n{asked}") if item.context else Prompt("", "", asked)
+
+
+def ask_text(item: Item) -> Prompt:
+    """Context, if there is one, and question."""
+    asked = f"Question: {item.question}\nAnswer:"
+    return Prompt("Text: ", item.context, f"\n{asked}") if item.context else Prompt("", "", asked)
+
+
+def _options(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+    if len(fields) == 1:
+        return rows.texts(row, fields[0])
+    return tuple(rows.text(row, name) for name in fields)
+
+
+def _answer(
+    row: Mapping[str, Any], name: str, options: Sequence[str], answer_as: str, count_from: int
+) -> int:
+    if answer_as == "index":
+        return rows.number(row, name, count_from, count_from + len(options) - 1) - count_from
+    given = rows.text(row, name)
+    if answer_as == "text":
+        if options.count(given) != 1:
+            raise ValueError(
+                f"{name} {given!r} is the text of {options.count(given)} of the options"
+            )
+        return options.index(given)
+    letter = given.strip(" .()").upper()
+    if len(letter) != 1 or letter not in LETTERS[: len(options)]:
+        raise ValueError(f"{name} {given!r} is not one of {', '.join(LETTERS[: len(options)])}")
+    return LETTERS.index(letter)
+
+
+def custom_task(
+    name: str,
+    *,
+    question: str,
+    options: Sequence[str],
+    answer: str,
+    answer_as: str,
+    count_from: int,
+    context: str | None,
+) -> Task:
+    """A task whose rows are read by field names.
+
+    `options`: one field with a list of texts, or several fields with a text each. `answer_as`:
+    whether the field `answer` holds an `index` (counted from `count_from`), a `letter` or the
+    `text` of the right option.
+    """
+
+    def parse(row: Mapping[str, Any], index: int) -> Item:
+        found = _options(row, options)
+        return Item(
+            task=name,
+            id=rows.row_id(row, name, index),
+            question=rows.text(row, question),
+            options=found,
+            answer=_answer(row, answer, found, answer_as, count_from),
+            labels=rows.letters(found),
+            context="" if context is None else rows.text(row, context),
+        )
+
+    return Task(
+        name=name,
+        title=name,
+        kind="Multiple Choice",
+        hub_id="",
+        hub_config=None,
+        revision="",
+        splits={},
+        sizes={},
+        parse=parse,
+        ask_label=ask_label,
+        ask_text=ask_text,
+    )

@@ -1,0 +1,153 @@
+"""`evaluate.py`: an adapter that exists is scored as its run would score it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixlora_exp.cli import execute
+from mixlora_exp.config import compose, to_dict
+from mixlora_exp.errors import MISTAKE, UserError
+from mixlora_exp.rescoring import translate
+from mixlora_exp.results.record import read_record
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., Any]
+MIXLORA = ("method=mixlora",)
+
+
+def score(folder: Path, *words: str) -> dict[str, Any]:
+    """The record that the translated command line leaves."""
+    assert execute(translate([*words, f"output_dir={folder}"])) == 0
+    (path,) = folder.glob("*/record.json")
+    return read_record(path)
+
+
+def test_the_same_scores_as_the_run(finished: Start, tmp_path: Path) -> None:
+    run = finished(*MIXLORA)
+    record = score(tmp_path, f"run={run.folder}")
+    for found, expected in zip(record["scores"], run.record["scores"], strict=True):
+        assert (found["task"], found["accuracy"]) == (expected["task"], expected["accuracy"])
+        assert found["gold_log_likelihood"] == expected["gold_log_likelihood"]
+    assert record["train"] is None
+    source = record["adapter"]["trained_by"]
+    assert source["name"] == run.folder.name
+    assert source["config"] == run.record["config"]
+    assert record["adapter"]["sha256"] == run.record["saved_adapter"]["sha256"]
+
+
+def test_another_protocol_and_fewer_items(finished: Start, tmp_path: Path) -> None:
+    run = finished(*MIXLORA)
+    record = score(tmp_path, f"run={run.folder}", "protocol=answer_text,generate",
+                   "evaluation.limit=5", "evaluation.max_new_tokens=2")  # fmt: skip
+    assert [(s["protocol"], s["n"]) for s in record["scores"]] == [
+        ("answer_text", 5), ("generate", 5),
+    ]  # fmt: skip
+    assert record["scores"][1]["unparsed"] is not None
+    assert set(record["scoring"]) == {"answer_text", "generate"}
+
+
+def test_lm_eval_on_a_run_and_on_the_base_model(finished: Start, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    run = finished(*MIXLORA)
+    found = score(tmp_path / "a", f"run={run.folder}", "protocol=lm_eval", "evaluation.limit=6")
+    (entry,) = found["scores"]
+    assert (entry["protocol"], entry["n"]) == ("lm_eval", 6)
+    assert entry["accuracy_normalized"] is not None
+    assert entry["expert_load"] is not None
+    base = score(tmp_path / "b", "experiment=smoke", "protocol=lm_eval", "evaluation.limit=6")
+    assert base["adapter"] is None
+    assert base["config"]["method"]["name"] == "none"
+
+
+def test_the_whole_configuration_is_taken_over(finished: Start) -> None:
+    run = finished(*MIXLORA)
+    words = translate([f"run={run.folder}", "protocol=lm_eval", "evaluation.limit=7"])
+    config, before = to_dict(compose(words)), run.record["config"]
+    for name in ("model", "task", "data", "kernel", "trainer", "seed"):
+        assert config[name] == before[name]
+    assert config["evaluation"] == {**before["evaluation"], "protocols": ["lm_eval"], "limit": 7}
+    assert config["method"] == {"name": "none"}
+    assert config["adapter"] == str(run.folder / "adapter")
+    # A group that is given anew replaces what the record says.
+    again = to_dict(compose(translate([f"run={run.folder}", "evaluation=limit"])))
+    assert again["evaluation"]["limit"] == 100
+    assert again["evaluation"]["batch_check"] == 16
+
+
+def test_values_survive_the_grammar(finished: Start, tmp_path: Path) -> None:
+    run = finished(*MIXLORA)
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    record = json.loads((folder / "record.json").read_text())
+    record["config"]["model"]["access"] = "see https://a.b/c, 'then' \\ go: {x}"
+    from mixlora_exp.results.record import finish_record, write_json
+
+    write_json(folder / "record.json", finish_record(record))
+    config = compose(translate([f"run={folder}"]))
+    assert config.model.access == "see https://a.b/c, 'then' \\ go: {x}"
+
+
+def mistakes(folder: Path, copied: Path) -> list[tuple[list[str], str]]:
+    return [
+        ([f"run={folder / 'nothing'}"], "holds no record.json"),
+        ([f"run={copied}"], "holds no adapter/"),
+        ([f"run={folder}", "adapter=x"], "were both given"),
+        (["method=lora"], "trains nothing"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_mistakes_are_told(number: int, finished: Start, tmp_path: Path) -> None:
+    run = finished(*MIXLORA)
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    shutil.copy(run.folder / "record.json", copied)
+    words, message = mistakes(run.folder, copied)[number]
+    with pytest.raises(UserError, match=message):
+        translate(words)
+
+
+def test_an_unknown_protocol_is_told(finished: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    run = finished(*MIXLORA)
+    assert execute(translate([f"run={run.folder}", "protocol=lm_evil"])) == MISTAKE
+    assert "lm_evil" in capfd.readouterr().err
+
+
+def test_another_base_model_is_refused(
+    finished: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = finished(*MIXLORA)
+    words = [f"run={run.folder}", "model=tiny_gemma", f"output_dir={tmp_path}"]
+    assert execute(translate(words)) == MISTAKE
+    assert "was trained on tiny" in capfd.readouterr().err
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def test_changed_weights_are_no_longer_the_run_s(finished: Start, tmp_path: Path) -> None:
+    """The record beside an adapter tells of these weights, or of none."""
+    run = finished(*MIXLORA)
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: value * 1.5 for name, value in weights.items()}, path)
+    record = score(tmp_path / "out", f"run={folder}")
+    assert record["adapter"]["trained_by"] is None
+
+
+def test_the_script_shows_its_use() -> None:
+    done = subprocess.run(
+        [sys.executable, "evaluate.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "protocol=lm_eval" in done.stdout
