@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "runtime": {"config"},
     "training": {"config", "kernels", "data", "adapters", "runtime", "errors"},
     "evaluation": {"config", "tasks", "data", "runtime", "errors"},
-    "results": {"config", "errors"},
+    "results": {"config", "tasks", "errors"},
     "bench": {
         "config",
         "kernels",
@@ -35,6 +35,8 @@ ALLOWED: dict[str, set[str] | None] = {
         "errors",
     },
     "planning": EVERYTHING,
+    "reporting": EVERYTHING,
+    "rescoring": EVERYTHING,
     "inputs": EVERYTHING,
     "experiment": EVERYTHING,
     "cli": EVERYTHING,

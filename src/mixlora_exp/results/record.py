@@ -31,6 +31,7 @@ __all__ = [
     "read_record",
     "write_json",
     "write_jsonl",
+    "write_text",
 ]
 
 SCHEMA_VERSION = 1
@@ -127,6 +128,11 @@ def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
 def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, all of them or none, as `write_json` does."""
     _write(Path(path), (json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
+
+
+def write_text(path: Path | str, content: str) -> None:
+    """Write a text file, whole or not at all, as `write_json` does."""
+    _write(Path(path), [content])
 
 
 def _write(path: Path, chunks: Iterable[str]) -> None:

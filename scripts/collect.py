@@ -1,0 +1,41 @@
+"""Bring finished runs into `results/runs/`: `python scripts/collect.py` (or `source=DIR`).
+
+Copies record and predictions of every finished run that was made from committed code; weights stay
+where they are. A run that is there already is left alone, and one that differs from it is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixlora_exp.config import options
+from mixlora_exp.errors import MISTAKE, guarded
+from mixlora_exp.reporting import RESULTS
+from mixlora_exp.results.collect import collect
+
+
+@dataclass(slots=True, kw_only=True)
+class Settings:
+    source: str = "outputs"
+    target: str | None = None
+
+
+def run(arguments: Sequence[str]) -> int:
+    settings = options(Settings, arguments)
+    target = Path(settings.target) if settings.target else RESULTS / "runs"
+    found = collect(Path(settings.source), target)
+    for name in found.copied:
+        print(f"collected: {name}")
+    for entry in found.refused:
+        print(f"refused: {entry.name}: {entry.reason}")
+    print(
+        f"{len(found.copied)} collected, {found.known} there already, {len(found.refused)} refused"
+    )
+    return MISTAKE if found.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, sys.argv[1:]))

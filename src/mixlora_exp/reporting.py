@@ -1,0 +1,204 @@
+"""From committed records to tables: what the commands `make tables`, `figures` and `report` share.
+
+Composes the defaults that records are compared with; imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config import CONF_DIR, compose, to_dict
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+from mixlora_exp.results.cells import Blocks, Standards, group_runs, require_together
+from mixlora_exp.results.paper import METHODS, MODEL_TITLES, contradictions, read_paper
+from mixlora_exp.results.record import write_text
+from mixlora_exp.results.runs import (
+    DATA_FIELDS,
+    TRAINER_FIELDS,
+    TRAINING_DATA_FIELDS,
+    LeftOut,
+    Run,
+    load_runs,
+)
+from mixlora_exp.results.tables.accuracy import accuracy_table
+from mixlora_exp.results.tables.latency import latency_table, load_benchmarks
+from mixlora_exp.results.tables.parts import Table
+from mixlora_exp.results.tables.render import csv_text, latex, markdown
+from mixlora_exp.results.tables.settings import data_table, hyperparameter_table
+from mixlora_exp.results.tables.specs import specs
+
+__all__ = [
+    "RESULTS",
+    "Results",
+    "draw_figures",
+    "gather",
+    "table_files",
+    "write_files",
+    "write_report",
+]
+
+RESULTS = CONF_DIR.parent / "results"
+PAPER = RESULTS / "paper"
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Everything that stands in `results/`, read and put in order."""
+
+    runs: Sequence[Run]
+    blocks: Blocks
+    standards: Standards
+    benchmarks: Sequence[Mapping[str, Any]]
+    tables: Mapping[int, Table]
+    left_out: Sequence[LeftOut]
+
+
+def _defaults() -> tuple[dict[str, Config], dict[str, Any]]:
+    """The composed default run of each method, and each model's shape."""
+    by_method = {m: compose([f"method={m}", "model=llama2_7b"]) for m in (*METHODS, "none")}
+    models = {name: compose([f"model={name}"]).model for name in MODEL_TITLES}
+    return by_method, models
+
+
+def _standards(by_method: Mapping[str, Config]) -> Standards:
+    run = to_dict(by_method["mixlora"])
+    return Standards(
+        methods={name: to_dict(config.method) for name, config in by_method.items()},
+        data={n: run["data"][n] for n in (*DATA_FIELDS, *TRAINING_DATA_FIELDS) if n != "name"},
+        trainer={name: run["trainer"][name] for name in TRAINER_FIELDS},
+    )
+
+
+def _chosen(runs: Sequence[Run], names: Sequence[str] | None) -> list[Run]:
+    """The runs that were asked for, which must be able to stand together."""
+    if names is None:
+        return list(runs)
+    by_name = {run.name: run for run in runs}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise UserError(
+            f"runs={unknown[0]} is no usable record: `make tables` lists those that were left out"
+        )
+    chosen = [by_name[name] for name in names]
+    require_together(chosen)
+    return chosen
+
+
+def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Results:
+    """Read `folder` (with `runs/` and `bench/`) and build the nine tables.
+
+    Raises:
+        UserError: `names` asks for runs that cannot share a cell, or for an unknown one.
+    """
+    by_method, models = _defaults()
+    standards = _standards(by_method)
+    runs, left_out = load_runs(folder / "runs")
+    blocks = group_runs(_chosen(runs, names))
+    benchmarks, unusable = load_benchmarks(folder / "bench")
+    printed = PAPER
+    methods = {name: config.method for name, config in by_method.items()}
+    tables: dict[int, Table] = {}
+    for number, spec in specs(models, methods).items():
+        notes = [*NOTES, *(f"The paper: {line}." for line in contradictions(printed, number))]
+        tables[number] = accuracy_table(spec, read_paper(printed, number), blocks, standards, notes)
+    defaults = {name: to_dict(by_method[name]) for name in METHODS}
+    tables[3] = hyperparameter_table(printed, defaults)
+    tables[4] = data_table(printed, runs)
+    for number in (6, 7):
+        tables[number] = latency_table(printed, number, benchmarks)
+    everything = [*left_out, *blocks.left_out, *unusable]
+    return Results(runs, blocks, standards, benchmarks, dict(sorted(tables.items())), everything)
+
+
+NOTES = (
+    "Ours: mean over n seeds; in brackets the 95 % interval, over seeds (Student's t) where there "
+    "are several, else over items (Wilson). A dash was not run. #Params: printed by the paper; "
+    "computed exactly from the shapes in the paper's denominator (magnitudes left out), and of all "
+    "weights (magnitudes counted).",
+    "Minus LoRA: the same items and seeds, paired bootstrap; better or worse stands only where "
+    "the interval leaves out zero. The log-likelihood of the gold answer (nats, mean over items) "
+    "moves also where accuracy stays at chance.",
+    "Results under other conditions than the paper's (fewer rows, a limit on items, another source "
+    "of data, another protocol) stand in blocks of their own, and their conditions over them.",
+)
+
+
+def _index(results: Results) -> str:
+    """What was run and what was not, in Markdown."""
+    lines = ["# Tables\n\n", "Made by `make tables` from the records; do not edit.\n\n"]
+    lines.append("| table | blocks with results of this project |\n| --- | --- |\n")
+    for table in results.tables.values():
+        run = [block.heading for block in table.blocks if block.run]
+        title = f"[{table.number}: {table.title}]({table.name}.md)"
+        lines.append(f"| {title} | {'<br>'.join(run) or 'none'} |\n")
+    lines.append("\n## Records that no table uses\n\n")
+    entries = dict.fromkeys((entry.name, entry.reason) for entry in results.left_out)
+    lines += [f"- `{name}`: {reason}\n" for name, reason in entries] or ["None.\n"]
+    return "".join(lines)
+
+
+def table_files(results: Results) -> dict[str, str]:
+    """The content of every file under `tables/`, by name."""
+    files = {"README.md": _index(results)}
+    for table in results.tables.values():
+        files[f"{table.name}.md"] = markdown(table)
+        files[f"{table.name}.csv"] = csv_text(table)
+        files[f"{table.name}.tex"] = latex(table)
+    return files
+
+
+def write_files(folder: Path, files: Mapping[str, str], check: bool) -> list[str]:
+    """Write the files into `folder`, or with `check` only compare; returns the differences as
+    lines of a diff."""
+    found: list[str] = []
+    for name, content in files.items():
+        path = folder / name
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if check:
+            old, new = (text.splitlines() for text in (before, content))
+            found += difflib.unified_diff(old, new, str(path), "regenerated", lineterm="", n=0)
+        elif before != content:
+            write_text(path, content)
+    return found
+
+
+def draw_figures(results: Results, folder: Path) -> list[str]:
+    """Draw what the records allow; returns the names of the figures."""
+    # Imported here: the tables need no matplotlib.
+    from mixlora_exp.results import figures, series
+
+    made = {
+        "figure4a": lambda: figures.sweep_figure(
+            series.sweeps(results.tables[9], "coef="), "router loss coefficient"
+        ),
+        "figure4b": lambda: figures.sweep_figure(series.sweeps(results.tables[8], "r="), "rank"),
+        "figure4c": lambda: figures.latency_figure(
+            series.latency_points(PAPER, results.tables, results.benchmarks)
+        ),
+    }
+    loads = series.loads(results.blocks, results.standards)
+    for number, load in enumerate(loads, start=1):
+        made[f"figure5-{number}"] = lambda load=load: figures.load_figure(load)
+    curves = series.learning_curves(results.runs)
+    if curves:
+        made["learning_curves"] = lambda: figures.curves_figure(curves)
+    for name, make in made.items():
+        figures.save(make, folder, name)
+    return list(made)
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write `report/index.html` into `folder`, with its figures drawn into `figures/`."""
+    from mixlora_exp.results.report import page
+
+    names = draw_figures(results, folder / "figures")
+    figures = [folder / "figures" / f"{name}.svg" for name in names]
+    path = folder / "report" / "index.html"
+    tables = list(results.tables.values())
+    write_text(path, page(tables, results.runs, figures, results.left_out))
+    return path

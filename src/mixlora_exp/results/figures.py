@@ -1,0 +1,177 @@
+"""Figures 4 and 5 of the paper with what was run here, and learning curves; PNG and SVG.
+
+Colours are Okabe and Ito's, which the colour-blind can tell apart, and every series has a marker
+or hatch of its own, so that a print in grey can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mixlora_exp.results.series import Curve, Load, Point, Sweep
+
+__all__ = ["curves_figure", "latency_figure", "load_figure", "save", "sweep_figure"]
+
+COLORS = {
+    "LoRA": "#0072B2",
+    "DoRA": "#E69F00",
+    "MixLoRA": "#009E73",
+    "MixDoRA": "#CC79A7",
+}
+MARKERS = {"LoRA": "o", "DoRA": "s", "MixLoRA": "^", "MixDoRA": "D"}
+TITLES = {"lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA", "mixdora": "MixDoRA"}
+DASHES = ("-", "--", ":", "-.")
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    # The same figure gives the same file.
+    "svg.hashsalt": "mixlora-exp",
+}
+PAPER_SPREAD = {"MixLoRA": 0.0223, "MixDoRA": 0.0328}
+"""Standard deviation of the expert load that the paper gives with its Figure 5."""
+
+
+def save(make: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
+    """Draw a figure and write `<name>.png` and `<name>.svg`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        figure = make()
+        FigureCanvasAgg(figure)
+        paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+        figure.savefig(paths[0], dpi=160, metadata={"Software": None})
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _panels(count: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(7.0, height * count), layout="constrained")
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
+    return figure, list(axes)
+
+
+def _wrapped(text: str, width: int = 88) -> str:
+    lines, line = [], ""
+    for word in text.split(" "):
+        if line and len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return "\n".join([*lines, line])
+
+
+def sweep_figure(sweeps: Sequence[Sweep], setting: str) -> Figure:
+    """Figures 4a and 4b: average accuracy over the values of a setting, a panel per block."""
+    titles = list(dict.fromkeys(sweep.title for sweep in sweeps))
+    figure, axes = _panels(max(len(titles), 1))
+    for ax, title in zip(axes, titles, strict=False):
+        mine = [sweep for sweep in sweeps if sweep.title == title]
+        values = sorted(
+            {v for sweep in mine for v in sweep.values}, key=lambda v: float(v.split()[0])
+        )
+        for number, sweep in enumerate(mine):
+            method = sweep.label.split(",")[0]
+            x = [values.index(value) for value in sweep.values]
+            y = [cell.value for cell in sweep.cells]
+            style = {
+                "color": COLORS[method], "marker": MARKERS[method], "label": sweep.label,
+                "linestyle": "--" if sweep.from_paper else DASHES[number % 4],
+                "markerfacecolor": "white" if sweep.from_paper else COLORS[method],
+            }  # fmt: skip
+            bounds = [(c.value - c.low, c.high - c.value) for c in sweep.cells if c.low is not None]
+            if len(bounds) == len(y):
+                ax.errorbar(x, y, yerr=list(zip(*bounds, strict=True)), capsize=3, **style)
+            else:
+                ax.plot(x, y, **style)
+        ax.set_xticks(range(len(values)), values)
+        ax.set(xlabel=setting, ylabel="average accuracy, %")
+        ax.set_title(_wrapped(title), fontsize=10)
+        ax.legend(fontsize=9)
+    return figure
+
+
+def latency_figure(points: Sequence[Point]) -> Figure:
+    """Figure 4c: accuracy against the time per token in inference; a panel per model and block."""
+    panels = list(dict.fromkeys(point.panel for point in points))
+    figure, axes = _panels(max(len(panels), 1))
+    for ax, panel in zip(axes, panels, strict=False):
+        for point in (p for p in points if p.panel == panel):
+            bounds = None
+            if point.low is not None and point.high is not None:
+                bounds = [[point.accuracy - point.low], [point.high - point.accuracy]]
+            ax.errorbar(
+                [point.latency], [point.accuracy], yerr=bounds, capsize=3, linestyle="",
+                marker=MARKERS[point.method], markersize=9, color=COLORS[point.method],
+                label=point.method,
+            )  # fmt: skip
+        ax.set(xlabel="inference, microseconds per token", ylabel="average accuracy, %")
+        ax.set_xlim(left=0)
+        ax.set_title(_wrapped(panel), fontsize=10)
+        ax.legend(fontsize=9)
+    return figure
+
+
+def load_figure(load: Load) -> Figure:
+    """Figure 5: share of each expert by task, and layer by layer."""
+    figure = Figure(figsize=(7.0, 6.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.1))
+    experts, tasks = len(load.by_task[0]), len(load.tasks)
+    width = 0.8 / tasks
+    colors = [*COLORS.values(), "#56B4E9", "#D55E00", "#F0E442", "#999999"]
+    hatches = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
+    for i, (task, shares, spread) in enumerate(
+        zip(load.tasks, load.by_task, load.spread, strict=True)
+    ):
+        places = [e + (i - (tasks - 1) / 2) * width for e in range(experts)]
+        top.bar(
+            places, [100 * share for share in shares], width, color=colors[i % 8],
+            hatch=hatches[i % 8], edgecolor="white", linewidth=0,
+            label=f"{task} (std {spread:.4f})",
+        )  # fmt: skip
+    top.axhline(100 / experts, color="black", linewidth=0.8, linestyle="--")
+    top.set(xlabel="expert", ylabel="share of slots, %", xticks=range(experts))
+    top.legend(fontsize=8, ncols=2)
+    method = load.title.split(",")[0]
+    heading = _wrapped(load.title)
+    if method in PAPER_SPREAD:
+        heading += f"\nthe paper's standard deviation: {PAPER_SPREAD[method]}"
+    top.set_title(heading, fontsize=10)
+    image = bottom.imshow(
+        [[100 * share for share in layer] for layer in load.by_layer],
+        aspect="auto", cmap="cividis", origin="lower",
+    )  # fmt: skip
+    bottom.set(xlabel="expert", ylabel="layer", xticks=range(experts))
+    bottom.grid(visible=False)
+    figure.colorbar(image, ax=bottom, label="share of slots, %")
+    return figure
+
+
+def curves_figure(curves: Sequence[Curve]) -> Figure:
+    """Training loss by step, a panel per model, data and trained tasks."""
+    panels = list(dict.fromkeys(curve.panel for curve in curves))
+    figure, axes = _panels(max(len(panels), 1), 2.8)
+    for ax, panel in zip(axes, panels, strict=False):
+        seen: dict[str, int] = {}
+        for curve in (c for c in curves if c.panel == panel):
+            title = TITLES[curve.method]
+            number = seen[title] = seen.get(title, -1) + 1
+            ax.plot(
+                curve.steps, curve.losses, color=COLORS[title], marker=MARKERS[title],
+                markevery=max(1, len(curve.steps) // 8), linestyle=DASHES[number % 4],
+                label=curve.label,
+            )  # fmt: skip
+        ax.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+        ax.set_title(_wrapped(panel), fontsize=10)
+        ax.legend(fontsize=8)
+    return figure

@@ -1,0 +1,128 @@
+"""The paper's own figures (`results/paper/*.csv`), and where they contradict themselves."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "METHODS",
+    "METHOD_TITLES",
+    "MODEL_TITLES",
+    "TASK_TITLES",
+    "PaperTable",
+    "contradictions",
+    "read_paper",
+]
+
+METHODS = ("lora", "dora", "mixlora", "mixdora")
+METHOD_TITLES = {
+    "none": "base model",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "mixlora": "MixLoRA",
+    "mixdora": "MixDoRA",
+}
+MODEL_TITLES = {
+    "gemma_2b": "Gemma 2B",
+    "llama2_7b": "LLaMA-2 7B",
+    "llama2_13b": "LLaMA-2 13B",
+    "llama3_8b": "LLaMA-3 8B",
+    "smollm2_135m": "SmolLM2 135M",
+}
+TASK_TITLES = {
+    "arc_e": "ARC-e",
+    "arc_c": "ARC-c",
+    "boolq": "BoolQ",
+    "obqa": "OBQA",
+    "piqa": "PIQA",
+    "siqa": "SIQA",
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+}
+TASKS = tuple(TASK_TITLES)
+# A printed average of rounded figures may be off by half a unit of its last digit, and each of the
+# figures by as much.
+TOLERANCE = 0.1 + 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class PaperTable:
+    """One table: its lines as printed, column by column."""
+
+    number: int
+    lines: tuple[Mapping[str, str], ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task columns, in the paper's order."""
+        return tuple(name for name in self.lines[0] if name in TASKS)
+
+    def line(self, **wanted: str) -> Mapping[str, str] | None:
+        """The line with these values, None where the paper has none."""
+        for line in self.lines:
+            if all(line.get(name) == value for name, value in wanted.items()):
+                return line
+        return None
+
+
+def read_paper(folder: Path, number: int) -> PaperTable:
+    """Read table `number` from `folder`."""
+    with (folder / f"table{number}.csv").open(newline="", encoding="utf-8") as stream:
+        return PaperTable(number, tuple(csv.DictReader(stream)))
+
+
+def _mean(line: Mapping[str, str], tasks: Sequence[str]) -> float:
+    return sum(float(line[task]) for task in tasks) / len(tasks)
+
+
+def contradictions(folder: Path, number: int) -> Iterator[str]:
+    """What in table `number` does not agree with the rest of the paper, recomputed from its
+    figures. A mean of printed figures may be off by 0.1 and is not reported then."""
+    table = read_paper(folder, number)
+    if not table.tasks:
+        return
+    for line in table.lines:
+        mean, printed = _mean(line, table.tasks), float(line["avg"])
+        if abs(mean - printed) > TOLERANCE:
+            names = [line[k] for k in ("setup", "rank", "router_loss_coef") if k in line]
+            label = " ".join([METHOD_TITLES[line["method"]], *names])
+            yield f"{label}: the average is printed as {printed}, its cells give {mean:.2f}"
+    if number == 2:
+        yield from _differences(folder, table)
+    if number in (8, 9):
+        yield from _other_tables(folder, table)
+
+
+def _differences(folder: Path, table: PaperTable) -> Iterator[str]:
+    with (folder / "table2_differences.csv").open(newline="", encoding="utf-8") as stream:
+        printed = list(csv.DictReader(stream))
+    for line in printed:
+        method = line["method"]
+        single, multi = (table.line(method=method, setup=s) for s in ("ST", "MT"))
+        for column in (*table.tasks, "avg"):
+            difference = float(multi[column]) - float(single[column])
+            if abs(difference - float(line[column])) > TOLERANCE:
+                title = TASK_TITLES.get(column, "average")
+                yield (
+                    f"{METHOD_TITLES[method]}, MT minus ST, {title}: printed as {line[column]}, "
+                    f"the two rows give {difference:.1f}"
+                )
+
+
+def _other_tables(folder: Path, table: PaperTable) -> Iterator[str]:
+    """Table 1 prints the setting of Table 3 once more: rank 16, coefficient 1e-3."""
+    first = read_paper(folder, 1)
+    setting = {8: {"rank": "16"}, 9: {"router_loss_coef": "1e-3"}}[table.number]
+    for line in table.lines:
+        if any(line[name] != value for name, value in setting.items()):
+            continue
+        same = first.line(model=line["model"], method=line["method"])
+        for task in table.tasks:
+            if float(line[task]) != float(same[task]):
+                yield (
+                    f"{METHOD_TITLES[line['method']]}, {TASK_TITLES[task]}: {line[task]} here, "
+                    f"{same[task]} in Table 1 at the same setting"
+                )

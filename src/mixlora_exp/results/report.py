@@ -1,0 +1,78 @@
+"""One static page: what was run and what was not, tables, figures, and the record of each number.
+
+Nothing is fetched when it is opened: style and figures stand in the page. Links lead to the records
+beside it, by relative path.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
+from mixlora_exp.results.runs import LeftOut, Run
+from mixlora_exp.results.tables.parts import Cell, Table
+
+__all__ = ["page"]
+
+TEMPLATE = "report.html.j2"
+SHOWN_LINKS = 3
+
+
+def _links(cell: Cell, numbers: Mapping[str, int]) -> list[tuple[int, str]]:
+    """(number, name) of the runs that an entry comes from."""
+    return [(numbers[name], name) for name in cell.records if name in numbers]
+
+
+def _run_entry(run: Run, number: int) -> dict[str, Any]:
+    origin = run.record["provenance"]
+    hardware = origin["hardware"]
+    train = run.record["train"]
+    return {
+        "number": number,
+        "name": run.name,
+        "model": MODEL_TITLES.get(run.model, run.model),
+        "method": METHOD_TITLES[run.method],
+        "trained": ", ".join(run.mix) or "-",
+        "seed": run.seed,
+        "steps": "-" if train is None else f"{train['steps']:,}",
+        "protocols": ", ".join(dict.fromkeys(protocol for _, protocol in run.scores)),
+        "tasks": ", ".join(dict.fromkeys(task for task, _ in run.scores)),
+        "commit": origin["git"]["commit"][:10],
+        "hardware": ", ".join(hardware["gpus"]) or hardware["cpu"],
+        "torch": origin["packages"]["torch"],
+    }
+
+
+def _figure(path: Path) -> dict[str, str]:
+    content = base64.b64encode(path.read_bytes()).decode()
+    return {"name": path.stem, "data": f"data:image/svg+xml;base64,{content}"}
+
+
+def page(
+    tables: Sequence[Table],
+    runs: Sequence[Run],
+    figures: Sequence[Path],
+    left_out: Sequence[LeftOut],
+) -> str:
+    """The page as HTML, for a folder beside `runs/`, `tables/` and `figures/`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    numbers = {run.name: number for number, run in enumerate(runs, start=1)}
+    return environment.get_template(TEMPLATE).render(
+        tables=tables,
+        runs=[_run_entry(run, number) for number, run in enumerate(runs, start=1)],
+        figures=[_figure(path) for path in figures],
+        left_out=dict.fromkeys((entry.name, entry.reason) for entry in left_out),
+        links=lambda cell: _links(cell, numbers),
+        shown=SHOWN_LINKS,
+    )

@@ -1,0 +1,195 @@
+"""What the figures draw, taken from tables and records; nothing here knows how it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+from mixlora_exp.results.cells import Blocks, Standards, block_title
+from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES, read_paper
+from mixlora_exp.results.runs import Run
+from mixlora_exp.results.tables.parts import Cell, Table
+
+__all__ = [
+    "Curve",
+    "Load",
+    "Point",
+    "Sweep",
+    "latency_points",
+    "learning_curves",
+    "loads",
+    "sweeps",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Average accuracy over the values of one setting; a line per method and source."""
+
+    title: str
+    label: str
+    values: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    from_paper: bool
+
+
+def sweeps(table: Table, prefix: str) -> list[Sweep]:
+    """Lines of Table 8 or 9 that vary a setting (`prefix`: "r=" or "coef="), by block."""
+    found: dict[tuple[str, str, str, str], list[tuple[str, Cell]]] = {}
+    for block in table.blocks:
+        for row in block.rows:
+            method, _, value = row.label[0].partition(" ")
+            if row.label[2] not in ("paper", "ours") or not value.startswith(prefix):
+                continue
+            if row.cells[-1].value is not None:
+                key = (block.heading, method, row.label[1], row.label[2])
+                found.setdefault(key, []).append((value.removeprefix(prefix), row.cells[-1]))
+    return [
+        Sweep(heading, f"{method}, {setup}, {source}", values, cells, source == "paper")
+        for (heading, method, setup, source), points in found.items()
+        for values, cells in [tuple(map(tuple, zip(*points, strict=True)))]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A method's time per token (inference, microseconds) and its average accuracy (percent)."""
+
+    panel: str
+    method: str
+    latency: float
+    accuracy: float
+    low: float | None = None
+    high: float | None = None
+
+
+def latency_points(
+    folder: Path, tables: Mapping[int, Table], benchmarks: Sequence[Mapping[str, Any]]
+) -> list[Point]:
+    """Figure 4c: the paper's (Table 1's average for LLaMA-2 7B, Table 6's optimised form), and each
+    block of Table 2 whose model has a benchmark of this project's kernels."""
+    points = []
+    accuracy, latency = read_paper(folder, 1), read_paper(folder, 6)
+    for method, optimized in (("lora", ""), ("dora", ""), ("mixlora", "yes")):
+        line = latency.line(method=method, optimized=optimized, models="1")
+        average = accuracy.line(model="llama2_7b", method=method)["avg"]
+        title = METHOD_TITLES[method]
+        points.append(
+            Point("LLaMA-2 7B: the paper", title, float(line["infer_forward_us"]), float(average))
+        )
+    measured: dict[str, dict[str, float]] = {}
+    for record in benchmarks:
+        rows = record["rows"]
+        times = {
+            METHOD_TITLES[method]: rows[name]["infer_forward_us_per_token"]
+            for method, names in (
+                ("lora", ("lora", "lora_peft")), ("dora", ("dora",)),
+                ("mixlora", ("mixlora",)), ("mixdora", ("mixdora",)),
+            )
+            for name in names[:1] if name in rows and "error" not in rows[name]
+        }  # fmt: skip
+        if record["config"]["layers"] is None and record["config"]["dropout"]:
+            measured.setdefault(record["config"]["model"], times)
+    for block in tables[2].blocks:
+        model = next((m for m, t in MODEL_TITLES.items() if block.heading.startswith(t)), None)
+        if not block.run or model not in measured:
+            continue
+        for row in block.rows:
+            cell, time = row.cells[-1], measured[model].get(row.label[0])
+            if row.label[1:] == ("MT", "ours") and cell.value is not None and time is not None:
+                points.append(
+                    Point(block.heading, row.label[0], time, cell.value, cell.low, cell.high)
+                )
+    return points
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Share of the (token, slot) pairs that each expert got: per task the mean over layers, and per
+    layer the mean over tasks. `spread`: per task, the standard deviation across experts."""
+
+    title: str
+    run: str
+    tasks: tuple[str, ...]
+    by_task: tuple[tuple[float, ...], ...]
+    by_layer: tuple[tuple[float, ...], ...]
+    spread: tuple[float, ...]
+
+
+def _load(run: Run, protocol: str, title: str) -> Load | None:
+    loads = {
+        task: score["expert_load"]
+        for (task, own), score in run.scores.items()
+        if own == protocol and score.get("expert_load")
+    }
+    if not loads:
+        return None
+    by_task = [[mean(shares) for shares in zip(*load, strict=True)] for load in loads.values()]
+    by_layer = [
+        [mean(shares) for shares in zip(*layers, strict=True)]
+        for layers in zip(*loads.values(), strict=True)
+    ]
+    return Load(
+        f"{METHOD_TITLES[run.method]}, {title}",
+        run.name,
+        tuple(TASK_TITLES.get(task, task) for task in loads),
+        tuple(map(tuple, by_task)),
+        tuple(map(tuple, by_layer)),
+        tuple(pstdev(shares) for shares in by_task),
+    )
+
+
+def loads(blocks: Blocks, standards: Standards) -> list[Load]:
+    """Figure 5: one run (the lowest seed) of each method with experts that was trained on several
+    tasks, per block."""
+    found = []
+    for key, runs in blocks.runs.items():
+        first: dict[str, Run] = {}
+        for run in sorted(runs, key=lambda run: (run.seed, run.name)):
+            if len(run.mix) > 1 and run.method in ("mixlora", "mixdora"):
+                first.setdefault(run.method, run)
+        for run in first.values():
+            load = _load(run, key[1], block_title(key, standards)[0])
+            if load is not None:
+                found.append(load)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Training loss by optimizer step."""
+
+    panel: str
+    label: str
+    method: str
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def learning_curves(runs: Sequence[Run]) -> list[Curve]:
+    """Runs that logged at least three losses, by model and trained tasks."""
+    found = []
+    for run in runs:
+        train = run.record["train"]
+        curve = [] if train is None else train["curve"]
+        if len(curve) < 3:
+            continue
+        model = MODEL_TITLES.get(run.model, run.model)
+        forms = ", ".join(run.trained["data"]["forms"])
+        panel = f"{model}, {run.trained['data']['name']}, {'+'.join(run.mix)}, answers: {forms}"
+        limit = run.trained["data"]["train_limit"]
+        if limit is not None:
+            panel += f", {limit} rows per task"
+        found.append(
+            Curve(
+                panel,
+                f"{METHOD_TITLES[run.method]}, seed {run.seed}",
+                run.method,
+                tuple(entry["step"] for entry in curve),
+                tuple(entry["loss"] for entry in curve),
+            )
+        )
+    return found

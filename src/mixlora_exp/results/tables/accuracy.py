@@ -1,0 +1,329 @@
+"""Tables 1, 2, 5, 8 and 9: accuracies of the paper and of the records, side by side."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from mixlora_exp.results.cells import Blocks, Standards, block_title
+from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES, TASK_TITLES, PaperTable
+from mixlora_exp.results.runs import Run, read_predictions
+from mixlora_exp.results.statistics import compare, estimate, estimate_average
+from mixlora_exp.results.tables.parts import (
+    Block,
+    Cell,
+    Row,
+    Table,
+    dash,
+    number,
+    ours,
+    paper,
+    versus,
+)
+
+__all__ = ["Spec", "accuracy_table"]
+
+STUB = ("method", "setup", "row")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One line of a table: a method, a setup (ST: a run for each task; else the mixture's name)
+    and the value that the table varies."""
+
+    method: str
+    setup: str
+    value: str = ""
+
+    @property
+    def label(self) -> tuple[str, str]:
+        title = METHOD_TITLES[self.method]
+        return (f"{title} {self.value}".strip(), self.setup)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How one of the tables picks runs and lines.
+
+    `setups`: name of each setup and whether a mixture (the trained tasks, given the scored one)
+    belongs to it. `varied(run, standards)`: the value by which the table tells runs of a method
+    apart, None for a run that has no place in it.
+    """
+
+    number: int
+    title: str
+    tasks: tuple[str, ...]
+    setups: Mapping[str, Callable[[tuple[str, ...], str], bool]]
+    varied: Callable[[Run, Standards], str | None]
+    paper_key: Callable[[str, Variant], dict[str, str] | None]
+    models: tuple[str, ...]
+    values: tuple[str, ...] = ("",)
+    params: Callable[[str, Variant], tuple[float, float] | None] = lambda model, variant: None
+
+
+def _variants(spec: Spec) -> Iterator[Variant]:
+    for method in METHODS:
+        for value in spec.values:
+            if value == "" or method in ("mixlora", "mixdora"):
+                for setup in spec.setups:
+                    yield Variant(method, setup, value)
+
+
+def _members(
+    spec: Spec, runs: Sequence[Run], standards: Standards
+) -> dict[Variant, dict[str, list[Run]]]:
+    """Runs by line and task."""
+    found: dict[Variant, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for task in {task for task, _ in run.scores}:
+            if task not in spec.tasks:
+                continue
+            if run.method == "none":
+                found[Variant("none", "-")][task].append(run)
+                continue
+            value = spec.varied(run, standards)
+            for setup, belongs in spec.setups.items():
+                if value is not None and belongs(run.mix, task):
+                    found[Variant(run.method, setup, value)][task].append(run)
+    return found
+
+
+def _names(runs: Iterable[Run]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.name for run in runs))
+
+
+def _cell(runs: Sequence[Run], task: str, protocol: str, field: str) -> Cell:
+    if not runs:
+        return dash
+    scores = [run.scores[task, protocol] for run in runs]
+    if any(score[field] is None for score in scores):
+        return dash
+    if field in ("accuracy", "accuracy_normalized"):
+        return ours(estimate([s[field] for s in scores], scores[0]["n"]), _names(runs))
+    value = mean(score[field] for score in scores)
+    scale = 1 if field == "gold_log_likelihood" else 100
+    return number(scale * value, 2 if scale == 1 else 1, _names(runs))
+
+
+def _average(
+    members: Mapping[str, list[Run]], tasks: Sequence[str], protocol: str, field: str
+) -> Cell:
+    """Over all tasks of the table, or a dash: an average of fewer tasks is another figure."""
+    if any(not members.get(task) for task in tasks):
+        return dash
+    by_task = {t: {run.seed: run.scores[t, protocol] for run in members[t]} for t in tasks}
+    seeds = sorted(set.intersection(*(set(scores) for scores in by_task.values())))
+    scores = [[by_task[task][seed] for seed in seeds] for task in tasks]
+    if not seeds or any(score[field] is None for row in scores for score in row):
+        return dash
+    names = _names(run for task in tasks for run in members[task])
+    if field in ("accuracy", "accuracy_normalized"):
+        values = [[score[field] for score in row] for row in scores]
+        return ours(estimate_average(values, [row[0]["n"] for row in scores]), names)
+    scale = 1 if field == "gold_log_likelihood" else 100
+    value = mean(mean(score[field] for score in row) for row in scores)
+    return number(scale * value, 2 if scale == 1 else 1, names)
+
+
+def _line(
+    label: tuple[str, ...],
+    members: Mapping[str, list[Run]],
+    spec: Spec,
+    protocol: str,
+    field: str,
+) -> Row:
+    cells = [_cell(members.get(task, []), task, protocol, field) for task in spec.tasks]
+    return Row(label, (dash, *cells, _average(members, spec.tasks, protocol, field)))
+
+
+def _difference(label: tuple[str, ...], first: Row, second: Row) -> Row:
+    """Entry by entry, without the parameter column."""
+    cells = [dash]
+    for a, b in zip(first.cells[1:], second.cells[1:], strict=True):
+        if a.value is None or b.value is None:
+            cells.append(dash)
+        else:
+            records = tuple(dict.fromkeys(a.records + b.records))
+            cells.append(Cell("difference", a.value - b.value, signed=True, records=records))
+    return Row(label, tuple(cells))
+
+
+def _versus(
+    variant: Variant,
+    members: Mapping[str, list[Run]],
+    baseline: Mapping[str, list[Run]],
+    spec: Spec,
+    protocol: str,
+) -> Row | None:
+    """Paired comparison with LoRA on the same items."""
+    cells: list[Cell] = [dash]
+    for task in spec.tasks:
+        sides = []
+        for side in (members, baseline):
+            sides.append(
+                {run.seed: read_predictions(run, task, protocol) for run in side.get(task, [])}
+            )
+        found = compare(*sides)
+        if found is None:
+            cells.append(dash)
+            continue
+        names = _names([*members[task], *baseline[task]])
+        cells.append(versus(found, names))
+    if all(cell.value is None for cell in cells):
+        return None
+    cells.append(dash)  # Tasks have different numbers of items: no paired average.
+    return Row((*variant.label, "minus LoRA"), tuple(cells))
+
+
+def _params(spec: Spec, model: str, variant: Variant, printed: str | None) -> tuple[Cell, Cell]:
+    counted = spec.params(model, variant)
+    if counted is None:
+        return paper(printed), dash
+    paper_percent, true_percent = counted
+    text = f"{true_percent:.3f} of all"
+    if paper_percent:
+        text = f"{paper_percent:.3f}; {text}"
+    return paper(printed), Cell("text", text=text)
+
+
+def _block(
+    spec: Spec,
+    model: str,
+    printed: PaperTable,
+    heading: str,
+    protocol: str,
+    members: Mapping[Variant, Mapping[str, list[Run]]],
+    beside_paper: bool,
+) -> Block:
+    rows: list[Row] = []
+    extra = set(members) - set(_variants(spec)) - {Variant("none", "-")}
+    order = [*_variants(spec), *sorted(extra, key=lambda v: (v.method, v.setup, v.value))]
+    lines: dict[Variant, tuple[Row | None, Row]] = {}
+    for variant in order:
+        key = spec.paper_key(model, variant)
+        line = printed.line(**key) if key else None
+        from_paper = None
+        if line is not None and beside_paper:
+            cells = [paper(line[task]) for task in (*spec.tasks, "avg")]
+            own, counted = _params(spec, model, variant, line.get("params_pct"))
+            from_paper = Row((*variant.label, "paper"), (own, *cells))
+        else:
+            _, counted = _params(spec, model, variant, None)
+        if from_paper is None and variant not in members:
+            continue
+        found = _line(
+            (*variant.label, "ours"), members.get(variant, {}), spec, protocol, "accuracy"
+        )
+        found = Row(found.label, (counted, *found.cells[1:]))
+        lines[variant] = (from_paper, found)
+        rows += [found] if from_paper is None else [from_paper, found]
+        if variant not in members:
+            continue
+        if from_paper is not None:
+            rows.append(_difference((*variant.label, "ours minus paper"), found, from_paper))
+        rows += _further(spec, variant, members, protocol)
+    rows += _single_multi(spec, lines)
+    rows += _baselines(spec, members, protocol)
+    columns = ("#Params (%)", *(TASK_TITLES[task] for task in spec.tasks), "average")
+    return Block(heading, STUB, columns, tuple(rows), run=bool(members))
+
+
+def _further(
+    spec: Spec,
+    variant: Variant,
+    members: Mapping[Variant, Mapping[str, list[Run]]],
+    protocol: str,
+) -> Iterator[Row]:
+    """Other statistics of a line that was run."""
+    normalized = _line(
+        (*variant.label, "ours, normalised"),
+        members[variant],
+        spec,
+        protocol,
+        "accuracy_normalized",
+    )
+    if any(cell.value is not None for cell in normalized.cells):
+        yield normalized
+    likelihood = _line(
+        (*variant.label, "log-likelihood of the gold answer"),
+        members[variant],
+        spec,
+        protocol,
+        "gold_log_likelihood",
+    )
+    if any(cell.value is not None for cell in likelihood.cells):
+        yield likelihood
+    lora = Variant("lora", variant.setup, variant.value)
+    if variant.method != "lora" and lora in members:
+        row = _versus(variant, members[variant], members[lora], spec, protocol)
+        if row is not None:
+            yield row
+
+
+def _single_multi(spec: Spec, lines: Mapping[Variant, tuple[Row | None, Row]]) -> Iterator[Row]:
+    """MT minus ST, of the paper's figures and of ours."""
+    if "MT" not in spec.setups or "ST" not in spec.setups:
+        return
+    for method in METHODS:
+        single, multi = (lines.get(Variant(method, setup)) for setup in ("ST", "MT"))
+        if single is None or multi is None:
+            continue
+        for index, row in enumerate(("paper", "ours")):
+            if single[index] is None or multi[index] is None:
+                continue
+            found = _difference(
+                (METHOD_TITLES[method], "MT minus ST", row), multi[index], single[index]
+            )
+            if any(cell.value is not None for cell in found.cells):
+                yield found
+
+
+def _baselines(
+    spec: Spec, members: Mapping[Variant, Mapping[str, list[Run]]], protocol: str
+) -> Iterator[Row]:
+    """The base model alone, the majority class and chance, from any run of the same items."""
+    base = Variant("none", "-")
+    if base in members:
+        yield _line(("base model", "-", "ours"), members[base], spec, protocol, "accuracy")
+        likelihood = ("base model", "-", "log-likelihood of the gold answer")
+        yield _line(likelihood, members[base], spec, protocol, "gold_log_likelihood")
+    one: dict[str, list[Run]] = {}
+    for by_task in members.values():
+        for task, runs in by_task.items():
+            one.setdefault(task, runs[:1])
+    for title, field in (("majority class", "majority_class"), ("chance", "chance")):
+        cells = [_plain(one.get(task), task, protocol, field) for task in spec.tasks]
+        values = [cell.value for cell in cells]
+        average = dash if None in values else number(mean(v for v in values if v is not None))
+        yield Row((title, "-", ""), (dash, *cells, average))
+
+
+def _plain(runs: Sequence[Run] | None, task: str, protocol: str, field: str) -> Cell:
+    return number(100 * runs[0].scores[task, protocol][field]) if runs else dash
+
+
+def accuracy_table(
+    spec: Spec, printed: PaperTable, blocks: Blocks, standards: Standards, notes: Sequence[str]
+) -> Table:
+    """The paper's models first, each with what was run of it in full; then every other block of
+    runs under its own conditions."""
+    found: dict[tuple[str, str, str], Mapping[Variant, dict[str, list[Run]]]] = {}
+    for key, runs in blocks.runs.items():
+        members = _members(spec, runs, standards)
+        if any(variant.method != "none" for variant in members):
+            found[key] = members
+    made: list[Block] = []
+    for model in spec.models:
+        full = [k for k in found if k[0] == model and block_title(k, standards)[1]]
+        for key in full or [(model, "", "")]:
+            heading = MODEL_TITLES[model]
+            if key in found:
+                heading += f": {block_title(key, standards)[0]}"
+            members = found.pop(key, {})
+            made.append(_block(spec, model, printed, heading, key[1], members, True))
+    for key in sorted(found):
+        heading = f"{MODEL_TITLES.get(key[0], key[0])}: {block_title(key, standards)[0]}"
+        made.append(_block(spec, key[0], printed, heading, key[1], found[key], False))
+    return Table(spec.number, spec.title, made, list(notes))

@@ -1,0 +1,119 @@
+"""What a table is made of; renderers turn it into Markdown, CSV, LaTeX and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mixlora_exp.results.statistics import Comparison, Estimate
+
+__all__ = ["Block", "Cell", "Row", "Table", "dash", "number", "ours", "paper", "versus"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One entry. `kind`: paper (printed), ours (from records), difference (of two entries), versus
+    (paired comparison), text; `dash` is what was not run. Accuracies are in percent; `low` and
+    `high` bound the 95 % interval; `records` are the runs that a number comes from."""
+
+    kind: str
+    value: float | None = None
+    text: str = ""
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 0
+    items: int = 0
+    digits: int = 1
+    signed: bool = False
+    mark: str = ""
+    records: tuple[str, ...] = ()
+
+    def show(self, interval: bool = True) -> str:
+        """The entry as plain text."""
+        if self.value is None:
+            return self.text or "-"
+        sign = "+" if self.signed else ""
+        shown = f"{self.value:{sign},.{self.digits}f}"
+        if interval and self.low is not None and self.high is not None:
+            shown += f" [{self.low:{sign}.{self.digits}f}, {self.high:{sign}.{self.digits}f}]"
+        return shown + (f" {self.mark}" if self.mark else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line: what it is, and its entries, one per column of its block."""
+
+    label: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Lines under one heading; `stub` names the parts of a line's label. `run`: it holds results of
+    this project."""
+
+    heading: str
+    stub: tuple[str, ...]
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    run: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of the paper, with what was run here."""
+
+    number: int
+    title: str
+    blocks: Sequence[Block]
+    notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"table{self.number}"
+
+
+dash = Cell("dash")
+
+
+def paper(printed: str | None, digits: int | None = None) -> Cell:
+    """A figure as the paper prints it."""
+    if printed is None or printed == "":
+        return dash
+    decimals = len(printed.partition(".")[2]) if digits is None else digits
+    return Cell("paper", float(printed), digits=decimals)
+
+
+def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) -> Cell:
+    """A computed figure without an interval."""
+    return dash if value is None else Cell("ours", value, digits=digits, records=records)
+
+
+def ours(found: Estimate, records: tuple[str, ...]) -> Cell:
+    """An accuracy from records, in percent."""
+    return Cell(
+        "ours",
+        100 * found.value,
+        low=100 * found.low,
+        high=100 * found.high,
+        seeds=found.seeds,
+        items=found.items,
+        records=records,
+    )
+
+
+def versus(found: Comparison, records: tuple[str, ...]) -> Cell:
+    """A paired difference in percentage points, marked where its interval leaves out zero."""
+    mark = ("better" if found.low > 0 else "worse") if found.clear else ""
+    return Cell(
+        "versus",
+        100 * found.difference,
+        low=100 * found.low,
+        high=100 * found.high,
+        seeds=found.seeds,
+        items=found.items,
+        signed=True,
+        mark=mark,
+        records=records,
+    )

@@ -1,0 +1,112 @@
+"""Tables as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+
+from mixlora_exp.results.tables.parts import Cell, Table
+
+__all__ = ["csv_text", "latex", "markdown"]
+
+CSV_COLUMNS = (
+    "table", "block", "label", "column", "kind", "value", "low", "high", "seeds", "items", "text",
+    "mark", "records",
+)  # fmt: skip
+ESCAPES = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+def _pipe(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _shown(cell: Cell) -> str:
+    shown = cell.show()
+    return f"{shown} (n={cell.seeds})" if cell.kind == "ours" and cell.seeds else shown
+
+
+def markdown(table: Table) -> str:
+    """Headings, one table per block, notes."""
+    parts = [f"# Table {table.number}: {table.title}\n"]
+    for block in table.blocks:
+        lines = [_pipe([*block.stub, *block.columns])]
+        right = ["---"] * len(block.stub) + ["---:"] * len(block.columns)
+        lines.append(_pipe(right))
+        lines += [_pipe([*row.label, *map(_shown, row.cells)]) for row in block.rows]
+        parts.append(f"\n## {block.heading}\n\n" + "".join(lines))
+        parts += [f"\n{note}\n" for note in block.notes]
+    if table.notes:
+        parts.append("\n## Notes\n\n" + "".join(f"- {note}\n" for note in table.notes))
+    return "".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else repr(round(value, 6))
+
+
+def csv_text(table: Table) -> str:
+    """One line per entry that is not a dash."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for block in table.blocks:
+        for row in block.rows:
+            label = " | ".join(part for part in row.label if part)
+            for column, cell in zip(block.columns, row.cells, strict=True):
+                if cell.kind == "dash":
+                    continue
+                numbers = [_number(v) for v in (cell.value, cell.low, cell.high)]
+                counts = [str(n) if n else "" for n in (cell.seeds, cell.items)]
+                writer.writerow(
+                    [table.number, block.heading, label, column, cell.kind, *numbers, *counts,
+                     cell.text, cell.mark, " ".join(cell.records)]
+                )  # fmt: skip
+    return stream.getvalue()
+
+
+def _escape(text: str) -> str:
+    return "".join(ESCAPES.get(letter, letter) for letter in text)
+
+
+def _latex_cell(cell: Cell) -> str:
+    if cell.value is None:
+        return _escape(cell.text) or "--"
+    sign = "+" if cell.signed else ""
+    shown = f"{cell.value:{sign},.{cell.digits}f}"
+    if cell.low is not None and cell.high is not None:
+        low, high = (f"{v:{sign}.{cell.digits}f}" for v in (cell.low, cell.high))
+        shown += f"\\,{{\\scriptsize[{low}, {high}]}}"
+    marks = {"better": r"$^{\uparrow}$", "worse": r"$^{\downarrow}$"}
+    return shown.replace("-", "$-$") + marks.get(cell.mark, "")
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\" + "\n"
+
+
+def latex(table: Table) -> str:
+    """One `table` with booktabs rules per block; needs the packages booktabs and graphicx."""
+    parts = []
+    for index, block in enumerate(table.blocks, start=1):
+        columns = "l" * len(block.stub) + "r" * len(block.columns)
+        body = [
+            "\\begin{table}[t]\n\\centering\n",
+            f"\\caption{{{_escape(table.title)}. {_escape(block.heading)}.}}\n",
+            f"\\label{{tab:{table.name}-{index}}}\n",
+            "\\resizebox{\\textwidth}{!}{%\n",
+            f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n",
+            _latex_row([_escape(name) for name in (*block.stub, *block.columns)]),
+            "\\midrule\n",
+            *(
+                _latex_row([*map(_escape, row.label), *map(_latex_cell, row.cells)])
+                for row in block.rows
+            ),
+            "\\bottomrule\n\\end{tabular}}\n\\end{table}\n",
+        ]
+        parts.append("".join(body))
+    notes = "".join(f"% {note}\n" for note in table.notes)
+    return "% Needs \\usepackage{booktabs,graphicx}\n" + notes + "\n".join(parts)

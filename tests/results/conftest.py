@@ -1,0 +1,83 @@
+"""Records made by hand, as a run writes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixlora_exp.config import compose, to_dict
+from mixlora_exp.results.record import finish_record, write_json, write_jsonl
+
+GIT = {"commit": "c" * 40, "dirty": False}
+
+
+def write_run(
+    folder: Path,
+    name: str,
+    overrides: Sequence[str],
+    accuracy: dict[str, float],
+    *,
+    protocol: str = "label_logits",
+    n: int = 40,
+    git: dict[str, Any] | None = GIT,
+    data_hash: str = "d",
+    change: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    """A finished run with `n` items per task, of which the given share is right."""
+    config = to_dict(compose([*overrides, f"evaluation.protocols=[{protocol}]"]))
+    scores, predictions = [], {}
+    for task, share in accuracy.items():
+        right = [i < round(share * n) for i in range(n)]
+        random.Random(f"{name}/{task}").shuffle(right)
+        file = f"predictions/{task}.{protocol}.jsonl"
+        rows = [
+            {"id": f"{task}-{i}", "answer": 0, "prediction": 0 if good else 1, "scores": [0.0, 1.0]}
+            for i, good in enumerate(right)
+        ]
+        write_jsonl(folder / name / file, rows)
+        predictions[f"{task}/{protocol}"] = file
+        scores.append(
+            {
+                "task": task, "protocol": protocol, "n": n, "accuracy": sum(right) / n,
+                "stderr": 0.0, "accuracy_normalized": None, "majority_class": 0.3,
+                "chance": 0.25, "gold_log_likelihood": -1.25, "tied": 0, "shortened": 0,
+                "unparsed": None, "expert_load": [[0.25] * 4, [0.1, 0.2, 0.3, 0.4]],
+                "batch_check": None,
+            }
+        )  # fmt: skip
+    trains = config["method"]["name"] != "none"
+    splits = {f"{task}/test": [{"path": "f", "rows": n, "sha256": data_hash}] for task in accuracy}
+    if trains:
+        splits |= {
+            f"{task}/train": [{"path": "f", "rows": 9, "sha256": "t"}]
+            for task in config["task"]["train"]
+        }
+    curve = [{"step": 10 * k, "loss": 2.0 / k, "epoch": 0.1} for k in range(1, 6)]
+    record = {
+        "name": name, "fingerprint": "f" * 64, "status": "finished", "config": config,
+        "data": splits, "model": {"source": "pypi", "id": "m"}, "adapter": None,
+        "kernel": "exact" if trains else None, "dtype": "float32", "attention": "eager",
+        "parameters": {}, "saved_adapter": {"sha256": "a"} if trains else None,
+        "train": {"steps": 50, "curve": curve, "expert_load": None} if trains else None,
+        "scores": scores, "scores_before": None, "predictions": predictions, "seconds": 1.0,
+        "provenance": {
+            "git": git, "packages": {"torch": "2.13.0"},
+            "hardware": {"cpu": "a cpu", "gpus": []},
+        },
+    }  # fmt: skip
+    if change is not None:
+        change(record)
+    write_json(folder / name / "record.json", finish_record(record))
+    return folder / name
+
+
+FIVE = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
+
+
+@pytest.fixture
+def write() -> Callable[..., Path]:
+    return write_run

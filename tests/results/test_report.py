@@ -1,0 +1,125 @@
+"""Figures and the report: complete, the same each time, and a page that needs no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from mixlora_exp.reporting import draw_figures, gather, write_report
+from mixlora_exp.results import series
+
+Write = Callable[..., Path]
+SMALL = ("model=smollm2_135m", "task=multi", "data=local", "data.path=d")
+FIVE = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
+# Elements without an end tag.
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+@pytest.fixture
+def results(tmp_path: Path, write: Write) -> Path:
+    for method, value in (("lora", 0.3), ("mixlora", 0.5)):
+        accuracy = dict.fromkeys(FIVE, value)
+        for seed in (1, 2):
+            overrides = [*SMALL, f"method={method}", f"seed={seed}"]
+            write(tmp_path / "runs", f"{method}-{seed}", overrides, accuracy)
+    write(tmp_path / "runs", "r4", [*SMALL, "method=mixlora", "method.rank=4"], accuracy)
+    git = {"commit": "c", "dirty": True}
+    write(tmp_path / "runs", "dirty<b>", [*SMALL, "method=lora", "seed=7"], accuracy, git=git)
+    (tmp_path / "bench").mkdir()
+    return tmp_path
+
+
+def test_figures_are_drawn_and_the_same_each_time(results: Path, tmp_path: Path) -> None:
+    names = draw_figures(gather(results), tmp_path / "one")
+    assert names == ["figure4a", "figure4b", "figure4c", "figure5-1", "learning_curves"]
+    draw_figures(gather(results), tmp_path / "two")
+    for name in names:
+        for suffix in ("png", "svg"):
+            first, second = (tmp_path / d / f"{name}.{suffix}" for d in ("one", "two"))
+            assert first.stat().st_size > 2000
+            assert first.read_bytes() == second.read_bytes()
+
+
+def test_figures_show_what_the_tables_say(results: Path) -> None:
+    found = gather(results)
+    sweeps = series.sweeps(found.tables[8], "r=")
+    paper = next(s for s in sweeps if s.from_paper and s.label.startswith("MixLoRA"))
+    assert paper.values == ("2", "4", "8", "16", "32")
+    assert [cell.value for cell in paper.cells] == [71.3, 71.8, 72.3, 73.2, 69.9]
+    ours = next(s for s in sweeps if not s.from_paper)
+    assert ours.values == ("4", "16")
+    assert [cell.value for cell in ours.cells] == pytest.approx([50, 50])
+    (load,) = series.loads(found.blocks, found.standards)
+    # Mean over the two layers of (1/4 each) and (0.1, 0.2, 0.3, 0.4).
+    assert load.by_task[0] == pytest.approx((0.175, 0.225, 0.275, 0.325))
+    assert load.spread[0] == pytest.approx(0.0559017, abs=1e-6)
+    points = series.latency_points(Path("results/paper"), found.tables, [])
+    assert {p.method: (p.latency, p.accuracy) for p in points}["MixLoRA"] == (442.2, 77.6)
+
+
+class Page(HTMLParser):
+    """Checks nesting, and keeps links, images and identifiers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.ids: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.links += [values["href"]] if "href" in values else []
+        self.sources += [values["src"]] if "src" in values else []
+        if "id" in values:
+            assert values["id"] not in self.ids
+            self.ids.add(values["id"])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_leads_to_the_records(results: Path) -> None:
+    path = write_report(gather(results), results)
+    content = path.read_text()
+    page = Page()
+    page.feed(content)
+    assert page.open == []
+    # Nothing is loaded from elsewhere.
+    assert all(source.startswith("data:image/svg+xml") for source in page.sources)
+    assert not re.search(r"<script|@import|url\(|<link", content)
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids
+        elif "/tables/" not in link:
+            assert (path.parent / link).is_file(), link
+    assert {f"../runs/{name}/record.json" for name in ("lora-1", "mixlora-2", "r4")} <= set(
+        page.links
+    )
+    text = " ".join(page.text)
+    assert "What was run, and what was not" in text
+    assert "dirty<b>" in text, "names are escaped, not markup"
+    for number in range(1, 10):
+        assert f"table{number}" in page.ids
+    # A figure of ours is a link to a record that has it.
+    assert re.search(r'<a href="#record-\d+"[^>]*>30\.0</a>', content)
+    assert content == write_report(gather(results), results).read_text()
+
+
+def test_nothing_run_gives_a_page_too(tmp_path: Path) -> None:
+    for name in ("runs", "bench"):
+        (tmp_path / name).mkdir()
+    content = write_report(gather(tmp_path), tmp_path).read_text()
+    assert "<td>nothing</td>" in content

@@ -1,0 +1,392 @@
+"""Tables: every figure of the paper, results in the right cells, and nothing mixed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from mixlora_exp.config import compose
+from mixlora_exp.config.parameters import count_parameters
+from mixlora_exp.errors import UserError
+from mixlora_exp.reporting import RESULTS, gather, table_files, write_files
+from mixlora_exp.results.paper import METHODS, TASK_TITLES, contradictions, read_paper
+from mixlora_exp.results.record import read_record
+from mixlora_exp.results.tables.parts import Block, Cell, Table
+
+Write = Callable[..., Path]
+PAPER = RESULTS / "paper"
+FIVE = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
+LLAMA = ("model=llama2_7b", "task=multi", "data=hub")
+SMALL = ("model=smollm2_135m", "task=multi", "data=local", "data.path=d")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "bench").mkdir()
+    return tmp_path
+
+
+def block(table: Table, *words: str) -> Block:
+    found = [b for b in table.blocks if all(word in b.heading for word in words)]
+    assert len(found) == 1, [b.heading for b in table.blocks]
+    return found[0]
+
+
+def row(found: Block, *label: str) -> dict[str, Cell]:
+    (line,) = [line for line in found.rows if line.label == label]
+    return dict(zip(found.columns, line.cells, strict=True))
+
+
+def five(value: float) -> dict[str, float]:
+    return {task: value + 0.05 * i for i, task in enumerate(FIVE)}
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_every_figure_of_the_paper_is_in_its_table(number: int, results: Path) -> None:
+    table = gather(results).tables[number]
+    shown: dict[tuple[str, ...], list[str]] = {}
+    for b in table.blocks:
+        for line in b.rows:
+            cells = [c.show() for c in line.cells if c.kind in ("paper", "text")]
+            shown.setdefault((b.heading, *line.label), []).extend(cells)
+    everything = [text for cells in shown.values() for text in cells]
+    texts = {"method", "model", "setup", "task", "rank", "router_loss_coef", "hyperparameter",
+             "optimized", "models"}  # fmt: skip
+    for line in read_paper(PAPER, number).lines:
+        for column, value in line.items():
+            if column in texts or value == "":
+                continue
+            plain = [text.replace(",", "") for text in everything]
+            assert value in everything or value.replace(",", "") in plain, (number, line, column)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 8, 9])
+def test_the_paper_s_lines_stand_under_their_own_model_method_and_setup(
+    number: int, results: Path
+) -> None:
+    from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
+
+    table, printed = gather(results).tables[number], read_paper(PAPER, number)
+    for line in printed.lines:
+        value = line.get("rank") and f" r={line['rank']}"
+        value = (
+            value or (line.get("router_loss_coef") and f" coef={line['router_loss_coef']}") or ""
+        )
+        label = (METHOD_TITLES[line["method"]] + value, line.get("setup", "ST"), "paper")
+        cells = row(block(table, MODEL_TITLES[line["model"]]), *label)
+        for task in printed.tasks:
+            assert cells[TASK_TITLES[task]].value == float(line[task])
+        assert cells["average"].value == float(line["avg"])
+        if "params_pct" in line:
+            assert cells["#Params (%)"].value == float(line["params_pct"])
+
+
+def test_parameters_print_every_figure_of_the_paper() -> None:
+    compared = 0
+    for number in (1, 2, 5, 8):
+        for line in read_paper(PAPER, number).lines:
+            overrides = [f"model={line['model']}", f"method={line['method']}"]
+            if "rank" in line:
+                overrides.append(f"method.rank={line['rank']}")
+            config = compose(overrides)
+            percent = count_parameters(config.model, config.method).percent_paper
+            digits = len(line["params_pct"].partition(".")[2])
+            assert f"{percent:.{digits}f}" == line["params_pct"], (number, line)
+            compared += 1
+    assert compared == 16 + 8 + 8 + 10
+
+
+def test_nothing_run_gives_dashes(results: Path) -> None:
+    for number in (1, 2, 5, 8, 9):
+        for b in gather(results).tables[number].blocks:
+            assert not b.run
+            for line in b.rows:
+                if line.label[-1] == "ours":
+                    assert all(cell.value is None for cell in line.cells)
+
+
+def test_known_contradictions_are_found() -> None:
+    found = {number: list(contradictions(PAPER, number)) for number in range(1, 10)}
+    assert len(found[2]) == 5
+    assert any("LoRA, MT minus ST, PIQA: printed as 2.5" in line for line in found[2])
+    assert any("DoRA, MT minus ST, OBQA: printed as -2.8" in line for line in found[2])
+    assert any("70.5" in line for line in found[9])
+    assert any("71.5" in line for line in found[9])
+    assert any("84.4 here, 81.6 in Table 1" in line for line in found[8])
+    assert found[1] == found[3] == found[4] == []
+
+
+def test_a_full_run_stands_beside_the_paper(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*LLAMA, "method=mixlora"], five(0.5))
+    cells = row(block(gather(results).tables[2], "LLaMA-2 7B"), "MixLoRA", "MT", "ours")
+    assert cells["ARC-e"].value == pytest.approx(50.0)
+    assert cells["PIQA"].value == pytest.approx(70.0)
+    assert cells["average"].value == pytest.approx(60.0)
+    assert cells["ARC-e"].records == ("a",)
+    difference = row(
+        block(gather(results).tables[2], "LLaMA-2 7B"), "MixLoRA", "MT", "ours minus paper"
+    )
+    assert difference["ARC-e"].value == pytest.approx(50.0 - 76.6)
+    # Neither the other table nor the single-task rows take it.
+    assert not any(b.run for b in gather(results).tables[5].blocks if "Gemma" in b.heading)
+    single = row(block(gather(results).tables[2], "LLaMA-2 7B"), "MixLoRA", "ST", "ours")
+    assert single["ARC-e"].value is None
+
+
+def test_seeds_are_averaged(write: Write, results: Path) -> None:
+    for seed, value in ((1, 0.4), (2, 0.5), (3, 0.6)):
+        overrides = [*SMALL, "method=lora", f"seed={seed}"]
+        write(results / "runs", f"s{seed}", overrides, five(value))
+    cells = row(block(gather(results).tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    assert cells["ARC-e"].value == pytest.approx(50.0)
+    assert cells["ARC-e"].seeds == 3
+    assert cells["ARC-e"].low == pytest.approx(50.0 - 4.3027 * 10 / 3**0.5, abs=0.01)
+    assert cells["ARC-e"].records == ("s1", "s2", "s3")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["evaluation.limit=100", "data.train_limit=5", "trainer.max_steps=9", "trainer.epochs=1",
+     "data.boolq_passage=false", "trainer.loss_on=all", "data.forms=[text]"],
+)  # fmt: skip
+def test_other_conditions_are_another_block(override: str, write: Write, results: Path) -> None:
+    write(results / "runs", "full", [*SMALL, "method=lora", "seed=1"], five(0.4))
+    write(results / "runs", "other", [*SMALL, "method=lora", "seed=2", override], five(0.6))
+    blocks = [b for b in gather(results).tables[2].blocks if b.run]
+    assert len(blocks) == 2
+    values = {b.heading: row(b, "LoRA", "MT", "ours")["ARC-e"].value for b in blocks}
+    assert sorted(values.values()) == pytest.approx([40.0, 60.0])
+    name = override.partition("=")[0]
+    assert any(name in heading for heading in values)
+    with pytest.raises(UserError, match=rf"full and other cannot share a cell: {name} is"):
+        gather(results, ["full", "other"])
+
+
+def test_other_protocols_and_sources_are_other_blocks(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+    write(results / "runs", "b", [*SMALL, "method=lora"], five(0.5), protocol="answer_text")
+    embedded = ["model=smollm2_135m", "task=multi", "data=embedded", "method=lora"]
+    write(results / "runs", "c", embedded, five(0.6))
+    assert len([b for b in gather(results).tables[2].blocks if b.run]) == 3
+    for other, name in (("b", "evaluation.protocols"), ("c", "data.name")):
+        with pytest.raises(UserError, match=f"{name} is"):
+            gather(results, ["a", other])
+    with pytest.raises(UserError, match="runs=nothing is no usable record"):
+        gather(results, ["a", "nothing"])
+
+
+def test_what_does_not_change_results_shares_a_cell(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
+    more = ["kernel=reference", "trainer.micro_batch_size=4", "trainer.precision=float32"]
+    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2", *more], five(0.5))
+    cells = row(block(gather(results).tables[2], "SmolLM2"), "MixLoRA", "MT", "ours")
+    assert cells["ARC-e"].seeds == 2
+
+
+def test_ranks_and_coefficients_stand_in_their_tables(write: Write, results: Path) -> None:
+    base = [*SMALL, "method=mixlora"]
+    write(results / "runs", "r4", [*base, "method.rank=4"], five(0.4))
+    write(results / "runs", "plain", base, five(0.5))
+    write(results / "runs", "c", [*base, "method.router_loss_coef=0.1"], five(0.6))
+    write(results / "runs", "odd", [*base, "method.top_k=1"], five(0.7))
+    found = gather(results)
+    ranks = block(found.tables[8], "SmolLM2")
+    assert row(ranks, "MixLoRA r=4", "five mixed", "ours")["ARC-e"].value == pytest.approx(40)
+    assert row(ranks, "MixLoRA r=16", "five mixed", "ours")["ARC-e"].value == pytest.approx(50)
+    coefficients = block(found.tables[9], "SmolLM2")
+    label = ("five mixed", "ours")
+    assert row(coefficients, "MixLoRA coef=1e-1", *label)["ARC-e"].value == pytest.approx(60)
+    assert row(coefficients, "MixLoRA coef=1e-3", *label)["ARC-e"].value == pytest.approx(50)
+    assert row(block(found.tables[2], "SmolLM2"), "MixLoRA", "MT", "ours")["ARC-e"].seeds == 1
+
+
+def test_methods_are_compared_on_the_same_items(write: Write, results: Path) -> None:
+    write(results / "runs", "lora", [*SMALL, "method=lora"], five(0.2), n=200)
+    write(results / "runs", "mix", [*SMALL, "method=mixlora"], five(0.6), n=200)
+    write(results / "runs", "dora", [*SMALL, "method=dora"], five(0.21), n=200)
+    found = block(gather(results).tables[2], "SmolLM2")
+    assert row(found, "MixLoRA", "MT", "minus LoRA")["ARC-e"].mark == "better"
+    assert row(found, "DoRA", "MT", "minus LoRA")["ARC-e"].mark == ""
+    assert row(found, "majority class", "-", "")["ARC-e"].value == pytest.approx(30.0)
+    assert row(found, "chance", "-", "")["average"].value == pytest.approx(25.0)
+    likelihood = row(found, "LoRA", "MT", "log-likelihood of the gold answer")
+    assert likelihood["ARC-e"].value == pytest.approx(-1.25)
+
+
+def test_the_base_model_stands_in_the_blocks_of_its_scoring(write: Write, results: Path) -> None:
+    write(results / "runs", "lora", [*SMALL, "method=lora", "trainer.max_steps=5"], five(0.4))
+    write(results / "runs", "base", [*SMALL, "method=none"], five(0.3))
+    found = block(gather(results).tables[2], "SmolLM2")
+    assert row(found, "base model", "-", "ours")["ARC-e"].value == pytest.approx(30.0)
+
+
+def test_an_adapter_scored_again_stands_in_its_run_s_cell(write: Write, results: Path) -> None:
+    first = write(results / "runs", "train", [*SMALL, "method=mixlora"], five(0.4))
+    source = read_record(first / "record.json")
+
+    def link(record: dict) -> None:
+        kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "parameters")
+        trained_by = {**{k: source[k] for k in kept}, "git": source["provenance"]["git"]}
+        record["adapter"] = {"sha256": "a", "trained_by": trained_by}
+
+    write(results / "runs", "again", [*SMALL, "method=none", "adapter=x"], five(0.6),
+          protocol="lm_eval", change=link)  # fmt: skip
+    cells = row(block(gather(results).tables[2], "lm_eval"), "MixLoRA", "MT", "ours")
+    assert (cells["ARC-e"].value, cells["ARC-e"].records) == (pytest.approx(60), ("again",))
+
+
+def edited(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_text(path.read_text().replace('"accuracy": 0.4', '"accuracy": 0.9'))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_text(path.read_text()[:500])
+
+
+def old(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 0}))
+
+
+def prediction(folder: Path) -> None:
+    path = folder / "predictions" / "obqa.label_logits.jsonl"
+    path.write_text(path.read_text().replace('"prediction": 1', '"prediction": 0', 1))
+
+
+def no_predictions(folder: Path) -> None:
+    (folder / "predictions" / "obqa.label_logits.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(edited, "changed after it was written"), (cut, "cut off"), (old, "schema_version=0"),
+     (prediction, "does not give the accuracy"), (no_predictions, "cannot be read")],
+)  # fmt: skip
+def test_a_spoilt_record_is_left_out_by_name(
+    spoil: Callable[[Path], None], reason: str, write: Write, results: Path
+) -> None:
+    write(results / "runs", "good", [*SMALL, "method=lora", "seed=1"], five(0.5))
+    spoil(write(results / "runs", "bad", [*SMALL, "method=lora", "seed=2"], five(0.4)))
+    found = gather(results)
+    ((name, why),) = {(entry.name, entry.reason) for entry in found.left_out}
+    assert name == "bad"
+    assert reason in why
+    cells = row(block(found.tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    assert cells["ARC-e"].records == ("good",)
+    assert f"`bad`: {why}" in table_files(found)["README.md"]
+
+
+@pytest.mark.parametrize("git", [None, {"commit": "c" * 40, "dirty": True}])
+def test_uncommitted_code_is_left_out(git: dict | None, write: Write, results: Path) -> None:
+    write(results / "runs", "dirty", [*SMALL, "method=lora"], five(0.5), git=git)
+    found = gather(results)
+    assert [entry.name for entry in found.left_out] == ["dirty"]
+    assert not any(b.run for b in found.tables[2].blocks)
+
+
+def test_two_records_of_a_cell_with_other_data_are_both_left_out(
+    write: Write, results: Path
+) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora", "seed=1"], five(0.4), data_hash="1")
+    write(results / "runs", "b", [*SMALL, "method=lora", "seed=2"], five(0.5), data_hash="2")
+    found = gather(results)
+    assert {entry.name for entry in found.left_out} == {"a", "b"}
+    assert all("other test data" in entry.reason for entry in found.left_out)
+    assert not any(b.run for b in found.tables[2].blocks)
+
+
+def test_two_records_of_a_cell_and_seed_count_once(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+    write(results / "runs", "b", [*SMALL, "method=lora", "kernel=reference"], five(0.6))
+    found = gather(results)
+    assert [entry.name for entry in found.left_out] == ["b"]
+    cells = row(block(found.tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    assert cells["ARC-e"].value == pytest.approx(40.0)
+
+
+def test_table_3_says_where_the_paper_differs(results: Path) -> None:
+    table = gather(results).tables[3]
+    assert any("accumulation_steps: 8 in the paper, 2 here" in note for note in table.notes)
+    assert sum("in the paper" in note for note in table.notes) == 1
+
+
+def test_table_4_has_the_rows_that_were_read(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4), n=77)
+    (found,) = gather(results).tables[4].blocks
+    cells = row(found, "ARC-e")
+    assert cells["test: paper"].text == "2,380"
+    values = dict(zip(found.columns, [c.text for c in next(
+        line for line in found.rows if line.label == ("ARC-e",)).cells], strict=True))  # fmt: skip
+    assert values["read, data=local"] == "77"
+
+
+def test_rendered_files_agree(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+    files = table_files(gather(results))
+    assert len(files) == 1 + 9 * 3
+    lines = list(csv.DictReader(files["table2.csv"].splitlines()))
+    (line,) = [
+        found for found in lines
+        if found["column"] == "ARC-e" and found["kind"] == "ours" and "LoRA" in found["label"]
+        and found["records"] and found["seeds"]
+    ]  # fmt: skip
+    assert float(line["value"]) == pytest.approx(40.0)
+    assert line["records"] == "a"
+    assert "40.0 [26.3, 55.4] (n=1)" in files["table2.md"]
+    assert r"\toprule" in files["table2.tex"]
+    for name in (f"table{number}.tex" for number in range(1, 10)):
+        body = files[name]
+        assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") > 0
+        assert "%" not in body.replace(r"\%", "").replace("{!}{%", "").split("\\begin", 1)[1]
+
+
+def test_writing_is_idempotent_and_a_change_is_seen(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+    files = table_files(gather(results))
+    folder = results / "tables"
+    assert write_files(folder, files, check=False) == []
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert write_files(folder, table_files(gather(results)), check=False) == []
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert write_files(folder, files, check=True) == []
+    path = folder / "table2.md"
+    path.write_text(path.read_text().replace("40.0", "90.0"))
+    assert any("90.0" in line for line in write_files(folder, files, check=True))
+
+
+def test_committed_tables_are_those_of_the_records() -> None:
+    assert write_files(RESULTS / "tables", table_files(gather()), check=True) == []
+
+
+def test_tables_need_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from mixlora_exp.reporting import gather, table_files\n"
+        "assert len(table_files(gather())) == 28\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_paper_s_averages_are_those_of_its_cells_elsewhere() -> None:
+    """Where no contradiction is reported, printed and computed averages agree."""
+    for number in (1, 2, 5, 8, 9):
+        table = read_paper(PAPER, number)
+        reported = " ".join(contradictions(PAPER, number))
+        for line in table.lines:
+            computed = mean(float(line[task]) for task in table.tasks)
+            if abs(computed - float(line["avg"])) > 0.1:
+                assert f"its cells give {computed:.2f}" in reported
+    assert {line["method"] for line in read_paper(PAPER, 1).lines} == set(METHODS)
