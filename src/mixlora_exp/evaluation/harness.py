@@ -6,10 +6,11 @@ with their common prefix, not in a row each.
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,15 @@ class SharedPrefixLM(HFLM):
 
 
 @contextmanager
-def _quiet():
-    """Its notes at every start: the model was given ready-made, these tasks were chosen."""
+def _quiet() -> Iterator[None]:
+    """Without its notes at every start (the model was given ready-made, these tasks were chosen)
+    and its bars, one for each small step; errors are raised and not lost."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 
