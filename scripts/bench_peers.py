@@ -66,8 +66,29 @@ def _environment(folder: Path) -> Path:
     return python
 
 
+def _peer_step(worker: subprocess.Popen[str]) -> dict[str, float]:
+    try:
+        worker.stdin.write("step\n")
+        return json.loads(worker.stdout.readline())
+    except (BrokenPipeError, ValueError) as error:
+        raise UserError(
+            f"moe-peft ended with code {worker.wait()} in a step; nothing was recorded"
+        ) from error
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) == 1:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
 def run(arguments: Sequence[str]) -> None:
     settings = options(Settings, arguments)
+    for name in ("batch", "length", "rounds"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name}={getattr(settings, name)} must be >= 1")
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={settings.dtype} is unknown: choose float32 or bfloat16")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     config = model_config(settings.model, settings.layers)
@@ -102,8 +123,7 @@ def run(arguments: Sequence[str]) -> None:
     training_step(model, row, ids)
     samples = []
     for number in range(settings.rounds):
-        worker.stdin.write("step\n")
-        peer = json.loads(worker.stdout.readline())
+        peer = _peer_step(worker)
         forward, backward = training_step(model, row, ids)
         ours = {"train_forward_s": forward, "train_backward_s": backward}
         samples.append({"moe_peft": peer, "ours": ours})
@@ -112,7 +132,7 @@ def run(arguments: Sequence[str]) -> None:
     worker.stdin.close()
     worker.wait()
     ratios = [sum(s["moe_peft"].values()) / sum(s["ours"].values()) for s in samples]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = _quartiles(ratios)
     record = {
         "config": asdict(settings),
         "threads": torch.get_num_threads(),

@@ -12,6 +12,7 @@ from typing import Any
 from mixlora_exp.config import Config
 from mixlora_exp.config.schema import (
     DataSource,
+    Head,
     LoraMethodConfig,
     Tracker,
 )
@@ -126,6 +127,16 @@ def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
     return name
 
 
+def _check_head(config: Config) -> None:
+    if config.trainer.head is not Head.liger or not isinstance(config.method, LoraMethodConfig):
+        return
+    if resolve_device().type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "trainer.head=liger needs a CUDA GPU and the package liger-kernel, which are not both "
+            "here: use trainer.head=auto"
+        )
+
+
 def _check_tracker(config: Config) -> None:
     name = config.tracker.name
     if name is not Tracker.none and importlib.util.find_spec(name.value) is None:
@@ -142,6 +153,7 @@ def gather_inputs(config: Config) -> Inputs:
         UserError: data, model folder, adapter or tracker is missing or damaged.
     """
     _check_tracker(config)
+    _check_head(config)
     splits = _splits(config)
     adapter = _adapter(config)
     identity = {

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config import CONF_DIR, compose, to_dict
-from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.cells import Blocks, Standards, group_runs, require_together
 from mixlora_exp.results.paper import METHODS, MODEL_TITLES, contradictions, read_paper
 from mixlora_exp.results.record import write_text
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
+    MODEL_FIELDS,
     TRAINER_FIELDS,
     TRAINING_DATA_FIELDS,
     LeftOut,
@@ -27,7 +28,7 @@ from mixlora_exp.results.runs import (
 )
 from mixlora_exp.results.tables.accuracy import accuracy_table
 from mixlora_exp.results.tables.latency import latency_table, load_benchmarks
-from mixlora_exp.results.tables.parts import Table
+from mixlora_exp.results.tables.parts import Block, Table
 from mixlora_exp.results.tables.render import csv_text, latex, markdown
 from mixlora_exp.results.tables.settings import data_table, hyperparameter_table
 from mixlora_exp.results.tables.specs import specs
@@ -58,32 +59,38 @@ class Results:
     left_out: Sequence[LeftOut]
 
 
-def _defaults() -> tuple[dict[str, Config], dict[str, Any]]:
+def _defaults() -> tuple[dict[str, Config], dict[str, ModelConfig]]:
     """The composed default run of each method, and each model's shape."""
     by_method = {m: compose([f"method={m}", "model=llama2_7b"]) for m in (*METHODS, "none")}
     models = {name: compose([f"model={name}"]).model for name in MODEL_TITLES}
     return by_method, models
 
 
-def _standards(by_method: Mapping[str, Config]) -> Standards:
+def _standards(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig]) -> Standards:
     run = to_dict(by_method["mixlora"])
     return Standards(
         methods={name: to_dict(config.method) for name, config in by_method.items()},
+        models={
+            name: {field: to_dict(model)[field] for field in MODEL_FIELDS}
+            for name, model in models.items()
+        },
         data={n: run["data"][n] for n in (*DATA_FIELDS, *TRAINING_DATA_FIELDS) if n != "name"},
         trainer={name: run["trainer"][name] for name in TRAINER_FIELDS},
     )
 
 
-def _chosen(runs: Sequence[Run], names: Sequence[str] | None) -> list[Run]:
+def _chosen(
+    runs: Sequence[Run], left_out: Sequence[LeftOut], names: Sequence[str] | None
+) -> list[Run]:
     """The runs that were asked for, which must be able to stand together."""
     if names is None:
         return list(runs)
     by_name = {run.name: run for run in runs}
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        raise UserError(
-            f"runs={unknown[0]} is no usable record: `make tables` lists those that were left out"
-        )
+    reasons = {entry.name: entry.reason for entry in left_out}
+    for name in names:
+        if name not in by_name:
+            reason = reasons.get(name, "there is no such record under results/runs")
+            raise UserError(f"runs={name} cannot be used: {reason}; name other runs")
     chosen = [by_name[name] for name in names]
     require_together(chosen)
     return chosen
@@ -96,23 +103,33 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
         UserError: `names` asks for runs that cannot share a cell, or for an unknown one.
     """
     by_method, models = _defaults()
-    standards = _standards(by_method)
+    standards = _standards(by_method, models)
     runs, left_out = load_runs(folder / "runs")
-    blocks = group_runs(_chosen(runs, names))
+    chosen = _chosen(runs, left_out, names)
+    blocks = group_runs(chosen)
     benchmarks, unusable = load_benchmarks(folder / "bench")
     printed = PAPER
     methods = {name: config.method for name, config in by_method.items()}
     tables: dict[int, Table] = {}
     for number, spec in specs(models, methods).items():
-        notes = [*NOTES, *(f"The paper: {line}." for line in contradictions(printed, number))]
-        tables[number] = accuracy_table(spec, read_paper(printed, number), blocks, standards, notes)
+        known = list(contradictions(printed, number))
+        notes = [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]
+        table = read_paper(printed, number)
+        tables[number] = accuracy_table(spec, table, blocks, standards, notes, known)
     defaults = {name: to_dict(by_method[name]) for name in METHODS}
     tables[3] = hyperparameter_table(printed, defaults)
-    tables[4] = data_table(printed, runs)
+    tables[4] = data_table(printed, chosen)
     for number in (6, 7):
         tables[number] = latency_table(printed, number, benchmarks)
-    everything = [*left_out, *blocks.left_out, *unusable]
-    return Results(runs, blocks, standards, benchmarks, dict(sorted(tables.items())), everything)
+    used = {name for table in tables.values() for name in table.records()}
+    known_names = used | {entry.name for entry in blocks.left_out}
+    unplaced = [
+        LeftOut(run.name, "no table has its trained tasks, method settings or scored tasks")
+        for run in chosen
+        if run.name not in known_names
+    ]
+    everything = [*left_out, *blocks.left_out, *unplaced, *unusable]
+    return Results(chosen, blocks, standards, benchmarks, dict(sorted(tables.items())), everything)
 
 
 NOTES = (
@@ -128,12 +145,18 @@ NOTES = (
 )
 
 
+def _progress(block: Block) -> str:
+    """A block's heading, and how much of it was run."""
+    filled, total = block.filled
+    return f"{block.heading} ({filled} of {total} cells)" if total else block.heading
+
+
 def _index(results: Results) -> str:
     """What was run and what was not, in Markdown."""
     lines = ["# Tables\n\n", "Made by `make tables` from the records; do not edit.\n\n"]
     lines.append("| table | blocks with results of this project |\n| --- | --- |\n")
     for table in results.tables.values():
-        run = [block.heading for block in table.blocks if block.run]
+        run = [_progress(block) for block in table.blocks if block.run]
         title = f"[{table.number}: {table.title}]({table.name}.md)"
         lines.append(f"| {title} | {'<br>'.join(run) or 'none'} |\n")
     lines.append("\n## Records that no table uses\n\n")
@@ -189,6 +212,10 @@ def draw_figures(results: Results, folder: Path) -> list[str]:
         made["learning_curves"] = lambda: figures.curves_figure(curves)
     for name, make in made.items():
         figures.save(make, folder, name)
+    for path in folder.glob("*.*"):
+        # Of records that are no longer there.
+        if path.suffix in (".png", ".svg") and path.stem not in made:
+            path.unlink()
     return list(made)
 
 

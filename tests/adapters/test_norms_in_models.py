@@ -85,7 +85,8 @@ def test_norms_are_computed_once_per_optimizer_step(
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     norm_calls.clear()
     for step in range(1, 4):
-        for _ in range(3):  # micro-batches
+        for _ in range(3):  # micro-batches, before each of which a trainer calls train()
+            model.train()
             model(**batch).loss.backward()
             assert norm_calls.count("norm") == step * (EXPERTS + PLAIN)
         check_norms(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mixlora_exp.bench.checks import CASES, kernel_errors
+from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
 from mixlora_exp.bench.measure import saved_bytes
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.report import markdown, paper_rows
@@ -204,3 +205,86 @@ def test_the_gpu_suites_check_accepts_a_right_kernel_and_no_wrong_one(name, monk
     right = checks.KERNELS["exact"]
     monkeypatch.setitem(checks.KERNELS, "exact", lambda *inputs: right(*inputs) * (1 + 1e-4))
     assert not kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gpu_suites_check_of_routers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    assert router_errors("exact", case, torch.float32, "cpu")["passed"]
+    from mixlora_exp.bench import checks
+
+    def other_expert(x: torch.Tensor, router: torch.Tensor, top_k: int):
+        found = checks.route(x, router, top_k)
+        return dataclasses.replace(found, experts=(found.experts + 1) % case.experts)
+
+    right = checks.router_of
+    chosen = {"exact": other_expert}
+    monkeypatch.setattr(checks, "router_of", lambda kernel: chosen.get(kernel, right(kernel)))
+    if case.top_k < case.experts:
+        assert not router_errors("exact", case, torch.float32, "cpu")["passed"]
+
+
+def test_a_row_that_runs_out_of_memory_in_a_round_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mixlora_exp.bench import run
+
+    honest = run._measure
+
+    def full(config, model, row, ids, number):
+        if row == "mixlora" and number == 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return honest(config, model, row, ids, number)
+
+    monkeypatch.setattr(run, "_measure", full)
+    config = BenchConfig(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "dora"])
+    rows = benchmark(config, say=lambda text: None)["rows"]
+    assert rows["mixlora"]["error"] == "out of memory in round 2"
+    assert (rows["lora_peft"]["rounds"], rows["dora"]["rounds"]) == (3, 3)
+    assert "train_forward_us_per_token" not in rows["mixlora"]
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixlora_exp.bench import run
+
+    def broken(*arguments):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(run, "_measure", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        benchmark(BenchConfig(**SMALL, rounds=1, rows=["lora_peft"]), say=lambda text: None)
+
+
+def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
+    config = BenchConfig(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "mixlora_16_experts"])
+    pair = benchmark(config, say=lambda text: None)["rows"]["mixlora_16_experts"]["train_ratio_to"]
+    assert (pair["row"], pair["rounds"]) == ("mixlora", 3)
+    assert pair["quartiles"][0] <= pair["median"] <= pair["quartiles"][1]
+    taken = [
+        {"round": n, "train_forward_s": s, "train_backward_s": s}
+        for n, s in enumerate((1.0, 1.1, 0.9, 5.0))
+    ]
+    assert _summary(taken, taken, tokens=1)["disturbed_rounds"] == 1
+
+
+def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed once for many passes, before the clock starts."""
+    from mixlora_exp.adapters import linear
+    from mixlora_exp.bench.measure import inference_step
+
+    config = BenchConfig(**SMALL, rows=["lora_peft"])
+    shape = model_config(config.model, None)
+    base = base_model(shape, torch.float32, "cpu", 0)
+    model = adapted(base, ROWS["dora"], 0.0, 0)
+    lengths: list[int] = []
+    model.base_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    at: list[int] = []
+    real = linear.dora_norms
+    monkeypatch.setattr(
+        linear, "dora_norms", lambda *values: (at.append(len(lengths)), real(*values))[1]
+    )
+    inference_step(model, torch.zeros(2, 8, dtype=torch.int64))
+    assert lengths == [1, 16]
+    assert set(at) == {1}, "all in the pass that is not timed"

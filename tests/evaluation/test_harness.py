@@ -27,6 +27,7 @@ from mixlora_exp.evaluation.harness import evaluate_tasks, score_lm_eval, task_s
 
 Make = Callable[..., Any]
 COUNT = 6
+MANY = 48
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_a_package_that_scores_otherwise_is_noticed(
     own = HFLM(pretrained=make_model("none"), tokenizer=tokenizer, backend="causal", batch_size=4)
     results = evaluate_tasks(own, tests)
     results["samples"]["openbookqa"][3]["acc"] = 1.0 - results["samples"]["openbookqa"][3]["acc"]
-    with pytest.raises(RuntimeError, match="does not fit its likelihoods"):
+    with pytest.raises(UserError, match="does not fit its likelihoods"):
         task_scores(results, tests)
 
 

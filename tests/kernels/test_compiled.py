@@ -16,6 +16,7 @@ from mixlora_exp.kernels.linear import lora_linear, lora_linear_reference
 BACKENDS = [
     pytest.param("eager", id="traced only"),
     pytest.param("aot_eager", id="traced with the backward pass"),
+    pytest.param("inductor", id="compiled", marks=pytest.mark.slow),
 ]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from mixlora_exp.adapters import load_adapter, save_adapter
+from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.models import load_model
 
 METHODS = ["lora", "dora", "mixlora", "mixdora"]
@@ -28,6 +30,9 @@ def test_trained_logits_are_the_reloaded_ones(method: str, train: Callable[..., 
     base = load_model(run.config.model, torch.float32, run.config.seed)
     base.set_attn_implementation("eager")
     loaded = load_adapter(base, run.folder / "adapter", run.config.kernel)
+    plain = [module for module in loaded.modules() if isinstance(module, LoraLayer)]
+    assert plain
+    assert {type(module) for module in plain} == {FusedLinear}, "fast layers again"
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, trained)
         # In training mode without dropout the norms are computed anew, and agree.

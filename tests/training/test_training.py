@@ -306,3 +306,19 @@ def test_summary(train: Train) -> None:
         < one_epoch + 4 * max(len(run.examples[i].input_ids) for i in order)
     )
     assert json.dumps(dataclasses.asdict(summary))
+
+
+def test_dora_norms_are_computed_once_per_optimizer_step(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer calls `train()` before each of the accumulated micro-batches."""
+    from mixlora_exp.adapters import linear
+
+    calls: list[int] = []
+    real = linear.dora_norms
+    monkeypatch.setattr(linear, "dora_norms", lambda *values: (calls.append(1), real(*values))[1])
+    sizes = ("trainer.batch_size=8", "trainer.micro_batch_size=2", "trainer.max_steps=3")
+    trained = train("method=dora", *sizes)
+    layers = 7 * trained.config.model.num_layers
+    assert trained.config.trainer.accumulation_steps == 4
+    assert len(calls) == 3 * layers

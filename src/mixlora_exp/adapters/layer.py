@@ -75,7 +75,9 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def train(self, mode: bool = True) -> MixLoraFeedForward:
-        self._norms.clear()
+        # A trainer calls `train()` before every micro-batch: that alone changes nothing.
+        if not (mode and self.training):
+            self._norms.clear()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MixLoraFeedForward:

@@ -33,7 +33,9 @@ class FusedLinear(stock.Linear):
         return self.__dict__["_norms"]
 
     def train(self, mode: bool = True) -> FusedLinear:
-        self.norms.clear()
+        # A trainer calls `train()` before every micro-batch: that alone changes nothing.
+        if not (mode and self.training):
+            self.norms.clear()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> FusedLinear:

@@ -41,7 +41,8 @@ class NormCache:
     """Values by key, computed again when a source was written to, moved, or an optimizer stepped.
 
     `weight.data` written by hand, outside of any optimizer, goes unnoticed: call `clear` then, or
-    `train()` or `eval()` on the model.
+    `eval()` on the model. Nothing is kept while a CUDA graph is recorded, whose replays would see
+    the norm of that moment for ever, and nothing is copied or stored with the model.
     """
 
     def __init__(self) -> None:
@@ -60,8 +61,13 @@ class NormCache:
         no optimizer holds the sources."""
         # Made in inference mode, a value could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
-                return compute()  # Such tensors have no version to tell a change by.
+            # Inference tensors have no version to tell a change by.
+            if (
+                torch.compiler.is_compiling()
+                or any(t.is_inference() for t in sources)
+                or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+            ):
+                return compute()
             state = (
                 scaling,
                 0 if frozen else STEPS.count,
@@ -77,6 +83,12 @@ class NormCache:
                 entry = _Entry(state, tuple(map(weakref.ref, sources)), compute())
                 self._entries[key] = entry
             return entry.value
+
+    def __getstate__(self) -> dict[str, dict]:
+        return {"_entries": {}}
+
+    def __setstate__(self, state: dict[str, dict]) -> None:
+        self._entries = state["_entries"]
 
     def clear(self, *, frozen: bool = False) -> None:
         """Forget what depends on adapters; keys with an empty second part stay unless `frozen`."""

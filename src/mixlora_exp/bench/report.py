@@ -62,7 +62,7 @@ def _megabytes(value: int | None) -> str:
 
 
 def _line(name: str, row: Mapping[str, Any], paper: Mapping[str, str] | None) -> list[str]:
-    if "error" in row and "rounds" not in row:
+    if "error" in row:
         return [name, row["error"], *["-"] * (len(HEADER) - 2)]
     ratio = "-"
     if row.get("train_ratio") is not None:

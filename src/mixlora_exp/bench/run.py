@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import sys
 import time
@@ -16,7 +17,7 @@ from torch import nn
 from mixlora_exp.bench.measure import feed_forward_saved_bytes, inference_step, training_step
 from mixlora_exp.bench.memory import measure_in_process
 from mixlora_exp.bench.model import adapted, base_model, model_config
-from mixlora_exp.bench.settings import BASELINE, BASELINES, ROWS, BenchConfig
+from mixlora_exp.bench.settings import BASELINE, BASELINES, PAIRS, ROWS, BenchConfig
 from mixlora_exp.errors import UserError
 
 __all__ = ["benchmark", "check"]
@@ -49,7 +50,8 @@ def _say(text: str) -> None:
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("not enough memory", "can't allocate memory"))
     )
 
 
@@ -104,6 +106,9 @@ def benchmark(
         if ROWS[row].kernel == "triton" and device == "cpu":
             rows[row] = {**asdict(ROWS[row]), "error": "not measured: needs a GPU"}
             continue
+        if deadline is not None and time.monotonic() > deadline:
+            rows[row] = {**asdict(ROWS[row]), "error": "not measured: no time left"}
+            continue
         # The first step of a row is its warm-up and shows whether it fits.
         try:
             model = adapted(base, ROWS[row], config.dropout, config.seed)
@@ -129,14 +134,26 @@ def benchmark(
             break
         # Another order each round, so that no row always follows the same one.
         names = list(models)
-        names = names[number % len(names) :] + names[: number % len(names)]
+        random.Random(config.seed + number).shuffle(names)
         for row in names:
-            if number % ROWS[row].every == 0:
+            if number % ROWS[row].every:
+                continue
+            try:
                 samples[row].append(_measure(config, models[row], row, ids, number))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                # The other rows go on; what this one has measured so far says nothing.
+                rows[row]["error"] = f"out of memory in round {number + 1}"
+                del models[row], samples[row]
+                gc.collect()
+                say(f"{row}: {rows[row]['error']}")
         say(f"round {number + 1}/{config.rounds}")
     for row, taken in samples.items():
         reference = samples.get(BASELINES.get(row, BASELINE), [])
         rows[row] |= _summary(taken, reference, config.batch * config.length)
+        if row in PAIRS and PAIRS[row] in samples:
+            rows[row]["train_ratio_to"] = _pair(taken, samples[PAIRS[row]], PAIRS[row])
     models.clear()
     if config.memory and device == "cpu":
         del base
@@ -182,5 +199,21 @@ def _summary(taken: list[dict], reference: list[dict], tokens: int) -> dict[str,
             low, middle, high = _quartiles(ratios)
             found[f"{name}_ratio"] = round(middle, 4)
             found[f"{name}_ratio_quartiles"] = [round(low, 4), round(high, 4)]
+    totals = [s["train_forward_s"] + s["train_backward_s"] for s in taken]
+    # Something else ran then: medians bear a few of them.
+    found["disturbed_rounds"] = sum(t > 2 * statistics.median(totals) for t in totals)
     found["samples"] = taken
     return found
+
+
+def _pair(taken: Sequence[dict], others: Sequence[dict], name: str) -> dict[str, Any]:
+    """Ratio of a row's training step to another row's within the same rounds."""
+
+    def total(sample: dict) -> float:
+        return sample["train_forward_s"] + sample["train_backward_s"]
+
+    by_round = {s["round"]: total(s) for s in others}
+    ratios = [total(s) / by_round[s["round"]] for s in taken if s["round"] in by_round]
+    low, middle, high = _quartiles(ratios)
+    quartiles = [round(low, 4), round(high, 4)]
+    return {"row": name, "median": round(middle, 4), "quartiles": quartiles, "rounds": len(ratios)}

@@ -38,17 +38,17 @@ ROWS: dict[str, Row] = {
     "dora_peft": Row(method="dora", every=4),
     "dora": Row(method="dora", kernel="exact"),
     "mixlora_peft": Row(method="mixlora", kernel="peft", every=4),
-    "mixlora_shared": Row(method="mixlora", kernel="shared", every=4),
+    "mixlora_shared": Row(method="mixlora", kernel="shared", every=2),
     "mixlora": Row(method="mixlora", kernel="exact"),
     "mixlora_head": Row(method="mixlora", kernel="exact", head="auto", every=2),
-    "mixlora_16_experts": Row(method="mixlora", kernel="exact", num_experts=16, every=2),
+    "mixlora_16_experts": Row(method="mixlora", kernel="exact", num_experts=16),
     "mixlora_4_of_8": Row(method="mixlora", kernel="exact", top_k=4, every=4),
     "mixlora_triton": Row(method="mixlora", kernel="triton"),
-    "mixdora_shared": Row(method="mixdora", kernel="shared", every=4),
+    "mixdora_shared": Row(method="mixdora", kernel="shared", every=2),
     "mixdora": Row(method="mixdora", kernel="exact"),
     "mixdora_triton": Row(method="mixdora", kernel="triton"),
-    "lora_peft_bf16": Row(method="lora", adapter_dtype="base", every=2),
-    "mixlora_bf16": Row(method="mixlora", kernel="exact", adapter_dtype="base", every=2),
+    "lora_peft_bf16": Row(method="lora", adapter_dtype="base"),
+    "mixlora_bf16": Row(method="mixlora", kernel="exact", adapter_dtype="base"),
     "mixlora_triton_bf16": Row(method="mixlora", kernel="triton", adapter_dtype="base", every=2),
     "floor": Row(method="floor", every=2),
     "base": Row(method="base", every=2),
@@ -61,6 +61,13 @@ project, `lora`, `dora`, `mixlora` and `mixdora`, run the exact kernel."""
 BASELINE = "lora_peft"
 BASELINES = {"mixlora_bf16": "lora_peft_bf16", "mixlora_triton_bf16": "lora_peft_bf16"}
 """Rows compared with another one than `BASELINE`."""
+PAIRS = {
+    "mixlora_16_experts": "mixlora",
+    "mixlora_4_of_8": "mixlora",
+    "mixlora_shared": "mixlora",
+    "mixdora_shared": "mixdora",
+}
+"""Rows whose ratio to a second row is recorded too."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -256,7 +256,7 @@ class DataConfig:
 
 @dataclass(slots=True, kw_only=True)
 class KernelConfig:
-    """Which implementation computes the MixLoRA block."""
+    """Which implementation computes LoRA and DoRA layers and the MixLoRA block."""
 
     name: Kernel = MISSING
 

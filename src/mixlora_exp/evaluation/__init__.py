@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import DataConfig, EvaluationConfig, Protocol
+from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig, Protocol
+from mixlora_exp.data.encoding import encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
-from mixlora_exp.evaluation.answer_text import check_answer_text, score_answer_text
+from mixlora_exp.evaluation.answer_text import score_answer_text
 from mixlora_exp.evaluation.forward import Scorer
-from mixlora_exp.evaluation.generate import check_generate, score_generate
+from mixlora_exp.evaluation.generate import score_generate
 from mixlora_exp.evaluation.harness_tasks import harness_rows
-from mixlora_exp.evaluation.label_logits import check_label_logits, score_label_logits
+from mixlora_exp.evaluation.label_logits import encode_labels, score_label_logits
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore
 
 __all__ = ["ItemScore", "Scorer", "TaskScore", "check_tests", "score_tests"]
@@ -29,15 +30,15 @@ def check_tests(
     Raises:
         UserError: the tokenizer or a row does not suit the protocol, or a package is missing.
     """
-    match protocol:
-        case Protocol.label_logits:
-            check_label_logits(tokenizer, tests, data)
-        case Protocol.answer_text:
-            check_answer_text(tokenizer, tests, data)
-        case Protocol.generate:
-            check_generate(tokenizer, tests, data)
-        case Protocol.lm_eval:
-            for task, test in tests.items():
+    for task, test in tests.items():
+        match protocol:
+            case Protocol.label_logits:
+                encode_labels(tokenizer, test.items, data)
+            case Protocol.answer_text:
+                encode_questions(tokenizer, test.items, AnswerForm.text, data)
+            case Protocol.generate:
+                encode_questions(tokenizer, test.items, AnswerForm.label, data)
+            case Protocol.lm_eval:
                 harness_rows(task, test)
 
 

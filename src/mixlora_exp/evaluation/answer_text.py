@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
 from mixlora_exp.data.encoding import encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
@@ -18,7 +16,7 @@ from mixlora_exp.evaluation.packing import Request
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["check_answer_text", "score_answer_text"]
+__all__ = ["score_answer_text"]
 
 
 def _item_score(item: Item, likelihoods: Sequence[float]) -> ItemScore:
@@ -31,16 +29,6 @@ def _item_score(item: Item, likelihoods: Sequence[float]) -> ItemScore:
         gold_log_likelihood=likelihoods[item.answer],
         prediction_normalized=normalized.index(max(normalized)),
     )
-
-
-def check_answer_text(
-    tokenizer: PreTrainedTokenizerBase, tests: Mapping[str, LoadedSplit], data: DataConfig
-) -> None:
-    """Raises:
-    UserError: an answer cannot be told apart from its prompt.
-    """
-    for test in tests.values():
-        encode_questions(tokenizer, test.items, AnswerForm.text, data)
 
 
 def score_answer_text(

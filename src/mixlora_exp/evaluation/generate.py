@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
 from mixlora_exp.data.collator import pad_left
@@ -20,7 +19,7 @@ from mixlora_exp.evaluation.forward import Scorer, batches
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["check_generate", "parse_answer", "score_generate"]
+__all__ = ["parse_answer", "score_generate"]
 
 PREAMBLE = re.compile(r"\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?answer\s*(?:is\b|:)\W*)?", re.I)
 
@@ -62,16 +61,6 @@ def _continue(scorer: Scorer, rows: Sequence[list[int]], new_tokens: int) -> lis
         )
     new = output[:, batch["input_ids"].shape[1] :]
     return scorer.tokenizer.batch_decode(new, skip_special_tokens=True)
-
-
-def check_generate(
-    tokenizer: PreTrainedTokenizerBase, tests: Mapping[str, LoadedSplit], data: DataConfig
-) -> None:
-    """Raises:
-    UserError: a label cannot be told apart from its prompt.
-    """
-    for test in tests.values():
-        encode_questions(tokenizer, test.items, AnswerForm.label, data)
 
 
 def score_generate(

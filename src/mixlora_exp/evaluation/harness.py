@@ -19,13 +19,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from mixlora_exp.data.loaded import LoadedSplit
+from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.forward import Scorer
 from mixlora_exp.evaluation.harness_tasks import HARNESS_TASKS, write_tasks
 from mixlora_exp.evaluation.packing import Request
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["SharedPrefixLM", "evaluate_tasks", "score_lm_eval"]
+__all__ = ["SharedPrefixLM", "evaluate_files", "evaluate_tasks", "score_lm_eval", "task_scores"]
 
 OURS = {spec.name: task for task, spec in HARNESS_TASKS.items()}
 
@@ -85,11 +86,16 @@ def _quiet() -> Iterator[None]:
 
 def evaluate_tasks(model: HFLM, tests: Mapping[str, LoadedSplit]) -> dict[str, Any]:
     """lm-eval's results of `model` on the items of `tests`, with a sample for each of them."""
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        names = write_tasks(Path(folder), tests)
+    with tempfile.TemporaryDirectory() as folder:
+        return evaluate_files(model, write_tasks(Path(folder), tests), folder)
+
+
+def evaluate_files(model: HFLM, names: Sequence[str], folder: str) -> dict[str, Any]:
+    """lm-eval's results, zero-shot, of the tasks `names` whose files are in `folder`."""
+    with _quiet():
         return simple_evaluate(
             model=model,
-            tasks=names,
+            tasks=list(names),
             num_fewshot=0,
             task_manager=TaskManager(include_path=folder, include_defaults=False),
             bootstrap_iters=0,
@@ -111,9 +117,9 @@ def _item_score(task: str, item: Item, sample: Mapping[str, Any]) -> ItemScore:
     best_normalized = order[normalized.index(max(normalized))] if "acc_norm" in sample else None
     for metric, chosen in (("acc", best), ("acc_norm", best_normalized)):
         if chosen is not None and bool(sample[metric]) != (chosen == item.answer):
-            raise RuntimeError(
-                f"lm-eval's {metric} of item {item.id} of {task} does not fit its likelihoods: "
-                "its task or metric is not the one that this version knows"
+            raise UserError(
+                f"evaluation.protocols=lm_eval: the package's {metric} of item {item.id} of {task} "
+                "does not fit its likelihoods: install the version of requirements/constraints.txt"
             )
     scores = [0.0] * len(likelihoods)
     for choice, value in zip(order, likelihoods, strict=True):

@@ -21,7 +21,7 @@ from mixlora_exp.evaluation.forward import Scorer, batches
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["check_label_logits", "encode_labels", "score_label_logits"]
+__all__ = ["encode_labels", "score_label_logits"]
 
 
 def _label_ids(item: Item, encoded: Encoded) -> list[int]:
@@ -83,16 +83,6 @@ def _check_batching(
         "items_rerouted": rerouted,
         "max_logit_difference": max(differences, default=None),
     }
-
-
-def check_label_logits(
-    tokenizer: PreTrainedTokenizerBase, tests: Mapping[str, LoadedSplit], data: DataConfig
-) -> None:
-    """Raises:
-    UserError: a label is not one token.
-    """
-    for test in tests.values():
-        encode_labels(tokenizer, test.items, data)
 
 
 def score_label_logits(

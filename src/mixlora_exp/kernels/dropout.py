@@ -87,7 +87,7 @@ def draw_mask(shape: tuple[int, int], p: float, device: torch.device) -> DropMas
 
 
 def _draw_dropped(count: int, p: float) -> Tensor:
-    """Flat numbers, int32, of the dropped ones of `count` elements.
+    """Flat numbers of the dropped ones of `count` elements, int32 where that holds them.
 
     The number of elements between two dropped ones is geometric: floor(log(u) / log(1 - p)).
     """
@@ -102,4 +102,5 @@ def _draw_dropped(count: int, p: float) -> Tensor:
         chunks.append(numbers)
         reached = int(numbers[-1])
     numbers = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-    return numbers[: int(torch.searchsorted(numbers, count))].to(torch.int32)
+    kind = torch.int32 if count < 2**31 else torch.int64
+    return numbers[: int(torch.searchsorted(numbers, count))].to(kind)

@@ -83,7 +83,9 @@ def sort_rows(experts: Tensor, weights: Tensor, num_experts: int, dtype: torch.d
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     counts = flat.bincount(minlength=num_experts)
-    step = 1 if dtype in (torch.float32, torch.float64) else ROUND_ROWS
+    # A few rows (generation, token by token) have few shapes anyway, and would be mostly filling.
+    few = dtype in (torch.float32, torch.float64) or len(flat) <= ROUND_ROWS
+    step = 1 if few else ROUND_ROWS
     rounded = (counts + step - 1) // step * step
     last = (counts.cumsum(0) - 1).clamp(min=0)
     pairs = order[last].repeat_interleave(rounded)

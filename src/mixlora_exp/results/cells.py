@@ -6,6 +6,7 @@ with their conditions over it, so that no cell ever mixes the two.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,23 +16,33 @@ from typing import Any
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.runs import LeftOut, Run
 
-__all__ = ["Blocks", "Standards", "block_title", "deviations", "group_runs", "require_together"]
+__all__ = [
+    "Blocks",
+    "Key",
+    "Standards",
+    "block_title",
+    "deviations",
+    "group_runs",
+    "require_together",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Standards:
-    """The composed defaults that runs are compared with: each method (Table 3), and everything
-    else of a run."""
+    """The composed defaults that runs are compared with: each method (Table 3), each model, and
+    everything else of a run."""
 
     methods: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Any]]
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
 
-    def conditions(self) -> dict[str, Any]:
+    def conditions(self, model: str) -> dict[str, Any]:
         """Those of a full run of the paper's, the data's source apart."""
-        trainer = {f"trainer.{name}": value for name, value in self.trainer.items()}
-        data = {f"data.{name}": value for name, value in self.data.items()}
-        return {**data, **trainer, "evaluation.limit": None}
+        parts = {"data": self.data, "trainer": self.trainer, "model": self.models.get(model, {})}
+        found = {f"{p}.{name}": v for p, values in parts.items() for name, v in values.items()}
+        seeds = {"data.seed": 0, "train.data.seed": 0}
+        return {**found, **seeds, "evaluation.limit": None, "evaluation.max_new_tokens": 16}
 
 
 def deviations(run: Run, standards: Standards) -> dict[str, Any]:
@@ -40,11 +51,15 @@ def deviations(run: Run, standards: Standards) -> dict[str, Any]:
     return {k: v for k, v in run.trained["method"].items() if standard.get(k, v) != v}
 
 
+Key = tuple[str, str, str]
+"""(model, protocol, conditions as canonical JSON)"""
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Runs by (model, protocol, conditions), the conditions as canonical JSON."""
+    """Runs that may stand together; each run's scores are those that have a place there."""
 
-    runs: Mapping[tuple[str, str, str], Sequence[Run]]
+    runs: Mapping[Key, Sequence[Run]]
     left_out: Sequence[LeftOut]
 
 
@@ -54,91 +69,119 @@ def _key(conditions: Mapping[str, Any]) -> str:
 
 def group_runs(runs: Iterable[Run]) -> Blocks:
     """Blocks of runs that may stand together. A base model that was only scored stands in every
-    block of the same scoring. Two runs of one cell and seed are one too many: the later name is
-    left out, and both are if they read different data under the same conditions."""
-    blocks: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
+    block of the same scoring.
+
+    Of two results for one cell and seed the one of the training run counts, or the first by name.
+    Results that read other data under the same conditions are all left out.
+    """
+    blocks: dict[Key, list[Run]] = defaultdict(list)
     bases: list[tuple[Run, str]] = []
-    left_out: list[LeftOut] = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run.rescored, run.name)):
         for protocol in dict.fromkeys(protocol for _, protocol in run.scores):
             if run.method == "none":
                 bases.append((run, protocol))
             else:
-                blocks[run.model, protocol, _key(run.conditions())].append(run)
+                blocks[run.model, protocol, _key(run.conditions(protocol))].append(run)
     for base, protocol in bases:
-        own = base.conditions()
+        own = base.conditions(protocol)
         fitting = [
             key
             for key in blocks
-            if key[:2] == (base.model, protocol)
-            and all(json.loads(key[2]).get(name) == value for name, value in own.items())
+            if key[:2] == (base.model, protocol) and _fits(own, json.loads(key[2]))
         ]
         for key in fitting or [(base.model, protocol, _key(own))]:
             blocks[key].append(base)
-    for (_, protocol, _), members in blocks.items():
-        left_out += _conflicts(members, protocol)
-    dropped = {entry.name for entry in left_out}
-    kept = {
-        key: [run for run in members if run.name not in dropped] for key, members in blocks.items()
-    }
+    kept: dict[Key, list[Run]] = {}
+    left_out: list[LeftOut] = []
+    for key, members in blocks.items():
+        dropped = _conflicts(members, key[1])
+        left_out += dropped.values()
+        pruned = [_without(run, key[1], dropped) for run in members]
+        kept[key] = [run for run in pruned if run.scores]
     return Blocks({key: members for key, members in kept.items() if members}, left_out)
 
 
-def _conflicts(members: Sequence[Run], protocol: str) -> list[LeftOut]:
-    found = []
-    by_task: dict[str, dict[tuple[str, ...], list[Run]]] = defaultdict(lambda: defaultdict(list))
+def _fits(base: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
+    """Whether a base model was scored as the runs of a block were."""
+    rows = {name for name in conditions if name.startswith("rows.") and name.endswith("/test")}
+    return rows <= base.keys() and all(conditions.get(n) == value for n, value in base.items())
+
+
+def _without(run: Run, protocol: str, dropped: Mapping[tuple[str, str], LeftOut]) -> Run:
+    scores = {
+        (task, own): score
+        for (task, own), score in run.scores.items()
+        if own == protocol and (run.name, task) not in dropped
+    }
+    return dataclasses.replace(run, scores=scores)
+
+
+def _conflicts(members: Sequence[Run], protocol: str) -> dict[tuple[str, str], LeftOut]:
+    """(run, task) -> why that score has no place."""
+    cells: dict[str, list[tuple[Run, str]]] = defaultdict(list)
     for run in members:
         for task, own in run.scores:
             if own == protocol:
-                by_task[task][run.test_hashes(task)].append(run)
-    for task, hashes in by_task.items():
-        if len(hashes) > 1:
-            names = [run.name for group in hashes.values() for run in group]
-            reason = f"other test data of {task} than {', '.join(names)} under the same conditions"
-            found += [LeftOut(name, reason) for name in names]
-    seen: dict[str, Run] = {}
-    for run in members:
-        for task, own in run.scores:
-            if own != protocol:
-                continue
-            parts = (run.trained["method"], run.mix, run.seed, task)
-            key = json.dumps(parts, sort_keys=True)
-            other = seen.setdefault(key, run)
+                parts = (run.trained["method"], sorted(run.mix), task)
+                cells[json.dumps(parts, sort_keys=True)].append((run, task))
+    found: dict[tuple[str, str], LeftOut] = {}
+    for entries in cells.values():
+        if len({run.hashes(task) for run, task in entries}) > 1:
+            names = ", ".join(run.name for run, _ in entries)
+            for run, task in entries:
+                reason = f"{task}, {protocol}: {names} read different data for one cell"
+                found[run.name, task] = LeftOut(run.name, reason)
+            continue
+        seen: dict[int, Run] = {}
+        for run, task in entries:
+            # The base model has no seed: scored again, it is the same result again.
+            other = seen.setdefault(0 if run.method == "none" else run.seed, run)
             if other is not run:
-                reason = f"{other.name} has the same cell and seed ({task}, {protocol})"
-                found.append(LeftOut(run.name, reason))
-                break
+                reason = f"{task}, {protocol}: {other.name} has the same cell and seed"
+                found[run.name, task] = LeftOut(run.name, reason)
     return found
 
 
 def require_together(runs: Sequence[Run]) -> None:
-    """Refuse runs that must not share a cell.
+    """Refuse runs that must not share a cell; a base model only has to be scored like the others.
 
     Raises:
         UserError: it names the two and the condition in which they differ.
     """
-    first, *others = runs
-    for other in others:
-        mine, theirs = first.conditions(), other.conditions()
-        mine["evaluation.protocols"] = sorted({p for _, p in first.scores})
-        theirs["evaluation.protocols"] = sorted({p for _, p in other.scores})
-        # A seed for the choice of rows is there only with a limit, which is the difference then.
-        names = sorted(mine.keys() | theirs.keys(), key=lambda name: (name == "data.seed", name))
-        for name in names:
-            if mine.get(name) != theirs.get(name):
+    if not runs:
+        return
+    first = next((run for run in runs if run.method != "none"), runs[0])
+    for other in runs:
+        pairs = [_described(run) for run in (first, other)]
+        for name in sorted(pairs[0].keys() | pairs[1].keys(), key=_importance):
+            if other.method == "none" and name not in pairs[1]:
+                continue
+            mine, theirs = (pair.get(name) for pair in pairs)
+            if mine != theirs:
                 raise UserError(
                     f"{first.name} and {other.name} cannot share a cell: "
-                    f"{name} is {mine.get(name)} in one and {theirs.get(name)} in the other"
+                    f"{name} is {_word(mine)} in one and {_word(theirs)} in the other"
                 )
 
 
-def block_title(key: tuple[str, str, str], standards: Standards) -> tuple[str, bool]:
+def _described(run: Run) -> dict[str, Any]:
+    protocols = sorted({protocol for _, protocol in run.scores})
+    conditions = {n: v for p in protocols for n, v in run.conditions(p).items()}
+    return {**conditions, "evaluation.protocols": protocols, "model.name": run.model}
+
+
+def _importance(name: str) -> tuple[bool, str]:
+    # A seed for the choice of rows is there only with a limit, which is the difference then.
+    return (name.endswith("data.seed"), name)
+
+
+def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
     """The conditions of a block in words, and whether they are those of a full run."""
     model, protocol, text = key
     conditions = json.loads(text)
     source = conditions.pop("data.name")
-    standard = standards.conditions()
-    odd = {k: v for k, v in conditions.items() if k != "data.seed" and standard.get(k) != v}
+    standard = standards.conditions(model)
+    odd = {k: v for k, v in conditions.items() if standard.get(k) != v}
     words = [f"model={model}", f"data={source}", f"protocol {protocol}"]
     words += [f"{name}={_word(value)}" for name, value in sorted(odd.items())]
     return ", ".join(words), not odd and source != "embedded"

@@ -5,6 +5,7 @@ A record that cannot be trusted or placed is left out by name, never averaged in
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,17 +14,22 @@ from typing import Any
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.record import read_record
+from mixlora_exp.tasks import TASKS
 
 __all__ = ["RECORD", "LeftOut", "Run", "check_run", "load_runs", "read_predictions"]
 
 RECORD = "record.json"
-# What was scored, and what it was trained with; fields that change no result beyond rounding
-# (micro-batches, precision, how loss and products are computed) are no condition.
+# What was scored and what it was trained with. Precision and how loss and products are computed
+# change nothing beyond rounding and are no condition. Micro-batches are one: the router loss is
+# taken over each.
+MODEL_FIELDS = (
+    "source", "hub_id", "revision", "package", "package_file", "path", "weights", "layers",
+)  # fmt: skip
 DATA_FIELDS = ("name", "cutoff_length", "boolq_passage")
 TRAINING_DATA_FIELDS = ("train_limit", "forms")
 TRAINER_FIELDS = (
-    "learning_rate", "batch_size", "epochs", "max_steps", "weight_decay", "schedule",
-    "warmup_steps", "max_grad_norm", "loss_on",
+    "learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "weight_decay",
+    "schedule", "warmup_steps", "max_grad_norm", "loss_on",
 )  # fmt: skip
 
 
@@ -65,34 +71,64 @@ class Run:
         """The tasks that were trained on; none for the base model."""
         return () if self.method == "none" else tuple(self.trained["task"]["train"])
 
-    def conditions(self) -> dict[str, Any]:
-        """What must be equal for two results to stand in one cell, besides model, method, tasks,
-        protocol and seed."""
-        data, own = self.scored["data"], self.trained["data"]
-        found = {f"data.{name}": data[name] for name in DATA_FIELDS}
-        found["evaluation.limit"] = self.scored["evaluation"]["limit"]
-        if data["name"] == "embedded" or found["evaluation.limit"] is not None:
+    @property
+    def rescored(self) -> bool:
+        """Whether an adapter of another run was scored."""
+        return self.record["adapter"] is not None
+
+    def _source(self) -> Mapping[str, Any]:
+        """The record of the training, or what the record of a scoring keeps of it."""
+        return self.record["adapter"]["trained_by"] if self.rescored else self.record
+
+    def conditions(self, protocol: str) -> dict[str, Any]:
+        """What must be equal for two results under `protocol` to stand in one cell, besides model,
+        method, tasks and seed. Names are those of the configuration; `train.*` where training read
+        other data than scoring, `rows.*` where files are not the published splits."""
+        found = {f"model.{name}": self.trained["model"].get(name) for name in MODEL_FIELDS}
+        data, limit = self.scored["data"], self.scored["evaluation"]["limit"]
+        found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
+        found["evaluation.limit"] = limit
+        if limit is not None or data["name"] == "embedded":
             found["data.seed"] = data.get("seed", 0)
+        if protocol == "generate":
+            found["evaluation.max_new_tokens"] = self.scored["evaluation"].get("max_new_tokens")
+        found |= self._partial("test", self.record, data["name"])
         if self.method != "none":
-            found |= {f"data.{name}": own[name] for name in TRAINING_DATA_FIELDS}
-            if own["train_limit"] is not None:
-                found["data.seed"] = own.get("seed", 0)
-            found |= {f"trainer.{name}": self.trained["trainer"][name] for name in TRAINER_FIELDS}
-            if self.trained["method"].get("dora") and self.record["kernel"] == "peft":
-                # PEFT's DoRA drops the frozen product's input too: another method in training.
-                found["kernel"] = "peft"
+            found |= self._training_conditions()
         return found
 
-    def test_hashes(self, task: str) -> tuple[str, ...]:
-        """Hashes of the files that the task's items came from."""
-        return tuple(file["sha256"] for file in self.record["data"][f"{task}/test"])
+    def _training_conditions(self) -> dict[str, Any]:
+        own, data = self.trained["data"], self.scored["data"]
+        found = {f"data.{name}": own[name] for name in TRAINING_DATA_FIELDS}
+        for name in DATA_FIELDS:
+            if own[name] != data[name]:
+                found[f"train.data.{name}"] = own[name]
+        if own["train_limit"] is not None or own["name"] == "embedded":
+            found["train.data.seed"] = own.get("seed", 0)
+        found |= {f"trainer.{name}": self.trained["trainer"][name] for name in TRAINER_FIELDS}
+        found |= self._partial("train", self._source(), own["name"])
+        if self.trained["method"].get("dora") and self._source().get("kernel") == "peft":
+            # PEFT's DoRA drops the frozen product's input too: another method in training.
+            found["kernel"] = "peft"
+        return found
 
-    def train_rows(self, task: str) -> int | None:
-        """Rows of the task's training split, None where none was read."""
-        own = self.record["adapter"] or {}
-        data = (own.get("trained_by") or self.record)["data"]
-        files = data.get(f"{task}/train")
-        return None if files is None else sum(file["rows"] for file in files)
+    def _partial(self, split: str, record: Mapping[str, Any], source: str) -> dict[str, str]:
+        """Splits whose files do not have the published number of rows."""
+        found = {}
+        for name, files in record["data"].items():
+            task, _, part = name.partition("/")
+            rows = sum(file["rows"] for file in files)
+            if part == split and source != "embedded" and task in TASKS:
+                published = TASKS[task].sizes[split]
+                if rows != published:
+                    found[f"rows.{name}"] = f"{rows:,} of {published:,}"
+        return found
+
+    def hashes(self, task: str) -> tuple[tuple[str, ...], ...]:
+        """Hashes of the files that the task's items and the training rows came from."""
+        splits = [self.record["data"][f"{task}/test"]]
+        splits += [self._source()["data"][f"{name}/train"] for name in sorted(self.mix)]
+        return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
 
 def _placed(path: Path) -> Run:
@@ -157,8 +193,8 @@ def read_predictions(run: Run, task: str, protocol: str) -> dict[str, bool]:
     if name is None or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{run.name}: it names no predictions of {task} under {protocol}")
     try:
-        with (run.folder / name).open(encoding="utf-8") as stream:
-            rows = [json.loads(line) for line in stream]
+        content = (run.folder / name).read_bytes()
+        rows = [json.loads(line) for line in content.splitlines()]
         right = {}
         for row in rows:
             # Some data sets repeat an id.
@@ -168,4 +204,7 @@ def read_predictions(run: Run, task: str, protocol: str) -> dict[str, bool]:
         raise UserError(f"{run.name}: {name} cannot be read ({error})") from error
     if len(rows) != score["n"] or abs(sum(right.values()) / score["n"] - score["accuracy"]) > 1e-9:
         raise UserError(f"{run.name}: {name} does not give the accuracy of its record")
+    expected = run.record.get("predictions_sha256", {}).get(f"{task}/{protocol}")
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(f"{run.name}: {name} was changed after it was written")
     return right

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from mixlora_exp.results.cells import Blocks, Standards, block_title
+from mixlora_exp.results.cells import Blocks, Standards, block_title, deviations
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES, read_paper
 from mixlora_exp.results.runs import Run
 from mixlora_exp.results.tables.parts import Cell, Table
@@ -38,20 +38,24 @@ class Sweep:
 
 def sweeps(table: Table, prefix: str) -> list[Sweep]:
     """Lines of Table 8 or 9 that vary a setting (`prefix`: "r=" or "coef="), by block."""
-    found: dict[tuple[str, str, str, str], list[tuple[str, Cell]]] = {}
+    found: dict[tuple[str, ...], list[tuple[str, Cell]]] = {}
     for block in table.blocks:
         for row in block.rows:
             method, _, value = row.label[0].partition(" ")
             if row.label[2] not in ("paper", "ours") or not value.startswith(prefix):
                 continue
             if row.cells[-1].value is not None:
-                key = (block.heading, method, row.label[1], row.label[2])
-                found.setdefault(key, []).append((value.removeprefix(prefix), row.cells[-1]))
-    return [
-        Sweep(heading, f"{method}, {setup}, {source}", values, cells, source == "paper")
-        for (heading, method, setup, source), points in found.items()
-        for values, cells in [tuple(map(tuple, zip(*points, strict=True)))]
-    ]
+                value, _, also = value.removeprefix(prefix).partition(" ")
+                # Ranks whose alpha grows with them are a line of their own.
+                also = " (alpha = 2 r)" if also else ""
+                key = (block.heading, method + ",", row.label[1], row.label[2] + also)
+                found.setdefault(key, []).append((value, row.cells[-1]))
+    made = []
+    for (heading, method, setup, source), points in found.items():
+        values, cells = zip(*sorted(points, key=lambda p: float(p[0])), strict=True)
+        label = f"{method} {setup}, {source}"
+        made.append(Sweep(heading, label, values, cells, source == "paper"))
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ def latency_points(
         points.append(
             Point("LLaMA-2 7B: the paper", title, float(line["infer_forward_us"]), float(average))
         )
-    measured: dict[str, dict[str, float]] = {}
+    measured: dict[str, tuple[str, dict[str, float]]] = {}
     for record in benchmarks:
         rows = record["rows"]
         times = {
@@ -89,27 +93,37 @@ def latency_points(
                 ("lora", ("lora", "lora_peft")), ("dora", ("dora",)),
                 ("mixlora", ("mixlora",)), ("mixdora", ("mixdora",)),
             )
-            for name in names[:1] if name in rows and "error" not in rows[name]
+            for name in [n for n in names if n in rows and "error" not in rows[n]][:1]
         }  # fmt: skip
-        if record["config"]["layers"] is None and record["config"]["dropout"]:
-            measured.setdefault(record["config"]["model"], times)
+        config, hardware = record["config"], record["provenance"]["hardware"]
+        if config["layers"] is None and config["dropout"] and len(times) > 1:
+            machine = ", ".join(hardware["gpus"]) or hardware["cpu"]
+            where = f"latency: {config['dtype']}, {config['batch']} x {config['length']}, {machine}"
+            # A GPU's before a CPU's, and bf16 before float32 (the order of their names).
+            if config["model"] not in measured or hardware["gpus"]:
+                measured[config["model"]] = (where, times)
     for block in tables[2].blocks:
         model = next((m for m, t in MODEL_TITLES.items() if block.heading.startswith(t)), None)
         if not block.run or model not in measured:
             continue
         for row in block.rows:
-            cell, time = row.cells[-1], measured[model].get(row.label[0])
+            where, times = measured[model]
+            cell, time = row.cells[-1], times.get(row.label[0])
             if row.label[1:] == ("MT", "ours") and cell.value is not None and time is not None:
-                points.append(
-                    Point(block.heading, row.label[0], time, cell.value, cell.low, cell.high)
-                )
+                panel = f"{block.heading}; {where}"
+                points.append(Point(panel, row.label[0], time, cell.value, cell.low, cell.high))
     return points
+
+
+MIXED = 5
+"""Tasks of the paper's mixture."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """Share of the (token, slot) pairs that each expert got: per task the mean over layers, and per
-    layer the mean over tasks. `spread`: per task, the standard deviation across experts."""
+    layer the mean over tasks. `spread`: per task, the standard deviation across experts of those
+    means (the spread within single layers is larger)."""
 
     title: str
     run: str
@@ -143,16 +157,18 @@ def _load(run: Run, protocol: str, title: str) -> Load | None:
 
 
 def loads(blocks: Blocks, standards: Standards) -> list[Load]:
-    """Figure 5: one run (the lowest seed) of each method with experts that was trained on several
-    tasks, per block."""
+    """Figure 5: one run (the lowest seed) of each method with experts, of Table 3's setting and
+    trained on the paper's five tasks or more, per block."""
     found = []
     for key, runs in blocks.runs.items():
         first: dict[str, Run] = {}
         for run in sorted(runs, key=lambda run: (run.seed, run.name)):
-            if len(run.mix) > 1 and run.method in ("mixlora", "mixdora"):
+            experts = run.method in ("mixlora", "mixdora")
+            if experts and len(run.mix) >= MIXED and not deviations(run, standards):
                 first.setdefault(run.method, run)
         for run in first.values():
-            load = _load(run, key[1], block_title(key, standards)[0])
+            mix = "+".join(run.mix)
+            load = _load(run, key[1], f"trained on {mix}; {block_title(key, standards)[0]}")
             if load is not None:
                 found.append(load)
     return found

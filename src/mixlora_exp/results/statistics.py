@@ -18,9 +18,9 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over seeds with its interval. `by` says what the interval is about: `seeds` (what
-    another seed would give: Student's t over the seeds' values) or, with one seed, `items` (what
-    other questions of the kind would give)."""
+    """A mean over seeds with its interval: what other questions of the kind would give (over
+    `items`) or what other seeds would give (over `seeds`, Student's t), whichever is wider; `by`
+    says which it is. One seed says nothing about others."""
 
     value: float
     low: float
@@ -30,34 +30,45 @@ class Estimate:
     by: str
 
 
+def _wider(value: float, items: tuple[float, float], seeds: Sequence[float], n: int) -> Estimate:
+    low, high = items
+    if len(seeds) > 1:
+        half = _half_width(seeds)
+        if 2 * half > high - low:
+            return Estimate(value, value - half, value + half, len(seeds), n, "seeds")
+    return Estimate(value, low, high, len(seeds), n, "items")
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Half of Student's interval of the mean."""
+    n = len(values)
+    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+
+
 def estimate(accuracies: Sequence[float], items: int) -> Estimate:
-    """Mean accuracy of one cell. One seed: Wilson's interval of a proportion over `items`."""
-    n = len(accuracies)
-    if n > 1:
-        middle = mean(accuracies)
-        half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * stdev(accuracies) / math.sqrt(n)
-        return Estimate(middle, middle - half, middle + half, n, items, "seeds")
-    right = round(accuracies[0] * items)
-    interval = stats.binomtest(right, items).proportion_ci(LEVEL, method="wilson")
-    return Estimate(accuracies[0], interval.low, interval.high, 1, items, "items")
+    """Mean accuracy of one cell, one value per seed, each over the same `items` (Wilson's interval
+    of a proportion)."""
+    middle = mean(accuracies)
+    interval = stats.binomtest(round(middle * items), items).proportion_ci(LEVEL, method="wilson")
+    return _wider(middle, (interval.low, interval.high), accuracies, items)
 
 
 def estimate_average(cells: Sequence[Sequence[float]], items: Sequence[int]) -> Estimate:
     """The unweighted average over tasks. `cells`: per task, the accuracy of each seed, the same
-    seeds in the same order. One seed: normal interval, tasks taken as independent."""
+    seeds in the same order. Over items: normal interval, tasks taken as independent."""
     per_seed = [mean(values) for values in zip(*cells, strict=True)]
-    if len(per_seed) > 1:
-        return estimate(per_seed, sum(items))
-    variance = sum(p * (1 - p) / n for (p,), n in zip(cells, items, strict=True)) / len(cells) ** 2
-    half = stats.norm.ppf((1 + LEVEL) / 2) * math.sqrt(variance)
-    return Estimate(per_seed[0], per_seed[0] - half, per_seed[0] + half, 1, sum(items), "items")
+    means = [mean(values) for values in cells]
+    variance = sum(p * (1 - p) / n for p, n in zip(means, items, strict=True)) / len(cells) ** 2
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt(variance)
+    middle = mean(per_seed)
+    return _wider(middle, (middle - half, middle + half), per_seed, sum(items))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Difference of two methods on the same items, averaged over the seeds that both have.
-    `low`, `high`: paired bootstrap over items (and seeds, where there are several); `p`: exact
-    McNemar test, one seed only."""
+    `low`, `high`: paired bootstrap over items, widened to Student's interval over the seeds'
+    differences where there are several; `p`: exact McNemar test, one seed only."""
 
     difference: float
     low: float
@@ -97,13 +108,18 @@ def compare(
                 raise ValueError("the methods were scored on different items")
     a, b = (np.array([[float(s[k][i]) for i in items] for k in seeds]) for s in (first, second))
     difference = a - b
+    by_item = difference.mean(axis=0)
     generator = np.random.default_rng(0)
-    drawn = []
-    for _ in range(RESAMPLES):
-        chosen = difference[generator.integers(len(seeds), size=len(seeds))]
-        drawn.append(chosen.mean(axis=0)[generator.integers(len(items), size=len(items))].mean())
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    drawn = [
+        by_item[generator.integers(len(items), size=len(items))].mean() for _ in range(RESAMPLES)
+    ]
+    low, high = map(float, np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    middle = float(difference.mean())
+    if len(seeds) > 1:
+        # Other seeds may differ more than other items: both must leave out zero.
+        half = _half_width(difference.mean(axis=1).tolist())
+        low, high = min(low, middle - half), max(high, middle + half)
     p = None
     if len(seeds) == 1:
         p = mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
-    return Comparison(float(difference.mean()), float(low), float(high), len(seeds), len(items), p)
+    return Comparison(middle, low, high, len(seeds), len(items), p)

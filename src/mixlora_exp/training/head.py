@@ -71,7 +71,9 @@ def loss_from_hidden(model: PreTrainedModel, head: Head) -> Iterator[None]:
     def loss_function(
         logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, **kwargs
     ) -> Tensor:
-        labels = kwargs.get("shift_labels") if labels is None else _next_token_labels(labels)
+        # As transformers does: labels that are shifted already go before.
+        shifted = kwargs.get("shift_labels")
+        labels = _next_token_labels(labels) if shifted is None else shifted
         hidden, labels = logits.flatten(0, -2), labels.flatten().to(logits.device)
         dtype = projection.weight.dtype
         with torch.autocast(logits.device.type, enabled=False):

@@ -7,8 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from mixlora_exp.results.cells import Blocks, Standards, block_title
-from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES, TASK_TITLES, PaperTable
+from mixlora_exp.results.cells import Blocks, Key, Standards, block_title
+from mixlora_exp.results.paper import (
+    METHOD_TITLES,
+    METHODS,
+    MODEL_TITLES,
+    TASK_TITLES,
+    Contradiction,
+    PaperTable,
+    line_id,
+)
 from mixlora_exp.results.runs import Run, read_predictions
 from mixlora_exp.results.statistics import compare, estimate, estimate_average
 from mixlora_exp.results.tables.parts import (
@@ -26,6 +34,12 @@ from mixlora_exp.results.tables.parts import (
 __all__ = ["Spec", "accuracy_table"]
 
 STUB = ("method", "setup", "row")
+FURTHER = {
+    "ours, normalised": "accuracy_normalized",
+    "log-likelihood of the gold answer": "gold_log_likelihood",
+    "unparsed answers": "unparsed",
+}
+"""Further lines, and the fields of a score that they show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +112,12 @@ def _cell(runs: Sequence[Run], task: str, protocol: str, field: str) -> Cell:
     if not runs:
         return dash
     scores = [run.scores[task, protocol] for run in runs]
-    if any(score[field] is None for score in scores):
+    if any(score.get(field) is None for score in scores):
         return dash
     if field in ("accuracy", "accuracy_normalized"):
         return ours(estimate([s[field] for s in scores], scores[0]["n"]), _names(runs))
     value = mean(score[field] for score in scores)
-    scale = 1 if field == "gold_log_likelihood" else 100
-    return number(scale * value, 2 if scale == 1 else 1, _names(runs))
+    return number(value, 0 if field == "unparsed" else 2, _names(runs))
 
 
 def _average(
@@ -116,15 +129,14 @@ def _average(
     by_task = {t: {run.seed: run.scores[t, protocol] for run in members[t]} for t in tasks}
     seeds = sorted(set.intersection(*(set(scores) for scores in by_task.values())))
     scores = [[by_task[task][seed] for seed in seeds] for task in tasks]
-    if not seeds or any(score[field] is None for row in scores for score in row):
+    if not seeds or any(score.get(field) is None for row in scores for score in row):
         return dash
-    names = _names(run for task in tasks for run in members[task])
+    names = _names(run for task in tasks for run in members[task] if run.seed in seeds)
     if field in ("accuracy", "accuracy_normalized"):
         values = [[score[field] for score in row] for row in scores]
         return ours(estimate_average(values, [row[0]["n"] for row in scores]), names)
-    scale = 1 if field == "gold_log_likelihood" else 100
     value = mean(mean(score[field] for score in row) for row in scores)
-    return number(scale * value, 2 if scale == 1 else 1, names)
+    return number(value, 0 if field == "unparsed" else 2, names)
 
 
 def _line(
@@ -160,17 +172,11 @@ def _versus(
     """Paired comparison with LoRA on the same items."""
     cells: list[Cell] = [dash]
     for task in spec.tasks:
-        sides = []
-        for side in (members, baseline):
-            sides.append(
-                {run.seed: read_predictions(run, task, protocol) for run in side.get(task, [])}
-            )
-        found = compare(*sides)
-        if found is None:
-            cells.append(dash)
-            continue
-        names = _names([*members[task], *baseline[task]])
-        cells.append(versus(found, names))
+        runs = [side.get(task, []) for side in (members, baseline)]
+        found = compare(
+            *({run.seed: read_predictions(run, task, protocol) for run in side} for side in runs)
+        )
+        cells.append(dash if found is None else versus(found, _names([*runs[0], *runs[1]])))
     if all(cell.value is None for cell in cells):
         return None
     cells.append(dash)  # Tasks have different numbers of items: no paired average.
@@ -196,8 +202,12 @@ def _block(
     protocol: str,
     members: Mapping[Variant, Mapping[str, list[Run]]],
     beside_paper: bool,
+    known: Sequence[Contradiction],
 ) -> Block:
     rows: list[Row] = []
+    # A setup that was run for one method is shown for all, with dashes for the others.
+    setups = {variant.setup for variant in members if variant.method != "none"}
+    marked = {(c.line, c.column) for c in known if c.line is not None}
     extra = set(members) - set(_variants(spec)) - {Variant("none", "-")}
     order = [*_variants(spec), *sorted(extra, key=lambda v: (v.method, v.setup, v.value))]
     lines: dict[Variant, tuple[Row | None, Row]] = {}
@@ -206,12 +216,14 @@ def _block(
         line = printed.line(**key) if key else None
         from_paper = None
         if line is not None and beside_paper:
-            cells = [paper(line[task]) for task in (*spec.tasks, "avg")]
+            marks = [(line_id(line), task) in marked for task in (*spec.tasks, "avg")]
+            printed_cells = [line[task] for task in (*spec.tasks, "avg")]
+            cells = [paper(v, mark="†" * m) for v, m in zip(printed_cells, marks, strict=True)]
             own, counted = _params(spec, model, variant, line.get("params_pct"))
             from_paper = Row((*variant.label, "paper"), (own, *cells))
         else:
             _, counted = _params(spec, model, variant, None)
-        if from_paper is None and variant not in members:
+        if from_paper is None and variant.setup not in setups:
             continue
         found = _line(
             (*variant.label, "ours"), members.get(variant, {}), spec, protocol, "accuracy"
@@ -237,24 +249,10 @@ def _further(
     protocol: str,
 ) -> Iterator[Row]:
     """Other statistics of a line that was run."""
-    normalized = _line(
-        (*variant.label, "ours, normalised"),
-        members[variant],
-        spec,
-        protocol,
-        "accuracy_normalized",
-    )
-    if any(cell.value is not None for cell in normalized.cells):
-        yield normalized
-    likelihood = _line(
-        (*variant.label, "log-likelihood of the gold answer"),
-        members[variant],
-        spec,
-        protocol,
-        "gold_log_likelihood",
-    )
-    if any(cell.value is not None for cell in likelihood.cells):
-        yield likelihood
+    for title, field in FURTHER.items():
+        line = _line((*variant.label, title), members[variant], spec, protocol, field)
+        if any(cell.value is not None for cell in line.cells):
+            yield line
     lora = Variant("lora", variant.setup, variant.value)
     if variant.method != "lora" and lora in members:
         row = _versus(variant, members[variant], members[lora], spec, protocol)
@@ -301,18 +299,25 @@ def _baselines(
 
 
 def _plain(runs: Sequence[Run] | None, task: str, protocol: str, field: str) -> Cell:
-    return number(100 * runs[0].scores[task, protocol][field]) if runs else dash
+    if not runs:
+        return dash
+    return number(100 * runs[0].scores[task, protocol][field], records=_names(runs))
 
 
 def accuracy_table(
-    spec: Spec, printed: PaperTable, blocks: Blocks, standards: Standards, notes: Sequence[str]
+    spec: Spec,
+    printed: PaperTable,
+    blocks: Blocks,
+    standards: Standards,
+    notes: Sequence[str],
+    known: Sequence[Contradiction],
 ) -> Table:
     """The paper's models first, each with what was run of it in full; then every other block of
     runs under its own conditions."""
-    found: dict[tuple[str, str, str], Mapping[Variant, dict[str, list[Run]]]] = {}
+    found: dict[Key, Mapping[Variant, dict[str, list[Run]]]] = {}
     for key, runs in blocks.runs.items():
         members = _members(spec, runs, standards)
-        if any(variant.method != "none" for variant in members):
+        if members:
             found[key] = members
     made: list[Block] = []
     for model in spec.models:
@@ -322,8 +327,8 @@ def accuracy_table(
             if key in found:
                 heading += f": {block_title(key, standards)[0]}"
             members = found.pop(key, {})
-            made.append(_block(spec, model, printed, heading, key[1], members, True))
+            made.append(_block(spec, model, printed, heading, key[1], members, True, known))
     for key in sorted(found):
         heading = f"{MODEL_TITLES.get(key[0], key[0])}: {block_title(key, standards)[0]}"
-        made.append(_block(spec, key[0], printed, heading, key[1], found[key], False))
+        made.append(_block(spec, key[0], printed, heading, key[1], found[key], False, known))
     return Table(spec.number, spec.title, made, list(notes))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixlora_exp.errors import UserError
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
 from mixlora_exp.results.record import read_record
 from mixlora_exp.results.runs import LeftOut
@@ -39,12 +41,18 @@ def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut
     """Records under `results/bench/`, those made with uncommitted changes left out by name."""
     found, left_out = [], []
     for path in sorted(folder.glob("*.json")):
-        record = read_record(path)
-        git = record["provenance"]["git"]
-        if git is None or git["dirty"]:
-            left_out.append(LeftOut(path.stem, "it was made with uncommitted changes"))
-        elif "rows" in record:
-            found.append({**record, "name": path.stem})
+        try:
+            record = read_record(path)
+            git = record["provenance"]["git"]
+            if git is None or git["dirty"]:
+                raise UserError("it was made with uncommitted changes")
+            for one in record.get("benchmarks", [record]):
+                if "rows" in one:
+                    entry = {**one, "provenance": record["provenance"], "name": path.stem}
+                    _block(entry)  # Complete enough to be shown.
+                    found.append(entry)
+        except (UserError, KeyError, TypeError) as error:
+            left_out.append(LeftOut(f"bench/{path.stem}", str(error)))
     return found, left_out
 
 
@@ -119,11 +127,15 @@ def _block(record: Mapping[str, Any]) -> Block:
         f"{config['dropout']:g}, {machine}, torch {record['provenance']['packages']['torch']}"
     )
     base = record["rows"].get("lora_peft")
-    rows = [
-        Row((_title(name, row), "1 model"), _measured(row, base))
-        for name, row in record["rows"].items()
-    ]
-    notes = (f"Record: results/bench/{record['name']}.json",)
+    source = (f"bench/{record['name']}.json",)
+    rows = []
+    for name, row in record["rows"].items():
+        cells = [
+            cell if cell.value is None else dataclasses.replace(cell, records=source)
+            for cell in _measured(row, base)
+        ]
+        rows.append(Row((_title(name, row), "1 model"), tuple(cells)))
+    notes = (f"Record: results/{source[0]}",)
     return Block(heading, ("method", "models"), COLUMNS, tuple(rows), run=True, notes=notes)
 
 

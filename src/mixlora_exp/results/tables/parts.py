@@ -59,6 +59,12 @@ class Block:
     run: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def filled(self) -> tuple[int, int]:
+        """Entries of ours that were run, and all of them (averages and parameters apart)."""
+        cells = [c for row in self.rows if row.label[-1] == "ours" for c in row.cells[1:-1]]
+        return sum(cell.value is not None for cell in cells), len(cells)
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -73,16 +79,21 @@ class Table:
     def name(self) -> str:
         return f"table{self.number}"
 
+    def records(self) -> set[str]:
+        """Names of the runs that some entry comes from."""
+        rows = [row for block in self.blocks for row in block.rows]
+        return {name for row in rows for cell in row.cells for name in cell.records}
+
 
 dash = Cell("dash")
 
 
-def paper(printed: str | None, digits: int | None = None) -> Cell:
-    """A figure as the paper prints it."""
+def paper(printed: str | None, digits: int | None = None, mark: str = "") -> Cell:
+    """A figure as the paper prints it; `mark` where another of its statements contradicts it."""
     if printed is None or printed == "":
         return dash
     decimals = len(printed.partition(".")[2]) if digits is None else digits
-    return Cell("paper", float(printed), digits=decimals)
+    return Cell("paper", float(printed), digits=decimals, mark=mark)
 
 
 def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) -> Cell:
@@ -115,5 +126,6 @@ def versus(found: Comparison, records: tuple[str, ...]) -> Cell:
         items=found.items,
         signed=True,
         mark=mark,
+        text="" if found.p is None else f"McNemar p={found.p:.3g}",
         records=records,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from mixlora_exp.results.tables.parts import Cell, Table
 
-__all__ = ["csv_text", "latex", "markdown"]
+__all__ = ["csv_text", "latex", "markdown", "seeds"]
 
 CSV_COLUMNS = (
     "table", "block", "label", "column", "kind", "value", "low", "high", "seeds", "items", "text",
@@ -25,8 +25,12 @@ def _pipe(cells: Iterable[str]) -> str:
 
 
 def _shown(cell: Cell) -> str:
-    shown = cell.show()
-    return f"{shown} (n={cell.seeds})" if cell.kind == "ours" and cell.seeds else shown
+    return cell.show() + seeds(cell)
+
+
+def seeds(cell: Cell) -> str:
+    """The number of seeds of an accuracy, as it stands behind it."""
+    return f" (n={cell.seeds})" if cell.kind == "ours" and cell.seeds else ""
 
 
 def markdown(table: Table) -> str:
@@ -80,7 +84,9 @@ def _latex_cell(cell: Cell) -> str:
     if cell.low is not None and cell.high is not None:
         low, high = (f"{v:{sign}.{cell.digits}f}" for v in (cell.low, cell.high))
         shown += f"\\,{{\\scriptsize[{low}, {high}]}}"
-    marks = {"better": r"$^{\uparrow}$", "worse": r"$^{\downarrow}$"}
+    if seeds(cell):
+        shown += f"\\,{{\\scriptsize n={cell.seeds}}}"
+    marks = {"better": r"$^{\uparrow}$", "worse": r"$^{\downarrow}$", "†": r"$^{\dagger}$"}
     return shown.replace("-", "$-$") + marks.get(cell.mark, "")
 
 
@@ -107,6 +113,6 @@ def latex(table: Table) -> str:
             ),
             "\\bottomrule\n\\end{tabular}}\n\\end{table}\n",
         ]
-        parts.append("".join(body))
+        parts.append("".join([*(f"% {note}\n" for note in block.notes), *body]))
     notes = "".join(f"% {note}\n" for note in table.notes)
     return "% Needs \\usepackage{booktabs,graphicx}\n" + notes + "\n".join(parts)

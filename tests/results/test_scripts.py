@@ -1,0 +1,60 @@
+"""The commands that users type, on the committed records."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"scripts/{name}.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_tables(tmp_path: Path) -> None:
+    done = script("tables", f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.iterdir())) == 28
+    assert script("tables", f"output={tmp_path}", "check=true").returncode == 0
+    (tmp_path / "table1.csv").write_text("other\n")
+    done = script("tables", f"output={tmp_path}", "check=true")
+    assert done.returncode == 2
+    assert "run `make tables`" in done.stderr
+    assert (tmp_path / "table1.csv").read_text() == "other\n"
+
+
+def test_figures_and_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = script("report", f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "index.html").stat().st_size > 50_000
+    done = script("figures", f"output={tmp_path / 'again'}")
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "figures").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_collect(write: Callable[..., Path], tmp_path: Path) -> None:
+    overrides = ("model=tiny", "task=arc_e", "data=embedded", "method=lora")
+    write(tmp_path / "out", "a", overrides, {"arc_e": 0.5})
+    words = (f"source={tmp_path / 'out'}", f"target={tmp_path / 'runs'}")
+    done = script("collect", *words)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "collected: a")
+    (tmp_path / "out" / "a" / "record.json").write_text("{}")
+    assert script("collect", *words).returncode == 2
+
+
+@pytest.mark.parametrize("name", ["tables", "figures", "report", "collect"])
+def test_unknown_options_are_told(name: str) -> None:
+    done = script(name, "outptu=x")
+    assert done.returncode == 2
+    assert "outptu" in done.stderr
+    assert "Traceback" not in done.stderr
