@@ -2,7 +2,7 @@
 
 Writes Markdown, CSV and LaTeX to `results/tables/`. `check=true` writes nothing and fails with a
 diff where a table is not what its records give. `runs=[NAME,NAME]` takes these runs alone and
-refuses runs that must not share a cell. `output=DIR` writes elsewhere.
+refuses runs that must not share a cell; it needs `output=DIR`, which writes elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlora_exp.config import options
-from mixlora_exp.errors import MISTAKE, guarded
+from mixlora_exp.errors import MISTAKE, UserError, guarded
 from mixlora_exp.reporting import RESULTS, gather, table_files, write_files
 
 
@@ -26,6 +26,8 @@ class Settings:
 
 def run(arguments: Sequence[str]) -> int:
     settings = options(Settings, arguments)
+    if settings.runs is not None and settings.output is None:
+        raise UserError("runs=[...] makes tables of some runs alone: give output=DIR for them")
     folder = Path(settings.output) if settings.output else RESULTS / "tables"
     results = gather(names=settings.runs)
     differences = write_files(folder, table_files(results), settings.check)

@@ -175,6 +175,7 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         "scores_before": None if before is None else [_score_entry(score) for score in before],
         "scoring": scoring,
         "predictions": predictions,
+        "predictions_sha256": {key: file_sha256(folder / n) for key, n in predictions.items()},
         "seconds": round(time.time() - started, 1),
         "provenance": origin,
     }

@@ -93,7 +93,8 @@ def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
     record = read_record(path)
     if (record.get("saved_adapter") or {}).get("sha256") != sha256:
         return None
-    kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "parameters")
+    kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "parameters",
+            "kernel", "dtype")  # fmt: skip
     return {**{name: record[name] for name in kept}, "git": record["provenance"]["git"]}
 
 

@@ -38,6 +38,8 @@ BOOL = Item("boolq", "2", "q", ("true", "false"), 0, ("true", "false"))
         ("A", 0),
         # Nothing, several, or a word that only begins like a label.
         ("", None),
+        ("A, B", None),
+        ("A) or B)", None),
         ("E", None),
         ("Cats", None),
         ("either water or ice", None),

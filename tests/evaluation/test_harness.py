@@ -33,8 +33,12 @@ MANY = 48
 @pytest.fixture(scope="module")
 def tests_of(data: DataConfig) -> dict[str, LoadedSplit]:
     """A few items of each of the eight tasks."""
+    return some(data, COUNT)
+
+
+def some(data: DataConfig, count: int) -> dict[str, LoadedSplit]:
     loaded = {task: load_split(data, task, "test") for task in TASK_NAMES}
-    return {task: split.limited(COUNT, 0) for task, split in loaded.items()}
+    return {task: split.limited(count, 0) for task, split in loaded.items()}
 
 
 @pytest.mark.parametrize("method", ["none", "mixlora"])
@@ -114,18 +118,18 @@ def test_a_package_that_scores_otherwise_is_noticed(
 def test_same_accuracies_as_the_command_line_on_a_merged_checkpoint(
     make_model: Make,
     tokenizer: PreTrainedTokenizerBase,
-    tests_of: dict[str, LoadedSplit],
+    data: DataConfig,
     scorer: Make,
     tmp_path: Path,
 ) -> None:
-    model = make_model("lora")
-    found = {score.task: score for score in score_lm_eval(scorer(model), tests_of)}
+    model, tests = make_model("lora"), some(data, MANY)
+    found = {score.task: score for score in score_lm_eval(scorer(model), tests)}
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    names = write_tasks(tasks, tests_of)
+    names = write_tasks(tasks, tests)
     command = [
         sys.executable, "-m", "lm_eval", "--model", "hf",
         "--model_args", f"pretrained={tmp_path / 'merged'},dtype=float32",

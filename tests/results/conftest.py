@@ -11,6 +11,7 @@ import pytest
 
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.results.record import finish_record, write_json, write_jsonl
+from mixlora_exp.tasks import TASKS
 
 GIT = {"commit": "c" * 40, "dirty": False}
 
@@ -25,6 +26,8 @@ def write_run(
     n: int = 40,
     git: dict[str, Any] | None = GIT,
     data_hash: str = "d",
+    train_hash: str = "t",
+    rows: dict[str, int] | None = None,
     change: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """A finished run with `n` items per task, of which the given share is right."""
@@ -34,11 +37,11 @@ def write_run(
         right = [i < round(share * n) for i in range(n)]
         random.Random(f"{name}/{task}").shuffle(right)
         file = f"predictions/{task}.{protocol}.jsonl"
-        rows = [
+        answers = [
             {"id": f"{task}-{i}", "answer": 0, "prediction": 0 if good else 1, "scores": [0.0, 1.0]}
             for i, good in enumerate(right)
         ]
-        write_jsonl(folder / name / file, rows)
+        write_jsonl(folder / name / file, answers)
         predictions[f"{task}/{protocol}"] = file
         scores.append(
             {
@@ -50,12 +53,15 @@ def write_run(
             }
         )  # fmt: skip
     trains = config["method"]["name"] != "none"
-    splits = {f"{task}/test": [{"path": "f", "rows": n, "sha256": data_hash}] for task in accuracy}
+    sizes = {f"{task}/{split}": size for task in TASKS for split, size in TASKS[task].sizes.items()}
+    sizes |= rows or {}
+    hashes = {f"{task}/test": data_hash for task in accuracy}
     if trains:
-        splits |= {
-            f"{task}/train": [{"path": "f", "rows": 9, "sha256": "t"}]
-            for task in config["task"]["train"]
-        }
+        hashes |= {f"{task}/train": train_hash for task in config["task"]["train"]}
+    splits = {
+        name: [{"path": "f", "rows": sizes[name], "sha256": sha256}]
+        for name, sha256 in hashes.items()
+    }
     curve = [{"step": 10 * k, "loss": 2.0 / k, "epoch": 0.1} for k in range(1, 6)]
     record = {
         "name": name, "fingerprint": "f" * 64, "status": "finished", "config": config,

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from mixlora_exp.reporting import draw_figures, gather, write_report
+from mixlora_exp.reporting import RESULTS, draw_figures, gather, write_report
 from mixlora_exp.results import series
 
 Write = Callable[..., Path]
@@ -59,7 +59,7 @@ def test_figures_show_what_the_tables_say(results: Path) -> None:
     # Mean over the two layers of (1/4 each) and (0.1, 0.2, 0.3, 0.4).
     assert load.by_task[0] == pytest.approx((0.175, 0.225, 0.275, 0.325))
     assert load.spread[0] == pytest.approx(0.0559017, abs=1e-6)
-    points = series.latency_points(Path("results/paper"), found.tables, [])
+    points = series.latency_points(RESULTS / "paper", found.tables, [])
     assert {p.method: (p.latency, p.accuracy) for p in points}["MixLoRA"] == (442.2, 77.6)
 
 
@@ -103,7 +103,9 @@ def test_the_page_is_whole_and_leads_to_the_records(results: Path) -> None:
     for link in page.links:
         if link.startswith("#"):
             assert link[1:] in page.ids
-        elif "/tables/" not in link:
+        elif "/tables/" in link:
+            assert re.fullmatch(r"\.\./tables/table[1-9]\.(md|csv|tex)", link)
+        else:
             assert (path.parent / link).is_file(), link
     assert {f"../runs/{name}/record.json" for name in ("lora-1", "mixlora-2", "r4")} <= set(
         page.links

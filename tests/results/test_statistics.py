@@ -23,7 +23,15 @@ def test_several_seeds_have_student_s_interval() -> None:
     # t(2, 97.5 %) = 4.3027, standard deviation 0.1.
     assert found.value == pytest.approx(0.6)
     assert found.high - found.value == pytest.approx(4.3027 * 0.1 / 3**0.5, abs=1e-4)
+    assert found.low == pytest.approx(0.6 - 4.3027 * 0.1 / 3**0.5, abs=1e-4)
     assert found.by == "seeds"
+
+
+def test_seeds_that_agree_have_the_interval_of_their_items() -> None:
+    found = estimate([0.3, 0.3, 0.3], 100)
+    assert found.low == pytest.approx(0.2189, abs=1e-4)
+    assert found.high == pytest.approx(0.3958, abs=1e-4)
+    assert (found.seeds, found.by) == (3, "items")
 
 
 def test_average_over_tasks() -> None:
@@ -73,6 +81,23 @@ def test_coverage_of_the_bootstrap() -> None:
         a, b = (generator.random(200) < 0.6 for _ in range(2))
         wrong += compare({1: right(a)}, {1: right(b)}).clear
     assert wrong <= 9
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_coverage_over_seeds_that_differ(seeds: int) -> None:
+    """Each seed of a method is a little better or worse; the methods are equally good."""
+    generator = np.random.default_rng(5)
+    wrong = 0
+    for _ in range(60):
+        sides = [
+            {
+                seed: right(generator.random(800) < 0.6 + generator.normal(0, 0.05))
+                for seed in range(seeds)
+            }
+            for _ in range(2)
+        ]
+        wrong += compare(*sides).clear
+    assert wrong <= 7
 
 
 def test_only_shared_seeds_and_equal_items_are_compared() -> None:

@@ -27,15 +27,20 @@ PREAMBLE = re.compile(r"\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?answer\s*(?:is\
 def parse_answer(text: str, item: Item) -> int | None:
     """The option that a text names, None where it names none or several.
 
-    The first line counts, after an opening like "The answer is". A label must stand alone: at the
-    end of the line or before punctuation, so that "A dog" is not option A. Else the line begins
-    with the text of an option (the longest that fits), or contains the text of exactly one.
+    The first line counts, after an opening like "The answer is". A label must stand by itself, at
+    the end of the line or before punctuation, so that "A dog" is not option A, and be the only one,
+    so that "A, B" is no answer. Else the line begins with the text of an option (the longest that
+    fits), or contains the text of exactly one.
     """
     line = next((line for line in text.splitlines() if line.strip()), "")
     line = line[PREAMBLE.match(line).end() :].strip()
-    for index, label in enumerate(item.labels):
-        if re.match(re.escape(label) + r"\s*(?:$|[.):,;\]])", line):
-            return index
+    standing = [
+        index
+        for index, label in enumerate(item.labels)
+        if re.search(rf"(?:^|(?<=\s)|(?<=\()){re.escape(label)}\s*(?=$|[.):,;\]])", line)
+    ]
+    if standing and re.match(re.escape(item.labels[standing[0]]), line):
+        return standing[0] if len(standing) == 1 else None
     lowered = line.casefold()
     options = [option.casefold() for option in item.options]
 

@@ -10,12 +10,14 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
 from mixlora_exp.results.runs import LeftOut, Run
 from mixlora_exp.results.tables.parts import Cell, Table
+from mixlora_exp.results.tables.render import seeds
 
 __all__ = ["page"]
 
@@ -23,9 +25,16 @@ TEMPLATE = "report.html.j2"
 SHOWN_LINKS = 3
 
 
-def _links(cell: Cell, numbers: Mapping[str, int]) -> list[tuple[int, str]]:
-    """(number, name) of the runs that an entry comes from."""
-    return [(numbers[name], name) for name in cell.records if name in numbers]
+def _links(cell: Cell, numbers: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """(short text, address, name) of the records that an entry comes from: a run's line in the list
+    of records, a benchmark's file."""
+    found = []
+    for name in cell.records:
+        if name in numbers:
+            found.append((str(numbers[name]), f"#record-{numbers[name]}", name))
+        elif name.startswith("bench/"):
+            found.append(("record", f"../{quote(name)}", name))
+    return found
 
 
 def _run_entry(run: Run, number: int) -> dict[str, Any]:
@@ -35,6 +44,7 @@ def _run_entry(run: Run, number: int) -> dict[str, Any]:
     return {
         "number": number,
         "name": run.name,
+        "address": f"../runs/{quote(run.name)}/record.json",
         "model": MODEL_TITLES.get(run.model, run.model),
         "method": METHOD_TITLES[run.method],
         "trained": ", ".join(run.mix) or "-",
@@ -75,4 +85,5 @@ def page(
         left_out=dict.fromkeys((entry.name, entry.reason) for entry in left_out),
         links=lambda cell: _links(cell, numbers),
         shown=SHOWN_LINKS,
+        seeds=seeds,
     )

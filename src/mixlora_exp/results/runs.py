@@ -74,7 +74,7 @@ class Run:
     @property
     def rescored(self) -> bool:
         """Whether an adapter of another run was scored."""
-        return self.record["adapter"] is not None
+        return self.record.get("adapter") is not None
 
     def _source(self) -> Mapping[str, Any]:
         """The record of the training, or what the record of a scoring keeps of it."""

@@ -62,7 +62,8 @@ class Block:
     @property
     def filled(self) -> tuple[int, int]:
         """Entries of ours that were run, and all of them (averages and parameters apart)."""
-        cells = [c for row in self.rows if row.label[-1] == "ours" for c in row.cells[1:-1]]
+        own = [row for row in self.rows if row.label[-1] == "ours" and "minus" not in row.label[1]]
+        cells = [cell for row in own for cell in row.cells[1:-1]]
         return sum(cell.value is not None for cell in cells), len(cells)
 
 
