@@ -181,3 +181,41 @@ def test_kernel_names() -> None:
 def test_kernel_that_auto_stands_for(monkeypatch, device, installed, expected) -> None:
     monkeypatch.setattr("mixlora_exp.kernels.has_triton", lambda: installed)
     assert resolve_kernel("auto", device) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype", "dora", "grad", "form"),
+    [
+        pytest.param(1, 64, torch.bfloat16, False, False, "grouped", id="one token"),
+        pytest.param(64, 2048, torch.bfloat16, False, False, "grouped", id="MixLoRA, wide"),
+        pytest.param(64, 2048, torch.bfloat16, True, False, "dense", id="MixDoRA, wide"),
+        pytest.param(63, 2048, torch.bfloat16, True, False, "grouped", id="few tokens"),
+        pytest.param(64, 64, torch.bfloat16, True, False, "grouped", id="narrow"),
+        pytest.param(64, 2048, torch.float32, True, False, "grouped", id="float32"),
+        pytest.param(64, 2048, torch.bfloat16, True, True, "grouped", id="in training"),
+    ],
+)
+def test_the_faster_form_is_taken(monkeypatch, tokens, width, dtype, dora, grad, form) -> None:
+    """As measured in results/bench/forms-cpu.json."""
+    from mixlora_exp.kernels import Experts, FeedForward, Projection, exact, route
+
+    projections = []
+    for size_out, size_in in ((8, width), (8, width), (width, 8)):
+        scale = torch.ones(2, size_out) if dora else None
+        a, b = torch.zeros(2, 1, size_in), torch.zeros(2, size_out, 1)
+        weight = torch.zeros(size_out, size_in, dtype=dtype)
+        projections.append(Projection(weight, Experts(a, b, 1.0, scale, scale)))
+    x = torch.zeros(tokens, width, dtype=dtype)
+    taken = []
+    for name in ("grouped", "dense"):
+        real = getattr(exact, f"mixlora_exact_{name}")
+        monkeypatch.setattr(
+            exact,
+            f"mixlora_exact_{name}",
+            lambda *inputs, name=name, real=real: (taken.append(name), real(*inputs))[1],
+        )
+    with torch.set_grad_enabled(grad):
+        exact.mixlora_exact(
+            x, route(x, torch.zeros(2, width), 1), FeedForward(*projections, "silu")
+        )
+    assert taken == [form]

@@ -106,8 +106,16 @@ def mixlora_exact_dense(x: Tensor, routing: Routing, block: FeedForward) -> Tens
     return dense.combine(hidden, columns, routing.experts, routing.weights, block)
 
 
+def _grouped_is_faster(x: Tensor, block: FeedForward) -> bool:
+    """By `results/bench/forms-cpu.json`: on a CPU always, but for MixDoRA's K hidden states per
+    token in bf16 at large widths. Compiled or on a GPU nothing may depend on the data."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    wide = x.dtype is torch.bfloat16 and x.shape[1] >= 2048 and x.shape[0] >= 64
+    return torch.is_grad_enabled() or not (block.down.has_scale and wide)
+
+
 def mixlora_exact(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """The faster of the two forms: grouped on a CPU, dense elsewhere and under `torch.compile`."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return mixlora_exact_grouped(x, routing, block)
-    return mixlora_exact_dense(x, routing, block)
+    """The form that is faster for this device and shape. x: (T, D); returns (T, D)."""
+    form = mixlora_exact_grouped if _grouped_is_faster(x, block) else mixlora_exact_dense
+    return form(x, routing, block)
