@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Results:
     left_out: Sequence[LeftOut]
 
 
+@cache
 def _defaults() -> tuple[dict[str, Config], dict[str, ModelConfig]]:
     """The composed default run of each method, and each model's shape."""
     by_method = {m: compose([f"method={m}", "model=llama2_7b"]) for m in (*METHODS, "none")}

@@ -32,6 +32,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#dddddd",
     "legend.frameon": False,
     "svg.fonttype": "none",
@@ -73,6 +74,8 @@ def _wrapped(text: str, width: int = 88) -> str:
 
 def sweep_figure(sweeps: Sequence[Sweep], setting: str) -> Figure:
     """Figures 4a and 4b: average accuracy over the values of a setting, a panel per block."""
+    # A setting that was not varied is no line.
+    sweeps = [sweep for sweep in sweeps if len(sweep.values) > 1]
     titles = list(dict.fromkeys(sweep.title for sweep in sweeps))
     figure, axes = _panels(max(len(titles), 1))
     for ax, title in zip(axes, titles, strict=False):
@@ -103,7 +106,8 @@ def sweep_figure(sweeps: Sequence[Sweep], setting: str) -> Figure:
 
 def latency_figure(points: Sequence[Point]) -> Figure:
     """Figure 4c: accuracy against the time per token in inference; a panel per model and block."""
-    panels = list(dict.fromkeys(point.panel for point in points))
+    found = [point.panel for point in points]
+    panels = [panel for panel in dict.fromkeys(found) if found.count(panel) > 1]
     figure, axes = _panels(max(len(panels), 1))
     for ax, panel in zip(axes, panels, strict=False):
         for point in (p for p in points if p.panel == panel):
@@ -116,7 +120,7 @@ def latency_figure(points: Sequence[Point]) -> Figure:
                 label=point.method,
             )  # fmt: skip
         ax.set(xlabel="inference, microseconds per token", ylabel="average accuracy, %")
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.1 * max(point.latency for point in points if point.panel == panel))
         ax.set_title(_wrapped(panel), fontsize=10)
         ax.legend(fontsize=9)
     return figure
@@ -124,7 +128,7 @@ def latency_figure(points: Sequence[Point]) -> Figure:
 
 def load_figure(load: Load) -> Figure:
     """Figure 5: share of each expert by task, and layer by layer."""
-    figure = Figure(figsize=(7.0, 6.6), layout="constrained")
+    figure = Figure(figsize=(7.0, 7.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.1))
     experts, tasks = len(load.by_task[0]), len(load.tasks)
     width = 0.8 / tasks
@@ -141,12 +145,12 @@ def load_figure(load: Load) -> Figure:
         )  # fmt: skip
     top.axhline(100 / experts, color="black", linewidth=0.8, linestyle="--")
     top.set(xlabel="expert", ylabel="share of slots, %", xticks=range(experts))
-    top.legend(fontsize=8, ncols=2)
+    top.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     method = load.title.split(",")[0]
     heading = _wrapped(load.title)
     if method in PAPER_SPREAD:
         heading += f"\nthe paper's standard deviation: {PAPER_SPREAD[method]}"
-    top.set_title(heading, fontsize=10)
+    top.set_title(heading, fontsize=9)
     image = bottom.imshow(
         [[100 * share for share in layer] for layer in load.by_layer],
         aspect="auto", cmap="cividis", origin="lower",

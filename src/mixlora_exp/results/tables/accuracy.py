@@ -74,6 +74,8 @@ class Spec:
     paper_key: Callable[[str, Variant], dict[str, str] | None]
     models: tuple[str, ...]
     values: tuple[str, ...] = ("",)
+    others: bool = True
+    """Whether models that the paper does not have stand in this table."""
     params: Callable[[str, Variant], tuple[float, float] | None] = lambda model, variant: None
 
 
@@ -317,7 +319,9 @@ def accuracy_table(
     found: dict[Key, Mapping[Variant, dict[str, list[Run]]]] = {}
     for key, runs in blocks.runs.items():
         members = _members(spec, runs, standards)
-        if members:
+        values = {variant.value for variant in members if variant.method in ("mixlora", "mixdora")}
+        # A table that varies a setting has no place for runs that do not.
+        if members and (spec.values == ("",) or len(values) > 1):
             found[key] = members
     made: list[Block] = []
     for model in spec.models:
@@ -328,7 +332,7 @@ def accuracy_table(
                 heading += f": {block_title(key, standards)[0]}"
             members = found.pop(key, {})
             made.append(_block(spec, model, printed, heading, key[1], members, True, known))
-    for key in sorted(found):
+    for key in sorted(found) if spec.others else ():
         heading = f"{MODEL_TITLES.get(key[0], key[0])}: {block_title(key, standards)[0]}"
         made.append(_block(spec, key[0], printed, heading, key[1], found[key], False, known))
     return Table(spec.number, spec.title, made, list(notes))

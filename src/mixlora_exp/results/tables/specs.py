@@ -113,7 +113,7 @@ def specs(
         ),
         5: Spec(
             5, "Accuracy (%) of multi-task training, Gemma 2B", MULTI, multi, _of_table_3,
-            setup_line, ("gemma_2b",), params=params,
+            setup_line, ("gemma_2b",), params=params, others=False,
         ),
         8: Spec(
             8, "Accuracy (%) by rank", ABLATION, either, _rank, sweep("rank", "r="),
