@@ -135,12 +135,13 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
 
 
 NOTES = (
-    "Ours: mean over n seeds; in brackets the 95 % interval, over seeds (Student's t) where there "
-    "are several, else over items (Wilson). A dash was not run. #Params: printed by the paper; "
-    "computed exactly from the shapes in the paper's denominator (magnitudes left out), and of all "
-    "weights (magnitudes counted).",
-    "Minus LoRA: the same items and seeds, paired bootstrap; better or worse stands only where "
-    "the interval leaves out zero. The log-likelihood of the gold answer (nats, mean over items) "
+    "Ours: mean over n seeds; in brackets the 95 % interval, over items (Wilson) or over seeds "
+    "(Student's t), whichever is wider; one seed says nothing about others. A dash was not run. "
+    "#Params: printed by the paper; computed exactly from the shapes in the paper's denominator "
+    "(magnitudes left out), and of all weights (magnitudes counted).",
+    "Minus LoRA: the same items and seeds, paired bootstrap over items, widened to Student's "
+    "interval where there are several seeds; better or worse stands only where the interval leaves "
+    "out zero. The log-likelihood of the gold answer (nats, mean over items) "
     "moves also where accuracy stays at chance.",
     "Results under other conditions than the paper's (fewer rows, a limit on items, another source "
     "of data, another protocol) stand in blocks of their own, and their conditions over them.",

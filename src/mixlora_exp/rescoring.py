@@ -7,6 +7,7 @@ Everything else is as in `train.py`, and goes before what the record says.
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +71,12 @@ def _recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
             yield f"{name}={_quoted(value)}"
 
 
+def _check_adapter(adapter: str | None) -> None:
+    """Before data is looked for, on the hub for instance."""
+    if adapter is not None and not Path(adapter.strip("'\"")).expanduser().is_dir():
+        raise UserError(f"adapter={adapter} is no folder: give one that PEFT or train.py wrote")
+
+
 def translate(argv: Sequence[str]) -> list[str]:
     """The command line of `train.py` that does what this one of `evaluate.py` asks for.
 
@@ -77,6 +84,11 @@ def translate(argv: Sequence[str]) -> list[str]:
         UserError: `run=DIR` holds no finished run or no adapter, or two sources are given.
     """
     given = dict(word.split("=", 1) for word in argv if "=" in word and not word.startswith("-"))
+    for name in given:
+        close = difflib.get_close_matches(name, ("run", "protocol"), cutoff=0.6)
+        if close and name not in ("run", "protocol"):
+            raise UserError(f"{name}={given[name]} is not an option; did you mean {close[0]}=?")
+    _check_adapter(given.get("adapter"))
     rest = [w for w in argv if w.partition("=")[0] not in ("run", "protocol")]
     if "method" in given and given["method"] != "none":
         raise UserError(

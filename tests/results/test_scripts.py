@@ -53,6 +53,14 @@ def test_collect(write: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tables", "figures", "report", "collect"])
+def test_help_is_given(name: str) -> None:
+    done = script(name, "--help")
+    assert done.returncode == 0
+    assert "Fields: " in done.stdout
+    assert f"scripts/{name}.py" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["tables", "figures", "report", "collect"])
 def test_unknown_options_are_told(name: str) -> None:
     done = script(name, "outptu=x")
     assert done.returncode == 2

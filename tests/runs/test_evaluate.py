@@ -62,7 +62,11 @@ def test_lm_eval_on_a_run_and_on_the_base_model(finished: Start, tmp_path: Path)
     assert (entry["protocol"], entry["n"]) == ("lm_eval", 6)
     assert entry["accuracy_normalized"] is not None
     assert entry["expert_load"] is not None
-    base = score(tmp_path / "b", "experiment=smoke", "protocol=lm_eval", "evaluation.limit=6")
+    # A task with acc_norm and one without, which the printed table must bear.
+    tasks = "task.evaluate=[boolq,arc_e]"
+    words = ("experiment=smoke", "protocol=lm_eval", "evaluation.limit=6", tasks)
+    base = score(tmp_path / "b", *words)
+    assert [s["accuracy_normalized"] is None for s in base["scores"]] == [True, False]
     assert base["adapter"] is None
     assert base["config"]["method"]["name"] == "none"
 
@@ -99,12 +103,15 @@ def mistakes(folder: Path, copied: Path) -> list[tuple[list[str], str]]:
     return [
         ([f"run={folder / 'nothing'}"], "holds no record.json"),
         ([f"run={copied}"], "holds no adapter/"),
-        ([f"run={folder}", "adapter=x"], "were both given"),
+        ([f"run={folder}", f"adapter={copied}"], "were both given"),
         (["method=lora"], "trains nothing"),
+        (["rum=x"], "did you mean run="),
+        (["protocols=answer_text"], "did you mean protocol="),
+        (["adapter=/nowhere", "model=tiny"], "adapter=/nowhere is no folder"),
     ]
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(7))
 def test_mistakes_are_told(number: int, finished: Start, tmp_path: Path) -> None:
     run = finished(*MIXLORA)
     copied = tmp_path / "copied"

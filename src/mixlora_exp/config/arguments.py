@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -22,6 +23,9 @@ def options(schema: type[Schema], arguments: Sequence[str]) -> Schema:
         UserError: a field is unknown or a value is not of its type.
     """
     known = ", ".join(schema.__dataclass_fields__)
+    if any(word in ("-h", "--help") for word in arguments):
+        sys.stdout.write(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nFields: {known}\n")
+        raise SystemExit(0)
     for word in arguments:
         if "=" not in word:
             raise UserError(f"{word!r} is not name=value; the fields are {known}")

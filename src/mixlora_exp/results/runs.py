@@ -144,7 +144,7 @@ def _placed(path: Path) -> Run:
     if adapter is not None:
         source = adapter.get("trained_by")
         if source is None:
-            raise UserError("the run that trained its adapter is not known")
+            raise UserError("no record with the hash of its adapter tells what trained it")
         if source["git"] is None or source["git"]["dirty"]:
             raise UserError("its adapter was trained with uncommitted changes")
         trained = source["config"]

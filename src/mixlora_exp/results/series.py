@@ -88,13 +88,10 @@ def latency_points(
     for record in benchmarks:
         rows = record["rows"]
         times = {
-            METHOD_TITLES[method]: rows[name]["infer_forward_us_per_token"]
-            for method, names in (
-                ("lora", ("lora", "lora_peft")), ("dora", ("dora",)),
-                ("mixlora", ("mixlora",)), ("mixdora", ("mixdora",)),
-            )
-            for name in [n for n in names if n in rows and "error" not in rows[n]][:1]
-        }  # fmt: skip
+            METHOD_TITLES[method]: rows[method]["infer_forward_us_per_token"]
+            for method in ("lora", "dora", "mixlora", "mixdora")
+            if method in rows and "error" not in rows[method]
+        }
         config, hardware = record["config"], record["provenance"]["hardware"]
         if config["layers"] is None and config["dropout"] and len(times) > 1:
             machine = ", ".join(hardware["gpus"]) or hardware["cpu"]
@@ -104,7 +101,8 @@ def latency_points(
                 measured[config["model"]] = (where, times)
     for block in tables[2].blocks:
         model = next((m for m, t in MODEL_TITLES.items() if block.heading.startswith(t)), None)
-        if not block.run or model not in measured:
+        # The times are those of the fused kernels.
+        if not block.run or model not in measured or "kernel=peft" in block.heading:
             continue
         for row in block.rows:
             where, times = measured[model]
@@ -195,7 +193,9 @@ def learning_curves(runs: Sequence[Run]) -> list[Curve]:
             continue
         model = MODEL_TITLES.get(run.model, run.model)
         forms = ", ".join(run.trained["data"]["forms"])
-        panel = f"{model}, {run.trained['data']['name']}, {'+'.join(run.mix)}, answers: {forms}"
+        mixes = {5: "five tasks mixed", 8: "eight tasks mixed"}
+        mix = mixes.get(len(run.mix), ", ".join(run.mix))
+        panel = f"{model}, {run.trained['data']['name']}, {mix}, answers: {forms}"
         limit = run.trained["data"]["train_limit"]
         if limit is not None:
             panel += f", {limit} rows per task"

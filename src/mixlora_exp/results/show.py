@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import mean, pstdev
 from typing import Any
 
@@ -28,6 +28,16 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean, or None where a value is missing: a mean of fewer tasks is another figure."""
+    found = list(values)
+    return None if None in found else mean(found)
+
+
 def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
     """Accuracy in percent per task, before and after training, beside majority class and chance."""
     data = record["config"]["data"]["name"]
@@ -37,32 +47,38 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
     table = Table(title=title, title_justify="left")
     before = {(s["task"], s["protocol"]): s for s in record["scores_before"] or []}
     scores = [s for s in record["scores"] if s["protocol"] == protocol]
-    normalized = scores[0]["accuracy_normalized"] is not None
+    normalized = any(s["accuracy_normalized"] is not None for s in scores)
+    unparsed = any(s.get("unparsed") is not None for s in scores)
     table.add_column("task", no_wrap=True)
     kinds = ["accuracy", *(["accuracy_normalized"] if normalized else [])]
     for kind in kinds:
         label = "per char." if kind == "accuracy_normalized" else "accuracy"
         head = f"{label}\nbefore → after" if before else label
         table.add_column(head, justify="right", no_wrap=True)
-    for name in ("std.\nerr.", "major.\nclass", "chance", "n"):
+    columns = ["std.\nerr.", "major.\nclass", "chance", "gold\nlog-lik.", "n"]
+    for name in [*columns, *(["un-\nparsed"] if unparsed else [])]:
         table.add_column(name, justify="right")
 
     def add(label: str, rows: list[Mapping[str, Any]], tail: list[str]) -> None:
         cells = [label]
         for kind in kinds:
-            values = [mean(s[kind] for s in rows)]
+            values = [_mean(s[kind] for s in rows)]
             if before:
-                values.insert(0, mean(before[s["task"], protocol][kind] for s in rows))
+                values.insert(0, _mean(before[s["task"], protocol][kind] for s in rows))
             cells.append(" → ".join(map(_percent, values)))
         table.add_row(*cells, *tail)
 
     for s in scores:
         tail = [_percent(s[k]) for k in ("stderr", "majority_class", "chance")]
-        add(s["task"], [s], [*tail, str(s["n"])])
+        tail += [_nats(s["gold_log_likelihood"]), str(s["n"])]
+        add(s["task"], [s], [*tail, *([str(s["unparsed"])] if unparsed else [])])
     if len(scores) > 1:
         table.add_section()
         tail = ["", *(_percent(mean(s[k] for s in scores)) for k in ("majority_class", "chance"))]
-        add("average", scores, [*tail, str(sum(s["n"] for s in scores))])
+        tail += [_nats(_mean(s["gold_log_likelihood"] for s in scores))]
+        tail += [str(sum(s["n"] for s in scores))]
+        tail += [str(sum(s["unparsed"] for s in scores))] if unparsed else []
+        add("average", scores, tail)
     return table
 
 
