@@ -150,9 +150,9 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         processes().wait_for_everyone()
         summary = _train(this, base, inputs)
         adapter = str(folder / "adapter")
-        saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
         if not processes().is_main_process:
             return {}
+        saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
     model: torch.nn.Module = base
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")

@@ -108,9 +108,10 @@ def _check_base(config: Config, adapter: dict[str, Any] | None, model: dict[str,
     )
     if then != now:
         name = trained_by["config"]["model"]["name"]
+        places = [f"{m['source']} {m.get('id') or m.get('path')}" for m in (then, now)]
         raise UserError(
-            f"adapter={config.adapter} was trained on {name} ({then}), not on "
-            f"model={config.model.name} ({now}): use that model"
+            f"adapter={config.adapter} was trained on {name} ({places[0]}), not on "
+            f"model={config.model.name} ({places[1]}): use that model"
         )
 
 
