@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import resource
 import sys
 from contextlib import AbstractContextManager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,7 +30,22 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 def processes() -> PartialState:
     """accelerate's view of the processes that torchrun or `accelerate launch` started: how many,
     which this one is, and its device."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes > 1:
+        _leave_at_exit()
+    return state
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Close the group of processes before Python ends: its threads would abort a process that ends
+    while another still works."""
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    atexit.register(leave)
 
 
 def resolve_device() -> torch.device:
