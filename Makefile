@@ -31,11 +31,13 @@ test: lint  ## lint, and run the tests that take seconds
 test-slow: $(STAMP)  ## run the tests that take longer: real weights, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-# At full depth where that fits in an hour on two cores; LLaMA-2 7B is cut to two layers.
+# Two to three hours on two cores; LLaMA-2 7B is cut to two layers.
 bench: $(STAMP)  ## measure time and memory of a step of each method on this machine
 	$(BIN)/python scripts/bench.py model=llama2_7b layers=2 batch=2 length=512
 	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=float32
 	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=bfloat16
+	$(BIN)/python scripts/bench.py model=llama2_7b layers=2 batch=2 length=512 dropout=0 rounds=8
+	$(BIN)/python scripts/bench.py model=smollm2_135m dropout=0 rounds=8
 
 bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench_gpu.py

@@ -1,9 +1,9 @@
-"""This project's MixLoRA beside that of the package `moe-peft`: same shape, precision and batch.
+"""This project's MixLoRA beside the official packages': same shape, precision and batch.
 
 `python scripts/bench_peers.py model=smollm2_135m dtype=bfloat16` makes a virtual environment for
-the package (it asks for a transformers release from 2024), and lets the two take turns, one step
-each. The package `mixlora` by the same authors runs inference only and is not measured.
-Writes `results/bench/peers-<model>-<dtype>.json`. CPU only. `dora=true` compares MixDoRA.
+the packages (they ask for a transformers release from 2024), and lets the two sides take turns, one
+step each: training steps with `package=moe_peft`, forward passes with `package=mixlora`, which runs
+inference only. Writes `results/bench/peers-*.json`. CPU only. `dora=true` compares MixDoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mixlora_exp.bench.measure import training_step
+from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.settings import Row
 from mixlora_exp.config import options
@@ -29,12 +29,13 @@ from mixlora_exp.results.record import finish_record, provenance, write_json
 ROOT = Path(__file__).resolve().parents[1]
 # What moe-peft 2.0.2 runs with; its own requirements ask for a torch from 2024 as well.
 PACKAGES = ["transformers==4.46.3", "accelerate<1.3", "datasets<4", "evaluate", "numpy<2.3"]
-PEERS = ["moe-peft==2.0.2"]
+PEERS = {"moe_peft": "moe-peft==2.0.2", "mixlora": "mixlora==0.2.3"}
 EXTRA = ["fire", "sentencepiece", "scikit-learn", "jinja2"]
 
 
 @dataclass(slots=True, kw_only=True)
 class Settings:
+    package: str = "moe_peft"
     model: str = "smollm2_135m"
     layers: int | None = None
     batch: int = 8
@@ -54,15 +55,16 @@ def _environment(folder: Path) -> Path:
         UserError: it cannot be installed.
     """
     python = folder / "bin" / "python"
-    if not (folder / "installed").is_file():
+    marker, wanted = folder / "installed", "\n".join([*PACKAGES, *PEERS.values()])
+    if not marker.is_file() or marker.read_text() != wanted:
         venv.create(folder, clear=True, with_pip=True)
-        for packages in (["torch==2.13.0"], [*PACKAGES, *EXTRA], ["--no-deps", *PEERS]):
+        for packages in (["torch==2.13.0"], [*PACKAGES, *EXTRA], ["--no-deps", *PEERS.values()]):
             command = [str(python), "-m", "pip", "install", "--quiet", *packages]
             if subprocess.run(command, check=False).returncode:
                 raise UserError(
                     f"{packages[-1]} cannot be installed into {folder}: nothing measured"
                 )
-        (folder / "installed").touch()
+        marker.write_text(wanted)
     return python
 
 
@@ -72,7 +74,7 @@ def _peer_step(worker: subprocess.Popen[str]) -> dict[str, float]:
         return json.loads(worker.stdout.readline())
     except (BrokenPipeError, ValueError) as error:
         raise UserError(
-            f"moe-peft ended with code {worker.wait()} in a step; nothing was recorded"
+            f"the package ended with code {worker.wait()} in a step; nothing was recorded"
         ) from error
 
 
@@ -87,6 +89,8 @@ def run(arguments: Sequence[str]) -> None:
     for name in ("batch", "length", "rounds"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)} must be >= 1")
+    if settings.package not in PEERS:
+        raise UserError(f"package={settings.package} is unknown: choose {' or '.join(PEERS)}")
     if settings.dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={settings.dtype} is unknown: choose float32 or bfloat16")
     if settings.threads:
@@ -113,40 +117,54 @@ def run(arguments: Sequence[str]) -> None:
         bufsize=1,
     )
     if worker.stdout.readline().strip() != "ready":
-        raise UserError("moe-peft does not run here: its message stands above; nothing measured")
+        raise UserError(
+            f"{settings.package} does not run here: its message stands above; nothing measured"
+        )
     base = base_model(config, getattr(torch, settings.dtype), "cpu", 0)
     # Eager attention on both sides, which the package recommends and has.
     base.set_attn_implementation("eager")
     row = Row(method="mixdora" if settings.dora else "mixlora", kernel="exact")
     model = adapted(base, row, settings.dropout, 0)
     ids = torch.randint(config.vocab_size, (settings.batch, settings.length))
-    training_step(model, row, ids)
+
+    def step() -> dict[str, float]:
+        if settings.package == "mixlora":
+            return {"infer_forward_s": inference_step(model, ids)}
+        forward, backward = training_step(model, row, ids)
+        return {"train_forward_s": forward, "train_backward_s": backward}
+
+    step()
     samples = []
     for number in range(settings.rounds):
         peer = _peer_step(worker)
-        forward, backward = training_step(model, row, ids)
-        ours = {"train_forward_s": forward, "train_backward_s": backward}
-        samples.append({"moe_peft": peer, "ours": ours})
+        ours = step()
+        samples.append({"peer": peer, "ours": ours})
         ratio = sum(peer.values()) / sum(ours.values())
         print(f"round {number + 1}/{settings.rounds}: {ratio:.2f}", file=sys.stderr, flush=True)
     worker.stdin.close()
     worker.wait()
-    ratios = [sum(s["moe_peft"].values()) / sum(s["ours"].values()) for s in samples]
+    ratios = [sum(s["peer"].values()) / sum(s["ours"].values()) for s in samples]
     low, middle, high = _quartiles(ratios)
     record = {
         "config": asdict(settings),
         "threads": torch.get_num_threads(),
-        "peers": {"moe-peft": PEERS[0], "transformers": PACKAGES[0], "torch": "torch==2.13.0"},
-        "times_faster_than_moe_peft": round(middle, 3),
+        "peers": {
+            "package": PEERS[settings.package],
+            "transformers": PACKAGES[0],
+            "torch": "torch==2.13.0",
+        },
+        "times_as_fast": round(middle, 3),
         "quartiles": [round(low, 3), round(high, 3)],
         "samples": samples,
         "provenance": provenance(ROOT),
     }
     kind = "mixdora" if settings.dora else "mixlora"
-    name = f"peers-{kind}-{settings.model}-{config.depth}layers-{settings.dtype}.json"
+    inference = "-mixlora_package" if settings.package == "mixlora" else ""
+    parts = [kind, settings.model, f"{config.depth}layers", settings.dtype]
+    name = f"peers-{'-'.join(parts)}{inference}.json"
     path = ROOT / "results" / "bench" / name
     write_json(path, finish_record(record))
-    print(f"{middle:.2f} times ({low:.2f} to {high:.2f}) as fast as moe-peft: {path}")
+    print(f"{middle:.2f} times ({low:.2f} to {high:.2f}) as fast as {settings.package}: {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training steps of the package `moe-peft`, one a line: run by `bench_peers.py` in its venv.
+"""Steps of the packages moe-peft and mixlora, one a line: run by `bench_peers.py` in their venv.
 
 Reads what to build as JSON from the first argument, answers `ready`, and then each line on standard
 input with one step's seconds as JSON. Imports nothing of this project.
@@ -75,12 +75,55 @@ def moe_peft_step(spec: dict):
     return step
 
 
+def mixlora_step(spec: dict):
+    """A forward pass of the package mixlora, which has inference only. Its experts stand outside
+    of the module tree, so that `eval()` leaves their dropout on, and it refuses a dropout of 0:
+    measured as it runs."""
+    from mixlora.config import MixLoraConfig
+    from mixlora.model import inject_adapter_in_model
+
+    model = base(spec)
+    adapter = {**ADAPTER, "lora_dropout": spec["dropout"], "use_dora": spec["dora"]}
+    config = MixLoraConfig.from_config(adapter)
+    config.adapter_name_, config.dtype_ = "a", torch.float32
+    shape, rank = spec["shape"], ADAPTER["r"]
+    weights = {}
+
+    def draw(name: str, layer: torch.nn.Linear) -> None:
+        weights[f"{name}.lora_A.weight"] = torch.randn(rank, layer.in_features) * 0.02
+        weights[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, rank) * 0.02
+
+    for number, block in enumerate(model.model.layers):
+        prefix = f"mixlora.layers.{number}"
+        router = torch.randn(ADAPTER["num_experts"], shape["hidden_size"]) * 0.02
+        weights[f"{prefix}.mlp.moe_gate.weight"] = router
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            draw(f"{prefix}.self_attn.{name}", getattr(block.self_attn, name))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            for expert in range(ADAPTER["num_experts"]):
+                draw(f"{prefix}.mlp.{name}.experts.{expert}", getattr(block.mlp, name))
+    inject_adapter_in_model(model, config, weights)
+    model.eval()
+    ids = torch.randint(shape["vocab_size"], (spec["batch"], spec["length"]))
+
+    @torch.no_grad()
+    def step() -> dict:
+        start = time.perf_counter()
+        model(input_ids=ids, num_logits_to_keep=1)
+        return {"infer_forward_s": time.perf_counter() - start}
+
+    return step
+
+
+STEPS = {"moe_peft": moe_peft_step, "mixlora": mixlora_step}
+
+
 def main() -> None:
     """Build the model, then one step per line."""
     spec = json.loads(sys.argv[1])
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
-    step = moe_peft_step(spec)
+    step = STEPS[spec["package"]](spec)
     step()
     print("ready", flush=True)
     for _ in sys.stdin:
