@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from peft import LoraConfig
 from peft.utils import PeftType
+from transformers.activations import ACT2FN
 
 __all__ = ["MixLoraConfig"]
 
@@ -19,13 +22,29 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertLora:
+    """LoRA as each expert has it; `scaling` is alpha / r, or alpha / sqrt(r) with rsLoRA."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_dora: bool
+    use_rslora: bool
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
 @dataclass
 class MixLoraConfig(LoraConfig):
     """LoRA experts behind a top-k router in the feed-forward block, plain LoRA in attention.
 
     `target_modules` names projections; those of `feed_forward_targets` become experts of the block
     that holds them, the others get PEFT's LoRA. `r`, `lora_alpha`, `lora_dropout`, `use_dora` and
-    `use_rslora` hold for both. With `use_dora` every LoRA carries a magnitude (MixDoRA).
+    `use_rslora` hold for both, unless `expert_lora` gives the experts their own. With `use_dora`
+    every LoRA carries a magnitude (MixDoRA).
 
     Raises:
         ValueError: a value is out of range, or an option of LoraConfig is set that experts lack.
@@ -46,6 +65,17 @@ class MixLoraConfig(LoraConfig):
     )
     router_init_std: float = field(
         default=0.02, metadata={"help": "Standard deviation of the router's initial weights."}
+    )
+    expert_lora: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Where experts differ from attention: r, lora_alpha, lora_dropout, use_dora, "
+            "use_rslora."
+        },
+    )
+    act_fn: str | None = field(
+        default=None,
+        metadata={"help": "Activation of the experts, by transformers' name; None: the base's."},
     )
     feed_forward: str = field(default="mlp", metadata={"help": "Name of the feed-forward block."})
     feed_forward_targets: list[str] = field(
@@ -87,10 +117,16 @@ class MixLoraConfig(LoraConfig):
             )
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k} must be in [1, num_experts={self.num_experts}]")
-        if self.r < 1:
-            raise ValueError(f"r={self.r} must be >= 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        unknown = set(self.expert_lora or ()) - set(ExpertLora.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"expert_lora does not know {', '.join(sorted(unknown))}")
+        for where, lora in (("", self._of_attention), ("expert_lora.", self.experts)):
+            if lora.r < 1:
+                raise ValueError(f"{where}r={lora.r} must be >= 1")
+            if not 0 <= lora.lora_dropout < 1:
+                raise ValueError(f"{where}lora_dropout={lora.lora_dropout} must be in [0, 1)")
+        if self.act_fn is not None and self.act_fn not in ACT2FN:
+            raise ValueError(f"act_fn={self.act_fn!r} is not an activation of transformers")
         if self.router_loss_coef < 0:
             raise ValueError(f"router_loss_coef={self.router_loss_coef} must be >= 0")
         if self.router_loss not in ("argmax", "topk"):
@@ -99,6 +135,16 @@ class MixLoraConfig(LoraConfig):
             raise ValueError(
                 f"router_loss_pooling={self.router_loss_pooling!r} is not 'layer' or 'all'"
             )
+
+    @property
+    def _of_attention(self) -> ExpertLora:
+        names = ExpertLora.__dataclass_fields__
+        return ExpertLora(**{name: getattr(self, name) for name in names})
+
+    @property
+    def experts(self) -> ExpertLora:
+        """The LoRA settings of each expert."""
+        return replace(self._of_attention, **(self.expert_lora or {}))
 
     @property
     def expert_targets(self) -> list[str]:

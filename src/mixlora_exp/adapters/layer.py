@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.norms import NormCache
@@ -49,7 +50,9 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         "lora_router",
         *(f"lora_{part}_{role}" for role in ROLES for part in ("A", "B", "magnitude")),
     )
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "top_k", "use_dora")
+    other_param_names = (
+        "r", "lora_alpha", "scaling", "lora_dropout", "top_k", "use_dora", "activation",
+    )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         for name in self.other_param_names:
             setattr(self, name, {})
         self.kernel = "auto"
-        self._activation = known_activation(base_layer.act_fn)
+        self._base_activation = known_activation(base_layer.act_fn)
         self.routing: Routing | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -101,14 +104,18 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
             )
         # Anew, since a new adapter may lie where a deleted one of its name lay.
         self._norms = NormCache()
-        self.r[adapter_name] = config.r
-        self.lora_alpha[adapter_name] = config.lora_alpha
-        self.scaling[adapter_name] = config.lora_alpha / (
-            math.sqrt(config.r) if config.use_rslora else config.r
-        )
-        self.lora_dropout[adapter_name] = config.lora_dropout
+        lora = config.experts
+        self.r[adapter_name] = lora.r
+        self.lora_alpha[adapter_name] = lora.lora_alpha
+        self.scaling[adapter_name] = lora.scaling
+        self.lora_dropout[adapter_name] = lora.lora_dropout
         self.top_k[adapter_name] = config.top_k
-        self.use_dora[adapter_name] = config.use_dora
+        self.use_dora[adapter_name] = lora.use_dora
+        self.activation[adapter_name] = (
+            self._base_activation
+            if config.act_fn is None
+            else known_activation(ACT2FN[config.act_fn])
+        )
         self.lora_router[adapter_name] = nn.Parameter(
             torch.randn(config.num_experts, self.in_features) * config.router_init_std
         )
@@ -116,17 +123,17 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
             if name not in config.expert_targets:
                 continue
             frozen = self._frozen(role)
-            a = torch.empty(config.num_experts, config.r, frozen.in_features)
+            a = torch.empty(config.num_experts, lora.r, frozen.in_features)
             # PEFT's kaiming_uniform(a=sqrt(5)) is uniform in +-1/sqrt(fan_in) of each expert.
             nn.init.uniform_(
                 a, -1 / math.sqrt(frozen.in_features), 1 / math.sqrt(frozen.in_features)
             )
-            b = torch.zeros(config.num_experts, frozen.out_features, config.r)
+            b = torch.zeros(config.num_experts, frozen.out_features, lora.r)
             if not config.init_lora_weights:
-                nn.init.uniform_(b, -1 / math.sqrt(config.r), 1 / math.sqrt(config.r))
+                nn.init.uniform_(b, -1 / math.sqrt(lora.r), 1 / math.sqrt(lora.r))
             getattr(self, f"lora_A_{role}")[adapter_name] = nn.Parameter(a)
             getattr(self, f"lora_B_{role}")[adapter_name] = nn.Parameter(b)
-            if config.use_dora:
+            if lora.use_dora:
                 # With B = 0 the magnitude is the row norm of W; random B (tests) start from it too.
                 norms = squared_row_norms(frozen.weight.detach()).sqrt()
                 getattr(self, f"lora_magnitude_{role}")[adapter_name] = nn.Parameter(
@@ -174,7 +181,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
             gate,
             up,
             down,
-            self._activation,
+            self.activation[adapter],
             p,
             draw_mask((rows, hidden), drawn if low else 0.0, device),
             draw_mask((rows, inner), drawn if down.experts is not None else 0.0, device),

@@ -18,6 +18,9 @@ from mixlora_exp.kernels import resolve_kernel, router_fractions, router_loss
 
 __all__ = ["MixLoraModel", "RouterReport", "set_kernel"]
 
+ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""transformers' names of the activations that the kernels know."""
+
 
 @dataclass(frozen=True, slots=True)
 class RouterReport:
@@ -66,6 +69,9 @@ class MixLoraModel(LoraModel):
             target.update_layer(adapter_name, config)
         elif target_name == config.feed_forward:
             layer = MixLoraFeedForward(target, adapter_name, config)
+            if config.act_fn is None:
+                # So that the adapter's own configuration tells it, as the official format needs.
+                config.act_fn = ACTIVATION_NAMES.get(layer.activation[adapter_name])
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             setattr(parent, target_name, layer)

@@ -1,0 +1,70 @@
+"""Convert an adapter between the official format and PEFT's: `convert_adapter.py IN OUT`.
+
+IN is a folder of the official packages (`adapter_model.bin`), which becomes a PEFT folder, or one
+of PEFT's (`adapter_model.safetensors`), which becomes an official one. To export also:
+`magnitude=drop` leaves out DoRA's magnitudes, for which that format has no place; `dropout=VALUE`
+writes this instead of the adapter's own; `act_fn=NAME` names the base model's activation where the
+adapter does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixlora_exp.adapters.conversion import import_official
+from mixlora_exp.adapters.export import export_official
+from mixlora_exp.adapters.official import (
+    BIN,
+    read_official,
+    read_peft,
+    write_official,
+    write_peft,
+)
+from mixlora_exp.config import options
+from mixlora_exp.errors import UserError, guarded
+
+
+@dataclass(slots=True, kw_only=True)
+class Settings:
+    magnitude: str = "keep"
+    dropout: float | None = None
+    act_fn: str | None = None
+
+
+def run(arguments: Sequence[str]) -> None:
+    folders = [Path(word) for word in arguments if "=" not in word and not word.startswith("-")]
+    settings = options(Settings, [word for word in arguments if Path(word) not in folders])
+    if len(folders) != 2:
+        raise UserError(f"two folders are needed, IN and OUT, not {len(folders)}")
+    source, target = folders
+    if settings.magnitude not in ("keep", "drop"):
+        raise UserError(f"magnitude={settings.magnitude} is not valid: choose keep or drop")
+    if settings.dropout is not None and not 0 < settings.dropout < 1:
+        raise UserError(f"dropout={settings.dropout} must be above 0 and below 1")
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder: give one with an adapter")
+    if target.exists():
+        raise UserError(f"{target} exists already: name another folder, or remove it")
+    if (source / BIN).is_file():
+        converted = import_official(read_official(source))
+        write_peft(target, converted.files)
+        kind = "PEFT's format"
+    else:
+        converted = export_official(
+            read_peft(source),
+            drop_magnitude=settings.magnitude == "drop",
+            dropout=settings.dropout,
+            act_fn=settings.act_fn,
+        )
+        write_official(target, converted.files)
+        kind = "the official format"
+    for note in converted.notes:
+        print(f"note: {note}")
+    print(f"written in {kind}: {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""From PEFT's adapter format to that of the official packages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.conversion import saved_config
+from mixlora_exp.adapters.official import KEPT, AdapterFiles, Converted
+from mixlora_exp.adapters.tensors import check_shapes, from_peft, to_official
+from mixlora_exp.errors import UserError
+
+__all__ = ["export_official"]
+
+# In the order in which moe-peft writes them.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+EXPERT_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
+# PEFT's own bookkeeping and what has no effect on a trained adapter.
+PEFT_IGNORED = {
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
+    "inference_mode", "r", "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "use_dora",
+    "init_lora_weights", "num_experts", "top_k", "act_fn", "expert_lora", "router_init_std",
+    "router_loss_coef", "router_loss", "router_loss_pooling", "ensure_weight_tying",
+    "runtime_config", "megatron_core", "ephemeral_gpu_offload",
+}  # fmt: skip
+
+
+def _whole(name: str, value: float) -> int:
+    if value != int(value):
+        raise UserError(f"{name}={value} is not a whole number, which the official format asks for")
+    return int(value)
+
+
+def _export_settings(settings: Mapping[str, Any], dropout: float | None) -> dict[str, Any]:
+    given = settings["lora_dropout"] if dropout is None else dropout
+    if given == 0:
+        raise UserError(
+            "lora_dropout=0 is refused by the official packages: add dropout=1e-9, say (they drop "
+            "in evaluation too, so this is also the way to the same logits)"
+        )
+    entries = {"use_dora": True} if settings["use_dora"] else {}
+    entries |= {"use_rslora": True} if settings["use_rslora"] else {}
+    return {
+        **entries,
+        "bias": "none",
+        "r": settings["r"],
+        "lora_alpha": _whole("lora_alpha", settings["lora_alpha"]),
+        "lora_dropout": float(given),
+    }
+
+
+def _check_exportable(config: Mapping[str, Any], kind: type[LoraConfig]) -> None:
+    """Options that change what an adapter computes, and that the official format does not have."""
+    fields = kind.__dataclass_fields__
+    defaults = saved_config(kind(target_modules=list(TARGETS)))
+    for name, value in config.items():
+        if name in PEFT_IGNORED:
+            continue
+        # By identity: 0 is the first layer, and not "none of them".
+        empty = value is None or value is False or value in ([], {}, "")
+        if name not in fields or not (empty or value == defaults.get(name)):
+            raise UserError(
+                f"{name}={value!r} cannot be exported: the official format has no place for it"
+            )
+
+
+def export_official(
+    files: AdapterFiles,
+    *,
+    drop_magnitude: bool = False,
+    dropout: float | None = None,
+    act_fn: str | None = None,
+) -> Converted:
+    """From PEFT's format to the official one.
+
+    `drop_magnitude` leaves out DoRA's magnitudes, `dropout` writes this in the place of the
+    adapter's own, `act_fn` names the base model's activation where the adapter does not.
+
+    Raises:
+        UserError: the official format has no place for something that the adapter has.
+    """
+    config, notes = files.config, []
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "MIXLORA"):
+        raise UserError(f"peft_type={kind} cannot be exported: LORA and MIXLORA can")
+    mixture = kind == "MIXLORA"
+    _check_exportable(config, MixLoraConfig if mixture else LoraConfig)
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UserError(f"task_type={config['task_type']} cannot be exported: CAUSAL_LM can")
+    parts = from_peft(files.tensors)
+    if parts.magnitudes:
+        if not drop_magnitude:
+            raise UserError(
+                "the adapter has DoRA's trained magnitudes, for which the official format has no "
+                "place: the official packages would compute something else with it. Add "
+                "magnitude=drop to export it without them"
+            )
+        notes.append(f"{parts.magnitudes} tensors of magnitudes were dropped")
+    given = config.get("target_modules")
+    if not isinstance(given, list):
+        raise UserError(f"target_modules={given!r} cannot be exported: a list of names can")
+    settings = {name: config.get(name) for name in EXPERT_FIELDS}
+    given_block = config.get("expert_lora") if mixture else None
+    block = {**settings, **given_block} if given_block else None
+    experts = config.get("num_experts") if mixture else 0
+    ranks = {"single": settings["r"], "experts": (block or settings)["r"]}
+    check_shapes(parts, [name.rpartition(".")[2] for name in given], ranks, experts)
+    entries = _export_settings(settings, dropout)
+    official = {name: entries.pop(name) for name in ("use_dora", "use_rslora", "bias")
+                if name in entries}  # fmt: skip
+    official |= {"peft_type": kind, **entries}
+    official["target_modules"] = [name for name in TARGETS if name in given]
+    if mixture:
+        official |= _export_mixture(config, block, dropout, act_fn)
+    official |= {
+        "base_model_name_or_path": config.get("base_model_name_or_path") or "",
+        "task_type": "CAUSAL_LM",
+    }
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in files.tensors.values()}
+    exported = parts.without_magnitudes().as_type(torch.float32)
+    if dtypes != {"float32"}:
+        notes.append(f"tensors were {', '.join(sorted(dtypes))} and are float32 now")
+    if not parts.magnitudes and len(dtypes) == 1 and "float64" not in dtypes:
+        kept = {"peft": dict(config), "official": dict(official), "dtype": dtypes.pop()}
+        official[KEPT] = kept
+    return Converted(AdapterFiles(official, to_official(exported)), notes)
+
+
+def _export_mixture(
+    config: Mapping[str, Any],
+    block: Mapping[str, Any] | None,
+    dropout: float | None,
+    act_fn: str | None,
+) -> dict[str, Any]:
+    """The entries of routing and experts."""
+    entries: dict[str, Any] = {}
+    if block is not None:
+        lora = _export_settings(block, dropout)
+        # Written also where false: what is left out would come from the outer entries.
+        flags = {name: bool(block[name]) for name in ("use_dora", "use_rslora")}
+        entries["expert_lora"] = {**flags, **lora}
+    activation = config.get("act_fn") or act_fn
+    if activation is None:
+        raise UserError(
+            "act_fn is not known: name the base model's activation, act_fn=silu for Llama or "
+            "act_fn=gelu_pytorch_tanh for Gemma"
+        )
+    return {
+        **entries,
+        "routing_strategy": "mixlora",
+        "num_experts": config["num_experts"],
+        "act_fn": activation,
+        "top_k": config["top_k"],
+        "router_aux_loss_coef": float(config["router_loss_coef"]),
+        "router_init_range": float(config["router_init_std"]),
+    }

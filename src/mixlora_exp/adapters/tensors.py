@@ -1,0 +1,223 @@
+"""Names of an adapter's tensors, in PEFT's format and in the official one, and what they stand for.
+
+`{i}` is a layer, `{p}` a projection, `{e}` an expert. PEFT with this project's tuner holds the
+experts of a projection in one tensor; the official format has a tensor for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mixlora_exp.errors import UserError
+
+__all__ = [
+    "PROJECTIONS",
+    "ROLES",
+    "Parts",
+    "check_shapes",
+    "from_official",
+    "from_peft",
+    "to_official",
+    "to_peft",
+]
+
+ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+PROJECTIONS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
+    **dict.fromkeys(ROLES, "mlp"),
+}
+"""Projections of Llama and Gemma, and the block that holds each."""
+
+PREFIX = "base_model.model.model."
+PLAIN = re.compile(r"layers\.(\d{1,4})\.(self_attn|mlp)\.(\w+)\.lora_(A\.weight|B\.weight|"
+                   r"magnitude_vector)")  # fmt: skip
+ROUTER = re.compile(r"layers\.(\d{1,4})\.mlp\.(?:lora_router|moe_gate\.weight)")
+STACKED = re.compile(r"layers\.(\d{1,4})\.mlp\.lora_(A|B|magnitude)_(gate|up|down)")
+EXPERT = re.compile(r"layers\.(\d{1,4})\.mlp\.(\w+)\.experts\.(\d{1,6})\.lora_(A\.weight|"
+                    r"B\.weight|magnitude_vector)")  # fmt: skip
+PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "magnitude"}
+SUFFIXES = {short: long for long, short in PARTS.items()}
+
+
+@dataclass(slots=True)
+class Parts:
+    """The tensors of an adapter by what they are.
+
+    `single[layer, projection, part]` and, stacked over the experts, `experts[layer, projection,
+    part]`; part is `A` (r, in), `B` (out, r) or `magnitude` (out,). `routers[layer]` (E, hidden).
+    """
+
+    single: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
+    experts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
+    routers: dict[int, Tensor] = field(default_factory=dict)
+
+    def without_magnitudes(self) -> Parts:
+        return Parts(
+            {key: t for key, t in self.single.items() if key[2] != "magnitude"},
+            {key: t for key, t in self.experts.items() if key[2] != "magnitude"},
+            self.routers,
+        )
+
+    def as_type(self, dtype: torch.dtype) -> Parts:
+        return Parts(*({key: t.to(dtype) for key, t in group.items()}
+                       for group in (self.single, self.experts, self.routers)))  # fmt: skip
+
+    @property
+    def magnitudes(self) -> int:
+        return sum(key[2] == "magnitude" for key in (*self.single, *self.experts))
+
+
+def _known(name: str, projection: str, block: str | None = None) -> str:
+    if PROJECTIONS.get(projection) is None or block not in (None, PROJECTIONS[projection]):
+        raise UserError(
+            f"tensor {name}: {projection} is not a projection of Llama or Gemma, which are the "
+            "models that this project adapts"
+        )
+    return projection
+
+
+def _place(parts: Parts, name: str, rest: str, tensor: Tensor) -> bool:
+    """Put a tensor that both formats name alike into its place."""
+    if found := PLAIN.fullmatch(rest):
+        layer, block, projection, part = found.groups()
+        parts.single[int(layer), _known(name, projection, block), PARTS[part]] = tensor
+    elif found := ROUTER.fullmatch(rest):
+        parts.routers[int(found[1])] = tensor
+    else:
+        return False
+    return True
+
+
+def from_peft(tensors: Mapping[str, Tensor]) -> Parts:
+    """Sort tensors with PEFT's names.
+
+    Raises:
+        UserError: a tensor is none of LoRA, DoRA or MixLoRA on the projections above.
+    """
+    parts, roles = Parts(), {role: name for name, role in ROLES.items()}
+    for name, tensor in tensors.items():
+        rest = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
+        if found := STACKED.fullmatch(rest):
+            parts.experts[int(found[1]), roles[found[3]], found[2]] = tensor
+        elif not _place(parts, name, rest, tensor):
+            raise UserError(f"tensor {name} has no place in the official format")
+    return parts
+
+
+def to_peft(parts: Parts) -> dict[str, Tensor]:
+    """The reverse of `from_peft`."""
+    named = {
+        f"{PREFIX}layers.{layer}.{PROJECTIONS[p]}.{p}.lora_{SUFFIXES[part]}": tensor
+        for (layer, p, part), tensor in parts.single.items()
+    }
+    for (layer, p, part), tensor in parts.experts.items():
+        named[f"{PREFIX}layers.{layer}.mlp.lora_{part}_{ROLES[p]}"] = tensor
+    for layer, tensor in parts.routers.items():
+        named[f"{PREFIX}layers.{layer}.mlp.lora_router"] = tensor
+    return named
+
+
+def _stack(found: dict[tuple[int, str, str], dict[int, Tensor]], experts: int) -> dict:
+    stacked = {}
+    for (layer, projection, part), tensors in found.items():
+        where = f"layer {layer}, {projection}, lora_{part}"
+        if sorted(tensors) != list(range(experts)):
+            raise UserError(
+                f"{where}: there are experts {sorted(tensors)[:8]}, num_experts={experts} asks for "
+                f"0 to {experts - 1}: the adapter is cut off or was changed"
+            )
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+        if len(shapes) != 1 or len({tensor.dtype for tensor in tensors.values()}) != 1:
+            raise UserError(f"{where}: experts differ in shape or type, {sorted(shapes)[:3]}")
+        stacked[layer, projection, part] = torch.stack([tensors[e] for e in range(experts)])
+    return stacked
+
+
+def from_official(tensors: Mapping[str, Tensor], experts: int | None) -> Parts:
+    """Sort tensors with the official names; `experts`: how many there must be, None for LoRA.
+
+    Raises:
+        UserError: a tensor has an unknown name, or an expert is missing.
+    """
+    parts = Parts()
+    prefix = PREFIX if experts is None else "mixlora."
+    found: dict[tuple[int, str, str], dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        rest = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if match := EXPERT.fullmatch(rest):
+            layer, projection, expert, part = match.groups()
+            _known(name, projection, "mlp")
+            entry = found.setdefault((int(layer), projection, PARTS[part]), {})
+            entry[int(expert)] = tensor
+        elif not _place(parts, name, rest, tensor):
+            raise UserError(f"tensor {name} is unknown: it cannot be imported")
+    if experts is not None:
+        parts.experts = _stack(found, experts)
+    elif found or parts.routers:
+        raise UserError("the adapter has experts or routers, but peft_type=LORA has none")
+    return parts
+
+
+def to_official(parts: Parts) -> dict[str, Tensor]:
+    """The reverse of `from_official`, layer by layer."""
+    prefix = "mixlora." if parts.routers else PREFIX
+    named = {}
+    for layer, tensor in parts.routers.items():
+        named[layer, f"{prefix}layers.{layer}.mlp.moe_gate.weight"] = tensor
+    for (layer, p, part), tensor in parts.single.items():
+        block = PROJECTIONS[p]
+        named[layer, f"{prefix}layers.{layer}.{block}.{p}.lora_{SUFFIXES[part]}"] = tensor
+    for (layer, p, part), stacked in parts.experts.items():
+        for e, tensor in enumerate(stacked):
+            name = f"{prefix}layers.{layer}.mlp.{p}.experts.{e}.lora_{SUFFIXES[part]}"
+            # A tensor of its own: torch.save would write the whole stack for each expert.
+            named[layer, name] = tensor.clone()
+    ordered = sorted(named.items(), key=lambda entry: entry[0][0])
+    return {name: tensor for (_, name), tensor in ordered}
+
+
+def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts: int) -> None:
+    """Every layer has every projection, A (r, in), B (out, r) and where there are any magnitudes
+    (out,), with the experts in front."""
+    layers = {key[0] for key in (*parts.single, *parts.experts)} | set(parts.routers)
+    if layers != set(range(len(layers))):
+        raise UserError(
+            f"the tensors are of layers {sorted(layers)[:8]}, not of 0 to {len(layers) - 1}: the "
+            "adapter is cut off or was changed"
+        )
+    wanted = ("A", "B", "magnitude") if parts.magnitudes else ("A", "B")
+    sizes: dict[tuple[str, str], int] = {}
+    for group, front, names in (
+        (parts.experts, (experts,), [t for t in targets if t in ROLES and experts]),
+        (parts.single, (), [t for t in targets if t not in ROLES or not experts]),
+    ):
+        r = rank["experts" if front else "single"]
+        expected = {(layer, name, part) for layer in layers for name in names for part in wanted}
+        if set(group) != expected:
+            layer, name, part = sorted(set(group) ^ expected)[0]
+            state = "missing" if (layer, name, part) in expected else "not among target_modules"
+            raise UserError(f"lora_{part} of layer {layer}, {name} is {state}")
+        for (layer, name, part), tensor in group.items():
+            shape = tuple(tensor.shape)
+            size = shape[-1] if part == "A" else shape[len(front)] if len(shape) > len(front) else 0
+            should = {"A": (*front, r, size), "B": (*front, size, r)}.get(part, (*front, size))
+            side = (name, "in" if part == "A" else "out")
+            if shape != should or sizes.setdefault(side, size) != size:
+                raise UserError(
+                    f"lora_{part} of layer {layer}, {name} is {shape}, which does not fit r={r}"
+                    + (f", num_experts={experts}" if front else "")
+                    + " and the other layers"
+                )
+    for layer, router in parts.routers.items():
+        hidden = sizes.get(("gate_proj", "in"), sizes.get(("up_proj", "in"), router.shape[-1]))
+        if tuple(router.shape) != (experts, hidden):
+            raise UserError(
+                f"the router of layer {layer} is {tuple(router.shape)}, not {(experts, hidden)}"
+            )
+    if experts and set(parts.routers) != layers:
+        raise UserError(f"a router is missing: {len(parts.routers)} for {len(layers)} layers")

@@ -1,0 +1,414 @@
+"""The official adapter format, both ways: the same logits, and nothing lost that it can hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mixlora_exp.adapters.conversion import import_official
+from mixlora_exp.adapters.export import export_official
+from mixlora_exp.adapters.official import (
+    read_official,
+    read_peft,
+    write_official,
+    write_peft,
+)
+from mixlora_exp.adapters.tensors import from_peft, to_official
+from mixlora_exp.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BATCHES = ("single", "right", "left")
+
+
+def convert(*words: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "scripts/convert_adapter.py", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@dataclass
+class Kit:
+    """Random adapters on tiny models."""
+
+    base_of: Callable[..., Any]
+    config_of: Callable[..., Any]
+    draw: Callable[..., None]
+    batch: dict[str, Tensor]
+
+    def adapter(
+        self, folder: Path, kind: str = "mixlora", family: str = "llama", **changes: Any
+    ) -> tuple[Path, Tensor]:
+        """A PEFT folder of an adapter, and its logits."""
+        changes = {"lora_dropout": 0.05, **changes}
+        if kind == "mixlora":
+            config = self.config_of(**changes)
+        else:
+            config = LoraConfig(
+                **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM",
+                   "use_dora": kind == "dora", **changes}
+            )  # fmt: skip
+        model = get_peft_model(self.base_of(family), config)
+        self.draw(model)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return folder, self.of(model)
+
+    @torch.no_grad()
+    def of(self, model: PeftModel) -> Tensor:
+        return model.eval()(**self.batch).logits
+
+    def logits(self, folder: Path, family: str = "llama") -> Tensor:
+        return self.of(PeftModel.from_pretrained(self.base_of(family), str(folder)))
+
+
+@pytest.fixture
+def kit(
+    base_of: Callable[..., Any],
+    config_of: Callable[..., Any],
+    draw: Callable[..., None],
+    batch: dict[str, Tensor],
+) -> Kit:
+    return Kit(base_of, config_of, draw, batch)
+
+
+def there_and_back(tmp_path: Path, source: Path, **options: Any) -> tuple[Path, Path]:
+    write_official(tmp_path / "official", export_official(read_peft(source), **options).files)
+    write_peft(tmp_path / "back", import_official(read_official(tmp_path / "official")).files)
+    return tmp_path / "official", tmp_path / "back"
+
+
+@pytest.mark.parametrize("name", ["llama-lora", "llama-mixlora"])
+def test_fixtures_through_import_export_and_import(
+    name: str, shared_oracle: Path, tmp_path: Path
+) -> None:
+    folder = shared_oracle / name
+    assert convert(folder, tmp_path / "peft").returncode == 0
+    assert convert(tmp_path / "peft", tmp_path / "official").returncode == 0
+    assert convert(tmp_path / "official", tmp_path / "again").returncode == 0
+    expected = load_file(folder / "expected.safetensors")
+    for peft in ("peft", "again"):
+        base = AutoModelForCausalLM.from_pretrained(shared_oracle / "tiny-llama")
+        model = PeftModel.from_pretrained(base, str(tmp_path / peft)).eval()
+        for batch in BATCHES:
+            mask = expected[f"{batch}.attention_mask"]
+            with torch.no_grad():
+                found = model(expected[f"{batch}.input_ids"], attention_mask=mask).logits
+            difference = (found - expected[f"{batch}.logits"])[mask.bool()]
+            assert difference.abs().max() < 2e-5
+    # What the official packages wrote comes out again.
+    written, original = (read_official(f) for f in (tmp_path / "official", folder))
+    assert written.tensors.keys() == original.tensors.keys()
+    assert all(torch.equal(written.tensors[n], t) for n, t in original.tensors.items())
+    assert original.config.items() <= written.config.items()
+
+
+@pytest.mark.parametrize(("files", "key"), [("bin", "no_magnitude."), ("both", "")])
+def test_dora_with_and_without_its_magnitude(
+    files: str, key: str, shared_oracle: Path, tmp_path: Path
+) -> None:
+    """The `.bin` alone is what the official packages compute with it: plain LoRA."""
+    source = tmp_path / "in"
+    source.mkdir()
+    names = ["adapter_config.json", "adapter_model.bin"]
+    names += ["adapter_model.safetensors"] if files == "both" else []
+    for name in names:
+        shutil.copy(shared_oracle / "llama-dora" / name, source / name)
+    done = convert(source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert ("imported as that" in done.stdout) == (files == "bin")
+    base = AutoModelForCausalLM.from_pretrained(shared_oracle / "tiny-llama")
+    model = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+    expected = load_file(shared_oracle / "llama-dora" / "expected.safetensors")
+    for batch in BATCHES:
+        mask = expected[f"{batch}.attention_mask"]
+        with torch.no_grad():
+            found = model(expected[f"{batch}.input_ids"], attention_mask=mask).logits
+        difference = (found - expected[f"{key}{batch}.logits"])[mask.bool()]
+        assert difference.abs().max() < 2e-5
+
+
+CASES = {
+    "lora": ("lora", {}),
+    "lora, rslora, two targets": ("lora", {"use_rslora": True, "target_modules": TARGETS[1::4]}),
+    "mixlora": ("mixlora", {}),
+    "experts of their own": (
+        "mixlora", {"expert_lora": {"r": 2, "lora_alpha": 6, "use_rslora": True}},
+    ),
+    "rslora outside only": ("mixlora", {"use_rslora": True, "expert_lora": {"use_rslora": False}}),
+    "partial": ("mixlora", {"target_modules": ["q_proj", "o_proj", "up_proj"], "top_k": 1}),
+    "router": (
+        "mixlora",
+        {"router_loss_coef": 0.02, "router_loss_pooling": "all", "num_experts": 3, "top_k": 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("case", CASES)
+def test_export_and_import_give_the_same_bytes(
+    kit: Kit, case: str, family: str, tmp_path: Path
+) -> None:
+    kind, changes = CASES[case]
+    source, expected = kit.adapter(tmp_path / "in", kind, family, **changes)
+    official, back = there_and_back(tmp_path, source)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+    assert torch.equal(kit.logits(back, family), expected)
+    # And from what the official packages themselves would have written.
+    config = json.loads((official / "adapter_config.json").read_text())
+    del config["mixlora_exp"]
+    (official / "adapter_config.json").write_text(json.dumps(config))
+    write_peft(tmp_path / "plain", import_official(read_official(official)).files)
+    assert torch.equal(kit.logits(tmp_path / "plain", family), expected)
+
+
+def test_half_precision_comes_back(kit: Kit, tmp_path: Path) -> None:
+    source, _ = kit.adapter(tmp_path / "in")
+    path = source / "adapter_model.safetensors"
+    save_file({n: t.bfloat16() for n, t in load_file(path).items()}, path, {"format": "pt"})
+    official, back = there_and_back(tmp_path, source)
+    assert all(t.dtype is torch.float32 for t in read_official(official).tensors.values())
+    assert (back / path.name).read_bytes() == path.read_bytes()
+
+
+def test_an_edited_configuration_counts_and_not_the_kept_one(kit: Kit, tmp_path: Path) -> None:
+    source, before = kit.adapter(tmp_path / "in")
+    official, _ = there_and_back(tmp_path, source)
+    path = official / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 16}))
+    write_peft(tmp_path / "edited", import_official(read_official(official)).files)
+    config = json.loads((tmp_path / "edited" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 16
+    assert not torch.allclose(kit.logits(tmp_path / "edited"), before)
+
+
+@pytest.mark.parametrize("kind", ["dora", "mixlora"])
+def test_trained_magnitudes_are_not_exported_silently(kit: Kit, kind: str, tmp_path: Path) -> None:
+    changes = {"use_dora": True}
+    source, expected = kit.adapter(tmp_path / "in", kind, **changes)
+    done = convert(source, tmp_path / "out")
+    assert done.returncode == 2
+    assert "magnitude=drop" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = convert(source, tmp_path / "out", "magnitude=drop")
+    assert done.returncode == 0, done.stderr
+    assert "magnitudes were dropped" in done.stdout
+    written = read_official(tmp_path / "out")
+    assert written.config["use_dora"] is True
+    assert not any("magnitude" in name for name in written.tensors)
+    # What the official packages compute with it: LoRA without the magnitude.
+    back = import_official(written)
+    assert back.files.config["use_dora"] is False
+    write_peft(tmp_path / "back", back.files)
+    plain = kit.logits(tmp_path / "back")
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_mixdora_with_magnitudes_beside_the_bin(kit: Kit, tmp_path: Path) -> None:
+    source, expected = kit.adapter(tmp_path / "in", use_dora=True)
+    files = read_peft(source)
+    write_official(tmp_path / "official", export_official(files, drop_magnitude=True).files)
+    save_file(
+        to_official(from_peft(files.tensors)), tmp_path / "official" / "adapter_model.safetensors"
+    )
+    write_peft(tmp_path / "back", import_official(read_official(tmp_path / "official")).files)
+    assert torch.equal(kit.logits(tmp_path / "back"), expected)
+
+
+def test_an_imported_adapter_needs_one_import_and_peft(shared_oracle: Path, tmp_path: Path) -> None:
+    convert(shared_oracle / "llama-mixlora", tmp_path / "out")
+    lines = (
+        "import mixlora_exp\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"base = AutoModelForCausalLM.from_pretrained({str(shared_oracle / 'tiny-llama')!r})\n"
+        f"model = PeftModel.from_pretrained(base, {str(tmp_path / 'out')!r})\n"
+        "print(type(model.base_model).__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", lines], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "MixLoraModel", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routing_strategy": "mixlora-dynamic", "top_p": 0.8}, "routing_strategy=mixlora-dynamic"),
+        ({"routing_strategy": "mixlora-switch"}, "routing_strategy=mixlora-switch"),
+        ({"jitter_noise": 0.1}, "jitter_noise=0.1"),
+        ({"peft_type": "MOLA"}, "peft_type=MOLA"),
+        ({"peft_type": None, "routing_strategy": "loramoe"}, "peft_type=LORAMOE"),
+        ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"r": 8}, r"r=8"),
+        ({"r": True}, "r=True"),
+        ({"r": "4"}, "r='4'"),
+        ({"r": -1}, "r=-1"),
+        ({"lora_alpha": 0}, "lora_alpha=0"),
+        ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
+        ({"num_experts": 10**12}, "num_experts=1000000000000"),
+        ({"num_experts": 5}, "num_experts=5"),
+        ({"num_experts": 3}, "num_experts=3"),
+        ({"top_k": 9}, "top_k=9"),
+        ({"act_fn": "nothing"}, "act_fn='nothing'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"target_modules": "all-linear"}, "target_modules='all-linear'"),
+        ({"target_modules": TARGETS[:-1]}, "down_proj"),
+        ({"target_modules": [*TARGETS[:4]]}, "not among target_modules"),
+        ({"expert_lora": {"r": 2}}, "r=2"),
+        ({"expert_lora": 3}, "expert_lora=3"),
+        ({"peft_type": "LORA"}, "routing_strategy"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_named(
+    kit: Kit, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source, _ = kit.adapter(tmp_path / "in")
+    official, _ = there_and_back(tmp_path, source)
+    path = official / "adapter_config.json"
+    config = json.loads(path.read_text()) | changes
+    config.pop("mixlora_exp")
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        import_official(read_official(official))
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[next(n for n in tensors if name in n)]
+
+    return change
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = next(n for n in tensors if old in n)
+        tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def reshaped(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def apply(tensors: dict[str, Tensor]) -> None:
+        key = next(n for n in tensors if name in n)
+        tensors[key] = change(tensors[key]).contiguous()
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("moe_gate"), "router is missing|layers"),
+        (without("experts.3.lora_A"), "experts"),
+        (without("q_proj.lora_B"), "q_proj is missing"),
+        (renamed("moe_gate", "gate"), "unknown"),
+        (renamed("layers.1.", "layers.7."), "layer"),
+        (renamed("q_proj.lora_A", "qkv_proj.lora_A"), "qkv_proj is not a projection"),
+        (renamed("up_proj.experts.0", "q_proj.experts.0"), "q_proj is not a projection"),
+        (reshaped("q_proj.lora_A", lambda t: t[:2]), "does not fit r=4"),
+        (reshaped("q_proj.lora_A", lambda t: t[:, :-1]), "the other layers|does not fit"),
+        (reshaped("q_proj.lora_A", lambda t: t[0]), "does not fit"),
+        (reshaped("down_proj.experts.0.lora_B", lambda t: t.T), "differ in shape"),
+        (reshaped("moe_gate", lambda t: t[:, :-1]), "router"),
+        (reshaped("moe_gate", lambda t: t.long()), "floating-point"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    kit: Kit, change: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    source, _ = kit.adapter(tmp_path / "in")
+    official, _ = there_and_back(tmp_path, source)
+    path = official / "adapter_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    change(tensors)
+    torch.save(tensors, path)
+    with pytest.raises(UserError, match=message):
+        import_official(read_official(official))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": 0}, "layers_to_transform"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_alpha": 7.5}, "lora_alpha=7.5"),
+        ({"lora_dropout": 0.0}, "dropout=1e-9"),
+        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"peft_type": "LOHA"}, "peft_type=LOHA"),
+        ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS"),
+        ({"r": 8}, "does not fit r=8"),
+        ({"new_option": 1}, "new_option"),
+    ],
+    ids=str,
+)
+def test_what_the_official_format_lacks_is_named(
+    kit: Kit, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source, _ = kit.adapter(tmp_path / "in", "lora")
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        export_official(read_peft(source))
+
+
+def test_an_adapter_without_activation_asks_for_it(kit: Kit, tmp_path: Path) -> None:
+    source, expected = kit.adapter(tmp_path / "in", family="gemma")
+    path = source / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("act_fn") == "gelu_pytorch_tanh"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="act_fn=gelu_pytorch_tanh for Gemma"):
+        export_official(read_peft(source))
+    _, back = there_and_back(tmp_path, source, act_fn="gelu_pytorch_tanh")
+    assert torch.equal(kit.logits(back, "gemma"), expected)
+
+
+def test_another_activation_than_the_base_has(kit: Kit, tmp_path: Path) -> None:
+    """As in the official packages, the adapter's activation is the experts'."""
+    source, silu = kit.adapter(tmp_path / "in")
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"act_fn": "gelu"}))
+    assert not torch.allclose(kit.logits(source), silu)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["one"], "two folders are needed"),
+        (["absent", "out"], "absent is no folder"),
+        (["{in}", "{in}"], "exists already"),
+        (["{in}", "out", "magnitude=lose"], "magnitude=lose"),
+        (["{in}", "out", "dropout=2"], "dropout=2"),
+        (["{in}", "out", "speed=2"], "speed"),
+        (["{empty}", "out"], "adapter_config.json cannot be read"),
+    ],
+)
+def test_the_command_names_mistakes(
+    kit: Kit, words: list[str], message: str, tmp_path: Path
+) -> None:
+    source, _ = kit.adapter(tmp_path / "in", "lora")
+    (tmp_path / "empty").mkdir()
+    places = {"in": source, "empty": tmp_path / "empty"}
+    done = convert(*(word.format(**places) for word in words))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
