@@ -223,7 +223,7 @@ def test_every_combination_has_a_plan(offline: None, tmp_path: Path) -> None:
             ["6,738,415,616 frozen, 203,423,744 trainable", "2.91 % of the paper's 7e+09"],
         ),
         (["model=gemma_2b", "method=mixdora", "task=boolq"], ["boolq 9,427", "boolq 3,270"]),
-        (["model=llama3_8b", "method=none"], ["train rows  none", "steps       0 of 16"]),
+        (["model=llama3_8b", "method=none"], ["train rows  none", "training    none"]),
         (["experiment=smoke", "method=dora"], ["32 per epoch", "(counted)", "steps       2 of 4"]),
     ],
     ids=lambda value: " ".join(value),
@@ -242,6 +242,16 @@ def test_dry_run_prints_the_plan(
     for word in words:
         assert word in out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_of_the_base_model_has_no_training(
+    offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method=none", "model=tiny", "data=embedded", "task=arc_e", "dry_run=true"]
+    assert execute(words) == 0
+    out = capsys.readouterr().out
+    assert "training    none: the model is scored as it is" in out
+    assert "steps" not in out
 
 
 def test_a_plan_converts_no_weights(

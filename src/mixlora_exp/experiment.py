@@ -206,7 +206,8 @@ def _score(
     context = autocast(next(model.parameters()).device, this.dtype)
     for protocol in config.evaluation.protocols:
         start = time.perf_counter()
-        scorer = Scorer(model, this.tokenizer, context, config.evaluation.batch_tokens)
+        seed = config.seed if config.evaluation.dropout else None
+        scorer = Scorer(model, this.tokenizer, context, config.evaluation.batch_tokens, seed)
         found = score_tests(protocol, scorer, this.tests, config.data, config.evaluation)
         seconds = time.perf_counter() - start
         times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}

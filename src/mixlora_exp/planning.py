@@ -176,7 +176,15 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
         )
     counted = "counted" if found.tokens_counted else "estimated from characters"
     gib = {name: size / 2**30 for name, size in found.memory.items()}
-    lines = [
+    training = [
+        ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),
+        (
+            "steps",
+            f"{found.steps:,} of {config.trainer.batch_size} examples "
+            f"({config.trainer.micro_batch_size} x {config.trainer.accumulation_steps})",
+        ),
+    ]
+    return [
         ("run", found.name),
         (
             "model",
@@ -191,12 +199,7 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
         ),
         ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
         ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
-        ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),
-        (
-            "steps",
-            f"{found.steps:,} of {config.trainer.batch_size} examples "
-            f"({config.trainer.micro_batch_size} x {config.trainer.accumulation_steps})",
-        ),
+        *(training if found.examples else [("training", "none: the model is scored as it is")]),
         (
             "memory",
             f"about {sum(gib.values()):.1f} GiB at {config.data.cutoff_length} tokens per example: "
@@ -204,7 +207,6 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
             + " (estimated)",
         ),
     ]
-    return lines
 
 
 def print_plan(config: Config) -> None:

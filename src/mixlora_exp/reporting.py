@@ -5,12 +5,15 @@ Composes the defaults that records are compared with; imports no torch.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mixlora_exp.config import CONF_DIR, compose, to_dict
 from mixlora_exp.config.schema import Config, ModelConfig
@@ -20,6 +23,7 @@ from mixlora_exp.results.paper import METHODS, MODEL_TITLES, contradictions, rea
 from mixlora_exp.results.record import write_text
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
+    EVALUATION_FIELDS,
     MODEL_FIELDS,
     TRAINER_FIELDS,
     TRAINING_DATA_FIELDS,
@@ -50,8 +54,9 @@ PAPER = RESULTS / "paper"
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that stands in `results/`, read and put in order."""
+    """Everything that stands in `folder`, read and put in order."""
 
+    folder: Path
     runs: Sequence[Run]
     blocks: Blocks
     standards: Standards
@@ -60,15 +65,31 @@ class Results:
     left_out: Sequence[LeftOut]
 
 
+PRESETS = ("correct", "official")
+
+
 @cache
-def _defaults() -> tuple[dict[str, Config], dict[str, ModelConfig]]:
-    """The composed default run of each method, and each model's shape."""
-    by_method = {m: compose([f"method={m}", "model=llama2_7b"]) for m in (*METHODS, "none")}
+def _defaults() -> tuple[dict[str, dict[str, Config]], dict[str, ModelConfig]]:
+    """The composed default run of each method under each preset, and each model's shape."""
+    by_method = {
+        preset: {
+            m: compose([f"method={m}", "model=llama2_7b", f"preset={preset}"])
+            for m in (*METHODS, "none")
+        }
+        for preset in PRESETS
+    }
     models = {name: compose([f"model={name}"]).model for name in MODEL_TITLES}
     return by_method, models
 
 
-def _standards(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig]) -> Standards:
+def _standards(
+    presets: Mapping[str, Mapping[str, Config]], models: Mapping[str, ModelConfig]
+) -> Standards:
+    made = {name: _standard(by_method, models) for name, by_method in presets.items()}
+    return dataclasses.replace(made.pop("correct"), presets=made)
+
+
+def _standard(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig]) -> Standards:
     run = to_dict(by_method["mixlora"])
     return Standards(
         methods={name: to_dict(config.method) for name, config in by_method.items()},
@@ -78,6 +99,7 @@ def _standards(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig
         },
         data={n: run["data"][n] for n in (*DATA_FIELDS, *TRAINING_DATA_FIELDS) if n != "name"},
         trainer={name: run["trainer"][name] for name in TRAINER_FIELDS},
+        evaluation={name: run["evaluation"][name] for name in EVALUATION_FIELDS},
     )
 
 
@@ -104,8 +126,8 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     Raises:
         UserError: `names` asks for runs that cannot share a cell, or for an unknown one.
     """
-    by_method, models = _defaults()
-    standards = _standards(by_method, models)
+    presets, models = _defaults()
+    standards, by_method = _standards(presets, models), presets["correct"]
     runs, left_out = load_runs(folder / "runs")
     chosen = _chosen(runs, left_out, names)
     blocks = group_runs(chosen)
@@ -131,7 +153,9 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
         if run.name not in known_names
     ]
     everything = [*left_out, *blocks.left_out, *unplaced, *unusable]
-    return Results(chosen, blocks, standards, benchmarks, dict(sorted(tables.items())), everything)
+    return Results(
+        folder, chosen, blocks, standards, benchmarks, dict(sorted(tables.items())), everything
+    )
 
 
 NOTES = (
@@ -230,5 +254,7 @@ def write_report(results: Results, folder: Path) -> Path:
     figures = [folder / "figures" / f"{name}.svg" for name in names]
     path = folder / "report" / "index.html"
     tables = list(results.tables.values())
-    write_text(path, page(tables, results.runs, figures, results.left_out))
+    # Records and tables stay where they are, wherever the page is written.
+    source = quote(Path(os.path.relpath(results.folder, path.parent)).as_posix())
+    write_text(path, page(tables, results.runs, figures, results.left_out, source))
     return path

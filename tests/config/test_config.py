@@ -37,6 +37,7 @@ GROUPS = {
     "data": ["embedded", "hub", "local"],
     "kernel": ["auto", "exact", "peft", "reference", "shared", "triton"],
     "trainer": ["paper", "smoke"],
+    "preset": ["correct", "official"],
     "evaluation": ["full", "limit"],
     "tracker": ["none", "tensorboard", "wandb"],
 }

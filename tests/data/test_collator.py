@@ -47,6 +47,14 @@ def test_padding_stands_in_front() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
 
 
+def test_padding_counts_where_a_switch_asks_for_it() -> None:
+    batch = Collator(PAD, LossOn.all, padding=True)(EXAMPLES)
+    assert batch["labels"].tolist() == batch["input_ids"].tolist()
+    assert batch["labels"][1].tolist() == [PAD, PAD, PAD, 1, 9, 2]
+    # It is still not attended to.
+    assert batch["attention_mask"][1].tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_loss_on_the_answer_alone() -> None:
     batch = Collator(PAD, LossOn.answer)(EXAMPLES)
     assert batch["labels"].tolist() == [

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from mixlora_exp.data.sampler import WINDOW, BucketSampler
+from mixlora_exp.data.sampler import WINDOW, BucketSampler, FixedSampler
 
 
 def lengths(count: int) -> list[int]:
@@ -89,3 +89,13 @@ def test_incomplete_batch_comes_last() -> None:
         sampler.set_epoch(epoch)
         rests.add(tuple(sorted(list(sampler)[32:])))
     assert len(rests) > 1
+
+
+def test_the_fixed_order_is_one_for_all_epochs_and_takes_no_notice_of_lengths() -> None:
+    sampler = FixedSampler(100, 42)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) == first
+    assert sorted(first) == list(range(100))
+    assert first != list(FixedSampler(100, 43))
+    assert len(sampler) == 100

@@ -69,8 +69,11 @@ def items(data: DataConfig) -> Callable[..., list[Item]]:
 @pytest.fixture
 def scorer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Scorer]:
     def make(
-        model: nn.Module, batch_tokens: int = 600, dtype: torch.dtype = torch.float32
+        model: nn.Module,
+        batch_tokens: int = 600,
+        dtype: torch.dtype = torch.float32,
+        dropout_seed: int | None = None,
     ) -> Scorer:
-        return Scorer(model, tokenizer, autocast(CPU, dtype), batch_tokens)
+        return Scorer(model, tokenizer, autocast(CPU, dtype), batch_tokens, dropout_seed)
 
     return make

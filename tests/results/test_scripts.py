@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +36,13 @@ def test_figures_and_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     done = script("report", f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "report" / "index.html").stat().st_size > 50_000
+    page = tmp_path / "report" / "index.html"
+    content = page.read_text()
+    assert len(content) > 50_000
+    # Written elsewhere, it leads to the records and tables where they lie.
+    links = re.findall(r'href="([^#"]+)"', content)
+    assert any(link.endswith("/record.json") for link in links)
+    assert [link for link in links if not (page.parent / link).is_file()] == []
     done = script("figures", f"output={tmp_path / 'again'}")
     assert done.returncode == 0, done.stderr
     for path in (tmp_path / "figures").iterdir():

@@ -188,6 +188,41 @@ def test_other_protocols_and_sources_are_other_blocks(write: Write, results: Pat
         gather(results, ["a", "nothing"])
 
 
+def test_a_preset_is_named_over_its_block(write: Write, results: Path) -> None:
+    words = [*SMALL, "method=mixdora"]
+    write(results / "runs", "ours", words, five(0.4))
+    write(results / "runs", "theirs", [*words, "preset=official"], five(0.5))
+    write(results / "runs", "odd", [*words, "preset=official", "evaluation.dropout=false"],
+          five(0.6))  # fmt: skip
+    found = {b.heading: b for b in gather(results).tables[2].blocks if b.run}
+    values = {
+        heading: row(block, "MixDoRA", "MT", "ours")["ARC-e"].value
+        for heading, block in found.items()
+    }
+    assert sorted(values.values()) == pytest.approx([40.0, 50.0, 60.0])
+    plain, official, odd = sorted(values, key=values.get)
+    assert "preset" not in plain
+    # The preset's name stands for its switches; one that is set otherwise is named.
+    assert official.endswith("preset=official")
+    assert "preset=official" in odd
+    assert "evaluation.dropout=False" in odd
+
+
+def test_records_from_before_the_switches_stand_with_later_ones(
+    write: Write, results: Path
+) -> None:
+    def older(record: dict) -> None:
+        config = record["config"]
+        del config["preset"], config["method"]["train_magnitude"]
+        del config["trainer"]["order"], config["trainer"]["padding_in_loss"]
+        del config["evaluation"]["dropout"], config["evaluation"]["arc_labels"]
+
+    write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4), change=older)
+    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2"], five(0.5))
+    cells = row(block(gather(results).tables[2], "SmolLM2"), "MixLoRA", "MT", "ours")
+    assert cells["ARC-e"].seeds == 2
+
+
 def test_what_does_not_change_results_shares_a_cell(write: Write, results: Path) -> None:
     write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
     more = ["kernel=reference", "trainer.gradient_checkpointing=true", "trainer.precision=float32"]

@@ -263,8 +263,9 @@ def test_a_loss_that_is_no_number_is_refused(method: str, train: Train) -> None:
         train(f"method={method}", "trainer.learning_rate=1e30", "trainer.max_steps=3")
 
 
+@pytest.mark.parametrize("kind", ["bucketed", "fixed"])
 def test_batches_come_in_the_order_of_the_sampler(
-    train: Train, monkeypatch: pytest.MonkeyPatch
+    kind: str, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two epochs, each with an incomplete last batch: what the summary counts is what ran."""
     seen: list[list[int]] = []
@@ -277,7 +278,8 @@ def test_batches_come_in_the_order_of_the_sampler(
     monkeypatch.setattr(MixLoraTrainer, "compute_loss", compute_loss)
     # 11 examples of different lengths, so that a length tells which example it was.
     examples = [Example([1, *range(3, 3 + n), 2], 2, "arc_e") for n in range(5, 16)]
-    run = train("method=lora", "trainer.max_steps=null", "trainer.epochs=2", examples=examples)
+    words = ["method=lora", "trainer.max_steps=null", "trainer.epochs=2", f"trainer.order={kind}"]
+    run = train(*words, examples=examples)
     sampler = run.trainer._get_train_sampler()
     expected = []
     for epoch in range(2):
@@ -285,8 +287,32 @@ def test_batches_come_in_the_order_of_the_sampler(
         order = [len(examples[i].input_ids) for i in sampler]
         expected += [order[start : start + 2] for start in range(0, 11, 2)]
     assert seen == expected
+    assert (seen[:6] == seen[6:]) is (kind == "fixed")
     assert run.summary.steps == 6
     assert run.summary.tokens == sum(map(sum, seen))
+
+
+@pytest.mark.parametrize("method", ["dora", "mixdora"])
+def test_a_frozen_magnitude_stays(method: str, train: Train) -> None:
+    words = [f"method={method}", "trainer.max_steps=3"]
+    free, frozen = train(*words), train(*words, "method.train_magnitude=false")
+    assert free.before.keys() - frozen.before.keys() == {
+        name for name in free.before if "lora_magnitude" in name
+    }
+    held = {n: p for n, p in frozen.trainer.model.named_parameters() if "lora_magnitude" in n}
+    assert held
+    for name, weight in held.items():
+        assert torch.equal(weight, free.before[name]), name
+        assert not torch.equal(weight, free.after[name]), name
+    assert free.losses[0] == frozen.losses[0]
+    assert free.losses[-1] != frozen.losses[-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_official_preset_trains(method: str, train: Train) -> None:
+    run = train("preset=official", f"method={method}", "trainer.max_steps=20",
+                "trainer.learning_rate=5e-3")  # fmt: skip
+    assert sum(run.losses[-5:]) / 5 < run.losses[0] - 0.8
 
 
 def test_summary(train: Train) -> None:

@@ -67,6 +67,10 @@ def attach_adapter(
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
     _exact_magnitudes(adapted)
+    if not method.train_magnitude:
+        for name, parameter in adapted.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.requires_grad_(False)
     set_kernel(adapted, kernel.name.value)
     return adapted
 

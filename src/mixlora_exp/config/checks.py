@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from math import isfinite
 from re import fullmatch
+from typing import Any
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["require", "require_name", "require_positive"]
+__all__ = ["MISSING", "require", "require_name", "require_positive"]
+
+MISSING: Any = "???"
+"""OmegaConf's mark of a value that must be given, spelled out: this file needs no import."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:

@@ -7,12 +7,14 @@ from enum import Enum
 __all__ = [
     "AnswerForm",
     "AnswerKind",
+    "ArcLabels",
     "DataSource",
     "Family",
     "Head",
     "Kernel",
     "LossOn",
     "ModelSource",
+    "Order",
     "Precision",
     "Protocol",
     "RouterLoss",
@@ -84,6 +86,22 @@ class Precision(Enum):
 class LossOn(Enum):
     answer = "answer"
     all = "all"
+
+
+class Order(Enum):
+    """Of the training examples: batches of like length, shuffled anew each epoch; or one random
+    order for all epochs."""
+
+    bucketed = "bucketed"
+    fixed = "fixed"
+
+
+class ArcLabels(Enum):
+    """Between which labels `label_logits` chooses on ARC: those that the item has, or 1 to 4 and A
+    to E for every item."""
+
+    own = "own"
+    nine = "nine"
 
 
 class Protocol(Enum):

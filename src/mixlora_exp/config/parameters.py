@@ -59,7 +59,8 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
         router = experts * model.hidden_size if isinstance(method, MixLoraMethodConfig) else 0
     low_rank, router, magnitude = (n * model.depth for n in (low_rank, router, magnitude))
     adapter = low_rank + router
-    trainable = adapter + magnitude
+    trained = isinstance(method, LoraMethodConfig) and method.train_magnitude
+    trainable = adapter + (magnitude if trained else 0)
     nominal = model.nominal_parameters if model.depth == model.num_layers else None
     return Parameters(
         base=base,
@@ -67,6 +68,6 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
         adapter=adapter,
         router=router,
         magnitude=magnitude,
-        percent_true=100 * trainable / (base + trainable),
+        percent_true=100 * trainable / (base + adapter + magnitude),
         percent_paper=None if nominal is None else 100 * adapter / nominal,
     )

@@ -30,6 +30,8 @@ EXCLUDED = (
     "dry_run",
     "force",
     "tracker",
+    # Its values count where they are used.
+    "preset",
     "trainer.logging_steps",
     "model.access",
     "model.nominal_parameters",

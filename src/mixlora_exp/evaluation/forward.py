@@ -1,4 +1,5 @@
-"""Batched forward passes for scoring: fixed batches, few positions' logits, dropout off."""
+"""Batched forward passes for scoring: fixed batches, few positions' logits, no dropout unless a
+switch asks for it."""
 
 from __future__ import annotations
 
@@ -58,6 +59,8 @@ class Scorer:
     """Runs a model over rows of tokens and counts which experts they went to.
 
     `group` arguments name what each row belongs to (a task); experts are counted apart for each.
+    With `dropout_seed` the adapter's dropout stays on, as in the official packages, drawn from
+    that seed; the caller's generator is set to it.
     """
 
     def __init__(
@@ -66,8 +69,15 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         autocast: AbstractContextManager,
         batch_tokens: int,
+        dropout_seed: int | None = None,
     ) -> None:
         self.model = model.eval()
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
+            # The adapter's layers alone: the model as a whole computes no router loss.
+            for module in model.modules():
+                if hasattr(module, "lora_dropout"):
+                    module.train()
         self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id
         self.autocast = autocast

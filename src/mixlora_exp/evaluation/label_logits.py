@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
+from mixlora_exp.config.schema import AnswerForm, ArcLabels, DataConfig, EvaluationConfig
 from mixlora_exp.data.encoding import Encoded, encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
@@ -22,6 +22,10 @@ from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
 __all__ = ["encode_labels", "score_label_logits"]
+
+
+NINE = ("1", "2", "3", "4", "A", "B", "C", "D", "E")
+"""Labels of ARC between which the official packages choose, whatever an item has."""
 
 
 def _label_ids(item: Item, encoded: Encoded) -> list[int]:
@@ -34,13 +38,15 @@ def _label_ids(item: Item, encoded: Encoded) -> list[int]:
     return [ids[0] for ids in encoded.answers]
 
 
-def _item_score(item: Item, logits: Tensor, labels: list[int]) -> ItemScore:
-    """logits: (vocabulary,). Ties go to the first label."""
+def _item_score(item: Item, logits: Tensor, labels: list[int], others: list[int]) -> ItemScore:
+    """logits: (vocabulary,). Ties go to the first label; one of `others` that leads them all is an
+    answer that the item does not have."""
     scores = logits[labels]
+    found = others and logits[others].max() > scores.max()
     return ItemScore(
         id=item.id,
         answer=item.answer,
-        prediction=int(scores.argmax()),
+        prediction=None if found else int(scores.argmax()),
         scores=scores.tolist(),
         gold_log_likelihood=float(logits.log_softmax(dim=-1)[labels[item.answer]]),
     )
@@ -56,6 +62,15 @@ def encode_labels(
     """
     encoded = encode_questions(tokenizer, items, AnswerForm.label, data)
     return encoded, [_label_ids(item, e) for item, e in zip(items, encoded, strict=True)]
+
+
+def _other_labels(tokenizer: PreTrainedTokenizerBase, item: Item, own: list[int]) -> list[int]:
+    """The tokens of ARC's nine labels that are not this item's; labels of several tokens are left
+    out."""
+    if item.task not in ("arc_e", "arc_c"):
+        return []
+    ids = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"] for label in NINE]
+    return [found[0] for found in ids if len(found) == 1 and found[0] not in own]
 
 
 def _check_batching(
@@ -98,19 +113,25 @@ def score_label_logits(
         UserError: a label is not one token.
     """
     items, prompts, labels, groups, shortened = [], [], [], [], {}
+    nine = evaluation.arc_labels is ArcLabels.nine
+    others: list[list[int]] = []
     for task, test in tests.items():
         encoded, found = encode_labels(scorer.tokenizer, test.items, data)
         shortened[task] = sum(e.shortened for e in encoded)
         items += test.items
         prompts += [e.prompt for e in encoded]
         labels += found
+        others += [
+            _other_labels(scorer.tokenizer, item, own) if nine else []
+            for item, own in zip(test.items, found, strict=True)
+        ]
         groups += [task] * len(test.items)
     keys = [f"{group}/{item.id}" for group, item in zip(groups, items, strict=True)]
     scores: list[ItemScore | None] = [None] * len(items)
     for batch in batches([len(prompt) for prompt in prompts], keys, scorer.batch_tokens):
         logits = scorer.logits([prompts[i] for i in batch], 1, [groups[i] for i in batch])[:, 0]
         for i, row in zip(batch, logits, strict=True):
-            scores[i] = _item_score(items[i], row, labels[i])
+            scores[i] = _item_score(items[i], row, labels[i], others[i])
     results = []
     for task, test in tests.items():
         mine = [i for i, group in enumerate(groups) if group == task]
@@ -131,6 +152,7 @@ def score_label_logits(
                 shortened=shortened[task],
                 expert_load=load,
                 batch_check=check,
+                unparsed=sum(scores[i].prediction is None for i in mine) if nine else None,
             )
         )
     return results

@@ -38,7 +38,8 @@ class TaskScore:
     guessing among each item's options. `expert_load` (layers, E): share of the (token, slot) pairs
     that each expert got while the task was scored. `shortened`: items whose context was cut.
     `tied`: items whose best score is that of several options (the first of them is the answer).
-    `unparsed`: items whose generated text named no option; they count as wrong.
+    `unparsed`: items whose generated text named no option, or whose likeliest label is none of
+    theirs (`evaluation.arc_labels=nine`); they count as wrong.
     """
 
     task: str

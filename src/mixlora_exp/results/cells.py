@@ -30,24 +30,35 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Standards:
     """The composed defaults that runs are compared with: each method (Table 3), each model, and
-    everything else of a run."""
+    everything else of a run; and those of the other presets by name."""
 
     methods: Mapping[str, Mapping[str, Any]]
     models: Mapping[str, Mapping[str, Any]]
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    presets: Mapping[str, Standards] = dataclasses.field(default_factory=dict)
+
+    def of(self, preset: str) -> Standards:
+        """The defaults under a preset; these where it is not known."""
+        return self.presets.get(preset, self)
 
     def conditions(self, model: str) -> dict[str, Any]:
         """Those of a full run of the paper's, the data's source apart."""
-        parts = {"data": self.data, "trainer": self.trainer, "model": self.models.get(model, {})}
+        parts = {
+            "data": self.data,
+            "trainer": self.trainer,
+            "evaluation": self.evaluation,
+            "model": self.models.get(model, {}),
+        }
         found = {f"{p}.{name}": v for p, values in parts.items() for name, v in values.items()}
         seeds = {"data.seed": 0, "train.data.seed": 0}
-        return {**found, **seeds, "evaluation.limit": None, "evaluation.max_new_tokens": 16}
+        return {**found, **seeds, "preset": "correct"}
 
 
 def deviations(run: Run, standards: Standards) -> dict[str, Any]:
     """Fields of the method in which a run differs from Table 3's."""
-    standard = standards.methods[run.method]
+    standard = standards.of(run.preset).methods[run.method]
     return {k: v for k, v in run.trained["method"].items() if standard.get(k, v) != v}
 
 
@@ -170,9 +181,10 @@ def _described(run: Run) -> dict[str, Any]:
     return {**conditions, "evaluation.protocols": protocols, "model.name": run.model}
 
 
-def _importance(name: str) -> tuple[bool, str]:
-    # A seed for the choice of rows is there only with a limit, which is the difference then.
-    return (name.endswith("data.seed"), name)
+def _importance(name: str) -> tuple[bool, bool, str]:
+    # A seed for the choice of rows is there only with a limit, which is the difference then; some
+    # conditions only under one protocol.
+    return (name.endswith("data.seed"), name != "evaluation.protocols", name)
 
 
 def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
@@ -180,7 +192,8 @@ def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
     model, protocol, text = key
     conditions = json.loads(text)
     source = conditions.pop("data.name")
-    standard = standards.conditions(model)
+    preset = conditions.get("preset", "correct")
+    standard = standards.of(preset).conditions(model)
     odd = {k: v for k, v in conditions.items() if standard.get(k) != v}
     words = [f"model={model}", f"data={source}", f"protocol {protocol}"]
     words += [f"{name}={_word(value)}" for name, value in sorted(odd.items())]

@@ -13,6 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mixlora_exp.results.series import Curve, Load, Point, Sweep
 
@@ -176,6 +177,7 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
                 label=curve.label,
             )  # fmt: skip
         ax.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(_wrapped(panel), fontsize=10)
         ax.legend(fontsize=8)
     return figure

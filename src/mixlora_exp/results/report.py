@@ -25,26 +25,26 @@ TEMPLATE = "report.html.j2"
 SHOWN_LINKS = 3
 
 
-def _links(cell: Cell, numbers: Mapping[str, int]) -> list[tuple[str, str, str]]:
+def _links(cell: Cell, numbers: Mapping[str, int], results: str) -> list[tuple[str, str, str]]:
     """(short text, address, name) of the records that an entry comes from: a run's line in the list
-    of records, a benchmark's file."""
+    of records, a benchmark's file under `results`."""
     found = []
     for name in cell.records:
         if name in numbers:
             found.append((str(numbers[name]), f"#record-{numbers[name]}", name))
         elif name.startswith("bench/"):
-            found.append(("record", f"../{quote(name)}", name))
+            found.append(("record", f"{results}/{quote(name)}", name))
     return found
 
 
-def _run_entry(run: Run, number: int) -> dict[str, Any]:
+def _run_entry(run: Run, number: int, results: str) -> dict[str, Any]:
     origin = run.record["provenance"]
     hardware = origin["hardware"]
     train = run.record["train"]
     return {
         "number": number,
         "name": run.name,
-        "address": f"../runs/{quote(run.name)}/record.json",
+        "address": f"{results}/runs/{quote(run.name)}/record.json",
         "model": MODEL_TITLES.get(run.model, run.model),
         "method": METHOD_TITLES[run.method],
         "trained": ", ".join(run.mix) or "-",
@@ -68,8 +68,10 @@ def page(
     runs: Sequence[Run],
     figures: Sequence[Path],
     left_out: Sequence[LeftOut],
+    results: str = "..",
 ) -> str:
-    """The page as HTML, for a folder beside `runs/`, `tables/` and `figures/`."""
+    """The page as HTML, for a folder beside `figures/`. `results`: the address, seen from the page,
+    of the folder with `runs/`, `bench/` and `tables/`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -80,10 +82,11 @@ def page(
     numbers = {run.name: number for number, run in enumerate(runs, start=1)}
     return environment.get_template(TEMPLATE).render(
         tables=tables,
-        runs=[_run_entry(run, number) for number, run in enumerate(runs, start=1)],
+        runs=[_run_entry(run, number, results) for number, run in enumerate(runs, start=1)],
         figures=[_figure(path) for path in figures],
         left_out=dict.fromkeys((entry.name, entry.reason) for entry in left_out),
-        links=lambda cell: _links(cell, numbers),
+        links=lambda cell: _links(cell, numbers, results),
+        results=results,
         shown=SHOWN_LINKS,
         seeds=seeds,
     )

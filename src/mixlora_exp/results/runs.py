@@ -29,8 +29,15 @@ DATA_FIELDS = ("name", "cutoff_length", "boolq_passage")
 TRAINING_DATA_FIELDS = ("train_limit", "forms")
 TRAINER_FIELDS = (
     "learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "weight_decay",
-    "schedule", "warmup_steps", "max_grad_norm", "loss_on",
+    "schedule", "warmup_steps", "max_grad_norm", "loss_on", "padding_in_loss", "order",
 )  # fmt: skip
+EVALUATION_FIELDS = ("limit", "max_new_tokens", "dropout", "arc_labels")
+LATER = {
+    "method": {"train_magnitude": True},
+    "trainer": {"padding_in_loss": False, "order": "bucketed"},
+    "evaluation": {"dropout": False, "arc_labels": "own"},
+}
+"""Fields that older records lack, and what their runs did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,11 @@ class Run:
         return self.trained["seed"]
 
     @property
+    def preset(self) -> str:
+        """The preset of the switches that it was trained with."""
+        return self.trained["preset"]["name"]
+
+    @property
     def mix(self) -> tuple[str, ...]:
         """The tasks that were trained on; none for the base model."""
         return () if self.method == "none" else tuple(self.trained["task"]["train"])
@@ -88,6 +100,9 @@ class Run:
         data, limit = self.scored["data"], self.scored["evaluation"]["limit"]
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
         found["evaluation.limit"] = limit
+        found["evaluation.dropout"] = self.scored["evaluation"]["dropout"]
+        if protocol == "label_logits":
+            found["evaluation.arc_labels"] = self.scored["evaluation"]["arc_labels"]
         if limit is not None or data["name"] == "embedded":
             found["data.seed"] = data.get("seed", 0)
         if protocol == "generate":
@@ -106,6 +121,7 @@ class Run:
         if own["train_limit"] is not None or own["name"] == "embedded":
             found["train.data.seed"] = own.get("seed", 0)
         found |= {f"trainer.{name}": self.trained["trainer"][name] for name in TRAINER_FIELDS}
+        found["preset"] = self.preset
         found |= self._partial("train", self._source(), own["name"])
         if self.trained["method"].get("dora") and self._source().get("kernel") == "peft":
             # PEFT's DoRA drops the frozen product's input too: another method in training.
@@ -131,6 +147,14 @@ class Run:
         return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
 
+def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's configuration with the fields that came later."""
+    later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
+    if config["method"]["name"] == "none":
+        later["method"] = config["method"]
+    return {"preset": {"name": "correct"}, **config, **later}
+
+
 def _placed(path: Path) -> Run:
     record = read_record(path)
     git = record["provenance"]["git"]
@@ -139,7 +163,7 @@ def _placed(path: Path) -> Run:
     if git is None or git["dirty"]:
         state = "code outside of a commit" if git is None else "uncommitted changes"
         raise UserError(f"it was made with {state}")
-    trained = scored = record["config"]
+    trained = scored = _filled(record["config"])
     adapter = record.get("adapter")
     if adapter is not None:
         source = adapter.get("trained_by")
@@ -147,7 +171,7 @@ def _placed(path: Path) -> Run:
             raise UserError("no record with the hash of its adapter tells what trained it")
         if source["git"] is None or source["git"]["dirty"]:
             raise UserError("its adapter was trained with uncommitted changes")
-        trained = source["config"]
+        trained = _filled(source["config"])
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
     return Run(path.parent.name, path.parent, record, trained, scored, scores)
 

@@ -13,7 +13,7 @@ __all__ = ["choices", "letters", "number", "row_id", "text", "texts", "value"]
 def value(row: Mapping[str, Any], name: str) -> Any:
     """The field `name`, which must be there and not be null."""
     if name not in row:
-        raise ValueError(f"field '{name}' is missing")
+        raise ValueError(f"field '{name}' is missing; the row has {', '.join(row) or 'no field'}")
     found = row[name]
     if found is None:
         raise ValueError(f"field '{name}' is null")

@@ -120,9 +120,12 @@ def fit(
         model=model,
         args=arguments,
         train_dataset=list(examples),
-        data_collator=Collator(tokenizer.pad_token_id, config.trainer.loss_on),
+        data_collator=Collator(
+            tokenizer.pad_token_id, config.trainer.loss_on, config.trainer.padding_in_loss
+        ),
         sampler_seed=config.seed,
         head=config.trainer.head,
+        order=config.trainer.order,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

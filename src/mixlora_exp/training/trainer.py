@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from mixlora_exp.config.choices import Head
-from mixlora_exp.data.sampler import BucketSampler
+from mixlora_exp.config.choices import Head, Order
+from mixlora_exp.data.sampler import BucketSampler, FixedSampler
 from mixlora_exp.training.head import loss_from_hidden
 
 __all__ = ["MixLoraTrainer"]
@@ -23,10 +23,16 @@ class MixLoraTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, sampler_seed: int, head: Head = Head.auto, **kwargs: Any
+        self,
+        *args: Any,
+        sampler_seed: int,
+        head: Head = Head.auto,
+        order: Order = Order.bucketed,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._head = head
+        self._order = order
         self._sampler_seed = sampler_seed
         self._router_loss, self._router_passes = 0.0, 0
         self._window_counts: torch.Tensor | None = None
@@ -35,8 +41,10 @@ class MixLoraTrainer(Trainer):
         self.expert_counts: torch.Tensor | None = None
         """Tokens sent to each expert in training so far, (layers, E); None without experts."""
 
-    def _get_train_sampler(self, train_dataset=None) -> BucketSampler:
+    def _get_train_sampler(self, train_dataset=None) -> BucketSampler | FixedSampler:
         examples = train_dataset if train_dataset is not None else self.train_dataset
+        if self._order is Order.fixed:
+            return FixedSampler(len(examples), self._sampler_seed)
         # accelerate deals micro-batches out to the processes in turn.
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
         batch = self.args.train_batch_size * micro_batches

@@ -1,0 +1,104 @@
+"""The two presets and their single switches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mixlora_exp.config import compose, fingerprint, to_dict
+from mixlora_exp.config.parameters import count_parameters
+from mixlora_exp.config.schema import PresetConfig
+from mixlora_exp.errors import UserError
+
+# Switch -> where it acts, its value here and in the official packages.
+SWITCHES: dict[str, tuple[str, Any, Any]] = {
+    "loss_on": ("trainer.loss_on", "answer", "all"),
+    "padding_in_loss": ("trainer.padding_in_loss", False, True),
+    "order": ("trainer.order", "bucketed", "fixed"),
+    "train_magnitude": ("method.train_magnitude", True, False),
+    "router_loss": ("method.router_loss", "argmax", "topk"),
+    "router_loss_pooling": ("method.router_loss_pooling", "layer", "all"),
+    "router_loss_coef": ("method.router_loss_coef", 1e-3, 1e-3),
+    "boolq_passage": ("data.boolq_passage", True, False),
+    "arc_labels": ("evaluation.arc_labels", "own", "nine"),
+    "dropout_at_evaluation": ("evaluation.dropout", False, True),
+}
+
+
+def at(tree: dict[str, Any], dotted: str) -> Any:
+    group, name = dotted.split(".")
+    return tree[group].get(name)
+
+
+def test_every_switch_is_listed() -> None:
+    fields = {field.name for field in dataclasses.fields(PresetConfig)} - {"name"}
+    assert fields == SWITCHES.keys()
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("data", ["hub", "embedded", "local"])
+@pytest.mark.parametrize(("preset", "column"), [(None, 1), ("correct", 1), ("official", 2)])
+def test_presets_reach_their_fields(
+    preset: str | None, column: int, data: str, method: str
+) -> None:
+    words = [f"method={method}", f"data={data}"]
+    words += ["data.path=x"] if data == "local" else []
+    tree = to_dict(compose([*words, *([f"preset={preset}"] if preset else [])]))
+    assert tree["preset"]["name"] == (preset or "correct")
+    for name, (where, *values) in SWITCHES.items():
+        if at(tree, where) is not None:
+            assert at(tree, where) == values[column - 1], name
+        else:
+            assert where.startswith("method.")
+            assert not method.startswith("mix")
+
+
+@pytest.mark.parametrize("name", [n for n, (_, own, other) in SWITCHES.items() if own != other])
+def test_a_single_switch(name: str) -> None:
+    """Alone, over a preset, and through the preset: nothing else moves."""
+    where, own, official = SWITCHES[name]
+    word = f"{where}={str(official).lower() if isinstance(official, bool) else official}"
+    needs = ["trainer.loss_on=all"] if name == "padding_in_loss" else []
+    plain = to_dict(compose(["method=mixdora", *needs]))
+    switched = to_dict(compose(["method=mixdora", *needs, word]))
+    group, field = where.split(".")
+    plain[group][field] = official
+    assert switched == plain
+    back = "padding_in_loss=false" if name == "loss_on" else None
+    value = str(own).lower() if isinstance(own, bool) else own
+    words = ["preset=official", "method=mixdora", f"{where}={value}"]
+    without = compose([*words, *([f"trainer.{back}"] if back else [])])
+    assert at(to_dict(without), where) == own
+
+
+def test_a_run_is_known_by_its_switches_and_not_by_the_preset() -> None:
+    words = [
+        f"{where}={str(v).lower() if isinstance(v, bool) else v}"
+        for where, _, v in SWITCHES.values()
+    ]
+    named = compose(["preset=official", "method=mixdora"])
+    assert fingerprint(named) == fingerprint(compose(["method=mixdora", *words]))
+    assert fingerprint(named) != fingerprint(compose(["method=mixdora"]))
+
+
+def test_padding_needs_the_loss_on_all_tokens() -> None:
+    with pytest.raises(UserError, match=r"trainer\.padding_in_loss=True.*loss_on=all"):
+        compose(["trainer.padding_in_loss=true"])
+    with pytest.raises(UserError, match=r"preset"):
+        compose(["preset=oficial"])
+    with pytest.raises(UserError, match=r"evaluation\.dropout=True.*lm-eval"):
+        compose(["preset=official", "evaluation.protocols=[lm_eval]"])
+
+
+def test_frozen_magnitudes_are_not_counted_as_trained() -> None:
+    trained, frozen = (
+        count_parameters(config.model, config.method)
+        for config in (
+            compose(["method=mixdora"]),
+            compose(["method=mixdora", "method.train_magnitude=false"]),
+        )
+    )
+    assert frozen.magnitude == trained.magnitude > 0
+    assert frozen.trainable == frozen.adapter == trained.trainable - trained.magnitude
