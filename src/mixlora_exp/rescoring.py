@@ -18,7 +18,7 @@ from mixlora_exp.cli import execute
 from mixlora_exp.errors import UserError, guarded
 from mixlora_exp.results.record import read_record
 
-__all__ = ["main", "translate"]
+__all__ = ["main", "recorded", "translate"]
 
 USAGE = """\
 Score an adapter, or the base model alone, without training.
@@ -33,7 +33,7 @@ Other fields as for train.py, for example evaluation.limit=100 or data=local dat
 
 # The method is that of the adapter; what a run would train with plays no part.
 NOT_TAKEN = ("method", "adapter", "dry_run", "force", "tracker")
-GROUPS = ("model", "task", "data", "kernel", "trainer", "evaluation")
+GROUPS = ("preset", "model", "task", "data", "kernel", "trainer", "evaluation")
 
 
 def _quoted(value: Any) -> str:
@@ -54,7 +54,7 @@ def _quoted(value: Any) -> str:
     return f"'{text}'"
 
 
-def _recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
+def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
     """The overrides that make the recorded configuration again, but for groups given anew."""
     for name, value in config.items():
         if name in NOT_TAKEN or name in skipped:
@@ -122,7 +122,7 @@ def translate(argv: Sequence[str]) -> list[str]:
     elif record["config"]["adapter"] is not None:
         base = [f"adapter={_quoted(record['config']['adapter'])}"]
     anew = {name for name in GROUPS if name in given}
-    return [*base, *_recorded(record["config"], anew), *rest]
+    return [*base, *recorded(record["config"], anew), *rest]
 
 
 def _dispatch(argv: Sequence[str]) -> int:

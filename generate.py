@@ -1,0 +1,14 @@
+"""Let a model with an adapter write: `python generate.py adapter=DIR prompt="Question: ..."`.
+
+`prompts=FILE` has a prompt per line (JSONL: its field `prompt`) and answers in JSON lines;
+without either, type prompts one after another. The base model is that of the adapter's record, or
+`model=NAME`. `chat=true` puts prompts into the tokenizer's chat template.
+"""
+
+import sys
+
+from mixlora_exp.errors import guarded
+from mixlora_exp.writing import run
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, sys.argv[1:]))

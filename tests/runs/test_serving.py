@@ -1,0 +1,208 @@
+"""Use after training: generation, merging, and loading by other libraries."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mixlora_exp import writing
+from mixlora_exp.adapters import attach_adapter, save_adapter
+from mixlora_exp.config import compose
+from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.models import load_model
+from mixlora_exp.serving import Opened, continuations, merge, open_adapter, write_merged
+
+WORDS = ["model=tiny", "trainer.precision=float32"]
+METHODS = ["lora", "dora", "mixlora", "mixdora"]
+PROMPTS = ["Question: Which of these?\nAnswer:", "Is it true?", "The moon goes around the earth"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny adapter of a method, away from its start."""
+    made: dict[str, Path] = {}
+
+    def make(method: str) -> Path:
+        if method not in made:
+            config = compose([*WORDS, f"method={method}"])
+            base = load_model(config.model, torch.float32, config.seed)
+            model = attach_adapter(base, config.method, config.kernel, seed=6)
+            generator = torch.Generator().manual_seed(7)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if "lora_B" in name or "lora_router" in name:
+                        weight += 0.3 * torch.randn(weight.shape, generator=generator)
+            made[method] = tmp_path_factory.mktemp(method) / "adapter"
+            save_adapter(model, made[method])
+        return made[method]
+
+    return make
+
+
+@torch.no_grad()
+def slow_greedy(opened: Opened, prompt: str, steps: int) -> str:
+    """One whole forward pass per token, no cache, no batch."""
+    ids = opened.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(steps):
+        following = opened.model(ids, use_cache=False).logits[0, -1].argmax()
+        if int(following) == opened.tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, following.view(1, 1)], dim=1)
+    return opened.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_is_that_of_a_slow_loop(method: str, adapter: Callable[[str], Path]) -> None:
+    opened = open_adapter(str(adapter(method)), WORDS)
+    expected = [slow_greedy(opened, prompt, 12) for prompt in PROMPTS]
+    assert len(set(expected)) == 3
+    for size in (1, 3):
+        found = continuations(opened, PROMPTS, max_new_tokens=12, batch_size=size)
+        assert list(found) == expected
+
+
+def test_sampling_is_drawn_from_the_seed(adapter: Callable[[str], Path]) -> None:
+    opened = open_adapter(str(adapter("mixlora")), WORDS)
+
+    def sample(seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        return list(continuations(opened, PROMPTS[:1], max_new_tokens=20, temperature=1.0))
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def command(*words: str) -> int:
+    return guarded(writing.run, words)
+
+
+def test_the_command_streams_an_answer(
+    adapter: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(adapter("mixlora"))
+    words = [*WORDS, f"adapter={folder}", "max_new_tokens=12"]
+    assert command(*words, f"prompt={PROMPTS[1]}") == 0
+    expected = slow_greedy(open_adapter(folder, WORDS), PROMPTS[1], 12)
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_file_of_prompts(
+    suffix: str,
+    adapter: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = [prompt.splitlines()[0] for prompt in PROMPTS]
+    path = tmp_path / f"prompts.{suffix}"
+    lines = prompts if suffix == "txt" else [json.dumps({"prompt": p}) for p in prompts]
+    path.write_text("\n".join(lines))
+    words = [*WORDS, f"adapter={adapter('mixdora')}", "max_new_tokens=8", "batch_size=2"]
+    assert command(*words, f"prompts={path}") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    opened = open_adapter(str(adapter("mixdora")), WORDS)
+    assert [row["answer"] for row in rows] == [slow_greedy(opened, p, 8) for p in prompts]
+
+
+def test_prompts_as_they_are_typed(
+    adapter: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is it true?\nOr not?\n\nnever read\n"))
+    assert command(*WORDS, f"adapter={adapter('lora')}", "max_new_tokens=6") == 0
+    opened = open_adapter(str(adapter("lora")), WORDS)
+    expected = "".join(slow_greedy(opened, p, 6) + "\n" for p in ("Is it true?", "Or not?"))
+    assert capsys.readouterr().out.split() == expected.split()
+
+
+def test_a_chat_remembers_what_was_said(
+    adapter: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_adapter(str(adapter("lora")), WORDS)
+    opened.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
+    seen: list[str] = []
+    generate = opened.model.generate
+
+    def spy(**batch: Any) -> torch.Tensor:
+        seen.append(opened.tokenizer.decode(batch["input_ids"][0]))
+        return generate(**batch)
+
+    monkeypatch.setattr(opened.model, "generate", spy)
+    monkeypatch.setattr(writing, "open_adapter", lambda *_: opened)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is it true?\nAnd now?\n"))
+    assert command("chat=true", "max_new_tokens=4") == 0
+    assert "user: Is it true?" in seen[0]
+    assert "user: Is it true?\nassistant:" in seen[1]
+    assert seen[1].index("And now?") > seen[1].index("Is it true?")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_merged_checkpoint_is_a_plain_model(
+    method: str, adapter: Callable[[str], Path], tmp_path: Path
+) -> None:
+    opened = open_adapter(str(adapter(method)), WORDS)
+    ids = opened.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = opened.model(ids).logits
+    write_merged(opened, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not isinstance(plain, PeftModel)
+    with torch.no_grad():
+        found = plain(ids).logits
+    assert (found - expected).abs().max() < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer(PROMPTS[0])["input_ids"] == ids[0].tolist()
+    with pytest.raises(UserError, match="exists already"):
+        write_merged(opened, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+def test_a_mixture_says_why_it_cannot_be_merged(
+    method: str, adapter: Callable[[str], Path]
+) -> None:
+    with pytest.raises(UserError, match="router chooses experts for each token"):
+        merge(open_adapter(str(adapter(method)), WORDS))
+    with pytest.raises(UserError, match="nothing to merge"):
+        merge(open_adapter(None, WORDS))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["adapter=absent"], "adapter=absent is no folder"),
+        (["prompt=a", "prompts=b"], "name one of them"),
+        (["prompts=absent.txt"], "absent.txt cannot be read"),
+        (["max_new_tokens=0"], "max_new_tokens=0"),
+        (["temperature=-1"], "temperature=-1"),
+        (["top_p=2"], "top_p=2"),
+        (["tempo=1"], "tempo"),
+        (["model=llama9"], "llama9"),
+        (["chat=true", "prompt=a"], "no chat template"),
+    ],
+)
+def test_mistakes_are_named(
+    words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if any(word.startswith("model=") for word in words) else WORDS
+    assert command(*model, *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
