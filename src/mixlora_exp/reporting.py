@@ -37,6 +37,7 @@ from mixlora_exp.results.tables.parts import Block, Table
 from mixlora_exp.results.tables.render import csv_text, latex, markdown
 from mixlora_exp.results.tables.settings import data_table, hyperparameter_table
 from mixlora_exp.results.tables.specs import specs
+from mixlora_exp.results.tables.switches import switch_table
 
 __all__ = [
     "RESULTS",
@@ -145,6 +146,9 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     tables[4] = data_table(printed, chosen)
     for number in (6, 7):
         tables[number] = latency_table(printed, number, benchmarks)
+    tables[10] = switch_table(
+        chosen, standards, *({m: to_dict(c) for m, c in presets[p].items()} for p in PRESETS)
+    )
     used = {name for table in tables.values() for name in table.records()}
     known_names = used | {entry.name for entry in blocks.left_out}
     unplaced = [

@@ -29,6 +29,7 @@ from mixlora_exp.config import schema as s
 from mixlora_exp.config.plan import compose_cell
 from mixlora_exp.errors import UserError
 
+SWITCHES = [f.name for f in dataclasses.fields(s.PresetConfig) if f.name != "name"]
 GROUPS = {
     "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m"]
     + ["tiny", "tiny_gemma"],
@@ -37,7 +38,7 @@ GROUPS = {
     "data": ["embedded", "hub", "local"],
     "kernel": ["auto", "exact", "peft", "reference", "shared", "triton"],
     "trainer": ["paper", "smoke"],
-    "preset": ["correct", "official"],
+    "preset": sorted(["correct", "official", *(f"only_{name}" for name in SWITCHES)]),
     "evaluation": ["full", "limit"],
     "tracker": ["none", "tensorboard", "wandb"],
 }

@@ -73,6 +73,18 @@ def test_a_single_switch(name: str) -> None:
     assert at(to_dict(without), where) == own
 
 
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_preset_of_one_switch(name: str) -> None:
+    where, own, official = SWITCHES[name]
+    tree = to_dict(compose([f"preset=only_{name}", "method=mixdora"]))
+    # The coefficient is the same in both packages; the paper's text has another.
+    assert at(tree, where) == (1e-2 if name == "router_loss_coef" else official) != own
+    others = {n: w for n, (w, *_) in SWITCHES.items() if n != name}
+    if name == "padding_in_loss":
+        assert at(tree, others.pop("loss_on")) == "all"
+    assert all(at(tree, other) == SWITCHES[n][1] for n, other in others.items())
+
+
 def test_a_run_is_known_by_its_switches_and_not_by_the_preset() -> None:
     words = [
         f"{where}={str(v).lower() if isinstance(v, bool) else v}"

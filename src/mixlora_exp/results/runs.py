@@ -16,7 +16,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.results.record import read_record
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["RECORD", "LeftOut", "Run", "check_run", "load_runs", "read_predictions"]
+__all__ = ["RECORD", "LeftOut", "Run", "check_run", "load_runs", "read_items", "read_predictions"]
 
 RECORD = "record.json"
 # What was scored and what it was trained with. Precision and how loss and products are computed
@@ -207,7 +207,20 @@ def check_run(path: Path) -> Run:
 
 
 def read_predictions(run: Run, task: str, protocol: str) -> dict[str, bool]:
-    """Item -> whether it was answered rightly.
+    """Item -> whether it was answered rightly; see `_rows` for what it raises."""
+    rows = _rows(run, task, protocol)
+    return {key: row["prediction"] == row["answer"] for key, row in rows.items()}
+
+
+def read_items(run: Run, task: str, protocol: str, field: str) -> dict[str, float | None]:
+    """Item -> a figure of it; `field`: `right`, or one of the predictions' own."""
+    if field == "right":
+        return {k: float(right) for k, right in read_predictions(run, task, protocol).items()}
+    return {key: row.get(field) for key, row in _rows(run, task, protocol).items()}
+
+
+def _rows(run: Run, task: str, protocol: str) -> dict[str, dict[str, Any]]:
+    """Item -> its line among the predictions.
 
     Raises:
         UserError: the file is missing, cut off, or does not give the record's accuracy.
@@ -219,16 +232,17 @@ def read_predictions(run: Run, task: str, protocol: str) -> dict[str, bool]:
     try:
         content = (run.folder / name).read_bytes()
         rows = [json.loads(line) for line in content.splitlines()]
-        right = {}
+        found = {}
         for row in rows:
             # Some data sets repeat an id.
-            key = row["id"] if row["id"] not in right else f"{row['id']}#{len(right)}"
-            right[key] = row["prediction"] == row["answer"]
+            key = row["id"] if row["id"] not in found else f"{row['id']}#{len(found)}"
+            found[key] = row
+        right = sum(row["prediction"] == row["answer"] for row in rows)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run.name}: {name} cannot be read ({error})") from error
-    if len(rows) != score["n"] or abs(sum(right.values()) / score["n"] - score["accuracy"]) > 1e-9:
+    if len(rows) != score["n"] or abs(right / score["n"] - score["accuracy"]) > 1e-9:
         raise UserError(f"{run.name}: {name} does not give the accuracy of its record")
     expected = run.record.get("predictions_sha256", {}).get(f"{task}/{protocol}")
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{run.name}: {name} was changed after it was written")
-    return right
+    return found

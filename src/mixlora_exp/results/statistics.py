@@ -90,10 +90,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def compare(
-    first: Mapping[int, Mapping[str, bool]], second: Mapping[int, Mapping[str, bool]]
+    first: Mapping[int, Mapping[str, float]], second: Mapping[int, Mapping[str, float]]
 ) -> Comparison | None:
-    """`first` minus `second`; each maps seed -> item -> right or wrong. None where they share no
-    seed. The same input gives the same interval: the bootstrap draws from a fixed seed.
+    """`first` minus `second`; each maps seed -> item -> right or wrong, or another
+    figure. None where they share no seed. The same input gives the same interval: the bootstrap
+    draws from a fixed seed.
 
     Raises:
         ValueError: the two were scored on other items.

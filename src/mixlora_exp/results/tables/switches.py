@@ -1,0 +1,184 @@
+"""What each switch between this project and the official packages does: not a table of the paper.
+
+Runs that differ in switches alone are compared with the one that has none of them set, on the same
+items and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from mixlora_exp.results.cells import Standards, block_title
+from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
+from mixlora_exp.results.runs import Run, read_items
+from mixlora_exp.results.statistics import compare, estimate
+from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, dash, number, ours, versus
+
+__all__ = ["SWITCHES", "switch_table"]
+
+SWITCHES = (
+    "trainer.loss_on", "trainer.padding_in_loss", "trainer.order", "method.train_magnitude",
+    "method.router_loss", "method.router_loss_pooling", "method.router_loss_coef",
+    "data.boolq_passage", "evaluation.arc_labels", "evaluation.dropout",
+)  # fmt: skip
+"""The fields that a preset sets."""
+
+Diff = tuple[tuple[str, Any], ...]
+"""Switches that are not as in `preset=correct`, with their values."""
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """The switches of a run, those that its method does not have left out."""
+    found = {}
+    for dotted in SWITCHES:
+        group, name = dotted.split(".")
+        side = run.scored if group in ("evaluation", "data") else run.trained
+        if name in side[group]:
+            found[dotted] = side[group][name]
+    return found
+
+
+def _rest(run: Run, protocol: str) -> str:
+    """Everything else that must be equal, as a key."""
+    conditions = {
+        name: value
+        for name, value in run.conditions(protocol).items()
+        if name not in SWITCHES and name != "preset"
+    }
+    method = {n: v for n, v in run.trained["method"].items() if f"method.{n}" not in SWITCHES}
+    return json.dumps((run.model, method, sorted(run.mix), conditions), sort_keys=True)
+
+
+def _diff(run: Run, standard: Mapping[str, Any]) -> Diff:
+    return tuple((n, v) for n, v in _values(run).items() if standard[n] != v)
+
+
+def _standard(configs: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The switches of `preset=correct` for a method."""
+    found = {}
+    for dotted in SWITCHES:
+        group, name = dotted.split(".")
+        if name in configs[method][group]:
+            found[dotted] = configs[method][group][name]
+    return found
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _label(diff: Diff, presets: Mapping[str, Mapping[str, Diff]], method: str) -> str:
+    if not diff:
+        return "preset=correct"
+    for name, by_method in presets.items():
+        if by_method[method] == diff:
+            return f"preset={name}"
+    return ", ".join(f"{name}={_word(value)}" for name, value in diff)
+
+
+def _effect(runs: Sequence[Run], base: Sequence[Run], task: str, protocol: str, field: str) -> Cell:
+    """The difference from the base on the same items, of accuracies or of log-likelihoods."""
+    sides = [
+        {run.seed: read_items(run, task, protocol, field) for run in side} for side in (runs, base)
+    ]
+    if any(None in items.values() for side in sides for items in side.values()):
+        return dash
+    found = compare(*sides)
+    if found is None:
+        return dash
+    names = tuple(dict.fromkeys(run.name for run in (*runs, *base)))
+    if field == "right":
+        return versus(found, names)
+    mark = ("better" if found.low > 0 else "worse") if found.clear else ""
+    return Cell(
+        "versus", found.difference, low=found.low, high=found.high, seeds=found.seeds,
+        items=found.items, digits=3, signed=True, mark=mark, records=names,
+    )  # fmt: skip
+
+
+def _rows(
+    label: str, runs: Sequence[Run], base: Sequence[Run], tasks: Sequence[str], protocol: str
+) -> Iterator[Row]:
+    names = tuple(dict.fromkeys(run.name for run in runs))
+    scores = {t: [run.scores[t, protocol] for run in runs] for t in tasks}
+    cells = [ours(estimate([s["accuracy"] for s in scores[t]], scores[t][0]["n"]), names)
+             for t in tasks]  # fmt: skip
+    yield Row((label, "accuracy"), tuple(cells))
+    likelihoods = [[s["gold_log_likelihood"] for s in scores[t]] for t in tasks]
+    if not any(value is None for row in likelihoods for value in row):
+        cells = [number(mean(row), 3, names) for row in likelihoods]
+        yield Row((label, "log-likelihood of the gold answer"), tuple(cells))
+    if runs is not base:
+        for title, field in (
+            ("accuracy minus preset=correct", "right"),
+            ("log-likelihood minus preset=correct", "gold_log_likelihood"),
+        ):
+            cells = [_effect(runs, base, task, protocol, field) for task in tasks]
+            if any(cell.value is not None for cell in cells):
+                yield Row((label, title), tuple(cells))
+
+
+def _baselines(runs: Sequence[Run], tasks: Sequence[str], protocol: str) -> Iterator[Row]:
+    for title, field in (("majority class", "majority_class"), ("chance", "chance")):
+        cells = [
+            number(100 * runs[0].scores[t, protocol][field], 1, (runs[0].name,)) for t in tasks
+        ]
+        yield Row((title, ""), tuple(cells))
+
+
+def switch_table(
+    runs: Sequence[Run],
+    standards: Standards,
+    correct: Mapping[str, Any],
+    official: Mapping[str, Any],
+) -> Table:
+    """One block per group of runs in which switches alone differ. `correct`, `official`: the
+    composed run of each method under the preset, as dictionaries."""
+    own = {method: _standard(correct, method) for method in METHOD_TITLES if method in correct}
+    presets = {
+        "official": {
+            method: tuple(
+                (n, v) for n, v in _standard(official, method).items() if own[method][n] != v
+            )
+            for method in own
+        }
+    }
+    groups: dict[tuple[str, str], dict[Diff, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.method == "none":
+            continue
+        for protocol in dict.fromkeys(protocol for _, protocol in run.scores):
+            key = (_rest(run, protocol), protocol)
+            groups[key][_diff(run, own[run.method])].append(run)
+    blocks = []
+    for (_, protocol), variants in sorted(groups.items()):
+        base = variants.get(())
+        if base is None or len(variants) == 1:
+            continue
+        tasks = [t for t in TASK_TITLES if all(
+            (t, protocol) in run.scores for members in variants.values() for run in members
+        )]  # fmt: skip
+        conditions = json.dumps(base[0].conditions(protocol), sort_keys=True)
+        title = block_title((base[0].model, protocol, conditions), standards)[0]
+        mix = ", ".join(TASK_TITLES[t] for t in TASK_TITLES if t in base[0].mix)
+        model, method = MODEL_TITLES.get(base[0].model, base[0].model), base[0].method
+        rows: list[Row] = []
+        order = sorted(variants, key=lambda d: (len(d) > 0, len(d) <= 2, str(d)))
+        for diff in order:
+            label = _label(diff, presets, method)
+            rows += _rows(label, variants[diff], base, tasks, protocol)
+        rows += _baselines(base, tasks, protocol)
+        heading = f"{model}, {METHOD_TITLES[method]} trained on {mix}: {title}"
+        columns = tuple(TASK_TITLES[task] for task in tasks)
+        blocks.append(Block(heading, ("switches", "row"), columns, tuple(rows), run=True))
+    notes = [
+        "Not a table of the paper. Runs of one block differ in the named switches alone; the "
+        "differences are paired, over the same items and seeds: bootstrap over items, widened to "
+        "Student's interval over seeds. Better or worse stands only where the interval leaves out "
+        "zero. Log-likelihoods are in nats, means over items.",
+    ]
+    return Table(10, "Switches of the official packages, one at a time", blocks, notes)

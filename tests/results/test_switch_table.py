@@ -1,0 +1,104 @@
+"""The table of switches: runs that differ in switches alone, on the same items and seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp.config import compose, to_dict
+from mixlora_exp.reporting import gather
+from mixlora_exp.results.tables.parts import Block, Cell
+from mixlora_exp.results.tables.switches import SWITCHES
+
+Write = Callable[..., Path]
+WORDS = [
+    "model=smollm2_135m", "data=local", "data.path=x", "method=mixdora", "data.train_limit=8",
+    "evaluation.limit=40", "task=multi", "task.name=pair", "task.train=[arc_e,boolq]",
+    "task.evaluate=[arc_e,boolq]",
+]  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for name in ("runs", "bench"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def likelihoods(folder: Path, shift: float) -> None:
+    """Give each item a log-likelihood, the same in every run but for `shift`."""
+    for path in (folder / "predictions").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, row in enumerate(rows):
+            row["gold_log_likelihood"] = -1.0 - 0.01 * i + shift
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cell(block: Block, label: str, row: str, column: str = "ARC-e") -> Cell:
+    found = {r.label: r for r in block.rows}[label, row]
+    return found.cells[block.columns.index(column)]
+
+
+def test_switches_are_those_of_the_presets() -> None:
+    plain, official = (
+        to_dict(compose(["method=mixdora", f"preset={name}"])) for name in ("correct", "official")
+    )
+    moved = {
+        f"{group}.{name}"
+        for group in ("trainer", "method", "data", "evaluation")
+        for name, value in plain[group].items()
+        if official[group][name] != value
+    }
+    assert moved <= set(SWITCHES)
+    assert set(SWITCHES) - moved == {"method.router_loss_coef"}
+
+
+def test_each_switch_beside_none(write: Write, results: Path) -> None:
+    share = {"arc_e": 0.5, "boolq": 0.5}
+    for seed in (1, 2, 3):
+        for preset, value, shift in (
+            ("correct", share, 0.0),
+            ("official", {"arc_e": 0.2, "boolq": 0.5}, -0.5),
+            ("only_loss_on", share, 0.0),
+            ("only_padding_in_loss", share, 0.25 if seed == 1 else -0.25),
+        ):
+            words = [*WORDS, f"preset={preset}", f"seed={seed}"]
+            likelihoods(write(results / "runs", f"{preset}-{seed}", words, value), shift)
+    (block,) = gather(results).tables[10].blocks
+    assert "SmolLM2 135M, MixDoRA trained on ARC-e, BoolQ" in block.heading
+    assert "data.train_limit=8" in block.heading
+    labels = list(dict.fromkeys(row.label[0] for row in block.rows))
+    assert labels[0] == "preset=correct"
+    assert set(labels[1:-2]) == {
+        "preset=official",
+        "trainer.loss_on=all",
+        "trainer.loss_on=all, trainer.padding_in_loss=true",
+    }
+    assert labels[-2:] == ["majority class", "chance"]
+    effect = cell(block, "preset=official", "accuracy minus preset=correct")
+    assert effect.value == pytest.approx(-30.0)
+    assert effect.seeds == 3
+    likelihood = "log-likelihood minus preset=correct"
+    assert cell(block, "preset=official", likelihood).value == pytest.approx(-0.5)
+    assert cell(block, "preset=official", likelihood).mark == "worse"
+    same = cell(block, "trainer.loss_on=all", likelihood, "BoolQ")
+    assert (same.value, same.mark) == (0.0, "")
+    # One seed up, two down: no matter how sure each is, three seeds do not tell.
+    mixed = cell(block, "trainer.loss_on=all, trainer.padding_in_loss=true", likelihood)
+    assert mixed.value == pytest.approx(-0.25 / 3)
+    assert mixed.mark == ""
+    assert "correct-1" in effect.records
+    assert "official-3" in effect.records
+
+
+def test_other_conditions_are_not_compared(write: Write, results: Path) -> None:
+    share = {"arc_e": 0.5, "boolq": 0.5}
+    write(results / "runs", "a", [*WORDS], share)
+    write(results / "runs", "b", [*WORDS, "preset=only_loss_on", "data.train_limit=9"], share)
+    write(results / "runs", "c", [*WORDS, "preset=only_loss_on", "method.rank=8"], share)
+    found = gather(results)
+    assert found.tables[10].blocks == []
+    assert {"a", "b", "c"} <= {entry.name for entry in found.left_out}
