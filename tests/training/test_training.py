@@ -312,7 +312,7 @@ def test_a_frozen_magnitude_stays(method: str, train: Train) -> None:
 def test_the_official_preset_trains(method: str, train: Train) -> None:
     run = train("preset=official", f"method={method}", "trainer.max_steps=20",
                 "trainer.learning_rate=5e-3")  # fmt: skip
-    assert sum(run.losses[-5:]) / 5 < run.losses[0] - 0.8
+    assert sum(run.losses[-5:]) / 5 < run.losses[0] - 0.2
 
 
 def test_summary(train: Train) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from mixlora_exp.adapters import save_adapter
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
 from mixlora_exp.training.progress import LogFile, progress_callback
+from mixlora_exp.training.stability import Diverged, Stability
 from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
 
@@ -50,6 +51,7 @@ class TrainSummary:
     final_loss: float
     curve: list[dict[str, Any]] = field(default_factory=list)
     expert_load: list[list[float]] | None = None
+    stability: Stability | None = None
 
 
 def training_arguments(config: Config, folder: Path, dtype: torch.dtype) -> TrainingArguments:
@@ -143,14 +145,11 @@ def fit(
             "not suffice; nothing was recorded. Choose a smaller one, or set "
             "trainer.gradient_checkpointing=true"
         ) from error
+    except Diverged as error:
+        raise UserError(_diverged(config, model, folder, error)) from error
     seconds = time.perf_counter() - start
     trainer.fold_counts()
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if not all(isfinite(loss) for loss in (result.training_loss, *(e["loss"] for e in curve))):
-        raise UserError(
-            f"trainer.learning_rate={config.trainer.learning_rate}: the loss became "
-            f"{result.training_loss}; nothing was recorded. Lower it, or set trainer.max_grad_norm"
-        )
     steps = trainer.state.global_step
     tokens = _tokens_seen(trainer, examples, steps, config)
     load = trainer.expert_counts
@@ -168,6 +167,20 @@ def fit(
         final_loss=curve[-1]["loss"] if curve else result.training_loss,
         curve=curve,
         expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
+        stability=trainer.watch.summary(),
+    )
+
+
+def _diverged(config: Config, model: PeftModel, folder: Path, error: Diverged) -> str:
+    """The message; the adapter as it was before the failing step is saved."""
+    kept = ""
+    if error.step > 1 and processes().is_main_process:
+        place = folder / "last_good"
+        save_adapter(model, place)
+        kept = f" The adapter as it was after step {error.step - 1} is in {place}."
+    return (
+        f"trainer.learning_rate={config.trainer.learning_rate}: {error}; nothing was recorded."
+        f"{kept} Lower the rate, or set trainer.max_grad_norm or trainer.warmup_steps"
     )
 
 

@@ -6,13 +6,18 @@ from math import isfinite
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers import Trainer
 
 from mixlora_exp.config.choices import Head, Order
 from mixlora_exp.data.sampler import BucketSampler, FixedSampler
 from mixlora_exp.training.head import loss_from_hidden
+from mixlora_exp.training.stability import Diverged, StepWatch, find_layer
 
 __all__ = ["MixLoraTrainer"]
+
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Each process holds every gradient whole."""
 
 
 class MixLoraTrainer(Trainer):
@@ -36,6 +41,9 @@ class MixLoraTrainer(Trainer):
         self._sampler_seed = sampler_seed
         self._router_loss, self._router_passes = 0.0, 0
         self._window_counts: torch.Tensor | None = None
+        self.watch = StepWatch()
+        self._step_loss: float | torch.Tensor = 0.0
+        self._step_batches: list[Any] = []
         self.expert_load: list[list[float]] | None = None
         """Share of each expert, per layer, between the last two log entries."""
         self.expert_counts: torch.Tensor | None = None
@@ -68,6 +76,47 @@ class MixLoraTrainer(Trainer):
             )
         return result
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = self._step_loss + loss
+        self._step_batches.append(inputs)
+        return loss
+
+    def _clip_grad_norm(self, model):
+        # Clipping by a norm that is no number would spread it over all gradients.
+        if self.accelerator.distributed_type in PLAIN:
+            self._check_step(model, None)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The Trainer asks for it before each optimizer step, before any weight is touched.
+
+        Raises:
+            Diverged: the loss or the gradient is no finite number.
+        """
+        if grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.distributed_type not in PLAIN:
+            # The gradients are in pieces, and only accelerate knows how to put them together.
+            grad_norm = super()._get_grad_norm(model)
+        return self._check_step(model, grad_norm)
+
+    def _check_step(self, model, norm: float | torch.Tensor | None) -> float:
+        """Note the step's loss and gradient norm, and stop at what is no number."""
+        if norm is None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        # The one synchronisation with the device in a step.
+        loss, norm = float(self._step_loss), float(norm)
+        batches, self._step_loss, self._step_batches = self._step_batches, 0.0, []
+        sound = self.watch.add(loss, norm)
+        # Of several processes all see the same norm, and each a loss of its own.
+        if not sound and (self.args.world_size == 1 or not isfinite(norm)):
+            prepared = [self._prepare_inputs(batch) for batch in batches]
+            where = find_layer(self.accelerator.unwrap_model(model), prepared)
+            raise Diverged(self.state.global_step + 1, loss, norm, where)
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._router_passes and "loss" in logs:
             counts = self._window_counts
@@ -76,9 +125,6 @@ class MixLoraTrainer(Trainer):
             logs["expert_load_std"] = float(load.std(dim=-1, correction=0).mean())
             self.expert_load = [[round(share, 4) for share in layer] for layer in load.tolist()]
             self.fold_counts()
-        if not isfinite(logs.get("loss", 0.0)):
-            # What follows would be computed from weights that are no numbers.
-            self.control.should_training_stop = True
         super().log(logs, start_time)
 
     def fold_counts(self) -> None:

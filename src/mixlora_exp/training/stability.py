@@ -1,0 +1,128 @@
+"""Whether training stays stable: gradient norms, spikes, and where numbers stopped being such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Diverged", "Stability", "StepWatch", "find_layer", "spikes"]
+
+WINDOW, FACTOR = 20, 1.5
+
+
+def spikes(values: Sequence[float], window: int = WINDOW) -> list[int]:
+    """Indices of values that stand out from the `window` before them.
+
+    A spike is more than one and a half times the largest of them: in a mixture of tasks a batch of
+    the hardest one is no spike. The first `window` values have nothing to stand out from.
+    """
+    return [
+        i for i in range(window, len(values)) if values[i] > FACTOR * max(values[i - window : i])
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Stability:
+    """What a record tells of it. Norms are of the whole gradient before clipping; spikes are
+    optimizer steps, the first being 1 (see `spikes`)."""
+
+    gradient_norm_median: float
+    gradient_norm_max: float
+    gradient_norm_max_step: int
+    gradient_spikes: list[int]
+    loss_spikes: list[int]
+    step_losses: list[float]
+    step_gradient_norms: list[float]
+
+
+class Diverged(ArithmeticError):
+    """The loss or its gradient is no finite number any more, before the weights were touched."""
+
+    def __init__(self, step: int, loss: float, norm: float, where: str) -> None:
+        what = f"loss became {loss}" if not isfinite(loss) else f"gradient norm became {norm}"
+        super().__init__(f"the {what} at step {step} ({where})")
+        self.step = step
+
+
+@dataclass
+class StepWatch:
+    """Loss and gradient norm of every optimizer step."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, norm: float) -> bool:
+        """Note one step; whether both are numbers."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+        return isfinite(loss) and isfinite(norm)
+
+    def summary(self) -> Stability | None:
+        """None before the first step."""
+        if not self.norms:
+            return None
+        largest = max(range(len(self.norms)), key=self.norms.__getitem__)
+        return Stability(
+            gradient_norm_median=round(median(self.norms), 6),
+            gradient_norm_max=round(self.norms[largest], 6),
+            gradient_norm_max_step=largest + 1,
+            gradient_spikes=[i + 1 for i in spikes(self.norms)],
+            loss_spikes=[i + 1 for i in spikes(self.losses)],
+            step_losses=[round(value, 5) for value in self.losses],
+            step_gradient_norms=[round(value, 5) for value in self.norms],
+        )
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _broken(output: Any) -> bool:
+    return any(t.is_floating_point() and not t.isfinite().all() for t in _tensors(output))
+
+
+@torch.no_grad()
+def find_layer(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+    """Where numbers stop being numbers, in words.
+
+    A weight that is none; else the first module whose output is none when `batches` run once more;
+    else, the forward pass being sound, the trained weight nearest to the output whose gradient is
+    none. Random numbers are drawn anew, so that what dropout alone did may not come back.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            return f"the weight {name} is no number"
+    found: list[str] = []
+
+    def hook(name: str) -> Any:
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and _broken(output):
+                found.append(name)
+
+        return check
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        for batch in batches:
+            model(**batch)
+            if found:
+                return f"first in {found[0] or 'the loss'}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    graded = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+    broken = [name for name, gradient in graded if not gradient.isfinite().all()]
+    return f"in the gradient of {broken[-1]}" if broken else "in no layer when it was run again"
