@@ -7,11 +7,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from mixlora_exp.adapters.export import export_official
+from mixlora_exp.adapters.official import read_peft, write_official
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose, schema
 from mixlora_exp.models import load_model, load_tokenizer
@@ -99,10 +102,59 @@ def test_scoring_command_runs_at_tiny_size(
 ) -> None:
     if "lm_eval" in command:
         pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    command = command.replace("adapter=converted", "adapter=DIR")
     arguments = tiny(shlex.split(command)[2:], tmp_path, folders)
     assert execute(translate(arguments)) == 0
     (path,) = tmp_path.glob("*/record.json")
     assert read_record(path)["train"] is None
+
+
+def run_script(line: str, changes: dict[str, str], folder: Path) -> str:
+    """Run a command of the README in `folder`, with other folders and a tiny model."""
+    words = shlex.split(line)[1:]
+    words = [part for word in words for part in changes.get(word, word).split("\n")]
+    if "converted" in line or "DIR" in line:
+        words = [re.sub(r"^model=.*", "model=tiny_gemma", word) for word in words]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / words[0]), *words[1:]],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_path_of_an_official_adapter(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Converted, scored, used, and converted back: the commands of the README in their order."""
+    official = tmp_path / "official"
+    files = export_official(read_peft(folders["adapter"])).files
+    write_official(official, files)
+    lines = [line for line in commands("python ") if "converted" in line]
+    assert [shlex.split(line)[1] for line in lines] == [
+        "scripts/convert_adapter.py", "evaluate.py", "generate.py", "scripts/convert_adapter.py",
+    ]  # fmt: skip
+    changes = {
+        "OFFICIAL_DIR": str(official),
+        "task=arc_e": "task=arc_e\ndata=embedded\nevaluation.limit=2",
+    }
+    for line in lines:
+        extra = " max_new_tokens=4" if "generate" in line else ""
+        assert run_script(line + extra, changes, tmp_path).strip()
+    assert (tmp_path / "official_again" / "adapter_model.bin").read_bytes() == (
+        official / "adapter_model.bin"
+    ).read_bytes()
+
+
+def test_use_after_training(folders: dict[str, Path], tmp_path: Path) -> None:
+    lines = [line for line in commands("python ") if line.endswith("output=merged")]
+    lines += [line for line in commands("python generate.py") if "DIR" in line]
+    assert len(lines) == 2
+    words = ["experiment=smoke", "model=tiny_gemma", "method=lora", f"output_dir={tmp_path}"]
+    assert execute(words) == 0
+    (adapter,) = tmp_path.glob("*/adapter")
+    for line in lines:
+        extra = " max_new_tokens=4" if "generate" in line else ""
+        assert run_script(line + extra, {"adapter=DIR": f"adapter={adapter}"}, tmp_path).strip()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("command", commands("make"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mixlora_exp.config import Config
+from mixlora_exp.config import Config, options
+from mixlora_exp.errors import UserError
 
 Refused = Callable[[list[str]], str]
 HEADER = "# @package _global_\n"
@@ -146,3 +148,21 @@ def test_a_bad_cell_stops_the_sweep(
         assert word in message
     assert not ran
     assert not list(Path.cwd().iterdir())
+
+
+def test_text_of_a_script_s_field_is_taken_as_it_is() -> None:
+    @dataclasses.dataclass(slots=True, kw_only=True)
+    class Fields:
+        prompt: str | None = None
+        name: str = "n"
+        count: int = 1
+        share: float | None = None
+
+    for text in ("Question: why?", "{a: b}", "[1, 2]", "${x}", "3", "a=b", "", "'q'"):
+        assert options(Fields, [f"prompt={text}", "count=2"]) == Fields(prompt=text, count=2)
+    assert options(Fields, ["prompt=null", "share=null"]) == Fields()
+    assert options(Fields, ["name=null"]).name == "null"
+    with pytest.raises(UserError, match="count"):
+        options(Fields, ["count=two"])
+    with pytest.raises(UserError, match=r"the fields are prompt, name, count, share"):
+        options(Fields, ["prompts=x"])

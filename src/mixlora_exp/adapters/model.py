@@ -43,8 +43,9 @@ class MixLoraModel(LoraModel):
     In training mode the router loss, times `router_loss_coef`, is added to the model's loss and
     stands alone in the output as `aux_loss`. When the trainer divides by the number of label
     tokens of a whole optimizer step (`num_items_in_batch`), it is scaled by this pass's share of
-    them, so that it counts once per step whatever the accumulation. `router_report` tells about
-    the last pass.
+    them, so that it counts once per step whatever the accumulation. A trainer that computes the
+    loss itself, as TRL's SFTTrainer does, finds `aux_loss` in the output and the coefficient as
+    `router_aux_loss_coef` in the model's configuration. `router_report` tells about the last pass.
     """
 
     tuner_layer_cls = (LoraLayer, MixLoraFeedForward)
@@ -82,6 +83,11 @@ class MixLoraModel(LoraModel):
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
+        # What mixtures have in transformers: trainers that compute a loss of their own look there.
+        shape = getattr(self.model, "config", None)
+        if shape is not None and not hasattr(shape, "output_router_logits"):
+            shape.output_router_logits = False
+            shape.router_aux_loss_coef = self.peft_config[self.active_adapters[0]].router_loss_coef
         # PEFT makes its own layers for attention, also when an adapter is loaded, and blocks that
         # an adapter adds know nothing of `set_kernel`.
         set_kernel(self.model, next((block.kernel for block in self.feed_forwards()), "auto"))
@@ -136,12 +142,18 @@ class MixLoraModel(LoraModel):
 
     def forward(self, *args: Any, **kwargs: Any):
         """The base model's forward pass; see the class for the router loss."""
+        if kwargs.get("output_router_logits"):
+            # Asked of mixtures; the base model is none, and this class answers instead.
+            kwargs["output_router_logits"] = False
         output = self.model(*args, **kwargs)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None
         report = self._report(mask)
         self.router_report = None if report is None else report.detached()
+        if report is not None and "aux_loss" in getattr(output, "__dataclass_fields__", ()):
+            # An output with a place for it: TRL's, say, which adds it to a loss of its own.
+            output.aux_loss = report.loss
         if report is None or not self.training:
             return output
         config = self.peft_config[self.active_adapters[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
@@ -19,6 +20,8 @@ Schema = TypeVar("Schema")
 def options(schema: type[Schema], arguments: Sequence[str]) -> Schema:
     """An instance of the dataclass `schema` with the values given as `name=value`.
 
+    A field of text takes the value as it is, whatever characters it has; `null` is none.
+
     Raises:
         UserError: a field is unknown or a value is not of its type.
     """
@@ -29,8 +32,18 @@ def options(schema: type[Schema], arguments: Sequence[str]) -> Schema:
     for word in arguments:
         if "=" not in word:
             raise UserError(f"{word!r} is not name=value; the fields are {known}")
+    fields = schema.__dataclass_fields__
+    texts, others = {}, []
+    for word in arguments:
+        name, _, value = word.partition("=")
+        optional = name in fields and fields[name].type == "str | None"
+        if optional or (name in fields and fields[name].type == "str"):
+            texts[name] = None if optional and value == "null" else value
+        else:
+            others.append(word)
     try:
-        given = OmegaConf.from_dotlist(list(arguments))
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        given = OmegaConf.from_dotlist(others)
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        return dataclasses.replace(made, **texts)
     except OmegaConfBaseException as error:
         raise UserError(f"{str(error).splitlines()[0]}; the fields are {known}") from error

@@ -1,0 +1,116 @@
+"""A MixLoRA adapter in other libraries' hands: TRL trains it, lm-eval scores it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from mixlora_exp.config import compose
+from mixlora_exp.models import load_tokenizer
+
+ROWS = [
+    {"prompt": f"Question: Which of these is number {i}?\nAnswer:", "completion": f" the {i}"}
+    for i in range(8)
+]
+
+
+def sft(model: Any, config: Any, folder: Path, **changes: Any) -> Any:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, logging_steps=1,
+            learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
+            gradient_checkpointing=False, disable_tqdm=True, **changes,
+        ),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=load_tokenizer(compose(["model=tiny"]).model),
+        peft_config=config,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_trl_trains_a_mixture(
+    dora: bool,
+    base_of: Callable[..., Any],
+    config_of: Callable[..., Any],
+    batch: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    trainer = sft(base_of(), config_of(use_dora=dora, lora_dropout=0.05), tmp_path)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {part for part in ("lora_router", "lora_A_gate", "lora_B_down") for n in moved
+            if part in n} == {"lora_router", "lora_A_gate", "lora_B_down"}  # fmt: skip
+    trainer.save_model(str(tmp_path / "saved"))
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).logits
+        again = PeftModel.from_pretrained(base_of(), str(tmp_path / "saved")).eval()
+        assert torch.equal(again(**batch).logits, expected)
+
+
+def test_trl_counts_the_router_loss_once(
+    base_of: Callable[..., Any], config_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whatever the accumulation: the first loss with and without the router loss."""
+
+    def first(coefficient: float, accumulation: int) -> float:
+        torch.manual_seed(0)
+        config = config_of(lora_dropout=0.0, router_loss_coef=coefficient)
+        trainer = sft(base_of(), config, tmp_path, gradient_accumulation_steps=accumulation, seed=3)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    for accumulation in (1, 2):
+        share = first(1.0, accumulation) - first(0.0, accumulation)
+        # The loss is 1 at perfect balance.
+        assert share == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.slow
+def test_lm_eval_s_command_line_scores_a_mixture(
+    base_of: Callable[..., Any],
+    config_of: Callable[..., Any],
+    draw: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    base = base_of()
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(compose(["model=tiny"]).model).save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config_of())
+    draw(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    rows = [{"q": r["prompt"], "c": [r["completion"], " none", " all"], "a": 0} for r in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny_task.yaml").write_text(
+        "task: tiny_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path / 'rows.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        "doc_to_choice: '{{c}}'\ndoc_to_target: '{{a}}'\nmetric_list:\n  - metric: acc\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.lm_eval", "run", "--model", "hf",
+         "--model_args", f"pretrained={tmp_path / 'base'},peft={tmp_path / 'adapter'}",
+         "--tasks", "tiny_task", "--include_path", str(tmp_path), "--device", "cpu",
+         "--output_path", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "out").rglob("results*.json")
+    results = json.loads(path.read_text())["results"]["tiny_task"]
+    assert 0 <= results["acc,none"] <= 1
+    assert "tiny_task" in done.stdout
