@@ -188,7 +188,8 @@ def run(arguments: Sequence[str]) -> None:
     }
     # The record tells where results were found, not where someone keeps data.
     record["config"]["path"] = None if settings.path is None else Path(settings.path).name
-    name = f"eval-{settings.model}-{settings.method}-{settings.dtype}.json"
+    source = "embedded" if settings.path is None else "local"
+    name = f"eval-{settings.model}-{settings.method}-{settings.dtype}-{source}.json"
     write_json(Path(settings.output) / name, finish_record(record))
     print(f"Written: {Path(settings.output) / name}")
 

@@ -1,4 +1,4 @@
-"""Make the paper's nine tables from the committed records: `python scripts/tables.py`.
+"""Make the tables from the committed records: `python scripts/tables.py`.
 
 Writes Markdown, CSV and LaTeX to `results/tables/`. `check=true` writes nothing and fails with a
 diff where a table is not what its records give. `runs=[NAME,NAME]` takes these runs alone and

@@ -37,6 +37,7 @@ from mixlora_exp.results.tables.parts import Block, Table
 from mixlora_exp.results.tables.render import csv_text, latex, markdown
 from mixlora_exp.results.tables.settings import data_table, hyperparameter_table
 from mixlora_exp.results.tables.specs import specs
+from mixlora_exp.results.tables.stability import stability_table
 from mixlora_exp.results.tables.switches import switch_table
 
 __all__ = [
@@ -122,7 +123,7 @@ def _chosen(
 
 
 def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Results:
-    """Read `folder` (with `runs/` and `bench/`) and build the nine tables.
+    """Read `folder` (with `runs/` and `bench/`) and build the tables.
 
     Raises:
         UserError: `names` asks for runs that cannot share a cell, or for an unknown one.
@@ -149,6 +150,7 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     tables[10] = switch_table(
         chosen, standards, *({m: to_dict(c) for m, c in presets[p].items()} for p in PRESETS)
     )
+    tables[11] = stability_table(chosen, defaults)
     used = {name for table in tables.values() for name in table.records()}
     known_names = used | {entry.name for entry in blocks.left_out}
     unplaced = [
@@ -178,8 +180,8 @@ NOTES = (
 
 def _progress(block: Block) -> str:
     """A block's heading, and how much of it was run."""
-    filled, total = block.filled
-    return f"{block.heading} ({filled} of {total} cells)" if total else block.heading
+    counts = [f"{setup} {run} of {total}" for setup, (run, total) in block.filled.items()]
+    return f"{block.heading} (cells: {', '.join(counts)})" if counts else block.heading
 
 
 def _index(results: Results) -> str:

@@ -23,7 +23,7 @@ def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_tables(tmp_path: Path) -> None:
     done = script("tables", f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.iterdir())) == 31
+    assert len(list(tmp_path.iterdir())) == 1 + 3 * 11
     assert script("tables", f"output={tmp_path}", "check=true").returncode == 0
     (tmp_path / "table1.csv").write_text("other\n")
     done = script("tables", f"output={tmp_path}", "check=true")

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mixlora_exp.results.statistics import compare, estimate, estimate_average, mcnemar
+from mixlora_exp.results.statistics import (
+    compare,
+    compare_average,
+    estimate,
+    estimate_average,
+    mcnemar,
+)
 
 
 def test_one_seed_has_wilson_s_interval() -> None:
@@ -61,6 +67,10 @@ def test_a_clear_difference_is_found_and_noise_is_not() -> None:
     base = generator.random(500) < 0.5
     better = base | (generator.random(500) < 0.3)
     found = compare({1: right(better)}, {1: right(base)})
+    average = compare_average([({1: right(better)}, {1: right(base)})] * 2)
+    assert average.difference == found.difference
+    assert found.high - found.low > average.high - average.low > 0, "twice as many items"
+    assert average.clear
     assert found.clear
     assert found.difference == pytest.approx(better.mean() - base.mean())
     assert found.low < found.difference < found.high

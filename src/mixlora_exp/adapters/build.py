@@ -48,6 +48,7 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
         router_loss=method.router_loss.value,
         router_loss_pooling=method.router_loss_pooling.value,
         router_init_std=method.router_init_std,
+        router_precision=method.router_precision.value,
     )
 
 

@@ -77,6 +77,10 @@ class MixLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Activation of the experts, by transformers' name; None: the base's."},
     )
+    router_precision: str = field(
+        default="float32",
+        metadata={"help": "'float32', or 'bfloat16': the router's product rounds to it."},
+    )
     feed_forward: str = field(default="mlp", metadata={"help": "Name of the feed-forward block."})
     feed_forward_targets: list[str] = field(
         default_factory=lambda: ["gate_proj", "up_proj", "down_proj"],
@@ -131,6 +135,10 @@ class MixLoraConfig(LoraConfig):
             raise ValueError(f"router_loss_coef={self.router_loss_coef} must be >= 0")
         if self.router_loss not in ("argmax", "topk"):
             raise ValueError(f"router_loss={self.router_loss!r} is not 'argmax' or 'topk'")
+        if self.router_precision not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"router_precision={self.router_precision!r} is not 'float32' or 'bfloat16'"
+            )
         if self.router_loss_pooling not in ("layer", "all"):
             raise ValueError(
                 f"router_loss_pooling={self.router_loss_pooling!r} is not 'layer' or 'all'"

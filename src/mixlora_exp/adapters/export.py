@@ -24,7 +24,8 @@ PEFT_IGNORED = {
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "r", "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "use_dora",
     "init_lora_weights", "num_experts", "top_k", "act_fn", "expert_lora", "router_init_std",
-    "router_loss_coef", "router_loss", "router_loss_pooling", "ensure_weight_tying",
+    "router_loss_coef", "router_loss", "router_loss_pooling", "router_precision",
+    "ensure_weight_tying",
     "runtime_config", "megatron_core", "ephemeral_gpu_offload",
 }  # fmt: skip
 

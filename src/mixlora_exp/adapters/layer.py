@@ -22,6 +22,7 @@ from mixlora_exp.kernels import (
     draw_mask,
     known_activation,
     resolve_kernel,
+    route_bfloat16,
     router_of,
     squared_row_norms,
     working_dtype,
@@ -52,6 +53,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
     )
     other_param_names = (
         "r", "lora_alpha", "scaling", "lora_dropout", "top_k", "use_dora", "activation",
+        "router_precision",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig) -> None:
@@ -110,6 +112,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = lora.scaling
         self.lora_dropout[adapter_name] = lora.lora_dropout
         self.top_k[adapter_name] = config.top_k
+        self.router_precision[adapter_name] = config.router_precision
         self.use_dora[adapter_name] = lora.use_dora
         self.activation[adapter_name] = (
             self._base_activation
@@ -198,7 +201,9 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         (adapter,) = active
         rows = x.reshape(-1, x.shape[-1])
         name = resolve_kernel(self.kernel, x.device.type)
-        self.routing = router_of(name)(rows, self.lora_router[adapter], self.top_k[adapter])
+        rounded = self.router_precision[adapter] == "bfloat16"
+        router = route_bfloat16 if rounded else router_of(name)
+        self.routing = router(rows, self.lora_router[adapter], self.top_k[adapter])
         dtype = working_dtype(x)
         block = self.block(adapter, rows.shape[0], dtype)
         with torch.autocast(x.device.type, enabled=False):

@@ -19,6 +19,7 @@ __all__ = [
     "Protocol",
     "RouterLoss",
     "RouterLossPooling",
+    "RouterPrecision",
     "Tracker",
     "Weights",
 ]
@@ -54,6 +55,13 @@ class RouterLossPooling(Enum):
 
     layer = "layer"
     all = "all"
+
+
+class RouterPrecision(Enum):
+    """Of the product of router and hidden state; near ties decide which expert a token gets."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 class DataSource(Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
-from mixlora_exp.config.choices import RouterLoss, RouterLossPooling
+from mixlora_exp.config.choices import RouterLoss, RouterLossPooling, RouterPrecision
 
 __all__ = [
     "ATTENTION_TARGETS",
@@ -67,6 +67,7 @@ class MixLoraMethodConfig(LoraMethodConfig):
     router_loss: RouterLoss = RouterLoss.argmax
     router_loss_pooling: RouterLossPooling = RouterLossPooling.layer
     router_init_std: float = 0.02
+    router_precision: RouterPrecision = RouterPrecision.float32
 
     def __post_init__(self) -> None:
         LoraMethodConfig.__post_init__(self)

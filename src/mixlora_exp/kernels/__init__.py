@@ -22,7 +22,7 @@ from mixlora_exp.kernels.dropout import DropMask, draw_mask
 from mixlora_exp.kernels.exact import mixlora_exact
 from mixlora_exp.kernels.precision import working_dtype
 from mixlora_exp.kernels.reference import mixlora_reference
-from mixlora_exp.kernels.routing import route, router_fractions, router_loss
+from mixlora_exp.kernels.routing import route, route_bfloat16, router_fractions, router_loss
 from mixlora_exp.kernels.shapes import Experts, FeedForward, Projection, Routing
 from mixlora_exp.kernels.shared import mixlora_shared
 from mixlora_exp.kernels.stock import mixlora_stock
@@ -40,6 +40,7 @@ __all__ = [
     "known_activation",
     "resolve_kernel",
     "route",
+    "route_bfloat16",
     "router_fractions",
     "router_loss",
     "router_of",

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.shapes import Routing
 
-__all__ = ["route", "router_fractions", "router_loss"]
+__all__ = ["route", "route_bfloat16", "router_fractions", "router_loss"]
 
 
 def route(x: Tensor, router: Tensor, top_k: int) -> Routing:
@@ -19,11 +19,21 @@ def route(x: Tensor, router: Tensor, top_k: int) -> Routing:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        logits = functional.linear(x.to(dtype), router.to(dtype))
-        probabilities = logits.softmax(dim=-1)
-        chosen, experts = probabilities.topk(top_k, dim=-1)
-        weights = chosen / chosen.sum(dim=-1, keepdim=True)
-    return Routing(logits, probabilities, experts, weights)
+        return _choose(functional.linear(x.to(dtype), router.to(dtype)), top_k)
+
+
+def _choose(logits: Tensor, top_k: int) -> Routing:
+    probabilities = logits.softmax(dim=-1)
+    chosen, experts = probabilities.topk(top_k, dim=-1)
+    return Routing(logits, probabilities, experts, chosen / chosen.sum(dim=-1, keepdim=True))
+
+
+def route_bfloat16(x: Tensor, router: Tensor, top_k: int) -> Routing:
+    """`route` with the router's product in bf16, as models of bf16 run whose router is a layer like
+    any other; only to show what that costs."""
+    with torch.autocast(x.device.type, enabled=False):
+        logits = functional.linear(x.bfloat16(), router.bfloat16())
+        return _choose(logits.float(), top_k)
 
 
 def router_fractions(

@@ -129,27 +129,43 @@ def _without(run: Run, protocol: str, dropped: Mapping[tuple[str, str], LeftOut]
 
 def _conflicts(members: Sequence[Run], protocol: str) -> dict[tuple[str, str], LeftOut]:
     """(run, task) -> why that score has no place."""
+    scored = [(run, task) for run in members for task, own in run.scores if own == protocol]
+    found = _other_data(scored, protocol)
     cells: dict[str, list[tuple[Run, str]]] = defaultdict(list)
-    for run in members:
-        for task, own in run.scores:
-            if own == protocol:
-                parts = (run.trained["method"], sorted(run.mix), task)
-                cells[json.dumps(parts, sort_keys=True)].append((run, task))
-    found: dict[tuple[str, str], LeftOut] = {}
+    for run, task in scored:
+        parts = (run.trained["method"], sorted(run.mix), task)
+        cells[json.dumps(parts, sort_keys=True)].append((run, task))
     for entries in cells.values():
-        if len({run.hashes(task) for run, task in entries}) > 1:
-            names = ", ".join(run.name for run, _ in entries)
-            for run, task in entries:
-                reason = f"{task}, {protocol}: {names} read different data for one cell"
-                found[run.name, task] = LeftOut(run.name, reason)
-            continue
         seen: dict[int, Run] = {}
         for run, task in entries:
+            if (run.name, task) in found:
+                continue
             # The base model has no seed: scored again, it is the same result again.
             other = seen.setdefault(0 if run.method == "none" else run.seed, run)
             if other is not run:
                 reason = f"{task}, {protocol}: {other.name} has the same cell and seed"
                 found[run.name, task] = LeftOut(run.name, reason)
+    return found
+
+
+def _other_data(scored: Sequence[tuple[Run, str]], protocol: str) -> dict[tuple[str, str], LeftOut]:
+    """Scores that read other data than others of their block, whatever the method: they would be
+    compared with one another."""
+    tested: dict[str, list[tuple[Run, str]]] = defaultdict(list)
+    trained: dict[tuple[str, ...], list[tuple[Run, str]]] = defaultdict(list)
+    for run, task in scored:
+        tested[task].append((run, task))
+        trained[tuple(sorted(run.mix))].append((run, task))
+    found: dict[tuple[str, str], LeftOut] = {}
+    groups = [(entries, slice(0, 1)) for entries in tested.values()]
+    groups += [(entries, slice(1, None)) for entries in trained.values()]
+    for entries, part in groups:
+        if len({run.hashes(task)[part] for run, task in entries}) == 1:
+            continue
+        names = ", ".join(dict.fromkeys(run.name for run, _ in entries))
+        for run, task in entries:
+            reason = f"{task}, {protocol}: {names} read different data under the same conditions"
+            found[run.name, task] = LeftOut(run.name, reason)
     return found
 
 

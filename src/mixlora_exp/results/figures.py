@@ -135,14 +135,14 @@ def load_figure(load: Load) -> Figure:
     width = 0.8 / tasks
     colors = [*COLORS.values(), "#56B4E9", "#D55E00", "#F0E442", "#999999"]
     hatches = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
-    for i, (task, shares, spread) in enumerate(
-        zip(load.tasks, load.by_task, load.spread, strict=True)
+    for i, (task, shares, spread, within) in enumerate(
+        zip(load.tasks, load.by_task, load.spread, load.spread_within, strict=True)
     ):
         places = [e + (i - (tasks - 1) / 2) * width for e in range(experts)]
         top.bar(
             places, [100 * share for share in shares], width, color=colors[i % 8],
             hatch=hatches[i % 8], edgecolor="white", linewidth=0,
-            label=f"{task} (std {spread:.4f})",
+            label=f"{task} ({spread:.4f}; {within:.4f})",
         )  # fmt: skip
     top.axhline(100 / experts, color="black", linewidth=0.8, linestyle="--")
     top.set(xlabel="expert", ylabel="share of slots, %", xticks=range(experts))
@@ -150,7 +150,10 @@ def load_figure(load: Load) -> Figure:
     method = load.title.split(",")[0]
     heading = _wrapped(load.title)
     if method in PAPER_SPREAD:
-        heading += f"\nthe paper's standard deviation: {PAPER_SPREAD[method]}"
+        heading += (
+            "\nin brackets the standard deviation across experts: of the means over layers; within "
+            f"layers\nthe paper gives {PAPER_SPREAD[method]} and does not say of which"
+        )
     top.set_title(heading, fontsize=9)
     image = bottom.imshow(
         [[100 * share for share in layer] for layer in load.by_layer],

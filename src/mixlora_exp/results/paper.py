@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "METHOD_TITLES",
     "MODEL_TITLES",
     "TASK_TITLES",
+    "TOLERANCE",
     "Contradiction",
     "PaperTable",
     "contradictions",
@@ -52,10 +53,12 @@ TOLERANCE = 0.1 + 1e-9
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """One table: its lines as printed, column by column."""
+    """One table: its lines as printed, column by column; of Table 2 also the printed differences
+    of multi-task and single-task training, by method."""
 
     number: int
     lines: tuple[Mapping[str, str], ...]
+    differences: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -72,8 +75,16 @@ class PaperTable:
 
 def read_paper(folder: Path, number: int) -> PaperTable:
     """Read table `number` from `folder`."""
-    with (folder / f"table{number}.csv").open(newline="", encoding="utf-8") as stream:
-        return PaperTable(number, tuple(csv.DictReader(stream)))
+    differences = {}
+    if number == 2:
+        lines = _lines(folder / "table2_differences.csv")
+        differences = {line["method"]: line for line in lines}
+    return PaperTable(number, _lines(folder / f"table{number}.csv"), differences)
+
+
+def _lines(path: Path) -> tuple[Mapping[str, str], ...]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return tuple(csv.DictReader(stream))
 
 
 def _mean(line: Mapping[str, str], tasks: Sequence[str]) -> float:
@@ -110,7 +121,7 @@ def contradictions(folder: Path, number: int) -> Iterator[Contradiction]:
             text = f"{label}: the average is printed as {printed}, its cells give {mean:.2f}"
             yield Contradiction(text, line_id(line), "avg")
     if number == 2:
-        yield from _differences(folder, table)
+        yield from _differences(table)
     yield from _other_tables(folder, table)
     if number in (1, 8, 9):
         yield Contradiction(
@@ -131,11 +142,8 @@ def contradictions(folder: Path, number: int) -> Iterator[Contradiction]:
         )
 
 
-def _differences(folder: Path, table: PaperTable) -> Iterator[Contradiction]:
-    with (folder / "table2_differences.csv").open(newline="", encoding="utf-8") as stream:
-        printed = list(csv.DictReader(stream))
-    for line in printed:
-        method = line["method"]
+def _differences(table: PaperTable) -> Iterator[Contradiction]:
+    for method, line in table.differences.items():
         single, multi = (table.line(method=method, setup=s) for s in ("ST", "MT"))
         for column in (*table.tasks, "avg"):
             difference = float(multi[column]) - float(single[column])

@@ -152,6 +152,8 @@ def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
     later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
     if config["method"]["name"] == "none":
         later["method"] = config["method"]
+    elif "num_experts" in config["method"]:
+        later["method"] = {"router_precision": "float32", **later["method"]}
     return {"preset": {"name": "correct"}, **config, **later}
 
 

@@ -90,7 +90,7 @@ def latency_points(
         times = {
             METHOD_TITLES[method]: rows[method]["infer_forward_us_per_token"]
             for method in ("lora", "dora", "mixlora", "mixdora")
-            if method in rows and "error" not in rows[method]
+            if "infer_forward_us_per_token" in rows.get(method, ())
         }
         config, hardware = record["config"], record["provenance"]["hardware"]
         if config["layers"] is None and config["dropout"] and len(times) > 1:
@@ -121,7 +121,7 @@ MIXED = 5
 class Load:
     """Share of the (token, slot) pairs that each expert got: per task the mean over layers, and per
     layer the mean over tasks. `spread`: per task, the standard deviation across experts of those
-    means (the spread within single layers is larger)."""
+    means; `spread_within`: that of each layer's shares, averaged over layers, which is larger."""
 
     title: str
     run: str
@@ -129,6 +129,7 @@ class Load:
     by_task: tuple[tuple[float, ...], ...]
     by_layer: tuple[tuple[float, ...], ...]
     spread: tuple[float, ...]
+    spread_within: tuple[float, ...]
 
 
 def _load(run: Run, protocol: str, title: str) -> Load | None:
@@ -151,6 +152,7 @@ def _load(run: Run, protocol: str, title: str) -> Load | None:
         tuple(map(tuple, by_task)),
         tuple(map(tuple, by_layer)),
         tuple(pstdev(shares) for shares in by_task),
+        tuple(mean(pstdev(layer) for layer in load) for load in loads.values()),
     )
 
 

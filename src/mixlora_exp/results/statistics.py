@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from statistics import mean, stdev
 import numpy as np
 from scipy import stats
 
-__all__ = ["Comparison", "Estimate", "compare", "estimate", "mcnemar"]
+__all__ = ["Comparison", "Estimate", "compare", "compare_average", "estimate", "mcnemar"]
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -89,16 +90,12 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return 1.0 if trials == 0 else float(stats.binomtest(only_first, trials).pvalue)
 
 
-def compare(
-    first: Mapping[int, Mapping[str, float]], second: Mapping[int, Mapping[str, float]]
-) -> Comparison | None:
-    """`first` minus `second`; each maps seed -> item -> right or wrong, or another
-    figure. None where they share no seed. The same input gives the same interval: the bootstrap
-    draws from a fixed seed.
+Side = Mapping[int, Mapping[str, float]]
+"""Seed -> item -> right or wrong, or another figure."""
 
-    Raises:
-        ValueError: the two were scored on other items.
-    """
+
+def _differences(first: Side, second: Side) -> np.ndarray | None:
+    """(seeds that both have, items); None where they share no seed."""
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
@@ -106,21 +103,52 @@ def compare(
     for side in (first, second):
         for seed in seeds:
             if sorted(side[seed]) != items:
-                raise ValueError("the methods were scored on different items")
+                raise ValueError("they were scored on different items")
     a, b = (np.array([[float(s[k][i]) for i in items] for k in seeds]) for s in (first, second))
-    difference = a - b
-    by_item = difference.mean(axis=0)
+    return a - b
+
+
+def compare(first: Side, second: Side) -> Comparison | None:
+    """`first` minus `second`. None where they share no seed. The same input gives the same
+    interval: the bootstrap draws from a fixed seed.
+
+    Raises:
+        ValueError: the two were scored on other items.
+    """
+    difference = _differences(first, second)
+    if difference is None:
+        return None
+    found = _compared([difference])
+    if found.seeds > 1:
+        return found
+    p = mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
+    return dataclasses.replace(found, p=p)
+
+
+def compare_average(pairs: Sequence[tuple[Side, Side]]) -> Comparison | None:
+    """The average over tasks of `first` minus `second`, one pair per task; the bootstrap draws the
+    items of each task by themselves. None where a task has no seed that both sides have, or where
+    the tasks do not have the same seeds."""
+    found = [_differences(*pair) for pair in pairs]
+    seeds = {tuple(sorted(first.keys() & second.keys())) for first, second in pairs}
+    if not pairs or len(seeds) != 1 or any(one is None for one in found):
+        return None
+    return _compared(found)
+
+
+def _compared(tasks: Sequence[np.ndarray]) -> Comparison:
+    """tasks: per task, (seeds, items); see `Comparison` for the interval."""
     generator = np.random.default_rng(0)
-    drawn = [
-        by_item[generator.integers(len(items), size=len(items))].mean() for _ in range(RESAMPLES)
-    ]
-    low, high = map(float, np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    middle = float(difference.mean())
-    if len(seeds) > 1:
+    drawn = np.zeros(RESAMPLES)
+    for task in tasks:
+        by_item = task.mean(axis=0)
+        n = len(by_item)
+        drawn += [by_item[generator.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
+    low, high = map(float, np.quantile(drawn / len(tasks), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    by_seed = np.mean([task.mean(axis=1) for task in tasks], axis=0)
+    middle = float(by_seed.mean())
+    if len(by_seed) > 1:
         # Other seeds may differ more than other items: both must leave out zero.
-        half = _half_width(difference.mean(axis=1).tolist())
+        half = _half_width(by_seed.tolist())
         low, high = min(low, middle - half), max(high, middle + half)
-    p = None
-    if len(seeds) == 1:
-        p = mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
-    return Comparison(middle, low, high, len(seeds), len(items), p)
+    return Comparison(middle, low, high, len(by_seed), sum(t.shape[1] for t in tasks), None)

@@ -13,12 +13,19 @@ from mixlora_exp.results.paper import (
     METHODS,
     MODEL_TITLES,
     TASK_TITLES,
+    TOLERANCE,
     Contradiction,
     PaperTable,
     line_id,
 )
-from mixlora_exp.results.runs import Run, read_predictions
-from mixlora_exp.results.statistics import compare, estimate, estimate_average
+from mixlora_exp.results.runs import Run
+from mixlora_exp.results.statistics import estimate, estimate_average
+from mixlora_exp.results.tables.paired import (
+    LIKELIHOOD,
+    RIGHT,
+    average_difference,
+    difference,
+)
 from mixlora_exp.results.tables.parts import (
     Block,
     Cell,
@@ -28,7 +35,6 @@ from mixlora_exp.results.tables.parts import (
     number,
     ours,
     paper,
-    versus,
 )
 
 __all__ = ["Spec", "accuracy_table"]
@@ -55,6 +61,11 @@ class Variant:
     def label(self) -> tuple[str, str]:
         title = METHOD_TITLES[self.method]
         return (f"{title} {self.value}".strip(), self.setup)
+
+
+BASE = Variant("none", "-")
+PAPER_PROTOCOL = "label_logits"
+"""How the paper scores; a difference from its figures means nothing under another protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,7 @@ def _members(
             if task not in spec.tasks:
                 continue
             if run.method == "none":
-                found[Variant("none", "-")][task].append(run)
+                found[BASE][task].append(run)
                 continue
             value = spec.varied(run, standards)
             for setup, belongs in spec.setups.items():
@@ -153,36 +164,35 @@ def _line(
 
 
 def _difference(label: tuple[str, ...], first: Row, second: Row) -> Row:
-    """Entry by entry, without the parameter column."""
+    """Entry by entry, without the parameter column; `second` is the paper's, whose figures are
+    taken as they are: the interval is that of `first`."""
     cells = [dash]
     for a, b in zip(first.cells[1:], second.cells[1:], strict=True):
         if a.value is None or b.value is None:
             cells.append(dash)
-        else:
-            records = tuple(dict.fromkeys(a.records + b.records))
-            cells.append(Cell("difference", a.value - b.value, signed=True, records=records))
+            continue
+        low, high = (None if v is None else v - b.value for v in (a.low, a.high))
+        value, records = a.value - b.value, tuple(dict.fromkeys(a.records + b.records))
+        cells.append(Cell("difference", value, low=low, high=high, signed=True, records=records))
     return Row(label, tuple(cells))
 
 
 def _versus(
-    variant: Variant,
+    label: tuple[str, ...],
     members: Mapping[str, list[Run]],
     baseline: Mapping[str, list[Run]],
     spec: Spec,
     protocol: str,
-) -> Row | None:
-    """Paired comparison with LoRA on the same items."""
-    cells: list[Cell] = [dash]
-    for task in spec.tasks:
-        runs = [side.get(task, []) for side in (members, baseline)]
-        found = compare(
-            *({run.seed: read_predictions(run, task, protocol) for run in side} for side in runs)
-        )
-        cells.append(dash if found is None else versus(found, _names([*runs[0], *runs[1]])))
-    if all(cell.value is None for cell in cells):
-        return None
-    cells.append(dash)  # Tasks have different numbers of items: no paired average.
-    return Row((*variant.label, "minus LoRA"), tuple(cells))
+    field: str = RIGHT,
+) -> Iterator[Row]:
+    """Paired comparison on the same items and seeds; nothing where none is possible."""
+    cells = [
+        difference(members.get(task, ()), baseline.get(task, ()), task, protocol, field)
+        for task in spec.tasks
+    ]
+    if any(cell.value is not None for cell in cells):
+        average = average_difference(members, baseline, spec.tasks, protocol, field)
+        yield Row(label, (dash, *cells, average))
 
 
 def _params(spec: Spec, model: str, variant: Variant, printed: str | None) -> tuple[Cell, Cell]:
@@ -210,7 +220,7 @@ def _block(
     # A setup that was run for one method is shown for all, with dashes for the others.
     setups = {variant.setup for variant in members if variant.method != "none"}
     marked = {(c.line, c.column) for c in known if c.line is not None}
-    extra = set(members) - set(_variants(spec)) - {Variant("none", "-")}
+    extra = set(members) - set(_variants(spec)) - {BASE}
     order = [*_variants(spec), *sorted(extra, key=lambda v: (v.method, v.setup, v.value))]
     lines: dict[Variant, tuple[Row | None, Row]] = {}
     for variant in order:
@@ -235,10 +245,10 @@ def _block(
         rows += [found] if from_paper is None else [from_paper, found]
         if variant not in members:
             continue
-        if from_paper is not None:
+        if from_paper is not None and protocol == PAPER_PROTOCOL:
             rows.append(_difference((*variant.label, "ours minus paper"), found, from_paper))
         rows += _further(spec, variant, members, protocol)
-    rows += _single_multi(spec, lines)
+    rows += _single_multi(spec, printed, model, lines, members, protocol)
     rows += _baselines(spec, members, protocol)
     columns = ("#Params (%)", *(TASK_TITLES[task] for task in spec.tasks), "average")
     return Block(heading, STUB, columns, tuple(rows), run=bool(members))
@@ -255,40 +265,66 @@ def _further(
         line = _line((*variant.label, title), members[variant], spec, protocol, field)
         if any(cell.value is not None for cell in line.cells):
             yield line
-    lora = Variant("lora", variant.setup, variant.value)
-    if variant.method != "lora" and lora in members:
-        row = _versus(variant, members[variant], members[lora], spec, protocol)
-        if row is not None:
-            yield row
+    others = {"LoRA": Variant("lora", variant.setup, variant.value), "the base model": BASE}
+    for title, other in others.items():
+        if other == variant or other not in members:
+            continue
+        for name, field in (
+            (f"minus {title}", RIGHT),
+            (f"log-likelihood minus {title}", LIKELIHOOD),
+        ):
+            label = (*variant.label, name)
+            yield from _versus(label, members[variant], members[other], spec, protocol, field)
 
 
-def _single_multi(spec: Spec, lines: Mapping[Variant, tuple[Row | None, Row]]) -> Iterator[Row]:
-    """MT minus ST, of the paper's figures and of ours."""
+def _single_multi(
+    spec: Spec,
+    printed: PaperTable,
+    model: str,
+    lines: Mapping[Variant, tuple[Row | None, Row]],
+    members: Mapping[Variant, Mapping[str, list[Run]]],
+    protocol: str,
+) -> Iterator[Row]:
+    """MT minus ST: as the paper prints it, recomputed from its own figures, and ours."""
     if "MT" not in spec.setups or "ST" not in spec.setups:
         return
     for method in METHODS:
-        single, multi = (lines.get(Variant(method, setup)) for setup in ("ST", "MT"))
-        if single is None or multi is None:
-            continue
-        for index, row in enumerate(("paper", "ours")):
-            if single[index] is None or multi[index] is None:
-                continue
-            found = _difference(
-                (METHOD_TITLES[method], "MT minus ST", row), multi[index], single[index]
+        title, (single, multi) = METHOD_TITLES[method], (Variant(method, s) for s in ("ST", "MT"))
+        given = lines.get(single), lines.get(multi)
+        if given[0] is not None and given[1] is not None and given[0][0] and given[1][0]:
+            recomputed = _difference(
+                (title, "MT minus ST", "paper, recomputed"), given[1][0], given[0][0]
             )
-            if any(cell.value is not None for cell in found.cells):
-                yield found
+            shown = printed.differences.get(method)
+            if shown is not None:
+                columns = (*spec.tasks, "avg")
+                cells = [
+                    paper(shown[n], mark="" if _agree(shown[n], cell.value) else "†")
+                    for n, cell in zip(columns, recomputed.cells[1:], strict=True)
+                ]
+                yield Row((title, "MT minus ST", "paper, printed"), (dash, *cells))
+            yield recomputed
+        if single in members and multi in members:
+            for name, field in (("ours", RIGHT), ("log-likelihood", LIKELIHOOD)):
+                yield from _versus(
+                    (title, "MT minus ST", name),
+                    members[multi], members[single], spec, protocol, field,
+                )  # fmt: skip
+
+
+def _agree(printed: str, computed: float | None) -> bool:
+    # Each of the two figures may be off by half a unit of its last digit.
+    return computed is not None and abs(float(printed) - computed) <= TOLERANCE
 
 
 def _baselines(
     spec: Spec, members: Mapping[Variant, Mapping[str, list[Run]]], protocol: str
 ) -> Iterator[Row]:
     """The base model alone, the majority class and chance, from any run of the same items."""
-    base = Variant("none", "-")
-    if base in members:
-        yield _line(("base model", "-", "ours"), members[base], spec, protocol, "accuracy")
+    if BASE in members:
+        yield _line(("base model", "-", "ours"), members[BASE], spec, protocol, "accuracy")
         likelihood = ("base model", "-", "log-likelihood of the gold answer")
-        yield _line(likelihood, members[base], spec, protocol, "gold_log_likelihood")
+        yield _line(likelihood, members[BASE], spec, protocol, "gold_log_likelihood")
     one: dict[str, list[Run]] = {}
     for by_task in members.values():
         for task, runs in by_task.items():

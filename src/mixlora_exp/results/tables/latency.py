@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
 from mixlora_exp.results.record import read_record
@@ -40,6 +42,7 @@ ROW_TITLES = {
 def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut]]:
     """Records under `results/bench/`, those made with uncommitted changes left out by name."""
     found, left_out = [], []
+    faults = _faults(folder)
     for path in sorted(folder.glob("*.json")):
         try:
             record = read_record(path)
@@ -49,11 +52,33 @@ def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut
             for one in record.get("benchmarks", [record]):
                 if "rows" in one:
                     entry = {**one, "provenance": record["provenance"], "name": path.stem}
+                    entry = _without_faults(entry, faults)
                     _block(entry)  # Complete enough to be shown.
                     found.append(entry)
         except (UserError, KeyError, TypeError) as error:
             left_out.append(LeftOut(f"bench/{path.stem}", str(error)))
     return found, left_out
+
+
+def _faults(folder: Path) -> list[Mapping[str, Any]]:
+    """Figures that are known to be wrong, from `faults.yaml`."""
+    path = folder / "faults.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def _without_faults(
+    record: Mapping[str, Any], faults: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """The record without them, and with the reasons as `faults`."""
+    commit, rows, reasons = record["provenance"]["git"]["commit"], dict(record["rows"]), []
+    for fault in faults:
+        if not commit.startswith(fault["commit"]):
+            continue
+        for name, row in rows.items():
+            if row.get("method") in fault["methods"] and row.get("kernel") in fault["kernels"]:
+                rows[name] = {k: v for k, v in row.items() if not k.startswith(fault["figures"])}
+                reasons.append(fault["why"])
+    return {**record, "rows": rows, "faults": list(dict.fromkeys(reasons))}
 
 
 def _title(name: str, row: Mapping[str, Any]) -> str:
@@ -135,7 +160,9 @@ def _block(record: Mapping[str, Any]) -> Block:
             for cell in _measured(row, base)
         ]
         rows.append(Row((_title(name, row), "1 model"), tuple(cells)))
-    notes = (f"Record: results/{source[0]}",)
+    faults = (f"Dashes stand for figures that are known to be wrong: {why}."
+              for why in record.get("faults", ()))  # fmt: skip
+    notes = (f"Record: results/{source[0]}", *faults)
     return Block(heading, ("method", "models"), COLUMNS, tuple(rows), run=True, notes=notes)
 
 

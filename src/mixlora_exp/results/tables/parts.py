@@ -60,11 +60,18 @@ class Block:
     notes: tuple[str, ...] = ()
 
     @property
-    def filled(self) -> tuple[int, int]:
-        """Entries of ours that were run, and all of them (averages and parameters apart)."""
-        own = [row for row in self.rows if row.label[-1] == "ours" and "minus" not in row.label[1]]
-        cells = [cell for row in own for cell in row.cells[1:-1]]
-        return sum(cell.value is not None for cell in cells), len(cells)
+    def filled(self) -> dict[str, tuple[int, int]]:
+        """By setup: entries of ours that were run, and all of them (averages and parameters
+        apart)."""
+        found: dict[str, tuple[int, int]] = {}
+        for row in self.rows:
+            if row.label[-1] != "ours" or "minus" in row.label[1] or row.label[1] == "-":
+                continue
+            cells = row.cells[1:-1]
+            run, total = found.get(row.label[1], (0, 0))
+            run += sum(cell.value is not None for cell in cells)
+            found[row.label[1]] = (run, total + len(cells))
+        return found
 
 
 @dataclass(frozen=True, slots=True)

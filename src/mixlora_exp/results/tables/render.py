@@ -30,7 +30,7 @@ def _shown(cell: Cell) -> str:
 
 def seeds(cell: Cell) -> str:
     """The number of seeds of an accuracy, as it stands behind it."""
-    return f" (n={cell.seeds})" if cell.kind == "ours" and cell.seeds else ""
+    return f" (n={cell.seeds})" if cell.kind in ("ours", "versus") and cell.seeds else ""
 
 
 def markdown(table: Table) -> str:

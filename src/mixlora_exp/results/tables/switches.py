@@ -14,9 +14,10 @@ from typing import Any
 
 from mixlora_exp.results.cells import Standards, block_title
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
-from mixlora_exp.results.runs import Run, read_items
-from mixlora_exp.results.statistics import compare, estimate
-from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, dash, number, ours, versus
+from mixlora_exp.results.runs import Run
+from mixlora_exp.results.statistics import estimate
+from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, difference
+from mixlora_exp.results.tables.parts import Block, Row, Table, number, ours
 
 __all__ = ["SWITCHES", "switch_table"]
 
@@ -80,26 +81,6 @@ def _label(diff: Diff, presets: Mapping[str, Mapping[str, Diff]], method: str) -
     return ", ".join(f"{name}={_word(value)}" for name, value in diff)
 
 
-def _effect(runs: Sequence[Run], base: Sequence[Run], task: str, protocol: str, field: str) -> Cell:
-    """The difference from the base on the same items, of accuracies or of log-likelihoods."""
-    sides = [
-        {run.seed: read_items(run, task, protocol, field) for run in side} for side in (runs, base)
-    ]
-    if any(None in items.values() for side in sides for items in side.values()):
-        return dash
-    found = compare(*sides)
-    if found is None:
-        return dash
-    names = tuple(dict.fromkeys(run.name for run in (*runs, *base)))
-    if field == "right":
-        return versus(found, names)
-    mark = ("better" if found.low > 0 else "worse") if found.clear else ""
-    return Cell(
-        "versus", found.difference, low=found.low, high=found.high, seeds=found.seeds,
-        items=found.items, digits=3, signed=True, mark=mark, records=names,
-    )  # fmt: skip
-
-
 def _rows(
     label: str, runs: Sequence[Run], base: Sequence[Run], tasks: Sequence[str], protocol: str
 ) -> Iterator[Row]:
@@ -114,10 +95,10 @@ def _rows(
         yield Row((label, "log-likelihood of the gold answer"), tuple(cells))
     if runs is not base:
         for title, field in (
-            ("accuracy minus preset=correct", "right"),
-            ("log-likelihood minus preset=correct", "gold_log_likelihood"),
+            ("accuracy minus preset=correct", RIGHT),
+            ("log-likelihood minus preset=correct", LIKELIHOOD),
         ):
-            cells = [_effect(runs, base, task, protocol, field) for task in tasks]
+            cells = [difference(runs, base, task, protocol, field) for task in tasks]
             if any(cell.value is not None for cell in cells):
                 yield Row((label, title), tuple(cells))
 

@@ -1,0 +1,112 @@
+"""How stable training was, by the settings that decide it: not a table of the paper."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
+from mixlora_exp.results.runs import Run
+from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, number
+
+__all__ = ["FACTORS", "stability_table"]
+
+FACTORS = (
+    "trainer.loss_on", "trainer.padding_in_loss", "trainer.learning_rate", "trainer.schedule",
+    "trainer.warmup_steps", "trainer.max_grad_norm", "method.router_loss_coef",
+    "method.router_precision",
+)  # fmt: skip
+"""What is varied; everything else of the training must be equal within a block."""
+COLUMNS = (
+    "first loss", "last loss", "gradient norm, median", "largest", "at step", "gradient spikes",
+    "loss spikes", "steps", "seeds",
+)  # fmt: skip
+ENDS = 10
+"""First and last loss are means over this many steps."""
+
+Values = tuple[tuple[str, Any], ...]
+
+
+def _factors(run: Run) -> Values:
+    pairs = (dotted.split(".") for dotted in FACTORS)
+    return tuple((f"{g}.{n}", run.trained[g][n]) for g, n in pairs if n in run.trained[g])
+
+
+def _rest(run: Run) -> str:
+    trainer = {n: v for n, v in run.trained["trainer"].items()
+               if f"trainer.{n}" not in FACTORS and n not in ("name", "logging_steps")}  # fmt: skip
+    method = {n: v for n, v in run.trained["method"].items() if f"method.{n}" not in FACTORS}
+    data = {n: v for n, v in run.trained["data"].items() if n not in ("path", "mirror")}
+    rows = [run.hashes(run.mix[0])[1:], run.record["train"]["examples"]]
+    return json.dumps(
+        (run.model, method, sorted(run.mix), trainer, data, rows, run.record["dtype"]),
+        sort_keys=True,
+    )
+
+
+def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
+    names = tuple(run.name for run in runs)
+    found = [run.record["train"]["stability"] for run in runs]
+    losses = [entry["step_losses"] for entry in found]
+    worst = max(found, key=lambda entry: entry["gradient_norm_max"])
+    figures = (
+        (mean(mean(row[:ENDS]) for row in losses), 2),
+        (mean(mean(row[-ENDS:]) for row in losses), 2),
+        (mean(entry["gradient_norm_median"] for entry in found), 2),
+        (worst["gradient_norm_max"], 2),
+        (worst["gradient_norm_max_step"], 0),
+        (sum(len(entry["gradient_spikes"]) for entry in found), 0),
+        (sum(len(entry["loss_spikes"]) for entry in found), 0),
+        (mean(len(row) for row in losses), 0),
+        (len(runs), 0),
+    )
+    return tuple(number(value, digits, names) for value, digits in figures)
+
+
+def _word(value: Any) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def _label(values: Values, base: Values) -> str:
+    odd = [f"{n}={_word(v)}" for (n, v), (_, own) in zip(values, base, strict=True) if v != own]
+    return ", ".join(odd) or "as trained by default"
+
+
+def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One block per group of runs that differ in `FACTORS` alone. `defaults`: the composed run of
+    each method, as a dictionary; a group without a run of these values has no base and is left
+    out."""
+    groups: dict[str, dict[Values, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.method == "none" or run.rescored:
+            continue
+        if run.record["train"].get("stability"):
+            groups[_rest(run)][_factors(run)].append(run)
+    blocks = []
+    for _, variants in sorted(groups.items()):
+        first = next(iter(variants.values()))[0]
+        pairs = (dotted.split(".") for dotted in FACTORS)
+        config = defaults[first.method]
+        base = tuple((f"{g}.{n}", config[g][n]) for g, n in pairs if n in config[g])
+        if base not in variants or len(variants) == 1:
+            continue
+        order = sorted(variants, key=lambda values: (values != base, _label(values, base)))
+        rows = [Row((_label(values, base),), _cells(variants[values])) for values in order]
+        mix = ", ".join(TASK_TITLES[task] for task in TASK_TITLES if task in first.mix)
+        heading = (
+            f"{MODEL_TITLES.get(first.model, first.model)}, {METHOD_TITLES[first.method]} trained "
+            f"on {mix}: {first.record['train']['examples']:,} examples, {first.record['dtype']}"
+        )
+        blocks.append(Block(heading, ("settings",), COLUMNS, tuple(rows), run=True))
+    notes = [
+        "Not a table of the paper. Losses are means over the first and the last ten optimizer "
+        "steps (of losses on other tokens, they are other quantities); gradient norms are of the "
+        "whole gradient before clipping. A spike is a step whose value is more than one and a half "
+        "times the largest of the twenty steps before it; spikes are summed over the seeds.",
+    ]
+    return Table(11, "Stability of training", blocks, notes)
