@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mixlora_exp.adapters.export import export_official
-from mixlora_exp.adapters.official import read_peft, write_official
+from mixlora_exp.adapters.official import AdapterFiles, read_peft, write_official
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose, schema
 from mixlora_exp.models import load_model, load_tokenizer
@@ -127,7 +127,9 @@ def test_the_path_of_an_official_adapter(folders: dict[str, Path], tmp_path: Pat
     """Converted, scored, used, and converted back: the commands of the README in their order."""
     official = tmp_path / "official"
     files = export_official(read_peft(folders["adapter"])).files
-    write_official(official, files)
+    # As the official packages write it: without what this project adds.
+    theirs = {name: value for name, value in files.config.items() if name != "mixlora_exp"}
+    write_official(official, AdapterFiles(theirs, files.tensors))
     lines = [line for line in commands("python ") if "converted" in line]
     assert [shlex.split(line)[1] for line in lines] == [
         "scripts/convert_adapter.py", "evaluate.py", "generate.py", "scripts/convert_adapter.py",

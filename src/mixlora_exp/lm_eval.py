@@ -5,12 +5,16 @@ lm-eval's own command cannot import another package first, and PEFT would not kn
 
 from __future__ import annotations
 
-from mixlora_exp.errors import UserError
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mixlora_exp.errors import UserError, guarded
 
 __all__ = ["main"]
 
 
-def main() -> None:
+def _run(argv: Sequence[str]) -> None:
     """Run lm-eval with the arguments that the process was started with.
 
     Raises:
@@ -21,6 +25,11 @@ def main() -> None:
     except ImportError as error:
         raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
     cli_evaluate()
+
+
+def main() -> NoReturn:
+    """Run the command line that the process was started with, and exit."""
+    sys.exit(guarded(_run, sys.argv[1:]))
 
 
 if __name__ == "__main__":

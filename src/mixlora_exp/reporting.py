@@ -148,7 +148,7 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     for number in (6, 7):
         tables[number] = latency_table(printed, number, benchmarks)
     tables[10] = switch_table(
-        chosen, standards, *({m: to_dict(c) for m, c in presets[p].items()} for p in PRESETS)
+        blocks, standards, *({m: to_dict(c) for m, c in presets[p].items()} for p in PRESETS)
     )
     tables[11] = stability_table(chosen, defaults)
     used = {name for table in tables.values() for name in table.records()}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mixlora_exp.cli import execute
+from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import UserError, guarded
 from mixlora_exp.results.record import read_record
 
@@ -61,6 +62,8 @@ def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
             continue
         if isinstance(value, dict):
             for field, content in value.items():
+                if f"{name}.{field}" in skipped:
+                    continue
                 if isinstance(content, dict):
                     # Its keys are the user's: they are added.
                     if content:
@@ -122,6 +125,9 @@ def translate(argv: Sequence[str]) -> list[str]:
     elif record["config"]["adapter"] is not None:
         base = [f"adapter={_quoted(record['config']['adapter'])}"]
     anew = {name for name in GROUPS if name in given}
+    if "preset" in given:
+        # Its values are asked for, so those of the record must not go before them.
+        anew |= set(SWITCHES.values())
     return [*base, *recorded(record["config"], anew), *rest]
 
 

@@ -38,6 +38,8 @@ def _check(settings: Settings) -> None:
             raise UserError(f"{name}={value} must be >= {least}")
     if not 0 < settings.top_p <= 1:
         raise UserError(f"top_p={settings.top_p} must be above 0 and at most 1")
+    if settings.prompt is not None and not settings.prompt.strip():
+        raise UserError("prompt is empty: give some text, or leave it out to be asked")
     if settings.prompt is not None and settings.prompts is not None:
         raise UserError("prompt and prompts were both given: name one of them")
 
@@ -52,7 +54,10 @@ def _read_prompts(path: Path) -> list[str]:
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:
-            prompts.append(json.loads(line)["prompt"])
+            prompt = json.loads(line)["prompt"]
+            if not isinstance(prompt, str):
+                raise TypeError(f"the prompt {prompt!r} is no text")
+            prompts.append(prompt)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: this is no JSON object with a `prompt`") from error
     return prompts

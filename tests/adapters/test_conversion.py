@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from mixlora_exp.adapters.conversion import import_official
 from mixlora_exp.adapters.export import export_official
 from mixlora_exp.adapters.official import (
+    AdapterFiles,
     read_official,
     read_peft,
     write_official,
@@ -248,6 +250,10 @@ def test_an_imported_adapter_needs_one_import_and_peft(shared_oracle: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"act_fn": []}, r"act_fn=\[\]"),
+        ({"target_modules": [["q_proj"]]}, "not a list of names"),
+        ({"lora_dropout": 10**400}, "lora_dropout is out of range"),
+        ({"lora_alpha": math.inf}, "lora_alpha is out of range"),
         ({"routing_strategy": "mixlora-dynamic", "top_p": 0.8}, "routing_strategy=mixlora-dynamic"),
         ({"routing_strategy": "mixlora-switch"}, "routing_strategy=mixlora-switch"),
         ({"jitter_noise": 0.1}, "jitter_noise=0.1"),
@@ -357,6 +363,8 @@ def test_tensors_that_do_not_fit_are_named(
         ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS"),
         ({"r": 8}, "does not fit r=8"),
         ({"new_option": 1}, "new_option"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"r": "four"}, "."),
     ],
     ids=str,
 )
@@ -368,6 +376,159 @@ def test_what_the_official_format_lacks_is_named(
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=message):
         export_official(read_peft(source))
+
+
+def test_a_router_in_bf16_is_not_exported(kit: Kit, tmp_path: Path) -> None:
+    source, _ = kit.adapter(tmp_path / "in", router_precision="bfloat16")
+    with pytest.raises(UserError, match="router_precision=bfloat16"):
+        export_official(read_peft(source))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task_type": None},
+        {"task_type": "QUESTION_ANS"},
+        {"peft_type": None},
+        {"target_modules": dict.fromkeys(TARGETS, True) | {"dense": False}},
+        {"target_modules": [*TARGETS, "fc1"]},
+        {"router_loss": False},
+        {"name": "a"},
+    ],
+    ids=str,
+)
+def test_other_ways_to_write_the_same(kit: Kit, changes: dict[str, Any], tmp_path: Path) -> None:
+    """A mixture of tasks is written with task_type null, for one."""
+    source, expected = kit.adapter(tmp_path / "in")
+    official, _ = there_and_back(tmp_path, source)
+    path = official / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["mixlora_exp"]
+    config |= changes
+    path.write_text(json.dumps({n: v for n, v in config.items() if n != "peft_type" or v}))
+    found = import_official(read_official(official))
+    write_peft(tmp_path / "other", found.files)
+    assert torch.equal(kit.logits(tmp_path / "other"), expected)
+    assert any("fc1 left out" in note for note in found.notes) == ("fc1" in str(changes))
+
+
+def test_modules_named_by_their_block(kit: Kit, tmp_path: Path) -> None:
+    source, expected = kit.adapter(
+        tmp_path / "in", "lora", target_modules=["self_attn.q_proj", "mlp.up_proj"]
+    )
+    official, back = there_and_back(tmp_path, source)
+    assert read_official(official).config["target_modules"] == ["q_proj", "up_proj"]
+    assert torch.equal(kit.logits(back), expected)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_dora_on_attention_or_on_experts_alone(kit: Kit, outside: bool, tmp_path: Path) -> None:
+    changes = {"use_dora": outside, "expert_lora": {"use_dora": not outside}}
+    source, expected = kit.adapter(tmp_path / "in", **changes)
+    files = read_peft(source)
+    assert from_peft(files.tensors).magnitudes > 0
+    with pytest.raises(UserError, match="magnitude=drop"):
+        export_official(files)
+    write_official(tmp_path / "official", export_official(files, drop_magnitude=True).files)
+    plain = import_official(read_official(tmp_path / "official")).files.config
+    assert not plain["use_dora"]
+    save_file(
+        to_official(from_peft(files.tensors)), tmp_path / "official" / "adapter_model.safetensors"
+    )
+    write_peft(tmp_path / "back", import_official(read_official(tmp_path / "official")).files)
+    assert torch.equal(kit.logits(tmp_path / "back"), expected)
+
+
+def test_experts_without_weights_leave_the_base_model_s_block(kit: Kit, tmp_path: Path) -> None:
+    """moe-peft can have routers over experts that have no LoRA: what they route is the same."""
+    attention = TARGETS[:4]
+    source, expected = kit.adapter(tmp_path / "in", "lora", target_modules=attention)
+    official, _ = there_and_back(tmp_path, source)
+    files = read_official(official)
+    prefix = "base_model.model.model."
+    tensors = {name.replace(prefix, "mixlora."): t for name, t in files.tensors.items()}
+    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in files.tensors}
+    for i in layers:
+        tensors[f"mixlora.layers.{i}.mlp.moe_gate.weight"] = torch.randn(4, 64)
+    config = {n: v for n, v in files.config.items() if n != "mixlora_exp"}
+    config |= {"peft_type": "MIXLORA", "routing_strategy": "mixlora", "num_experts": 4}
+    found = import_official(AdapterFiles(config, tensors))
+    assert any("imported as LoRA" in note for note in found.notes)
+    write_peft(tmp_path / "out", found.files)
+    assert torch.equal(kit.logits(tmp_path / "out"), expected)
+
+
+def test_a_kept_configuration_that_does_not_fit_is_refused(kit: Kit, tmp_path: Path) -> None:
+    """It came with the file, and may say anything."""
+    source, _ = kit.adapter(tmp_path / "in", "lora")
+    official, _ = there_and_back(tmp_path, source)
+    path = official / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    for change in ({"peft_type": "PROMPT_TUNING"}, {"r": 64}, {"modules_to_save": ["lm_head"]}):
+        kept = {**whole["mixlora_exp"], "peft": {**whole["mixlora_exp"]["peft"], **change}}
+        path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
+        with pytest.raises(UserError, match="remove the entry"):
+            import_official(read_official(official))
+    for kept in (3, {}, {"peft": 3}):
+        path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
+        with pytest.raises(UserError, match="damaged"):
+            import_official(read_official(official))
+
+
+def test_a_safetensors_file_of_another_adapter_is_refused(kit: Kit, tmp_path: Path) -> None:
+    source, _ = kit.adapter(tmp_path / "in", "dora")
+    files = read_peft(source)
+    write_official(tmp_path / "official", export_official(files, drop_magnitude=True).files)
+    other = {name: tensor + 1 for name, tensor in to_official(from_peft(files.tensors)).items()}
+    save_file(other, tmp_path / "official" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="not of one adapter"):
+        read_official(tmp_path / "official")
+
+
+def test_a_small_configuration_has_peft_s_defaults(kit: Kit, tmp_path: Path) -> None:
+    source, expected = kit.adapter(tmp_path / "in", "lora", lora_dropout=0.0)
+    path = source / "adapter_config.json"
+    small = {"peft_type": "LORA", "r": 4, "target_modules": TARGETS}
+    path.write_text(json.dumps(small))
+    official, back = there_and_back(tmp_path, source, dropout=1e-9)
+    assert read_official(official).config["lora_alpha"] == 8
+    assert json.loads((back / path.name).read_text()) == small
+    assert torch.equal(kit.logits(back), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "top_k": 1, "num_experts": 3}])
+def test_the_official_package_computes_the_same(
+    changes: dict[str, Any], kit: Kit, shared_oracle: Path, tmp_path: Path
+) -> None:
+    python = ROOT / "outputs" / "peers-venv" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip("the package mixlora is not installed (scripts/bench_peers.py does so)")
+    base = AutoModelForCausalLM.from_pretrained(shared_oracle / "tiny-llama")
+    model = get_peft_model(base, kit.config_of(lora_dropout=0.05, **changes))
+    kit.draw(model)
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    # Its dropout stays on, whatever the mode.
+    files = export_official(read_peft(tmp_path / "peft"), dropout=1e-9).files
+    write_official(tmp_path / "official", files)
+    ids = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    code = (
+        "import sys\nfrom mixlora import MixLoraModelForCausalLM\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "model, _ = MixLoraModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = load_file(sys.argv[2])['ids']\n"
+        "save_file({'logits': model(ids).logits.detach().contiguous()}, sys.argv[3])\n"
+    )
+    names = [tmp_path / name for name in ("official", "ids.safetensors", "out.safetensors")]
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", code, *map(str, names)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    assert (load_file(names[2])["logits"] - expected).abs().max() < 2e-5
 
 
 def test_an_adapter_without_activation_asks_for_it(kit: Kit, tmp_path: Path) -> None:

@@ -28,6 +28,22 @@ class Program:
         return (Path.write_text, (self.path, "run"))
 
 
+class Allocates:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __reduce__(self) -> tuple:
+        return (bytearray, (self.size,))
+
+
+def later_zip(content: bytes) -> bytes:
+    """The archive with a version in its directory that no reader knows."""
+    changed = bytearray(content)
+    place = changed.find(b"PK\x01\x02")
+    changed[place + 6 : place + 8] = (200).to_bytes(2, "little")
+    return bytes(changed)
+
+
 def saved(value: object) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
@@ -60,6 +76,10 @@ WEIGHTS: dict[str, Callable[[Path], bytes]] = {
     "a sparse tensor": lambda to: saved({"w": torch.zeros(2, 2).to_sparse()}),
     "whole numbers": lambda to: saved({"w": torch.zeros(2, dtype=torch.int64)}),
     "an empty dictionary": lambda to: saved({}),
+    # Types that `weights_only` allows, and that fill the memory by a number in a few bytes.
+    "a large bytearray": lambda to: saved({"w": Allocates(2**28)}),
+    "an impossible bytearray": lambda to: saved({"w": Allocates(2**50)}),
+    "a member of a later zip": lambda to: later_zip(saved({"w": torch.zeros(2)})),
 }
 SHARED = torch.zeros(1000)
 

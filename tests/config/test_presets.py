@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.config import compose, fingerprint, to_dict
+from mixlora_exp.config import compose, fingerprint, switches, to_dict
 from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.config.schema import PresetConfig
 from mixlora_exp.errors import UserError
@@ -35,6 +35,7 @@ def at(tree: dict[str, Any], dotted: str) -> Any:
 def test_every_switch_is_listed() -> None:
     fields = {field.name for field in dataclasses.fields(PresetConfig)} - {"name"}
     assert fields == SWITCHES.keys()
+    assert {name: where for name, (where, *_) in SWITCHES.items()} == switches.SWITCHES
 
 
 @pytest.mark.parametrize("method", ["none", "lora", "dora", "mixlora", "mixdora"])

@@ -48,11 +48,15 @@ def test_padding_stands_in_front() -> None:
 
 
 def test_padding_counts_where_a_switch_asks_for_it() -> None:
-    batch = Collator(PAD, LossOn.all, padding=True)(EXAMPLES)
+    batch = Collator(PAD, LossOn.all, padding=True, padding_side="right")(EXAMPLES)
     assert batch["labels"].tolist() == batch["input_ids"].tolist()
-    assert batch["labels"][1].tolist() == [PAD, PAD, PAD, 1, 9, 2]
+    # After the answer, where it acts as an end of the sequence.
+    assert batch["labels"][1].tolist() == [1, 9, 2, PAD, PAD, PAD]
     # It is still not attended to.
-    assert batch["attention_mask"][1].tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch["attention_mask"][1].tolist() == [1, 1, 1, 0, 0, 0]
+    assert batch["position_ids"][1].tolist()[:3] == [0, 1, 2]
+    in_front = Collator(PAD, LossOn.all, padding=True)(EXAMPLES)
+    assert in_front["labels"][1].tolist() == [PAD, PAD, PAD, 1, 9, 2]
 
 
 def test_loss_on_the_answer_alone() -> None:

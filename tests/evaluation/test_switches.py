@@ -83,6 +83,23 @@ def test_a_winning_label_of_another_item_is_no_answer(
     assert score(made, chosen, data).unparsed is None
 
 
+def test_a_label_of_several_tokens_counts_by_its_last(
+    make_model: Make, data: DataConfig, items: Make, scorer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, chosen = scorer(make_model("none")), items("arc_e", 4)
+    ids = made.tokenizer(" 1", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1, "this tokenizer splits digits off"
+    whole = made.logits
+
+    def raised(*args: Any) -> torch.Tensor:
+        found = whole(*args)
+        found[..., ids[-1]] = 1e4
+        return found
+
+    monkeypatch.setattr(made, "logits", raised)
+    assert score(made, chosen, data, ArcLabels.nine).unparsed == 4
+
+
 def test_nine_labels_concern_arc_alone(
     make_model: Make, data: DataConfig, items: Make, scorer: Make
 ) -> None:

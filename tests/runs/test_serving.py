@@ -190,6 +190,7 @@ def test_a_mixture_says_why_it_cannot_be_merged(
         (["adapter=absent"], "adapter=absent is no folder"),
         (["prompt=a", "prompts=b"], "name one of them"),
         (["prompts=absent.txt"], "absent.txt cannot be read"),
+        (["prompt= "], "prompt is empty"),
         (["max_new_tokens=0"], "max_new_tokens=0"),
         (["temperature=-1"], "temperature=-1"),
         (["top_p=2"], "top_p=2"),

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
-__all__ = ["MixLoraConfig"]
+__all__ = ["MixLoraConfig", "saved_config"]
 
 # Options of LoraConfig that have no meaning for experts yet; set, they must not be ignored.
 _UNSUPPORTED = (
@@ -158,3 +158,11 @@ class MixLoraConfig(LoraConfig):
     def expert_targets(self) -> list[str]:
         """The feed-forward projections that get experts, in the order gate, up, down."""
         return [name for name in self.feed_forward_targets if name in self.target_modules]
+
+
+def saved_config(config: LoraConfig) -> dict[str, Any]:
+    """The configuration as PEFT would write it, with lists in a fixed order."""
+    entries = config.to_dict()
+    return {
+        name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()
+    }

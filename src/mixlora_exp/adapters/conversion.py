@@ -11,20 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft import LoraConfig
 
-from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.config import MixLoraConfig, saved_config
+from mixlora_exp.adapters.export import reimport
 from mixlora_exp.adapters.official import KEPT, AdapterFiles, Converted
 from mixlora_exp.adapters.tensors import (
     PROJECTIONS,
+    Parts,
     check_shapes,
     from_official,
     to_peft,
 )
 from mixlora_exp.errors import UserError
 
-__all__ = ["import_official", "saved_config"]
+__all__ = ["import_official"]
 
 LORA_FIELDS = {
     "peft_type", "bias", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora",
@@ -46,12 +47,20 @@ def _value(config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], 
     return found
 
 
+def _finite(config: Mapping[str, Any], name: str, default: Any = ...) -> float:
+    """A number of the official configuration that float can hold."""
+    value = _value(config, name, (int, float), default)
+    if not abs(value) < 1e30:
+        raise UserError(f"adapter_config.json: {name} is out of range")
+    return value
+
+
 def _lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """r, alpha, dropout, use_dora and use_rslora of one block of the official configuration."""
     settings = {
         "r": _value(config, "r", int),
-        "lora_alpha": _value(config, "lora_alpha", (int, float)),
-        "lora_dropout": float(_value(config, "lora_dropout", (int, float))),
+        "lora_alpha": _finite(config, "lora_alpha"),
+        "lora_dropout": float(_finite(config, "lora_dropout")),
         "use_dora": _value(config, "use_dora", bool, False),
         "use_rslora": _value(config, "use_rslora", bool, False),
     }
@@ -72,10 +81,12 @@ def _lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _targets(config: Mapping[str, Any], notes: list[str]) -> list[str]:
     given = _value(config, "target_modules", (list, dict))
     named = [name for name, on in given.items() if on] if isinstance(given, dict) else given
+    if not all(isinstance(name, str) for name in named):
+        raise UserError(f"adapter_config.json: target_modules={named!r} is not a list of names")
     unknown = [name for name in named if name not in PROJECTIONS]
     if unknown:
-        notes.append(f"target_modules: {', '.join(map(str, unknown))} left out, as moe-peft does")
-    return [name for name in named if name in PROJECTIONS]
+        notes.append(f"target_modules: {', '.join(unknown)} left out, as moe-peft does")
+    return list(dict.fromkeys(name for name in named if name in PROJECTIONS))
 
 
 def _peft_type(config: Mapping[str, Any]) -> str:
@@ -99,17 +110,28 @@ def _check_routing(config: Mapping[str, Any]) -> None:
             f"routing_strategy={strategy} is not supported "
             f"({reasons.get(strategy, 'it is unknown')}): only mixlora, top-k routing, is"
         )
-    jitter = _value(config, "jitter_noise", (int, float), 0.0)
+    jitter = _finite(config, "jitter_noise", 0.0)
     if jitter:
         raise UserError(f"jitter_noise={jitter} is not supported: routers here take no noise")
 
 
-def saved_config(config: LoraConfig) -> dict[str, Any]:
-    """The configuration as PEFT would write it, with lists in a fixed order."""
-    entries = config.to_dict()
-    return {
-        name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()
-    }
+def _magnitudes(
+    group: str, parts: Parts, settings: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """The settings of attention or experts with what their magnitudes make of `use_dora`."""
+    if parts.has_magnitudes(group) and not settings["use_dora"]:
+        raise UserError("there are magnitudes, but use_dora is not set where they are")
+    if not settings["use_dora"] or parts.has_magnitudes(group) or not getattr(parts, group):
+        return settings
+    if parts.magnitudes:
+        raise UserError("some magnitudes are missing: the adapter is cut off or was changed")
+    note = (
+        "use_dora: no magnitude was saved, and without one the official packages compute plain "
+        "LoRA; imported as that"
+    )
+    if note not in notes:
+        notes.append(note)
+    return {**settings, "use_dora": False}
 
 
 def import_official(files: AdapterFiles) -> Converted:
@@ -121,15 +143,16 @@ def import_official(files: AdapterFiles) -> Converted:
     Raises:
         UserError: an option is unsupported, or tensors are missing, too many or of a wrong shape.
     """
-    config, notes = files.config, []
+    config, notes = files.config, list(files.notes)
     kind = _peft_type(config)
     if kind == "MIXLORA":
         _check_routing(config)
     unknown = set(config) - (LORA_FIELDS if kind == "LORA" else MIXLORA_FIELDS) - {KEPT, "name"}
     if unknown:
         raise UserError(f"adapter_config.json: {', '.join(sorted(unknown))} is not supported")
-    task = config.get("task_type", "CAUSAL_LM")
-    if task not in ("CAUSAL_LM", "QUESTION_ANS"):
+    # moe-peft writes null for a mixture of tasks, and runs the causal model for all of these.
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM", "QUESTION_ANS"):
         raise UserError(f"task_type={task} is not supported: only causal language models are")
     settings, targets = _lora_settings(config), _targets(config, notes)
     experts, experts_settings = None, settings
@@ -144,26 +167,15 @@ def import_official(files: AdapterFiles) -> Converted:
     parts = from_official(files.tensors, experts)
     ranks = {"single": settings["r"], "experts": experts_settings["r"]}
     check_shapes(parts, targets, ranks, experts or 0)
-    if parts.magnitudes:
-        if not (settings["use_dora"] and experts_settings["use_dora"]):
-            raise UserError("there are magnitudes, but use_dora is not set for all of the adapter")
-    elif settings["use_dora"] or experts_settings["use_dora"]:
-        notes.append(
-            "use_dora: no magnitude was saved, and without one the official packages compute plain "
-            "LoRA; imported as that"
-        )
-        settings = {**settings, "use_dora": False}
-        experts_settings = {**experts_settings, "use_dora": False}
-    tensors = to_peft(parts)
+    settings = _magnitudes("single", parts, settings, notes)
+    experts_settings = _magnitudes("experts", parts, experts_settings, notes)
     kept = config.get(KEPT)
-    if isinstance(kept, dict) and kept.get("official") == {
-        n: v for n, v in config.items() if n != KEPT
-    }:
-        # Exported from here and not changed since: what the format has no place for comes back.
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kept.get("dtype"))
-        if dtype is not None:
-            tensors = to_peft(parts.as_type(dtype))
-        return Converted(AdapterFiles(_checked(kept.get("peft")), tensors), notes)
+    if kept is not None:
+        unchanged = {name: value for name, value in config.items() if name != KEPT}
+        found = reimport(kept, unchanged, parts)
+        if found is not None:
+            return Converted(found, notes)
+    tensors = to_peft(parts)
     common = {
         **settings,
         "target_modules": targets,
@@ -171,35 +183,25 @@ def import_official(files: AdapterFiles) -> Converted:
         "base_model_name_or_path": config.get("base_model_name_or_path"),
         "inference_mode": True,
     }
+    if experts is not None and not parts.experts:
+        # A router over experts that do nothing: the feed-forward block is the base model's.
+        notes.append("no expert has weights, so the routers do nothing: imported as LoRA")
+        tensors, experts = to_peft(Parts(single=parts.single)), None
     if experts is None:
         return Converted(AdapterFiles(saved_config(LoraConfig(**common)), tensors), notes)
-    coefficient = _value(config, "router_aux_loss_coef", (int, float), 1e-3)
+    coefficient = _finite(config, "router_aux_loss_coef", 1e-3)
     try:
         made = MixLoraConfig(
             **common,
             num_experts=experts,
             top_k=_value(config, "top_k", int, 2),
-            act_fn=config.get("act_fn"),
+            act_fn=_value(config, "act_fn", (str, type(None)), None),
             expert_lora=None if experts_settings == settings else experts_settings,
             router_loss_coef=coefficient if _value(config, "router_loss", bool, True) else 0.0,
             router_loss="topk",
             router_loss_pooling="all",
-            router_init_std=_value(config, "router_init_range", (int, float), 0.02),
+            router_init_std=_finite(config, "router_init_range", 0.02),
         )
     except ValueError as error:
         raise UserError(f"adapter_config.json: {error}") from error
     return Converted(AdapterFiles(saved_config(made), tensors), notes)
-
-
-def _checked(config: Any) -> dict[str, Any]:
-    """A configuration of PEFT's that came in a file: one that PEFT could make."""
-    if not isinstance(config, dict):
-        raise UserError(f"adapter_config.json: {KEPT} is damaged; remove the entry")
-    kind = MixLoraConfig if config.get("peft_type") == "MIXLORA" else LoraConfig
-    known = {name: value for name, value in config.items() if name in kind.__dataclass_fields__}
-    known.pop("peft_type", None)
-    try:
-        kind(**known)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"adapter_config.json: {KEPT} is damaged ({error}); remove it") from error
-    return config

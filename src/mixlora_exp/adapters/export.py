@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from mixlora_exp.adapters.config import MixLoraConfig
-from mixlora_exp.adapters.conversion import saved_config
+from mixlora_exp.adapters.config import MixLoraConfig, saved_config
 from mixlora_exp.adapters.official import KEPT, AdapterFiles, Converted
-from mixlora_exp.adapters.tensors import check_shapes, from_peft, to_official
+from mixlora_exp.adapters.tensors import Parts, check_shapes, from_peft, to_official, to_peft
 from mixlora_exp.errors import UserError
 
-__all__ = ["export_official"]
+__all__ = ["export_official", "reimport"]
 
 # In the order in which moe-peft writes them.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
@@ -69,6 +68,52 @@ def _check_exportable(config: Mapping[str, Any], kind: type[LoraConfig]) -> None
             )
 
 
+def _checked(config: Mapping[str, Any], kind: type[LoraConfig]) -> dict[str, Any]:
+    """The configuration with PEFT's defaults for what it leaves out; one that PEFT could make."""
+    _check_exportable(config, kind)
+    given = {name: value for name, value in config.items() if name in kind.__dataclass_fields__}
+    given.pop("peft_type", None)
+    try:
+        made = kind(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapter_config.json: {error}") from error
+    odd = made.init_lora_weights
+    if not isinstance(odd, bool) and odd != "gaussian":
+        raise UserError(
+            f"init_lora_weights={odd!r} cannot be exported: it changes the base weights as well"
+        )
+    if getattr(made, "router_precision", "float32") != "float32":
+        raise UserError(
+            f"router_precision={made.router_precision} cannot be exported: the official router "
+            "runs in float32"
+        )
+    return {**saved_config(made), "target_modules": config.get("target_modules")}
+
+
+def reimport(kept: Any, official: Mapping[str, Any], parts: Parts) -> AdapterFiles | None:
+    """The adapter as it was before it was exported from here, if `kept` (the entry that goes with
+    it) gives the official entries again; None where they were changed since.
+
+    Raises:
+        UserError: the entry is damaged.
+    """
+    if not isinstance(kept, dict) or not isinstance(kept.get("peft"), dict):
+        raise UserError(f"adapter_config.json: {KEPT} is damaged; remove the entry")
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(kept.get("dtype")))
+    files = AdapterFiles(kept["peft"], to_peft(parts if dtype is None else parts.as_type(dtype)))
+    options = kept.get("options") if isinstance(kept.get("options"), dict) else {}
+    try:
+        again = export_official(
+            files, dropout=options.get("dropout"), act_fn=options.get("act_fn")
+        ).files.config
+    except (UserError, TypeError, KeyError) as error:
+        raise UserError(
+            f"adapter_config.json: {KEPT} does not fit the tensors ({error}); remove the entry"
+        ) from error
+    same = {name: value for name, value in again.items() if name != KEPT} == dict(official)
+    return files if same else None
+
+
 def export_official(
     files: AdapterFiles,
     *,
@@ -89,7 +134,7 @@ def export_official(
     if kind not in ("LORA", "MIXLORA"):
         raise UserError(f"peft_type={kind} cannot be exported: LORA and MIXLORA can")
     mixture = kind == "MIXLORA"
-    _check_exportable(config, MixLoraConfig if mixture else LoraConfig)
+    config = _checked(config, MixLoraConfig if mixture else LoraConfig)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise UserError(f"task_type={config['task_type']} cannot be exported: CAUSAL_LM can")
     parts = from_peft(files.tensors)
@@ -104,19 +149,22 @@ def export_official(
     given = config.get("target_modules")
     if not isinstance(given, list):
         raise UserError(f"target_modules={given!r} cannot be exported: a list of names can")
+    short = [name.rpartition(".")[2] for name in given]
     settings = {name: config.get(name) for name in EXPERT_FIELDS}
     given_block = config.get("expert_lora") if mixture else None
     block = {**settings, **given_block} if given_block else None
     experts = config.get("num_experts") if mixture else 0
     ranks = {"single": settings["r"], "experts": (block or settings)["r"]}
-    check_shapes(parts, [name.rpartition(".")[2] for name in given], ranks, experts)
+    check_shapes(parts, short, ranks, experts)
     entries = _export_settings(settings, dropout)
     official = {name: entries.pop(name) for name in ("use_dora", "use_rslora", "bias")
                 if name in entries}  # fmt: skip
     official |= {"peft_type": kind, **entries}
-    official["target_modules"] = [name for name in TARGETS if name in given]
+    official["target_modules"] = [name for name in TARGETS if name in short]
     if mixture:
         official |= _export_mixture(config, block, dropout, act_fn)
+        if block is not None:
+            notes.append("expert_lora: moe-peft reads it; mixlora 0.2.3 takes no notice of it")
     official |= {
         "base_model_name_or_path": config.get("base_model_name_or_path") or "",
         "task_type": "CAUSAL_LM",
@@ -126,8 +174,10 @@ def export_official(
     if dtypes != {"float32"}:
         notes.append(f"tensors were {', '.join(sorted(dtypes))} and are float32 now")
     if not parts.magnitudes and len(dtypes) == 1 and "float64" not in dtypes:
-        kept = {"peft": dict(config), "official": dict(official), "dtype": dtypes.pop()}
-        official[KEPT] = kept
+        official[KEPT] = {
+            "peft": dict(files.config), "official": dict(official), "dtype": dtypes.pop(),
+            "options": {"dropout": dropout, "act_fn": act_fn},
+        }  # fmt: skip
     return Converted(AdapterFiles(official, to_official(exported)), notes)
 
 

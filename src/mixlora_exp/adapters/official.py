@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,15 +43,22 @@ KEPT = "mixlora_exp"
 """Entry of an exported configuration with what the official format does not know; the official
 packages read the entries they know and pass over it."""
 CONFIG_LIMIT = 2**20
+MAKERS = {
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double", "Long", "Int")),
+}  # fmt: skip
+"""What the pickle of a dictionary of tensors names."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter as it lies on disk: its configuration and its tensors by name."""
+    """An adapter as it lies on disk: its configuration, its tensors by name, and what a user
+    should know about how they were read."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +88,36 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """A file of `torch.save` is a zip archive that stores its members as they are; a compressed
-    one could unpack to any size."""
+    """A file of `torch.save` is a zip archive that stores its members as they are, and its pickle
+    names what makes tensors alone. A compressed member could unpack to any size, and even harmless
+    types (a `bytearray`) can fill the memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+            if unpacked > path.stat().st_size:
+                raise UserError(
+                    f"{path} would unpack to {unpacked:,} bytes, more than it has, which "
+                    "torch.save does not do: take another copy"
+                )
+            pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
+            for name in pickles:
+                _check_pickle(path, archive.read(name))
+            if not pickles:
+                raise ValueError("it has no pickle")
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"{path} is cut off, damaged or no file of torch.save ({error}): take another copy"
         ) from error
-    if unpacked > path.stat().st_size:
-        raise UserError(
-            f"{path} would unpack to {unpacked:,} bytes, more than it has, which torch.save does "
-            "not do: take another copy"
-        )
+
+
+def _check_pickle(path: Path, content: bytes) -> None:
+    for code, argument, _ in pickletools.genops(content):
+        if code.name == "GLOBAL" and argument not in MAKERS:
+            named = str(argument).replace(" ", ".")[:80]
+            raise UserError(f"{path} is damaged or holds more than tensors ({named})")
+        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2",
+                         "EXT4"):  # fmt: skip
+            raise UserError(f"{path} is damaged or holds more than tensors ({code.name})")
 
 
 def _check_tensors(path: Path, tensors: Any) -> dict[str, Tensor]:
@@ -105,9 +130,8 @@ def _check_tensors(path: Path, tensors: Any) -> dict[str, Tensor]:
             raise UserError(f"{path}: {name!r} is no named tensor: take another copy")
         if tensor.layout is not torch.strided or tensor.dtype not in FLOATS:
             raise UserError(f"{path}: {name} is no matrix of floating-point numbers")
-        if not tensor.is_contiguous() or tensor.is_meta:
-            raise UserError(f"{path}: {name} is a view of other numbers, not a matrix of its own")
-        total += tensor.nbytes
+        # Also where it is a view that repeats one number many times.
+        total += tensor.numel() * tensor.element_size()
     if total > path.stat().st_size:
         raise UserError(f"{path}: its tensors have {total:,} bytes, more than the file")
     return tensors
@@ -130,20 +154,27 @@ def read_official(folder: Path) -> AdapterFiles:
         # Tensors alone: a pickle may hold any program.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
-            pickle.UnpicklingError, AssertionError, IndexError) as error:  # fmt: skip
+            pickle.UnpicklingError, AssertionError, IndexError, MemoryError) as error:  # fmt: skip
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
             f"{path} is cut off, damaged or holds more than tensors ({reason}): take another copy"
         ) from error
     tensors = _check_tensors(path, loaded)
-    beside = folder / SAFETENSORS
+    beside, notes = folder / SAFETENSORS, ()
     if beside.is_file():
         more = _load_safetensors(beside)
-        same = all(name in more and torch.equal(more[name], t) for name, t in tensors.items())
-        extra = {name for name in more if name not in tensors}
-        if same and all(name.endswith("lora_magnitude_vector") for name in extra):
-            tensors = {**tensors, **{name: more[name] for name in sorted(extra)}}
-    return AdapterFiles(config, tensors)
+        odd = [n for n, t in tensors.items() if n not in more or not torch.equal(more[n], t)]
+        extra = sorted(name for name in more if name not in tensors)
+        odd += [name for name in extra if not name.endswith("lora_magnitude_vector")]
+        if odd:
+            raise UserError(
+                f"{folder}: {BIN} and {SAFETENSORS} are not of one adapter ({odd[0]} differs): "
+                "remove one of them"
+            )
+        if extra:
+            tensors = {**tensors, **{name: more[name] for name in extra}}
+            notes = (f"the magnitudes are those of {SAFETENSORS} beside {BIN}, which has none",)
+    return AdapterFiles(config, tensors, notes)
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -170,15 +201,17 @@ def _write(folder: Path, config: str, weights: Any) -> None:
     """Write both files to a new folder, which appears whole or not at all."""
     if folder.exists():
         raise UserError(f"{folder} exists already: name another folder, or remove it")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        partial.chmod(0o755)
         weights(partial)
         (partial / CONFIG).write_text(config, encoding="utf-8")
         os.replace(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({error}): name another folder") from error
 
 

@@ -34,11 +34,13 @@ PROJECTIONS = {
 """Projections of Llama and Gemma, and the block that holds each."""
 
 PREFIX = "base_model.model.model."
-PLAIN = re.compile(r"layers\.(\d{1,4})\.(self_attn|mlp)\.(\w+)\.lora_(A\.weight|B\.weight|"
+NUMBER = "(0|[1-9][0-9]{0,5})"
+# Without leading zeros: two names would be one layer.
+PLAIN = re.compile(rf"layers\.{NUMBER}\.(self_attn|mlp)\.(\w+)\.lora_(A\.weight|B\.weight|"
                    r"magnitude_vector)")  # fmt: skip
-ROUTER = re.compile(r"layers\.(\d{1,4})\.mlp\.(?:lora_router|moe_gate\.weight)")
-STACKED = re.compile(r"layers\.(\d{1,4})\.mlp\.lora_(A|B|magnitude)_(gate|up|down)")
-EXPERT = re.compile(r"layers\.(\d{1,4})\.mlp\.(\w+)\.experts\.(\d{1,6})\.lora_(A\.weight|"
+ROUTER = re.compile(rf"layers\.{NUMBER}\.mlp\.(?:lora_router|moe_gate\.weight)")
+STACKED = re.compile(rf"layers\.{NUMBER}\.mlp\.lora_(A|B|magnitude)_(gate|up|down)")
+EXPERT = re.compile(rf"layers\.{NUMBER}\.mlp\.(\w+)\.experts\.{NUMBER}\.lora_(A\.weight|"
                     r"B\.weight|magnitude_vector)")  # fmt: skip
 PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "magnitude"}
 SUFFIXES = {short: long for long, short in PARTS.items()}
@@ -70,6 +72,10 @@ class Parts:
     @property
     def magnitudes(self) -> int:
         return sum(key[2] == "magnitude" for key in (*self.single, *self.experts))
+
+    def has_magnitudes(self, group: str) -> bool:
+        """Of `single` or `experts`."""
+        return any(key[2] == "magnitude" for key in getattr(self, group))
 
 
 def _known(name: str, projection: str, block: str | None = None) -> str:
@@ -182,21 +188,22 @@ def to_official(parts: Parts) -> dict[str, Tensor]:
 
 
 def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts: int) -> None:
-    """Every layer has every projection, A (r, in), B (out, r) and where there are any magnitudes
-    (out,), with the experts in front."""
+    """Every layer has every projection, A (r, in), B (out, r) and, where a group of them has any,
+    magnitudes (out,), with the experts in front."""
     layers = {key[0] for key in (*parts.single, *parts.experts)} | set(parts.routers)
     if layers != set(range(len(layers))):
         raise UserError(
             f"the tensors are of layers {sorted(layers)[:8]}, not of 0 to {len(layers) - 1}: the "
             "adapter is cut off or was changed"
         )
-    wanted = ("A", "B", "magnitude") if parts.magnitudes else ("A", "B")
     sizes: dict[tuple[str, str], int] = {}
     for group, front, names in (
         (parts.experts, (experts,), [t for t in targets if t in ROLES and experts]),
         (parts.single, (), [t for t in targets if t not in ROLES or not experts]),
     ):
-        r = rank["experts" if front else "single"]
+        kind = "experts" if front else "single"
+        r = rank[kind]
+        wanted = ("A", "B", "magnitude") if parts.has_magnitudes(kind) else ("A", "B")
         expected = {(layer, name, part) for layer in layers for name in names for part in wanted}
         if set(group) != expected:
             layer, name, part = sorted(set(group) ^ expected)[0]

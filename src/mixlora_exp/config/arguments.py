@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mixlora_exp.errors import UserError
 
@@ -45,5 +46,5 @@ def options(schema: type[Schema], arguments: Sequence[str]) -> Schema:
         given = OmegaConf.from_dotlist(others)
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
         return dataclasses.replace(made, **texts)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{str(error).splitlines()[0]}; the fields are {known}") from error

@@ -20,11 +20,21 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tens
     Padding stands in front so that the last positions, whose logits are needed, are the last
     columns; positions count from each row's first real token.
     """
+    return pad(rows, pad_id, "left")
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """The same with padding on `side`, left or right."""
     length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (length - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    ids, mask = [], []
+    for row in rows:
+        fill = length - len(row)
+        parts = ([pad_id] * fill, list(row)), ([0] * fill, [1] * len(row))
+        ids.append(sum(parts[0] if side == "left" else parts[0][::-1], []))
+        mask.append(sum(parts[1] if side == "left" else parts[1][::-1], []))
+    kept = torch.tensor(mask)
+    positions = (kept.cumsum(dim=-1) - 1).clamp(min=0)
+    return {"input_ids": torch.tensor(ids), "attention_mask": kept, "position_ids": positions}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +43,21 @@ class Collator:
 
     `loss_on=answer`: the loss is on the answer's tokens, and logits are computed for the last
     columns only (`logits_to_keep`), which hold all answers. `loss_on=all`: on every real token,
-    and with `padding` on padding tokens as well, as in the official packages.
+    and with `padding` on padding tokens as well, as in the official packages; it then stands on
+    `padding_side`, the tokenizer's.
     """
 
     pad_id: int
     loss_on: LossOn
     padding: bool = False
+    padding_side: str = "left"
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        if self.padding:
+            batch = pad([e.input_ids for e in examples], self.pad_id, self.padding_side)
+            return {**batch, "labels": batch["input_ids"].clone()}
         batch: dict[str, Any] = pad_left([e.input_ids for e in examples], self.pad_id)
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        if self.padding:
-            return {**batch, "labels": ids.clone()}
         labels = ids.masked_fill(mask == 0, -100)
         if self.loss_on is LossOn.all:
             # Nothing real comes before a row's first token, so nothing predicts it.

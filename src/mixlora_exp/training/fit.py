@@ -123,7 +123,10 @@ def fit(
         args=arguments,
         train_dataset=list(examples),
         data_collator=Collator(
-            tokenizer.pad_token_id, config.trainer.loss_on, config.trainer.padding_in_loss
+            tokenizer.pad_token_id,
+            config.trainer.loss_on,
+            config.trainer.padding_in_loss,
+            tokenizer.padding_side,
         ),
         sampler_seed=config.seed,
         head=config.trainer.head,
@@ -174,7 +177,8 @@ def fit(
 def _diverged(config: Config, model: PeftModel, folder: Path, error: Diverged) -> str:
     """The message; the adapter as it was before the failing step is saved."""
     kept = ""
-    if error.step > 1 and processes().is_main_process:
+    sound = all(weight.isfinite().all() for weight in model.parameters())
+    if sound and error.step > 1 and processes().is_main_process:
         place = folder / "last_good"
         save_adapter(model, place)
         kept = f" The adapter as it was after step {error.step - 1} is in {place}."

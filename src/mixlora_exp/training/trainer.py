@@ -113,7 +113,11 @@ class MixLoraTrainer(Trainer):
         # Of several processes all see the same norm, and each a loss of its own.
         if not sound and (self.args.world_size == 1 or not isfinite(norm)):
             prepared = [self._prepare_inputs(batch) for batch in batches]
-            where = find_layer(self.accelerator.unwrap_model(model), prepared)
+            try:
+                where = find_layer(self.accelerator.unwrap_model(model), prepared)
+            except RuntimeError as error:
+                # It computes all logits, for which memory may not suffice.
+                where = f"the layer was not found: {str(error).splitlines()[0][:80]}"
             raise Diverged(self.state.global_step + 1, loss, norm, where)
         return norm
 

@@ -83,7 +83,7 @@ def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any
     out."""
     groups: dict[str, dict[Values, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if run.method == "none" or run.rescored:
+        if run.method not in defaults or run.rescored:
             continue
         if run.record["train"].get("stability"):
             groups[_rest(run)][_factors(run)].append(run)

@@ -12,21 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from mixlora_exp.results.cells import Standards, block_title
+from mixlora_exp.config.switches import SWITCHES
+from mixlora_exp.results.cells import Blocks, Standards, block_title
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import Run
 from mixlora_exp.results.statistics import estimate
 from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, difference
 from mixlora_exp.results.tables.parts import Block, Row, Table, number, ours
 
-__all__ = ["SWITCHES", "switch_table"]
-
-SWITCHES = (
-    "trainer.loss_on", "trainer.padding_in_loss", "trainer.order", "method.train_magnitude",
-    "method.router_loss", "method.router_loss_pooling", "method.router_loss_coef",
-    "data.boolq_passage", "evaluation.arc_labels", "evaluation.dropout",
-)  # fmt: skip
-"""The fields that a preset sets."""
+__all__ = ["switch_table"]
 
 Diff = tuple[tuple[str, Any], ...]
 """Switches that are not as in `preset=correct`, with their values."""
@@ -35,7 +29,7 @@ Diff = tuple[tuple[str, Any], ...]
 def _values(run: Run) -> dict[str, Any]:
     """The switches of a run, those that its method does not have left out."""
     found = {}
-    for dotted in SWITCHES:
+    for dotted in SWITCHES.values():
         group, name = dotted.split(".")
         side = run.scored if group in ("evaluation", "data") else run.trained
         if name in side[group]:
@@ -48,10 +42,14 @@ def _rest(run: Run, protocol: str) -> str:
     conditions = {
         name: value
         for name, value in run.conditions(protocol).items()
-        if name not in SWITCHES and name != "preset"
+        if name not in SWITCHES.values() and name != "preset"
     }
-    method = {n: v for n, v in run.trained["method"].items() if f"method.{n}" not in SWITCHES}
-    return json.dumps((run.model, method, sorted(run.mix), conditions), sort_keys=True)
+    method = {
+        n: v for n, v in run.trained["method"].items() if f"method.{n}" not in SWITCHES.values()
+    }
+    # Blocks keep apart what read other data under equal conditions, but not across switches.
+    data = [run.hashes(task) for task in sorted({task for task, _ in run.scores})]
+    return json.dumps((run.model, method, sorted(run.mix), conditions, data), sort_keys=True)
 
 
 def _diff(run: Run, standard: Mapping[str, Any]) -> Diff:
@@ -61,7 +59,7 @@ def _diff(run: Run, standard: Mapping[str, Any]) -> Diff:
 def _standard(configs: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The switches of `preset=correct` for a method."""
     found = {}
-    for dotted in SWITCHES:
+    for dotted in SWITCHES.values():
         group, name = dotted.split(".")
         if name in configs[method][group]:
             found[dotted] = configs[method][group][name]
@@ -112,7 +110,7 @@ def _baselines(runs: Sequence[Run], tasks: Sequence[str], protocol: str) -> Iter
 
 
 def switch_table(
-    runs: Sequence[Run],
+    found: Blocks,
     standards: Standards,
     correct: Mapping[str, Any],
     official: Mapping[str, Any],
@@ -129,12 +127,12 @@ def switch_table(
         }
     }
     groups: dict[tuple[str, str], dict[Diff, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        if run.method == "none":
-            continue
-        for protocol in dict.fromkeys(protocol for _, protocol in run.scores):
-            key = (_rest(run, protocol), protocol)
-            groups[key][_diff(run, own[run.method])].append(run)
+    for (_, protocol, _), runs in found.runs.items():
+        for run in runs:
+            # A method of the user's own has no line here.
+            if run.method in own:
+                key = (_rest(run, protocol), protocol)
+                groups[key][_diff(run, own[run.method])].append(run)
     blocks = []
     for (_, protocol), variants in sorted(groups.items()):
         base = variants.get(())
