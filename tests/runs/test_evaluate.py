@@ -86,6 +86,19 @@ def test_the_whole_configuration_is_taken_over(finished: Start) -> None:
     assert again["evaluation"]["batch_check"] == 16
 
 
+def test_a_preset_goes_before_what_the_record_says(finished: Start) -> None:
+    run = finished(*MIXLORA)
+    before = run.record["config"]
+    assert before["evaluation"]["dropout"] is False
+    config = compose(translate([f"run={run.folder}", "preset=official"]))
+    assert config.preset.name == "official"
+    assert config.evaluation.dropout
+    assert not config.data.boolq_passage
+    assert config.evaluation.arc_labels.value == "nine"
+    # All else is the record's.
+    assert config.evaluation.limit == before["evaluation"]["limit"]
+
+
 def test_values_survive_the_grammar(finished: Start, tmp_path: Path) -> None:
     run = finished(*MIXLORA)
     folder = tmp_path / "run"
