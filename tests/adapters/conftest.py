@@ -2,19 +2,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import MixLoraConfig
+from mixlora_exp.adapters.conversion import import_official
+from mixlora_exp.adapters.export import export_official
+from mixlora_exp.adapters.official import read_official, read_peft, write_official, write_peft
 from mixlora_exp.config import compose
 from mixlora_exp.models import load_model
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = {"llama": "tiny", "gemma": "tiny_gemma"}
 
 
@@ -111,3 +117,55 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@dataclass
+class Kit:
+    """Random adapters on tiny models."""
+
+    base_of: Callable[..., Any]
+    config_of: Callable[..., Any]
+    draw: Callable[..., None]
+    batch: dict[str, Tensor]
+
+    def adapter(
+        self, folder: Path, kind: str = "mixlora", family: str = "llama", **changes: Any
+    ) -> tuple[Path, Tensor]:
+        """A PEFT folder of an adapter, and its logits."""
+        changes = {"lora_dropout": 0.05, **changes}
+        if kind == "mixlora":
+            config = self.config_of(**changes)
+        else:
+            config = LoraConfig(
+                **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM",
+                   "use_dora": kind == "dora", **changes}
+            )  # fmt: skip
+        model = get_peft_model(self.base_of(family), config)
+        self.draw(model)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return folder, self.of(model)
+
+    @torch.no_grad()
+    def of(self, model: PeftModel) -> Tensor:
+        return model.eval()(**self.batch).logits
+
+    def there_and_back(self, folder: Path, source: Path, **options: Any) -> tuple[Path, Path]:
+        """The adapter in the official format, and imported again, under `folder`."""
+        files = export_official(read_peft(source), **options).files
+        write_official(folder / "official", files)
+        again = import_official(read_official(folder / "official")).files
+        write_peft(folder / "back", again)
+        return folder / "official", folder / "back"
+
+    def logits(self, folder: Path, family: str = "llama") -> Tensor:
+        return self.of(PeftModel.from_pretrained(self.base_of(family), str(folder)))
+
+
+@pytest.fixture
+def kit(
+    base_of: Callable[..., Any],
+    config_of: Callable[..., Any],
+    draw: Callable[..., None],
+    batch: dict[str, Tensor],
+) -> Kit:
+    return Kit(base_of, config_of, draw, batch)
