@@ -146,7 +146,7 @@ def load_figure(load: Load) -> Figure:
         )  # fmt: skip
     top.axhline(100 / experts, color="black", linewidth=0.8, linestyle="--")
     top.set(xlabel="expert", ylabel="share of slots, %", xticks=range(experts))
-    top.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    top.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     method = load.title.split(",")[0]
     heading = _wrapped(load.title)
     if method in PAPER_SPREAD:
