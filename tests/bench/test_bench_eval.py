@@ -27,7 +27,7 @@ def script() -> ModuleType:
 
 def test_every_way_scores_the_same_items(script: ModuleType, tmp_path: Path) -> None:
     script.run(["model=tiny", "limit=3", "rounds=1", "batch_sizes=[4]", f"output={tmp_path}"])
-    record = json.loads((tmp_path / "eval-tiny-none-float32.json").read_text())
+    record = json.loads((tmp_path / "eval-tiny-none-float32-embedded.json").read_text())
     assert record["items"] == dict.fromkeys(TASK_NAMES, 3)
     for protocol in ("lm_eval", "label_logits"):
         summary, rows = record["summary"][protocol], record["protocols"][protocol]
