@@ -608,6 +608,8 @@ def test_rendered_files_agree(write: Write, results: Path) -> None:
     ]  # fmt: skip
     assert float(line["value"]) == pytest.approx(40.0)
     assert line["records"] == "a"
+    for found in lines:
+        assert all(float(found[name] or 0) is not None for name in ("value", "low", "high"))
     assert "40.0 [26.3, 55.4] (n=1)" in files["table2.md"]
     assert r"\toprule" in files["table2.tex"]
     for name in (f"table{number}.tex" for number in range(1, 10)):

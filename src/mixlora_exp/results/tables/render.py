@@ -49,7 +49,7 @@ def markdown(table: Table) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else repr(round(value, 6))
+    return "" if value is None else repr(round(float(value), 6))
 
 
 def csv_text(table: Table) -> str:
