@@ -8,7 +8,7 @@ without either, type prompts one after another. The base model is that of the ad
 import sys
 
 from mixlora_exp.errors import guarded
-from mixlora_exp.writing import run
+from mixlora_exp.generation import run
 
 if __name__ == "__main__":
     sys.exit(guarded(run, sys.argv[1:]))

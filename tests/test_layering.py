@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "reporting": EVERYTHING,
     "rescoring": EVERYTHING,
     "serving": EVERYTHING,
-    "writing": EVERYTHING,
+    "generation": EVERYTHING,
     "lm_eval": {"errors"},
     "inputs": EVERYTHING,
     "experiment": EVERYTHING,

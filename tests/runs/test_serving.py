@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixlora_exp import writing
+from mixlora_exp import generation
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError, guarded
@@ -87,7 +87,7 @@ def test_sampling_is_drawn_from_the_seed(adapter: Callable[[str], Path]) -> None
 
 
 def command(*words: str) -> int:
-    return guarded(writing.run, words)
+    return guarded(generation.run, words)
 
 
 def test_the_command_streams_an_answer(
@@ -146,7 +146,7 @@ def test_a_chat_remembers_what_was_said(
         return generate(**batch)
 
     monkeypatch.setattr(opened.model, "generate", spy)
-    monkeypatch.setattr(writing, "open_adapter", lambda *_: opened)
+    monkeypatch.setattr(generation, "open_adapter", lambda *_: opened)
     monkeypatch.setattr("sys.stdin", io.StringIO("Is it true?\nAnd now?\n"))
     assert command("chat=true", "max_new_tokens=4") == 0
     assert "user: Is it true?" in seen[0]

@@ -18,14 +18,13 @@ __all__ = ["export_official", "reimport"]
 # In the order in which moe-peft writes them.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 EXPERT_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
-# PEFT's own bookkeeping and what has no effect on a trained adapter.
+# PEFT's own bookkeeping, what a trained adapter does not need, and what is looked at by itself.
 PEFT_IGNORED = {
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "r", "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "use_dora",
     "init_lora_weights", "num_experts", "top_k", "act_fn", "expert_lora", "router_init_std",
     "router_loss_coef", "router_loss", "router_loss_pooling", "router_precision",
-    "ensure_weight_tying",
-    "runtime_config", "megatron_core", "ephemeral_gpu_offload",
+    "ensure_weight_tying", "runtime_config", "megatron_core", "ephemeral_gpu_offload",
 }  # fmt: skip
 
 

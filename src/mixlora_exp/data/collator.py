@@ -29,9 +29,9 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torc
     ids, mask = [], []
     for row in rows:
         fill = length - len(row)
-        parts = ([pad_id] * fill, list(row)), ([0] * fill, [1] * len(row))
-        ids.append(sum(parts[0] if side == "left" else parts[0][::-1], []))
-        mask.append(sum(parts[1] if side == "left" else parts[1][::-1], []))
+        before, after = (fill, 0) if side == "left" else (0, fill)
+        ids.append([pad_id] * before + list(row) + [pad_id] * after)
+        mask.append([0] * before + [1] * len(row) + [0] * after)
     kept = torch.tensor(mask)
     positions = (kept.cumsum(dim=-1) - 1).clamp(min=0)
     return {"input_ids": torch.tensor(ids), "attention_mask": kept, "position_ids": positions}

@@ -94,12 +94,13 @@ class MixLoraTrainer(Trainer):
         Raises:
             Diverged: the loss or the gradient is no finite number.
         """
-        if grad_norm is not None:
-            return super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.distributed_type not in PLAIN:
             # The gradients are in pieces, and only accelerate knows how to put them together.
-            grad_norm = super()._get_grad_norm(model)
-        return self._check_step(model, grad_norm)
+            return self._check_step(model, super()._get_grad_norm(model, grad_norm=grad_norm))
+        if grad_norm is None:
+            return self._check_step(model, None)
+        # Checked before it was clipped.
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _check_step(self, model, norm: float | torch.Tensor | None) -> float:
         """Note the step's loss and gradient norm, and stop at what is no number."""
