@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
@@ -21,8 +22,10 @@ from omegaconf import DictConfig
 from mixlora_exp import __version__
 from mixlora_exp.config import (
     CONF_DIR,
+    Config,
     Plan,
     check_composition,
+    compose_adapters,
     open_session,
     plan_runs,
     register_schemas,
@@ -31,6 +34,8 @@ from mixlora_exp.config import (
 from mixlora_exp.errors import MISTAKE, UserError, guarded
 
 CRASH = 1
+NOT_FOR_A_CELL = ("hydra.mode", "hydra.sweep", "hydra.job")
+"""What Hydra adds to the overrides of a job of a sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +74,27 @@ def run_one(cfg: DictConfig) -> None:
     """Carry out one composed configuration (a task function of Hydra's)."""
     config = to_config(cfg)
     # Imported late, so that a mistake on the command line is told before torch is loaded.
+    if config.adapters:
+        from mixlora_exp.together import run_together
+
+        run_together(_adapters_of(config))
+        return
     from mixlora_exp.experiment import run
 
     run(config)
+
+
+def _adapters_of(config: Config) -> list[Config]:
+    """The runs that a job with `adapters=[...]` stands for."""
+    job = HydraConfig.get()
+    overrides = [*job.overrides.hydra, *job.overrides.task]
+    kept = [line for line in overrides if not line.lstrip("+~").startswith(NOT_FOR_A_CELL)]
+    folder = next(s.path for s in job.runtime.config_sources if s.provider == "main")
+    with ExitStack() as stack:
+        # A launcher's own process has no session yet.
+        here = GlobalHydra.instance()
+        session = here.hydra if here.is_initialized() else stack.enter_context(open_session(folder))
+        return compose_adapters(session, job.job.config_name, kept, config.adapters)
 
 
 def run_single(cfg: DictConfig) -> UserError | None:
@@ -124,6 +147,8 @@ def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
     if not plan.expanded:
         session.multirun(config_name=name, task_function=run_one, overrides=overrides)
         return 0
+    if plan.packed is not None:
+        overrides = [*plan.packed, "hydra.mode=MULTIRUN"]
     returned = session.multirun(config_name=name, task_function=run_cell, overrides=overrides)
     failures = list(_failures(returned))
     if not failures:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.config import Config, fingerprint, run_name, to_dict
 from mixlora_exp.config.schema import LoraMethodConfig
-from mixlora_exp.data.encoding import encode_examples
+from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import Scorer, TaskScore, check_tests, score_tests
@@ -41,23 +41,50 @@ from mixlora_exp.results.record import (
 )
 from mixlora_exp.results.show import be_quiet, print_record, say
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
-from mixlora_exp.tasks.base import Item
 from mixlora_exp.training import TrainSummary, fit
 
-__all__ = ["RECORD", "run"]
+__all__ = [
+    "RECORD",
+    "Run",
+    "finish",
+    "finished",
+    "run",
+    "start",
+    "start_folder",
+    "training_examples",
+    "write_record",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
     """What the steps of a run share."""
 
     config: Config
     folder: Path
+    inputs: Inputs
     tokenizer: PreTrainedTokenizerBase
     tests: dict[str, LoadedSplit]
     dtype: torch.dtype
+    started: float
+    origin: dict[str, Any]
+
+    def load_base(self) -> PreTrainedModel:
+        """The base model on this process's device; the seed is set to the run's."""
+        device = resolve_device()
+        set_seed(self.config.seed)
+        base = load_model(self.config.model, self.dtype, self.config.seed).to(device)
+        if device.type == "cpu":
+            # On short sequences a CPU runs plain attention 2 to 3 times faster than the fused one.
+            base.set_attn_implementation("eager")
+        return base
+
+    def score_base(self, base: PreTrainedModel) -> list[TaskScore]:
+        """Scores of the base model before training."""
+        say("Scoring the base model")
+        return _score(self, base)[0]
 
 
 def run(config: Config) -> Path | None:
@@ -82,18 +109,24 @@ def run(config: Config) -> Path | None:
     # Inputs first: their mistakes are the commonest and the quickest to find.
     inputs = gather_inputs(config)
     if record_path.exists() and not config.force:
-        return _finished(record_path, inputs)
+        return finished(record_path, inputs)
     say(f"Run {folder.name}")
     record = _carry_out(config, folder, inputs)
     if not first:
         return None
-    write_json(record_path, finish_record(record))
+    return write_record(folder, record)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Write and show the record of a finished run."""
+    path = folder / RECORD
+    write_json(path, finish_record(record))
     print_record(record)
-    say(f"Record: {record_path}")
-    return record_path
+    say(f"Record: {path}")
+    return path
 
 
-def _finished(path: Path, inputs: Inputs) -> Path:
+def finished(path: Path, inputs: Inputs) -> Path:
     """Show a finished run, if its inputs were those of now."""
     record = read_record(path)
     changed = differences(inputs.identity, record)
@@ -107,7 +140,7 @@ def _finished(path: Path, inputs: Inputs) -> Path:
     return path
 
 
-def _start_folder(folder: Path) -> None:
+def start_folder(folder: Path) -> None:
     """Make the run's folder; from here on it holds no finished run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,54 +152,69 @@ def _start_folder(folder: Path) -> None:
 
 
 def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
-    started = time.time()
-    # Now, not at the end: the code that runs is the code of this moment.
-    origin = provenance(ROOT, hardware_names())
-    device = resolve_device()
-    dtype = resolve_dtype(config.trainer.precision, device)
-    set_seed(config.seed)
+    this = start(config, folder, inputs)
+    base, before, summary, adapter = this.load_base(), None, None, config.adapter
+    if config.evaluation.before_training and processes().is_main_process:
+        before = this.score_base(base)
+    if isinstance(config.method, LoraMethodConfig):
+        if processes().is_main_process:
+            start_folder(folder)
+        processes().wait_for_everyone()
+        summary = _train(this, base)
+        if not processes().is_main_process:
+            return {}
+        adapter = str(folder / "adapter")
+    return finish(this, base, summary, before, adapter)
+
+
+def start(config: Config, folder: Path, inputs: Inputs) -> Run:
+    """What the steps of a run share; everything that can be checked without weights is."""
     limit, seed = config.evaluation.limit, config.data.seed
-    this = _Run(
+    this = Run(
         config,
         folder,
+        inputs,
         load_tokenizer(config.model),
         {t: inputs.splits[t, "test"].limited(limit, seed) for t in config.task.evaluate},
-        dtype,
+        resolve_dtype(config.trainer.precision, resolve_device()),
+        time.time(),
+        # Now, not at the end: the code that runs is the code of this moment.
+        provenance(ROOT, hardware_names()),
     )
     for protocol in config.evaluation.protocols:
         check_tests(protocol, this.tokenizer, this.tests, config.data)
-    base = load_model(config.model, dtype, config.seed).to(device)
-    if device.type == "cpu":
-        # On short sequences a CPU runs plain attention 2 to 3 times faster than the fused one.
-        base.set_attn_implementation("eager")
-    identity = {**inputs.identity, "model": identify(config.model, base)}
-    before, summary, adapter, saved = None, None, config.adapter, None
-    if config.evaluation.before_training and processes().is_main_process:
-        say("Scoring the base model")
-        before, _ = _score(this, base)
-    if isinstance(config.method, LoraMethodConfig):
-        if processes().is_main_process:
-            _start_folder(folder)
-        processes().wait_for_everyone()
-        summary = _train(this, base, inputs)
-        adapter = str(folder / "adapter")
-        if not processes().is_main_process:
-            return {}
+    return this
+
+
+def finish(
+    this: Run,
+    base: PreTrainedModel,
+    summary: TrainSummary | None,
+    before: list[TaskScore] | None,
+    adapter: str | None,
+) -> dict[str, Any]:
+    """Score the adapter, loaded back from disk, write its predictions and return the record."""
+    config, folder = this.config, this.folder
+    saved = None
+    if summary is not None:
         saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
     model: torch.nn.Module = base
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
         model = load_adapter(base, Path(adapter).expanduser(), config.kernel)
     after, scoring = _score(this, model)
+    if adapter is not None:
+        model.unload()
     if summary is None:
-        _start_folder(folder)
+        start_folder(folder)
     predictions = _write_predictions(folder, after)
     return {
         "name": folder.name,
         "fingerprint": fingerprint(config),
         "status": "finished",
         "config": to_dict(config),
-        **identity,
+        **this.inputs.identity,
+        "model": identify(config.model, base),
         "attention": base.config._attn_implementation,
         "parameters": parameters_entry(config),
         "train": None if summary is None else dataclasses.asdict(summary),
@@ -176,19 +224,24 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         "scoring": scoring,
         "predictions": predictions,
         "predictions_sha256": {key: file_sha256(folder / n) for key, n in predictions.items()},
-        "seconds": round(time.time() - started, 1),
-        "provenance": origin,
+        "seconds": round(time.time() - this.started, 1),
+        "provenance": this.origin,
     }
 
 
-def _train(this: _Run, base: PreTrainedModel, inputs: Inputs) -> TrainSummary:
+def training_examples(this: Run) -> list[Example]:
+    """The encoded training examples of a run."""
+    config, items = this.config, []
+    for task in config.task.train:
+        loaded = this.inputs.splits[task, "train"]
+        items += loaded.limited(config.data.train_limit, config.data.seed).items
+    return encode_examples(this.tokenizer, items, config.data)
+
+
+def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     """Train an adapter on `base`, save it to the run's folder and take it off again."""
     config = this.config
-    items: list[Item] = []
-    for task in config.task.train:
-        loaded = inputs.splits[task, "train"]
-        items += loaded.limited(config.data.train_limit, config.data.seed).items
-    examples = encode_examples(this.tokenizer, items, config.data)
+    examples = training_examples(this)
     model = attach_adapter(base, config.method, config.kernel, config.seed)
     say(f"Training {config.method.name} on {len(examples)} examples")
     summary = fit(config, model, this.tokenizer, examples, this.folder, this.dtype)
@@ -199,7 +252,7 @@ def _train(this: _Run, base: PreTrainedModel, inputs: Inputs) -> TrainSummary:
 
 
 def _score(
-    this: _Run, model: torch.nn.Module
+    this: Run, model: torch.nn.Module
 ) -> tuple[list[TaskScore], dict[str, dict[str, float]]]:
     """Scores of every task under every protocol, and how long each protocol took."""
     config, scores, times = this.config, [], {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from mixlora_exp.config.schema import (
 )
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["Plan", "plan", "print_plan"]
+__all__ = ["Plan", "many_that_fit", "plan", "print_plan", "print_plan_together"]
 
 # Mean characters of prompt and answer per training row (label, text), over the training splits
 # (HellaSwag: over 6,477 of its rows). Used where no tokenizer or no data is at hand.
@@ -30,6 +31,9 @@ CHARACTERS = {
 }  # fmt: skip
 BOOLQ_PASSAGE = 576
 CHARACTERS_PER_TOKEN = 4.0
+CARD_GIB = (24, 48)
+USABLE = 0.94
+"""Of a card's memory: the rest goes to the driver's context and to gaps between allocations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,12 @@ def _memory(config: Config, parameters: Parameters, longest: int) -> dict[str, i
     }
 
 
+def many_that_fit(memory: dict[str, int], gib: float) -> int:
+    """Adapters of one kind that train together on one base within `gib` GiB."""
+    each = memory["adapter_and_optimizer"] + memory["activations"]
+    return max(0, int((gib * 2**30 * USABLE - memory["weights"]) // each))
+
+
 def plan(config: Config) -> Plan:
     """Plan a run. Reads data files only where they are local or generated.
 
@@ -174,6 +184,7 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
             f"; without magnitudes {p.percent_paper:.2f} % of the paper's "
             f"{model.nominal_parameters:.3g}"
         )
+    fits = ", ".join(f"{many_that_fit(found.memory, size)} in {size} GiB" for size in CARD_GIB)
     counted = "counted" if found.tokens_counted else "estimated from characters"
     gib = {name: size / 2**30 for name, size in found.memory.items()}
     training = [
@@ -206,6 +217,7 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
             + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items())
             + " (estimated)",
         ),
+        *([("together", f"adapters like this on one base: {fits}")] if found.examples else []),
     ]
 
 
@@ -215,6 +227,20 @@ def print_plan(config: Config) -> None:
 
     for what, value in describe(config, plan(config)):
         say(f"{what:<12}{value}")
+
+
+def print_plan_together(configs: Sequence[Config]) -> None:
+    """Print what runs that share one base need together."""
+    from mixlora_exp.results.show import say
+
+    memories = [plan(config).memory for config in configs]
+    each = [m["adapter_and_optimizer"] + m["activations"] for m in memories]
+    total = memories[0]["weights"] + sum(each)
+    say(
+        f"{'all':<12}{len(configs)} adapters on one base: about {total / 2**30:.1f} GiB, "
+        f"{total / len(configs) / 2**30:.1f} for each (estimated); alone the largest needs "
+        f"{(memories[0]['weights'] + max(each)) / 2**30:.1f}"
+    )
 
 
 def parameters_entry(config: Config) -> dict[str, Any]:

@@ -7,10 +7,9 @@ import copy
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
 
 from mixlora_exp.adapters import set_kernel
-from mixlora_exp.adapters.linear import FusedLinear, ReferenceLinear
+from mixlora_exp.adapters.linear import FusedLinear, ReferenceLinear, StockLinear
 
 KERNELS = ("reference", "peft", "shared", "exact")
 
@@ -77,7 +76,7 @@ def test_kernels_agree_on_a_whole_model(model_of, batch, family, dora) -> None:
 @pytest.mark.parametrize(
     ("kernel", "attention"),
     [
-        pytest.param("peft", LoraLinear, id="peft"),
+        pytest.param("peft", StockLinear, id="peft"),
         pytest.param("reference", ReferenceLinear, id="reference"),
         pytest.param("exact", FusedLinear, id="exact"),
     ],

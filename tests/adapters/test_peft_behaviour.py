@@ -153,8 +153,6 @@ def test_adapter_added_under_the_name_of_a_deleted_one_is_new(
 def test_what_one_router_cannot_do_is_refused(model_of, config_of, batch) -> None:
     model = model_of().eval()
     model.add_adapter("second", config_of())
-    with pytest.raises(ValueError, match="adapter_names is not supported"):
-        model(input_ids=batch["input_ids"], adapter_names=["default", "second"])
     with pytest.raises(ValueError, match="cannot be combined"):
         model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
     model.base_model.set_adapter(["default", "second"])

@@ -26,7 +26,7 @@ def draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The gaps are drawn at once if they suffice; the seams of several draws must not show."""
     if request.param:
         real = torch.rand
-        monkeypatch.setattr(torch, "rand", lambda size: real(min(size, 20)))
+        monkeypatch.setattr(torch, "rand", lambda size, **given: real(min(size, 20), **given))
 
 
 def dropped_of(mask: DropMask) -> torch.Tensor:

@@ -6,8 +6,14 @@ from mixlora_exp.adapters.register import register
 
 register()
 
-from mixlora_exp.adapters.build import attach_adapter, load_adapter, save_adapter  # noqa: E402
+from mixlora_exp.adapters.build import (  # noqa: E402
+    attach_adapter,
+    attach_together,
+    load_adapter,
+    save_adapter,
+)
 from mixlora_exp.adapters.config import MixLoraConfig  # noqa: E402
+from mixlora_exp.adapters.hosting import load_adapters  # noqa: E402
 from mixlora_exp.adapters.layer import MixLoraFeedForward  # noqa: E402
 from mixlora_exp.adapters.model import MixLoraModel, RouterReport, set_kernel  # noqa: E402
 
@@ -17,7 +23,9 @@ __all__ = [
     "MixLoraModel",
     "RouterReport",
     "attach_adapter",
+    "attach_together",
     "load_adapter",
+    "load_adapters",
     "save_adapter",
     "set_kernel",
 ]

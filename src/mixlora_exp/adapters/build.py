@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.hosting import add_guest
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 
-__all__ = ["attach_adapter", "load_adapter", "peft_config", "save_adapter"]
+__all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -60,6 +61,23 @@ def _peft_warnings_held_back() -> Iterator[None]:
         yield
 
 
+def attach_together(
+    model: PreTrainedModel,
+    methods: Mapping[str, tuple[LoraMethodConfig, int]],
+    kernel: KernelConfig,
+) -> PeftModel:
+    """Put fresh adapters on one base, by name; each is drawn from its own seed, as
+    `attach_adapter` would draw it."""
+    adapted: PreTrainedModel | PeftModel = model
+    for name, (method, seed) in methods.items():
+        with torch.random.fork_rng(devices=[]), _peft_warnings_held_back():
+            torch.manual_seed(seed)
+            adapted = add_guest(adapted, name, peft_config(method))
+    _exact_magnitudes(adapted)
+    set_kernel(adapted, kernel.name.value)
+    return adapted
+
+
 def attach_adapter(
     model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
@@ -89,8 +107,8 @@ def _exact_magnitudes(model: PeftModel) -> None:
                 magnitude.weight.copy_(norms)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter to `folder`, which appears whole or not at all.
+def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> None:
+    """Write one adapter to `folder`, which appears whole or not at all.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -99,9 +117,14 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         # `save_embedding_layers=False`: the base is frozen, and "auto" would ask the hub.
-        model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(
+            partial, safe_serialization=True, save_embedding_layers=False,
+            selected_adapters=[adapter],
+        )  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        # PEFT gives a folder of its own to every adapter but `default`.
+        os.replace(partial if adapter == "default" else partial / adapter, folder)
+        shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.norms import NormCache
+from mixlora_exp.adapters.rows import RowMap, join, take
 from mixlora_exp.kernels import (
     KERNELS,
+    DropoutKey,
     Experts,
     FeedForward,
     Projection,
@@ -27,10 +30,17 @@ from mixlora_exp.kernels import (
     squared_row_norms,
     working_dtype,
 )
+from mixlora_exp.kernels.activations import activate
+from mixlora_exp.kernels.stages import STAGES, Finish
 
 __all__ = ["MixLoraFeedForward"]
 
 ROLES = ("gate", "up", "down")
+
+
+def unwrapped(module: nn.Module | None) -> nn.Module | None:
+    """The module without the adapter layer around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 class MixLoraFeedForward(nn.Module, BaseTunerLayer):
@@ -40,11 +50,13 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
     and per adapted projection p of gate, up, down `lora_A_p` (E, R, in), `lora_B_p` (E, out, R)
     and with DoRA `lora_magnitude_p` (E, out).
 
-    After each forward pass `routing` holds the router's decision for the rows of that pass.
+    After each forward pass `routings` holds the router's decision of each adapter that ran, for
+    its rows of that pass. Where `row_map` gives the rows to several adapters, the frozen
+    projections run once over all of them and each adapter's part on its own rows.
 
     Raises:
         ValueError: the block is not made of three `nn.Linear` without bias, or several adapters
-            are active at once (a router cannot be shared by two sets of experts).
+            are active at once for the same rows (a router cannot be shared by two sets of experts).
     """
 
     adapter_layer_names = (
@@ -62,7 +74,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.projection_names = dict(zip(ROLES, config.feed_forward_targets, strict=True))
         for name in self.projection_names.values():
-            projection = getattr(base_layer, name, None)
+            projection = unwrapped(getattr(base_layer, name, None))
             # Exact type: a subclass (a quantised one, say) may not hold its weight as a matrix.
             if type(projection) is not nn.Linear or projection.bias is not None:
                 raise ValueError(
@@ -74,8 +86,10 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         for name in self.other_param_names:
             setattr(self, name, {})
         self.kernel = "auto"
+        self.dropout_keys: dict[str, DropoutKey] = {}
         self._base_activation = known_activation(base_layer.act_fn)
-        self.routing: Routing | None = None
+        self.routings: dict[str, Routing] = {}
+        self.row_map = RowMap()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -94,7 +108,17 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
     def in_features(self) -> int:
         return self._frozen("gate").in_features
 
+    @property
+    def routing(self) -> Routing | None:
+        """The router's decision in the last pass, if one adapter ran in it."""
+        found = list(self.routings.values())
+        return found[0] if len(found) == 1 else None
+
     def _frozen(self, role: str) -> nn.Linear:
+        return unwrapped(self._projection_layer(role))
+
+    def _projection_layer(self, role: str) -> nn.Module:
+        """The projection as it stands in the base block, maybe under a plain LoRA."""
         return getattr(self.base_layer, self.projection_names[role])
 
     def update_layer(self, adapter_name: str, config: MixLoraConfig) -> None:
@@ -178,37 +202,107 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         gate, up, down = (self._projection(role, adapter, dtype) for role in ROLES)
         p = self.lora_dropout[adapter] if self.training else 0.0
         drawn = 0.0 if self.kernel == "peft" else p
+        key = self.dropout_keys.get(adapter) if p else None
         device, (inner, hidden) = gate.weight.device, gate.weight.shape
         low = gate.experts is not None or up.experts is not None
+
+        def source(part: str) -> torch.Generator | None:
+            return None if key is None else key.generator(part, device)
+
         return FeedForward(
             gate,
             up,
             down,
             self.activation[adapter],
             p,
-            draw_mask((rows, hidden), drawn if low else 0.0, device),
-            draw_mask((rows, inner), drawn if down.experts is not None else 0.0, device),
+            draw_mask((rows, hidden), drawn if low else 0.0, device, source("input")),
+            draw_mask(
+                (rows, inner),
+                drawn if down.experts is not None else 0.0,
+                device,
+                source("hidden"),
+            ),
+            source("experts") if self.kernel == "peft" else None,
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., D); returns the same shape."""
+        self.routings = {}
+        if self.row_map:
+            return self._forward_rows(x)
         active = [name for name in self.active_adapters if name in self.lora_router]
-        self.routing = None
         if self.disable_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
             raise ValueError(f"MixLoRA runs one adapter at a time, active are {active}")
         (adapter,) = active
         rows = x.reshape(-1, x.shape[-1])
-        name = resolve_kernel(self.kernel, x.device.type)
+        return self._whole(rows, adapter, working_dtype(x)).view(x.shape)
+
+    def _route(self, rows: Tensor, adapter: str, kernel: str) -> Routing:
         rounded = self.router_precision[adapter] == "bfloat16"
-        router = route_bfloat16 if rounded else router_of(name)
-        self.routing = router(rows, self.lora_router[adapter], self.top_k[adapter])
-        dtype = working_dtype(x)
+        router = route_bfloat16 if rounded else router_of(kernel)
+        self.routings[adapter] = router(rows, self.lora_router[adapter], self.top_k[adapter])
+        return self.routings[adapter]
+
+    def _whole(self, rows: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
+        """The block of one adapter for its rows (T, D), frozen projections included."""
+        kernel = resolve_kernel(self.kernel, rows.device.type)
+        routing = self._route(rows, adapter, kernel)
         block = self.block(adapter, rows.shape[0], dtype)
+        with torch.autocast(rows.device.type, enabled=False):
+            return KERNELS[kernel](rows.to(dtype), routing, block)
+
+    def _forward_rows(self, x: Tensor) -> Tensor:
+        """Each segment of the rows with its adapter: experts, a plain LoRA, or the base alone."""
+        segments, dtype = self.row_map.of(x), working_dtype(x)
+        rows = x.reshape(-1, x.shape[-1])
+        kernel = resolve_kernel(self.kernel, x.device.type)
+        stage = STAGES.get(kernel)
         with torch.autocast(x.device.type, enabled=False):
-            y = KERNELS[name](rows.to(dtype), self.routing, block)
+            inputs = rows.to(dtype)
+            gate, up, down = (self._frozen(role).weight.to(dtype) for role in ROLES)
+            gates, ups = functional.linear(inputs, gate), functional.linear(inputs, up)
+            outputs: list[Tensor | None] = []
+            hiddens, finishes = [], []
+            for segment in segments:
+                own, adapter = take(inputs, segment), segment.adapter
+                sides = take(gates, segment), take(ups, segment)
+                if adapter not in self.lora_router:
+                    hidden, finish = self._plain_stage(own, *sides, adapter)
+                elif stage is None:
+                    outputs.append(self._whole(take(rows, segment), adapter, dtype))
+                    continue
+                else:
+                    routing = self._route(take(rows, segment), adapter, kernel)
+                    block = self.block(adapter, len(own), dtype)
+                    hidden, finish = stage(own, *sides, routing, block)
+                outputs.append(None)
+                hiddens.append(hidden)
+                finishes.append(finish)
+            if hiddens:
+                joined = hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens)
+                products = functional.linear(joined, down).split([len(h) for h in hiddens])
+                made = iter([f(part) for f, part in zip(finishes, products, strict=True)])
+                outputs = [next(made) if y is None else y for y in outputs]
+            y = join(outputs, segments)
         return y.view(x.shape)
+
+    def _plain_stage(
+        self, x: Tensor, gate: Tensor, up: Tensor, adapter: str
+    ) -> tuple[Tensor, Finish]:
+        """The stage of an adapter without experts: PEFT's LoRA layers inside the base block."""
+
+        def adapted(role: str, frozen: Tensor, rows: Tensor) -> Tensor:
+            layer = self._projection_layer(role)
+            adapt = getattr(layer, "adapt", None)
+            return frozen if adapt is None else adapt(frozen, rows, adapter)
+
+        hidden = self._act(adapted("gate", gate, x)) * adapted("up", up, x)
+        return hidden, lambda y: adapted("down", y, hidden)
+
+    def _act(self, x: Tensor) -> Tensor:
+        return activate(x, self._base_activation)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(

@@ -9,14 +9,64 @@ from peft.tuners.lora import layer as stock
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from mixlora_exp.adapters.dropout import KeyedDropout
 from mixlora_exp.adapters.norms import NormCache
+from mixlora_exp.adapters.rows import RowMap, join, take
 from mixlora_exp.kernels import dora_norms, draw_mask, squared_row_norms, working_dtype
-from mixlora_exp.kernels.linear import lora_linear, lora_linear_reference
+from mixlora_exp.kernels.linear import (
+    lora_add,
+    lora_add_reference,
+    lora_linear,
+    lora_linear_reference,
+)
 
-__all__ = ["FusedLinear", "ReferenceLinear", "use_linear_kernel"]
+__all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 
 
-class FusedLinear(stock.Linear):
+class _RowsLinear(stock.Linear):
+    """A LoRA layer that can serve the rows of several adapters in one pass."""
+
+    row_map: RowMap | None = None
+    """Shared by the layers of a model of the MixLoRA tuner, None in a model of PEFT's own."""
+
+    def adapt(self, frozen: Tensor, rows: Tensor, adapter: str) -> Tensor:
+        """What `adapter` makes of its rows (T, in), given their base product (T, out)."""
+        raise NotImplementedError
+
+    def forward_rows(self, x: Tensor) -> Tensor:
+        """The base product once over all rows, then the adapter of each segment on its own."""
+        segments, dtype = self.row_map.of(x), working_dtype(x)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            base = self.base_layer
+            bias = None if base.bias is None else base.bias.to(dtype)
+            frozen = nn.functional.linear(rows, base.weight.to(dtype), bias)
+            parts = [self.adapt(take(frozen, s), take(rows, s), s.adapter) for s in segments]
+            y = join(parts, segments)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class StockLinear(_RowsLinear):
+    """`peft.tuners.lora.Linear`, each segment as PEFT computes it."""
+
+    def adapt(self, frozen: Tensor, rows: Tensor, adapter: str) -> Tensor:
+        if adapter not in self.lora_A:
+            return frozen
+        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        rows = rows.to(a.weight.dtype)
+        if adapter in self.lora_variant:
+            y = self.lora_variant[adapter].forward(
+                self, active_adapter=adapter, x=rows, result=frozen
+            )
+        else:
+            y = frozen + b(a(self.lora_dropout[adapter](rows))) * self.scaling[adapter]
+        return y.to(frozen.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward_rows(x) if self.row_map else super().forward(x, *args, **kwargs)
+
+
+class FusedLinear(_RowsLinear):
     """`peft.tuners.lora.Linear` whose LoRA and DoRA run through `kernels.linear.lora_linear`.
 
     What the fused form does not have (several active adapters, `adapter_names`, merged weights,
@@ -25,6 +75,7 @@ class FusedLinear(stock.Linear):
     """
 
     kernel = staticmethod(lora_linear)
+    adding_kernel = staticmethod(lora_add)
 
     @property
     def norms(self) -> NormCache:
@@ -67,30 +118,42 @@ class FusedLinear(stock.Linear):
             scaling=self.scaling[name],
         )
 
+    def _low_rank(self, name: str, rows: Tensor) -> dict[str, Any]:
+        """What the kernels take beside rows (T, in) and weight, dropout drawn anew."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        magnitude = norm = None
+        if name in self.lora_variant:
+            magnitude = self.lora_magnitude_vector[name].weight
+            norm = self._norm(name, self.base_layer.weight, a, b)
+        dropout = self.lora_dropout[name]
+        p = getattr(dropout, "p", 0.0) if self.training else 0.0
+        keyed = p > 0.0 and isinstance(dropout, KeyedDropout)
+        source = dropout.key.generator("input", rows.device) if keyed else None
+        return {
+            "a": a,
+            "b": b,
+            "scaling": self.scaling[name],
+            "magnitude": magnitude,
+            "norm": norm,
+            "mask": draw_mask(rows.shape, p, rows.device, source),
+        }
+
+    def adapt(self, frozen: Tensor, rows: Tensor, adapter: str) -> Tensor:
+        if adapter not in self.lora_A:
+            return frozen
+        return self.adding_kernel(frozen, rows, **self._low_rank(adapter, rows))
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.row_map:
+            return self.forward_rows(x)
         name = None if args else self._fused_adapter(kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
         weight, bias = self.base_layer.weight, self.base_layer.bias
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
         dtype = working_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        magnitude = norm = None
-        if name in self.lora_variant:
-            magnitude = self.lora_magnitude_vector[name].weight
-            norm = self._norm(name, weight, a, b)
-        p = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):
-            y = self.kernel(
-                rows,
-                weight.to(dtype),
-                a,
-                b,
-                self.scaling[name],
-                magnitude=magnitude,
-                norm=norm,
-                mask=draw_mask(rows.shape, p, rows.device),
-            )
+            y = self.kernel(rows, weight.to(dtype), **self._low_rank(name, rows))
             if bias is not None:
                 y = y + bias.to(dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -100,6 +163,7 @@ class ReferenceLinear(FusedLinear):
     """The same by plain operations."""
 
     kernel = staticmethod(lora_linear_reference)
+    adding_kernel = staticmethod(lora_add_reference)
 
 
 def use_linear_kernel(model: nn.Module, kernel: str) -> None:
@@ -108,5 +172,6 @@ def use_linear_kernel(model: nn.Module, kernel: str) -> None:
     wanted = {"peft": stock.Linear, "reference": ReferenceLinear}.get(kernel, FusedLinear)
     for module in model.modules():
         # Exact types: quantised and other special layers keep their own.
-        if type(module) in (stock.Linear, FusedLinear, ReferenceLinear):
-            module.__class__ = wanted
+        if type(module) in (stock.Linear, StockLinear, FusedLinear, ReferenceLinear):
+            mixed = wanted is stock.Linear and getattr(module, "row_map", None) is not None
+            module.__class__ = StockLinear if mixed else wanted

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.hosting import GuestConfig
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.linear import use_linear_kernel
+from mixlora_exp.adapters.rows import BASE, RowMap
 from mixlora_exp.kernels import resolve_kernel, router_fractions, router_loss
 
 __all__ = ["MixLoraModel", "RouterReport", "set_kernel"]
@@ -51,8 +53,15 @@ class MixLoraModel(LoraModel):
     tuner_layer_cls = (LoraLayer, MixLoraFeedForward)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["row_map"] = RowMap()
         super().__init__(*args, **kwargs)
-        self.router_report: RouterReport | None = None
+        self.router_reports: dict[str, RouterReport] = {}
+
+    @property
+    def router_report(self) -> RouterReport | None:
+        """Of the last pass, if one adapter with experts ran in it."""
+        reports = list(self.router_reports.values())
+        return reports[0] if len(reports) == 1 else None
 
     @staticmethod
     def _check_target_module_exists(config: MixLoraConfig, key: str):
@@ -60,13 +69,20 @@ class MixLoraModel(LoraModel):
         if name in config.feed_forward_targets:
             return False
         if name == config.feed_forward:
-            return True
+            return any(target in config.target_modules for target in config.feed_forward_targets)
         return LoraModel._check_target_module_exists(config, key)
 
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
-        if isinstance(target, MixLoraFeedForward):
+        if isinstance(config, GuestConfig) and target_name == config.feed_forward:
+            block = target.base_layer if isinstance(target, MixLoraFeedForward) else target
+            for name, child in list(block.named_children()):
+                if name in config.target_modules:
+                    super()._create_and_replace(
+                        config, adapter_name, child, name, block, f"{current_key}.{name}", **kwargs
+                    )
+        elif isinstance(target, MixLoraFeedForward):
             target.update_layer(adapter_name, config)
         elif target_name == config.feed_forward:
             layer = MixLoraFeedForward(target, adapter_name, config)
@@ -90,7 +106,24 @@ class MixLoraModel(LoraModel):
             shape.router_aux_loss_coef = self.peft_config[self.active_adapters[0]].router_loss_coef
         # PEFT makes its own layers for attention, also when an adapter is loaded, and blocks that
         # an adapter adds know nothing of `set_kernel`.
+        for module in self.model.modules():
+            if isinstance(module, (MixLoraFeedForward, LoraLayer)):
+                module.row_map = self.row_map
         set_kernel(self.model, next((block.kernel for block in self.feed_forwards()), "auto"))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # A plain LoRA inside a block with experts is one level deeper than in its own model.
+        return super()._remove_adapter_name_from_key(key, adapter_name).replace(".base_layer", "")
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        nested = any(
+            isinstance(module, LoraLayer)
+            for block in self.feed_forwards()
+            for module in block.base_layer.modules()
+        )
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        return super()._unload_and_optionally_merge(*args, **kwargs) if nested else model
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -102,43 +135,74 @@ class MixLoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        if kwargs.get("adapter_names") is not None:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for evaluation: call eval() on the model first")
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
+        if unknown:
             raise ValueError(
-                "MixLoRA runs one adapter at a time, so adapter_names is not supported"
+                f"adapter_names has {', '.join(unknown)}, the model has "
+                f"{', '.join(self.peft_config)} (and {BASE})"
             )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        self.row_map.use(names=names)
+        try:
             yield
+        finally:
+            self.row_map.use()
 
     def feed_forwards(self) -> list[MixLoraFeedForward]:
         """The MixLoRA blocks, first layer first."""
         return [m for m in self.model.modules() if isinstance(m, MixLoraFeedForward)]
 
+    def collect_reports(self, masks: dict[str, Tensor | None]) -> dict[str, RouterReport]:
+        """What the routers of each adapter did in the last pass, with the graph of its loss.
+
+        masks: by adapter, true for the real ones of its rows (T,); None: all are.
+        """
+        blocks = [block for block in self.feed_forwards() if block.routings]
+        found = {}
+        for adapter in blocks[0].routings if blocks else ():
+            mask = masks.get(adapter)
+            config = self.peft_config[adapter]
+            statistics = [
+                router_fractions(
+                    block.routings[adapter],
+                    None if mask is None else mask.to(block.routings[adapter].experts.device),
+                    count_all=config.router_loss == "topk",
+                )
+                for block in blocks
+            ]
+            device = statistics[0][0].device
+            fractions, probabilities, counts = (
+                torch.stack([s.to(device) for s in column])
+                for column in zip(*statistics, strict=True)
+            )
+            loss = router_loss(fractions, probabilities, pooled=config.router_loss_pooling == "all")
+            found[adapter] = RouterReport(loss, counts.detach())
+        for block in blocks:
+            # Without their graph, which would keep the pass alive and cannot be copied.
+            block.routings = {name: r.detached() for name, r in block.routings.items()}
+        self.router_reports = {name: report.detached() for name, report in found.items()}
+        return found
+
     def _report(self, mask: Tensor | None) -> RouterReport | None:
-        layers = [layer for layer in self.feed_forwards() if layer.routing is not None]
-        if not layers:
+        """Of the one adapter that ran. mask: (sequences, tokens)."""
+        block = next((block for block in self.feed_forwards() if block.routings), None)
+        if block is None or len(block.routings) > 1:
+            self.router_reports = {}
             return None
-        config = self.peft_config[layers[0].active_adapters[0]]
-        rows = layers[0].routing.experts.shape[0]
-        if mask is not None:
+        ((adapter, routing),) = block.routings.items()
+        rows = routing.experts.shape[0]
+        if mask is not None and mask.shape[0] <= rows and not self.row_map:
             # With a key/value cache the mask covers the past too; the last columns are this pass's.
             mask = mask[:, -(rows // mask.shape[0]) :].reshape(-1).bool()
-        statistics = [
-            router_fractions(
-                layer.routing,
-                None if mask is None else mask.to(layer.routing.experts.device),
-                count_all=config.router_loss == "topk",
-            )
-            for layer in layers
-        ]
-        for layer in layers:
-            # Without its graph, which would keep the pass alive and cannot be copied.
-            layer.routing = layer.routing.detached()
-        device = statistics[0][0].device
-        fractions, probabilities, counts = (
-            torch.stack([s.to(device) for s in column]) for column in zip(*statistics, strict=True)
-        )
-        loss = router_loss(fractions, probabilities, pooled=config.router_loss_pooling == "all")
-        return RouterReport(loss, counts.detach())
+        else:
+            mask = None
+        return self.collect_reports({adapter: mask})[adapter]
 
     def forward(self, *args: Any, **kwargs: Any):
         """The base model's forward pass; see the class for the router loss."""
@@ -150,7 +214,6 @@ class MixLoraModel(LoraModel):
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None
         report = self._report(mask)
-        self.router_report = None if report is None else report.detached()
         if report is not None and "aux_loss" in getattr(output, "__dataclass_fields__", ()):
             # An output with a place for it: TRL's, say, which adds it to a loss of its own.
             output.aux_loss = report.loss

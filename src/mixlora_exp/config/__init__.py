@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixlora_exp.config.arguments import options
-    from mixlora_exp.config.plan import Cell, Plan, check_composition, compose, plan_runs
+    from mixlora_exp.config.plan import (
+        Cell,
+        Plan,
+        check_composition,
+        compose,
+        compose_adapters,
+        plan_runs,
+    )
     from mixlora_exp.config.resolve import (
         CONF_DIR,
         EXCLUDED,
@@ -33,6 +40,7 @@ __all__ = [
     "Plan",
     "check_composition",
     "compose",
+    "compose_adapters",
     "fingerprint",
     "open_session",
     "options",
@@ -44,7 +52,7 @@ __all__ = [
 ]
 
 _OWN = {"Config": "schema", "options": "arguments"}
-_PLAN = {"Cell", "Plan", "check_composition", "compose", "plan_runs"}
+_PLAN = {"Cell", "Plan", "check_composition", "compose", "compose_adapters", "plan_runs"}
 
 
 def __getattr__(name: str) -> Any:

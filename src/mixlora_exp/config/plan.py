@@ -18,8 +18,9 @@ from omegaconf import DictConfig, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config.explain import explain, suggest
-from mixlora_exp.config.resolve import open_session, to_config
+from mixlora_exp.config.resolve import fingerprint, open_session, to_config
 from mixlora_exp.config.schema import Config
+from mixlora_exp.config.together import check_together, expand, packs_of
 from mixlora_exp.errors import UserError
 
 
@@ -33,11 +34,15 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All runs of a command line; `expanded` is false for a sweeper that picks its own cells."""
+    """All runs of a command line; `expanded` is false for a sweeper that picks its own cells.
+
+    `packed`: the command line that carries out the cells together, None where each is a job of its
+    own."""
 
     multirun: bool
     expanded: bool
     cells: tuple[Cell, ...]
+    packed: tuple[str, ...] | None = None
 
 
 @contextmanager
@@ -124,6 +129,15 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         return compose_cell(hydra, "config", overrides)
 
 
+def compose_adapters(
+    hydra: Any, name: str, overrides: Sequence[str], entries: Sequence[Any]
+) -> list[Config]:
+    """The configurations that `adapters=[...]` on a command line stands for, checked together."""
+    configs = expand(lambda lines: compose_cell(hydra, name, lines), overrides, entries)
+    check_together(configs, [fingerprint(config) for config in configs])
+    return configs
+
+
 def check_composition(hydra: Any, name: str, overrides: Sequence[str]) -> None:
     """Check that the overrides compose, for a command that only shows the configuration."""
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
@@ -141,8 +155,12 @@ def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -
     master = _load(hydra, name, overrides, RunMode.MULTIRUN)
     if not (multirun or master.hydra.mode == RunMode.MULTIRUN):
         _check_overrides(hydra, parsed, sweep=False)
-        cell = Cell(overrides=tuple(overrides), config=_finish(master, overrides))
-        return Plan(multirun=False, expanded=True, cells=(cell,))
+        config = _finish(master, overrides)
+        configs = [config]
+        if config.adapters:
+            configs = compose_adapters(hydra, name, overrides, config.adapters)
+        cells = tuple(Cell(overrides=tuple(overrides), config=found) for found in configs)
+        return Plan(multirun=False, expanded=True, cells=cells)
 
     fixed = [line for line in overrides if line.lstrip("+~").startswith("hydra")]
     sweeper = master.hydra.sweeper
@@ -171,5 +189,27 @@ def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -
                 f"cell {len(cells) + 1} of {len(batches[0])} ({' '.join(lines)}): {error}; "
                 "nothing was started"
             ) from error
+        if config.adapters:
+            raise UserError(
+                "adapters and -m cannot be used together: list all adapters, or sweep with -m and "
+                "trainer.pack_adapters=4"
+            )
         cells.append(Cell(overrides=tuple(lines), config=config))
-    return Plan(multirun=True, expanded=True, cells=tuple(cells))
+    packed = None
+    if cells[0].config.trainer.pack_adapters > 1:
+        packed = tuple([*fixed, *_packed(cells, swept)])
+    return Plan(multirun=True, expanded=True, cells=tuple(cells), packed=packed)
+
+
+def _packed(cells: Sequence[Cell], swept: Sequence[Override]) -> list[str]:
+    """The sweep as one over lists of adapters, so that any launcher can run it."""
+    keys = [o.get_key_element().lstrip("+") for o in swept if o.is_sweep_override()]
+    common = [o.input_line for o in swept if not o.is_sweep_override()]
+    packs = packs_of([c.config for c in cells], cells[0].config.trainer.pack_adapters)
+
+    def entry(cell: Cell) -> str:
+        given = dict(line.lstrip("+").split("=", 1) for line in cell.overrides)
+        return "{" + ",".join(f"{key}:{given[key]}" for key in keys) + "}"
+
+    lists = ["[" + ",".join(entry(cells[i]) for i in pack) + "]" for pack in packs]
+    return [*common, f"adapters={','.join(lists)}", "hydra.sweeper.params=null"]

@@ -33,6 +33,9 @@ EXCLUDED = (
     # Its values count where they are used.
     "preset",
     "trainer.logging_steps",
+    # Each of several adapters has the results that it has alone.
+    "adapters",
+    "trainer.pack_adapters",
     "model.access",
     "model.nominal_parameters",
     "data.path",

@@ -7,6 +7,7 @@ plain objects once, and no `DictConfig` goes further. Every check names the fiel
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import (
@@ -198,10 +199,12 @@ class TrainerConfig:
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
     logging_steps: int = 10
+    pack_adapters: int = 1
+    """With -m: train up to this many runs of the sweep together on one base model."""
 
     def __post_init__(self) -> None:
         require_positive("trainer.learning_rate", self.learning_rate)
-        for name in ("batch_size", "micro_batch_size", "logging_steps"):
+        for name in ("batch_size", "micro_batch_size", "logging_steps", "pack_adapters"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.{name}", value, "must be >= 1")
         require(
@@ -309,6 +312,8 @@ class Config:
     """Score the adapter in this folder (with method=none); train nothing."""
     force: bool = False
     """Run again although a finished record of the same fingerprint exists."""
+    adapters: list[Any] = field(default_factory=list)
+    """Train several adapters together, each a method's name or a mapping of its settings."""
     preset: PresetConfig = MISSING
     model: ModelConfig = MISSING
     method: MethodConfig = MISSING

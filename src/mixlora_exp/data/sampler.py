@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["BucketSampler", "FixedSampler"]
+from mixlora_exp.config.choices import Order
+
+__all__ = ["BucketSampler", "FixedSampler", "sampler_of"]
 
 # Batches whose examples are sorted together: more waste less padding, fewer mix lengths better.
 WINDOW = 32
@@ -62,3 +64,12 @@ class FixedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         yield from np.random.default_rng([self.seed, 0]).permutation(self.count).tolist()
+
+
+def sampler_of(
+    lengths: Sequence[int], batch_size: int, seed: int, order: Order
+) -> BucketSampler | FixedSampler:
+    """The sampler of a run over examples of these lengths, `batch_size` to an optimizer step."""
+    if order is Order.fixed:
+        return FixedSampler(len(lengths), seed)
+    return BucketSampler(lengths, batch_size, seed)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixlora_exp.kernels.activations import known_activation
 from mixlora_exp.kernels.dora import dora_norms, squared_row_norms
-from mixlora_exp.kernels.dropout import DropMask, draw_mask
+from mixlora_exp.kernels.dropout import DropMask, DropoutKey, DropoutStream, draw_mask
 from mixlora_exp.kernels.exact import mixlora_exact
 from mixlora_exp.kernels.precision import working_dtype
 from mixlora_exp.kernels.reference import mixlora_reference
@@ -30,6 +30,8 @@ from mixlora_exp.kernels.stock import mixlora_stock
 __all__ = [
     "KERNELS",
     "DropMask",
+    "DropoutKey",
+    "DropoutStream",
     "Experts",
     "FeedForward",
     "Projection",

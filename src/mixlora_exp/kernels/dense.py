@@ -14,7 +14,7 @@ from torch.nn import functional
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.shapes import FeedForward, LowRank, low_ranks
 
-__all__ = ["combine", "hidden_states"]
+__all__ = ["combine", "finish", "hidden_states"]
 
 
 def _isolate(low: LowRank, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,16 @@ def combine(
 ) -> Tensor:
     """The down projection of `hidden_states`' results, (T, D)."""
     y = functional.linear(hidden, block.down.weight)
-    low = low_ranks(block, hidden.dtype)["down"]
+    return finish(y, columns, experts, weights, block)
+
+
+def finish(
+    y: Tensor, columns: Tensor | None, experts: Tensor, weights: Tensor, block: FeedForward
+) -> Tensor:
+    """The experts' part of the down projection added to its frozen product, (T, D).
+
+    y: (T, D), or per slot (T, K, D) where `hidden_states` is per slot."""
+    low = low_ranks(block, y.dtype)["down"]
     if low is None or columns is None:
         return y
     _, b, _ = _isolate(low, functional.one_hot(experts, block.num_experts).bool())

@@ -20,7 +20,13 @@ from mixlora_exp.kernels import dense, grouped
 from mixlora_exp.kernels.packing import pack, unpack
 from mixlora_exp.kernels.shapes import FeedForward, Routing
 
-__all__ = ["mixlora_exact", "mixlora_exact_dense", "mixlora_exact_grouped"]
+__all__ = [
+    "grouped_is_faster",
+    "mixlora_exact",
+    "mixlora_exact_dense",
+    "mixlora_exact_grouped",
+    "recomputed_hidden_states",
+]
 
 
 class _Grouped(torch.autograd.Function):
@@ -92,21 +98,28 @@ def mixlora_exact_grouped(x: Tensor, routing: Routing, block: FeedForward) -> Te
     return _Grouped.apply(spec, x, routing.weights, routing.experts, *tensors)
 
 
+def recomputed_hidden_states(
+    x: Tensor, gate: Tensor, up: Tensor, experts: Tensor, weights: Tensor, block: FeedForward
+) -> tuple[Tensor, Tensor | None]:
+    """`dense.hidden_states`, of which nothing is kept for the backward pass."""
+    inputs = (x, gate, up, experts, weights)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # The compiler decides by itself what to keep and what to compute again.
+        return dense.hidden_states(*inputs, block)
+    spec, tensors = pack(block)
+    return _Recomputed.apply(spec, *inputs, *tensors)
+
+
 def mixlora_exact_dense(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """The same over all experts' columns at once. x: (T, D); returns (T, D)."""
     gate = functional.linear(x, block.gate.weight)
     up = functional.linear(x, block.up.weight)
     inputs = (x, gate, up, routing.experts, routing.weights)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        # The compiler decides by itself what to keep and what to compute again.
-        hidden, columns = dense.hidden_states(*inputs, block)
-    else:
-        spec, tensors = pack(block)
-        hidden, columns = _Recomputed.apply(spec, *inputs, *tensors)
+    hidden, columns = recomputed_hidden_states(*inputs, block)
     return dense.combine(hidden, columns, routing.experts, routing.weights, block)
 
 
-def _grouped_is_faster(x: Tensor, block: FeedForward) -> bool:
+def grouped_is_faster(x: Tensor, block: FeedForward) -> bool:
     """By `results/bench/forms-cpu.json`: on a CPU always, but for MixDoRA's K hidden states per
     token in bf16 at large widths. Compiled or on a GPU nothing may depend on the data."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -117,5 +130,5 @@ def _grouped_is_faster(x: Tensor, block: FeedForward) -> bool:
 
 def mixlora_exact(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """The form that is faster for this device and shape. x: (T, D); returns (T, D)."""
-    form = mixlora_exact_grouped if _grouped_is_faster(x, block) else mixlora_exact_dense
+    form = mixlora_exact_grouped if grouped_is_faster(x, block) else mixlora_exact_dense
     return form(x, routing, block)

@@ -17,13 +17,13 @@ from mixlora_exp.kernels.activations import activate, activation_gradient
 from mixlora_exp.kernels.rows import Rows, blocks, sort_rows
 from mixlora_exp.kernels.shapes import FeedForward, Gradients, LowRank, low_ranks
 
-__all__ = ["backward", "forward"]
+__all__ = ["Hidden", "Lows", "backward", "forward", "hidden_of", "sides_backward"]
 
 Lows = dict[str, LowRank | None]
 
 
 @dataclass(slots=True)
-class _Hidden:
+class Hidden:
     """Gate, up and hidden state of a block's rows, (rows, F) each, and what led to them.
 
     `raw_*` are gate and up before DoRA's scale; `low_*` (rows, R) are `A x`; `a` (E, R or 2 R, D)
@@ -55,9 +55,9 @@ def _adapt(
     return value, raw
 
 
-def _hidden(
+def hidden_of(
     rows: Rows, x_low: Tensor, gate: Tensor, up: Tensor, block: FeedForward, lows: Lows
-) -> _Hidden:
+) -> Hidden:
     """x_low, gate, up: of the block's tokens; block: with its masks cut to them."""
     sides = [lows["gate"], lows["up"]]
     x = x_low.index_select(0, rows.tokens)
@@ -73,7 +73,7 @@ def _hidden(
     hidden = active * up
     mask = block.hidden_mask
     hidden_low = hidden if mask is None else rows.zero(hidden, mask)
-    return _Hidden(x, a, *reduced, gate, raw_gate, up, raw_up, active, hidden, hidden_low)
+    return Hidden(x, a, *reduced, gate, raw_gate, up, raw_up, active, hidden, hidden_low)
 
 
 def forward(
@@ -91,7 +91,7 @@ def forward(
     for first, end in blocks(*experts.shape):
         rows = sort_rows(experts[first:end], weights[first:end], block.num_experts, x.dtype)
         part = block.slice(first, end)
-        h = _hidden(rows, x_low[first:end], gate[first:end], up[first:end], part, lows)
+        h = hidden_of(rows, x_low[first:end], gate[first:end], up[first:end], part, lows)
         low = None if down is None else rows.multiply(h.hidden_low, down.a.transpose(1, 2))
         shares = weights[first:end].to(x.dtype)
         if kept is not None:
@@ -125,16 +125,17 @@ def backward(
     for first, end in blocks(*experts.shape):
         rows = sort_rows(experts[first:end], weights[first:end], block.num_experts, x.dtype)
         part = block.slice(first, end)
-        h = _hidden(rows, x_low[first:end], gate[first:end], up[first:end], part, lows)
+        h = hidden_of(rows, x_low[first:end], gate[first:end], up[first:end], part, lows)
         raw = None if kept is None else kept[first:end]
         dhidden, dpairs = _down_backward(rows, dy[first:end], raw, h, part, lows, gradients)
         dweights[first:end] = dpairs[rows.position]
         dup = dhidden * h.active
         dgate = activation_gradient(dhidden.mul_(h.up), h.gate, block.activation)
-        part_dx, part_dx_low = _input_backward(rows, dgate, dup, h, part, lows, gradients)
-        if part_dx_low is not None:
+        frozen, dx_low = sides_backward(rows, dgate, dup, h, lows, gradients)
+        part_dx = (frozen[0] @ block.gate.weight).addmm_(frozen[1], block.up.weight)
+        if dx_low is not None:
             mask = part.x_mask
-            part_dx += part_dx_low if mask is None else mask.zero(part_dx_low)
+            part_dx += dx_low if mask is None else mask.zero(dx_low)
         dx[first:end] = part_dx
     return dx, dweights, gradients
 
@@ -143,7 +144,7 @@ def _down_backward(
     rows: Rows,
     dy: Tensor,
     raw: Tensor | None,
-    h: _Hidden,
+    h: Hidden,
     block: FeedForward,
     lows: Lows,
     gradients: Gradients,
@@ -181,22 +182,19 @@ def _down_backward(
     return dhidden, dweights
 
 
-def _input_backward(
+def sides_backward(
     rows: Rows,
     dgate: Tensor,
     dup: Tensor,
-    h: _Hidden,
-    block: FeedForward,
+    h: Hidden,
     lows: Lows,
     gradients: Gradients,
-) -> tuple[Tensor, Tensor | None]:
-    """(dx through the frozen weights, dx through the experts), (tokens, D) each."""
-    dx, dlows, sizes = None, [], []
-    sides = (
-        ("gate", block.gate, dgate, h.raw_gate, h.low_gate),
-        ("up", block.up, dup, h.raw_up, h.low_up),
-    )
-    for role, projection, grad, raw, low in sides:
+) -> tuple[list[Tensor], Tensor | None]:
+    """(gradients of the frozen products of gate and up, (tokens, F) each; dx through the experts,
+    (tokens, D), None without any)."""
+    frozen, dlows, sizes = [], [], []
+    sides = (("gate", dgate, h.raw_gate, h.low_gate), ("up", dup, h.raw_up, h.low_up))
+    for role, grad, raw, low in sides:
         adapter = lows[role]
         if adapter is not None:
             if adapter.scale is not None:
@@ -205,16 +203,12 @@ def _input_backward(
             rows.add_outer(gradients.b[role], grad, low * adapter.factor)
             dlows.append((role, rows.multiply(grad, adapter.b) * adapter.factor))
             sizes.append(adapter.a.shape[1])
-        frozen = rows.combine(grad)
-        if dx is None:
-            dx = frozen @ projection.weight
-        else:
-            dx.addmm_(frozen, projection.weight)
+        frozen.append(rows.combine(grad))
     if not dlows:
-        return dx, None
+        return frozen, None
     dlow = dlows[0][1] if len(dlows) == 1 else torch.cat([part for _, part in dlows], dim=1)
     da = gradients.a[dlows[0][0]].new_zeros(h.a.shape)
     rows.add_outer(da, dlow, h.x)
     for (role, _), part in zip(dlows, da.split(sizes, dim=1), strict=True):
         gradients.a[role] += part
-    return dx, rows.combine(rows.multiply(dlow, h.a))
+    return frozen, rows.combine(rows.multiply(dlow, h.a))

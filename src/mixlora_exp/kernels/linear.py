@@ -16,7 +16,31 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.dropout import DropMask, drop
 
-__all__ = ["lora_linear", "lora_linear_reference"]
+__all__ = ["lora_add", "lora_add_reference", "lora_linear", "lora_linear_reference"]
+
+
+def _low_rank_gradients(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    mask: DropMask | None,
+    low: Tensor,
+    unscaled: Tensor | None,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of (base product, `A x`, A, B, magnitude) from that of the result."""
+    dmagnitude = None
+    if magnitude is not None:
+        dmagnitude = (dy * unscaled).sum(dim=0, dtype=norm.dtype) / norm
+        dmagnitude = dmagnitude.to(magnitude.dtype)
+        dy = dy * (magnitude / norm).to(dy.dtype)
+    dlow = (dy @ b.to(dy.dtype)) * factor
+    db = ((dy.T @ low) * factor).to(b.dtype)
+    da = (dlow.T @ (x if mask is None else mask.zero(x))).to(a.dtype)
+    return dy, dlow, da, db, dmagnitude
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -43,14 +67,9 @@ class _LoraLinear(torch.autograd.Function):
     def _gradients(ctx, dy):
         x, weight, a, b, magnitude, norm, elements, low, unscaled = ctx.saved_tensors
         mask = None if ctx.described is None else DropMask(elements, *ctx.described)
-        dmagnitude = None
-        if magnitude is not None:
-            dmagnitude = (dy * unscaled).sum(dim=0, dtype=norm.dtype) / norm
-            dmagnitude = dmagnitude.to(magnitude.dtype)
-            dy = dy * (magnitude / norm).to(dy.dtype)
-        dlow = (dy @ b.to(dy.dtype)) * ctx.factor
-        db = ((dy.T @ low) * ctx.factor).to(b.dtype)
-        da = (dlow.T @ (x if mask is None else mask.zero(x))).to(a.dtype)
+        dy, dlow, da, db, dmagnitude = _low_rank_gradients(
+            dy, x, a, b, magnitude, norm, mask, low, unscaled, ctx.factor
+        )
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
@@ -79,6 +98,76 @@ def lora_linear(
     return _LoraLinear.apply(x, weight, a, b, magnitude, norm, scaling, elements, described)
 
 
+class _LoraAdd(torch.autograd.Function):
+    """`_LoraLinear` without its base product."""
+
+    @staticmethod
+    def forward(ctx, frozen, x, a, b, magnitude, norm, scaling, elements, described):
+        mask = None if described is None else DropMask(elements, *described)
+        ctx.factor = scaling * (1.0 if mask is None else mask.scale)
+        ctx.described = described
+        low = functional.linear(x if mask is None else mask.zero(x), a.to(x.dtype))
+        y = torch.addmm(frozen, low, b.to(x.dtype).T, alpha=ctx.factor)
+        unscaled = None
+        if magnitude is not None:
+            unscaled, y = y, y * (magnitude / norm).to(y.dtype)
+        ctx.save_for_backward(x, a, b, magnitude, norm, elements, low, unscaled)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _LoraAdd._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx, dy):
+        x, a, b, magnitude, norm, elements, low, unscaled = ctx.saved_tensors
+        mask = None if ctx.described is None else DropMask(elements, *ctx.described)
+        dy, dlow, da, db, dmagnitude = _low_rank_gradients(
+            dy, x, a, b, magnitude, norm, mask, low, unscaled, ctx.factor
+        )
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = dlow @ a.to(dy.dtype)
+            dx = dx if mask is None else mask.zero(dx)
+        return dy, dx, da, db, dmagnitude, None, None, None, None
+
+
+def lora_add(
+    frozen: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    *,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    mask: DropMask | None = None,
+) -> Tensor:
+    """`scale * (frozen + s B A drop(x))`: `lora_linear` of rows whose base product (T, out) is
+    there already, since it ran over the rows of several adapters at once."""
+    described = None if mask is None else (mask.scale, mask.shape)
+    elements = None if mask is None else mask.elements
+    return _LoraAdd.apply(frozen, x, a, b, magnitude, norm, scaling, elements, described)
+
+
+def lora_add_reference(
+    frozen: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    *,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    mask: DropMask | None = None,
+) -> Tensor:
+    """The same by plain operations."""
+    y = frozen + scaling * (drop(x, mask) @ a.to(x.dtype).T @ b.to(x.dtype).T)
+    return y if magnitude is None else y * (magnitude / norm).to(y.dtype)
+
+
 def lora_linear_reference(
     x: Tensor,
     weight: Tensor,
@@ -91,6 +180,6 @@ def lora_linear_reference(
     mask: DropMask | None = None,
 ) -> Tensor:
     """The same by plain operations: the definition, and the oracle of `lora_linear`."""
-    low = drop(x, mask) @ a.to(x.dtype).T @ b.to(x.dtype).T
-    y = x @ weight.T + scaling * low
-    return y if magnitude is None else y * (magnitude / norm).to(y.dtype)
+    return lora_add_reference(
+        x @ weight.T, x, a, b, scaling, magnitude=magnitude, norm=norm, mask=mask
+    )

@@ -53,7 +53,8 @@ class FeedForward:
 
     `dropout` is the probability with which an element of a low-rank branch's input is dropped. One
     mask on x (T, D) serves the gate and up branches of all experts, one on the hidden state (T, F)
-    serves all slots of a token; None where there is no dropout. (`peft` draws its own.)
+    serves all slots of a token; None where there is no dropout. (`peft` draws its own masks, from
+    `generator` or else torch's default.)
     """
 
     gate: Projection
@@ -63,6 +64,7 @@ class FeedForward:
     dropout: float = 0.0
     x_mask: DropMask | None = None
     hidden_mask: DropMask | None = None
+    generator: torch.Generator | None = None
 
     @property
     def num_experts(self) -> int:

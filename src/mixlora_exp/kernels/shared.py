@@ -13,10 +13,10 @@ from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
 
-__all__ = ["mixlora_shared"]
+__all__ = ["adapt", "mixlora_shared"]
 
 
-def _adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
+def adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
     """The frozen product `y` of some rows, made into the expert's: low-rank term, DoRA scale."""
     experts = projection.experts
     if experts is None:
@@ -39,10 +39,10 @@ def mixlora_shared(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         tokens, slots = (routing.experts == expert).nonzero(as_tuple=True)
         if len(tokens) == 0:
             continue
-        hidden = activate(_adapt(gate[tokens], x_low[tokens], block.gate, expert), block.activation)
-        hidden = hidden * _adapt(up[tokens], x_low[tokens], block.up, expert)
+        hidden = activate(adapt(gate[tokens], x_low[tokens], block.gate, expert), block.activation)
+        hidden = hidden * adapt(up[tokens], x_low[tokens], block.up, expert)
         hidden_low = drop(hidden, block.hidden_mask, tokens)
-        out = _adapt(functional.linear(hidden, block.down.weight), hidden_low, block.down, expert)
+        out = adapt(functional.linear(hidden, block.down.weight), hidden_low, block.down, expert)
         weights = routing.weights[tokens, slots].to(x.dtype)
         y = y.index_add(0, tokens, weights.unsqueeze(-1) * out)
     return y

@@ -15,7 +15,15 @@ from torch.nn import functional
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
 
-__all__ = ["mixlora_stock", "stock_linear"]
+__all__ = ["dropped", "mixlora_stock", "stock_linear"]
+
+
+def dropped(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
+    """`x` after dropout, drawn from `generator` or else torch's default one."""
+    if generator is None or p == 0.0:
+        return functional.dropout(x, p)
+    kept = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
+    return x * kept.mul_(1.0 / (1.0 - p))
 
 
 def stock_linear(
@@ -26,11 +34,12 @@ def stock_linear(
     scaling: float,
     dropout: float,
     magnitude: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """PEFT's LoRA or DoRA of one projection. x: (T, in); a: (R, in); b: (out, R);
     magnitude: (out,); returns (T, out) in the dtype of x."""
     base = functional.linear(x, weight)
-    x = functional.dropout(x.to(a.dtype), dropout)
+    x = dropped(x.to(a.dtype), dropout, generator)
     low = scaling * functional.linear(functional.linear(x, a), b)
     if magnitude is None:
         return (base + low).to(base.dtype)
@@ -38,17 +47,19 @@ def stock_linear(
     with torch.no_grad():
         norm = torch.linalg.norm(weight.to(a.dtype) + scaling * delta, dim=1)
     scale = magnitude / norm
-    dropped = functional.linear(x, weight.to(x.dtype)) if dropout else base
-    return (base + (scale - 1) * dropped + scale * low).to(base.dtype)
+    on_dropped = functional.linear(x, weight.to(x.dtype)) if dropout else base
+    return (base + (scale - 1) * on_dropped + scale * low).to(base.dtype)
 
 
-def _project(x: Tensor, projection: Projection, expert: int, dropout: float) -> Tensor:
+def _project(x: Tensor, projection: Projection, expert: int, block: FeedForward) -> Tensor:
     experts = projection.experts
     if experts is None:
         return functional.linear(x, projection.weight)
     magnitude = None if experts.magnitude is None else experts.magnitude[expert]
     a, b = experts.a[expert], experts.b[expert]
-    return stock_linear(x, projection.weight, a, b, experts.scaling, dropout, magnitude)
+    return stock_linear(
+        x, projection.weight, a, b, experts.scaling, block.dropout, magnitude, block.generator
+    )
 
 
 def mixlora_stock(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
@@ -59,9 +70,9 @@ def mixlora_stock(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         if len(tokens) == 0:
             continue
         rows = x[tokens]
-        hidden = activate(_project(rows, block.gate, expert, block.dropout), block.activation)
-        hidden = hidden * _project(rows, block.up, expert, block.dropout)
-        out = _project(hidden, block.down, expert, block.dropout)
+        hidden = activate(_project(rows, block.gate, expert, block), block.activation)
+        hidden = hidden * _project(rows, block.up, expert, block)
+        out = _project(hidden, block.down, expert, block)
         weights = routing.weights[tokens, slots].to(x.dtype)
         y = y.index_add(0, tokens, weights.unsqueeze(-1) * out)
     return y

@@ -24,7 +24,7 @@ from mixlora_exp.training.stability import Diverged, Stability
 from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
 
-__all__ = ["TrainSummary", "fit", "training_arguments"]
+__all__ = ["RECOMPUTE", "TrainSummary", "diverged_message", "fit", "training_arguments"]
 
 
 # Reentrant recomputation would lose the router loss's gradient.
@@ -52,6 +52,8 @@ class TrainSummary:
     curve: list[dict[str, Any]] = field(default_factory=list)
     expert_load: list[list[float]] | None = None
     stability: Stability | None = None
+    together: list[str] = field(default_factory=list)
+    """Other runs that shared the base model and the passes."""
 
 
 def training_arguments(config: Config, folder: Path, dtype: torch.dtype) -> TrainingArguments:
@@ -176,15 +178,21 @@ def fit(
 
 def _diverged(config: Config, model: PeftModel, folder: Path, error: Diverged) -> str:
     """The message; the adapter as it was before the failing step is saved."""
-    kept = ""
+    place = None
     sound = all(weight.isfinite().all() for weight in model.parameters())
     if sound and error.step > 1 and processes().is_main_process:
         place = folder / "last_good"
         save_adapter(model, place)
-        kept = f" The adapter as it was after step {error.step - 1} is in {place}."
+    return diverged_message(config, error, place)
+
+
+def diverged_message(config: Config, error: Diverged, place: Path | None) -> str:
+    """What to tell of a run that stopped; `place` has the adapter from before the failing step."""
+    kept = "" if place is None else f" The adapter as it was after step {error.step - 1} is in "
     return (
         f"trainer.learning_rate={config.trainer.learning_rate}: {error}; nothing was recorded."
-        f"{kept} Lower the rate, or set trainer.max_grad_norm or trainer.warmup_steps"
+        f"{kept}{'' if place is None else f'{place}.'} Lower the rate, or set "
+        "trainer.max_grad_norm or trainer.warmup_steps"
     )
 
 

@@ -13,7 +13,28 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["LogFile", "ProgressBar", "ProgressLines", "progress_callback"]
+__all__ = ["LogFile", "ProgressBar", "ProgressLines", "append_log", "progress_callback"]
+
+
+def append_log(path: Path, entry: dict[str, Any]) -> None:
+    """Append one entry to a JSON-lines file.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    # A loss that is no number has no place in JSON.
+    sound = {
+        name: None if isinstance(value, float) and not isfinite(value) else value
+        for name, value in entry.items()
+    }
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(sound) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"output_dir: cannot write {path} ({error.strerror}); nothing was "
+            "recorded. Free space there or choose another output_dir."
+        ) from error
 
 
 class ProgressBar(ProgressCallback):
@@ -55,16 +76,8 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            # A loss that is no number has no place in JSON.
-            entry = {name: value if isfinite(value) else None for name, value in logs.items()}
+            entry = dict(logs)
             load = self.expert_load() if "loss" in logs else None
             if load is not None:
                 entry["expert_load"] = load
-            try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"step": state.global_step, **entry}) + "\n")
-            except OSError as error:
-                raise UserError(
-                    f"output_dir: cannot write {self.path} ({error.strerror}); nothing was "
-                    "recorded. Free space there or choose another output_dir."
-                ) from error
+            append_log(self.path, {"step": state.global_step, **entry})

@@ -9,8 +9,10 @@ import torch
 from accelerate import DistributedType
 from transformers import Trainer
 
+from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.config.choices import Head, Order
-from mixlora_exp.data.sampler import BucketSampler, FixedSampler
+from mixlora_exp.data.sampler import BucketSampler, FixedSampler, sampler_of
+from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.training.head import loss_from_hidden
 from mixlora_exp.training.stability import Diverged, StepWatch, find_layer
 
@@ -42,6 +44,9 @@ class MixLoraTrainer(Trainer):
         self._router_loss, self._router_passes = 0.0, 0
         self._window_counts: torch.Tensor | None = None
         self.watch = StepWatch()
+        self._stream = DropoutStream(sampler_seed, process=self.args.process_index)
+        for adapter in self.model.active_adapters:
+            use_dropout_stream(self.model, adapter, self._stream)
         self._step_loss: float | torch.Tensor = 0.0
         self._step_batches: list[Any] = []
         self.expert_load: list[list[float]] | None = None
@@ -51,13 +56,11 @@ class MixLoraTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> BucketSampler | FixedSampler:
         examples = train_dataset if train_dataset is not None else self.train_dataset
-        if self._order is Order.fixed:
-            return FixedSampler(len(examples), self._sampler_seed)
         # accelerate deals micro-batches out to the processes in turn.
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
         batch = self.args.train_batch_size * micro_batches
         lengths = [len(example.input_ids) for example in examples]
-        return BucketSampler(lengths, batch, self._sampler_seed)
+        return sampler_of(lengths, batch, self._sampler_seed, self._order)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tuner = self.accelerator.unwrap_model(model).base_model
@@ -77,6 +80,8 @@ class MixLoraTrainer(Trainer):
         return result
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._stream.step = self.state.global_step
+        self._stream.micro_batch = len(self._step_batches)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
         self._step_batches.append(inputs)

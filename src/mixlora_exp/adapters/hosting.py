@@ -1,0 +1,121 @@
+"""Plain LoRA and DoRA as guests of the MixLoRA tuner, so that one base can carry any mix of them.
+
+PEFT refuses adapters of different types in one model. A guest's type is this tuner's while it is in
+memory, and PEFT's LoRA on disk: its files are those of any LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.errors import UserError
+
+__all__ = ["GuestConfig", "add_guest", "guest_config", "load_adapters", "parameters_of"]
+
+
+@dataclass
+class GuestConfig(LoraConfig):
+    """A LoRA (or DoRA) without experts, hosted by the MixLoRA tuner; saved as plain LoRA."""
+
+    feed_forward: ClassVar[str] = "mlp"
+    feed_forward_targets: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
+    router_loss_coef: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MIXLORA
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "peft_type": PeftType.LORA}
+
+
+def guest_config(config: LoraConfig) -> LoraConfig:
+    """`config` as the MixLoRA tuner takes it: itself if it has experts, else as a guest's."""
+    if isinstance(config, (MixLoraConfig, GuestConfig)):
+        return config
+    values = {item.name: getattr(config, item.name) for item in fields(config) if item.init}
+    return GuestConfig(**values)
+
+
+def add_guest(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> PeftModel:
+    """Put an adapter of any of the four methods on a base model that may carry others.
+
+    The first one makes the model a `PeftModel` of this tuner.
+
+    Raises:
+        ValueError: the name is taken, or the model carries adapters of another tuner.
+    """
+    config = guest_config(config)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=name)
+
+
+def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by their names in the model."""
+    owned = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        for part in module.adapter_layer_names:
+            held = getattr(module, part, {})
+            if adapter not in held:
+                continue
+            found = held[adapter]
+            if isinstance(found, nn.Parameter):
+                owned[f"{name}.{part}.{adapter}"] = found
+            else:
+                for inner, parameter in found.named_parameters():
+                    owned[f"{name}.{part}.{adapter}.{inner}"] = parameter
+    return owned
+
+
+def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:
+    """Load several adapters of any method from disk onto one base, in evaluation mode; rows are
+    then told apart by `adapter_names`.
+
+    Raises:
+        UserError: a folder holds no adapter, or one that does not fit `base`.
+    """
+    model: PreTrainedModel | PeftModel = base
+    for name, folder in folders.items():
+        try:
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            kind = MixLoraConfig if settings["peft_type"] == "MIXLORA" else LoraConfig
+            config = kind.from_pretrained(str(folder))
+            config.inference_mode = True
+            weights = load_peft_weights(str(folder), device="cpu")
+            with torch.random.fork_rng(devices=[]):
+                model = add_guest(model, name, config)
+            result = set_peft_model_state_dict(model, weights, adapter_name=name)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"adapter={folder} cannot be loaded: {reason}; give a folder that PEFT wrote, for "
+                "this base model"
+            ) from error
+        wrong = [
+            *(key for key in result.missing_keys if f".{name}" in key and "lora_" in key),
+            *result.unexpected_keys,
+        ]
+        if wrong:
+            raise UserError(
+                f"adapter={folder} does not fit this base model: {len(wrong)} tensors are missing "
+                f"or have no place, {wrong[0]} for one; use the model it was trained on"
+            )
+    assert isinstance(model, PeftModel)
+    return model.eval()

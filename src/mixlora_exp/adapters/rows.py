@@ -1,0 +1,93 @@
+"""Which rows of a pass belong to which adapter: several of them on one base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["BASE", "RowMap", "Segment", "join", "take"]
+
+BASE = "__base__"
+"""PEFT's word for rows that no adapter touches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Some rows of the flattened batch, (rows, width): a slice of them, or their numbers."""
+
+    adapter: str
+    rows: slice | Tensor
+
+
+@dataclass(slots=True)
+class RowMap:
+    """Shared by all adapter layers of a model. Empty: the active adapter has every row.
+
+    `segments` cover the rows of a packed batch one after another; `names` has an adapter for each
+    sequence of an ordinary batch, in any order (PEFT's `adapter_names`).
+    """
+
+    segments: tuple[Segment, ...] = ()
+    names: tuple[str, ...] = ()
+    _resolved: dict[torch.Size, tuple[Segment, ...]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.segments or self.names)
+
+    def use(self, *, segments: Sequence[Segment] = (), names: Sequence[str] = ()) -> None:
+        """From now on; without arguments, empty it."""
+        self.segments, self.names, self._resolved = tuple(segments), tuple(names), {}
+
+    def of(self, x: Tensor) -> tuple[Segment, ...]:
+        """The segments of the rows of x (..., width), flattened.
+
+        Raises:
+            ValueError: the batch has another number of sequences than there are names for.
+        """
+        if self.segments:
+            return self.segments
+        shape = x.shape[:-1]
+        if shape not in self._resolved:
+            self._resolved[shape] = _by_name(self.names, shape, x.device)
+        return self._resolved[shape]
+
+
+def _by_name(
+    names: tuple[str, ...], shape: torch.Size, device: torch.device
+) -> tuple[Segment, ...]:
+    # Beam search has several sequences of each one, next to one another.
+    copies, rest = divmod(shape[0], len(names))
+    if rest or not copies:
+        raise ValueError(
+            f"adapter_names has {len(names)} names, but there are {shape[0]} sequences"
+        )
+    length = shape[1:].numel()
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(name for name in names for _ in range(copies)):
+        found.setdefault(name, []).append(i)
+    columns = torch.arange(length, device=device)
+    return tuple(
+        Segment(name, (torch.tensor(rows, device=device)[:, None] * length + columns).flatten())
+        for name, rows in found.items()
+    )
+
+
+def take(rows: Tensor, segment: Segment) -> Tensor:
+    """The segment's rows: a view of a slice, else a copy."""
+    if isinstance(segment.rows, slice):
+        return rows[segment.rows]
+    return rows.index_select(0, segment.rows)
+
+
+def join(parts: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
+    """The inverse of `take` for all segments together."""
+    if len(parts) == 1 and isinstance(segments[0].rows, slice):
+        return parts[0]
+    rows = torch.cat(list(parts))
+    if isinstance(segments[0].rows, slice):
+        return rows
+    order = torch.cat([segment.rows for segment in segments])
+    return torch.empty_like(rows).index_copy(0, order, rows)

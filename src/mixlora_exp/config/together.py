@@ -1,0 +1,144 @@
+"""Several adapters trained together: from a list on the command line to one configuration each.
+
+Every entry stands for the run that its settings would be by themselves: the same fingerprint, the
+same folder, the same record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mixlora_exp.config.schema import Config, LoraMethodConfig, ModelSource, Weights
+from mixlora_exp.errors import UserError
+
+__all__ = ["check_together", "entry_overrides", "expand", "packs_of", "shared_settings"]
+
+
+def _literal(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_literal(held)}' for key, held in value.items())}}}"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return str(value)
+
+
+def entry_overrides(entry: Any, number: int) -> list[str]:
+    """The overrides that an entry of `adapters` stands for. A plain name is a method's.
+
+    Raises:
+        UserError: the entry is no name and no mapping of settings.
+    """
+    if isinstance(entry, str):
+        return [f"method={entry}"]
+    if not isinstance(entry, Mapping) or not entry:
+        raise UserError(
+            f"adapters: entry {number} is {entry!r}: give a method's name, or settings as "
+            "{method:lora,method.rank:8,task:arc_e}"
+        )
+    found = []
+    for key, value in entry.items():
+        if str(key).partition(".")[0] == "adapters":
+            raise UserError(
+                f"adapters: entry {number} has adapters of its own: list them one by one"
+            )
+        # `trainer: {learning_rate: 1e-4}` in a file is `trainer.learning_rate`.
+        if isinstance(value, Mapping):
+            found += [f"{key}.{field}={_literal(held)}" for field, held in value.items()]
+        else:
+            plain = isinstance(value, str) and value.isidentifier()
+            found.append(f"{key}={value if plain else _literal(value)}")
+    return found
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """What all adapters on one base must have in common, by field."""
+    drawn = config.model.weights is Weights.random or (
+        config.model.path is None and config.model.source is ModelSource.random
+    )
+    return {
+        "model": config.model,
+        "kernel": config.kernel,
+        "output_dir": config.output_dir,
+        "trainer.precision": config.trainer.precision,
+        "trainer.head": config.trainer.head,
+        "trainer.gradient_checkpointing": config.trainer.gradient_checkpointing,
+        # A random base model is drawn from it.
+        **({"seed": config.seed} if drawn else {}),
+    }
+
+
+def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
+    """Check that runs can share one base; `names` are the fingerprints of theirs.
+
+    Raises:
+        UserError: an entry trains nothing, two are the same run, or they differ in what is shared.
+    """
+    first = shared_settings(configs[0])
+    for number, config in enumerate(configs, start=1):
+        if not isinstance(config.method, LoraMethodConfig):
+            raise UserError(
+                f"adapters: entry {number} has method={config.method.name}, which trains nothing: "
+                "choose lora, dora, mixlora or mixdora"
+            )
+        for field, value in shared_settings(config).items():
+            if value != first[field]:
+                reason = " (a random base model is drawn from it)" if field == "seed" else ""
+                raise UserError(
+                    f"adapters: entry {number} has another {field} than entry 1: all adapters "
+                    f"share one base{reason}; give it once, outside of adapters"
+                )
+        if names.index(names[number - 1]) != number - 1:
+            raise UserError(
+                f"adapters: entries {names.index(names[number - 1]) + 1} and {number} are the same "
+                "run: leave one out, or give them different seeds"
+            )
+
+
+def expand(
+    compose: Callable[[Sequence[str]], Config], overrides: Sequence[str], entries: Sequence[Any]
+) -> list[Config]:
+    """One configuration for each entry: the command line with the entry's settings after it.
+
+    Raises:
+        UserError: an entry is not valid; the message says which.
+    """
+    base = [line for line in overrides if line.lstrip("+").partition("=")[0] != "adapters"]
+    # An experiment file may have the list itself.
+    base.append("adapters=[]")
+    found = []
+    for number, entry in enumerate(entries, start=1):
+        own = entry_overrides(entry, number)
+        # What an entry gives again would be refused as given twice.
+        given = {line.partition("=")[0] for line in own}
+        kept = [line for line in base if line.lstrip("+").partition("=")[0] not in given]
+        try:
+            found.append(compose([*kept, *own]))
+        except UserError as error:
+            raise UserError(f"adapters: entry {number} ({' '.join(own)}): {error}") from error
+    return found
+
+
+def packs_of(configs: Sequence[Config], size: int) -> list[list[int]]:
+    """Numbers of the cells of a sweep in packs of at most `size` that can share a base, each pack
+    in the sweep's order."""
+    packs: list[list[int]] = []
+    for i, config in enumerate(configs):
+        trains = isinstance(config.method, LoraMethodConfig)
+        for pack in packs:
+            other = configs[pack[0]]
+            fits = trains and isinstance(other.method, LoraMethodConfig)
+            if fits and len(pack) < size and shared_settings(config) == shared_settings(other):
+                pack.append(i)
+                break
+        else:
+            packs.append([i])
+    return packs

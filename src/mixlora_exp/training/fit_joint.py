@@ -1,0 +1,152 @@
+"""Several training runs on one base model at once, each with its own summary."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from mixlora_exp.adapters.build import save_adapter
+from mixlora_exp.adapters.dropout import use_dropout_stream
+from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.config.schema import Config
+from mixlora_exp.data.collator import Collator
+from mixlora_exp.data.encoding import Example
+from mixlora_exp.errors import UserError
+from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
+from mixlora_exp.training.fit import RECOMPUTE, TrainSummary, diverged_message, training_arguments
+from mixlora_exp.training.job import Job
+from mixlora_exp.training.joint_trainer import JointTrainer
+from mixlora_exp.training.stability import Diverged
+
+__all__ = ["fit_jointly", "make_job"]
+
+
+def make_job(
+    name: str,
+    config: Config,
+    examples: Sequence[Example],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Job:
+    """The training of one adapter, as `config` has it. `name` is its name in the model; logs go to
+    its run's `folder`.
+
+    Raises:
+        UserError: there are no examples.
+    """
+    if not examples:
+        raise UserError(
+            f"task.train={config.task.train}: there is nothing to train on; choose other data"
+        )
+    (folder / "train_log.jsonl").unlink(missing_ok=True)
+    collate = Collator(
+        tokenizer.pad_token_id,
+        config.trainer.loss_on,
+        config.trainer.padding_in_loss,
+        tokenizer.padding_side,
+    )
+    return Job(name, config, examples, folder, collate)
+
+
+class _Trainer(JointTrainer):
+    """Keeps the last good adapter of one that is taken out."""
+
+    def diverged(self, job: Job, error: Diverged) -> str:
+        sound = all(parameter.isfinite().all() for parameter in job.parameters)
+        place = None
+        if sound and error.step > 1:
+            place = job.folder / "last_good"
+            save_adapter(self.model, place, job.name)
+        return diverged_message(job.config, error, place)
+
+
+def _arguments(config: Config, folder: Path) -> TrainingArguments:
+    """Of the passes; what an adapter's optimizer does is told by its own arguments."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        max_grad_norm=0.0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=resolve_device().type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=config.seed,
+        **(RECOMPUTE if config.trainer.gradient_checkpointing else {}),
+    )
+
+
+def fit_jointly(
+    model: PeftModel, jobs: Sequence[Job], dtype: torch.dtype
+) -> Mapping[str, TrainSummary | str]:
+    """Train the adapters of `model` that `jobs` name, in place and together.
+
+    Returns each one's summary or, where it had to be taken out, why. `seconds` counts from the
+    common start to the adapter's own last step, and `peak_memory_bytes` is that of all together.
+
+    Raises:
+        UserError: several processes were started, or memory does not suffice.
+    """
+    if processes().num_processes > 1:
+        raise UserError(
+            "adapters: several adapters train in one process; start it without torchrun, or train "
+            "them one by one"
+        )
+    config, folder = jobs[0].config, jobs[0].folder
+    arguments = {
+        job.name: training_arguments(job.config, job.folder / "trainer", dtype) for job in jobs
+    }
+    for job in jobs:
+        use_dropout_stream(model, job.name, job.stream)
+        for name, parameter in parameters_of(model, job.name).items():
+            frozen = "lora_magnitude" in name and not job.config.method.train_magnitude
+            parameter.requires_grad_(not frozen)
+    trainer = _Trainer(
+        model,
+        jobs,
+        arguments,
+        _arguments(config, folder / "trainer"),
+        config.trainer.head,
+        dtype,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    reset_peak_memory(trainer.args.device)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"adapters: {len(jobs)} at once do not fit the device's memory; nothing was recorded. "
+            "Train fewer together, or set a smaller trainer.micro_batch_size or "
+            "trainer.gradient_checkpointing=true"
+        ) from error
+    peak = peak_memory_bytes(trainer.args.device)
+    for job in jobs:
+        shutil.rmtree(job.folder / "trainer", ignore_errors=True)
+    return {job.name: job.failure or _summary(job, peak) for job in jobs}
+
+
+def _summary(job: Job, peak: int) -> TrainSummary:
+    load = job.counts
+    return TrainSummary(
+        examples=len(job.examples),
+        shortened=sum(example.shortened for example in job.examples),
+        over_cutoff=sum(len(e.input_ids) > job.config.data.cutoff_length for e in job.examples),
+        steps=job.step,
+        tokens=job.tokens,
+        seconds=round(job.seconds, 3),
+        tokens_per_second=round(job.tokens / job.seconds, 2),
+        peak_memory_bytes=peak,
+        final_loss=job.curve[-1]["loss"] if job.curve else job.watch.losses[-1],
+        curve=job.curve,
+        expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
+        stability=job.watch.summary(),
+    )

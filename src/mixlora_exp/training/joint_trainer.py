@@ -1,0 +1,202 @@
+"""The transformers Trainer over passes in which several adapters share the frozen model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.config.choices import Head
+from mixlora_exp.runtime import autocast
+from mixlora_exp.training.job import Job, MicroBatch, micro_batches
+from mixlora_exp.training.joint import joint_losses, total_of
+from mixlora_exp.training.packed import packed_attention
+from mixlora_exp.training.stability import Diverged
+
+__all__ = ["JointTrainer", "passes_of"]
+
+Pass = dict[str, MicroBatch]
+
+
+def passes_of(jobs: Sequence[Job]) -> list[Pass]:
+    """Which micro-batch of which adapter goes through the model in each pass: the next one of every
+    adapter that is not done, so that each keeps its own batch size and order."""
+    columns = [micro_batches(job.config, job.examples) for job in jobs]
+    return [
+        {job.name: micro for job, micro in zip(jobs, row, strict=True) if micro is not None}
+        for row in zip_longest(*columns)
+    ]
+
+
+class _JointOptimizer(Optimizer):
+    """Steps the optimizer of each adapter whose optimizer step is complete after a pass."""
+
+    def __init__(self, trainer: JointTrainer) -> None:
+        self.trainer = trainer
+        super().__init__([p for job in trainer.jobs for p in job.parameters], {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:
+        self.trainer.finish_pass()
+
+
+class JointTrainer(Trainer):
+    """Trains several adapters of one `PeftModel` (of the MixLoRA tuner) in the same passes.
+
+    Every adapter has its own batches, loss, optimizer, schedule, clipping, dropout stream and
+    number of steps, all as in a run of its own; a pass is one step of the Trainer. An adapter whose
+    loss or gradient is no number is taken out, and the others do not notice.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        jobs: Sequence[Job],
+        arguments: Mapping[str, TrainingArguments],
+        args: TrainingArguments,
+        head: Head,
+        dtype: torch.dtype,
+    ) -> None:
+        self.jobs = list(jobs)
+        self._by_name = {job.name: job for job in jobs}
+        self._arguments = arguments
+        self._head, self._dtype = head, dtype
+        self._items: dict[str, Tensor] = {}
+        self._pass: Pass = {}
+        self._started = time.perf_counter()
+        passes = passes_of(jobs)
+        args.max_steps = len(passes)
+        super().__init__(model=model, args=args, train_dataset=passes, data_collator=self._collate)
+
+    # The Trainer sees passes: they come in order, are not counted in tokens and have no labels.
+
+    def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        return None
+
+    def _collate(self, rows: Sequence[Pass]) -> dict[str, Any]:
+        (found,) = rows
+        made: dict[str, Any] = {"passes": found}
+        for name, micro in found.items():
+            job = self._by_name[name]
+            if job.failure is None:
+                made[name] = job.collate([job.examples[i] for i in micro.examples])
+        return made
+
+    def create_optimizer(self, model=None) -> Optimizer:
+        decayed = set(self.get_decay_parameter_names(self.model))
+        for job in self.jobs:
+            owned = {
+                name: parameter
+                for name, parameter in parameters_of(self.model, job.name).items()
+                if parameter.requires_grad
+            }
+            job.parameters = list(owned.values())
+            arguments = self._arguments[job.name]
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+            groups = [
+                {
+                    "params": [p for name, p in owned.items() if (name in decayed) is decay],
+                    "weight_decay": arguments.weight_decay if decay else 0.0,
+                }
+                for decay in (True, False)
+            ]
+            job.optimizer = kind(groups, **options)
+            job.scheduler = get_scheduler(
+                arguments.lr_scheduler_type,
+                optimizer=job.optimizer,
+                num_warmup_steps=arguments.get_warmup_steps(job.steps),
+                num_training_steps=job.steps,
+            )
+        self.optimizer = _JointOptimizer(self)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
+        # Each adapter has its own; the Trainer wants one for the passes.
+        self.lr_scheduler = LambdaLR(self.optimizer, lambda _: 1.0)
+        return self.lr_scheduler
+
+    def train(self, *args: Any, **kwargs: Any):
+        row_map = self.model.base_model.row_map
+        self._started = time.perf_counter()
+        try:
+            with packed_attention(self.model.base_model.model) as self._attention:
+                return super().train(*args, **kwargs)
+        finally:
+            row_map.use()
+
+    def _running(self, inputs: Mapping[str, Any]) -> Iterator[tuple[Job, MicroBatch, Any]]:
+        for name, micro in inputs["passes"].items():
+            job = self._by_name[name]
+            if job.running:
+                yield job, micro, inputs[name]
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        model.train()
+        self._pass, batches = {}, {}
+        for job, micro, batch in self._running(inputs):
+            self._pass[job.name] = micro
+            job.stream.step, job.stream.micro_batch = micro.step, micro.index
+            batches[job.name] = self._prepare_inputs(batch)
+            if micro.index == 0:
+                self._items[job.name] = self._items_of(job, micro)
+        if not batches:
+            self.control.should_training_stop = True
+            return torch.zeros((), device=self.args.device)
+        with autocast(self.args.device, self._dtype):
+            losses = joint_losses(self.model, batches, self._items, self._head, self._attention)
+        total = total_of(losses)
+        self.accelerator.backward(total)
+        reports = self.model.base_model.router_reports
+        for name, loss in losses.items():
+            real = int(batches[name]["attention_mask"].sum())
+            self._by_name[name].note_pass(loss, reports.get(name), real)
+        return total.detach()
+
+    def _items_of(self, job: Job, first: MicroBatch) -> Tensor:
+        """Label tokens of the whole optimizer step that begins with `first`."""
+        batches = (job.collate([job.examples[i] for i in part]) for part in first.group)
+        total = sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batches)
+        return torch.tensor(total, device=self.args.device)
+
+    def finish_pass(self) -> None:
+        """After the backward pass: an optimizer step for those whose last micro-batch it was."""
+        for name, micro in self._pass.items():
+            job = self._by_name[name]
+            if not micro.is_last:
+                job.hold_gradients()
+                continue
+            job.take_gradients()
+            gradients = [p.grad for p in job.parameters if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients))
+            if not job.note_step(norm):
+                error = Diverged(job.step + 1, job.watch.losses[-1], norm, "its own rows alone")
+                job.fail(self.diverged(job, error))
+                continue
+            limit = self._arguments[name].max_grad_norm
+            if limit:
+                nn.utils.clip_grad_norm_(job.parameters, limit)
+            job.optimizer.step()
+            rate = job.scheduler.get_last_lr()[0]
+            job.scheduler.step()
+            for parameter in job.parameters:
+                parameter.grad = None
+            job.finish_step(norm, rate, micro.epoch, self._started)
+
+    def diverged(self, job: Job, error: Diverged) -> str:
+        """What is told of an adapter that is taken out; the others' runs do not depend on it."""
+        return str(error)
