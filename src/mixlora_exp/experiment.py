@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,12 @@ from mixlora_exp.training import TrainSummary, fit
 __all__ = [
     "RECORD",
     "Run",
+    "Scores",
     "finish",
     "finished",
     "run",
+    "score_alone",
+    "score_with",
     "start",
     "start_folder",
     "training_examples",
@@ -56,6 +59,8 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
+Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
+"""Of each task and protocol, and items and seconds by protocol."""
 
 
 @dataclass(slots=True)
@@ -164,7 +169,11 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
         if not processes().is_main_process:
             return {}
         adapter = str(folder / "adapter")
-    return finish(this, base, summary, before, adapter)
+    model: torch.nn.Module = base
+    if adapter is not None:
+        say(f"Scoring the adapter loaded back from {adapter}")
+        model = load_adapter(base, Path(adapter).expanduser(), config.kernel)
+    return finish(this, base, summary, before, _score(this, model))
 
 
 def start(config: Config, folder: Path, inputs: Inputs) -> Run:
@@ -191,20 +200,14 @@ def finish(
     base: PreTrainedModel,
     summary: TrainSummary | None,
     before: list[TaskScore] | None,
-    adapter: str | None,
+    found: Scores,
 ) -> dict[str, Any]:
-    """Score the adapter, loaded back from disk, write its predictions and return the record."""
+    """Write the predictions of a run and return its record."""
     config, folder = this.config, this.folder
+    after, scoring = found
     saved = None
     if summary is not None:
         saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
-    model: torch.nn.Module = base
-    if adapter is not None:
-        say(f"Scoring the adapter loaded back from {adapter}")
-        model = load_adapter(base, Path(adapter).expanduser(), config.kernel)
-    after, scoring = _score(this, model)
-    if adapter is not None:
-        model.unload()
     if summary is None:
         start_folder(folder)
     predictions = _write_predictions(folder, after)
@@ -251,16 +254,28 @@ def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     return summary
 
 
-def _score(
-    this: Run, model: torch.nn.Module
-) -> tuple[list[TaskScore], dict[str, dict[str, float]]]:
-    """Scores of every task under every protocol, and how long each protocol took."""
-    config, scores, times = this.config, [], {}
+def score_alone(this: Run, base: PreTrainedModel) -> Scores:
+    """Score the adapter of a run, loaded back from disk, and take it off again."""
+    model = load_adapter(base, this.folder / "adapter", this.config.kernel)
+    found = _score(this, model)
+    model.unload()
+    return found
+
+
+def _score(this: Run, model: torch.nn.Module) -> Scores:
     context = autocast(next(model.parameters()).device, this.dtype)
+    seed = this.config.seed if this.config.evaluation.dropout else None
+    tokens = this.config.evaluation.batch_tokens
+    return score_with(this, lambda: Scorer(model, this.tokenizer, context, tokens, seed))
+
+
+def score_with(this: Run, scorer_of: Callable[[], Scorer]) -> Scores:
+    """Scores of every task under every protocol, each by a scorer of its own, and how long each
+    protocol took."""
+    config, scores, times = this.config, [], {}
     for protocol in config.evaluation.protocols:
         start = time.perf_counter()
-        seed = config.seed if config.evaluation.dropout else None
-        scorer = Scorer(model, this.tokenizer, context, config.evaluation.batch_tokens, seed)
+        scorer = scorer_of()
         found = score_tests(protocol, scorer, this.tests, config.data, config.evaluation)
         seconds = time.perf_counter() - start
         times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from mixlora_exp.adapters import attach_together, save_adapter
+from transformers import PreTrainedModel
+
+from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
 from mixlora_exp.config import Config, run_name
+from mixlora_exp.config.schema import Protocol
 from mixlora_exp.config.together import check_together
 from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation import Scorer, in_lockstep
 from mixlora_exp.experiment import (
     RECORD,
     Run,
+    Scores,
     finish,
     finished,
     run,
+    score_alone,
+    score_with,
     start,
     start_folder,
     training_examples,
@@ -24,9 +32,10 @@ from mixlora_exp.experiment import (
 from mixlora_exp.inputs import check_inputs, gather_inputs, resolve_config
 from mixlora_exp.planning import print_plan, print_plan_together
 from mixlora_exp.results.show import say
+from mixlora_exp.runtime import autocast
 from mixlora_exp.training import TrainSummary, fit_jointly, make_job
 
-__all__ = ["run_together"]
+__all__ = ["run_together", "score_together"]
 
 
 def run_together(configs: Sequence[Config]) -> list[Path]:
@@ -61,6 +70,42 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
     return paths
 
 
+def score_together(runs: Sequence[Run], base: PreTrainedModel) -> list[Scores]:
+    """Score the adapters of several runs, loaded back from disk, in the same passes.
+
+    lm-eval, which is not made for several threads, and dropout, which is drawn per pass, take
+    each adapter by itself.
+    """
+    say(f"Scoring {len(runs)} adapters loaded back from disk")
+    names = {f"adapter{number}": this for number, this in enumerate(runs)}
+    alone = [
+        this
+        for this in runs
+        if this.config.evaluation.dropout or Protocol.lm_eval in this.config.evaluation.protocols
+    ]
+    found: dict[int, Scores] = {id(this): score_alone(this, base) for this in alone}
+    names = {name: this for name, this in names.items() if this not in alone}
+    if names:
+        folders = {name: this.folder / "adapter" for name, this in names.items()}
+        model = load_adapters(base, folders)
+        set_kernel(model, runs[0].config.kernel.name.value)
+        device = next(model.parameters()).device
+        together = in_lockstep(
+            model,
+            runs[0].tokenizer,
+            autocast(device, runs[0].dtype),
+            {name: partial(_score_with, this) for name, this in names.items()},
+            max(this.config.evaluation.batch_tokens for this in names.values()),
+        )
+        model.unload()
+        found |= {id(names[name]): scores for name, scores in together.items()}
+    return [found[id(this)] for this in runs]
+
+
+def _score_with(this: Run, scorer: Scorer) -> Scores:
+    return score_with(this, lambda: scorer)
+
+
 def _carry_out(runs: Sequence[Run]) -> list[Path]:
     first = runs[0]
     base = first.load_base()
@@ -93,10 +138,11 @@ def _carry_out(runs: Sequence[Run]) -> list[Path]:
         others = [other.folder.name for other in runs if other is not runs[number]]
         done.append((number, dataclasses.replace(result, together=others)))
     model.unload()
+    scores = score_together([runs[number] for number, _ in done], base) if done else []
     paths = []
-    for number, summary in done:
+    for (number, summary), found in zip(done, scores, strict=True):
         this = runs[number]
-        record = finish(this, base, summary, before[number], str(this.folder / "adapter"))
+        record = finish(this, base, summary, before[number], found)
         paths.append(write_record(this.folder, record))
     if failures:
         raise UserError(

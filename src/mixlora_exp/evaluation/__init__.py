@@ -14,9 +14,10 @@ from mixlora_exp.evaluation.forward import Scorer
 from mixlora_exp.evaluation.generate import score_generate
 from mixlora_exp.evaluation.harness_tasks import harness_rows
 from mixlora_exp.evaluation.label_logits import encode_labels, score_label_logits
+from mixlora_exp.evaluation.lockstep import in_lockstep
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore
 
-__all__ = ["ItemScore", "Scorer", "TaskScore", "check_tests", "score_tests"]
+__all__ = ["ItemScore", "Scorer", "TaskScore", "check_tests", "in_lockstep", "score_tests"]
 
 
 def check_tests(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,19 +97,45 @@ class Scorer:
         finally:
             hook.remove()
 
-    @torch.no_grad()
     def logits(
         self, rows: Sequence[Sequence[int]], keep: int, groups: Sequence[str] | None = None
     ) -> Tensor:
         """Logits of the last `keep` positions of each row, (rows, keep, vocabulary), float32."""
+        found = self.run_logits(rows, keep)
+        self._count([len(row) for row in rows], groups)
+        return found
+
+    def generate(self, rows: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """At most `new_tokens` tokens after each row, the likeliest one each time."""
+        return self.run_generate(rows, new_tokens)
+
+    # The passes themselves, which scorers of several adapters share.
+
+    @torch.no_grad()
+    def run_logits(self, rows: Sequence[Sequence[int]], keep: int, **kwargs: Any) -> Tensor:
         batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
         with self.full_precision():
             length = batch["input_ids"].shape[1]
             # Column numbers, for the reason given in `Collator`.
             kept = torch.arange(length - keep, length, device=self.device)
-            output = self.model(**batch, logits_to_keep=kept, use_cache=False)
-        self._count([len(row) for row in rows], groups)
+            output = self.model(**batch, logits_to_keep=kept, use_cache=False, **kwargs)
         return output.logits[:, -keep:].float()
+
+    @torch.no_grad()
+    def run_generate(
+        self, rows: Sequence[Sequence[int]], new_tokens: int, **kwargs: Any
+    ) -> list[list[int]]:
+        batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
+        del batch["position_ids"]  # `generate` counts them from the mask.
+        with self.full_precision():
+            output = self.model.generate(
+                **batch,
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                pad_token_id=self.pad_id,
+                **kwargs,
+            )
+        return output[:, batch["input_ids"].shape[1] :].tolist()
 
     def log_likelihoods(
         self,
@@ -130,9 +157,16 @@ class Scorer:
                 found[i] = score
         return found
 
-    @torch.no_grad()
     def _score(
         self, questions: Sequence[Packed], groups: Sequence[str] | None
+    ) -> list[list[tuple[float, bool]]]:
+        found = self.run_scores(questions)
+        self._count([len(q.tokens) for q in questions], groups)
+        return found
+
+    @torch.no_grad()
+    def run_scores(
+        self, questions: Sequence[Packed], **kwargs: Any
     ) -> list[list[tuple[float, bool]]]:
         batch = pad_packed(questions, self.pad_id, next(self.model.parameters()).dtype)
         length = batch["input_ids"].shape[1]
@@ -153,11 +187,11 @@ class Scorer:
         with self.full_precision() as head:
             hook = head.register_forward_pre_hook(gather)
             try:
-                self.model(**{k: v.to(self.device) for k, v in batch.items()}, use_cache=False)
+                inputs = {k: v.to(self.device) for k, v in batch.items()}
+                self.model(**inputs, use_cache=False, **kwargs)
             finally:
                 hook.remove()
             likelihoods, greedy = _likelihoods(head, kept[0], tokens)
-        self._count([len(q.tokens) for q in questions], groups)
         values, best = iter(likelihoods.tolist()), iter(greedy.tolist())
         return [
             [_total([(next(values), next(best)) for _ in request]) for request in question.targets]
@@ -177,12 +211,16 @@ class Scorer:
             for row, length in enumerate(lengths)
         ]
 
+    def _experts(self) -> int:
+        """How many experts the last pass chose from; 0 without any."""
+        report = getattr(getattr(self.model, "base_model", None), "router_report", None)
+        return 0 if report is None else report.counts.shape[-1]
+
     def _count(self, lengths: Sequence[int], groups: Sequence[str] | None) -> None:
         """Add the last pass to the counts of its rows' groups."""
-        report = getattr(getattr(self.model, "base_model", None), "router_report", None)
-        if report is None:
+        experts = self._experts()
+        if not experts:
             return
-        experts = report.counts.shape[-1]
         by_group: dict[str, list[list[Tensor]]] = defaultdict(list)
         for row, route in enumerate(self.routes(lengths)):
             by_group["" if groups is None else groups[row]].append(route)

@@ -7,12 +7,9 @@ or several, is counted as unparsed and as wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Mapping
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
-from mixlora_exp.data.collator import pad_left
 from mixlora_exp.data.encoding import encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.evaluation.forward import Scorer, batches
@@ -56,18 +53,6 @@ def parse_answer(text: str, item: Item) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-@torch.no_grad()
-def _continue(scorer: Scorer, rows: Sequence[list[int]], new_tokens: int) -> list[str]:
-    batch = {k: v.to(scorer.device) for k, v in pad_left(rows, scorer.pad_id).items()}
-    del batch["position_ids"]  # `generate` counts them from the mask.
-    with scorer.full_precision():
-        output = scorer.model.generate(
-            **batch, do_sample=False, max_new_tokens=new_tokens, pad_token_id=scorer.pad_id
-        )
-    new = output[:, batch["input_ids"].shape[1] :]
-    return scorer.tokenizer.batch_decode(new, skip_special_tokens=True)
-
-
 def score_generate(
     scorer: Scorer,
     tests: Mapping[str, LoadedSplit],
@@ -89,10 +74,9 @@ def score_generate(
     texts = [""] * len(questions)
     for batch in batches(lengths, keys, scorer.batch_tokens):
         prompts = [questions[i][2].prompt for i in batch]
-        for i, text in zip(
-            batch, _continue(scorer, prompts, evaluation.max_new_tokens), strict=True
-        ):
-            texts[i] = text
+        new = scorer.generate(prompts, evaluation.max_new_tokens)
+        for i, tokens in zip(batch, new, strict=True):
+            texts[i] = scorer.tokenizer.decode(tokens, skip_special_tokens=True)
     results = []
     for task, test in tests.items():
         mine = [i for i, question in enumerate(questions) if question[0] == task]

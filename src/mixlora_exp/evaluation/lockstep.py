@@ -1,0 +1,185 @@
+"""Scoring several adapters in the same passes.
+
+Each adapter is scored by the protocols as if it were alone, in a thread of its own; a pass that one
+of them asks for waits until all the others ask for one or are done, and then runs for all of them,
+every row with its adapter. Which thread runs it changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mixlora_exp.evaluation.forward import Scorer
+from mixlora_exp.evaluation.packing import Packed
+
+__all__ = ["Lockstep", "LockstepScorer", "in_lockstep"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Request:
+    """A pass that an adapter asks for: its kind (method and settings) and rows; then its result."""
+
+    kind: tuple[str, int]
+    rows: Sequence[Any]
+    result: Any = None
+    routes: list[list[Tensor]] = field(default_factory=list)
+    experts: int = 0
+
+
+class Lockstep:
+    """Where the threads of `adapters` meet. `scorer` runs the passes, on a model that has them."""
+
+    def __init__(self, scorer: Scorer, adapters: Sequence[str]) -> None:
+        self.scorer = scorer
+        self._waiting: dict[str, _Request] = {}
+        self._present = set(adapters)
+        self._order = list(adapters)
+        self._meeting = threading.Condition()
+        self._error: BaseException | None = None
+
+    def ask(self, adapter: str, request: _Request) -> _Request:
+        """Wait for the others, and return the request with its result."""
+        with self._meeting:
+            self._waiting[adapter] = request
+            self._run_if_all_are_here()
+            self._meeting.wait_for(lambda: adapter not in self._waiting or self._error is not None)
+            if self._error is not None:
+                raise RuntimeError("another adapter's pass failed") from self._error
+        return request
+
+    def leave(self, adapter: str) -> None:
+        """The adapter asks for nothing more."""
+        with self._meeting:
+            self._present.discard(adapter)
+            self._run_if_all_are_here()
+
+    def _run_if_all_are_here(self) -> None:
+        if not self._waiting or set(self._waiting) != self._present:
+            return
+        try:
+            kinds = dict.fromkeys(self._waiting[a].kind for a in self._order if a in self._waiting)
+            for kind in kinds:
+                self._run(
+                    kind,
+                    {
+                        name: self._waiting[name]
+                        for name in self._order
+                        if name in self._waiting and self._waiting[name].kind == kind
+                    },
+                )
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._waiting = {}
+            self._meeting.notify_all()
+
+    def _run(self, kind: tuple[str, int], requests: Mapping[str, _Request]) -> None:
+        method, setting = kind
+        rows = [row for request in requests.values() for row in request.rows]
+        names = [name for name, request in requests.items() for _ in request.rows]
+        run = getattr(self.scorer, f"run_{method}")
+        found = run(rows, *([setting] if setting else []), adapter_names=names)
+        start = 0
+        for name, request in requests.items():
+            end = start + len(request.rows)
+            request.result, start = found[start:end], end
+            if method != "generate":
+                request.routes, request.experts = self._routes(name, request.rows)
+
+    def _routes(self, adapter: str, rows: Sequence[Any]) -> tuple[list[list[Tensor]], int]:
+        routings = [
+            module.routings[adapter]
+            for module in self.scorer.model.modules()
+            if adapter in getattr(module, "routings", ())
+        ]
+        if not routings:
+            return [[] for _ in rows], 0
+        lengths = [len(row.tokens if isinstance(row, Packed) else row) for row in rows]
+        layers = [r.experts.view(len(rows), -1, r.experts.shape[-1]) for r in routings]
+        routes = [
+            [layer[i, layer.shape[1] - length :] for layer in layers]
+            for i, length in enumerate(lengths)
+        ]
+        return routes, routings[0].probabilities.shape[-1]
+
+
+class LockstepScorer(Scorer):
+    """The scorer of one adapter, whose passes run together with the others'."""
+
+    def __init__(self, meeting: Lockstep, adapter: str, batch_tokens: int) -> None:
+        shared = meeting.scorer
+        super().__init__(shared.model, shared.tokenizer, shared.autocast, batch_tokens)
+        self._meeting, self._adapter = meeting, adapter
+        self._last = _Request(("", 0), ())
+
+    def _ask(self, method: str, setting: int, rows: Sequence[Any]) -> Any:
+        self._last = self._meeting.ask(self._adapter, _Request((method, setting), rows))
+        return self._last.result
+
+    def run_logits(self, rows: Sequence[Sequence[int]], keep: int, **kwargs: Any) -> Tensor:
+        return self._ask("logits", keep, rows)
+
+    def run_scores(
+        self, questions: Sequence[Packed], **kwargs: Any
+    ) -> list[list[tuple[float, bool]]]:
+        return self._ask("scores", 0, questions)
+
+    def run_generate(
+        self, rows: Sequence[Sequence[int]], new_tokens: int, **kwargs: Any
+    ) -> list[list[int]]:
+        return self._ask("generate", new_tokens, rows)
+
+    def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
+        return self._last.routes
+
+    def _experts(self) -> int:
+        return self._last.experts
+
+
+def in_lockstep(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    autocast: AbstractContextManager,
+    work: Mapping[str, Callable[[Scorer], Result]],
+    batch_tokens: int,
+) -> dict[str, Result]:
+    """Do the work of each adapter of `model`, given a scorer whose passes all of them share.
+
+    `batch_tokens` are the padded tokens of a whole pass. The first error is raised.
+    """
+    meeting = Lockstep(Scorer(model, tokenizer, autocast, batch_tokens), list(work))
+    share = max(1, batch_tokens // len(work))
+    results: dict[str, Result] = {}
+    errors: list[BaseException] = []
+    threads_of_torch = torch.get_num_threads()
+
+    def carry_out(adapter: str) -> None:
+        # A thread starts with settings of its own.
+        torch.set_num_threads(threads_of_torch)
+        try:
+            results[adapter] = work[adapter](LockstepScorer(meeting, adapter, share))
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            errors.append(error)
+        finally:
+            meeting.leave(adapter)
+
+    threads = [threading.Thread(target=carry_out, args=(name,), name=name) for name in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise meeting._error or errors[0]
+    return {name: results[name] for name in work}
