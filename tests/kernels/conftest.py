@@ -21,6 +21,7 @@ from mixlora_exp.kernels import (
 )
 from mixlora_exp.kernels.exact import mixlora_exact_dense, mixlora_exact_grouped
 from mixlora_exp.kernels.shared import mixlora_shared
+from mixlora_exp.kernels.stages import dense_stage, grouped_stage, shared_stage, staged
 from mixlora_exp.kernels.stock import mixlora_stock
 
 ROLES = ("gate", "up", "down")
@@ -219,6 +220,9 @@ MASKED = {
     "shared": mixlora_shared,
     "exact, grouped": mixlora_exact_grouped,
     "exact, dense": mixlora_exact_dense,
+    "staged, shared": staged(shared_stage),
+    "staged, grouped": staged(grouped_stage),
+    "staged, dense": staged(dense_stage),
 }
 FORMS = {"peft": mixlora_stock, **MASKED}
 

@@ -109,7 +109,7 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftMod
                 "this base model"
             ) from error
         wrong = [
-            *(key for key in result.missing_keys if f".{name}" in key and "lora_" in key),
+            *(key for key in result.missing_keys if name in key.split(".") and "lora_" in key),
             *result.unexpected_keys,
         ]
         if wrong:

@@ -22,33 +22,49 @@ from mixlora_exp.kernels.grouped_stage import grouped_hidden
 from mixlora_exp.kernels.shapes import FeedForward, Routing, low_ranks
 from mixlora_exp.kernels.shared import adapt
 
-__all__ = ["STAGES", "Finish", "Stage"]
+__all__ = ["STAGES", "Finish", "Stage", "dense_stage", "grouped_stage", "shared_stage", "staged"]
 
 Finish = Callable[[Tensor], Tensor]
 Stage = Callable[[Tensor, Tensor, Tensor, Routing, FeedForward], tuple[Tensor, Finish]]
+
+
+def grouped_stage(
+    x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
+) -> tuple[Tensor, Finish]:
+    """The exact kernel, tokens grouped by expert."""
+    if len(x) == 0:
+        return dense_stage(x, gate, up, routing, block)
+    experts, weights = routing.experts, routing.weights
+    hidden, added = grouped_hidden(x, gate, up, experts, weights, block)
+
+    def finish(y: Tensor) -> Tensor:
+        y = y.view(*hidden.shape[:-1], -1)
+        y = y if added is None else y + added
+        if not block.down.has_scale:
+            return y
+        y = y * functional.embedding(experts, low_ranks(block, y.dtype)["down"].scale)
+        return (weights.to(y.dtype).unsqueeze(-1) * y).sum(dim=1)
+
+    return hidden.flatten(0, -2), finish
+
+
+def dense_stage(
+    x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
+) -> tuple[Tensor, Finish]:
+    """The exact kernel over all experts' columns at once."""
+    experts, weights = routing.experts, routing.weights
+    hidden, columns = recomputed_hidden_states(x, gate, up, experts, weights, block)
+    return hidden.flatten(0, -2), lambda y: dense.finish(
+        y.view(*hidden.shape[:-1], -1), columns, experts, weights, block
+    )
 
 
 def exact_stage(
     x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
 ) -> tuple[Tensor, Finish]:
     """The exact kernel, in the form that is faster for this device and shape."""
-    experts, weights = routing.experts, routing.weights
-    if grouped_is_faster(x, block) and len(x):
-        hidden, added = grouped_hidden(x, gate, up, experts, weights, block)
-
-        def finish(y: Tensor) -> Tensor:
-            y = y.view(*hidden.shape[:-1], -1)
-            y = y if added is None else y + added
-            if not block.down.has_scale:
-                return y
-            y = y * functional.embedding(experts, low_ranks(block, y.dtype)["down"].scale)
-            return (weights.to(y.dtype).unsqueeze(-1) * y).sum(dim=1)
-
-        return hidden.flatten(0, -2), finish
-    hidden, columns = recomputed_hidden_states(x, gate, up, experts, weights, block)
-    return hidden.flatten(0, -2), lambda y: dense.finish(
-        y.view(*hidden.shape[:-1], -1), columns, experts, weights, block
-    )
+    stage = grouped_stage if grouped_is_faster(x, block) else dense_stage
+    return stage(x, gate, up, routing, block)
 
 
 def shared_stage(
@@ -85,3 +101,15 @@ STAGES: dict[str, Stage] = {
     "triton": exact_stage,
 }
 """By kernel. `reference` and `peft` are whole experts by definition and share nothing."""
+
+
+def staged(stage: Stage) -> Callable[[Tensor, Routing, FeedForward], Tensor]:
+    """The whole block of one adapter by a stage: a kernel like the others."""
+
+    def kernel(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+        gate = functional.linear(x, block.gate.weight)
+        up = functional.linear(x, block.up.weight)
+        hidden, finish = stage(x, gate, up, routing, block)
+        return finish(functional.linear(hidden, block.down.weight))
+
+    return kernel

@@ -1,0 +1,178 @@
+"""Several adapters from one command: the records of each as if it had run alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixlora_exp.cli import execute
+from mixlora_exp.config import compose
+from mixlora_exp.errors import UserError
+from mixlora_exp.results.record import read_record
+from mixlora_exp.together import run_together
+
+SMALL = [
+    "experiment=smoke",
+    "trainer.precision=float32",
+    "data.train_limit=8",
+    "evaluation.batch_check=2",
+    "evaluation.protocols=[label_logits,answer_text,generate]",
+]
+ENTRIES = [
+    ["method=mixlora"],
+    ["method=lora", "task=obqa", "trainer.max_steps=3"],
+    ["method=mixdora", "method.rank=4", "evaluation.limit=5"],
+]
+# What tells when and beside whom a run took place.
+CIRCUMSTANCES = {"provenance", "seconds", "scoring", "content_sha256", "train", "saved_adapter"}
+
+
+def records(folder: Path) -> dict[str, dict]:
+    return {path.parent.name: read_record(path) for path in sorted(folder.rglob("record.json"))}
+
+
+def settings(record: dict) -> dict:
+    """Everything that must be the same, without where the results go and how they were started."""
+    skipped = CIRCUMSTANCES | {"scores", "predictions_sha256"}
+    found = {key: value for key, value in record.items() if key not in skipped}
+    trainer = {**found["config"]["trainer"], "pack_adapters": None}
+    return {**found, "config": {**found["config"], "output_dir": None, "trainer": trainer}}
+
+
+def lists(record: dict, folder: Path) -> dict[str, list]:
+    return {
+        key: [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for key, name in record["predictions"].items()
+    }
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    ours, theirs = records(found), records(expected)
+    assert ours.keys() == theirs.keys()
+    for name, record in ours.items():
+        truth = theirs[name]
+        assert settings(record) == settings(truth)
+        loss = truth["train"]["final_loss"]
+        assert record["train"]["final_loss"] == pytest.approx(loss, rel=1e-5)
+        for ours_score, theirs_score in zip(record["scores"], truth["scores"], strict=True):
+            assert ours_score["accuracy"] == theirs_score["accuracy"]
+            assert ours_score["expert_load"] == theirs_score["expert_load"]
+            for key in ("gold_log_likelihood", "majority_class", "n"):
+                truth_of_key = theirs_score.get(key)
+                if truth_of_key is not None:
+                    truth_of_key = pytest.approx(truth_of_key, rel=1e-4)
+                assert ours_score.get(key) == truth_of_key
+        written = lists(record, found / name)
+        for key, items in lists(truth, expected / name).items():
+            assert [i["prediction"] for i in written[key]] == [i["prediction"] for i in items]
+        for key, value in load_file(expected / name / "adapter/adapter_model.safetensors").items():
+            weights = load_file(found / name / "adapter/adapter_model.safetensors")
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    for entry in ENTRIES:
+        assert execute([*SMALL, f"output_dir={folder}", *entry]) == 0
+    return folder
+
+
+def test_records_are_those_of_the_runs_alone(alone, tmp_path) -> None:
+    listed = ",".join(
+        "{" + ",".join(change.replace("=", ":", 1) for change in entry) + "}" for entry in ENTRIES
+    )
+    assert execute([*SMALL, f"output_dir={tmp_path}", f"adapters=[{listed}]"]) == 0
+    assert_same(tmp_path, alone)
+    for name, record in records(tmp_path).items():
+        assert set(record["train"]["together"]) == set(records(alone)) - {name}
+    assert all(record["train"]["together"] == [] for record in records(alone).values())
+
+
+def test_a_packed_sweep_gives_the_records_of_an_unpacked_one(tmp_path) -> None:
+    sweep = ["-m", *SMALL, "method=lora,mixlora", "method.rank=2,4,8"]
+    assert execute([*sweep, f"output_dir={tmp_path / 'one'}"]) == 0
+    assert execute([*sweep, f"output_dir={tmp_path / 'four'}", "trainer.pack_adapters=4"]) == 0
+    assert_same(tmp_path / "four", tmp_path / "one")
+    together = sorted(len(r["train"]["together"]) for r in records(tmp_path / "four").values())
+    assert together == [1, 1, 3, 3, 3, 3]
+
+
+def test_an_experiment_file_with_a_list(tmp_path, capsys) -> None:
+    """And a second start runs nothing again."""
+    command = ["experiment=multi_adapter/smoke", f"output_dir={tmp_path}"]
+    assert execute(command) == 0
+    before = records(tmp_path)
+    assert {r["config"]["method"]["name"] for r in before.values()} == {
+        "lora", "dora", "mixlora", "mixdora",
+    }  # fmt: skip
+    capsys.readouterr()
+    assert execute(command) == 0
+    assert records(tmp_path) == before
+    assert capsys.readouterr().out.count("Already finished") == 4
+
+
+def test_those_that_are_missing_run(tmp_path) -> None:
+    entries = "adapters=[lora,dora,mixlora]"
+    assert execute([*SMALL, f"output_dir={tmp_path}", "method=lora"]) == 0
+    (first,) = records(tmp_path).values()
+    assert execute([*SMALL, f"output_dir={tmp_path}", entries]) == 0
+    found = records(tmp_path)
+    assert len(found) == 3
+    assert found[first["name"]] == first
+
+
+def test_one_that_fails_does_not_cost_the_others(tmp_path, capsys) -> None:
+    entries = "adapters=[lora,{method:mixlora,trainer.learning_rate:1e30,trainer.max_steps:4}]"
+    assert execute([*SMALL, f"output_dir={tmp_path}", entries]) == 2
+    told = capsys.readouterr().err
+    assert "1 of 2 adapters were taken out, the others are recorded" in told
+    assert "trainer.learning_rate=1e+30" in told
+    (record,) = records(tmp_path).values()
+    assert record["config"]["method"]["name"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[lora,none]", "entry 2 has method=none, which trains nothing"),
+        ("[lora,{method:lora,model:tiny_gemma}]", "entry 2 has another model than entry 1"),
+        ("[lora,{method:dora,seed:7}]", "another seed than entry 1.*random base model"),
+        ("[lora,{method:lora}]", "entries 1 and 2 are the same run"),
+        ("[lora,{method:lora,method.rnak:8}]", r"entry 2 \(.*rnak=8\).*rank"),
+        ("[lora,{method:qlora}]", "entry 2.*qlora"),
+        ("[lora,7]", "entry 2 is 7: give a method's name"),
+        ("[lora,{adapters:[dora]}]", "entry 2 has adapters of its own"),
+        ("[lora,{method:dora,trainer.precision:bfloat16}]", "another trainer.precision"),
+    ],
+)
+def test_wrong_lists_are_told_before_anything_starts(tmp_path, capsys, entries, message) -> None:
+    assert execute([*SMALL, f"output_dir={tmp_path}", f"adapters={entries}"]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_lists_are_not_swept(tmp_path, capsys) -> None:
+    argv = ["-m", *SMALL, f"output_dir={tmp_path}", "adapters=[lora]", "method.rank=2,4"]
+    assert execute(argv) == 2
+    assert "trainer.pack_adapters=4" in capsys.readouterr().err
+
+
+def test_dry_run_tells_of_all(tmp_path, capsys) -> None:
+    argv = ["experiment=multi_adapter/smoke", f"output_dir={tmp_path}", "dry_run=true"]
+    assert execute(argv) == 0
+    told = capsys.readouterr().out
+    assert told.count("adapters like this on one base") == 4
+    assert "4 adapters on one base: about" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_configurations_are_checked_by_the_library_too(tmp_path) -> None:
+    config = compose([*SMALL, f"output_dir={tmp_path}", "method=lora"])
+    with pytest.raises(UserError, match="the same run"):
+        run_together([config, config])

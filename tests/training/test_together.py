@@ -1,0 +1,229 @@
+"""Several adapters trained on one base: each as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixlora_exp.adapters import attach_adapter, attach_together
+from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.config import Config, compose
+from mixlora_exp.data.encoding import Example, encode_examples
+from mixlora_exp.data.sources import load_split
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.training import TrainSummary, fit, fit_jointly, make_job
+
+SMALL = [
+    "experiment=smoke",
+    "trainer.precision=float32",
+    "data.train_limit=24",
+    "trainer.batch_size=8",
+    "trainer.max_steps=50",
+]
+# Four methods that differ in whatever may differ.
+FOUR = {
+    "mixlora": ["method=mixlora", "method.rank=4", "trainer.micro_batch_size=4", "seed=1"],
+    "dora": [
+        "method=dora", "task=obqa", "method.rank=2", "seed=2",
+        "trainer.max_steps=30", "trainer.max_grad_norm=0.5",
+    ],
+    "mixdora": [
+        "method=mixdora", "task=piqa", "method.num_experts=4", "seed=3", "method.dropout=0.2",
+        "trainer.learning_rate=1e-3", "trainer.schedule=linear", "trainer.warmup_steps=3",
+    ],
+    "lora": [
+        "method=lora", "seed=4", "trainer.micro_batch_size=2", "trainer.max_steps=9",
+        "trainer.loss_on=all",
+    ],
+}  # fmt: skip
+
+
+@dataclass
+class Result:
+    """An adapter's weights, by names that do not depend on what else the model carries."""
+
+    weights: dict[str, torch.Tensor]
+    summary: TrainSummary | str
+
+
+def plain(name: str, adapter: str) -> str:
+    return name.replace(".base_layer", "").replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
+
+
+def examples_of(config: Config) -> list[Example]:
+    loaded = load_split(config.data, config.task.train[0], "train")
+    items = loaded.limited(config.data.train_limit, config.data.seed).items
+    return encode_examples(load_tokenizer(config.model), items, config.data)
+
+
+def base_of(config: Config, dtype: torch.dtype):
+    model = load_model(config.model, torch.float32, seed=7).to(dtype)
+    # Plain attention takes its softmax in float32.
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[..., Result]:
+    def train(config: Config, dtype: torch.dtype) -> Result:
+        base = base_of(config, dtype)
+        model = attach_adapter(base, config.method, config.kernel, config.seed)
+        folder = tmp_path / f"alone-{config.method.name}"
+        folder.mkdir()
+        tokenizer = load_tokenizer(config.model)
+        summary = fit(config, model, tokenizer, examples_of(config), folder, dtype)
+        owned = parameters_of(model, "default")
+        return Result({plain(n, "default"): p.detach() for n, p in owned.items()}, summary)
+
+    return train
+
+
+@pytest.fixture
+def together(tmp_path: Path) -> Callable[..., dict[str, Result]]:
+    def train(
+        configs: dict[str, Config],
+        dtype: torch.dtype = torch.float32,
+        change: Callable[..., None] | None = None,
+        examples: dict[str, list[Example]] | None = None,
+    ) -> dict[str, Result]:
+        jobs = []
+        for number, (name, config) in enumerate(configs.items()):
+            folder = tmp_path / f"together-{name}"
+            folder.mkdir(exist_ok=True)
+            given = (examples or {}).get(name)
+            jobs.append(
+                make_job(
+                    f"adapter{number}",
+                    config,
+                    examples_of(config) if given is None else given,
+                    folder,
+                    load_tokenizer(config.model),
+                )
+            )
+        first = next(iter(configs.values()))
+        methods = {
+            job.name: (config.method, config.seed)
+            for job, config in zip(jobs, configs.values(), strict=True)
+        }
+        model = attach_together(base_of(first, dtype), methods, first.kernel)
+        if change is not None:
+            change(model)
+        found = fit_jointly(model, jobs, dtype)
+        return {
+            name: Result(
+                {plain(n, job): p.detach() for n, p in parameters_of(model, job).items()},
+                found[job],
+            )
+            for name, job in zip(configs, found, strict=True)
+        }
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["f64", "f32"]
+)
+def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, tolerance) -> None:
+    """Methods, ranks, experts, tasks, batch sizes, rates, schedules, clipping, lengths, dropout and
+    losses of their own."""
+    configs = {name: compose([*SMALL, *changes]) for name, changes in FOUR.items()}
+    found = together(configs, dtype)
+    for name, config in configs.items():
+        expected = alone(config, dtype)
+        assert found[name].weights.keys() == expected.weights.keys()
+        for key, weight in expected.weights.items():
+            torch.testing.assert_close(
+                found[name].weights[key], weight, rtol=0, atol=tolerance, msg=f"{name} {key}"
+            )
+        summary, truth = found[name].summary, expected.summary
+        assert (summary.steps, summary.tokens) == (truth.steps, truth.tokens)
+        # Records round them to five digits.
+        close = {"abs": max(tolerance, 2e-5)}
+        assert summary.stability.step_losses == pytest.approx(truth.stability.step_losses, **close)
+        norms = truth.stability.step_gradient_norms
+        assert summary.stability.step_gradient_norms == pytest.approx(norms, **close)
+        assert summary.expert_load == truth.expert_load or dtype is torch.float32
+        for ours, theirs in zip(summary.curve, truth.curve, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize("kernel", ["reference", "peft", "shared"])
+def test_every_kernel_trains_together(alone, together, kernel) -> None:
+    steps = ["trainer.max_steps=4", f"kernel={kernel}"]
+    configs = {name: compose([*SMALL, *changes, *steps]) for name, changes in FOUR.items()}
+    found = together(configs, torch.float64)
+    for name, config in configs.items():
+        expected = alone(config, torch.float64)
+        for key, weight in expected.weights.items():
+            torch.testing.assert_close(found[name].weights[key], weight, rtol=0, atol=1e-9)
+
+
+def test_checkpointing_changes_nothing(together) -> None:
+    steps = ["trainer.max_steps=3"]
+    results = []
+    for extra in ([], ["trainer.gradient_checkpointing=true"]):
+        configs = {n: compose([*SMALL, *c, *steps, *extra]) for n, c in FOUR.items()}
+        results.append(together(configs, torch.float64))
+    for name in FOUR:
+        for key, weight in results[0][name].weights.items():
+            torch.testing.assert_close(results[1][name].weights[key], weight, rtol=0, atol=1e-12)
+
+
+def poison(adapter: str) -> Callable[..., None]:
+    def change(model) -> None:
+        with torch.no_grad():
+            for parameter in parameters_of(model, adapter).values():
+                parameter.fill_(float("nan"))
+
+    return change
+
+
+@pytest.mark.parametrize("victim", list(FOUR))
+def test_one_adapters_nan_stops_it_alone(together, victim) -> None:
+    """It is taken out at its first step with a message, and the others do not change by a bit."""
+    steps = ["trainer.max_steps=4"]
+    configs = {name: compose([*SMALL, *c, *steps]) for name, c in FOUR.items()}
+    sound = together(configs)
+    broken = together(configs, change=poison(f"adapter{list(FOUR).index(victim)}"))
+    assert isinstance(broken[victim].summary, str)
+    assert "at step 1" in broken[victim].summary
+    assert "trainer.learning_rate" in broken[victim].summary
+    for name in set(FOUR) - {victim}:
+        assert broken[name].summary.stability == sound[name].summary.stability
+        for key, weight in sound[name].weights.items():
+            assert torch.equal(broken[name].weights[key], weight), (name, key)
+
+
+def test_one_that_diverges_later_keeps_its_last_good_adapter(together, tmp_path) -> None:
+    configs = {name: compose([*SMALL, *c, "trainer.max_steps=8"]) for name, c in FOUR.items()}
+    # Too large for float32 after its first step.
+    trainer = replace(configs["lora"].trainer, learning_rate=1e30)
+    configs["lora"] = replace(configs["lora"], trainer=trainer)
+    found = together(configs)
+    assert "last_good" in found["lora"].summary
+    assert (tmp_path / "together-lora" / "last_good" / "adapter_model.safetensors").is_file()
+    assert found["mixlora"].summary.steps == 8
+
+
+def test_no_examples_are_refused_by_name(together) -> None:
+    configs = {"lora": compose([*SMALL, *FOUR["lora"]])}
+    with pytest.raises(UserError, match=r"task\.train=.*nothing to train on"):
+        together(configs, examples={"lora": []})
+
+
+def test_a_finished_one_leaves_the_batch(together) -> None:
+    """Its weights stay as they were after its own last step."""
+    few, many = ["trainer.max_steps=2"], ["trainer.max_steps=6"]
+    short = {n: compose([*SMALL, *FOUR[n], *few]) for n in ("mixlora", "lora")}
+    mixed = {**short, "lora": compose([*SMALL, *FOUR["lora"], *many])}
+    expected, found = together(short), together(mixed)
+    for key, weight in expected["mixlora"].weights.items():
+        assert torch.equal(found["mixlora"].weights[key], weight)
+    assert found["lora"].summary.steps == 6
