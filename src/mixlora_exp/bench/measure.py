@@ -13,10 +13,10 @@ from mixlora_exp.bench.settings import Row
 from mixlora_exp.config.choices import Head
 from mixlora_exp.training.head import loss_from_hidden
 
-__all__ = ["feed_forward_saved_bytes", "inference_step", "saved_bytes", "training_step"]
+__all__ = ["Clock", "feed_forward_saved_bytes", "inference_step", "saved_bytes", "training_step"]
 
 
-class _Clock:
+class Clock:
     """Elapsed seconds between marks: wall time on a CPU, events of the stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ def training_step(model: nn.Module, row: Row, ids: Tensor) -> tuple[float, float
     """
     model.train()
     adapters_changed()
-    clock = _Clock(ids.device)
+    clock = Clock(ids.device)
     if row.method in ("base", "floor"):
         embedded = model.get_input_embeddings()(ids).detach()
         embedded.requires_grad_(row.method == "floor")
@@ -75,7 +75,7 @@ def inference_step(model: nn.Module, ids: Tensor) -> float:
     computed once for many passes, the norms of DoRA, is computed before."""
     model.eval()
     model(input_ids=ids[:1, :1], logits_to_keep=1)
-    clock = _Clock(ids.device)
+    clock = Clock(ids.device)
     clock.mark()
     model(input_ids=ids, logits_to_keep=1)
     clock.mark()

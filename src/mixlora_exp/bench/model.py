@@ -20,7 +20,7 @@ from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, M
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.shape import build_hf_config
 
-__all__ = ["adapted", "base_model", "model_config"]
+__all__ = ["adapted", "base_model", "model_config", "sharing"]
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
 
@@ -60,12 +60,14 @@ def base_model(config: ModelConfig, dtype: torch.dtype, device: str, seed: int) 
                 parameter.normal_(0, 0.02)
             else:
                 parameter.fill_(1.0 if config.family.value != "gemma" else 0.0)
+    # Built without its initialisation, which would do this.
+    model.tie_weights()
     # `generate`'s defaults and caches have no part in this.
     model.config.use_cache = False
     return model.requires_grad_(False)
 
 
-def _sharing(base: nn.Module) -> nn.Module:
+def sharing(base: nn.Module) -> nn.Module:
     """A copy of the modules that holds the very same weights."""
     shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
     return copy.deepcopy(base, shared)
@@ -74,7 +76,7 @@ def _sharing(base: nn.Module) -> nn.Module:
 def adapted(base: PreTrainedModel, row: Row, dropout: float, seed: int) -> nn.Module:
     """The model of a row on the weights of `base`. B is not left at zero, so that no product of
     the row is with zeros. Rows `base` and `floor` have no adapter."""
-    model = _sharing(base)
+    model = sharing(base)
     if row.method in ("base", "floor"):
         return model
     common = {
