@@ -14,14 +14,15 @@ PACKAGE = SOURCE.name
 EVERYTHING = None
 ALLOWED: dict[str, set[str] | None] = {
     "errors": set(),
+    "hashing": set(),
     "config": {"errors"},
     "kernels": set(),
     "tasks": {"errors"},
-    "models": {"config", "errors"},
+    "models": {"config", "errors", "hashing"},
     "adapters": {"config", "kernels", "models", "errors"},
     "data": {"config", "tasks", "errors"},
     "runtime": {"config"},
-    "training": {"config", "kernels", "data", "adapters", "runtime", "errors"},
+    "training": {"config", "kernels", "data", "adapters", "runtime", "errors", "hashing"},
     "evaluation": {"config", "tasks", "data", "runtime", "errors"},
     "results": {"config", "tasks", "errors"},
     "bench": {
@@ -42,6 +43,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "lm_eval": {"errors"},
     "inputs": EVERYTHING,
     "experiment": EVERYTHING,
+    "together": EVERYTHING,
     "cli": EVERYTHING,
     # The package itself makes the tuner known to PEFT, and does nothing else.
     "__init__": {"_peft_hook"},

@@ -6,6 +6,8 @@ The only module that knows every room. What is scored is what was loaded back fr
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,15 +24,17 @@ from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import Scorer, TaskScore, check_tests, score_tests
+from mixlora_exp.hashing import file_sha256
 from mixlora_exp.inputs import (
     RECORD,
     Inputs,
     check_inputs,
+    comparable,
     differences,
     gather_inputs,
     resolve_config,
 )
-from mixlora_exp.models import file_sha256, identify, load_model, load_tokenizer
+from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.planning import parameters_entry, print_plan
 from mixlora_exp.results.record import (
     finish_record,
@@ -42,6 +46,7 @@ from mixlora_exp.results.record import (
 from mixlora_exp.results.show import be_quiet, print_record, say
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
 from mixlora_exp.training import TrainSummary, fit
+from mixlora_exp.training.checkpoints import Checkpoints
 
 __all__ = [
     "RECORD",
@@ -58,6 +63,7 @@ __all__ = [
     "write_record",
 ]
 
+CHECKPOINTS = "checkpoints"
 ROOT = Path(__file__).resolve().parents[2]
 Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
 """Of each task and protocol, and items and seconds by protocol."""
@@ -75,6 +81,16 @@ class Run:
     dtype: torch.dtype
     started: float
     origin: dict[str, Any]
+
+    def checkpoints(self) -> Checkpoints:
+        """Of this run; those of other data, code or settings are not its own."""
+        of = {**self.inputs.identity, "fingerprint": fingerprint(self.config)}
+        folder, keep = self.folder / CHECKPOINTS, self.config.trainer.keep_checkpoints
+        # As JSON has it, in which it is compared.
+        found = Checkpoints(folder, json.loads(json.dumps(comparable(of))), keep)
+        if self.config.force:
+            found.clear()
+        return found
 
     def load_base(self) -> PreTrainedModel:
         """The base model on this process's device; the seed is set to the run's."""
@@ -126,6 +142,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
     """Write and show the record of a finished run."""
     path = folder / RECORD
     write_json(path, finish_record(record))
+    # Not needed any more, once the record is on the disk.
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     print_record(record)
     say(f"Record: {path}")
     return path
@@ -247,7 +265,9 @@ def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     examples = training_examples(this)
     model = attach_adapter(base, config.method, config.kernel, config.seed)
     say(f"Training {config.method.name} on {len(examples)} examples")
-    summary = fit(config, model, this.tokenizer, examples, this.folder, this.dtype)
+    summary = fit(
+        config, model, this.tokenizer, examples, this.folder, this.dtype, this.checkpoints()
+    )
     if processes().is_main_process:
         save_adapter(model, this.folder / "adapter")
     model.unload()

@@ -18,12 +18,21 @@ from mixlora_exp.config.schema import (
 )
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
+from mixlora_exp.hashing import code_sha256, file_sha256
 from mixlora_exp.kernels import has_triton, resolve_kernel
-from mixlora_exp.models import file_sha256, identify, with_folder_shape
+from mixlora_exp.models import identify, with_folder_shape
 from mixlora_exp.results.record import read_record
 from mixlora_exp.runtime import resolve_device, resolve_dtype
 
-__all__ = ["RECORD", "Inputs", "check_inputs", "differences", "gather_inputs", "resolve_config"]
+__all__ = [
+    "RECORD",
+    "Inputs",
+    "check_inputs",
+    "comparable",
+    "differences",
+    "gather_inputs",
+    "resolve_config",
+]
 
 
 RECORD = "record.json"
@@ -165,6 +174,7 @@ def gather_inputs(config: Config) -> Inputs:
         },
         "model": identify(config.model),
         "adapter": adapter,
+        "code": code_sha256(),
         "kernel": _kernel(config, adapter),
         "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
     }
@@ -196,6 +206,13 @@ def check_inputs(configs: list[Config]) -> None:
                 seen.add(key)
 
 
+def comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of an identity must be the same for a run to go on: where files lie does not count."""
+    data = {split: [file["sha256"] for file in files] for split, files in identity["data"].items()}
+    model = {k: v for k, v in identity["model"].items() if k not in ("commit", "path")}
+    return {**{k: v for k, v in identity.items() if k != "adapter"}, "data": data, "model": model}
+
+
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     """Names of the inputs in which a finished run differs: data splits by hash, the rest whole.
 
@@ -206,7 +223,9 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
         hashes = [file["sha256"] for file in files]
         if [file["sha256"] for file in then["data"].get(split, [])] != hashes:
             found.append(split)
-    for name in ("model", "adapter", "kernel", "dtype"):
+    # Records from before it was noted have no code.
+    names = ("model", "adapter", "kernel", "dtype", *(["code"] if "code" in then else []))
+    for name in names:
         old, new = then.get(name), now[name]
         if isinstance(old, dict) and isinstance(new, dict):
             old, new = (

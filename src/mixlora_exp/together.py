@@ -122,6 +122,7 @@ def _carry_out(runs: Sequence[Run]) -> list[Path]:
                 training_examples(this),
                 this.folder,
                 this.tokenizer,
+                this.checkpoints(),
             )
         )
     methods = {job.name: (job.config.method, job.config.seed) for job in jobs}

@@ -23,7 +23,14 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.errors import UserError
 
-__all__ = ["GuestConfig", "add_guest", "guest_config", "load_adapters", "parameters_of"]
+__all__ = [
+    "GuestConfig",
+    "add_guest",
+    "guest_config",
+    "load_adapters",
+    "parameters_of",
+    "plain_parameters_of",
+]
 
 
 @dataclass
@@ -82,6 +89,16 @@ def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
                 for inner, parameter in found.named_parameters():
                     owned[f"{name}.{part}.{adapter}.{inner}"] = parameter
     return owned
+
+
+def plain_parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The same by names that do not depend on the adapter's or on others in the model."""
+
+    def plain(name: str) -> str:
+        parts = [part for part in name.split(".") if part not in (adapter, "base_layer")]
+        return ".".join(parts)
+
+    return {plain(name): found for name, found in parameters_of(model, adapter).items()}
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:

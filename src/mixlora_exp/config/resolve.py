@@ -36,6 +36,9 @@ EXCLUDED = (
     # Each of several adapters has the results that it has alone.
     "adapters",
     "trainer.pack_adapters",
+    # A run that goes on from a checkpoint ends as one that was never interrupted.
+    "trainer.save_steps",
+    "trainer.keep_checkpoints",
     "model.access",
     "model.nominal_parameters",
     "data.path",

@@ -199,12 +199,22 @@ class TrainerConfig:
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
     logging_steps: int = 10
+    save_steps: int = 50
+    """Write a checkpoint after this many optimizer steps, and after the last one."""
+    keep_checkpoints: int = 2
     pack_adapters: int = 1
     """With -m: train up to this many runs of the sweep together on one base model."""
 
     def __post_init__(self) -> None:
         require_positive("trainer.learning_rate", self.learning_rate)
-        for name in ("batch_size", "micro_batch_size", "logging_steps", "pack_adapters"):
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "logging_steps",
+            "save_steps",
+            "keep_checkpoints",
+            "pack_adapters",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"trainer.{name}", value, "must be >= 1")
         require(

@@ -10,14 +10,12 @@ from mixlora_exp.models.loading import (
     load_model,
     load_tokenizer,
 )
-from mixlora_exp.models.pypi import file_sha256
 from mixlora_exp.models.shape import with_folder_shape
 
 __all__ = [
     "FAMILIES",
     "FamilyLayout",
     "build_hf_config",
-    "file_sha256",
     "has_local_tokenizer",
     "identify",
     "load_model",

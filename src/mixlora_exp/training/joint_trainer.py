@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.adapters.hosting import parameters_of, plain_parameters_of
 from mixlora_exp.config.choices import Head
 from mixlora_exp.runtime import autocast
 from mixlora_exp.training.job import Job, MicroBatch, micro_batches
@@ -31,7 +31,7 @@ Pass = dict[str, MicroBatch]
 def passes_of(jobs: Sequence[Job]) -> list[Pass]:
     """Which micro-batch of which adapter goes through the model in each pass: the next one of every
     adapter that is not done, so that each keeps its own batch size and order."""
-    columns = [micro_batches(job.config, job.examples) for job in jobs]
+    columns = [micro_batches(job.config, job.examples, job.step) for job in jobs]
     return [
         {job.name: micro for job, micro in zip(jobs, row, strict=True) if micro is not None}
         for row in zip_longest(*columns)
@@ -43,7 +43,7 @@ class _JointOptimizer(Optimizer):
 
     def __init__(self, trainer: JointTrainer) -> None:
         self.trainer = trainer
-        super().__init__([p for job in trainer.jobs for p in job.parameters], {"lr": 0.0})
+        super().__init__([p for job in trainer.jobs for p in job.parameters.values()], {"lr": 0.0})
 
     def step(self, closure: Any = None) -> None:
         self.trainer.finish_pass()
@@ -105,7 +105,12 @@ class JointTrainer(Trainer):
                 for name, parameter in parameters_of(self.model, job.name).items()
                 if parameter.requires_grad
             }
-            job.parameters = list(owned.values())
+            trained = {id(parameter) for parameter in owned.values()}
+            job.parameters = {
+                name: parameter
+                for name, parameter in plain_parameters_of(self.model, job.name).items()
+                if id(parameter) in trained
+            }
             arguments = self._arguments[job.name]
             kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
             groups = [
@@ -122,6 +127,7 @@ class JointTrainer(Trainer):
                 num_warmup_steps=arguments.get_warmup_steps(job.steps),
                 num_training_steps=job.steps,
             )
+            job.restore()
         self.optimizer = _JointOptimizer(self)
         return self.optimizer
 
@@ -181,21 +187,22 @@ class JointTrainer(Trainer):
                 job.hold_gradients()
                 continue
             job.take_gradients()
-            gradients = [p.grad for p in job.parameters if p.grad is not None]
+            gradients = [p.grad for p in job.parameters.values() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(gradients))
             if not job.note_step(norm):
-                error = Diverged(job.step + 1, job.watch.losses[-1], norm, "its own rows alone")
+                loss = job.track.watch.losses[-1]
+                error = Diverged(job.step + 1, loss, norm, "its own rows alone")
                 job.fail(self.diverged(job, error))
                 continue
             limit = self._arguments[name].max_grad_norm
             if limit:
-                nn.utils.clip_grad_norm_(job.parameters, limit)
+                nn.utils.clip_grad_norm_(job.parameters.values(), limit)
             job.optimizer.step()
             rate = job.scheduler.get_last_lr()[0]
             job.scheduler.step()
-            for parameter in job.parameters:
+            for parameter in job.parameters.values():
                 parameter.grad = None
-            job.finish_step(norm, rate, micro.epoch, self._started)
+            job.finish_step(norm, rate, micro.epoch, time.perf_counter() - self._started)
 
     def diverged(self, job: Job, error: Diverged) -> str:
         """What is told of an adapter that is taken out; the others' runs do not depend on it."""

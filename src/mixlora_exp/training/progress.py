@@ -13,7 +13,14 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["LogFile", "ProgressBar", "ProgressLines", "append_log", "progress_callback"]
+__all__ = [
+    "LogFile",
+    "ProgressBar",
+    "ProgressLines",
+    "append_log",
+    "progress_callback",
+    "restart_log",
+]
 
 
 def append_log(path: Path, entry: dict[str, Any]) -> None:
@@ -35,6 +42,21 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
             f"output_dir: cannot write {path} ({error.strerror}); nothing was "
             "recorded. Free space there or choose another output_dir."
         ) from error
+
+
+def restart_log(path: Path, step: int) -> None:
+    """Cut a log to the entries up to `step`: what came after is going to be done again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break  # Cut off by a kill.
+        kept.append(line + "\n")
+    path.write_text("".join(kept)) if kept else path.unlink()
 
 
 class ProgressBar(ProgressCallback):
@@ -72,10 +94,11 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.path.unlink(missing_ok=True)
+            restart_log(self.path, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
+        # The last entry tells of the whole: how long it took, which the record has too.
+        if state.is_world_process_zero and "loss" in (logs or {}):
             entry = dict(logs)
             load = self.expert_load() if "loss" in logs else None
             if load is not None:

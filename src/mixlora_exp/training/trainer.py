@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from mixlora_exp.adapters.dropout import use_dropout_stream
+from mixlora_exp.adapters.hosting import plain_parameters_of
 from mixlora_exp.config.choices import Head, Order
 from mixlora_exp.data.sampler import BucketSampler, FixedSampler, sampler_of
 from mixlora_exp.kernels import DropoutStream
+from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.head import loss_from_hidden
-from mixlora_exp.training.stability import Diverged, StepWatch, find_layer
+from mixlora_exp.training.stability import Diverged, find_layer
+from mixlora_exp.training.track import Track
 
 __all__ = ["MixLoraTrainer"]
 
@@ -35,24 +44,25 @@ class MixLoraTrainer(Trainer):
         sampler_seed: int,
         head: Head = Head.auto,
         order: Order = Order.bucketed,
+        checkpoints: Checkpoints | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._head = head
         self._order = order
         self._sampler_seed = sampler_seed
-        self._router_loss, self._router_passes = 0.0, 0
-        self._window_counts: torch.Tensor | None = None
-        self.watch = StepWatch()
+        self.track = Track(self.args.logging_steps)
+        self.expert_load: list[list[float]] | None = None
+        """Share of each expert, per layer, between the last two log entries."""
+        self._checkpoints = checkpoints
+        self._resumed: Checkpoint | None = None
+        self._started, self.seconds_before = time.perf_counter(), 0.0
+        self._sampler: BucketSampler | FixedSampler | None = None
         self._stream = DropoutStream(sampler_seed, process=self.args.process_index)
         for adapter in self.model.active_adapters:
             use_dropout_stream(self.model, adapter, self._stream)
         self._step_loss: float | torch.Tensor = 0.0
         self._step_batches: list[Any] = []
-        self.expert_load: list[list[float]] | None = None
-        """Share of each expert, per layer, between the last two log entries."""
-        self.expert_counts: torch.Tensor | None = None
-        """Tokens sent to each expert in training so far, (layers, E); None without experts."""
 
     def _get_train_sampler(self, train_dataset=None) -> BucketSampler | FixedSampler:
         examples = train_dataset if train_dataset is not None else self.train_dataset
@@ -60,7 +70,8 @@ class MixLoraTrainer(Trainer):
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
         batch = self.args.train_batch_size * micro_batches
         lengths = [len(example.input_ids) for example in examples]
-        return sampler_of(lengths, batch, self._sampler_seed, self._order)
+        self._sampler = sampler_of(lengths, batch, self._sampler_seed, self._order)
+        return self._sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tuner = self.accelerator.unwrap_model(model).base_model
@@ -68,15 +79,7 @@ class MixLoraTrainer(Trainer):
         head = Head.full if return_outputs else self._head
         with loss_from_hidden(tuner.model, head):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        report = getattr(tuner, "router_report", None)
-        if report is not None:
-            self._router_loss += report.loss.detach()
-            self._router_passes += 1
-            counts = report.counts.double()
-            empty = torch.zeros_like(counts)
-            self._window_counts = counts + (
-                empty if self._window_counts is None else self._window_counts
-            )
+        self.track.note_pass(getattr(tuner, "router_report", None))
         return result
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -115,7 +118,7 @@ class MixLoraTrainer(Trainer):
         # The one synchronisation with the device in a step.
         loss, norm = float(self._step_loss), float(norm)
         batches, self._step_loss, self._step_batches = self._step_batches, 0.0, []
-        sound = self.watch.add(loss, norm)
+        sound = self.track.watch.add(loss, norm)
         # Of several processes all see the same norm, and each a loss of its own.
         if not sound and (self.args.world_size == 1 or not isfinite(norm)):
             prepared = [self._prepare_inputs(batch) for batch in batches]
@@ -128,18 +131,88 @@ class MixLoraTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._router_passes and "loss" in logs:
-            counts = self._window_counts
-            load = counts / counts.sum(dim=-1, keepdim=True)
-            logs["router_loss"] = float(self._router_loss) / self._router_passes
-            logs["expert_load_std"] = float(load.std(dim=-1, correction=0).mean())
-            self.expert_load = [[round(share, 4) for share in layer] for layer in load.tolist()]
-            self.fold_counts()
+        if "loss" in logs:
+            figures, self.expert_load = self.track.entry(self.state.global_step)
+            if self.args.world_size > 1:
+                # Of this process alone; the Trainer has asked the others.
+                del figures["loss"]
+            logs |= figures
         super().log(logs, start_time)
 
-    def fold_counts(self) -> None:
-        """Add the counts since the last log to `expert_counts` and start a new window."""
-        if self._window_counts is not None:
-            total = self.expert_counts
-            self.expert_counts = self._window_counts + (0 if total is None else total)
-        self._router_loss, self._router_passes, self._window_counts = 0.0, 0, None
+    # Checkpoints: what the Trainer writes and reads is replaced, when it does so is not.
+
+    def train_or_resume(self, steps: int) -> None:
+        """Train all of `steps` optimizer steps, those after the newest checkpoint if there is one.
+
+        Raises:
+            UserError: the checkpoint belongs to other data, code or settings.
+        """
+        found = None if self._checkpoints is None else self._checkpoints.newest()
+        if found is None:
+            self.train()
+            return
+        self.track.load(found.state["track"], found.state["seconds"])
+        self.seconds_before = found.state["seconds"]
+        reached = TrainerState(
+            global_step=found.step,
+            log_history=list(self.track.curve),
+            train_batch_size=self.args.train_batch_size,
+            max_steps=self.args.max_steps,
+            logging_steps=self.args.logging_steps,
+            save_steps=self.args.save_steps,
+        )
+        if found.step == steps:
+            # The Trainer would begin another step before it looks.
+            self.state = reached
+            found.restore_weights(self._trained())
+            return
+        self._resumed = found
+        place = Path(self.args.output_dir) / "resumed"
+        place.mkdir(parents=True, exist_ok=True)
+        reached.save_to_json(str(place / TRAINER_STATE_NAME))
+        self.train(resume_from_checkpoint=str(place))
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model)
+        owned = plain_parameters_of(model, model.active_adapter)
+        return {name: parameter for name, parameter in owned.items() if parameter.requires_grad}
+
+    def _run_epoch(self, model, epoch, *args: Any, **kwargs: Any):
+        # Where batches are skipped, the loader's own call does not reach the sampler.
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Weights come back together with the optimizer's state."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if self._resumed is not None:
+            optimizer, scheduler = self._inner()
+            self._resumed.restore(self._trained(), optimizer, scheduler)
+            self._resumed = None
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """Nothing in training draws from a global generator."""
+
+    def _load_scaler(self, checkpoint) -> None:
+        """There is none: training runs in bf16 or float32."""
+
+    def _inner(self) -> tuple[Optimizer, LRScheduler]:
+        """Optimizer and scheduler without accelerate's wrappers."""
+        return (
+            getattr(self.optimizer, "optimizer", self.optimizer),
+            getattr(self.lr_scheduler, "scheduler", self.lr_scheduler),
+        )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self._checkpoints is None or not self.is_world_process_zero():
+            return
+        self.track.seconds = self.seconds_before + time.perf_counter() - self._started
+        self.track.curve = [entry for entry in self.state.log_history if "loss" in entry]
+        self._checkpoints.save(
+            self.state.global_step,
+            self._trained(),
+            *self._inner(),
+            {"track": self.track.state(), "seconds": self.track.seconds},
+        )

@@ -1,0 +1,177 @@
+"""Steps of several adapters on one base of random weights, to be measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.adapters.hosting import add_guest, parameters_of
+from mixlora_exp.adapters.norms import adapters_changed
+from mixlora_exp.bench.measure import Clock, saved_bytes
+from mixlora_exp.bench.model import sharing
+from mixlora_exp.bench.settings import Row
+from mixlora_exp.config.choices import Head
+from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+from mixlora_exp.errors import UserError
+from mixlora_exp.training.joint import joint_losses, total_of
+from mixlora_exp.training.packed import packed_attention
+
+__all__ = ["KINDS", "Joint", "SeveralConfig", "check", "kind_of"]
+
+KINDS = ("lora", "dora", "mixlora", "mixdora")
+
+
+@dataclass(slots=True, kw_only=True)
+class SeveralConfig:
+    """One benchmark of several adapters. `kind`: a method, or `mixed` for all four in turn.
+    `sequences` of `length` tokens go through the model in a step, shared out over the adapters
+    (`small`: each adapter has this many sequences of its own instead, against runs one after
+    another). `layers` cuts the depth of what is timed."""
+
+    model: str = "smollm2_135m"
+    kind: str = "mixlora"
+    layers: int | None = None
+    counts: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    sequences: int = 8
+    length: int = 128
+    small: int = 1
+    dtype: str = "bfloat16"
+    dropout: float = 0.05
+    rounds: int = 8
+    resident: bool = True
+    seed: int = 0
+    threads: int | None = None
+    output: str = "results/bench"
+    name: str | None = None
+
+
+def check(config: SeveralConfig) -> None:
+    """Raises:
+    UserError: a value is out of range.
+    """
+    if config.kind not in (*KINDS, "mixed"):
+        raise UserError(f"kind={config.kind} is unknown: choose from {', '.join(KINDS)}, mixed")
+    for name in ("sequences", "length", "small", "rounds"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be >= 1")
+    for count in config.counts:
+        if count < 1 or config.sequences % count:
+            raise UserError(
+                f"counts={count} must divide sequences={config.sequences}, so that all adapters "
+                "get the same"
+            )
+    if not config.counts or config.counts[0] != 1:
+        raise UserError(f"counts={config.counts} must begin with 1, which the others stand beside")
+
+
+def _peft_config(kind: str, dropout: float) -> LoraConfig:
+    row = Row(method=kind)
+    common = {
+        "r": row.rank,
+        "lora_alpha": 2 * row.rank,
+        "lora_dropout": dropout,
+        "use_dora": kind.endswith("dora"),
+        "target_modules": [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS],
+        "task_type": "CAUSAL_LM",
+    }
+    return MixLoraConfig(**common) if kind.startswith("mix") else LoraConfig(**common)
+
+
+def kind_of(config: SeveralConfig, number: int) -> str:
+    """The method of the adapter with this number."""
+    return KINDS[number % len(KINDS)] if config.kind == "mixed" else config.kind
+
+
+def together(config: SeveralConfig, base: torch.nn.Module, count: int) -> PeftModel:
+    """`count` trainable adapters on the weights of `base`, B not left at zero."""
+    model: Any = sharing(base)
+    for number in range(count):
+        torch.manual_seed(config.seed + number)
+        kind = kind_of(config, number)
+        model = add_guest(model, f"adapter{number}", _peft_config(kind, config.dropout))
+    set_kernel(model, "auto")
+    with torch.no_grad():
+        for number in range(count):
+            for name, parameter in parameters_of(model, f"adapter{number}").items():
+                parameter.requires_grad_(True)
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.02)
+    return model
+
+
+def batches_of(config: SeveralConfig, count: int, sequences: int, vocabulary: int) -> dict:
+    """Random sequences for each adapter, every token of which counts."""
+    made = {}
+    for number in range(count):
+        generator = torch.Generator().manual_seed(config.seed + number)
+        ids = torch.randint(vocabulary, (sequences, config.length), generator=generator)
+        made[f"adapter{number}"] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(config.length).expand(sequences, -1),
+            "labels": ids,
+        }
+    return made
+
+
+class Joint:
+    """Steps of several adapters, on batches of their own."""
+
+    def __init__(self, config: SeveralConfig, base: torch.nn.Module, count: int, sequences: int):
+        self.model = together(config, base, count)
+        device = next(self.model.parameters()).device
+        vocabulary = base.config.vocab_size
+        self.batches = {
+            name: {key: value.to(device) for key, value in batch.items()}
+            for name, batch in batches_of(config, count, sequences, vocabulary).items()
+        }
+        self.items = {name: batch["labels"].numel() for name, batch in self.batches.items()}
+        self.device, self.dtype = device, getattr(torch, config.dtype)
+
+    def loss(self, attention: str) -> Tensor:
+        # As `bench.measure` has it: no autocast, the base's precision decides.
+        losses = joint_losses(self.model, self.batches, self.items, Head.full, attention)
+        return total_of(losses)
+
+    def train(self) -> tuple[float, float]:
+        """Seconds of forward and backward pass."""
+        self.model.train()
+        adapters_changed()
+        clock = Clock(self.device)
+        with packed_attention(self.model.base_model.model) as attention:
+            clock.mark()
+            loss = self.loss(attention)
+            clock.mark()
+            loss.backward()
+            clock.mark()
+        self.model.base_model.row_map.use()
+        self.model.zero_grad(set_to_none=True)
+        return tuple(clock.spans())
+
+    @torch.no_grad()
+    def infer(self) -> float:
+        """Seconds of a forward pass for the last position's logits, rows told apart by name."""
+        self.model.eval()
+        ids = torch.cat([batch["input_ids"] for batch in self.batches.values()])
+        names = [name for name, batch in self.batches.items() for _ in batch["input_ids"]]
+        each = list(self.batches)
+        self.model(input_ids=ids[: len(each), :1], adapter_names=each, logits_to_keep=1)
+        clock = Clock(self.device)
+        clock.mark()
+        self.model(input_ids=ids, adapter_names=names, logits_to_keep=1)
+        clock.mark()
+        return clock.spans()[0]
+
+    def saved(self) -> int:
+        """Bytes kept for the backward pass, beside parameters."""
+        self.model.train()
+        owned = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        with packed_attention(self.model.base_model.model) as attention:
+            found = saved_bytes(lambda: self.loss(attention), owned)
+        self.model.base_model.row_map.use()
+        return found

@@ -1,0 +1,268 @@
+"""Interrupted and started again, training ends as if it had never stopped, to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file as write_file
+
+from mixlora_exp.adapters import attach_adapter, attach_together
+from mixlora_exp.adapters.hosting import plain_parameters_of
+from mixlora_exp.config import Config, compose
+from mixlora_exp.data.collator import Collator
+from mixlora_exp.data.encoding import Example, encode_examples
+from mixlora_exp.data.sources import load_split
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.training import fit, fit_jointly, make_job
+from mixlora_exp.training.checkpoints import Checkpoints
+
+SMALL = [
+    "experiment=smoke",
+    "trainer.precision=float32",
+    "data.train_limit=20",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=4",
+    "trainer.max_steps=8",
+    "trainer.logging_steps=3",
+    "trainer.save_steps=2",
+    "trainer.schedule=linear",
+    "trainer.warmup_steps=2",
+    "method.dropout=0.2",
+]
+METHODS = ("lora", "dora", "mixlora", "mixdora")
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing after it is carried out."""
+
+
+def examples_of(config: Config) -> list[Example]:
+    loaded = load_split(config.data, "arc_e", "train")
+    items = loaded.limited(config.data.train_limit, config.data.seed).items
+    return encode_examples(load_tokenizer(config.model), items, config.data)
+
+
+def train(
+    config: Config, folder: Path, identity: dict[str, Any] | None = None
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """A start of the run in `folder`."""
+    folder.mkdir(exist_ok=True)
+    base = load_model(config.model, torch.float32, config.seed)
+    base.set_attn_implementation("eager")
+    model = attach_adapter(base, config.method, config.kernel, config.seed)
+    checkpoints = Checkpoints(folder / "checkpoints", identity or {"data": "a"})
+    tokenizer = load_tokenizer(config.model)
+    summary = fit(config, model, tokenizer, examples_of(config), folder, torch.float32, checkpoints)
+    return {n: p.detach() for n, p in plain_parameters_of(model, "default").items()}, summary
+
+
+def comparable(summary: Any) -> dict[str, Any]:
+    found = asdict(summary)
+    for name in ("seconds", "tokens_per_second", "peak_memory_bytes"):
+        del found[name]
+    return found
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Callable[[Config], tuple]:
+    return lambda config: train(config, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("killed", [[5], [20], [33, 14], [53]], ids=str)
+def test_killed_and_started_again(whole, tmp_path, method, killed, monkeypatch) -> None:
+    """In the first step, in the second epoch, twice, and in the last step."""
+    config = compose([*SMALL, f"method={method}"])
+    expected, truth = whole(config)
+    for after in killed:
+        with pytest.raises(Killed):
+            interrupted(config, tmp_path / "run", after, monkeypatch)
+    found, summary = train(config, tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    assert comparable(summary) == comparable(truth)
+    logs = [(tmp_path / run / "train_log.jsonl").read_text() for run in ("run", "whole")]
+    assert logs[0] == logs[1]
+
+
+def interrupted(config: Config, folder: Path, after: int, monkeypatch) -> None:
+    """A start that is killed by the n-th batch row that is collated."""
+    real, left = Collator.__call__, [after]
+
+    def collate(self, examples):
+        left[0] -= len(examples)
+        if left[0] < 0:
+            raise Killed
+        return real(self, examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Collator, "__call__", collate)
+        train(config, folder)
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch) -> None:
+    """Killed while it was scored, a run goes on with the adapter that it had."""
+    config = compose([*SMALL, "method=mixlora"])
+    expected, truth = train(config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "mixlora_exp.training.trainer.MixLoraTrainer.training_step",
+            lambda *args, **kwargs: pytest.fail("trained again"),
+        )
+        found, summary = train(config, tmp_path / "run")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert comparable(summary) == comparable(truth)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit flipped", "no manifest", "partial"])
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    whole, tmp_path, monkeypatch, capsys, damage, file
+) -> None:
+    config = compose([*SMALL, "method=mixlora"])
+    expected, _ = whole(config)
+    with pytest.raises(Killed):
+        interrupted(config, tmp_path / "run", 52, monkeypatch)
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    path = newest / file
+    data = bytearray(path.read_bytes())
+    if damage == "cut off":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "a bit flipped":
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        newest.rename(newest.with_name(".partial-77"))
+    found, _ = train(config, tmp_path / "run")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    told = capsys.readouterr().err
+    assert (f"{newest} is damaged" in told) == (damage != "partial")
+
+
+def test_other_data_is_refused(tmp_path, monkeypatch) -> None:
+    config = compose([*SMALL, "method=lora"])
+    train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"other data.*another output_dir, or force=true"):
+        train(config, tmp_path / "run", identity={"data": "b"})
+
+
+def test_the_newest_are_kept(tmp_path) -> None:
+    config = compose([*SMALL, "method=lora", "trainer.keep_checkpoints=3"])
+    train(config, tmp_path / "run")
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008"]
+
+
+def test_a_full_disk_keeps_the_older_ones(tmp_path, monkeypatch) -> None:
+    config = compose([*SMALL, "method=lora"])
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        saved = []
+
+        def save_file(tensors, path) -> None:
+            if len(saved) >= 4:
+                full()
+            saved.append(path)
+            write_file(tensors, path)
+
+        patch.setattr("mixlora_exp.training.checkpoints.save_file", save_file)
+        with pytest.raises(UserError, match="No space left on device.*start the same command"):
+            train(config, tmp_path / "run")
+    left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000002", "step-00000004"]
+    expected, _ = train(config, tmp_path / "whole")
+    found, _ = train(config, tmp_path / "run")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def start_together(configs: list[Config], folder: Path) -> dict[str, tuple]:
+    jobs = []
+    for number, config in enumerate(configs):
+        place = folder / config.method.name
+        place.mkdir(parents=True, exist_ok=True)
+        jobs.append(
+            make_job(
+                f"adapter{number}",
+                config,
+                examples_of(config),
+                place,
+                load_tokenizer(config.model),
+                Checkpoints(place / "checkpoints", {"data": "a"}),
+            )
+        )
+    base = load_model(configs[0].model, torch.float32, configs[0].seed)
+    base.set_attn_implementation("eager")
+    methods = {j.name: (c.method, c.seed) for j, c in zip(jobs, configs, strict=True)}
+    model = attach_together(base, methods, configs[0].kernel)
+    found = fit_jointly(model, jobs, torch.float32)
+    return {
+        config.method.name: (
+            {n: p.detach() for n, p in plain_parameters_of(model, job.name).items()},
+            found[job.name],
+        )
+        for job, config in zip(jobs, configs, strict=True)
+    }
+
+
+@pytest.mark.parametrize("killed", [[70], [150, 40]], ids=str)
+def test_several_resume_together(tmp_path, monkeypatch, killed) -> None:
+    """Each from its own newest checkpoint, whatever step the others have reached."""
+    steps = {"lora": 8, "dora": 3, "mixlora": 6, "mixdora": 8}
+    configs = [
+        compose([*SMALL, f"method={method}", f"trainer.max_steps={n}"])
+        for method, n in steps.items()
+    ]
+    expected = start_together(configs, tmp_path / "whole")
+    real = Collator.__call__
+    for after in killed:
+        left = [after]
+
+        def collate(self, examples, left=left):
+            left[0] -= len(examples)
+            if left[0] < 0:
+                raise Killed
+            return real(self, examples)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Collator, "__call__", collate)
+            with pytest.raises(Killed):
+                start_together(configs, tmp_path / "run")
+    found = start_together(configs, tmp_path / "run")
+    for method, (weights, truth) in expected.items():
+        for name, weight in weights.items():
+            assert torch.equal(found[method][0][name], weight), (method, name)
+        assert comparable(found[method][1]) == comparable(truth)
+
+
+def test_a_checkpoint_of_one_alone_is_continued_among_several(tmp_path, monkeypatch) -> None:
+    """And the other way round: what a checkpoint holds is the adapter's own."""
+    config = compose([*SMALL, "method=mixdora"])
+    expected, _ = train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        interrupted(config, tmp_path / "mixdora", 40, monkeypatch)
+    other = compose([*SMALL, "method=lora"])
+    found = start_together([other, config], tmp_path)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found["mixdora"][0][name], weight, rtol=0, atol=1e-5)
+
+
+def test_state_is_plain_json(tmp_path) -> None:
+    config = compose([*SMALL, "method=mixlora"])
+    train(config, tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    state = json.loads((newest / "state.json").read_text())
+    assert state["step"] == 8
+    assert len(state["track"]["losses"]) == 8
