@@ -152,6 +152,11 @@ def many_that_fit(memory: dict[str, int], gib: float) -> int:
     return max(0, int((gib * 2**30 * USABLE - memory["weights"]) // each))
 
 
+def _together(memory: dict[str, int]) -> str:
+    fits = ", ".join(f"{many_that_fit(memory, size)} in {size} GiB" for size in CARD_GIB)
+    return f"adapters like this on one base: {fits}"
+
+
 def plan(config: Config) -> Plan:
     """Plan a run. Reads data files only where they are local or generated.
 
@@ -184,7 +189,6 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
             f"; without magnitudes {p.percent_paper:.2f} % of the paper's "
             f"{model.nominal_parameters:.3g}"
         )
-    fits = ", ".join(f"{many_that_fit(found.memory, size)} in {size} GiB" for size in CARD_GIB)
     counted = "counted" if found.tokens_counted else "estimated from characters"
     gib = {name: size / 2**30 for name, size in found.memory.items()}
     training = [
@@ -217,7 +221,7 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
             + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items())
             + " (estimated)",
         ),
-        *([("together", f"adapters like this on one base: {fits}")] if found.examples else []),
+        *([("together", _together(found.memory))] if found.examples else []),
     ]
 
 
