@@ -11,8 +11,11 @@ from typing import Any
 from mixlora_exp.config import Config, run_name
 from mixlora_exp.config.parameters import Parameters, count_parameters
 from mixlora_exp.config.schema import (
+    FEED_FORWARD_TARGETS,
     AnswerForm,
     DataSource,
+    Head,
+    Kernel,
     LoraMethodConfig,
     LossOn,
     MixLoraMethodConfig,
@@ -21,7 +24,7 @@ from mixlora_exp.config.schema import (
 )
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["Plan", "many_that_fit", "plan", "print_plan", "print_plan_together"]
+__all__ = ["Plan", "kept_per_token", "many_that_fit", "plan", "print_plan", "print_plan_together"]
 
 # Mean characters of prompt and answer per training row (label, text), over the training splits
 # (HellaSwag: over 6,477 of its rows). Used where no tokenizer or no data is at hand.
@@ -116,33 +119,75 @@ def count_steps(trainer: TrainerConfig, examples: int) -> int:
     return math.ceil(trainer.epochs * math.ceil(examples / trainer.batch_size))
 
 
-def _memory(config: Config, parameters: Parameters, longest: int) -> dict[str, int]:
-    """An estimate in bytes, not a measurement: frozen weights, the float32 adapter with gradient
-    and AdamW's two moments, and activations that plain autograd keeps for one micro-batch."""
+def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
+    """Bytes that a layer keeps per token for the backward pass, `width` bytes to a number.
+
+    Counted from what the kernels save (a test holds it against what autograd does): both norms'
+    input and output, and in 16 bits a copy in float32; queries, keys, values and the heads' output,
+    which several adapters in one pass hold twice; the frozen products of gate and up. LoRA keeps
+    the activation and the product as well, DoRA the output of each adapted projection before its
+    scale, a mixture its router's input in float32 and, with DoRA, the K outputs of the down
+    projection. A mask of dropout has a byte per element.
+    """
+    model, method = config.model, config.method
+    assert isinstance(method, LoraMethodConfig)
+    d, f = model.hidden_size, model.intermediate_size
+    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    outputs = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "o_proj": d, "gate_proj": f,
+               "up_proj": f, "down_proj": d}  # fmt: skip
+    inputs = dict.fromkeys(outputs, d) | {"o_proj": heads, "down_proj": f}
+    mixed = isinstance(method, MixLoraMethodConfig)
+    plain = [t for t in method.targets if not (mixed and t in FEED_FORWARD_TARGETS)]
+    experts = [t for t in method.targets if t not in plain]
+    masks = sum(inputs[target] for target in plain)
+    if experts:
+        masks += d * any(t != "down_proj" for t in experts) + f * ("down_proj" in experts)
+    stock = config.kernel.name in (Kernel.peft, Kernel.reference)
+    slots = method.top_k if mixed else 1
+    norms = 6 if width == 2 else 4
+    numbers = norms * d + (3 if packed else 2) * heads + 2 * kv + 2 * f
+    numbers += method.rank * len(plain)
+    if not mixed or stock:
+        numbers += 2 * f * slots
+    if method.dora:
+        numbers += sum(outputs[target] for target in plain)
+        numbers += slots * d if "down_proj" in experts else 0
+    if stock:
+        # Under dropout each branch keeps its own input; each expert keeps its gate and up.
+        numbers += (masks if method.dropout else 0) + (2 * slots * f if mixed else 0)
+        numbers += sum(outputs[target] for target in experts) * slots if method.dora else 0
+    dropped = masks if method.dropout else 0
+    router = 4 * d if mixed and width == 2 else 0
+    # Of attention's softmax and of the norms a number in float32 each.
+    return numbers * width + router + dropped + 4 * (model.num_heads + 2)
+
+
+def _memory(
+    config: Config, parameters: Parameters, longest: int, packed: bool = False
+) -> dict[str, int]:
+    """An estimate in bytes: frozen weights, the float32 adapter with gradient and AdamW's two
+    moments, and what is kept for the backward pass of one micro-batch."""
     model, method = config.model, config.method
     # `auto` is taken for bf16, since a plan is often made for another machine.
     width = 4 if config.trainer.precision is Precision.float32 else 2
     if not isinstance(method, LoraMethodConfig):
         return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
-    slots = method.top_k if isinstance(method, MixLoraMethodConfig) else 1
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    # Per token and layer: two norms, residuals and low-rank inputs; q, k, v and the heads'
-    # output; gate, up, activation, product and its dropped copy for each slot.
-    elements = 8 * model.hidden_size + attention + 5 * slots * model.intermediate_size
-    if method.dora:
-        elements += attention + model.hidden_size + 3 * slots * model.intermediate_size
-    layers = 1 if config.trainer.gradient_checkpointing else model.depth
     tokens = config.trainer.micro_batch_size * longest
+    layer = kept_per_token(config, width, packed)
+    kept = layer * model.depth
     if config.trainer.gradient_checkpointing:
-        # The input of each layer is kept.
-        elements += model.depth * model.hidden_size
-    # Logits in float32 and their gradient, at the answer's few positions or at all.
-    kept = longest if config.trainer.loss_on is LossOn.all else 4
-    logits = config.trainer.micro_batch_size * kept * model.vocab_size * 8
+        # The input of each layer, and one layer at a time in full.
+        kept = layer + model.depth * model.hidden_size * width
+    # The loss holds a few rows of logits at a time, in float32.
+    chunk = 2**23 * 4
+    answers = longest if config.trainer.loss_on is LossOn.all else 4
+    logits = config.trainer.micro_batch_size * answers * model.vocab_size * 8
+    if config.trainer.head is not Head.full:
+        logits = min(logits, 2 * chunk)
     return {
         "weights": parameters.base * width,
         "adapter_and_optimizer": parameters.trainable * 16,
-        "activations": tokens * elements * width * layers + logits,
+        "activations": round(tokens * kept + logits),
     }
 
 
@@ -237,7 +282,15 @@ def print_plan_together(configs: Sequence[Config]) -> None:
     """Print what runs that share one base need together."""
     from mixlora_exp.results.show import say
 
-    memories = [plan(config).memory for config in configs]
+    memories = [
+        _memory(
+            config,
+            count_parameters(config.model, config.method),
+            config.data.cutoff_length,
+            packed=True,
+        )
+        for config in configs
+    ]
     each = [m["adapter_and_optimizer"] + m["activations"] for m in memories]
     total = memories[0]["weights"] + sum(each)
     say(

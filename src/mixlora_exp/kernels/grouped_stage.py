@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from mixlora_exp.kernels.activations import activation_gradient
 from mixlora_exp.kernels.grouped import Hidden, Lows, hidden_of, sides_backward
@@ -12,7 +13,7 @@ from mixlora_exp.kernels.packing import pack, unpack
 from mixlora_exp.kernels.rows import Rows, blocks, sort_rows
 from mixlora_exp.kernels.shapes import FeedForward, Gradients, low_ranks
 
-__all__ = ["grouped_hidden"]
+__all__ = ["grouped_hidden", "scaled_sum"]
 
 
 def _forward(
@@ -134,3 +135,34 @@ def grouped_hidden(
     """
     spec, tensors = pack(block)
     return _GroupedHidden.apply(spec, x, gate, up, weights, experts, *tensors)
+
+
+class _ScaledSum(torch.autograd.Function):
+    """Keeps the slots' outputs alone, where plain operations keep three tensors of that size."""
+
+    @staticmethod
+    def forward(ctx, y, experts, weights, scale):
+        ctx.save_for_backward(y, experts, weights, scale)
+        shares = weights.to(y.dtype).unsqueeze(-1)
+        return (y * functional.embedding(experts, scale) * shares).sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        y, experts, weights, scale = ctx.saved_tensors
+        scales = functional.embedding(experts, scale)
+        shares = weights.to(y.dtype).unsqueeze(-1)
+        dy = dy.unsqueeze(1)
+        products = dy * y
+        dweights = (products * scales).sum(dim=-1).to(weights.dtype)
+        chosen = functional.one_hot(experts.flatten(), scale.shape[0]).to(y.dtype)
+        # A product, not an addition by index: the same input gives the same bits on a GPU.
+        dscale = chosen.T @ (products * shares).flatten(0, 1)
+        return dy * scales * shares, None, dweights, dscale
+
+
+def scaled_sum(y: Tensor, experts: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+    """`sum_k w_k scale_{e_k} y_k`: DoRA's scale of the slots' outputs, and their mixture, (T, D).
+
+    y: (T, K, D); experts, weights: (T, K); scale: (E, D)."""
+    return _ScaledSum.apply(y, experts, weights, scale)

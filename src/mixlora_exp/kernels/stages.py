@@ -18,7 +18,7 @@ from mixlora_exp.kernels import dense
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.exact import grouped_is_faster, recomputed_hidden_states
-from mixlora_exp.kernels.grouped_stage import grouped_hidden
+from mixlora_exp.kernels.grouped_stage import grouped_hidden, scaled_sum
 from mixlora_exp.kernels.shapes import FeedForward, Routing, low_ranks
 from mixlora_exp.kernels.shared import adapt
 
@@ -38,12 +38,11 @@ def grouped_stage(
     hidden, added = grouped_hidden(x, gate, up, experts, weights, block)
 
     def finish(y: Tensor) -> Tensor:
-        y = y.view(*hidden.shape[:-1], -1)
+        y = y.view(*hidden.shape[:-1], y.shape[-1])
         y = y if added is None else y + added
         if not block.down.has_scale:
             return y
-        y = y * functional.embedding(experts, low_ranks(block, y.dtype)["down"].scale)
-        return (weights.to(y.dtype).unsqueeze(-1) * y).sum(dim=1)
+        return scaled_sum(y, experts, weights, low_ranks(block, y.dtype)["down"].scale)
 
     return hidden.flatten(0, -2), finish
 
@@ -55,7 +54,7 @@ def dense_stage(
     experts, weights = routing.experts, routing.weights
     hidden, columns = recomputed_hidden_states(x, gate, up, experts, weights, block)
     return hidden.flatten(0, -2), lambda y: dense.finish(
-        y.view(*hidden.shape[:-1], -1), columns, experts, weights, block
+        y.view(*hidden.shape[:-1], y.shape[-1]), columns, experts, weights, block
     )
 
 
