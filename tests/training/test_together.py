@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp.adapters import attach_adapter, attach_together
+from mixlora_exp.adapters import attach_adapter, attach_together, linear
 from mixlora_exp.adapters.hosting import parameters_of
 from mixlora_exp.config import Config, compose
 from mixlora_exp.data.encoding import Example, encode_examples
@@ -74,7 +74,7 @@ def alone(tmp_path: Path) -> Callable[..., Result]:
         base = base_of(config, dtype)
         model = attach_adapter(base, config.method, config.kernel, config.seed)
         folder = tmp_path / f"alone-{config.method.name}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         tokenizer = load_tokenizer(config.model)
         summary = fit(config, model, tokenizer, examples_of(config), folder, dtype)
         owned = parameters_of(model, "default")
@@ -152,6 +152,27 @@ def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, toleranc
             assert ours.keys() == theirs.keys()
             for key, value in theirs.items():
                 assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None:
+    """Same method, rank and rows, so that their products are made in one go."""
+    calls = []
+    real = linear.lora_add_many
+    monkeypatch.setattr(linear, "lora_add_many", lambda *a: calls.append(len(a[2])) or real(*a))
+    steps = ["trainer.max_steps=6", "method.dropout=0.2"]
+    configs = {
+        f"{method} {rate}": compose(
+            [*SMALL, f"method={method}", f"trainer.learning_rate={rate}", *steps]
+        )
+        for method in ("lora", "dora")
+        for rate in (1e-4, 1e-3, 1e-2)
+    }
+    found = together(configs, torch.float64)
+    assert set(calls) == {3}
+    for name, config in configs.items():
+        expected = alone(config, torch.float64)
+        for key, weight in expected.weights.items():
+            torch.testing.assert_close(found[name].weights[key], weight, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "peft", "shared"])

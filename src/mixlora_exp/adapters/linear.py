@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mixlora_exp.adapters.dropout import KeyedDropout
 from mixlora_exp.adapters.norms import NormCache
-from mixlora_exp.adapters.rows import RowMap, join, take
+from mixlora_exp.adapters.rows import RowMap, Segment, join, take
 from mixlora_exp.kernels import dora_norms, draw_mask, squared_row_norms, working_dtype
 from mixlora_exp.kernels.linear import (
     lora_add,
@@ -19,6 +20,7 @@ from mixlora_exp.kernels.linear import (
     lora_linear,
     lora_linear_reference,
 )
+from mixlora_exp.kernels.linear_many import LowRankPart, lora_add_many
 
 __all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 
@@ -33,6 +35,14 @@ class _RowsLinear(stock.Linear):
         """What `adapter` makes of its rows (T, in), given their base product (T, out)."""
         raise NotImplementedError
 
+    def groups_of(self, segments: Sequence[Segment]) -> list[list[Segment]]:
+        """Segments that may be computed together."""
+        return [[segment] for segment in segments]
+
+    def adapt_group(self, rows: Tensor, frozen: Tensor, group: Sequence[Segment]) -> list[Tensor]:
+        """What the adapters of a group make of their rows, one after another."""
+        return [self.adapt(take(frozen, s), take(rows, s), s.adapter) for s in group]
+
     def forward_rows(self, x: Tensor) -> Tensor:
         """The base product once over all rows, then the adapter of each segment on its own."""
         segments, dtype = self.row_map.of(x), working_dtype(x)
@@ -41,8 +51,8 @@ class _RowsLinear(stock.Linear):
             base = self.base_layer
             bias = None if base.bias is None else base.bias.to(dtype)
             frozen = nn.functional.linear(rows, base.weight.to(dtype), bias)
-            parts = [self.adapt(take(frozen, s), take(rows, s), s.adapter) for s in segments]
-            y = join(parts, segments)
+            parts = [self.adapt_group(rows, frozen, group) for group in self.groups_of(segments)]
+            y = join([y for group in parts for y in group], segments)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -76,6 +86,7 @@ class FusedLinear(_RowsLinear):
 
     kernel = staticmethod(lora_linear)
     adding_kernel = staticmethod(lora_add)
+    batched = True
 
     @property
     def norms(self) -> NormCache:
@@ -138,6 +149,33 @@ class FusedLinear(_RowsLinear):
             "mask": draw_mask(rows.shape, p, rows.device, source),
         }
 
+    def groups_of(self, segments: Sequence[Segment]) -> list[list[Segment]]:
+        """Neighbours with equal numbers of rows, ranks and kinds."""
+        groups: list[list[Segment]] = []
+        last = None
+        for segment in segments:
+            key = self._shape_of(segment)
+            if key is not None and key == last:
+                groups[-1].append(segment)
+            else:
+                groups.append([segment])
+            last = key
+        return groups
+
+    def _shape_of(self, segment: Segment) -> tuple | None:
+        """What must agree for products to be batched; None where they are not."""
+        name, rows = segment.adapter, segment.rows
+        if name not in self.lora_A or not isinstance(rows, slice) or not self.batched:
+            return None
+        return rows.stop - rows.start, self.r[name], name in self.lora_variant
+
+    def adapt_group(self, rows: Tensor, frozen: Tensor, group: Sequence[Segment]) -> list[Tensor]:
+        if len(group) == 1:
+            return super().adapt_group(rows, frozen, group)
+        span = slice(group[0].rows.start, group[-1].rows.stop)
+        parts = [LowRankPart(**self._low_rank(s.adapter, take(rows, s))) for s in group]
+        return [lora_add_many(frozen[span], rows[span], parts)]
+
     def adapt(self, frozen: Tensor, rows: Tensor, adapter: str) -> Tensor:
         if adapter not in self.lora_A:
             return frozen
@@ -164,6 +202,7 @@ class ReferenceLinear(FusedLinear):
 
     kernel = staticmethod(lora_linear_reference)
     adding_kernel = staticmethod(lora_add_reference)
+    batched = False
 
 
 def use_linear_kernel(model: nn.Module, kernel: str) -> None:

@@ -1,0 +1,115 @@
+"""Batched LoRA and DoRA of several adapters: each one's rows as it would compute them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixlora_exp.kernels import draw_mask
+from mixlora_exp.kernels.linear import lora_add_reference
+from mixlora_exp.kernels.linear_many import LowRankPart, lora_add_many
+
+CPU = torch.device("cpu")
+
+
+def draw(count: int, tokens: int, size: tuple[int, int], rank: int, dora: bool, p: float):
+    """Leaves in float64 and the parts they make; every other adapter has no dropout."""
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    frozen, x = leaf(count * tokens, size[1]), leaf(count * tokens, size[0])
+    parts = []
+    for number in range(count):
+        drawn = p if number % 2 == 0 else 0.0
+        parts.append(
+            LowRankPart(
+                leaf(rank, size[0]),
+                leaf(size[1], rank),
+                0.5 + number,
+                leaf(size[1]) if dora else None,
+                torch.rand(size[1], dtype=torch.float64) + 0.5 if dora else None,
+                draw_mask((tokens, size[0]), drawn, CPU),
+            )
+        )
+    return frozen, x, parts
+
+
+def leaves_of(frozen, x, parts):
+    own = [t for part in parts for t in (part.a, part.b, part.magnitude) if t is not None]
+    return [frozen, x, *own]
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.7], ids=["no dropout", "sparse", "bool"])
+@pytest.mark.parametrize(("count", "tokens"), [(1, 5), (2, 7), (4, 3), (3, 1), (2, 0)])
+def test_is_each_adapter_by_itself(fresh_seed, count, tokens, dora, p) -> None:
+    torch.manual_seed(fresh_seed)
+    frozen, x, parts = draw(count, tokens, (12, 20), 3, dora, p)
+    y = lora_add_many(frozen, x, parts)
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, leaves_of(frozen, x, parts), upstream)
+    expected = torch.cat(
+        [
+            lora_add_reference(
+                frozen[i * tokens : (i + 1) * tokens],
+                x[i * tokens : (i + 1) * tokens],
+                part.a,
+                part.b,
+                part.scaling,
+                magnitude=part.magnitude,
+                norm=part.norm,
+                mask=part.mask,
+            )
+            for i, part in enumerate(parts)
+        ]
+    )
+    truth = torch.autograd.grad(expected, leaves_of(frozen, x, parts), upstream)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_nothing_leaks_from_a_broken_adapter(fresh_seed, dora) -> None:
+    """Neither into the others' outputs nor into their gradients, by a bit."""
+    torch.manual_seed(fresh_seed)
+    frozen, x, parts = draw(3, 5, (12, 20), 2, dora, 0.3)
+    results = []
+    for broken in (False, True):
+        if broken:
+            with torch.no_grad():
+                parts[1].a.fill_(float("nan"))
+        y = lora_add_many(frozen, x, parts)
+        own = leaves_of(frozen, x, [parts[0], parts[2]])
+        results.append([y, *torch.autograd.grad(y.sum(), own)])
+    (y, dfrozen, dx, *sound), (bad_y, bad_dfrozen, bad_dx, *others) = results
+    assert bad_y[5:10].isnan().any()
+    for one, other in ((y, bad_y), (dfrozen, bad_dfrozen), (dx, bad_dx)):
+        assert torch.equal(one[:5], other[:5])
+        assert torch.equal(one[10:], other[10:])
+    assert all(torch.equal(one, other) for one, other in zip(sound, others, strict=True))
+
+
+def test_in_the_base_s_precision(fresh_seed) -> None:
+    """bf16 rows and float32 adapters, as trained: gradients come back in each one's own."""
+    torch.manual_seed(fresh_seed)
+    frozen, x, parts = draw(2, 6, (12, 20), 3, True, 0.0)
+    rounded = [
+        LowRankPart(
+            part.a.detach().float().requires_grad_(),
+            part.b.detach().float().requires_grad_(),
+            part.scaling,
+            part.magnitude.detach().float().requires_grad_(),
+            part.norm.float(),
+            None,
+        )
+        for part in parts
+    ]
+    y = lora_add_many(frozen.detach().bfloat16(), x.detach().bfloat16(), rounded)
+    assert y.dtype is torch.bfloat16
+    y.float().sum().backward()
+    for part in rounded:
+        assert {t.grad.dtype for t in (part.a, part.b, part.magnitude)} == {torch.float32}
+    exact = lora_add_many(frozen, x, parts)
+    torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.1)
