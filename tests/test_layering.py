@@ -13,8 +13,10 @@ PACKAGE = SOURCE.name
 
 EVERYTHING = None
 ALLOWED: dict[str, set[str] | None] = {
-    "errors": set(),
+    "interruption": set(),
+    "errors": {"interruption"},
     "hashing": set(),
+    "runlock": {"errors"},
     "config": {"errors"},
     "kernels": set(),
     "tasks": {"errors"},
@@ -22,7 +24,16 @@ ALLOWED: dict[str, set[str] | None] = {
     "adapters": {"config", "kernels", "models", "errors"},
     "data": {"config", "tasks", "errors"},
     "runtime": {"config"},
-    "training": {"config", "kernels", "data", "adapters", "runtime", "errors", "hashing"},
+    "training": {
+        "config",
+        "kernels",
+        "data",
+        "adapters",
+        "runtime",
+        "errors",
+        "hashing",
+        "interruption",
+    },
     "evaluation": {"config", "tasks", "data", "runtime", "errors"},
     "results": {"config", "tasks", "errors"},
     "bench": {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-__all__ = ["INTERRUPTED", "MISTAKE", "UserError", "guarded"]
+from mixlora_exp.interruption import REQUEUE, Terminated, install
+
+__all__ = ["INTERRUPTED", "MISTAKE", "REQUEUE", "UserError", "guarded"]
 
 MISTAKE, INTERRUPTED = 2, 130
 """Exit codes."""
@@ -22,11 +24,16 @@ class UserError(Exception):
 def guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command line and return its exit code.
 
-    0: done; 2: a mistake of the user's, told in one message; 130: interrupted; else what `command`
-    returned. A crash is raised, for Python to print it and exit with 1.
+    0: done; 2: a mistake of the user's, told in one message; 75: asked to end by SIGTERM, and will
+    go on when started again; 130: interrupted; else what `command` returned. A crash is raised, for
+    Python to print it and exit with 1.
     """
+    install()
     try:
         return command(argv) or 0
+    except Terminated:
+        sys.stderr.write("terminated: what was done is kept, the same command goes on from there\n")
+        return REQUEUE
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE

@@ -5,16 +5,18 @@ The only module that knows every room. What is scored is what was loaded back fr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
@@ -44,6 +46,7 @@ from mixlora_exp.results.record import (
     write_jsonl,
 )
 from mixlora_exp.results.show import be_quiet, print_record, say
+from mixlora_exp.runlock import RunLock, holder_of
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
 from mixlora_exp.training import TrainSummary, fit
 from mixlora_exp.training.checkpoints import Checkpoints
@@ -52,8 +55,10 @@ __all__ = [
     "RECORD",
     "Run",
     "Scores",
+    "failure_noted",
     "finish",
     "finished",
+    "held",
     "run",
     "score_alone",
     "score_with",
@@ -63,7 +68,7 @@ __all__ = [
     "write_record",
 ]
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK, FAILURE = "checkpoints", "lock", "failure.json"
 ROOT = Path(__file__).resolve().parents[2]
 Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
 """Of each task and protocol, and items and seconds by protocol."""
@@ -81,13 +86,15 @@ class Run:
     dtype: torch.dtype
     started: float
     origin: dict[str, Any]
+    lock: RunLock
 
     def checkpoints(self) -> Checkpoints:
         """Of this run; those of other data, code or settings are not its own."""
         of = {**self.inputs.identity, "fingerprint": fingerprint(self.config)}
         folder, keep = self.folder / CHECKPOINTS, self.config.trainer.keep_checkpoints
         # As JSON has it, in which it is compared.
-        found = Checkpoints(folder, json.loads(json.dumps(comparable(of))), keep)
+        identity = json.loads(json.dumps(comparable(of)))
+        found = Checkpoints(folder, identity, keep, lambda: check_lock(self.folder, self.lock))
         if self.config.force:
             found.clear()
         return found
@@ -131,15 +138,65 @@ def run(config: Config) -> Path | None:
     inputs = gather_inputs(config)
     if record_path.exists() and not config.force:
         return finished(record_path, inputs)
-    say(f"Run {folder.name}")
-    record = _carry_out(config, folder, inputs)
-    if not first:
-        return None
-    return write_record(folder, record)
+    with held(folder) as lock:
+        if lock is None:
+            return None
+        if record_path.exists() and not config.force:
+            # Another process finished it between the look above and the lock.
+            return finished(record_path, inputs)
+        say(f"Run {folder.name}")
+        with failure_noted(folder):
+            record = _carry_out(start(config, folder, inputs, lock))
+            return write_record(folder, record, lock) if first else None
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> Path:
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[RunLock | None]:
+    """The lock of a run while the context lasts, None where another process works on it."""
+    lock, free = RunLock(folder / LOCK), [True]
+    if processes().is_main_process:
+        free = [lock.acquire()]
+    if processes().num_processes > 1:
+        broadcast_object_list(free)
+    if not free[0]:
+        holder = holder_of(folder / LOCK) or {}
+        where = f" ({holder['host']}, process {holder['pid']})" if holder else ""
+        say(f"Running elsewhere{where}, left alone: {folder}")
+        yield None
+        return
+    with lock:
+        yield lock
+
+
+@contextlib.contextmanager
+def failure_noted(folder: Path) -> Iterator[None]:
+    """Leave the reason in the run's folder if it fails, and take an older one away."""
+    path = folder / FAILURE
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(UserError):
+            write_json(path, {"error": f"{type(error).__name__}: {error}", "time": time.time()})
+        raise
+
+
+def check_lock(folder: Path, lock: RunLock) -> None:
+    """Refuse to write where another process has taken a run over.
+
+    Raises:
+        UserError: this process stood still for so long that another one took it for dead.
+    """
+    if lock.lost.is_set():
+        raise UserError(
+            f"{folder}: another process has taken this run over, since this one had not been heard "
+            "of for a while; it goes on there, nothing more is written here"
+        )
+
+
+def write_record(folder: Path, record: dict[str, Any], lock: RunLock) -> Path:
     """Write and show the record of a finished run."""
+    check_lock(folder, lock)
     path = folder / RECORD
     write_json(path, finish_record(record))
     # Not needed any more, once the record is on the disk.
@@ -174,8 +231,8 @@ def start_folder(folder: Path) -> None:
         ) from error
 
 
-def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
-    this = start(config, folder, inputs)
+def _carry_out(this: Run) -> dict[str, Any]:
+    config, folder = this.config, this.folder
     base, before, summary, adapter = this.load_base(), None, None, config.adapter
     if config.evaluation.before_training and processes().is_main_process:
         before = this.score_base(base)
@@ -194,7 +251,7 @@ def _carry_out(config: Config, folder: Path, inputs: Inputs) -> dict[str, Any]:
     return finish(this, base, summary, before, _score(this, model))
 
 
-def start(config: Config, folder: Path, inputs: Inputs) -> Run:
+def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
     """What the steps of a run share; everything that can be checked without weights is."""
     limit, seed = config.evaluation.limit, config.data.seed
     this = Run(
@@ -207,6 +264,7 @@ def start(config: Config, folder: Path, inputs: Inputs) -> Run:
         time.time(),
         # Now, not at the end: the code that runs is the code of this moment.
         provenance(ROOT, hardware_names()),
+        lock,
     )
     for protocol in config.evaluation.protocols:
         check_tests(protocol, this.tokenizer, this.tests, config.data)

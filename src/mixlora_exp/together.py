@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -19,9 +20,10 @@ from mixlora_exp.experiment import (
     RECORD,
     Run,
     Scores,
+    failure_noted,
     finish,
     finished,
-    run,
+    held,
     score_alone,
     score_with,
     start,
@@ -54,19 +56,23 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
             print_plan(config)
         print_plan_together(configs)
         return []
-    paths, missing = [], []
-    for config in configs:
-        folder = Path(config.output_dir).expanduser() / run_name(config)
-        inputs = gather_inputs(config)
-        if (folder / RECORD).exists() and not config.force:
-            paths.append(finished(folder / RECORD, inputs))
-        else:
-            missing.append((config, folder, inputs))
-    if len(missing) == 1:
-        made = run(missing[0][0])
-        return [*paths, made] if made else paths
-    if missing:
-        paths += _carry_out([start(*parts) for parts in missing])
+    paths, runs = [], []
+    with contextlib.ExitStack() as locks:
+        for config in configs:
+            folder = Path(config.output_dir).expanduser() / run_name(config)
+            inputs = gather_inputs(config)
+            lock = None
+            if config.force or not (folder / RECORD).exists():
+                lock = locks.enter_context(held(folder))
+                if lock is None:
+                    continue
+            if (folder / RECORD).exists() and not config.force:
+                paths.append(finished(folder / RECORD, inputs))
+            else:
+                runs.append(start(config, folder, inputs, lock))
+                locks.enter_context(failure_noted(folder))
+        if runs:
+            paths += _carry_out(runs)
     return paths
 
 
@@ -144,7 +150,7 @@ def _carry_out(runs: Sequence[Run]) -> list[Path]:
     for (number, summary), found in zip(done, scores, strict=True):
         this = runs[number]
         record = finish(this, base, summary, before[number], found)
-        paths.append(write_record(this.folder, record))
+        paths.append(write_record(this.folder, record, this.lock))
     if failures:
         raise UserError(
             f"{len(failures)} of {len(runs)} adapters were taken out, the others are recorded: "

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,17 @@ def _sync(path: Path) -> None:
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`; the newest `keep` stay. `identity` says what they
-    are of: another one's are not continued."""
+    are of: another one's are not continued. `check` raises where this process may not write."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        keep: int = 2,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.identity, self.keep = folder, dict(identity), keep
+        self._check_owner = check
 
     def save(
         self,
@@ -106,6 +113,7 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or cannot be written; older checkpoints are kept.
         """
+        self._check_owner()
         place = self.folder / f"{PREFIX}{step:08d}"
         partial = self.folder / f"{PARTIAL}{os.getpid()}"
         schedule = {

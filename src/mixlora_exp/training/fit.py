@@ -19,10 +19,11 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
+from mixlora_exp.interruption import deferred
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.job import total_steps
-from mixlora_exp.training.progress import LogFile, progress_callback
+from mixlora_exp.training.progress import LogFile, StopWhenAsked, progress_callback
 from mixlora_exp.training.stability import Diverged, Stability
 from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -151,8 +152,10 @@ def fit(
         trainer.add_callback(callback)
     start = time.perf_counter()
     reset_peak_memory(trainer.args.device)
+    trainer.add_callback(StopWhenAsked())
     try:
-        trainer.train_or_resume(total_steps(config, len(examples)))
+        with deferred():
+            trainer.train_or_resume(total_steps(config, len(examples)))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"trainer.micro_batch_size={config.trainer.micro_batch_size}: the device's memory does "

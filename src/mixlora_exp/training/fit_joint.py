@@ -18,6 +18,7 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
+from mixlora_exp.interruption import deferred
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.fit import RECOMPUTE, TrainSummary, diverged_message, training_arguments
@@ -125,7 +126,8 @@ def fit_jointly(
         trainer.remove_callback(callback)
     reset_peak_memory(trainer.args.device)
     try:
-        trainer.train()
+        with deferred():
+            trainer.train()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"adapters: {len(jobs)} at once do not fit the device's memory; nothing was recorded. "

@@ -17,6 +17,7 @@ from mixlora_exp.adapters.model import RouterReport
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.data.sampler import sampler_of
+from mixlora_exp.interruption import requested
 from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.progress import append_log
@@ -103,6 +104,8 @@ class Job:
     scheduler: LRScheduler | None = None
     step: int = 0
     failure: str | None = None
+    paused: bool = False
+    """The process was asked to end, and this adapter is saved."""
     steps: int = field(init=False)
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
@@ -122,7 +125,7 @@ class Job:
     @property
     def running(self) -> bool:
         """Whether it still takes part."""
-        return self.failure is None and self.step < self.steps
+        return self.failure is None and not self.paused and self.step < self.steps
 
     def restore(self) -> None:
         """Continue from the checkpoint that was found, once there is an optimizer."""
@@ -181,7 +184,7 @@ class Job:
             self._log(norm, rate, epoch)
         done = self.step == self.steps
         if self.checkpoints is not None and (
-            done or self.step % self.config.trainer.save_steps == 0
+            done or requested() or self.step % self.config.trainer.save_steps == 0
         ):
             self.checkpoints.save(
                 self.step,
@@ -190,6 +193,7 @@ class Job:
                 self.scheduler,
                 {"track": self.track.state(), "seconds": self.track.seconds},
             )
+        self.paused = requested()
         if done:
             self.release()
 

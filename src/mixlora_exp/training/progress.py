@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.interruption import requested
 
 __all__ = [
     "LogFile",
     "ProgressBar",
     "ProgressLines",
+    "StopWhenAsked",
     "append_log",
     "progress_callback",
     "restart_log",
@@ -42,6 +45,15 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
             f"output_dir: cannot write {path} ({error.strerror}); nothing was "
             "recorded. Free space there or choose another output_dir."
         ) from error
+
+
+class StopWhenAsked(TrainerCallback):
+    """Saves and stops after the step in which the process was asked to end."""
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if requested():
+            control.should_save = args.save_strategy != SaveStrategy.NO
+            control.should_training_stop = True
 
 
 def restart_log(path: Path, step: int) -> None:

@@ -1,0 +1,162 @@
+"""One process at a time on a run, whatever happens to the others."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp import runlock
+from mixlora_exp.runlock import RunLock, holder_of
+
+FAST = {"beat": 0.05, "patience": 0.4}
+
+
+def test_taken_once_and_free_again(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path, **FAST), RunLock(tmp_path, **FAST)
+    assert first.acquire()
+    assert not second.acquire()
+    assert holder_of(tmp_path)["pid"] == os.getpid()
+    first.release()
+    assert holder_of(tmp_path) is None
+    assert second.acquire()
+    second.release()
+
+
+def hold(folder: str, ready, seconds: float) -> None:
+    lock = RunLock(Path(folder), **FAST)
+    ready.put(lock.acquire())
+    time.sleep(seconds)
+
+
+def test_a_dead_process_of_this_machine_is_told_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Queue()
+    process = context.Process(target=hold, args=(str(tmp_path), ready, 60))
+    process.start()
+    assert ready.get(timeout=60)
+    lock = RunLock(tmp_path, beat=5.0, patience=60.0)
+    start = time.monotonic()
+    assert not lock.acquire()
+    process.kill()
+    process.join()
+    assert lock.acquire()
+    assert time.monotonic() - start < 10
+    lock.release()
+
+
+def foreign(folder: Path, **changes) -> Path:
+    """A lock file that a process on another machine left."""
+    folder.mkdir(exist_ok=True)
+    holder = {"host": "elsewhere", "boot": "b", "namespace": "n", "pid": 7, "started": 1.0,
+              "count": 3, **changes}  # fmt: skip
+    path = folder / "4"
+    path.write_text(json.dumps(holder))
+    return path
+
+
+def test_a_dead_process_of_another_machine_is_told_by_its_count(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    lock = RunLock(tmp_path, **FAST)
+    start = time.monotonic()
+    assert lock.acquire()
+    assert 0.3 < time.monotonic() - start < 5
+    assert (tmp_path / "5").exists()
+    lock.release()
+
+
+def test_a_living_process_of_another_machine_keeps_its_run(tmp_path: Path) -> None:
+    path = foreign(tmp_path)
+    code = (
+        "import json, sys, time\n"
+        "path, n = sys.argv[1], 4\n"
+        "while True:\n"
+        "    data = json.load(open(path)); data['count'] = n; n += 1\n"
+        "    open(path + '.x', 'w').write(json.dumps(data))\n"
+        "    import os; os.replace(path + '.x', path); time.sleep(0.05)\n"
+    )
+    counting = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    try:
+        time.sleep(0.5)
+        assert not RunLock(tmp_path, beat=0.05, patience=5.0).acquire()
+    finally:
+        counting.kill()
+        counting.wait()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_cut_off_lock_does_not_lock_for_ever(tmp_path: Path, content: str) -> None:
+    (tmp_path / "1").write_text(content)
+    lock = RunLock(tmp_path, **FAST)
+    assert lock.acquire()
+    lock.release()
+
+
+def test_a_pid_given_again_is_another_process(tmp_path: Path) -> None:
+    me = runlock._this_process()
+    foreign(tmp_path, **{**me, "started": me["started"] - 1000})
+    lock = RunLock(tmp_path, beat=5.0, patience=60.0)
+    assert lock.acquire()
+    lock.release()
+
+
+def test_one_that_stood_still_learns_that_it_lost(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, **FAST)
+    assert lock.acquire()
+    (tmp_path / "2").write_text(json.dumps({"host": "elsewhere", "count": 0}))
+    assert lock.lost.wait(timeout=5)
+    lock.release()
+    assert json.loads((tmp_path / "2").read_text()) == {"host": "elsewhere", "count": 0}
+
+
+def test_clocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the wall clock, which may go backwards, nor times of files."""
+    lock = RunLock(tmp_path, **FAST)
+    assert lock.acquire()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    assert not RunLock(tmp_path, **FAST).acquire()
+    lock.release()
+
+
+def contend(folder: str, go, won) -> None:
+    lock = RunLock(Path(folder), **FAST)
+    go.wait()
+    if lock.acquire():
+        won.put(os.getpid())
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["no lock", "a dead process's lock"])
+def test_of_many_one_gets_it(tmp_path: Path, left: bool) -> None:
+    if left:
+        foreign(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    go, won = context.Event(), context.Queue()
+    processes = [context.Process(target=contend, args=(str(tmp_path), go, won)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    time.sleep(3)
+    go.set()
+    for process in processes:
+        process.join(timeout=60)
+    assert not won.empty()
+    won.get()
+    assert won.empty()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    from mixlora_exp.errors import UserError
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another output_dir"):
+        RunLock(tmp_path / "file" / "lock", **FAST).acquire()
