@@ -1,0 +1,123 @@
+"""Runs in processes of their own, which can be killed: started from a server that has imported
+everything, so that each takes a fraction of a second."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["mixlora_exp.cli", "mixlora_exp.together", "mixlora_exp.evaluation.lockstep"]
+CIRCUMSTANCES = ("provenance", "seconds", "scoring", "content_sha256")
+SMALL = [
+    "experiment=smoke",
+    "data.train_limit=40",
+    "trainer.max_steps=12",
+    "trainer.save_steps=2",
+    "trainer.precision=float32",
+    "evaluation.protocols=[label_logits,answer_text]",
+    "evaluation.batch_check=0",
+]
+
+
+def _run(argv: list[str], log: str) -> None:
+    import torch
+
+    from mixlora_exp.cli import execute
+
+    torch.set_num_threads(1)
+    # What it prints belongs to the test that reads it.
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os._exit(execute(argv))
+
+
+@dataclass
+class Started:
+    """A run in its own process."""
+
+    process: Any
+    log: Path
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 240) -> int:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running: {self.told()[-2000:]}"
+        return self.process.exitcode
+
+    def told(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@dataclass
+class Starter:
+    """Starts command lines of `train.py`."""
+
+    folder: Path
+    started: list[Started] = field(default_factory=list)
+
+    def __call__(self, *argv: str) -> Started:
+        log = self.folder / f"log-{len(self.started)}"
+        process = CONTEXT.Process(target=_run, args=([*SMALL, *argv], str(log)))
+        process.start()
+        self.started.append(Started(process, log))
+        return self.started[-1]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    starter = Starter(tmp_path)
+    yield starter
+    for each in starter.started:
+        if each.process.is_alive():
+            each.kill()
+        each.process.join()
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """What a finished output folder holds, by run: weights and record without circumstances."""
+    found = {}
+    for path in sorted(folder.glob("*/record.json")):
+        record = json.loads(path.read_text())
+        for name in CIRCUMSTANCES:
+            record.pop(name)
+        for name in ("seconds", "tokens_per_second", "peak_memory_bytes", "together"):
+            record["train"].pop(name)
+        for score in record["scores"]:
+            score.pop("seconds", None)
+        record["config"].pop("output_dir")
+        log = (path.parent / "train_log.jsonl").read_text()
+        weights = (path.parent / "adapter" / "adapter_model.safetensors").read_bytes()
+        found[path.parent.name] = {"record": record, "log": log, "weights": weights}
+    return found
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, Any]]:
+    return everything
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Wait until something holds."""
+
+    def wait(condition: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.02)
+
+    return wait
