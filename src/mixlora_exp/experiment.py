@@ -48,7 +48,7 @@ from mixlora_exp.results.record import (
 from mixlora_exp.results.show import be_quiet, print_record, say
 from mixlora_exp.runlock import RunLock, holder_of
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
-from mixlora_exp.training import TrainSummary, fit
+from mixlora_exp.training import NotEnoughMemory, TrainSummary, fit
 from mixlora_exp.training.checkpoints import Checkpoints
 
 __all__ = [
@@ -319,16 +319,31 @@ def training_examples(this: Run) -> list[Example]:
 
 def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     """Train an adapter on `base`, save it to the run's folder and take it off again."""
-    config = this.config
-    examples = training_examples(this)
+    say(f"Training {this.config.method.name} on {len(training_examples(this))} examples")
+    trainer = this.config.trainer
+    half = trainer.micro_batch_size // 2
+    try:
+        return _fit(this, base, this.config)
+    except NotEnoughMemory as error:
+        if not trainer.auto_micro_batch or not half:
+            raise
+        say(f"{error}; going on with micro-batches of {half}")
+    smaller = dataclasses.replace(trainer, micro_batch_size=half)
+    summary = _fit(this, base, dataclasses.replace(this.config, trainer=smaller))
+    return dataclasses.replace(summary, halved_micro_batch=half)
+
+
+def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
     model = attach_adapter(base, config.method, config.kernel, config.seed)
-    say(f"Training {config.method.name} on {len(examples)} examples")
-    summary = fit(
-        config, model, this.tokenizer, examples, this.folder, this.dtype, this.checkpoints()
-    )
-    if processes().is_main_process:
-        save_adapter(model, this.folder / "adapter")
-    model.unload()
+    examples = training_examples(this)
+    try:
+        summary = fit(
+            config, model, this.tokenizer, examples, this.folder, this.dtype, this.checkpoints()
+        )
+        if processes().is_main_process:
+            save_adapter(model, this.folder / "adapter")
+    finally:
+        model.unload()
     return summary
 
 

@@ -37,6 +37,7 @@ EXCLUDED = (
     "adapters",
     "trainer.pack_adapters",
     # A run that goes on from a checkpoint ends as one that was never interrupted.
+    "trainer.auto_micro_batch",
     "trainer.save_steps",
     "trainer.keep_checkpoints",
     "model.access",

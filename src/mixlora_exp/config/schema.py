@@ -198,6 +198,8 @@ class TrainerConfig:
     """How the loss over the vocabulary is computed; the choices agree up to rounding."""
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
+    auto_micro_batch: bool = False
+    """Where a micro-batch does not fit the memory, halve it once and go on."""
     logging_steps: int = 10
     save_steps: int = 50
     """Write a checkpoint after this many optimizer steps, and after the last one."""

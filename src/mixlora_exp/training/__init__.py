@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mixlora_exp.training.fit import TrainSummary, fit
+from mixlora_exp.training.fit import NotEnoughMemory, TrainSummary, fit
 from mixlora_exp.training.fit_joint import fit_jointly, make_job
 from mixlora_exp.training.trainer import MixLoraTrainer
 
-__all__ = ["MixLoraTrainer", "TrainSummary", "fit", "fit_jointly", "make_job"]
+__all__ = ["MixLoraTrainer", "NotEnoughMemory", "TrainSummary", "fit", "fit_jointly", "make_job"]

@@ -28,7 +28,14 @@ from mixlora_exp.training.stability import Diverged, Stability
 from mixlora_exp.training.tracking import tracker_callbacks
 from mixlora_exp.training.trainer import MixLoraTrainer
 
-__all__ = ["RECOMPUTE", "TrainSummary", "diverged_message", "fit", "training_arguments"]
+__all__ = [
+    "RECOMPUTE",
+    "NotEnoughMemory",
+    "TrainSummary",
+    "diverged_message",
+    "fit",
+    "training_arguments",
+]
 
 
 # Reentrant recomputation would lose the router loss's gradient.
@@ -36,6 +43,10 @@ RECOMPUTE = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
+
+
+class NotEnoughMemory(UserError):
+    """A micro-batch does not fit the device's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,9 @@ class TrainSummary:
     curve: list[dict[str, Any]] = field(default_factory=list)
     expert_load: list[list[float]] | None = None
     stability: Stability | None = None
+    halved_micro_batch: int | None = None
+    """With `trainer.auto_micro_batch`, the size that was used after the configured one did not
+    fit; a step has the same examples and the same normalisation."""
     together: list[str] = field(default_factory=list)
     """Other runs that shared the base model and the passes."""
 
@@ -157,10 +171,10 @@ def fit(
         with deferred():
             trainer.train_or_resume(total_steps(config, len(examples)))
     except torch.OutOfMemoryError as error:
-        raise UserError(
+        raise NotEnoughMemory(
             f"trainer.micro_batch_size={config.trainer.micro_batch_size}: the device's memory does "
             "not suffice; nothing was recorded. Choose a smaller one, or set "
-            "trainer.gradient_checkpointing=true"
+            "trainer.auto_micro_batch=true or trainer.gradient_checkpointing=true"
         ) from error
     except Diverged as error:
         raise UserError(_diverged(config, model, folder, error)) from error
