@@ -15,10 +15,10 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 PYTEST_ARGS ?=
 
 .PHONY: help install quickstart test test-slow bench bench-gpu bench-eval collect tables check-tables \
-	figures report lint format clean
+	figures report table1 table2 table5 table8 table9 figure4c status lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with the pinned versions of everything
 
@@ -47,6 +47,34 @@ bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight min
 
 bench-eval: $(STAMP)  ## measure how many items a second the scoring protocols take
 	$(BIN)/python scripts/bench_eval.py
+
+# The sweep behind a table: its missing cells, those of a model. DATA=local needs DATA_PATH=DIR; OPTIONS
+# are overrides of any kind.
+MODEL ?= llama2_7b
+DATA ?= hub
+OPTIONS ?=
+SWEEP = $(BIN)/python train.py -m data=$(DATA) $(if $(DATA_PATH),data.path=$(DATA_PATH)) $(OPTIONS)
+
+table1: $(STAMP)  ## run what is missing of Table 1 (MODEL=llama2_7b DATA=hub)
+	$(SWEEP) experiment=table1/$(MODEL)
+
+table2: $(STAMP)  ## the same of Table 2
+	$(SWEEP) experiment=table2/$(MODEL)
+
+table5: $(STAMP)  ## the same of Table 5
+	$(SWEEP) experiment=table5/gemma_2b
+
+table8: $(STAMP)  ## the same of Table 8, ranks
+	$(SWEEP) experiment=table8_rank/$(MODEL)
+
+table9: $(STAMP)  ## the same of Table 9, coefficients of the router loss
+	$(SWEEP) experiment=table9_router_loss/$(MODEL)
+
+figure4c: $(STAMP)  ## the same of Figure 4c
+	$(SWEEP) experiment=figure4c/$(MODEL)
+
+status: $(STAMP)  ## what has been run of every table, and what is left
+	$(BIN)/python scripts/status.py $(OPTIONS)
 
 collect: $(STAMP)  ## bring finished runs of committed code from outputs/ into results/runs/
 	$(BIN)/python scripts/collect.py

@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "inputs": EVERYTHING,
     "experiment": EVERYTHING,
     "together": EVERYTHING,
+    "status": EVERYTHING,
     "cli": EVERYTHING,
     # The package itself makes the tuner known to PEFT, and does nothing else.
     "__init__": {"_peft_hook"},

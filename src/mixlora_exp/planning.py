@@ -24,7 +24,15 @@ from mixlora_exp.config.schema import (
 )
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["Plan", "kept_per_token", "many_that_fit", "plan", "print_plan", "print_plan_together"]
+__all__ = [
+    "Plan",
+    "kept_per_token",
+    "many_that_fit",
+    "memory_of",
+    "plan",
+    "print_plan",
+    "print_plan_together",
+]
 
 # Mean characters of prompt and answer per training row (label, text), over the training splits
 # (HellaSwag: over 6,477 of its rows). Used where no tokenizer or no data is at hand.
@@ -195,6 +203,12 @@ def many_that_fit(memory: dict[str, int], gib: float) -> int:
     """Adapters of one kind that train together on one base within `gib` GiB."""
     each = memory["adapter_and_optimizer"] + memory["activations"]
     return max(0, int((gib * 2**30 * USABLE - memory["weights"]) // each))
+
+
+def memory_of(config: Config) -> dict[str, int]:
+    """The estimate of a run's memory, in bytes by item."""
+    parameters = count_parameters(config.model, config.method)
+    return _memory(config, parameters, config.data.cutoff_length)
 
 
 def _together(memory: dict[str, int]) -> str:

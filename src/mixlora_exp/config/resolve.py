@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -141,13 +142,19 @@ def to_dict(config: Any) -> Any:
 
 def fingerprint(config: Config) -> str:
     """Return the SHA-256 of everything in `config` that determines the result (see `EXCLUDED`)."""
-    tree = to_dict(config)
+    return fingerprint_of(to_dict(config))
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """The same of a configuration as records have it; one that lacks a field which does not
+    determine the result, since it came later, has the same fingerprint."""
+    tree = copy.deepcopy(settings)
     for dotted in EXCLUDED:
         *parents, name = dotted.split(".")
         node = tree
         for parent in parents:
             node = node[parent]
-        del node[name]
+        node.pop(name, None)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -16,7 +16,16 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.results.record import read_record
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["RECORD", "LeftOut", "Run", "check_run", "load_runs", "read_items", "read_predictions"]
+__all__ = [
+    "RECORD",
+    "LeftOut",
+    "Run",
+    "check_run",
+    "filled",
+    "load_runs",
+    "read_items",
+    "read_predictions",
+]
 
 RECORD = "record.json"
 # What was scored and what it was trained with. Precision and how loss and products are computed
@@ -147,7 +156,7 @@ class Run:
         return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
 
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
+def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A record's configuration with the fields that came later."""
     later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
     if config["method"]["name"] == "none":
@@ -165,7 +174,7 @@ def _placed(path: Path) -> Run:
     if git is None or git["dirty"]:
         state = "code outside of a commit" if git is None else "uncommitted changes"
         raise UserError(f"it was made with {state}")
-    trained = scored = _filled(record["config"])
+    trained = scored = filled(record["config"])
     adapter = record.get("adapter")
     if adapter is not None:
         source = adapter.get("trained_by")
@@ -173,7 +182,7 @@ def _placed(path: Path) -> Run:
             raise UserError("no record with the hash of its adapter tells what trained it")
         if source["git"] is None or source["git"]["dirty"]:
             raise UserError("its adapter was trained with uncommitted changes")
-        trained = _filled(source["config"])
+        trained = filled(source["config"])
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
     return Run(path.parent.name, path.parent, record, trained, scored, scores)
 

@@ -1,0 +1,87 @@
+"""What has been run of every table, and what is left: `python scripts/status.py`.
+
+`experiment=table8_rank/llama2_7b` (or a folder, `experiment=table1`) shows one sweep,
+`state=failed` one state, `brief=true` counts alone; anything else is an override as `train.py`
+takes it (`data=local data.path=DIR output_dir=DIR`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.status import STATES, Cell, experiments, find_cells
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = ("experiment", "state", "brief", "records")
+SHADES = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+
+
+def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    own, rest = {}, []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is no setting: write name=value")
+        if name in OWN:
+            own[name] = value
+        else:
+            rest.append(argument)
+    if own.get("state", STATES[0]) not in STATES:
+        raise UserError(f"state={own['state']} is unknown: choose from {', '.join(STATES)}")
+    return own, rest
+
+
+def _chosen(wanted: str | None) -> list[str]:
+    known = experiments()
+    found = [n for n in known if wanted in (None, n, n.partition("/")[0])]
+    if not found:
+        raise UserError(f"experiment={wanted} is unknown: choose from {', '.join(known)}")
+    return found
+
+
+def _overview(cells: list[Cell]) -> Table:
+    columns = ("experiment", *STATES, "hours left")
+    table = Table(*(Column(name, no_wrap=True) for name in columns), box=None)
+    for name in dict.fromkeys(cell.experiment for cell in cells):
+        own = [cell for cell in cells if cell.experiment == name]
+        counts = Counter(cell.state for cell in own)
+        left = sum(cell.hours for cell in own if cell.state != "done")
+        table.add_row(name, *(str(counts[state] or "-") for state in STATES), f"{left:.1f}")
+    return table
+
+
+def _print_cells(console: Console, cells: list[Cell]) -> None:
+    for name in dict.fromkeys(cell.experiment for cell in cells):
+        console.print(f"\n{name}", style="bold")
+        for cell in (cell for cell in cells if cell.experiment == name):
+            shade = SHADES.get(cell.state, "")
+            what = f"{cell.state}: {cell.detail}" if cell.detail else cell.state
+            console.print(f"  {cell.overrides}: {what}", style=shade, markup=False)
+            if cell.state != "done":
+                console.print(
+                    f"    {cell.hours:.2f} GPU hours, {cell.memory_gib:.0f} GiB: {cell.command}",
+                    markup=False,
+                )
+
+
+def run(arguments: list[str]) -> None:
+    own, overrides = _options(arguments)
+    records = Path(own.get("records", ROOT / "results" / "runs"))
+    cells = list(find_cells(_chosen(own.get("experiment")), overrides, records))
+    if "state" in own:
+        cells = [cell for cell in cells if cell.state == own["state"]]
+    console = Console(soft_wrap=True, highlight=False)
+    if own.get("brief") != "true":
+        _print_cells(console, cells)
+    console.print(_overview(cells))
+    console.print("GPU hours and memory are estimated: 1e14 operations a second in bf16.")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, sys.argv[1:]))
