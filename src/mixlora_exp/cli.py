@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +72,7 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def run_one(cfg: DictConfig) -> None:
     """Carry out one composed configuration (a task function of Hydra's)."""
-    config = to_config(cfg)
+    config = _grouped(to_config(cfg))
     # Imported late, so that a mistake on the command line is told before torch is loaded.
     if config.adapters:
         from mixlora_exp.together import run_together
@@ -82,6 +82,14 @@ def run_one(cfg: DictConfig) -> None:
     from mixlora_exp.experiment import run
 
     run(config)
+
+
+def _grouped(config: Config) -> Config:
+    """With the experiment's name for trackers, so that the runs of a sweep stand together."""
+    choice = HydraConfig.get().runtime.choices.get("experiment")
+    if choice is None or config.tracker.group is not None:
+        return config
+    return replace(config, tracker=replace(config.tracker, group=str(choice)))
 
 
 def _adapters_of(config: Config) -> list[Config]:
@@ -94,7 +102,8 @@ def _adapters_of(config: Config) -> list[Config]:
         # A launcher's own process has no session yet.
         here = GlobalHydra.instance()
         session = here.hydra if here.is_initialized() else stack.enter_context(open_session(folder))
-        return compose_adapters(session, job.job.config_name, kept, config.adapters)
+        found = compose_adapters(session, job.job.config_name, kept, config.adapters)
+    return [_grouped(each) for each in found]
 
 
 def run_single(cfg: DictConfig) -> UserError | None:

@@ -50,6 +50,7 @@ from mixlora_exp.runlock import RunLock, holder_of
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
 from mixlora_exp.training import NotEnoughMemory, TrainSummary, fit
 from mixlora_exp.training.checkpoints import Checkpoints
+from mixlora_exp.training.tracking import Tracking, start_tracking
 
 __all__ = [
     "RECORD",
@@ -64,6 +65,7 @@ __all__ = [
     "score_with",
     "start",
     "start_folder",
+    "tracked",
     "training_examples",
     "write_record",
 ]
@@ -87,6 +89,7 @@ class Run:
     started: float
     origin: dict[str, Any]
     lock: RunLock
+    tracking: Tracking | None = None
 
     def checkpoints(self) -> Checkpoints:
         """Of this run; those of other data, code or settings are not its own."""
@@ -146,8 +149,10 @@ def run(config: Config) -> Path | None:
             return finished(record_path, inputs)
         say(f"Run {folder.name}")
         with failure_noted(folder):
-            record = _carry_out(start(config, folder, inputs, lock))
-            return write_record(folder, record, lock) if first else None
+            this = start(config, folder, inputs, lock)
+            with tracked(this):
+                record = _carry_out(this)
+                return write_record(folder, record, lock) if first else None
 
 
 @contextlib.contextmanager
@@ -166,6 +171,28 @@ def held(folder: Path) -> Iterator[RunLock | None]:
         return
     with lock:
         yield lock
+
+
+@contextlib.contextmanager
+def tracked(this: Run) -> Iterator[None]:
+    """The run's tracker while the context lasts, which gets the run's files at its end."""
+    config = this.config
+    if processes().is_main_process:
+        this.tracking = start_tracking(config, this.folder, fingerprint(config), group_of(config))
+    try:
+        yield
+    finally:
+        if this.tracking is not None:
+            predictions = sorted((this.folder / "predictions").glob("*.jsonl"))
+            log = this.folder / "train_log.jsonl"
+            this.tracking.close([this.folder / RECORD, log, *predictions])
+
+
+def group_of(config: Config) -> str:
+    """The name that the runs of a sweep share in a tracker."""
+    if config.tracker.group is not None:
+        return config.tracker.group
+    return f"{config.model.name}-{config.task.name}-{config.data.name.value}"
 
 
 @contextlib.contextmanager
@@ -338,7 +365,14 @@ def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
     examples = training_examples(this)
     try:
         summary = fit(
-            config, model, this.tokenizer, examples, this.folder, this.dtype, this.checkpoints()
+            config,
+            model,
+            this.tokenizer,
+            examples,
+            this.folder,
+            this.dtype,
+            this.checkpoints(),
+            this.tracking,
         )
         if processes().is_main_process:
             save_adapter(model, this.folder / "adapter")

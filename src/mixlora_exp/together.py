@@ -28,6 +28,7 @@ from mixlora_exp.experiment import (
     score_with,
     start,
     start_folder,
+    tracked,
     training_examples,
     write_record,
 )
@@ -71,6 +72,7 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
             else:
                 runs.append(start(config, folder, inputs, lock))
                 locks.enter_context(failure_noted(folder))
+                locks.enter_context(tracked(runs[-1]))
         if runs:
             paths += _carry_out(runs)
     return paths
@@ -129,6 +131,7 @@ def _carry_out(runs: Sequence[Run]) -> list[Path]:
                 this.folder,
                 this.tokenizer,
                 this.checkpoints(),
+                this.tracking,
             )
         )
     methods = {job.name: (job.config.method, job.config.seed) for job in jobs}

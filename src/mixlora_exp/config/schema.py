@@ -289,6 +289,16 @@ class TrackerConfig:
 
     name: Tracker = Tracker.none
     project: str = "mixlora-exp"
+    mode: str = "online"
+    """tracker=wandb: online, or offline (`wandb sync` sends it later)."""
+    group: str | None = None
+    """Under which name the runs of a sweep stand together; null: the experiment's."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.mode in ("online", "offline"),
+            "tracker.mode", self.mode, "choose online or offline",
+        )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)

@@ -23,9 +23,9 @@ from mixlora_exp.interruption import deferred
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.job import total_steps
-from mixlora_exp.training.progress import LogFile, StopWhenAsked, progress_callback
+from mixlora_exp.training.progress import LogFile, SendLogs, StopWhenAsked, progress_callback
 from mixlora_exp.training.stability import Diverged, Stability
-from mixlora_exp.training.tracking import tracker_callbacks
+from mixlora_exp.training.tracking import Tracking
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 __all__ = [
@@ -129,9 +129,10 @@ def fit(
     folder: Path,
     dtype: torch.dtype,
     checkpoints: Checkpoints | None = None,
+    tracking: Tracking | None = None,
 ) -> TrainSummary:
-    """Train `model` in place on `examples`; logs go to the run's `folder`. With `checkpoints` it
-    goes on from the newest one, and writes more.
+    """Train `model` in place on `examples`; logs go to the run's `folder`, and to a tracker. With
+    `checkpoints` it goes on from the newest one, and writes more.
 
     Raises:
         UserError: the loss is no longer a finite number, or memory does not suffice.
@@ -162,8 +163,10 @@ def fit(
         trainer.remove_callback(callback)
     trainer.add_callback(progress_callback())
     trainer.add_callback(LogFile(folder / "train_log.jsonl", lambda: trainer.expert_load))
-    for callback in tracker_callbacks(config, folder):
-        trainer.add_callback(callback)
+    if tracking is not None:
+        trainer.add_callback(
+            SendLogs(tracking, lambda: int(trainer.track.tokens), lambda: trainer.expert_load)
+        )
     start = time.perf_counter()
     reset_peak_memory(trainer.args.device)
     trainer.add_callback(StopWhenAsked())

@@ -26,6 +26,7 @@ from mixlora_exp.training.job import Job
 from mixlora_exp.training.joint_trainer import JointTrainer
 from mixlora_exp.training.progress import restart_log
 from mixlora_exp.training.stability import Diverged
+from mixlora_exp.training.tracking import Tracking
 
 __all__ = ["fit_jointly", "make_job"]
 
@@ -37,6 +38,7 @@ def make_job(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: Checkpoints | None = None,
+    tracking: Tracking | None = None,
 ) -> Job:
     """The training of one adapter, as `config` has it. `name` is its name in the model; logs go to
     its run's `folder`.
@@ -54,7 +56,7 @@ def make_job(
         config.trainer.padding_in_loss,
         tokenizer.padding_side,
     )
-    job = Job(name, config, examples, folder, collate, checkpoints)
+    job = Job(name, config, examples, folder, collate, checkpoints, tracking)
     restart_log(folder / "train_log.jsonl", job.step)
     return job
 
@@ -149,9 +151,9 @@ def _summary(job: Job, peak: int) -> TrainSummary:
         shortened=sum(example.shortened for example in job.examples),
         over_cutoff=sum(len(e.input_ids) > job.config.data.cutoff_length for e in job.examples),
         steps=job.step,
-        tokens=track.tokens,
+        tokens=int(track.tokens),
         seconds=round(seconds, 3),
-        tokens_per_second=round(track.tokens / seconds, 2),
+        tokens_per_second=round(int(track.tokens) / seconds, 2),
         peak_memory_bytes=peak,
         final_loss=curve[-1]["loss"] if curve else track.watch.losses[-1],
         curve=curve,

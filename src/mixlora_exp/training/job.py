@@ -22,6 +22,7 @@ from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.progress import append_log
 from mixlora_exp.training.track import Track
+from mixlora_exp.training.tracking import Tracking
 
 __all__ = ["Job", "MicroBatch", "micro_batches", "total_steps"]
 
@@ -98,6 +99,7 @@ class Job:
     folder: Path
     collate: Callable[[Sequence[Example]], dict[str, Any]]
     checkpoints: Checkpoints | None = None
+    tracking: Tracking | None = None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """The trained ones, by names that `plain_parameters_of` gives."""
     optimizer: Optimizer | None = None
@@ -204,4 +206,6 @@ class Job:
         self.track.curve.append({**entry, "step": self.step})
         shown = entry if load is None else {**entry, "expert_load": load}
         append_log(self.folder / "train_log.jsonl", {"step": self.step, **shown})
+        if self.tracking is not None:
+            self.tracking.log(self.step, shown)
         sys.stderr.write(f"  {self.folder.name} step {self.step}/{self.steps}, loss {loss:.3f}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
@@ -14,11 +15,14 @@ from transformers.trainer_utils import SaveStrategy
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.interruption import requested
+from mixlora_exp.runtime import peak_memory_bytes
+from mixlora_exp.training.tracking import Tracking
 
 __all__ = [
     "LogFile",
     "ProgressBar",
     "ProgressLines",
+    "SendLogs",
     "StopWhenAsked",
     "append_log",
     "progress_callback",
@@ -45,6 +49,34 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
             f"output_dir: cannot write {path} ({error.strerror}); nothing was "
             "recorded. Free space there or choose another output_dir."
         ) from error
+
+
+class SendLogs(TrainerCallback):
+    """Hands every log entry, with speed and memory, to a tracker."""
+
+    def __init__(
+        self, tracking: Tracking, tokens: Callable[[], int], expert_load: Callable[[], Any]
+    ) -> None:
+        self.tracking, self.tokens, self.expert_load = tracking, tokens, expert_load
+        self._before = (time.perf_counter(), 0)
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        self._before = (time.perf_counter(), self.tokens())
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        then, tokens = self._before
+        self._before = (time.perf_counter(), self.tokens())
+        entry = {
+            **logs,
+            "tokens_per_second": (self._before[1] - tokens) / max(self._before[0] - then, 1e-9),
+            "memory_gib": peak_memory_bytes(args.device) / 2**30,
+        }
+        load = self.expert_load()
+        if load is not None:
+            entry["expert_load"] = load
+        self.tracking.log(state.global_step, entry)
 
 
 class StopWhenAsked(TrainerCallback):

@@ -28,14 +28,14 @@ class Track:
     watch: StepWatch = field(default_factory=StepWatch)
     curve: list[dict[str, Any]] = field(default_factory=list)
     counts: Tensor | None = None
-    tokens: int = 0
+    tokens: int | Tensor = 0
     seconds: float = 0.0
     _router_loss: Tensor | float = 0.0
     _router_passes: int = 0
     _window: Tensor | None = None
 
-    def note_pass(self, report: RouterReport | None, tokens: int = 0) -> None:
-        """Note one micro-batch."""
+    def note_pass(self, report: RouterReport | None, tokens: int | Tensor) -> None:
+        """Note one micro-batch; a tensor of a GPU is not waited for."""
         self.tokens += tokens
         if report is None:
             return
@@ -74,7 +74,7 @@ class Track:
             "losses": self.watch.losses,
             "norms": self.watch.norms,
             "curve": self.curve,
-            "tokens": self.tokens,
+            "tokens": int(self.tokens),
             "router_loss": float(self._router_loss),
             "router_passes": self._router_passes,
             **lists,

@@ -79,7 +79,9 @@ class MixLoraTrainer(Trainer):
         head = Head.full if return_outputs else self._head
         with loss_from_hidden(tuner.model, head):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.track.note_pass(getattr(tuner, "router_report", None))
+        mask = inputs.get("attention_mask")
+        tokens = 0 if mask is None else mask.sum()
+        self.track.note_pass(getattr(tuner, "router_report", None), tokens)
         return result
 
     def training_step(self, model, inputs, num_items_in_batch=None):
