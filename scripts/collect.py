@@ -2,6 +2,7 @@
 
 Copies record and predictions of every finished run that was made from committed code; weights stay
 where they are. A run that is there already is left alone, and one that differs from it is refused.
+All records' scores are then written to `results/index.parquet`, which may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mixlora_exp.config import options
 from mixlora_exp.errors import MISTAKE, guarded
 from mixlora_exp.reporting import RESULTS
 from mixlora_exp.results.collect import collect
+from mixlora_exp.results.index import write_index
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +36,8 @@ def run(arguments: Sequence[str]) -> int:
     print(
         f"{len(found.copied)} collected, {found.known} there already, {len(found.refused)} refused"
     )
+    rows, _ = write_index(target, target.parent / "index.parquet")
+    print(f"{target.parent / 'index.parquet'}: {rows} scores of all records, made from them")
     return MISTAKE if found.refused else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -119,7 +120,7 @@ def run_cell(cfg: DictConfig) -> Failure | None:
     """Carry out one run of a sweep; a failure is returned, so that the other runs still start."""
     job = HydraConfig.get()
     overrides = " ".join(job.overrides.task)
-    sys.stderr.write(f"== run {job.job.num + 1}: {overrides}\n")
+    sys.stderr.write(f"== {SWEEP.heading(job.job.num + 1)}: {overrides}\n")
     try:
         run_one(cfg)
     except UserError as error:
@@ -129,6 +130,32 @@ def run_cell(cfg: DictConfig) -> Failure | None:
         traceback.print_exc()
         return Failure(overrides, f"{type(error).__name__}: {error}", crashed=True)
     return None
+
+
+@dataclass(slots=True)
+class Sweep:
+    """How far a sweep of this process is. In the processes of other launchers nothing is known."""
+
+    runs: int = 0
+    started: float = 0.0
+
+    def heading(self, number: int) -> str:
+        """Which run begins, and how long the others may take if they are like those before."""
+        if not self.runs:
+            return f"run {number}"
+        passed, done = time.monotonic() - self.started, number - 1
+        left = passed / done * (self.runs - done) if done else 0.0
+        shown = f" ({_duration(passed)} passed, about {_duration(left)} left)" if done else ""
+        return f"run {number} of {self.runs}{shown}"
+
+
+SWEEP = Sweep()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _failures(returned: Any) -> Iterator[Failure]:
@@ -158,8 +185,12 @@ def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
         return 0
     if plan.packed is not None:
         overrides = [*plan.packed, "hydra.mode=MULTIRUN"]
+    SWEEP.runs = len(plan.cells) if plan.packed is None else plan.packs
+    SWEEP.started = time.monotonic()
     returned = session.multirun(config_name=name, task_function=run_cell, overrides=overrides)
     failures = list(_failures(returned))
+    took = _duration(time.monotonic() - SWEEP.started)
+    sys.stderr.write(f"== {len(plan.cells)} runs, {len(failures)} failed, {took}\n")
     if not failures:
         return 0
     sys.stderr.write(f"error: {len(failures)} of {len(plan.cells)} runs failed:\n")

@@ -43,6 +43,7 @@ class Plan:
     expanded: bool
     cells: tuple[Cell, ...]
     packed: tuple[str, ...] | None = None
+    packs: int = 0
 
 
 @contextmanager
@@ -195,17 +196,20 @@ def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -
                 "trainer.pack_adapters=4"
             )
         cells.append(Cell(overrides=tuple(lines), config=config))
-    packed = None
-    if cells[0].config.trainer.pack_adapters > 1:
-        packed = tuple([*fixed, *_packed(cells, swept)])
-    return Plan(multirun=True, expanded=True, cells=tuple(cells), packed=packed)
+    size = cells[0].config.trainer.pack_adapters
+    if size == 1:
+        return Plan(multirun=True, expanded=True, cells=tuple(cells))
+    packs = packs_of([cell.config for cell in cells], size)
+    packed = (*fixed, *_packed(cells, packs, swept))
+    return Plan(multirun=True, expanded=True, cells=tuple(cells), packed=packed, packs=len(packs))
 
 
-def _packed(cells: Sequence[Cell], swept: Sequence[Override]) -> list[str]:
+def _packed(
+    cells: Sequence[Cell], packs: Sequence[Sequence[int]], swept: Sequence[Override]
+) -> list[str]:
     """The sweep as one over lists of adapters, so that any launcher can run it."""
     keys = [o.get_key_element().lstrip("+") for o in swept if o.is_sweep_override()]
     common = [o.input_line for o in swept if not o.is_sweep_override()]
-    packs = packs_of([c.config for c in cells], cells[0].config.trainer.pack_adapters)
 
     def entry(cell: Cell) -> str:
         given = dict(line.lstrip("+").split("=", 1) for line in cell.overrides)
