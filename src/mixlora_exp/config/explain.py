@@ -45,8 +45,19 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
     )
 
 
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
+}
+"""Packages that bring launchers, by how these begin."""
+
+
 def unknown_option(group: str, option: str, options: Sequence[str], source: str = "") -> str:
     """Return the message for `group=option` when the group has no such option."""
+    plugin = next((p for start, p in PLUGINS.items() if option.startswith(start)), None)
+    if group.endswith("hydra/launcher") and plugin is not None:
+        return f"{group}={option}{source} needs a plug-in of Hydra's: run `pip install {plugin}`"
     if not options:
         return f"{group}={option}{source}: there is no group {group!r} in conf/"
     return (
