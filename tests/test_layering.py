@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "experiment": EVERYTHING,
     "together": EVERYTHING,
     "status": EVERYTHING,
+    "search": EVERYTHING,
     "cli": EVERYTHING,
     # The package itself makes the tuner known to PEFT, and does nothing else.
     "__init__": {"_peft_hook"},

@@ -90,6 +90,7 @@ class Run:
     origin: dict[str, Any]
     lock: RunLock
     tracking: Tracking | None = None
+    watch: Callable[[int, float], None] | None = None
 
     def checkpoints(self) -> Checkpoints:
         """Of this run; those of other data, code or settings are not its own."""
@@ -118,8 +119,9 @@ class Run:
         return _score(self, base)[0]
 
 
-def run(config: Config) -> Path | None:
-    """Carry out `config`; returns the path of its record, None for a dry run.
+def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Path | None:
+    """Carry out `config`; returns the path of its record, None for a dry run. `watch` is told step
+    and loss while it trains, and may raise to end it.
 
     A finished run of the same fingerprint on the same inputs is not repeated unless `force` is
     set. The record is written last, so a folder without one holds no result. Started by torchrun or
@@ -150,6 +152,7 @@ def run(config: Config) -> Path | None:
         say(f"Run {folder.name}")
         with failure_noted(folder):
             this = start(config, folder, inputs, lock)
+            this.watch = watch
             with tracked(this):
                 record = _carry_out(this)
                 return write_record(folder, record, lock) if first else None
@@ -280,13 +283,12 @@ def _carry_out(this: Run) -> dict[str, Any]:
 
 def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
     """What the steps of a run share; everything that can be checked without weights is."""
-    limit, seed = config.evaluation.limit, config.data.seed
     this = Run(
         config,
         folder,
         inputs,
         load_tokenizer(config.model),
-        {t: inputs.splits[t, "test"].limited(limit, seed) for t in config.task.evaluate},
+        {task: scored_split(config, inputs, task) for task in config.task.evaluate},
         resolve_dtype(config.trainer.precision, resolve_device()),
         time.time(),
         # Now, not at the end: the code that runs is the code of this moment.
@@ -296,6 +298,24 @@ def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
     for protocol in config.evaluation.protocols:
         check_tests(protocol, this.tokenizer, this.tests, config.data)
     return this
+
+
+def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
+    """The items of a task that are scored.
+
+    Raises:
+        UserError: training leaves no row over.
+    """
+    limit, seed = config.evaluation.limit, config.data.seed
+    if not config.evaluation.held_out:
+        return inputs.splits[task, "test"].limited(limit, seed)
+    found = inputs.splits[task, "train"].held_out(config.data.train_limit or 0, limit, seed)
+    if not found.items:
+        raise UserError(
+            f"data.train_limit={config.data.train_limit} leaves no row of {task} over to score "
+            "(evaluation.held_out=true): choose a smaller one"
+        )
+    return found
 
 
 def finish(
@@ -373,6 +393,7 @@ def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
             this.dtype,
             this.checkpoints(),
             this.tracking,
+            this.watch,
         )
         if processes().is_main_process:
             save_adapter(model, this.folder / "adapter")

@@ -53,7 +53,8 @@ def resolve_config(config: Config) -> Config:
 
 
 def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
-    wanted = [(task, "test") for task in config.task.evaluate]
+    scored = "train" if config.evaluation.held_out else "test"
+    wanted = [(task, scored) for task in config.task.evaluate]
     if isinstance(config.method, LoraMethodConfig):
         wanted = [(task, "train") for task in config.task.train] + wanted
     custom = config.task.custom

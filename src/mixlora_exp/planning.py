@@ -69,7 +69,8 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
     items: dict[str, list] = {}
     if config.data.name is DataSource.hub and config.data.mirror is None:
         rows = {task: TASKS[task].sizes["train"] for task in trains}
-        tests = {task: TASKS[task].sizes["test"] for task in config.task.evaluate}
+        split = "train" if config.evaluation.held_out else "test"
+        tests = {task: TASKS[task].sizes[split] for task in config.task.evaluate}
     else:
         from mixlora_exp.data.sources import load_split
 
@@ -78,14 +79,17 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
             loaded = load_split(config.data, task, "train", custom)
             items[task] = loaded.limited(config.data.train_limit, config.data.seed).items
         rows = {task: len(found) for task, found in items.items()}
+        split = "train" if config.evaluation.held_out else "test"
         tests = {
-            task: len(load_split(config.data, task, "test", custom).items)
+            task: len(load_split(config.data, task, split, custom).items)
             for task in config.task.evaluate
         }
 
     def cut(sizes: dict[str, int], limit: int | None) -> dict[str, int]:
         return {task: min(n, limit or n) for task, n in sizes.items()}
 
+    if config.evaluation.held_out:
+        tests = {task: max(0, n - (config.data.train_limit or 0)) for task, n in tests.items()}
     return cut(rows, config.data.train_limit), cut(tests, config.evaluation.limit), items
 
 

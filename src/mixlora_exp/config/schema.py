@@ -262,6 +262,8 @@ class EvaluationConfig:
     """Protocol `generate`: tokens of an answer at most."""
     batch_check: int = 16
     """Items per task that `label_logits` scores again one by one, to report what batching moves."""
+    held_out: bool = False
+    """Score training rows that training leaves out (`data.train_limit`), to choose settings on."""
     dropout: bool = False
     """Leave the adapter's dropout on while scoring, drawn from `seed`."""
     arc_labels: ArcLabels = ArcLabels.own
@@ -277,6 +279,11 @@ class EvaluationConfig:
             not self.dropout or Protocol.lm_eval not in self.protocols,
             "evaluation.dropout", self.dropout,
             "lm-eval scores without dropout: set it to false, or take another protocol",
+        )  # fmt: skip
+        require(
+            not self.held_out or Protocol.lm_eval not in self.protocols,
+            "evaluation.held_out", self.held_out,
+            "lm-eval scores its own test sets: take another protocol",
         )  # fmt: skip
         repeated = len(set(self.protocols)) != len(self.protocols)
         names = [protocol.value for protocol in self.protocols]
@@ -354,6 +361,12 @@ class Config:
             "adapter",
             self.adapter,
             "an existing adapter is scored, not trained: add method=none",
+        )
+        require(
+            not self.evaluation.held_out or self.data.train_limit is not None,
+            "evaluation.held_out",
+            self.evaluation.held_out,
+            "it takes the rows that data.train_limit leaves over: set data.train_limit=N",
         )
         own = [task for task in (*self.task.train, *self.task.evaluate) if task in self.task.custom]
         require(

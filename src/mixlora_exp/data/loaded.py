@@ -35,9 +35,17 @@ class LoadedSplit:
         """The first `limit` items of a shuffle by `seed`; with None, all in the given order."""
         if limit is None:
             return self
+        return self._shuffled(seed, slice(limit))
+
+    def held_out(self, after: int, limit: int | None, seed: int) -> LoadedSplit:
+        """Those that `limited(after, seed)` leaves over, the first `limit` of them: rows to choose
+        settings on."""
+        return self._shuffled(seed, slice(after, None if limit is None else after + limit))
+
+    def _shuffled(self, seed: int, part: slice) -> LoadedSplit:
         order = list(range(len(self.items)))
         random.Random(seed).shuffle(order)
-        kept = order[:limit]
+        kept = order[part]
         rows = [self.rows[i] for i in kept] if self.rows else []
         return LoadedSplit([self.items[i] for i in kept], self.files, rows)
 

@@ -44,7 +44,7 @@ EVALUATION_FIELDS = ("limit", "max_new_tokens", "dropout", "arc_labels")
 LATER = {
     "method": {"train_magnitude": True},
     "trainer": {"padding_in_loss": False, "order": "bucketed"},
-    "evaluation": {"dropout": False, "arc_labels": "own"},
+    "evaluation": {"dropout": False, "arc_labels": "own", "held_out": False},
 }
 """Fields that older records lack, and what their runs did."""
 

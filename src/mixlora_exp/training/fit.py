@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from mixlora_exp.interruption import deferred
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.job import total_steps
-from mixlora_exp.training.progress import LogFile, SendLogs, StopWhenAsked, progress_callback
+from mixlora_exp.training.progress import LogFile, SendLogs, StopWhenAsked, Watch, progress_callback
 from mixlora_exp.training.stability import Diverged, Stability
 from mixlora_exp.training.tracking import Tracking
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -130,9 +130,11 @@ def fit(
     dtype: torch.dtype,
     checkpoints: Checkpoints | None = None,
     tracking: Tracking | None = None,
+    watch: Callable[[int, float], None] | None = None,
 ) -> TrainSummary:
     """Train `model` in place on `examples`; logs go to the run's `folder`, and to a tracker. With
-    `checkpoints` it goes on from the newest one, and writes more.
+    `checkpoints` it goes on from the newest one, and writes more. `watch` is told step and loss of
+    every log entry, and may raise to end the training.
 
     Raises:
         UserError: the loss is no longer a finite number, or memory does not suffice.
@@ -167,6 +169,8 @@ def fit(
         trainer.add_callback(
             SendLogs(tracking, lambda: int(trainer.track.tokens), lambda: trainer.expert_load)
         )
+    if watch is not None:
+        trainer.add_callback(Watch(watch))
     start = time.perf_counter()
     reset_peak_memory(trainer.args.device)
     trainer.add_callback(StopWhenAsked())

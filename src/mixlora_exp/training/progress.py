@@ -24,6 +24,7 @@ __all__ = [
     "ProgressLines",
     "SendLogs",
     "StopWhenAsked",
+    "Watch",
     "append_log",
     "progress_callback",
     "restart_log",
@@ -77,6 +78,17 @@ class SendLogs(TrainerCallback):
         if load is not None:
             entry["expert_load"] = load
         self.tracking.log(state.global_step, entry)
+
+
+class Watch(TrainerCallback):
+    """Tells a function of every log entry as it is made; what it raises ends the training."""
+
+    def __init__(self, watch: Callable[[int, float], None]) -> None:
+        self.watch = watch
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.watch(state.global_step, logs["loss"])
 
 
 class StopWhenAsked(TrainerCallback):
