@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 	"$$python" -c '$(VERSION_CHECK)' 2>/dev/null && echo "$$python" && break; done)
 PYTEST_ARGS ?=
 
-.PHONY: help install quickstart test test-slow bench bench-gpu bench-eval collect tables check-tables \
+.PHONY: help install quickstart test test-slow soak bench bench-gpu bench-eval collect tables check-tables \
 	figures report table1 table2 table5 table8 table9 figure4c status lint format clean
 
 help:  ## list the targets
@@ -30,6 +30,9 @@ test: lint  ## lint, and run the tests that take seconds
 
 test-slow: $(STAMP)  ## run the tests that take longer: real weights, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+soak: $(STAMP)  ## kill, starve and damage runs at full length, and record how it ended
+	$(BIN)/python scripts/soak.py
 
 # Two to three hours on two cores; LLaMA-2 7B is cut to two layers.
 bench: $(STAMP)  ## measure time and memory of a step of each method on this machine

@@ -1,0 +1,64 @@
+"""Run every fault test at full length and record the outcome: `python scripts/soak.py`.
+
+Thirty kills instead of five, eight processes on a sweep of sixteen cells instead of three on four.
+Writes `results/soak.json`: what was run, on what, and how it ended.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from mixlora_exp.results.record import finish_record, provenance, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = "30"
+
+
+def _outcomes(report: Path) -> dict[str, dict[str, object]]:
+    found = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        kinds = ("failure", "error", "skipped")
+        problem = next((kind for kind in kinds if case.find(kind) is not None), None)
+        found[f"{case.get('classname')}::{case.get('name')}"] = {
+            "outcome": problem or "passed",
+            "seconds": round(float(case.get("time", "0")), 1),
+        }
+    return found
+
+
+def main() -> int:
+    origin = provenance(ROOT)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable, "-m", "pytest", "tests/faults", "tests/training/test_resume.py",
+            f"--junitxml={report}", *sys.argv[1:],
+        ]  # fmt: skip
+        environment = {**os.environ, "SOAK_KILLS": KILLS}
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        if not report.exists():
+            return code or 1
+        tests = _outcomes(report)
+    path = ROOT / "results" / "soak.json"
+    record = {
+        "kills": int(KILLS),
+        "exit_code": code,
+        "seconds": round(time.monotonic() - begun, 1),
+        "tests": tests,
+        "provenance": origin,
+    }
+    write_json(path, finish_record(record))
+    passed = sum(test["outcome"] == "passed" for test in tests.values())
+    print(f"{passed} of {len(tests)} passed; written: {path.relative_to(ROOT)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
