@@ -59,7 +59,9 @@ __all__ = [
     "failure_noted",
     "finish",
     "finished",
+    "forget_failure",
     "held",
+    "note_failure",
     "run",
     "score_alone",
     "score_with",
@@ -201,14 +203,24 @@ def group_of(config: Config) -> str:
 @contextlib.contextmanager
 def failure_noted(folder: Path) -> Iterator[None]:
     """Leave the reason in the run's folder if it fails, and take an older one away."""
-    path = folder / FAILURE
-    path.unlink(missing_ok=True)
+    forget_failure(folder)
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(UserError):
-            write_json(path, {"error": f"{type(error).__name__}: {error}", "time": time.time()})
+        note_failure(folder, error)
         raise
+
+
+def note_failure(folder: Path, error: BaseException | str) -> None:
+    """Leave the reason of a failure in the run's folder."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(UserError):
+        write_json(folder / FAILURE, {"error": text, "time": time.time()})
+
+
+def forget_failure(folder: Path) -> None:
+    """Take away what an earlier failure left."""
+    (folder / FAILURE).unlink(missing_ok=True)
 
 
 def check_lock(folder: Path, lock: RunLock) -> None:
@@ -417,9 +429,9 @@ def _score(this: Run, model: torch.nn.Module) -> Scores:
     return score_with(this, lambda: Scorer(model, this.tokenizer, context, tokens, seed))
 
 
-def score_with(this: Run, scorer_of: Callable[[], Scorer]) -> Scores:
+def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> Scores:
     """Scores of every task under every protocol, each by a scorer of its own, and how long each
-    protocol took."""
+    protocol took. `label` stands before what is told."""
     config, scores, times = this.config, [], {}
     for protocol in config.evaluation.protocols:
         start = time.perf_counter()
@@ -428,7 +440,8 @@ def score_with(this: Run, scorer_of: Callable[[], Scorer]) -> Scores:
         seconds = time.perf_counter() - start
         times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}
         for score in found:
-            say(f"  {protocol.value} {score.task}: {100 * score.accuracy:.1f} % of {score.n} items")
+            accuracy = f"{100 * score.accuracy:.1f} % of {score.n} items"
+            say(f"  {label}{protocol.value} {score.task}: {accuracy}")
         scores += found
     return scores, times
 

@@ -209,13 +209,14 @@ def many_that_fit(memory: dict[str, int], gib: float) -> int:
     return max(0, int((gib * 2**30 * USABLE - memory["weights"]) // each))
 
 
-def memory_of(config: Config) -> dict[str, int]:
-    """The estimate of a run's memory, in bytes by item."""
+def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
+    """The estimate of a run's memory, in bytes by item; `packed`: as one of several adapters."""
     parameters = count_parameters(config.model, config.method)
-    return _memory(config, parameters, config.data.cutoff_length)
+    return _memory(config, parameters, config.data.cutoff_length, packed)
 
 
-def _together(memory: dict[str, int]) -> str:
+def _together(config: Config) -> str:
+    memory = memory_of(config, packed=True)
     fits = ", ".join(f"{many_that_fit(memory, size)} in {size} GiB" for size in CARD_GIB)
     return f"adapters like this on one base: {fits}"
 
@@ -284,7 +285,7 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
             + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items())
             + " (estimated)",
         ),
-        *([("together", _together(found.memory))] if found.examples else []),
+        *([("together", _together(config))] if found.examples else []),
     ]
 
 
@@ -300,15 +301,7 @@ def print_plan_together(configs: Sequence[Config]) -> None:
     """Print what runs that share one base need together."""
     from mixlora_exp.results.show import say
 
-    memories = [
-        _memory(
-            config,
-            count_parameters(config.model, config.method),
-            config.data.cutoff_length,
-            packed=True,
-        )
-        for config in configs
-    ]
+    memories = [memory_of(config, packed=True) for config in configs]
     each = [m["adapter_and_optimizer"] + m["activations"] for m in memories]
     total = memories[0]["weights"] + sum(each)
     say(

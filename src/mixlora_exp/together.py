@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from mixlora_exp.experiment import (
     RECORD,
     Run,
     Scores,
-    failure_noted,
     finish,
     finished,
+    forget_failure,
     held,
+    note_failure,
+    run,
     score_alone,
     score_with,
     start,
@@ -35,20 +37,55 @@ from mixlora_exp.experiment import (
 from mixlora_exp.inputs import check_inputs, gather_inputs, resolve_config
 from mixlora_exp.planning import print_plan, print_plan_together
 from mixlora_exp.results.show import say
-from mixlora_exp.runtime import autocast
+from mixlora_exp.runtime import autocast, processes
 from mixlora_exp.training import TrainSummary, fit_jointly, make_job
+from mixlora_exp.training.job import Job
 
 __all__ = ["run_together", "score_together"]
+
+
+class _Pack:
+    """The runs of one pack that are under way, and what became of the others."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self.runs: list[Run] = []
+        self.failures: dict[str, str] = {}
+
+    def fail(self, folder: Path, error: BaseException | str) -> None:
+        """One run ends; the others go on."""
+        self.failures[folder.name] = str(error)
+        self.runs = [this for this in self.runs if this.folder != folder]
+        if (folder / "lock").is_dir():
+            note_failure(folder, error)
+
+    def end(self) -> list[Path]:
+        """The records.
+
+        Raises:
+            UserError: a run failed.
+        """
+        if self.failures:
+            every = len(self.failures) + len(self.paths)
+            raise UserError(
+                f"{len(self.failures)} of {every} adapters were taken out, the others are "
+                "recorded: " + "; ".join(f"{name}: {why}" for name, why in self.failures.items())
+            )
+        return self.paths
 
 
 def run_together(configs: Sequence[Config]) -> list[Path]:
     """Carry out runs that share a base; returns the paths of their records, none for a dry run.
 
-    Finished runs are left out. One that fails is told of when the others are done and recorded.
+    Finished runs are left out, and those that another process works on. One that fails, in its data
+    or in training or in scoring, is told of when the others are done and recorded.
 
     Raises:
         UserError: the runs cannot share a base, or something that the user can mend failed.
     """
+    if len(configs) == 1:
+        path = run(configs[0])
+        return [] if path is None else [path]
     configs = [resolve_config(config) for config in configs]
     check_together(configs, [run_name(config) for config in configs])
     if configs[0].dry_run:
@@ -57,75 +94,75 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
             print_plan(config)
         print_plan_together(configs)
         return []
-    paths, runs = [], []
-    with contextlib.ExitStack() as locks:
+    if processes().num_processes > 1:
+        raise UserError(
+            "adapters: several adapters train in one process; start it without torchrun, or train "
+            "them one by one"
+        )
+    pack = _Pack()
+    with contextlib.ExitStack() as stack:
         for config in configs:
             folder = Path(config.output_dir).expanduser() / run_name(config)
-            inputs = gather_inputs(config)
-            lock = None
-            if config.force or not (folder / RECORD).exists():
-                lock = locks.enter_context(held(folder))
-                if lock is None:
-                    continue
-            if (folder / RECORD).exists() and not config.force:
-                paths.append(finished(folder / RECORD, inputs))
-            else:
-                runs.append(start(config, folder, inputs, lock))
-                locks.enter_context(failure_noted(folder))
-                locks.enter_context(tracked(runs[-1]))
-        if runs:
-            paths += _carry_out(runs)
-    return paths
+            try:
+                _enter(pack, stack, config, folder)
+            except UserError as error:
+                pack.fail(folder, error)
+        try:
+            _carry_out(pack)
+        except Exception as error:
+            for this in pack.runs:
+                if not (this.folder / RECORD).exists():
+                    note_failure(this.folder, error)
+            raise
+    return pack.end()
 
 
-def score_together(runs: Sequence[Run], base: PreTrainedModel) -> list[Scores]:
-    """Score the adapters of several runs, loaded back from disk, in the same passes.
-
-    lm-eval, which is not made for several threads, and dropout, which is drawn per pass, take
-    each adapter by itself.
-    """
-    say(f"Scoring {len(runs)} adapters loaded back from disk")
-    names = {f"adapter{number}": this for number, this in enumerate(runs)}
-    alone = [
-        this
-        for this in runs
-        if this.config.evaluation.dropout or Protocol.lm_eval in this.config.evaluation.protocols
-    ]
-    found: dict[int, Scores] = {id(this): score_alone(this, base) for this in alone}
-    names = {name: this for name, this in names.items() if this not in alone}
-    if names:
-        folders = {name: this.folder / "adapter" for name, this in names.items()}
-        model = load_adapters(base, folders)
-        set_kernel(model, runs[0].config.kernel.name.value)
-        device = next(model.parameters()).device
-        together = in_lockstep(
-            model,
-            runs[0].tokenizer,
-            autocast(device, runs[0].dtype),
-            {name: partial(_score_with, this) for name, this in names.items()},
-            max(this.config.evaluation.batch_tokens for this in names.values()),
-        )
-        model.unload()
-        found |= {id(names[name]): scores for name, scores in together.items()}
-    return [found[id(this)] for this in runs]
+def _enter(pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Path) -> None:
+    """Take a run into the pack, unless it is finished or somebody else's."""
+    inputs = gather_inputs(config)
+    lock = None
+    if config.force or not (folder / RECORD).exists():
+        lock = stack.enter_context(held(folder))
+        if lock is None:
+            return
+    if (folder / RECORD).exists() and not config.force:
+        pack.paths.append(finished(folder / RECORD, inputs))
+        return
+    assert lock is not None
+    this = start(config, folder, inputs, lock)
+    forget_failure(folder)
+    stack.enter_context(tracked(this))
+    pack.runs.append(this)
 
 
-def _score_with(this: Run, scorer: Scorer) -> Scores:
-    return score_with(this, lambda: scorer)
+def _carry_out(pack: _Pack) -> None:
+    if not pack.runs:
+        return
+    base = pack.runs[0].load_base()
+    before = {
+        this.folder.name: this.score_base(base)
+        for this in pack.runs
+        if this.config.evaluation.before_training
+    }
+    summaries = _train(pack, base)
+    scores = score_together(pack.runs, base) if pack.runs else {}
+    for this in list(pack.runs):
+        name = this.folder.name
+        found = scores[name]
+        if isinstance(found, BaseException):
+            pack.fail(this.folder, f"scoring failed: {found}")
+            continue
+        record = finish(this, base, summaries[name], before.get(name), found)
+        pack.paths.append(write_record(this.folder, record, this.lock))
 
 
-def _carry_out(runs: Sequence[Run]) -> list[Path]:
-    first = runs[0]
-    base = first.load_base()
-    before = [
-        this.score_base(base) if this.config.evaluation.before_training else None for this in runs
-    ]
+def _jobs(pack: _Pack) -> list[Job]:
     jobs = []
-    for number, this in enumerate(runs):
+    for this in list(pack.runs):
         start_folder(this.folder)
-        jobs.append(
-            make_job(
-                f"adapter{number}",
+        try:
+            job = make_job(
+                f"adapter{len(jobs)}",
                 this.config,
                 training_examples(this),
                 this.folder,
@@ -133,30 +170,77 @@ def _carry_out(runs: Sequence[Run]) -> list[Path]:
                 this.checkpoints(),
                 this.tracking,
             )
-        )
+        except UserError as error:
+            pack.fail(this.folder, error)
+            continue
+        jobs.append(job)
+    return jobs
+
+
+def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
+    """Train the pack's adapters, save them and take them off again; nothing of them is left in
+    memory."""
+    jobs = _jobs(pack)
+    if not jobs:
+        return {}
+    first = pack.runs[0]
     methods = {job.name: (job.config.method, job.config.seed) for job in jobs}
     model = attach_together(base, methods, first.config.kernel)
-    say(f"Training {len(jobs)} adapters together: {', '.join(r.folder.name for r in runs)}")
+    say(f"Training {len(jobs)} adapters together: {', '.join(job.folder.name for job in jobs)}")
     results = fit_jointly(model, jobs, first.dtype)
-    done: list[tuple[int, TrainSummary]] = []
-    failures = []
-    for number, (job, result) in enumerate(zip(jobs, results.values(), strict=True)):
+    summaries = {}
+    for job in jobs:
+        result, name = results[job.name], job.folder.name
         if isinstance(result, str):
-            failures.append(f"{job.folder.name}: {result}")
+            pack.fail(job.folder, result)
             continue
         save_adapter(model, job.folder / "adapter", job.name)
-        others = [other.folder.name for other in runs if other is not runs[number]]
-        done.append((number, dataclasses.replace(result, together=others)))
+        others = [other.folder.name for other in jobs if other is not job]
+        summaries[name] = dataclasses.replace(result, together=others)
     model.unload()
-    scores = score_together([runs[number] for number, _ in done], base) if done else []
-    paths = []
-    for (number, summary), found in zip(done, scores, strict=True):
-        this = runs[number]
-        record = finish(this, base, summary, before[number], found)
-        paths.append(write_record(this.folder, record, this.lock))
-    if failures:
-        raise UserError(
-            f"{len(failures)} of {len(runs)} adapters were taken out, the others are recorded: "
-            + "; ".join(failures)
+    return summaries
+
+
+def score_together(
+    runs: Sequence[Run], base: PreTrainedModel
+) -> Mapping[str, Scores | BaseException]:
+    """Score the adapters of several runs, loaded back from disk, in the same passes; by the names
+    of the runs, with the error where one failed.
+
+    lm-eval, which is not made for several threads, and dropout, which is drawn per pass, take
+    each adapter by itself, and so does an adapter whose shared pass failed.
+    """
+    say(f"Scoring {len(runs)} adapters loaded back from disk")
+    shared = {
+        f"adapter{number}": this
+        for number, this in enumerate(runs)
+        if not this.config.evaluation.dropout
+        and Protocol.lm_eval not in this.config.evaluation.protocols
+    }
+    found: dict[str, Scores | BaseException] = {}
+    if len(shared) > 1:
+        model = load_adapters(
+            base, {name: this.folder / "adapter" for name, this in shared.items()}
         )
-    return paths
+        set_kernel(model, runs[0].config.kernel.name.value)
+        results = in_lockstep(
+            model,
+            runs[0].tokenizer,
+            autocast(next(model.parameters()).device, runs[0].dtype),
+            {name: partial(_score_with, this) for name, this in shared.items()},
+            max(this.config.evaluation.batch_tokens for this in shared.values()),
+        )
+        model.unload()
+        found = {shared[name].folder.name: result for name, result in results.items()}
+    for this in runs:
+        if isinstance(found.get(this.folder.name), tuple):
+            continue
+        try:
+            found[this.folder.name] = score_alone(this, base)
+        except Exception as error:  # noqa: BLE001 - the others' scores are recorded all the same
+            found[this.folder.name] = error
+    return found
+
+
+def _score_with(this: Run, scorer: Scorer) -> Scores:
+    return score_with(this, lambda: scorer, f"{this.folder.name} ")

@@ -195,3 +195,63 @@ def test_an_adapter_of_another_model_is_refused(base_of, kit, tmp_path) -> None:
     kit.adapter(tmp_path / "gemma", "lora", family="gemma")
     with pytest.raises(UserError, match=r"adapter=.*gemma"):
         load_adapters(base_of(), {"gemma": tmp_path / "gemma"})
+
+
+UNSERVED = {
+    "lora_bias": {"lora_bias": True},
+    "target_modules": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "layers_to_transform": {"layers_to_transform": 0},
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_what_rows_cannot_be_served_with_is_refused(base_of, kit, tmp_path, name) -> None:
+    """By name, instead of computing something else for its rows or for the others'."""
+    kit.adapter(tmp_path / "odd", "lora", **UNSERVED[name])
+    with pytest.raises(UserError, match=f"adapter=.*odd cannot be loaded: {name}="):
+        load_adapters(base_of(), {"odd": tmp_path / "odd"})
+
+
+@pytest.mark.parametrize("name", ["model", "layers", "q_proj", "0"])
+def test_names_of_modules_are_refused(base_of, folders, name) -> None:
+    with pytest.raises(UserError, match="is the name of a module: choose another one"):
+        load_adapters(base_of(), {name: folders["plain"]})
+
+
+def test_an_adapter_of_another_model_on_the_hub_is_refused(base_of, folders) -> None:
+    path = folders["plain"] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "a/b"}))
+    base = base_of()
+    base.config.name_or_path = "c/d"
+    with pytest.raises(UserError, match="was trained on a/b, not on c/d"):
+        load_adapters(base, {"plain": folders["plain"]})
+
+
+def test_the_frozen_products_run_once(base_of, folders, batch_of, monkeypatch) -> None:
+    """Each frozen matrix meets all rows in one product, whatever the number of adapters."""
+    batch = batch_of(rows=4, length=12)
+    model = load_adapters(base_of(), folders)
+    frozen = {
+        parameter.data_ptr(): name
+        for name, parameter in model.named_parameters()
+        if name.endswith("proj.base_layer.weight") or name.endswith("proj.weight")
+    }
+    assert len(frozen) == 2 * 7
+    products: list[tuple[str, int]] = []
+    real = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        if weight.data_ptr() in frozen:
+            products.append((frozen[weight.data_ptr()], x.numel() // x.shape[-1]))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    run(model, batch, adapter_names=list(KINDS))
+    rows = batch["input_ids"].numel()
+    assert sorted(name for name, _ in products) == sorted(frozen.values())
+    for name, count in products:
+        # A MixDoRA has K rows for each of its tokens in the down projection.
+        extra = rows // 4 if "down_proj" in name else 0
+        assert count == rows + extra, name

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.results.record import read_record
+from mixlora_exp.tasks import embedded
 from mixlora_exp.together import run_together
 
 SMALL = [
@@ -149,12 +151,131 @@ def test_one_that_fails_does_not_cost_the_others(tmp_path, capsys) -> None:
         ("[lora,7]", "entry 2 is 7: give a method's name"),
         ("[lora,{adapters:[dora]}]", "entry 2 has adapters of its own"),
         ("[lora,{method:dora,trainer.precision:bfloat16}]", "another trainer.precision"),
+        ("[lora,{method:dora,dry_run:true}]", "another dry_run"),
+        ("[lora,{method:dora,task:[arc_e,obqa]}]", "a mix of tasks is written task: multi"),
     ],
 )
 def test_wrong_lists_are_told_before_anything_starts(tmp_path, capsys, entries, message) -> None:
     assert execute([*SMALL, f"output_dir={tmp_path}", f"adapters={entries}"]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Local files of two tasks, one of which is empty."""
+    for task in ("arc_e", "obqa"):
+        for split in ("train", "test"):
+            path = tmp_path / "data" / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = embedded.rows(task, split, seed=0)[:8]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "obqa" / "train.jsonl").write_text("")
+    return tmp_path / "data"
+
+
+def test_empty_data_stops_one_adapter_alone(data, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    argv = [*SMALL, "data=local", f"data.path={data}", f"output_dir={out}"]
+    assert execute([*argv, "adapters=[lora,{method:mixlora,task:obqa},{method:dora}]"]) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 adapters were taken out" in told
+    assert "obqa" in told
+    assert {r["config"]["method"]["name"] for r in records(out).values()} == {"lora", "dora"}
+    assert not list(out.glob("*/failure.json"))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_pack_killed_while_it_is_scored_goes_on(tmp_path, monkeypatch) -> None:
+    """Nothing is trained again."""
+    argv = [*SMALL, f"output_dir={tmp_path / 'run'}", "adapters=[lora,mixlora]"]
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mixlora_exp.together.score_together", killed)
+        with pytest.raises(Killed):
+            execute(argv)
+    assert not records(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("mixlora_exp.training.joint_trainer.JointTrainer.training_step", killed)
+        assert execute(argv) == 0
+    assert execute([*SMALL, f"output_dir={tmp_path / 'whole'}", "adapters=[lora,mixlora]"]) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["a protocol", "a pass"])
+def test_scoring_that_fails_costs_that_adapter_alone(tmp_path, monkeypatch, capsys, where) -> None:
+    """A pass that fails for all is made for each by itself."""
+    from mixlora_exp import together
+    from mixlora_exp.evaluation.forward import Scorer
+
+    if where == "a protocol":
+        real = together.score_with
+        alone = together.score_alone
+
+        def score_with(this, *args):
+            if this.config.method.name == "lora":
+                raise ValueError("no such luck")
+            return real(this, *args)
+
+        def score_alone(this, base):
+            if this.config.method.name == "lora":
+                raise ValueError("no such luck")
+            return alone(this, base)
+
+        monkeypatch.setattr(together, "score_with", score_with)
+        monkeypatch.setattr(together, "score_alone", score_alone)
+    else:
+        real_scores = Scorer.run_scores
+
+        def run_scores(self, questions, **kwargs):
+            if len(set(kwargs.get("adapter_names", []))) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real_scores(self, questions, **kwargs)
+
+        monkeypatch.setattr(Scorer, "run_scores", run_scores)
+    code = execute([*SMALL, f"output_dir={tmp_path}", "adapters=[lora,mixlora,dora]"])
+    found = {r["config"]["method"]["name"] for r in records(tmp_path).values()}
+    if where == "a protocol":
+        assert code == 2
+        assert "scoring failed: no such luck" in capsys.readouterr().err
+        assert found == {"mixlora", "dora"}
+    else:
+        assert code == 0
+        assert found == {"lora", "mixlora", "dora"}
+
+
+def test_the_base_model_in_a_packed_sweep(tmp_path) -> None:
+    sweep = ["-m", *SMALL, "method=none,lora,dora", "trainer.pack_adapters=2"]
+    assert execute([*sweep, f"output_dir={tmp_path}"]) == 0
+    assert len(records(tmp_path)) == 3
+
+
+def test_settings_of_a_group_in_an_entry(tmp_path) -> None:
+    """`name` chooses the option, as the plain form does."""
+    argv = [*SMALL, f"output_dir={tmp_path}"]
+    nested = "adapters=[{method:{name:dora,rank:4},trainer:{max_steps:1}},lora]"
+    plain = "adapters=[{method:dora,method.rank:4,trainer.max_steps:1},lora]"
+    assert execute([*argv, nested]) == 0
+    names = set(records(tmp_path))
+    assert execute([*argv, plain]) == 0
+    assert set(records(tmp_path)) == names
+    assert sum("-dora-" in name for name in names) == 1
+
+
+def test_seeds_pack_on_a_base_that_is_not_drawn(tmp_path) -> None:
+    base = load_model(compose(["model=tiny"]).model, torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(compose(["model=tiny"]).model).save_pretrained(tmp_path / "base")
+    sweep = ["-m", *SMALL, f"model.path={tmp_path / 'base'}", "seed=1,2"]
+    assert execute([*sweep, f"output_dir={tmp_path / 'one'}"]) == 0
+    assert execute([*sweep, f"output_dir={tmp_path / 'two'}", "trainer.pack_adapters=2"]) == 0
+    assert_same(tmp_path / "two", tmp_path / "one")
 
 
 def test_lists_are_not_swept(tmp_path, capsys) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters.config import MixLoraConfig
-from mixlora_exp.adapters.hosting import add_guest
+from mixlora_exp.adapters.hosting import add_guest, check_base
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
 from mixlora_exp.errors import UserError
@@ -150,17 +150,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> P
             f"adapter={folder} cannot be read, it is cut off or damaged ({error}); "
             "train it again or take another copy"
         ) from error
-    here = base.config.name_or_path
-    # A folder of one machine says nothing about a model; two names on the hub do.
-    if (
-        trained_on
-        and here
-        and trained_on != here
-        and not any(map(os.path.isdir, (trained_on, here)))
-    ):
-        raise UserError(
-            f"adapter={folder} was trained on {trained_on}, not on {here}; use that model"
-        )
+    check_base(base, folder, trained_on)
     try:
         with _peft_warnings_held_back():
             model = PeftModel.from_pretrained(base, str(folder))

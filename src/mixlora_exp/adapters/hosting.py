@@ -7,6 +7,7 @@ memory, and PEFT's LoRA on disk: its files are those of any LoRA.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from mixlora_exp.errors import UserError
 __all__ = [
     "GuestConfig",
     "add_guest",
+    "check_base",
     "guest_config",
     "load_adapters",
     "parameters_of",
@@ -49,10 +51,47 @@ class GuestConfig(LoraConfig):
         return {**super().to_dict(), "peft_type": PeftType.LORA}
 
 
+# What rows of several adapters cannot be served with: it changes the base model, other modules than
+# linear layers, or the forward pass of a layer.
+UNSERVED = (
+    "lora_bias", "modules_to_save", "layers_to_transform", "layer_replication", "exclude_modules",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+    "eva_config", "corda_config", "loftq_config", "lora_ga_config", "use_bdlora", "velora_config",
+    "monteclora_config", "kasa_config", "use_qalora", "fan_in_fan_out",
+)  # fmt: skip
+SERVED_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def _check_guest(config: LoraConfig) -> None:
+    """Refuse by name what a guest cannot have."""
+    for name in UNSERVED:
+        value = getattr(config, name, None)
+        if value or value == 0 and value is not False:
+            raise ValueError(f"{name}={value!r} is not supported beside other adapters")
+    if config.bias != "none":
+        raise ValueError(f"bias={config.bias!r} is not supported beside other adapters")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base model, which the "
+            "other adapters share"
+        )
+    targets = config.target_modules
+    if isinstance(targets, str) or not set(targets or ()) <= SERVED_TARGETS:
+        raise ValueError(
+            f"target_modules={targets!r} is not supported beside other adapters: name some of "
+            f"{', '.join(sorted(SERVED_TARGETS))}"
+        )
+
+
 def guest_config(config: LoraConfig) -> LoraConfig:
-    """`config` as the MixLoRA tuner takes it: itself if it has experts, else as a guest's."""
+    """`config` as the MixLoRA tuner takes it: itself if it has experts, else as a guest's.
+
+    Raises:
+        ValueError: it has something that rows of several adapters cannot be served with.
+    """
     if isinstance(config, (MixLoraConfig, GuestConfig)):
         return config
+    _check_guest(config)
     values = {item.name: getattr(config, item.name) for item in fields(config) if item.init}
     return GuestConfig(**values)
 
@@ -66,6 +105,10 @@ def add_guest(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig)
         ValueError: the name is taken, or the model carries adapters of another tuner.
     """
     config = guest_config(config)
+    if any(name in key.split(".") for key, _ in model.named_parameters()):
+        taken = isinstance(model, PeftModel) and name in model.peft_config
+        why = "already exists" if taken else "is the name of a module"
+        raise ValueError(f"adapter name {name!r} {why}: choose another one")
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
         return model
@@ -101,6 +144,24 @@ def plain_parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Paramete
     return {plain(name): found for name, found in parameters_of(model, adapter).items()}
 
 
+def check_base(base: PreTrainedModel, folder: Path, trained_on: str | None) -> None:
+    """Refuse an adapter that was trained on another model, as far as names tell.
+
+    Raises:
+        UserError: two names on the hub differ. A folder of one machine says nothing about a model.
+    """
+    here = base.config.name_or_path
+    if (
+        trained_on
+        and here
+        and trained_on != here
+        and not any(map(os.path.isdir, (trained_on, here)))
+    ):
+        raise UserError(
+            f"adapter={folder} was trained on {trained_on}, not on {here}; use that model"
+        )
+
+
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:
     """Load several adapters of any method from disk onto one base, in evaluation mode; rows are
     then told apart by `adapter_names`.
@@ -112,7 +173,11 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftMod
     for name, folder in folders.items():
         try:
             settings = json.loads((folder / "adapter_config.json").read_text())
-            kind = MixLoraConfig if settings["peft_type"] == "MIXLORA" else LoraConfig
+            check_base(base, folder, settings.get("base_model_name_or_path"))
+            kinds = {"MIXLORA": MixLoraConfig, "LORA": LoraConfig}
+            if settings["peft_type"] not in kinds:
+                raise ValueError(f"peft_type={settings['peft_type']} is not LORA or MIXLORA")
+            kind = kinds[settings["peft_type"]]
             config = kind.from_pretrained(str(folder))
             config.inference_mode = True
             weights = load_peft_weights(str(folder), device="cpu")

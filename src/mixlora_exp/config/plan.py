@@ -70,6 +70,9 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
         if override.is_sweep_override():
             _check_sweep(override, line, sweep)
             continue
+        if key in ("method.name", "model.name") and not override.is_delete():
+            group, value = key.partition(".")[0], override.value()
+            raise UserError(f"{line} would only rename it: write {group}={value}")
         if override.is_delete():
             if key != "experiment" and not override.is_hydra_override():
                 hint = " (tracker=none)" if key == "tracker" else ""
@@ -135,7 +138,8 @@ def compose_adapters(
 ) -> list[Config]:
     """The configurations that `adapters=[...]` on a command line stands for, checked together."""
     configs = expand(lambda lines: compose_cell(hydra, name, lines), overrides, entries)
-    check_together(configs, [fingerprint(config) for config in configs])
+    if len(configs) > 1:
+        check_together(configs, [fingerprint(config) for config in configs])
     return configs
 
 

@@ -6,6 +6,7 @@ same folder, the same record.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,13 @@ def _literal(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{_literal(held)}' for key, held in value.items())}}}"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        # A plain name stands for itself; quoted, `true` and `null` stay text, and a backslash is
+        # only doubled before a quote.
+        if value.isidentifier() and value.lower() not in ("true", "false", "null", "nan", "inf"):
+            return value
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        trailing = len(escaped) - len(escaped.rstrip("\\"))
+        return "'" + escaped + "\\" * trailing + "'"
     return str(value)
 
 
@@ -52,10 +58,18 @@ def entry_overrides(entry: Any, number: int) -> list[str]:
             )
         # `trainer: {learning_rate: 1e-4}` in a file is `trainer.learning_rate`.
         if isinstance(value, Mapping):
-            found += [f"{key}.{field}={_literal(held)}" for field, held in value.items()]
+            # `name` chooses the option, as `method: lora` does.
+            if "name" in value:
+                found.append(f"{key}={value['name']}")
+            fields = {field: held for field, held in value.items() if field != "name"}
+            found += [f"{key}.{field}={_literal(held)}" for field, held in fields.items()]
+        elif key == "task" and isinstance(value, (list, tuple)):
+            raise UserError(
+                f"adapters: entry {number} has task={list(value)}: a mix of tasks is written "
+                "task: multi, or task.train: [...]"
+            )
         else:
-            plain = isinstance(value, str) and value.isidentifier()
-            found.append(f"{key}={value if plain else _literal(value)}")
+            found.append(f"{key}={_literal(value)}")
     return found
 
 
@@ -68,6 +82,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
         "model": config.model,
         "kernel": config.kernel,
         "output_dir": config.output_dir,
+        "dry_run": config.dry_run,
         "trainer.precision": config.trainer.precision,
         "trainer.head": config.trainer.head,
         "trainer.gradient_checkpointing": config.trainer.gradient_checkpointing,

@@ -24,6 +24,8 @@ from mixlora_exp.evaluation.packing import Packed
 __all__ = ["Lockstep", "LockstepScorer", "in_lockstep"]
 
 Result = TypeVar("Result")
+GRACE = 60.0
+"""Seconds that an interruption waits for the pass under way."""
 
 
 @dataclass(slots=True)
@@ -35,6 +37,11 @@ class _Request:
     result: Any = None
     routes: list[list[Tensor]] = field(default_factory=list)
     experts: int = 0
+    error: BaseException | None = None
+
+
+class PassFailed(Exception):
+    """The pass that an adapter asked for failed, for the reason that is its cause."""
 
 
 class Lockstep:
@@ -51,12 +58,22 @@ class Lockstep:
     def ask(self, adapter: str, request: _Request) -> _Request:
         """Wait for the others, and return the request with its result."""
         with self._meeting:
+            if self._error is not None:
+                raise PassFailed from self._error
             self._waiting[adapter] = request
             self._run_if_all_are_here()
             self._meeting.wait_for(lambda: adapter not in self._waiting or self._error is not None)
-            if self._error is not None:
-                raise RuntimeError("another adapter's pass failed") from self._error
+            failure = self._error or request.error
+            if failure is not None:
+                raise PassFailed from failure
         return request
+
+    def cancel(self, error: BaseException) -> None:
+        """Let every thread end at its next pass."""
+        with self._meeting:
+            self._error = error
+            self._waiting = {}
+            self._meeting.notify_all()
 
     def leave(self, adapter: str) -> None:
         """The adapter asks for nothing more."""
@@ -67,23 +84,20 @@ class Lockstep:
     def _run_if_all_are_here(self) -> None:
         if not self._waiting or set(self._waiting) != self._present:
             return
-        try:
-            kinds = dict.fromkeys(self._waiting[a].kind for a in self._order if a in self._waiting)
-            for kind in kinds:
-                self._run(
-                    kind,
-                    {
-                        name: self._waiting[name]
-                        for name in self._order
-                        if name in self._waiting and self._waiting[name].kind == kind
-                    },
-                )
-        except BaseException as error:
-            self._error = error
-            raise
-        finally:
-            self._waiting = {}
-            self._meeting.notify_all()
+        kinds = dict.fromkeys(self._waiting[a].kind for a in self._order if a in self._waiting)
+        for kind in kinds:
+            asked = {
+                name: self._waiting[name]
+                for name in self._order
+                if name in self._waiting and self._waiting[name].kind == kind
+            }
+            try:
+                self._run(kind, asked)
+            except Exception as error:  # noqa: BLE001 - raised in the threads that asked
+                for request in asked.values():
+                    request.error = error
+        self._waiting = {}
+        self._meeting.notify_all()
 
     def _run(self, kind: tuple[str, int], requests: Mapping[str, _Request]) -> None:
         method, setting = kind
@@ -154,15 +168,16 @@ def in_lockstep(
     autocast: AbstractContextManager,
     work: Mapping[str, Callable[[Scorer], Result]],
     batch_tokens: int,
-) -> dict[str, Result]:
+) -> dict[str, Result | BaseException]:
     """Do the work of each adapter of `model`, given a scorer whose passes all of them share.
 
-    `batch_tokens` are the padded tokens of a whole pass. The first error is raised.
+    `batch_tokens` are the padded tokens of a whole pass. Returns each one's result, or the error
+    that its work ended with: one that fails does not stop the others, but for a pass that fails,
+    which all that wait for it do not survive. Interrupted, all end after the pass under way.
     """
     meeting = Lockstep(Scorer(model, tokenizer, autocast, batch_tokens), list(work))
     share = max(1, batch_tokens // len(work))
-    results: dict[str, Result] = {}
-    errors: list[BaseException] = []
+    results: dict[str, Result | BaseException] = {}
     threads_of_torch = torch.get_num_threads()
 
     def carry_out(adapter: str) -> None:
@@ -170,16 +185,22 @@ def in_lockstep(
         torch.set_num_threads(threads_of_torch)
         try:
             results[adapter] = work[adapter](LockstepScorer(meeting, adapter, share))
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            errors.append(error)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            results[adapter] = error.__cause__ if isinstance(error, PassFailed) else error
         finally:
             meeting.leave(adapter)
 
-    threads = [threading.Thread(target=carry_out, args=(name,), name=name) for name in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise meeting._error or errors[0]
+    threads = [
+        threading.Thread(target=carry_out, args=(name,), name=name, daemon=True) for name in work
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        meeting.cancel(error)
+        for thread in threads:
+            thread.join(GRACE)
+        raise
     return {name: results[name] for name in work}

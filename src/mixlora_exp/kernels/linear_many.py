@@ -58,11 +58,33 @@ def _scales(parts: Sequence[LowRankPart], dtype: torch.dtype) -> Tensor:
     return torch.stack([(p.magnitude / p.norm).to(dtype) for p in parts]).unsqueeze(1)
 
 
+PER_PART = 5
+
+
+def _flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
+    """What of the parts are tensors, so that autograd keeps them and may let go of them."""
+    return [
+        tensor
+        for p in parts
+        for tensor in (p.a, p.b, p.magnitude, p.norm, None if p.mask is None else p.mask.elements)
+    ]
+
+
+def _parts(described: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[LowRankPart]:
+    """The inverse; `described` has the scaling of each, and scale and shape of its mask."""
+    found = []
+    for i, (scaling, mask) in enumerate(described):
+        a, b, magnitude, norm, elements = tensors[i * PER_PART : (i + 1) * PER_PART]
+        drop = None if mask is None else DropMask(elements, *mask)
+        found.append(LowRankPart(a, b, scaling, magnitude, norm, drop))
+    return found
+
+
 class _Many(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, frozen, x, *parameters):
-        count = len(parts)
-        ctx.parts = parts
+    def forward(ctx, described, frozen, x, *tensors):
+        parts, count = _parts(described, tensors), len(described)
+        ctx.described = described
         a, b, factors = _stacked(parts, x.dtype)
         low = torch.bmm(_dropped(x.view(count, -1, x.shape[1]), parts), a.transpose(1, 2))
         y = frozen.view(count, -1, frozen.shape[1])
@@ -70,7 +92,7 @@ class _Many(torch.autograd.Function):
         unscaled = None
         if parts[0].magnitude is not None:
             unscaled, y = y, y * _scales(parts, y.dtype)
-        ctx.save_for_backward(x, low, unscaled)
+        ctx.save_for_backward(x, low, unscaled, *tensors)
         return y.flatten(0, 1)
 
     @staticmethod
@@ -81,8 +103,8 @@ class _Many(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, dy):
-        x, low, unscaled = ctx.saved_tensors
-        parts, count = ctx.parts, len(ctx.parts)
+        x, low, unscaled, *tensors = ctx.saved_tensors
+        parts, count = _parts(ctx.described, tensors), len(ctx.described)
         a, b, factors = _stacked(parts, x.dtype)
         dy = dy.reshape(count, -1, dy.shape[1])
         dmagnitudes: list[Tensor | None] = [None] * count
@@ -100,7 +122,7 @@ class _Many(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dx = _dropped(torch.bmm(dlow, a), parts).flatten(0, 1)
         own = [
-            (one_a.to(p.a.dtype), one_b.to(p.b.dtype), magnitude)
+            (one_a.to(p.a.dtype), one_b.to(p.b.dtype), magnitude, None, None)
             for one_a, one_b, magnitude, p in zip(da, db, dmagnitudes, parts, strict=True)
         ]
         return None, dy.flatten(0, 1), dx, *(gradient for each in own for gradient in each)
@@ -112,5 +134,7 @@ def lora_add_many(frozen: Tensor, x: Tensor, parts: Sequence[LowRankPart]) -> Te
     frozen: (M T, out), the base product; x: (M T, in); all parts of one rank, all with DoRA or all
     without. Returns (M T, out).
     """
-    parameters = [tensor for part in parts for tensor in (part.a, part.b, part.magnitude)]
-    return _Many.apply(tuple(parts), frozen, x, *parameters)
+    described = tuple(
+        (p.scaling, None if p.mask is None else (p.mask.scale, p.mask.shape)) for p in parts
+    )
+    return _Many.apply(described, frozen, x, *_flat(parts))

@@ -19,7 +19,7 @@ from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.interruption import deferred
-from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
+from mixlora_exp.runtime import peak_memory_bytes, reset_peak_memory, resolve_device
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.fit import RECOMPUTE, TrainSummary, diverged_message, training_arguments
 from mixlora_exp.training.job import Job
@@ -100,14 +100,8 @@ def fit_jointly(
     common start to the adapter's own last step, and `peak_memory_bytes` is that of all together.
 
     Raises:
-        UserError: several processes were started, or memory does not suffice.
+        UserError: memory does not suffice.
     """
-    if processes().num_processes > 1:
-        raise UserError(
-            "adapters: several adapters train in one process; start it without torchrun, or train "
-            "them one by one"
-        )
-    config, folder = jobs[0].config, jobs[0].folder
     arguments = {
         job.name: training_arguments(job.config, job.folder / "trainer", dtype) for job in jobs
     }
@@ -116,11 +110,29 @@ def fit_jointly(
         for name, parameter in parameters_of(model, job.name).items():
             frozen = "lora_magnitude" in name and not job.config.method.train_magnitude
             parameter.requires_grad_(not frozen)
+        job.adopt(model)
+    peak = _train(model, jobs, arguments, dtype) if any(job.running for job in jobs) else 0
+    for job in jobs:
+        shutil.rmtree(job.folder / "trainer", ignore_errors=True)
+    return {job.name: job.failure or _summary(job, peak) for job in jobs}
+
+
+def _train(
+    model: PeftModel,
+    jobs: Sequence[Job],
+    arguments: Mapping[str, TrainingArguments],
+    dtype: torch.dtype,
+) -> int:
+    """Train those that are not done; returns the peak memory."""
+    config = jobs[0].config
+    passes = _arguments(config, jobs[0].folder / "trainer")
+    # Several visible GPUs without torchrun would be used through nn.DataParallel.
+    passes._n_gpu = min(passes.n_gpu, 1)
     trainer = _Trainer(
         model,
         jobs,
         arguments,
-        _arguments(config, folder / "trainer"),
+        passes,
         config.trainer.head,
         dtype,
     )
@@ -136,10 +148,7 @@ def fit_jointly(
             "Train fewer together, or set a smaller trainer.micro_batch_size or "
             "trainer.gradient_checkpointing=true"
         ) from error
-    peak = peak_memory_bytes(trainer.args.device)
-    for job in jobs:
-        shutil.rmtree(job.folder / "trainer", ignore_errors=True)
-    return {job.name: job.failure or _summary(job, peak) for job in jobs}
+    return peak_memory_bytes(trainer.args.device)
 
 
 def _summary(job: Job, peak: int) -> TrainSummary:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mixlora_exp.adapters.hosting import plain_parameters_of
 from mixlora_exp.adapters.model import RouterReport
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
@@ -76,10 +77,10 @@ def micro_batches(
         sampler.set_epoch(epoch)
         order = list(sampler)
         micro = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
-        groups = [tuple(micro[i : i + together]) for i in range(0, len(micro), together)]
-        for number, group in enumerate(groups, start=1):
+        for start in range(0, len(micro), together):
+            group = tuple(micro[start : start + together])
             for index in range(len(group) if step >= done else 0):
-                yield MicroBatch(step, index, group, epoch + number / len(groups))
+                yield MicroBatch(step, index, group, epoch + (start + len(group)) / len(micro))
             step += 1
             if step == steps:
                 return
@@ -129,15 +130,26 @@ class Job:
         """Whether it still takes part."""
         return self.failure is None and not self.paused and self.step < self.steps
 
-    def restore(self) -> None:
-        """Continue from the checkpoint that was found, once there is an optimizer."""
-        if self._resumed is None:
+    def adopt(self, model: nn.Module) -> None:
+        """Find the adapter's trained parameters in `model`, and take over what the checkpoint that
+        was found has of them and of the log."""
+        owned = plain_parameters_of(model, self.name)
+        self.parameters = {name: p for name, p in owned.items() if p.requires_grad}
+        if self._resumed is not None:
+            self._resumed.restore_weights(self.parameters)
+            state = self._resumed.state
+            self.track.load(state["track"], state["seconds"])
+            self._seconds_before = state["seconds"]
+
+    def prepare(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Train with these, in the state of the checkpoint if there is one."""
+        if not self.running:
+            self._resumed = None
             return
-        self._resumed.restore(self.parameters, self.optimizer, self.scheduler)
-        state = self._resumed.state
-        self.track.load(state["track"], state["seconds"])
-        self._seconds_before = state["seconds"]
-        self._resumed = None
+        self.optimizer, self.scheduler = optimizer, scheduler
+        if self._resumed is not None:
+            self._resumed.restore(self.parameters, optimizer, scheduler)
+            self._resumed = None
 
     def fail(self, reason: str) -> None:
         """Take it out of the batch; the others go on."""

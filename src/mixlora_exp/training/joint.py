@@ -59,9 +59,10 @@ def joint_losses(
                 num_items_in_batch=items[name],
             )
             if name in reports:
-                share = (labels[..., 1:] != -100).sum() / items[name]
                 coefficient = model.peft_config[name].router_loss_coef
-                loss = loss + coefficient * reports[name].loss * share
+                term = coefficient * reports[name].loss
+                # In this order, as the tuner has it: a share of two counts would be float32.
+                loss = loss + term * (labels[..., 1:] != -100).sum() / items[name]
             losses[name] = loss
     return losses
 

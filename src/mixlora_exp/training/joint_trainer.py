@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from mixlora_exp.adapters.hosting import parameters_of, plain_parameters_of
+from mixlora_exp.adapters.hosting import parameters_of
 from mixlora_exp.config.choices import Head
 from mixlora_exp.runtime import autocast
 from mixlora_exp.training.job import Job, MicroBatch, micro_batches
@@ -100,34 +100,26 @@ class JointTrainer(Trainer):
     def create_optimizer(self, model=None) -> Optimizer:
         decayed = set(self.get_decay_parameter_names(self.model))
         for job in self.jobs:
-            owned = {
-                name: parameter
-                for name, parameter in parameters_of(self.model, job.name).items()
-                if parameter.requires_grad
-            }
-            trained = {id(parameter) for parameter in owned.values()}
-            job.parameters = {
-                name: parameter
-                for name, parameter in plain_parameters_of(self.model, job.name).items()
-                if id(parameter) in trained
-            }
             arguments = self._arguments[job.name]
             kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+            names = {id(p): name for name, p in parameters_of(self.model, job.name).items()}
             groups = [
                 {
-                    "params": [p for name, p in owned.items() if (name in decayed) is decay],
+                    "params": [
+                        p for p in job.parameters.values() if (names[id(p)] in decayed) is decay
+                    ],
                     "weight_decay": arguments.weight_decay if decay else 0.0,
                 }
                 for decay in (True, False)
             ]
-            job.optimizer = kind(groups, **options)
-            job.scheduler = get_scheduler(
+            optimizer = kind(groups, **options)
+            scheduler = get_scheduler(
                 arguments.lr_scheduler_type,
-                optimizer=job.optimizer,
+                optimizer=optimizer,
                 num_warmup_steps=arguments.get_warmup_steps(job.steps),
                 num_training_steps=job.steps,
             )
-            job.restore()
+            job.prepare(optimizer, scheduler)
         self.optimizer = _JointOptimizer(self)
         return self.optimizer
 
