@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mixlora_exp.kernels import draw_mask
 from mixlora_exp.kernels.linear import lora_add_reference
@@ -113,3 +117,23 @@ def test_in_the_base_s_precision(fresh_seed) -> None:
         assert {t.grad.dtype for t in (part.a, part.b, part.magnitude)} == {torch.float32}
     exact = lora_add_many(frozen, x, parts)
     torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.1)
+
+
+def test_a_checkpointed_pass_keeps_no_mask() -> None:
+    """What is computed again need not be kept meanwhile."""
+    frozen, x, parts = draw(2, 50, (12, 20), 2, False, 0.5)
+    seen = []
+
+    def run(frozen, x):
+        drawn = [
+            LowRankPart(p.a, p.b, p.scaling, None, None, draw_mask((50, 12), 0.7, CPU))
+            for p in parts
+        ]
+        seen.extend(weakref.ref(part.mask.elements) for part in drawn)
+        return lora_add_many(frozen, x, drawn)
+
+    y = checkpoint(run, frozen, x, use_reentrant=False, preserve_rng_state=True)
+    gc.collect()
+    assert len(seen) == 2
+    assert not any(ref() is not None for ref in seen)
+    y.sum().backward()
