@@ -129,10 +129,11 @@ def switch_table(
     groups: dict[tuple[str, str], dict[Diff, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for (_, protocol, _), runs in found.runs.items():
         for run in runs:
-            # A method of the user's own has no line here.
-            if run.method in own:
-                key = (_rest(run, protocol), protocol)
-                groups[key][_diff(run, own[run.method])].append(run)
+            # A method of the user's own has no line here, and a value that the official packages
+            # do not have (a sweep over the coefficient) belongs to another table.
+            diff = _diff(run, own[run.method]) if run.method in own else None
+            if diff is not None and set(diff) <= set(presets["official"][run.method]):
+                groups[_rest(run, protocol), protocol][diff].append(run)
     blocks = []
     for (_, protocol), variants in sorted(groups.items()):
         base = variants.get(())
