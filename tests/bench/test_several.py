@@ -1,0 +1,113 @@
+"""The benchmark of several adapters on one base, at tiny size: what it counts and what it tells."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixlora_exp.bench.model import base_model, model_config
+from mixlora_exp.bench.several import SeveralConfig, benchmark_several
+from mixlora_exp.bench.several_memory import account, resident
+from mixlora_exp.bench.several_report import several_markdown
+from mixlora_exp.bench.several_steps import Joint
+from mixlora_exp.config import compose
+from mixlora_exp.config.parameters import count_parameters
+from mixlora_exp.errors import UserError
+from mixlora_exp.planning import kept_per_token
+
+ROOT = Path(__file__).parents[2]
+TINY = {"model": "tiny", "dtype": "float32", "length": 16, "rounds": 1, "resident": False}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "mixlora", "mixdora", "mixed"])
+def test_memory_per_model_falls_as_the_base_is_shared(kind: str) -> None:
+    """Within two points of (base / M + a) / (base + a), and by items that are counted."""
+    found = account(SeveralConfig(**TINY, kind=kind))
+    one = found["rows"]["1"]
+    methods = ["lora", "dora", "mixlora", "mixdora"] if kind == "mixed" else [kind]
+    method = compose([f"method={methods[0]}"]).method
+    counted = count_parameters(compose(["model=tiny"]).model, method)
+    assert one["bytes"]["base"] == 4 * counted.base
+    trained = counted.adapter + counted.magnitude
+    assert one["bytes"]["adapter"] == one["bytes"]["gradient"] == 4 * trained
+    assert one["bytes"]["adamw"] == 8 * trained
+    for count, row in found["rows"].items():
+        for use in ("train", "infer", "infer_bf16"):
+            assert row[f"{use}_percent"] == pytest.approx(row[f"{use}_expected_percent"], abs=2)
+        if kind != "mixed" and count != "1":
+            assert row["train"] < one["train"]
+            assert row["infer"] < one["infer"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+def test_the_plan_of_a_packed_pass_is_what_autograd_keeps(method: str) -> None:
+    """Per token and layer, several adapters in one pass."""
+    kept = {}
+    for layers in (1, 2):
+        for length in (16, 48):
+            config = SeveralConfig(
+                **{**TINY, "length": length}, kind=method, dropout=0.0, sequences=2
+            )
+            base = base_model(model_config("tiny", layers), torch.float32, "cpu", 0)
+            base.set_attn_implementation("sdpa")
+            kept[layers, length] = Joint(config, base, 2, 1).saved()
+    growth = {length: kept[2, length] - kept[1, length] for length in (16, 48)}
+    measured = (growth[48] - growth[16]) / (2 * (48 - 16))
+    rank = 16 if method.startswith("mix") else 80
+    planned = compose(
+        [f"method={method}", "model=tiny", "kernel=exact", "method.dropout=0",
+         f"method.rank={rank}", f"method.alpha={2 * rank}"]
+    )  # fmt: skip
+    assert kept_per_token(planned, width=4, packed=True) == pytest.approx(measured, rel=0.05)
+
+
+def test_the_whole_benchmark() -> None:
+    config = SeveralConfig(**TINY, counts=[1, 2], sequences=2)
+    found = benchmark_several(config, say=lambda text: None)
+    names = {"alone", "together_1", "together_2", "small_together_2", "small_alone_2"}
+    assert set(found["times"]) == names
+    assert found["times"]["together_1"]["train_ratio"] == 1.0
+    assert found["times"]["small_alone_2"]["train_ratio"] == 1.0
+    assert all(row["train_us_per_token"] > 0 for row in found["times"].values())
+    json.dumps(found)
+    provenance = {"hardware": {"cpu": "a CPU", "gpus": []}, "packages": {"torch": "x"}}
+    table = several_markdown({**found, "provenance": provenance})
+    assert "57.7, 52.5" in table
+    assert "| together 2 |" in table
+
+
+def test_resident_memory_in_a_process_of_its_own() -> None:
+    found = resident(SeveralConfig(**TINY, counts=[1, 2], sequences=2), 2)
+    assert found["train"] > 0
+    assert found["infer"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "qlora"}, "kind=qlora is unknown: choose from lora"),
+        ({"counts": [1, 3]}, "counts=3 must divide sequences=8"),
+        ({"counts": [2, 4]}, "must begin with 1"),
+        ({"rounds": 0}, "rounds=0 must be >= 1"),
+    ],
+)
+def test_wrong_settings_are_told(changes, message) -> None:
+    with pytest.raises(UserError, match=message):
+        benchmark_several(SeveralConfig(**{**TINY, **changes}))
+
+
+def test_the_script_tells_a_mistake() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "bench_adapters.py"), "knid=lora"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the fields are model, kind" in done.stderr
