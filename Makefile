@@ -41,7 +41,7 @@ bench: $(STAMP)  ## measure time and memory of a step of each method on this mac
 	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=bfloat16
 	$(BIN)/python scripts/bench.py model=llama2_7b layers=2 batch=2 length=512 dropout=0 rounds=8
 	$(BIN)/python scripts/bench.py model=smollm2_135m dropout=0 rounds=8
-	$(BIN)/python scripts/bench_adapters.py model=llama2_7b layers=2 length=256
+	$(BIN)/python scripts/bench_adapters.py model=llama2_7b layers=2 length=64
 	$(BIN)/python scripts/bench_adapters.py model=smollm2_135m
 	$(BIN)/python scripts/bench_adapters.py model=smollm2_135m kind=mixed
 
