@@ -12,7 +12,8 @@ STAMP := $(VENV)/.installed
 VERSION_CHECK := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	"$$python" -c '$(VERSION_CHECK)' 2>/dev/null && echo "$$python" && break; done)
-PYTEST_ARGS ?=
+# Two workers: a machine of two cores is what the time limit of the checks is for.
+PYTEST_ARGS ?= -n 2
 
 .PHONY: help install quickstart test test-slow soak bench bench-gpu bench-eval collect tables check-tables \
 	figures report table1 table2 table5 table8 table9 figure4c status lint format clean
