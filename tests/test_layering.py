@@ -55,6 +55,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "inputs": EVERYTHING,
     "experiment": EVERYTHING,
     "together": EVERYTHING,
+    "underway": EVERYTHING,
+    "scored": EVERYTHING,
     "status": EVERYTHING,
     "search": EVERYTHING,
     "cli": EVERYTHING,

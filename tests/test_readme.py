@@ -190,7 +190,8 @@ def test_shown_output_is_the_real_output(
 def test_python_block_loads_an_adapter(tmp_path: Path) -> None:
     assert execute(["experiment=smoke", f"output_dir={tmp_path}"]) == 0
     (folder,) = tmp_path.glob("*/adapter")
-    (block,) = blocks("python")
+    block, several = blocks("python")
+    assert "load_adapters" in several, "tested in tests/adapters/test_several.py"
     import torch
 
     from mixlora_exp.config import compose

@@ -10,13 +10,12 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
@@ -43,25 +42,22 @@ from mixlora_exp.results.record import (
     provenance,
     read_record,
     write_json,
-    write_jsonl,
 )
 from mixlora_exp.results.show import be_quiet, print_record, say
-from mixlora_exp.runlock import RunLock, holder_of
+from mixlora_exp.runlock import RunLock
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
+from mixlora_exp.scored import score_entry, scored_split, write_predictions
 from mixlora_exp.training import NotEnoughMemory, TrainSummary, fit
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.tracking import Tracking, start_tracking
+from mixlora_exp.underway import check_lock, failure_noted, held
 
 __all__ = [
     "RECORD",
     "Run",
     "Scores",
-    "failure_noted",
     "finish",
     "finished",
-    "forget_failure",
-    "held",
-    "note_failure",
     "run",
     "score_alone",
     "score_with",
@@ -72,7 +68,7 @@ __all__ = [
     "write_record",
 ]
 
-CHECKPOINTS, LOCK, FAILURE = "checkpoints", "lock", "failure.json"
+CHECKPOINTS = "checkpoints"
 ROOT = Path(__file__).resolve().parents[2]
 Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
 """Of each task and protocol, and items and seconds by protocol."""
@@ -161,24 +157,6 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[RunLock | None]:
-    """The lock of a run while the context lasts, None where another process works on it."""
-    lock, free = RunLock(folder / LOCK), [True]
-    if processes().is_main_process:
-        free = [lock.acquire()]
-    if processes().num_processes > 1:
-        broadcast_object_list(free)
-    if not free[0]:
-        holder = holder_of(folder / LOCK) or {}
-        where = f" ({holder['host']}, process {holder['pid']})" if holder else ""
-        say(f"Running elsewhere{where}, left alone: {folder}")
-        yield None
-        return
-    with lock:
-        yield lock
-
-
-@contextlib.contextmanager
 def tracked(this: Run) -> Iterator[None]:
     """The run's tracker while the context lasts, which gets the run's files at its end."""
     config = this.config
@@ -198,42 +176,6 @@ def group_of(config: Config) -> str:
     if config.tracker.group is not None:
         return config.tracker.group
     return f"{config.model.name}-{config.task.name}-{config.data.name.value}"
-
-
-@contextlib.contextmanager
-def failure_noted(folder: Path) -> Iterator[None]:
-    """Leave the reason in the run's folder if it fails, and take an older one away."""
-    forget_failure(folder)
-    try:
-        yield
-    except Exception as error:
-        note_failure(folder, error)
-        raise
-
-
-def note_failure(folder: Path, error: BaseException | str) -> None:
-    """Leave the reason of a failure in the run's folder."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    with contextlib.suppress(UserError):
-        write_json(folder / FAILURE, {"error": text, "time": time.time()})
-
-
-def forget_failure(folder: Path) -> None:
-    """Take away what an earlier failure left."""
-    (folder / FAILURE).unlink(missing_ok=True)
-
-
-def check_lock(folder: Path, lock: RunLock) -> None:
-    """Refuse to write where another process has taken a run over.
-
-    Raises:
-        UserError: this process stood still for so long that another one took it for dead.
-    """
-    if lock.lost.is_set():
-        raise UserError(
-            f"{folder}: another process has taken this run over, since this one had not been heard "
-            "of for a while; it goes on there, nothing more is written here"
-        )
 
 
 def write_record(folder: Path, record: dict[str, Any], lock: RunLock) -> Path:
@@ -312,24 +254,6 @@ def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
     return this
 
 
-def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
-    """The items of a task that are scored.
-
-    Raises:
-        UserError: training leaves no row over.
-    """
-    limit, seed = config.evaluation.limit, config.data.seed
-    if not config.evaluation.held_out:
-        return inputs.splits[task, "test"].limited(limit, seed)
-    found = inputs.splits[task, "train"].held_out(config.data.train_limit or 0, limit, seed)
-    if not found.items:
-        raise UserError(
-            f"data.train_limit={config.data.train_limit} leaves no row of {task} over to score "
-            "(evaluation.held_out=true): choose a smaller one"
-        )
-    return found
-
-
 def finish(
     this: Run,
     base: PreTrainedModel,
@@ -345,7 +269,7 @@ def finish(
         saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
     if summary is None:
         start_folder(folder)
-    predictions = _write_predictions(folder, after)
+    predictions = write_predictions(folder, after)
     return {
         "name": folder.name,
         "fingerprint": fingerprint(config),
@@ -357,8 +281,8 @@ def finish(
         "parameters": parameters_entry(config),
         "train": None if summary is None else dataclasses.asdict(summary),
         "saved_adapter": saved,
-        "scores": [_score_entry(score) for score in after],
-        "scores_before": None if before is None else [_score_entry(score) for score in before],
+        "scores": [score_entry(score) for score in after],
+        "scores_before": None if before is None else [score_entry(score) for score in before],
         "scoring": scoring,
         "predictions": predictions,
         "predictions_sha256": {key: file_sha256(folder / n) for key, n in predictions.items()},
@@ -444,19 +368,3 @@ def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> S
             say(f"  {label}{protocol.value} {score.task}: {accuracy}")
         scores += found
     return scores, times
-
-
-def _score_entry(score: TaskScore) -> dict[str, Any]:
-    entry = dataclasses.asdict(dataclasses.replace(score, items=[]))
-    del entry["items"]
-    return entry
-
-
-def _write_predictions(folder: Path, scores: Sequence[TaskScore]) -> dict[str, str]:
-    """One JSON line per item; returns file names by task and protocol."""
-    names = {}
-    for score in scores:
-        name = f"predictions/{score.task}.{score.protocol}.jsonl"
-        write_jsonl(folder / name, [dataclasses.asdict(item) for item in score.items])
-        names[f"{score.task}/{score.protocol}"] = name
-    return names

@@ -141,8 +141,8 @@ class RunLock:
                     break
         except OSError as error:
             raise UserError(
-                f"output_dir: {self.folder.parent} cannot be written ({error.strerror}); choose "
-                "another output_dir"
+                f"output_dir={self.folder.parent.parent}: cannot be written ({error.strerror}); "
+                "choose another output_dir"
             ) from error
         self._thread = threading.Thread(target=self._beat_on, name="run lock", daemon=True)
         self._thread.start()
@@ -193,9 +193,13 @@ class RunLock:
             self._thread.join()
             self._thread = None
         if self._number and not self.lost.is_set():
-            with contextlib.suppress(OSError):
-                temporary = self._write_temporary(self._number, released=True)
-                os.replace(temporary, self.folder / str(self._number))
+            path = self.folder / str(self._number)
+            try:
+                os.replace(self._write_temporary(self._number, released=True), path)
+            except OSError:
+                # On a full disk a file can still be taken away.
+                with contextlib.suppress(OSError):
+                    path.unlink()
         self._number = 0
 
     def __enter__(self) -> RunLock:

@@ -22,9 +22,6 @@ from mixlora_exp.experiment import (
     Scores,
     finish,
     finished,
-    forget_failure,
-    held,
-    note_failure,
     run,
     score_alone,
     score_with,
@@ -40,6 +37,7 @@ from mixlora_exp.results.show import say
 from mixlora_exp.runtime import autocast, processes
 from mixlora_exp.training import TrainSummary, fit_jointly, make_job
 from mixlora_exp.training.job import Job
+from mixlora_exp.underway import forget_failure, held, note_failure
 
 __all__ = ["run_together", "score_together"]
 

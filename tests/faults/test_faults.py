@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp import experiment
+from mixlora_exp import underway
 from mixlora_exp.cli import execute
 from mixlora_exp.results import record as record_file
 from mixlora_exp.results.record import read_record
@@ -160,14 +160,14 @@ def test_a_disk_that_is_full_when_recording(tmp_path, monkeypatch, capsys) -> No
 
 
 def test_a_run_that_lost_its_lock_writes_nothing(tmp_path, monkeypatch, capsys) -> None:
-    real = experiment.RunLock.acquire
+    real = underway.RunLock.acquire
 
     def acquire(self) -> bool:
         free = real(self)
         self.lost.set()
         return free
 
-    monkeypatch.setattr(experiment.RunLock, "acquire", acquire)
+    monkeypatch.setattr(underway.RunLock, "acquire", acquire)
     assert execute([*SMALL, f"output_dir={tmp_path}"]) == 2
     assert "has taken this run over" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/record.json"))

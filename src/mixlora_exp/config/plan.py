@@ -23,6 +23,8 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.config.together import check_together, expand, packs_of
 from mixlora_exp.errors import UserError
 
+METHODS = ("none", "lora", "dora", "mixlora", "mixdora")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
@@ -70,9 +72,6 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
         if override.is_sweep_override():
             _check_sweep(override, line, sweep)
             continue
-        if key in ("method.name", "model.name") and not override.is_delete():
-            group, value = key.partition(".")[0], override.value()
-            raise UserError(f"{line} would only rename it: write {group}={value}")
         if override.is_delete():
             if key != "experiment" and not override.is_hydra_override():
                 hint = " (tracker=none)" if key == "tracker" else ""
@@ -115,6 +114,10 @@ def _load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> Dic
 
 
 def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Config:
+    chosen, name = cfg.hydra.runtime.choices.get("method"), cfg.method.get("name")
+    typed = any(line.lstrip("+").startswith("method.name=") for line in overrides)
+    if typed and name != chosen and name in METHODS:
+        raise UserError(f"method.name={name} would only rename {chosen}: write method={name}")
     with flag_override(cfg, ["struct", "readonly"], False):
         del cfg["hydra"]
     with _explained(overrides):

@@ -1,0 +1,51 @@
+"""What of a run is scored, and how its scores are written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config import Config
+from mixlora_exp.data.sources import LoadedSplit
+from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation import TaskScore
+from mixlora_exp.inputs import Inputs
+from mixlora_exp.results.record import write_jsonl
+
+__all__ = ["score_entry", "scored_split", "write_predictions"]
+
+
+def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
+    """The items of a task that are scored.
+
+    Raises:
+        UserError: training leaves no row over.
+    """
+    limit, seed = config.evaluation.limit, config.data.seed
+    if not config.evaluation.held_out:
+        return inputs.splits[task, "test"].limited(limit, seed)
+    found = inputs.splits[task, "train"].held_out(config.data.train_limit or 0, limit, seed)
+    if not found.items:
+        raise UserError(
+            f"data.train_limit={config.data.train_limit} leaves no row of {task} over to score "
+            "(evaluation.held_out=true): choose a smaller one"
+        )
+    return found
+
+
+def score_entry(score: TaskScore) -> dict[str, Any]:
+    entry = dataclasses.asdict(dataclasses.replace(score, items=[]))
+    del entry["items"]
+    return entry
+
+
+def write_predictions(folder: Path, scores: Sequence[TaskScore]) -> dict[str, str]:
+    """One JSON line per item; returns file names by task and protocol."""
+    names = {}
+    for score in scores:
+        name = f"predictions/{score.task}.{score.protocol}.jsonl"
+        write_jsonl(folder / name, [dataclasses.asdict(item) for item in score.items])
+        names[f"{score.task}/{score.protocol}"] = name
+    return names
