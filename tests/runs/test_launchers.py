@@ -36,7 +36,13 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 @needs("hydra_joblib_launcher")
-@pytest.mark.parametrize("packed", [[], ["trainer.pack_adapters=2"]], ids=["alone", "packed"])
+@pytest.mark.parametrize(
+    "packed",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="alone"),
+        pytest.param(["trainer.pack_adapters=2"], id="packed"),
+    ],
+)
 def test_two_processes(tmp_path: Path, packed: list[str]) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = sweep(tmp_path, *launcher, "method=lora,mixlora", "method.rank=2,4", *packed)
@@ -44,6 +50,7 @@ def test_two_processes(tmp_path: Path, packed: list[str]) -> None:
     assert methods(tmp_path) == ["lora", "lora", "mixlora", "mixlora"]
 
 
+@pytest.mark.slow
 @needs("hydra_joblib_launcher")
 def test_one_that_fails_in_another_process(tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]

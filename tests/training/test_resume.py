@@ -36,7 +36,11 @@ SMALL = [
     "trainer.warmup_steps=2",
     "method.dropout=0.2",
 ]
-METHODS = ("lora", "dora", "mixlora", "mixdora")
+# One method has every part; the others run with the slow tests.
+METHODS = [
+    "mixdora",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "dora", "mixlora")),
+]
 
 
 class Killed(BaseException):

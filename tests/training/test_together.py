@@ -174,7 +174,7 @@ def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, toleranc
                 assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny_gemma"])
+@pytest.mark.parametrize("model", ["tiny_gemma", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_odd_settings_too(alone, together, model) -> None:
     steps = ["trainer.max_steps=7", f"model={model}"]
     configs = {name: compose([*SMALL, *steps, *changes]) for name, changes in ODD.items()}
@@ -213,7 +213,9 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
             torch.testing.assert_close(found[name].weights[key], weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "peft", "shared"])
+@pytest.mark.parametrize(
+    "kernel", ["shared", "peft", pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_every_kernel_trains_together(alone, together, kernel) -> None:
     steps = ["trainer.max_steps=4", f"kernel={kernel}"]
     configs = {name: compose([*SMALL, *changes, *steps]) for name, changes in FOUR.items()}
