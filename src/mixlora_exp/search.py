@@ -113,8 +113,12 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
 
 
 def _search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> optuna.Study:
-    study = open_study(settings)
     base = [*overrides, f"output_dir={settings.output_dir}", "evaluation.held_out=true"]
+    # A mistake is told before any trial begins.
+    compose(base)
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = open_study(settings)
 
     def objective(trial: optuna.Trial) -> float:
         coefficient = trial.suggest_float(

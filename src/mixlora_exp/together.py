@@ -63,11 +63,15 @@ class _Pack:
         Raises:
             UserError: a run failed.
         """
+        reasons = list(dict.fromkeys(self.failures.values()))
+        if self.failures and not self.paths and len(reasons) == 1:
+            raise UserError(reasons[0])
         if self.failures:
             every = len(self.failures) + len(self.paths)
             raise UserError(
-                f"{len(self.failures)} of {every} adapters were taken out, the others are "
-                "recorded: " + "; ".join(f"{name}: {why}" for name, why in self.failures.items())
+                f"{len(self.failures)} of {every} adapters were taken out"
+                f"{', the others are recorded' if self.paths else ''}: "
+                + "; ".join(f"{name}: {why}" for name, why in self.failures.items())
             )
         return self.paths
 

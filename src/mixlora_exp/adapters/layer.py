@@ -262,17 +262,21 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         with torch.autocast(x.device.type, enabled=False):
             inputs = rows.to(dtype)
             gate, up, down = (self._frozen(role).weight.to(dtype) for role in ROLES)
-            gates, ups = functional.linear(inputs, gate), functional.linear(inputs, up)
+            # Whole experts compute their own.
+            shared = stage is not None or any(s.adapter not in self.lora_router for s in segments)
+            gates, ups = (
+                functional.linear(inputs, weight) if shared else None for weight in (gate, up)
+            )
             outputs: list[Tensor | None] = []
             hiddens, finishes = [], []
             for segment in segments:
                 own, adapter = take(inputs, segment), segment.adapter
+                if stage is None and adapter in self.lora_router:
+                    outputs.append(self._whole(take(rows, segment), adapter, dtype))
+                    continue
                 sides = take(gates, segment), take(ups, segment)
                 if adapter not in self.lora_router:
                     hidden, finish = self._plain_stage(own, *sides, adapter)
-                elif stage is None:
-                    outputs.append(self._whole(take(rows, segment), adapter, dtype))
-                    continue
                 else:
                     routing = self._route(take(rows, segment), adapter, kernel)
                     block = self.block(adapter, len(own), dtype)

@@ -20,14 +20,19 @@ from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.settings import ROWS, BenchConfig
 from mixlora_exp.runtime import peak_memory_bytes, reset_peak_memory
 
-__all__ = ["measure_here", "measure_in_process"]
+__all__ = ["in_fresh_process", "measure_here", "measure_in_process"]
 
 
 def measure_in_process(config: BenchConfig, row: str) -> dict[str, Any]:
     """`measure_here` in a fresh process; `{"error": ...}` if it died, of want of memory say."""
+    return in_fresh_process("mixlora_exp.bench.memory", {**asdict(config), "rows": [row]})
+
+
+def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a module prints as JSON when it is given `asked` on standard input."""
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.bench.memory"],
-        input=json.dumps({**asdict(config), "rows": [row]}),
+        [sys.executable, "-W", "ignore", "-m", module],
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
         check=False,

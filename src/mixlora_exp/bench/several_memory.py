@@ -7,7 +7,6 @@ prints the resident memory of one training step and one forward pass in this pro
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.bench.memory import in_fresh_process
 from mixlora_exp.bench.model import base_model, model_config
 from mixlora_exp.bench.several_steps import Joint, SeveralConfig
 from mixlora_exp.runtime import peak_memory_bytes, reset_peak_memory
@@ -111,17 +111,8 @@ def resident_here(config: SeveralConfig, count: int) -> dict[str, int]:
 
 def resident(config: SeveralConfig, count: int) -> dict[str, Any]:
     """`resident_here` in a fresh process."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.bench.several_memory"],
-        input=json.dumps({"config": asdict(config), "count": count}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"error": f"exit code {result.returncode}: {reason}"}
-    return json.loads(result.stdout.splitlines()[-1])
+    asked = {"config": asdict(config), "count": count}
+    return in_fresh_process("mixlora_exp.bench.several_memory", asked)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -58,6 +59,13 @@ def unknown_option(group: str, option: str, options: Sequence[str], source: str 
     plugin = next((p for start, p in PLUGINS.items() if option.startswith(start)), None)
     if group.endswith("hydra/launcher") and plugin is not None:
         return f"{group}={option}{source} needs a plug-in of Hydra's: run `pip install {plugin}`"
+    head, slash, folder = group.partition("/")
+    here = Path(__file__).resolve().parents[3] / "conf" / head
+    if head == "experiment" and slash and (here / folder).is_dir():
+        # Hydra takes the folder for a group, and names the options of the one above it.
+        group, option = head, f"{folder}/{option}"
+        options = sorted(f"{p.parent.name}/{p.stem}" for p in here.glob("*/*.yaml"))
+        source = ""
     if not options:
         return f"{group}={option}{source}: there is no group {group!r} in conf/"
     return (

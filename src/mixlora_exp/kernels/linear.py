@@ -9,6 +9,8 @@ given (`dora_norms`) and dropout acts on the low-rank branch alone, as it does i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -43,13 +45,25 @@ def _low_rank_gradients(
     return dy, dlow, da, db, dmagnitude
 
 
+def _reduced(
+    ctx: Any,
+    x: Tensor,
+    a: Tensor,
+    scaling: float,
+    elements: Tensor | None,
+    described: tuple[float, tuple[int, int]] | None,
+) -> Tensor:
+    """`A drop(x)`; leaves in ctx what the backward pass needs of scaling and mask."""
+    mask = None if described is None else DropMask(elements, *described)
+    ctx.factor = scaling * (1.0 if mask is None else mask.scale)
+    ctx.described = described
+    return functional.linear(x if mask is None else mask.zero(x), a.to(x.dtype))
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, a, b, magnitude, norm, scaling, elements, described):
-        mask = None if described is None else DropMask(elements, *described)
-        ctx.factor = scaling * (1.0 if mask is None else mask.scale)
-        ctx.described = described
-        low = functional.linear(x if mask is None else mask.zero(x), a.to(x.dtype))
+        low = _reduced(ctx, x, a, scaling, elements, described)
         y = functional.linear(x, weight).addmm_(low, b.to(x.dtype).T, alpha=ctx.factor)
         unscaled = None
         if magnitude is not None:
@@ -103,10 +117,7 @@ class _LoraAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, frozen, x, a, b, magnitude, norm, scaling, elements, described):
-        mask = None if described is None else DropMask(elements, *described)
-        ctx.factor = scaling * (1.0 if mask is None else mask.scale)
-        ctx.described = described
-        low = functional.linear(x if mask is None else mask.zero(x), a.to(x.dtype))
+        low = _reduced(ctx, x, a, scaling, elements, described)
         y = torch.addmm(frozen, low, b.to(x.dtype).T, alpha=ctx.factor)
         unscaled = None
         if magnitude is not None:
