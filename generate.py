@@ -1,8 +1,9 @@
 """Let a model with an adapter write: `python generate.py adapter=DIR prompt="Question: ..."`.
 
 `prompts=FILE` has a prompt per line (JSONL: its field `prompt`) and answers in JSON lines;
-without either, type prompts one after another. The base model is that of the adapter's record, or
-`model=NAME`. `chat=true` puts prompts into the tokenizer's chat template.
+without either, type prompts one after another. `adapters=[DIR,DIR]` lets several adapters answer
+each prompt, in the same batches (JSONL: a field `adapter` chooses one). The base model is that of
+the adapter's record, or `model=NAME`. `chat=true` puts prompts into the tokenizer's chat template.
 """
 
 import sys

@@ -17,8 +17,9 @@ from mixlora_exp.adapters.export import export_official
 from mixlora_exp.adapters.official import AdapterFiles, read_peft, write_official
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose, schema
+from mixlora_exp.errors import guarded
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.rescoring import translate
+from mixlora_exp.rescoring import dispatch
 from mixlora_exp.results.record import read_record
 from mixlora_exp.tasks import embedded
 
@@ -52,7 +53,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     load_tokenizer(config).save_pretrained(root / "model")
     assert execute(["experiment=smoke", "model=tiny_gemma", f"output_dir={root / 'out'}"]) == 0
     (adapter,) = (root / "out").glob("*/adapter")
+    other = ["method=dora", f"output_dir={root / 'other'}"]
+    assert execute(["experiment=smoke", "model=tiny_gemma", *other]) == 0
+    (second,) = (root / "other").glob("*/adapter")
     return {
+        "outputs/A": adapter.parent,
+        "outputs/B": second.parent,
         "data.path": root / "data",
         "model.path": root / "model",
         "adapter": adapter,
@@ -60,14 +66,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def both(word: str, folders: dict[str, Path]) -> str:
+    """With the two runs that stand in a command of the README."""
+    for name in ("outputs/A", "outputs/B"):
+        word = word.replace(name, str(folders[name]))
+    return word
+
+
 def tiny(arguments: list[str], folder: Path, folders: dict[str, Path]) -> list[str]:
     """The same command on a random tiny model, small data and two steps."""
     if "dry_run=true" in arguments:
         return arguments
     arguments = [a.replace("run=outputs/NAME", "run=DIR") for a in arguments]
-    given = {a.partition("=")[0] for a in arguments if a.endswith("=DIR")}
+    given = {a.partition("=")[0] for a in arguments if a.endswith("=DIR") or "outputs/A" in a}
     kept = [a for a in arguments if a.partition("=")[0] not in ("trainer.max_steps", "model")]
     kept = [f"{a[:-4]}={folders[a[:-4]]}" if a.endswith("=DIR") else a for a in kept]
+    kept = [both(a, folders) for a in kept]
     small = ["data.train_limit=8", "trainer.max_steps=2", "trainer.batch_size=4"]
     small += ["model=tiny_gemma" if given else "model=tiny"]
     small += [] if "trainer.micro_batch_size=4" in kept else ["trainer.micro_batch_size=2"]
@@ -104,9 +118,10 @@ def test_scoring_command_runs_at_tiny_size(
         pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     command = command.replace("adapter=converted", "adapter=DIR")
     arguments = tiny(shlex.split(command)[2:], tmp_path, folders)
-    assert execute(translate(arguments)) == 0
-    (path,) = tmp_path.glob("*/record.json")
-    assert read_record(path)["train"] is None
+    assert guarded(dispatch, arguments) == 0
+    records = [read_record(path) for path in tmp_path.glob("*/record.json")]
+    assert len(records) == (2 if "outputs/A" in command else 1)
+    assert all(record["train"] is None for record in records)
 
 
 def run_script(line: str, changes: dict[str, str], folder: Path) -> str:
@@ -157,6 +172,9 @@ def test_use_after_training(folders: dict[str, Path], tmp_path: Path) -> None:
         extra = " max_new_tokens=4" if "generate" in line else ""
         assert run_script(line + extra, {"adapter=DIR": f"adapter={adapter}"}, tmp_path).strip()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    (line,) = [line for line in commands("python generate.py") if "outputs/A" in line]
+    answers = run_script(both(line, folders) + " max_new_tokens=4", {}, tmp_path)
+    assert len(answers.splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", commands("make"))

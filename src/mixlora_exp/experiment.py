@@ -101,6 +101,12 @@ class Run:
             found.clear()
         return found
 
+    @property
+    def adapter_folder(self) -> Path:
+        """Where the adapter that is scored lies: the one given, or the one that the run trains."""
+        given = self.config.adapter
+        return self.folder / "adapter" if given is None else Path(given).expanduser()
+
     def load_base(self) -> PreTrainedModel:
         """The base model on this process's device; the seed is set to the run's."""
         device = resolve_device()
@@ -340,7 +346,7 @@ def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
 
 def score_alone(this: Run, base: PreTrainedModel) -> Scores:
     """Score the adapter of a run, loaded back from disk, and take it off again."""
-    model = load_adapter(base, this.folder / "adapter", this.config.kernel)
+    model = load_adapter(base, this.adapter_folder, this.config.kernel)
     found = _score(this, model)
     model.unload()
     return found

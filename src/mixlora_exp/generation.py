@@ -1,11 +1,12 @@
-"""`generate.py`: one prompt, a file of prompts, or prompts as they are typed."""
+"""`generate.py`: one prompt, a file of prompts, or prompts as they are typed, for one adapter or
+several in the same batches."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import torch
 
 from mixlora_exp.config import options
 from mixlora_exp.errors import UserError
-from mixlora_exp.serving import Opened, continuations, open_adapter, split_words
+from mixlora_exp.serving import (
+    Opened,
+    continuations,
+    open_adapter,
+    open_adapters,
+    split_words,
+)
 
 __all__ = ["run"]
 
@@ -21,6 +28,7 @@ __all__ = ["run"]
 @dataclass(slots=True, kw_only=True)
 class Settings:
     adapter: str | None = None
+    adapters: list[str] = field(default_factory=list)
     prompt: str | None = None
     prompts: str | None = None
     max_new_tokens: int = 64
@@ -42,24 +50,40 @@ def _check(settings: Settings) -> None:
         raise UserError("prompt is empty: give some text, or leave it out to be asked")
     if settings.prompt is not None and settings.prompts is not None:
         raise UserError("prompt and prompts were both given: name one of them")
+    if settings.adapters and settings.adapter is not None:
+        raise UserError("adapter and adapters were both given: name one of them")
+    if settings.adapters and settings.chat:
+        raise UserError("chat=true is for one adapter: give adapter=DIR instead of adapters")
 
 
-def _read_prompts(path: Path) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt, and which adapter is asked; None: all there are."""
+
+    prompt: str
+    adapter: str | None = None
+
+
+def _read_prompts(path: Path) -> list[Asked]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={path} cannot be read ({error}): give a text file") from error
     if path.suffix != ".jsonl":
-        return lines
+        return [Asked(line) for line in lines]
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:
-            prompt = json.loads(line)["prompt"]
-            if not isinstance(prompt, str):
-                raise TypeError(f"the prompt {prompt!r} is no text")
-            prompts.append(prompt)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: this is no JSON object with a `prompt`") from error
+            row = json.loads(line)
+            asked = Asked(row["prompt"], row.get("adapter"))
+            if not isinstance(asked.prompt, str) or not isinstance(asked.adapter, str | None):
+                raise TypeError("a prompt or an adapter is no text")
+            prompts.append(asked)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}:{number}: this is no JSON object with a `prompt` (and perhaps an "
+                "`adapter`), both text"
+            ) from error
     return prompts
 
 
@@ -92,6 +116,39 @@ def _sampling(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
 
 
+def _each_adapter(opened: Opened, asked: Sequence[Asked]) -> list[Asked]:
+    """Every prompt with the adapter that answers it: its own, or each of them."""
+    found = []
+    for one in asked:
+        if one.adapter is not None and one.adapter not in opened.adapters:
+            known = ", ".join(opened.adapters) or "adapters=[DIR,DIR] to choose from"
+            raise UserError(
+                f"the prompt {one.prompt!r} asks for {one.adapter}: give one of {known}"
+            )
+        labels = opened.adapters or [None] if one.adapter is None else [one.adapter]
+        found += [Asked(one.prompt, label) for label in labels]
+    return found
+
+
+def _answer_all(opened: Opened, settings: Settings, asked: Sequence[Asked]) -> None:
+    """Answer prompts in batches, as JSON lines."""
+    asked = _each_adapter(opened, asked)
+    turns = [[{"role": "user", "content": a.prompt}] if settings.chat else a.prompt for a in asked]
+    answers = continuations(
+        opened,
+        turns,
+        batch_size=settings.batch_size,
+        adapters=[a.adapter for a in asked] if opened.adapters else None,
+        **_sampling(settings),
+    )
+    for one, answer in zip(asked, answers, strict=True):
+        entry = {"prompt": one.prompt, "adapter": one.adapter, "answer": answer}
+        if one.adapter is None:
+            del entry["adapter"]
+        sys.stdout.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
 def run(argv: Sequence[str]) -> None:
     """Carry out one command line.
 
@@ -101,19 +158,18 @@ def run(argv: Sequence[str]) -> None:
     words, rest = split_words(argv)
     settings = options(Settings, rest)
     _check(settings)
-    prompts = None if settings.prompts is None else _read_prompts(Path(settings.prompts))
-    opened = open_adapter(settings.adapter, words)
-    torch.manual_seed(settings.random_seed)
-    if settings.prompt is not None:
-        _show(opened, settings, [settings.prompt])
-    elif prompts is None:
-        _show(opened, settings, _typed())
+    asked = None if settings.prompts is None else _read_prompts(Path(settings.prompts))
+    if settings.adapters:
+        opened = open_adapters(settings.adapters, words)
     else:
-        asked = [[{"role": "user", "content": p}] if settings.chat else p for p in prompts]
-        answers = continuations(
-            opened, asked, batch_size=settings.batch_size, **_sampling(settings)
-        )
-        for prompt, answer in zip(prompts, answers, strict=True):
-            entry = {"prompt": prompt, "answer": answer}
-            sys.stdout.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+        opened = open_adapter(settings.adapter, words)
+    torch.manual_seed(settings.random_seed)
+    if asked is not None:
+        _answer_all(opened, settings, asked)
+        return
+    prompts = _typed() if settings.prompt is None else [settings.prompt]
+    if not opened.adapters:
+        _show(opened, settings, prompts)
+        return
+    for prompt in prompts:
+        _answer_all(opened, settings, [Asked(prompt)])

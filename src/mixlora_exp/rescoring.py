@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mixlora_exp.cli import execute
+from mixlora_exp.config import compose
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import UserError, guarded
 from mixlora_exp.results.record import read_record
 
-__all__ = ["main", "recorded", "translate"]
+__all__ = ["dispatch", "main", "recorded", "translate"]
 
 USAGE = """\
 Score an adapter, or the base model alone, without training.
@@ -27,6 +28,8 @@ Score an adapter, or the base model alone, without training.
   python evaluate.py run=outputs/NAME protocol=lm_eval      the adapter of a finished run
   python evaluate.py adapter=DIR model=smollm2_135m task=multi protocol=answer_text
   python evaluate.py model=smollm2_135m task=arc_e          the base model alone
+  python evaluate.py run=[DIR,DIR]                          several adapters of one base model in
+                                                            the same passes; or adapter=[DIR,DIR]
 
 protocol=label_logits,answer_text,lm_eval,generate: one or several; else as in the run's record.
 Other fields as for train.py, for example evaluation.limit=100 or data=local data.path=DIR.
@@ -131,13 +134,43 @@ def translate(argv: Sequence[str]) -> list[str]:
     return [*base, *recorded(record["config"], anew), *rest]
 
 
-def _dispatch(argv: Sequence[str]) -> int:
+def each(argv: Sequence[str]) -> list[list[str]]:
+    """One command line for each folder of `run=[A,B]` or `adapter=[A,B]`."""
+    for number, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name in ("run", "adapter") and value.startswith("[") and value.endswith("]"):
+            folders = [folder.strip(" '\"") for folder in value[1:-1].split(",")]
+            if not all(folders):
+                raise UserError(f"{word}: a folder is missing; write {name}=[DIR,DIR]")
+            rest = [*argv[:number], *argv[number + 1 :]]
+            return [[f"{name}={folder}", *rest] for folder in folders]
+    return [list(argv)]
+
+
+def _score_together(lines: Sequence[Sequence[str]]) -> None:
+    """Score each line's adapter, in the same passes where their base models allow it."""
+    flags = [word for word in lines[0] if word.startswith("-")]
+    if flags:
+        raise UserError(f"{flags[0]} does not go with several adapters: score them one by one")
+    configs = [compose(translate(line)) for line in lines]
+    # Imported late, so that a mistake on the command line is told before torch is loaded.
+    from mixlora_exp.together import run_together
+
+    run_together(configs)
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Carry out one command line; returns the exit code."""
     if not argv or any(word in ("-h", "--help") for word in argv):
         sys.stdout.write(USAGE)
         return 0
-    return execute(translate(argv))
+    lines = each(argv)
+    if len(lines) == 1:
+        return execute(translate(lines[0]))
+    _score_together(lines)
+    return 0
 
 
 def main() -> NoReturn:
     """Run the command line that the process was started with, and exit."""
-    sys.exit(guarded(_dispatch, sys.argv[1:]))
+    sys.exit(guarded(dispatch, sys.argv[1:]))

@@ -7,14 +7,14 @@ with any field of the group (`model.path=DIR`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mixlora_exp.adapters import load_adapter
+from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import pad_left
@@ -25,18 +25,29 @@ from mixlora_exp.rescoring import recorded
 from mixlora_exp.results.record import read_record
 from mixlora_exp.runtime import resolve_device, resolve_dtype
 
-__all__ = ["Opened", "continuations", "merge", "open_adapter", "split_words", "write_merged"]
+__all__ = [
+    "Opened",
+    "continuations",
+    "merge",
+    "open_adapter",
+    "open_adapters",
+    "split_words",
+    "write_merged",
+]
 
 GROUPS = ("model", "kernel", "seed", "trainer.precision")
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model that is ready for use, in evaluation mode, and its tokenizer."""
+    """A model that is ready for use, in evaluation mode, and its tokenizer.
+
+    `adapters`: where the model carries several, their names in it by what users call them."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     config: Config
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -64,19 +75,51 @@ def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
     Raises:
         UserError: there is no adapter, it does not fit the model, or the model cannot be loaded.
     """
-    folder = None if adapter is None else Path(adapter).expanduser()
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"adapter={adapter} is no folder: give one that PEFT or train.py wrote")
-    if folder is not None and (folder / "adapter").is_dir():
-        folder = folder / "adapter"
-    config = resolve_config(compose(_overrides(folder, words)))
-    device = resolve_device()
-    dtype = resolve_dtype(config.trainer.precision, device)
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, dtype, config.seed)
+    folder = None if adapter is None else _folder_of(adapter)
+    model, tokenizer, config = _open_base(folder, words)
     if folder is not None:
         model = load_adapter(model, folder, config.kernel)
-    return Opened(model.to(device).eval(), tokenizer, config)
+    return Opened(model.to(resolve_device()).eval(), tokenizer, config)
+
+
+def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
+    """Load one base model, that of the first adapter's record, and several adapters of any method
+    onto it. An adapter is called after its folder, or after the run whose `adapter/` it is.
+
+    Raises:
+        UserError: as `open_adapter`, or two adapters have the same name.
+    """
+    folders = {}
+    for adapter in adapters:
+        folder = _folder_of(adapter)
+        label = (folder.parent if folder.name == "adapter" else folder).resolve().name
+        if label in folders:
+            raise UserError(
+                f"adapters: {folders[label]} and {folder} are both called {label}: rename a folder"
+            )
+        folders[label] = folder
+    base, tokenizer, config = _open_base(next(iter(folders.values())), words)
+    names = {label: f"adapter{number}" for number, label in enumerate(folders)}
+    model = load_adapters(base, {names[label]: folder for label, folder in folders.items()})
+    set_kernel(model, config.kernel.name.value)
+    return Opened(model.to(resolve_device()).eval(), tokenizer, config, names)
+
+
+def _folder_of(adapter: str) -> Path:
+    """Where the adapter's files are: in the folder, or in `adapter/` of a run's."""
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"adapter={adapter} is no folder: give one that PEFT or train.py wrote")
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
+def _open_base(
+    folder: Path | None, words: Sequence[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
+    config = resolve_config(compose(_overrides(folder, words)))
+    dtype = resolve_dtype(config.trainer.precision, resolve_device())
+    tokenizer = load_tokenizer(config.model)
+    return load_model(config.model, dtype, config.seed), tokenizer, config
 
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -106,11 +149,13 @@ def continuations(
     top_p: float = 1.0,
     batch_size: int = 1,
     stream: bool = False,
+    adapters: Sequence[str] | None = None,
 ) -> Iterator[str]:
     """What the model writes after each prompt, in their order, `batch_size` at a time.
 
     Greedy at `temperature` 0, else sampled; with the key/value cache. `stream` prints the words as
-    they come (one prompt at a time).
+    they come (one prompt at a time). `adapters` has one for each prompt, by its key in
+    `Opened.adapters`; prompts of different adapters share batches.
     """
     tokenizer, model = opened.tokenizer, opened.model
     sampling = {"do_sample": False}
@@ -121,6 +166,9 @@ def continuations(
         rows = pending[start : start + batch_size]
         batch = {k: v.to(model.device) for k, v in pad_left(rows, tokenizer.pad_token_id).items()}
         del batch["position_ids"]  # `generate` counts them from the mask.
+        if adapters is not None:
+            chosen = adapters[start : start + batch_size]
+            batch["adapter_names"] = [opened.adapters[label] for label in chosen]
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = model.generate(
             **batch, **sampling, max_new_tokens=max_new_tokens,

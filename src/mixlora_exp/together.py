@@ -1,4 +1,5 @@
-"""Several runs on one base model: trained in the same passes, recorded each as if it were alone."""
+"""Several runs on one base model: trained and scored in the same passes, recorded each as if it
+were alone."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
 from mixlora_exp.config import Config, run_name
-from mixlora_exp.config.schema import Protocol
+from mixlora_exp.config.schema import LoraMethodConfig, Protocol
 from mixlora_exp.config.together import check_together
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
@@ -154,13 +155,15 @@ def _carry_out(pack: _Pack) -> None:
         if isinstance(found, BaseException):
             pack.fail(this.folder, f"scoring failed: {found}")
             continue
-        record = finish(this, base, summaries[name], before.get(name), found)
+        record = finish(this, base, summaries.get(name), before.get(name), found)
         pack.paths.append(write_record(this.folder, record, this.lock))
 
 
 def _jobs(pack: _Pack) -> list[Job]:
     jobs = []
     for this in list(pack.runs):
+        if not isinstance(this.config.method, LoraMethodConfig):
+            continue  # Its adapter exists, and is only scored.
         start_folder(this.folder)
         try:
             job = make_job(
@@ -221,9 +224,7 @@ def score_together(
     }
     found: dict[str, Scores | BaseException] = {}
     if len(shared) > 1:
-        model = load_adapters(
-            base, {name: this.folder / "adapter" for name, this in shared.items()}
-        )
+        model = load_adapters(base, {name: this.adapter_folder for name, this in shared.items()})
         set_kernel(model, runs[0].config.kernel.name.value)
         results = in_lockstep(
             model,

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from mixlora_exp import together
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose, to_dict
-from mixlora_exp.errors import MISTAKE, UserError
-from mixlora_exp.rescoring import translate
+from mixlora_exp.errors import MISTAKE, UserError, guarded
+from mixlora_exp.evaluation import in_lockstep
+from mixlora_exp.rescoring import dispatch, translate
 from mixlora_exp.results.record import read_record
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +165,57 @@ def test_changed_weights_are_no_longer_the_run_s(finished: Start, tmp_path: Path
     save_file({name: value * 1.5 for name, value in weights.items()}, path)
     record = score(tmp_path / "out", f"run={folder}")
     assert record["adapter"]["trained_by"] is None
+
+
+def test_several_runs_in_the_same_passes(
+    finished: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is recorded as it is when it is scored by itself."""
+    runs = [finished(*MIXLORA), finished("method=dora"), finished("method=lora", "seed=1")]
+    passes = []
+
+    def spy(model: Any, *args: Any) -> Any:
+        passes.append(list(model.peft_config))
+        return in_lockstep(model, *args)
+
+    monkeypatch.setattr(together, "in_lockstep", spy)
+    words = ["protocol=answer_text,generate", "evaluation.limit=6"]
+    listed = ",".join(str(run.folder) for run in runs[:2])
+    assert guarded(dispatch, [f"run=[{listed}]", *words, f"output_dir={tmp_path / 'all'}"]) == 0
+    assert passes == [["adapter0", "adapter1"]]
+    for run in runs[:2]:
+        alone = score(tmp_path / run.folder.name, f"run={run.folder}", *words)
+        record = read_record(tmp_path / "all" / alone["name"] / "record.json")
+        assert record["fingerprint"] == alone["fingerprint"]
+        assert record["adapter"] == alone["adapter"]
+        assert record["train"] is None
+        for found, expected in zip(record["scores"], alone["scores"], strict=True):
+            assert (found["protocol"], found["n"]) == (expected["protocol"], expected["n"])
+            assert found["accuracy"] == expected["accuracy"]
+            if expected["gold_log_likelihood"] is not None:
+                close = pytest.approx(expected["gold_log_likelihood"], abs=1e-5)
+                assert found["gold_log_likelihood"] == close
+    assert (runs[0].folder / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run=[{0},]"], "a folder is missing"),
+        (["run=[{0},/nowhere]"], "run=/nowhere holds no record.json"),
+        (["run=[{0},{0}]"], "entries 1 and 2 are the same run"),
+        (["run=[{0},{1}]", "-m"], "-m does not go with several adapters"),
+        (["adapter=[{0}/adapter,/nowhere]", "model=tiny"], "adapter=/nowhere is no folder"),
+    ],
+)
+def test_mistakes_with_several_are_told(
+    words: list[str], message: str, finished: Start, tmp_path: Path, capsys: Any
+) -> None:
+    folders = finished(*MIXLORA).folder, finished("method=dora").folder
+    argv = [word.format(*folders) for word in words]
+    assert guarded(dispatch, [*argv, f"output_dir={tmp_path / 'out'}"]) == MISTAKE
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_script_shows_its_use() -> None:

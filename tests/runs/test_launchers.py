@@ -68,6 +68,15 @@ def test_jobs_of_submitit(tmp_path: Path) -> None:
     assert methods(tmp_path) == ["lora", "mixdora"]
 
 
+@pytest.mark.slow
+@needs("hydra_ray_launcher")
+def test_a_local_cluster_of_ray(tmp_path: Path) -> None:
+    launcher = ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"]
+    done = sweep(tmp_path, *launcher, "method=lora,mixdora")
+    assert done.returncode == 0, done.stderr
+    assert methods(tmp_path) == ["lora", "mixdora"]
+
+
 @needs("hydra_submitit_launcher")
 def test_the_settings_for_slurm_compose(capsys) -> None:
     assert execute(["hydra/launcher=slurm", "experiment=smoke", "--cfg", "hydra"]) == 0

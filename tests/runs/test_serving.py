@@ -119,6 +119,55 @@ def test_a_file_of_prompts(
     assert [row["answer"] for row in rows] == [slow_greedy(opened, p, 8) for p in prompts]
 
 
+def test_several_adapters_answer_in_the_same_batches(
+    adapter: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each as it answers by itself; a row may choose its adapter."""
+    folders = {}
+    for method in METHODS:
+        folders[method] = tmp_path / method
+        folders[method].symlink_to(adapter(method).parent)
+    # Resolved, a folder has its own name again.
+    names = {method: adapter(method).parent.name for method in METHODS}
+    rows = [{"prompt": PROMPTS[1]}, {"prompt": PROMPTS[2], "adapter": names["mixdora"]}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    sizes: list[int] = []
+    real = generation.open_adapters
+
+    def spy(*args: Any) -> Opened:
+        opened = real(*args)
+        generate = opened.model.generate
+
+        def counted(**batch: Any) -> torch.Tensor:
+            sizes.append(len(set(batch["adapter_names"])))
+            return generate(**batch)
+
+        opened.model.generate = counted
+        return opened
+
+    monkeypatch.setattr(generation, "open_adapters", spy)
+    listed = ",".join(str(folder) for folder in folders.values())
+    words = [*WORDS, f"adapters=[{listed}]", "max_new_tokens=8"]
+    assert command(*words, f"prompts={path}") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sizes == [4]
+    expected = [(PROMPTS[1], method) for method in METHODS] + [(PROMPTS[2], "mixdora")]
+    assert [(row["prompt"], row["adapter"]) for row in found] == [
+        (prompt, names[method]) for prompt, method in expected
+    ]
+    for row, (prompt, method) in zip(found, expected, strict=True):
+        assert row["answer"] == slow_greedy(open_adapter(str(adapter(method)), WORDS), prompt, 8)
+    assert command(*words, f"prompt={PROMPTS[1]}") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    path.write_text(json.dumps({"prompt": "a", "adapter": "none"}))
+    assert command(*words, f"prompts={path}") == 2
+    assert "asks for none: give one of " in capsys.readouterr().err
+
+
 def test_prompts_as_they_are_typed(
     adapter: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -195,6 +244,10 @@ def test_a_mixture_says_why_it_cannot_be_merged(
         (["temperature=-1"], "temperature=-1"),
         (["top_p=2"], "top_p=2"),
         (["tempo=1"], "tempo"),
+        (["adapter=a", "adapters=[b,c]"], "adapter and adapters were both given"),
+        (["adapters=[absent,gone]"], "adapter=absent is no folder"),
+        (["adapters=[docs,docs]"], "both called docs"),
+        (["adapters=[docs,conf]", "chat=true"], "chat=true is for one adapter"),
         (["model=llama9"], "llama9"),
         (["chat=true", "prompt=a"], "no chat template"),
     ],

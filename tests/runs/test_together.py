@@ -142,7 +142,7 @@ def test_one_that_fails_does_not_cost_the_others(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("[lora,none]", "entry 2 has method=none, which trains nothing"),
+        ("[lora,none]", "entry 2 has method=none and no adapter: choose lora"),
         ("[lora,{method:lora,model:tiny_gemma}]", "entry 2 has another model than entry 1"),
         ("[lora,{method:dora,seed:7}]", "another seed than entry 1.*random base model"),
         ("[lora,{method:lora}]", "entries 1 and 2 are the same run"),

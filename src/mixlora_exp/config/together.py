@@ -99,10 +99,10 @@ def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
     """
     first = shared_settings(configs[0])
     for number, config in enumerate(configs, start=1):
-        if not isinstance(config.method, LoraMethodConfig):
+        if not isinstance(config.method, LoraMethodConfig) and config.adapter is None:
             raise UserError(
-                f"adapters: entry {number} has method={config.method.name}, which trains nothing: "
-                "choose lora, dora, mixlora or mixdora"
+                f"adapters: entry {number} has method={config.method.name} and no adapter: choose "
+                "lora, dora, mixlora or mixdora, or name the adapter=DIR to score"
             )
         for field, value in shared_settings(config).items():
             if value != first[field]:
