@@ -18,6 +18,12 @@ from mixlora_exp.results.record import finish_record, provenance, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = "30"
+TESTS = (
+    "tests/faults",
+    "tests/training/test_resume.py",
+    "tests/training/test_tracking.py",
+    "tests/results/test_record.py",
+)
 
 
 def _outcomes(report: Path) -> dict[str, dict[str, object]]:
@@ -25,9 +31,11 @@ def _outcomes(report: Path) -> dict[str, dict[str, object]]:
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         kinds = ("failure", "error", "skipped")
         problem = next((kind for kind in kinds if case.find(kind) is not None), None)
+        noted = {p.get("name", ""): int(p.get("value", "0")) for p in case.iter("property")}
         found[f"{case.get('classname')}::{case.get('name')}"] = {
             "outcome": problem or "passed",
             "seconds": round(float(case.get("time", "0")), 1),
+            **({"counted": noted} if noted else {}),
         }
     return found
 
@@ -38,8 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
-            sys.executable, "-m", "pytest", "tests/faults", "tests/training/test_resume.py",
-            f"--junitxml={report}", *sys.argv[1:],
+            sys.executable, "-m", "pytest", *TESTS, f"--junitxml={report}", *sys.argv[1:],
         ]  # fmt: skip
         environment = {**os.environ, "SOAK_KILLS": KILLS}
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

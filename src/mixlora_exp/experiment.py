@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,7 +61,6 @@ __all__ = [
     "score_alone",
     "score_with",
     "start",
-    "start_folder",
     "tracked",
     "training_examples",
     "write_record",
@@ -96,10 +94,31 @@ class Run:
         folder, keep = self.folder / CHECKPOINTS, self.config.trainer.keep_checkpoints
         # As JSON has it, in which it is compared.
         identity = json.loads(json.dumps(comparable(of)))
-        found = Checkpoints(folder, identity, keep, lambda: check_lock(self.folder, self.lock))
-        if self.config.force:
-            found.clear()
-        return found
+        # A forced run replaces what other inputs left, and goes on with its own after a kill.
+        return Checkpoints(folder, identity, keep, self.check_owner, replace=self.config.force)
+
+    def check_owner(self) -> None:
+        """Refuse to write into a run that another process has taken over."""
+        check_lock(self.folder, self.lock)
+
+    def begin(self) -> None:
+        """Make the run's folder; from here on it holds no finished run.
+
+        Raises:
+            UserError: it cannot be written, or another process works on the run.
+        """
+        try:
+            self.check_owner()
+            if (self.folder / RECORD).exists():
+                # A run that is done again starts from the beginning.
+                self.checkpoints().clear()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / RECORD).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"output_dir={self.folder.parent}: cannot be written ({error.strerror}); choose "
+                "another"
+            ) from error
 
     @property
     def adapter_folder(self) -> Path:
@@ -154,12 +173,12 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
             # Another process finished it between the look above and the lock.
             return finished(record_path, inputs)
         say(f"Run {folder.name}")
-        with failure_noted(folder):
+        with failure_noted(folder, lock):
             this = start(config, folder, inputs, lock)
             this.watch = watch
             with tracked(this):
                 record = _carry_out(this)
-                return write_record(folder, record, lock) if first else None
+                return write_record(this, record) if first else None
 
 
 @contextlib.contextmanager
@@ -184,13 +203,13 @@ def group_of(config: Config) -> str:
     return f"{config.model.name}-{config.task.name}-{config.data.name.value}"
 
 
-def write_record(folder: Path, record: dict[str, Any], lock: RunLock) -> Path:
+def write_record(this: Run, record: dict[str, Any]) -> Path:
     """Write and show the record of a finished run."""
-    check_lock(folder, lock)
-    path = folder / RECORD
+    this.check_owner()
+    path = this.folder / RECORD
     write_json(path, finish_record(record))
     # Not needed any more, once the record is on the disk.
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    this.checkpoints().clear()
     print_record(record)
     say(f"Record: {path}")
     return path
@@ -205,20 +224,14 @@ def finished(path: Path, inputs: Inputs) -> Path:
             f"{path} is a finished run of the same settings on other inputs "
             f"({', '.join(changed)} differ): choose another output_dir, or force=true to replace it"
         )
+    weights, saved = path.parent / "adapter" / "adapter_model.safetensors", record["saved_adapter"]
+    if saved is not None and weights.is_file() and file_sha256(weights) != saved["sha256"]:
+        raise UserError(
+            f"{weights} is not what the run wrote: restore it, or force=true to run it again"
+        )
     print_record(record)
     say(f"Already finished: {path}. force=true runs it again.")
     return path
-
-
-def start_folder(folder: Path) -> None:
-    """Make the run's folder; from here on it holds no finished run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output_dir={folder.parent}: cannot be written ({error.strerror}); choose another"
-        ) from error
 
 
 def _carry_out(this: Run) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
         before = this.score_base(base)
     if isinstance(config.method, LoraMethodConfig):
         if processes().is_main_process:
-            start_folder(folder)
+            this.begin()
         processes().wait_for_everyone()
         summary = _train(this, base)
         if not processes().is_main_process:
@@ -273,8 +286,9 @@ def finish(
     saved = None
     if summary is not None:
         saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
+    this.check_owner()
     if summary is None:
-        start_folder(folder)
+        this.begin()
     predictions = write_predictions(folder, after)
     return {
         "name": folder.name,
@@ -311,12 +325,14 @@ def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     say(f"Training {this.config.method.name} on {len(training_examples(this))} examples")
     trainer = this.config.trainer
     half = trainer.micro_batch_size // 2
-    try:
+    if not trainer.auto_micro_batch or not half:
         return _fit(this, base, this.config)
-    except NotEnoughMemory as error:
-        if not trainer.auto_micro_batch or not half:
-            raise
-        say(f"{error}; going on with micro-batches of {half}")
+    found = this.checkpoints().newest()
+    if found is None or found.state.get("micro_batch_size") != half:
+        try:
+            return _fit(this, base, this.config)
+        except NotEnoughMemory as error:
+            say(f"{error}; going on with micro-batches of {half}")
     smaller = dataclasses.replace(trainer, micro_batch_size=half)
     summary = _fit(this, base, dataclasses.replace(this.config, trainer=smaller))
     return dataclasses.replace(summary, halved_micro_batch=half)
@@ -338,6 +354,7 @@ def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
             this.watch,
         )
         if processes().is_main_process:
+            this.check_owner()
             save_adapter(model, this.folder / "adapter")
     finally:
         model.unload()

@@ -10,8 +10,15 @@ from pathlib import Path
 __all__ = ["code_sha256", "file_sha256"]
 
 PACKAGE = Path(__file__).parent
-DETERMINING = ("adapters", "data", "evaluation", "kernels", "models", "tasks", "training")
-"""The rooms whose code decides what a run computes."""
+BESIDE = frozenset(
+    (
+        "bench", "cli.py", "durable.py", "errors.py", "generation.py", "interruption.py",
+        "lm_eval.py", "planning.py", "reporting.py", "rescoring.py", "results", "runlock.py",
+        "search.py", "serving.py", "status.py", "training/checkpoints.py", "training/progress.py",
+        "training/tracking.py", "underway.py",
+    )
+)  # fmt: skip
+"""Code that shows, stores, starts or measures runs; all else decides what a run computes."""
 
 
 def file_sha256(path: Path) -> str:
@@ -21,7 +28,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _meaning(source: str) -> str:
-    """The program without its comments, layout and docstrings."""
+    """The program without its comments, layout and docstrings, the same from every Python."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -33,15 +40,37 @@ def _meaning(source: str) -> str:
             and isinstance(body[0].value.value, str)
         ):
             node.body = body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+    return _dump(tree)
+
+
+def _dump(node: object) -> str:
+    """The tree as text. Fields without a value are left out: Pythons differ in which there are."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (
+        f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])
+    )
+    kept = "=None" if isinstance(node, ast.Constant) and node.value is None else ""
+    return f"{type(node).__name__}{kept}({','.join(fields)})"
+
+
+def _determining() -> list[tuple[str, Path]]:
+    """The files that decide what a run computes, with their names in the package."""
+    found = sorted((path.relative_to(PACKAGE).as_posix(), path) for path in PACKAGE.rglob("*.py"))
+    return [
+        (name, path)
+        for name, path in found
+        if name not in BESIDE and name.partition("/")[0] not in BESIDE
+    ]
 
 
 @cache
 def code_sha256() -> str:
     """Hash of the code that determines results: what it does, not how it is laid out."""
     digest = hashlib.sha256()
-    for room in DETERMINING:
-        for path in sorted((PACKAGE / room).rglob("*.py")):
-            digest.update(path.relative_to(PACKAGE).as_posix().encode())
-            digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
+    for name, path in _determining():
+        digest.update(name.encode())
+        digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
     return digest.hexdigest()

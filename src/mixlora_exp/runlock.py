@@ -30,6 +30,10 @@ PATIENCE = 6 * BEAT
 """Seconds without a new count after which a holder on another machine is dead."""
 
 
+KEPT = 8
+"""Earlier lock files that stay: one who found the lock free long ago meets a file that exists."""
+
+
 def _boot() -> str:
     """What tells this start of this machine from others, also in containers of one host name."""
     with contextlib.suppress(OSError):
@@ -38,13 +42,12 @@ def _boot() -> str:
 
 
 def _this_process() -> dict[str, Any]:
-    process = psutil.Process()
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
         "namespace": _namespace(),
-        "pid": process.pid,
-        "started": process.create_time(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
     }
 
 
@@ -53,6 +56,23 @@ def _namespace() -> str:
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
+
+
+def _started(pid: int) -> str | None:
+    """What tells a process from a later one of the same number; None if it is dead or hidden.
+
+    Linux counts in ticks since the machine started. As a time of day, which psutil makes of them,
+    it would move with the wall clock.
+    """
+    with contextlib.suppress(OSError, IndexError):
+        # The name before it, in brackets, may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in ("Z", "X") else fields[19]
+    if Path("/proc/self/stat").exists():
+        return None
+    with contextlib.suppress(psutil.Error):
+        return str(psutil.Process(pid).create_time())
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -70,16 +90,25 @@ def _newest(folder: Path) -> int:
 
 
 def _dead_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a holder of this machine is dead; None for another machine's."""
+    """Whether a holder of this machine is dead; None where that cannot be told: another machine's,
+    or a process that the system hides."""
     me = _this_process()
     if any(holder.get(key) != me[key] for key in ("host", "boot", "namespace")):
         return None
-    try:
-        process = psutil.Process(int(holder["pid"]))
-        same = abs(process.create_time() - float(holder["started"])) < 1.0
-        return not same or process.status() == psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
         return True
+    started = _started(pid)
+    if started is not None:
+        return started != holder.get("started")
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return None
+    # There, and no look at it: hidden, or dead and not yet fetched by its parent.
+    return True if Path(f"/proc/{pid}/stat").exists() else None
 
 
 def _alive(path: Path, patience: float) -> bool:
@@ -115,7 +144,7 @@ class RunLock:
     """The lock of one run, in `folder`.
 
     `acquire` takes it or says who has it; while it is held a thread counts. `lost` is set when
-    another process has taken it over, because this one stood still for too long.
+    another process has taken it over, because this one stood still for too long; `held` looks.
     """
 
     def __init__(self, folder: Path, *, beat: float = BEAT, patience: float = PATIENCE) -> None:
@@ -149,7 +178,7 @@ class RunLock:
         return True
 
     def _create(self, number: int) -> bool:
-        """Create the lock file of that number, whole, unless it exists or a later one does."""
+        """Create the lock file of that number, whole; false where it or a later one exists."""
         temporary = self._write_temporary(number)
         path = self.folder / str(number)
         try:
@@ -166,23 +195,39 @@ class RunLock:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        if _newest(self.folder) > number:
+            # Others came and went meanwhile, and took this number's file away as an old one.
+            path.unlink(missing_ok=True)
+            return False
         self._number = number
-        for old in range(max(1, number - 8), number):
+        for old in range(max(1, number - 2 * KEPT), number - KEPT):
             (self.folder / str(old)).unlink(missing_ok=True)
         return True
 
     def _write_temporary(self, number: int, **more: Any) -> Path:
         path = self.folder / f".{number}.{os.getpid()}.{secrets.token_hex(4)}"
-        path.write_text(json.dumps({**_this_process(), "count": self._count, **more}))
+        try:
+            path.write_text(json.dumps({**_this_process(), "count": self._count, **more}))
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
         return path
+
+    def held(self) -> bool:
+        """Whether this process still holds it, from the folder as it is now."""
+        if self._number and not self.lost.is_set():
+            with contextlib.suppress(OSError):
+                if _newest(self.folder) > self._number:
+                    self.lost.set()
+        return not self.lost.is_set()
 
     def _beat_on(self) -> None:
         while not self._stop.wait(self._beat):
             self._count += 1
             # A full disk or a network that is gone for a while: the next count may get through.
             with contextlib.suppress(OSError):
-                if _newest(self.folder) > self._number:
-                    self.lost.set()
+                if not self.held():
                     return
                 os.replace(self._write_temporary(self._number), self.folder / str(self._number))
 
@@ -197,9 +242,10 @@ class RunLock:
             try:
                 os.replace(self._write_temporary(self._number, released=True), path)
             except OSError:
-                # On a full disk a file can still be taken away.
-                with contextlib.suppress(OSError):
-                    path.unlink()
+                # On a full disk a file can still be written over, in the place that it has.
+                with contextlib.suppress(OSError), path.open("r+") as file:
+                    file.write('{"released": true}')
+                    file.truncate()
         self._number = 0
 
     def __enter__(self) -> RunLock:

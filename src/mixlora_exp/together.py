@@ -27,7 +27,6 @@ from mixlora_exp.experiment import (
     score_alone,
     score_with,
     start,
-    start_folder,
     tracked,
     training_examples,
     write_record,
@@ -54,9 +53,10 @@ class _Pack:
     def fail(self, folder: Path, error: BaseException | str) -> None:
         """One run ends; the others go on."""
         self.failures[folder.name] = str(error)
+        for this in self.runs:
+            if this.folder == folder:
+                note_failure(folder, error, this.lock)
         self.runs = [this for this in self.runs if this.folder != folder]
-        if (folder / "lock").is_dir():
-            note_failure(folder, error)
 
     def end(self) -> list[Path]:
         """The records.
@@ -115,7 +115,7 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
         except Exception as error:
             for this in pack.runs:
                 if not (this.folder / RECORD).exists():
-                    note_failure(this.folder, error)
+                    note_failure(this.folder, error, this.lock)
             raise
     return pack.end()
 
@@ -132,7 +132,11 @@ def _enter(pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Pat
         pack.paths.append(finished(folder / RECORD, inputs))
         return
     assert lock is not None
-    this = start(config, folder, inputs, lock)
+    try:
+        this = start(config, folder, inputs, lock)
+    except UserError as error:
+        note_failure(folder, error, lock)
+        raise
     forget_failure(folder)
     stack.enter_context(tracked(this))
     pack.runs.append(this)
@@ -155,8 +159,11 @@ def _carry_out(pack: _Pack) -> None:
         if isinstance(found, BaseException):
             pack.fail(this.folder, f"scoring failed: {found}")
             continue
-        record = finish(this, base, summaries.get(name), before.get(name), found)
-        pack.paths.append(write_record(this.folder, record, this.lock))
+        try:
+            record = finish(this, base, summaries.get(name), before.get(name), found)
+            pack.paths.append(write_record(this, record))
+        except UserError as error:
+            pack.fail(this.folder, error)
 
 
 def _jobs(pack: _Pack) -> list[Job]:
@@ -164,8 +171,8 @@ def _jobs(pack: _Pack) -> list[Job]:
     for this in list(pack.runs):
         if not isinstance(this.config.method, LoraMethodConfig):
             continue  # Its adapter exists, and is only scored.
-        start_folder(this.folder)
         try:
+            this.begin()
             job = make_job(
                 f"adapter{len(jobs)}",
                 this.config,
@@ -193,13 +200,18 @@ def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
     model = attach_together(base, methods, first.config.kernel)
     say(f"Training {len(jobs)} adapters together: {', '.join(job.folder.name for job in jobs)}")
     results = fit_jointly(model, jobs, first.dtype)
-    summaries = {}
+    summaries, own = {}, {this.folder.name: this for this in pack.runs}
     for job in jobs:
         result, name = results[job.name], job.folder.name
         if isinstance(result, str):
             pack.fail(job.folder, result)
             continue
-        save_adapter(model, job.folder / "adapter", job.name)
+        try:
+            own[name].check_owner()
+            save_adapter(model, job.folder / "adapter", job.name)
+        except UserError as error:
+            pack.fail(job.folder, error)
+            continue
         others = [other.folder.name for other in jobs if other is not job]
         summaries[name] = dataclasses.replace(result, together=others)
     model.unload()

@@ -15,9 +15,13 @@ from mixlora_exp.results.show import say
 from mixlora_exp.runlock import RunLock, holder_of
 from mixlora_exp.runtime import processes
 
-__all__ = ["check_lock", "failure_noted", "forget_failure", "held", "note_failure"]
+__all__ = ["LostRun", "check_lock", "failure_noted", "forget_failure", "held", "note_failure"]
 
 LOCK, FAILURE = "lock", "failure.json"
+
+
+class LostRun(UserError):
+    """Another process works on the run now."""
 
 
 @contextlib.contextmanager
@@ -39,18 +43,20 @@ def held(folder: Path) -> Iterator[RunLock | None]:
 
 
 @contextlib.contextmanager
-def failure_noted(folder: Path) -> Iterator[None]:
+def failure_noted(folder: Path, lock: RunLock) -> Iterator[None]:
     """Leave the reason in the run's folder if it fails, and take an older one away."""
     forget_failure(folder)
     try:
         yield
     except Exception as error:
-        note_failure(folder, error)
+        note_failure(folder, error, lock)
         raise
 
 
-def note_failure(folder: Path, error: BaseException | str) -> None:
-    """Leave the reason of a failure in the run's folder."""
+def note_failure(folder: Path, error: BaseException | str, lock: RunLock) -> None:
+    """Leave the reason of a failure in the run's folder, unless it is another process's now."""
+    if not lock.held():
+        return
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(UserError):
         write_json(folder / FAILURE, {"error": text, "time": time.time()})
@@ -67,8 +73,8 @@ def check_lock(folder: Path, lock: RunLock) -> None:
     Raises:
         UserError: this process stood still for so long that another one took it for dead.
     """
-    if lock.lost.is_set():
-        raise UserError(
+    if not lock.held():
+        raise LostRun(
             f"{folder}: another process has taken this run over, since this one had not been heard "
             "of for a while; it goes on there, nothing more is written here"
         )

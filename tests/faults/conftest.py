@@ -7,7 +7,10 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +26,73 @@ SMALL = [
     "data.train_limit=40",
     "trainer.max_steps=12",
     "trainer.save_steps=2",
+    "trainer.logging_steps=1",
     "trainer.precision=float32",
     "evaluation.protocols=[label_logits,answer_text]",
     "evaluation.batch_check=0",
 ]
 
 
-def _run(argv: list[str], log: str) -> None:
+@dataclass(frozen=True)
+class Moment:
+    """`delay` seconds after a run touched a file of a stage for the `count`-th time."""
+
+    stage: str
+    count: int
+    delay: float
+
+
+STAGES = {
+    "checkpoints": "checkpoint",
+    "train_log.jsonl": "training",
+    "adapter": "adapter",
+    "adapter.partial": "adapter",
+    "predictions": "predictions",
+    "record.json": "record",
+}
+CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def stage_of(event: str, args: tuple[Any, ...], output: Path) -> str | None:
+    """The stage of a run to which a change of a file belongs; None for reading, and for others'."""
+    if event not in CHANGES:
+        return None
+    if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        return None
+    path = args[1] if event == "os.rename" else args[0]
+    if not isinstance(path, str | os.PathLike):
+        return None
+    try:
+        parts = Path(path).relative_to(output).parts
+    except ValueError:
+        return None
+    if len(parts) < 2:
+        return None
+    return "record" if parts[1].startswith(".record.json") else STAGES.get(parts[1])
+
+
+def watch_files(output: Path, notes: str, moment: Moment | None) -> None:
+    """Note every change that this process makes to files of its run, and kill it at a moment."""
+    descriptor = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    seen: Counter[str] = Counter()
+
+    def die() -> None:
+        time.sleep(moment.delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        stage = stage_of(event, args, output)
+        if stage is None:
+            return
+        seen[stage] += 1
+        os.write(descriptor, f"{stage}\n".encode())
+        if moment is not None and (stage, seen[stage]) == (moment.stage, moment.count):
+            threading.Thread(target=die, daemon=True).start()
+
+    sys.addaudithook(hook)
+
+
+def _run(argv: list[str], log: str, moment: Moment | None) -> None:
     import torch
 
     from mixlora_exp.cli import execute
@@ -39,6 +102,8 @@ def _run(argv: list[str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    output = next(word.partition("=")[2] for word in argv if word.startswith("output_dir="))
+    watch_files(Path(output), log + "-files", moment)
     os._exit(execute(argv))
 
 
@@ -60,6 +125,11 @@ class Started:
     def told(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
+    def touched(self) -> list[str]:
+        """The stages of the files that it changed, in their order."""
+        notes = self.log.with_name(self.log.name + "-files")
+        return notes.read_text().split() if notes.exists() else []
+
 
 @dataclass
 class Starter:
@@ -68,9 +138,11 @@ class Starter:
     folder: Path
     started: list[Started] = field(default_factory=list)
 
-    def __call__(self, *argv: str) -> Started:
+    def __call__(self, *argv: str, killed: tuple[str, int, float] | None = None) -> Started:
+        """`killed`: stage, count and delay of the moment at which it kills itself."""
         log = self.folder / f"log-{len(self.started)}"
-        process = CONTEXT.Process(target=_run, args=([*SMALL, *argv], str(log)))
+        moment = None if killed is None else Moment(*killed)
+        process = CONTEXT.Process(target=_run, args=([*SMALL, *argv], str(log), moment))
         process.start()
         self.started.append(Started(process, log))
         return self.started[-1]

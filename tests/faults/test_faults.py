@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp import underway
+from mixlora_exp import experiment
 from mixlora_exp.cli import execute
 from mixlora_exp.results import record as record_file
 from mixlora_exp.results.record import read_record
 from mixlora_exp.tasks import embedded
+from mixlora_exp.training.joint_trainer import JointTrainer
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 SMALL = [
@@ -159,19 +160,99 @@ def test_a_disk_that_is_full_when_recording(tmp_path, monkeypatch, capsys) -> No
     assert len(records(tmp_path)) == 1
 
 
-def test_a_run_that_lost_its_lock_writes_nothing(tmp_path, monkeypatch, capsys) -> None:
-    real = underway.RunLock.acquire
+def files(folder: Path) -> dict[str, bytes]:
+    """All that a run wrote, without its lock."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    return {name: content for name, content in named.items() if "/lock/" not in name}
 
-    def acquire(self) -> bool:
-        free = real(self)
-        self.lost.set()
-        return free
 
-    monkeypatch.setattr(underway.RunLock, "acquire", acquire)
-    assert execute([*SMALL, f"output_dir={tmp_path}"]) == 2
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "among others"])
+@pytest.mark.parametrize("when", ["at the start", "in training", "in scoring"])
+def test_a_run_that_lost_its_lock_writes_nothing(
+    tmp_path, monkeypatch, capsys, when, together
+) -> None:
+    """Whatever it is about to write: what is there is another process's."""
+    place = {
+        "at the start": (experiment.Run, "begin"),
+        "in training": (MixLoraTrainer, "training_step"),
+        "in scoring": (experiment, "score_tests"),
+    }
+    if together:
+        place["in training"] = (JointTrainer, "finish_pass")
+    owner, name = place[when]
+    real, before = getattr(owner, name), {}
+
+    def lose(*args, **kwargs):
+        if not before:
+            for lock in tmp_path.glob("*-mixlora-*/lock"):
+                (lock / "2").write_text(json.dumps({"host": "elsewhere", "count": 0}))
+            before.update(files(tmp_path) or {"": b""})
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, lose)
+    entries = ["adapters=[mixlora,lora]"] if together else ["method=mixlora"]
+    assert execute([*SMALL, f"output_dir={tmp_path}", *entries]) == 2
     assert "has taken this run over" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/record.json"))
-    assert not list(tmp_path.glob("*/checkpoints/step-*"))
+    before.pop("", None)
+    ours = {name: content for name, content in files(tmp_path).items() if "-mixlora-" in name}
+    assert ours == {name: content for name, content in before.items() if "-mixlora-" in name}
+    # The other adapter's run is not touched by it.
+    assert len(records(tmp_path)) == int(together)
+
+
+def test_a_forced_run_goes_on_after_a_kill(tmp_path, monkeypatch) -> None:
+    argv = [*SMALL, f"output_dir={tmp_path}"]
+    assert execute(argv) == 0
+    (whole,) = records(tmp_path)
+    with monkeypatch.context() as patch:
+        train_until(patch, 2, Killed)
+        with pytest.raises(Killed):
+            execute([*argv, "force=true"])
+    assert not records(tmp_path)
+    with monkeypatch.context() as patch:
+        train_until(patch, 0, lambda: AssertionError("began anew"))
+        assert execute([*argv, "force=true"]) == 0
+    (again,) = records(tmp_path)
+    assert again["scores"] == whole["scores"]
+    assert again["train"]["stability"] == whole["train"]["stability"]
+    # Once there is a record, it begins anew.
+    train_until(monkeypatch, 0, Killed)
+    with pytest.raises(Killed):
+        execute([*argv, "force=true"])
+
+
+def test_that_a_micro_batch_was_halved_is_known_after_a_kill(tmp_path, monkeypatch) -> None:
+    argv = [*SMALL, f"output_dir={tmp_path}", "trainer.auto_micro_batch=true"]
+    sizes = []
+    real = MixLoraTrainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        sizes.append(len(inputs["input_ids"]))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(sizes) == 8:
+            raise Killed
+        return real(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(MixLoraTrainer, "training_step", training_step)
+    with pytest.raises(Killed):
+        execute(argv)
+    assert execute(argv) == 0
+    assert sizes[0] == 4
+    assert set(sizes[1:]) == {2}
+    (record,) = records(tmp_path)
+    assert record["train"]["halved_micro_batch"] == 2
+
+
+def test_an_adapter_that_is_not_what_was_written_is_told(tmp_path, capsys) -> None:
+    argv = [*SMALL, f"output_dir={tmp_path}"]
+    assert execute(argv) == 0
+    (weights,) = tmp_path.glob("*/adapter/adapter_model.safetensors")
+    assert weights.stat().st_mode == (weights.parent / "README.md").stat().st_mode
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert execute(argv) == 2
+    assert "is not what the run wrote" in capsys.readouterr().err
 
 
 def test_a_failure_is_forgotten_when_the_run_succeeds(tmp_path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mixlora_exp import runlock
@@ -101,7 +102,7 @@ def test_a_cut_off_lock_does_not_lock_for_ever(tmp_path: Path, content: str) -> 
 
 def test_a_pid_given_again_is_another_process(tmp_path: Path) -> None:
     me = runlock._this_process()
-    foreign(tmp_path, **{**me, "started": me["started"] - 1000})
+    foreign(tmp_path, **{**me, "started": "1"})
     lock = RunLock(tmp_path, beat=5.0, patience=60.0)
     assert lock.acquire()
     lock.release()
@@ -121,6 +122,10 @@ def test_clocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     lock = RunLock(tmp_path, **FAST)
     assert lock.acquire()
     monkeypatch.setattr(time, "time", lambda: 0.0)
+    # As psutil has it, a process started at another time once the wall clock has been set.
+    begun = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: begun(self) - 3600)
+    monkeypatch.setattr(psutil, "boot_time", lambda: 0.0)
     for path in tmp_path.iterdir():
         os.utime(path, (0, 0))
     assert not RunLock(tmp_path, **FAST).acquire()
@@ -160,3 +165,80 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another output_dir"):
         RunLock(tmp_path / "file" / "lock", **FAST).acquire()
+
+
+def test_one_who_looked_long_ago_does_not_get_a_number_that_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It found a dead holder; before it creates its file, others take the lock and give it back."""
+    foreign(tmp_path)
+    late = RunLock(tmp_path, **FAST)
+    real, others = late._create, []
+
+    def create(number: int) -> bool:
+        for _ in range(0 if others else 20):
+            others.append(RunLock(tmp_path, **FAST))
+            assert others[-1].acquire()
+            if len(others) < 20:
+                others[-1].release()
+        return real(number)
+
+    monkeypatch.setattr(late, "_create", create)
+    assert not late.acquire()
+    assert others[-1].held()
+    others[-1].release()
+
+
+def test_a_hidden_process_is_told_by_its_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a system hides the processes of other users, one that is there may be alive."""
+    me = runlock._this_process()
+    path = foreign(tmp_path, **{**me, "pid": 2**22 + 7})
+    real = runlock._started
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(runlock, "_started", lambda pid: real(pid) if pid == me["pid"] else None)
+    monkeypatch.setattr(os, "kill", refuse)
+    assert runlock._dead_here(json.loads(path.read_text())) is None
+    lock = RunLock(tmp_path, **FAST)
+    begun = time.monotonic()
+    assert lock.acquire()
+    assert time.monotonic() - begun > 0.3
+    lock.release()
+
+
+def test_a_full_disk_neither_locks_nor_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(tmp_path, beat=0.02, patience=0.4)
+    assert lock.acquire()
+    real = Path.write_text
+
+    def full(self: Path, text: str) -> int:
+        real(self, "")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        time.sleep(0.2)
+        lock.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert holder_of(tmp_path) is None
+    again = RunLock(tmp_path, beat=5.0, patience=60.0)
+    assert again.acquire()
+    assert (tmp_path / "2").exists()
+    again.release()
+
+
+def test_the_holder_looks_itself(tmp_path: Path) -> None:
+    """Not only at the next beat."""
+    lock = RunLock(tmp_path, beat=60.0, patience=360.0)
+    assert lock.acquire()
+    assert lock.held()
+    (tmp_path / "2").write_text(json.dumps({"host": "elsewhere", "count": 0}))
+    assert not lock.held()
+    assert lock.lost.is_set()
+    lock.release()

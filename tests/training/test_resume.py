@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file as write_file
 
 from mixlora_exp.adapters import attach_adapter, attach_together
 from mixlora_exp.adapters.hosting import plain_parameters_of
+from mixlora_exp.adapters.model import RouterReport
 from mixlora_exp.config import Config, compose
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example, encode_examples
@@ -22,6 +24,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import fit, fit_jointly, make_job
 from mixlora_exp.training.checkpoints import Checkpoints
+from mixlora_exp.training.track import Track
 
 SMALL = [
     "experiment=smoke",
@@ -61,7 +64,8 @@ def train(
     base = load_model(config.model, torch.float32, config.seed)
     base.set_attn_implementation("eager")
     model = attach_adapter(base, config.method, config.kernel, config.seed)
-    checkpoints = Checkpoints(folder / "checkpoints", identity or {"data": "a"})
+    keep = config.trainer.keep_checkpoints
+    checkpoints = Checkpoints(folder / "checkpoints", identity or {"data": "a"}, keep)
     tokenizer = load_tokenizer(config.model)
     summary = fit(config, model, tokenizer, examples_of(config), folder, torch.float32, checkpoints)
     return {n: p.detach() for n, p in plain_parameters_of(model, "default").items()}, summary
@@ -164,7 +168,57 @@ def test_the_newest_are_kept(tmp_path) -> None:
     config = compose([*SMALL, "method=lora", "trainer.keep_checkpoints=3"])
     train(config, tmp_path / "run")
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step-00000006", "step-00000008"]
+    assert names == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_do_not_push_good_ones_out(tmp_path, monkeypatch, capsys, keep) -> None:
+    config = compose([*SMALL, "method=lora", f"trainer.keep_checkpoints={keep}"])
+    folder = tmp_path / "run" / "checkpoints"
+    with pytest.raises(Killed):
+        interrupted(config, tmp_path / "run", 20, monkeypatch)
+    good = Checkpoints(folder, {"data": "a"}).newest()
+    assert good is not None
+    for step in (97, 98, 99):
+        copied = shutil.copytree(good.path, folder / f"step-{step:08d}")
+        (copied / "state.json").write_text("{}")
+    (folder / ".partial-77").mkdir()
+    with pytest.raises(Killed):
+        interrupted(config, tmp_path / "run", 24, monkeypatch)
+    assert "step-00000099 is damaged" in capsys.readouterr().err
+    newest = Checkpoints(folder, {"data": "a"}).newest()
+    assert newest is not None
+    assert newest.step > good.step
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["damaged-step-00000097", *(n for n in names if n.startswith("step-"))]
+    assert len(names) == 1 + keep
+
+
+def test_one_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch) -> None:
+    config = compose([*SMALL, "method=lora"])
+    train(config, tmp_path / "run")
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("mixlora_exp.training.checkpoints.file_sha256", refuse)
+    with pytest.raises(UserError, match="cannot be read.*permissions"):
+        train(config, tmp_path / "run")
+
+
+def test_a_continued_track_follows_the_device() -> None:
+    """What was stored lies on the CPU, what comes next on the device of the pass."""
+    track = Track(2)
+    track.note_pass(RouterReport(torch.tensor(1.0), torch.ones(2, 4)), 5)
+    track.fold()
+    track.note_pass(RouterReport(torch.tensor(1.0), torch.ones(2, 4)), 5)
+    again = Track(2)
+    again.load(track.state(), 0.0)
+    report = RouterReport(torch.tensor(1.0), torch.ones(2, 4, device="meta"))
+    again.note_pass(report, 5)
+    again.fold()
+    assert again.counts is not None
+    assert again.counts.device.type == "meta"
 
 
 def test_a_full_disk_keeps_the_older_ones(tmp_path, monkeypatch) -> None:

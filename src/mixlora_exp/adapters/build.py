@@ -21,6 +21,7 @@ from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.hosting import add_guest, check_base
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.durable import settle, sync
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 
@@ -121,9 +122,12 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
             partial, safe_serialization=True, save_embedding_layers=False,
             selected_adapters=[adapter],
         )  # fmt: skip
-        shutil.rmtree(folder, ignore_errors=True)
         # PEFT gives a folder of its own to every adapter but `default`.
-        os.replace(partial if adapter == "default" else partial / adapter, folder)
+        written = partial if adapter == "default" else partial / adapter
+        settle(written)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(written, folder)
+        sync(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mixlora_exp.durable import settle, sync
 from mixlora_exp.errors import UserError
 from mixlora_exp.hashing import file_sha256
 
@@ -30,7 +31,7 @@ __all__ = ["Checkpoint", "Checkpoints"]
 
 MANIFEST, STATE = "manifest.json", "state.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
-PREFIX, PARTIAL = "step-", ".partial-"
+PREFIX, PARTIAL, DAMAGED = "step-", ".partial-", "damaged-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +77,21 @@ class Checkpoint:
             group["lr"] = rate
 
 
-def _sync(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Checkpoints:
     """The checkpoints of one run, in `folder`; the newest `keep` stay. `identity` says what they
-    are of: another one's are not continued. `check` raises where this process may not write."""
+    are of: another one's are not continued, and with `replace` they are removed. `check_owner`
+    raises where this process may not write."""
 
     def __init__(
         self,
         folder: Path,
         identity: Mapping[str, Any],
         keep: int = 2,
-        check: Callable[[], None] = lambda: None,
+        check_owner: Callable[[], None] = lambda: None,
+        replace: bool = False,
     ) -> None:
         self.folder, self.identity, self.keep = folder, dict(identity), keep
-        self._check_owner = check
+        self.check_owner, self._replace = check_owner, replace
 
     def save(
         self,
@@ -113,7 +107,7 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or cannot be written; older checkpoints are kept.
         """
-        self._check_owner()
+        self.check_owner()
         place = self.folder / f"{PREFIX}{step:08d}"
         partial = self.folder / f"{PARTIAL}{os.getpid()}"
         schedule = {
@@ -128,7 +122,9 @@ class Checkpoints:
         }
         weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            # Those of processes that were killed, too: one at a time works on a run.
+            for left in self.folder.glob(f"{PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             save_file(weights, partial / ADAPTER)
             save_file(moments, partial / OPTIMIZER)
@@ -136,12 +132,10 @@ class Checkpoints:
             (partial / STATE).write_text(json.dumps(text))
             files = {name: file_sha256(partial / name) for name in (ADAPTER, OPTIMIZER, STATE)}
             (partial / MANIFEST).write_text(json.dumps(files))
-            for name in (*files, MANIFEST):
-                _sync(partial / name)
-            _sync(partial)
+            settle(partial)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
@@ -159,20 +153,48 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is whole; a damaged one is named and passed over.
+        """The newest one that is whole; a damaged one is named, set aside and passed over.
 
         Raises:
-            UserError: it belongs to other data, code or settings.
+            UserError: it belongs to other data, code or settings, or may not be read.
         """
         for path in self._found():
             try:
                 found = self._read(path)
+            except PermissionError as error:
+                raise UserError(
+                    f"{path} is somebody else's and cannot be read ({error.strerror}): have its "
+                    "permissions changed, or choose another output_dir"
+                ) from error
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                sys.stderr.write(f"warning: checkpoint {path} is damaged ({error}) and left out\n")
+                aside = self._set_aside(path)
+                sys.stderr.write(
+                    f"warning: checkpoint {path} is damaged ({error}); it is left out, as {aside}\n"
+                )
                 continue
-            self._check(found)
-            return found
+            changed = self._changed(found)
+            if not changed:
+                return found
+            if not self._replace:
+                raise UserError(
+                    f"{found.path} is of a run with other {', '.join(changed)}, though its "
+                    "settings are the same: choose another output_dir, or force=true to begin anew"
+                )
+            self.clear()
+            return None
         return None
+
+    def _set_aside(self, path: Path) -> Path:
+        """Give a damaged one a name under which it does not count; one such is kept."""
+        self.check_owner()
+        for older in self.folder.glob(f"{DAMAGED}*"):
+            shutil.rmtree(older, ignore_errors=True)
+        aside = path.with_name(DAMAGED + path.name)
+        try:
+            os.replace(path, aside)
+        except OSError:
+            return path
+        return aside
 
     def _read(self, path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -184,14 +206,10 @@ class Checkpoints:
             path, state["step"], load_file(path / ADAPTER), load_file(path / OPTIMIZER), state
         )
 
-    def _check(self, found: Checkpoint) -> None:
+    def _changed(self, found: Checkpoint) -> list[str]:
+        """Names of what differs between the run that wrote it and this one."""
         then = found.state["identity"]
-        changed = [k for k in {**then, **self.identity} if then.get(k) != self.identity.get(k)]
-        if changed:
-            raise UserError(
-                f"{found.path} is of a run with other {', '.join(sorted(changed))}, though its "
-                "settings are the same: choose another output_dir, or force=true to begin anew"
-            )
+        return sorted(k for k in {**then, **self.identity} if then.get(k) != self.identity.get(k))
 
     def clear(self) -> None:
         """Remove them all, and what an interrupted writer left."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from mixlora_exp.adapters import save_adapter
@@ -43,6 +43,17 @@ RECOMPUTE = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
+
+
+class _WhileOwned(TrainerCallback):
+    """Ends the training of a run that another process has taken over."""
+
+    def __init__(self, check_owner: Callable[[], None]) -> None:
+        self.check_owner = check_owner
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.check_owner()
 
 
 class NotEnoughMemory(UserError):
@@ -163,6 +174,9 @@ def fit(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    if checkpoints is not None:
+        # Before anything is written after a step.
+        trainer.add_callback(_WhileOwned(checkpoints.check_owner))
     trainer.add_callback(progress_callback())
     trainer.add_callback(LogFile(folder / "train_log.jsonl", lambda: trainer.expert_load))
     if tracking is not None:

@@ -194,6 +194,8 @@ class Job:
         """Count the step; log and save if it is time to. `seconds`: since this start."""
         self.step += 1
         self.track.seconds = self._seconds_before + seconds
+        if self.checkpoints is not None:
+            self.checkpoints.check_owner()
         if self.step % self.track.every == 0:
             self._log(norm, rate, epoch)
         done = self.step == self.steps
@@ -205,7 +207,11 @@ class Job:
                 self.parameters,
                 self.optimizer,
                 self.scheduler,
-                {"track": self.track.state(), "seconds": self.track.seconds},
+                {
+                    "track": self.track.state(),
+                    "seconds": self.track.seconds,
+                    "micro_batch_size": self.config.trainer.micro_batch_size,
+                },
             )
         self.paused = requested()
         if done:

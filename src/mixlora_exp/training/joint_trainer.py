@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from mixlora_exp.adapters.hosting import parameters_of
 from mixlora_exp.config.choices import Head
+from mixlora_exp.errors import UserError
 from mixlora_exp.runtime import autocast
 from mixlora_exp.training.job import Job, MicroBatch, micro_batches
 from mixlora_exp.training.joint import joint_losses, total_of
@@ -194,7 +195,11 @@ class JointTrainer(Trainer):
             job.scheduler.step()
             for parameter in job.parameters.values():
                 parameter.grad = None
-            job.finish_step(norm, rate, micro.epoch, time.perf_counter() - self._started)
+            try:
+                job.finish_step(norm, rate, micro.epoch, time.perf_counter() - self._started)
+            except UserError as error:
+                # A disk that is full, or a run that another process has: the others' may go on.
+                job.fail(str(error))
 
     def diverged(self, job: Job, error: Diverged) -> str:
         """What is told of an adapter that is taken out; the others' runs do not depend on it."""

@@ -42,7 +42,9 @@ class Track:
         self._router_loss = self._router_loss + report.loss.detach()
         self._router_passes += 1
         counts = report.counts.double()
-        self._window = counts if self._window is None else self._window + counts
+        # After a restart the figures of before lie on the CPU.
+        before = None if self._window is None else self._window.to(counts.device)
+        self._window = counts if before is None else before + counts
 
     def entry(self, step: int) -> tuple[dict[str, float], list[list[float]] | None]:
         """What to log after optimizer step `step`, a multiple of `every`: figures since the last
@@ -61,7 +63,8 @@ class Track:
     def fold(self) -> None:
         """Add the counts since the last entry to `counts` and start a new window."""
         if self._window is not None:
-            self.counts = self._window + (0 if self.counts is None else self.counts)
+            before = 0 if self.counts is None else self.counts.to(self._window.device)
+            self.counts = self._window + before
         self._router_loss, self._router_passes, self._window = 0.0, 0, None
 
     def state(self) -> dict[str, Any]:

@@ -216,5 +216,9 @@ class MixLoraTrainer(Trainer):
             self.state.global_step,
             self._trained(),
             *self._inner(),
-            {"track": self.track.state(), "seconds": self.track.seconds},
+            {
+                "track": self.track.state(),
+                "seconds": self.track.seconds,
+                "micro_batch_size": self.args.per_device_train_batch_size,
+            },
         )
