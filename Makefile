@@ -15,7 +15,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 # Two workers: a machine of two cores is what the time limit of the checks is for.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help install quickstart test test-slow soak bench bench-gpu bench-eval collect tables check-tables \
+.PHONY: help install quickstart test test-slow soak soak-sweep bench bench-gpu bench-eval collect tables check-tables \
 	figures report table1 table2 table5 table8 table9 figure4c status lint format clean
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ test-slow: $(STAMP)  ## run the tests that take longer: real weights, whole runs
 
 soak: $(STAMP)  ## kill, starve and damage runs at full length, and record how it ended
 	$(BIN)/python scripts/soak.py
+
+soak-sweep: $(STAMP)  ## kill a sweep of SmolLM2 again and again, and compare (DATA_PATH=DIR)
+	$(BIN)/python scripts/soak_sweep.py data.path=$(or $(DATA_PATH),data)
 
 # Two to three hours on two cores; LLaMA-2 7B is cut to two layers.
 bench: $(STAMP)  ## measure time and memory of a step of each method on this machine

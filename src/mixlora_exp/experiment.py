@@ -114,6 +114,10 @@ class Run:
                 self.checkpoints().clear()
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / RECORD).unlink(missing_ok=True)
+            # What a process was writing when it was killed.
+            for pattern in (".*.tmp", "predictions/.*.tmp"):
+                for left in self.folder.glob(pattern):
+                    left.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"output_dir={self.folder.parent}: cannot be written ({error.strerror}); choose "

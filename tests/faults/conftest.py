@@ -3,7 +3,6 @@ everything, so that each takes a fraction of a second."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from mixlora_exp.results.outcome import outcomes
+
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["mixlora_exp.cli", "mixlora_exp.together", "mixlora_exp.evaluation.lockstep"]
-CIRCUMSTANCES = ("provenance", "seconds", "scoring", "content_sha256")
 SMALL = [
     "experiment=smoke",
     "data.train_limit=40",
@@ -159,27 +159,10 @@ def start(tmp_path: Path) -> Iterator[Starter]:
         each.process.join()
 
 
-def everything(folder: Path) -> dict[str, Any]:
-    """What a finished output folder holds, by run: weights and record without circumstances."""
-    found = {}
-    for path in sorted(folder.glob("*/record.json")):
-        record = json.loads(path.read_text())
-        for name in CIRCUMSTANCES:
-            record.pop(name)
-        for name in ("seconds", "tokens_per_second", "peak_memory_bytes", "together"):
-            record["train"].pop(name)
-        for score in record["scores"]:
-            score.pop("seconds", None)
-        record["config"].pop("output_dir")
-        log = (path.parent / "train_log.jsonl").read_text()
-        weights = (path.parent / "adapter" / "adapter_model.safetensors").read_bytes()
-        found[path.parent.name] = {"record": record, "log": log, "weights": weights}
-    return found
-
-
 @pytest.fixture
 def contents() -> Callable[[Path], dict[str, Any]]:
-    return everything
+    """What the finished runs of an output folder came to."""
+    return outcomes
 
 
 @pytest.fixture
