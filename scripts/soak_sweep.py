@@ -3,8 +3,9 @@
 
 SmolLM2 135M, ranks 2, 4 and 8 of MixLoRA and MixDoRA, a few steps each. The same command runs in
 two folders at once, in one of them undisturbed; in the other it is killed at random moments and
-started again. Writes `results/soak-sweep.json`: the kills, and whether both came to the same weights, logs,
-predictions and records. Any `group.field=value` changes the runs; `kills=N` the number of kills.
+started again. Writes `results/soak-sweep.json`: the kills, and whether both came to the same
+weights, logs, predictions and records. Any `group.field=value` changes the runs, `kills=N` the
+number of kills, `least` and `most` the seconds between them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Settings:
     kills: int = 10
     least: float = 15.0
     most: float = 60.0
-    seed: int = 0
+    draw: int = 0
+    record: str = "results/soak-sweep.json"
 
 
 def _start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
@@ -63,7 +65,7 @@ def _state(folder: Path) -> str:
 
 def _disturb(words: list[str], folder: Path, settings: Settings) -> list[dict[str, Any]]:
     """Kill and start the sweep again until it ends; returns what was done to it."""
-    rng, kills = random.Random(settings.seed), []
+    rng, kills = random.Random(settings.draw), []
     while True:
         sweep = _start(words, folder)
         wait = rng.uniform(settings.least, settings.most) if len(kills) < settings.kills else None
@@ -109,10 +111,9 @@ def main(argv: list[str]) -> int:
         "seconds": round(time.monotonic() - begun, 1),
         "provenance": origin,
     }
-    path = ROOT / "results" / "soak-sweep.json"
-    write_json(path, finish_record(record))
+    write_json(ROOT / settings.record, finish_record(record))
     print(f"{sum(same.values())} of {len(same)} cells came to the same after {len(kills)} kills")
-    return 0 if all(same.values()) and len(same) == CELLS else 1
+    return 0 if all(same.values()) else 1
 
 
 if __name__ == "__main__":

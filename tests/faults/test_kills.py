@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("SOAK_KILLS", "5"))
 STAGES = ("training", "checkpoint", "adapter", "predictions", "record")
 
@@ -104,3 +108,16 @@ def test_a_sweep_started_by_several_runs_each_cell_once(start, contents, tmp_pat
     assert len(contents(tmp_path / "run")) == cells
     trained = sum(each.told().count("Training ") for each in started)
     assert trained == cells
+
+
+@pytest.mark.slow
+def test_a_sweep_of_its_own_processes(tmp_path: Path) -> None:
+    """The script that does the same with real weights, here with tiny ones."""
+    words = ["model=tiny", "data=embedded", "method.rank=2", "trainer.precision=float32",
+             "kills=2", "least=6", "most=9", f"record={tmp_path / 'record.json'}"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "scripts" / "soak_sweep.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert len(record["same"]) == 2, done.stderr
+    assert all(record["same"].values())
+    assert len(record["kills"]) == 2
