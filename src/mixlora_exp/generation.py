@@ -163,6 +163,8 @@ def run(argv: Sequence[str]) -> None:
         opened = open_adapters(settings.adapters, words)
     else:
         opened = open_adapter(settings.adapter, words)
+    used = ", ".join(settings.adapters) or settings.adapter or "no adapter (adapter=DIR names one)"
+    sys.stderr.write(f"{opened.config.model.name} with {used}\n")
     torch.manual_seed(settings.random_seed)
     if asked is not None:
         _answer_all(opened, settings, asked)

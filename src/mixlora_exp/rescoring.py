@@ -83,6 +83,17 @@ def _check_adapter(adapter: str | None) -> None:
         raise UserError(f"adapter={adapter} is no folder: give one that PEFT or train.py wrote")
 
 
+def _base_model(given: Mapping[str, str]) -> list[str]:
+    """The model that the record beside an adapter names, unless one is given."""
+    if "adapter" not in given or "model" in given:
+        return []
+    record = Path(given["adapter"].strip("'\"")).expanduser().parent / "record.json"
+    if not record.is_file():
+        return []
+    skipped = {name for name in given if name.startswith("model.")}
+    return list(recorded({"model": read_record(record)["config"]["model"]}, skipped))
+
+
 def translate(argv: Sequence[str]) -> list[str]:
     """The command line of `train.py` that does what this one of `evaluate.py` asks for.
 
@@ -106,7 +117,7 @@ def translate(argv: Sequence[str]) -> list[str]:
         names = given["protocol"].strip("[]")
         rest.append(f"evaluation.protocols=[{names}]")
     if "run" not in given:
-        return rest
+        return [*_base_model(given), *rest]
     if "adapter" in given:
         raise UserError(
             f"run={given['run']} and adapter={given['adapter']} were both given: name one of them"

@@ -245,7 +245,7 @@ def test_an_adapter_without_activation_asks_for_it(kit: Any, tmp_path: Path) -> 
         (["{in}", "out", "magnitude=lose"], "magnitude=lose"),
         (["{in}", "out", "dropout=2"], "dropout=2"),
         (["{in}", "out", "speed=2"], "speed"),
-        (["{empty}", "out"], "adapter_config.json cannot be read"),
+        (["{empty}", "out"], "holds no adapter (there is no adapter_config.json)"),
     ],
 )
 def test_the_command_names_mistakes(

@@ -37,10 +37,11 @@ def test_what_no_table_could_use_is_refused(write: Write, tmp_path: Path) -> Non
     (cut / "record.json").write_text("{")
     lost = write(source, "lost", SMALL, {"arc_e": 0.5})
     (lost / "predictions" / "arc_e.label_logits.jsonl").unlink()
+    write(source, "random", ("model=tiny", *SMALL[1:]), {"arc_e": 0.5})
     write(source, "good", SMALL, {"arc_e": 0.5})
     found = collect(source, target)
     assert found.copied == ["good"]
-    assert {entry.name for entry in found.refused} == {"dirty", "cut", "lost"}
+    assert {entry.name for entry in found.refused} == {"dirty", "cut", "lost", "random"}
     assert [path.name for path in target.iterdir()] == ["good"]
 
 

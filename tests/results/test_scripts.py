@@ -50,7 +50,7 @@ def test_figures_and_report(tmp_path: Path) -> None:
 
 
 def test_collect(write: Callable[..., Path], tmp_path: Path) -> None:
-    overrides = ("model=tiny", "task=arc_e", "data=embedded", "method=lora")
+    overrides = ("model=smollm2_135m", "task=arc_e", "data=embedded", "method=lora")
     write(tmp_path / "out", "a", overrides, {"arc_e": 0.5})
     words = (f"source={tmp_path / 'out'}", f"target={tmp_path / 'runs'}")
     done = script("collect", *words)

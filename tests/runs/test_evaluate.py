@@ -45,6 +45,15 @@ def test_the_same_scores_as_the_run(finished: Start, tmp_path: Path) -> None:
     assert record["adapter"]["sha256"] == run.record["saved_adapter"]["sha256"]
 
 
+def test_an_adapter_s_record_names_the_base_model(finished: Start, tmp_path: Path) -> None:
+    run = finished(*MIXLORA)
+    words = [f"adapter={run.folder / 'adapter'}", "data=embedded", "task=arc_e"]
+    record = score(tmp_path, *words, "evaluation.limit=4", "trainer.precision=float32")
+    assert record["config"]["model"] == run.record["config"]["model"]
+    other = translate([*words, "model=tiny_gemma"])
+    assert not [word for word in other if word.startswith("model.")]
+
+
 def test_another_protocol_and_fewer_items(finished: Start, tmp_path: Path) -> None:
     run = finished(*MIXLORA)
     record = score(tmp_path, f"run={run.folder}", "protocol=answer_text,generate",

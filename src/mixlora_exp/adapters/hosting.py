@@ -162,7 +162,7 @@ def check_base(base: PreTrainedModel, folder: Path, trained_on: str | None) -> N
         )
 
 
-def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:
+def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path | str]) -> PeftModel:
     """Load several adapters of any method from disk onto one base, in evaluation mode; rows are
     then told apart by `adapter_names`.
 
@@ -170,7 +170,8 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> PeftMod
         UserError: a folder holds no adapter, or one that does not fit `base`.
     """
     model: PreTrainedModel | PeftModel = base
-    for name, folder in folders.items():
+    for name, place in folders.items():
+        folder = Path(place).expanduser()
         try:
             settings = json.loads((folder / "adapter_config.json").read_text())
             check_base(base, folder, settings.get("base_model_name_or_path"))

@@ -76,6 +76,10 @@ def _config(folder: Path) -> dict[str, Any]:
         if size > CONFIG_LIMIT:
             raise UserError(f"{path} has {size:,} bytes, which no configuration has")
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no adapter (there is no {CONFIG}): give a folder that has one"
+        ) from error
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}): give a folder with an adapter"

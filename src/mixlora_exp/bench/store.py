@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +61,10 @@ def compose_settings(kind: type[Settings], arguments: list[str]) -> Settings:
     Raises:
         UserError: a field is unknown or its value is of the wrong kind.
     """
+    known = ", ".join(kind.__dataclass_fields__)
+    if any(word in ("-h", "--help") for word in arguments):
+        sys.stdout.write(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nFields: {known}\n")
+        raise SystemExit(0)
     # Imported late: on a machine without Hydra settings are made in Python.
     from hydra import compose, initialize
     from hydra.core.config_store import ConfigStore
@@ -73,5 +78,4 @@ def compose_settings(kind: type[Settings], arguments: list[str]) -> Settings:
             return OmegaConf.to_object(compose(config_name="bench", overrides=arguments))
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        known = ", ".join(kind.__dataclass_fields__)
         raise UserError(f"{reason}; the fields are {known}") from error

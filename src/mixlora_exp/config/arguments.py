@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
@@ -34,6 +35,12 @@ def options(schema: type[Schema], arguments: Sequence[str]) -> Schema:
         if "=" not in word:
             raise UserError(f"{word!r} is not name=value; the fields are {known}")
     fields = schema.__dataclass_fields__
+    for word in arguments:
+        name = word.partition("=")[0]
+        if name.partition(".")[0] not in fields:
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"{word!r}: there is no field {name}; {hint}The fields are {known}")
     texts, others = {}, []
     for word in arguments:
         name, _, value = word.partition("=")

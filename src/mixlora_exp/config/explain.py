@@ -18,7 +18,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Config, MixLoraMethodConfig
 from mixlora_exp.errors import UserError
 
 WANTED = {"Integer": "a whole number", "Float": "a number"}
@@ -40,6 +40,9 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
     where = f"{parent} has" if parent else "there are"
     if parent == "method":
         where = "the chosen method has"
+        mixture = {item.name for item in dataclasses.fields(MixLoraMethodConfig)}
+        if name in mixture - set(options):
+            return f"{key} is not a setting{source} of this method: mixlora and mixdora have it"
     return (
         f"{key} is not a setting{source}{suggest(name, options, f'{parent}.' if parent else '')} "
         f"({where}: {', '.join(options)})"
@@ -64,8 +67,11 @@ def unknown_option(group: str, option: str, options: Sequence[str], source: str 
     if head == "experiment" and slash and (here / folder).is_dir():
         # Hydra takes the folder for a group, and names the options of the one above it.
         group, option = head, f"{folder}/{option}"
-        options = sorted(f"{p.parent.name}/{p.stem}" for p in here.glob("*/*.yaml"))
+        options = sorted(f"{folder}/{path.stem}" for path in (here / folder).glob("*.yaml"))
         source = ""
+    elif head == "experiment" and (here / option).is_dir():
+        names = sorted(f"{group}={option}/{path.stem}" for path in (here / option).glob("*.yaml"))
+        return f"{group}={option}{source} is a folder: choose one of {', '.join(names)}"
     if not options:
         return f"{group}={option}{source}: there is no group {group!r} in conf/"
     return (

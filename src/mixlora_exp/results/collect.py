@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.record import read_record
@@ -39,11 +41,17 @@ def _copy(source: Path, target: Path) -> None:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
 
 
+def _is_random(model: Mapping[str, Any]) -> bool:
+    """Whether nothing that was trained before came in: the models of the quick checks."""
+    return model["weights"] == "random" or (model["path"] is None and model["source"] == "random")
+
+
 def collect(source: Path, target: Path) -> Collected:
     """Copy every usable run under `source` that `target` does not hold yet.
 
     Refused by name: a record that is damaged or made with uncommitted changes, predictions that do
-    not give its accuracies, and a run that `target` holds with another content.
+    not give its accuracies, a model with random weights, and a run that `target` holds with another
+    content.
 
     Raises:
         UserError: `source` is no folder, or `target` cannot be written.
@@ -55,6 +63,8 @@ def collect(source: Path, target: Path) -> Collected:
         name = path.parent.name
         try:
             run = check_run(path)
+            if _is_random(run.record["config"]["model"]):
+                raise UserError("a model with random weights: its numbers mean nothing")
             if (target / name).exists():
                 theirs = read_record(target / name / RECORD)
                 if theirs["content_sha256"] != run.record["content_sha256"]:

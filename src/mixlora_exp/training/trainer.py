@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from math import isfinite
 from pathlib import Path
@@ -153,6 +154,8 @@ class MixLoraTrainer(Trainer):
         if found is None:
             self.train()
             return
+        if self.is_world_process_zero():
+            sys.stderr.write(f"  going on after step {found.step} of {steps}\n")
         self.track.load(found.state["track"], found.state["seconds"])
         self.seconds_before = found.state["seconds"]
         reached = TrainerState(
