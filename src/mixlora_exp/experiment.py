@@ -148,7 +148,7 @@ class Run:
 
 def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Path | None:
     """Carry out `config`; returns the path of its record, None for a dry run. `watch` is told step
-    and loss while it trains, and may raise to end it.
+    and loss (without router loss) while it trains, and may raise `GivenUp` to end it.
 
     A finished run of the same fingerprint on the same inputs is not repeated unless `force` is
     set. The record is written last, so a folder without one holds no result. Started by torchrun or

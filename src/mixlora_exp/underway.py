@@ -15,13 +15,25 @@ from mixlora_exp.results.show import say
 from mixlora_exp.runlock import RunLock, holder_of
 from mixlora_exp.runtime import processes
 
-__all__ = ["LostRun", "check_lock", "failure_noted", "forget_failure", "held", "note_failure"]
+__all__ = [
+    "GivenUp",
+    "LostRun",
+    "check_lock",
+    "failure_noted",
+    "forget_failure",
+    "held",
+    "note_failure",
+]
 
 LOCK, FAILURE = "lock", "failure.json"
 
 
 class LostRun(UserError):
     """Another process works on the run now."""
+
+
+class GivenUp(Exception):
+    """Who watches a run has seen enough of it. It did not fail."""
 
 
 @contextlib.contextmanager
@@ -48,6 +60,8 @@ def failure_noted(folder: Path, lock: RunLock) -> Iterator[None]:
     forget_failure(folder)
     try:
         yield
+    except GivenUp:
+        raise
     except Exception as error:
         note_failure(folder, error, lock)
         raise

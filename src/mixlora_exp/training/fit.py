@@ -145,7 +145,7 @@ def fit(
 ) -> TrainSummary:
     """Train `model` in place on `examples`; logs go to the run's `folder`, and to a tracker. With
     `checkpoints` it goes on from the newest one, and writes more. `watch` is told step and loss of
-    every log entry, and may raise to end the training.
+    every log entry, without router loss, and may raise to end the training.
 
     Raises:
         UserError: the loss is no longer a finite number, or memory does not suffice.
@@ -184,7 +184,9 @@ def fit(
             SendLogs(tracking, lambda: int(trainer.track.tokens), lambda: trainer.expert_load)
         )
     if watch is not None:
-        trainer.add_callback(Watch(watch))
+        # Runs of different coefficients are compared by it.
+        coefficient = getattr(config.method, "router_loss_coef", 0.0)
+        trainer.add_callback(Watch(watch, coefficient))
     start = time.perf_counter()
     reset_peak_memory(trainer.args.device)
     trainer.add_callback(StopWhenAsked())

@@ -81,14 +81,16 @@ class SendLogs(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Tells a function of every log entry as it is made; what it raises ends the training."""
+    """Tells a function the step and the loss of every log entry as it is made, without the share
+    of the router loss (`coefficient`); what it raises ends the training."""
 
-    def __init__(self, watch: Callable[[int, float], None]) -> None:
-        self.watch = watch
+    def __init__(self, watch: Callable[[int, float], None], coefficient: float = 0.0) -> None:
+        self.watch, self.coefficient = watch, coefficient
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):
-            self.watch(state.global_step, logs["loss"])
+            share = self.coefficient * logs.get("router_loss", 0.0)
+            self.watch(state.global_step, logs["loss"] - share)
 
 
 class StopWhenAsked(TrainerCallback):
