@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mixlora_exp.config.resolve import (
         CONF_DIR,
         EXCLUDED,
+        determining,
         fingerprint,
         fingerprint_of,
         open_session,
@@ -42,6 +43,7 @@ __all__ = [
     "check_composition",
     "compose",
     "compose_adapters",
+    "determining",
     "fingerprint",
     "fingerprint_of",
     "open_session",

@@ -145,9 +145,11 @@ def fingerprint(config: Config) -> str:
     return fingerprint_of(to_dict(config))
 
 
-def fingerprint_of(settings: dict[str, Any]) -> str:
-    """The same of a configuration as records have it; one that lacks a field which does not
-    determine the result, since it came later, has the same fingerprint."""
+def determining(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration, as `to_dict` has it, determines the result (see `EXCLUDED`).
+
+    One that lacks a field which does not determine the result, since it came later, gives the same.
+    """
     tree = copy.deepcopy(settings)
     for dotted in EXCLUDED:
         *parents, name = dotted.split(".")
@@ -155,6 +157,12 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
         for parent in parents:
             node = node[parent]
         node.pop(name, None)
+    return tree
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """The same of a configuration as records have it."""
+    tree = determining(settings)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
