@@ -3,7 +3,8 @@ method=mixlora task=arc_e data.train_limit=500 evaluation.limit=200`.
 
 `study`, `trials`, `coef_low`, `coef_high`, `rate_low`, `rate_high`, `prune_after` and `output_dir`
 are the search's own; anything else is an override as `train.py` takes it. The study is kept in
-`output_dir/<study>.db`: the same command goes on with it. Needs `pip install optuna`.
+`output_dir/<study>.db`: the same command goes on with it, also with more `trials`. A trial that
+fails is told and counts as one. Needs `pip install optuna`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from mixlora_exp.errors import UserError, guarded
 
 def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
     from mixlora_exp.experiment import run
+    from mixlora_exp.search import Postponed
 
     path = run(config, watch)
     if path is None:
-        raise UserError(
-            "output_dir: another process works on this trial's run; give the study another name"
+        raise Postponed(
+            f"output_dir={config.output_dir}: another process works on this trial's run; start the "
+            "search again when it is done, or choose another output_dir"
         )
     return path
 
@@ -33,21 +36,17 @@ def main(arguments: list[str]) -> None:
         raise UserError("the package optuna is not installed: run `pip install optuna`")
     from mixlora_exp.search import SearchSettings, search
 
-    names = SearchSettings.__dataclass_fields__
     # `seed` is the runs'; the sampler's own stays as it is.
-    own = [a for a in arguments if a.partition("=")[0] in set(names) - {"seed"}]
+    names = {*SearchSettings.__dataclass_fields__, "-h", "--help"} - {"seed"}
+    own = [a for a in arguments if a.partition("=")[0] in names]
     settings = options(SearchSettings, own)
     study = search(settings, [a for a in arguments if a not in own], _train)
     best = study.best_trial
-    print(f"{len(study.trials)} trials, {len(study.get_trials(states=[_pruned()]))} pruned")
+    states = [trial.state.name for trial in study.trials if trial.state.is_finished()]
+    failed = f", {states.count('FAIL')} failed" if "FAIL" in states else ""
+    print(f"{len(states)} trials, {states.count('PRUNED')} pruned{failed}")
     chosen = " ".join(f"{name}={value:.3g}" for name, value in best.params.items())
     print(f"best on held-out rows: {best.value:.4f} nats with {chosen}")
-
-
-def _pruned():
-    from optuna.trial import TrialState
-
-    return TrialState.PRUNED
 
 
 if __name__ == "__main__":

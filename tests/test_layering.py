@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "scored": EVERYTHING,
     "status": EVERYTHING,
     "search": EVERYTHING,
+    "search_study": {"errors"},
     "cli": EVERYTHING,
     # The package itself makes the tuner known to PEFT, and does nothing else.
     "__init__": {"_peft_hook"},

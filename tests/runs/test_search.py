@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="the package optuna is not installed")
 
-from mixlora_exp.config import Config, compose  # noqa: E402
-from mixlora_exp.data.sources import load_split  # noqa: E402
+from mixlora_exp import search as searching  # noqa: E402
+from mixlora_exp.config import Config, run_name  # noqa: E402
 from mixlora_exp.errors import UserError  # noqa: E402
+from mixlora_exp.interruption import Terminated  # noqa: E402
 from mixlora_exp.results.record import finish_record, write_json  # noqa: E402
 from mixlora_exp.runlock import RunLock  # noqa: E402
-from mixlora_exp.search import SearchSettings, score_of, search  # noqa: E402
+from mixlora_exp.search import Postponed, SearchSettings, search  # noqa: E402
+from mixlora_exp.training import NotEnoughMemory  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=smoke", "data.train_limit=16"]
 
 
@@ -28,29 +30,53 @@ class Killed(BaseException):
 
 
 class Trainer:
-    """Stands in for a run: its score is best at a coefficient of 1e-2 and a rate of 2e-4."""
+    """Stands in for a run: its score is best at a coefficient of 1e-2 and a rate of 2e-4. `ends`:
+    what is raised from which call on, in the first that is not pruned at its first loss."""
 
-    def __init__(self, folder: Path, killed_at: int | None = None) -> None:
-        self.folder, self.killed_at = folder, killed_at
+    def __init__(self, folder: Path, ends: dict[int, BaseException] | None = None) -> None:
+        self.folder, self.ends = folder, ends or {}
         self.configs: list[Config] = []
 
     def __call__(self, config: Config, watch: Callable[[int, float], None]) -> Path:
         self.configs.append(config)
-        if len(self.configs) == self.killed_at:
-            raise Killed
         coefficient, rate = config.method.router_loss_coef, config.trainer.learning_rate
         worse = abs(math.log10(coefficient / 1e-2)) + abs(math.log10(rate / 2e-4))
         for step in range(1, 4):
+            for call, end in self.ends.items():
+                if step == 2 and len(self.configs) >= call:
+                    raise end
             watch(step, 1.0 + worse / step)
-        path = self.folder / f"{len(self.configs)}-{self.killed_at}.json"
+        path = self.folder / f"{run_name(config)}.json"
         write_json(path, finish_record({"scores": [{"gold_log_likelihood": -1.0 - worse}]}))
         return path
+
+
+class Diverging(Trainer):
+    """A run that fails at learning rates above `limit`."""
+
+    def __init__(self, folder: Path, limit: float) -> None:
+        super().__init__(folder)
+        self.limit = limit
+
+    def __call__(self, config: Config, watch: Callable[[int, float], None]) -> Path:
+        if config.trainer.learning_rate > self.limit:
+            self.configs.append(config)
+            raise UserError("trainer.learning_rate: the loss is nan,\nchoose a lower one")
+        return super().__call__(config, watch)
 
 
 def settings(folder: Path, **changes) -> SearchSettings:
     return SearchSettings(output_dir=str(folder), **{"trials": 12, **changes})
 
 
+def told(study: optuna.Study) -> list[tuple]:
+    """Everything that a study has noted of its trials, but for times."""
+    return [
+        (t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in study.trials
+    ]
+
+
+@pytest.mark.slow
 def test_it_finds_the_best_settings(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path)
     study = search(settings(tmp_path, trials=30), SMALL, trainer)
@@ -61,21 +87,111 @@ def test_it_finds_the_best_settings(tmp_path: Path) -> None:
     assert set(states) == {"COMPLETE", "PRUNED"}
 
 
-def test_killed_it_goes_on_with_the_same_trials(tmp_path: Path) -> None:
-    """The trial that was under way is made again with its settings, so that its run continues."""
-    first = Trainer(tmp_path, killed_at=4)
-    with pytest.raises(Killed):
-        search(settings(tmp_path), SMALL, first)
-    second = Trainer(tmp_path)
-    study = search(settings(tmp_path), SMALL, second)
-    assert second.configs[0] == first.configs[-1]
-    finished = [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
-    assert len(finished) == 12
+@pytest.mark.parametrize(
+    ("trials", "calls"), [(4, (2, 2, 2)), pytest.param(14, (4, 8, 2), marks=pytest.mark.slow)]
+)
+def test_killed_it_makes_the_trials_of_one_left_alone(tmp_path: Path, trials, calls) -> None:
+    """Whatever ended it; the trial that was under way is made again with its settings."""
+    wanted = settings(tmp_path / "killed", trials=trials)
+    alone = search(settings(tmp_path / "alone", trials=trials), SMALL, Trainer(tmp_path))
+    under_way = None
+    for call, end in zip(calls, (Killed(), KeyboardInterrupt(), Terminated()), strict=True):
+        killed = Trainer(tmp_path, {call: end})
+        with pytest.raises(type(end)):
+            search(wanted, SMALL, killed)
+        assert under_way in (None, killed.configs[0])
+        under_way = killed.configs[-1]
+    last = Trainer(tmp_path)
+    study = search(wanted, SMALL, last)
+    assert last.configs[0] == under_way
+    assert told(study) == told(alone)
     # Finished, it is only read.
-    third = Trainer(tmp_path)
-    again = search(settings(tmp_path), SMALL, third)
-    assert not third.configs
-    assert again.best_params == study.best_params
+    more = Trainer(tmp_path)
+    assert told(search(wanted, SMALL, more)) == told(alone)
+    assert not more.configs
+
+
+def test_cut_off_between_its_two_suggestions(tmp_path: Path, monkeypatch) -> None:
+    alone = search(settings(tmp_path / "alone", trials=1), SMALL, Trainer(tmp_path))
+    suggest = optuna.Trial.suggest_float
+
+    def killed(self, name: str, *arguments, **named) -> float:
+        if name == searching.RATE:
+            raise Killed
+        return suggest(self, name, *arguments, **named)
+
+    monkeypatch.setattr(optuna.Trial, "suggest_float", killed)
+    with pytest.raises(Killed):
+        search(settings(tmp_path, trials=1), SMALL, Trainer(tmp_path))
+    monkeypatch.undo()
+    assert told(search(settings(tmp_path, trials=1), SMALL, Trainer(tmp_path))) == told(alone)
+
+
+def test_ranges_may_change_while_a_trial_is_cut_off(tmp_path: Path, recwarn) -> None:
+    killed = Trainer(tmp_path, {1: Killed()})
+    with pytest.raises(Killed):
+        search(settings(tmp_path, trials=2), SMALL, killed)
+    again = Trainer(tmp_path)
+    search(settings(tmp_path, trials=2, rate_low=2e-3, rate_high=4e-3), SMALL, again)
+    assert again.configs[0] == killed.configs[0]
+    assert 2e-3 <= again.configs[1].trainer.learning_rate <= 4e-3
+    assert not [w for w in recwarn if "optuna" in w.filename or "istribution" in str(w.message)]
+
+
+def test_a_trial_that_fails_is_noted_and_the_search_goes_on(tmp_path: Path, capfd) -> None:
+    study = search(settings(tmp_path), SMALL, Diverging(tmp_path, 3e-4))
+    failed = [trial for trial in study.trials if trial.state.name == "FAIL"]
+    assert len(study.trials) == 12
+    assert 0 < len(failed) < 12
+    reason = "trainer.learning_rate: the loss is nan, choose a lower one"
+    assert {trial.user_attrs["reason"] for trial in failed} == {reason}
+    out, err = capfd.readouterr()
+    lines = [line for line in out.splitlines() if "failed with" in line]
+    assert [line.split()[1] for line in lines] == [str(trial.number) for trial in failed]
+    assert all(line.endswith(reason) for line in lines)
+    assert err == ""
+    again = Trainer(tmp_path)
+    search(settings(tmp_path), SMALL, again)
+    assert not again.configs
+
+
+def test_all_trials_fail(tmp_path: Path) -> None:
+    trainer = Diverging(tmp_path, 0.0)
+    with pytest.raises(UserError, match="all 3 trials failed, the last one with: trainer.learning"):
+        search(settings(tmp_path, trials=3), SMALL, trainer)
+    # Each at a point of its own.
+    assert len({config.trainer.learning_rate for config in trainer.configs}) == 3
+    study = search(settings(tmp_path, trials=4), SMALL, Trainer(tmp_path))
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3 + ["COMPLETE"]
+
+
+def test_a_crash_is_raised_and_not_met_again(tmp_path: Path) -> None:
+    crashing = Trainer(tmp_path, {2: RuntimeError("a bug")})
+    with pytest.raises(RuntimeError, match="a bug"):
+        search(settings(tmp_path, trials=3), SMALL, crashing)
+    study = search(settings(tmp_path, trials=3), SMALL, Trainer(tmp_path))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study.trials[1].user_attrs["reason"] == "RuntimeError: a bug"
+
+
+def _full_disk() -> UserError:
+    error = UserError("cannot write it: the disk is full")
+    error.__cause__ = OSError(28, "No space left on device")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error", [NotEnoughMemory("too large"), Postponed("runs elsewhere"), _full_disk()]
+)
+def test_what_stands_in_the_way_of_any_trial_ends_the_search(tmp_path: Path, error) -> None:
+    """Once it is mended, the trial is made again."""
+    stopped = Trainer(tmp_path, {2: error})
+    with pytest.raises(UserError, match=str(error)):
+        search(settings(tmp_path, trials=3), SMALL, stopped)
+    again = Trainer(tmp_path)
+    study = search(settings(tmp_path, trials=3), SMALL, again)
+    assert again.configs[0] == stopped.configs[-1]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -85,55 +201,80 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             search(settings(tmp_path), SMALL, Trainer(tmp_path))
 
 
-def test_a_protocol_without_likelihood_is_refused() -> None:
-    with pytest.raises(UserError, match="label_logits or answer_text"):
-        score_of({"scores": [{"gold_log_likelihood": None}]})
+def test_a_search_that_was_taken_over_writes_nothing_more(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(searching, "RunLock", functools.partial(RunLock, beat=0.01))
+
+    class TakenOver(Trainer):
+        def __call__(self, config: Config, watch: Callable[[int, float], None]) -> Path:
+            (tmp_path / ".search.lock" / "2").write_text("{}")
+            time.sleep(0.5)
+            return super().__call__(config, watch)
+
+    with pytest.raises(UserError, match="another process has taken this search over"):
+        search(settings(tmp_path), SMALL, TakenOver(tmp_path))
+    (tmp_path / ".search.lock" / "2").write_text(json.dumps({"released": True}))
+    study = search(settings(tmp_path, trials=1), SMALL, Trainer(tmp_path))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"coef_low": 0.0}, "coef_low=0.0 must be above 0"),
-        ({"rate_low": 1.0}, "rate_low=1.0 must be above 0 and below rate_high=0.001"),
-        ({"trials": 0}, "trials=0 must be >= 1"),
-    ],
-)
-def test_wrong_ranges_are_told(changes, message) -> None:
-    with pytest.raises(UserError, match=message):
-        SearchSettings(**changes)
+def test_trials_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    search(settings(tmp_path, trials=1), SMALL, Trainer(tmp_path))
+    trainer = Trainer(tmp_path)
+    for override, difference in (
+        ("task=boolq", "task.name=arc_e, now boolq"),
+        ("method=mixdora", "method.name=mixlora, now mixdora"),
+        ("model.num_layers=3", "model.num_layers=2, now 3"),
+        ("data.seed=1", "data.seed=0, now 1"),
+        ("seed=1", "seed=42, now 1"),
+        ("data.train_limit=8", "data.train_limit=16, now 8"),
+    ):
+        with pytest.raises(UserError, match="study=search has trials of other settings") as caught:
+            search(settings(tmp_path), [*SMALL, override], trainer)
+        assert difference in str(caught.value)
+    assert not trainer.configs
+    # What determines no score may change, and so may what is searched.
+    search(settings(tmp_path, trials=2, coef_low=1e-3), [*SMALL, "trainer.save_steps=7"], trainer)
+    assert len(trainer.configs) == 1
 
 
-def test_held_out_rows_are_not_trained_on() -> None:
-    config = compose(["data=embedded", "data.train_limit=20"]).data
-    loaded = load_split(config, "arc_e", "train")
-    trained = {item.id for item in loaded.limited(20, config.seed).items}
-    scored = {item.id for item in loaded.held_out(20, 30, config.seed).items}
-    assert len(trained) == 20
-    assert len(scored) == 30
-    assert not trained & scored
-    everything = {item.id for item in loaded.held_out(20, None, config.seed).items}
-    assert everything | trained == {item.id for item in loaded.items}
+def test_trials_on_other_data_are_not_mixed(tmp_path: Path) -> None:
+    """Under the same settings."""
+    file = tmp_path / "arc_e" / "train.jsonl"
+    file.parent.mkdir()
+    choices = {"text": ["warm", "cold"], "label": ["A", "B"]}
+    rows = [
+        {"id": str(i), "question": f"Is {i} warm?", "choices": choices, "answerKey": "A"}
+        for i in range(30)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = [*SMALL, "data=local", f"data.path={tmp_path}"]
+    search(settings(tmp_path, trials=1), local, Trainer(tmp_path))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    with pytest.raises(UserError, match="other settings: data.arc_e/train differs"):
+        search(settings(tmp_path), local, Trainer(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([], "evaluation.held_out=True is not valid: it takes the rows that data.train_limit"),
-        (["data.train_limit=8", "evaluation.protocols=[lm_eval]"], "lm-eval scores its own"),
-    ],
-)
-def test_held_out_rows_need_a_limit(overrides, message) -> None:
-    with pytest.raises(UserError, match=message):
-        compose(["evaluation.held_out=true", *overrides])
+def test_a_study_that_names_no_settings_is_refused(tmp_path: Path) -> None:
+    study = optuna.create_study(study_name="search", storage=f"sqlite:///{tmp_path}/search.db")
+    study.ask()
+    with pytest.raises(UserError, match="study=search does not say which settings"):
+        search(settings(tmp_path), SMALL, Trainer(tmp_path))
 
 
-def test_the_script(tmp_path: Path) -> None:
-    """Two real trials of a tiny model."""
-    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "trials=2", *SMALL,
-               f"output_dir={tmp_path}", "evaluation.limit=4"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 trials, 0 pruned" in done.stdout
-    assert "best on held-out rows: -" in done.stdout
-    assert len(list(tmp_path.glob("*/record.json"))) == 2
-    assert (tmp_path / "search.db").is_file()
+def test_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a b,{c}?%20#=1"
+    trainer = Trainer(tmp_path)
+    search(settings(folder, trials=1), SMALL, trainer)
+    assert (folder / "search.db").is_file()
+    assert trainer.configs[0].output_dir == str(folder)
+
+
+def test_a_study_that_fails_while_it_is_used(tmp_path: Path, capfd) -> None:
+    class Spoiling(Trainer):
+        def __call__(self, config: Config, watch: Callable[[int, float], None]) -> Path:
+            (tmp_path / "search.db").write_bytes(b"no database" * 1000)
+            return super().__call__(config, watch)
+
+    with pytest.raises(UserError, match="study=search: .*search.db cannot be used"):
+        search(settings(tmp_path), SMALL, Spoiling(tmp_path))
+    assert capfd.readouterr().err == ""
