@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from mixlora_exp.results.record import read_record
 from mixlora_exp.tasks import embedded
 from mixlora_exp.together import run_together
 
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "experiment=smoke",
     "trainer.precision=float32",
@@ -297,3 +300,16 @@ def test_configurations_are_checked_by_the_library_too(tmp_path) -> None:
     config = compose([*SMALL, f"output_dir={tmp_path}", "method=lora"])
     with pytest.raises(UserError, match="the same run"):
         run_together([config, config])
+
+
+@pytest.mark.slow
+def test_the_comparison_of_together_and_alone(tmp_path: Path) -> None:
+    """The script behind the record, on the smallest models."""
+    words = ["experiment=multi_adapter/smoke", "trainer.precision=float32", f"output={tmp_path}"]
+    command = [sys.executable, str(ROOT / "scripts" / "bench_together.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = read_record(tmp_path / "together-tiny.json")
+    assert len(record["adapters"]) == len(record["alone"]) == 4
+    assert all(one["largest_loss_difference"] < 1e-4 for one in record["adapters"].values())
+    assert "| mixdora r=4 | piqa |" in (tmp_path / "together-tiny.md").read_text()
