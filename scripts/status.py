@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.status import STATES, Cell, experiments, find_cells
+from mixlora_exp.status import FINISHED, STATES, Cell, experiments, find_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("experiment", "state", "brief", "records")
-SHADES = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+SHADES = {
+    "done": "green", "recorded": "green", "running": "cyan", "stopped": "yellow",
+    "interrupted": "yellow", "failed": "red", "refused": "red",
+}  # fmt: skip
 
 
 def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -45,15 +48,25 @@ def _chosen(wanted: str | None) -> list[str]:
     return found
 
 
-def _overview(cells: list[Cell]) -> Table:
-    columns = ("experiment", *STATES, "hours left")
-    table = Table(*(Column(name, no_wrap=True) for name in columns), box=None)
+def _overview(cells: list[Cell]) -> Iterator[str]:
+    """Lines of a table of counts, never cut: a header that cannot be read is of no use."""
+    states = [state for state in STATES if any(cell.state == state for cell in cells)]
+    rows = [["experiment", *states, "GPU hours left"]]
     for name in dict.fromkeys(cell.experiment for cell in cells):
         own = [cell for cell in cells if cell.experiment == name]
         counts = Counter(cell.state for cell in own)
-        left = sum(cell.hours for cell in own if cell.state != "done")
-        table.add_row(name, *(str(counts[state] or "-") for state in STATES), f"{left:.1f}")
-    return table
+        left = sum(cell.hours for cell in own if cell.state not in FINISHED)
+        rows.append([name, *(str(counts[state] or "-") for state in states), _hours(left)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        shown = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *shown])
+
+
+def _hours(hours: float) -> str:
+    if hours >= 10:
+        return f"{hours:,.0f}"
+    return "under 0.01" if 0 < hours < 0.005 else f"{hours:.2f}"
 
 
 def _print_cells(console: Console, cells: list[Cell]) -> None:
@@ -63,23 +76,23 @@ def _print_cells(console: Console, cells: list[Cell]) -> None:
             shade = SHADES.get(cell.state, "")
             what = f"{cell.state}: {cell.detail}" if cell.detail else cell.state
             console.print(f"  {cell.overrides}: {what}", style=shade, markup=False)
-            if cell.state != "done":
-                console.print(
-                    f"    {cell.hours:.2f} GPU hours, {cell.memory_gib:.0f} GiB: {cell.command}",
-                    markup=False,
-                )
+            if cell.state not in FINISHED:
+                takes = f"{_hours(cell.hours)} GPU hours, {cell.memory_gib:.0f} GiB"
+                console.print(f"    {takes}: {cell.command}", markup=False)
 
 
 def run(arguments: list[str]) -> None:
     own, overrides = _options(arguments)
     records = Path(own.get("records", ROOT / "results" / "runs"))
-    cells = list(find_cells(_chosen(own.get("experiment")), overrides, records))
+    cells = find_cells(_chosen(own.get("experiment")), overrides, records)
     if "state" in own:
         cells = [cell for cell in cells if cell.state == own["state"]]
     console = Console(soft_wrap=True, highlight=False)
     if own.get("brief") != "true":
         _print_cells(console, cells)
-    console.print(_overview(cells))
+        console.print()
+    for line in _overview(cells):
+        console.print(line, markup=False)
     console.print("GPU hours and memory are estimated: 1e14 operations a second in bf16.")
 
 

@@ -1,4 +1,4 @@
-"""Every cell of every table: done, running, interrupted, failed or missing, and what it would take.
+"""Every cell of every table: what became of it, and what it would take.
 
 Read from the experiment files, the records and the run folders; nothing is computed or locked.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,24 @@ from mixlora_exp.config import (
     run_name,
 )
 from mixlora_exp.config.parameters import count_parameters
-from mixlora_exp.config.schema import LoraMethodConfig
+from mixlora_exp.config.schema import DataSource, LoraMethodConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.hashing import code_sha256
 from mixlora_exp.planning import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN, memory_of
-from mixlora_exp.results.runs import filled
-from mixlora_exp.runlock import holder_of
+from mixlora_exp.results.record import read_record
+from mixlora_exp.results.runs import RECORD, filled
+from mixlora_exp.runlock import BEAT, holder_of
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["STATES", "Cell", "experiments", "find_cells", "gpu_hours"]
+__all__ = ["FINISHED", "STATES", "Cell", "experiments", "find_cells", "gpu_hours"]
 
-STATES = ("done", "running", "interrupted", "failed", "missing")
+FINISHED = ("done", "recorded")
+STATES = (*FINISHED, "running", "stopped", "interrupted", "failed", "refused", "missing")
+"""`done`: in the output folder, where `train.py` finds it. `recorded`: among the committed records
+alone, so that `train.py` would run it. `stopped`: locked, but the holder gave no sign of life.
+`refused`: what is in the output folder is damaged or was made by other data or code."""
+LOOK = 2 * BEAT + 1
+"""Seconds in which a living holder of a lock counts up, unless its disk is slow."""
 FLOPS_PER_SECOND = 1e14
 """Of one GPU in bf16, about a third of an A100's peak: an assumption, not a measurement."""
 
@@ -97,69 +106,166 @@ def gpu_hours(config: Config) -> float:
     return 2 * size * tokens / FLOPS_PER_SECOND / 3600
 
 
-def _kept(records: Path) -> dict[str, Path]:
+class _Data:
+    """Hashes of the data at hand; each split is read once, and nothing from the hub."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[tuple[Any, ...], list[str] | None] = {}
+
+    def differing(self, config: Config, record: Mapping[str, Any]) -> list[str] | None:
+        """Splits of a record's data that are others now; None where they are not at hand."""
+        if config.data.name is DataSource.hub and config.data.mirror is None:
+            return None
+        found = {split: self._read(config, split) for split in record["data"]}
+        if None in found.values():
+            return None
+        return [
+            split
+            for split, files in record["data"].items()
+            if [file["sha256"] for file in files] != found[split]
+        ]
+
+    def _read(self, config: Config, name: str) -> list[str] | None:
+        # Imported late: most tables are shown without looking at data.
+        from mixlora_exp.data.sources import load_split
+
+        data, (task, _, split) = config.data, name.partition("/")
+        key = (data.name, data.path, data.mirror, data.seed, name)
+        if key not in self._hashes:
+            try:
+                loaded = load_split(data, task, split, config.task.custom)
+                self._hashes[key] = [file.sha256 for file in loaded.files]
+            except (UserError, OSError):
+                self._hashes[key] = None
+        return self._hashes[key]
+
+
+def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Committed records by the fingerprint that their run has today."""
     found = {}
-    for path in sorted(records.glob("*/record.json")):
+    for path in sorted(records.glob(f"*/{RECORD}")):
         try:
-            settings = json.loads(path.read_text())["config"]
-            found[fingerprint_of(filled(settings))] = path
-        except (OSError, ValueError, KeyError, TypeError):
+            record = read_record(path)
+            found[fingerprint_of(filled(record["config"]))] = path, record
+        except (UserError, KeyError, TypeError):
             continue  # `make tables` says what is wrong with it.
     return found
 
 
-def _state(folder: Path, kept: Path | None) -> tuple[str, str]:
-    """State and detail of the run with this folder; `kept` is its committed record."""
-    record = kept or folder / "record.json"
-    if record.is_file():
-        return "done", os.path.relpath(record)
-    holder = holder_of(folder / "lock")
-    if holder is not None:
-        return "running", f"{holder.get('host')}, process {holder.get('pid')}"
+def _shown(path: Path) -> str:
+    """A path as seen from here, unless it is elsewhere."""
+    near = os.path.relpath(path)
+    return str(path) if near.startswith("..") else near
+
+
+def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
+    """Whether `train.py` takes the record at `path` for this run's."""
+    try:
+        record = read_record(path)
+    except UserError as error:
+        return "refused", str(error)
+    changed = data.differing(config, record) or []
+    if record.get("code", code_sha256()) != code_sha256():
+        changed.append("code")
+    if changed:
+        return "refused", f"{_shown(path)} is of other inputs ({', '.join(changed)} differ)"
+    return "done", _shown(path)
+
+
+def _recorded(path: Path, record: Mapping[str, Any], config: Config, data: _Data) -> str | None:
+    """What to tell of a committed record with this run's settings, None if its data differs."""
+    changed = data.differing(config, record)
+    if changed:
+        return None
+    return _shown(path) + (" (its data was not compared)" if changed is None else "")
+
+
+def _at_rest(folder: Path, config: Config, recorded: str | None, data: _Data) -> tuple[str, str]:
+    """State and detail of a run that nobody works on; `recorded`: what is told of its committed
+    record."""
+    if (folder / RECORD).is_file():
+        return _finished(folder / RECORD, config, data)
+    if recorded is not None:
+        return "recorded", recorded
     try:
         failure = json.loads((folder / "failure.json").read_text())
         return "failed", str(failure["error"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    steps = sorted((folder / "checkpoints").glob("step-*"))
-    if steps:
-        return "interrupted", f"after step {int(steps[-1].name.removeprefix('step-'))}"
-    return "missing", ""
+    numbers = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
+    steps = [int(number) for number in numbers if number.isdigit()]
+    return ("interrupted", f"after step {max(steps)}") if steps else ("missing", "")
 
 
-def find_cells(names: Sequence[str], overrides: Sequence[str], records: Path) -> Iterator[Cell]:
-    """The cells of experiments under further overrides. `records`: the folder of committed ones.
+def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
+    """Of the folders with a lock, those whose holder did not count up within `patience` seconds,
+    all watched at once. A dead process of another machine cannot be told otherwise."""
+    quiet, deadline = set(held), time.monotonic() + patience
+    while quiet and time.monotonic() < deadline:
+        time.sleep(min(0.25, patience))
+        quiet = {folder for folder in quiet if holder_of(folder / "lock") == held[folder]}
+    return quiet
+
+
+def find_cells(
+    names: Sequence[str], overrides: Sequence[str], records: Path, patience: float = LOOK
+) -> list[Cell]:
+    """The cells of experiments under further overrides. `records`: the folder of committed ones;
+    `patience`: seconds in which the holders of locks must count up to be taken for alive.
 
     Raises:
         UserError: there is no such experiment, or an override is not valid.
     """
-    known, kept = experiments(), _kept(records)
+    known, planned = experiments(), []
     with open_session() as session:
         for name in names:
             if name not in known:
                 raise UserError(f"experiment={name} is unknown: choose from {', '.join(known)}")
             plan = plan_runs(session, "config", [f"experiment={name}", *overrides], False)
-            for cell in plan.cells:
-                record = kept.get(fingerprint(cell.config))
-                yield _cell(name, cell.overrides, cell.config, record, overrides)
+            planned += [(name, cell.overrides, _resolved(cell.config)) for cell in plan.cells]
+    folders = [Path(c.output_dir).expanduser() / run_name(c) for _, _, c in planned]
+    found = {folder: holder_of(folder / "lock") for folder in folders}
+    held = {folder: holder for folder, holder in found.items() if holder is not None}
+    unseen = _unseen(held, patience)
+    kept, data, cells = _kept(records), _Data(), []
+    for (name, lines, config), folder in zip(planned, folders, strict=True):
+        if folder in held and not (folder in unseen and (folder / RECORD).is_file()):
+            who = f"{held[folder].get('host')}, process {held[folder].get('pid')}"
+            state, detail = "running", who
+            if folder in unseen:
+                state, detail = "stopped", f"not seen alive for {patience:g} s: {who}"
+        else:
+            committed = kept.get(fingerprint(config))
+            recorded = None if committed is None else _recorded(*committed, config, data)
+            state, detail = _at_rest(folder, config, recorded, data)
+        cells.append(_cell(name, lines, config, overrides, folder.name, state, detail))
+    return cells
+
+
+def _resolved(config: Config) -> Config:
+    """As `train.py` names its folder: a model's folder decides its shape."""
+    if config.model.path is None:
+        return config
+    # Imported late: it needs torch.
+    from mixlora_exp.inputs import resolve_config
+
+    return resolve_config(config)
 
 
 def _cell(
     experiment: str,
     lines: Sequence[str],
     config: Config,
-    record: Path | None,
     typed: Sequence[str],
+    name: str,
+    state: str,
+    detail: str,
 ) -> Cell:
-    run = run_name(config)
-    folder = Path(config.output_dir).expanduser() / run
-    state, detail = _state(folder, record)
     own = [line for line in lines if line not in typed and not line.startswith("experiment=")]
     memory: dict[str, Any] = memory_of(config)
     return Cell(
         experiment,
-        run,
+        name,
         " ".join(own),
         state,
         detail,

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from mixlora_exp.config import compose, open_session, plan_runs, run_name
+from mixlora_exp.config import Config, compose, open_session, plan_runs, run_name, to_dict
+from mixlora_exp.data.sources import load_split
+from mixlora_exp.hashing import code_sha256
+from mixlora_exp.inputs import resolve_config
+from mixlora_exp.models import build_hf_config
+from mixlora_exp.results.record import finish_record, write_json
 from mixlora_exp.runlock import RunLock
-from mixlora_exp.status import experiments, find_cells, gpu_hours
+from mixlora_exp.status import Cell, experiments, find_cells, gpu_hours
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model=tiny", "data=embedded"]
+SMALL = "table9_router_loss/smollm2_135m"
+ONE = ["method=mixlora", "method.router_loss_coef=1e-3", "task=arc_e"]
 
 
-def cells(name: str, folder: Path, *overrides: str):
-    found = find_cells([name], [*TINY, f"output_dir={folder}", *overrides], folder / "records")
-    return list(found)
+def cells(name: str, folder: Path, *overrides: str) -> list[Cell]:
+    given = [*TINY, f"output_dir={folder}", *overrides]
+    return find_cells([name], given, folder / "records")
 
 
+@pytest.mark.slow
 def test_every_row_of_the_papers_sweeps_has_its_cells() -> None:
     """Tables 1, 2, 5, 8 and 9: models, methods, tasks, ranks and coefficients of the CSVs."""
     wanted = {
@@ -53,20 +63,39 @@ def test_every_row_of_the_papers_sweeps_has_its_cells() -> None:
                 assert need <= have, folder
 
 
+def write_record(folder: Path, config: Config, **changes) -> Path:
+    """A record as a finished run of `config` leaves it, on the data of now."""
+    data = {}
+    for task in [] if "data" in changes else config.task.train:
+        for split in ("train", "test"):
+            files = load_split(config.data, task, split).files
+            data[f"{task}/{split}"] = [dataclasses.asdict(file) for file in files]
+    record = {"config": to_dict(config), "data": data, "code": code_sha256(), **changes}
+    write_json(folder / "record.json", finish_record(record))
+    return folder / "record.json"
+
+
+def configs(folder: Path, *overrides: str) -> list[Config]:
+    with open_session() as session:
+        given = [f"experiment={SMALL}", *TINY, f"output_dir={folder}", *overrides]
+        return [cell.config for cell in plan_runs(session, "config", given, True).cells]
+
+
 def test_states(tmp_path: Path) -> None:
-    name = "table9_router_loss/llama2_7b"
-    before = cells(name, tmp_path)
-    assert len(before) == 32
+    few = [*ONE, "seed=1,2,3,4,5"]
+    before = cells(SMALL, tmp_path, *few)
+    assert len(before) == 5
     assert {cell.state for cell in before} == {"missing"}
-    folders = [tmp_path / cell.name for cell in before[:4]]
-    for folder in folders:
+    folders = [tmp_path / cell.name for cell in before]
+    for folder in folders[1:4]:
         folder.mkdir()
-    (folders[0] / "record.json").write_text("{}")
-    lock = RunLock(folders[1] / "lock")
+    write_record(folders[0], configs(tmp_path, *ONE, "seed=1")[0])
+    lock = RunLock(folders[1] / "lock", beat=0.1)
     assert lock.acquire()
     (folders[2] / "failure.json").write_text(json.dumps({"error": "UserError: no memory"}))
     (folders[3] / "checkpoints" / "step-00000040").mkdir(parents=True)
-    after = cells(name, tmp_path)
+    (folders[3] / "checkpoints" / "step-odd").mkdir()
+    after = cells(SMALL, tmp_path, *few)
     lock.release()
     assert [cell.state for cell in after[:4]] == ["done", "running", "failed", "interrupted"]
     assert after[2].detail == "UserError: no memory"
@@ -74,8 +103,102 @@ def test_states(tmp_path: Path) -> None:
     assert {cell.state for cell in after[4:]} == {"missing"}
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("{}", "schema_version"), ('{"schema_version": 1, "conf', "cut off"), ("", "cut off")],
+)
+def test_a_damaged_record_is_not_taken_for_done(tmp_path: Path, content: str, told: str) -> None:
+    """`train.py` refuses it as well, with the same words."""
+    (config,) = configs(tmp_path, *ONE)
+    path = write_record(tmp_path / run_name(config), config)
+    path.write_text(content)
+    (cell,) = cells(SMALL, tmp_path, *ONE)
+    assert cell.state == "refused"
+    assert told in cell.detail
+    assert "force=true" in cell.detail
+
+
+@pytest.mark.parametrize("what", ["code", "arc_e/test"])
+def test_a_record_of_other_inputs_is_refused(tmp_path: Path, what: str) -> None:
+    (config,) = configs(tmp_path, *ONE)
+    changes = {"code": "0" * 64} if what == "code" else {"data": {what: [{"sha256": "0" * 64}]}}
+    write_record(tmp_path / run_name(config), config, **changes)
+    (cell,) = cells(SMALL, tmp_path, *ONE)
+    assert cell.state == "refused"
+    assert f"({what} differ)" in cell.detail
+
+
+def foreign_lock(folder: Path, count: int = 3) -> Path:
+    """A lock that a process on another machine holds, or held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = {"host": "elsewhere", "boot": "b", "namespace": "n", "pid": 7, "started": 1.0}
+    # As a holder counts up: by renaming.
+    (folder / "next").write_text(json.dumps({**holder, "count": count}))
+    return (folder / "next").replace(folder / "1")
+
+
+def test_stale_locks_of_another_machine_are_told_from_living_ones(tmp_path: Path) -> None:
+    """All at once: as long as one takes, however many there are."""
+    few = [*ONE, "seed=1,2,3,4"]
+    names = [cell.name for cell in cells(SMALL, tmp_path, *few)]
+    for name in names:
+        foreign_lock(tmp_path / name / "lock")
+    living, stop = tmp_path / names[2] / "lock", threading.Event()
+
+    def count_up() -> None:
+        number = 3
+        while not stop.wait(0.1):
+            foreign_lock(living, number := number + 1)
+
+    thread = threading.Thread(target=count_up)
+    thread.start()
+    given = [*TINY, f"output_dir={tmp_path}", *few]
+    found = find_cells([SMALL], given, tmp_path / "records", patience=1.0)
+    stop.set()
+    thread.join()
+    states = [cell.state for cell in found]
+    assert states == ["stopped", "stopped", "running", "stopped"]
+    assert found[0].detail == "not seen alive for 1 s: elsewhere, process 7"
+
+
+def test_a_model_in_a_folder_is_found_under_its_own_shape(tmp_path: Path) -> None:
+    """The folder's shape counts in the name of the run, whatever the model's file says."""
+    model = compose(["model=tiny"]).model
+    shape = build_hf_config(dataclasses.replace(model, num_layers=model.num_layers + 1))
+    shape.save_pretrained(tmp_path / "model")
+    given = [*ONE, f"model.path={tmp_path / 'model'}", "model.weights=pretrained"]
+    (config,) = map(resolve_config, configs(tmp_path, *given))
+    assert config.model.num_layers == model.num_layers + 1
+    write_record(tmp_path / run_name(config), config)
+    (cell,) = cells(SMALL, tmp_path, *given)
+    assert (cell.state, cell.name) == ("done", run_name(config))
+
+
+def test_committed_records_are_told_from_finished_runs(tmp_path: Path) -> None:
+    """`train.py` does not look there: the cell counts as recorded, and only on the same data."""
+    (config,) = configs(tmp_path, *ONE)
+    folder = tmp_path / "records" / "any name"
+    write_record(folder, config)
+    (cell,) = cells(SMALL, tmp_path, *ONE)
+    assert cell.state == "recorded"
+    assert cell.detail == str(folder / "record.json")
+    write_record(folder, config, data={"arc_e/test": [{"sha256": "0" * 64}]})
+    assert [c.state for c in cells(SMALL, tmp_path, *ONE)] == ["missing"]
+    (folder / "record.json").write_text("{")
+    assert [c.state for c in cells(SMALL, tmp_path, *ONE)] == ["missing"]
+
+
+def test_data_that_is_not_there_is_not_compared(tmp_path: Path) -> None:
+    given = [*ONE, "data=local", f"data.path={tmp_path / 'nowhere'}"]
+    (config,) = configs(tmp_path, *given)
+    folder = tmp_path / "records" / "a"
+    path = write_record(folder, config, data={"arc_e/test": [{"sha256": "0" * 64}]})
+    (cell,) = cells(SMALL, tmp_path, *given)
+    assert (cell.state, cell.detail) == ("recorded", f"{path} (its data was not compared)")
+
+
 def test_the_command_runs_that_cell_alone(tmp_path: Path) -> None:
-    for cell in cells("table8_rank/llama2_7b", tmp_path)[::13]:
+    for cell in cells("table8_rank/smollm2_135m", tmp_path)[::6]:
         start, flag, *overrides = cell.command.split()[1:]
         assert (start, flag) == ("train.py", "-m")
         with open_session() as session:
@@ -105,13 +228,17 @@ def test_the_script(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("missing\n") == 8
     assert "GPU hours and memory are estimated" in told.stdout
+    # Not on a terminal, and whole all the same.
+    header, counts = told.stdout.splitlines()[-3:-1]
+    assert header.split() == ["experiment", "missing", "GPU", "hours", "left"]
+    assert counts.split()[:2] == ["table9_router_loss/smollm2_135m", "8"]
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("experiment=table3", "experiment=table3 is unknown: choose from figure4c/llama2_7b"),
-        ("state=lost", "state=lost is unknown: choose from done, running"),
+        ("state=lost", "state=lost is unknown: choose from done, recorded, running"),
         ("brief", "'brief' is no setting: write name=value"),
         ("method.rnak=2", "rnak"),
     ],
