@@ -195,7 +195,17 @@ def transcripts() -> list[tuple[str, str]]:
     return pairs
 
 
-@pytest.mark.parametrize(("command", "output"), transcripts())
+def shown_by(kind: str) -> list[tuple[str, str]]:
+    return [(c, o) for c, o in transcripts() if shlex.split(c)[1] == kind]
+
+
+def test_every_transcript_is_tested() -> None:
+    kinds = ("train.py", "scripts/status.py")
+    assert all(shown_by(kind) for kind in kinds)
+    assert sum(len(shown_by(kind)) for kind in kinds) == len(transcripts())
+
+
+@pytest.mark.parametrize(("command", "output"), shown_by("train.py"))
 def test_shown_output_is_the_real_output(
     command: str, output: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +213,13 @@ def test_shown_output_is_the_real_output(
     captured = capsys.readouterr()
     assert code == (2 if output.startswith("error: ") else 0)
     assert " ".join((captured.out + captured.err).split()) == " ".join(output.split())
+
+
+@pytest.mark.parametrize(("command", "output"), shown_by("scripts/status.py"))
+def test_shown_status_is_the_real_one(command: str, output: str, tmp_path: Path) -> None:
+    """Run where there are no outputs, and seen from the root of the repository."""
+    shown = run_script(command, {}, tmp_path).replace(f"{ROOT}/", "")
+    assert " ".join(shown.split()) == " ".join(output.split())
 
 
 def test_python_block_loads_an_adapter(tmp_path: Path) -> None:
