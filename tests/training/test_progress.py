@@ -1,15 +1,20 @@
-"""What a person sees of a training run: a bar on a terminal, lines elsewhere."""
+"""What a person sees of a training run: a bar on a terminal, a few lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
+
+from mixlora_exp.cli import execute
+from mixlora_exp.training.progress import Pace, ProgressLines, progress_callback
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +44,69 @@ def _shown(arguments: list[str], *, terminal: bool) -> str:
     return b"".join(parts).decode(errors="replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
 def test_progress_of_a_run(terminal: bool, tmp_path: Path) -> None:
     shown = _shown(["experiment=smoke", f"output_dir={tmp_path}"], terminal=terminal)
     bar = "2/2" in shown and "100%" in shown and "loss=" in shown
     lines = "step 2/2, loss" in shown
     assert (bar, lines) == (terminal, not terminal), shown
+    if terminal:
+        assert re.search(r"router_loss=\d.*tokens/s=[\d,]+", shown)
+    else:
+        assert re.search(r"router loss \d\.\d+, [\d,]+ tokens/s, 0 s left\n", shown)
+
+
+class Shown:
+    """Standard error that is not a terminal, or is one."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.terminal, self.lines = terminal, []
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def tell(callback: ProgressLines, steps: range, of: int) -> None:
+    """What a Trainer tells that logs every step."""
+    state = TrainerState(global_step=steps.start - 1, max_steps=of, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None)
+    for state.global_step in steps:
+        callback.on_log(None, state, None, logs={"loss": 1.0})
+
+
+@pytest.mark.parametrize(("steps", "lines"), [(4, 4), (10, 10), (1000, 11), (4234, 11)])
+def test_about_ten_lines_however_long_the_run(steps: int, lines: int, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", shown := Shown(False))
+    callback = progress_callback(lambda: 0)
+    tell(callback, range(1, steps + 1), steps)
+    assert len(shown.lines) == lines
+    assert shown.lines[0].startswith(f"  step 1/{steps}, loss 1.000, ")
+    assert shown.lines[-1].startswith(f"  step {steps}/{steps}, ")
+
+
+def test_the_time_left_does_not_count_steps_of_an_earlier_start(monkeypatch) -> None:
+    """After step 900 of 1000, ten steps in ten seconds: ninety are left, each of a second."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    pace = Pace(lambda: round(7 * now[0]))
+    pace.begin(900)
+    now[0] = 10.0
+    assert pace.left(910, 1000) == 90
+    assert pace.look() == 7
+
+
+@pytest.mark.slow
+def test_several_adapters_tell_about_ten_lines_each(tmp_path: Path, capsys) -> None:
+    argv = ["experiment=smoke", "data.train_limit=8", "trainer.batch_size=4", "trainer.epochs=60",
+            "trainer.max_steps=20", "trainer.logging_steps=1", "evaluation.limit=1",
+            "trainer.micro_batch_size=4", "adapters=[mixlora,lora]"]  # fmt: skip
+    assert execute([*argv, f"output_dir={tmp_path}"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if " step " in line]
+    for method in ("mixlora", "lora"):
+        own = [line for line in told if f"-{method}-" in line]
+        assert len(own) == 11
+        assert re.search(r"step 20/20, loss \d.*, [\d,]+ tokens/s, 0 s left$", own[-1])

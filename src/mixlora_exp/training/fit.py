@@ -177,12 +177,17 @@ def fit(
     if checkpoints is not None:
         # Before anything is written after a step.
         trainer.add_callback(_WhileOwned(checkpoints.check_owner))
-    trainer.add_callback(progress_callback())
-    trainer.add_callback(LogFile(folder / "train_log.jsonl", lambda: trainer.expert_load))
+
+    def tokens() -> int:
+        # Every process has about as many.
+        return int(trainer.track.tokens) * arguments.world_size
+
+    log = folder / "train_log.jsonl"
+    trainer.add_callback(progress_callback(tokens))
+    trainer.add_callback(LogFile(log, lambda: trainer.expert_load))
     if tracking is not None:
-        trainer.add_callback(
-            SendLogs(tracking, lambda: int(trainer.track.tokens), lambda: trainer.expert_load)
-        )
+        # After the log file's, which cuts what is going to be done again.
+        trainer.add_callback(SendLogs(tracking, log, tokens, lambda: trainer.expert_load))
     if watch is not None:
         # Runs of different coefficients are compared by it.
         coefficient = getattr(config.method, "router_loss_coef", 0.0)

@@ -58,6 +58,8 @@ def make_job(
     )
     job = Job(name, config, examples, folder, collate, checkpoints, tracking)
     restart_log(folder / "train_log.jsonl", job.step)
+    if tracking is not None:
+        tracking.begin(job.step, folder / "train_log.jsonl")
     return job
 
 

@@ -20,8 +20,9 @@ from mixlora_exp.data.encoding import Example
 from mixlora_exp.data.sampler import sampler_of
 from mixlora_exp.interruption import requested
 from mixlora_exp.kernels import DropoutStream
+from mixlora_exp.runtime import peak_memory_bytes
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
-from mixlora_exp.training.progress import append_log
+from mixlora_exp.training.progress import Pace, Tenths, append_log, live_line
 from mixlora_exp.training.track import Track
 from mixlora_exp.training.tracking import Tracking
 
@@ -112,6 +113,8 @@ class Job:
     steps: int = field(init=False)
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
+    pace: Pace = field(init=False)
+    _tenths: Tenths = field(init=False, default_factory=Tenths)
     _resumed: Checkpoint | None = field(init=False, default=None)
     _held: list[Tensor | None] = field(init=False, default_factory=list)
     _step_loss: Tensor | float = field(init=False, default=0.0)
@@ -121,6 +124,7 @@ class Job:
         self.steps = total_steps(self.config, len(self.examples))
         self.stream = DropoutStream(self.config.seed)
         self.track = Track(self.config.trainer.logging_steps)
+        self.pace = Pace(lambda: int(self.track.tokens))
         self._resumed = None if self.checkpoints is None else self.checkpoints.newest()
         if self._resumed is not None:
             self.step = self._resumed.step
@@ -147,6 +151,7 @@ class Job:
             self._resumed = None
             return
         self.optimizer, self.scheduler = optimizer, scheduler
+        self.pace.begin(self.step)
         if self._resumed is not None:
             self._resumed.restore(self.parameters, optimizer, scheduler)
             self._resumed = None
@@ -219,11 +224,17 @@ class Job:
 
     def _log(self, norm: float, rate: float, epoch: float) -> None:
         figures, load = self.track.entry(self.step)
-        loss = figures.pop("loss")
+        loss, speed = figures.pop("loss"), self.pace.look()
         entry = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": epoch, **figures}
         self.track.curve.append({**entry, "step": self.step})
         shown = entry if load is None else {**entry, "expert_load": load}
         append_log(self.folder / "train_log.jsonl", {"step": self.step, **shown})
         if self.tracking is not None:
-            self.tracking.log(self.step, shown)
-        sys.stderr.write(f"  {self.folder.name} step {self.step}/{self.steps}, loss {loss:.3f}\n")
+            device = next(iter(self.parameters.values())).device
+            memory = peak_memory_bytes(device) / 2**30
+            extra = {"tokens_per_second": speed, "memory_gib": memory}
+            self.tracking.log(self.step, {**shown, **extra})
+        if sys.stderr.isatty() or self._tenths.due(self.step, self.steps):
+            left = self.pace.left(self.step, self.steps)
+            line = live_line(self.step, self.steps, entry, speed, left)
+            sys.stderr.write(f"  {self.folder.name} {line}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from mixlora_exp.training.tracking import Tracking
 
 __all__ = [
     "LogFile",
+    "Pace",
     "ProgressBar",
     "ProgressLines",
     "SendLogs",
     "StopWhenAsked",
+    "Tenths",
     "Watch",
     "append_log",
+    "live_line",
     "progress_callback",
     "restart_log",
 ]
@@ -52,26 +55,85 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
         ) from error
 
 
+class Pace:
+    """How fast a training goes. `tokens` tells how many there were so far, of all processes."""
+
+    def __init__(self, tokens: Callable[[], int]) -> None:
+        self.tokens = tokens
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Training goes on after `step`."""
+        now = time.perf_counter()
+        self._from, self._since = step, now
+        self._before = (now, self.tokens())
+
+    def look(self) -> float:
+        """Tokens per second since the last look."""
+        (then, tokens), self._before = self._before, (time.perf_counter(), self.tokens())
+        return (self._before[1] - tokens) / max(self._before[0] - then, 1e-9)
+
+    def left(self, step: int, steps: int) -> float:
+        """Seconds until `steps` are done, if the others take as long as those so far."""
+        passed = time.perf_counter() - self._since
+        return passed / max(step - self._from, 1) * (steps - step)
+
+
+class Tenths:
+    """Picks about ten steps of a run to tell of: the first of each tenth, and the last."""
+
+    def __init__(self) -> None:
+        self._told = -1
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to tell of this step; of a tenth once."""
+        tenth = 10 * step // max(steps, 1)
+        if tenth <= self._told:
+            return False
+        self._told = tenth
+        return True
+
+
+def live_line(
+    step: int, steps: int, figures: Mapping[str, float], speed: float, left: float
+) -> str:
+    """Step, losses, tokens per second and the time left, in one line."""
+    shown = f"step {step}/{steps}, loss {figures['loss']:.3f}"
+    if "router_loss" in figures:
+        shown += f" with its share of router loss {figures['router_loss']:.3f}"
+    return f"{shown}, {speed:,.0f} tokens/s, {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class SendLogs(TrainerCallback):
-    """Hands every log entry, with speed and memory, to a tracker."""
+    """Hands every log entry, with speed and memory, to a tracker. `log`: the run's own."""
 
     def __init__(
-        self, tracking: Tracking, tokens: Callable[[], int], expert_load: Callable[[], Any]
+        self,
+        tracking: Tracking,
+        log: Path,
+        tokens: Callable[[], int],
+        expert_load: Callable[[], Any],
     ) -> None:
-        self.tracking, self.tokens, self.expert_load = tracking, tokens, expert_load
-        self._before = (time.perf_counter(), 0)
+        self.tracking, self.log, self.expert_load = tracking, log, expert_load
+        self.pace = Pace(tokens)
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        self._before = (time.perf_counter(), self.tokens())
+        self.pace.begin(state.global_step)
+        if state.is_world_process_zero:
+            self.tracking.begin(state.global_step, self.log)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
-        then, tokens = self._before
-        self._before = (time.perf_counter(), self.tokens())
         entry = {
             **logs,
-            "tokens_per_second": (self._before[1] - tokens) / max(self._before[0] - then, 1e-9),
+            "tokens_per_second": self.pace.look(),
             "memory_gib": peak_memory_bytes(args.device) / 2**30,
         }
         load = self.expert_load()
@@ -118,28 +180,49 @@ def restart_log(path: Path, step: int) -> None:
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' bar, with the last losses beside it instead of a printed dictionary."""
+    """transformers' bar (step, time left), with the last losses and tokens per second beside it
+    instead of a printed dictionary."""
+
+    def __init__(self, tokens: Callable[[], int]) -> None:
+        super().__init__()
+        self.pace = Pace(tokens)
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.pace.begin(state.global_step)
+        # Else the steps of an earlier start would count as done in no time.
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
             shown = {name: f"{logs[name]:.3f}" for name in ("loss", "router_loss") if name in logs}
-            self.training_bar.set_postfix(shown)
+            self.training_bar.set_postfix({**shown, "tokens/s": f"{self.pace.look():,.0f}"})
 
 
 class ProgressLines(TrainerCallback):
-    """A line per logged step, for where there is no terminal to draw a bar on."""
+    """About ten lines in all, for where there is no terminal to draw a bar on."""
+
+    def __init__(self, tokens: Callable[[], int]) -> None:
+        self.pace, self.tenths = Pace(tokens), Tenths()
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        self.pace.begin(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and "loss" in (logs or {}):
-            shown = f"loss {logs['loss']:.3f}"
-            if "router_loss" in logs:
-                shown += f" with its share of router loss {logs['router_loss']:.3f}"
-            sys.stderr.write(f"  step {state.global_step}/{state.max_steps}, {shown}\n")
+        step, steps = state.global_step, state.max_steps
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        if self.tenths.due(step, steps):
+            line = live_line(step, steps, logs, self.pace.look(), self.pace.left(step, steps))
+            sys.stderr.write(f"  {line}\n")
 
 
-def progress_callback() -> TrainerCallback:
-    """A bar on a terminal, lines elsewhere."""
-    return ProgressBar() if sys.stderr.isatty() else ProgressLines()
+def progress_callback(tokens: Callable[[], int]) -> TrainerCallback:
+    """A bar on a terminal, a few lines elsewhere. `tokens` tells how many there were so far."""
+    return ProgressBar(tokens) if sys.stderr.isatty() else ProgressLines(tokens)
 
 
 class LogFile(TrainerCallback):

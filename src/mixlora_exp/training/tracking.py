@@ -6,11 +6,19 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mixlora_exp.config.schema import Config, Tracker
+from mixlora_exp.training.sinks import (
+    LOG,
+    RECORD,
+    TensorBoardSink,
+    Values,
+    WandbSink,
+    read_log,
+)
 
 __all__ = ["Tracking", "start_tracking"]
 
@@ -19,63 +27,17 @@ WAITING = 1000
 GRACE = 30.0
 """Seconds that a run waits at its end for a tracker that has not sent everything."""
 
-Values = Mapping[str, Any]
-
 
 class Sink(Protocol):
     """A service that takes numbers; made, used and closed in one thread."""
 
+    def begin(self, step: int, entries: Sequence[tuple[int, Values]]) -> None:
+        """Training goes on after `step`. `entries`: everything up to there, of which the service
+        may lack some."""
+
     def log(self, step: int, values: Values) -> None: ...
 
     def close(self, files: Sequence[Path]) -> None: ...
-
-
-class _Wandb:
-    def __init__(self, config: Config, folder: Path, identity: str, group: str | None) -> None:
-        import wandb
-
-        from mixlora_exp.config import to_dict  # Needs Hydra, which benchmarks do without.
-
-        self._wandb = wandb
-        # Its id is the run's fingerprint: a run that goes on after a kill goes on there as well.
-        self._run = wandb.init(
-            project=config.tracker.project,
-            id=identity[:32],
-            resume="allow",
-            name=folder.name,
-            group=group,
-            mode=config.tracker.mode,
-            dir=str(folder),
-            config=to_dict(config),
-            # The next cell of a sweep, or another adapter, is a run of its own.
-            reinit="create_new",
-            settings=wandb.Settings(init_timeout=60, silent=True),
-        )
-
-    def log(self, step: int, values: Values) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self, files: Sequence[Path]) -> None:
-        if files:
-            artifact = self._wandb.Artifact(f"run-{self._run.id}", type="run")
-            for path in files:
-                artifact.add_file(str(path))
-            self._run.log_artifact(artifact)
-        self._run.finish()
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, step: int, values: Values) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self, files: Sequence[Path]) -> None:
-        self._writer.close()
 
 
 class Tracking:
@@ -83,8 +45,8 @@ class Tracking:
 
     def __init__(self, name: str, make: Callable[[], Sink], grace: float = GRACE) -> None:
         self._name, self._make, self._grace = name, make, grace
-        self._entries: queue.Queue[tuple[int, Values] | Sequence[Path]] = queue.Queue(WAITING)
-        self._told = False
+        self._calls: queue.Queue[tuple[str, tuple[Any, ...]]] = queue.Queue(WAITING)
+        self._told, self._begun = False, False
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -98,30 +60,39 @@ class Tracking:
 
     def _work(self) -> None:
         try:
-            sink = self._make()
-            while True:
-                entry = self._entries.get()
-                if isinstance(entry, tuple):
-                    sink.log(*entry)
-                else:
-                    sink.close(entry)
-                    return
+            sink, name = self._make(), ""
+            while name != "close":
+                name, arguments = self._calls.get()
+                getattr(sink, name)(*arguments)
         except BaseException as error:  # noqa: BLE001 - whatever it raises, the run goes on
             self._tell(error)
 
-    def log(self, step: int, values: Values) -> None:
-        """Hand over one entry; returns at once."""
+    def _put(self, name: str, *arguments: Any) -> bool:
+        """Hand over one call; returns at once, false where too many are waiting."""
         try:
-            self._entries.put_nowait((step, flat(values)))
+            self._calls.put_nowait((name, arguments))
         except queue.Full:
             self._tell("it does not keep up")
+            return False
+        return True
+
+    def begin(self, step: int, log: Path) -> None:
+        """Training goes on after `step`; what an earlier start of the run did not come to send is
+        taken from its `log`, which ends there."""
+        self._begun = True
+        self._put("begin", step, [(number, flat(entry)) for number, entry in read_log(log)])
+
+    def log(self, step: int, values: Values) -> None:
+        """Hand over one entry; returns at once."""
+        self._put("log", step, flat(values))
 
     def close(self, files: Sequence[Path] = ()) -> None:
         """Hand over the run's files and wait, for a while, until everything is sent."""
-        try:
-            self._entries.put_nowait([path for path in files if path.is_file()])
-        except queue.Full:
-            self._tell("it does not keep up")
+        found = {path.name: path for path in files if path.is_file()}
+        if not self._begun and {LOG, RECORD} <= set(found):
+            # All steps were done before this start.
+            self.begin(max((step for step, _ in read_log(found[LOG])), default=0), found[LOG])
+        if not self._put("close", list(found.values())):
             return
         self._thread.join(self._grace)
         if self._thread.is_alive():
@@ -150,7 +121,7 @@ def start_tracking(
     `group`: the experiment that it belongs to."""
     match config.tracker.name:
         case Tracker.wandb:
-            return Tracking("wandb", lambda: _Wandb(config, folder, identity, group))
+            return Tracking("wandb", lambda: WandbSink(config, folder, identity, group))
         case Tracker.tensorboard:
-            return Tracking("tensorboard", lambda: _TensorBoard(folder))
+            return Tracking("tensorboard", lambda: TensorBoardSink(folder, config.force))
     return None
