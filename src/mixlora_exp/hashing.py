@@ -15,7 +15,7 @@ BESIDE = frozenset(
         "bench", "cli.py", "durable.py", "errors.py", "generation.py", "interruption.py",
         "lm_eval.py", "planning.py", "reporting.py", "rescoring.py", "results", "runlock.py",
         "search.py", "search_study.py", "serving.py", "status.py", "training/checkpoints.py",
-        "training/progress.py", "training/tracking.py", "underway.py",
+        "training/progress.py", "training/sinks.py", "training/tracking.py", "underway.py",
     )
 )  # fmt: skip
 """Code that shows, stores, starts or measures runs; all else decides what a run computes."""

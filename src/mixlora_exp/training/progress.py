@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -176,7 +177,16 @@ def restart_log(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             break  # Cut off by a kill.
         kept.append(line + "\n")
-    path.write_text("".join(kept)) if kept else path.unlink()
+    # Beside it and renamed: a kill here must not cost what is kept.
+    shorter = path.with_name(f".{path.name}.tmp")
+    try:
+        shorter.write_text("".join(kept))
+        os.replace(shorter, path)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: cannot write {path} ({error.strerror}). Free space there and start the "
+            "same command again to go on."
+        ) from error
 
 
 class ProgressBar(ProgressCallback):
