@@ -57,8 +57,8 @@ bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight min
 bench-eval: $(STAMP)  ## measure how many items a second the scoring protocols take
 	$(BIN)/python scripts/bench_eval.py
 
-# The sweep behind a table: its missing cells, those of a model. DATA=local needs DATA_PATH=DIR; OPTIONS
-# are overrides of any kind.
+# The sweep behind a table: its missing cells, those of a model. DATA=local reads data/, or
+# DATA_PATH=DIR; OPTIONS are overrides of any kind.
 MODEL ?= llama2_7b
 DATA ?= hub
 OPTIONS ?=

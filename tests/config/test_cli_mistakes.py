@@ -50,7 +50,7 @@ BAD = [
     (["data.forms=[lable]"], ["data.forms=[lable]", "label, text"]),
     (["kernel.name=fast"], ["kernel.name=fast", "auto, peft, reference, shared, exact, triton"]),
     (["trainer.max_steps=0"], ["trainer.max_steps=0", ">= 1"]),
-    (["data=local"], ["data.path=null", "data.path=DIR"]),
+    (["data=local", "data.path=null"], ["data.path=null", "data.path=DIR"]),
     (["model.name=???"], ["model.name=???", "set model.name=VALUE"]),
     (["output_dir=${foo}"], ["output_dir=${foo}", "'foo' not found"]),
     (["trainer.max_steps=${trainer.epochs}"], ["trainer.max_steps=${trainer.epochs}", "2.0"]),

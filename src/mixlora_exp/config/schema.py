@@ -125,7 +125,7 @@ class DataConfig:
 
     name: DataSource = MISSING
     path: str | None = None
-    """data=local: a folder with `<task>/<split>.jsonl[.gz]` or `.parquet`."""
+    """data=local: a folder with `<task>/<split>.jsonl[.gz]` or `.parquet`; `data` unless given."""
     mirror: str | None = None
     """data=hub: a folder `<owner>/<name>` of downloaded hub repositories, read instead."""
     seed: int = 0
