@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config import Config
+from mixlora_exp.config import Config, to_dict
 from mixlora_exp.config.schema import (
     DataSource,
     Head,
@@ -18,11 +18,18 @@ from mixlora_exp.config.schema import (
 )
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation import check_tests
 from mixlora_exp.hashing import code_sha256, file_sha256
 from mixlora_exp.kernels import has_triton, resolve_kernel
-from mixlora_exp.models import identify, with_folder_shape
+from mixlora_exp.models import (
+    has_local_tokenizer,
+    identify,
+    load_tokenizer,
+    with_folder_shape,
+)
 from mixlora_exp.results.record import read_record
 from mixlora_exp.runtime import resolve_device, resolve_dtype
+from mixlora_exp.scored import scored_split
 
 __all__ = [
     "RECORD",
@@ -52,12 +59,17 @@ def resolve_config(config: Config) -> Config:
     return dataclasses.replace(config, model=with_folder_shape(config.model))
 
 
-def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
+def _wanted(config: Config) -> list[tuple[str, str]]:
+    """Tasks and splits that a run reads."""
     scored = "train" if config.evaluation.held_out else "test"
     wanted = [(task, scored) for task in config.task.evaluate]
     if isinstance(config.method, LoraMethodConfig):
         wanted = [(task, "train") for task in config.task.train] + wanted
-    custom = config.task.custom
+    return wanted
+
+
+def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
+    custom, wanted = config.task.custom, _wanted(config)
     splits = {(task, split): load_split(config.data, task, split, custom) for task, split in wanted}
     # Rows are for protocols; those of large training splits would only take memory.
     return {
@@ -183,28 +195,45 @@ def gather_inputs(config: Config) -> Inputs:
     return Inputs(splits, identity)
 
 
-def check_inputs(configs: list[Config]) -> None:
-    """Check what runs would read, each data split once; nothing on the hub.
+def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
+    """Check what runs would read and compute with, data that they share once; nothing on the hub.
+    `elsewhere`: they run on other machines, whose GPUs and packages this one does not know; nor
+    does one that only makes a plan.
 
     Raises:
-        UserError: something is missing or damaged.
+        UserError: something is missing or damaged, or is not for this machine.
     """
-    seen = set()
+    checked: set[str] = set()
     for config in map(resolve_config, configs):
         _check_tracker(config)
-        _adapter(config)
+        adapter = _adapter(config)
+        if not (elsewhere or config.dry_run):
+            _check_head(config)
+            _kernel(config, adapter)
         path = config.model.path
         if path is not None and not Path(path).expanduser().is_dir():
             raise UserError(f"model.path={path} is not valid: there is no such folder")
+        if (adapter or {}).get("trained_by") is not None:
+            _check_base(config, adapter, identify(config.model))
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue
-        trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []
-        wanted = {(t, "train") for t in trains} | {(t, "test") for t in config.task.evaluate}
-        for task, split in sorted(wanted):
-            key = (config.data.name, config.data.path, config.data.mirror, task, split)
-            if key not in seen:
-                load_split(config.data, task, split, config.task.custom)
-                seen.add(key)
+        # Cells that differ in the method alone read the same.
+        parts = (config.model, config.task, config.data, config.evaluation, _wanted(config))
+        key = json.dumps([to_dict(part) for part in parts])
+        if key not in checked:
+            _check_items(config)
+            checked.add(key)
+
+
+def _check_items(config: Config) -> None:
+    """Read the items and, where the tokenizer is at hand, check that they can be scored."""
+    inputs = Inputs(_splits(config), {})
+    tests = {task: scored_split(config, inputs, task) for task in config.task.evaluate}
+    if not has_local_tokenizer(config.model):
+        return
+    tokenizer = load_tokenizer(config.model)
+    for protocol in config.evaluation.protocols:
+        check_tests(protocol, tokenizer, tests, config.data)
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:

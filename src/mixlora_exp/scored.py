@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixlora_exp.config import Config
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import TaskScore
-from mixlora_exp.inputs import Inputs
 from mixlora_exp.results.record import write_jsonl
+
+if TYPE_CHECKING:
+    # `inputs` checks with `scored_split` what runs will score.
+    from mixlora_exp.inputs import Inputs
 
 __all__ = ["score_entry", "scored_split", "write_predictions"]
 
