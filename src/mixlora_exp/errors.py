@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mixlora_exp.interruption import REQUEUE, Terminated, install
 
-__all__ = ["INTERRUPTED", "MISTAKE", "REQUEUE", "UserError", "guarded"]
+__all__ = ["INTERRUPTED", "MISTAKE", "REQUEUE", "PackError", "UserError", "guarded"]
 
 MISTAKE, INTERRUPTED = 2, 130
 """Exit codes."""
@@ -19,6 +19,14 @@ class UserError(Exception):
     The message names the field, its value and the way out. `mixlora_exp.cli` prints it without
     a traceback and exits with code 2.
     """
+
+
+class PackError(UserError):
+    """Runs of a pack failed; the others are recorded, or another process's."""
+
+    def __init__(self, message: str, *, done: int, failed: int) -> None:
+        super().__init__(message)
+        self.done, self.failed = done, failed
 
 
 def guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

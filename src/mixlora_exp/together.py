@@ -15,7 +15,7 @@ from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, s
 from mixlora_exp.config import Config, run_name
 from mixlora_exp.config.schema import LoraMethodConfig, Protocol
 from mixlora_exp.config.together import check_together
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
 from mixlora_exp.experiment import (
     RECORD,
@@ -62,17 +62,19 @@ class _Pack:
         """The records.
 
         Raises:
-            UserError: a run failed.
+            PackError: a run failed.
         """
         reasons = list(dict.fromkeys(self.failures.values()))
+        done, failed = len(self.paths), len(self.failures)
         if self.failures and not self.paths and len(reasons) == 1:
-            raise UserError(reasons[0])
+            raise PackError(reasons[0], done=done, failed=failed)
         if self.failures:
-            every = len(self.failures) + len(self.paths)
-            raise UserError(
-                f"{len(self.failures)} of {every} adapters were taken out"
+            raise PackError(
+                f"{failed} of {failed + done} adapters were taken out"
                 f"{', the others are recorded' if self.paths else ''}: "
-                + "; ".join(f"{name}: {why}" for name, why in self.failures.items())
+                + "; ".join(f"{name}: {why}" for name, why in self.failures.items()),
+                done=done,
+                failed=failed,
             )
         return self.paths
 

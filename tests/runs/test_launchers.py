@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from mixlora_exp.cli import execute
 from mixlora_exp.results.record import read_record
+from mixlora_exp.runlock import holder_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=smoke", "data.train_limit=8", "evaluation.batch_check=0"]
@@ -75,6 +81,122 @@ def test_a_local_cluster_of_ray(tmp_path: Path) -> None:
     done = sweep(tmp_path, *launcher, "method=lora,mixdora")
     assert done.returncode == 0, done.stderr
     assert methods(tmp_path) == ["lora", "mixdora"]
+
+
+class Sweep:
+    """A sweep under way, whose processes can be sent signals: `LONG` runs that save at no step."""
+
+    LONG = ("trainer.max_steps=60", "trainer.logging_steps=1", "trainer.save_steps=1000",
+            "trainer.precision=float32")  # fmt: skip
+
+    def __init__(self, folder: Path, *argv: str) -> None:
+        self.folder, self.log = folder, folder / "log"
+        command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, f"output_dir={folder}"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *self.LONG, *argv],
+                cwd=folder,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+            )
+
+    def in_training(self) -> Path:
+        """Waits for a run that has trained a few steps."""
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for path in self.folder.glob("*/train_log.jsonl"):
+                if len(path.read_text().splitlines()) >= 3:
+                    return path.parent
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text()[-2000:])
+
+    def signal_the_process_of(self, run: Path, number: int) -> None:
+        holder = holder_of(run / "lock")
+        assert holder is not None
+        os.kill(holder["pid"], number)
+
+    def end(self) -> tuple[int, str]:
+        code = self.process.wait(300)
+        told = self.log.read_text()
+        assert "Traceback" not in told
+        return code, told
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
+    with ExitStack() as stack:
+
+        def begin(*argv: str) -> Sweep:
+            found = Sweep(tmp_path, *argv)
+            stack.callback(found.process.kill)
+            return found
+
+        yield begin
+
+
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+
+
+@pytest.mark.slow
+@needs("hydra_joblib_launcher")
+def test_processes_of_joblib_save_on_sigterm(start: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = start(*JOBLIB, "method=lora", "seed=1,2")
+    run = sweep.in_training()
+    sweep.process.send_signal(signal.SIGTERM)
+    code, told = sweep.end()
+    assert code == 75
+    assert "0 failed, 0 left alone, " in told
+    assert list(run.glob("checkpoints/step-*"))
+    again = start(*JOBLIB, "method=lora", "seed=1,2")
+    assert again.end()[0] == 0
+    assert len((run / "train_log.jsonl").read_text().splitlines()) == 60
+    assert methods(tmp_path) == ["lora", "lora"]
+
+
+@pytest.mark.slow
+@needs("hydra_joblib_launcher")
+def test_a_process_of_joblib_is_killed(start: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = start(*JOBLIB, "method=lora", "seed=1,2,3")
+    sweep.signal_the_process_of(sweep.in_training(), signal.SIGKILL)
+    code, told = sweep.end()
+    assert code == 0, told[-2000:]
+    assert "a process was killed" in told
+    assert "== 3 runs: 3 done, 0 failed" in told
+    assert methods(tmp_path) == ["lora"] * 3
+
+
+@pytest.mark.slow
+@needs("hydra_submitit_launcher")
+def test_a_job_of_submitit_saves_and_is_queued_again(start: Callable[..., Sweep]) -> None:
+    sweep = start("hydra/launcher=submitit_local", "method=lora")
+    run = sweep.in_training()
+    sweep.signal_the_process_of(run, signal.SIGTERM)
+    code, told = sweep.end()
+    assert code == 0, told[-2000:]
+    (log,) = sweep.folder.glob(".hydra/.submitit/*/*_log.err")
+    assert log.read_text().count("step 1/60") == 1, "it goes on from its checkpoint"
+    assert len((run / "train_log.jsonl").read_text().splitlines()) == 60
+
+
+@pytest.mark.slow
+@needs("hydra_submitit_launcher")
+def test_a_job_of_submitit_is_killed(start: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = start("hydra/launcher=submitit_local", "method=lora,dora")
+    sweep.signal_the_process_of(sweep.in_training(), signal.SIGKILL)
+    code, told = sweep.end()
+    assert code == 2
+    assert "== 2 runs: 1 done, 1 failed" in told
+    assert "its job ended without a result" in told
+    assert len(methods(tmp_path)) == 1
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="SLURM is here")
+@needs("hydra_submitit_launcher")
+def test_a_machine_without_slurm_is_told(tmp_path: Path, capsys) -> None:
+    argv = ["-m", *SMALL, f"output_dir={tmp_path}", "hydra/launcher=slurm", "method=lora,dora"]
+    assert execute(argv) == 2
+    assert "use hydra/launcher=submitit_local" in capsys.readouterr().err
 
 
 @needs("hydra_submitit_launcher")

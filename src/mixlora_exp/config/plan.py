@@ -35,17 +35,36 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedJob:
+    """What a launcher starts at once: one cell, or several that share a base."""
+
+    overrides: str
+    cells: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """All runs of a command line; `expanded` is false for a sweeper that picks its own cells.
 
     `packed`: the command line that carries out the cells together, None where each is a job of its
-    own."""
+    own; `packs`: the numbers of the cells of each of its jobs. `launcher`: name of its class."""
 
     multirun: bool
     expanded: bool
     cells: tuple[Cell, ...]
     packed: tuple[str, ...] | None = None
-    packs: int = 0
+    packs: tuple[tuple[int, ...], ...] = ()
+    launcher: str = ""
+
+    @property
+    def jobs(self) -> list[PlannedJob]:
+        """The jobs of a sweep, by the numbers that Hydra gives them."""
+        packs = self.packs or [(number,) for number in range(len(self.cells))]
+        names = [" ".join(cell.overrides) for cell in self.cells]
+        return [
+            PlannedJob(overrides=" | ".join(names[i] for i in pack), cells=len(pack))
+            for pack in packs
+        ]
 
 
 @contextmanager
@@ -170,12 +189,13 @@ def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -
         cells = tuple(Cell(overrides=tuple(overrides), config=found) for found in configs)
         return Plan(multirun=False, expanded=True, cells=cells)
 
+    launcher = str(master.hydra.launcher.get("_target_", "")).rpartition(".")[2]
     fixed = [line for line in overrides if line.lstrip("+~").startswith("hydra")]
     sweeper = master.hydra.sweeper
     if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
         base = [o.input_line for o in parsed if not o.is_sweep_override()]
         cell = Cell(overrides=tuple(base), config=compose_cell(hydra, name, base))
-        return Plan(multirun=True, expanded=False, cells=(cell,))
+        return Plan(multirun=True, expanded=False, cells=(cell,), launcher=launcher)
 
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     task = [line for line in overrides if line not in fixed]
@@ -205,10 +225,16 @@ def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -
         cells.append(Cell(overrides=tuple(lines), config=config))
     size = cells[0].config.trainer.pack_adapters
     if size == 1:
-        return Plan(multirun=True, expanded=True, cells=tuple(cells))
+        return Plan(multirun=True, expanded=True, cells=tuple(cells), launcher=launcher)
     packs = packs_of([cell.config for cell in cells], size)
-    packed = (*fixed, *_packed(cells, packs, swept))
-    return Plan(multirun=True, expanded=True, cells=tuple(cells), packed=packed, packs=len(packs))
+    return Plan(
+        multirun=True,
+        expanded=True,
+        cells=tuple(cells),
+        packed=(*fixed, *_packed(cells, packs, swept)),
+        packs=tuple(map(tuple, packs)),
+        launcher=launcher,
+    )
 
 
 def _packed(

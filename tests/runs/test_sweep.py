@@ -1,0 +1,310 @@
+"""A sweep as a whole: checked before it starts, counted at its end, whatever its processes do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixlora_exp import interruption, jobs, sweep
+from mixlora_exp.cli import execute
+from mixlora_exp.config import compose
+from mixlora_exp.config.plan import Cell, Plan
+from mixlora_exp.interruption import Terminated, deferred, heeded, install, requested
+from mixlora_exp.jobs import SWEEP, Outcome
+from mixlora_exp.ledger import Ledger
+from mixlora_exp.runlock import RunLock
+
+SMALL = ["experiment=smoke", "data.train_limit=8", "evaluation.batch_check=0"]
+ON_A_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    depth = interruption._STATE.depth
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    interruption._STATE.depth = depth
+    interruption._STATE.requested.clear()
+    SWEEP.runs = 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *argv: str) -> str:
+    """The one line on which a sweep is refused before its first cell starts."""
+    assert execute(["-m", *SMALL, f"output_dir={folder}", *argv]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    return told
+
+
+# Where nothing can be written.
+
+
+def test_a_file_in_the_way_of_the_output_is_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        told = refused(capsys, folder, "method=lora,dora")
+        assert f"output_dir={folder}" in told
+        assert "choose another output_dir" in told
+
+
+def test_a_read_only_file_system_is_one_line(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = os.mkdir
+
+    def refuse(path: Any, *rest: Any, **more: Any) -> None:
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *rest, **more)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    assert "Read-only file system" in refused(capsys, tmp_path / "out", "method=lora,dora")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nobody may write to, root included."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True, text=True
+    )
+    if done.returncode:
+        if os.geteuid() == 0:
+            pytest.skip(f"nothing can be mounted, and root may write everywhere: {done.stderr}")
+        folder.chmod(0o555)
+    yield folder
+    if not done.returncode:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_read_only_folder_is_one_line(read_only: Path, capsys) -> None:
+    assert f"output_dir={read_only}" in refused(capsys, read_only, "method=lora,dora")
+
+
+# What is checked first.
+
+
+@pytest.mark.skipif(ON_A_GPU, reason="all kernels run on this machine")
+@pytest.mark.parametrize(
+    ("sweep_of", "message"),
+    [
+        ("kernel=exact,triton", "kernel=triton needs a CUDA GPU"),
+        ("trainer.head=chunked,liger", "trainer.head=liger needs a CUDA GPU"),
+    ],
+)
+def test_what_this_machine_cannot_compute_is_told_first(
+    sweep_of: str, message: str, tmp_path: Path, capsys
+) -> None:
+    assert message in refused(capsys, tmp_path, sweep_of)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(ON_A_GPU, reason="all kernels run on this machine")
+def test_a_plan_may_be_for_another_machine(tmp_path: Path) -> None:
+    argv = ["-m", *SMALL, f"output_dir={tmp_path}", "kernel=exact,triton", "dry_run=true"]
+    assert execute(argv) == 0
+
+
+def test_rows_that_training_leaves_over_are_counted_first(tmp_path: Path, capsys) -> None:
+    argv = ["evaluation.held_out=true", "data.train_limit=8,1000000"]
+    assert "leaves no row of arc_e over" in refused(capsys, tmp_path, *argv)
+
+
+def test_local_files_are_those_in_data(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compose(["experiment=table8_rank/smollm2_135m", "data=local"]).data.path == "data"
+    told = refused(capsys, tmp_path, "data=local", "task=boolq", "method=lora,dora")
+    assert "data.path=data does not exist: give a folder that holds boolq/" in told
+    (tmp_path / "data" / "boolq").mkdir(parents=True)
+    for split in ("train", "test"):
+        row = '{"question": "is it so", "passage": "It is.", "answer": true}\n'
+        (tmp_path / "data" / "boolq" / f"{split}.jsonl").write_text(row)
+    argv = ["data=local", "task=boolq", "method=lora,dora", "dry_run=true"]
+    assert execute(["-m", *SMALL, *argv]) == 0
+
+
+# What is told at the end.
+
+
+@pytest.mark.slow
+def test_the_end_counts_what_is_done_failed_and_left_alone(tmp_path: Path, capsys) -> None:
+    argv = ["-m", *SMALL, f"output_dir={tmp_path}", "trainer.max_steps=1"]
+    assert execute([*argv, "method=lora,dora"]) == 0
+    assert "== 2 runs: 2 done, 0 failed, 0 left alone, " in capsys.readouterr().err
+    (folder,) = (path.parent for path in tmp_path.glob("*-dora-*/record.json"))
+    (folder / "record.json").unlink()
+    lock = RunLock(folder / "lock")
+    assert lock.acquire()
+    with lock:
+        assert execute([*argv, "method=lora,dora,mixlora", "seed=42"]) == 0
+    assert "== 3 runs: 2 done, 0 failed, 1 left alone, " in capsys.readouterr().err
+
+
+def test_a_stopped_sweep_counts_too(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_one(cfg: Any) -> Outcome:
+        if cfg.seed == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return Outcome(done=1)
+
+    monkeypatch.setattr(jobs, "run_one", run_one)
+    assert execute(["-m", *SMALL, f"output_dir={tmp_path}", "seed=1,2,3"]) == 75
+    told = capsys.readouterr().err
+    assert "== 3 runs: 1 done, 0 failed, 0 left alone, 2 stopped or not started" in told
+    assert "the same command goes on from there" in told
+
+
+# A pool of processes of which one is killed. Its stand-in is as Hydra's multirun is with joblib: it
+# calls the task for each job, and breaks where a process is killed.
+
+
+class Pool:
+    """`kills`: how often the process of a job is killed; `never`: before any job has begun."""
+
+    def __init__(self, jobs: int, kills: dict[int, int], never: bool = False) -> None:
+        self.jobs, self.kills, self.never = jobs, kills, never
+        self.ran: list[int] = []
+
+    def __call__(self, task: Any) -> None:
+        ledger: Ledger = task.keywords["ledger"]
+        if self.never:
+            raise BrokenExecutor
+        for number in range(self.jobs):
+            if ledger.outcome(number) is not None or not ledger.may_begin(number):
+                continue
+            ledger.begin(number)
+            if self.kills.get(number, 0):
+                self.kills[number] -= 1
+                raise BrokenExecutor
+            self.ran.append(number)
+            ledger.end(number, Outcome(done=1))
+
+
+@pytest.fixture
+def plan() -> Plan:
+    config = compose(SMALL)
+    cells = tuple(Cell(overrides=(f"seed={seed}",), config=config) for seed in range(4))
+    return Plan(multirun=True, expanded=True, cells=cells, launcher="JoblibLauncher")
+
+
+def end_of(pool: Pool, plan: Plan) -> int:
+    SWEEP.begin(len(plan.jobs))
+    sweep._by_processes(pool, plan)
+    return sweep._tell(plan)
+
+
+def test_jobs_go_on_when_a_process_is_killed(plan: Plan, capsys) -> None:
+    pool = Pool(4, {1: 1})
+    assert end_of(pool, plan) == 0
+    assert pool.ran == [0, 2, 3, 1], "each once, the one that was killed at the end, alone"
+    told = capsys.readouterr().err
+    assert "while there were under way: seed=1; the others go on" in told
+    assert "== 4 runs: 4 done, 0 failed" in told
+
+
+def test_a_job_whose_process_is_killed_twice_has_failed(plan: Plan, capsys) -> None:
+    pool = Pool(4, {1: 99, 2: 1})
+    assert end_of(pool, plan) == 2
+    assert pool.ran == [0, 3, 2]
+    told = capsys.readouterr().err
+    assert "== 4 runs: 3 done, 1 failed" in told
+    assert "1 of 4 runs failed:\n  seed=1: its process was killed twice" in told
+
+
+def test_a_pool_that_never_starts_is_given_up(plan: Plan, capsys) -> None:
+    assert end_of(Pool(4, {}, never=True), plan) == 2
+    assert "seed=3: no process could be started for it" in capsys.readouterr().err
+
+
+# A process that a launcher has started is asked to end.
+
+
+@pytest.fixture
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a job in this process as one that a launcher has started does; training is a step in
+    which a signal arrives."""
+    job = SimpleNamespace(job=SimpleNamespace(num=0), overrides=SimpleNamespace(task=["seed=1"]))
+    monkeypatch.setattr(jobs, "HydraConfig", SimpleNamespace(get=lambda: job))
+
+    def run(number: int, ledger: Ledger | None = None) -> tuple[Outcome | None, list[str]]:
+        saved: list[str] = []
+
+        def run_one(cfg: Any) -> Outcome:
+            with deferred():
+                signal.raise_signal(number)
+                saved.extend(["checkpoint"] if requested() else [])
+            return Outcome(done=1)
+
+        monkeypatch.setattr(jobs, "run_one", run_one)
+        try:
+            return jobs.run_cell(SimpleNamespace(adapters=[]), ledger), saved
+        except SystemExit as error:
+            return error.code, saved  # type: ignore[return-value]
+
+    return run
+
+
+def test_a_worker_saves_and_gives_its_job_back(in_a_job: Callable[..., Any], tmp_path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ledger = Ledger(tmp_path)
+    outcome, saved = in_a_job(signal.SIGTERM, ledger)
+    assert outcome == Outcome(stopped=True)
+    assert saved == ["checkpoint"]
+    assert ledger.outcome(0) == outcome
+    # Between two jobs it is only noted, and the next one does not begin.
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Terminated), heeded():
+        pytest.fail("it began")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_job_of_submitit_saves_before_it_is_queued_again(
+    number: int, in_a_job: Callable[..., Any]
+) -> None:
+    class Handler:
+        """As submitit has it: SIGTERM is passed over, and on SIGUSR2 the process ends at once."""
+
+        def bypass(self, number: int, frame: Any) -> None: ...
+
+        def checkpoint_and_try_requeue(self, number: int, frame: Any) -> None:
+            raise SystemExit(f"queued again on {number}")
+
+    signal.signal(signal.SIGTERM, Handler().bypass)
+    signal.signal(signal.SIGUSR2, Handler().checkpoint_and_try_requeue)
+    outcome, saved = in_a_job(number)
+    assert saved == ["checkpoint"]
+    assert outcome == f"queued again on {int(signal.SIGUSR2)}"
+
+
+def test_a_stop_lets_no_further_job_begin(in_a_job: Callable[..., Any], tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.stop()
+    outcome, saved = in_a_job(signal.SIGTERM, ledger)
+    assert outcome == Outcome(stopped=True)
+    assert not saved
+
+
+def test_a_signal_that_is_repeated_is_one_request() -> None:
+    install()
+    with pytest.raises(Terminated):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
