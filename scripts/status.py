@@ -26,6 +26,9 @@ SHADES = {
 
 
 def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    if any(word in ("-h", "--help") for word in arguments):
+        print((__doc__ or "").strip())
+        raise SystemExit(0)
     own, rest = {}, []
     for argument in arguments:
         name, equals, value = argument.partition("=")

@@ -22,6 +22,7 @@ from mixlora_exp.config import (
     plan_runs,
     register_schemas,
 )
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError, guarded
 from mixlora_exp.jobs import run_one, run_single
 from mixlora_exp.sweep import launch_sweep
@@ -37,6 +38,9 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         wrong = next((flag for flag in typed if flag not in known), "")
         close = difflib.get_close_matches(wrong, known, cutoff=0.7)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; --hydra-help lists flags"
+        setting = wrong.lstrip("-").replace("-", "_")
+        if setting in Config.__dataclass_fields__:
+            hint = f"; settings have no dashes: write {setting}=..."
         raise UserError(f"{message}{hint}")
 
     parser.error = refuse  # type: ignore[method-assign]

@@ -252,6 +252,15 @@ def test_mistakes_are_told(argument: str, message: str) -> None:
     assert "Traceback" not in told.stderr
 
 
+def test_help_is_given() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "status.py"), "--help"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "state=failed" in done.stdout
+
+
 def test_experiments_are_found() -> None:
     assert {"table1/llama2_13b", "table8_rank/smollm2_135m", "figure4c/llama2_7b"} <= set(
         experiments()
