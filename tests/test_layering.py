@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str] | None] = {
         "interruption",
     },
     "evaluation": {"config", "tasks", "data", "runtime", "errors"},
-    "results": {"config", "tasks", "errors"},
+    "results": {"config", "tasks", "durable", "errors"},
     "bench": {
         "config",
         "kernels",

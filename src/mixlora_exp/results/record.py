@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from mixlora_exp.durable import sync
 from mixlora_exp.errors import UserError
 
 __all__ = [
@@ -164,11 +165,7 @@ def _sync_folder(folder: Path) -> None:
     """Make the new name last through a power cut, where the system can."""
     # Windows cannot open a folder, some network file systems cannot sync one.
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)
 
 
 def _plain(value: Any) -> Any:
