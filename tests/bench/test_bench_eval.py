@@ -44,5 +44,5 @@ def test_every_way_scores_the_same_items(script: ModuleType, tmp_path: Path) -> 
 def test_mistakes_are_told(script: ModuleType) -> None:
     with pytest.raises(UserError, match="dtype=int8 is not valid"):
         script.run(["dtype=int8"])
-    with pytest.raises(UserError, match="the fields are model, method"):
+    with pytest.raises(UserError, match="did you mean limit.*The fields are model, method"):
         script.run(["limits=3"])
