@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -91,19 +92,31 @@ def inference_step(model: nn.Module, ids: Tensor) -> float:
 def saved_bytes(run: Callable[[], Tensor], owned: set[int]) -> int:
     """Bytes that autograd keeps for the backward pass of `run()`, each storage once; `owned` are
     the data pointers of storages that exist anyway (parameters)."""
-    kept: dict[int, int] = {}
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        found = _Kept(tensor)
+        kept.add(found)
+        return found
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
         result = run()
-        total = sum(kept.values())
+        # Only now: what a part of the graph kept that is gone again does not count, and its memory
+        # may have been given to others.
+        storages = [found.tensor.untyped_storage() for found in kept]
+        sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in owned}
+        total = sum(sizes.values())
     del result
     return total
+
+
+class _Kept:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def feed_forward_saved_bytes(model: nn.Module, tokens: int) -> float:
