@@ -64,6 +64,7 @@ def test_each_switch_beside_none(write: Write, results: Path) -> None:
             ("official", {"arc_e": 0.2, "boolq": 0.5}, -0.5),
             ("only_loss_on", share, 0.0),
             ("only_padding_in_loss", share, 0.25 if seed == 1 else -0.25),
+            ("only_router_loss_coef", share, 0.0),
         ):
             words = [*WORDS, f"preset={preset}", f"seed={seed}"]
             likelihoods(write(results / "runs", f"{preset}-{seed}", words, value), shift)
@@ -76,6 +77,8 @@ def test_each_switch_beside_none(write: Write, results: Path) -> None:
         "preset=official",
         "trainer.loss_on=all",
         "trainer.loss_on=all, trainer.padding_in_loss=true",
+        # Not of the official code, but a preset of its own.
+        "method.router_loss_coef=0.01",
     }
     assert labels[-2:] == ["majority class", "chance"]
     effect = cell(block, "preset=official", "accuracy minus preset=correct")

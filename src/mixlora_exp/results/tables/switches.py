@@ -130,9 +130,12 @@ def switch_table(
     for (_, protocol, _), runs in found.runs.items():
         for run in runs:
             # A method of the user's own has no line here, and a value that the official packages
-            # do not have (a sweep over the coefficient) belongs to another table.
+            # do not have (a sweep over the coefficient) belongs to another table, unless a preset
+            # names it: for the coefficient the paper and the packages' code differ.
             diff = _diff(run, own[run.method]) if run.method in own else None
-            if diff is not None and set(diff) <= set(presets["official"][run.method]):
+            single = str(run.trained["preset"]["name"]).startswith("only_")
+            known = single or (diff and set(diff) <= set(presets["official"][run.method]))
+            if diff is not None and (known or not diff):
                 groups[_rest(run, protocol), protocol][diff].append(run)
     blocks = []
     for (_, protocol), variants in sorted(groups.items()):
