@@ -98,6 +98,9 @@ def _table(record: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     """Carry out the comparison."""
+    if any(word in ("-h", "--help") for word in argv):
+        print((__doc__ or "").strip())
+        return
     experiment = next((w for w in argv if w.startswith("experiment=")), EXPERIMENT)
     output = next((w for w in argv if w.startswith("output=")), "output=results/bench")
     words = [w for w in argv if not w.startswith(("experiment=", "output="))]

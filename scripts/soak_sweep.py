@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config import options
+from mixlora_exp.config import compose, options
 from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.inputs import check_inputs
 from mixlora_exp.results.outcome import outcomes
 from mixlora_exp.results.record import finish_record, provenance, write_json
 
@@ -33,7 +34,6 @@ SWEEP = (
     "trainer.batch_size=8", "trainer.micro_batch_size=4", "trainer.save_steps=1",
     "trainer.logging_steps=1", "evaluation.protocols=[answer_text]", "evaluation.limit=20",
 )  # fmt: skip
-CELLS = 6
 GO_ON = 75
 """Exit code of a sweep that was asked to end."""
 
@@ -60,7 +60,7 @@ def _state(folder: Path) -> str:
     """How far the sweep is: cells that are done, and what the one under way has."""
     done = len(list(folder.glob("*/record.json")))
     under_way = sorted(folder.glob("*/checkpoints/step-*"))
-    return f"{done} of {CELLS} cells done" + (f", {under_way[-1].name}" if under_way else "")
+    return f"{done} cells done" + (f", {under_way[-1].name}" if under_way else "")
 
 
 def _disturb(words: list[str], folder: Path, settings: Settings) -> list[dict[str, Any]]:
@@ -90,6 +90,9 @@ def main(argv: list[str]) -> int:
     """Carry out the comparison; returns 1 where the two differ."""
     own = {word for word in argv if word.partition("=")[0] in Settings.__dataclass_fields__}
     settings, words = options(Settings, sorted(own)), [word for word in argv if word not in own]
+    # A mistake is told here; in the sweep it would stand among its lines.
+    swept = ("-m", "method=", "method.rank=")
+    check_inputs([compose([*(word for word in SWEEP if not word.startswith(swept)), *words])])
     origin, begun = provenance(ROOT), time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         whole, disturbed = Path(place) / "whole", Path(place) / "disturbed"
