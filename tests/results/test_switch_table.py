@@ -97,6 +97,29 @@ def test_each_switch_beside_none(write: Write, results: Path) -> None:
     assert "official-3" in effect.records
 
 
+def test_several_switches_have_the_shortest_name(write: Write, results: Path) -> None:
+    three = ["trainer.loss_on=all", "trainer.padding_in_loss=true", "trainer.order=fixed"]
+    cases = {
+        "none": [],
+        "three": three,
+        "all-but-one": ["preset=official", "trainer.order=bucketed"],
+        # By hand, but the same as the preset without one.
+        "by-hand": [*three, "method.train_magnitude=false", "method.router_loss=topk",
+                    "method.router_loss_pooling=all", "data.boolq_passage=false",
+                    "evaluation.arc_labels=nine"],
+    }  # fmt: skip
+    for name, words in cases.items():
+        write(results / "runs", name, [*WORDS, *words], {"arc_e": 0.5, "boolq": 0.5})
+    (block,) = gather(results).tables[10].blocks
+    labels = list(dict.fromkeys(row.label[0] for row in block.rows))
+    assert labels[0] == "preset=correct"
+    assert set(labels[1:-2]) == {
+        "trainer.loss_on=all, trainer.padding_in_loss=true, trainer.order=fixed",
+        "preset=official, trainer.order=bucketed",
+        "preset=official, evaluation.dropout=false",
+    }
+
+
 def test_other_conditions_are_not_compared(write: Write, results: Path) -> None:
     share = {"arc_e": 0.5, "boolq": 0.5}
     write(results / "runs", "a", [*WORDS], share)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -70,13 +70,23 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _label(diff: Diff, presets: Mapping[str, Mapping[str, Diff]], method: str) -> str:
+def _listed(values: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{name}={_word(value)}" for name, value in values)
+
+
+def _label(
+    diff: Diff, own: Mapping[str, Any], presets: Mapping[str, Mapping[str, Diff]], method: str
+) -> str:
+    """The preset's name with what is otherwise, or the switches alone, whichever is shorter."""
     if not diff:
         return "preset=correct"
+    values = {**own, **dict(diff)}
+    labels = [(len(diff), _listed(diff))]
     for name, by_method in presets.items():
-        if by_method[method] == diff:
-            return f"preset={name}"
-    return ", ".join(f"{name}={_word(value)}" for name, value in diff)
+        other = {**own, **dict(by_method[method])}
+        odd = [(n, values[n]) for n in own if values[n] != other[n]]
+        labels.append((len(odd), f"preset={name}" + (f", {_listed(odd)}" if odd else "")))
+    return min(labels, key=lambda pair: pair[0])[1]
 
 
 def _rows(
@@ -152,7 +162,7 @@ def switch_table(
         rows: list[Row] = []
         order = sorted(variants, key=lambda d: (len(d) > 0, len(d) <= 2, str(d)))
         for diff in order:
-            label = _label(diff, presets, method)
+            label = _label(diff, own[method], presets, method)
             rows += _rows(label, variants[diff], base, tasks, protocol)
         rows += _baselines(base, tasks, protocol)
         heading = f"{model}, {METHOD_TITLES[method]} trained on {mix}: {title}"
