@@ -1,7 +1,8 @@
 """Convert an adapter between the official format and PEFT's: `convert_adapter.py IN OUT`.
 
-IN is a folder of the official packages (`adapter_model.bin`), which becomes a PEFT folder, or one
-of PEFT's (`adapter_model.safetensors`), which becomes an official one. To export also:
+IN is a folder of the official packages, which becomes a PEFT folder, or one of PEFT's, which
+becomes an official one; an imported adapter that was not changed becomes what it was. To export
+also:
 `magnitude=drop` leaves out DoRA's magnitudes, for which that format has no place; `dropout=VALUE`
 writes this instead of the adapter's own; `act_fn=NAME` names the base model's activation where the
 adapter does not.
@@ -17,7 +18,7 @@ from pathlib import Path
 from mixlora_exp.adapters.conversion import import_official
 from mixlora_exp.adapters.export import export_official
 from mixlora_exp.adapters.official import (
-    BIN,
+    is_official,
     read_official,
     read_peft,
     write_official,
@@ -35,7 +36,12 @@ class Settings:
 
 
 def run(arguments: Sequence[str]) -> None:
-    folders = [Path(word) for word in arguments if "=" not in word and not word.startswith("-")]
+    # A folder may have a "=" in its name, as those of sweeps do.
+    folders = [
+        Path(word)
+        for word in arguments
+        if not word.startswith("-") and ("=" not in word or "/" in word)
+    ]
     settings = options(Settings, [word for word in arguments if Path(word) not in folders])
     if len(folders) != 2:
         raise UserError(f"two folders are needed, IN and OUT, not {len(folders)}")
@@ -48,7 +54,14 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError(f"{source} is no folder: give one with an adapter")
     if target.exists():
         raise UserError(f"{target} exists already: name another folder, or remove it")
-    if (source / BIN).is_file():
+    if is_official(source):
+        given = [name for name in ("dropout", "act_fn") if getattr(settings, name) is not None]
+        given += ["magnitude"] if settings.magnitude == "drop" else []
+        if given:
+            raise UserError(
+                f"{given[0]}={getattr(settings, given[0])} is for exporting, and {source} is in "
+                "the official format: leave it out"
+            )
         converted = import_official(read_official(source))
         write_peft(target, converted.files)
         kind = "PEFT's format"

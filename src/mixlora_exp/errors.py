@@ -49,4 +49,8 @@ def guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str])
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 0
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        # As Python does with a text: it is shown, and the exit code is 1.
+        sys.stderr.write(f"{error.code}\n")
+        return 1

@@ -40,10 +40,17 @@ class Settings:
 
 
 def _check(settings: Settings) -> None:
-    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
+    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("random_seed", 0)):
         value = getattr(settings, name)
         if value < least:
             raise UserError(f"{name}={value} must be >= {least}")
+    if settings.random_seed >= 2**63:
+        raise UserError(f"random_seed={settings.random_seed} must be below 2**63")
+    # Logits are divided by it: below this they are no numbers.
+    if settings.temperature != 0 and not 1e-4 <= settings.temperature <= 1e4:
+        raise UserError(
+            f"temperature={settings.temperature} must be 0 (greedy), or from 1e-4 to 1e4"
+        )
     if not 0 < settings.top_p <= 1:
         raise UserError(f"top_p={settings.top_p} must be above 0 and at most 1")
     if settings.prompt is not None and not settings.prompt.strip():
@@ -78,6 +85,8 @@ def _read_prompts(path: Path) -> list[Asked]:
             asked = Asked(row["prompt"], row.get("adapter"))
             if not isinstance(asked.prompt, str) or not isinstance(asked.adapter, str | None):
                 raise TypeError("a prompt or an adapter is no text")
+            if not asked.prompt.strip():
+                raise UserError(f"{path}:{number}: prompt is empty: give some text")
             prompts.append(asked)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -96,6 +105,10 @@ def _typed() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"what was typed is no UTF-8 text ({error.reason}): type text"
+            ) from error
         if not line.strip():
             return
         yield line

@@ -83,22 +83,11 @@ def _adapter(config: Config) -> dict[str, Any] | None:
     if config.adapter is None:
         return None
     folder = Path(config.adapter).expanduser()
-    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    for path in (settings, weights):
-        if not path.is_file():
-            inner = (folder / "adapter" / path.name).is_file()
-            hint = (
-                f"did you mean {folder / 'adapter'}?" if inner else "give a folder that PEFT wrote"
-            )
-            raise UserError(f"adapter={config.adapter} has no {path.name}: {hint}")
-    try:
-        peft_type = json.loads(settings.read_text())["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"adapter={config.adapter}: {settings.name} is cut off or damaged ({error}); "
-            "take another copy"
-        ) from error
-    sha256 = file_sha256(weights)
+    # Not at the top: PEFT takes a second to load, which most command lines do not need.
+    from mixlora_exp.adapters.saved import saved_settings
+
+    peft_type = saved_settings(folder)["peft_type"]
+    sha256 = file_sha256(folder / "adapter_model.safetensors")
     return {
         "path": config.adapter,
         "peft_type": peft_type,

@@ -6,12 +6,14 @@ with any field of the group (`model.path=DIR`).
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
@@ -211,5 +213,8 @@ def write_merged(opened: Opened, folder: Path) -> None:
         merged.save_pretrained(partial)
         opened.tokenizer.save_pretrained(partial)
         partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"output={folder} cannot be written ({error})") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"output={folder} cannot be written ({error}): free space there or name another folder"
+        ) from error

@@ -147,6 +147,10 @@ def reshaped(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[st
         (reshaped("down_proj.experts.0.lora_B", lambda t: t.T), "differ in shape"),
         (reshaped("moe_gate", lambda t: t[:, :-1]), "router"),
         (reshaped("moe_gate", lambda t: t.long()), "floating-point"),
+        (reshaped("moe_gate", lambda t: t[0, 0]), "0 dimensions"),
+        (reshaped("q_proj.lora_A", lambda t: t[0, 0]), "0 dimensions"),
+        (reshaped("q_proj.lora_A", lambda t: t * math.nan), "no finite numbers"),
+        (renamed("moe_gate", "g\x1b[1m"), r"g\\x1b\[1m\.weight is unknown"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
@@ -177,7 +181,16 @@ def test_tensors_that_do_not_fit_are_named(
         ({"r": 8}, "does not fit r=8"),
         ({"new_option": 1}, "new_option"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"r": "four"}, "."),
+        ({"r": "four"}, "r='four' must be a whole number"),
+        ({"lora_alpha": None}, "lora_alpha=None must be a number"),
+        ({"lora_alpha": "8"}, "lora_alpha='8' must be a number"),
+        ({"lora_alpha": math.inf}, "lora_alpha is out of range"),
+        ({"lora_dropout": None}, "lora_dropout=None"),
+        ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
+        ({"lora_dropout": True}, "lora_dropout=True"),
+        ({"use_dora": "yes"}, "use_dora='yes' must be true or false"),
+        ({"target_modules": [1, 2]}, r"target_modules=\[1, 2\]"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path=5"),
     ],
     ids=str,
 )
@@ -189,6 +202,39 @@ def test_what_the_official_format_lacks_is_named(
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=message):
         export_official(read_peft(source))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": None}, "num_experts=None"),
+        ({"top_k": 2.0}, r"top_k=2\.0 must be a whole number"),
+        ({"top_k": 9}, "top_k=9"),
+        ({"router_loss_coef": "a"}, "router_loss_coef='a'"),
+        ({"router_init_std": None}, "router_init_std=None"),
+        ({"router_init_std": -1}, "router_init_std=-1"),
+        ({"expert_lora": [1]}, r"expert_lora=\[1\]"),
+        ({"expert_lora": {"rank": 4}}, "expert_lora"),
+        ({"expert_lora": {"lora_alpha": "z"}}, "lora_alpha='z'"),
+        ({"act_fn": ["silu"]}, "act_fn="),
+        ({"act_fn": "zzz"}, "act_fn='zzz' is unknown"),
+    ],
+    ids=str,
+)
+def test_entries_of_a_mixture_that_cannot_be_are_named(
+    kit: Any, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source, _ = kit.adapter(tmp_path / "in")
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        export_official(read_peft(source))
+
+
+def test_an_activation_that_does_not_exist_is_not_written(kit: Any, tmp_path: Path) -> None:
+    source, _ = kit.adapter(tmp_path / "in")
+    with pytest.raises(UserError, match="act_fn='zzz' is unknown"):
+        export_official(read_peft(source), act_fn="zzz")
 
 
 def test_a_router_in_bf16_is_not_exported(kit: Any, tmp_path: Path) -> None:
@@ -203,11 +249,22 @@ def test_a_kept_configuration_that_does_not_fit_is_refused(kit: Any, tmp_path: P
     official, _ = kit.there_and_back(tmp_path, source)
     path = official / "adapter_config.json"
     whole = json.loads(path.read_text())
-    for change in ({"peft_type": "PROMPT_TUNING"}, {"r": 64}, {"modules_to_save": ["lm_head"]}):
+    for change in (
+        {"peft_type": "PROMPT_TUNING"},
+        {"r": 64},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_alpha": "abc"},
+        {"lora_alpha": math.inf},
+        {"target_modules": [1]},
+    ):
         kept = {**whole["mixlora_exp"], "peft": {**whole["mixlora_exp"]["peft"], **change}}
         path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
         with pytest.raises(UserError, match="remove the entry"):
             import_official(read_official(official))
+    kept = {**whole["mixlora_exp"], "options": {"dropout": "x"}}
+    path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
+    with pytest.raises(UserError, match="remove the entry"):
+        import_official(read_official(official))
     for kept in (3, {}, {"peft": 3}):
         path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
         with pytest.raises(UserError, match="damaged"):

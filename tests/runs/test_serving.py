@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixlora_exp import generation
@@ -223,6 +224,38 @@ def test_a_merged_checkpoint_is_a_plain_model(
         write_merged(opened, tmp_path / "merged")
 
 
+def test_a_full_disk_leaves_nothing_half_written(
+    adapter: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
+        Path(path).mkdir()
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    opened = open_adapter(str(adapter("lora")), WORDS)
+    monkeypatch.setattr(type(opened.model.get_base_model()), "save_pretrained", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_merged(opened, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_prompt_in_a_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+    assert command(*WORDS, f"prompts={path}") == 2
+    assert f"{path}:2: prompt is empty" in capsys.readouterr().err
+
+
+def test_what_is_typed_must_be_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert command(*WORDS, "max_new_tokens=1") == 2
+    assert "no UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])
 def test_a_mixture_says_why_it_cannot_be_merged(
     method: str, adapter: Callable[[str], Path]
@@ -242,6 +275,9 @@ def test_a_mixture_says_why_it_cannot_be_merged(
         (["prompt= "], "prompt is empty"),
         (["max_new_tokens=0"], "max_new_tokens=0"),
         (["temperature=-1"], "temperature=-1"),
+        (["temperature=1e-320"], "must be 0 (greedy), or from 1e-4"),
+        (["random_seed=99999999999999999999"], "random_seed=99999999999999999999"),
+        (["random_seed=-1"], "random_seed=-1"),
         (["top_p=2"], "top_p=2"),
         (["tempo=1"], "tempo"),
         (["adapter=a", "adapters=[b,c]"], "adapter and adapters were both given"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -20,14 +19,13 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.hosting import add_guest, check_base
 from mixlora_exp.adapters.model import set_kernel
+from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
 from mixlora_exp.durable import settle, sync
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 
 __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def peft_config(method: LoraMethodConfig) -> LoraConfig:
@@ -143,18 +141,15 @@ def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> P
     Raises:
         UserError: a file is missing, cut off or not an adapter, or does not fit `base`.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"adapter={folder} has no {name}: give a folder that PEFT wrote")
+    settings = saved_settings(folder)
     try:
-        trained_on = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
         weights = load_peft_weights(str(folder), device="cpu")
-    except (SafetensorError, ValueError, AttributeError) as error:  # a list has no `get`
+    except (SafetensorError, ValueError) as error:
         raise UserError(
             f"adapter={folder} cannot be read, it is cut off or damaged ({error}); "
             "train it again or take another copy"
         ) from error
-    check_base(base, folder, trained_on)
+    check_base(base, folder, settings.get("base_model_name_or_path"))
     try:
         with _peft_warnings_held_back():
             model = PeftModel.from_pretrained(base, str(folder))

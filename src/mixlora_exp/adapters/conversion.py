@@ -15,7 +15,15 @@ from peft import LoraConfig
 
 from mixlora_exp.adapters.config import MixLoraConfig, saved_config
 from mixlora_exp.adapters.export import reimport
-from mixlora_exp.adapters.official import KEPT, AdapterFiles, Converted
+from mixlora_exp.adapters.fields import (
+    check_activation,
+    count,
+    finite,
+    lora_settings,
+    name_list,
+    value,
+)
+from mixlora_exp.adapters.official import KEPT, AdapterFiles, Converted, Original
 from mixlora_exp.adapters.tensors import (
     PROJECTIONS,
     Parts,
@@ -23,6 +31,7 @@ from mixlora_exp.adapters.tensors import (
     from_official,
     to_peft,
 )
+from mixlora_exp.adapters.weights import printable
 from mixlora_exp.errors import UserError
 
 __all__ = ["import_official"]
@@ -31,58 +40,16 @@ LORA_FIELDS = {
     "peft_type", "bias", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora",
     "use_rslora", "lora_init", "base_model_name_or_path", "task_type",
 }  # fmt: skip
+IGNORED = {"name", "task_name", KEPT}
 MIXLORA_FIELDS = LORA_FIELDS | {
     "routing_strategy", "num_experts", "top_k", "act_fn", "expert_lora", "router_init_range",
     "jitter_noise", "router_loss", "router_aux_loss_coef",
 }  # fmt: skip
 
 
-def _value(config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...):
-    """An entry of the official configuration, of the right type."""
-    found = config.get(name, default)
-    if found is ...:
-        raise UserError(f"adapter_config.json has no {name}, which the official format needs")
-    if isinstance(found, bool) and kind is not bool or not isinstance(found, kind):
-        raise UserError(f"adapter_config.json: {name}={found!r} is of the wrong kind")
-    return found
-
-
-def _finite(config: Mapping[str, Any], name: str, default: Any = ...) -> float:
-    """A number of the official configuration that float can hold."""
-    value = _value(config, name, (int, float), default)
-    if not abs(value) < 1e30:
-        raise UserError(f"adapter_config.json: {name} is out of range")
-    return value
-
-
-def _lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """r, alpha, dropout, use_dora and use_rslora of one block of the official configuration."""
-    settings = {
-        "r": _value(config, "r", int),
-        "lora_alpha": _finite(config, "lora_alpha"),
-        "lora_dropout": float(_finite(config, "lora_dropout")),
-        "use_dora": _value(config, "use_dora", bool, False),
-        "use_rslora": _value(config, "use_rslora", bool, False),
-    }
-    if not 1 <= settings["r"] <= 2**16 or not settings["lora_alpha"] > 0:
-        raise UserError(
-            f"adapter_config.json: r={settings['r']} and lora_alpha={settings['lora_alpha']} "
-            "must be above 0"
-        )
-    if not 0 <= settings["lora_dropout"] < 1:
-        raise UserError(
-            f"adapter_config.json: lora_dropout={settings['lora_dropout']} must be in [0, 1)"
-        )
-    if config.get("bias", "none") != "none":
-        raise UserError(f"adapter_config.json: bias={config['bias']!r} is not supported")
-    return settings
-
-
 def _targets(config: Mapping[str, Any], notes: list[str]) -> list[str]:
-    given = _value(config, "target_modules", (list, dict))
-    named = [name for name, on in given.items() if on] if isinstance(given, dict) else given
-    if not all(isinstance(name, str) for name in named):
-        raise UserError(f"adapter_config.json: target_modules={named!r} is not a list of names")
+    given = value(config, "target_modules", (list, dict))
+    named = name_list([n for n, on in given.items() if on] if isinstance(given, dict) else given)
     unknown = [name for name in named if name not in PROJECTIONS]
     if unknown:
         notes.append(f"target_modules: {', '.join(unknown)} left out, as moe-peft does")
@@ -91,16 +58,18 @@ def _targets(config: Mapping[str, Any], notes: list[str]) -> list[str]:
 
 def _peft_type(config: Mapping[str, Any]) -> str:
     kind = config.get("peft_type")
-    if kind not in ("LORA", "MIXLORA", "MOLA", "LORAMOE"):
+    if kind is None:
         strategy = config.get("routing_strategy")
         kind = "LORA" if strategy is None else str(strategy).split("-")[0].upper()
     if kind not in ("LORA", "MIXLORA"):
-        raise UserError(f"peft_type={kind} is not supported: LORA and MIXLORA can be converted")
+        raise UserError(
+            f"peft_type={kind!s:.80} is not supported: LORA and MIXLORA can be converted"
+        )
     return kind
 
 
 def _check_routing(config: Mapping[str, Any]) -> None:
-    strategy = _value(config, "routing_strategy", str)
+    strategy = value(config, "routing_strategy", str)
     if strategy != "mixlora":
         reasons = {
             "mixlora-dynamic": "it chooses as many experts as reach top_p",
@@ -110,9 +79,33 @@ def _check_routing(config: Mapping[str, Any]) -> None:
             f"routing_strategy={strategy} is not supported "
             f"({reasons.get(strategy, 'it is unknown')}): only mixlora, top-k routing, is"
         )
-    jitter = _finite(config, "jitter_noise", 0.0)
+    jitter = finite(config, "jitter_noise", 0.0)
     if jitter:
         raise UserError(f"jitter_noise={jitter} is not supported: routers here take no noise")
+
+
+def _check_names(entries: Mapping[str, Any], known: set[str], where: str = "") -> None:
+    unknown = sorted(set(entries) - known - IGNORED)
+    if unknown:
+        raise UserError(
+            f"adapter_config.json: {where}{printable(', '.join(unknown))} is not supported: it is "
+            "none of the format's entries that are known; remove what plays no part"
+        )
+
+
+def _check_others(config: Mapping[str, Any]) -> None:
+    """Entries of which only some values can be converted, or that are taken over as they are."""
+    # moe-peft writes null for a mixture of tasks, and runs the causal model for all of these.
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM", "QUESTION_ANS"):
+        raise UserError(f"task_type={task} is not supported: only causal language models are")
+    if config.get("lora_init", "original") not in ("original", "gaussian"):
+        raise UserError(
+            f"lora_init={config['lora_init']!r:.80} is not supported: moe-peft has original and "
+            "gaussian"
+        )
+    value(config, "base_model_name_or_path", (str, type(None)), None)
+    check_activation(value(config, "act_fn", (str, type(None)), None))
 
 
 def _magnitudes(
@@ -147,23 +140,15 @@ def import_official(files: AdapterFiles) -> Converted:
     kind = _peft_type(config)
     if kind == "MIXLORA":
         _check_routing(config)
-    unknown = set(config) - (LORA_FIELDS if kind == "LORA" else MIXLORA_FIELDS) - {KEPT, "name"}
-    if unknown:
-        raise UserError(f"adapter_config.json: {', '.join(sorted(unknown))} is not supported")
-    # moe-peft writes null for a mixture of tasks, and runs the causal model for all of these.
-    task = config.get("task_type")
-    if task not in (None, "CAUSAL_LM", "QUESTION_ANS"):
-        raise UserError(f"task_type={task} is not supported: only causal language models are")
-    settings, targets = _lora_settings(config), _targets(config, notes)
+    _check_names(config, LORA_FIELDS if kind == "LORA" else MIXLORA_FIELDS)
+    _check_others(config)
+    settings, targets = lora_settings(config), _targets(config, notes)
     experts, experts_settings = None, settings
     if kind == "MIXLORA":
-        experts = _value(config, "num_experts", int)
-        if not 1 <= experts <= len(files.tensors):
-            raise UserError(
-                f"num_experts={experts} does not fit the {len(files.tensors)} tensors of the file"
-            )
-        block = _value(config, "expert_lora", dict, {})
-        experts_settings = _lora_settings({**config, **block})
+        experts = count(config, "num_experts")
+        block = value(config, "expert_lora", dict, {})
+        _check_names(block, LORA_FIELDS, "expert_lora.")
+        experts_settings = lora_settings({**config, **block})
     parts = from_official(files.tensors, experts)
     ranks = {"single": settings["r"], "experts": experts_settings["r"]}
     check_shapes(parts, targets, ranks, experts or 0)
@@ -175,7 +160,6 @@ def import_official(files: AdapterFiles) -> Converted:
         found = reimport(kept, unchanged, parts)
         if found is not None:
             return Converted(found, notes)
-    tensors = to_peft(parts)
     common = {
         **settings,
         "target_modules": targets,
@@ -183,25 +167,43 @@ def import_official(files: AdapterFiles) -> Converted:
         "base_model_name_or_path": config.get("base_model_name_or_path"),
         "inference_mode": True,
     }
+    if not parts.single and not parts.experts:
+        raise UserError(
+            f"target_modules={targets}: no module has weights, so there is nothing to convert: the "
+            "adapter computes what its base model does"
+        )
+    idle = {}
     if experts is not None and not parts.experts:
         # A router over experts that do nothing: the feed-forward block is the base model's.
         notes.append("no expert has weights, so the routers do nothing: imported as LoRA")
-        tensors, experts = to_peft(Parts(single=parts.single)), None
-    if experts is None:
-        return Converted(AdapterFiles(saved_config(LoraConfig(**common)), tensors), notes)
-    coefficient = _finite(config, "router_aux_loss_coef", 1e-3)
+        idle = to_peft(Parts(routers=parts.routers))
+        parts, experts = Parts(single=parts.single), None
+    made = LoraConfig(**common) if experts is None else _mixture(config, common, experts_settings)
+    became = saved_config(made)
+    plain = {name: entry for name, entry in config.items() if name != KEPT}
+    original = Original(plain, became, idle)
+    return Converted(AdapterFiles(became, to_peft(parts), original=original), notes)
+
+
+def _mixture(
+    config: Mapping[str, Any], common: Mapping[str, Any], experts: Mapping[str, Any]
+) -> MixLoraConfig:
+    """With routers and experts; `experts`: their LoRA, where attention's stands in `common`."""
+    coefficient = finite(config, "router_aux_loss_coef", 1e-3)
+    same = all(common[name] == found for name, found in experts.items())
     try:
-        made = MixLoraConfig(
+        return MixLoraConfig(
             **common,
-            num_experts=experts,
-            top_k=_value(config, "top_k", int, 2),
-            act_fn=_value(config, "act_fn", (str, type(None)), None),
-            expert_lora=None if experts_settings == settings else experts_settings,
-            router_loss_coef=coefficient if _value(config, "router_loss", bool, True) else 0.0,
+            num_experts=config["num_experts"],
+            top_k=value(config, "top_k", int, 2),
+            act_fn=config.get("act_fn"),
+            expert_lora=None if same else dict(experts),
+            router_loss_coef=coefficient if value(config, "router_loss", bool, True) else 0.0,
             router_loss="topk",
             router_loss_pooling="all",
-            router_init_std=_finite(config, "router_init_range", 0.02),
+            router_init_std=finite(config, "router_init_range", 0.02, least=0),
         )
     except ValueError as error:
-        raise UserError(f"adapter_config.json: {error}") from error
-    return Converted(AdapterFiles(saved_config(made), tensors), notes)
+        raise UserError(
+            f"adapter_config.json: {error}: mend the entry, or take another copy"
+        ) from error

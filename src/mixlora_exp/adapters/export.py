@@ -9,6 +9,16 @@ import torch
 from peft import LoraConfig
 
 from mixlora_exp.adapters.config import MixLoraConfig, saved_config
+from mixlora_exp.adapters.fields import (
+    EXPERT_FIELDS,
+    check_activation,
+    count,
+    finite,
+    lora_settings,
+    name_list,
+    value,
+    wrong,
+)
 from mixlora_exp.adapters.official import KEPT, AdapterFiles, Converted
 from mixlora_exp.adapters.tensors import Parts, check_shapes, from_peft, to_official, to_peft
 from mixlora_exp.errors import UserError
@@ -17,7 +27,6 @@ __all__ = ["export_official", "reimport"]
 
 # In the order in which moe-peft writes them.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
-EXPERT_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
 # PEFT's own bookkeeping, what a trained adapter does not need, and what is looked at by itself.
 PEFT_IGNORED = {
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
@@ -28,10 +37,13 @@ PEFT_IGNORED = {
 }  # fmt: skip
 
 
-def _whole(name: str, value: float) -> int:
-    if value != int(value):
-        raise UserError(f"{name}={value} is not a whole number, which the official format asks for")
-    return int(value)
+def _whole(name: str, found: float) -> int:
+    if found != int(found):
+        raise UserError(
+            f"{name}={found} is not a whole number, which the official format asks for: an adapter "
+            "with such a one cannot be exported"
+        )
+    return int(found)
 
 
 def _export_settings(settings: Mapping[str, Any], dropout: float | None) -> dict[str, Any]:
@@ -53,18 +65,34 @@ def _export_settings(settings: Mapping[str, Any], dropout: float | None) -> dict
 
 
 def _check_exportable(config: Mapping[str, Any], kind: type[LoraConfig]) -> None:
-    """Options that change what an adapter computes, and that the official format does not have."""
+    """Options that change what an adapter computes, and that the official format does not have;
+    and values that no adapter can have."""
     fields = kind.__dataclass_fields__
     defaults = saved_config(kind(target_modules=list(TARGETS)))
-    for name, value in config.items():
+    for name, found in config.items():
         if name in PEFT_IGNORED:
             continue
         # By identity: 0 is the first layer, and not "none of them".
-        empty = value is None or value is False or value in ([], {}, "")
-        if name not in fields or not (empty or value == defaults.get(name)):
+        empty = found is None or found is False or found in ([], {}, "")
+        if name not in fields or not (empty or found == defaults.get(name)):
             raise UserError(
-                f"{name}={value!r} cannot be exported: the official format has no place for it"
+                f"{name}={found!r:.200} cannot be exported: the official format has no place for it"
             )
+    whole = {**defaults, **config}
+    lora_settings(whole)
+    value(whole, "base_model_name_or_path", (str, type(None)), None)
+    if kind is not MixLoraConfig:
+        return
+    for name in ("num_experts", "top_k"):
+        count(whole, name)
+    for name in ("router_loss_coef", "router_init_std"):
+        finite(whole, name, least=0)
+    check_activation(value(whole, "act_fn", (str, type(None))))
+    block = value(whole, "expert_lora", (dict, type(None))) or {}
+    odd = [name for name in block if name not in EXPERT_FIELDS]
+    if odd:
+        raise wrong("expert_lora", block, f"of {', '.join(EXPERT_FIELDS)}")
+    lora_settings({**whole, **block})
 
 
 def _checked(config: Mapping[str, Any], kind: type[LoraConfig]) -> dict[str, Any]:
@@ -75,7 +103,9 @@ def _checked(config: Mapping[str, Any], kind: type[LoraConfig]) -> dict[str, Any
     try:
         made = kind(**given)
     except (TypeError, ValueError) as error:
-        raise UserError(f"adapter_config.json: {error}") from error
+        raise UserError(
+            f"adapter_config.json: {error}: mend the entry, or take another copy"
+        ) from error
     odd = made.init_lora_weights
     if not isinstance(odd, bool) and odd != "gaussian":
         raise UserError(
@@ -102,10 +132,10 @@ def reimport(kept: Any, official: Mapping[str, Any], parts: Parts) -> AdapterFil
     files = AdapterFiles(kept["peft"], to_peft(parts if dtype is None else parts.as_type(dtype)))
     options = kept.get("options") if isinstance(kept.get("options"), dict) else {}
     try:
-        again = export_official(
-            files, dropout=options.get("dropout"), act_fn=options.get("act_fn")
-        ).files.config
-    except (UserError, TypeError, KeyError) as error:
+        dropout = None if options.get("dropout") is None else finite(options, "dropout")
+        act_fn = value(options, "act_fn", (str, type(None)), None)
+        again = export_official(files, dropout=dropout, act_fn=act_fn).files.config
+    except UserError as error:
         raise UserError(
             f"adapter_config.json: {KEPT} does not fit the tensors ({error}); remove the entry"
         ) from error
@@ -123,7 +153,9 @@ def export_official(
     """From PEFT's format to the official one.
 
     `drop_magnitude` leaves out DoRA's magnitudes, `dropout` writes this in the place of the
-    adapter's own, `act_fn` names the base model's activation where the adapter does not.
+    adapter's own, `act_fn` names the base model's activation where the adapter does not. With none
+    of these an adapter that was imported, and has the same configuration still, gets its official
+    one again.
 
     Raises:
         UserError: the official format has no place for something that the adapter has.
@@ -133,6 +165,7 @@ def export_official(
     if kind not in ("LORA", "MIXLORA"):
         raise UserError(f"peft_type={kind} cannot be exported: LORA and MIXLORA can")
     mixture = kind == "MIXLORA"
+    check_activation(act_fn)
     config = _checked(config, MixLoraConfig if mixture else LoraConfig)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise UserError(f"task_type={config['task_type']} cannot be exported: CAUSAL_LM can")
@@ -145,16 +178,15 @@ def export_official(
                 "magnitude=drop to export it without them"
             )
         notes.append(f"{parts.magnitudes} tensors of magnitudes were dropped")
-    given = config.get("target_modules")
-    if not isinstance(given, list):
-        raise UserError(f"target_modules={given!r} cannot be exported: a list of names can")
-    short = [name.rpartition(".")[2] for name in given]
+    short = [name.rpartition(".")[2] for name in name_list(config.get("target_modules"))]
     settings = {name: config.get(name) for name in EXPERT_FIELDS}
     given_block = config.get("expert_lora") if mixture else None
     block = {**settings, **given_block} if given_block else None
     experts = config.get("num_experts") if mixture else 0
     ranks = {"single": settings["r"], "experts": (block or settings)["r"]}
     check_shapes(parts, short, ranks, experts)
+    if not (drop_magnitude or dropout or act_fn) and _unchanged(files):
+        return Converted(_as_it_came(files, parts), notes)
     entries = _export_settings(settings, dropout)
     official = {name: entries.pop(name) for name in ("use_dora", "use_rslora", "bias")
                 if name in entries}  # fmt: skip
@@ -178,6 +210,20 @@ def export_official(
             "options": {"dropout": dropout, "act_fn": act_fn},
         }  # fmt: skip
     return Converted(AdapterFiles(official, to_official(exported)), notes)
+
+
+def _unchanged(files: AdapterFiles) -> bool:
+    return files.original is not None and files.original.peft == dict(files.config)
+
+
+def _as_it_came(files: AdapterFiles, parts: Parts) -> AdapterFiles:
+    """The official configuration that an imported adapter had, with the tensors it has now."""
+    original = files.original
+    assert original is not None
+    whole = Parts(
+        parts.single, parts.experts, {**parts.routers, **from_peft(original.tensors).routers}
+    )
+    return AdapterFiles(original.config, to_official(whole))
 
 
 def _export_mixture(

@@ -6,7 +6,6 @@ memory, and PEFT's LoRA on disk: its files are those of any LoRA.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.errors import UserError
 
 __all__ = [
@@ -172,9 +172,9 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path | str]) -> P
     model: PreTrainedModel | PeftModel = base
     for name, place in folders.items():
         folder = Path(place).expanduser()
+        settings = saved_settings(folder)
+        check_base(base, folder, settings.get("base_model_name_or_path"))
         try:
-            settings = json.loads((folder / "adapter_config.json").read_text())
-            check_base(base, folder, settings.get("base_model_name_or_path"))
             kinds = {"MIXLORA": MixLoraConfig, "LORA": LoraConfig}
             if settings["peft_type"] not in kinds:
                 raise ValueError(f"peft_type={settings['peft_type']} is not LORA or MIXLORA")

@@ -1,18 +1,15 @@
-"""Files of the adapter format of the official packages (moe-peft, mixlora): reading and writing.
+"""Folders of adapters, in the format of the official packages (moe-peft, mixlora) and in PEFT's.
 
-A folder holds `adapter_config.json` and `adapter_model.bin`. What stands in them is told apart in
-`conversion`; here files from strangers become checked values, or are refused.
+The official one has `adapter_config.json` and `adapter_model.bin`. What stands in them is told
+apart in `conversion` and `export`; here files from strangers become values, or are refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import pickletools
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from mixlora_exp.adapters.weights import load_bin, load_metadata, load_safetensors, printable
 from mixlora_exp.errors import UserError
 
 __all__ = [
@@ -32,6 +30,8 @@ __all__ = [
     "SAFETENSORS",
     "AdapterFiles",
     "Converted",
+    "Original",
+    "is_official",
     "read_official",
     "read_peft",
     "write_official",
@@ -42,23 +42,34 @@ CONFIG, BIN, SAFETENSORS = "adapter_config.json", "adapter_model.bin", "adapter_
 KEPT = "mixlora_exp"
 """Entry of an exported configuration with what the official format does not know; the official
 packages read the entries they know and pass over it."""
+OFFICIAL = "official.safetensors"
+"""Beside an imported adapter: its official configuration as it was, and the tensors for which PEFT
+has no place, so that it can go back as it came."""
 CONFIG_LIMIT = 2**20
-MAKERS = {
-    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-    *(f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double", "Long", "Int")),
-}  # fmt: skip
-"""What the pickle of a dictionary of tensors names."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAGNITUDE = "lora_magnitude_vector"
+PEFTS_OWN = {"peft_version", "auto_mapping", "inference_mode", "init_lora_weights"}
+"""Entries that PEFT writes, and the official packages do not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What an adapter of PEFT's was imported from: the official configuration, what it became, and
+    the tensors that PEFT has no place for (routers over experts without weights)."""
+
+    config: Mapping[str, Any]
+    peft: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter as it lies on disk: its configuration, its tensors by name, and what a user
-    should know about how they were read."""
+    """An adapter as it lies on disk: its configuration, its tensors by name, what a user should
+    know about how they were read, and what it was imported from, if that is known."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
+    original: Original | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,54 +102,17 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_archive(path: Path) -> None:
-    """A file of `torch.save` is a zip archive that stores its members as they are, and its pickle
-    names what makes tensors alone. A compressed member could unpack to any size, and even harmless
-    types (a `bytearray`) can fill the memory."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > path.stat().st_size:
-                raise UserError(
-                    f"{path} would unpack to {unpacked:,} bytes, more than it has, which "
-                    "torch.save does not do: take another copy"
-                )
-            pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
-            for name in pickles:
-                _check_pickle(path, archive.read(name))
-            if not pickles:
-                raise ValueError("it has no pickle")
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is cut off, damaged or no file of torch.save ({error}): take another copy"
-        ) from error
+def is_official(folder: Path) -> bool:
+    """Whether an adapter's folder is one of the official packages'. PEFT wrote `.bin` files too,
+    and an official `.bin` may have been turned into safetensors: what the configuration has tells.
 
-
-def _check_pickle(path: Path, content: bytes) -> None:
-    for code, argument, _ in pickletools.genops(content):
-        if code.name == "GLOBAL" and argument not in MAKERS:
-            named = str(argument).replace(" ", ".")[:80]
-            raise UserError(f"{path} is damaged or holds more than tensors ({named})")
-        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2",
-                         "EXT4"):  # fmt: skip
-            raise UserError(f"{path} is damaged or holds more than tensors ({code.name})")
-
-
-def _check_tensors(path: Path, tensors: Any) -> dict[str, Tensor]:
-    """Named, dense matrices and vectors of numbers that fill no more memory than the file."""
-    if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{path} holds no named tensors: take another copy")
-    total = 0
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {name!r} is no named tensor: take another copy")
-        if tensor.layout is not torch.strided or tensor.dtype not in FLOATS:
-            raise UserError(f"{path}: {name} is no matrix of floating-point numbers")
-        # Also where it is a view that repeats one number many times.
-        total += tensor.numel() * tensor.element_size()
-    if total > path.stat().st_size:
-        raise UserError(f"{path}: its tensors have {total:,} bytes, more than the file")
-    return tensors
+    Raises:
+        UserError: there is no configuration, or it is damaged.
+    """
+    config = _config(folder)
+    if PEFTS_OWN & set(config):
+        return False
+    return (folder / BIN).is_file() or "routing_strategy" in config
 
 
 def read_official(folder: Path) -> AdapterFiles:
@@ -150,29 +124,21 @@ def read_official(folder: Path) -> AdapterFiles:
     Raises:
         UserError: a file is missing, cut off or too large, or holds anything but named tensors.
     """
-    config, path = _config(folder), folder / BIN
+    config, path, beside = _config(folder), folder / BIN, folder / SAFETENSORS
     if not path.is_file():
+        if beside.is_file():
+            return AdapterFiles(config, load_safetensors(beside))
         raise UserError(f"{folder} has no {BIN}: give a folder that moe-peft or mixlora wrote")
-    _check_archive(path)
-    try:
-        # Tensors alone: a pickle may hold any program.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
-            pickle.UnpicklingError, AssertionError, IndexError, MemoryError) as error:  # fmt: skip
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(
-            f"{path} is cut off, damaged or holds more than tensors ({reason}): take another copy"
-        ) from error
-    tensors = _check_tensors(path, loaded)
-    beside, notes = folder / SAFETENSORS, ()
+    tensors, notes = load_bin(path), ()
     if beside.is_file():
-        more = _load_safetensors(beside)
-        odd = [n for n, t in tensors.items() if n not in more or not torch.equal(more[n], t)]
+        more = load_safetensors(beside)
+        odd = [(n, _unlike(t, more.get(n))) for n, t in tensors.items()]
         extra = sorted(name for name in more if name not in tensors)
-        odd += [name for name in extra if not name.endswith("lora_magnitude_vector")]
-        if odd:
+        odd += [(n, "is missing in the first") for n in extra if not n.endswith(MAGNITUDE)]
+        different = [f"{printable(name)} {why}" for name, why in odd if why]
+        if different:
             raise UserError(
-                f"{folder}: {BIN} and {SAFETENSORS} are not of one adapter ({odd[0]} differs): "
+                f"{folder}: {BIN} and {SAFETENSORS} are not of one adapter ({different[0]}): "
                 "remove one of them"
             )
         if extra:
@@ -181,24 +147,43 @@ def read_official(folder: Path) -> AdapterFiles:
     return AdapterFiles(config, tensors, notes)
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return _check_tensors(path, load_file(path))
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is cut off or damaged ({error}): take another copy") from error
+def _unlike(one: Tensor, other: Tensor | None) -> str:
+    """How two tensors differ; empty if they do not."""
+    if other is None:
+        return "is missing in the second"
+    if one.dtype is not other.dtype:
+        return f"is {one.dtype} in one and {other.dtype} in the other"
+    return "" if torch.equal(one, other) else "differs"
 
 
 def read_peft(folder: Path) -> AdapterFiles:
-    """Read a folder that PEFT wrote.
+    """Read a folder that PEFT wrote, with `adapter_model.safetensors` or, as it did before 2024,
+    with `adapter_model.bin`.
 
     Raises:
         UserError: a file is missing, cut off or damaged.
     """
-    path = folder / SAFETENSORS
-    config = _config(folder)
+    config, path, old = _config(folder), folder / SAFETENSORS, folder / BIN
+    if path.is_file():
+        return AdapterFiles(config, load_safetensors(path), original=_read_original(folder))
+    if old.is_file():
+        return AdapterFiles(config, load_bin(old))
+    raise UserError(f"{folder} has neither {BIN} nor {SAFETENSORS}: give an adapter's folder")
+
+
+def _read_original(folder: Path) -> Original | None:
+    path = folder / OFFICIAL
     if not path.is_file():
-        raise UserError(f"{folder} has neither {BIN} nor {SAFETENSORS}: give an adapter's folder")
-    return AdapterFiles(config, _load_safetensors(path))
+        return None
+    tensors, texts = load_safetensors(path, least=0), load_metadata(path)
+    try:
+        found = json.loads(texts["original"])
+        config, peft = found["config"], found["peft"]
+        if not isinstance(config, dict) or not isinstance(peft, dict):
+            raise ValueError("no JSON objects")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it") from error
+    return Original(config, peft, tensors)
 
 
 def _write(folder: Path, config: str, weights: Any) -> None:
@@ -235,6 +220,25 @@ def write_peft(folder: Path, files: AdapterFiles) -> None:
     Raises:
         UserError: the folder exists or cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in files.tensors.items()}
-    text = json.dumps(files.config, indent=2, sort_keys=True)
-    _write(folder, text, lambda to: save_file(tensors, to / SAFETENSORS, metadata={"format": "pt"}))
+    tensors, original = _own_memory(files.tensors), files.original
+
+    def weights(to: Path) -> None:
+        save_file(tensors, to / SAFETENSORS, metadata={"format": "pt"})
+        if original is not None:
+            # One entry: of several, safetensors writes the order as it comes.
+            found = {"config": dict(original.config), "peft": dict(original.peft)}
+            texts = {"original": json.dumps(found)}
+            save_file(_own_memory(original.tensors), to / OFFICIAL, metadata=texts)
+
+    _write(folder, json.dumps(files.config, indent=2, sort_keys=True), weights)
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, as safetensors asks: a file of torch.save may give one tensor two
+    names."""
+    seen, found = set(), {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = (tensor.clone() if place in seen else tensor).contiguous()
+        seen.add(place)
+    return found
