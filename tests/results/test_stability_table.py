@@ -44,6 +44,9 @@ def test_one_line_per_setting(write: Write, results: Path) -> None:
     wild = with_steps([5.0] * 10 + [4.0] * 10, [1.0] * 18 + [50.0, 1.0])
     for seed in (1, 2):
         write(results / "runs", f"base-{seed}", [*WORDS, f"seed={seed}"], share, change=calm)
+    # Trained alike, and scored in another way.
+    write(results / "runs", "scored", [*WORDS, "seed=1", "evaluation.dropout=true"], share,
+          change=calm)  # fmt: skip
     changed = [*WORDS, "trainer.loss_on=all", "trainer.max_grad_norm=1.0"]
     write(results / "runs", "all", changed, share, change=wild)
     # Another rank, other data, or no figures: not of this block.

@@ -81,22 +81,25 @@ def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any
     """One block per group of runs that differ in `FACTORS` alone. `defaults`: the composed run of
     each method, as a dictionary; a group without a run of these values has no base and is left
     out."""
-    groups: dict[str, dict[Values, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
+    groups: dict[str, dict[Values, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    for run in sorted(runs, key=lambda run: run.name):
         if run.method not in defaults or run.rescored:
             continue
         if run.record["train"].get("stability"):
-            groups[_rest(run)][_factors(run)].append(run)
+            # Runs that are scored in different ways may have trained alike, to the bit: one counts.
+            groups[_rest(run)][_factors(run)].setdefault(run.seed, run)
     blocks = []
     for _, variants in sorted(groups.items()):
-        first = next(iter(variants.values()))[0]
+        first = next(iter(next(iter(variants.values())).values()))
         pairs = (dotted.split(".") for dotted in FACTORS)
         config = defaults[first.method]
         base = tuple((f"{g}.{n}", config[g][n]) for g, n in pairs if n in config[g])
         if base not in variants or len(variants) == 1:
             continue
         order = sorted(variants, key=lambda values: (values != base, _label(values, base)))
-        rows = [Row((_label(values, base),), _cells(variants[values])) for values in order]
+        rows = [
+            Row((_label(values, base),), _cells([*variants[values].values()])) for values in order
+        ]
         mix = ", ".join(TASK_TITLES[task] for task in TASK_TITLES if task in first.mix)
         heading = (
             f"{MODEL_TITLES.get(first.model, first.model)}, {METHOD_TITLES[first.method]} trained "
