@@ -11,20 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Diverged", "Stability", "StepWatch", "find_layer", "spikes"]
+from mixlora_exp.spikes import spikes
 
-WINDOW, FACTOR = 20, 1.5
-
-
-def spikes(values: Sequence[float], window: int = WINDOW) -> list[int]:
-    """Indices of values that stand out from the `window` before them.
-
-    A spike is more than one and a half times the largest of them: in a mixture of tasks a batch of
-    the hardest one is no spike. The first `window` values have nothing to stand out from.
-    """
-    return [
-        i for i in range(window, len(values)) if values[i] > FACTOR * max(values[i - window : i])
-    ]
+__all__ = ["Diverged", "Stability", "StepWatch", "find_layer"]
 
 
 @dataclass(frozen=True, slots=True)

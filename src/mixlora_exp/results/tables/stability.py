@@ -11,6 +11,7 @@ from typing import Any
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import Run
 from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, number
+from mixlora_exp.spikes import spikes
 
 __all__ = ["FACTORS", "stability_table"]
 
@@ -51,6 +52,7 @@ def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
     names = tuple(run.name for run in runs)
     found = [run.record["train"]["stability"] for run in runs]
     losses = [entry["step_losses"] for entry in found]
+    # Spikes are counted anew: records of before 2026-11-22 left out the first twenty steps.
     worst = max(found, key=lambda entry: entry["gradient_norm_max"])
     figures = (
         (mean(mean(row[:ENDS]) for row in losses), 2),
@@ -58,8 +60,8 @@ def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
         (mean(entry["gradient_norm_median"] for entry in found), 2),
         (worst["gradient_norm_max"], 2),
         (worst["gradient_norm_max_step"], 0),
-        (sum(len(entry["gradient_spikes"]) for entry in found), 0),
-        (sum(len(entry["loss_spikes"]) for entry in found), 0),
+        (sum(len(spikes(entry["step_gradient_norms"])) for entry in found), 0),
+        (sum(len(spikes(entry["step_losses"])) for entry in found), 0),
         (mean(len(row) for row in losses), 0),
         (len(runs), 0),
     )
@@ -110,6 +112,7 @@ def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any
         "Not a table of the paper. Losses are means over the first and the last ten optimizer "
         "steps (of losses on other tokens, they are other quantities); gradient norms are of the "
         "whole gradient before clipping. A spike is a step whose value is more than one and a half "
-        "times the largest of the twenty steps before it; spikes are summed over the seeds.",
+        "times the largest of the twenty steps before it (in the beginning of as many as there "
+        "are, if they are four); spikes are summed over the seeds.",
     ]
     return Table(11, "Stability of training", blocks, notes)
