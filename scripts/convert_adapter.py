@@ -1,11 +1,10 @@
 """Convert an adapter between the official format and PEFT's: `convert_adapter.py IN OUT`.
 
 IN is a folder of the official packages, which becomes a PEFT folder, or one of PEFT's, which
-becomes an official one; an imported adapter that was not changed becomes what it was. To export
-also:
-`magnitude=drop` leaves out DoRA's magnitudes, for which that format has no place; `dropout=VALUE`
-writes this instead of the adapter's own; `act_fn=NAME` names the base model's activation where the
-adapter does not.
+becomes an official one; an imported adapter that was not changed becomes what it was. For
+exporting, `magnitude=drop` leaves out DoRA's magnitudes, for which that format has no place;
+`dropout=VALUE` writes this instead of the adapter's own; `act_fn=NAME` names the base model's
+activation where the adapter does not.
 """
 
 from __future__ import annotations

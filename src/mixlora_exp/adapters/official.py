@@ -32,6 +32,7 @@ __all__ = [
     "Converted",
     "Original",
     "is_official",
+    "read_adapter_config",
     "read_official",
     "read_peft",
     "write_official",
@@ -80,7 +81,12 @@ class Converted:
     notes: list[str]
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter in either format.
+
+    Raises:
+        UserError: it is missing, cut off, damaged or too large.
+    """
     path = folder / CONFIG
     try:
         size = path.stat().st_size
@@ -109,7 +115,7 @@ def is_official(folder: Path) -> bool:
     Raises:
         UserError: there is no configuration, or it is damaged.
     """
-    config = _config(folder)
+    config = read_adapter_config(folder)
     if PEFTS_OWN & set(config):
         return False
     return (folder / BIN).is_file() or "routing_strategy" in config
@@ -124,7 +130,7 @@ def read_official(folder: Path) -> AdapterFiles:
     Raises:
         UserError: a file is missing, cut off or too large, or holds anything but named tensors.
     """
-    config, path, beside = _config(folder), folder / BIN, folder / SAFETENSORS
+    config, path, beside = read_adapter_config(folder), folder / BIN, folder / SAFETENSORS
     if not path.is_file():
         if beside.is_file():
             return AdapterFiles(config, load_safetensors(beside))
@@ -163,7 +169,7 @@ def read_peft(folder: Path) -> AdapterFiles:
     Raises:
         UserError: a file is missing, cut off or damaged.
     """
-    config, path, old = _config(folder), folder / SAFETENSORS, folder / BIN
+    config, path, old = read_adapter_config(folder), folder / SAFETENSORS, folder / BIN
     if path.is_file():
         return AdapterFiles(config, load_safetensors(path), original=_read_original(folder))
     if old.is_file():

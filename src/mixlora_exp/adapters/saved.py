@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from mixlora_exp.adapters.official import BIN, CONFIG, SAFETENSORS, is_official
+from mixlora_exp.adapters.official import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
 from mixlora_exp.errors import UserError
 
 __all__ = ["saved_settings"]
@@ -26,14 +25,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         inner = (folder / "adapter" / CONFIG).is_file()
         hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that PEFT wrote"
         raise UserError(f"adapter={folder} has no {CONFIG}: {hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"adapter={folder}: {CONFIG} is cut off or damaged ({error}); take another copy"
-        ) from error
+    config = read_adapter_config(folder)
     if is_official(folder):
         raise UserError(
             f"adapter={folder} is in the format of the official packages: convert it first, "
