@@ -81,17 +81,19 @@ class Converted:
     notes: list[str]
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The configuration of an adapter in either format.
+def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
+    """The configuration of an adapter in either format; messages name the `field` of the command
+    that the folder was given in, if it has a name.
 
     Raises:
         UserError: it is missing, cut off, damaged or too large.
     """
     path = folder / CONFIG
+    shown = f"{field}={folder}: {CONFIG}" if field else str(path)
     try:
         size = path.stat().st_size
         if size > CONFIG_LIMIT:
-            raise UserError(f"{path} has {size:,} bytes, which no configuration has")
+            raise UserError(f"{shown} has {size:,} bytes, which no configuration has")
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
@@ -99,12 +101,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror or error}): give a folder with an adapter"
+            f"{shown} cannot be read ({error.strerror or error}): give a folder with an adapter"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is cut off or damaged ({error}): take another copy") from error
+        raise UserError(f"{shown} is cut off or damaged ({error}): take another copy") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object: take another copy")
+        raise UserError(f"{shown} holds no JSON object: take another copy")
     return config
 
 

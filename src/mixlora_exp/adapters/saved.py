@@ -25,7 +25,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         inner = (folder / "adapter" / CONFIG).is_file()
         hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that PEFT wrote"
         raise UserError(f"adapter={folder} has no {CONFIG}: {hint}")
-    config = read_adapter_config(folder)
+    config = read_adapter_config(folder, "adapter")
     if is_official(folder):
         raise UserError(
             f"adapter={folder} is in the format of the official packages: convert it first, "
