@@ -14,7 +14,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+from mixlora_exp import lm_eval
 from mixlora_exp.config import compose
+from mixlora_exp.errors import guarded
 from mixlora_exp.models import load_tokenizer
 
 ROWS = [
@@ -114,3 +116,15 @@ def test_lm_eval_s_command_line_scores_a_mixture(
     results = json.loads(path.read_text())["results"]["tiny_task"]
     assert 0 <= results["acc,none"] <= 1
     assert "tiny_task" in done.stdout
+
+
+def test_lm_evals_command_line_tells_an_unknown_task(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    words = ["lm_eval", "run", "--model", "hf", "--tasks", "arc_nowhere"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert guarded(lm_eval.run, words[1:]) == 2
+    error = capsys.readouterr().err
+    assert "--tasks: Tasks not found: arc_nowhere" in error
+    assert "ls tasks" in error
