@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str] | None] = {
         "results",
         "errors",
     },
+    "memory": {"config"},
     "planning": EVERYTHING,
     "reporting": EVERYTHING,
     "rescoring": EVERYTHING,

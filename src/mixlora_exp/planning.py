@@ -11,24 +11,16 @@ from typing import Any
 from mixlora_exp.config import Config, run_name
 from mixlora_exp.config.parameters import Parameters, count_parameters
 from mixlora_exp.config.schema import (
-    FEED_FORWARD_TARGETS,
     AnswerForm,
     DataSource,
-    Head,
-    Kernel,
     LoraMethodConfig,
-    LossOn,
-    MixLoraMethodConfig,
-    Precision,
     TrainerConfig,
 )
+from mixlora_exp.memory import many_that_fit, memory_of
 from mixlora_exp.tasks import TASKS
 
 __all__ = [
     "Plan",
-    "kept_per_token",
-    "many_that_fit",
-    "memory_of",
     "plan",
     "print_plan",
     "print_plan_together",
@@ -43,14 +35,13 @@ CHARACTERS = {
 BOOLQ_PASSAGE = 576
 CHARACTERS_PER_TOKEN = 4.0
 CARD_GIB = (24, 48)
-USABLE = 0.94
-"""Of a card's memory: the rest goes to the driver's context and to gaps between allocations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The plan of one run. `tokens` is per epoch; `tokens_counted` tells whether they were counted
-    with the model's tokenizer or estimated from characters."""
+    with the model's tokenizer or estimated from characters. `padding`: its share of the positions
+    of the first epoch's batches, from 0 to 1, where tokens were counted."""
 
     name: str
     parameters: Parameters
@@ -59,6 +50,7 @@ class Plan:
     examples: int
     tokens: int
     tokens_counted: bool
+    padding: float | None
     steps: int
     memory: dict[str, int]
 
@@ -105,23 +97,42 @@ def _characters(config: Config, task: str, form: AnswerForm, items: list) -> flo
     return sum(len(p.text) + 1 + len(answers[i]) for (p, answers), i in asked) / len(asked)
 
 
-def _tokens(config: Config, rows: dict[str, int], items: dict[str, list]) -> tuple[int, bool]:
-    """Tokens of one epoch, and whether they were counted."""
+def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
+    """Tokens of each example, where the data and the model's tokenizer are at hand."""
     if items:
         from mixlora_exp.models import has_local_tokenizer
-    if items and has_local_tokenizer(config.model):
-        from mixlora_exp.data.encoding import encode_examples
-        from mixlora_exp.models import load_tokenizer
+    if not items or not has_local_tokenizer(config.model):
+        return None
+    from mixlora_exp.data.encoding import encode_examples
+    from mixlora_exp.models import load_tokenizer
 
-        tokenizer = load_tokenizer(config.model)
-        every = [item for found in items.values() for item in found]
-        return sum(len(e.input_ids) for e in encode_examples(tokenizer, every, config.data)), True
+    tokenizer = load_tokenizer(config.model)
+    every = [item for found in items.values() for item in found]
+    return [len(e.input_ids) for e in encode_examples(tokenizer, every, config.data)]
+
+
+def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> int:
+    """Tokens of one epoch by their characters."""
     total = 0.0
     for task, n in rows.items():
         for form in config.data.forms:
             characters = _characters(config, task, form, items.get(task, []))
             total += n * min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
-    return round(total), False
+    return round(total)
+
+
+def _padding(config: Config, lengths: list[int]) -> float:
+    """Share of positions of the first epoch that are padding, from 0 to 1: each row is padded to
+    the longest of its micro-batch."""
+    from mixlora_exp.data.sampler import sampler_of
+
+    trainer = config.trainer
+    order = list(sampler_of(lengths, trainer.batch_size, config.seed, trainer.order))
+    positions = 0
+    for start in range(0, len(order), trainer.micro_batch_size):
+        rows = order[start : start + trainer.micro_batch_size]
+        positions += len(rows) * max(lengths[i] for i in rows)
+    return 1 - sum(lengths) / positions
 
 
 def count_steps(trainer: TrainerConfig, examples: int) -> int:
@@ -129,90 +140,6 @@ def count_steps(trainer: TrainerConfig, examples: int) -> int:
     if trainer.max_steps is not None:
         return trainer.max_steps
     return math.ceil(trainer.epochs * math.ceil(examples / trainer.batch_size))
-
-
-def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
-    """Bytes that a layer keeps per token for the backward pass, `width` bytes to a number.
-
-    Counted from what the kernels save (a test holds it against what autograd does): both norms'
-    input and output, and in 16 bits a copy in float32; queries, keys, values and the heads' output,
-    which several adapters in one pass hold twice; the frozen products of gate and up. LoRA keeps
-    the activation and the product as well, DoRA the output of each adapted projection before its
-    scale, a mixture its router's input in float32 and, with DoRA, the K outputs of the down
-    projection. A mask of dropout has a byte per element.
-    """
-    model, method = config.model, config.method
-    assert isinstance(method, LoraMethodConfig)
-    d, f = model.hidden_size, model.intermediate_size
-    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    outputs = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "o_proj": d, "gate_proj": f,
-               "up_proj": f, "down_proj": d}  # fmt: skip
-    inputs = dict.fromkeys(outputs, d) | {"o_proj": heads, "down_proj": f}
-    mixed = isinstance(method, MixLoraMethodConfig)
-    plain = [t for t in method.targets if not (mixed and t in FEED_FORWARD_TARGETS)]
-    experts = [t for t in method.targets if t not in plain]
-    masks = sum(inputs[target] for target in plain)
-    if experts:
-        masks += d * any(t != "down_proj" for t in experts) + f * ("down_proj" in experts)
-    stock = config.kernel.name in (Kernel.peft, Kernel.reference)
-    slots = method.top_k if mixed else 1
-    norms = 6 if width == 2 else 4
-    numbers = norms * d + (3 if packed else 2) * heads + 2 * kv + 2 * f
-    numbers += method.rank * len(plain)
-    if not mixed or stock:
-        numbers += 2 * f * slots
-    if method.dora:
-        numbers += sum(outputs[target] for target in plain)
-        numbers += slots * d if "down_proj" in experts else 0
-    if stock:
-        # Under dropout each branch keeps its own input; each expert keeps its gate and up.
-        numbers += (masks if method.dropout else 0) + (2 * slots * f if mixed else 0)
-        numbers += sum(outputs[target] for target in experts) * slots if method.dora else 0
-    dropped = masks if method.dropout else 0
-    router = 4 * d if mixed and width == 2 else 0
-    # Of attention's softmax and of the norms a number in float32 each.
-    return numbers * width + router + dropped + 4 * (model.num_heads + 2)
-
-
-def _memory(
-    config: Config, parameters: Parameters, longest: int, packed: bool = False
-) -> dict[str, int]:
-    """An estimate in bytes: frozen weights, the float32 adapter with gradient and AdamW's two
-    moments, and what is kept for the backward pass of one micro-batch."""
-    model, method = config.model, config.method
-    # `auto` is taken for bf16, since a plan is often made for another machine.
-    width = 4 if config.trainer.precision is Precision.float32 else 2
-    if not isinstance(method, LoraMethodConfig):
-        return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
-    tokens = config.trainer.micro_batch_size * longest
-    layer = kept_per_token(config, width, packed)
-    kept = layer * model.depth
-    if config.trainer.gradient_checkpointing:
-        # The input of each layer, and one layer at a time in full.
-        kept = layer + model.depth * model.hidden_size * width
-    # The loss holds a few rows of logits at a time, in float32.
-    chunk = 2**23 * 4
-    answers = longest if config.trainer.loss_on is LossOn.all else 4
-    logits = config.trainer.micro_batch_size * answers * model.vocab_size * 8
-    if config.trainer.head is not Head.full:
-        logits = min(logits, 2 * chunk)
-    return {
-        "weights": parameters.base * width,
-        "adapter_and_optimizer": parameters.trainable * 16,
-        "activations": round(tokens * kept + logits),
-    }
-
-
-def many_that_fit(memory: dict[str, int], gib: float) -> int:
-    """Adapters of one kind that train together on one base within `gib` GiB."""
-    each = memory["adapter_and_optimizer"] + memory["activations"]
-    return max(0, int((gib * 2**30 * USABLE - memory["weights"]) // each))
-
-
-def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
-    """The estimate of a run's memory, in bytes by item; `packed`: as one of several adapters."""
-    parameters = count_parameters(config.model, config.method)
-    return _memory(config, parameters, config.data.cutoff_length, packed)
 
 
 def _together(config: Config) -> str:
@@ -230,17 +157,18 @@ def plan(config: Config) -> Plan:
     parameters = count_parameters(config.model, config.method)
     rows, tests, items = _rows(config)
     examples = sum(rows.values()) * len(config.data.forms)
-    tokens, counted = _tokens(config, rows, items) if examples else (0, True)
+    lengths = _counted(config, items) if examples else []
     return Plan(
         name=run_name(config),
         parameters=parameters,
         rows=rows,
         test_rows=tests,
         examples=examples,
-        tokens=tokens,
-        tokens_counted=counted,
+        tokens=_estimated(config, rows, items) if lengths is None else sum(lengths),
+        tokens_counted=lengths is not None,
+        padding=_padding(config, lengths) if lengths else None,
         steps=count_steps(config.trainer, examples) if examples else 0,
-        memory=_memory(config, parameters, config.data.cutoff_length),
+        memory=memory_of(config),
     )
 
 
@@ -253,7 +181,9 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
             f"; without magnitudes {p.percent_paper:.2f} % of the paper's "
             f"{model.nominal_parameters:.3g}"
         )
-    counted = "counted" if found.tokens_counted else "estimated from characters"
+    counted = "estimated from characters"
+    if found.padding is not None:
+        counted = f"counted; {100 * found.padding:.0f} % of the batches is padding"
     gib = {name: size / 2**30 for name, size in found.memory.items()}
     training = [
         ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),

@@ -27,7 +27,8 @@ from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.config.schema import DataSource, LoraMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.hashing import code_sha256
-from mixlora_exp.planning import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN, memory_of
+from mixlora_exp.memory import memory_of
+from mixlora_exp.planning import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN
 from mixlora_exp.results.record import read_record
 from mixlora_exp.results.runs import RECORD, filled
 from mixlora_exp.runlock import BEAT, holder_of
