@@ -87,3 +87,10 @@ FIVE = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
 @pytest.fixture
 def write() -> Callable[..., Path]:
     return write_run
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "bench").mkdir()
+    return tmp_path

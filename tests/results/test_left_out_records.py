@@ -1,0 +1,109 @@
+"""Records that do not count, each told by name: spoilt, uncommitted, repeated, without a place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from table_cells import SMALL, block, five, row
+
+from mixlora_exp.reporting import gather, table_files
+
+Write = Callable[..., Path]
+
+
+def test_runs_that_no_table_has_a_place_for_are_listed(write: Write, results: Path) -> None:
+    write(results / "runs", "odd", [*SMALL, "method=mixlora", "method.top_k=1"], five(0.4))
+    pair = ["model=smollm2_135m", "task=multi", "task.train=[arc_e,obqa]", *SMALL[2:]]
+    write(results / "runs", "pair", [*pair, "method=lora"], five(0.4))
+    found = gather(results)
+    assert {entry.name for entry in found.left_out} == {"odd", "pair"}
+    assert all("no table has" in entry.reason for entry in found.left_out)
+
+
+def test_predictions_edited_without_a_trace_are_noticed(write: Write, results: Path) -> None:
+    """A right and a wrong answer exchanged leave the accuracy as it was."""
+
+    def sign(record: dict) -> None:
+        record["predictions_sha256"] = {"arc_e/label_logits": "0" * 64}
+
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4), change=sign)
+    ((entry),) = gather(results).left_out
+    assert "was changed after it was written" in entry.reason
+
+
+def edited(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_text(path.read_text().replace('"accuracy": 0.4', '"accuracy": 0.9'))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_text(path.read_text()[:500])
+
+
+def old(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 0}))
+
+
+def prediction(folder: Path) -> None:
+    path = folder / "predictions" / "obqa.label_logits.jsonl"
+    path.write_text(path.read_text().replace('"prediction": 1', '"prediction": 0', 1))
+
+
+def no_predictions(folder: Path) -> None:
+    (folder / "predictions" / "obqa.label_logits.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(edited, "changed after it was written"), (cut, "cut off"), (old, "schema_version=0"),
+     (prediction, "does not give the accuracy"), (no_predictions, "cannot be read")],
+)  # fmt: skip
+def test_a_spoilt_record_is_left_out_by_name(
+    spoil: Callable[[Path], None], reason: str, write: Write, results: Path
+) -> None:
+    write(results / "runs", "good", [*SMALL, "method=lora", "seed=1"], five(0.5))
+    spoil(write(results / "runs", "bad", [*SMALL, "method=lora", "seed=2"], five(0.4)))
+    found = gather(results)
+    ((name, why),) = {(entry.name, entry.reason) for entry in found.left_out}
+    assert name == "bad"
+    assert reason in why
+    cells = row(block(found.tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    assert cells["ARC-e"].records == ("good",)
+    assert f"`bad`: {why}" in table_files(found)["README.md"]
+
+
+@pytest.mark.parametrize("git", [None, {"commit": "c" * 40, "dirty": True}])
+def test_uncommitted_code_is_left_out(git: dict | None, write: Write, results: Path) -> None:
+    write(results / "runs", "dirty", [*SMALL, "method=lora"], five(0.5), git=git)
+    found = gather(results)
+    assert [entry.name for entry in found.left_out] == ["dirty"]
+    assert not any(b.run for b in found.tables[2].blocks)
+
+
+def test_two_records_of_a_cell_with_other_data_are_both_left_out(
+    write: Write, results: Path
+) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora", "seed=1"], five(0.4), data_hash="1")
+    write(results / "runs", "b", [*SMALL, "method=lora", "seed=2"], five(0.5), data_hash="2")
+    found = gather(results)
+    assert {entry.name for entry in found.left_out} == {"a", "b"}
+    assert all("read different data" in entry.reason for entry in found.left_out)
+    assert not any(b.run for b in found.tables[2].blocks)
+    # The training rows count as well.
+    write(results / "runs", "b", [*SMALL, "method=lora", "seed=2"], five(0.5), data_hash="1",
+          train_hash="u")  # fmt: skip
+    assert {entry.name for entry in gather(results).left_out} == {"a", "b"}
+
+
+def test_two_records_of_a_cell_and_seed_count_once(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+    write(results / "runs", "b", [*SMALL, "method=lora", "kernel=reference"], five(0.6))
+    found = gather(results)
+    assert {entry.name for entry in found.left_out} == {"b"}
+    cells = row(block(found.tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    assert cells["ARC-e"].value == pytest.approx(40.0)

@@ -1,0 +1,112 @@
+"""Tables as files, and benchmarks in them: three formats that agree, written once."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from table_cells import SMALL, five
+
+from mixlora_exp.reporting import RESULTS, gather, table_files, write_files
+
+Write = Callable[..., Path]
+
+
+def bench_record(folder: Path, **changes: object) -> None:
+    from mixlora_exp.results.record import finish_record, write_json
+
+    row_of = {"method": "mixlora", "kernel": "exact", "num_experts": 8, "top_k": 2,
+              "adapter_dtype": "float32", "head": "full"}  # fmt: skip
+    measured = {"train_forward_us_per_token": 10.0, "train_forward_ratio": 0.5,
+                "train_backward_us_per_token": 20.0, "train_backward_ratio": 0.8,
+                "train_ratio": 0.7, "train_ratio_quartiles": [0.6, 0.75], "rounds": 3}  # fmt: skip
+    record = {
+        "config": {"model": "llama2_7b", "layers": 2, "batch": 2, "length": 8, "dtype": "bfloat16",
+                   "dropout": 0.05},
+        "layers": 2, "threads": 2,
+        "rows": {"mixlora": {**row_of, **measured},
+                 "mixlora_triton": {**row_of, "kernel": "triton",
+                                    "error": "not measured: needs a GPU"}},
+        "provenance": {"git": {"commit": "c", "dirty": False}, "packages": {"torch": "2"},
+                       "hardware": {"cpu": "a cpu", "gpus": []}},
+    }  # fmt: skip
+    write_json(folder / "one.json", finish_record({**record, **changes}))
+
+
+def test_benchmarks_stand_in_tables_6_and_7(results: Path) -> None:
+    bench_record(results / "bench")
+    table = gather(results).tables[6]
+    found = table.blocks[1]
+    assert "2 layers, 2 x 8 tokens, bfloat16" in found.heading
+    exact, triton = found.rows
+    assert exact.label == ("MixLoRA (exact kernel)", "1 model")
+    assert [cell.value for cell in exact.cells[:4]] == [10.0, 50.0, 20.0, 80.0]
+    assert triton.cells[0].text == "needs a GPU"
+    ratio = exact.cells[found.columns.index("forward + backward, % of LoRA")]
+    assert (ratio.value, ratio.low, ratio.high) == (70.0, 60.0, 75.0)
+    assert ratio.records == ("bench/one.json",)
+    assert len(gather(results).tables[7].blocks) == 1
+
+
+def test_a_spoilt_benchmark_is_left_out_by_name(results: Path) -> None:
+    bench_record(results / "bench")
+    (results / "bench" / "cut.json").write_text("{")
+    bench_record(results / "bench", rows={"mixlora": {}})
+    found = gather(results)
+    assert {entry.name for entry in found.left_out} == {"bench/cut", "bench/one"}
+
+
+def test_rendered_files_agree(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+    files = table_files(gather(results))
+    assert len(files) == 1 + 3 * len(gather(results).tables)
+    lines = list(csv.DictReader(files["table2.csv"].splitlines()))
+    (line,) = [
+        found for found in lines
+        if found["column"] == "ARC-e" and found["kind"] == "ours" and "LoRA" in found["label"]
+        and found["records"] and found["seeds"]
+    ]  # fmt: skip
+    assert float(line["value"]) == pytest.approx(40.0)
+    assert line["records"] == "a"
+    for found in lines:
+        assert all(float(found[name] or 0) is not None for name in ("value", "low", "high"))
+    assert "40.0 [26.3, 55.4] (n=1)" in files["table2.md"]
+    assert r"\toprule" in files["table2.tex"]
+    for name in (f"table{number}.tex" for number in range(1, 10)):
+        body = files[name]
+        assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") > 0
+        assert "%" not in body.replace(r"\%", "").replace("{!}{%", "").split("\\begin", 1)[1]
+
+
+def test_writing_is_idempotent_and_a_change_is_seen(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+    files = table_files(gather(results))
+    folder = results / "tables"
+    assert write_files(folder, files, check=False) == []
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert write_files(folder, table_files(gather(results)), check=False) == []
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert write_files(folder, files, check=True) == []
+    path = folder / "table2.md"
+    path.write_text(path.read_text().replace("40.0", "90.0"))
+    assert any("90.0" in line for line in write_files(folder, files, check=True))
+
+
+def test_committed_tables_are_those_of_the_records() -> None:
+    assert write_files(RESULTS / "tables", table_files(gather()), check=True) == []
+
+
+def test_tables_need_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from mixlora_exp.reporting import gather, table_files\n"
+        "assert len(table_files(gather())) > 27\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
