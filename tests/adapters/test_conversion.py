@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from converting import ROOT, TARGETS, convert
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -27,16 +28,7 @@ from mixlora_exp.adapters.official import (
 from mixlora_exp.adapters.tensors import from_peft, to_official
 from mixlora_exp.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCHES = ("single", "right", "left")
-
-
-def convert(*words: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "scripts/convert_adapter.py", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["llama-lora", "llama-mixlora"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from converting import TARGETS, convert
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,17 +24,6 @@ from mixlora_exp.adapters.official import (
 )
 from mixlora_exp.adapters.tensors import from_peft, to_official
 from mixlora_exp.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BATCHES = ("single", "right", "left")
-
-
-def convert(*words: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "scripts/convert_adapter.py", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["dora", "mixlora"])

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import (
+    DEVICE,
+    GPU,
+    fused,
+    triton_block,
+    triton_launch,
+    triton_router,
+    triton_tiles,
+)
 
-from mixlora_exp.kernels import DropMask, FeedForward, Routing, known_activation, route
+from mixlora_exp.kernels import known_activation, route
 from mixlora_exp.kernels.exact import mixlora_exact_dense
 from mixlora_exp.kernels.packing import pack, unpack
 
-pytest.importorskip("triton")
-spec = importlib.util.spec_from_file_location(
-    "triton_cases", Path(__file__).with_name("triton_cases.py")
-)
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
-GPU = cases.GPU
-DEVICE = torch.device("cuda" if GPU else "cpu")
 # The interpreter's bf16 products are wrong on a CPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
-triton_block, triton_launch, triton_router, triton_tiles = cases.load(
-    "block", "launch", "router", "tiles"
-)
-
-
-def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """`mixlora_triton` on the GPU if there is one, for inputs on the CPU; never its fallback."""
-    masks = [m and DropMask(m.kept(), m.scale, m.shape) for m in (block.x_mask, block.hidden_mask)]
-    block = replace(block, activation=known_activation(block.activation))
-    spec, tensors = pack(replace(block, x_mask=masks[0], hidden_mask=masks[1]))
-    block = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
-    parts = (routing.logits, routing.probabilities, routing.experts, routing.weights)
-    x = x.to(DEVICE)
-    assert triton_block.supports(x, block)
-    return triton_block.mixlora_triton(x, Routing(*(p.to(DEVICE) for p in parts)), block).cpu()
 
 
 def relative(result: Tensor, truth: Tensor) -> float:
@@ -163,112 +147,6 @@ def test_strided_input_and_upstream_gradient(block_of, plain) -> None:
     check_close(replace(block, upstream=upstream, values={**block.values, "x": strided}))
 
 
-def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From now on fresh buffers hold NaN, or an integer that no index has; counts them."""
-    made: list[int] = []
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-
-        def make(*args, real: Callable = real, **kwargs) -> Tensor:
-            buffer = real(*args, **kwargs)
-            made.append(buffer.numel())
-            integer = not buffer.is_floating_point()
-            return buffer.fill_(torch.iinfo(buffer.dtype).max if integer else float("nan"))
-
-        monkeypatch.setattr(torch, name, make)
-    return made
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_same_bits_each_time_whatever_buffers_hold(
-    block_of, plain, monkeypatch, fresh_seed, dora
-) -> None:
-    case = replace(plain, tokens=19, inner=33, experts=5, top_k=3, dora=dora)
-    block = block_of(case, fresh_seed, torch.float32)
-    masks = block.masks(0.3)
-    first, second = (block.run(fused, torch.float32, masks=masks) for _ in range(2))
-    made = poison(monkeypatch)
-    third = block.run(fused, torch.float32, masks=masks)
-    assert len(made) >= 5
-    for name, result in first.items():
-        assert torch.equal(result, second[name]), name
-        assert torch.equal(result, third[name]), name
-
-
-def broken_run(block, experts: Tensor, upstream: Tensor | None = None, **changed: Tensor):
-    """`fused` with some values changed and the routing kept, as (y, gradients by name)."""
-    leaves = {
-        name: changed.get(name, value).to(torch.float32, copy=True).requires_grad_()
-        for name, value in block.values.items()
-    }
-    probabilities = route(block.values["x"], block.values["router"], block.case.top_k)
-    weights = probabilities.weights.float()
-    routing = Routing(probabilities.logits, probabilities.probabilities, experts, weights)
-    y = fused(leaves["x"], routing, block.block(leaves, torch.float32, torch.float32))
-    y.backward((block.upstream if upstream is None else upstream).float())
-    return y.detach(), {name: leaf.grad for name, leaf in leaves.items() if name != "router"}
-
-
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")], ids=["NaN", "infinity"])
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_a_broken_token_leaves_the_others_alone(block_of, plain, dora, broken) -> None:
-    """A padding row may hold NaN. The token itself must not look sound."""
-    block = block_of(replace(plain, dora=dora), 0, torch.float32)
-    experts = route(block.values["x"], block.values["router"], 2).experts
-    x = block.values["x"].clone()
-    x[3] = broken
-    others = torch.arange(len(x)) != 3
-    sound, sound_gradients = broken_run(block, experts)
-    found, gradients = broken_run(block, experts, x=x)
-    torch.testing.assert_close(found[others], sound[others])
-    torch.testing.assert_close(gradients["x"][others], sound_gradients["x"][others])
-    assert found[3].isnan().all()
-
-
-@pytest.mark.parametrize("role", ["gate", "up", "down"])
-@pytest.mark.parametrize(
-    ("dora", "part"),
-    [
-        pytest.param(False, "a", id="LoRA, A"),
-        pytest.param(False, "b", id="LoRA, B"),
-        pytest.param(True, "b", id="DoRA, B"),
-        pytest.param(True, "magnitude", id="DoRA, magnitude"),
-    ],
-)
-def test_a_broken_expert_reaches_its_tokens_only(block_of, plain, dora, part, role) -> None:
-    """One expert may diverge. Its tokens and its gradients show it; where they do not count in the
-    loss, all other gradients are as if it were sound."""
-    block = block_of(replace(plain, tokens=24, dora=dora), 0, torch.float32)
-    experts = route(block.values["x"], block.values["router"], 2).experts
-    chosen = (experts == 1).any(dim=-1)
-    assert 3 < chosen.sum() < 21
-    name = f"{role}.{part}"
-    value = block.values[name].clone()
-    value[1].view(-1)[:1] = float("nan")
-    upstream = torch.where(chosen.unsqueeze(-1), 0.0, block.upstream)
-    sound, sound_gradients = broken_run(block, experts, upstream)
-    found, gradients = broken_run(block, experts, upstream, **{name: value})
-    torch.testing.assert_close(found[~chosen], sound[~chosen])
-    assert found[chosen].isnan().all()
-    torch.testing.assert_close(gradients["x"][~chosen], sound_gradients["x"][~chosen])
-    others = torch.arange(4) != 1
-    for key in gradients.keys() - {"x"}:
-        torch.testing.assert_close(gradients[key][others], sound_gradients[key][others], msg=key)
-        assert gradients[key][1].isnan().all(), key
-
-
-@pytest.mark.parametrize("part", ["a", "magnitude"])
-def test_a_broken_expert_without_tokens_breaks_nothing(block_of, plain, part) -> None:
-    block = block_of(replace(plain, pushed={2: -60.0}, dora=True), 0, torch.float32)
-    experts = route(block.values["x"], block.values["router"], 2).experts
-    value = block.values[f"up.{part}"].clone()
-    value[2] = float("nan")
-    found, gradients = broken_run(block, experts, **{f"up.{part}": value})
-    assert found.isfinite().all()
-    for key, gradient in gradients.items():
-        assert gradient.isfinite().all(), key
-
-
 def test_what_is_kept_does_not_grow_with_k(block_of, plain) -> None:
     """But for the routing: an expert's number and its weight."""
     kept = {}
@@ -370,7 +248,7 @@ def test_launches_compile_within_a_card(cards, tmp_path) -> None:
     """Without a GPU: Triton brings NVIDIA's assembler. The interpreter takes code that the compiler
     refuses, and knows nothing of shared memory."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("triton_compile.py")
+    script = Path(__file__).parents[1] / "support" / "triton_compile.py"
     done = subprocess.run(
         [sys.executable, str(script), *cards],
         capture_output=True,

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE, triton_router
 
 from mixlora_exp.kernels import Routing, route, router_fractions, router_loss
 
-pytest.importorskip("triton")
-spec = importlib.util.spec_from_file_location(
-    "triton_cases", Path(__file__).with_name("triton_cases.py")
-)
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
-DEVICE = torch.device("cuda" if cases.GPU else "cpu")
-(triton_router,) = cases.load("router")
 route_triton = triton_router.route_triton
 FIELDS = ("logits", "probabilities", "experts", "weights")
 

@@ -1,17 +1,24 @@
-"""How the tests of the Triton kernels import them."""
+"""The Triton kernels as tests run them: on a GPU as they are, elsewhere by Triton's interpreter."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
+
+from mixlora_exp.kernels import DropMask, FeedForward, Routing, known_activation
+from mixlora_exp.kernels.packing import pack, unpack
+
+triton = pytest.importorskip("triton")
+tl = triton.language
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+DEVICE = torch.device("cuda" if GPU else "cpu")
 PACKAGE = "mixlora_exp.kernels"
 
 
@@ -54,3 +61,20 @@ def forget() -> dict[str, ModuleType]:
         if hasattr(package, name.rpartition(".")[2]):
             delattr(package, name.rpartition(".")[2])
     return {name: sys.modules.pop(name) for name in found}
+
+
+triton_block, triton_launch, triton_router, triton_tiles = load(
+    "block", "launch", "router", "tiles"
+)
+
+
+def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """`mixlora_triton` on the GPU if there is one, for inputs on the CPU; never its fallback."""
+    masks = [m and DropMask(m.kept(), m.scale, m.shape) for m in (block.x_mask, block.hidden_mask)]
+    block = replace(block, activation=known_activation(block.activation))
+    spec, tensors = pack(replace(block, x_mask=masks[0], hidden_mask=masks[1]))
+    block = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
+    parts = (routing.logits, routing.probabilities, routing.experts, routing.weights)
+    x = x.to(DEVICE)
+    assert triton_block.supports(x, block)
+    return triton_block.mixlora_triton(x, Routing(*(p.to(DEVICE) for p in parts)), block).cpu()
