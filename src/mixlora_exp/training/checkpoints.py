@@ -100,14 +100,16 @@ class Checkpoints:
         optimizer: Optimizer,
         scheduler: LRScheduler,
         state: Mapping[str, Any],
-    ) -> Path:
+    ) -> Path | None:
         """Write one after optimizer step `step`: under another name first, onto the disk, then
-        renamed.
+        renamed. Weights that are no numbers are not kept: None.
 
         Raises:
             UserError: the disk is full or cannot be written; older checkpoints are kept.
         """
         self.check_owner()
+        if not all(parameter.isfinite().all() for parameter in parameters.values()):
+            return None
         place = self.folder / f"{PREFIX}{step:08d}"
         partial = self.folder / f"{PARTIAL}{os.getpid()}"
         schedule = {
@@ -183,6 +185,15 @@ class Checkpoints:
             self.clear()
             return None
         return None
+
+    def fall_back(self, step: int) -> Checkpoint | None:
+        """The newest that is whole of at most `step` optimizer steps. Later ones are removed: to go
+        on from weights that were broken already would end in the same way."""
+        self.check_owner()
+        for path in self._found():
+            if int(path.name.removeprefix(PREFIX)) > step:
+                shutil.rmtree(path, ignore_errors=True)
+        return self.newest()
 
     def _set_aside(self, path: Path) -> Path:
         """Give a damaged one a name under which it does not count; one such is kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mixlora_exp.interruption import deferred
 from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.job import total_steps
+from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.progress import LogFile, SendLogs, StopWhenAsked, Watch, progress_callback
 from mixlora_exp.training.stability import Diverged, Stability
 from mixlora_exp.training.tracking import Tracking
@@ -32,7 +34,6 @@ __all__ = [
     "RECOMPUTE",
     "NotEnoughMemory",
     "TrainSummary",
-    "diverged_message",
     "fit",
     "training_arguments",
 ]
@@ -198,6 +199,7 @@ def fit(
     try:
         with deferred():
             trainer.train_or_resume(total_steps(config, len(examples)))
+        trainer.check_end()
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(
             f"trainer.micro_batch_size={config.trainer.micro_batch_size}: the device's memory does "
@@ -205,7 +207,12 @@ def fit(
             "trainer.auto_micro_batch=true or trainer.gradient_checkpointing=true"
         ) from error
     except Diverged as error:
-        raise UserError(_diverged(config, model, folder, error)) from error
+        kept = None
+        if processes().is_main_process:
+            kept = keep_last_good(
+                error, trainer.trained(), checkpoints, partial(save_adapter, model), folder
+            )
+        raise UserError(diverged_message(config, error, kept)) from error
     seconds = trainer.seconds_before + time.perf_counter() - start
     track = trainer.track
     track.fold()
@@ -228,26 +235,6 @@ def fit(
         curve=curve,
         expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
         stability=track.watch.summary(),
-    )
-
-
-def _diverged(config: Config, model: PeftModel, folder: Path, error: Diverged) -> str:
-    """The message; the adapter as it was before the failing step is saved."""
-    place = None
-    sound = all(weight.isfinite().all() for weight in model.parameters())
-    if sound and error.step > 1 and processes().is_main_process:
-        place = folder / "last_good"
-        save_adapter(model, place)
-    return diverged_message(config, error, place)
-
-
-def diverged_message(config: Config, error: Diverged, place: Path | None) -> str:
-    """What to tell of a run that stopped; `place` has the adapter from before the failing step."""
-    kept = "" if place is None else f" The adapter as it was after step {error.step - 1} is in "
-    return (
-        f"trainer.learning_rate={config.trainer.learning_rate}: {error}; nothing was recorded."
-        f"{kept}{'' if place is None else f'{place}.'} Lower the rate, or set "
-        "trainer.max_grad_norm or trainer.warmup_steps"
     )
 
 

@@ -21,9 +21,14 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.interruption import deferred
 from mixlora_exp.runtime import peak_memory_bytes, reset_peak_memory, resolve_device
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.fit import RECOMPUTE, TrainSummary, diverged_message, training_arguments
+from mixlora_exp.training.fit import (
+    RECOMPUTE,
+    TrainSummary,
+    training_arguments,
+)
 from mixlora_exp.training.job import Job
 from mixlora_exp.training.joint_trainer import JointTrainer
+from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.progress import restart_log
 from mixlora_exp.training.stability import Diverged
 from mixlora_exp.training.tracking import Tracking
@@ -67,12 +72,11 @@ class _Trainer(JointTrainer):
     """Keeps the last good adapter of one that is taken out."""
 
     def diverged(self, job: Job, error: Diverged) -> str:
-        sound = all(parameter.isfinite().all() for parameter in job.parameters.values())
-        place = None
-        if sound and error.step > 1:
-            place = job.folder / "last_good"
+        def save(place: Path) -> None:
             save_adapter(self.model, place, job.name)
-        return diverged_message(job.config, error, place)
+
+        kept = keep_last_good(error, job.parameters, job.checkpoints, save, job.folder)
+        return diverged_message(job.config, error, kept)
 
 
 def _arguments(config: Config, folder: Path) -> TrainingArguments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from math import isfinite
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from mixlora_exp.runtime import autocast
 from mixlora_exp.training.job import Job, MicroBatch, micro_batches
 from mixlora_exp.training.joint import joint_losses, total_of
 from mixlora_exp.training.packed import packed_attention
-from mixlora_exp.training.stability import Diverged
+from mixlora_exp.training.stability import Diverged, find_layer
 
 __all__ = ["JointTrainer", "passes_of"]
 
@@ -184,7 +185,8 @@ class JointTrainer(Trainer):
             norm = float(nn.utils.get_total_norm(gradients))
             if not job.note_step(norm):
                 loss = job.track.watch.losses[-1]
-                error = Diverged(job.step + 1, loss, norm, "its own rows alone")
+                where, usable = self._where(job, micro), isfinite(loss)
+                error = Diverged(job.step + 1, loss, norm, where, usable=usable)
                 job.fail(self.diverged(job, error))
                 continue
             limit = self._arguments[name].max_grad_norm
@@ -200,6 +202,24 @@ class JointTrainer(Trainer):
             except UserError as error:
                 # A disk that is full, or a run that another process has: the others' may go on.
                 job.fail(str(error))
+
+    def _where(self, job: Job, micro: MicroBatch) -> str:
+        """The layer in which numbers stop being such, over the rows of one adapter alone."""
+
+        def run(batch: Mapping[str, Any]) -> None:
+            with autocast(self.args.device, self._dtype):
+                joint_losses(
+                    self.model, {job.name: batch}, self._items, self._head, self._attention
+                )
+
+        batches = (
+            self._prepare_inputs(job.collate([job.examples[i] for i in part]))
+            for part in micro.group
+        )
+        try:
+            return find_layer(self.model, batches, run, job.parameters)
+        except RuntimeError as error:
+            return f"the layer was not found: {str(error).splitlines()[0][:80]}"
 
     def diverged(self, job: Job, error: Diverged) -> str:
         """What is told of an adapter that is taken out; the others' runs do not depend on it."""

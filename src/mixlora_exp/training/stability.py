@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from statistics import median
@@ -31,12 +31,24 @@ class Stability:
 
 
 class Diverged(ArithmeticError):
-    """The loss or its gradient is no finite number any more, before the weights were touched."""
+    """The loss or its gradient is no finite number any more, before the weights were touched.
 
-    def __init__(self, step: int, loss: float, norm: float, where: str) -> None:
+    `usable`: the weights as they are give numbers, so that step `step` alone is lost; else what the
+    step before did to them is the reason, and only older ones may be good.
+    """
+
+    def __init__(
+        self, step: int, loss: float, norm: float, where: str, *, usable: bool, last: bool = False
+    ) -> None:
         what = f"loss became {loss}" if not isfinite(loss) else f"gradient norm became {norm}"
-        super().__init__(f"the {what} at step {step} ({where})")
-        self.step = step
+        when = f"after the last step, {step - 1}" if last else f"at step {step}"
+        super().__init__(f"the {what} {when} ({where})")
+        self.step, self.usable = step, usable
+
+    @property
+    def good(self) -> int:
+        """Optimizer steps after which the weights can still have been good."""
+        return self.step - (1 if self.usable else 2)
 
 
 @dataclass
@@ -84,14 +96,21 @@ def _broken(output: Any) -> bool:
 
 
 @torch.no_grad()
-def find_layer(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+def find_layer(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    run: Callable[[Mapping[str, Any]], Any] | None = None,
+    trained: Mapping[str, nn.Parameter] | None = None,
+) -> str:
     """Where numbers stop being numbers, in words.
 
     A weight that is none; else the first module whose output is none when `batches` run once more;
     else, the forward pass being sound, the trained weight nearest to the output whose gradient is
-    none. Random numbers are drawn anew, so that what dropout alone did may not come back.
+    none. Random numbers are drawn anew, so that what dropout alone did may not come back. `run`
+    takes a batch through the model, `trained` are the weights to look at (all, if not given).
     """
-    for name, weight in model.named_parameters():
+    weights = dict(model.named_parameters()) if trained is None else trained
+    for name, weight in weights.items():
         if not weight.isfinite().all():
             return f"the weight {name} is no number"
     found: list[str] = []
@@ -106,12 +125,12 @@ def find_layer(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
         for batch in batches:
-            model(**batch)
+            model(**batch) if run is None else run(batch)
             if found:
                 return f"first in {found[0] or 'the loss'}"
     finally:
         for handle in handles:
             handle.remove()
-    graded = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+    graded = [(n, p.grad) for n, p in weights.items() if p.grad is not None]
     broken = [name for name, gradient in graded if not gradient.isfinite().all()]
     return f"in the gradient of {broken[-1]}" if broken else "in no layer when it was run again"

@@ -64,6 +64,8 @@ class MixLoraTrainer(Trainer):
             use_dropout_stream(self.model, adapter, self._stream)
         self._step_loss: float | torch.Tensor = 0.0
         self._step_batches: list[Any] = []
+        self._last_batches: list[Any] = []
+        """Of the step before, whose loss was a number."""
 
     def _get_train_sampler(self, train_dataset=None) -> BucketSampler | FixedSampler:
         examples = train_dataset if train_dataset is not None else self.train_dataset
@@ -124,14 +126,43 @@ class MixLoraTrainer(Trainer):
         sound = self.track.watch.add(loss, norm)
         # Of several processes all see the same norm, and each a loss of its own.
         if not sound and (self.args.world_size == 1 or not isfinite(norm)):
-            prepared = [self._prepare_inputs(batch) for batch in batches]
-            try:
-                where = find_layer(self.accelerator.unwrap_model(model), prepared)
-            except RuntimeError as error:
-                # It computes all logits, for which memory may not suffice.
-                where = f"the layer was not found: {str(error).splitlines()[0][:80]}"
-            raise Diverged(self.state.global_step + 1, loss, norm, where)
+            where = self._where(batches)
+            usable = isfinite(loss) or self._loss_is_sound(self._last_batches)
+            raise Diverged(self.state.global_step + 1, loss, norm, where, usable=usable)
+        self._last_batches = batches
         return norm
+
+    def _alone(self) -> bool:
+        return self.args.world_size == 1 and self.accelerator.distributed_type in PLAIN
+
+    def _where(self, batches: list[Any]) -> str:
+        prepared = [self._prepare_inputs(batch) for batch in batches]
+        try:
+            return find_layer(self.accelerator.unwrap_model(self.model), prepared)
+        except RuntimeError as error:
+            # It computes all logits, for which memory may not suffice.
+            return f"the layer was not found: {str(error).splitlines()[0][:80]}"
+
+    @torch.no_grad()
+    def _loss_is_sound(self, batches: list[Any]) -> bool:
+        """Whether the loss over `batches`, if there are any, is a number with these weights."""
+        if not batches or not self._alone():
+            return False
+        tuner, losses = self.accelerator.unwrap_model(self.model).base_model, []
+        for batch in batches:
+            with self.compute_loss_context_manager(), loss_from_hidden(tuner.model, self._head):
+                losses.append(float(super().compute_loss(self.model, self._prepare_inputs(batch))))
+        return all(map(isfinite, losses))
+
+    def check_end(self) -> None:
+        """Look once more after the last step, which no other step looks at.
+
+        Raises:
+            Diverged: it left weights with which the loss is no number.
+        """
+        if self._last_batches and self._alone() and not self._loss_is_sound(self._last_batches):
+            where, step = self._where(self._last_batches), self.state.global_step + 1
+            raise Diverged(step, float("nan"), 0.0, where, usable=False, last=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -169,7 +200,7 @@ class MixLoraTrainer(Trainer):
         if found.step == steps:
             # The Trainer would begin another step before it looks.
             self.state = reached
-            found.restore_weights(self._trained())
+            found.restore_weights(self.trained())
             return
         self._resumed = found
         place = Path(self.args.output_dir) / "resumed"
@@ -177,7 +208,8 @@ class MixLoraTrainer(Trainer):
         reached.save_to_json(str(place / TRAINER_STATE_NAME))
         self.train(resume_from_checkpoint=str(place))
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's trained parameters by the names that checkpoints have."""
         model = self.accelerator.unwrap_model(self.model)
         owned = plain_parameters_of(model, model.active_adapter)
         return {name: parameter for name, parameter in owned.items() if parameter.requires_grad}
@@ -194,7 +226,7 @@ class MixLoraTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if self._resumed is not None:
             optimizer, scheduler = self._inner()
-            self._resumed.restore(self._trained(), optimizer, scheduler)
+            self._resumed.restore(self.trained(), optimizer, scheduler)
             self._resumed = None
 
     def _load_rng_state(self, checkpoint) -> None:
@@ -217,7 +249,7 @@ class MixLoraTrainer(Trainer):
         self.track.curve = [entry for entry in self.state.log_history if "loss" in entry]
         self._checkpoints.save(
             self.state.global_step,
-            self._trained(),
+            self.trained(),
             *self._inner(),
             {
                 "track": self.track.state(),
