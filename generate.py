@@ -12,4 +12,4 @@ from mixlora_exp.errors import guarded
 from mixlora_exp.generation import run
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, sys.argv[1:]))
+    sys.exit(guarded(run, sys.argv[1:], resumes=False))

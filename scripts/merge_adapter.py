@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixlora_exp.config import options
 from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.serving import open_adapter, split_words, write_merged
+from mixlora_exp.serving import GROUPS, open_adapter, split_words, write_merged
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,10 +25,10 @@ class Settings:
 
 def run(arguments: Sequence[str]) -> None:
     words, rest = split_words(arguments)
-    settings = options(Settings, rest)
+    settings = options(Settings, rest, also=GROUPS)
     if settings.adapter is None or settings.output is None:
         raise UserError("adapter=DIR and output=DIR are needed")
-    target = Path(settings.output)
+    target = Path(settings.output).expanduser()
     if target.exists():
         raise UserError(f"output={target} exists already: name another folder, or remove it")
     write_merged(open_adapter(settings.adapter, words), target)
@@ -36,4 +36,4 @@ def run(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, sys.argv[1:]))
+    sys.exit(guarded(run, sys.argv[1:], resumes=False))

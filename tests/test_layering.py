@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "reporting": EVERYTHING,
     "rescoring": EVERYTHING,
     "serving": EVERYTHING,
+    "continuing": EVERYTHING,
     "generation": EVERYTHING,
     "lm_eval": {"errors"},
     "inputs": EVERYTHING,

@@ -9,7 +9,7 @@ from mixlora_exp.interruption import REQUEUE, Terminated, install
 
 __all__ = ["INTERRUPTED", "MISTAKE", "REQUEUE", "PackError", "UserError", "guarded"]
 
-MISTAKE, INTERRUPTED = 2, 130
+MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
 """Exit codes."""
 
 
@@ -29,17 +29,22 @@ class PackError(UserError):
         self.done, self.failed = done, failed
 
 
-def guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+def guarded(
+    command: Callable[[Sequence[str]], int | None], argv: Sequence[str], *, resumes: bool = True
+) -> int:
     """Run a command line and return its exit code.
 
     0: done; 2: a mistake of the user's, told in one message; 75: asked to end by SIGTERM, and will
-    go on when started again; 130: interrupted; else what `command` returned. A crash is raised, for
-    Python to print it and exit with 1.
+    go on when started again (143: it `resumes` nothing); 130: interrupted; else what `command`
+    returned. A crash is raised, for Python to print it and exit with 1.
     """
     install()
     try:
         return command(argv) or 0
     except Terminated:
+        if not resumes:
+            sys.stderr.write("terminated\n")
+            return TERMINATED
         sys.stderr.write("terminated: what was done is kept, the same command goes on from there\n")
         return REQUEUE
     except UserError as error:

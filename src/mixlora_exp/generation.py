@@ -3,9 +3,11 @@ several in the same batches."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 import torch
 
 from mixlora_exp.config import options
+from mixlora_exp.continuing import check_chat, continuations
 from mixlora_exp.errors import UserError
 from mixlora_exp.serving import (
+    GROUPS,
     Opened,
-    continuations,
+    labelled,
     open_adapter,
     open_adapters,
     split_words,
@@ -55,6 +59,8 @@ def _check(settings: Settings) -> None:
         raise UserError(f"top_p={settings.top_p} must be above 0 and at most 1")
     if settings.prompt is not None and not settings.prompt.strip():
         raise UserError("prompt is empty: give some text, or leave it out to be asked")
+    if settings.prompt is not None:
+        _check_text(settings.prompt, "prompt")
     if settings.prompt is not None and settings.prompts is not None:
         raise UserError("prompt and prompts were both given: name one of them")
     if settings.adapters and settings.adapter is not None:
@@ -71,47 +77,73 @@ class Asked:
     adapter: str | None = None
 
 
+def _check_text(text: str, where: str) -> None:
+    """Bytes that are no UTF-8 come as halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is no UTF-8 text ({error.reason}): give text") from error
+
+
 def _read_prompts(path: Path) -> list[Asked]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={path} cannot be read ({error}): give a text file") from error
+    # Not `splitlines`, which cuts at characters that JSON leaves as they are.
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"prompts={path} is empty: give a prompt per line")
     if path.suffix != ".jsonl":
-        return [Asked(line) for line in lines]
+        return [Asked(line.rstrip("\r")) for _, line in lines]
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
+        where = f"{path}:{number}"
         try:
             row = json.loads(line)
             asked = Asked(row["prompt"], row.get("adapter"))
             if not isinstance(asked.prompt, str) or not isinstance(asked.adapter, str | None):
                 raise TypeError("a prompt or an adapter is no text")
-            if not asked.prompt.strip():
-                raise UserError(f"{path}:{number}: prompt is empty: give some text")
-            prompts.append(asked)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}:{number}: this is no JSON object with a `prompt` (and perhaps an "
-                "`adapter`), both text"
+                f"{where}: this is no JSON object with a `prompt` (and perhaps an `adapter`), "
+                "both text"
             ) from error
+        if not asked.prompt.strip():
+            raise UserError(f"{where}: prompt is empty: give some text")
+        _check_text(asked.prompt, f"{where}: prompt")
+        prompts.append(asked)
     return prompts
 
 
+def _check_adapters(asked: Iterable[Asked], known: Collection[str]) -> None:
+    """Refuse prompts for adapters that are not there, before a model is loaded."""
+    for one in asked:
+        if one.adapter is not None and one.adapter not in known:
+            hint = f"give one of {', '.join(known)}" if known else "name adapters=[DIR,DIR]"
+            raise UserError(f"prompts: {one.prompt[:40]!r} asks for adapter {one.adapter}: {hint}")
+
+
 def _typed() -> Iterator[str]:
-    """Prompts as they are typed, until an empty line or the end of input."""
-    if sys.stdin.isatty():
+    """Prompts as they are typed, until an empty line or the end of input; from a pipe, to its end,
+    empty lines left out."""
+    typed = sys.stdin.isatty()
+    if typed:
         sys.stderr.write("Type a prompt; an empty line ends.\n")
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if typed else "")
+            line.encode()
         except EOFError:
             return
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
             raise UserError(
                 f"what was typed is no UTF-8 text ({error.reason}): type text"
             ) from error
-        if not line.strip():
+        if line.strip():
+            yield line
+        elif typed:
             return
-        yield line
 
 
 def _show(opened: Opened, settings: Settings, prompts: Iterable[str]) -> None:
@@ -133,11 +165,6 @@ def _each_adapter(opened: Opened, asked: Sequence[Asked]) -> list[Asked]:
     """Every prompt with the adapter that answers it: its own, or each of them."""
     found = []
     for one in asked:
-        if one.adapter is not None and one.adapter not in opened.adapters:
-            known = ", ".join(opened.adapters) or "adapters=[DIR,DIR] to choose from"
-            raise UserError(
-                f"the prompt {one.prompt!r} asks for {one.adapter}: give one of {known}"
-            )
         labels = opened.adapters or [None] if one.adapter is None else [one.adapter]
         found += [Asked(one.prompt, label) for label in labels]
     return found
@@ -169,9 +196,23 @@ def run(argv: Sequence[str]) -> None:
         UserError: an option is unknown or wrong, or the adapter cannot be used.
     """
     words, rest = split_words(argv)
-    settings = options(Settings, rest)
+    settings = options(Settings, rest, also=GROUPS)
     _check(settings)
-    asked = None if settings.prompts is None else _read_prompts(Path(settings.prompts))
+    asked = None
+    if settings.prompts is not None:
+        asked = _read_prompts(Path(settings.prompts).expanduser())
+        _check_adapters(asked, labelled(settings.adapters))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every terminal can show every character.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        _answer(settings, words, asked)
+    except BrokenPipeError:
+        # Who reads has seen enough (`| head`). Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _answer(settings: Settings, words: Sequence[str], asked: list[Asked] | None) -> None:
     if settings.adapters:
         opened = open_adapters(settings.adapters, words)
     else:
@@ -179,6 +220,8 @@ def run(argv: Sequence[str]) -> None:
     used = ", ".join(settings.adapters) or settings.adapter or "no adapter (adapter=DIR names one)"
     sys.stderr.write(f"{opened.config.model.name} with {used}\n")
     torch.manual_seed(settings.random_seed)
+    if settings.chat:
+        check_chat(opened)
     if asked is not None:
         _answer_all(opened, settings, asked)
         return

@@ -14,6 +14,19 @@ from mixlora_exp.errors import UserError, guarded
 __all__ = ["main", "run"]
 
 
+KNOWN = (
+    (
+        "Tasks not found",
+        "--tasks: name tasks that `python -m mixlora_exp.lm_eval ls tasks` lists, or a YAML file "
+        "of a task, or give its folder with --include_path",
+    ),
+    ("Can't find 'adapter_config.json'", "--model_args: peft=DIR must be a folder with an adapter"),
+)
+"""How errors of lm-eval and PEFT begin that are the user's, and the way out."""
+NO_MODEL = ("is not a valid model identifier", "couldn't find them in the cached files")
+"""What transformers says of a model that is not there."""
+
+
 def run(argv: Sequence[str]) -> None:
     """Run lm-eval with the arguments that the process was started with.
 
@@ -26,14 +39,14 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
     try:
         cli_evaluate()
-    except ValueError as error:
-        # Other errors of lm-eval's may be faults, and keep their traceback.
-        if not str(error).startswith("Tasks not found"):
+    except (ValueError, OSError) as error:
+        # Other errors may be faults, and keep their traceback.
+        hint = next((hint for begin, hint in KNOWN if str(error).startswith(begin)), None)
+        if hint is None and any(text in str(error) for text in NO_MODEL):
+            hint = "--model_args: give pretrained=DIR with a model, or its name on the hub"
+        if hint is None:
             raise
-        raise UserError(
-            f"--tasks: {error}; name tasks that `python -m mixlora_exp.lm_eval ls tasks` lists, or "
-            "a YAML file of a task, or give its folder with --include_path"
-        ) from error
+        raise UserError(f"{hint} ({' '.join(str(error).split())[:160]})") from error
 
 
 def main() -> NoReturn:

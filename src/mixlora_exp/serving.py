@@ -1,4 +1,4 @@
-"""Use after training: an adapter on its base model, generation, and merging.
+"""Use after training: an adapter on its base model, and merging it.
 
 The base model is the one that the record beside the adapter names, or the `model=` that is given,
 with any field of the group (`model.path=DIR`).
@@ -7,19 +7,19 @@ with any field of the group (`model.path=DIR`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import Config
-from mixlora_exp.data.collator import pad_left
+from mixlora_exp.durable import settle, sync
 from mixlora_exp.errors import UserError
 from mixlora_exp.inputs import RECORD, resolve_config
 from mixlora_exp.models import load_model, load_tokenizer
@@ -29,7 +29,7 @@ from mixlora_exp.runtime import resolve_device, resolve_dtype
 
 __all__ = [
     "Opened",
-    "continuations",
+    "labelled",
     "merge",
     "open_adapter",
     "open_adapters",
@@ -68,7 +68,10 @@ def _overrides(adapter: Path | None, words: Sequence[str]) -> list[str]:
     if record is None or not record.is_file() or "model" in given:
         return ["method=none", *words]
     trained = read_record(record)["config"]
-    return ["method=none", *recorded({"model": trained["model"]}, set()), *words]
+    # A random base model is drawn from the seed.
+    kept = {"model": trained["model"], "seed": trained["seed"]}
+    kept["trainer"] = {"precision": trained["trainer"]["precision"]}
+    return ["method=none", *recorded(kept, given), *words]
 
 
 def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
@@ -81,6 +84,7 @@ def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
     model, tokenizer, config = _open_base(folder, words)
     if folder is not None:
         model = load_adapter(model, folder, config.kernel)
+        _check_numbers(model, folder)
     return Opened(model.to(resolve_device()).eval(), tokenizer, config)
 
 
@@ -89,9 +93,27 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
     onto it. An adapter is called after its folder, or after the run whose `adapter/` it is.
 
     Raises:
-        UserError: as `open_adapter`, or two adapters have the same name.
+        UserError: as `open_adapter`, two adapters have the same name, or their records name
+            different base models.
     """
-    folders = {}
+    folders = labelled(adapters)
+    _check_one_base(list(folders.values()))
+    base, tokenizer, config = _open_base(next(iter(folders.values())), words)
+    names = {label: f"adapter{number}" for number, label in enumerate(folders)}
+    model = load_adapters(base, {names[label]: folder for label, folder in folders.items()})
+    set_kernel(model, config.kernel.name.value)
+    for folder in folders.values():
+        _check_numbers(model, folder)
+    return Opened(model.to(resolve_device()).eval(), tokenizer, config, names)
+
+
+def labelled(adapters: Sequence[str]) -> dict[str, Path]:
+    """The folders of several adapters by what each is called.
+
+    Raises:
+        UserError: one is no folder, or two have the same name.
+    """
+    folders: dict[str, Path] = {}
     for adapter in adapters:
         folder = _folder_of(adapter)
         label = (folder.parent if folder.name == "adapter" else folder).resolve().name
@@ -100,11 +122,33 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
                 f"adapters: {folders[label]} and {folder} are both called {label}: rename a folder"
             )
         folders[label] = folder
-    base, tokenizer, config = _open_base(next(iter(folders.values())), words)
-    names = {label: f"adapter{number}" for number, label in enumerate(folders)}
-    model = load_adapters(base, {names[label]: folder for label, folder in folders.items()})
-    set_kernel(model, config.kernel.name.value)
-    return Opened(model.to(resolve_device()).eval(), tokenizer, config, names)
+    return folders
+
+
+def _check_one_base(folders: Sequence[Path]) -> None:
+    """Refuse adapters of different base models, as far as records tell."""
+    seen: tuple[Path, dict[str, Any]] | None = None
+    for folder in folders:
+        path = folder.parent / RECORD
+        if not path.is_file():
+            continue
+        model = {k: v for k, v in read_record(path)["model"].items() if k != "commit"}
+        if seen is not None and seen[1] != model:
+            shown = [f"{m['source']} {m.get('id') or m.get('path')}" for m in (seen[1], model)]
+            raise UserError(
+                f"adapters: {seen[0]} was trained on {shown[0]}, and {folder} on {shown[1]}: "
+                "give adapters of one base model, or ask them one by one"
+            )
+        seen = (folder, model)
+
+
+def _check_numbers(model: PeftModel, folder: Path) -> None:
+    for name, weight in model.named_parameters():
+        if "lora_" in name and not weight.isfinite().all():
+            raise UserError(
+                f"adapter={folder}: {name} holds values that are no finite numbers: the training "
+                "that made it broke down; take an earlier checkpoint"
+            )
 
 
 def _folder_of(adapter: str) -> Path:
@@ -112,7 +156,13 @@ def _folder_of(adapter: str) -> Path:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise UserError(f"adapter={adapter} is no folder: give one that PEFT or train.py wrote")
-    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+    inner = folder / "adapter"
+    if (folder / "last_good").is_dir() and not inner.is_dir():
+        raise UserError(
+            f"adapter={adapter} is a run that failed: adapter={folder / 'last_good'} is what is "
+            "left of it (its base model has to be named, model=NAME)"
+        )
+    return inner if inner.is_dir() else folder
 
 
 def _open_base(
@@ -122,62 +172,6 @@ def _open_base(
     dtype = resolve_dtype(config.trainer.precision, resolve_device())
     tokenizer = load_tokenizer(config.model)
     return load_model(config.model, dtype, config.seed), tokenizer, config
-
-
-Prompt = str | Sequence[Mapping[str, str]]
-"""A text to go on with, or the turns of a chat (`role` and `content`)."""
-
-
-def _prompt_ids(opened: Opened, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return opened.tokenizer(prompt)["input_ids"]
-    if opened.tokenizer.chat_template is None:
-        raise UserError(
-            f"chat=true: the tokenizer of model={opened.config.model.name} has no chat template; "
-            "leave it out"
-        )
-    return opened.tokenizer.apply_chat_template(
-        list(prompt), add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-
-
-@torch.inference_mode()
-def continuations(
-    opened: Opened,
-    prompts: Iterable[Prompt],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    batch_size: int = 1,
-    stream: bool = False,
-    adapters: Sequence[str] | None = None,
-) -> Iterator[str]:
-    """What the model writes after each prompt, in their order, `batch_size` at a time.
-
-    Greedy at `temperature` 0, else sampled; with the key/value cache. `stream` prints the words as
-    they come (one prompt at a time). `adapters` has one for each prompt, by its key in
-    `Opened.adapters`; prompts of different adapters share batches.
-    """
-    tokenizer, model = opened.tokenizer, opened.model
-    sampling = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    pending = [_prompt_ids(opened, prompt) for prompt in prompts]
-    for start in range(0, len(pending), batch_size):
-        rows = pending[start : start + batch_size]
-        batch = {k: v.to(model.device) for k, v in pad_left(rows, tokenizer.pad_token_id).items()}
-        del batch["position_ids"]  # `generate` counts them from the mask.
-        if adapters is not None:
-            chosen = adapters[start : start + batch_size]
-            batch["adapter_names"] = [opened.adapters[label] for label in chosen]
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = model.generate(
-            **batch, **sampling, max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, streamer=streamer if stream else None,
-        )  # fmt: skip
-        new = output[:, batch["input_ids"].shape[1] :]
-        yield from tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 def merge(opened: Opened) -> PreTrainedModel:
@@ -209,12 +203,20 @@ def write_merged(opened: Opened, folder: Path) -> None:
         raise UserError(f"output={folder} exists already: name another folder, or remove it")
     merged = merge(opened)
     partial = folder.with_name(folder.name + ".partial")
+    if partial.exists() and not partial.is_dir():
+        raise UserError(f"output={folder}: {partial} is in the way: remove it, or name another")
     try:
+        # What an interrupted merge left.
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         merged.save_pretrained(partial)
         opened.tokenizer.save_pretrained(partial)
+        settle(partial)
         partial.rename(folder)
+        sync(folder.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"output={folder} cannot be written ({error}): free space there or name another folder"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

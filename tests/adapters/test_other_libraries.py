@@ -118,13 +118,31 @@ def test_lm_eval_s_command_line_scores_a_mixture(
     assert "tiny_task" in done.stdout
 
 
-def test_lm_evals_command_line_tells_an_unknown_task(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "arc_nowhere"], "--tasks: name tasks that"),
+        (["--tasks", "arc_easy", "--model_args", "pretrained=absent"], "give pretrained=DIR"),
+        (["--tasks", "arc_easy", "--model_args", "pretrained=BASE,peft=absent"], "peft=DIR must"),
+    ],
+)
+def test_lm_eval_s_command_line_tells_mistakes(
+    words: list[str],
+    message: str,
+    base_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    words = ["lm_eval", "run", "--model", "hf", "--tasks", "arc_nowhere"]
-    monkeypatch.setattr(sys, "argv", words)
-    assert guarded(lm_eval.run, words[1:]) == 2
-    error = capsys.readouterr().err
-    assert "--tasks: Tasks not found: arc_nowhere" in error
-    assert "ls tasks" in error
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "BASE" in words[-1]:
+        base_of().save_pretrained(tmp_path)
+        load_tokenizer(compose(["model=tiny"]).model).save_pretrained(tmp_path)
+    words = [word.replace("BASE", str(tmp_path)) for word in words]
+    argv = ["lm_eval", "run", "--model", "hf", "--device", "cpu", *words]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert guarded(lm_eval.run, argv[1:]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: --")
+    assert message in error

@@ -166,7 +166,13 @@ def test_text_of_a_script_s_field_is_taken_as_it_is() -> None:
     assert options(Fields, ["prompt=null", "share=null"]) == Fields()
     assert options(Fields, ["name=null"]).name == "null"
     for word in ("count=two", "count=[", "count={"):
-        with pytest.raises(UserError, match="the fields are"):
-            options(Fields, [word])
+        with pytest.raises(UserError, match=r"count=.* is not valid: it must be a whole number"):
+            options(Fields, ["share=1", word])
+    with pytest.raises(UserError, match="share=much is not valid: it must be a number, or null"):
+        options(Fields, ["share=much"])
+    with pytest.raises(UserError, match="name= is empty"):
+        options(Fields, ["name="])
+    with pytest.raises(UserError, match=r"The fields are prompt, name, count, share, model"):
+        options(Fields, ["absent=1"], also=["model"])
     with pytest.raises(UserError, match=r"did you mean prompt\? The fields are prompt, name"):
         options(Fields, ["prompts=x"])

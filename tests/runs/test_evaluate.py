@@ -19,6 +19,7 @@ from mixlora_exp.errors import MISTAKE, UserError, guarded
 from mixlora_exp.evaluation import in_lockstep
 from mixlora_exp.rescoring import dispatch, translate
 from mixlora_exp.results.record import read_record
+from mixlora_exp.results.show import scores_table
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., Any]
@@ -233,3 +234,19 @@ def test_the_script_shows_its_use() -> None:
     )
     assert done.returncode == 0
     assert "protocol=lm_eval" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ([], ""),
+        (["preset=official"], "preset=official"),
+        (["preset=official", "trainer.order=bucketed"], "preset=official, trainer.order=bucketed"),
+        (["evaluation.dropout=true"], "preset=correct, evaluation.dropout=true"),
+        (["method=lora", "preset=only_order"], "preset=only_order"),
+    ],
+)
+def test_the_printed_table_says_what_is_set_otherwise(words: list[str], shown: str) -> None:
+    config = to_dict(compose(["model=tiny", "data=embedded", "method=mixlora", *words]))
+    title = scores_table({"config": config, "scores": [], "scores_before": None}, "p").title
+    assert title.partition("\n")[2] == shown

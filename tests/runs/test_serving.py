@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mixlora_exp import generation
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.config import compose
+from mixlora_exp.continuing import continuations
 from mixlora_exp.errors import UserError, guarded
 from mixlora_exp.models import load_model
-from mixlora_exp.serving import Opened, continuations, merge, open_adapter, write_merged
+from mixlora_exp.serving import Opened, merge, open_adapter, write_merged
 
 WORDS = ["model=tiny", "trainer.precision=float32"]
 METHODS = ["lora", "dora", "mixlora", "mixdora"]
@@ -166,18 +167,28 @@ def test_several_adapters_answer_in_the_same_batches(
     assert len(capsys.readouterr().out.splitlines()) == 4
     path.write_text(json.dumps({"prompt": "a", "adapter": "none"}))
     assert command(*words, f"prompts={path}") == 2
-    assert "asks for none: give one of " in capsys.readouterr().err
+    assert "asks for adapter none: give one of " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal", [False, True])
 def test_prompts_as_they_are_typed(
+    terminal: bool,
     adapter: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Is it true?\nOr not?\n\nnever read\n"))
+    """From a pipe to its end; at a terminal until an empty line."""
+    lines = ["Is it true?", "Or not?", "", "Is it?"]
+    typed = io.StringIO("\n".join(lines))
+    if terminal:
+        monkeypatch.setattr(typed, "isatty", lambda: True)
+        left = iter(lines)
+        monkeypatch.setattr("builtins.input", lambda _: next(left))
+    monkeypatch.setattr("sys.stdin", typed)
     assert command(*WORDS, f"adapter={adapter('lora')}", "max_new_tokens=6") == 0
     opened = open_adapter(str(adapter("lora")), WORDS)
-    expected = "".join(slow_greedy(opened, p, 6) + "\n" for p in ("Is it true?", "Or not?"))
+    asked = lines[:2] if terminal else [line for line in lines if line]
+    expected = "".join(slow_greedy(opened, p, 6) + "\n" for p in asked)
     assert capsys.readouterr().out.split() == expected.split()
 
 
@@ -228,7 +239,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     adapter: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: object, path: Path, **__: object) -> None:
-        Path(path).mkdir()
+        Path(path).mkdir(exist_ok=True)
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     opened = open_adapter(str(adapter("lora")), WORDS)

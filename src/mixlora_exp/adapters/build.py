@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters.config import MixLoraConfig
-from mixlora_exp.adapters.hosting import add_guest, check_base
+from mixlora_exp.adapters.hosting import add_guest, check_base, peft_warnings_held_back
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
@@ -52,14 +50,6 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
     )
 
 
-@contextmanager
-def _peft_warnings_held_back() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers for an attribute by its old name.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-        yield
-
-
 def attach_together(
     model: PreTrainedModel,
     methods: Mapping[str, tuple[LoraMethodConfig, int]],
@@ -69,7 +59,7 @@ def attach_together(
     `attach_adapter` would draw it."""
     adapted: PreTrainedModel | PeftModel = model
     for name, (method, seed) in methods.items():
-        with torch.random.fork_rng(devices=[]), _peft_warnings_held_back():
+        with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
             torch.manual_seed(seed)
             adapted = add_guest(adapted, name, peft_config(method))
     _exact_magnitudes(adapted)
@@ -81,7 +71,7 @@ def attach_adapter(
     model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
     """Put a fresh adapter of `method` on `model`, drawn from `seed`."""
-    with torch.random.fork_rng(devices=[]), _peft_warnings_held_back():
+    with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
     _exact_magnitudes(adapted)
@@ -151,13 +141,13 @@ def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> P
         ) from error
     check_base(base, folder, settings.get("base_model_name_or_path"))
     try:
-        with _peft_warnings_held_back():
+        with peft_warnings_held_back():
             model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
             f"adapter={folder} does not fit this base model: {' '.join(reason[:2])[:300]}; "
-            "use the model it was trained on"
+            "name the model it was trained on, model=NAME"
         ) from error
     # PEFT only warns when tensors are missing or left over.
     result = set_peft_model_state_dict(model, weights)
@@ -167,7 +157,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> P
         raise UserError(
             f"adapter={folder} does not fit this base model: "
             f"{len(missing)} tensors are missing and {len(result.unexpected_keys)} have no place, "
-            f"{odd} for one; use the model it was trained on"
+            f"{odd} for one; name the model it was trained on, model=NAME"
         )
     set_kernel(model, kernel.name.value)
     return model.eval()

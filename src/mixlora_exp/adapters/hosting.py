@@ -7,7 +7,9 @@ memory, and PEFT's LoRA on disk: its files are those of any LoRA.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +33,7 @@ __all__ = [
     "guest_config",
     "load_adapters",
     "parameters_of",
+    "peft_warnings_held_back",
     "plain_parameters_of",
 ]
 
@@ -144,6 +147,14 @@ def plain_parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Paramete
     return {plain(name): found for name, found in parameters_of(model, adapter).items()}
 
 
+@contextmanager
+def peft_warnings_held_back() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers for an attribute by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        yield
+
+
 def check_base(base: PreTrainedModel, folder: Path, trained_on: str | None) -> None:
     """Refuse an adapter that was trained on another model, as far as names tell.
 
@@ -182,7 +193,7 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path | str]) -> P
             config = kind.from_pretrained(str(folder))
             config.inference_mode = True
             weights = load_peft_weights(str(folder), device="cpu")
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
                 model = add_guest(model, name, config)
             result = set_peft_model_state_dict(model, weights, adapter_name=name)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -198,7 +209,8 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path | str]) -> P
         if wrong:
             raise UserError(
                 f"adapter={folder} does not fit this base model: {len(wrong)} tensors are missing "
-                f"or have no place, {wrong[0]} for one; use the model it was trained on"
+                f"or have no place, {wrong[0]} for one; name the model it was trained on, "
+                "model=NAME"
             )
     assert isinstance(model, PeftModel)
     return model.eval()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from mixlora_exp.errors import UserError
@@ -17,41 +17,66 @@ from mixlora_exp.errors import UserError
 __all__ = ["options"]
 
 Schema = TypeVar("Schema")
+KINDS = {
+    "int": "a whole number",
+    "int | None": "a whole number, or null",
+    "float": "a number",
+    "float | None": "a number, or null",
+    "bool": "true or false",
+    "list[str]": "a list, [A,B]",
+}
+"""What values of a type are called in messages."""
+MAY_BE_EMPTY = ("prompt",)
+"""Texts of which the command itself says what they must be."""
 
 
-def options(schema: type[Schema], arguments: Sequence[str]) -> Schema:
+def options(schema: type[Schema], arguments: Sequence[str], *, also: Sequence[str] = ()) -> Schema:
     """An instance of the dataclass `schema` with the values given as `name=value`.
 
-    A field of text takes the value as it is, whatever characters it has; `null` is none.
+    A field of text takes the value as it is, whatever characters it has; `null` is none. `also`
+    are fields that the command takes besides, for messages.
 
     Raises:
         UserError: a field is unknown or a value is not of its type.
     """
-    known = ", ".join(schema.__dataclass_fields__)
+    fields = schema.__dataclass_fields__
+    known = ", ".join((*fields, *also))
     if any(word in ("-h", "--help") for word in arguments):
         sys.stdout.write(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nFields: {known}\n")
         raise SystemExit(0)
+    texts: dict[str, str | None] = {}
+    others = []
     for word in arguments:
-        if "=" not in word:
+        name, equals, value = word.partition("=")
+        if not equals:
             raise UserError(f"{word!r} is not name=value; the fields are {known}")
-    fields = schema.__dataclass_fields__
-    for word in arguments:
-        name = word.partition("=")[0]
         if name.partition(".")[0] not in fields:
-            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
+            close = difflib.get_close_matches(name, (*fields, *also), n=1, cutoff=0.6)
             hint = f"did you mean {close[0]}? " if close else ""
             raise UserError(f"{word!r}: there is no field {name}; {hint}The fields are {known}")
-    texts, others = {}, []
-    for word in arguments:
-        name, _, value = word.partition("=")
-        optional = name in fields and fields[name].type == "str | None"
-        if optional or (name in fields and fields[name].type == "str"):
-            texts[name] = None if optional and value == "null" else value
-        else:
+        kind = fields[name].type if name in fields else None
+        if kind not in ("str", "str | None"):
+            _merged(schema, [word])  # Alone, so that a message names it.
             others.append(word)
+        elif value or name in MAY_BE_EMPTY:
+            texts[name] = None if kind == "str | None" and value == "null" else value
+        else:
+            raise UserError(f"{name}= is empty: give a value, or leave it out")
+    return dataclasses.replace(_merged(schema, others), **texts)
+
+
+def _merged(schema: type[Schema], words: Sequence[str]) -> Schema:
+    """`schema` with the values of `words`, checked against its types."""
     try:
-        given = OmegaConf.from_dotlist(others)
+        given = OmegaConf.from_dotlist(list(words))
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
-        return dataclasses.replace(made, **texts)
+        for name, field in schema.__dataclass_fields__.items():
+            if field.type == "list[str]" and not all(
+                isinstance(v, str) for v in getattr(made, name)
+            ):
+                raise ValidationError("an entry is no text")
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{str(error).splitlines()[0]}; the fields are {known}") from error
+        field = schema.__dataclass_fields__.get(" ".join(words).partition("=")[0])
+        wanted = KINDS.get(str(field.type), str(field.type)) if field else "what the field takes"
+        raise UserError(f"{' '.join(words)} is not valid: it must be {wanted}") from error
+    return made

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mixlora_exp.config.switches import SWITCHES
+
 __all__ = ["be_quiet", "print_record", "say", "scores_table"]
 
 console = Console(soft_wrap=True, highlight=False)
@@ -38,12 +40,31 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return None if None in found else mean(found)
 
 
+def _switched(config: Mapping[str, Any]) -> str:
+    """The preset and what is set otherwise than in it, or nothing for `correct` as it is."""
+    preset = config.get("preset")
+    if preset is None:
+        return ""
+    odd = []
+    for switch, dotted in SWITCHES.items():
+        group, _, field = dotted.partition(".")
+        value = config[group].get(field, preset[switch])
+        if value != preset[switch]:
+            odd.append(f"{dotted}={str(value).lower() if isinstance(value, bool) else value}")
+    if preset["name"] == "correct" and not odd:
+        return ""
+    return ", ".join([f"preset={preset['name']}", *odd])
+
+
 def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
     """Accuracy in percent per task, before and after training, beside majority class and chance."""
     data = record["config"]["data"]["name"]
     title = f"{protocol}, accuracy in %, data: {data}"
     if data == "embedded":
         title += " (generated tasks, not the benchmarks)"
+    switched = _switched(record["config"])
+    if switched:
+        title += f"\n{switched}"
     table = Table(title=title, title_justify="left")
     before = {(s["task"], s["protocol"]): s for s in record["scores_before"] or []}
     scores = [s for s in record["scores"] if s["protocol"] == protocol]
