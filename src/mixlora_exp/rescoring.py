@@ -84,14 +84,16 @@ def _check_adapter(adapter: str | None) -> None:
 
 
 def _base_model(given: Mapping[str, str]) -> list[str]:
-    """The model that the record beside an adapter names, unless one is given."""
+    """The model that the record beside an adapter names, and the seed that a random one is drawn
+    from, unless they are given."""
     if "adapter" not in given or "model" in given:
         return []
     record = Path(given["adapter"].strip("'\"")).expanduser().parent / "record.json"
     if not record.is_file():
         return []
-    skipped = {name for name in given if name.startswith("model.")}
-    return list(recorded({"model": read_record(record)["config"]["model"]}, skipped))
+    skipped = {name for name in given if name == "seed" or name.startswith("model.")}
+    trained = read_record(record)["config"]
+    return list(recorded({"model": trained["model"], "seed": trained["seed"]}, skipped))
 
 
 def translate(argv: Sequence[str]) -> list[str]:

@@ -170,7 +170,7 @@ def test_text_of_a_script_s_field_is_taken_as_it_is() -> None:
             options(Fields, ["share=1", word])
     with pytest.raises(UserError, match="share=much is not valid: it must be a number, or null"):
         options(Fields, ["share=much"])
-    with pytest.raises(UserError, match="name= is empty"):
+    with pytest.raises(UserError, match="name= is not valid: give a value"):
         options(Fields, ["name="])
     with pytest.raises(UserError, match=r"The fields are prompt, name, count, share, model"):
         options(Fields, ["absent=1"], also=["model"])

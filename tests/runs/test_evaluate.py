@@ -51,6 +51,12 @@ def test_an_adapter_s_record_names_the_base_model(finished: Start, tmp_path: Pat
     words = [f"adapter={run.folder / 'adapter'}", "data=embedded", "task=arc_e"]
     record = score(tmp_path, *words, "evaluation.limit=4", "trainer.precision=float32")
     assert record["config"]["model"] == run.record["config"]["model"]
+    # A random base model is drawn from the seed.
+    seeded = finished(*MIXLORA, "seed=7")
+    words = [f"adapter={seeded.folder / 'adapter'}", *words[1:]]
+    assert "seed=7" in translate(words)
+    assert translate([*words, "seed=8"])[-1] == "seed=8"
+    assert "seed=7" not in translate([*words, "seed=8"])
     other = translate([*words, "model=tiny_gemma"])
     assert not [word for word in other if word.startswith("model.")]
 

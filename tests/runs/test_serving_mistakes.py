@@ -165,8 +165,8 @@ def test_marks_and_separators_of_unicode_are_text(
         (["max_new_tokens=1.5"], "max_new_tokens=1.5 is not valid: it must be a whole number"),
         (["temperature=hot"], "temperature=hot is not valid: it must be a number"),
         (["chat=maybe"], "chat=maybe is not valid: it must be true or false"),
-        (["adapter="], "adapter= is empty"),
-        (["prompts="], "prompts= is empty"),
+        (["adapter="], "adapter= is not valid: give a value"),
+        (["prompts="], "prompts= is not valid: give a value"),
         (["tempo=1"], "random_seed, model, kernel, seed, trainer.precision"),
     ],
 )

@@ -61,7 +61,7 @@ def options(schema: type[Schema], arguments: Sequence[str], *, also: Sequence[st
         elif value or name in MAY_BE_EMPTY:
             texts[name] = None if kind == "str | None" and value == "null" else value
         else:
-            raise UserError(f"{name}= is empty: give a value, or leave it out")
+            raise UserError(f"{name}= is not valid: give a value, or leave it out")
     return dataclasses.replace(_merged(schema, others), **texts)
 
 
