@@ -102,8 +102,8 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
     names = {label: f"adapter{number}" for number, label in enumerate(folders)}
     model = load_adapters(base, {names[label]: folder for label, folder in folders.items()})
     set_kernel(model, config.kernel.name.value)
-    for folder in folders.values():
-        _check_numbers(model, folder)
+    for label, folder in folders.items():
+        _check_numbers(model, folder, names[label])
     return Opened(model.to(resolve_device()).eval(), tokenizer, config, names)
 
 
@@ -142,9 +142,9 @@ def _check_one_base(folders: Sequence[Path]) -> None:
         seen = (folder, model)
 
 
-def _check_numbers(model: PeftModel, folder: Path) -> None:
+def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> None:
     for name, weight in model.named_parameters():
-        if "lora_" in name and not weight.isfinite().all():
+        if "lora_" in name and adapter in name.split(".") and not weight.isfinite().all():
             raise UserError(
                 f"adapter={folder}: {name} holds values that are no finite numbers: the training "
                 "that made it broke down; take an earlier checkpoint"

@@ -82,7 +82,9 @@ def test_an_adapter_without_numbers_is_not_used(
 ) -> None:
     bad = broken(run, tmp_path / "bad")
     for words in ([f"adapter={bad}"], [f"adapters=[{run},{bad}]"]):
-        assert "holds values that are no finite numbers" in told(capsys, *words, "prompt=a")
+        message = told(capsys, *words, "prompt=a")
+        assert message.startswith(f"error: adapter={bad / 'adapter'}: ")
+        assert "holds values that are no finite numbers" in message
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -88,3 +88,12 @@ def test_of_adapters_trained_together_the_layer_is_named_too(
     assert f"is in {kept}" in told
     assert gives_numbers(kept)
     assert len(list(tmp_path.rglob("record.json"))) == 1, "the other one's"
+
+
+def test_the_last_step_of_adapters_trained_together_is_looked_at_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["adapters=[lora,{method:dora,trainer.learning_rate:1e30}]", "trainer.max_steps=1"]
+    assert execute([*SMOKE, *words, f"output_dir={tmp_path}"]) == 2
+    assert "after the last step, 1 (first in" in capsys.readouterr().err
+    assert len(list(tmp_path.rglob("record.json"))) == 1, "the other one's"

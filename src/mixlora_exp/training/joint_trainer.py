@@ -197,27 +197,41 @@ class JointTrainer(Trainer):
             job.scheduler.step()
             for parameter in job.parameters.values():
                 parameter.grad = None
+            if job.step + 1 == job.steps and not self._gives_numbers(job, micro):
+                where, step = self._where(job, micro), job.step + 2
+                error = Diverged(step, float("nan"), norm, where, usable=False, last=True)
+                job.fail(self.diverged(job, error))
+                continue
             try:
                 job.finish_step(norm, rate, micro.epoch, time.perf_counter() - self._started)
             except UserError as error:
                 # A disk that is full, or a run that another process has: the others' may go on.
                 job.fail(str(error))
 
+    def _alone(self, job: Job, batch: Mapping[str, Any]) -> Tensor:
+        """The loss over rows of one adapter."""
+        with autocast(self.args.device, self._dtype):
+            return joint_losses(
+                self.model, {job.name: batch}, self._items, self._head, self._attention
+            )[job.name]
+
+    def _batches(self, job: Job, micro: MicroBatch) -> Iterator[Mapping[str, Any]]:
+        for part in micro.group:
+            yield self._prepare_inputs(job.collate([job.examples[i] for i in part]))
+
+    @torch.no_grad()
+    def _gives_numbers(self, job: Job, micro: MicroBatch) -> bool:
+        """Whether the loss over the last step's rows still is a number after it: no other step
+        looks."""
+        return all(isfinite(self._alone(job, batch)) for batch in self._batches(job, micro))
+
     def _where(self, job: Job, micro: MicroBatch) -> str:
         """The layer in which numbers stop being such, over the rows of one adapter alone."""
-
-        def run(batch: Mapping[str, Any]) -> None:
-            with autocast(self.args.device, self._dtype):
-                joint_losses(
-                    self.model, {job.name: batch}, self._items, self._head, self._attention
-                )
-
-        batches = (
-            self._prepare_inputs(job.collate([job.examples[i] for i in part]))
-            for part in micro.group
-        )
+        batches = self._batches(job, micro)
         try:
-            return find_layer(self.model, batches, run, job.parameters)
+            return find_layer(
+                self.model, batches, lambda batch: self._alone(job, batch), job.parameters
+            )
         except RuntimeError as error:
             return f"the layer was not found: {str(error).splitlines()[0][:80]}"
 
