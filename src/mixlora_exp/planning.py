@@ -185,6 +185,7 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
     if found.padding is not None:
         counted = f"counted; {100 * found.padding:.0f} % of the batches is padding"
     gib = {name: size / 2**30 for name, size in found.memory.items()}
+    frozen = p.magnitude and not config.method.train_magnitude
     training = [
         ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),
         (
@@ -204,7 +205,8 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{p.base:,} frozen, {p.trainable:,} trainable ({percent})"),
         (
             "of them",
-            f"low rank {p.adapter - p.router:,}, router {p.router:,}, magnitude {p.magnitude:,}",
+            f"low rank {p.adapter - p.router:,}, router {p.router:,}, magnitude {p.magnitude:,}"
+            + (" (not trained)" if frozen else ""),
         ),
         ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
         ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),

@@ -126,8 +126,10 @@ def translate(argv: Sequence[str]) -> list[str]:
         )
     folder = Path(given["run"]).expanduser()
     if not (folder / "record.json").is_file():
+        left = folder / "last_good"
+        hint = f"; what is left of this one is adapter={left}" if left.is_dir() else ""
         raise UserError(
-            f"run={given['run']} holds no record.json: give the folder of a finished run"
+            f"run={given['run']} holds no record.json: give the folder of a finished run{hint}"
         )
     record = read_record(folder / "record.json")
     base = []

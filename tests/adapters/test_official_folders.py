@@ -274,3 +274,19 @@ def test_an_adapter_that_cannot_be_used_as_it_is(
     words: Sequence[str] = [option.format(folder), "model=tiny", "prompt=a", "max_new_tokens=1"]
     assert guarded(generate, words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_converted_files_are_readable_for_others(kit: Any, tmp_path: Path) -> None:
+    """safetensors makes files that nobody else may read."""
+    source, _ = theirs(kit, tmp_path)
+    assert convert(source, tmp_path / "back") == 0
+    for path in [*source.iterdir(), *(tmp_path / "back").iterdir()]:
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_a_run_s_folder_is_told_from_its_adapter_s(
+    kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kit.adapter(tmp_path / "run" / "adapter", "lora")
+    assert convert(tmp_path / "run", tmp_path / "out") == 2
+    assert f"did you mean {tmp_path / 'run' / 'adapter'}?" in capsys.readouterr().err

@@ -172,7 +172,9 @@ def test_text_of_a_script_s_field_is_taken_as_it_is() -> None:
         options(Fields, ["share=much"])
     with pytest.raises(UserError, match="name= is not valid: give a value"):
         options(Fields, ["name="])
-    with pytest.raises(UserError, match=r"The fields are prompt, name, count, share, model"):
+    with pytest.raises(
+        UserError, match=r"no field absent; the fields are prompt, name, count, share, model"
+    ):
         options(Fields, ["absent=1"], also=["model"])
     with pytest.raises(UserError, match=r"did you mean prompt\? The fields are prompt, name"):
         options(Fields, ["prompts=x"])

@@ -123,7 +123,7 @@ def test_one_broken_batch_leaves_the_adapter_good(
     folder = tmp_path / "broken"
     with pytest.raises(UserError, match="the loss became nan at step 3") as caught:
         train("method=lora", "trainer.max_steps=5", folder=folder)
-    assert f"after step 2 is in {folder / 'last_good'}" in str(caught.value)
+    assert f"that of step 2, is in {folder / 'last_good'}" in str(caught.value)
     kept = load_peft_weights(str(folder / "last_good"), device="cpu")
     assert kept
     ours = {name.replace(".default", ""): weight for name, weight in good.items()}

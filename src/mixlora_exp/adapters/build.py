@@ -144,9 +144,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> P
         with peft_warnings_held_back():
             model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()
+        reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())[:300].rstrip(".")
         raise UserError(
-            f"adapter={folder} does not fit this base model: {' '.join(reason[:2])[:300]}; "
+            f"adapter={folder} does not fit this base model: {reason}; "
             "name the model it was trained on, model=NAME"
         ) from error
     # PEFT only warns when tensors are missing or left over.

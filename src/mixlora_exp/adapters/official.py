@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixlora_exp.adapters.weights import load_bin, load_metadata, load_safetensors, printable
+from mixlora_exp.durable import settle
 from mixlora_exp.errors import UserError
 
 __all__ = [
@@ -96,9 +97,9 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
             raise UserError(f"{shown} has {size:,} bytes, which no configuration has")
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} holds no adapter (there is no {CONFIG}): give a folder that has one"
-        ) from error
+        inner = (folder / "adapter" / CONFIG).is_file()
+        hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that has one"
+        raise UserError(f"{folder} holds no adapter (there is no {CONFIG}): {hint}") from error
     except OSError as error:
         raise UserError(
             f"{shown} cannot be read ({error.strerror or error}): give a folder with an adapter"
@@ -205,6 +206,7 @@ def _write(folder: Path, config: str, weights: Any) -> None:
         partial.chmod(0o755)
         weights(partial)
         (partial / CONFIG).write_text(config, encoding="utf-8")
+        settle(partial)
         os.replace(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         if partial is not None:

@@ -52,8 +52,8 @@ def options(schema: type[Schema], arguments: Sequence[str], *, also: Sequence[st
             raise UserError(f"{word!r} is not name=value; the fields are {known}")
         if name.partition(".")[0] not in fields:
             close = difflib.get_close_matches(name, (*fields, *also), n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{word!r}: there is no field {name}; {hint}The fields are {known}")
+            hint = f"did you mean {close[0]}? The fields are" if close else "the fields are"
+            raise UserError(f"{word!r}: there is no field {name}; {hint} {known}")
         kind = fields[name].type if name in fields else None
         if kind not in ("str", "str | None"):
             _merged(schema, [word])  # Alone, so that a message names it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,6 +159,12 @@ def read_tokenizer(
     location: str, config: ModelConfig, origin: str, **options: Any
 ) -> PreTrainedTokenizerBase:
     """Read a fast tokenizer from a folder or the hub, padding on the right."""
+    folder = Path(location)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise UserError(
+            f"model={config.name}: {origin} holds no tokenizer (no tokenizer.json): put the "
+            "model's tokenizer there"
+        )
     with one_error("tokenizer", origin, config), quiet():
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
     if not tokenizer.is_fast:

@@ -45,7 +45,11 @@ def diverged_message(config: Config, error: Diverged, kept: Kept | None) -> str:
     """What to tell of a run that stopped, and of what was kept of it."""
     told = ""
     if kept is not None:
-        told = f" The adapter as it was after step {kept[0]} is in {kept[1]}."
+        # Nothing is known of how good it is: a loss may have been bad long before it was none.
+        told = (
+            f" The last adapter with which the loss was a number, that of step {kept[0]}, is in "
+            f"{kept[1]} (model={config.model.name})."
+        )
     elif error.step > 2:
         told = (
             f" No adapter from before is kept: trainer.save_steps={config.trainer.save_steps} "
@@ -53,5 +57,5 @@ def diverged_message(config: Config, error: Diverged, kept: Kept | None) -> str:
         )
     return (
         f"trainer.learning_rate={config.trainer.learning_rate}: {error}; nothing was recorded."
-        f"{told} Lower the rate, or set trainer.max_grad_norm or trainer.warmup_steps"
+        f"{told} Lower the rate, or see docs/stability.md"
     )
