@@ -160,7 +160,8 @@ def read_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Read a fast tokenizer from a folder or the hub, padding on the right."""
     folder = Path(location)
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+    files = [*folder.glob("*token*"), *folder.glob("vocab*")]
+    if "gguf_file" not in options and folder.is_dir() and not files:
         raise UserError(
             f"model={config.name}: {origin} holds no tokenizer (no tokenizer.json): put the "
             "model's tokenizer there"
