@@ -19,6 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.config.choices import Head, LossOn
+from mixlora_exp.data.collator import Collator
+from mixlora_exp.data.encoding import Example
+from mixlora_exp.training.head import loss_from_hidden
 
 COEFFICIENT = 0.01
 EXPERTS = 8
@@ -122,6 +126,33 @@ def test_logits_and_loss(oracle: Oracle, batch: str) -> None:
     assert difference.abs().max() < 2e-5
     # In evaluation the router loss is not part of the loss.
     assert output.loss.item() == pytest.approx(oracle.scalars[f"{batch}.loss"], abs=2e-5)
+
+
+@pytest.mark.parametrize("head", [Head.full, Head.chunked])
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.no_grad()
+def test_loss_counting_padding(oracle: Oracle, batch: str, head: Head) -> None:
+    """What the official packages minimise: padding is predicted, at positions of its own.
+
+    The batch is the collator's, padded on the side that the fixture names. Padding in front sees
+    no token, so its loss depends on the attention: the fixtures' is plain attention, as in runs.
+    """
+    oracle.model.eval()
+    oracle.model.base_model.model.set_attn_implementation("eager")
+    ids, real = oracle.expected[f"{batch}.input_ids"], oracle.real(batch)
+    examples = [Example(row[kept].tolist(), 1, "t") for row, kept in zip(ids, real, strict=True)]
+    side = "left" if batch == "left" else "right"
+    made = Collator(0, LossOn.all, padding=True, padding_side=side)(examples)
+    assert torch.equal(made["input_ids"], ids)
+    with loss_from_hidden(oracle.model.base_model.model, head):
+        loss = oracle.model(**made).loss.item()
+    expected = oracle.scalars[f"{batch}.loss_counting_padding"]
+    assert loss == pytest.approx(expected, abs=2e-5)
+    if batch == "right":
+        # It is not the loss with one position for all of a row's padding.
+        clamped = (made["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        other = oracle.model(**{**made, "position_ids": clamped}).loss.item()
+        assert abs(other - expected) > 1e-2
 
 
 @pytest.mark.parametrize("batch", BATCHES)

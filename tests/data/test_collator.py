@@ -54,9 +54,11 @@ def test_padding_counts_where_a_switch_asks_for_it() -> None:
     assert batch["labels"][1].tolist() == [1, 9, 2, PAD, PAD, PAD]
     # It is still not attended to.
     assert batch["attention_mask"][1].tolist() == [1, 1, 1, 0, 0, 0]
-    assert batch["position_ids"][1].tolist()[:3] == [0, 1, 2]
+    # Positions count through it, so that padding tokens can be told apart.
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
     in_front = Collator(PAD, LossOn.all, padding=True)(EXAMPLES)
     assert in_front["labels"][1].tolist() == [PAD, PAD, PAD, 1, 9, 2]
+    assert in_front["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
 
 
 def test_loss_on_the_answer_alone() -> None:

@@ -43,8 +43,10 @@ class Collator:
 
     `loss_on=answer`: the loss is on the answer's tokens, and logits are computed for the last
     columns only (`logits_to_keep`), which hold all answers. `loss_on=all`: on every real token,
-    and with `padding` on padding tokens as well, as in the official packages; it then stands on
-    `padding_side`, the tokenizer's.
+    and with `padding` on padding tokens as well, as in the official packages: padding then stands
+    on `padding_side`, the tokenizer's, and positions count 0, 1, 2, ... through it from the left
+    edge, as they do there. (With one position for all padding of a row the model cannot tell its
+    padding tokens apart, and their loss is another.)
     """
 
     pad_id: int
@@ -55,7 +57,9 @@ class Collator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         if self.padding:
             batch = pad([e.input_ids for e in examples], self.pad_id, self.padding_side)
-            return {**batch, "labels": batch["input_ids"].clone()}
+            ids = batch["input_ids"]
+            columns = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+            return {**batch, "position_ids": columns, "labels": ids.clone()}
         batch: dict[str, Any] = pad_left([e.input_ids for e in examples], self.pad_id)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         labels = ids.masked_fill(mask == 0, -100)
