@@ -322,7 +322,7 @@ def training_examples(this: Run) -> list[Example]:
     config, items = this.config, []
     for task in config.task.train:
         loaded = this.inputs.splits[task, "train"]
-        items += loaded.limited(config.data.train_limit, config.data.seed).items
+        items += loaded.limited(config.data.train_limit_of(task), config.data.seed).items
     return encode_examples(this.tokenizer, items, config.data)
 
 

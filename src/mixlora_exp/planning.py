@@ -69,7 +69,7 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
         custom = config.task.custom
         for task in trains:
             loaded = load_split(config.data, task, "train", custom)
-            items[task] = loaded.limited(config.data.train_limit, config.data.seed).items
+            items[task] = loaded.limited(config.data.train_limit_of(task), config.data.seed).items
         rows = {task: len(found) for task, found in items.items()}
         split = "train" if config.evaluation.held_out else "test"
         tests = {
@@ -77,12 +77,12 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
             for task in config.task.evaluate
         }
 
-    def cut(sizes: dict[str, int], limit: int | None) -> dict[str, int]:
-        return {task: min(n, limit or n) for task, n in sizes.items()}
-
+    limit_of = config.data.train_limit_of
     if config.evaluation.held_out:
-        tests = {task: max(0, n - (config.data.train_limit or 0)) for task, n in tests.items()}
-    return cut(rows, config.data.train_limit), cut(tests, config.evaluation.limit), items
+        tests = {task: max(0, n - (limit_of(task) or 0)) for task, n in tests.items()}
+    rows = {task: min(n, limit_of(task) or n) for task, n in rows.items()}
+    tests = {task: min(n, config.evaluation.limit or n) for task, n in tests.items()}
+    return rows, tests, items
 
 
 def _characters(config: Config, task: str, form: AnswerForm, items: list) -> float:

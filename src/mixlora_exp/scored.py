@@ -29,10 +29,12 @@ def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
     limit, seed = config.evaluation.limit, config.data.seed
     if not config.evaluation.held_out:
         return inputs.splits[task, "test"].limited(limit, seed)
-    found = inputs.splits[task, "train"].held_out(config.data.train_limit or 0, limit, seed)
+    trained = config.data.train_limit_of(task)
+    found = inputs.splits[task, "train"].held_out(trained or 0, limit, seed)
     if not found.items:
+        field = f"train_limits.{task}" if task in config.data.train_limits else "train_limit"
         raise UserError(
-            f"data.train_limit={config.data.train_limit} leaves no row of {task} over to score "
+            f"data.{field}={trained} leaves no row of {task} over to score "
             "(evaluation.held_out=true): choose a smaller one"
         )
     return found

@@ -89,7 +89,7 @@ def gpu_hours(config: Config) -> float:
     size = counted.base + counted.trainable
     tokens = 0.0
     if isinstance(config.method, LoraMethodConfig):
-        rows = {t: _rows(t, "train", config.data.train_limit) for t in config.task.train}
+        rows = {t: _rows(t, "train", config.data.train_limit_of(t)) for t in config.task.train}
         epoch = sum(
             n * _example_tokens(config, task, form.value)
             for task, n in rows.items()

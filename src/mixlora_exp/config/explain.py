@@ -33,6 +33,8 @@ def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
 def unknown_field(key: str, owner: type | None, source: str = "") -> str:
     """Return the message for a dotted key that the dataclass `owner` does not have."""
     parent, _, name = key.rpartition(".")
+    if owner is dict:
+        return f"{parent} has no entry {name}{source}: add it with +{key}=VALUE"
     if not dataclasses.is_dataclass(owner):
         return f"{key} is not a setting{source}"
     fields = [item.name for item in dataclasses.fields(owner)]

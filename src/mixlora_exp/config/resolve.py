@@ -52,6 +52,10 @@ The record holds the hashes of the data files that were read, so their place doe
 `model.path` does: no hash of the weights is taken, and two folders may hold different models.
 """
 
+LATER = {("data", "train_limits"): {}}
+"""Fields that came later, by group and name, with the value that does what was done before: runs
+from before keep their fingerprints and so their names."""
+
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra; calling it again changes nothing."""
@@ -148,7 +152,8 @@ def fingerprint(config: Config) -> str:
 def determining(settings: dict[str, Any]) -> dict[str, Any]:
     """Return what of a configuration, as `to_dict` has it, determines the result (see `EXCLUDED`).
 
-    One that lacks a field which does not determine the result, since it came later, gives the same.
+    One that lacks a field which does not determine the result, since it came later, gives the same,
+    and so does one that has a field of `LATER` at the value of before.
     """
     tree = copy.deepcopy(settings)
     for dotted in EXCLUDED:
@@ -157,6 +162,9 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node[parent]
         node.pop(name, None)
+    for (group, name), before in LATER.items():
+        if tree[group].get(name) == before:
+            del tree[group][name]
     return tree
 
 

@@ -132,6 +132,8 @@ class DataConfig:
     """data=embedded: seed of the generator."""
     train_limit: int | None = None
     """At most this many training rows per task: the first of a shuffle by `data.seed`."""
+    train_limits: dict[str, int] = field(default_factory=dict)
+    """The same for single tasks by name, which go before `train_limit`."""
     cutoff_length: int = 512
     """Tokens per example; a longer one loses context, never question, options or answer."""
     boolq_passage: bool = True
@@ -142,6 +144,8 @@ class DataConfig:
         require(self.cutoff_length >= 16, "data.cutoff_length", self.cutoff_length, "must be >= 16")
         if self.train_limit is not None:
             require(self.train_limit >= 1, "data.train_limit", self.train_limit, "must be >= 1")
+        for task, limit in self.train_limits.items():
+            require(limit >= 1, f"data.train_limits.{task}", limit, "must be >= 1")
         require(bool(self.forms), "data.forms", self.forms, "name at least one of label, text")
         require(
             len(set(self.forms)) == len(self.forms),
@@ -163,6 +167,10 @@ class DataConfig:
             self.mirror,
             f"data={self.name.value} reads nothing from the hub: leave it out",
         )
+
+    def train_limit_of(self, task: str) -> int | None:
+        """At most how many training rows of `task` are trained on; None: all."""
+        return self.train_limits.get(task, self.train_limit)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -362,11 +370,19 @@ class Config:
             self.adapter,
             "an existing adapter is scored, not trained: add method=none",
         )
+        known = (*self.task.train, *self.task.evaluate)
+        for task in self.data.train_limits:
+            require(
+                task in known,
+                "data.train_limits", task, f"the run's tasks are {', '.join(dict.fromkeys(known))}",
+            )  # fmt: skip
+        unlimited = [t for t in self.task.evaluate if self.data.train_limit_of(t) is None]
         require(
-            not self.evaluation.held_out or self.data.train_limit is not None,
+            not self.evaluation.held_out or not unlimited,
             "evaluation.held_out",
             self.evaluation.held_out,
-            "it takes the rows that data.train_limit leaves over: set data.train_limit=N",
+            "it takes the rows that data.train_limit leaves over: set data.train_limit=N"
+            + (f" or data.train_limits for {', '.join(unlimited)}" if unlimited else ""),
         )
         own = [task for task in (*self.task.train, *self.task.evaluate) if task in self.task.custom]
         require(

@@ -219,4 +219,6 @@ def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{item}" for key, item in value.items()) + "}"
     return "null" if value is None else str(value)

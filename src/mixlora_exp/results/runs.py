@@ -25,6 +25,7 @@ __all__ = [
     "load_runs",
     "read_items",
     "read_predictions",
+    "read_rows",
 ]
 
 RECORD = "record.json"
@@ -35,13 +36,14 @@ MODEL_FIELDS = (
     "source", "hub_id", "revision", "package", "package_file", "path", "weights", "layers",
 )  # fmt: skip
 DATA_FIELDS = ("name", "cutoff_length", "boolq_passage")
-TRAINING_DATA_FIELDS = ("train_limit", "forms")
+TRAINING_DATA_FIELDS = ("train_limit", "train_limits", "forms")
 TRAINER_FIELDS = (
     "learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "weight_decay",
     "schedule", "warmup_steps", "max_grad_norm", "loss_on", "padding_in_loss", "order",
 )  # fmt: skip
 EVALUATION_FIELDS = ("limit", "max_new_tokens", "dropout", "arc_labels")
 LATER = {
+    "data": {"train_limits": {}},
     "method": {"train_magnitude": True},
     "trainer": {"padding_in_loss": False, "order": "bucketed"},
     "evaluation": {"dropout": False, "arc_labels": "own", "held_out": False},
@@ -218,8 +220,8 @@ def check_run(path: Path) -> Run:
 
 
 def read_predictions(run: Run, task: str, protocol: str) -> dict[str, bool]:
-    """Item -> whether it was answered rightly; see `_rows` for what it raises."""
-    rows = _rows(run, task, protocol)
+    """Item -> whether it was answered rightly; see `read_rows` for what it raises."""
+    rows = read_rows(run, task, protocol)
     return {key: row["prediction"] == row["answer"] for key, row in rows.items()}
 
 
@@ -227,10 +229,10 @@ def read_items(run: Run, task: str, protocol: str, field: str) -> dict[str, floa
     """Item -> a figure of it; `field`: `right`, or one of the predictions' own."""
     if field == "right":
         return {k: float(right) for k, right in read_predictions(run, task, protocol).items()}
-    return {key: row.get(field) for key, row in _rows(run, task, protocol).items()}
+    return {key: row.get(field) for key, row in read_rows(run, task, protocol).items()}
 
 
-def _rows(run: Run, task: str, protocol: str) -> dict[str, dict[str, Any]]:
+def read_rows(run: Run, task: str, protocol: str) -> dict[str, dict[str, Any]]:
     """Item -> its line among the predictions.
 
     Raises:

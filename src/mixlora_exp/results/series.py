@@ -198,9 +198,10 @@ def learning_curves(runs: Sequence[Run]) -> list[Curve]:
         mixes = {5: "five tasks mixed", 8: "eight tasks mixed"}
         mix = mixes.get(len(run.mix), ", ".join(run.mix))
         panel = f"{model}, {run.trained['data']['name']}, {mix}, answers: {forms}"
-        limit = run.trained["data"]["train_limit"]
-        if limit is not None:
-            panel += f", {limit} rows per task"
+        data = run.trained["data"]
+        if data["train_limit"] is not None:
+            panel += f", {data['train_limit']} rows per task"
+        panel += "".join(f", {n:,} of {task}" for task, n in data["train_limits"].items())
         found.append(
             Curve(
                 panel,
