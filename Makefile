@@ -18,7 +18,7 @@ OURS := src scripts tests train.py evaluate.py generate.py
 PYTEST_ARGS ?= -n 2
 
 .PHONY: help install quickstart test test-slow soak soak-sweep bench bench-gpu bench-eval collect tables check-tables \
-	figures report table1 table2 table5 table8 table9 figure4c status lint format clean
+	figures report table1 table2 table5 table8 table9 figure4c study status lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,11 @@ table9: $(STAMP)  ## the same of Table 9, coefficients of the router loss
 
 figure4c: $(STAMP)  ## the same of Figure 4c
 	$(SWEEP) experiment=figure4c/$(MODEL)
+
+study: $(STAMP)  ## run what is missing of the comparison in docs/comparison.md (DATA_PATH=DIR)
+	$(BIN)/python train.py -m $(if $(DATA_PATH),data.path=$(DATA_PATH)) $(OPTIONS) experiment=study/step_size
+	$(BIN)/python train.py -m $(if $(DATA_PATH),data.path=$(DATA_PATH)) $(OPTIONS) experiment=study/step_size \
+		method.alpha=160 trainer.learning_rate=6e-4
 
 status: $(STAMP)  ## what has been run of every table, and what is left
 	$(BIN)/python scripts/status.py $(OPTIONS)

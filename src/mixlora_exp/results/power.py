@@ -1,0 +1,60 @@
+"""What a comparison can see before it is run: the smallest difference of a design."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["average_item_error", "detection_rate", "seed_spread", "smallest_detectable"]
+
+DRAWS = 20_000
+
+
+def average_item_error(discordant: Mapping[str, float], items: Mapping[str, int]) -> float:
+    """Standard error over items of the difference of two methods, averaged over tasks.
+
+    discordant: by task, the share of items that one of the two alone answers rightly. items: by
+    task, how many are scored. The variance of a task's paired difference is at most the share over
+    the number of items; several seeds on the same items can only lower it.
+    """
+    variances = [discordant[task] / items[task] for task in items]
+    return math.sqrt(sum(variances)) / len(items)
+
+
+def seed_spread(changed: float, items: Mapping[str, int]) -> float:
+    """Standard deviation from seed to seed of the difference of two methods, averaged over tasks.
+
+    changed: share of items that two seeds of one method answer differently, each item by itself:
+    an accuracy then varies by `changed / 2 / items`, and a difference by twice that.
+    """
+    return math.sqrt(sum(changed / n for n in items.values())) / len(items)
+
+
+def detection_rate(difference: float, item_error: float, spread: float, seeds: int) -> float:
+    """How often a true `difference` gives an interval without zero, by simulation.
+
+    The interval is that of the tables: over items (normal) or over seeds (Student's t with
+    `seeds - 1` degrees of freedom), whichever is wider; over items alone with one seed.
+    """
+    draw = np.random.default_rng(0)
+    shared = draw.normal(0.0, item_error, size=(DRAWS, 1))
+    observed = difference + shared + draw.normal(0.0, spread, size=(DRAWS, seeds))
+    middle = observed.mean(axis=1)
+    half = np.full(DRAWS, stats.norm.ppf(0.975) * item_error)
+    if seeds > 1:
+        over_seeds = observed.std(axis=1, ddof=1) / math.sqrt(seeds)
+        half = np.maximum(half, stats.t.ppf(0.975, seeds - 1) * over_seeds)
+    return float((np.abs(middle) > half).mean())
+
+
+def smallest_detectable(
+    item_error: float, spread: float, seeds: int, power: float = 0.8, step: float = 5e-4
+) -> float:
+    """The smallest true difference, in steps of `step`, that is seen with probability `power`."""
+    difference = step
+    while detection_rate(difference, item_error, spread, seeds) < power:
+        difference += step
+    return difference
