@@ -84,6 +84,15 @@ def test_folder_without_tokenizer(tiny: Tiny, folder: Path) -> None:
         load_tokenizer(tiny(path=str(folder)))
 
 
+def test_folder_with_settings_of_a_tokenizer_alone(tiny: Tiny, tmp_path: Path) -> None:
+    """Of them transformers makes a Gemma tokenizer that knows nothing but its special tokens."""
+    config = tiny(Family.gemma)
+    load_model(config, torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    with pytest.raises(UserError, match=r"model\.path=.* holds no tokenizer"):
+        load_tokenizer(tiny(Family.gemma, path=str(tmp_path)))
+
+
 def test_cut_off_weights(tiny: Tiny, folder: Path) -> None:
     weights = folder / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)

@@ -156,20 +156,33 @@ def read_model(
 
 
 def read_tokenizer(
-    location: str, config: ModelConfig, origin: str, **options: Any
+    location: str, config: ModelConfig, origin: str, gguf_file: str | None = None, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """Read a fast tokenizer from a folder or the hub, padding on the right."""
+    """Read a fast tokenizer from a folder or the hub, padding on the right.
+
+    `gguf_file` names a file in `location` that holds weights and tokenizer; without it the
+    tokenizer has files of its own.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is not a fast one.
+    """
+    none = UserError(
+        f"model={config.name}: {origin} holds no tokenizer (no tokenizer.json): put the model's "
+        "tokenizer into the folder that model.path=DIR names"
+    )
     folder = Path(location)
-    files = [*folder.glob("*token*"), *folder.glob("vocab*")]
-    if "gguf_file" not in options and folder.is_dir() and not files:
-        raise UserError(
-            f"model={config.name}: {origin} holds no tokenizer (no tokenizer.json): put the "
-            "model's tokenizer there"
-        )
+    has_files = any(folder.glob("*token*")) or any(folder.glob("vocab*"))
+    if folder.is_dir() and gguf_file is None and not has_files:
+        raise none
     with one_error("tokenizer", origin, config), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, gguf_file=gguf_file, trust_remote_code=False, **options
+        )
     if not tokenizer.is_fast:
         raise UserError(f"model={config.name}: {origin} has no fast tokenizer (tokenizer.json)")
+    # For some families transformers makes one of special tokens alone where it finds no vocabulary.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise none
     return finish_tokenizer(tokenizer, config, origin)
 
 
