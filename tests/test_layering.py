@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "config": {"errors"},
     "kernels": set(),
     "tasks": {"errors"},
-    "models": {"config", "errors", "hashing"},
+    "models": {"config", "errors", "hashing", "runlock"},
     "adapters": {"config", "kernels", "models", "durable", "errors"},
     "data": {"config", "tasks", "errors"},
     "runtime": {"config"},

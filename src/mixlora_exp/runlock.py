@@ -161,18 +161,26 @@ class RunLock:
             UserError: the folder cannot be written.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while True:
-                number = _newest(self.folder)
-                if number and _alive(self.folder / str(number), self._patience):
-                    return False
-                if self._create(number + 1):
-                    break
+            return self.take()
         except OSError as error:
             raise UserError(
                 f"output_dir={self.folder.parent.parent}: cannot be written ({error.strerror}); "
                 "choose another output_dir"
             ) from error
+
+    def take(self) -> bool:
+        """The same for a folder that is not a run's.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            number = _newest(self.folder)
+            if number and _alive(self.folder / str(number), self._patience):
+                return False
+            if self._create(number + 1):
+                break
         self._thread = threading.Thread(target=self._beat_on, name="run lock", daemon=True)
         self._thread.start()
         return True

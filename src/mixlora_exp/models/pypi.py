@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.hashing import file_sha256
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
+from mixlora_exp.runlock import RunLock
 
 __all__ = ["cached_folder", "find_gguf", "is_cached"]
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "conversion.json"
 """File names and sizes of a finished cache folder; written last."""
+_LOOK = 0.2
+"""Seconds between two looks at another process's conversion."""
 
 
 def find_gguf(config: ModelConfig) -> Path:
@@ -58,22 +62,18 @@ def cached_folder(config: ModelConfig) -> Path:
     """Return a folder with the model (float32 safetensors) and its tokenizer.
 
     The first call for a GGUF file converts it, which takes about 20 s; the folder appears only once
-    it is complete, and one whose files have another size than then is made anew.
+    it is complete, and one whose files have another size than then is made anew. One process
+    converts at a time and the others wait for it; what one that was killed left goes with the next
+    conversion.
     """
     gguf = find_gguf(config)
     folder = _folder_for(config, gguf)
     if _is_complete(folder):
         return folder
-    _LOG.info("converting %s to safetensors, once, into %s", gguf.name, folder)
-    with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _convert(gguf, temporary, config, folder)
-        with _writing(folder):
-            _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _alone(folder):
+        if not _is_complete(folder):  # Another process may have been faster.
+            _LOG.info("converting %s to safetensors, once, into %s", gguf.name, folder)
+            _make(gguf, config, folder)
     return folder
 
 
@@ -92,6 +92,37 @@ def _folder_for(config: ModelConfig, gguf: Path) -> Path:
 def _cache_root() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mixlora_exp"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process converts into this cache, and keep the others out."""
+    with RunLock(folder.parent / ".lock") as lock:
+        told = False
+        while True:
+            with _writing(folder):
+                if lock.take():
+                    break
+            if not told:
+                _LOG.info("waiting for another process that converts into %s", folder.parent)
+                told = True
+            time.sleep(_LOOK)
+        yield
+
+
+def _make(gguf: Path, config: ModelConfig, folder: Path) -> None:
+    """Convert into a folder beside `folder`, and put it in its place; no other process does."""
+    # Nobody works on these: a process that was killed had no time to take its own away.
+    for left in folder.parent.glob(".*-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with _writing(folder):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _convert(gguf, temporary, config, folder)
+        with _writing(folder):
+            _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
