@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,9 @@ def guarded(
     returned. A crash is raised, for Python to print it and exit with 1.
     """
     install()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on standard error: what the terminal's encoding lacks is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(argv) or 0
     except Terminated:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import mean, pstdev
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from mixlora_exp.config.switches import SWITCHES
+from mixlora_exp.results.layout import Column, Sheet, fitted
 
-__all__ = ["be_quiet", "print_record", "say", "scores_table"]
+__all__ = ["be_quiet", "load_table", "print_record", "say", "scores_table"]
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -56,7 +56,7 @@ def _switched(config: Mapping[str, Any]) -> str:
     return ", ".join([f"preset={preset['name']}", *odd])
 
 
-def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
+def scores_table(record: Mapping[str, Any], protocol: str) -> Sheet:
     """Accuracy in percent per task, before and after training, beside majority class and chance."""
     data = record["config"]["data"]["name"]
     title = f"{protocol}, accuracy in %, data: {data}"
@@ -65,45 +65,44 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Table:
     switched = _switched(record["config"])
     if switched:
         title += f"\n{switched}"
-    table = Table(title=title, title_justify="left")
     before = {(s["task"], s["protocol"]): s for s in record["scores_before"] or []}
     scores = [s for s in record["scores"] if s["protocol"] == protocol]
-    normalized = any(s["accuracy_normalized"] is not None for s in scores)
-    unparsed = any(s.get("unparsed") is not None for s in scores)
-    table.add_column("task", no_wrap=True)
-    kinds = ["accuracy", *(["accuracy_normalized"] if normalized else [])]
-    for kind in kinds:
-        label = "per char." if kind == "accuracy_normalized" else "accuracy"
-        head = f"{label}\nbefore → after" if before else label
-        table.add_column(head, justify="right", no_wrap=True)
-    columns = ["std.\nerr.", "major.\nclass", "chance", "gold\nlog-lik.", "n"]
-    for name in [*columns, *(["un-\nparsed"] if unparsed else [])]:
-        table.add_column(name, justify="right")
+    # One row per task, and one over all of them.
+    rows = [[s] for s in scores] + ([scores] if len(scores) > 1 else [])
+    labels = [s["task"] for s in scores] + ["average"] * (len(scores) > 1)
 
-    def add(label: str, rows: list[Mapping[str, Any]], tail: list[str]) -> None:
-        cells = [label]
-        for kind in kinds:
-            values = [_mean(s[kind] for s in rows)]
-            if before:
-                values.insert(0, _mean(before[s["task"], protocol][kind] for s in rows))
-            cells.append(" → ".join(map(_percent, values)))
-        table.add_row(*cells, *tail)
+    def over(key: str, shown: Callable[[float | None], str]) -> list[str]:
+        return [shown(_mean(s[key] for s in row)) for row in rows]
 
-    for s in scores:
-        tail = [_percent(s[k]) for k in ("stderr", "majority_class", "chance")]
-        tail += [_nats(s["gold_log_likelihood"]), str(s["n"])]
-        add(s["task"], [s], [*tail, *([str(s["unparsed"])] if unparsed else [])])
-    if len(scores) > 1:
-        table.add_section()
-        tail = ["", *(_percent(mean(s[k] for s in scores)) for k in ("majority_class", "chance"))]
-        tail += [_nats(_mean(s["gold_log_likelihood"] for s in scores))]
-        tail += [str(sum(s["n"] for s in scores))]
-        tail += [str(sum(s["unparsed"] for s in scores))] if unparsed else []
-        add("average", scores, tail)
-    return table
+    def counted(key: str) -> list[str]:
+        return [str(sum(s[key] for s in row)) for row in rows]
+
+    def gained(kind: str) -> list[str]:
+        after = over(kind, _percent)
+        if not before:
+            return after
+        past = [_percent(_mean(before[s["task"], protocol][kind] for s in row)) for row in rows]
+        return [f"{old} {arrow} {new}" for old, new in zip(past, after, strict=True)]
+
+    arrow = "->" if console.options.ascii_only else "→"
+    times = f"\nbefore {arrow} after" if before else ""
+    figures = [Column(f"accuracy{times}", gained("accuracy"))]
+    if any(s["accuracy_normalized"] is not None for s in scores):
+        figures.append(Column(f"per char.{times}", gained("accuracy_normalized")))
+    errors = [_percent(s["stderr"]) for s in scores]
+    figures += [
+        Column("std.\nerr.", errors + [""] * (len(rows) - len(errors))),
+        Column("major.\nclass", over("majority_class", _percent)),
+        Column("chance", over("chance", _percent)),
+        Column("gold\nlog-lik.", over("gold_log_likelihood", _nats)),
+        Column("n", counted("n")),
+    ]
+    if any(s.get("unparsed") is not None for s in scores):
+        figures.append(Column("un-\nparsed", counted("unparsed")))
+    return Sheet(title, Column("task", labels), figures, summed=len(scores) > 1)
 
 
-def load_table(record: Mapping[str, Any]) -> Table | None:
+def load_table(record: Mapping[str, Any]) -> Sheet | None:
     """Share of each expert per scored task, in percent of (token, slot) pairs, mean over layers;
     None without experts."""
     first = record["scores"][0]["protocol"]
@@ -112,25 +111,32 @@ def load_table(record: Mapping[str, Any]) -> Table | None:
         loads["training"] = record["train"]["expert_load"]
     if any(load is None for load in loads.values()):
         return None
-    table = Table(title="expert load, % of slots", title_justify="left")
-    table.add_column("task", no_wrap=True)
-    for expert in range(len(loads["training" if "training" in loads else next(iter(loads))][0])):
-        table.add_column(str(expert), justify="right")
-    table.add_column("std. of\nshares", justify="right")
-    for task, load in loads.items():
-        shares = [mean(layer[e] for layer in load) for e in range(len(load[0]))]
-        spread = mean(pstdev(layer) for layer in load)
-        table.add_row(task, *(f"{100 * share:.0f}" for share in shares), f"{spread:.4f}")
-    return table
+    shares = [
+        [mean(layer[e] for layer in load) for e in range(len(load[0]))] for load in loads.values()
+    ]
+    figures = [
+        Column(str(expert), [f"{100 * share:.0f}" for share in column])
+        for expert, column in enumerate(zip(*shares, strict=True))
+    ]
+    spread = [mean(pstdev(layer) for layer in load) for load in loads.values()]
+    figures.append(Column("std. of\nshares", [f"{value:.4f}" for value in spread]))
+    return Sheet("expert load, % of slots", Column("task", list(loads)), figures)
+
+
+def _show(sheet: Sheet) -> None:
+    """Print a table as wide as the terminal at most; in a pipe that is 80 columns, or COLUMNS."""
+    say(sheet.title)
+    for table in fitted(sheet, console.width):
+        console.print(table)
 
 
 def print_record(record: Mapping[str, Any]) -> None:
     """The tables of a record, one per protocol, the expert load, and what training took."""
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):
-        console.print(scores_table(record, protocol))
+        _show(scores_table(record, protocol))
     loads = load_table(record)
     if loads is not None:
-        console.print(loads)
+        _show(loads)
     train = record["train"]
     if train is None:
         return

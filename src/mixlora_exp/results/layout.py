@@ -1,0 +1,76 @@
+"""Tables on a terminal: laid out to its width, never cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Column", "Sheet", "fitted"]
+
+FRAME, EDGE = 3, 1
+"""Characters that the frame and the space beside the text take per column, and once."""
+SHORTEST_LABEL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A head, of several lines maybe, and a text per row."""
+
+    head: str
+    cells: Sequence[str]
+
+    @property
+    def width(self) -> int:
+        """Characters that it takes where nothing is cut or wrapped."""
+        return max(map(cell_len, [*self.head.splitlines(), *self.cells]), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A table: the labels of its rows, and columns of figures. `summed`: its last row is one over
+    the others, and is set off."""
+
+    title: str
+    labels: Column
+    figures: Sequence[Column]
+    summed: bool = False
+
+
+def fitted(sheet: Sheet, width: int) -> Iterator[Table]:
+    """The sheet as tables of at most `width` characters, each with the labels and as many columns
+    of figures as fit.
+
+    Figures stay whole and in one line. A label that leaves no room for the widest of them is
+    folded, to 8 characters at the least; on a terminal too narrow even for that a table is wider
+    than asked for.
+    """
+    widest = max((column.width for column in sheet.figures), default=0)
+    room = width - EDGE - 2 * FRAME - widest
+    label = min(sheet.labels.width, max(room, SHORTEST_LABEL))
+    taken = start = EDGE + FRAME + label
+    part: list[Column] = []
+    for column in sheet.figures:
+        if part and taken + FRAME + column.width > width:
+            yield _framed(sheet, part, label, taken)
+            part, taken = [], start
+        part.append(column)
+        taken += FRAME + column.width
+    yield _framed(sheet, part, label, taken)
+
+
+def _framed(sheet: Sheet, figures: Sequence[Column], label: int, width: int) -> Table:
+    table = Table(width=width)
+    # As `Text`: brackets in the name of a task are no markup.
+    table.add_column(Text(sheet.labels.head), overflow="fold", width=label, vertical="bottom")
+    for column in figures:
+        table.add_column(Text(column.head), justify="right", no_wrap=True, width=column.width)
+    last = len(sheet.labels.cells) - 1
+    for row, name in enumerate(sheet.labels.cells):
+        if sheet.summed and row == last:
+            table.add_section()
+        table.add_row(Text(name), *(Text(column.cells[row]) for column in figures))
+    return table
