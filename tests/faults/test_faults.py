@@ -249,7 +249,7 @@ def test_an_adapter_that_is_not_what_was_written_is_told(tmp_path, capsys) -> No
     argv = [*SMALL, f"output_dir={tmp_path}"]
     assert execute(argv) == 0
     (weights,) = tmp_path.glob("*/adapter/adapter_model.safetensors")
-    assert weights.stat().st_mode == (weights.parent / "README.md").stat().st_mode
+    assert weights.stat().st_mode == (weights.parent / "adapter_config.json").stat().st_mode
     weights.write_bytes(weights.read_bytes()[:-1])
     assert execute(argv) == 2
     assert "is not what the run wrote" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.hosting import add_guest, check_base, peft_warnings_held_back
 from mixlora_exp.adapters.model import set_kernel
+from mixlora_exp.adapters.official import CONFIG
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
 from mixlora_exp.durable import settle, sync
@@ -99,6 +101,9 @@ def _exact_magnitudes(model: PeftModel) -> None:
 def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> None:
     """Write one adapter to `folder`, which appears whole or not at all.
 
+    The bytes depend on the adapter alone: not on its name in the model, on others beside it, or on
+    the process.
+
     Raises:
         UserError: the disk is full or cannot be written.
     """
@@ -112,6 +117,9 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
         )  # fmt: skip
         # PEFT gives a folder of its own to every adapter but `default`.
         written = partial if adapter == "default" else partial / adapter
+        _in_fixed_order(written / CONFIG, model.peft_config[adapter])
+        # A template of PEFT's that says nothing of this adapter but which others are in the model.
+        (written / "README.md").unlink(missing_ok=True)
         settle(written)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(written, folder)
@@ -123,6 +131,13 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
             f"output_dir: the adapter could not be written to {folder} ({error}); nothing was "
             "recorded. Free space there or choose another output_dir."
         ) from error
+
+
+def _in_fixed_order(path: Path, config: LoraConfig) -> None:
+    """Sort what stands as a set in `config`, in the file that PEFT wrote of it."""
+    names = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
+    entries = {**json.loads(path.read_text()), **names}
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> PeftModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
-__all__ = ["MixLoraConfig", "saved_config"]
+__all__ = ["MixLoraConfig", "in_order", "saved_config"]
 
 # Options of LoraConfig that have no meaning for experts yet; set, they must not be ignored.
 _UNSUPPORTED = (
@@ -144,6 +145,9 @@ class MixLoraConfig(LoraConfig):
                 f"router_loss_pooling={self.router_loss_pooling!r} is not 'layer' or 'all'"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        return in_order(super().to_dict())
+
     @property
     def _of_attention(self) -> ExpertLora:
         names = ExpertLora.__dataclass_fields__
@@ -160,9 +164,14 @@ class MixLoraConfig(LoraConfig):
         return [name for name in self.feed_forward_targets if name in self.target_modules]
 
 
-def saved_config(config: LoraConfig) -> dict[str, Any]:
-    """The configuration as PEFT would write it, with lists in a fixed order."""
-    entries = config.to_dict()
+def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """`entries` with sets as sorted lists: a set of names has another order in each process."""
     return {
-        name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()
+        name: sorted(value) if isinstance(value, set | frozenset) else value
+        for name, value in entries.items()
     }
+
+
+def saved_config(config: LoraConfig) -> dict[str, Any]:
+    """The configuration as it stands in a saved adapter's file."""
+    return in_order(config.to_dict())

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.config import MixLoraConfig, in_order
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.errors import UserError
 
@@ -51,7 +51,7 @@ class GuestConfig(LoraConfig):
         self.peft_type = PeftType.MIXLORA
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "peft_type": PeftType.LORA}
+        return {**in_order(super().to_dict()), "peft_type": PeftType.LORA}
 
 
 # What rows of several adapters cannot be served with: it changes the base model, other modules than

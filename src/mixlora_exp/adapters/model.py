@@ -82,16 +82,18 @@ class MixLoraModel(LoraModel):
                     super()._create_and_replace(
                         config, adapter_name, child, name, block, f"{current_key}.{name}", **kwargs
                     )
-        elif isinstance(target, MixLoraFeedForward):
-            target.update_layer(adapter_name, config)
         elif target_name == config.feed_forward:
-            layer = MixLoraFeedForward(target, adapter_name, config)
+            if isinstance(target, MixLoraFeedForward):
+                layer = target
+                layer.update_layer(adapter_name, config)
+            else:
+                layer = MixLoraFeedForward(target, adapter_name, config)
+                if adapter_name not in self.active_adapters:
+                    layer.requires_grad_(False)
+                setattr(parent, target_name, layer)
             if config.act_fn is None:
                 # So that the adapter's own configuration tells it, as the official format needs.
                 config.act_fn = ACTIVATION_NAMES.get(layer.activation[adapter_name])
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            setattr(parent, target_name, layer)
         else:
             super()._create_and_replace(
                 config, adapter_name, target, target_name, parent, current_key, **kwargs
