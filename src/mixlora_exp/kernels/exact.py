@@ -74,13 +74,17 @@ class _Recomputed(torch.autograd.Function):
             x, gate, up, experts, weights, *tensors = inputs
             block = unpack(ctx.spec, tensors)
             made = dense.hidden_states(x, gate, up, experts, weights, block)
-            pairs = [(m, g) for m, g in zip(made, grads, strict=True) if m is not None]
+            # Where few parameters are trained, an output may depend on none of them, or both.
+            pairs = [
+                (m, g)
+                for m, g in zip(made, grads, strict=True)
+                if m is not None and m.requires_grad
+            ]
             wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-            found = iter(
-                torch.autograd.grad(
-                    [m for m, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-                )
-            )
+            found = iter([None] * len(wanted))
+            if pairs:
+                outputs, upstream = zip(*pairs, strict=True)
+                found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
         return None, *(next(found) if need else None for need in needed)
 
 
