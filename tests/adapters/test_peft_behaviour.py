@@ -216,7 +216,7 @@ def test_partial_targets(model_of, batch, targets, parts) -> None:
         pytest.param({"router_loss_pooling": "sum"}, "router_loss_pooling='sum'", id="unknown"),
         pytest.param({"target_modules": ["q_proj"]}, "names none of", id="without experts"),
         pytest.param({"target_modules": "all-linear"}, "as a list", id="a pattern"),
-        pytest.param({"bias": "all"}, "bias='all'", id="frozen projections have no bias"),
+        pytest.param({"bias": "all"}, "bias='all'", id="biases stay frozen"),
         pytest.param({"init_lora_weights": "pissa"}, "'pissa'", id="changes the base weights"),
         pytest.param({"init_lora_weights": "gaussian"}, "'gaussian'", id="not drawn for experts"),
         pytest.param({"rank_pattern": {"q_proj": 2}}, "rank_pattern", id="rank_pattern"),
@@ -240,8 +240,8 @@ def test_what_experts_lack_is_refused_by_name(config_of, options, message) -> No
 
 def test_block_that_is_no_plain_gated_block_is_refused(base_of, config_of) -> None:
     base = base_of()
-    base.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 176, bias=True)
-    with pytest.raises(ValueError, match=r"up_proj of LlamaMLP .*without bias"):
+    base.model.layers[1].mlp.up_proj = torch.nn.Bilinear(64, 64, 176)
+    with pytest.raises(ValueError, match=r"up_proj of LlamaMLP to be an nn.Linear, found Bilin"):
         get_peft_model(base, config_of())
 
 

@@ -40,6 +40,10 @@ class Case:
     roles: tuple[str, ...] = ROLES
     dora: bool = False
     activation: str | Callable[[Tensor], Tensor] = functional.silu
+    biased: tuple[str, ...] = ()
+    """Which projections have a bias."""
+    normalised: bool = True
+    """Whether the routing's weights sum to 1, or are the probabilities as they are."""
     pushed: dict[int, float] = field(default_factory=dict)
     """What is added to the router logits of these experts, about, for every token."""
 
@@ -74,7 +78,16 @@ class Block:
     upstream: Tensor
     frozen: dict[str, Tensor]
     norms: dict[str, Tensor]
+    biases: dict[str, Tensor]
     scaling: float = 1.7
+
+    def route(self, x: Tensor, router: Tensor) -> Routing:
+        """As `route` decides, with weights that sum to 1 only where the case says so."""
+        routing = route(x, router, self.case.top_k)
+        if self.case.normalised:
+            return routing
+        weights = routing.probabilities.gather(1, routing.experts)
+        return replace(routing, weights=weights)
 
     def run(
         self,
@@ -90,7 +103,7 @@ class Block:
         }
         for leaf in leaves.values():
             leaf.requires_grad_()
-        routing = route(leaves["x"], leaves["router"], self.case.top_k)
+        routing = self.route(leaves["x"], leaves["router"])
         compute = KERNELS[kernel] if isinstance(kernel, str) else kernel
         block = self.block(leaves, dtype, adapter_dtype, masks=masks)
         y = compute(leaves["x"], routing, block)
@@ -131,7 +144,8 @@ class Block:
                     leaves.get(f"{role}.magnitude"),
                     self.norms[role].to(adapter_dtype) if self.case.dora else None,
                 )
-            projections.append(Projection(self.frozen[role].to(dtype), experts))
+            bias = self.biases[role].to(dtype) if role in self.biases else None
+            projections.append(Projection(self.frozen[role].to(dtype), experts, bias))
         masks = masks or Masks()
         return FeedForward(*projections, self.case.activation, dropout, masks.x, masks.hidden)
 
@@ -154,7 +168,7 @@ def make_block(case: Case, seed: int, dtype: torch.dtype = torch.float64) -> Blo
         values["x"][:, 0] = 4.0
         for expert, push in case.pushed.items():
             values["router"][expert, 0] = push / 4.0
-    frozen, norms = {}, {}
+    frozen, norms, biases = {}, {}, {}
     for role in ROLES:
         fan_in, fan_out = case.hidden, case.inner
         if role == "down":
@@ -168,9 +182,11 @@ def make_block(case: Case, seed: int, dtype: torch.dtype = torch.float64) -> Blo
         if case.dora:
             norms[role] = row_norms(frozen[role], values, role)
             values[f"{role}.magnitude"] = norms[role] * (1 + 0.3 * draw(*norms[role].shape))
+    for role in case.biased:
+        biases[role] = draw(len(frozen[role]), scale=0.5).to(dtype).double()
     values["x"] = values["x"].to(dtype).double()
     upstream = draw(case.tokens, case.hidden).to(dtype).double()
-    return Block(case, values, upstream, frozen, norms)
+    return Block(case, values, upstream, frozen, norms, biases)
 
 
 def make_routing(probabilities: Tensor, top_k: int) -> Routing:
@@ -212,6 +228,23 @@ CASES = [
     pytest.param(Case(dora=True, rank=32, top_k=1), id="DoRA, rank above the hidden size"),
     pytest.param(Case(activation=gelu_tanh), id="GeGLU, as in Gemma"),
     pytest.param(Case(activation=gelu_tanh, dora=True, top_k=1), id="GeGLU with DoRA, K=1"),
+    pytest.param(Case(normalised=False), id="weights that do not sum to 1"),
+    pytest.param(Case(biased=ROLES), id="bias"),
+    pytest.param(Case(biased=ROLES, normalised=False), id="bias, weights that do not sum to 1"),
+    pytest.param(Case(biased=ROLES, normalised=False, dora=True), id="DoRA and bias, the same"),
+    pytest.param(Case(biased=ROLES, roles=("up",)), id="bias, experts on up only"),
+    pytest.param(Case(biased=("gate",), dora=True), id="DoRA, bias on gate only"),
+    pytest.param(
+        Case(biased=ROLES, dora=True, roles=("gate",), normalised=False),
+        id="DoRA and bias, experts on gate only",
+    ),
+    pytest.param(
+        Case(biased=("down",), dora=True, roles=("down",), normalised=False, top_k=3),
+        id="DoRA on down only, with a bias",
+    ),
+    pytest.param(
+        Case(biased=ROLES, dora=True, tokens=70, activation=gelu_tanh), id="GeGLU, DoRA and bias"
+    ),
 ]
 
 

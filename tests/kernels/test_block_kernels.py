@@ -39,12 +39,16 @@ def literal(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
             return full
         return (experts.magnitude[expert] / experts.norm[expert]).unsqueeze(-1) * full
 
+    def apply(projection: Projection, expert: int, row: Tensor) -> Tensor:
+        y = weight(projection, expert) @ row
+        return y if projection.bias is None else y + projection.bias
+
     rows = []
     for token in range(len(x)):
         total = torch.zeros_like(x[token])
         for slot, expert in enumerate(routing.experts[token].tolist()):
-            gate, up = (weight(p, expert) @ x[token] for p in (block.gate, block.up))
-            out = weight(block.down, expert) @ (activate(gate, block.activation) * up)
+            gate, up = (apply(p, expert, x[token]) for p in (block.gate, block.up))
+            out = apply(block.down, expert, activate(gate, block.activation) * up)
             total = total + routing.weights[token, slot] * out
         rows.append(total)
     return torch.stack(rows)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels import KERNELS, draw_mask, route
+from mixlora_exp.kernels import KERNELS, draw_mask
 from mixlora_exp.kernels.linear import (
     lora_add,
     lora_add_reference,
@@ -70,8 +70,7 @@ def check_block(block, form, sizes, masks=None) -> None:
     def run(kernel) -> Callable[[dict[str, Tensor]], Tensor]:
         def compute(leaves: dict[str, Tensor]) -> Tensor:
             made = block.block(leaves, torch.float64, torch.float64, masks=masks)
-            routing = route(leaves["x"], leaves["router"], block.case.top_k)
-            return kernel(leaves["x"], routing, made)
+            return kernel(leaves["x"], block.route(leaves["x"], leaves["router"]), made)
 
         return compute
 
@@ -85,6 +84,9 @@ SHAPES = [
     pytest.param({"roles": ("down",)}, id="LoRA on down only"),
     pytest.param({"dora": True, "roles": ("gate",)}, id="DoRA on gate only"),
     pytest.param({"dora": True, "roles": ("up", "down")}, id="DoRA on up and down"),
+    pytest.param(
+        {"dora": True, "biased": ("gate", "up", "down"), "normalised": False}, id="DoRA and bias"
+    ),
 ]
 SMALL = {"tokens": 3, "hidden": 4, "inner": 5, "experts": 3, "rank": 2}
 

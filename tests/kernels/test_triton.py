@@ -24,6 +24,7 @@ from triton_cases import (
 from mixlora_exp.kernels import known_activation, route
 from mixlora_exp.kernels.exact import mixlora_exact_dense
 from mixlora_exp.kernels.packing import pack, unpack
+from mixlora_exp.kernels.shapes import ROLES
 
 # The interpreter's bf16 products are wrong on a CPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
@@ -61,6 +62,9 @@ CASES = [
     pytest.param({"dora": True, "experts": 5, "top_k": 3}, id="DoRA, E and K no powers of two"),
     pytest.param({"dora": True, "pushed": {2: -60.0}}, id="DoRA, an expert without tokens"),
     pytest.param({"dora": True, "roles": ("gate", "down"), "top_k": 1}, id="DoRA, not on up, K=1"),
+    pytest.param({"biased": ROLES, "normalised": False}, id="bias, weights that do not sum to 1"),
+    pytest.param({"biased": ROLES, "dora": True, "inner": 33}, id="DoRA and bias"),
+    pytest.param({"biased": ("up",), "roles": ("down",)}, id="bias on up, experts on down only"),
 ]
 
 
@@ -187,6 +191,7 @@ UNSUPPORTED = [
     pytest.param({"rank": 130}, torch.float16, "", id="520 columns"),
     pytest.param({"tokens": 0}, torch.float32, "", id="no tokens"),
     pytest.param({}, torch.float32, "trained", id="a base weight that is trained"),
+    pytest.param({"biased": ROLES}, torch.float32, "trained bias", id="a bias that is trained"),
     pytest.param({}, torch.float32, "ranks", id="ranks that differ"),
 ]
 
@@ -205,6 +210,8 @@ def test_the_rest_is_left_to_the_dense_form(block_of, plain, options, dtype, cha
         made = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
         if change == "trained":
             made.up.weight.requires_grad_()
+        if change == "trained bias":
+            made.up.bias.requires_grad_()
         if change == "ranks":
             experts = made.up.experts
             cut = replace(experts, a=experts.a[:, :1], b=experts.b[:, :, :1])

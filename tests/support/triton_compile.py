@@ -89,15 +89,17 @@ def compile_block(
     slots: int = 2,
     dora: bool = False,
     masked: bool = True,
+    biased: bool = False,
 ) -> None:
     """One forward and backward pass of 256 tokens, F = 1024, E = 8."""
-    title = f"{dtype}, E R = {8 * rank}, K = {slots}, DoRA {dora}"
+    title = f"{dtype}, E R = {8 * rank}, K = {slots}, DoRA {dora}, bias {biased}"
     tokens, inner, columns = 256, 1024, 8 * rank
     for name, kernel in KERNELS.items():
         setattr(launch, name, recorder(kernel, card, title))
     low = torch.empty(inner, columns, dtype=dtype)
     wide = torch.empty(tokens, inner, dtype=dtype)
     scale = torch.empty(8, inner, dtype=dtype) if dora else None
+    bias = torch.empty(inner, dtype=dtype) if biased else None
     operands = launch.Operands(
         wide,
         wide,
@@ -107,6 +109,8 @@ def compile_block(
         low,
         scale,
         scale,
+        bias,
+        bias,
         torch.empty(tokens, slots, dtype=torch.int64),
         torch.empty(tokens, slots),
         torch.empty(tokens, inner, dtype=torch.uint8) if masked else None,
@@ -132,6 +136,7 @@ def main(cards: list[str], everything: bool) -> None:
         router._router_kernel = recorder(KERNELS["_router_kernel"], card, "E = 8")
         router._Route.apply(torch.empty(64, 256).bfloat16(), torch.empty(8, 256), 2)
         compile_block(card, torch.bfloat16, 16)
+        compile_block(card, torch.bfloat16, 16, dora=True, biased=True)
         if not everything:
             continue
         compile_block(card, torch.bfloat16, 16, dora=True)

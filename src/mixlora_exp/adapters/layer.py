@@ -55,8 +55,8 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
     projections run once over all of them and each adapter's part on its own rows.
 
     Raises:
-        ValueError: the block is not made of three `nn.Linear` without bias, or several adapters
-            are active at once for the same rows (a router cannot be shared by two sets of experts).
+        ValueError: the block is not made of three `nn.Linear`, or several adapters are active at
+            once for the same rows (a router cannot be shared by two sets of experts).
     """
 
     adapter_layer_names = (
@@ -76,10 +76,10 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         for name in self.projection_names.values():
             projection = unwrapped(getattr(base_layer, name, None))
             # Exact type: a subclass (a quantised one, say) may not hold its weight as a matrix.
-            if type(projection) is not nn.Linear or projection.bias is not None:
+            if type(projection) is not nn.Linear:
                 raise ValueError(
-                    f"MixLoRA needs {name} of {type(base_layer).__name__} to be an nn.Linear "
-                    f"without bias, found {type(projection).__name__}"
+                    f"MixLoRA needs {name} of {type(base_layer).__name__} to be an nn.Linear, "
+                    f"found {type(projection).__name__}"
                 )
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
@@ -176,14 +176,16 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
     def _projection(self, role: str, adapter: str, dtype: torch.dtype) -> Projection:
-        weight = self._frozen(role).weight
+        frozen = self._frozen(role)
+        weight, bias = frozen.weight, frozen.bias
+        shared = {"weight": weight.to(dtype), "bias": None if bias is None else bias.to(dtype)}
         if adapter not in getattr(self, f"lora_A_{role}"):
-            return Projection(weight.to(dtype))
+            return Projection(**shared)
         a = getattr(self, f"lora_A_{role}")[adapter]
         b = getattr(self, f"lora_B_{role}")[adapter]
         scaling = self.scaling[adapter]
         if not self.use_dora[adapter]:
-            return Projection(weight.to(dtype), Experts(a, b, scaling))
+            return Projection(**shared, experts=Experts(a, b, scaling))
         squared = self._norms.get(
             (role, ""), (weight,), lambda: squared_row_norms(weight), frozen=True
         )
@@ -194,7 +196,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
             scaling=scaling,
         )
         magnitude = getattr(self, f"lora_magnitude_{role}")[adapter]
-        return Projection(weight.to(dtype), Experts(a, b, scaling, magnitude, norm))
+        return Projection(**shared, experts=Experts(a, b, scaling, magnitude, norm))
 
     def block(self, adapter: str, rows: int, dtype: torch.dtype) -> FeedForward:
         """What the kernels take for `rows` tokens in `dtype` with this adapter, dropout masks
@@ -299,8 +301,9 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
 
         def adapted(role: str, frozen: Tensor, rows: Tensor) -> Tensor:
             layer = self._projection_layer(role)
-            adapt = getattr(layer, "adapt", None)
-            return frozen if adapt is None else adapt(frozen, rows, adapter)
+            if hasattr(layer, "adapt"):
+                return layer.adapt(frozen, rows, adapter)
+            return frozen if layer.bias is None else frozen + layer.bias.to(frozen.dtype)
 
         hidden = self._act(adapted("gate", gate, x)) * adapted("up", up, x)
         return hidden, lambda y: adapted("down", y, hidden)

@@ -32,25 +32,29 @@ class _RowsLinear(stock.Linear):
     """Shared by the layers of a model of the MixLoRA tuner, None in a model of PEFT's own."""
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapter: str) -> Tensor:
-        """What `adapter` makes of its rows (T, in), given their base product (T, out)."""
+        """What `adapter` makes of its rows (T, in), given `W x` (T, out): with the bias, which
+        DoRA's scale leaves alone."""
         raise NotImplementedError
+
+    def biased(self, y: Tensor) -> Tensor:
+        """`y` (T, out) with the base layer's bias, if it has one."""
+        bias = self.base_layer.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def groups_of(self, segments: Sequence[Segment]) -> list[list[Segment]]:
         """Segments that may be computed together."""
         return [[segment] for segment in segments]
 
     def adapt_group(self, rows: Tensor, frozen: Tensor, group: Sequence[Segment]) -> list[Tensor]:
-        """What the adapters of a group make of their rows, one after another."""
+        """What the adapters of a group make of their rows, one after another, as `adapt` does."""
         return [self.adapt(take(frozen, s), take(rows, s), s.adapter) for s in group]
 
     def forward_rows(self, x: Tensor) -> Tensor:
-        """The base product once over all rows, then the adapter of each segment on its own."""
+        """`W x` once over all rows, then the adapter of each segment on its own."""
         segments, dtype = self.row_map.of(x), working_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            base = self.base_layer
-            bias = None if base.bias is None else base.bias.to(dtype)
-            frozen = nn.functional.linear(rows, base.weight.to(dtype), bias)
+            frozen = nn.functional.linear(rows, self.base_layer.weight.to(dtype))
             parts = [self.adapt_group(rows, frozen, group) for group in self.groups_of(segments)]
             y = join([y for group in parts for y in group], segments)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -60,6 +64,8 @@ class StockLinear(_RowsLinear):
     """`peft.tuners.lora.Linear`, each segment as PEFT computes it."""
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapter: str) -> Tensor:
+        # PEFT takes the base layer's whole output, and its bias away again where DoRA scales.
+        frozen = self.biased(frozen)
         if adapter not in self.lora_A:
             return frozen
         a, b = self.lora_A[adapter], self.lora_B[adapter]
@@ -174,12 +180,12 @@ class FusedLinear(_RowsLinear):
             return super().adapt_group(rows, frozen, group)
         span = slice(group[0].rows.start, group[-1].rows.stop)
         parts = [LowRankPart(**self._low_rank(s.adapter, take(rows, s))) for s in group]
-        return [lora_add_many(frozen[span], rows[span], parts)]
+        return [self.biased(lora_add_many(frozen[span], rows[span], parts))]
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapter: str) -> Tensor:
-        if adapter not in self.lora_A:
-            return frozen
-        return self.adding_kernel(frozen, rows, **self._low_rank(adapter, rows))
+        if adapter in self.lora_A:
+            frozen = self.adding_kernel(frozen, rows, **self._low_rank(adapter, rows))
+        return self.biased(frozen)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.row_map:
@@ -187,13 +193,10 @@ class FusedLinear(_RowsLinear):
         name = None if args else self._fused_adapter(kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        dtype = working_dtype(x)
+        weight, dtype = self.base_layer.weight, working_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = self.kernel(rows, weight.to(dtype), **self._low_rank(name, rows))
-            if bias is not None:
-                y = y + bias.to(dtype)
+            y = self.biased(self.kernel(rows, weight.to(dtype), **self._low_rank(name, rows)))
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixlora_exp.kernels.activations import activate
+from mixlora_exp.kernels.bias import add_down_bias
 from mixlora_exp.kernels.shapes import FeedForward, LowRank, low_ranks
 
 __all__ = ["combine", "finish", "hidden_states"]
@@ -71,7 +72,8 @@ def hidden_states(
                 _, b, stain = stacked[role]
                 kept = _keep(columns[role], chosen[:, k], stain[:, k])
                 frozen = _adapt(frozen, kept, b, lows[role], experts[:, k])
-            sides.append(frozen)
+            bias = block.projections[role].bias
+            sides.append(frozen if bias is None else frozen + bias)
         state = activate(sides[0], block.activation) * sides[1]
         weight = weights[:, k : k + 1].to(x.dtype)
         hidden.append(state if per_slot else weight * state)
@@ -96,15 +98,14 @@ def combine(
 def finish(
     y: Tensor, columns: Tensor | None, experts: Tensor, weights: Tensor, block: FeedForward
 ) -> Tensor:
-    """The experts' part of the down projection added to its frozen product, (T, D).
+    """The experts' part of the down projection, and its bias, added to its frozen product, (T, D).
 
     y: (T, D), or per slot (T, K, D) where `hidden_states` is per slot."""
     low = low_ranks(block, y.dtype)["down"]
-    if low is None or columns is None:
-        return y
-    _, b, _ = _isolate(low, functional.one_hot(experts, block.num_experts).bool())
-    y = y + low.factor * functional.linear(columns, b)
-    if low.scale is None:
-        return y
-    y = y * functional.embedding(experts, low.scale)
-    return (weights.to(y.dtype).unsqueeze(-1) * y).sum(dim=1)
+    if low is not None and columns is not None:
+        _, b, _ = _isolate(low, functional.one_hot(experts, block.num_experts).bool())
+        y = y + low.factor * functional.linear(columns, b)
+        if low.scale is not None:
+            y = y * functional.embedding(experts, low.scale)
+            y = (weights.to(y.dtype).unsqueeze(-1) * y).sum(dim=1)
+    return add_down_bias(y, weights, block)

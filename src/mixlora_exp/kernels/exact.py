@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mixlora_exp.kernels import dense, grouped
+from mixlora_exp.kernels.bias import add_down_bias
 from mixlora_exp.kernels.packing import pack, unpack
 from mixlora_exp.kernels.shapes import FeedForward, Routing
 
@@ -92,14 +93,15 @@ def mixlora_exact_grouped(x: Tensor, routing: Routing, block: FeedForward) -> Te
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`, tokens grouped by expert. x: (T, D); returns (T, D).
 
     Raises:
-        ValueError: a frozen weight asks for a gradient.
+        ValueError: a frozen weight or bias asks for a gradient.
     """
-    if any(projection.weight.requires_grad for projection in block.projections.values()):
+    if not all(projection.is_frozen for projection in block.projections.values()):
         raise ValueError("kernel=exact needs frozen base weights: use kernel=shared to train them")
     if len(x) == 0:
         return torch.zeros_like(x)
     spec, tensors = pack(block)
-    return _Grouped.apply(spec, x, routing.weights, routing.experts, *tensors)
+    y = _Grouped.apply(spec, x, routing.weights, routing.experts, *tensors)
+    return add_down_bias(y, routing.weights, block)
 
 
 def recomputed_hidden_states(

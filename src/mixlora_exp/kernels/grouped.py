@@ -44,14 +44,20 @@ class Hidden:
 
 
 def _adapt(
-    rows: Rows, frozen: Tensor, low: Tensor | None, projection: LowRank | None
+    rows: Rows,
+    frozen: Tensor,
+    low: Tensor | None,
+    projection: LowRank | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(value, value before DoRA's scale) of the rows. frozen: (tokens, F)."""
-    raw = frozen.index_select(0, rows.tokens)
-    if projection is None or low is None:
-        return raw, raw
-    rows.add_product(raw, low, projection.b.transpose(1, 2), projection.factor)
-    value = raw if projection.scale is None else rows.scaled(raw, projection.scale)
+    """(value, value before DoRA's scale, if there is one) of the rows. frozen: (tokens, F)."""
+    value = raw = frozen.index_select(0, rows.tokens)
+    if projection is not None and low is not None:
+        rows.add_product(raw, low, projection.b.transpose(1, 2), projection.factor)
+        if projection.scale is not None:
+            value = rows.scaled(raw, projection.scale)
+    if bias is not None:
+        value += bias
     return value, raw
 
 
@@ -67,8 +73,8 @@ def hidden_of(
         a = present[0] if len(present) == 1 else torch.cat(present, dim=1)
         parts = iter(rows.multiply(x, a.transpose(1, 2)).split([p.shape[1] for p in present], 1))
         reduced = [None if side is None else next(parts) for side in sides]
-    gate, raw_gate = _adapt(rows, gate, reduced[0], sides[0])
-    up, raw_up = _adapt(rows, up, reduced[1], sides[1])
+    gate, raw_gate = _adapt(rows, gate, reduced[0], sides[0], block.gate.bias)
+    up, raw_up = _adapt(rows, up, reduced[1], sides[1], block.up.bias)
     active = activate(gate, block.activation)
     hidden = active * up
     mask = block.hidden_mask
@@ -79,9 +85,10 @@ def hidden_of(
 def forward(
     x: Tensor, gate: Tensor, up: Tensor, experts: Tensor, weights: Tensor, block: FeedForward
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, what backward needs beside its arguments). x: (T, D); gate, up: (T, F), the frozen
-    products; experts, weights: (T, K). The second result (T, K, D) is the down projection before
-    DoRA's scale, None without DoRA."""
+    """(y without the down projection's bias, what backward needs beside its arguments).
+
+    x: (T, D); gate, up: (T, F), the frozen products; experts, weights: (T, K). The second result
+    (T, K, D) is the down projection before DoRA's scale, None without DoRA."""
     lows = low_ranks(block, x.dtype)
     down = lows["down"]
     x_low = x if block.x_mask is None else block.x_mask.zero(x)

@@ -13,7 +13,7 @@ from mixlora_exp.kernels.shapes import ROLES, Experts, FeedForward, Projection
 
 __all__ = ["Spec", "pack", "unpack"]
 
-PER_PROJECTION = 5
+PER_PROJECTION = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class Spec:
 
 
 def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
-    """(spec, tensors): weight, a, b, magnitude, norm of gate, up and down, then the masks."""
+    """(spec, tensors): weight, a, b, magnitude, norm, bias of gate, up and down, then the masks."""
     scalings, tensors = [], []
     for projection in block.projections.values():
         e = projection.experts
         scalings.append(None if e is None else e.scaling)
         parts = (None,) * 4 if e is None else (e.a, e.b, e.magnitude, e.norm)
-        tensors += [projection.weight, *parts]
+        tensors += [projection.weight, *parts, projection.bias]
     masks = (block.x_mask, block.hidden_mask)
     tensors += [None if mask is None else mask.elements for mask in masks]
     described = tuple(None if mask is None else (mask.scale, mask.shape) for mask in masks)
@@ -44,9 +44,10 @@ def unpack(spec: Spec, tensors: Sequence[Tensor | None]) -> FeedForward:
     """The block that `pack` made these of."""
     projections = []
     for i, scaling in enumerate(spec.scalings):
-        weight, a, b, magnitude, norm = tensors[i * PER_PROJECTION : (i + 1) * PER_PROJECTION]
+        first = i * PER_PROJECTION
+        weight, a, b, magnitude, norm, bias = tensors[first : first + PER_PROJECTION]
         experts = None if scaling is None else Experts(a, b, scaling, magnitude, norm)
-        projections.append(Projection(weight, experts))
+        projections.append(Projection(weight, experts, bias))
     masks = [
         None if described is None else DropMask(elements, *described)
         for elements, described in zip(

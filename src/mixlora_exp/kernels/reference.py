@@ -16,17 +16,16 @@ __all__ = ["mixlora_reference"]
 
 
 def _project(x: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
-    """`W x + s B_e A_e x_low`, with DoRA times `m_e / ||W + s B_e A_e||`."""
+    """`W x + s B_e A_e x_low`, with DoRA times `m_e / ||W + s B_e A_e||`, and then the bias."""
     y = x @ projection.weight.T
     experts = projection.experts
-    if experts is None:
-        return y
-    low = x_low @ experts.a[expert].to(x.dtype).T @ experts.b[expert].to(x.dtype).T
-    y = y + experts.scaling * low
-    if experts.magnitude is None:
-        return y
-    assert experts.norm is not None
-    return y * (experts.magnitude[expert] / experts.norm[expert]).to(x.dtype)
+    if experts is not None:
+        low = x_low @ experts.a[expert].to(x.dtype).T @ experts.b[expert].to(x.dtype).T
+        y = y + experts.scaling * low
+        if experts.magnitude is not None:
+            assert experts.norm is not None
+            y = y * (experts.magnitude[expert] / experts.norm[expert]).to(x.dtype)
+    return y if projection.bias is None else y + projection.bias
 
 
 def mixlora_reference(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:

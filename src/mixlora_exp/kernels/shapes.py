@@ -36,10 +36,20 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A frozen weight (out, in) shared by all experts, and its experts if it has any."""
+    """A frozen weight (out, in) shared by all experts, its experts if it has any, and a frozen
+    bias (out,), if it has one, which DoRA's scale leaves alone:
+
+        scale_e (W x + s B_e A_e drop(x)) + bias
+    """
 
     weight: Tensor
     experts: Experts | None = None
+    bias: Tensor | None = None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether neither weight nor bias asks for a gradient."""
+        return not any(t is not None and t.requires_grad for t in (self.weight, self.bias))
 
     @property
     def has_scale(self) -> bool:
@@ -138,18 +148,18 @@ class Gradients:
 
     def flat(self, block: FeedForward) -> list[Tensor | None]:
         """In the order of `packing.pack` and the dtypes of the parameters; None for what has
-        no gradient: weights, norms and masks."""
+        no gradient: weights, norms, biases and masks."""
         found: list[Tensor | None] = []
         for role, projection in block.projections.items():
             experts = projection.experts
             if experts is None:
-                found += [None] * 5
+                found += [None] * 6
                 continue
             magnitude = None
             if experts.magnitude is not None:
                 magnitude = (self.magnitude[role] / experts.norm).to(experts.magnitude.dtype)
             a, b = self.a[role].to(experts.a.dtype), self.b[role].to(experts.b.dtype)
-            found += [None, a, b, magnitude, None]
+            found += [None, a, b, magnitude, None, None]
         return [*found, None, None]
 
 

@@ -17,16 +17,16 @@ __all__ = ["adapt", "mixlora_shared"]
 
 
 def adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
-    """The frozen product `y` of some rows, made into the expert's: low-rank term, DoRA scale."""
+    """The frozen product `y` of some rows, made into the expert's: low-rank term, DoRA's scale,
+    bias."""
     experts = projection.experts
-    if experts is None:
-        return y
-    low = functional.linear(x_low, experts.a[expert].to(y.dtype))
-    y = y + experts.scaling * functional.linear(low, experts.b[expert].to(y.dtype))
-    if experts.magnitude is None:
-        return y
-    assert experts.norm is not None
-    return y * (experts.magnitude[expert] / experts.norm[expert]).to(y.dtype)
+    if experts is not None:
+        low = functional.linear(x_low, experts.a[expert].to(y.dtype))
+        y = y + experts.scaling * functional.linear(low, experts.b[expert].to(y.dtype))
+        if experts.magnitude is not None:
+            assert experts.norm is not None
+            y = y * (experts.magnitude[expert] / experts.norm[expert]).to(y.dtype)
+    return y if projection.bias is None else y + projection.bias
 
 
 def mixlora_shared(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:

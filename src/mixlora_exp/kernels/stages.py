@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from mixlora_exp.kernels import dense
 from mixlora_exp.kernels.activations import activate
+from mixlora_exp.kernels.bias import add_down_bias
 from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.exact import grouped_is_faster, recomputed_hidden_states
 from mixlora_exp.kernels.grouped_stage import grouped_hidden, scaled_sum
@@ -40,9 +41,9 @@ def grouped_stage(
     def finish(y: Tensor) -> Tensor:
         y = y.view(*hidden.shape[:-1], y.shape[-1])
         y = y if added is None else y + added
-        if not block.down.has_scale:
-            return y
-        return scaled_sum(y, experts, weights, low_ranks(block, y.dtype)["down"].scale)
+        if block.down.has_scale:
+            y = scaled_sum(y, experts, weights, low_ranks(block, y.dtype)["down"].scale)
+        return add_down_bias(y, weights, block)
 
     return hidden.flatten(0, -2), finish
 

@@ -35,30 +35,40 @@ def stock_linear(
     dropout: float,
     magnitude: Tensor | None = None,
     generator: torch.Generator | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """PEFT's LoRA or DoRA of one projection. x: (T, in); a: (R, in); b: (out, R);
-    magnitude: (out,); returns (T, out) in the dtype of x."""
+    magnitude, bias: (out,); returns (T, out) in the dtype of x."""
     base = functional.linear(x, weight)
+    shift = 0.0 if bias is None else bias
     x = dropped(x.to(a.dtype), dropout, generator)
     low = scaling * functional.linear(functional.linear(x, a), b)
     if magnitude is None:
-        return (base + low).to(base.dtype)
+        return (base + low + shift).to(base.dtype)
     delta = (b @ a).detach()
     with torch.no_grad():
         norm = torch.linalg.norm(weight.to(a.dtype) + scaling * delta, dim=1)
     scale = magnitude / norm
     on_dropped = functional.linear(x, weight.to(x.dtype)) if dropout else base
-    return (base + (scale - 1) * on_dropped + scale * low).to(base.dtype)
+    return (base + (scale - 1) * on_dropped + scale * low + shift).to(base.dtype)
 
 
 def _project(x: Tensor, projection: Projection, expert: int, block: FeedForward) -> Tensor:
     experts = projection.experts
     if experts is None:
-        return functional.linear(x, projection.weight)
+        return functional.linear(x, projection.weight, projection.bias)
     magnitude = None if experts.magnitude is None else experts.magnitude[expert]
     a, b = experts.a[expert], experts.b[expert]
     return stock_linear(
-        x, projection.weight, a, b, experts.scaling, block.dropout, magnitude, block.generator
+        x,
+        projection.weight,
+        a,
+        b,
+        experts.scaling,
+        block.dropout,
+        magnitude,
+        block.generator,
+        projection.bias,
     )
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mixlora_exp.kernels import triton_launch as launch
 from mixlora_exp.kernels.activations import NAMES
+from mixlora_exp.kernels.bias import add_down_bias
 from mixlora_exp.kernels.dropout import DropMask
 from mixlora_exp.kernels.exact import mixlora_exact_dense
 from mixlora_exp.kernels.packing import pack, unpack
@@ -92,6 +93,8 @@ class _Prepared:
             *(None if side is None else side.b for side in sides),
             a2,
             *(None if side is None else side.scale for side in sides),
+            block.gate.bias,
+            block.up.bias,
             experts,
             self.stained,
             None if mask is None else mask.elements.view(torch.uint8),
@@ -228,7 +231,7 @@ def _backward(spec, dy, x, weights, experts, gate, up, p, reduced, raw, *tensors
     for role, projection in block.projections.items():
         own = projection.experts
         if own is None:
-            found += [None] * 5
+            found += [None] * 6
             continue
         da = (das[role] + stain.view(-1, 1, 1)).to(own.a.dtype)
         db = dbs[role].unflatten(1, (made.num_experts, -1)).transpose(0, 1)
@@ -239,7 +242,7 @@ def _backward(spec, dy, x, weights, experts, gate, up, p, reduced, raw, *tensors
             divided = dscales[role].T / own.norm
             broken = made.nan.isnan().unsqueeze(-1)
             dmagnitude = torch.where(broken, stain.unsqueeze(-1), divided).to(own.magnitude.dtype)
-        found += [None, da, db, dmagnitude, None]
+        found += [None, da, db, dmagnitude, None, None]
     dweights = (dweights + made.stain).to(weights.dtype)
     return None, dx, dweights, None, *found, None, None
 
@@ -248,9 +251,9 @@ def supports(x: Tensor, block: FeedForward) -> bool:
     """Whether the Triton kernels compute this block for x (T, D).
 
     They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
-    interpreter float32 and float16 on a CPU; a known activation; frozen weights in the dtype of x
-    that ask for no gradient; experts of one number and rank, up to `max_columns` columns of all
-    together; and at least one token.
+    interpreter float32 and float16 on a CPU; a known activation; frozen weights and biases in the
+    dtype of x that ask for no gradient; experts of one number and rank, up to `max_columns` columns
+    of all together; and at least one token.
     """
     present = [p.experts for p in block.projections.values() if p.experts is not None]
     dtypes = {torch.float32, torch.float16}
@@ -269,7 +272,8 @@ def supports(x: Tensor, block: FeedForward) -> bool:
         and isinstance(block.activation, str)
         and block.activation in NAMES
         and all(
-            projection.weight.dtype == x.dtype and not projection.weight.requires_grad
+            projection.is_frozen
+            and all(t is None or t.dtype == x.dtype for t in (projection.weight, projection.bias))
             for projection in block.projections.values()
         )
     )
@@ -292,6 +296,5 @@ def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         return mixlora_exact_dense(x, routing, block)
     block = replace(block, x_mask=_as_kept(block.x_mask), hidden_mask=_as_kept(block.hidden_mask))
     spec, tensors = pack(block)
-    return _Block.apply(
-        spec, x.contiguous(), routing.weights, routing.experts.contiguous(), *tensors
-    )
+    y = _Block.apply(spec, x.contiguous(), routing.weights, routing.experts.contiguous(), *tensors)
+    return add_down_bias(y, routing.weights, block)

@@ -2,7 +2,8 @@
 
 A row is a token t and one of its K slots; e is the slot's expert, w its weight:
 
-    g = scale1_e (G_t + f1 P1 B1^T)    u = scale3_e (U_t + f3 P3 B3^T)    h = act(g) u
+    g = scale1_e (G_t + f1 P1 B1^T) + bias1    u = scale3_e (U_t + f3 P3 B3^T) + bias3
+    h = act(g) u
 
 `G`, `U` (T, F) are the frozen products; `P1`, `P3` (T, E R) are `A x` of all experts, of which a
 row keeps its own expert's columns. Rows exist in registers only: a token's rows lie side by side
@@ -13,9 +14,10 @@ the kernels E R is padded to a power of two, K to SLOTS. Sums are float32, opera
 the dtype of the tensors. What a program sums over its part of F (or T) it stores on its own, to be
 added afterwards: no atomics, so the same input gives the same bits.
 
-Flags: `LOW1`, `LOW3`, `LOW2`: gate, up, down have experts. `SCALE1`, `SCALE3`: they have DoRA's
-scale (E, F). `PER_SLOT`: so has down, which then takes a hidden state per slot. `DROPPED`: `kept`
-(T, F) is a dropout mask of the hidden state. Block sizes: `BT` tokens, `BF` of the F columns.
+Flags: `LOW1`, `LOW3`, `LOW2`: gate, up, down have experts. `SCALE1`, `SCALE3`: gate, up have
+DoRA's scale (E, F). `PER_SLOT`: so has down, which then takes a hidden state per slot. `BIAS1`,
+`BIAS3`: gate, up have a bias (F,). `DROPPED`: `kept` (T, F) is a dropout mask of the hidden state.
+Block sizes: `BT` tokens, `BF` of the F columns.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ def forward_kernel(
     a2,
     scale1,
     scale3,
+    bias1,
+    bias3,
     experts,
     weights,
     kept,
@@ -67,6 +71,8 @@ def forward_kernel(
     LOW2: tl.constexpr,
     SCALE1: tl.constexpr,
     SCALE3: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS3: tl.constexpr,
     PER_SLOT: tl.constexpr,
     DROPPED: tl.constexpr,
     BT: tl.constexpr,
@@ -113,6 +119,8 @@ def forward_kernel(
         if SCALE1:
             s1 = tl.load(scale1 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
             g *= s1
+        if BIAS1:
+            g += tl.load(bias1 + inner, mask=within, other=0.0)[None, :]
         u = tl.load(up + offsets, mask=inside, other=0.0)
         u = spread(u, BT, SLOTS, BF).to(tl.float32)
         if LOW3:
@@ -121,6 +129,8 @@ def forward_kernel(
         if SCALE3:
             s3 = tl.load(scale3 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
             u *= s3
+        if BIAS3:
+            u += tl.load(bias3 + inner, mask=within, other=0.0)[None, :]
         h = activate(g, ACTIVATION)[0] * u
         if PER_SLOT:
             tl.store(hidden + pair[:, None] * F + inner[None, :], h.to(dtype), mask=row_inside)

@@ -34,6 +34,8 @@ def backward_tokens_kernel(
     a2,
     scale1,
     scale3,
+    bias1,
+    bias3,
     experts,
     weights,
     kept,
@@ -58,6 +60,8 @@ def backward_tokens_kernel(
     LOW2: tl.constexpr,
     SCALE1: tl.constexpr,
     SCALE3: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS3: tl.constexpr,
     PER_SLOT: tl.constexpr,
     DROPPED: tl.constexpr,
     BT: tl.constexpr,
@@ -111,6 +115,8 @@ def backward_tokens_kernel(
         if SCALE1:
             s1 = tl.load(scale1 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
             g *= s1
+        if BIAS1:
+            g += tl.load(bias1 + inner, mask=within, other=0.0)[None, :]
         u = tl.load(up + offsets, mask=inside, other=0.0)
         u = spread(u, BT, SLOTS, BF).to(tl.float32)
         if LOW3:
@@ -119,6 +125,8 @@ def backward_tokens_kernel(
         if SCALE3:
             s3 = tl.load(scale3 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
             u *= s3
+        if BIAS3:
+            u += tl.load(bias3 + inner, mask=within, other=0.0)[None, :]
         active, slope = activate(g, ACTIVATION)
         if PER_SLOT:
             dh = tl.load(dhidden + pair[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
@@ -170,6 +178,8 @@ def backward_inner_kernel(
     a2,
     scale1,
     scale3,
+    bias1,
+    bias3,
     experts,
     weights,
     kept,
@@ -197,6 +207,8 @@ def backward_inner_kernel(
     LOW2: tl.constexpr,
     SCALE1: tl.constexpr,
     SCALE3: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS3: tl.constexpr,
     PER_SLOT: tl.constexpr,
     DROPPED: tl.constexpr,
     BT: tl.constexpr,
@@ -250,6 +262,8 @@ def backward_inner_kernel(
         if SCALE1:
             s1 = tl.load(scale1 + expert[None, :] * F + inner[:, None], mask=row_inside, other=0.0)
             g = raw1 * s1
+        if BIAS1:
+            g = g + tl.load(bias1 + inner, mask=within, other=0.0)[:, None]
         raw3 = tl.load(up + offsets, mask=inside, other=0.0)
         raw3 = spread_columns(raw3, BT, SLOTS, BF).to(tl.float32)
         if LOW3:
@@ -260,6 +274,8 @@ def backward_inner_kernel(
         if SCALE3:
             s3 = tl.load(scale3 + expert[None, :] * F + inner[:, None], mask=row_inside, other=0.0)
             u = raw3 * s3
+        if BIAS3:
+            u = u + tl.load(bias3 + inner, mask=within, other=0.0)[:, None]
         active, slope = activate(g, ACTIVATION)
         if PER_SLOT:
             dh = tl.load(dhidden + pair[None, :] * F + inner[:, None], mask=row_inside, other=0.0)

@@ -27,10 +27,10 @@ class Operands:
 
     gate, up: (T, F), the frozen products. p: (T, E R of gate, then of up, where they have experts),
     `A x`. b1, b3, a2: (F, E R), B of gate and up, A of down transposed, None without experts.
-    scale1, scale3: (E, F), DoRA's scale of gate and up, or None. experts: (T, K); weights: (T, K)
-    float32. kept: (T, F) uint8, 0 where dropout takes the hidden state from the low-rank branch, or
-    None. factor1, factor3: what `B A x` is multiplied by. per_slot: whether the down projection
-    takes a hidden state per slot.
+    scale1, scale3: (E, F), DoRA's scale of gate and up, or None. bias1, bias3: (F,), their biases,
+    or None. experts: (T, K); weights: (T, K) float32. kept: (T, F) uint8, 0 where dropout takes the
+    hidden state from the low-rank branch, or None. factor1, factor3: what `B A x` is multiplied by.
+    per_slot: whether the down projection takes a hidden state per slot.
     """
 
     gate: Tensor
@@ -41,6 +41,8 @@ class Operands:
     a2: Tensor | None
     scale1: Tensor | None
     scale3: Tensor | None
+    bias1: Tensor | None
+    bias3: Tensor | None
     experts: Tensor
     weights: Tensor
     kept: Tensor | None
@@ -90,10 +92,12 @@ class Operands:
 
     def arguments(self) -> dict[str, Any]:
         """Of the kernels, but for what differs between them."""
-        names = ("gate", "up", "p", "b1", "b3", "a2", "scale1", "scale3", "experts", "weights")
+        names = (
+            "gate", "up", "p", "b1", "b3", "a2", "scale1", "scale3", "bias1", "bias3", "experts",
+            "weights", "kept",
+        )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in names},
-            "kept": self.kept,
             "T": self.tokens,
             "F": self.inner,
             "factor1": self.factor1,
@@ -109,6 +113,8 @@ class Operands:
             "LOW2": self.a2 is not None,
             "SCALE1": self.scale1 is not None,
             "SCALE3": self.scale3 is not None,
+            "BIAS1": self.bias1 is not None,
+            "BIAS3": self.bias3 is not None,
             "PER_SLOT": self.per_slot,
             "DROPPED": self.kept is not None,
         }
