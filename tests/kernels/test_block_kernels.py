@@ -20,6 +20,7 @@ from mixlora_exp.kernels import (
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.exact import mixlora_exact_grouped
 from mixlora_exp.kernels.reference import mixlora_reference
+from mixlora_exp.kernels.stages import grouped_stage, staged
 
 
 def relative(result: Tensor, truth: Tensor) -> float:
@@ -153,16 +154,33 @@ def test_strided_input_and_upstream_gradient(block_of, plain, form, dora, same) 
     same(strided.run(form, torch.float64), whole.run("reference", torch.float64))
 
 
-def test_weights_that_are_trained_are_refused_by_the_grouped_form(block_of, plain) -> None:
-    """It has no gradient for them, and none must be lost in silence."""
-    block = block_of(plain, 0)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_base_that_is_trained_is_refused_by_the_grouped_form(block_of, plain, name) -> None:
+    """It has no gradient for weights and biases, and none must be lost in silence."""
+    block = block_of(replace(plain, biased=("gate", "up", "down")), 0)
     feed_forward = block.block(block.values, torch.float64, torch.float64)
-    feed_forward.down.weight.requires_grad_()
+    trained = getattr(feed_forward.down, name).requires_grad_()
     routing = route(block.values["x"], block.values["router"], 2)
     with pytest.raises(ValueError, match=r"frozen base weights.*kernel=shared"):
         mixlora_exact_grouped(block.values["x"], routing, feed_forward)
     mixlora_reference(block.values["x"], routing, feed_forward).sum().backward()
-    assert feed_forward.down.weight.grad.abs().max() > 0
+    assert trained.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("role", ["gate", "up", "down"])
+def test_trained_bias_gets_its_gradient_between_shared_products(block_of, plain, role) -> None:
+    block = block_of(replace(plain, biased=("gate", "up", "down"), dora=True), 0)
+    found = []
+    for kernel in (staged(grouped_stage), mixlora_reference):
+        feed_forward = block.block(block.values, torch.float64, torch.float64)
+        bias = getattr(feed_forward, role).bias.clone().requires_grad_()
+        projection = replace(getattr(feed_forward, role), bias=bias)
+        routing = route(block.values["x"], block.values["router"], 2)
+        kernel(
+            block.values["x"], routing, replace(feed_forward, **{role: projection})
+        ).sum().backward()
+        found.append(bias.grad)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
 def test_kernel_names() -> None:

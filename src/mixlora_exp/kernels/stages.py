@@ -33,7 +33,9 @@ def grouped_stage(
     x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
 ) -> tuple[Tensor, Finish]:
     """The exact kernel, tokens grouped by expert."""
-    if len(x) == 0:
+    biases = [p.bias for p in (block.gate, block.up) if p.bias is not None]
+    if len(x) == 0 or any(bias.requires_grad for bias in biases):
+        # Its own backward pass has no gradient for biases.
         return dense_stage(x, gate, up, routing, block)
     experts, weights = routing.experts, routing.weights
     hidden, added = grouped_hidden(x, gate, up, experts, weights, block)
