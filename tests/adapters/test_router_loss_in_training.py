@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 COEFFICIENT = 0.5
 
@@ -154,3 +155,133 @@ def test_training_lowers_the_loss(model_of, batch, family, dora) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+def checkpoint_all(model) -> None:
+    """By transformers, as a Trainer does it."""
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+
+
+def checkpoint_every_second(model) -> None:
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True}, 2)
+    model.enable_input_require_grads()
+
+
+def checkpoint_one_block(model) -> None:
+    """By hand, around one feed-forward block."""
+    block = model.base_model.feed_forwards()[1]
+    whole = block.forward
+    block.forward = lambda x: checkpoint(whole, x, use_reentrant=True)
+    model.enable_input_require_grads()
+
+
+WAYS = [checkpoint_all, checkpoint_every_second, checkpoint_one_block]
+SILENT = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, names of methods
+
+
+def without_labels(batch) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def frozen_routers(model) -> None:
+    """The router loss still has a gradient for what is below a router's input."""
+    for block in model.base_model.feed_forwards():
+        block.lora_router.requires_grad_(False)
+
+
+@SILENT
+@pytest.mark.parametrize("labels", [True, False], ids=["with labels", "loss by the caller"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained routers", "frozen routers"])
+@pytest.mark.parametrize("checkpointed", WAYS)
+def test_reentrant_checkpointing_is_refused(model_of, batch, checkpointed, frozen, labels) -> None:
+    """It would train without the router loss, and not say so."""
+    model = model_of(router_loss_coef=COEFFICIENT).train()
+    if frozen:
+        frozen_routers(model)
+    checkpointed(model)
+    inputs = batch if labels else without_labels(batch)
+    with pytest.raises(ValueError, match=r"router_loss_coef=0.5 .*'use_reentrant': False"):
+        model(**inputs, use_cache=False)
+
+
+@SILENT
+def test_the_way_out_works_after_the_refusal(model_of, batch) -> None:
+    model = model_of(router_loss_coef=COEFFICIENT).train()
+    checkpoint_all(model)
+    with pytest.raises(ValueError, match="from 2 of 2 feed-forward blocks"):
+        model(**batch, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch, use_cache=False).loss.backward()
+    found = gradients(model)
+    plain = model_of(router_loss_coef=COEFFICIENT).train()
+    plain(**batch).loss.backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@SILENT
+@pytest.mark.parametrize("checkpointed", WAYS)
+def test_reentrant_checkpointing_stays_where_no_router_loss_counts(
+    model_of, batch, checkpointed
+) -> None:
+    """With the gradients that the model has without it."""
+    found = []
+    for way in (None, checkpointed):
+        model = model_of(router_loss_coef=0.0).train()
+        if way is not None:
+            way(model)
+        model(**batch, use_cache=False).loss.backward()
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@SILENT
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_model_of_which_nothing_trains_is_not_refused(model_of, batch) -> None:
+    model = model_of(router_loss_coef=COEFFICIENT).train().requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert model(**batch, use_cache=False).loss.isfinite()
+
+
+@SILENT
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("scoring", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("whole", [True, False], ids=["all in training mode", "blocks alone"])
+def test_evaluation_with_dropout_left_on_is_no_training(model_of, batch, scoring, whole) -> None:
+    """A loss in training mode, without gradients: checkpointing is at rest, and nothing lost."""
+    model = model_of(router_loss_coef=COEFFICIENT, lora_dropout=0.1)
+    model.train(whole)
+    checkpoint_all(model)
+    for block in model.base_model.feed_forwards():
+        block.train()
+    with scoring():
+        output = model(**batch, use_cache=False)
+    assert output.loss.isfinite()
+
+
+@SILENT
+def test_evaluation_mode_with_gradients_is_no_training(model_of, batch) -> None:
+    """As for attributions: no router loss is in it."""
+    model = model_of(router_loss_coef=COEFFICIENT)
+    checkpoint_one_block(model)
+    model.eval()(**batch).loss.backward()
+
+
+@SILENT
+def test_whole_model_checkpointed_keeps_the_router_loss(model_of, batch) -> None:
+    """Its loss is computed again with it, so nothing is lost."""
+    found = []
+    for inside in (False, True):
+        model = model_of(router_loss_coef=COEFFICIENT).train()
+
+        def loss_of(switch, model=model) -> torch.Tensor:
+            return model(**batch).loss * switch
+
+        switch = torch.ones((), requires_grad=True)
+        loss = checkpoint(loss_of, switch, use_reentrant=True) if inside else loss_of(switch)
+        loss.backward()
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)

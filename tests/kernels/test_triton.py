@@ -142,6 +142,20 @@ def test_one_mask_alone(block_of, plain, fresh_seed, masked, dora) -> None:
     check_close(block, masks)
 
 
+def test_each_input_may_ask_for_a_gradient_alone(block_of, plain) -> None:
+    """And gets the one that it has beside all others."""
+    case = replace(plain, tokens=3, dora=True, biased=ROLES, normalised=False)
+    block = block_of(case, 0, torch.float32)
+    expected = block.run(fused, torch.float32)
+    for needed in block.values:
+        leaves = {n: v.float().requires_grad_(n == needed) for n, v in block.values.items()}
+        made = block.block(leaves, torch.float32, torch.float32)
+        y = fused(leaves["x"], block.route(leaves["x"], leaves["router"]), made)
+        y.backward(block.upstream.float())
+        assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [needed]
+        assert torch.equal(leaves[needed].grad.double(), expected[needed]), needed
+
+
 def test_strided_input_and_upstream_gradient(block_of, plain) -> None:
     """As a transposed activation and an expanded gradient (of a sum) are."""
     block = block_of(plain, 0, torch.float32)

@@ -51,8 +51,9 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
     and with DoRA `lora_magnitude_p` (E, out).
 
     After each forward pass `routings` holds the router's decision of each adapter that ran, for
-    its rows of that pass. Where `row_map` gives the rows to several adapters, the frozen
-    projections run once over all of them and each adapter's part on its own rows.
+    its rows of that pass, and `ran_with_gradients` whether autograd followed it. Where `row_map`
+    gives the rows to several adapters, the frozen projections run once over all of them and each
+    adapter's part on its own rows.
 
     Raises:
         ValueError: the block is not made of three `nn.Linear`, or several adapters are active at
@@ -89,6 +90,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
         self.dropout_keys: dict[str, DropoutKey] = {}
         self._base_activation = known_activation(base_layer.act_fn)
         self.routings: dict[str, Routing] = {}
+        self.ran_with_gradients = False
         self.row_map = RowMap()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -230,6 +232,7 @@ class MixLoraFeedForward(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., D); returns the same shape."""
         self.routings = {}
+        self.ran_with_gradients = torch.is_grad_enabled()
         if self.row_map:
             return self._forward_rows(x)
         active = [name for name in self.active_adapters if name in self.lora_router]

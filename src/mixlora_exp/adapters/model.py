@@ -48,6 +48,10 @@ class MixLoraModel(LoraModel):
     them, so that it counts once per step whatever the accumulation. A trainer that computes the
     loss itself, as TRL's SFTTrainer does, finds `aux_loss` in the output and the coefficient as
     `router_aux_loss_coef` in the model's configuration. `router_report` tells about the last pass.
+
+    Raises:
+        ValueError: in training, the router loss would have no gradient, as under re-entrant
+            gradient checkpointing.
     """
 
     tuner_layer_cls = (LoraLayer, MixLoraFeedForward)
@@ -164,8 +168,12 @@ class MixLoraModel(LoraModel):
         """What the routers of each adapter did in the last pass, with the graph of its loss.
 
         masks: by adapter, true for the real ones of its rows (T,); None: all are.
+
+        Raises:
+            ValueError: in training, the loss would have no gradient.
         """
         blocks = [block for block in self.feed_forwards() if block.routings]
+        self._check_gradients_reach_routers(blocks)
         found = {}
         for adapter in blocks[0].routings if blocks else ():
             mask = masks.get(adapter)
@@ -190,6 +198,28 @@ class MixLoraModel(LoraModel):
             block.routings = {name: r.detached() for name, r in block.routings.items()}
         self.router_reports = {name: report.detached() for name, report in found.items()}
         return found
+
+    def _check_gradients_reach_routers(self, blocks: list[MixLoraFeedForward]) -> None:
+        """Refuse blocks that ran without gradients inside of a pass that has them.
+
+        Re-entrant checkpointing runs them so, and again in the backward pass, where their output
+        gets its gradient; the router loss, taken from the first run, has none: neither for routers
+        nor, through their inputs, for anything below. A whole pass without gradients is an
+        evaluation, whatever mode its modules are in.
+        """
+        lost = [block for block in blocks if not block.ran_with_gradients]
+        if not (lost and self.training and torch.is_grad_enabled()):
+            return
+        for adapter in blocks[0].routings:
+            coefficient = self.peft_config[adapter].router_loss_coef
+            if coefficient and any(p.requires_grad for p in self.model.parameters()):
+                raise ValueError(
+                    f"router_loss_coef={coefficient} of adapter {adapter!r} would have no gradient "
+                    f"from {len(lost)} of {len(blocks)} feed-forward blocks, which ran without "
+                    "gradients, as re-entrant gradient checkpointing runs them: use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}, in your own loop "
+                    "checkpoint(..., use_reentrant=False), or train without router loss"
+                )
 
     def _report(self, mask: Tensor | None) -> RouterReport | None:
         """Of the one adapter that ran. mask: (sequences, tokens)."""
