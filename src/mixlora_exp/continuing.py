@@ -10,6 +10,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from mixlora_exp.data.collator import pad_left
 from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation.head import full_precision_head
+from mixlora_exp.runtime import autocast, resolve_dtype
 from mixlora_exp.serving import Opened
 
 __all__ = ["Prompt", "check_chat", "continuations"]
@@ -88,6 +90,7 @@ def continuations(
     sampling = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    dtype = resolve_dtype(opened.config.trainer.precision, model.device)
     pending = []
     for prompt in prompts:
         pending.append(_prompt_ids(opened, prompt))
@@ -100,10 +103,12 @@ def continuations(
             chosen = adapters[start : start + batch_size]
             batch["adapter_names"] = [opened.adapters[label] for label in chosen]
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = model.generate(
-            **batch, **sampling, max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, streamer=streamer if stream else None,
-            logits_processor=LogitsProcessorList([_Numbers()]),
-        )  # fmt: skip
+        # As answers are scored: in bf16 the likeliest token would else be another now and then.
+        with autocast(model.device, dtype), full_precision_head(model):
+            output = model.generate(
+                **batch, **sampling, max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id, streamer=streamer if stream else None,
+                logits_processor=LogitsProcessorList([_Numbers()]),
+            )  # fmt: skip
         new = output[:, batch["input_ids"].shape[1] :]
         yield from tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mixlora_exp.adapters import set_kernel
 from mixlora_exp.config.choices import Head
 from mixlora_exp.kernels import loss as loss_kernel
 from mixlora_exp.kernels.loss import linear_cross_entropy
@@ -99,6 +101,52 @@ def test_other_projections_keep_the_models_own_loss(model) -> None:
     assert output.logits.shape == (1, 6, 50)
     output.loss.backward()
     assert model.lm_head.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["lm_head", "q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=["lora", "dora", "trained copy", "embedding"],
+)
+@pytest.mark.parametrize("kernel", ["auto", "peft"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_the_projection_is_trained(settings, kernel, tied) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=50, tie_word_embeddings=tied,
+    )  # fmt: skip
+    peft = LoraConfig(r=2, init_lora_weights=False, **settings)
+    adapted = get_peft_model(LlamaForCausalLM(config), peft)
+    set_kernel(adapted, kernel)
+    ids = torch.arange(12).view(2, 6)
+    found = []
+    for head in (Head.full, Head.chunked):
+        adapted.zero_grad()
+        with loss_from_hidden(adapted.get_base_model(), head):
+            loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        trained = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.requires_grad}
+        assert all(gradient.abs().max() > 0 for gradient in trained.values())
+        found.append((loss.detach(), trained))
+    torch.testing.assert_close(*found)
+
+
+def test_a_forward_pass_that_was_replaced_is_put_back(model) -> None:
+    """Libraries put one of their own on a module, accelerate for example."""
+
+    def theirs(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    model.lm_head.forward = theirs
+    with loss_from_hidden(model, Head.chunked):
+        pass
+    assert vars(model.lm_head)["forward"] is theirs
 
 
 def test_auto_is_chunked_on_a_cpu() -> None:

@@ -78,11 +78,18 @@ def _check_guest(config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} changes the base model, which the "
             "other adapters share"
         )
+
+
+def _check_targets(config: LoraConfig) -> None:
+    """Refuse targets whose rows are not told apart, such as the output projection: with and
+    without experts."""
     targets = config.target_modules
-    if isinstance(targets, str) or not set(targets or ()) <= SERVED_TARGETS:
+    served = SERVED_TARGETS | set(getattr(config, "feed_forward_targets", ()))
+    if isinstance(targets, str) or not set(targets or ()) <= served:
+        shown = targets if isinstance(targets, str) else sorted(targets)
         raise ValueError(
-            f"target_modules={targets!r} is not supported beside other adapters: name some of "
-            f"{', '.join(sorted(SERVED_TARGETS))}"
+            f"target_modules={shown!r} is not supported beside other adapters: name some of "
+            f"{', '.join(sorted(served))}"
         )
 
 
@@ -92,6 +99,7 @@ def guest_config(config: LoraConfig) -> LoraConfig:
     Raises:
         ValueError: it has something that rows of several adapters cannot be served with.
     """
+    _check_targets(config)
     if isinstance(config, (MixLoraConfig, GuestConfig)):
         return config
     _check_guest(config)

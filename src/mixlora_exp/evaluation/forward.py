@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.data.collator import pad_left
+from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.evaluation.packing import Packed, Request, pack, pad_packed
 
 __all__ = ["Scorer", "batches"]
 
-HEAD_CHUNK = 2**14
-"""Rows of the vocabulary matrix that are held in float32 at once."""
 LOGIT_ROWS = 256
 """Positions whose logits over the vocabulary are held at once."""
 
@@ -38,22 +37,6 @@ def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> I
         batch.append(i)
     if batch:
         yield batch
-
-
-def _full_precision_head(
-    module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor | None:
-    """Forward hook of the output projection: its product again, in float32.
-
-    In bf16 a logit near 24 is a multiple of 1/8, and the first of several tied answers would win.
-    """
-    if module.weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    hidden = args[0].float()
-    with torch.autocast(hidden.device.type, enabled=False):
-        # In chunks, for a whole vocabulary in float32 may not fit beside the model.
-        parts = [hidden @ part.float().T for part in module.weight.split(HEAD_CHUNK)]
-    return torch.cat(parts, dim=-1)
 
 
 class Scorer:
@@ -89,13 +72,8 @@ class Scorer:
     @contextmanager
     def full_precision(self) -> Iterator[nn.Module]:
         """Within this context the output projection, which is given, computes in float32."""
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_hook(_full_precision_head)
-        try:
-            with self.autocast:
-                yield head
-        finally:
-            hook.remove()
+        with self.autocast, full_precision_head(self.model) as head:
+            yield head
 
     def logits(
         self, rows: Sequence[Sequence[int]], keep: int, groups: Sequence[str] | None = None

@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import nn
 
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
@@ -35,7 +36,8 @@ class SharedPrefixLM(HFLM):
     """lm-eval's model on a `Scorer`: the same requests, truncation and sums."""
 
     def __init__(self, scorer: Scorer) -> None:
-        super().__init__(pretrained=scorer.model, tokenizer=scorer.tokenizer, backend="causal")
+        with _weights_left(scorer.model):
+            super().__init__(pretrained=scorer.model, tokenizer=scorer.tokenizer, backend="causal")
         self.scorer = scorer
         self._documents: list[tuple[str, int]] | None = None
 
@@ -68,6 +70,17 @@ class SharedPrefixLM(HFLM):
         """What does not fit is cut from the left, as in the parent."""
         tokens = (context + continuation)[-(self.max_length + 1) :]
         return Request(tokens, min(len(continuation), len(tokens) - 1))
+
+
+@contextmanager
+def _weights_left(model: nn.Module) -> Iterator[None]:
+    """lm-eval ties the weights of a model that it is given, which an adapter on the embedding or
+    on the output projection is in the way of. This one is ready."""
+    model.tie_weights = lambda: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 @contextmanager

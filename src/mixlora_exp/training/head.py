@@ -81,11 +81,14 @@ def loss_from_hidden(model: PreTrainedModel, head: Head) -> Iterator[None]:
         items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / items
 
-    stock = model.loss_function
+    stock, replaced = model.loss_function, vars(projection).get("forward")
     projection.forward = lambda hidden: hidden
     model.loss_function = loss_function
     try:
         yield
     finally:
-        del projection.forward
+        if replaced is None:
+            del projection.forward
+        else:
+            projection.forward = replaced
         model.loss_function = stock
