@@ -15,7 +15,8 @@ EVERYTHING = None
 ALLOWED: dict[str, set[str] | None] = {
     "interruption": set(),
     "errors": {"interruption"},
-    "hashing": set(),
+    "meaning": set(),
+    "hashing": {"meaning"},
     "durable": set(),
     "spikes": set(),
     "runlock": {"errors"},

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+
+from mixlora_exp.meaning import meanings
 
 __all__ = ["code_sha256", "file_sha256"]
 
 PACKAGE = Path(__file__).parent
 BESIDE = frozenset(
     (
-        "bench", "cli.py", "continuing.py", "durable.py", "errors.py", "generation.py",
-        "interruption.py", "jobs.py", "ledger.py", "lm_eval.py", "memory.py", "planning.py",
+        "bench", "cli.py", "config/explain.py", "continuing.py", "durable.py", "errors.py",
+        "generation.py", "interruption.py", "jobs.py", "ledger.py", "lm_eval.py", "meaning.py",
+        "memory.py", "planning.py",
         "reporting.py", "rescoring.py", "results", "runlock.py", "search.py", "search_study.py",
         "serving.py", "status.py", "sweep.py", "training/checkpoints.py", "training/progress.py",
         "training/sinks.py", "training/tracking.py", "underway.py",
@@ -28,35 +31,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _meaning(source: str) -> str:
-    """The program without its comments, layout and docstrings, the same from every Python."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-            and isinstance(body[0].value.value, str)
-        ):
-            node.body = body[1:] or [ast.Pass()]
-    return _dump(tree)
-
-
-def _dump(node: object) -> str:
-    """The tree as text. Fields without a value are left out: Pythons differ in which there are."""
-    if isinstance(node, list):
-        return f"[{','.join(map(_dump, node))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = (
-        f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])
-    )
-    kept = "=None" if isinstance(node, ast.Constant) and node.value is None else ""
-    return f"{type(node).__name__}{kept}({','.join(fields)})"
-
-
 def _determining() -> list[tuple[str, Path]]:
     """The files that decide what a run computes, with their names in the package."""
     found = sorted((path.relative_to(PACKAGE).as_posix(), path) for path in PACKAGE.rglob("*.py"))
@@ -67,11 +41,16 @@ def _determining() -> list[tuple[str, Path]]:
     ]
 
 
+def _hash(sources: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name, meaning in meanings(sources).items():
+        digest.update(name.encode())
+        digest.update(meaning.encode())
+    return digest.hexdigest()
+
+
 @cache
 def code_sha256() -> str:
-    """Hash of the code that determines results: what it does, not how it is laid out."""
-    digest = hashlib.sha256()
-    for name, path in _determining():
-        digest.update(name.encode())
-        digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()
+    """Hash of the code that determines results: what it does, not how it is laid out, documented
+    or told of in errors."""
+    return _hash({name: path.read_text(encoding="utf-8") for name, path in _determining()})
