@@ -106,7 +106,16 @@ def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
         return None
     kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "parameters",
             "kernel", "dtype")  # fmt: skip
-    return {**{name: record[name] for name in kept}, "git": record["provenance"]["git"]}
+    origin, train = record["provenance"], record["train"] or {}
+    return {
+        **{name: record[name] for name in kept},
+        "git": origin["git"],
+        "train": {"halved_micro_batch": train.get("halved_micro_batch")},
+        "provenance": {
+            "packages": {"torch": origin["packages"]["torch"]},
+            "hardware": {"gpus": origin["hardware"]["gpus"]},
+        },
+    }
 
 
 def _check_base(config: Config, adapter: dict[str, Any] | None, model: dict[str, Any]) -> None:

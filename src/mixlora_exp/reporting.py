@@ -18,7 +18,13 @@ from urllib.parse import quote
 from mixlora_exp.config import CONF_DIR, compose, to_dict
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.cells import Blocks, Standards, group_runs, require_together
+from mixlora_exp.results.cells import (
+    Blocks,
+    Standards,
+    copies,
+    group_runs,
+    require_together,
+)
 from mixlora_exp.results.paper import METHODS, MODEL_TITLES, contradictions, read_paper
 from mixlora_exp.results.record import write_text
 from mixlora_exp.results.runs import (
@@ -131,7 +137,9 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     presets, models = _defaults()
     standards, by_method = _standards(presets, models), presets["correct"]
     runs, left_out = load_runs(folder / "runs")
-    chosen = _chosen(runs, left_out, names)
+    copied = copies(runs)
+    left_out = [*left_out, *copied.values()]
+    chosen = _chosen([run for run in runs if run.name not in copied], left_out, names)
     blocks = group_runs(chosen)
     benchmarks, unusable = load_benchmarks(folder / "bench")
     printed = PAPER

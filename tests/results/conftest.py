@@ -66,7 +66,7 @@ def write_run(
     record = {
         "name": name, "fingerprint": "f" * 64, "status": "finished", "config": config,
         "data": splits, "model": {"source": "pypi", "id": "m"}, "adapter": None,
-        "kernel": "exact" if trains else None, "dtype": "float32", "attention": "eager",
+        "kernel": "exact" if trains else None, "dtype": "bfloat16", "attention": "eager",
         "parameters": {}, "saved_adapter": {"sha256": "a"} if trains else None,
         "train": {"steps": 50, "curve": curve, "expert_load": None} if trains else None,
         "scores": scores, "scores_before": None, "predictions": predictions, "seconds": 1.0,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from table_cells import SMALL, block, five, row
 
+from mixlora_exp.errors import UserError
 from mixlora_exp.reporting import gather, table_files
+from mixlora_exp.results.record import finish_record, write_json
 
 Write = Callable[..., Path]
 
@@ -98,6 +101,33 @@ def test_two_records_of_a_cell_with_other_data_are_both_left_out(
     write(results / "runs", "b", [*SMALL, "method=lora", "seed=2"], five(0.5), data_hash="1",
           train_hash="u")  # fmt: skip
     assert {entry.name for entry in gather(results).left_out} == {"a", "b"}
+
+
+def copied(folder: Path, target: Path, **fields: int) -> None:
+    """Copy a run and change fields of its configuration, as nobody should."""
+    shutil.copytree(folder, target)
+    record = json.loads((target / "record.json").read_text())
+    record["config"].update(fields)
+    write_json(target / "record.json", finish_record({**record, "name": target.name}))
+
+
+def test_a_copy_is_no_second_seed(write: Write, results: Path) -> None:
+    first = write(results / "runs", "a", [*SMALL, "method=lora", "seed=1"], five(0.4))
+    copied(first, results / "runs" / "b", seed=2)
+    # However the lines are laid out.
+    for path in (results / "runs" / "b" / "predictions").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(r, sort_keys=True, indent=None) + "\n" for r in rows))
+    write(results / "runs", "c", [*SMALL, "method=lora", "seed=3"], five(0.5))
+    found = gather(results)
+    ((entry),) = found.left_out
+    assert entry.name == "b"
+    assert entry.reason == "seed 2: its predictions are those of a, seed 1"
+    cells = row(block(found.tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    assert cells["ARC-e"].records == ("a", "c")
+    assert "`b`: seed 2" in table_files(found)["README.md"]
+    with pytest.raises(UserError, match="runs=b cannot be used: seed 2: its predictions"):
+        gather(results, ["a", "b"])
 
 
 def test_two_records_of_a_cell_and_seed_count_once(write: Write, results: Path) -> None:

@@ -128,3 +128,35 @@ def test_other_conditions_are_not_compared(write: Write, results: Path) -> None:
     found = gather(results)
     assert found.tables[10].blocks == []
     assert {"a", "b", "c"} <= {entry.name for entry in found.left_out}
+
+
+def test_a_switch_that_decides_nothing_is_no_other_run(write: Write, results: Path) -> None:
+    """ARC's labels are no part of how whole answers are scored: such a run is the run without the
+    switch once more, on another machine perhaps, and no better or worse than itself."""
+    share = {"arc_e": 0.5, "boolq": 0.5}
+    for protocol in ("answer_text", "label_logits"):
+        for preset, shift in (("correct", 0.0), ("only_arc_labels", 0.25), ("only_order", 0.5)):
+            words = [*WORDS, f"preset={preset}", "seed=1"]
+            name = f"{preset}-{protocol}"
+            likelihoods(write(results / "runs", name, words, share, protocol=protocol), shift)
+    answers, labels = gather(results).tables[10].blocks
+    assert "protocol answer_text" in answers.heading
+    assert {row.label[0] for row in answers.rows} == {
+        "preset=correct", "trainer.order=fixed", "majority class", "chance",
+    }  # fmt: skip
+    correct = cell(answers, "preset=correct", "accuracy")
+    assert (correct.seeds, correct.records) == (1, ("correct-answer_text",))
+    # With labels they count, but for a task that has no other labels.
+    likelihood = ("evaluation.arc_labels=nine", "log-likelihood minus preset=correct")
+    assert cell(labels, *likelihood).mark == "better"
+    assert cell(labels, *likelihood, "BoolQ").kind == "dash"
+
+
+def test_blocks_that_differ_do_not_have_one_heading(write: Write, results: Path) -> None:
+    for rank in (8, 16):
+        for preset in ("correct", "only_order"):
+            words = [*WORDS, f"preset={preset}", f"method.rank={rank}"]
+            write(results / "runs", f"{preset}-{rank}", words, {"arc_e": 0.5, "boolq": 0.5})
+    first, second = (block.heading for block in gather(results).tables[10].blocks)
+    assert first.endswith(", method.rank=16")
+    assert second.endswith(", method.rank=8")

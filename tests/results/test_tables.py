@@ -91,7 +91,7 @@ def test_a_preset_is_named_over_its_block(write: Write, results: Path) -> None:
     # The preset's name stands for its switches; one that is set otherwise is named.
     assert official.endswith("preset=official")
     assert "preset=official" in odd
-    assert "evaluation.dropout=False" in odd
+    assert "evaluation.dropout=false" in odd
 
 
 def test_records_from_before_the_switches_stand_with_later_ones(
@@ -109,10 +109,79 @@ def test_records_from_before_the_switches_stand_with_later_ones(
     assert cells["ARC-e"].seeds == 2
 
 
-def test_what_does_not_change_results_shares_a_cell(write: Write, results: Path) -> None:
+def on(
+    *, dtype: str = "bfloat16", kernel: str = "exact", gpu: str = "", torch: str = "2.13.0+cpu"
+) -> Callable[[dict], None]:
+    """Make a record that of a run that was computed so."""
+
+    def change(record: dict) -> None:
+        record["dtype"] = dtype
+        if record["kernel"] is not None:
+            record["kernel"] = kernel
+        record["provenance"]["packages"]["torch"] = torch
+        record["provenance"]["hardware"]["gpus"] = [gpu] if gpu else []
+
+    return change
+
+
+def halved(record: dict) -> None:
+    record["train"]["halved_micro_batch"] = 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (on(dtype="float32"), "precision=float32"),
+        (on(kernel="peft"), "kernel=peft"),
+        (on(gpu="NVIDIA H100 80GB HBM3", kernel="triton"), "hardware=H100"),
+        (on(torch="2.14.1"), "torch=2.14"),
+        (halved, "trainer.micro_batch_size=4"),
+    ],
+)
+def test_what_it_was_computed_with_is_a_condition(
+    change: Callable[[dict], None], words: str, write: Write, results: Path
+) -> None:
     write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
-    more = ["kernel=reference", "trainer.gradient_checkpointing=true", "trainer.precision=float32"]
-    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2", *more], five(0.5))
+    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2"], five(0.6), change=change)
+    write(results / "runs", "base", [*SMALL, "method=none"], five(0.3))
+    blocks = [b for b in gather(results).tables[2].blocks if b.run]
+    values = {b.heading: row(b, "MixLoRA", "MT", "ours")["ARC-e"].value for b in blocks}
+    assert sorted(values.values()) == pytest.approx([40.0, 60.0])
+    assert [words in heading for heading, _ in sorted(values.items(), key=lambda p: p[1])] == [
+        False, True,
+    ]  # fmt: skip
+    name = words.partition("=")[0]
+    with pytest.raises(UserError, match=rf"a and b cannot share a cell: {name} is"):
+        gather(results, ["a", "b"])
+    # A base model is compared with what was scored as it was; how the others trained is not its.
+    with_base = [b for b in blocks if any(line.label[0] == "base model" for line in b.rows)]
+    trained_only = name in ("kernel", "trainer.micro_batch_size")
+    assert len(with_base) == (2 if trained_only else 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+    ],
+)
+def test_one_model_of_gpu_is_one_hardware(
+    first: str, second: str, write: Write, results: Path
+) -> None:
+    for seed, gpu in enumerate((first, second)):
+        write(results / "runs", f"s{seed}", [*SMALL, "method=lora", f"seed={seed}"],
+              five(0.4 + seed / 10), change=on(gpu=gpu, kernel="triton"))  # fmt: skip
+    cells = row(block(gather(results).tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    assert cells["ARC-e"].seeds == 2
+
+
+def test_what_only_moves_the_last_digits_shares_a_cell(write: Write, results: Path) -> None:
+    write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
+    more = ["kernel=reference", "trainer.gradient_checkpointing=true"]
+    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2", *more], five(0.5),
+          change=on(kernel="reference", torch="2.13.2"))  # fmt: skip
     cells = row(block(gather(results).tables[2], "SmolLM2"), "MixLoRA", "MT", "ours")
     assert cells["ARC-e"].seeds == 2
 
@@ -147,6 +216,27 @@ def test_scored_again_the_training_run_s_result_counts(write: Write, results: Pa
     assert (cells["ARC-e"].records, cells["ARC-e"].seeds) == (("z",), 1)
     cells = row(block(found.tables[2], "lm_eval"), "MixLoRA", "MT", "ours")
     assert cells["ARC-e"].records == ("more",)
+
+
+def test_an_adapter_that_was_scored_elsewhere_is_no_seed_of_its_cell(
+    write: Write, results: Path
+) -> None:
+    first = write(results / "runs", "train", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
+
+    def elsewhere(record: dict) -> None:
+        link(first)(record)
+        record["seed"] = 1
+        on(gpu="NVIDIA H200", kernel="triton")(record)
+
+    write(results / "runs", "again", [*SMALL, "method=none", "adapter=x"], five(0.6),
+          change=elsewhere)  # fmt: skip
+    write(results / "runs", "other", [*SMALL, "method=mixlora", "seed=2"], five(0.5))
+    found = {b.heading: b for b in gather(results).tables[2].blocks if b.run}
+    seeds = {h: row(b, "MixLoRA", "MT", "ours")["ARC-e"].records for h, b in found.items()}
+    assert sorted(seeds.values()) == [("again",), ("train", "other")] or sorted(seeds.values()) == [
+        ("again",),
+        ("other", "train"),
+    ]
 
 
 def test_what_an_adapter_was_trained_on_is_not_forgotten(write: Write, results: Path) -> None:

@@ -35,7 +35,8 @@ def link(source: Path) -> Callable[[dict], None]:
     record = read_record(source / "record.json")
 
     def change(other: dict) -> None:
-        kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "kernel")
+        kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "kernel",
+                "dtype")  # fmt: skip
         trained_by = {**{k: record[k] for k in kept}, "git": record["provenance"]["git"]}
         other["adapter"] = {"sha256": "a", "trained_by": trained_by}
 

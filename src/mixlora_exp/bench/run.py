@@ -17,7 +17,7 @@ from torch import nn
 from mixlora_exp.bench.measure import feed_forward_saved_bytes, inference_step, training_step
 from mixlora_exp.bench.memory import measure_in_process
 from mixlora_exp.bench.model import adapted, base_model, model_config
-from mixlora_exp.bench.settings import BASELINE, BASELINES, PAIRS, ROWS, BenchConfig
+from mixlora_exp.bench.settings import BASELINE, PAIRS, ROWS, BenchConfig
 from mixlora_exp.errors import UserError
 
 __all__ = ["benchmark", "check"]
@@ -150,7 +150,7 @@ def benchmark(
                 say(f"{row}: {rows[row]['error']}")
         say(f"round {number + 1}/{config.rounds}")
     for row, taken in samples.items():
-        reference = samples.get(BASELINES.get(row, BASELINE), [])
+        reference = samples.get(BASELINE, [])
         rows[row] |= _summary(taken, reference, config.batch * config.length)
         if row in PAIRS and PAIRS[row] in samples:
             rows[row]["train_ratio_to"] = _pair(taken, samples[PAIRS[row]], PAIRS[row])

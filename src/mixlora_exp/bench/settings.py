@@ -59,13 +59,14 @@ base's precision. `mixlora_head`: with the loss over the vocabulary in chunks. T
 project, `lora`, `dora`, `mixlora` and `mixdora`, run the exact kernel."""
 
 BASELINE = "lora_peft"
-BASELINES = {"mixlora_bf16": "lora_peft_bf16", "mixlora_triton_bf16": "lora_peft_bf16"}
-"""Rows compared with another one than `BASELINE`."""
+"""What every row is compared with, in time and in memory."""
 PAIRS = {
     "mixlora_16_experts": "mixlora",
     "mixlora_4_of_8": "mixlora",
     "mixlora_shared": "mixlora",
     "mixdora_shared": "mixdora",
+    "mixlora_bf16": "lora_peft_bf16",
+    "mixlora_triton_bf16": "lora_peft_bf16",
 }
 """Rows whose ratio to a second row is recorded too."""
 

@@ -14,17 +14,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.runs import LeftOut, Run
+from mixlora_exp.results.headings import word
+from mixlora_exp.results.runs import LeftOut, Run, predictions_sha256
 
 __all__ = [
     "Blocks",
     "Key",
     "Standards",
     "block_title",
+    "copies",
     "deviations",
     "group_runs",
     "require_together",
 ]
+
+
+USUAL = {
+    "data.seed": 0, "train.data.seed": 0, "preset": "correct", "precision": "bfloat16",
+    "kernel": "exact",
+}  # fmt: skip
+MACHINE = ("hardware", "torch", "train.hardware", "train.torch")
+"""Conditions that always stand over a block, and that no default can name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +62,7 @@ class Standards:
             "model": self.models.get(model, {}),
         }
         found = {f"{p}.{name}": v for p, values in parts.items() for name, v in values.items()}
-        seeds = {"data.seed": 0, "train.data.seed": 0}
-        return {**found, **seeds, "preset": "correct"}
+        return {**found, **USUAL}
 
 
 def deviations(run: Run, standards: Standards) -> dict[str, Any]:
@@ -110,6 +119,29 @@ def group_runs(runs: Iterable[Run]) -> Blocks:
         pruned = [_without(run, key[1], dropped) for run in members]
         kept[key] = [run for run in pruned if run.scores]
     return Blocks({key: members for key, members in kept.items() if members}, left_out)
+
+
+def copies(runs: Iterable[Run]) -> dict[str, LeftOut]:
+    """Runs, by name, whose predictions are those of a run of another seed, to the last digit of
+    every score: a record that was copied and edited is no second seed."""
+    found: dict[str, LeftOut] = {}
+    seen: dict[str, list[tuple[Run, dict[tuple[str, str], str]]]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.rescored, run.name)):
+        if run.method == "none":
+            continue
+        alike = seen[json.dumps((run.model, run.method, sorted(run.mix)))]
+        own = predictions_sha256(run)
+        for other, theirs in alike:
+            shared = own.keys() & theirs.keys()
+            if other.seed != run.seed and shared and all(own[k] == theirs[k] for k in shared):
+                reason = (
+                    f"seed {run.seed}: its predictions are those of {other.name}, seed {other.seed}"
+                )
+                found[run.name] = LeftOut(run.name, reason)
+                break
+        else:
+            alike.append((run, own))
+    return found
 
 
 def _fits(base: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
@@ -187,7 +219,7 @@ def require_together(runs: Sequence[Run]) -> None:
             if mine != theirs:
                 raise UserError(
                     f"{first.name} and {other.name} cannot share a cell: "
-                    f"{name} is {_word(mine)} in one and {_word(theirs)} in the other"
+                    f"{name} is {word(mine)} in one and {word(theirs)} in the other"
                 )
 
 
@@ -212,13 +244,5 @@ def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
     standard = standards.of(preset).conditions(model)
     odd = {k: v for k, v in conditions.items() if standard.get(k) != v}
     words = [f"model={model}", f"data={source}", f"protocol {protocol}"]
-    words += [f"{name}={_word(value)}" for name, value in sorted(odd.items())]
-    return ", ".join(words), not odd and source != "embedded"
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{item}" for key, item in value.items()) + "}"
-    return "null" if value is None else str(value)
+    words += [f"{name}={word(value)}" for name, value in sorted(odd.items())]
+    return ", ".join(words), not odd.keys() - set(MACHINE) and source != "embedded"

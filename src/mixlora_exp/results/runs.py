@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +22,18 @@ __all__ = [
     "LeftOut",
     "Run",
     "check_run",
+    "circumstances",
     "filled",
     "load_runs",
+    "predictions_sha256",
     "read_items",
     "read_predictions",
     "read_rows",
 ]
 
 RECORD = "record.json"
-# What was scored and what it was trained with. Precision and how loss and products are computed
-# change nothing beyond rounding and are no condition. Micro-batches are one: the router loss is
-# taken over each.
+# What was scored and what it was trained with. How the loss is computed changes nothing beyond
+# rounding and is no condition. Micro-batches are one: the router loss is taken over each.
 MODEL_FIELDS = (
     "source", "hub_id", "revision", "package", "package_file", "path", "weights", "layers",
 )  # fmt: skip
@@ -49,6 +51,29 @@ LATER = {
     "evaluation": {"dropout": False, "arc_labels": "own", "held_out": False},
 }
 """Fields that older records lack, and what their runs did."""
+
+
+GPU_MODEL = re.compile(
+    r"^(?:(?:NVIDIA|AMD|Tesla|Quadro|GeForce|Instinct)\s+)*(.+?)(?:[-\s](?:SXM|PCI|HBM|NVL|\d+\s?GB).*)?$",
+    re.IGNORECASE,
+)
+
+
+def circumstances(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a record was computed with, as far as that moves results by more than the order of sums:
+    precision; kernel family (`peft` draws other dropout masks, and trains another DoRA, than all
+    others, which agree to rounding); hardware, a CPU or a GPU's model without its memory and form;
+    torch's minor version."""
+    found = {"precision": record["dtype"]}
+    if record["kernel"] is not None:
+        found["kernel"] = "peft" if record["kernel"] == "peft" else "exact"
+    # What a record keeps of another's training did not always have it.
+    origin = record.get("provenance")
+    if origin is not None:
+        gpus = {GPU_MODEL.sub(r"\1", name) for name in origin["hardware"]["gpus"]}
+        found["hardware"] = ", ".join(sorted(gpus)) or "cpu"
+        found["torch"] = ".".join(str(origin["packages"]["torch"]).split(".")[:2])
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +131,8 @@ class Run:
     def conditions(self, protocol: str) -> dict[str, Any]:
         """What must be equal for two results under `protocol` to stand in one cell, besides model,
         method, tasks and seed. Names are those of the configuration; `train.*` where training read
-        other data than scoring, `rows.*` where files are not the published splits."""
+        other data than scoring, or was computed with something else (see `circumstances`),
+        `rows.*` where files are not the published splits."""
         found = {f"model.{name}": self.trained["model"].get(name) for name in MODEL_FIELDS}
         data, limit = self.scored["data"], self.scored["evaluation"]["limit"]
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
@@ -118,9 +144,12 @@ class Run:
             found["data.seed"] = data.get("seed", 0)
         if protocol == "generate":
             found["evaluation.max_new_tokens"] = self.scored["evaluation"].get("max_new_tokens")
-        found |= self._partial("test", self.record, data["name"])
+        found |= self._partial("test", self.record, data["name"]) | circumstances(self.record)
         if self.method != "none":
             found |= self._training_conditions()
+            for name, value in circumstances(self._source()).items():
+                if found[name] != value:
+                    found[f"train.{name}"] = value
         return found
 
     def _training_conditions(self) -> dict[str, Any]:
@@ -132,12 +161,15 @@ class Run:
         if own["train_limit"] is not None or own["name"] == "embedded":
             found["train.data.seed"] = own.get("seed", 0)
         found |= {f"trainer.{name}": self.trained["trainer"][name] for name in TRAINER_FIELDS}
+        found["trainer.micro_batch_size"] = self.micro_batch_size
         found["preset"] = self.preset
-        found |= self._partial("train", self._source(), own["name"])
-        if self.trained["method"].get("dora") and self._source().get("kernel") == "peft":
-            # PEFT's DoRA drops the frozen product's input too: another method in training.
-            found["kernel"] = "peft"
-        return found
+        return found | self._partial("train", self._source(), own["name"])
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The one that was trained with: half of the configured one if memory did not suffice."""
+        halved = (self._source().get("train") or {}).get("halved_micro_batch")
+        return halved or self.trained["trainer"]["micro_batch_size"]
 
     def _partial(self, split: str, record: Mapping[str, Any], source: str) -> dict[str, str]:
         """Splits whose files do not have the published number of rows."""
@@ -230,6 +262,13 @@ def read_items(run: Run, task: str, protocol: str, field: str) -> dict[str, floa
     if field == "right":
         return {k: float(right) for k, right in read_predictions(run, task, protocol).items()}
     return {key: row.get(field) for key, row in read_rows(run, task, protocol).items()}
+
+
+def predictions_sha256(run: Run) -> dict[tuple[str, str], str]:
+    """A hash of the predictions of each (task, protocol), scores included, however they are laid
+    out."""
+    texts = {key: json.dumps(read_rows(run, *key), sort_keys=True) for key in run.scores}
+    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
 
 
 def read_rows(run: Run, task: str, protocol: str) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
-from mixlora_exp.results.runs import Run
+from mixlora_exp.results.runs import Run, circumstances
 from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, number
 from mixlora_exp.spikes import spikes
 
@@ -36,16 +38,20 @@ def _factors(run: Run) -> Values:
     return tuple((f"{g}.{n}", run.trained[g][n]) for g, n in pairs if n in run.trained[g])
 
 
-def _rest(run: Run) -> str:
-    trainer = {n: v for n, v in run.trained["trainer"].items()
-               if f"trainer.{n}" not in FACTORS and n not in ("name", "logging_steps")}  # fmt: skip
-    method = {n: v for n, v in run.trained["method"].items() if f"method.{n}" not in FACTORS}
-    data = {n: v for n, v in run.trained["data"].items() if n not in ("path", "mirror")}
-    rows = [run.hashes(run.mix[0])[1:], run.record["train"]["examples"]]
-    return json.dumps(
-        (run.model, method, sorted(run.mix), trainer, data, rows, run.record["dtype"]),
-        sort_keys=True,
-    )
+def _rest(run: Run) -> dict[str, Any]:
+    """What must be equal within a block, by name."""
+    left = {"trainer.name", "trainer.logging_steps", "data.path", "data.mirror", *FACTORS}
+    groups = ("trainer", "method", "data")
+    found = {f"{g}.{n}": v for g in groups for n, v in run.trained[g].items()}
+    return {
+        **{name: value for name, value in found.items() if name not in left},
+        **circumstances(run.record),
+        "trainer.micro_batch_size": run.micro_batch_size,
+        "model": run.model,
+        "tasks": sorted(run.mix),
+        "examples": run.record["train"]["examples"],
+        "rows": short_hash(run.hashes(run.mix[0])[1:]),
+    }
 
 
 def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
@@ -68,14 +74,8 @@ def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
     return tuple(number(value, digits, names) for value, digits in figures)
 
 
-def _word(value: Any) -> str:
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-
-
 def _label(values: Values, base: Values) -> str:
-    odd = [f"{n}={_word(v)}" for (n, v), (_, own) in zip(values, base, strict=True) if v != own]
+    odd = [f"{n}={word(v)}" for (n, v), (_, own) in zip(values, base, strict=True) if v != own]
     return ", ".join(odd) or "as trained by default"
 
 
@@ -89,9 +89,10 @@ def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any
             continue
         if run.record["train"].get("stability"):
             # Runs that are scored in different ways may have trained alike, to the bit: one counts.
-            groups[_rest(run)][_factors(run)].setdefault(run.seed, run)
-    blocks = []
-    for _, variants in sorted(groups.items()):
+            rest = json.dumps(_rest(run), sort_keys=True)
+            groups[rest][_factors(run)].setdefault(run.seed, run)
+    blocks, rests = [], []
+    for rest, variants in sorted(groups.items()):
         first = next(iter(next(iter(variants.values())).values()))
         pairs = (dotted.split(".") for dotted in FACTORS)
         config = defaults[first.method]
@@ -108,6 +109,9 @@ def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any
             f"on {mix}: {first.record['train']['examples']:,} examples, {first.record['dtype']}"
         )
         blocks.append(Block(heading, ("settings",), COLUMNS, tuple(rows), run=True))
+        rests.append(json.loads(rest))
+    headings = told_apart([block.heading for block in blocks], rests)
+    blocks = [dataclasses.replace(b, heading=h) for b, h in zip(blocks, headings, strict=True)]
     notes = [
         "Not a table of the paper. Losses are means over the first and the last ten optimizer "
         "steps (of losses on other tokens, they are other quantities); gradient norms are of the "

@@ -6,6 +6,7 @@ items and seeds.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,12 +14,13 @@ from statistics import mean
 from typing import Any
 
 from mixlora_exp.config.switches import SWITCHES
-from mixlora_exp.results.cells import Blocks, Standards, block_title
+from mixlora_exp.results.cells import Blocks, Key, Standards, block_title
+from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import Run
 from mixlora_exp.results.statistics import estimate
 from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, difference
-from mixlora_exp.results.tables.parts import Block, Row, Table, number, ours
+from mixlora_exp.results.tables.parts import Block, Row, Table, dash, number, ours
 
 __all__ = ["switch_table"]
 
@@ -37,23 +39,36 @@ def _values(run: Run) -> dict[str, Any]:
     return found
 
 
-def _rest(run: Run, protocol: str) -> str:
-    """Everything else that must be equal, as a key."""
-    conditions = {
-        name: value
-        for name, value in run.conditions(protocol).items()
-        if name not in SWITCHES.values() and name != "preset"
-    }
-    method = {
-        n: v for n, v in run.trained["method"].items() if f"method.{n}" not in SWITCHES.values()
-    }
-    # Blocks keep apart what read other data under equal conditions, but not across switches.
-    data = [run.hashes(task) for task in sorted({task for task, _ in run.scores})]
-    return json.dumps((run.model, method, sorted(run.mix), conditions, data), sort_keys=True)
+def _matters(name: str, run: Run, task: str, protocol: str) -> bool:
+    """Whether a switch can change what a run scores on a task at all: if it cannot, a run with it
+    is the run without it once more, and any difference is that of two machines."""
+    if name == "evaluation.arc_labels":
+        return protocol == "label_logits" and task in ("arc_e", "arc_c")
+    return name != "data.boolq_passage" or "boolq" in (task, *run.mix)
 
 
-def _diff(run: Run, standard: Mapping[str, Any]) -> Diff:
-    return tuple((n, v) for n, v in _values(run).items() if standard[n] != v)
+def _deciding(run: Run, protocol: str) -> set[str]:
+    tasks = [task for task, own in run.scores if own == protocol]
+    names = SWITCHES.values()
+    return {n for n in names if any(_matters(n, run, task, protocol) for task in tasks)}
+
+
+def _rest(run: Run, protocol: str) -> dict[str, Any]:
+    """Everything else that must be equal, by name."""
+    method = {f"method.{n}": v for n, v in run.trained["method"].items()}
+    found = {**run.conditions(protocol), **method}
+    return {
+        **{n: v for n, v in found.items() if n not in SWITCHES.values() and n != "preset"},
+        "model": run.model,
+        "tasks": sorted(run.mix),
+        # Blocks keep apart what read other data under equal conditions, but not across switches.
+        "rows": short_hash([run.hashes(task) for task in sorted({t for t, _ in run.scores})]),
+    }
+
+
+def _diff(run: Run, protocol: str, standard: Mapping[str, Any]) -> Diff:
+    deciding = _deciding(run, protocol)
+    return tuple((n, v) for n, v in _values(run).items() if standard[n] != v and n in deciding)
 
 
 def _standard(configs: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -66,12 +81,8 @@ def _standard(configs: Mapping[str, Any], method: str) -> dict[str, Any]:
     return found
 
 
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _listed(values: Iterable[tuple[str, Any]]) -> str:
-    return ", ".join(f"{name}={_word(value)}" for name, value in values)
+    return ", ".join(f"{name}={word(value)}" for name, value in values)
 
 
 def _label(
@@ -90,7 +101,12 @@ def _label(
 
 
 def _rows(
-    label: str, runs: Sequence[Run], base: Sequence[Run], tasks: Sequence[str], protocol: str
+    label: str,
+    diff: Diff,
+    runs: Sequence[Run],
+    base: Sequence[Run],
+    tasks: Sequence[str],
+    protocol: str,
 ) -> Iterator[Row]:
     names = tuple(dict.fromkeys(run.name for run in runs))
     scores = {t: [run.scores[t, protocol] for run in runs] for t in tasks}
@@ -101,12 +117,16 @@ def _rows(
     if not any(value is None for row in likelihoods for value in row):
         cells = [number(mean(row), 3, names) for row in likelihoods]
         yield Row((label, "log-likelihood of the gold answer"), tuple(cells))
-    if runs is not base:
+    if diff:
+        told = {t for t in tasks if any(_matters(n, runs[0], t, protocol) for n, _ in diff)}
         for title, field in (
             ("accuracy minus preset=correct", RIGHT),
             ("log-likelihood minus preset=correct", LIKELIHOOD),
         ):
-            cells = [difference(runs, base, task, protocol, field) for task in tasks]
+            cells = [
+                difference(runs, base, task, protocol, field) if task in told else dash
+                for task in tasks
+            ]
             if any(cell.value is not None for cell in cells):
                 yield Row((label, title), tuple(cells))
 
@@ -117,6 +137,10 @@ def _baselines(runs: Sequence[Run], tasks: Sequence[str], protocol: str) -> Iter
             number(100 * runs[0].scores[t, protocol][field], 1, (runs[0].name,)) for t in tasks
         ]
         yield Row((title, ""), tuple(cells))
+
+
+def _plain_first(entry: tuple[Key, Sequence[Run]]) -> tuple[bool, Key]:
+    return json.loads(entry[0][2]).get("preset") != "correct", entry[0]
 
 
 def switch_table(
@@ -136,19 +160,25 @@ def switch_table(
             for method in own
         }
     }
-    groups: dict[tuple[str, str], dict[Diff, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for (_, protocol, _), runs in found.runs.items():
+    groups: dict[tuple[str, str], dict[Diff, dict[int, Run]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for (_, protocol, _), runs in sorted(found.runs.items(), key=_plain_first):
         for run in runs:
             # A method of the user's own has no line here, and a value that the official packages
             # do not have (a sweep over the coefficient) belongs to another table, unless a preset
             # names it: for the coefficient the paper and the packages' code differ.
-            diff = _diff(run, own[run.method]) if run.method in own else None
+            diff = _diff(run, protocol, own[run.method]) if run.method in own else None
             single = str(run.trained["preset"]["name"]).startswith("only_")
             known = single or (diff and set(diff) <= set(presets["official"][run.method]))
             if diff is not None and (known or not diff):
-                groups[_rest(run, protocol), protocol][diff].append(run)
-    blocks = []
-    for (_, protocol), variants in sorted(groups.items()):
+                # A run whose switch decides nothing here is one of those without it: of each seed
+                # one counts.
+                rest = json.dumps(_rest(run, protocol), sort_keys=True)
+                groups[rest, protocol][diff].setdefault(run.seed, run)
+    blocks, rests = [], []
+    for (rest, protocol), by_seed in sorted(groups.items()):
+        variants = {diff: [*runs.values()] for diff, runs in by_seed.items()}
         base = variants.get(())
         if base is None or len(variants) == 1:
             continue
@@ -160,14 +190,19 @@ def switch_table(
         mix = ", ".join(TASK_TITLES[t] for t in TASK_TITLES if t in base[0].mix)
         model, method = MODEL_TITLES.get(base[0].model, base[0].model), base[0].method
         rows: list[Row] = []
+        deciding = _deciding(base[0], protocol)
+        named = {n: v for n, v in own[method].items() if n in deciding}
         order = sorted(variants, key=lambda d: (len(d) > 0, len(d) <= 2, str(d)))
         for diff in order:
-            label = _label(diff, own[method], presets, method)
-            rows += _rows(label, variants[diff], base, tasks, protocol)
+            label = _label(diff, named, presets, method)
+            rows += _rows(label, diff, variants[diff], base, tasks, protocol)
         rows += _baselines(base, tasks, protocol)
         heading = f"{model}, {METHOD_TITLES[method]} trained on {mix}: {title}"
         columns = tuple(TASK_TITLES[task] for task in tasks)
         blocks.append(Block(heading, ("switches", "row"), columns, tuple(rows), run=True))
+        rests.append(json.loads(rest))
+    headings = told_apart([block.heading for block in blocks], rests)
+    blocks = [dataclasses.replace(b, heading=h) for b, h in zip(blocks, headings, strict=True)]
     notes = [
         "Not a table of the paper. Runs of one block differ in the named switches alone; the "
         "differences are paired, over the same items and seeds: bootstrap over items, widened to "

@@ -1,0 +1,100 @@
+"""Time and memory in Table 6 and Figure 4c: one base for both, and records by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from table_cells import PAPER, SMALL, five
+
+from mixlora_exp.reporting import gather
+from mixlora_exp.results import series
+from mixlora_exp.results.record import finish_record, write_json
+
+Write = Callable[..., Path]
+Times = Mapping[str, float]
+
+
+def bench_row(method: str, kernel: str, dtype: str, times: Times, memory: float) -> dict[str, Any]:
+    """A row whose rounds take as long as `times` says; the ratios are what an older benchmark took
+    them to be."""
+    samples = [{"round": k, **{f"{n}_s": (1 + k) * t for n, t in times.items()}} for k in range(3)]
+    ratios = {f"{name}_ratio": 0.99 for name in (*times, "train")}
+    return {
+        "method": method, "kernel": kernel, "num_experts": 8, "top_k": 2, "adapter_dtype": dtype,
+        "head": "full", "rounds": 3, "samples": samples, "train_peak_memory_bytes": memory,
+        **{f"{name}_us_per_token": time for name, time in times.items()}, **ratios,
+    }  # fmt: skip
+
+
+def times(forward: float) -> Times:
+    return {
+        "train_forward": forward, "train_backward": 2 * forward, "infer_forward": forward / 2,
+    }  # fmt: skip
+
+
+def bench(folder: Path, name: str, rows: dict[str, Any], gpus: tuple[str, ...] = (), **config: Any):
+    settings = {"model": "smollm2_135m", "layers": None, "batch": 8, "length": 128, "rounds": 16,
+                "dtype": "bfloat16", "dropout": 0.05, **config}  # fmt: skip
+    record = {
+        "config": settings, "layers": 30, "threads": 2, "rows": rows,
+        "provenance": {"git": {"commit": name[0] * 40, "dirty": False}, "packages": {"torch": "2"},
+                       "hardware": {"cpu": "a cpu", "gpus": list(gpus)}},
+    }  # fmt: skip
+    write_json(folder / f"{name}.json", finish_record(record))
+
+
+def rows_of(*methods: str, slower: float = 1.0) -> dict[str, Any]:
+    names = {"lora_peft": ("lora", "peft"), **{m: (m, "exact") for m in methods}}
+    return {
+        name: bench_row(*kind, "float32", times(slower * (1 + i)), 1e9)
+        for i, (name, kind) in enumerate(names.items())
+    }
+
+
+def test_one_base_serves_time_and_memory(results: Path) -> None:
+    rows = {
+        "lora_peft": bench_row("lora", "peft", "float32", times(10.0), 4e9),
+        "lora_peft_bf16": bench_row("lora", "peft", "base", times(8.0), 2e9),
+        "mixlora_bf16": bench_row("mixlora", "exact", "base", times(5.0), 1e9),
+    }
+    bench(results / "bench", "one", rows)
+    found = gather(results).tables[6].blocks[1]
+    shown = {row.label[0]: row.cells for row in found.rows}
+    cells = shown["MixLoRA (exact kernel), bf16 adapters"]
+    percent = [c.value for c, n in zip(cells, found.columns, strict=True) if "% of LoRA" in n]
+    # Forward, backward, memory, inference, its memory (not measured), the whole step.
+    assert percent == pytest.approx([50.0, 50.0, 25.0, 50.0, None, 50.0])
+
+
+def test_two_benchmarks_of_the_same_settings_have_two_headings(results: Path) -> None:
+    bench(results / "bench", "one", rows_of("mixlora"))
+    bench(results / "bench", "two", rows_of("mixlora"), rounds=12)
+    bench(results / "bench", "third", rows_of("mixlora"), rounds=12)
+    headings = [block.heading for block in gather(results).tables[6].blocks]
+    assert len(set(headings)) == len(headings) == 4
+    assert headings[1].endswith(", commit=oooooooo, rounds=16")
+    assert headings[2].endswith(", commit=tttttttt, rounds=12, record=third")
+
+
+def latencies(results: Path) -> dict[str, float]:
+    found = gather(results)
+    points = series.latency_points(PAPER, found.tables, found.benchmarks)
+    return {p.method: p.latency for p in points if "SmolLM2" in p.panel}
+
+
+def test_figure_4c_takes_a_record_that_has_lora(write: Write, results: Path) -> None:
+    for method in ("lora", "dora", "mixlora", "mixdora"):
+        write(results / "runs", method, [*SMALL, f"method={method}"], five(0.4))
+    bench(results / "bench", "a-again", rows_of("dora", "mixlora", "mixdora"))
+    assert latencies(results) == {}
+    bench(results / "bench", "b", rows_of("lora", "mixlora", slower=10.0))
+    assert latencies(results) == pytest.approx({"LoRA": 10.0, "MixLoRA": 15.0})
+    # One that has more of the methods goes before it, wherever its name sorts.
+    bench(results / "bench", "0", rows_of("lora", "dora", "mixlora", slower=20.0), length=64)
+    assert latencies(results) == pytest.approx({"LoRA": 20.0, "DoRA": 30.0, "MixLoRA": 40.0})
+    # So does a GPU's, with two of them.
+    bench(results / "bench", "z", rows_of("lora", "mixlora", slower=30.0), gpus=("NVIDIA H100",))
+    assert latencies(results) == pytest.approx({"LoRA": 30.0, "MixLoRA": 45.0})
