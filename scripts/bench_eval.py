@@ -123,7 +123,7 @@ def run(arguments: Sequence[str]) -> None:
     dtype, device = getattr(torch, settings.dtype), resolve_device()
     tests = _tests(config, settings.limit)
     tokenizer = load_tokenizer(config.model)
-    model: Any = load_model(config.model, dtype, 0).to(device)
+    model: Any = load_model(config.model, dtype, 0, device)
     if device.type == "cpu":
         model.set_attn_implementation("eager")
     if isinstance(config.method, LoraMethodConfig):

@@ -85,7 +85,7 @@ def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
     if folder is not None:
         model = load_adapter(model, folder, config.kernel)
         _check_numbers(model, folder)
-    return Opened(model.to(resolve_device()).eval(), tokenizer, config)
+    return Opened(model.eval(), tokenizer, config)
 
 
 def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
@@ -104,7 +104,7 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
     set_kernel(model, config.kernel.name.value)
     for label, folder in folders.items():
         _check_numbers(model, folder, names[label])
-    return Opened(model.to(resolve_device()).eval(), tokenizer, config, names)
+    return Opened(model.eval(), tokenizer, config, names)
 
 
 def labelled(adapters: Sequence[str]) -> dict[str, Path]:
@@ -169,9 +169,10 @@ def _open_base(
     folder: Path | None, words: Sequence[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
     config = resolve_config(compose(_overrides(folder, words)))
-    dtype = resolve_dtype(config.trainer.precision, resolve_device())
+    device = resolve_device()
+    dtype = resolve_dtype(config.trainer.precision, device)
     tokenizer = load_tokenizer(config.model)
-    return load_model(config.model, dtype, config.seed), tokenizer, config
+    return load_model(config.model, dtype, config.seed, device), tokenizer, config
 
 
 def merge(opened: Opened) -> PreTrainedModel:

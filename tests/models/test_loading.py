@@ -98,9 +98,7 @@ def test_global_random_state_is_untouched(tiny: Tiny) -> None:
 def test_random_model_on_a_gpu(tiny: Tiny, same: Same) -> None:
     torch.cuda.manual_seed(7)
     before = torch.cuda.get_rng_state()
-    with torch.device("cuda"):
-        first = load_model(tiny(), torch.float32, seed=5)
-        second = load_model(tiny(), torch.float32, seed=5)
+    first, second = (load_model(tiny(), torch.float32, 5, torch.device("cuda")) for _ in "12")
     assert first.device.type == "cuda"
     assert same(first, second)
     assert torch.equal(torch.cuda.get_rng_state(), before)

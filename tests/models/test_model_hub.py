@@ -45,7 +45,7 @@ def hub_error(kind: type[Exception]) -> Exception:
     return kind("refused", response=httpx.Response(403, request=request))
 
 
-def test_random_weights_of_a_hub_model_need_no_hub_but_for_the_tokenizer(
+def test_random_weights_of_a_hub_model_need_no_hub(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_hub(monkeypatch, hub_error(GatedRepoError))
@@ -56,8 +56,7 @@ def test_random_weights_of_a_hub_model_need_no_hub_but_for_the_tokenizer(
         "revision": None,
         "commit": None,
     }
-    with pytest.raises(UserError, match="cannot load the tokenizer of owner/model"):
-        load_tokenizer(config)
+    assert len(load_tokenizer(config)) == TOKENIZER_SIZE
 
 
 @pytest.mark.parametrize(

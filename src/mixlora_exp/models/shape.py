@@ -12,7 +12,14 @@ from mixlora_exp.config.schema import Family, ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.families import FAMILIES
 
-__all__ = ["build_hf_config", "check_family", "check_shape", "with_folder_shape"]
+__all__ = [
+    "build_hf_config",
+    "check_family",
+    "check_shape",
+    "has_builtin_tokenizer",
+    "uses_yaml_shape",
+    "with_folder_shape",
+]
 
 _CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
     Family.llama: LlamaConfig,
@@ -33,12 +40,27 @@ _COMPARED = {
 }
 
 
+def uses_yaml_shape(config: ModelConfig) -> bool:
+    """Whether the weights are drawn here, in the shape of the YAML."""
+    if config.weights is Weights.random:
+        return True
+    return config.source is ModelSource.random and config.path is None
+
+
+def has_builtin_tokenizer(config: ModelConfig) -> bool:
+    """Whether the tokenizer is `tiny.build_tokenizer`: that of random weights, unless a folder is
+    given, whose tokenizer then serves."""
+    return uses_yaml_shape(config) and config.path is None
+
+
 def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
     """Return the transformers config of the shape in the YAML, cut to `config.depth` layers."""
     special_tokens: dict[str, int | None] = {"pad_token_id": None}
-    if config.source is ModelSource.random and config.path is None:
-        # The ids of `tiny.build_tokenizer`.
-        special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if has_builtin_tokenizer(config):
+        # The ids of `tiny.build_tokenizer`. Padding gets a row of zeros from transformers; the
+        # published models that only borrow the tokenizer have none such.
+        padding = 0 if config.source is ModelSource.random else None
+        special_tokens = {"pad_token_id": padding, "bos_token_id": 1, "eos_token_id": 2}
     return _CONFIG_CLASSES[config.family](
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,

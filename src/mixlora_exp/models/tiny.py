@@ -1,4 +1,4 @@
-"""The tokenizer of models with random weights and no published tokenizer (source=random).
+"""The tokenizer of models with random weights, which need no published one.
 
 A byte-level BPE trained on the fixed text below: the same on every machine, nothing downloaded,
 and the answer labels of all tasks are single tokens, as they are in the published tokenizers.
