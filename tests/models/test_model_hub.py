@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import (
+    base_of,
     identify,
+    known_identity,
     load_model,
     load_tokenizer,
     reading,
@@ -50,11 +52,13 @@ def test_random_weights_of_a_hub_model_need_no_hub(
 ) -> None:
     refuse_hub(monkeypatch, hub_error(GatedRepoError))
     config = tiny(**HUB, weights=Weights.random)
-    assert identify(config, load_model(config, torch.float32)) == {
+    model = load_model(config, torch.float32)
+    assert identify(config, model) == {
         "source": "random",
         "id": "tiny",
         "revision": None,
         "commit": None,
+        "fingerprint": base_of(model).fingerprint,
     }
     assert len(load_tokenizer(config)) == TOKENIZER_SIZE
 
@@ -101,9 +105,13 @@ def test_hub_model_and_its_identity(tiny: Tiny, same: Same, hub_cache: str) -> N
     model = load_model(config, torch.float32)
     assert same(model, load_model(tiny(), torch.float32, seed=3))
     assert len(load_tokenizer(config)) == TOKENIZER_SIZE
+    sign = base_of(model).fingerprint
     expected = {"source": "hub", "id": "owner/model", "revision": "v1", "commit": hub_cache}
-    assert identify(config, model) == expected
-    assert identify(config) == {**expected, "commit": None}
+    assert identify(config, model) == {**expected, "fingerprint": sign}
+    assert identify(config) == {**expected, "commit": None, "fingerprint": None}
+    # The files of the cache tell, without the network and before anything is loaded.
+    assert sign.startswith("files-1:")
+    assert known_identity(config, 0).fingerprint == sign
     pinned = tiny(**HUB, revision=hub_cache)
     assert identify(pinned, load_model(pinned, torch.float32))["commit"] == hub_cache
 

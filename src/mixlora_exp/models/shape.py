@@ -16,8 +16,8 @@ __all__ = [
     "build_hf_config",
     "check_family",
     "check_shape",
+    "draws_weights",
     "has_builtin_tokenizer",
-    "uses_yaml_shape",
     "with_folder_shape",
 ]
 
@@ -40,7 +40,7 @@ _COMPARED = {
 }
 
 
-def uses_yaml_shape(config: ModelConfig) -> bool:
+def draws_weights(config: ModelConfig) -> bool:
     """Whether the weights are drawn here, in the shape of the YAML."""
     if config.weights is Weights.random:
         return True
@@ -50,7 +50,7 @@ def uses_yaml_shape(config: ModelConfig) -> bool:
 def has_builtin_tokenizer(config: ModelConfig) -> bool:
     """Whether the tokenizer is `tiny.build_tokenizer`: that of random weights, unless a folder is
     given, whose tokenizer then serves."""
-    return uses_yaml_shape(config) and config.path is None
+    return draws_weights(config) and config.path is None
 
 
 def build_hf_config(config: ModelConfig) -> PreTrainedConfig:

@@ -1,0 +1,197 @@
+"""Which base model an adapter was trained on: told by its weights, not by its name or place.
+
+`load_model` notes on the model that it returns what it is; `save_adapter` writes this beside the
+adapter, and loading an adapter compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from mixlora_exp.config.schema import ModelConfig, ModelSource
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.pypi import cached_folder, is_cached
+from mixlora_exp.models.shape import draws_weights
+from mixlora_exp.models.weight_files import fingerprint
+
+__all__ = [
+    "BASE_FILE",
+    "BaseIdentity",
+    "base_of",
+    "identified",
+    "known_identity",
+    "read_base",
+    "same_weights",
+    "write_base",
+]
+
+BASE_FILE = "base_model.json"
+"""Beside an adapter; PEFT passes over it."""
+SIZE_LIMIT = 2**16
+FORM = re.compile(r"(files|random)-1:[0-9a-f]{64}(:[a-z]{1,16})?")
+_NOTED = "_mixlora_exp_base"
+"""Attribute of a loaded model."""
+SHAPE = ("hidden_size", "intermediate_size", "depth", "num_heads", "num_kv_heads", "head_dim",
+         "vocab_size", "tie_embeddings")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """A base model. `model` is its name in conf/model, `source` is "hub", "pypi", "path" or
+    "random", `id` what it is called there (a folder's last name, for a path).
+
+    `fingerprint`: "files-1:" and the hash of samples of the stored weights, the same in whatever
+    precision they are loaded and however they are spread over files; for random weights
+    "random-1:" and the hash of shape and seed, then ":" and the type of device that drew them
+    where that is known. None: the files are not at hand.
+    """
+
+    model: str
+    source: str
+    id: str
+    seed: int | None = None
+    fingerprint: str | None = None
+
+    def __str__(self) -> str:
+        where = f" seed={self.seed}" if self.seed is not None else ""
+        return f"{_shown(self.model)} ({_shown(self.source)} {_shown(self.id)}{where})"
+
+
+def _shown(text: str) -> str:
+    """A text from a file, without what a terminal would act on."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:120])
+
+
+def _drawn(config: ModelConfig, seed: int) -> str:
+    shape = [config.family.value, *(getattr(config, name) for name in SHAPE), seed]
+    return f"random-1:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()}"
+
+
+def _described(config: ModelConfig, seed: int, found: str | None) -> BaseIdentity:
+    if draws_weights(config):
+        return BaseIdentity(config.name, "random", config.name, seed, found)
+    if config.path is not None:
+        place = Path(config.path).expanduser().resolve()
+        return BaseIdentity(config.name, "path", place.name, None, found)
+    name = config.package if config.source is ModelSource.pypi else config.hub_id
+    return BaseIdentity(config.name, config.source.value, str(name), None, found)
+
+
+def _of_folder(folder: Path | None) -> str | None:
+    if folder is None or not folder.is_dir():
+        return None
+    try:
+        return f"files-1:{fingerprint(folder)}"
+    except UserError:
+        # Weights that transformers found elsewhere; loading tells of files that are damaged.
+        return None
+
+
+def _snapshot(config: ModelConfig, revision: str | None) -> Path | None:
+    """Where the hub's cache has the files of a repository; the network is not asked."""
+    if config.hub_id is None:
+        return None
+    try:
+        found = try_to_load_from_cache(config.hub_id, CONFIG_NAME, revision=revision)
+    except (ValueError, OSError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
+    """What is known of a base model without loading, downloading or converting it."""
+    if draws_weights(config):
+        return _described(config, seed, _drawn(config, seed))
+    if config.path is not None:
+        folder = Path(config.path).expanduser()
+    elif config.source is ModelSource.pypi:
+        folder = cached_folder(config) if is_cached(config) else None
+    else:
+        folder = _snapshot(config, config.revision)
+    return _described(config, seed, _of_folder(folder))
+
+
+def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """Decorate `load_model`: note on the model that it returns which one it is (`base_of`)."""
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def wrapper(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        model = load(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        config, seed = given.arguments["config"], given.arguments["seed"]
+        if draws_weights(config):
+            found = f"{_drawn(config, seed)}:{model.device.type}"
+        else:
+            # Where they were read from, which is a folder but for the hub.
+            place = Path(model.config.name_or_path)
+            if config.path is None and config.source is ModelSource.hub:
+                place = _snapshot(config, getattr(model.config, "_commit_hash", None))
+            found = _of_folder(place)
+        model.__dict__[_NOTED] = _described(config, seed, found)
+        return model
+
+    return wrapper
+
+
+def base_of(model: nn.Module) -> BaseIdentity | None:
+    """What `load_model` noted of a base model; None for one that something else loaded."""
+    return model.__dict__.get(_NOTED)
+
+
+def same_weights(one: BaseIdentity | None, other: BaseIdentity | None) -> bool | None:
+    """Tell whether two base models have the same weights; None where that is not known."""
+    if one is None or other is None or one.fingerprint is None or other.fingerprint is None:
+        return None
+    first, second = (found.fingerprint.split(":") for found in (one, other))
+    # The device of random weights is not always known.
+    return first[:2] == second[:2] and (len(first) != len(second) or first == second)
+
+
+def write_base(folder: Path, identity: BaseIdentity) -> None:
+    """Write `identity` beside an adapter."""
+    text = json.dumps({"format": 1, **dataclasses.asdict(identity)}, indent=2)
+    (folder / BASE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_base(folder: Path) -> BaseIdentity | None:
+    """The base model that is noted beside an adapter; None where nothing is, or where it is in a
+    form of another version.
+
+    Raises:
+        UserError: the file is damaged, too large or no file.
+    """
+    path = folder / BASE_FILE
+    if not path.exists() and not path.is_symlink():
+        return None
+    damaged = f"{path} is damaged: take another copy, or remove it"
+    if not path.is_file() or path.stat().st_size > SIZE_LIMIT:
+        raise UserError(damaged)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        texts = [found[name] for name in ("model", "source", "id")]
+        seed, sign = found["seed"], found["fingerprint"]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name is no text")
+        if not (seed is None or type(seed) is int) or not isinstance(sign, str | None):
+            raise TypeError("seed or fingerprint are of another kind")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(damaged) from error
+    if sign is not None and not FORM.fullmatch(sign):
+        sign = None
+    return BaseIdentity(*texts, seed, sign)

@@ -1,0 +1,162 @@
+"""What safetensors files hold, from their headers and a few of their bytes: nothing is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mixlora_exp.errors import UserError
+
+__all__ = ["StoredTensor", "fingerprint", "stored_tensors", "weight_files"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The limit of the safetensors library.
+HEADER_LIMIT = 100_000_000
+BLOCKS, BLOCK = 8, 16
+"""Elements that stand for a tensor: so many blocks, evenly spaced from its first element to its
+last, of so many elements each."""
+WIDTHS = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+"""Bytes of an element by safetensors' names."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a safetensors file; `start` is the place of its first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of `folder` from: one, or those of an index.
+
+    Names in the index are matched with the files of the folder itself.
+
+    Raises:
+        UserError: there are none, or the index is damaged or names files that are not there.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    present = {path.name: path for path in folder.glob("*.safetensors") if path.is_file()}
+    if not (folder / INDEX).is_file():
+        if not present:
+            raise UserError(f"{folder} has no weights (*.safetensors): give a folder with a model")
+        return [present[name] for name in sorted(present)]
+    try:
+        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        absent = sorted(map(str, named - present.keys()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / INDEX} is cut off or damaged: take another copy") from error
+    if absent or not named:
+        lacking = f"it lacks {absent[0]!a:.100}" if absent else "its index names no file"
+        raise UserError(f"{folder} is incomplete, {lacking}: take another copy")
+    return [present[name] for name in sorted(named)]
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _header(path: Path, stream: BinaryIO) -> Iterator[StoredTensor]:
+    damaged = UserError(f"{path} is cut off or damaged: take another copy")
+    total = path.stat().st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if total < 8 or length > min(HEADER_LIMIT, total - 8):
+        raise damaged
+    try:
+        entries = json.loads(stream.read(length))
+    except (ValueError, RecursionError) as error:
+        raise damaged from error
+    if not isinstance(entries, dict):
+        raise damaged
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(entry, dict):
+            raise damaged
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        offsets = entry.get("data_offsets")
+        if (
+            not isinstance(dtype, str)
+            or not re.fullmatch(r"[A-Z0-9_]{1,16}", dtype)
+            or not _numbers(shape)
+            or not _numbers(offsets)
+            or len(offsets) != 2
+            or not offsets[0] <= offsets[1] <= total - 8 - length
+            or (dtype in WIDTHS and math.prod(shape) * WIDTHS[dtype] != offsets[1] - offsets[0])
+        ):
+            raise damaged
+        yield StoredTensor(name, dtype, tuple(shape), path, 8 + length + offsets[0])
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors that a model's folder holds, by name; headers alone are read.
+
+    Raises:
+        UserError: a file is missing, cut off or damaged.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        try:
+            with path.open("rb", buffering=0) as stream:
+                found.update((tensor.name, tensor) for tensor in _header(path, stream))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    return found
+
+
+def _sample(stream: BinaryIO, tensor: StoredTensor) -> bytes:
+    """Some of a tensor's elements as they are stored."""
+    width, count = WIDTHS.get(tensor.dtype, 1), tensor.elements
+    if count <= BLOCKS * BLOCK:
+        stream.seek(tensor.start)
+        return stream.read(count * width)
+    pieces = []
+    for number in range(BLOCKS):
+        stream.seek(tensor.start + (count - BLOCK) * number // (BLOCKS - 1) * width)
+        pieces.append(stream.read(BLOCK * width))
+    return b"".join(pieces)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the names, shapes, stored types and a sample of the elements of all tensors.
+
+    It is the same however the tensors are spread over files. About 300 bytes a tensor are read, so
+    weights that were changed in a few elements alone may have the same.
+
+    Raises:
+        UserError: a file is missing, cut off or damaged.
+    """
+    digest = hashlib.sha256()
+    stored = stored_tensors(folder)
+    streams: dict[Path, BinaryIO] = {}
+    try:
+        for name in sorted(stored):
+            tensor = stored[name]
+            if tensor.path not in streams:
+                streams[tensor.path] = tensor.path.open("rb", buffering=0)
+            told = json.dumps([name, tensor.dtype, tensor.shape])
+            digest.update(told.encode() + b"\n")
+            digest.update(_sample(streams[tensor.path], tensor))
+    except OSError as error:
+        raise UserError(f"{folder}: the weights cannot be read ({error})") from error
+    finally:
+        for stream in streams.values():
+            stream.close()
+    return digest.hexdigest()
