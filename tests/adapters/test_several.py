@@ -210,7 +210,7 @@ UNSERVED = {
 def test_what_rows_cannot_be_served_with_is_refused(base_of, kit, tmp_path, name) -> None:
     """By name, instead of computing something else for its rows or for the others'."""
     kit.adapter(tmp_path / "odd", "lora", **UNSERVED[name])
-    with pytest.raises(UserError, match=f"adapter=.*odd cannot be loaded: {name}="):
+    with pytest.raises(UserError, match=f"adapter=.*odd(:| cannot be loaded:) {name}="):
         load_adapters(base_of(), {"odd": tmp_path / "odd"})
 
 
@@ -218,15 +218,6 @@ def test_what_rows_cannot_be_served_with_is_refused(base_of, kit, tmp_path, name
 def test_names_of_modules_are_refused(base_of, folders, name) -> None:
     with pytest.raises(UserError, match="is the name of a module: choose another one"):
         load_adapters(base_of(), {name: folders["plain"]})
-
-
-def test_an_adapter_of_another_model_on_the_hub_is_refused(base_of, folders) -> None:
-    path = folders["plain"] / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "a/b"}))
-    base = base_of()
-    base.config.name_or_path = "c/d"
-    with pytest.raises(UserError, match="was trained on a/b, not on c/d"):
-        load_adapters(base, {"plain": folders["plain"]})
 
 
 def test_the_frozen_products_run_once(base_of, folders, batch_of, monkeypatch) -> None:

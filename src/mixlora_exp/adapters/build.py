@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from mixlora_exp.adapters.based import check_base
 from mixlora_exp.adapters.config import MixLoraConfig
-from mixlora_exp.adapters.hosting import add_guest, check_base, peft_warnings_held_back
+from mixlora_exp.adapters.filling import fill, read_weights
+from mixlora_exp.adapters.hosting import add_guest, not_built, peft_warnings_held_back
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.official import CONFIG
 from mixlora_exp.adapters.saved import saved_settings
@@ -24,6 +26,7 @@ from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMet
 from mixlora_exp.durable import settle, sync
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
+from mixlora_exp.models.base_identity import base_of, write_base
 
 __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
 
@@ -99,7 +102,8 @@ def _exact_magnitudes(model: PeftModel) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> None:
-    """Write one adapter to `folder`, which appears whole or not at all.
+    """Write one adapter to `folder`, with a note on its base model (see `models.base_identity`);
+    the folder appears whole or not at all.
 
     The bytes depend on the adapter alone: not on its name in the model, on others beside it, or on
     the process.
@@ -120,6 +124,8 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
         _in_fixed_order(written / CONFIG, model.peft_config[adapter])
         # A template of PEFT's that says nothing of this adapter but which others are in the model.
         (written / "README.md").unlink(missing_ok=True)
+        if (base := base_of(model.get_base_model())) is not None:
+            write_base(written, base)
         settle(written)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(written, folder)
@@ -140,39 +146,30 @@ def _in_fixed_order(path: Path, config: LoraConfig) -> None:
     path.write_text(json.dumps(entries, indent=2, sort_keys=True))
 
 
-def load_adapter(base: PreTrainedModel, folder: Path, kernel: KernelConfig) -> PeftModel:
-    """Load an adapter from disk onto its base model, in evaluation mode.
+def load_adapter(
+    base: PreTrainedModel, folder: Path, kernel: KernelConfig, *, accept: bool = False
+) -> PeftModel:
+    """Load an adapter from disk onto its base model, in evaluation mode. `accept`: also one that
+    was trained on other weights.
 
     Raises:
         UserError: a file is missing, cut off or not an adapter, or does not fit `base`.
     """
     settings = saved_settings(folder)
+    weights = read_weights(folder)
+    check_base(base, folder, settings, accept)
     try:
-        weights = load_peft_weights(str(folder), device="cpu")
-    except (SafetensorError, ValueError) as error:
-        raise UserError(
-            f"adapter={folder} cannot be read, it is cut off or damaged ({error}); "
-            "train it again or take another copy"
-        ) from error
-    check_base(base, folder, settings.get("base_model_name_or_path"))
-    try:
-        with peft_warnings_held_back():
-            model = PeftModel.from_pretrained(base, str(folder))
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]].from_pretrained(str(folder))
+        config.inference_mode, config.base_model_name_or_path = True, None
+        with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
+            model = get_peft_model(base, config)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())[:300].rstrip(".")
-        raise UserError(
-            f"adapter={folder} does not fit this base model: {reason}; "
-            "name the model it was trained on, model=NAME"
-        ) from error
-    # PEFT only warns when tensors are missing or left over.
-    result = set_peft_model_state_dict(model, weights)
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if missing or result.unexpected_keys:
-        odd = (missing or result.unexpected_keys)[0]
-        raise UserError(
-            f"adapter={folder} does not fit this base model: "
-            f"{len(missing)} tensors are missing and {len(result.unexpected_keys)} have no place, "
-            f"{odd} for one; name the model it was trained on, model=NAME"
-        )
+        raise UserError(not_built(folder, error)) from error
+    try:
+        fill(model, "default", weights, folder)
+    except UserError:
+        # Whoever goes on has the base model without this adapter.
+        model.unload()
+        raise
     set_kernel(model, kernel.name.value)
     return model.eval()

@@ -6,7 +6,6 @@ memory, and PEFT's LoRA on disk: its files are those of any LoRA.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,21 +16,23 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType, load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
+from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
+from mixlora_exp.adapters.based import check_base
 from mixlora_exp.adapters.config import MixLoraConfig, in_order
+from mixlora_exp.adapters.filling import fill, read_weights
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.errors import UserError
 
 __all__ = [
     "GuestConfig",
     "add_guest",
-    "check_base",
+    "check_shareable",
     "guest_config",
     "load_adapters",
+    "not_built",
     "parameters_of",
     "peft_warnings_held_back",
     "plain_parameters_of",
@@ -53,6 +54,12 @@ class GuestConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         return {**in_order(super().to_dict()), "peft_type": PeftType.LORA}
 
+
+CHANGES_BASE = {
+    "modules_to_save": (), "bias": ("none",), "trainable_token_indices": (),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),
+}  # fmt: skip
+"""What changes the base model when an adapter is loaded, with the values that do not."""
 
 # What rows of several adapters cannot be served with: it changes the base model, other modules than
 # linear layers, or the forward pass of a layer.
@@ -163,27 +170,27 @@ def peft_warnings_held_back() -> Iterator[None]:
         yield
 
 
-def check_base(base: PreTrainedModel, folder: Path, trained_on: str | None) -> None:
-    """Refuse an adapter that was trained on another model, as far as names tell.
+def check_shareable(folder: Path) -> None:
+    """Refuse an adapter that changes the base model it is put on, which others share.
 
     Raises:
-        UserError: two names on the hub differ. A folder of one machine says nothing about a model.
+        UserError: it does, or the folder holds no adapter.
     """
-    here = base.config.name_or_path
-    if (
-        trained_on
-        and here
-        and trained_on != here
-        and not any(map(os.path.isdir, (trained_on, here)))
-    ):
-        raise UserError(
-            f"adapter={folder} was trained on {trained_on}, not on {here}; use that model"
-        )
+    settings = saved_settings(folder)
+    for name, harmless in CHANGES_BASE.items():
+        value = settings.get(name)
+        if value and value not in harmless or value == 0 and value is not False:
+            raise UserError(
+                f"adapter={folder}: {name}={value!r:.80} changes the base model, which other "
+                "adapters cannot share: use it by itself"
+            )
 
 
-def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path | str]) -> PeftModel:
+def load_adapters(
+    base: PreTrainedModel, folders: Mapping[str, Path | str], *, accept: bool = False
+) -> PeftModel:
     """Load several adapters of any method from disk onto one base, in evaluation mode; rows are
-    then told apart by `adapter_names`.
+    then told apart by `adapter_names`. `accept`: also those trained on other weights.
 
     Raises:
         UserError: a folder holds no adapter, or one that does not fit `base`.
@@ -192,33 +199,28 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path | str]) -> P
     for name, place in folders.items():
         folder = Path(place).expanduser()
         settings = saved_settings(folder)
-        check_base(base, folder, settings.get("base_model_name_or_path"))
+        check_shareable(folder)
+        check_base(base, folder, settings, accept)
+        weights = read_weights(folder)
         try:
             kinds = {"MIXLORA": MixLoraConfig, "LORA": LoraConfig}
             if settings["peft_type"] not in kinds:
                 raise ValueError(f"peft_type={settings['peft_type']} is not LORA or MIXLORA")
-            kind = kinds[settings["peft_type"]]
-            config = kind.from_pretrained(str(folder))
-            config.inference_mode = True
-            weights = load_peft_weights(str(folder), device="cpu")
+            config = kinds[settings["peft_type"]].from_pretrained(str(folder))
+            config.inference_mode, config.base_model_name_or_path = True, None
             with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
                 model = add_guest(model, name, config)
-            result = set_peft_model_state_dict(model, weights, adapter_name=name)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"adapter={folder} cannot be loaded: {reason}; give a folder that PEFT wrote, for "
-                "this base model"
-            ) from error
-        wrong = [
-            *(key for key in result.missing_keys if name in key.split(".") and "lora_" in key),
-            *result.unexpected_keys,
-        ]
-        if wrong:
-            raise UserError(
-                f"adapter={folder} does not fit this base model: {len(wrong)} tensors are missing "
-                f"or have no place, {wrong[0]} for one; name the model it was trained on, "
-                "model=NAME"
-            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(not_built(folder, error)) from error
+        fill(model, name, weights, folder)
     assert isinstance(model, PeftModel)
     return model.eval()
+
+
+def not_built(folder: Path, error: BaseException) -> str:
+    """What to tell of an adapter whose configuration gives no layers on the base model."""
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return (
+        f"adapter={folder} cannot be loaded: {reason}; give a folder that PEFT wrote, for this "
+        "base model"
+    )

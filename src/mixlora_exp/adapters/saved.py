@@ -12,6 +12,9 @@ from mixlora_exp.errors import UserError
 
 __all__ = ["saved_settings"]
 
+OF_OTHERS = {"megatron_config": "a module to import", "adapters": "other adapters"}
+"""Entries that PEFT follows to what is not in the folder."""
+
 
 def saved_settings(folder: Path) -> dict[str, Any]:
     """The configuration of an adapter that PEFT, or this project, wrote to `folder`.
@@ -41,6 +44,12 @@ def saved_settings(folder: Path) -> dict[str, Any]:
             f"adapter={folder}: peft_type={kind!r:.80} in {CONFIG} is none that PEFT knows: give a "
             "folder with LORA or MIXLORA"
         )
+    for name, of in OF_OTHERS.items():
+        if config.get(name):
+            raise UserError(
+                f"adapter={folder}: {name} in {CONFIG} names {of}, and what a file names is not "
+                "opened: give an adapter without it"
+            )
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str | None):
         raise UserError(
