@@ -42,9 +42,25 @@ def test_seeds_are_averaged(write: Write, results: Path) -> None:
     assert cells["ARC-e"].records == ("s1", "s2", "s3")
 
 
+def test_held_out_rows_are_no_test_set(write: Write, results: Path) -> None:
+    limited = [*SMALL, "method=lora", "data.train_limit=5"]
+    write(results / "runs", "test", [*limited, "seed=1"], five(0.4))
+
+    def held_out(record: dict) -> None:
+        record["data"] = {k: v for k, v in record["data"].items() if k.endswith("/train")}
+
+    words = [*limited, "seed=2", "evaluation.held_out=true"]
+    write(results / "runs", "held", words, five(0.6), change=held_out)
+    found = gather(results)
+    assert not found.left_out
+    blocks = {b.heading: row(b, "LoRA", "MT", "ours") for b in found.tables[2].blocks if b.run}
+    assert sorted(cells["ARC-e"].value for cells in blocks.values()) == pytest.approx([40.0, 60.0])
+    assert sum("evaluation.held_out=true" in heading for heading in blocks) == 1
+
+
 @pytest.mark.parametrize(
     "override",
-    ["evaluation.limit=100", "data.train_limit=5", "trainer.max_steps=9", "trainer.epochs=1",
+    ["evaluation.limit=100", "data.train_limit=5", "+data.train_limits.piqa=5", "trainer.max_steps=9", "trainer.epochs=1",
      "data.boolq_passage=false", "trainer.loss_on=all", "data.forms=[text]",
      "trainer.micro_batch_size=4", "model.weights=random", "model.path=/elsewhere"],
 )  # fmt: skip
@@ -55,7 +71,7 @@ def test_other_conditions_are_another_block(override: str, write: Write, results
     assert len(blocks) == 2
     values = {b.heading: row(b, "LoRA", "MT", "ours")["ARC-e"].value for b in blocks}
     assert sorted(values.values()) == pytest.approx([40.0, 60.0])
-    name = override.partition("=")[0]
+    name = "data.train_limits" if "limits" in override else override.partition("=")[0]
     assert any(name in heading for heading in values)
     with pytest.raises(UserError, match=rf"full and other cannot share a cell: {name} is"):
         gather(results, ["full", "other"])

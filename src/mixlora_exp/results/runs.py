@@ -120,6 +120,11 @@ class Run:
         return () if self.method == "none" else tuple(self.trained["task"]["train"])
 
     @property
+    def held_out(self) -> bool:
+        """Whether training rows were scored that training had left out."""
+        return self.scored["evaluation"]["held_out"]
+
+    @property
     def rescored(self) -> bool:
         """Whether an adapter of another run was scored."""
         return self.record.get("adapter") is not None
@@ -138,6 +143,9 @@ class Run:
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
         found["evaluation.limit"] = limit
         found["evaluation.dropout"] = self.scored["evaluation"]["dropout"]
+        if self.held_out:
+            # Rows that settings are chosen on never stand with those of a test set.
+            found["evaluation.held_out"] = True
         if protocol == "label_logits":
             found["evaluation.arc_labels"] = self.scored["evaluation"]["arc_labels"]
         if limit is not None or data["name"] == "embedded":
@@ -158,7 +166,8 @@ class Run:
         for name in DATA_FIELDS:
             if own[name] != data[name]:
                 found[f"train.data.{name}"] = own[name]
-        if own["train_limit"] is not None or own["name"] == "embedded":
+        limited = own["train_limit"] is not None or own["train_limits"]
+        if limited or own["name"] == "embedded":
             found["train.data.seed"] = own.get("seed", 0)
         found |= {f"trainer.{name}": self.trained["trainer"][name] for name in TRAINER_FIELDS}
         found["trainer.micro_batch_size"] = self.micro_batch_size
@@ -185,7 +194,8 @@ class Run:
 
     def hashes(self, task: str) -> tuple[tuple[str, ...], ...]:
         """Hashes of the files that the task's items and the training rows came from."""
-        splits = [self.record["data"][f"{task}/test"]]
+        scored = "train" if self.held_out else "test"
+        splits = [self.record["data"][f"{task}/{scored}"]]
         splits += [self._source()["data"][f"{name}/train"] for name in sorted(self.mix)]
         return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
