@@ -60,8 +60,9 @@ def test_held_out_rows_are_no_test_set(write: Write, results: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["evaluation.limit=100", "data.train_limit=5", "+data.train_limits.piqa=5", "trainer.max_steps=9", "trainer.epochs=1",
-     "data.boolq_passage=false", "trainer.loss_on=all", "data.forms=[text]",
+    ["evaluation.limit=100", "data.train_limit=5", "+data.train_limits.piqa=5",
+     "trainer.max_steps=9", "trainer.epochs=1", "data.boolq_passage=false",
+     "trainer.loss_on=all", "data.forms=[text]",
      "trainer.micro_batch_size=4", "model.weights=random", "model.path=/elsewhere"],
 )  # fmt: skip
 def test_other_conditions_are_another_block(override: str, write: Write, results: Path) -> None:
