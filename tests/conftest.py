@@ -1,10 +1,27 @@
-"""Fixtures that several rooms' tests share."""
+"""Fixtures that several rooms' tests share, and caches that are the session's alone.
+
+Libraries read where their caches are when they are imported, which is before any fixture: the
+folders are moved when this file is. The processes of pytest-xdist inherit them from the one that
+starts them, so that packaged weights are converted once for all of them.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+from caches import move_caches
+
+# Set by pytest-xdist in the processes that it starts.
+CACHES = None if "PYTEST_XDIST_WORKER" in os.environ else move_caches()
+
+
+def pytest_unconfigure() -> None:
+    """Converted weights take half a gigabyte: nothing stays, whatever pytest keeps of tests."""
+    if CACHES is not None:
+        shutil.rmtree(CACHES, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

