@@ -1,4 +1,5 @@
-"""Bring finished runs into `results/runs/`: `python scripts/collect.py` (or `source=DIR`).
+"""Bring finished runs into `results/runs/`: `python scripts/collect.py` (or `source=DIR`, where
+they are not in outputs/).
 
 Copies record and predictions of every finished run that was made from committed code; weights stay
 where they are. A run that is there already is left alone, and one that differs from it is refused.
@@ -15,27 +16,37 @@ from pathlib import Path
 from mixlora_exp.config import options
 from mixlora_exp.errors import MISTAKE, guarded
 from mixlora_exp.reporting import RESULTS
-from mixlora_exp.results.collect import collect
+from mixlora_exp.results.collect import Collected, collect
 from mixlora_exp.results.index import write_index
+
+OUTPUTS = Path("outputs")
+"""Where runs are, unless output_dir or source says otherwise."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Settings:
-    source: str = "outputs"
+    source: str | None = None
     target: str | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
     settings = options(Settings, arguments)
     target = Path(settings.target) if settings.target else RESULTS / "runs"
-    found = collect(Path(settings.source), target)
+    found = Collected()
+    # In a fresh clone nothing has been run; a folder that was named must be there.
+    if settings.source is not None or OUTPUTS.is_dir():
+        found = collect(OUTPUTS if settings.source is None else Path(settings.source), target)
     for name in found.copied:
         print(f"collected: {name}")
     for entry in found.refused:
         print(f"refused: {entry.name}: {entry.reason}")
-    print(
-        f"{len(found.copied)} collected, {found.known} there already, {len(found.refused)} refused"
-    )
+    if found == Collected():
+        print(f"nothing to collect: there is no finished run in {settings.source or OUTPUTS}")
+    else:
+        print(
+            f"{len(found.copied)} collected, {found.known} there already, "
+            f"{len(found.refused)} refused"
+        )
     rows, _ = write_index(target, target.parent / "index.parquet")
     print(f"{target.parent / 'index.parquet'}: {rows} scores of all records, made from them")
     return MISTAKE if found.refused else 0

@@ -59,6 +59,20 @@ def test_collect(write: Callable[..., Path], tmp_path: Path) -> None:
     assert script("collect", *words).returncode == 2
 
 
+@pytest.mark.parametrize("empty", [False, True], ids=["no outputs", "no finished run"])
+def test_a_fresh_clone_has_nothing_to_collect(tmp_path: Path, empty: bool) -> None:
+    if empty:
+        (tmp_path / "outputs" / "begun").mkdir(parents=True)
+    words = [sys.executable, str(ROOT / "scripts" / "collect.py"), f"target={tmp_path / 'runs'}"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("nothing to collect: there is no finished run in outputs\n")
+    named = [*words, f"source={tmp_path / 'nowhere'}"]
+    done = subprocess.run(named, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nowhere is no folder" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["tables", "figures", "report", "collect"])
 def test_help_is_given(name: str) -> None:
     done = script(name, "--help")
