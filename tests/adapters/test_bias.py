@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mixlora_exp.adapters import MixLoraFeedForward, load_adapters, set_kernel
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.rows import Segment
+from mixlora_exp.cli import execute
 from mixlora_exp.config import compose
-from mixlora_exp.models import load_model
+from mixlora_exp.models import load_model, load_tokenizer
 
 KERNELS = ("exact", "shared", "peft", "reference")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -226,3 +227,24 @@ def test_shared_dora_on_bias(cases, kernel) -> None:
     with torch.no_grad():
         found = model(input_ids=ids, adapter_names=["one", "__base__"]).logits[0]
         torch.testing.assert_close(found, expected(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dora", "mixlora", "mixdora"])
+def test_run_on_a_folder_with_biases(method, tmp_path: Path) -> None:
+    """Trained, saved, loaded again and scored, where the model's projections have biases."""
+    base = biased()
+    base.config.attention_bias = base.config.mlp_bias = True
+    base.save_pretrained(tmp_path / "model")
+    load_tokenizer(compose(["model=tiny"]).model).save_pretrained(tmp_path / "model")
+    argv = [
+        "experiment=smoke",
+        f"method={method}",
+        f"model.path={tmp_path / 'model'}",
+        "trainer.precision=float32",
+        "trainer.max_steps=2",
+        "data.train_limit=8",
+        "evaluation.batch_check=2",
+        f"output_dir={tmp_path / 'runs'}",
+    ]
+    assert execute(argv) == 0
+    assert len(list(tmp_path.glob("runs/*/record.json"))) == 1

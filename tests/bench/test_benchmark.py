@@ -196,7 +196,7 @@ def test_the_gpu_suite_says_that_it_needs_a_gpu_and_needs_no_hydra() -> None:
     assert "needs a CUDA GPU" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["paper's setting", "MixDoRA", "K=1"])
+@pytest.mark.parametrize("name", ["paper's setting", "MixDoRA, biases", "K=1"])
 def test_the_gpu_suites_check_accepts_a_right_kernel_and_no_wrong_one(name, monkeypatch) -> None:
     case = CASES[name]
     assert kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]

@@ -35,6 +35,7 @@ class Case:
     top_k: int = 2
     rank: int = 16
     dora: bool = False
+    biased: bool = False
     activation: str = "silu"
     dropout: float = 0.05
     routes: str = "drawn"
@@ -53,6 +54,8 @@ CASES = {
     "an expert without tokens": Case(routes="without the last expert"),
     "all tokens to the same experts": Case(routes="first experts only"),
     "MixDoRA": Case(dora=True),
+    "biases": Case(biased=True),
+    "MixDoRA, biases": Case(dora=True, biased=True),
     "MixDoRA, GeGLU, no dropout": Case(dora=True, activation="gelu_tanh", dropout=0.0),
 }
 
@@ -84,6 +87,8 @@ def _values(case: Case, device: str, seed: int) -> dict[str, Tensor]:
         values[f"{role}.b"] = draw(case.experts, fan_out, case.rank, scale=case.rank**-0.5)
         if case.dora:
             values[f"{role}.magnitude"] = draw(case.experts, fan_out, scale=0.3) + 1.5
+        if case.biased:
+            values[f"{role}.bias"] = draw(fan_out, scale=0.5)
     return values
 
 
@@ -94,7 +99,7 @@ def _run(
     adapter_dtype = torch.promote_types(dtype, torch.float32)
     leaves = {}
     for name, value in values.items():
-        if name != "upstream" and not name.endswith("weight"):
+        if name != "upstream" and not name.endswith(("weight", "bias")):
             kind = dtype if name == "x" else adapter_dtype
             leaves[name] = value.to(kind).detach().requires_grad_()
     device = values["x"].device
@@ -109,7 +114,8 @@ def _run(
             leaves.get(f"{role}.magnitude"),
             norm if case.dora else None,
         )
-        projections.append(Projection(weight.to(dtype), experts))
+        bias = values[f"{role}.bias"].to(dtype) if case.biased else None
+        projections.append(Projection(weight.to(dtype), experts, bias))
     torch.manual_seed(seed)
     masks = [
         draw_mask((case.tokens, width), case.dropout, device) for width in (case.hidden, case.inner)
