@@ -3,6 +3,7 @@ they are not in outputs/).
 
 Copies record and predictions of every finished run that was made from committed code; weights stay
 where they are. A run that is there already is left alone, and one that differs from it is refused.
+`force=true` takes runs of other code and of random weights too, marked: tables name them.
 All records' scores are then written to `results/index.parquet`, which may be deleted at any time.
 """
 
@@ -27,15 +28,17 @@ OUTPUTS = Path("outputs")
 class Settings:
     source: str | None = None
     target: str | None = None
+    force: bool = False
 
 
 def run(arguments: Sequence[str]) -> int:
     settings = options(Settings, arguments)
     target = Path(settings.target) if settings.target else RESULTS / "runs"
+    source = OUTPUTS if settings.source is None else Path(settings.source)
     found = Collected()
     # In a fresh clone nothing has been run; a folder that was named must be there.
-    if settings.source is not None or OUTPUTS.is_dir():
-        found = collect(OUTPUTS if settings.source is None else Path(settings.source), target)
+    if settings.source is not None or source.is_dir():
+        found = collect(source, target, force=settings.force)
     for name in found.copied:
         print(f"collected: {name}")
     for entry in found.refused:

@@ -165,7 +165,7 @@ def test_environment_is_read_in_few_places() -> None:
     }
     allowed = {"runtime", "models"}
     assert {name_of(p) for p in readers if room_of(p) not in allowed} <= {
-        f"{PACKAGE}/results/record.py"
+        f"{PACKAGE}/results/checkout.py"
     }
 
 

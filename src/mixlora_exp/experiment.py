@@ -35,7 +35,7 @@ from mixlora_exp.inputs import (
     resolve_config,
 )
 from mixlora_exp.models import identify, load_model, load_tokenizer
-from mixlora_exp.planning import parameters_entry, print_plan
+from mixlora_exp.planning import first_line, parameters_entry, print_plan
 from mixlora_exp.results.record import (
     finish_record,
     provenance,
@@ -178,7 +178,7 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
         if record_path.exists() and not config.force:
             # Another process finished it between the look above and the lock.
             return finished(record_path, inputs)
-        say(f"Run {folder.name}")
+        say(first_line(folder.name, config, inputs.identity["adapter"]))
         with failure_noted(folder, lock):
             this = start(config, folder, inputs, lock)
             this.watch = watch

@@ -34,6 +34,7 @@ from mixlora_exp.scored import scored_split
 __all__ = [
     "RECORD",
     "Inputs",
+    "adapter_entry",
     "check_inputs",
     "comparable",
     "differences",
@@ -78,7 +79,7 @@ def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
     }
 
 
-def _adapter(config: Config) -> dict[str, Any] | None:
+def adapter_entry(config: Config) -> dict[str, Any] | None:
     """Path, hash and type of the adapter that is scored, None when none is given."""
     if config.adapter is None:
         return None
@@ -110,7 +111,7 @@ def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
     return {
         **{name: record[name] for name in kept},
         "git": origin["git"],
-        "train": {"halved_micro_batch": train.get("halved_micro_batch")},
+        "train": {n: train.get(n) for n in ("micro_batch_size", "halved_micro_batch")},
         "provenance": {
             "packages": {"torch": origin["packages"]["torch"]},
             "hardware": {"gpus": origin["hardware"]["gpus"]},
@@ -177,7 +178,7 @@ def gather_inputs(config: Config) -> Inputs:
     _check_tracker(config)
     _check_head(config)
     splits = _splits(config)
-    adapter = _adapter(config)
+    adapter = adapter_entry(config)
     identity = {
         "data": {
             f"{task}/{split}": [dataclasses.asdict(file) for file in loaded.files]
@@ -204,7 +205,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
     checked: set[str] = set()
     for config in map(resolve_config, configs):
         _check_tracker(config)
-        adapter = _adapter(config)
+        adapter = adapter_entry(config)
         if not (elsewhere or config.dry_run):
             _check_head(config)
             _kernel(config, adapter)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixlora_exp.config import Config, run_name
+from mixlora_exp.config import CONF_DIR, Config, run_name, to_dict
 from mixlora_exp.config.parameters import Parameters, count_parameters
 from mixlora_exp.config.schema import (
     AnswerForm,
@@ -17,10 +17,13 @@ from mixlora_exp.config.schema import (
     TrainerConfig,
 )
 from mixlora_exp.memory import many_that_fit, memory_of
+from mixlora_exp.results.checkout import git_state
+from mixlora_exp.results.objections import objections
 from mixlora_exp.tasks import TASKS
 
 __all__ = [
     "Plan",
+    "first_line",
     "plan",
     "print_plan",
     "print_plan_together",
@@ -223,10 +226,30 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
 
 def print_plan(config: Config) -> None:
     """Plan a run and print it."""
+    from mixlora_exp.inputs import adapter_entry
     from mixlora_exp.results.show import say
 
-    for what, value in describe(config, plan(config)):
+    lines, against = describe(config, plan(config)), _against(config, adapter_entry(config))
+    for what, value in [*lines, *([("record", against)] if against else [])]:
         say(f"{what:<12}{value}")
+
+
+def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
+    """What a run says first: its name, and what will keep it out of the tables. `adapter`: what is
+    known of the one that is scored."""
+    against = _against(config, adapter)
+    return f"Run {name}" + (f" ({against})" if against else "")
+
+
+def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
+    """What `make collect` will refuse the run for, empty if it will not."""
+    record = {
+        "config": {"model": to_dict(config.model)},
+        "provenance": {"git": git_state(CONF_DIR.parent)},
+        "adapter": adapter,
+    }
+    found = objections(record)
+    return f"make collect will refuse it: {'; '.join(found)}" if found else ""
 
 
 def print_plan_together(configs: Sequence[Config]) -> None:

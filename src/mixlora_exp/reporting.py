@@ -25,6 +25,7 @@ from mixlora_exp.results.cells import (
     group_runs,
     require_together,
 )
+from mixlora_exp.results.objections import objections
 from mixlora_exp.results.paper import METHODS, MODEL_TITLES, contradictions, read_paper
 from mixlora_exp.results.record import write_text
 from mixlora_exp.results.runs import (
@@ -159,6 +160,8 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
         blocks, standards, *({m: to_dict(c) for m, c in presets[p].items()} for p in PRESETS)
     )
     tables[11] = stability_table(chosen, defaults)
+    reasons = {run.name: objections(run.record) for run in chosen}
+    tables = {number: _marked(table, reasons) for number, table in tables.items()}
     used = {name for table in tables.values() for name in table.records()}
     known_names = used | {entry.name for entry in blocks.left_out}
     unplaced = [
@@ -184,6 +187,16 @@ NOTES = (
     "Results under other conditions than the paper's (fewer rows, a limit on items, another source "
     "of data, another protocol) stand in blocks of their own, and their conditions over them.",
 )
+
+
+def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
+    """The table with a note on each of its runs that was collected by force."""
+    notes = [
+        f"Collected by force: {name} ({'; '.join(reasons[name])})."
+        for name in sorted(table.records())
+        if reasons.get(name)
+    ]
+    return dataclasses.replace(table, notes=[*table.notes, *notes])
 
 
 def _progress(block: Block) -> str:

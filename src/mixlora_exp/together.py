@@ -32,7 +32,7 @@ from mixlora_exp.experiment import (
     write_record,
 )
 from mixlora_exp.inputs import check_inputs, gather_inputs, resolve_config
-from mixlora_exp.planning import print_plan, print_plan_together
+from mixlora_exp.planning import first_line, print_plan, print_plan_together
 from mixlora_exp.results.show import say
 from mixlora_exp.runtime import autocast, processes
 from mixlora_exp.training import TrainSummary, fit_jointly, make_job
@@ -140,6 +140,7 @@ def _enter(pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Pat
         note_failure(folder, error, lock)
         raise
     forget_failure(folder)
+    say(first_line(folder.name, config, inputs.identity["adapter"]))
     stack.enter_context(tracked(this))
     pack.runs.append(this)
 

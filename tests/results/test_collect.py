@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.reporting import gather
 from mixlora_exp.results.collect import collect
-from mixlora_exp.results.runs import load_runs
+from mixlora_exp.results.runs import FORCED, load_runs
 
 Write = Callable[..., Path]
+CLEAN = {"commit": "c" * 40, "dirty": False}
 SMALL = ("model=smollm2_135m", "task=arc_e", "data=embedded", "method=lora")
 
 
@@ -57,3 +59,60 @@ def test_another_result_of_the_same_name_is_refused(write: Write, tmp_path: Path
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="source=.*nowhere is no folder"):
         collect(tmp_path / "nowhere", tmp_path / "runs")
+
+
+CHANGED = {"commit": "c" * 40, "dirty": True, "changed": ["src/a.py"], "diff": "+x = 2"}
+FIVE = {task: 0.5 for task in ("arc_e", "arc_c", "boolq", "obqa", "piqa")}
+
+
+def of_other_code(record: dict) -> None:
+    """Make a record that of an adapter whose training no commit gives."""
+    kept = ("name", "fingerprint", "config", "data", "model", "kernel", "dtype")
+    trained_by = {**{name: record[name] for name in kept}, "git": CHANGED}
+    record["adapter"] = {"path": "x", "sha256": "a", "trained_by": trained_by}
+
+
+@pytest.mark.parametrize(
+    ("words", "git", "change", "reason"),
+    [
+        (SMALL, CHANGED, None, "uncommitted changes in src/a.py"),
+        # From before the names were kept.
+        (SMALL, {"commit": "c", "dirty": True}, None, "uncommitted changes"),
+        (SMALL, None, None, "code in no git checkout"),
+        (("model=tiny", *SMALL[1:]), CLEAN, None, "random weights, whose numbers mean nothing"),
+        (SMALL, CLEAN, of_other_code, "an adapter that was trained with uncommitted changes"),
+    ],
+)
+def test_force_takes_what_is_refused_and_marks_it(
+    words: Sequence[str],
+    git: dict | None,
+    change: Callable[[dict], None] | None,
+    reason: str,
+    write: Write,
+    tmp_path: Path,
+) -> None:
+    source, results = tmp_path / "outputs", tmp_path / "results"
+    (results / "bench").mkdir(parents=True)
+    words = [*words, "task=multi"]
+    write(source, "odd", words, FIVE, git=git, change=change)
+    refused = collect(source, results / "runs")
+    ((entry),) = refused.refused
+    assert entry.reason.startswith(reason)
+    assert entry.reason.endswith("force=true takes it, marked")
+    taken = collect(source, results / "runs", force=True)
+    assert (taken.copied, taken.refused) == (["odd"], [])
+    found = gather(results)
+    assert found.left_out == []
+    notes = [note for note in found.tables[2].notes if "odd" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"Collected by force: odd ({reason}")
+    # Without the mark a record of other code counts nowhere.
+    (results / "runs" / "odd" / FORCED).unlink()
+    assert bool(gather(results).left_out) == ("random" not in reason)
+
+
+def test_a_damaged_record_is_refused_by_force_too(write: Write, tmp_path: Path) -> None:
+    folder = write(tmp_path / "outputs", "cut", SMALL, {"arc_e": 0.5})
+    (folder / "record.json").write_text("{")
+    found = collect(tmp_path / "outputs", tmp_path / "runs", force=True)
+    assert [entry.name for entry in found.refused] == ["cut"]

@@ -22,6 +22,7 @@ def bench_row(method: str, kernel: str, dtype: str, times: Times, memory: float)
     them to be."""
     samples = [{"round": k, **{f"{n}_s": (1 + k) * t for n, t in times.items()}} for k in range(3)]
     ratios = {f"{name}_ratio": 0.99 for name in (*times, "train")}
+    ratios["train_ratio_quartiles"] = [0.98, 1.0]
     return {
         "method": method, "kernel": kernel, "num_experts": 8, "top_k": 2, "adapter_dtype": dtype,
         "head": "full", "rounds": 3, "samples": samples, "train_peak_memory_bytes": memory,

@@ -26,22 +26,6 @@ class Colour(Enum):
     red = "red"
 
 
-def git(root: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", "-C", str(root), *identity, *arguments], check=True, capture_output=True)
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    root = tmp_path / "checkout"
-    (root / "results").mkdir(parents=True)
-    (root / "code.py").write_text("x = 1\n")
-    git(root, "init", "-q")
-    git(root, "add", ".")
-    git(root, "commit", "-q", "-m", "first")
-    return root
-
-
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     path = tmp_path / "record.json"
@@ -191,39 +175,6 @@ def test_jsonl_holds_one_row_per_line(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == [rows[0], {"score": None}]
     write_jsonl(path, [])
     assert path.read_bytes() == b""
-
-
-def test_dirty_flag_leaves_results_out(checkout: Path) -> None:
-    clean = provenance(checkout)["git"]
-    assert clean["dirty"] is False
-    assert len(clean["commit"]) == 40
-    (checkout / "results" / "table.csv").write_text("1\n")
-    assert provenance(checkout)["git"] == clean
-    (checkout / "new.py").write_text("")
-    assert provenance(checkout)["git"] == {**clean, "dirty": True}
-    (checkout / "new.py").unlink()
-    (checkout / "code.py").write_text("x = 2\n")
-    assert provenance(checkout)["git"]["dirty"] is True
-
-
-def test_commit_does_not_depend_on_the_branch(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    before = provenance(checkout)["git"]
-    git(checkout, "checkout", "-q", "-b", "other")
-    assert provenance(checkout)["git"] == before
-    git(checkout, "checkout", "-q", "--detach")
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    assert provenance(checkout)["git"] == before
-
-
-def test_no_checkout_is_null(
-    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert provenance(tmp_path)["git"] is None
-    assert provenance(checkout / "results")["git"] is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance(checkout)["git"] is None
 
 
 def test_provenance_fits_into_a_record(tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.record import read_record
-from mixlora_exp.results.runs import RECORD, LeftOut, check_run
+from mixlora_exp.results.objections import objections
+from mixlora_exp.results.record import read_record, write_json
+from mixlora_exp.results.runs import FORCED, RECORD, LeftOut, check_run
 
 __all__ = ["Collected", "collect"]
 
@@ -25,8 +25,8 @@ class Collected:
     refused: list[LeftOut] = field(default_factory=list)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """The folder appears whole or not at all."""
+def _copy(source: Path, target: Path, reasons: Sequence[str]) -> None:
+    """The folder appears whole or not at all, with the reasons against it where there are any."""
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -35,23 +35,20 @@ def _copy(source: Path, target: Path) -> None:
         for name in read_record(source / RECORD)["predictions"].values():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, partial / name)
+        if reasons:
+            write_json(partial / FORCED, {"reasons": reasons})
         partial.replace(target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def _is_random(model: Mapping[str, Any]) -> bool:
-    """Whether nothing that was trained before came in: the models of the quick checks."""
-    return model["weights"] == "random" or (model["path"] is None and model["source"] == "random")
-
-
-def collect(source: Path, target: Path) -> Collected:
+def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
     """Copy every usable run under `source` that `target` does not hold yet.
 
-    Refused by name: a record that is damaged or made with uncommitted changes, predictions that do
-    not give its accuracies, a model with random weights, and a run that `target` holds with another
-    content.
+    Refused by name: a record that is damaged, predictions that do not give its accuracies, a run
+    that `target` holds with another content, and, without `force`, one to which there are
+    `objections`: those stand beside its record and under the tables then.
 
     Raises:
         UserError: `source` is no folder, or `target` cannot be written.
@@ -62,9 +59,10 @@ def collect(source: Path, target: Path) -> Collected:
     for path in sorted(source.glob(f"*/{RECORD}")):
         name = path.parent.name
         try:
-            run = check_run(path)
-            if _is_random(run.record["config"]["model"]):
-                raise UserError("a model with random weights: its numbers mean nothing")
+            run = check_run(path, force=force)
+            reasons = objections(run.record)
+            if reasons and not force:
+                raise UserError(f"{'; '.join(reasons)}: only force=true takes it, marked")
             if (target / name).exists():
                 theirs = read_record(target / name / RECORD)
                 if theirs["content_sha256"] != run.record["content_sha256"]:
@@ -74,6 +72,6 @@ def collect(source: Path, target: Path) -> Collected:
         except UserError as error:
             found.refused.append(LeftOut(name, str(error)))
             continue
-        _copy(path.parent, target / name)
+        _copy(path.parent, target / name, reasons)
         found.copied.append(name)
     return found

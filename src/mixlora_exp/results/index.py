@@ -34,7 +34,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
         "steps": train.get("steps"),
         "final_loss": train.get("final_loss"),
         "train_seconds": train.get("seconds"),
-        "commit": record["provenance"]["git"]["commit"],
+        "commit": (record["provenance"]["git"] or {}).get("commit"),
     }
     figures = ("n", "accuracy", "stderr", "accuracy_normalized", "majority_class", "chance",
                "gold_log_likelihood")  # fmt: skip

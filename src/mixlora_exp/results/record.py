@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import secrets
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -24,6 +23,7 @@ import psutil
 
 from mixlora_exp.durable import sync
 from mixlora_exp.errors import UserError
+from mixlora_exp.results.checkout import git_state
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -63,11 +63,11 @@ _PACKAGES = (
 def provenance(repo_root: Path | str, gpu_names: Sequence[str] = ()) -> dict[str, Any]:
     """Return what made a result besides its configuration: code, packages and hardware.
 
-    `git` is null outside a checkout; its `dirty` flag leaves out changes under `results/`, which
-    runs make themselves. A package that is not installed has the version null.
+    `git` is null outside a checkout, see `git_state`. A package that is not installed has the
+    version null.
     """
     return {
-        "git": _git_state(Path(repo_root)),
+        "git": git_state(Path(repo_root)),
         "python": platform.python_version(),
         "packages": {name: _package_version(name) for name in _PACKAGES},
         "hardware": {
@@ -192,33 +192,6 @@ def _plain(value: Any) -> Any:
 def _content_hash(content: Mapping[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    # A hook's variables would point git at another repository than `root`.
-    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"  # Looking must not write to the index.
-    command = ["git", "-C", str(root), "-c", f"safe.directory={root}", *arguments]
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _git_state(root: Path) -> dict[str, Any] | None:
-    root = root.resolve()
-    top = _git(root, "rev-parse", "--show-toplevel")
-    # A folder inside someone else's checkout is no checkout of this code.
-    if top is None or Path(top).resolve() != root:
-        return None
-    commit = _git(root, "rev-parse", "--verify", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--", ".", ":(exclude)results")
-    if commit is None or changes is None:
-        return None
-    return {"commit": commit, "dirty": bool(changes)}
 
 
 def _package_version(name: str) -> str | None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.results.objections import UNPLACED, code_objections
 from mixlora_exp.results.record import read_record
 from mixlora_exp.tasks import TASKS
 
 __all__ = [
+    "FORCED",
     "RECORD",
     "LeftOut",
     "Run",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 RECORD = "record.json"
+FORCED = "forced.json"
+"""Beside a record that was collected although something speaks against it: what that is."""
 # What was scored and what it was trained with. How the loss is computed changes nothing beyond
 # rounding and is no condition. Micro-batches are one: the router loss is taken over each.
 MODEL_FIELDS = (
@@ -64,8 +68,8 @@ def circumstances(record: Mapping[str, Any]) -> dict[str, str]:
     precision; kernel family (`peft` draws other dropout masks, and trains another DoRA, than all
     others, which agree to rounding); hardware, a CPU or a GPU's model without its memory and form;
     torch's minor version."""
-    found = {"precision": record["dtype"]}
-    if record["kernel"] is not None:
+    found = {"precision": record.get("dtype")}
+    if record.get("kernel") is not None:
         found["kernel"] = "peft" if record["kernel"] == "peft" else "exact"
     # What a record keeps of another's training did not always have it.
     origin = record.get("provenance")
@@ -177,8 +181,10 @@ class Run:
     @property
     def micro_batch_size(self) -> int:
         """The one that was trained with: half of the configured one if memory did not suffice."""
-        halved = (self._source().get("train") or {}).get("halved_micro_batch")
-        return halved or self.trained["trainer"]["micro_batch_size"]
+        train = self._source().get("train") or {}
+        # Older records tell it where it was halved alone.
+        used = train.get("micro_batch_size") or train.get("halved_micro_batch")
+        return used or self.trained["trainer"]["micro_batch_size"]
 
     def _partial(self, split: str, record: Mapping[str, Any], source: str) -> dict[str, str]:
         """Splits whose files do not have the published number of rows."""
@@ -210,23 +216,18 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"preset": {"name": "correct"}, **config, **later}
 
 
-def _placed(path: Path) -> Run:
+def _placed(path: Path, force: bool) -> Run:
     record = read_record(path)
-    git = record["provenance"]["git"]
     if record.get("status") != "finished":
         raise UserError(f"status={record.get('status')}: it is not finished")
-    if git is None or git["dirty"]:
-        state = "code outside of a commit" if git is None else "uncommitted changes"
-        raise UserError(f"it was made with {state}")
+    reasons = code_objections(record)
+    if UNPLACED in reasons:
+        raise UserError(UNPLACED)
+    if reasons and not (force or (path.parent / FORCED).is_file()):
+        raise UserError(f"{'; '.join(reasons)}: only collect.py force=true takes it, marked")
     trained = scored = filled(record["config"])
-    adapter = record.get("adapter")
-    if adapter is not None:
-        source = adapter.get("trained_by")
-        if source is None:
-            raise UserError("no record with the hash of its adapter tells what trained it")
-        if source["git"] is None or source["git"]["dirty"]:
-            raise UserError("its adapter was trained with uncommitted changes")
-        trained = filled(source["config"])
+    if record.get("adapter") is not None:
+        trained = filled(record["adapter"]["trained_by"]["config"])
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
     return Run(path.parent.name, path.parent, record, trained, scored, scores)
 
@@ -234,8 +235,9 @@ def _placed(path: Path) -> Run:
 def load_runs(folder: Path) -> tuple[list[Run], list[LeftOut]]:
     """All runs under `folder` (`<name>/record.json`), by name, and what had to be left out.
 
-    Left out: a record that is cut off, edited, of another version, unfinished or made from code
-    that no commit has; one whose predictions do not give its accuracies.
+    Left out: a record that is cut off, edited, of another version or unfinished; one to which there
+    are `code_objections`, unless it was collected by force; one whose predictions do not give its
+    accuracies.
     """
     runs, left_out = [], []
     for path in sorted(folder.glob(f"*/{RECORD}")):
@@ -246,14 +248,14 @@ def load_runs(folder: Path) -> tuple[list[Run], list[LeftOut]]:
     return runs, left_out
 
 
-def check_run(path: Path) -> Run:
-    """Read one record and its predictions.
+def check_run(path: Path, *, force: bool = False) -> Run:
+    """Read one record and its predictions. `force`: whatever speaks against its code.
 
     Raises:
         UserError: why no table can use it.
     """
     try:
-        run = _placed(path)
+        run = _placed(path, force)
         for task, protocol in run.scores:
             read_predictions(run, task, protocol)
     except (KeyError, TypeError) as error:

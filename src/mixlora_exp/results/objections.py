@@ -1,0 +1,44 @@
+"""Why a result does not go into the tables without further ado: told before a run, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["UNPLACED", "code_objections", "objections"]
+
+SHOWN = 3
+UNPLACED = "no record with the hash of its adapter tells what trained it"
+"""Nothing can be done about it: no table has a cell for such a run."""
+
+
+def _code(git: Mapping[str, Any] | None) -> list[str]:
+    if git is None:
+        return ["code in no git checkout"]
+    if not git["dirty"]:
+        return []
+    names = list(git.get("changed", ()))
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ["uncommitted changes" + (f" in {', '.join(names[:SHOWN])}{more}" if names else "")]
+
+
+def objections(record: Mapping[str, Any]) -> list[str]:
+    """What speaks against a record, or one that a run will write: nothing if `make collect` takes
+    it as it is. Read are `config.model`, `provenance.git` and `adapter`."""
+    found, model = code_objections(record), record["config"]["model"]
+    if model["weights"] == "random" or (model["path"] is None and model["source"] == "random"):
+        found.append("random weights, whose numbers mean nothing")
+    return found
+
+
+def code_objections(record: Mapping[str, Any]) -> list[str]:
+    """Those to the code that scored and trained: without a mark, no table uses the record."""
+    found = _code(record["provenance"]["git"])
+    adapter = record.get("adapter")
+    if adapter is not None:
+        source = adapter.get("trained_by")
+        if source is None:
+            found.append(UNPLACED)
+        else:
+            found += [f"an adapter that was trained with {why}" for why in _code(source["git"])]
+    return found
