@@ -39,5 +39,6 @@ def link(source: Path) -> Callable[[dict], None]:
                 "dtype")  # fmt: skip
         trained_by = {**{k: record[k] for k in kept}, "git": record["provenance"]["git"]}
         other["adapter"] = {"sha256": "a", "trained_by": trained_by}
+        other["kernel"] = record["kernel"]
 
     return change

@@ -235,6 +235,10 @@ def _importance(name: str) -> tuple[bool, bool, str]:
     return (name.endswith("data.seed"), name != "evaluation.protocols", name)
 
 
+def _machine_last(entry: tuple[str, Any]) -> tuple[bool, str]:
+    return entry[0] in MACHINE, entry[0]
+
+
 def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
     """The conditions of a block in words, and whether they are those of a full run."""
     model, protocol, text = key
@@ -244,5 +248,5 @@ def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
     standard = standards.of(preset).conditions(model)
     odd = {k: v for k, v in conditions.items() if standard.get(k) != v}
     words = [f"model={model}", f"data={source}", f"protocol {protocol}"]
-    words += [f"{name}={word(value)}" for name, value in sorted(odd.items())]
+    words += [f"{name}={word(value)}" for name, value in sorted(odd.items(), key=_machine_last)]
     return ", ".join(words), not odd.keys() - set(MACHINE) and source != "embedded"

@@ -160,7 +160,7 @@ class Run:
         if self.method != "none":
             found |= self._training_conditions()
             for name, value in circumstances(self._source()).items():
-                if found[name] != value:
+                if found.get(name) != value:
                     found[f"train.{name}"] = value
         return found
 
