@@ -17,7 +17,7 @@ OURS := src scripts tests train.py evaluate.py generate.py
 # Two workers: a machine of two cores is what the time limit of the checks is for.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help install quickstart test test-slow soak soak-sweep bench bench-gpu bench-eval collect tables check-tables \
+.PHONY: help install quickstart test test-slow soak soak-sweep bench bench-gpu gpu-check bench-eval collect tables check-tables \
 	figures report table1 table2 table5 table8 table9 figure4c study status lint format clean
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ bench: $(STAMP)  ## measure time and memory of a step of each method on this mac
 
 bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench_gpu.py
+
+gpu-check:  ## try everything at the size of LLaMA-2 7B on a CUDA GPU, in at most three minutes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/gpu_check.py $(OPTIONS)
 
 bench-eval: $(STAMP)  ## measure how many items a second the scoring protocols take
 	$(BIN)/python scripts/bench_eval.py
