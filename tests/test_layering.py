@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "models": {"config", "errors", "hashing", "runlock"},
     "adapters": {"config", "kernels", "models", "durable", "errors"},
     "data": {"config", "tasks", "errors"},
-    "runtime": {"config"},
+    "runtime": {"config", "errors"},
     "training": {
         "config",
         "kernels",

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from mixlora_exp.results.show import be_quiet, print_record, say
 from mixlora_exp.runlock import RunLock
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
 from mixlora_exp.scored import score_entry, scored_split, write_predictions
-from mixlora_exp.training import NotEnoughMemory, TrainSummary, fit
+from mixlora_exp.training import TrainSummary, fit, fit_halving
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.tracking import Tracking, start_tracking
 from mixlora_exp.underway import check_lock, failure_noted, held
@@ -171,13 +172,13 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
     # Inputs first: their mistakes are the commonest and the quickest to find.
     inputs = gather_inputs(config)
     if record_path.exists() and not config.force:
-        return finished(record_path, inputs)
+        return finished(record_path, inputs, config)
     with held(folder) as lock:
         if lock is None:
             return None
         if record_path.exists() and not config.force:
             # Another process finished it between the look above and the lock.
-            return finished(record_path, inputs)
+            return finished(record_path, inputs, config)
         say(first_line(folder.name, config, inputs.identity["adapter"]))
         with failure_noted(folder, lock):
             this = start(config, folder, inputs, lock)
@@ -221,8 +222,8 @@ def write_record(this: Run, record: dict[str, Any]) -> Path:
     return path
 
 
-def finished(path: Path, inputs: Inputs) -> Path:
-    """Show a finished run, if its inputs were those of now."""
+def finished(path: Path, inputs: Inputs, config: Config) -> Path:
+    """Show a finished run of `config`, if its inputs were those of now."""
     record = read_record(path)
     changed = differences(inputs.identity, record)
     if changed:
@@ -234,6 +235,12 @@ def finished(path: Path, inputs: Inputs) -> Path:
     if saved is not None and weights.is_file() and file_sha256(weights) != saved["sha256"]:
         raise UserError(
             f"{weights} is not what the run wrote: restore it, or force=true to run it again"
+        )
+    halved = (record["train"] or {}).get("halved_micro_batch")
+    if halved is not None and not config.trainer.auto_micro_batch:
+        raise UserError(
+            f"{path} is a finished run whose micro-batches were halved to {halved} for want of "
+            "memory: trainer.auto_micro_batch=true takes it as it is, force=true runs it again"
         )
     print_record(record)
     say(f"Already finished: {path}. force=true runs it again.")
@@ -329,19 +336,7 @@ def training_examples(this: Run) -> list[Example]:
 def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     """Train an adapter on `base`, save it to the run's folder and take it off again."""
     say(f"Training {this.config.method.name} on {len(training_examples(this))} examples")
-    trainer = this.config.trainer
-    half = trainer.micro_batch_size // 2
-    if not trainer.auto_micro_batch or not half:
-        return _fit(this, base, this.config)
-    found = this.checkpoints().newest()
-    if found is None or found.state.get("micro_batch_size") != half:
-        try:
-            return _fit(this, base, this.config)
-        except NotEnoughMemory as error:
-            say(f"{error}; going on with micro-batches of {half}")
-    smaller = dataclasses.replace(trainer, micro_batch_size=half)
-    summary = _fit(this, base, dataclasses.replace(this.config, trainer=smaller))
-    return dataclasses.replace(summary, halved_micro_batch=half)
+    return fit_halving(this.config, this.checkpoints(), partial(_fit, this, base), say)
 
 
 def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:

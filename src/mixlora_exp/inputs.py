@@ -28,7 +28,7 @@ from mixlora_exp.models import (
     with_folder_shape,
 )
 from mixlora_exp.results.record import read_record
-from mixlora_exp.runtime import resolve_device, resolve_dtype
+from mixlora_exp.runtime import processes, resolve_device, resolve_dtype
 from mixlora_exp.scored import scored_split
 
 __all__ = [
@@ -160,6 +160,16 @@ def _check_head(config: Config) -> None:
         )
 
 
+def _check_processes(config: Config) -> None:
+    count = processes().num_processes
+    if config.trainer.auto_micro_batch and count > 1:
+        raise UserError(
+            f"trainer.auto_micro_batch=true is for one process, and {count} were started, of which "
+            "some may have memory enough and would wait for the others: set a smaller "
+            "trainer.micro_batch_size"
+        )
+
+
 def _check_tracker(config: Config) -> None:
     name = config.tracker.name
     if name is not Tracker.none and importlib.util.find_spec(name.value) is None:
@@ -176,6 +186,7 @@ def gather_inputs(config: Config) -> Inputs:
         UserError: data, model folder, adapter or tracker is missing or damaged.
     """
     _check_tracker(config)
+    _check_processes(config)
     _check_head(config)
     splits = _splits(config)
     adapter = adapter_entry(config)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["REQUEUE", "Terminated", "deferred", "heeded", "install", "requested"]
+__all__ = ["REQUEUE", "Terminated", "deferred", "heeded", "install", "request", "requested"]
 
 REQUEUE = 75
 """Exit code after SIGTERM (EX_TEMPFAIL): start the same command again and it goes on."""
@@ -40,6 +40,11 @@ _STATE = _State()
 def requested() -> bool:
     """Whether the process was asked to end while that was deferred."""
     return _STATE.requested.is_set()
+
+
+def request() -> None:
+    """Note a request that reached another process of the same training."""
+    _STATE.requested.set()
 
 
 def _end() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import os
 import resource
 import sys
 from contextlib import AbstractContextManager, suppress
@@ -10,30 +12,68 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.utils import reduce
+from torch import Tensor
 
 from mixlora_exp.config.schema import Precision
+from mixlora_exp.errors import UserError
 
 __all__ = [
+    "PLAIN",
     "autocast",
+    "free_memory",
     "hardware_names",
     "peak_memory_bytes",
     "processes",
     "reset_peak_memory",
     "resolve_device",
     "resolve_dtype",
+    "summed",
 ]
+
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Each process holds the whole model and every gradient whole."""
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+"""What `accelerate launch` sets where the model is not whole in each process."""
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def processes() -> PartialState:
     """accelerate's view of the processes that torchrun or `accelerate launch` started: how many,
-    which this one is, and its device."""
+    which this one is, and its device.
+
+    Raises:
+        UserError: they are to share one model in pieces, whose adapter could not be saved.
+    """
+    for name, what in SHARDED.items():
+        if os.environ.get(name, "false").lower() in ("true", "1", "yes"):
+            raise _not_whole(f"{what} ({name}={os.environ[name]})")
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.distributed_type not in PLAIN:
+        raise _not_whole(state.distributed_type.value)
     if state.num_processes > 1:
         _leave_at_exit()
     return state
+
+
+def _not_whole(what: str) -> UserError:
+    return UserError(
+        f"processes under {what} are not supported, only such that hold the whole model each: "
+        "start them with torchrun or `accelerate launch --multi_gpu`, or start a single one"
+    )
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of each process's `values`, in all of them; every process has to call it."""
+    state = processes()
+    return values if state.num_processes == 1 else reduce(values.to(state.device), reduction="sum")
 
 
 @cache
@@ -93,6 +133,13 @@ def peak_memory_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> None:
+    """Give back what nothing but cycles of references holds, and what torch keeps in reserve."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def hardware_names() -> list[str]:

@@ -131,7 +131,7 @@ def _enter(pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Pat
         if lock is None:
             return
     if (folder / RECORD).exists() and not config.force:
-        pack.paths.append(finished(folder / RECORD, inputs))
+        pack.paths.append(finished(folder / RECORD, inputs, config))
         return
     assert lock is not None
     try:

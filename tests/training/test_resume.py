@@ -209,13 +209,13 @@ def test_one_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch
 def test_a_continued_track_follows_the_device() -> None:
     """What was stored lies on the CPU, what comes next on the device of the pass."""
     track = Track(2)
-    track.note_pass(RouterReport(torch.tensor(1.0), torch.ones(2, 4)), 5)
+    track.note_pass(RouterReport(torch.tensor(1.0), torch.ones(2, 4)), 5, 1.0)
     track.fold()
-    track.note_pass(RouterReport(torch.tensor(1.0), torch.ones(2, 4)), 5)
+    track.note_pass(RouterReport(torch.tensor(1.0), torch.ones(2, 4)), 5, 1.0)
     again = Track(2)
     again.load(track.state(), 0.0)
     report = RouterReport(torch.tensor(1.0), torch.ones(2, 4, device="meta"))
-    again.note_pass(report, 5)
+    again.note_pass(report, 5, 1.0)
     again.fold()
     assert again.counts is not None
     assert again.counts.device.type == "meta"

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from mixlora_exp.training.fit import NotEnoughMemory, TrainSummary, fit
 from mixlora_exp.training.fit_joint import fit_jointly, make_job
+from mixlora_exp.training.halving import fit_halving
 from mixlora_exp.training.trainer import MixLoraTrainer
 
-__all__ = ["MixLoraTrainer", "NotEnoughMemory", "TrainSummary", "fit", "fit_jointly", "make_job"]
+__all__ = [
+    "MixLoraTrainer",
+    "NotEnoughMemory",
+    "TrainSummary",
+    "fit",
+    "fit_halving",
+    "fit_jointly",
+    "make_job",
+]

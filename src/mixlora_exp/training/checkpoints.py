@@ -154,8 +154,11 @@ class Checkpoints:
             return []
         return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, micro_batch_size: int | None = None) -> Checkpoint | None:
         """The newest one that is whole; a damaged one is named, set aside and passed over.
+
+        Where a size is given, those of training in micro-batches of another size are removed: the
+        router loss is taken over a micro-batch, and one run has one objective.
 
         Raises:
             UserError: it belongs to other data, code or settings, or may not be read.
@@ -176,7 +179,16 @@ class Checkpoints:
                 continue
             changed = self._changed(found)
             if not changed:
-                return found
+                then = found.state.get("micro_batch_size", micro_batch_size)
+                if micro_batch_size in (None, then):
+                    return found
+                sys.stderr.write(
+                    f"warning: {found.path} was trained in micro-batches of {then}, this run takes "
+                    f"{micro_batch_size}: training begins anew\n"
+                )
+                self.check_owner()
+                self.clear()
+                return None
             if not self._replace:
                 raise UserError(
                     f"{found.path} is of a run with other {', '.join(changed)}, though its "

@@ -79,6 +79,8 @@ class TrainSummary:
     curve: list[dict[str, Any]] = field(default_factory=list)
     expert_load: list[list[float]] | None = None
     stability: Stability | None = None
+    micro_batch_size: int | None = None
+    """Examples of a forward pass, over which the router loss is taken, as they were in fact."""
     halved_micro_batch: int | None = None
     """With `trainer.auto_micro_batch`, the size that was used after the configured one did not
     fit; a step has the same examples and the same normalisation."""
@@ -214,14 +216,10 @@ def fit(
             )
         raise UserError(diverged_message(config, error, kept)) from error
     seconds = trainer.seconds_before + time.perf_counter() - start
-    track = trainer.track
-    track.fold()
+    track, load = trainer.track, trainer.track.expert_load()
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
     steps = trainer.state.global_step
     tokens = _tokens_seen(trainer, examples, steps, config)
-    load = track.counts
-    if load is not None:
-        load = trainer.accelerator.reduce(load)
     return TrainSummary(
         examples=len(examples),
         shortened=sum(example.shortened for example in examples),
@@ -233,8 +231,9 @@ def fit(
         peak_memory_bytes=peak_memory_bytes(trainer.args.device),
         final_loss=curve[-1]["loss"] if curve else track.watch.losses[-1],
         curve=curve,
-        expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
+        expert_load=load,
         stability=track.watch.summary(),
+        micro_batch_size=config.trainer.micro_batch_size,
     )
 
 

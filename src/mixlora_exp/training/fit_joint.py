@@ -159,8 +159,7 @@ def _train(
 
 def _summary(job: Job, peak: int) -> TrainSummary:
     track = job.track
-    track.fold()
-    load, curve, seconds = track.counts, track.curve, track.seconds
+    curve, seconds = track.curve, track.seconds
     return TrainSummary(
         examples=len(job.examples),
         shortened=sum(example.shortened for example in job.examples),
@@ -172,6 +171,7 @@ def _summary(job: Job, peak: int) -> TrainSummary:
         peak_memory_bytes=peak,
         final_loss=curve[-1]["loss"] if curve else track.watch.losses[-1],
         curve=curve,
-        expert_load=None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
+        expert_load=track.expert_load(),
         stability=track.watch.summary(),
+        micro_batch_size=job.config.trainer.micro_batch_size,
     )

@@ -125,7 +125,8 @@ class Job:
         self.stream = DropoutStream(self.config.seed)
         self.track = Track(self.config.trainer.logging_steps)
         self.pace = Pace(lambda: int(self.track.tokens))
-        self._resumed = None if self.checkpoints is None else self.checkpoints.newest()
+        size = self.config.trainer.micro_batch_size
+        self._resumed = None if self.checkpoints is None else self.checkpoints.newest(size)
         if self._resumed is not None:
             self.step = self._resumed.step
 
@@ -169,10 +170,12 @@ class Job:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def note_pass(self, loss: Tensor, report: RouterReport | None, tokens: int) -> None:
-        """Note one micro-batch."""
+    def note_pass(
+        self, loss: Tensor, report: RouterReport | None, tokens: int, share: Tensor
+    ) -> None:
+        """Note one micro-batch, with its share of the label tokens of the optimizer step."""
         self._step_loss = self._step_loss + loss.detach()
-        self.track.note_pass(report, tokens)
+        self.track.note_pass(report, tokens, share)
 
     def hold_gradients(self) -> None:
         """Keep this micro-batch's gradients where the Trainer, which clears them after every pass,

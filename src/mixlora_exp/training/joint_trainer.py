@@ -163,8 +163,10 @@ class JointTrainer(Trainer):
         self.accelerator.backward(total)
         reports = self.model.base_model.router_reports
         for name, loss in losses.items():
-            real = int(batches[name]["attention_mask"].sum())
-            self._by_name[name].note_pass(loss, reports.get(name), real)
+            batch = batches[name]
+            real = int(batch["attention_mask"].sum())
+            share = (batch["labels"][..., 1:] != -100).sum() / self._items[name]
+            self._by_name[name].note_pass(loss, reports.get(name), real, share)
         return total.detach()
 
     def _items_of(self, job: Job, first: MicroBatch) -> Tensor:

@@ -11,12 +11,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.interruption import requested
-from mixlora_exp.runtime import peak_memory_bytes
+from mixlora_exp.interruption import request, requested
+from mixlora_exp.runtime import peak_memory_bytes, summed
 from mixlora_exp.training.tracking import Tracking
 
 __all__ = [
@@ -157,9 +158,12 @@ class Watch(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """Saves and stops after the step in which the process was asked to end."""
+    """Saves and stops after the step in which the process was asked to end. Of several processes
+    all stop after the same step, if only one was asked: the others would wait for it."""
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if args.world_size > 1 and summed(torch.tensor(int(requested()))):
+            request()
         if requested():
             control.should_save = args.save_strategy != SaveStrategy.NO
             control.should_training_stop = True

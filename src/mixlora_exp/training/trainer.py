@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
@@ -21,15 +20,13 @@ from mixlora_exp.adapters.hosting import plain_parameters_of
 from mixlora_exp.config.choices import Head, Order
 from mixlora_exp.data.sampler import BucketSampler, FixedSampler, sampler_of
 from mixlora_exp.kernels import DropoutStream
+from mixlora_exp.runtime import PLAIN, summed
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.head import loss_from_hidden
 from mixlora_exp.training.stability import Diverged, find_layer
 from mixlora_exp.training.track import Track
 
 __all__ = ["MixLoraTrainer"]
-
-PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Each process holds every gradient whole."""
 
 
 class MixLoraTrainer(Trainer):
@@ -52,7 +49,7 @@ class MixLoraTrainer(Trainer):
         self._head = head
         self._order = order
         self._sampler_seed = sampler_seed
-        self.track = Track(self.args.logging_steps)
+        self.track = Track(self.args.logging_steps, summed)
         self.expert_load: list[list[float]] | None = None
         """Share of each expert, per layer, between the last two log entries."""
         self._checkpoints = checkpoints
@@ -84,7 +81,11 @@ class MixLoraTrainer(Trainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs.get("attention_mask")
         tokens = 0 if mask is None else mask.sum()
-        self.track.note_pass(getattr(tuner, "router_report", None), tokens)
+        # As the tuner weighs the router loss, which the Trainer may divide.
+        share: float | torch.Tensor = 1 / self.current_gradient_accumulation_steps
+        if num_items_in_batch is not None:
+            share = (inputs["labels"][..., 1:] != -100).sum() / num_items_in_batch
+        self.track.note_pass(getattr(tuner, "router_report", None), tokens, share)
         return result
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -181,13 +182,15 @@ class MixLoraTrainer(Trainer):
         Raises:
             UserError: the checkpoint belongs to other data, code or settings.
         """
-        found = None if self._checkpoints is None else self._checkpoints.newest()
+        size = self.args.per_device_train_batch_size
+        found = None if self._checkpoints is None else self._checkpoints.newest(size)
         if found is None:
             self.train()
             return
-        if self.is_world_process_zero():
+        first = self.is_world_process_zero()
+        if first:
             sys.stderr.write(f"  going on after step {found.step} of {steps}\n")
-        self.track.load(found.state["track"], found.state["seconds"])
+        self.track.load(found.state["track"], found.state["seconds"], first=first)
         self.seconds_before = found.state["seconds"]
         reached = TrainerState(
             global_step=found.step,
@@ -243,16 +246,19 @@ class MixLoraTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model, trial) -> None:
-        if self._checkpoints is None or not self.is_world_process_zero():
+        if self._checkpoints is None:
             return
         self.track.seconds = self.seconds_before + time.perf_counter() - self._started
         self.track.curve = [entry for entry in self.state.log_history if "loss" in entry]
+        track = self.track.state()  # Every process adds its part.
+        if not self.is_world_process_zero():
+            return
         self._checkpoints.save(
             self.state.global_step,
             self.trained(),
             *self._inner(),
             {
-                "track": self.track.state(),
+                "track": track,
                 "seconds": self.track.seconds,
                 "micro_batch_size": self.args.per_device_train_batch_size,
             },
