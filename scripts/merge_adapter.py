@@ -1,8 +1,10 @@
 """Merge a LoRA or DoRA adapter into its base model: `merge_adapter.py adapter=DIR output=DIR`.
 
 Writes a plain checkpoint in the transformers format, with the tokenizer. The base model is that of
-the adapter's record, or `model=NAME`; `trainer.precision=float32` merges in full precision.
-MixLoRA and MixDoRA cannot be merged.
+the adapter's record, or `model=NAME`; `trainer.precision=float32` merges in full precision. Before
+the folder appears, it is read back and compared with the adapter. Memory: one copy of the model
+(and of its vocabulary matrix, where an adapter on it ends a tie). MixLoRA and MixDoRA cannot be
+merged.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from pathlib import Path
 
 from mixlora_exp.config import options
 from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.serving import GROUPS, open_adapter, split_words, write_merged
+from mixlora_exp.merging import write_merged
+from mixlora_exp.serving import GROUPS, open_adapter, split_words
 
 
 @dataclass(slots=True, kw_only=True)

@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "reporting": EVERYTHING,
     "rescoring": EVERYTHING,
     "serving": EVERYTHING,
+    "merging": EVERYTHING,
     "continuing": EVERYTHING,
     "generation": EVERYTHING,
     "lm_eval": {"errors"},

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["settle", "sync"]
+__all__ = ["publishing", "settle", "sync"]
+
+PARTIAL = "partial"
+"""Part of the name of a folder that is being written: `.NAME.partial-0123456789abcdef`."""
 
 
 def sync(path: Path) -> None:
@@ -28,3 +38,87 @@ def settle(folder: Path) -> None:
             path.chmod(mode)
             sync(path)
     sync(folder)
+
+
+@contextlib.contextmanager
+def publishing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new, empty folder to write to, which gets the name `folder` once the block has ended well.
+
+    It lies beside `folder`, under a hidden name that no other process uses, and is on the disk
+    before it is renamed. If the block raises, nothing is left of it; what a process that was
+    killed left is removed when the next one publishes the same folder. Of several that publish it
+    at once, the first wins. With `replace`, a folder of that name is removed first: for folders
+    that one process at a time writes.
+
+    Raises:
+        FileExistsError: something has the name already, when the block is entered or when it ends.
+        OSError: the folder cannot be written.
+    """
+    if os.path.lexists(folder) and not replace:
+        raise _taken(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    partial, lock = _locked_folder(folder)
+    try:
+        yield partial
+        settle(partial)
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif os.path.lexists(folder):
+            # Renaming a folder replaces an empty one without a word.
+            raise _taken(folder)
+        try:
+            os.rename(partial, folder)
+        except OSError as error:
+            raise _taken(folder) if os.path.lexists(folder) else error from None
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _taken(folder: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "it exists already", str(folder))
+
+
+def _locked_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder beside `folder`, and the descriptor that holds its lock.
+
+    The lock ends with the process, however that ends. A file system without locks does without.
+    """
+    while True:
+        partial = folder.with_name(f".{folder.name}.{PARTIAL}-{secrets.token_hex(8)}")
+        partial.mkdir()
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # Another process took it for an abandoned one.
+        except OSError:
+            return partial, lock
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(partial), os.fstat(lock)):
+                    return partial, lock
+        os.close(lock)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the folders of processes that ended before they could rename or remove them."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.{PARTIAL}-[0-9a-f]{{16}}")
+    left: list[Path] = []
+    with contextlib.suppress(OSError):
+        left = [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]
+    for path in left:
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pass  # Its process lives, or nothing can tell.
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)

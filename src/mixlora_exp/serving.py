@@ -1,4 +1,4 @@
-"""Use after training: an adapter on its base model, and merging it.
+"""Use after training: an adapter on its base model.
 
 The base model is the one that the record beside the adapter names, or the `model=` that is given,
 with any field of the group (`model.path=DIR`).
@@ -6,20 +6,17 @@ with any field of the group (`model.path=DIR`).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import Config
-from mixlora_exp.durable import settle, sync
 from mixlora_exp.errors import UserError
 from mixlora_exp.inputs import RECORD, resolve_config
 from mixlora_exp.models import load_model, load_tokenizer
@@ -27,15 +24,7 @@ from mixlora_exp.rescoring import recorded
 from mixlora_exp.results.record import read_record
 from mixlora_exp.runtime import resolve_device, resolve_dtype
 
-__all__ = [
-    "Opened",
-    "labelled",
-    "merge",
-    "open_adapter",
-    "open_adapters",
-    "split_words",
-    "write_merged",
-]
+__all__ = ["Opened", "labelled", "open_adapter", "open_adapters", "split_words"]
 
 GROUPS = ("model", "kernel", "seed", "trainer.precision")
 
@@ -173,51 +162,3 @@ def _open_base(
     dtype = resolve_dtype(config.trainer.precision, device)
     tokenizer = load_tokenizer(config.model)
     return load_model(config.model, dtype, config.seed, device), tokenizer, config
-
-
-def merge(opened: Opened) -> PreTrainedModel:
-    """The base model with the adapter in its weights.
-
-    Raises:
-        UserError: the adapter is a mixture, which no single weight can stand for.
-    """
-    model = opened.model
-    if not isinstance(model, PeftModel):
-        raise UserError("adapter=null: there is nothing to merge; name an adapter's folder")
-    kind = model.peft_config[model.active_adapter].peft_type
-    if kind == "MIXLORA":
-        raise UserError(
-            "a MixLoRA or MixDoRA adapter cannot be merged: its router chooses experts for each "
-            "token, and one weight cannot stand for all of them. Load it with "
-            "PeftModel.from_pretrained instead"
-        )
-    return model.merge_and_unload(safe_merge=True)
-
-
-def write_merged(opened: Opened, folder: Path) -> None:
-    """Write the merged model with its tokenizer, in the transformers format.
-
-    Raises:
-        UserError: the folder exists or cannot be written, or the adapter cannot be merged.
-    """
-    if folder.exists():
-        raise UserError(f"output={folder} exists already: name another folder, or remove it")
-    merged = merge(opened)
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists() and not partial.is_dir():
-        raise UserError(f"output={folder}: {partial} is in the way: remove it, or name another")
-    try:
-        # What an interrupted merge left.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        merged.save_pretrained(partial)
-        opened.tokenizer.save_pretrained(partial)
-        settle(partial)
-        partial.rename(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"output={folder} cannot be written ({error}): free space there or name another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

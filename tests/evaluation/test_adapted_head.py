@@ -45,7 +45,7 @@ def adapted(base: nn.Module, kernel: str = "auto", **settings: Any) -> PeftModel
         model = get_peft_model(base, config)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.requires_grad and "lora_A" not in name and "embedding_A" not in name:
+                if weight.requires_grad and "lora_A" not in name:
                     weight += 0.1 * torch.randn(weight.shape).to(weight.dtype)
     set_kernel(model, kernel)
     return model.eval()

@@ -46,7 +46,6 @@ STAGES = {
     "checkpoints": "checkpoint",
     "train_log.jsonl": "training",
     "adapter": "adapter",
-    "adapter.partial": "adapter",
     "predictions": "predictions",
     "record.json": "record",
 }
@@ -68,6 +67,8 @@ def stage_of(event: str, args: tuple[Any, ...], output: Path) -> str | None:
         return None
     if len(parts) < 2:
         return None
+    if parts[1].startswith(".adapter.partial"):
+        return "adapter"
     return "record" if parts[1].startswith(".record.json") else STAGES.get(parts[1])
 
 

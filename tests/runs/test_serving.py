@@ -19,8 +19,9 @@ from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.config import compose
 from mixlora_exp.continuing import continuations
 from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.merging import merge, write_merged
 from mixlora_exp.models import load_model
-from mixlora_exp.serving import Opened, merge, open_adapter, write_merged
+from mixlora_exp.serving import Opened, open_adapter
 
 WORDS = ["model=tiny", "trainer.precision=float32"]
 METHODS = ["lora", "dora", "mixlora", "mixdora"]

@@ -18,7 +18,8 @@ from mixlora_exp.cli import execute
 from mixlora_exp.continuing import continuations
 from mixlora_exp.errors import UserError, guarded
 from mixlora_exp.interruption import Terminated
-from mixlora_exp.serving import open_adapter, write_merged
+from mixlora_exp.merging import write_merged
+from mixlora_exp.serving import open_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ["experiment=smoke", "evaluation.limit=2", "trainer.max_steps=1"]
@@ -214,13 +215,6 @@ def test_a_command_that_resumes_nothing_does_not_say_so(
     assert "goes on from there" in capsys.readouterr().err
 
 
-def test_a_merge_does_not_take_a_file_for_its_folder(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "merged.partial").write_text("")
-    with pytest.raises(UserError, match=r"merged\.partial is in the way"):
-        write_merged(open_adapter(str(run)), tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
 def test_an_interrupted_merge_leaves_nothing(
     stop: type[BaseException], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,11 +230,6 @@ def test_an_interrupted_merge_leaves_nothing(
         with pytest.raises(stop):
             write_merged(opened, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
-    # What a kill left is no part of the next one.
-    (tmp_path / "merged.partial").mkdir()
-    (tmp_path / "merged.partial" / "model-00001.safetensors").write_text("old")
-    write_merged(open_adapter(str(run)), tmp_path / "merged")
-    assert not list(tmp_path.rglob("model-00001*"))
 
 
 def test_a_merge_goes_to_one_s_home(run: Path, tmp_path: Path) -> None:

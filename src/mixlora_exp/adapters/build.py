@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.official import CONFIG
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
-from mixlora_exp.durable import settle, sync
+from mixlora_exp.durable import publishing
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 from mixlora_exp.models.base_identity import base_of, write_base
@@ -111,28 +109,26 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        # `save_embedding_layers=False`: the base is frozen, and "auto" would ask the hub.
-        model.save_pretrained(
-            partial, safe_serialization=True, save_embedding_layers=False,
-            selected_adapters=[adapter],
-        )  # fmt: skip
-        # PEFT gives a folder of its own to every adapter but `default`.
-        written = partial if adapter == "default" else partial / adapter
-        _in_fixed_order(written / CONFIG, model.peft_config[adapter])
-        # A template of PEFT's that says nothing of this adapter but which others are in the model.
-        (written / "README.md").unlink(missing_ok=True)
-        if (base := base_of(model.get_base_model())) is not None:
-            write_base(written, base)
-        settle(written)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(written, folder)
-        sync(folder.parent)
-        shutil.rmtree(partial, ignore_errors=True)
+        # One process at a time works on a run.
+        with publishing(folder, replace=True) as new:
+            # `save_embedding_layers=False`: the base is frozen, and "auto" would ask the hub.
+            model.save_pretrained(
+                new, safe_serialization=True, save_embedding_layers=False,
+                selected_adapters=[adapter],
+            )  # fmt: skip
+            if adapter != "default":
+                # PEFT gives a folder of its own to every adapter but `default`.
+                for path in (new / adapter).iterdir():
+                    path.rename(new / path.name)
+                (new / adapter).rmdir()
+            _in_fixed_order(new / CONFIG, model.peft_config[adapter])
+            # A template of PEFT's that says nothing of this adapter but which others are in the
+            # model.
+            (new / "README.md").unlink(missing_ok=True)
+            if (base := base_of(model.get_base_model())) is not None:
+                write_base(new, base)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"output_dir: the adapter could not be written to {folder} ({error}); nothing was "
             "recorded. Free space there or choose another output_dir."

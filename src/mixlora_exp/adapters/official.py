@@ -7,10 +7,7 @@ apart in `conversion` and `export`; here files from strangers become values, or 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixlora_exp.adapters.weights import load_bin, load_metadata, load_safetensors, printable
-from mixlora_exp.durable import settle
+from mixlora_exp.durable import publishing
 from mixlora_exp.errors import UserError
 
 __all__ = [
@@ -195,22 +192,15 @@ def _read_original(folder: Path) -> Original | None:
     return Original(config, peft, tensors)
 
 
-def _write(folder: Path, config: str, weights: Any) -> None:
+def _write(folder: Path, config: str, weights: Callable[[Path], None]) -> None:
     """Write both files to a new folder, which appears whole or not at all."""
-    if folder.exists():
-        raise UserError(f"{folder} exists already: name another folder, or remove it")
-    partial = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        partial.chmod(0o755)
-        weights(partial)
-        (partial / CONFIG).write_text(config, encoding="utf-8")
-        settle(partial)
-        os.replace(partial, folder)
+        with publishing(folder) as new:
+            weights(new)
+            (new / CONFIG).write_text(config, encoding="utf-8")
+    except FileExistsError as error:
+        raise UserError(f"{folder} exists already: name another folder, or remove it") from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({error}): name another folder") from error
 
 

@@ -1,0 +1,204 @@
+"""A merged checkpoint, read back, computes what the adapter does, or is not written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mixlora_exp import merging
+from mixlora_exp.adapters import set_kernel
+from mixlora_exp.config import compose
+from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation.head import full_precision_head
+from mixlora_exp.merging import merge, write_merged
+from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.runtime import autocast
+from mixlora_exp.serving import Opened
+
+IDS = torch.tensor([[5, 9, 700, 31, 8], [77, 3, 1000, 12, 6]])
+TIED = ["lm_head", "embed_tokens"]
+ENDS: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head", "down_proj"]},
+    "both, tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "a copy of the head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "copies of both": {"target_modules": ["q_proj"], "modules_to_save": TIED},
+    "a copy and an adapter": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+    "a few rows": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 700]},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def opened() -> Callable[..., Opened]:
+    """A tiny model with an adapter of PEFT's whose weights are all away from their start."""
+
+    def make(model: str = "tiny_gemma", precision: str = "float32", **settings: Any) -> Opened:
+        config = compose([f"model={model}", f"trainer.precision={precision}"])
+        base = load_model(config.model, getattr(torch, precision), 0)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=32, **settings))
+            with torch.no_grad():
+                for name, weight in adapted.named_parameters():
+                    if weight.requires_grad and "lora_A" not in name:
+                        weight += 0.1 * torch.randn(weight.shape).to(weight.dtype)
+        set_kernel(adapted, "auto")
+        return Opened(adapted.eval(), load_tokenizer(config.model), config)
+
+    return make
+
+
+@torch.no_grad()
+def logits(model: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with autocast(torch.device("cpu"), dtype), full_precision_head(model):
+        return model(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("model", ["tiny", "tiny_gemma"])
+def test_adapters_on_embedding_and_head(
+    model: str, ends: str, dora: bool, opened: Callable[..., Opened], tmp_path: Path
+) -> None:
+    """Of models that tie the two as well: what the adapter makes different is untied."""
+    one = opened(model, use_dora=dora, **ENDS[ends])
+    expected = logits(one.model)
+    assert (logits(one.model.get_base_model()) - expected).abs().max() < 1e-6
+    with one.model.disable_adapter():
+        assert (logits(one.model) - expected).abs().max() > 0.01
+    write_merged(one, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.dtype is torch.float32
+    assert (logits(plain) - expected).abs().max() < 1e-4
+    same = torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight)
+    assert plain.config.tie_word_embeddings == (model == "tiny_gemma" and same)
+    names = set(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert ("lm_head.weight" in names) == (not plain.config.tie_word_embeddings)
+    if model == "tiny_gemma":
+        # DoRA's magnitudes are not tied by PEFT.
+        assert same == (ends == "a few rows" or (ends == "both, tied" and not dora))
+
+
+@pytest.mark.parametrize("ends", ["head", "embedding", "both"])
+def test_in_bf16(ends: str, opened: Callable[..., Opened], tmp_path: Path) -> None:
+    one = opened("tiny_gemma", "bfloat16", **ENDS[ends])
+    expected = logits(one.model, torch.bfloat16)
+    write_merged(one, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.dtype is torch.bfloat16
+    found = logits(plain, torch.bfloat16)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_tie_that_is_forgotten_is_caught(
+    opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "_untie", lambda _: False)
+    for precision in ("float32", "bfloat16"):
+        one = opened("tiny_gemma", precision, **ENDS["head"])
+        with pytest.raises(UserError, match=r"does not compute what the adapter .* nothing was"):
+            write_merged(one, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_adapter(one: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
+    weights[name] = load_model(one.config.model, weights[name].dtype, 0).get_parameter(name).data
+
+
+def transposed(_: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
+    weights[name] = weights[name].T.contiguous()
+
+
+def broken(_: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
+    weights[name][0, 0] = float("nan")
+
+
+def shifted(_: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
+    """In a layer that has no adapter."""
+    weights["model.layers.0.mlp.up_proj.weight"] *= 1.05
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("damage", [without_adapter, transposed, broken, shifted])
+def test_a_wrong_checkpoint_is_caught(
+    damage: Callable[..., None],
+    precision: str,
+    opened: Callable[..., Opened],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One layer of the last is enough."""
+    one = opened("tiny", precision, target_modules=["q_proj", "o_proj"])
+    save = PreTrainedModel.save_pretrained
+
+    def damaged(model: PreTrainedModel, folder: Path, **settings: Any) -> None:
+        save(model, folder, **settings)
+        weights = load_file(folder / "model.safetensors")
+        damage(one, weights, "model.layers.1.self_attn.o_proj.weight")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
+    with pytest.raises(UserError, match="does not compute what the adapter computes") as caught:
+        write_merged(one, tmp_path / "merged")
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lost_configuration_is_caught(
+    opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = opened("tiny", target_modules=["q_proj"])
+    save = PreTrainedModel.save_pretrained
+
+    def lossy(model: PreTrainedModel, folder: Path, **settings: Any) -> None:
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 100.0}
+        save(model, folder, **settings)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)
+    with pytest.raises(UserError, match=r"\(the logits: off by"):
+        write_merged(one, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_peft_cannot_merge_is_told(opened: Callable[..., Opened], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="lora_bias"):
+        one = opened("tiny", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(UserError, match="adapter cannot be merged .*no bias"):
+        write_merged(one, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_holds_one_model(
+    opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merged weights are let go of before the checkpoint is read back."""
+    one = opened("tiny", target_modules=["q_proj"])
+    read = merging.read_model
+    held: list[set[str]] = []
+
+    def spy(*args: Any) -> PreTrainedModel:
+        held.append({weight.device.type for weight in one.model.parameters()})
+        return read(*args)
+
+    monkeypatch.setattr(merging, "read_model", spy)
+    write_merged(one, tmp_path / "merged")
+    assert held == [{"meta"}]
+
+
+def test_a_merge_stays_tied_without_an_adapter_on_the_ends(opened: Callable[..., Opened]) -> None:
+    merged = merge(opened("tiny_gemma", target_modules=["q_proj", "down_proj"]))
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings

@@ -1,0 +1,139 @@
+"""Folders that appear whole or not at all, whoever else writes them or is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp.durable import publishing
+
+WRITER = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    from mixlora_exp.durable import publishing
+
+    with publishing(Path(sys.argv[1])) as new:
+        (new / "weights").write_text(sys.argv[2])
+        print(new, flush=True)
+        sys.stdin.readline()
+    print("published", flush=True)
+    """
+)
+
+
+def writer(folder: Path, text: str) -> tuple[subprocess.Popen[str], Path]:
+    """A process that has written to its new folder, and waits for a line before it renames it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder), text],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "here"
+    with publishing(folder) as new:
+        assert new.parent == folder.parent
+        assert new.name.startswith(".here.partial-")
+        (new / "file").write_text("a")
+        (new / "file").chmod(0o600)
+        assert not folder.exists()
+    assert (folder / "file").read_text() == "a"
+    # safetensors makes files for its owner alone.
+    assert (folder / "file").stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
+def test_nothing_is_left_of_what_failed(stop: type[BaseException], tmp_path: Path) -> None:
+    def half(new: Path) -> None:
+        (new / "file").write_text("half")
+        raise stop
+
+    with pytest.raises(stop), publishing(tmp_path / "here") as new:
+        half(new)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link to nothing"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_what_has_the_name_stays(kind: str, when: str, tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+
+    def take() -> None:
+        if "folder" in kind:
+            folder.mkdir()
+        if kind == "folder":
+            (folder / "theirs").write_text("b")
+        if kind == "file":
+            folder.write_text("b")
+        if kind == "link to nothing":
+            folder.symlink_to(tmp_path / "nothing")
+
+    if when == "before":
+        take()
+    with pytest.raises(FileExistsError, match="exists already"), publishing(folder):
+        take()
+    assert list(tmp_path.iterdir()) == [folder]
+    if "folder" in kind:
+        assert os.listdir(folder) == (["theirs"] if kind == "folder" else [])
+
+
+def test_a_folder_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "old").write_text("b")
+    with publishing(folder, replace=True) as new:
+        (new / "new").write_text("a")
+    assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_of_two_at_once_one_wins(tmp_path: Path) -> None:
+    """Neither touches what the other writes."""
+    folder = tmp_path / "here"
+    (one, its_folder), (two, other_folder) = writer(folder, "one"), writer(folder, "two")
+    assert its_folder != other_folder
+    assert (its_folder / "weights").read_text() == "one"
+    out, _ = two.communicate("\n")
+    assert (two.returncode, out) == (0, "published\n")
+    _, error = one.communicate("\n")
+    assert one.returncode == 1
+    assert "FileExistsError" in error.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert (folder / "weights").read_text() == "two"
+
+
+def test_what_a_killed_one_left_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    (dead, left), (alive, kept) = writer(folder, "dead"), writer(folder, "alive")
+    dead.send_signal(signal.SIGKILL)
+    dead.communicate()
+    assert left.is_dir()
+    assert not folder.exists()
+    other = tmp_path / ".there.partial-0123456789abcdef"
+    other.mkdir()
+    with pytest.raises(RuntimeError, match="stop"), publishing(folder):
+        raise RuntimeError("stop")
+    assert not left.exists()
+    assert other.is_dir(), "of another folder's name"
+    assert (kept / "weights").read_text() == "alive", "its process lives"
+    alive.communicate("\n")
+    assert alive.returncode == 0
+    assert (folder / "weights").read_text() == "alive"
+
+
+def test_a_link_under_a_left_over_s_name_is_not_followed(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("b")
+    (tmp_path / ".here.partial-0123456789abcdef").symlink_to(theirs)
+    with publishing(tmp_path / "here"):
+        pass
+    assert os.listdir(theirs) == ["file"]
