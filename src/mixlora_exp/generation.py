@@ -87,9 +87,15 @@ def _check_text(text: str, where: str) -> None:
 
 def _read_prompts(path: Path) -> list[Asked]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as error:
         raise UserError(f"prompts={path} cannot be read ({error}): give a text file") from error
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"prompts={path}:{line}: this is no UTF-8 text ({error.reason}): give a text file"
+        ) from error
     # Not `splitlines`, which cuts at characters that JSON leaves as they are.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -112,6 +118,7 @@ def _read_prompts(path: Path) -> list[Asked]:
         if not asked.prompt.strip():
             raise UserError(f"{where}: prompt is empty: give some text")
         _check_text(asked.prompt, f"{where}: prompt")
+        _check_text(asked.adapter or "", f"{where}: adapter")
         prompts.append(asked)
     return prompts
 

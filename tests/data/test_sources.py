@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from mixlora_exp.config.schema import TASK_NAMES, DataConfig, DataSource
+from mixlora_exp.config.schema import (
+    TASK_NAMES,
+    AnswerKind,
+    CustomTask,
+    DataConfig,
+    DataSource,
+)
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS
@@ -119,6 +127,156 @@ def test_real_data_loads_with_the_published_hash(shared_data: Path) -> None:
     loaded = load_split(local(shared_data), "obqa", "test")
     assert len(loaded.items) == 500
     assert loaded.files[0].sha256 in (shared_data / "README.md").read_text()
+
+
+HALF = "Wet \ud800 it."
+
+
+def fields_of(row: Any, where: str = "") -> list[str]:
+    """The places of all texts in a row, as errors name them."""
+    if isinstance(row, str):
+        return [where]
+    if isinstance(row, dict):
+        return [p for k, v in row.items() for p in fields_of(v, f"{where}.{k}".lstrip("."))]
+    if isinstance(row, list):
+        return [p for i, v in enumerate(row) for p in fields_of(v, f"{where}[{i}]")]
+    return []
+
+
+def broken_at(row: Any, place: str, where: str = "") -> Any:
+    """The row with half a character in one of its texts."""
+    if where == place and isinstance(row, str):
+        return row + "\udfff"
+    if isinstance(row, dict):
+        return {k: broken_at(v, place, f"{where}.{k}".lstrip(".")) for k, v in row.items()}
+    if isinstance(row, list):
+        return [broken_at(v, place, f"{where}[{i}]") for i, v in enumerate(row)]
+    return row
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_half_a_character_is_named_with_file_line_and_field(task: str, tmp_path: Path) -> None:
+    good = {name: v for name, v in embedded_rows(task, "test", 0)[0].items() if name != "facts"}
+    # A field that no task reads is hashed all the same.
+    good["note"] = [{"by": "x"}]
+    places = fields_of(good)
+    assert "note[0].by" in places
+    assert len(places) > 3
+    for place in places:
+        file = write_lines(tmp_path / task / "test.jsonl", good, broken_at(good, place))
+        message = refusal(local(tmp_path), task, "test")
+        assert f"{file}:2: " in message
+        assert f"field '{place}' holds half a character (U+DFFF)" in message
+        assert message.isprintable()
+    write_lines(tmp_path / task / "test.jsonl", {**good, "\ud800": "x"})
+    assert ":1: " in refusal(local(tmp_path), task, "test")
+
+
+def test_half_a_character_in_bytes_and_in_a_task_of_one_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "quiz" / "test.jsonl"
+    file.parent.mkdir()
+    # Each half on its own in UTF-8, as some programs write it.
+    file.write_bytes(b'{"q": "a \xed\xa0\x80 b", "o": ["x", "y"], "a": 0}\n')
+    own = CustomTask(question="q", options=["o"], answer="a", answer_as=AnswerKind.index)
+    with pytest.raises(UserError, match=r"test\.jsonl:1: .*field 'q' holds half"):
+        load_split(local(tmp_path), "quiz", "test", {"quiz": own})
+
+
+def test_half_a_character_in_generated_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [GOOD, {**GOOD, "x": HALF}]
+    monkeypatch.setattr("mixlora_exp.tasks.embedded.rows", lambda *_: drawn)
+    with pytest.raises(UserError, match=r"piqa/test\?seed=0 row 2: .*field 'x' holds half"):
+        load_split(DataConfig(name=DataSource.embedded), "piqa", "test")
+
+
+def not_utf8(texts: list[bytes]) -> pyarrow.Array:
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(texts), pyarrow.array(texts).buffers())
+
+
+def test_a_parquet_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    columns = {name: [value, value] for name, value in GOOD.items()}
+    columns["sol2"] = not_utf8([b"good", b"bad \xed\xa0\x80"])
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "piqa" / "train.parquet")
+    message = refusal(local(tmp_path))
+    assert "train.parquet row 2: field 'sol2' is no UTF-8 text" in message
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.usefixtures("hub_cache")
+def test_half_a_character_in_a_mirror(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "baber" / "piqa"
+    if kind == "jsonl":
+        write_lines(folder / "piqa_train.jsonl", GOOD, {**GOOD, "sol2": HALF})
+        write_lines(folder / "piqa_validation.jsonl", GOOD)
+    else:
+        folder.mkdir(parents=True)
+        columns = {name: [value, value] for name, value in GOOD.items()}
+        columns["sol2"] = not_utf8([b"good", b"bad \xed\xa0\x80"])
+        for split in ("train", "validation"):
+            pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"piqa_{split}.parquet")
+    message = refusal(DataConfig(name=DataSource.hub, mirror=str(tmp_path)))
+    assert "piqa" in message
+    assert ("row 2: " if kind == "parquet" else "piqa_train.jsonl:2: ") in message
+    assert "field 'sol2'" in message
+
+
+@pytest.mark.parametrize("stray", ["{}\r", " {}\n", "\ufeff{}", "{}\u200b"])
+def test_labels_of_a_task_of_one_s_own_may_have_stray_signs(stray: str, tmp_path: Path) -> None:
+    own = {
+        kind: CustomTask(question="q", options=["o"], answer="a", answer_as=kind)
+        for kind in AnswerKind
+    }
+    given = {AnswerKind.index: "1", AnswerKind.letter: "b", AnswerKind.text: "y"}
+    for kind, task in own.items():
+        row = {"q": "Which?", "o": ["x", "y"], "a": stray.format(given[kind])}
+        write_lines(tmp_path / "quiz" / "test.jsonl", row)
+        (item,) = load_split(local(tmp_path), "quiz", "test", {"quiz": task}).items
+        assert item.answer == 1, kind
+
+
+RAW = {
+    "activity_label": "Cooking", "ctx_a": "", "ctx_b": "", "label": "1",
+    "ctx": "[header] How to cook rice [title] Wash it. [step]  Use cold water [title] Boil it",
+    "endings": [
+        "[substeps] Add salt. [title] Stir.", "in a pot [1].", "[step]", "with  [x [y] z]   care."
+    ],
+}  # fmt: skip
+CLEAN = (
+    "How to cook rice. Wash it. Use cold water. Boil it",
+    ("Add salt.. Stir.", "in a pot .", "[step]", "with z] care."),
+)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_hellaswag_is_the_same_from_the_hub_and_from_local_files(tmp_path: Path) -> None:
+    """The hub's rows have the marks of their articles; those of local copies are often gone."""
+    folder = tmp_path / "Rowan" / "hellaswag"
+    for split in ("train", "validation"):
+        write_lines(folder / "data" / f"{split}.jsonl", RAW)
+    hub = load_split(DataConfig(name=DataSource.hub, mirror=str(tmp_path)), "hellaswag", "test")
+    write_lines(tmp_path / "hellaswag" / "test.jsonl", RAW)
+    raw = load_split(local(tmp_path), "hellaswag", "test")
+    cleaned = {**RAW, "ctx": CLEAN[0], "endings": list(CLEAN[1])}
+    write_lines(tmp_path / "hellaswag" / "test.jsonl", cleaned)
+    clean = load_split(local(tmp_path), "hellaswag", "test")
+    assert hub.items == raw.items == clean.items
+    assert (clean.items[0].context, clean.items[0].options) == CLEAN
+
+
+def test_hellaswag_s_raw_rows_give_what_others_cleaned(shared_data: Path) -> None:
+    checked = 0
+    with gzip.open(shared_data / "hellaswag" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if "ctx_raw" not in row:
+                continue
+            raw = {**row, "ctx": row["ctx_raw"], "endings": row["endings_raw"]}
+            parse = TASKS["hellaswag"].parse
+            assert parse(raw, 0) == parse(row, 0)
+            assert parse(row, 0).context == row["ctx"].strip(), "what came clean stays as it is"
+            checked += 1
+    assert checked == 1000
 
 
 def build_mirror(root: Path) -> None:

@@ -123,6 +123,8 @@ def test_no_prompt_goes_beyond_the_model_s_positions(
         (b'{"prompt": "a"}\n\n\n{"prompt": 1}\n', ":4: this is no JSON object"),
         (b'{"prompt": "a"}\n{"prompt": " "}\n', ":2: prompt is empty"),
         (b'{"prompt": "a"}\n{"prompt": "a\\ud800b"}\n', ":2: prompt is no UTF-8 text"),
+        (b'{"prompt": "a", "adapter": "\\udc00"}\n', ":1: adapter is no UTF-8 text"),
+        (b'{"prompt": "a"}\n\n{"prompt": "\xff"}\n', "prompts.jsonl:3: this is no UTF-8 text"),
         (b'{"prompt": "a", "adapter": "b"}\n', "'a' asks for adapter b: name adapters=[DIR,DIR]"),
         (b"\n \n", "is empty: give a prompt per line"),
         (b"", "is empty: give a prompt per line"),

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.data.loaded import DataFile, LoadedSplit, hash_rows
+from mixlora_exp.data.loaded import DataFile, LoadedSplit, hash_rows, undecodable
+from mixlora_exp.data.local import json_rows
 from mixlora_exp.errors import UserError
-from mixlora_exp.tasks import TASKS, Task
+from mixlora_exp.tasks import TASKS, Task, check_characters
 
 __all__ = ["load_hub"]
 
@@ -22,7 +23,7 @@ def load_hub(mirror: str | None, task: str, split: str) -> LoadedSplit:
     items = []
     for index, row in enumerate(rows):
         try:
-            items.append(spec.parse(row, index))
+            items.append(spec.read(row, index))
         except ValueError as error:
             raise UserError(
                 f"{name} row {index + 1}: this is not a row of {task}: {error}"
@@ -69,6 +70,7 @@ def _from_mirror(spec: Task, split: str, mirror: str) -> list[dict[str, Any]]:
     try:
         return _load(str(folder), spec.hub_config, spec.splits[split], None)
     except _load_errors() as error:
+        _check_lines(folder)
         raise UserError(
             f"data.mirror={mirror}: {spec.hub_id} (config {spec.hub_config or 'default'}, split "
             f"{spec.splits[split]}) could not be read from {folder} ({_first_line(error)}): "
@@ -77,11 +79,29 @@ def _from_mirror(spec: Task, split: str, mirror: str) -> list[dict[str, Any]]:
         ) from error
 
 
+def _check_lines(folder: Path) -> None:
+    """Name the line with half a character, which Arrow refuses without saying where it stands."""
+    for file in sorted(folder.rglob("*.jsonl*")):
+        for where, row in json_rows(file):
+            try:
+                check_characters(row)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from None
+
+
 def _load(path: str, config: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
     import datasets
 
     with _no_progress_bars():
-        return datasets.load_dataset(path, config, split=split, revision=revision).to_list()
+        loaded = datasets.load_dataset(path, config, split=split, revision=revision)
+        try:
+            return loaded.to_list()
+        except UnicodeDecodeError as error:
+            row, name = undecodable(loaded.data.table)
+            raise UserError(
+                f"{path} (split {split}) row {row + 1}: field '{name}' is no UTF-8 text "
+                f"({error.reason}): write it as such"
+            ) from None
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
@@ -93,7 +113,12 @@ def _load_errors() -> tuple[type[Exception], ...]:
     return (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    import datasets.exceptions
+
+    # It says no more than that something went wrong; why, and in which row, is in its cause.
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mixlora_exp.tasks import Item
 
-__all__ = ["DataFile", "LoadedSplit", "hash_rows"]
+__all__ = ["DataFile", "LoadedSplit", "hash_rows", "undecodable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +58,15 @@ def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
+
+
+def undecodable(table: Any) -> tuple[int, str]:
+    """Row (from 0) and field of the first value of an Arrow table that is no UTF-8, of which
+    Arrow only says that there is one."""
+    for row in range(table.num_rows):
+        for name, column in zip(table.schema.names, table.columns, strict=True):
+            try:
+                column[row].as_py()
+            except UnicodeDecodeError:
+                return row, name
+    raise ValueError("every value is UTF-8")

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.data.loaded import DataFile, LoadedSplit
+from mixlora_exp.data.loaded import DataFile, LoadedSplit, undecodable
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Task
 
-__all__ = ["load_local"]
+__all__ = ["json_rows", "load_local"]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -23,12 +23,12 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
     """Read one split row by row; the first row that does not fit ends the reading."""
     task = spec.name
     file = _find(Path(root).expanduser(), task, split)
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    rows = _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
     items, kept = [], []
     for where, row in rows:
         kept.append(row)
         try:
-            items.append(spec.parse(row, len(items)))
+            items.append(spec.read(row, len(items)))
         except ValueError as error:
             raise UserError(f"{where}: this is not a row of {task}: {error}") from None
     if not items:
@@ -72,7 +72,7 @@ def _find(root: Path, task: str, split: str) -> Path:
     return found[0]
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a JSON-lines file with its `file:line`; blank lines are passed over."""
     line = 0
     try:
@@ -111,10 +111,22 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             for batch in table.iter_batches():
-                for content in batch.to_pylist():
+                for content in _contents(batch, file, row):
                     row += 1
                     yield f"{file} row {row}", content
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{file} cannot be read as parquet ({error}): copy it to data.path again"
         ) from error
+
+
+def _contents(batch: Any, file: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch, which `before` others precede."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        row, name = undecodable(batch)
+        raise UserError(
+            f"{file} row {before + row + 1}: field '{name}' is no UTF-8 text ({error.reason}): "
+            "write it as such"
+        ) from None

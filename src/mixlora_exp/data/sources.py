@@ -9,6 +9,7 @@ from mixlora_exp.config.schema import CustomTask, DataConfig, DataSource
 from mixlora_exp.data.hub import load_hub
 from mixlora_exp.data.loaded import DataFile, LoadedSplit, hash_rows
 from mixlora_exp.data.local import load_local
+from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, custom_task
 
 __all__ = ["SPLITS", "DataFile", "LoadedSplit", "load_split"]
@@ -32,8 +33,10 @@ def load_split(
         case DataSource.local:
             # `DataConfig` has checked that data=local comes with a path.
             own = (custom or {}).get(task)
-            spec = TASKS[task] if own is None else custom_task(task, **asdict(own))
-            return load_local(str(config.path), spec, split)
+            if own is None:
+                return load_local(str(config.path), TASKS[task], split)
+            fields = {**asdict(own), "answer_as": own.answer_as.value}
+            return load_local(str(config.path), custom_task(task, **fields), split)
         case DataSource.embedded:
             return _load_embedded(task, split, config.seed)
 
@@ -42,6 +45,10 @@ def _load_embedded(task: str, split: str, seed: int) -> LoadedSplit:
     from mixlora_exp.tasks import embedded
 
     rows = embedded.rows(task, split, seed)
-    items = [TASKS[task].parse(row, index) for index, row in enumerate(rows)]
-    name = f"embedded:{task}/{split}?seed={seed}"
+    name, items = f"embedded:{task}/{split}?seed={seed}", []
+    for index, row in enumerate(rows):
+        try:
+            items.append(TASKS[task].read(row, index))
+        except ValueError as error:
+            raise UserError(f"{name} row {index + 1}: {error}") from None
     return LoadedSplit(items, [DataFile(name, len(rows), hash_rows(rows))], rows)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mixlora_exp.tasks.characters import check_characters
+
 __all__ = ["Item", "Prompt", "Task", "lettered"]
 
 LETTERS = "ABCDEFGH"
@@ -67,6 +69,15 @@ class Task:
     parse: Callable[[Mapping[str, Any], int], Item]
     ask_label: Callable[[Item], Prompt]
     ask_text: Callable[[Item], Prompt]
+
+    def read(self, row: Mapping[str, Any], index: int) -> Item:
+        """The item of a row as a source has it: its characters are checked, then it is parsed.
+
+        Raises:
+            ValueError: what is wrong with the row, with the field and without the file.
+        """
+        check_characters(row)
+        return self.parse(row, index)
 
 
 def lettered(item: Item) -> str:

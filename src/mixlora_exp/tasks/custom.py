@@ -34,13 +34,12 @@ def _answer(
 ) -> int:
     if answer_as == "index":
         return rows.number(row, name, count_from, count_from + len(options) - 1) - count_from
-    given = rows.text(row, name)
+    given = rows.label(rows.text(row, name))
     if answer_as == "text":
-        if options.count(given) != 1:
-            raise ValueError(
-                f"{name} {given!r} is the text of {options.count(given)} of the options"
-            )
-        return options.index(given)
+        named = [rows.label(option) for option in options]
+        if named.count(given) != 1:
+            raise ValueError(f"{name} {given!r} is the text of {named.count(given)} of the options")
+        return named.index(given)
     letter = given.strip(" .()").upper()
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise ValueError(f"{name} {given!r} is not one of {', '.join(LETTERS[: len(options)])}")

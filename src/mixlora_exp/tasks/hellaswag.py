@@ -3,6 +3,7 @@ the activity."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,24 @@ from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 __all__ = ["HELLASWAG"]
 
 
+def _clean(text: str) -> str:
+    """The text without the marks that the articles from WikiHow carry ("[header]", "[step]"): a
+    title begins a sentence, other marks go, and so do the blanks that they leave.
+
+    As lm-eval cleans it, until nothing changes, so that text that came cleaned stays as it is. A
+    text of nothing but marks is kept.
+    """
+    cleaned, before = text, None
+    while cleaned != before:
+        before = cleaned
+        cleaned = (
+            re.sub(r"\[.*?\]", "", cleaned.replace(" [title]", ". ")).replace("  ", " ").strip()
+        )
+    return cleaned or text
+
+
 def _parse(row: Mapping[str, Any], index: int) -> Item:
-    options = rows.texts(row, "endings")
+    options = tuple(map(_clean, rows.texts(row, "endings")))
     return Item(
         task="hellaswag",
         id=rows.row_id(row, "hellaswag", index),
@@ -21,7 +38,7 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
         options=options,
         answer=rows.number(row, "label", 0, len(options) - 1),
         labels=rows.letters(options),
-        context=rows.text(row, "ctx"),
+        context=_clean(rows.text(row, "ctx")),
     )
 
 

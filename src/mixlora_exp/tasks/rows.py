@@ -7,7 +7,19 @@ from typing import Any
 
 from mixlora_exp.tasks.base import LETTERS
 
-__all__ = ["choices", "letters", "number", "row_id", "text", "texts", "value"]
+__all__ = [
+    "choices",
+    "label",
+    "letters",
+    "number",
+    "row_id",
+    "text",
+    "texts",
+    "value",
+]
+
+INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
+"""What `strip` leaves around a label and nobody sees: byte order mark and zero-width signs."""
 
 
 def value(row: Mapping[str, Any], name: str) -> Any:
@@ -25,6 +37,11 @@ def text(row: Mapping[str, Any], name: str) -> str:
     return _checked_text(value(row, name), f"field '{name}'")
 
 
+def label(found: str) -> str:
+    """What an option is called, without blanks, line ends and invisible signs around it."""
+    return found.strip().strip(INVISIBLE).strip()
+
+
 def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """The list of texts in field `name`, at least two of them."""
     found = value(row, name)
@@ -40,7 +57,7 @@ def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
     """The whole number in field `name` (a number or its digits), from `first` to `last`."""
     found = value(row, name)
-    digits = found.strip() if isinstance(found, str) else found
+    digits = label(found) if isinstance(found, str) else found
     if isinstance(digits, str) and digits.isascii() and digits.isdigit():
         digits = int(digits)
     if type(digits) is not int or not first <= digits <= last:
@@ -55,7 +72,7 @@ def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
         return f"{task}-{index}"
     if isinstance(found, bool) or not isinstance(found, str | int):
         raise ValueError(f"field 'id' must be text, not {type(found).__name__}")
-    return str(found)
+    return label(str(found)) or f"{task}-{index}"
 
 
 def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
@@ -64,14 +81,14 @@ def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     if not isinstance(found, Mapping):
         raise ValueError(f"field 'choices' must be an object, not {type(found).__name__}")
     try:
-        options, labels = texts(found, "text"), texts(found, "label")
+        options, labels = texts(found, "text"), tuple(map(label, texts(found, "label")))
     except ValueError as error:
         raise ValueError(f"in 'choices': {error}") from None
     if len(options) != len(labels):
         raise ValueError(f"'choices' has {len(options)} texts but {len(labels)} labels")
     if len(set(labels)) < len(labels):
         raise ValueError(f"'choices' repeats a label: {', '.join(labels)}")
-    key = text(row, "answerKey")
+    key = label(text(row, "answerKey"))
     if key not in labels:
         raise ValueError(f"answerKey '{key}' is not among the labels {', '.join(labels)}")
     return options, labels.index(key)
