@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "merging": EVERYTHING,
     "continuing": EVERYTHING,
     "generation": EVERYTHING,
-    "lm_eval": {"errors"},
+    "lm_eval": {"errors", "models"},
     "inputs": EVERYTHING,
     "experiment": EVERYTHING,
     "together": EVERYTHING,

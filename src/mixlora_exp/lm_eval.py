@@ -1,13 +1,16 @@
 """lm-eval's command line, with MixLoRA known to PEFT: `python -m mixlora_exp.lm_eval ARGUMENTS`.
 
-lm-eval's own command cannot import another package first, and PEFT would not know the adapter.
+lm-eval's own command cannot import another package first, and PEFT would not know the adapter. Its
+tokenizers are settled as this project's are: one whose template appends EOS would have every answer
+of one token scored as that EOS.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from mixlora_exp.errors import UserError, guarded
 
@@ -27,6 +30,30 @@ NO_MODEL = ("is not a valid model identifier", "couldn't find them in the cached
 """What transformers says of a model that is not there."""
 
 
+def _settled(create: Callable[..., None]) -> Callable[..., None]:
+    """lm-eval's making of a tokenizer, then this project's decisions about it."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    from mixlora_exp.models import fit_vocabulary, settle_special_tokens
+
+    @functools.wraps(create)
+    def settled(self: Any, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        create(self, pretrained, tokenizer, **options)
+        source = tokenizer or pretrained
+        # An encoder reads texts that are whole, whose EOS belongs to them.
+        if self.backend != "causal" or not (isinstance(source, str) and self.tokenizer.is_fast):
+            return
+        places = ("revision", "subfolder")
+        stated = get_tokenizer_config(source, **{k: options[k] for k in places if options.get(k)})
+        if options.get("add_bos_token") is not None:
+            stated["add_bos_token"] = options["add_bos_token"]
+        whose = f"--model_args: the tokenizer of {source}"
+        settle_special_tokens(self.tokenizer, stated, whose)
+        fit_vocabulary(self.tokenizer, self.config.get_text_config().vocab_size, whose)
+
+    return settled
+
+
 def run(argv: Sequence[str]) -> None:
     """Run lm-eval with the arguments that the process was started with.
 
@@ -35,8 +62,10 @@ def run(argv: Sequence[str]) -> None:
     """
     try:
         from lm_eval.__main__ import cli_evaluate
+        from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
+    HFLM._create_tokenizer = _settled(HFLM._create_tokenizer)
     try:
         cli_evaluate()
     except (ValueError, OSError) as error:

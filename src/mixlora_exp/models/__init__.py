@@ -19,6 +19,8 @@ from mixlora_exp.models.loading import (
     load_tokenizer,
 )
 from mixlora_exp.models.shape import with_folder_shape
+from mixlora_exp.models.special_tokens import settle_special_tokens
+from mixlora_exp.models.vocabulary import fit_vocabulary
 
 __all__ = [
     "FAMILIES",
@@ -26,6 +28,7 @@ __all__ = [
     "FamilyLayout",
     "base_of",
     "build_hf_config",
+    "fit_vocabulary",
     "has_local_tokenizer",
     "identify",
     "known_identity",
@@ -33,6 +36,7 @@ __all__ = [
     "load_tokenizer",
     "read_base",
     "same_weights",
+    "settle_special_tokens",
     "with_folder_shape",
     "write_base",
 ]

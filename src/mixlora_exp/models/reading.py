@@ -4,8 +4,9 @@ code, and with every failure told as one `UserError`."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,12 +30,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.special_tokens import settle_special_tokens
+from mixlora_exp.models.vocabulary import pad_with_a_known_token
 
 __all__ = [
     "CPU",
@@ -148,6 +152,8 @@ def read_model(
     if device.type != "cpu":
         options["device_map"] = {"": device}
     with one_error("weights", origin, config), quiet():
+        if "gguf_file" not in options:
+            options |= _padding_left_out(location, options)
         model, report = AutoModelForCausalLM.from_pretrained(
             location,
             dtype=dtype,
@@ -163,6 +169,15 @@ def read_model(
             f"model={config.name}: {origin} lacks {len(missing)} weights, the first {missing[0]}"
         )
     return model.eval()
+
+
+def _padding_left_out(location: str, options: Mapping[str, Any]) -> dict[str, None]:
+    """What makes transformers forget a padding token beyond the embedding, which it would not even
+    build: the tokenizer says what pads."""
+    kept = {name: options[name] for name in ("revision",) if name in options}
+    found = AutoConfig.from_pretrained(location, trust_remote_code=False, **kept)
+    pad, rows = getattr(found, "pad_token_id", None), getattr(found, "vocab_size", None)
+    return {"pad_token_id": None} if pad is not None and rows is not None and pad >= rows else {}
 
 
 def read_tokenizer(
@@ -188,26 +203,25 @@ def read_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             location, gguf_file=gguf_file, trust_remote_code=False, **options
         )
+        stated = get_tokenizer_config(location, revision=options.get("revision"))
     if not tokenizer.is_fast:
         raise UserError(f"model={config.name}: {origin} has no fast tokenizer (tokenizer.json)")
     # For some families transformers makes one of special tokens alone where it finds no vocabulary.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise none
-    return finish_tokenizer(tokenizer, config, origin)
+    return finish_tokenizer(tokenizer, config, origin, stated)
 
 
 def finish_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, origin: str
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    origin: str,
+    stated: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedTokenizerBase:
-    """Pad on the right, with a token that the tokenizer already has."""
-    if tokenizer.pad_token is None:
-        # No token is added: the embedding keeps its size. `unk` comes first, so that a real end of
-        # sequence never looks like padding.
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise UserError(
-            f"model={config.name}: the tokenizer of {origin} has no padding, unknown or "
-            "end-of-sequence token"
-        )
+    """Pad on the right, with a token that the tokenizer already has, and settle its special tokens
+    by what its configuration has `stated`."""
+    whose = f"model={config.name}: the tokenizer of {origin}"
+    pad_with_a_known_token(tokenizer, whose)
     tokenizer.padding_side = "right"
+    settle_special_tokens(tokenizer, stated, whose)
     return tokenizer
