@@ -43,8 +43,8 @@ def check_chat(opened: Opened) -> None:
 
 def _check_length(opened: Opened, prompt: Prompt, tokens: int, new: int) -> None:
     """Refuse what would go beyond the positions that the model was trained for."""
-    limit = getattr(opened.model.config, "max_position_embeddings", None)
-    if limit is None or tokens + new <= limit:
+    limit = opened.tokenizer.model_max_length
+    if tokens + new <= limit:
         return
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     room = limit - tokens
@@ -57,7 +57,7 @@ def _check_length(opened: Opened, prompt: Prompt, tokens: int, new: int) -> None
 
 def _prompt_ids(opened: Opened, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
-        return opened.tokenizer(prompt)["input_ids"]
+        return opened.tokenizer(prompt, verbose=False)["input_ids"]
     check_chat(opened)
     return opened.tokenizer.apply_chat_template(
         list(prompt), add_generation_prompt=True, return_dict=True

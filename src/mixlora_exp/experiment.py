@@ -36,6 +36,7 @@ from mixlora_exp.inputs import (
     resolve_config,
 )
 from mixlora_exp.models import identify, load_model, load_tokenizer
+from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
 from mixlora_exp.planning import first_line, parameters_entry, print_plan
 from mixlora_exp.results.record import (
     finish_record,
@@ -133,6 +134,7 @@ class Run:
 
     def load_base(self) -> PreTrainedModel:
         """The base model on this process's device; the seed is set to the run's."""
+        say(special_tokens_line(self.tokenizer))
         device = resolve_device()
         set_seed(self.config.seed)
         base = load_model(self.config.model, self.dtype, self.config.seed, device)
@@ -282,7 +284,7 @@ def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
         lock,
     )
     for protocol in config.evaluation.protocols:
-        check_tests(protocol, this.tokenizer, this.tests, config.data)
+        check_tests(protocol, this.tokenizer, this.tests, config.data, config.evaluation)
     return this
 
 
@@ -310,6 +312,7 @@ def finish(
         "config": to_dict(config),
         **this.inputs.identity,
         "model": identify(config.model, base),
+        "special_tokens": special_tokens_entry(this.tokenizer),
         "attention": base.config._attn_implementation,
         "parameters": parameters_entry(config),
         "train": None if summary is None else dataclasses.asdict(summary),

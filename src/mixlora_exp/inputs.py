@@ -243,7 +243,7 @@ def _check_items(config: Config) -> None:
         return
     tokenizer = load_tokenizer(config.model)
     for protocol in config.evaluation.protocols:
-        check_tests(protocol, tokenizer, tests, config.data)
+        check_tests(protocol, tokenizer, tests, config.data, config.evaluation)
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import TASK_NAMES, DataConfig
+from mixlora_exp.config.schema import TASK_NAMES, DataConfig, DataSource
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
@@ -112,6 +112,58 @@ def test_a_package_that_scores_otherwise_is_noticed(
     results["samples"]["openbookqa"][3]["acc"] = 1.0 - results["samples"]["openbookqa"][3]["acc"]
     with pytest.raises(UserError, match="does not fit its likelihoods"):
         task_scores(results, tests)
+
+
+def test_what_the_harness_cuts_is_counted(
+    make_model: Make, tests_of: dict[str, LoadedSplit], scorer: Make
+) -> None:
+    tests = {task: tests_of[task] for task in ("boolq", "winogrande")}
+    score = scorer(make_model("none"))
+    whole = {s.task: s.shortened for s in score_lm_eval(score, tests)}
+    assert whole == {"boolq": 0, "winogrande": 0}
+    score.model.config.max_position_embeddings = 60
+    cut = {s.task: s.shortened for s in score_lm_eval(score, tests)}
+    assert cut["boolq"] >= COUNT - 1
+    assert cut["winogrande"] == 0
+    score.model.config.max_position_embeddings = 2
+    with pytest.raises(UserError, match="of winogrande has .* tokens, and the model has 2 pos"):
+        score_lm_eval(score, {"winogrande": tests["winogrande"]})
+
+
+STRAY = ("{}\r", " {}\n", "\t{} ", "\ufeff{}", "{}\u200b")
+
+
+@pytest.mark.parametrize("stray", STRAY)
+def test_stray_signs_around_labels_do_not_reach_the_harness(
+    stray: str, data: DataConfig, tmp_path: Path
+) -> None:
+    """Its tasks look labels up as they are: "B\\r" is not in the list."""
+    found = {}
+    for name in ("clean", "stray"):
+        for task in TASK_NAMES:
+            rows = [dict(row) for row in load_split(data, task, "test").rows[:4]]
+            if name == "stray":
+                rows = [_with_stray(row, stray) for row in rows]
+            (tmp_path / name / task).mkdir(parents=True)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / name / task / "test.jsonl").write_text(text)
+        source = DataConfig(name=DataSource.local, path=str(tmp_path / name))
+        tests = {task: load_split(source, task, "test") for task in TASK_NAMES}
+        found[name] = (
+            {task: harness_rows(task, test) for task, test in tests.items()},
+            {task: test.items for task, test in tests.items()},
+        )
+    assert found["stray"] == found["clean"]
+
+
+def _with_stray(row: dict[str, Any], stray: str) -> dict[str, Any]:
+    for name in ("id", "label", "answer", "answerKey"):
+        if name in row and not isinstance(row[name], bool):
+            row[name] = stray.format(row[name])
+    if "choices" in row:
+        labels = [stray.format(label) for label in row["choices"]["label"]]
+        row["choices"] = {**row["choices"], "label": labels}
+    return row
 
 
 @pytest.mark.slow

@@ -15,10 +15,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mixlora_exp import experiment
-from mixlora_exp.config import Config, fingerprint, run_name, to_dict
+from mixlora_exp.config import Config, compose, fingerprint, run_name, to_dict
 from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.planning import plan
 
 METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]
@@ -27,6 +28,35 @@ VARIANTS += [("model=tiny_gemma", "method=mixdora"), ("model=tiny_gemma", "metho
 BOTH = ("evaluation.protocols=[label_logits,answer_text]", "evaluation.before_training=true")
 Configure = Callable[..., Config]
 Start = Callable[..., Any]
+
+
+def test_a_run_says_which_special_tokens_it_adds(
+    run: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder whose configuration asks for BOS, and whose tokenizer.json does not."""
+    source = compose(["model=tiny"]).model
+    load_model(source, torch.float32).save_pretrained(tmp_path / "model")
+    load_tokenizer(source).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": True}))
+    done = run("method=none", f"model.path={tmp_path / 'model'}", "evaluation.limit=2")
+    assert "Special tokens: <s> before a text, </s> after an answer" in capsys.readouterr().out
+    assert done.record["special_tokens"]["before_text"] == ["<s>"]
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+@pytest.mark.parametrize("protocol", ["lm_eval", "generate"])
+def test_what_is_longer_than_the_model_is_refused_before_training(
+    dry_run: str, protocol: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval cuts what it scores, so that training alone is too long."""
+    monkeypatch.setattr(experiment, "fit", lambda *_: pytest.fail("it was trained"))
+    config = configure(
+        "method=lora", "task=boolq", "model.max_positions=64", f"dry_run={dry_run}",
+        f"evaluation.protocols=[{protocol}]",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"of boolq needs .* tokens, and the model has 64 pos"):
+        experiment.run(config)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=" ".join)
@@ -38,6 +68,11 @@ def test_record_is_complete(overrides: tuple[str, ...], finished: Start) -> None
     assert record["fingerprint"] == fingerprint(config)
     assert record["config"] == to_dict(config)
     assert record["model"]["source"] == "random"
+    assert record["special_tokens"] == {
+        "before_text": [],
+        "after_prompt": [],
+        "after_answer": "</s>",
+    }
     assert record["dtype"] == "float32"
     assert record["seconds"] >= 0
     counts = count_parameters(config.model, config.method)

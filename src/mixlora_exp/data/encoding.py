@@ -12,7 +12,15 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Item, Prompt
 from mixlora_exp.tasks.custom import ask_label, ask_text
 
-__all__ = ["Encoded", "Example", "ask", "encode", "encode_examples", "encode_questions"]
+__all__ = [
+    "Encoded",
+    "Example",
+    "ask",
+    "check_labels",
+    "encode",
+    "encode_examples",
+    "encode_questions",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +54,15 @@ def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Pr
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids with the tokenizer's own start token and no end token."""
-    batch = tokenizer(texts)["input_ids"]
-    end = tokenizer.eos_token_id
-    return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in batch]
+    """Token ids, with what the tokenizer puts before a text."""
+    # Long texts are cut or refused below; until then they are no cause for a warning.
+    return tokenizer(texts, verbose=False)["input_ids"]
 
 
 def _shorten(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, excess: int) -> Prompt:
     """Drop `excess` tokens or a little more from the end of the context."""
-    offsets = tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
+    found = tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)
+    offsets = found["offset_mapping"]
     start, end = len(prompt.before), len(prompt.before) + len(prompt.context)
     ends = [stop for _, stop in offsets if start < stop <= end]
     # A character of several tokens gives them all the same end: it goes whole.
@@ -104,18 +112,83 @@ def encode(
     return encoded
 
 
+def check_labels(
+    tokenizer: PreTrainedTokenizerBase, name: str, labels: Sequence[str], ids: Sequence[list[int]]
+) -> None:
+    """Refuse labels of item `name` that the model does not know, or cannot tell apart."""
+    labelled: dict[tuple[int, ...], str] = {}
+    for label, own in zip(labels, ids, strict=True):
+        if tokenizer.unk_token_id in own:
+            raise UserError(
+                f"model: its tokenizer does not know the label {label!r} of {name} (it gives "
+                f"{tokenizer.unk_token}); take protocol answer_text and data.forms=[text]"
+            )
+        other = labelled.setdefault(tuple(own), label)
+        if other != label:
+            raise UserError(
+                f"model: its tokenizer gives {other!r} and {label!r}, labels of {name}, the same "
+                "token; take protocol answer_text and data.forms=[text]"
+            )
+
+
+def _check_length(
+    tokenizer: PreTrainedTokenizerBase,
+    item: Item,
+    prompt: Prompt,
+    needed: int,
+    data: DataConfig,
+    new_tokens: int = 0,
+) -> None:
+    """Refuse an item that needs more positions than the model has (`model_max_length`)."""
+    positions = tokenizer.model_max_length
+    if needed <= positions:
+        return
+    fitting = positions - new_tokens
+    if prompt.context and fitting < data.cutoff_length:
+        way_out = f"set data.cutoff_length={fitting} or less"
+    else:
+        way_out = "no more of it may be cut; leave it out, or take a model with more positions"
+    raise UserError(
+        f"item {item.id} of {item.task} needs {needed:,} tokens, and the model has "
+        f"{positions:,} positions: {way_out}"
+    )
+
+
 def encode_questions(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], form: AnswerForm, data: DataConfig
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    form: AnswerForm,
+    data: DataConfig,
+    new_tokens: int = 0,
 ) -> list[Encoded]:
-    """Encode items for scoring, each with all its possible answers."""
+    """Encode items for scoring, each with all its possible answers. Of form `label`, the prompt
+    alone is given to the model, which may go on for `new_tokens`.
+
+    Raises:
+        UserError: labels are the same token or unknown, or an item is too long for the model.
+    """
     asked = [(item.id, *ask(item, form, boolq_passage=data.boolq_passage)) for item in items]
-    return encode(tokenizer, asked, data.cutoff_length)
+    encoded = encode(tokenizer, asked, data.cutoff_length)
+    for item, (name, prompt, answers), found in zip(items, asked, encoded, strict=True):
+        if form is AnswerForm.label:
+            check_labels(tokenizer, name, answers, found.answers)
+            needed = len(found.prompt) + new_tokens
+        else:
+            # The last token of an answer is predicted, never fed.
+            needed = len(found.prompt) + max(map(len, found.answers)) - 1
+        _check_length(tokenizer, item, prompt, needed, data, new_tokens)
+    return encoded
 
 
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], data: DataConfig
 ) -> list[Example]:
-    """Encode items for training: one example per item and form, its answer ended by EOS."""
+    """Encode items for training: one example per item and form, its answer ended by EOS.
+
+    Raises:
+        UserError: the tokenizer has no EOS, labels are the same token or unknown, or an item is
+            too long for the model.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError("model: its tokenizer has no end-of-sequence token to end answers with")
     examples = []
@@ -124,9 +197,14 @@ def encode_examples(
         for item in items:
             prompt, answers = ask(item, form, boolq_passage=data.boolq_passage)
             asked.append((item.id, prompt, [answers[item.answer]]))
-        for item, encoded in zip(items, encode(tokenizer, asked, data.cutoff_length), strict=True):
+        if form is AnswerForm.label:
+            # An example has the right label alone; one item of each kind shows all of them.
+            kinds = {item.labels: item for item in reversed(items)}
+            encode_questions(tokenizer, list(kinds.values()), form, data)
+        all_encoded = encode(tokenizer, asked, data.cutoff_length)
+        for item, (_, prompt, _), encoded in zip(items, asked, all_encoded, strict=True):
             answer = [*encoded.answers[0], tokenizer.eos_token_id]
-            examples.append(
-                Example(encoded.prompt + answer, len(answer), item.task, encoded.shortened)
-            )
+            ids = encoded.prompt + answer
+            _check_length(tokenizer, item, prompt, len(ids), data)
+            examples.append(Example(ids, len(answer), item.task, encoded.shortened))
     return examples

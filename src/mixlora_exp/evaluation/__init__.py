@@ -11,8 +11,8 @@ from mixlora_exp.data.encoding import encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.evaluation.answer_text import score_answer_text
 from mixlora_exp.evaluation.forward import Scorer
-from mixlora_exp.evaluation.generate import score_generate
-from mixlora_exp.evaluation.harness_tasks import harness_rows
+from mixlora_exp.evaluation.generate import encode_prompts, score_generate
+from mixlora_exp.evaluation.harness_tasks import check_harness
 from mixlora_exp.evaluation.label_logits import encode_labels, score_label_logits
 from mixlora_exp.evaluation.lockstep import in_lockstep
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore
@@ -25,6 +25,7 @@ def check_tests(
     tokenizer: PreTrainedTokenizerBase,
     tests: Mapping[str, LoadedSplit],
     data: DataConfig,
+    evaluation: EvaluationConfig,
 ) -> None:
     """Check, without a model, that a protocol can score these tasks.
 
@@ -34,13 +35,13 @@ def check_tests(
     for task, test in tests.items():
         match protocol:
             case Protocol.label_logits:
-                encode_labels(tokenizer, test.items, data)
+                encode_labels(tokenizer, test.items, data, evaluation)
             case Protocol.answer_text:
                 encode_questions(tokenizer, test.items, AnswerForm.text, data)
             case Protocol.generate:
-                encode_questions(tokenizer, test.items, AnswerForm.label, data)
+                encode_prompts(tokenizer, test.items, data, evaluation)
             case Protocol.lm_eval:
-                harness_rows(task, test)
+                check_harness(tokenizer, task, test)
 
 
 def score_tests(

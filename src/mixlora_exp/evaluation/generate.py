@@ -7,16 +7,18 @@ or several, is counted as unparsed and as wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
-from mixlora_exp.data.encoding import encode_questions
+from mixlora_exp.data.encoding import Encoded, encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.evaluation.forward import Scorer, batches
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["parse_answer", "score_generate"]
+__all__ = ["encode_prompts", "parse_answer", "score_generate"]
 
 PREAMBLE = re.compile(r"\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?answer\s*(?:is\b|:)\W*)?", re.I)
 
@@ -53,6 +55,20 @@ def parse_answer(text: str, item: Item) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+) -> list[Encoded]:
+    """The items' prompts, each with room for the answer.
+
+    Raises:
+        UserError: labels are the same token or unknown, or an item is too long for the model.
+    """
+    return encode_questions(tokenizer, items, AnswerForm.label, data, evaluation.max_new_tokens)
+
+
 def score_generate(
     scorer: Scorer,
     tests: Mapping[str, LoadedSplit],
@@ -65,7 +81,7 @@ def score_generate(
         for task, test in tests.items()
         for item, encoded in zip(
             test.items,
-            encode_questions(scorer.tokenizer, test.items, AnswerForm.label, data),
+            encode_prompts(scorer.tokenizer, test.items, data, evaluation),
             strict=True,
         )
     ]

@@ -40,6 +40,8 @@ class SharedPrefixLM(HFLM):
             super().__init__(pretrained=scorer.model, tokenizer=scorer.tokenizer, backend="causal")
         self.scorer = scorer
         self._documents: list[tuple[str, int]] | None = None
+        self.cut: set[tuple[str, int]] = set()
+        """Task and number of each document that lost the beginning of its context."""
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
         # What the encoded requests no longer tell: which of them belong to one question.
@@ -54,7 +56,10 @@ class SharedPrefixLM(HFLM):
         members: dict[tuple[str, int], list[int]] = {}
         for index, document in enumerate(documents):
             members.setdefault(document, []).append(index)
-        questions = [[self._request(*requests[i][1:]) for i in own] for own in members.values()]
+        questions = [
+            [self._request(document, *requests[i][1:]) for i in own]
+            for document, own in members.items()
+        ]
         keys = [f"{task}/{number}" for task, number in members]
         groups = [OURS.get(task, task) for task, _ in members]
         found = self.scorer.log_likelihoods(questions, keys, groups)
@@ -66,10 +71,22 @@ class SharedPrefixLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return results
 
-    def _request(self, context: list[int], continuation: list[int]) -> Request:
-        """What does not fit is cut from the left, as in the parent."""
-        tokens = (context + continuation)[-(self.max_length + 1) :]
-        return Request(tokens, min(len(continuation), len(tokens) - 1))
+    def _request(
+        self, document: tuple[str, int], context: list[int], continuation: list[int]
+    ) -> Request:
+        """What does not fit is cut from the left, as in the parent, which refuses to cut the
+        continuation, too."""
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"evaluation.protocols=lm_eval: an answer of document {document[1]} of "
+                f"{document[0]} has {len(continuation):,} tokens, and the model has "
+                f"{self.max_length:,} positions: leave the row out, or take another model"
+            )
+        tokens = context + continuation
+        kept = tokens[-(self.max_length + 1) :]
+        if len(kept) < len(tokens):
+            self.cut.add(document)
+        return Request(kept, min(len(continuation), len(kept) - 1))
 
 
 @contextmanager
@@ -148,10 +165,12 @@ def _item_score(task: str, item: Item, sample: Mapping[str, Any]) -> ItemScore:
 
 
 def task_scores(
-    results: Mapping[str, Any], tests: Mapping[str, LoadedSplit], scorer: Scorer | None = None
+    results: Mapping[str, Any],
+    tests: Mapping[str, LoadedSplit],
+    model: SharedPrefixLM | None = None,
 ) -> list[TaskScore]:
     """lm-eval's results as this project's: its `acc` is `accuracy`, its `acc_norm` (where the task
-    has one) `accuracy_normalized`."""
+    has one) `accuracy_normalized`. `model`, which gave them, knows the rest of a record."""
     scores = []
     for task, test in tests.items():
         name = HARNESS_TASKS[task].name
@@ -164,8 +183,8 @@ def task_scores(
                 "lm_eval",
                 test.items,
                 [_item_score(task, *pair) for pair in zip(test.items, samples, strict=True)],
-                shortened=0,
-                expert_load=None if scorer is None else scorer.take_expert_load(task),
+                shortened=0 if model is None else sum(cut == name for cut, _ in model.cut),
+                expert_load=None if model is None else model.scorer.take_expert_load(task),
             )
         )
     return scores
@@ -175,6 +194,8 @@ def score_lm_eval(scorer: Scorer, tests: Mapping[str, LoadedSplit]) -> list[Task
     """Score the items of all tasks in one pass.
 
     Raises:
-        UserError: lm-eval has no such task, or lacks a field of a row.
+        UserError: lm-eval has no such task or lacks a field of a row, or an answer is too long for
+            the model.
     """
-    return task_scores(evaluate_tasks(SharedPrefixLM(scorer), tests), tests, scorer)
+    model = SharedPrefixLM(scorer)
+    return task_scores(evaluate_tasks(model, tests), tests, model)

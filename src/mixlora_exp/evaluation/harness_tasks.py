@@ -15,24 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
+from mixlora_exp.data.encoding import check_labels, encode
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
+from mixlora_exp.tasks.base import Item, Prompt
 
-__all__ = ["HARNESS_TASKS", "HarnessTask", "harness_rows", "write_tasks"]
+__all__ = ["HARNESS_TASKS", "HarnessTask", "check_harness", "harness_rows", "write_tasks"]
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class HarnessTask:
-    """A task of lm-eval: its name, its file in the package, the fields that its templates read,
-    and which option of the item each of its choices is (in order; null: the same order)."""
+    """A task of lm-eval: its name, its file in the package, the fields that its templates read (of
+    a row and its item), which option of the item each of its choices is (in order; null: the same
+    order), and its choices where they are the same for all items."""
 
     name: str
     file: str
-    row: Callable[[Row], dict[str, Any]]
+    row: Callable[[Row, Item], dict[str, Any]]
     choices: tuple[int, ...] | None = None
+    words: tuple[str, ...] = ()
+
+
+# Texts are the row's own, which the harness treats in its own way. The right answer is the item's:
+# there it has been read and checked, whatever a file makes of it ("B\r", " 1").
 
 
 def _take(row: Row, *names: str) -> dict[str, Any]:
@@ -42,46 +51,54 @@ def _take(row: Row, *names: str) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
-def _arc(row: Row) -> dict[str, Any]:
-    return _take(row, "question", "choices", "answerKey")
+def _choices(row: Row, item: Item) -> dict[str, Any]:
+    texts = _take(row, "choices")["choices"]["text"]
+    key = item.labels[item.answer]
+    return {"choices": {"text": texts, "label": list(item.labels)}, "answerKey": key}
 
 
-def _obqa(row: Row) -> dict[str, Any]:
-    return _take(row, "question_stem", "choices", "answerKey")
+def _arc(row: Row, item: Item) -> dict[str, Any]:
+    return {**_take(row, "question"), **_choices(row, item)}
 
 
-def _boolq(row: Row) -> dict[str, Any]:
+def _obqa(row: Row, item: Item) -> dict[str, Any]:
+    return {**_take(row, "question_stem"), **_choices(row, item)}
+
+
+def _boolq(row: Row, item: Item) -> dict[str, Any]:
     # The harness knows SuperGLUE's field: an `answer` beside it would be ignored in silence.
-    return {**_take(row, "passage", "question"), "label": int(_take(row, "answer")["answer"])}
+    return {**_take(row, "passage", "question"), "label": NO_YES.index(item.answer)}
 
 
-def _piqa(row: Row) -> dict[str, Any]:
-    return {**_take(row, "goal", "sol1", "sol2"), "label": int(_take(row, "label")["label"])}
+def _piqa(row: Row, item: Item) -> dict[str, Any]:
+    return {**_take(row, "goal", "sol1", "sol2"), "label": item.answer}
 
 
-def _siqa(row: Row) -> dict[str, Any]:
+def _siqa(row: Row, item: Item) -> dict[str, Any]:
     texts = _take(row, "context", "question", "answerA", "answerB", "answerC")
-    return {**texts, "label": str(_take(row, "label")["label"])}
+    return {**texts, "label": str(item.answer + 1)}
 
 
-def _hellaswag(row: Row) -> dict[str, Any]:
+def _hellaswag(row: Row, item: Item) -> dict[str, Any]:
     # `ctx` may be given whole: without its second part, the harness appends nothing to the first.
     parts = (row["ctx_a"], row["ctx_b"]) if row.get("ctx_b") and row.get("ctx_a") else None
     first, second = parts or (_take(row, "ctx")["ctx"], "")
     kept = _take(row, "activity_label", "endings")
-    return {**kept, "ctx_a": first, "ctx_b": second, "label": str(_take(row, "label")["label"])}
+    return {**kept, "ctx_a": first, "ctx_b": second, "label": str(item.answer)}
 
 
-def _winogrande(row: Row) -> dict[str, Any]:
+def _winogrande(row: Row, item: Item) -> dict[str, Any]:
     texts = _take(row, "sentence", "option1", "option2")
-    return {**texts, "answer": str(_take(row, "answer")["answer"])}
+    return {**texts, "answer": str(item.answer + 1)}
 
+
+NO_YES = (1, 0)
+"""BoolQ: the harness's choices are no and yes, this project's options true and false."""
 
 HARNESS_TASKS: dict[str, HarnessTask] = {
     "arc_e": HarnessTask("arc_easy", "arc/arc_easy.yaml", _arc),
     "arc_c": HarnessTask("arc_challenge", "arc/arc_challenge.yaml", _arc),
-    # Its choices are no and yes, this project's options true and false.
-    "boolq": HarnessTask("boolq", "super_glue/boolq/default.yaml", _boolq, (1, 0)),
+    "boolq": HarnessTask("boolq", "super_glue/boolq/default.yaml", _boolq, NO_YES, ("no", "yes")),
     "obqa": HarnessTask("openbookqa", "openbookqa/openbookqa.yaml", _obqa),
     "piqa": HarnessTask("piqa", "piqa/piqa.yaml", _piqa),
     "siqa": HarnessTask("social_iqa", "siqa/siqa.yaml", _siqa),
@@ -117,13 +134,27 @@ def harness_rows(task: str, test: LoadedSplit) -> list[dict[str, Any]]:
     rows = []
     for item, row in zip(test.items, test.rows, strict=True):
         try:
-            rows.append(HARNESS_TASKS[task].row(row))
+            rows.append(HARNESS_TASKS[task].row(row, item))
         except ValueError as error:
             raise UserError(
                 f"evaluation.protocols=lm_eval: {item.id} of {task}: {error}; "
                 "choose another protocol, or add the field"
             ) from None
     return rows
+
+
+def check_harness(tokenizer: PreTrainedTokenizerBase, task: str, test: LoadedSplit) -> None:
+    """Check that the harness can score a split with this tokenizer.
+
+    Raises:
+        UserError: as `harness_rows`, or choices that all items have are the same token or unknown.
+    """
+    harness_rows(task, test)
+    words = list(HARNESS_TASKS[task].words)
+    if words:
+        asked = [(f"every item of {task}", Prompt("", "", "Answer:"), words)]
+        (encoded,) = encode(tokenizer, asked, cutoff=tokenizer.model_max_length)
+        check_labels(tokenizer, asked[0][0], words, encoded.answers)
 
 
 def write_tasks(folder: Path, tests: Mapping[str, LoadedSplit]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, ArcLabels, DataConfig, EvaluationConfig
-from mixlora_exp.data.encoding import Encoded, encode_questions
+from mixlora_exp.data.encoding import Encoded, check_labels, encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.forward import Scorer, batches
@@ -53,15 +53,24 @@ def _item_score(item: Item, logits: Tensor, labels: list[int], others: list[int]
 
 
 def encode_labels(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], data: DataConfig
-) -> tuple[list[Encoded], list[list[int]]]:
-    """The items' prompts, and the token of each of their labels.
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+) -> tuple[list[Encoded], list[list[int]], list[list[int]]]:
+    """The items' prompts, the token of each of their labels, and those of the labels that they do
+    not have but may be answered with (`evaluation.arc_labels=nine`).
 
     Raises:
-        UserError: a label is not one token.
+        UserError: a label is not one token, is unknown or the same as another; or an item is too
+            long for the model.
     """
     encoded = encode_questions(tokenizer, items, AnswerForm.label, data)
-    return encoded, [_label_ids(item, e) for item, e in zip(items, encoded, strict=True)]
+    labels = [_label_ids(item, e) for item, e in zip(items, encoded, strict=True)]
+    if evaluation.arc_labels is not ArcLabels.nine:
+        return encoded, labels, [[] for _ in items]
+    others = [_other_labels(tokenizer, *pair) for pair in zip(items, labels, strict=True)]
+    return encoded, labels, others
 
 
 def _other_labels(tokenizer: PreTrainedTokenizerBase, item: Item, own: list[int]) -> list[int]:
@@ -70,6 +79,7 @@ def _other_labels(tokenizer: PreTrainedTokenizerBase, item: Item, own: list[int]
     if item.task not in ("arc_e", "arc_c"):
         return []
     ids = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"][-1] for label in NINE]
+    check_labels(tokenizer, item.id, NINE, [[found] for found in ids])
     return [found for found in ids if found not in own]
 
 
@@ -116,15 +126,12 @@ def score_label_logits(
     nine = evaluation.arc_labels is ArcLabels.nine
     others: list[list[int]] = []
     for task, test in tests.items():
-        encoded, found = encode_labels(scorer.tokenizer, test.items, data)
+        encoded, found, rest = encode_labels(scorer.tokenizer, test.items, data, evaluation)
         shortened[task] = sum(e.shortened for e in encoded)
         items += test.items
         prompts += [e.prompt for e in encoded]
         labels += found
-        others += [
-            _other_labels(scorer.tokenizer, item, own) if nine else []
-            for item, own in zip(test.items, found, strict=True)
-        ]
+        others += rest
         groups += [task] * len(test.items)
     keys = [f"{group}/{item.id}" for group, item in zip(groups, items, strict=True)]
     scores: list[ItemScore | None] = [None] * len(items)

@@ -34,8 +34,11 @@ from mixlora_exp.models.shape import (
     check_shape,
     draws_weights,
     has_builtin_tokenizer,
+    positions_of,
+    with_folder_shape,
 )
 from mixlora_exp.models.tiny import build_tokenizer
+from mixlora_exp.models.vocabulary import fit_vocabulary
 from mixlora_exp.models.weight_files import fingerprint
 
 __all__ = [
@@ -92,6 +95,9 @@ def load_model(
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Return the model's fast tokenizer, padding on the right with a token that it already has.
 
+    Its ids have rows in the embedding, its special tokens are settled, and `model_max_length` is
+    the number of positions of the model: what is longer must not reach it.
+
     It comes from `path`, else from `source`; random weights without `path` have the built-in one,
     so that they need nothing but this program.
     """
@@ -108,11 +114,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         origin = _hub_id(config)
         commit = resolve_commit("tokenizer", origin, config)
         tokenizer = read_tokenizer(origin, config, origin, revision=commit)
-    if draws_weights(config) and len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.vocab_size} is not valid: the tokenizer of {origin} "
-            f"has {len(tokenizer)} tokens"
-        )
+    hint = {"way_out": "set a larger model.vocab_size"} if draws_weights(config) else {}
+    whose = f"model={config.name}: the tokenizer of {origin}"
+    fit_vocabulary(tokenizer, with_folder_shape(config).vocab_size, whose, **hint)
+    tokenizer.model_max_length = positions_of(config)
     return tokenizer
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "check_shape",
     "draws_weights",
     "has_builtin_tokenizer",
+    "positions_of",
     "with_folder_shape",
 ]
 
@@ -83,18 +84,37 @@ def with_folder_shape(config: ModelConfig) -> ModelConfig:
 
     A folder without a readable `config.json` is left to `load_model` to refuse.
     """
-    if config.path is None or config.weights is Weights.random:
-        return config
-    try:
-        found = json.loads((Path(config.path).expanduser() / "config.json").read_text())
-        hf_config = _CONFIG_CLASSES[config.family](**found)
-    except (OSError, ValueError, TypeError):
+    hf_config = _folder_config(config)
+    if hf_config is None:
         return config
     shape = {field: getattr(hf_config, attribute) for field, attribute in _COMPARED.items()}
     if all(getattr(config, field) == value for field, value in shape.items()):
         return config
     # The paper's denominator belongs to the shape that is left behind.
     return dataclasses.replace(config, **shape, nominal_parameters=None)
+
+
+def positions_of(config: ModelConfig) -> int:
+    """How many tokens of a text the model has positions for: the YAML's number, or what the
+    `config.json` of `model.path` says."""
+    hf_config = _folder_config(config)
+    if hf_config is None:
+        return config.max_positions
+    rope = hf_config.rope_parameters or {}
+    # These two stretch the positions of a model whose configuration keeps the number before.
+    stretched = rope.get("rope_type") in ("linear", "dynamic")
+    return int(hf_config.max_position_embeddings * (rope.get("factor", 1.0) if stretched else 1.0))
+
+
+def _folder_config(config: ModelConfig) -> PreTrainedConfig | None:
+    """What the folder says that is loaded; None where none is, or it has no readable file."""
+    if config.path is None or config.weights is Weights.random:
+        return None
+    try:
+        found = json.loads((Path(config.path).expanduser() / "config.json").read_text())
+        return _CONFIG_CLASSES[config.family](**found)
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def check_family(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> None:
@@ -116,3 +136,9 @@ def check_shape(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> N
             raise UserError(
                 f"model.{field}={expected} does not fit {origin}, whose {attribute} is {found}"
             )
+    # What is longer than this is refused before anything is loaded.
+    if loaded.max_position_embeddings < config.max_positions:
+        raise UserError(
+            f"model.max_positions={config.max_positions} does not fit {origin}, which has "
+            f"{loaded.max_position_embeddings}: set it to that"
+        )
