@@ -11,6 +11,7 @@ from typing import Any
 
 from mixlora_exp.config import Config, to_dict
 from mixlora_exp.config.schema import (
+    Base,
     DataSource,
     Head,
     LoraMethodConfig,
@@ -22,9 +23,14 @@ from mixlora_exp.evaluation import check_tests
 from mixlora_exp.hashing import code_sha256, file_sha256
 from mixlora_exp.kernels import has_triton, resolve_kernel
 from mixlora_exp.models import (
+    check_model,
+    contradict,
     has_local_tokenizer,
     identify,
+    known_identity,
     load_tokenizer,
+    of_record,
+    read_base,
     with_folder_shape,
 )
 from mixlora_exp.results.record import read_record
@@ -44,6 +50,7 @@ __all__ = [
 
 
 RECORD = "record.json"
+SIGN = "fingerprint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +126,21 @@ def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
     }
 
 
-def _check_base(config: Config, adapter: dict[str, Any] | None, model: dict[str, Any]) -> None:
-    """Refuse an adapter whose record names another base model."""
-    trained_by = (adapter or {}).get("trained_by")
-    if trained_by is None:
+def _check_base(config: Config, adapter: dict[str, Any] | None) -> None:
+    """Refuse an adapter that is known to be trained on other weights, before any are loaded."""
+    if adapter is None or config.base is Base.accept:
         return
-    then, now = (
-        {k: v for k, v in m.items() if k != "commit"} for m in (trained_by["model"], model)
-    )
-    if then != now:
-        name = trained_by["config"]["model"]["name"]
-        places = [f"{m['source']} {m.get('id') or m.get('path')}" for m in (then, now)]
-        raise UserError(
-            f"adapter={config.adapter} was trained on {name} ({places[0]}), not on "
-            f"model={config.model.name} ({places[1]}): use that model"
-        )
+    folder = Path(str(config.adapter)).expanduser()
+    then, trained_by = read_base(folder), adapter["trained_by"]
+    if then is None and trained_by is not None:
+        then = of_record(trained_by)
+    if then is None:
+        return
+    now = known_identity(config.model, config.seed)
+    if contradict(then, now):
+        from mixlora_exp.adapters.based import refusal
+
+        raise refusal(folder, then, now)
 
 
 def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
@@ -188,6 +195,7 @@ def gather_inputs(config: Config) -> Inputs:
     _check_tracker(config)
     _check_processes(config)
     _check_head(config)
+    check_model(config.model)
     splits = _splits(config)
     adapter = adapter_entry(config)
     identity = {
@@ -201,7 +209,7 @@ def gather_inputs(config: Config) -> Inputs:
         "kernel": _kernel(config, adapter),
         "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
     }
-    _check_base(config, adapter, identity["model"])
+    _check_base(config, adapter)
     return Inputs(splits, identity)
 
 
@@ -220,11 +228,12 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
         if not (elsewhere or config.dry_run):
             _check_head(config)
             _kernel(config, adapter)
-        path = config.model.path
-        if path is not None and not Path(path).expanduser().is_dir():
-            raise UserError(f"model.path={path} is not valid: there is no such folder")
-        if (adapter or {}).get("trained_by") is not None:
-            _check_base(config, adapter, identify(config.model))
+        if (model := json.dumps(to_dict(config.model))) not in checked:
+            check_model(config.model, here=not (elsewhere or config.dry_run))
+            if has_local_tokenizer(config.model):
+                load_tokenizer(config.model)
+            checked.add(model)
+        _check_base(config, adapter)
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue
         # Cells that differ in the method alone read the same.
@@ -256,7 +265,8 @@ def comparable(identity: dict[str, Any]) -> dict[str, Any]:
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     """Names of the inputs in which a finished run differs: data splits by hash, the rest whole.
 
-    A hub model's commit is known only once it is loaded, so it is not compared.
+    A hub model's commit is known only once it is loaded, so it is not compared; nor is a
+    fingerprint that is not known yet.
     """
     found = []
     for split, files in now["data"].items():
@@ -268,9 +278,9 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     for name in names:
         old, new = then.get(name), now[name]
         if isinstance(old, dict) and isinstance(new, dict):
-            old, new = (
-                {k: v for k, v in x.items() if k not in ("commit", "path")} for x in (old, new)
-            )
+            unknown = {SIGN} if None in (old.get(SIGN), new.get(SIGN)) else set()
+            left_out = {"commit", "path", *unknown}
+            old, new = ({k: v for k, v in x.items() if k not in left_out} for x in (old, new))
         if old != new:
             found.append(name)
     return found

@@ -151,13 +151,28 @@ def _together(config: Config) -> str:
     return f"adapters like this on one base: {fits}"
 
 
+def _counted_parameters(config: Config) -> Parameters:
+    """From the shape in the YAML; the base's own weights are counted where a folder has them, for
+    it may have more than the shape tells, such as biases."""
+    found = count_parameters(config.model, config.method)
+    if config.model.path is None:
+        return found
+    from mixlora_exp.models import frozen_parameters
+
+    base = frozen_parameters(config.model)
+    if base is None or base == found.base:
+        return found
+    whole = base + found.adapter + found.magnitude
+    return dataclasses.replace(found, base=base, percent_true=100 * found.trainable / whole)
+
+
 def plan(config: Config) -> Plan:
     """Plan a run. Reads data files only where they are local or generated.
 
     Raises:
         UserError: local data is missing or malformed.
     """
-    parameters = count_parameters(config.model, config.method)
+    parameters = _counted_parameters(config)
     rows, tests, items = _rows(config)
     examples = sum(rows.values()) * len(config.data.forms)
     lengths = _counted(config, items) if examples else []
@@ -268,4 +283,4 @@ def print_plan_together(configs: Sequence[Config]) -> None:
 
 def parameters_entry(config: Config) -> dict[str, Any]:
     """The parameter counts as they stand in a record."""
-    return dataclasses.asdict(count_parameters(config.model, config.method))
+    return dataclasses.asdict(_counted_parameters(config))

@@ -8,6 +8,7 @@ __all__ = [
     "AnswerForm",
     "AnswerKind",
     "ArcLabels",
+    "Base",
     "DataSource",
     "Family",
     "Head",
@@ -110,6 +111,13 @@ class ArcLabels(Enum):
 
     own = "own"
     nine = "nine"
+
+
+class Base(Enum):
+    """Whether an adapter that was trained on other weights than the chosen model's is refused."""
+
+    check = "check"
+    accept = "accept"
 
 
 class Protocol(Enum):

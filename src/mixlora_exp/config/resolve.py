@@ -30,6 +30,8 @@ EXCLUDED = (
     "output_dir",
     "dry_run",
     "force",
+    # It lets a run happen or not; adapter and model are what they are.
+    "base",
     "tracker",
     # Its values count where they are used.
     "preset",

@@ -14,6 +14,7 @@ from mixlora_exp.config.choices import (
     AnswerForm,
     AnswerKind,
     ArcLabels,
+    Base,
     DataSource,
     Family,
     Head,
@@ -44,6 +45,7 @@ __all__ = [
     "AnswerForm",
     "AnswerKind",
     "ArcLabels",
+    "Base",
     "Config",
     "CustomTask",
     "DataConfig",
@@ -347,6 +349,8 @@ class Config:
     dry_run: bool = False
     adapter: str | None = None
     """Score the adapter in this folder (with method=none); train nothing."""
+    base: Base = Base.check
+    """`accept`: score the adapter although it was trained on other weights than the model's."""
     force: bool = False
     """Run again although a finished record of the same fingerprint exists."""
     adapters: list[Any] = field(default_factory=list)

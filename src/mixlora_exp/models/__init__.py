@@ -5,11 +5,14 @@ from __future__ import annotations
 from mixlora_exp.models.base_identity import (
     BaseIdentity,
     base_of,
+    contradict,
     known_identity,
+    of_record,
     read_base,
     same_weights,
     write_base,
 )
+from mixlora_exp.models.checks import check_model, frozen_parameters
 from mixlora_exp.models.families import FAMILIES, FamilyLayout
 from mixlora_exp.models.loading import (
     build_hf_config,
@@ -28,12 +31,16 @@ __all__ = [
     "FamilyLayout",
     "base_of",
     "build_hf_config",
+    "check_model",
+    "contradict",
     "fit_vocabulary",
+    "frozen_parameters",
     "has_local_tokenizer",
     "identify",
     "known_identity",
     "load_model",
     "load_tokenizer",
+    "of_record",
     "read_base",
     "same_weights",
     "settle_special_tokens",

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,11 @@ __all__ = [
     "BASE_FILE",
     "BaseIdentity",
     "base_of",
+    "contradict",
+    "hub_snapshot",
     "identified",
     "known_identity",
+    "of_record",
     "read_base",
     "same_weights",
     "write_base",
@@ -101,7 +104,7 @@ def _of_folder(folder: Path | None) -> str | None:
         return None
 
 
-def _snapshot(config: ModelConfig, revision: str | None) -> Path | None:
+def hub_snapshot(config: ModelConfig, revision: str | None) -> Path | None:
     """Where the hub's cache has the files of a repository; the network is not asked."""
     if config.hub_id is None:
         return None
@@ -121,7 +124,7 @@ def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
     elif config.source is ModelSource.pypi:
         folder = cached_folder(config) if is_cached(config) else None
     else:
-        folder = _snapshot(config, config.revision)
+        folder = hub_snapshot(config, config.revision)
     return _described(config, seed, _of_folder(folder))
 
 
@@ -141,7 +144,7 @@ def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
             # Where they were read from, which is a folder but for the hub.
             place = Path(model.config.name_or_path)
             if config.path is None and config.source is ModelSource.hub:
-                place = _snapshot(config, getattr(model.config, "_commit_hash", None))
+                place = hub_snapshot(config, getattr(model.config, "_commit_hash", None))
             found = _of_folder(place)
         model.__dict__[_NOTED] = _described(config, seed, found)
         return model
@@ -161,6 +164,27 @@ def same_weights(one: BaseIdentity | None, other: BaseIdentity | None) -> bool |
     first, second = (found.fingerprint.split(":") for found in (one, other))
     # The device of random weights is not always known.
     return first[:2] == second[:2] and (len(first) != len(second) or first == second)
+
+
+def contradict(one: BaseIdentity, other: BaseIdentity) -> bool:
+    """Tell whether two base models are known to be others. Without fingerprints little is: names on
+    the hub are of mirrors, and folders are moved, but drawn weights are not read ones."""
+    same = same_weights(one, other)
+    if same is not None:
+        return not same
+    random = [found for found in (one, other) if found.source == "random"]
+    return len(random) == 1 or (len(random) == 2 and one.id != other.id)
+
+
+def of_record(record: Mapping[str, Any]) -> BaseIdentity:
+    """The base model that a run's record tells of."""
+    model, config = record["model"], record["config"]
+    seed = config["seed"] if model["source"] == "random" else None
+    name, found = config["model"]["name"], model.get("fingerprint")
+    called = str(model.get("id"))
+    if model["source"] == "path":
+        called = re.split(r"[/\\]", called)[-1]
+    return BaseIdentity(name, model["source"], called, seed, found)
 
 
 def write_base(folder: Path, identity: BaseIdentity) -> None:

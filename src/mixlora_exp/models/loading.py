@@ -47,6 +47,7 @@ __all__ = [
     "identify",
     "load_model",
     "load_tokenizer",
+    "local_folder",
 ]
 
 
@@ -68,12 +69,7 @@ def load_model(
     if draws_weights(config):
         return _random_model(config, dtype, seed, device)
     if config.path is not None:
-        if config.layers is not None:
-            raise UserError(
-                f"model.layers={config.layers} cannot cut model.path={config.path}: "
-                "its own depth is used (cutting the depth needs model.weights=random)"
-            )
-        folder, origin = _local_folder(config), f"model.path={config.path}"
+        folder, origin = local_folder(config), f"model.path={config.path}"
         model = read_model(str(folder), dtype, config, origin, device)
         check_family(config, model.config, origin)
         return model
@@ -103,7 +99,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     if config.path is not None:
         origin = f"model.path={config.path}"
-        tokenizer = read_tokenizer(str(_local_folder(config)), config, origin)
+        tokenizer = read_tokenizer(str(local_folder(config)), config, origin)
     elif has_builtin_tokenizer(config):
         origin = "random weights"
         tokenizer = finish_tokenizer(build_tokenizer(), config, origin)
@@ -145,7 +141,7 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
         "fingerprint": None if noted is None else noted.fingerprint,
     }
     if config.weights is not Weights.random and config.path is not None:
-        folder = _local_folder(config)
+        folder = local_folder(config)
         return {
             "source": "path",
             "id": str(folder),
@@ -178,13 +174,18 @@ def _hub_id(config: ModelConfig) -> str:
     return config.hub_id
 
 
-def _local_folder(config: ModelConfig) -> Path:
+def local_folder(config: ModelConfig) -> Path:
     """Return `model.path` as a folder, checked for what this run needs of it."""
     folder = Path(str(config.path)).expanduser()
     if not folder.is_dir():
         raise UserError(f"model.path={config.path} is not valid: there is no such folder")
     if config.weights is Weights.random:
         return folder  # Only its tokenizer is read.
+    if config.layers is not None:
+        raise UserError(
+            f"model.layers={config.layers} cannot cut model.path={config.path}: "
+            "its own depth is used (cutting the depth needs model.weights=random)"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={config.path} is not valid: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):

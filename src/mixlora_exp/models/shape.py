@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GemmaConfig, LlamaConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from mixlora_exp.config.schema import Family, ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
@@ -19,8 +22,12 @@ __all__ = [
     "draws_weights",
     "has_builtin_tokenizer",
     "positions_of",
+    "read_hf_config",
     "with_folder_shape",
 ]
+
+SIZE_LIMIT = 2**22
+"""Bytes that no `config.json` has."""
 
 _CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
     Family.llama: LlamaConfig,
@@ -111,10 +118,34 @@ def _folder_config(config: ModelConfig) -> PreTrainedConfig | None:
     if config.path is None or config.weights is Weights.random:
         return None
     try:
-        found = json.loads((Path(config.path).expanduser() / "config.json").read_text())
-        return _CONFIG_CLASSES[config.family](**found)
-    except (OSError, ValueError, TypeError):
+        return read_hf_config(Path(config.path).expanduser(), config, "model.path")[0]
+    except UserError:
         return None
+
+
+def read_hf_config(folder: Path, config: ModelConfig, origin: str) -> tuple[PreTrainedConfig, bool]:
+    """The configuration in a model's folder, read as plain values, and whether its weights are
+    stored as they are (and not quantised).
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another family than the YAML names.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        if path.stat().st_size > SIZE_LIMIT:
+            raise ValueError(f"it has more than {SIZE_LIMIT} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        check_family(config, SimpleNamespace(model_type=found.get("model_type")), origin)
+        plain = not found.get("quantization_config")
+        return _CONFIG_CLASSES[config.family](**found), plain
+    except (OSError, ValueError, TypeError, RecursionError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model={config.name}: cannot read {CONFIG_NAME} of {origin} ({reason}): take another "
+            "copy of the model"
+        ) from error
 
 
 def check_family(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> None:

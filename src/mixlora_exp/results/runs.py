@@ -133,6 +133,11 @@ class Run:
         """Whether an adapter of another run was scored."""
         return self.record.get("adapter") is not None
 
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The counts of the model and the method that were trained."""
+        return self._source()["parameters"]
+
     def _source(self) -> Mapping[str, Any]:
         """The record of the training, or what the record of a scoring keeps of it."""
         return self.record["adapter"]["trained_by"] if self.rescored else self.record

@@ -195,8 +195,23 @@ def _versus(
         yield Row(label, (dash, *cells, average))
 
 
-def _params(spec: Spec, model: str, variant: Variant, printed: str | None) -> tuple[Cell, Cell]:
-    counted = spec.params(model, variant)
+def _counted(
+    spec: Spec, model: str, variant: Variant, runs: Iterable[Run]
+) -> tuple[float, float] | None:
+    """#Params as (percent in the paper's denominator, percent of all weights): as the records have
+    it, none where they differ; of the shape in conf/model where nothing was run."""
+    found = {
+        (p["percent_paper"] or 0.0, p["percent_true"]) for p in (run.parameters for run in runs)
+    }
+    if not found or variant.method == "none":
+        return spec.params(model, variant)
+    return found.pop() if len(found) == 1 else None
+
+
+def _params(
+    spec: Spec, model: str, variant: Variant, printed: str | None, runs: Iterable[Run]
+) -> tuple[Cell, Cell]:
+    counted = _counted(spec, model, variant, runs)
     if counted is None:
         return paper(printed), dash
     paper_percent, true_percent = counted
@@ -224,6 +239,7 @@ def _block(
     order = [*_variants(spec), *sorted(extra, key=lambda v: (v.method, v.setup, v.value))]
     lines: dict[Variant, tuple[Row | None, Row]] = {}
     for variant in order:
+        runs = [run for found in members.get(variant, {}).values() for run in found]
         key = spec.paper_key(model, variant)
         line = printed.line(**key) if key else None
         from_paper = None
@@ -231,10 +247,10 @@ def _block(
             marks = [(line_id(line), task) in marked for task in (*spec.tasks, "avg")]
             printed_cells = [line[task] for task in (*spec.tasks, "avg")]
             cells = [paper(v, mark="†" * m) for v, m in zip(printed_cells, marks, strict=True)]
-            own, counted = _params(spec, model, variant, line.get("params_pct"))
+            own, counted = _params(spec, model, variant, line.get("params_pct"), runs)
             from_paper = Row((*variant.label, "paper"), (own, *cells))
         else:
-            _, counted = _params(spec, model, variant, None)
+            _, counted = _params(spec, model, variant, None, runs)
         if from_paper is None and variant.setup not in setups:
             continue
         found = _line(
