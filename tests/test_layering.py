@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "memory": {"config"},
     "planning": EVERYTHING,
     "reporting": EVERYTHING,
+    "basechoice": EVERYTHING,
     "rescoring": EVERYTHING,
     "serving": EVERYTHING,
     "merging": EVERYTHING,

@@ -63,6 +63,18 @@ def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
     return launch_sweep(session, name, overrides, plan)
 
 
+def _base_model(overrides: Sequence[str]) -> list[str]:
+    """The words that choose the base model of an adapter that is scored, where none were given."""
+    given = dict(line.split("=", 1) for line in overrides if "=" in line)
+    folder = Path(given.get("adapter", "null").strip("'\"")).expanduser()
+    # What else may be wrong with it is told when the configuration is there.
+    if given.get("method") != "none" or "experiment" in given or not folder.is_dir():
+        return []
+    from mixlora_exp.basechoice import base_words
+
+    return base_words(folder, given)
+
+
 def _show(argv: Sequence[str], args: argparse.Namespace) -> int:
     """Let Hydra print help, the configuration or its own state."""
     register_schemas()
@@ -92,6 +104,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         if not Path(args.config_dir).is_dir():
             raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
         overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
+    overrides = [*_base_model(overrides), *overrides]
     name = args.config_name or "config"
     with ExitStack() as stack:
         session = stack.enter_context(open_session(args.config_path or CONF_DIR))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.config import Config, fingerprint, run_name, to_dict
-from mixlora_exp.config.schema import LoraMethodConfig
+from mixlora_exp.config.schema import Base, LoraMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
@@ -265,7 +265,8 @@ def _carry_out(this: Run) -> dict[str, Any]:
     model: torch.nn.Module = base
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
-        model = load_adapter(base, Path(adapter).expanduser(), config.kernel)
+        accept = config.base is Base.accept
+        model = load_adapter(base, Path(adapter).expanduser(), config.kernel, accept=accept)
     return finish(this, base, summary, before, _score(this, model))
 
 
@@ -367,7 +368,8 @@ def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
 
 def score_alone(this: Run, base: PreTrainedModel) -> Scores:
     """Score the adapter of a run, loaded back from disk, and take it off again."""
-    model = load_adapter(base, this.adapter_folder, this.config.kernel)
+    accept = this.config.base is Base.accept
+    model = load_adapter(base, this.adapter_folder, this.config.kernel, accept=accept)
     found = _score(this, model)
     model.unload()
     return found

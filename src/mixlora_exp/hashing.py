@@ -14,11 +14,11 @@ __all__ = ["code_sha256", "file_sha256"]
 PACKAGE = Path(__file__).parent
 BESIDE = frozenset(
     (
-        "bench", "cli.py", "config/explain.py", "continuing.py", "durable.py", "errors.py",
-        "generation.py", "interruption.py", "jobs.py", "ledger.py", "lm_eval.py", "meaning.py",
-        "memory.py", "merging.py", "planning.py", "reporting.py", "rescoring.py", "results",
-        "runlock.py", "search.py", "search_study.py", "serving.py", "status.py", "sweep.py",
-        "training/checkpoints.py", "training/progress.py", "training/sinks.py",
+        "basechoice.py", "bench", "cli.py", "config/explain.py", "continuing.py", "durable.py",
+        "errors.py", "generation.py", "interruption.py", "jobs.py", "ledger.py", "lm_eval.py",
+        "meaning.py", "memory.py", "merging.py", "planning.py", "reporting.py", "rescoring.py",
+        "results", "runlock.py", "search.py", "search_study.py", "serving.py", "status.py",
+        "sweep.py", "training/checkpoints.py", "training/progress.py", "training/sinks.py",
         "training/tracking.py", "underway.py",
     )
 )  # fmt: skip

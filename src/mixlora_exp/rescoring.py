@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mixlora_exp.basechoice import base_words
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose
 from mixlora_exp.config.switches import SWITCHES
@@ -36,7 +37,7 @@ Other fields as for train.py, for example evaluation.limit=100 or data=local dat
 """
 
 # The method is that of the adapter; what a run would train with plays no part.
-NOT_TAKEN = ("method", "adapter", "dry_run", "force", "tracker")
+NOT_TAKEN = ("method", "adapter", "base", "dry_run", "force", "tracker")
 GROUPS = ("preset", "model", "task", "data", "kernel", "trainer", "evaluation")
 
 
@@ -84,16 +85,10 @@ def _check_adapter(adapter: str | None) -> None:
 
 
 def _base_model(given: Mapping[str, str]) -> list[str]:
-    """The model that the record beside an adapter names, and the seed that a random one is drawn
-    from, unless they are given."""
-    if "adapter" not in given or "model" in given:
+    """The words that choose the base model of the adapter that is named."""
+    if "adapter" not in given:
         return []
-    record = Path(given["adapter"].strip("'\"")).expanduser().parent / "record.json"
-    if not record.is_file():
-        return []
-    skipped = {name for name in given if name == "seed" or name.startswith("model.")}
-    trained = read_record(record)["config"]
-    return list(recorded({"model": trained["model"], "seed": trained["seed"]}, skipped))
+    return base_words(Path(given["adapter"].strip("'\"")).expanduser(), given)
 
 
 def translate(argv: Sequence[str]) -> list[str]:

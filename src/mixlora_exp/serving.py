@@ -9,24 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
+from mixlora_exp.basechoice import base_words
 from mixlora_exp.config import compose
-from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Base, Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.inputs import RECORD, resolve_config
-from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.rescoring import recorded
+from mixlora_exp.models import (
+    BaseIdentity,
+    contradict,
+    load_model,
+    load_tokenizer,
+    of_record,
+    read_base,
+)
 from mixlora_exp.results.record import read_record
 from mixlora_exp.runtime import resolve_device, resolve_dtype
 
 __all__ = ["Opened", "labelled", "open_adapter", "open_adapters", "split_words"]
 
-GROUPS = ("model", "kernel", "seed", "trainer.precision")
+GROUPS = ("model", "kernel", "seed", "trainer.precision", "base")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +59,8 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _overrides(adapter: Path | None, words: Sequence[str]) -> list[str]:
     given = {word.partition("=")[0] for word in words}
-    record = None if adapter is None else adapter.parent / RECORD
-    if record is None or not record.is_file() or "model" in given:
-        return ["method=none", *words]
-    trained = read_record(record)["config"]
-    # A random base model is drawn from the seed.
-    kept = {"model": trained["model"], "seed": trained["seed"]}
-    kept["trainer"] = {"precision": trained["trainer"]["precision"]}
-    return ["method=none", *recorded(kept, given), *words]
+    chosen = [] if adapter is None else base_words(adapter, given, precision=True)
+    return ["method=none", *chosen, *words]
 
 
 def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
@@ -72,7 +72,7 @@ def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
     folder = None if adapter is None else _folder_of(adapter)
     model, tokenizer, config = _open_base(folder, words)
     if folder is not None:
-        model = load_adapter(model, folder, config.kernel)
+        model = load_adapter(model, folder, config.kernel, accept=config.base is Base.accept)
         _check_numbers(model, folder)
     return Opened(model.eval(), tokenizer, config)
 
@@ -86,10 +86,15 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
             different base models.
     """
     folders = labelled(adapters)
-    _check_one_base(list(folders.values()))
+    if "base=accept" not in words:
+        _check_one_base(list(folders.values()))
     base, tokenizer, config = _open_base(next(iter(folders.values())), words)
     names = {label: f"adapter{number}" for number, label in enumerate(folders)}
-    model = load_adapters(base, {names[label]: folder for label, folder in folders.items()})
+    model = load_adapters(
+        base,
+        {names[label]: folder for label, folder in folders.items()},
+        accept=config.base is Base.accept,
+    )
     set_kernel(model, config.kernel.name.value)
     for label, folder in folders.items():
         _check_numbers(model, folder, names[label])
@@ -115,20 +120,20 @@ def labelled(adapters: Sequence[str]) -> dict[str, Path]:
 
 
 def _check_one_base(folders: Sequence[Path]) -> None:
-    """Refuse adapters of different base models, as far as records tell."""
-    seen: tuple[Path, dict[str, Any]] | None = None
+    """Refuse adapters of different base models, as far as the notes beside them tell."""
+    seen: tuple[Path, BaseIdentity] | None = None
     for folder in folders:
-        path = folder.parent / RECORD
-        if not path.is_file():
+        base, path = read_base(folder), folder.parent / RECORD
+        if base is None and path.is_file():
+            base = of_record(read_record(path))
+        if base is None:
             continue
-        model = {k: v for k, v in read_record(path)["model"].items() if k != "commit"}
-        if seen is not None and seen[1] != model:
-            shown = [f"{m['source']} {m.get('id') or m.get('path')}" for m in (seen[1], model)]
+        if seen is not None and contradict(seen[1], base):
             raise UserError(
-                f"adapters: {seen[0]} was trained on {shown[0]}, and {folder} on {shown[1]}: "
+                f"adapters: {seen[0]} was trained on {seen[1]}, and {folder} on {base}: "
                 "give adapters of one base model, or ask them one by one"
             )
-        seen = (folder, model)
+        seen = (folder, base)
 
 
 def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> None:
@@ -149,7 +154,7 @@ def _folder_of(adapter: str) -> Path:
     if (folder / "last_good").is_dir() and not inner.is_dir():
         raise UserError(
             f"adapter={adapter} is a run that failed: adapter={folder / 'last_good'} is what is "
-            "left of it (its base model has to be named, model=NAME)"
+            "left of it"
         )
     return inner if inner.is_dir() else folder
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
+from mixlora_exp.adapters.hosting import check_shareable
 from mixlora_exp.config import Config, run_name
-from mixlora_exp.config.schema import LoraMethodConfig, Protocol
+from mixlora_exp.config.schema import Base, LoraMethodConfig, Protocol
 from mixlora_exp.config.together import check_together
 from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
@@ -93,6 +94,10 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
         return [] if path is None else [path]
     configs = [resolve_config(config) for config in configs]
     check_together(configs, [run_name(config) for config in configs])
+    for config in configs:
+        if config.adapter is not None:
+            # Also one that is scored by itself would leave its base changed.
+            check_shareable(Path(config.adapter).expanduser())
     if configs[0].dry_run:
         check_inputs(list(configs))
         for config in configs:
@@ -239,7 +244,11 @@ def score_together(
     }
     found: dict[str, Scores | BaseException] = {}
     if len(shared) > 1:
-        model = load_adapters(base, {name: this.adapter_folder for name, this in shared.items()})
+        model = load_adapters(
+            base,
+            {name: this.adapter_folder for name, this in shared.items()},
+            accept=all(this.config.base is Base.accept for this in shared.values()),
+        )
         set_kernel(model, runs[0].config.kernel.name.value)
         results = in_lockstep(
             model,

@@ -76,6 +76,9 @@ def test_truncated_and_foreign_adapters_are_refused(
     shutil.copytree(finished("method=mixlora").folder / "adapter", source)
     common = ["experiment=smoke", "method=none", f"output_dir={tmp_path / 'out'}"]
     assert execute([*common, f"adapter={source}", "model=tiny_gemma"]) == 2
+    assert "was trained on tiny (random tiny seed=42), not on tiny_gemma" in capsys.readouterr().err
+    (source / "base_model.json").unlink()
+    assert execute([*common, f"adapter={source}", "model=tiny_gemma"]) == 2
     assert "does not fit this base model" in capsys.readouterr().err
     folder = tmp_path / "cut"
     folder.mkdir()

@@ -53,7 +53,10 @@ def test_the_base_model_is_that_of_the_record(run: Path) -> None:
     opened = open_adapter(str(run))
     assert (opened.config.seed, opened.config.trainer.precision.value) == (7, "float32")
     assert next(opened.model.parameters()).dtype == torch.float32
-    given = open_adapter(str(run), ["seed=8", "trainer.precision=bfloat16"])
+    # Another seed is another base, which has to be asked for.
+    with pytest.raises(UserError, match=r"was trained on tiny \(random tiny seed=7\)"):
+        open_adapter(str(run), ["seed=8"])
+    given = open_adapter(str(run), ["seed=8", "trainer.precision=bfloat16", "base=accept"])
     assert given.config.seed == 8
     assert given.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
 
@@ -188,8 +191,11 @@ def test_what_a_failed_run_left_is_named(
     shutil.copytree(run / "adapter", failed / "last_good")
     message = told(capsys, f"adapter={failed}", "prompt=a")
     assert f"adapter={failed / 'last_good'} is what is left of it" in message
+    # It tells its base model itself, as any adapter does.
+    assert guarded(generation.run, [f"adapter={failed / 'last_good'}", "prompt=a"]) == 0
+    assert capsys.readouterr().err == f"tiny with {failed / 'last_good'}\n"
     message = told(capsys, f"adapter={failed / 'last_good'}", "model=tiny_gemma", "prompt=a")
-    assert "model=NAME" in message
+    assert "was trained on tiny (random tiny seed=7)" in message
 
 
 def test_who_reads_may_stop(run: Path, tmp_path: Path) -> None:
