@@ -17,8 +17,9 @@ OURS := src scripts tests train.py evaluate.py generate.py
 # Two workers: a machine of two cores is what the time limit of the checks is for.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help install quickstart test test-slow soak soak-sweep bench bench-gpu gpu-check bench-eval collect tables check-tables \
-	figures report table1 table2 table5 table8 table9 figure4c study status lint format clean
+.PHONY: help install quickstart cold-start test test-slow soak soak-sweep bench bench-gpu gpu-check bench-eval \
+	collect tables check-tables figures report table1 table2 table5 table8 table9 figure4c study status \
+	lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ install: $(STAMP)  ## make .venv with the pinned versions of everything
 
 quickstart: $(STAMP)  ## train and score a small model on this machine
 	$(BIN)/python train.py experiment=quickstart
+
+cold-start: $(STAMP)  ## the quickstart, cut short, as on a machine that has seen nothing
+	$(BIN)/python scripts/cold_start.py
 
 test: lint  ## lint, and run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
