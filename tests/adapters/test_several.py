@@ -214,6 +214,14 @@ def test_what_rows_cannot_be_served_with_is_refused(base_of, kit, tmp_path, name
         load_adapters(base_of(), {"odd": tmp_path / "odd"})
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_mixture_on_the_ends_of_the_model_is_refused(base_of, kit, tmp_path, target) -> None:
+    """Scoring calls the projection outside of the pass that knows whose rows they are."""
+    kit.adapter(tmp_path / "odd", target_modules=["up_proj", target])
+    with pytest.raises(UserError, match=f"target_modules=.*{target}.* beside other adapters"):
+        load_adapters(base_of(), {"odd": tmp_path / "odd"})
+
+
 @pytest.mark.parametrize("name", ["model", "layers", "q_proj", "0"])
 def test_names_of_modules_are_refused(base_of, folders, name) -> None:
     with pytest.raises(UserError, match="is the name of a module: choose another one"):

@@ -181,6 +181,27 @@ def test_what_peft_cannot_merge_is_told(opened: Callable[..., Opened], tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_merges_at_once_one_wins(
+    opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is whole before the first is: neither writes to the other's folder."""
+    first, second = (opened("tiny", target_modules=[name]) for name in ("q_proj", "o_proj"))
+    expected = logits(second.model)
+    read = merging.read_model
+
+    def late(*args: Any) -> PreTrainedModel:
+        monkeypatch.setattr(merging, "read_model", read)
+        write_merged(second, tmp_path / "merged")
+        return read(*args)
+
+    monkeypatch.setattr(merging, "read_model", late)
+    with pytest.raises(UserError, match=r"^output=.*merged exists already: name another folder"):
+        write_merged(first, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(plain) - expected).abs().max() < 1e-4
+
+
 def test_memory_holds_one_model(
     opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
