@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "merging": EVERYTHING,
     "continuing": EVERYTHING,
     "generation": EVERYTHING,
-    "lm_eval": {"errors", "models"},
+    "lm_eval": {"adapters", "models", "errors"},
     "inputs": EVERYTHING,
     "experiment": EVERYTHING,
     "together": EVERYTHING,

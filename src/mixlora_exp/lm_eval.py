@@ -2,17 +2,22 @@
 
 lm-eval's own command cannot import another package first, and PEFT would not know the adapter. Its
 tokenizers are settled as this project's are: one whose template appends EOS would have every answer
-of one token scored as that EOS.
+of one token scored as that EOS. An adapter (`peft=DIR`) that was trained on other weights than those
+of `pretrained=` is refused, unless `base=accept` stands among the arguments.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from mixlora_exp.adapters.based import check_same_base
 from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.models.base_identity import identity_at
 
 __all__ = ["main", "run"]
 
@@ -54,12 +59,50 @@ def _settled(create: Callable[..., None]) -> Callable[..., None]:
     return settled
 
 
+ACCEPT = "base=accept"
+
+
+def _model_args(argv: Sequence[str]) -> dict[str, str]:
+    """What lm-eval's `--model_args` say: name=value, in one word or several, or a JSON object."""
+    words: list[str] = []
+    for number, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in ("--model_args", "-a"):
+            words += [value] if equals else []
+            following = argv[number + 1 :] if not equals else ()
+            for other in following:
+                if other.startswith("-"):
+                    break
+                words.append(other)
+    text = ",".join(words)
+    if text.lstrip().startswith("{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return {}  # lm-eval says so.
+        return {name: value for name, value in found.items() if isinstance(value, str)}
+    pairs = (pair.partition("=") for pair in text.split(","))
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
+
+
+def _check_base(argv: Sequence[str]) -> None:
+    given = _model_args(argv)
+    folder = Path(given.get("peft", "")).expanduser()
+    if "peft" not in given or "pretrained" not in given or not folder.is_dir():
+        return
+    now = identity_at(given["pretrained"], given.get("revision", "main"))
+    check_same_base(folder, now, accept=ACCEPT in argv)
+
+
 def run(argv: Sequence[str]) -> None:
     """Run lm-eval with the arguments that the process was started with.
 
     Raises:
-        UserError: lm-eval is not installed, or has no task of a name that was given.
+        UserError: lm-eval is not installed, has no task of a name that was given, or the adapter
+            was trained on another base model.
     """
+    _check_base(argv)
+    sys.argv = [word for word in sys.argv if word != ACCEPT]
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from mixlora_exp import lm_eval
+from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.config import compose
 from mixlora_exp.errors import guarded
-from mixlora_exp.models import load_tokenizer
+from mixlora_exp.models import load_model, load_tokenizer
 
 ROWS = [
     {"prompt": f"Question: Which of these is number {i}?\nAnswer:", "completion": f" the {i}"}
@@ -116,6 +118,41 @@ def test_lm_eval_s_command_line_scores_a_mixture(
     results = json.loads(path.read_text())["results"]["tiny_task"]
     assert 0 <= results["acc,none"] <= 1
     assert "tiny_task" in done.stdout
+
+
+@pytest.mark.parametrize("form", ["one word", "several words", "an equals sign", "JSON"])
+def test_lm_eval_refuses_an_adapter_of_other_weights(
+    form: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    config = compose(["model=tiny", "method=lora"])
+    for seed, name in enumerate(("own", "other")):
+        load_model(config.model, torch.float32, seed).save_pretrained(tmp_path / name)
+    own = dataclasses.replace(config.model, path=str(tmp_path / "own"))
+    base = load_model(own, torch.float32)
+    folder = tmp_path / "adapter"
+    save_adapter(attach_adapter(base, config.method, config.kernel, 0), folder)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: ran.append(list(sys.argv)))
+    ran: list[list[str]] = []
+
+    def code(name: str, *more: str) -> int:
+        place = tmp_path / name
+        given = {
+            "one word": ["--model_args", f"pretrained={place},peft={folder}"],
+            "several words": ["--model_args", f"pretrained={place}", f"peft={folder}", "--seed=1"],
+            "an equals sign": [f"--model_args=pretrained={place},peft={folder}"],
+            "JSON": ["--model_args", json.dumps({"pretrained": str(place), "peft": str(folder)})],
+        }[form]
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "hf", *given, *more])
+        return guarded(lm_eval.run, sys.argv[1:])
+
+    assert code("own") == 0
+    assert len(ran) == 1
+    assert code("other") == 2
+    assert "was trained on tiny (path own), not on " in capsys.readouterr().err
+    assert len(ran) == 1
+    assert code("other", "base=accept") == 0
+    assert "base=accept" not in ran[1]
 
 
 @pytest.mark.parametrize(

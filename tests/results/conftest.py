@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.config import compose, to_dict
+from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.results.record import finish_record, write_json, write_jsonl
 from mixlora_exp.tasks import TASKS
 
@@ -31,7 +33,8 @@ def write_run(
     change: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """A finished run with `n` items per task, of which the given share is right."""
-    config = to_dict(compose([*overrides, f"evaluation.protocols=[{protocol}]"]))
+    made = compose([*overrides, f"evaluation.protocols=[{protocol}]"])
+    config, counts = to_dict(made), dataclasses.asdict(count_parameters(made.model, made.method))
     scores, predictions = [], {}
     for task, share in accuracy.items():
         right = [i < round(share * n) for i in range(n)]
@@ -67,7 +70,7 @@ def write_run(
         "name": name, "fingerprint": "f" * 64, "status": "finished", "config": config,
         "data": splits, "model": {"source": "pypi", "id": "m"}, "adapter": None,
         "kernel": "exact" if trains else None, "dtype": "bfloat16", "attention": "eager",
-        "parameters": {}, "saved_adapter": {"sha256": "a"} if trains else None,
+        "parameters": counts, "saved_adapter": {"sha256": "a"} if trains else None,
         "train": {"steps": 50, "curve": curve, "expert_load": None} if trains else None,
         "scores": scores, "scores_before": None, "predictions": predictions, "seconds": 1.0,
         "provenance": {

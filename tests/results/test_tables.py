@@ -58,6 +58,23 @@ def test_held_out_rows_are_no_test_set(write: Write, results: Path) -> None:
     assert sum("evaluation.held_out=true" in heading for heading in blocks) == 1
 
 
+def test_parameters_are_those_of_the_models_that_ran(write: Write, results: Path) -> None:
+    """Not of the shape in conf/model, which `model.path` leaves behind."""
+
+    def other(percent: float) -> Callable[[dict], None]:
+        counts = {"percent_paper": None, "percent_true": percent}
+        return lambda record: record["parameters"].update(counts)
+
+    words = [*SMALL, "method=lora", "model.path=/elsewhere"]
+    write(results / "runs", "a", [*words, "seed=1"], five(0.4), change=other(9.876))
+    (found,) = (b for b in gather(results).tables[2].blocks if b.run)
+    assert row(found, "LoRA", "MT", "ours")["#Params (%)"].text == "9.876 of all"
+    # Folders of one name with different models: no figure is right.
+    write(results / "runs", "b", [*words, "seed=2"], five(0.4), change=other(1.234))
+    (found,) = (b for b in gather(results).tables[2].blocks if b.run)
+    assert row(found, "LoRA", "MT", "ours")["#Params (%)"].text == ""
+
+
 @pytest.mark.parametrize(
     "override",
     ["evaluation.limit=100", "data.train_limit=5", "+data.train_limits.piqa=5",

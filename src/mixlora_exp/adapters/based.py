@@ -13,7 +13,7 @@ from mixlora_exp.adapters.weights import printable
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.base_identity import BaseIdentity, base_of, read_base, same_weights
 
-__all__ = ["check_base", "refusal"]
+__all__ = ["check_base", "check_same_base", "refusal"]
 
 
 def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
@@ -42,7 +42,20 @@ def check_base(
     Raises:
         UserError: the weights are others, and `accept` is not set.
     """
-    then, now = read_base(folder), base_of(base)
+    named = settings.get("base_model_name_or_path")
+    check_same_base(folder, base_of(base), accept=accept, named=named)
+
+
+def check_same_base(
+    folder: Path, now: BaseIdentity | None, *, accept: bool = False, named: str | None = None
+) -> None:
+    """The same of a base model that is not loaded; `named`: what the adapter's own configuration
+    calls its base.
+
+    Raises:
+        UserError: the weights are others, and `accept` is not set.
+    """
+    then = read_base(folder)
     same = same_weights(then, now)
     if same:
         return
@@ -50,9 +63,8 @@ def check_base(
         if accept:
             return
         raise refusal(folder, then, now)
-    named = settings.get("base_model_name_or_path")
     told = f" (it names {printable(named)})" if named else ""
     sys.stderr.write(
-        f"warning: adapter={folder}: the weights that it was trained on are not known{told}: "
-        "whether it belongs to this base model is judged by shapes alone\n"
+        f"warning: adapter={folder}: whether it was trained on this base model is not known{told}: "
+        "it is judged by shapes alone\n"
     )

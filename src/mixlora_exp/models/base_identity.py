@@ -35,6 +35,7 @@ __all__ = [
     "contradict",
     "hub_snapshot",
     "identified",
+    "identity_at",
     "known_identity",
     "of_record",
     "read_base",
@@ -104,12 +105,12 @@ def _of_folder(folder: Path | None) -> str | None:
         return None
 
 
-def hub_snapshot(config: ModelConfig, revision: str | None) -> Path | None:
+def hub_snapshot(hub_id: str | None, revision: str | None) -> Path | None:
     """Where the hub's cache has the files of a repository; the network is not asked."""
-    if config.hub_id is None:
+    if hub_id is None:
         return None
     try:
-        found = try_to_load_from_cache(config.hub_id, CONFIG_NAME, revision=revision)
+        found = try_to_load_from_cache(hub_id, CONFIG_NAME, revision=revision)
     except (ValueError, OSError):
         return None
     return Path(found).parent if isinstance(found, str) else None
@@ -124,8 +125,17 @@ def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
     elif config.source is ModelSource.pypi:
         folder = cached_folder(config) if is_cached(config) else None
     else:
-        folder = hub_snapshot(config, config.revision)
+        folder = hub_snapshot(config.hub_id, config.revision)
     return _described(config, seed, _of_folder(folder))
+
+
+def identity_at(place: str, revision: str | None = None) -> BaseIdentity:
+    """What is known of a model in a folder, or on the hub by its name there."""
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return BaseIdentity(place, "path", folder.resolve().name, None, _of_folder(folder))
+    found = _of_folder(hub_snapshot(place, revision))
+    return BaseIdentity(place, "hub", place, None, found)
 
 
 def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
@@ -144,7 +154,7 @@ def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
             # Where they were read from, which is a folder but for the hub.
             place = Path(model.config.name_or_path)
             if config.path is None and config.source is ModelSource.hub:
-                place = hub_snapshot(config, getattr(model.config, "_commit_hash", None))
+                place = hub_snapshot(config.hub_id, getattr(model.config, "_commit_hash", None))
             found = _of_folder(place)
         model.__dict__[_NOTED] = _described(config, seed, found)
         return model

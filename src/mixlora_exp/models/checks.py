@@ -73,7 +73,7 @@ def check_model(config: ModelConfig, *, here: bool = True) -> None:
         if is_cached(config):
             found, _ = read_hf_config(cached_folder(config), config, str(config.package))
             check_shape(config, found, str(config.package))
-    elif (snapshot := hub_snapshot(config, config.revision)) is not None:
+    elif (snapshot := hub_snapshot(config.hub_id, config.revision)) is not None:
         found, _ = read_hf_config(snapshot, config, str(config.hub_id))
         check_shape(config, found, str(config.hub_id))
 

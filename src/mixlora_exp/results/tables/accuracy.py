@@ -200,9 +200,8 @@ def _counted(
 ) -> tuple[float, float] | None:
     """#Params as (percent in the paper's denominator, percent of all weights): as the records have
     it, none where they differ; of the shape in conf/model where nothing was run."""
-    found = {
-        (p["percent_paper"] or 0.0, p["percent_true"]) for p in (run.parameters for run in runs)
-    }
+    counts = [run.parameters for run in runs]
+    found = {(p["percent_paper"] or 0.0, p["percent_true"]) for p in counts}
     if not found or variant.method == "none":
         return spec.params(model, variant)
     return found.pop() if len(found) == 1 else None
