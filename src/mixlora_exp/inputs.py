@@ -42,6 +42,7 @@ __all__ = [
     "Inputs",
     "adapter_entry",
     "check_inputs",
+    "check_known_base",
     "comparable",
     "differences",
     "gather_inputs",
@@ -127,11 +128,22 @@ def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
 
 
 def _check_base(config: Config, adapter: dict[str, Any] | None) -> None:
-    """Refuse an adapter that is known to be trained on other weights, before any are loaded."""
-    if adapter is None or config.base is Base.accept:
+    if adapter is not None:
+        check_known_base(config, Path(str(config.adapter)).expanduser(), adapter["trained_by"])
+
+
+def check_known_base(
+    config: Config, folder: Path, trained_by: dict[str, Any] | None = None
+) -> None:
+    """Refuse an adapter that is known to be trained on other weights, before any are loaded.
+    `trained_by`: the record of the run that left it.
+
+    Raises:
+        UserError: its weights are others than those of `config.model`.
+    """
+    if config.base is Base.accept:
         return
-    folder = Path(str(config.adapter)).expanduser()
-    then, trained_by = read_base(folder), adapter["trained_by"]
+    then = read_base(folder)
     if then is None and trained_by is not None:
         then = of_record(trained_by)
     if then is None:

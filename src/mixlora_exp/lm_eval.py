@@ -2,8 +2,8 @@
 
 lm-eval's own command cannot import another package first, and PEFT would not know the adapter. Its
 tokenizers are settled as this project's are: one whose template appends EOS would have every answer
-of one token scored as that EOS. An adapter (`peft=DIR`) that was trained on other weights than those
-of `pretrained=` is refused, unless `base=accept` stands among the arguments.
+of one token scored as that EOS. An adapter (`peft=DIR`) that was trained on other weights than
+those of `pretrained=` is refused, unless `base=accept` stands among the arguments.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from mixlora_exp.basechoice import base_words
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import Base, Config
 from mixlora_exp.errors import UserError
-from mixlora_exp.inputs import RECORD, resolve_config
+from mixlora_exp.inputs import RECORD, check_known_base, resolve_config
 from mixlora_exp.models import (
     BaseIdentity,
+    check_model,
     contradict,
     load_model,
     load_tokenizer,
@@ -163,6 +164,9 @@ def _open_base(
     folder: Path | None, words: Sequence[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
     config = resolve_config(compose(_overrides(folder, words)))
+    check_model(config.model)
+    if folder is not None:
+        check_known_base(config, folder)
     device = resolve_device()
     dtype = resolve_dtype(config.trainer.precision, device)
     tokenizer = load_tokenizer(config.model)
