@@ -29,6 +29,7 @@ from mixlora_exp.config.choices import (
     Tracker,
     Weights,
 )
+from mixlora_exp.config.schema_data import TASK_NAMES, CustomTask, DataConfig, TaskConfig
 from mixlora_exp.config.schema_method import (
     ATTENTION_TARGETS,
     FEED_FORWARD_TARGETS,
@@ -73,106 +74,6 @@ __all__ = [
     "TrainerConfig",
     "Weights",
 ]
-
-TASK_NAMES = ("arc_e", "arc_c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "winogrande")
-
-
-@dataclass(slots=True, kw_only=True)
-class CustomTask:
-    """A user's own multiple-choice task: which field of a row holds what (data=local)."""
-
-    question: str = MISSING
-    options: list[str] = MISSING
-    """One field with a list of texts, or several fields with a text each."""
-    answer: str = MISSING
-    answer_as: AnswerKind = MISSING
-    count_from: int = 0
-    """answer_as=index: the index of the first option."""
-    context: str | None = None
-    """Field with a text that the question is about."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.options), "task.custom.options", self.options, "name at least one field")
-
-
-@dataclass(slots=True, kw_only=True)
-class TaskConfig:
-    """Which tasks are trained on (mixed) and which are scored."""
-
-    name: str = MISSING
-    train: list[str] = MISSING
-    evaluate: list[str] = MISSING
-    custom: dict[str, CustomTask] = field(default_factory=dict)
-    """The user's own tasks, by name (docs/adding-a-task.md)."""
-
-    def __post_init__(self) -> None:
-        require_name("task.name", self.name)
-        for task in self.custom:
-            require_name("task.custom", task)
-            require(
-                task not in TASK_NAMES, "task.custom", task, "a task of the paper has this name"
-            )
-        known = (*TASK_NAMES, *self.custom)
-        for name in ("train", "evaluate"):
-            tasks = getattr(self, name)
-            require(bool(tasks), f"task.{name}", tasks, "name at least one task")
-            for task in tasks:
-                require(task in known, f"task.{name}", task, f"choose from {', '.join(known)}")
-            require(len(set(tasks)) == len(tasks), f"task.{name}", tasks, "a task is named twice")
-
-
-@dataclass(slots=True, kw_only=True)
-class DataConfig:
-    """Where the data sets come from and how an item becomes tokens."""
-
-    name: DataSource = MISSING
-    path: str | None = None
-    """data=local: a folder with `<task>/<split>.jsonl[.gz]` or `.parquet`; `data` unless given."""
-    mirror: str | None = None
-    """data=hub: a folder `<owner>/<name>` of downloaded hub repositories, read instead."""
-    seed: int = 0
-    """data=embedded: seed of the generator."""
-    train_limit: int | None = None
-    """At most this many training rows per task: the first of a shuffle by `data.seed`."""
-    train_limits: dict[str, int] = field(default_factory=dict)
-    """The same for single tasks by name, which go before `train_limit`."""
-    cutoff_length: int = 512
-    """Tokens per example; a longer one loses context, never question, options or answer."""
-    boolq_passage: bool = True
-    forms: list[AnswerForm] = field(default_factory=lambda: [AnswerForm.label])
-    """Each training row is asked once in each of these forms."""
-
-    def __post_init__(self) -> None:
-        require(self.cutoff_length >= 16, "data.cutoff_length", self.cutoff_length, "must be >= 16")
-        if self.train_limit is not None:
-            require(self.train_limit >= 1, "data.train_limit", self.train_limit, "must be >= 1")
-        for task, limit in self.train_limits.items():
-            require(limit >= 1, f"data.train_limits.{task}", limit, "must be >= 1")
-        require(bool(self.forms), "data.forms", self.forms, "name at least one of label, text")
-        require(
-            len(set(self.forms)) == len(self.forms),
-            "data.forms", [form.value for form in self.forms], "a form is named twice",
-        )  # fmt: skip
-        require(
-            self.name is not DataSource.local or self.path is not None,
-            "data.path", self.path, "data=local needs data.path=DIR, a folder <task>/<split>.jsonl",
-        )  # fmt: skip
-        require(
-            self.name is DataSource.local or self.path is None,
-            "data.path",
-            self.path,
-            f"data={self.name.value} reads no folder: add data=local, or leave it out",
-        )
-        require(
-            self.name is DataSource.hub or self.mirror is None,
-            "data.mirror",
-            self.mirror,
-            f"data={self.name.value} reads nothing from the hub: leave it out",
-        )
-
-    def train_limit_of(self, task: str) -> int | None:
-        """At most how many training rows of `task` are trained on; None: all."""
-        return self.train_limits.get(task, self.train_limit)
 
 
 @dataclass(slots=True, kw_only=True)
