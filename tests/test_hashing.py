@@ -40,7 +40,7 @@ def test_every_python_gives_the_same() -> None:
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     """Two of the files that decide results, and what they import."""
-    names = ("config/schema.py", "config/checks.py", "tasks/rows.py", "tasks/arc.py")
+    names = ("config/schema_data.py", "config/checks.py", "tasks/rows.py", "tasks/arc.py")
     return {n: (hashing.PACKAGE / n).read_text(encoding="utf-8") for n in names}
 
 
@@ -52,7 +52,7 @@ def replaced(sources: dict[str, str], name: str, old: str, new: str) -> dict[str
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("config/schema.py", "must be >= 16", "is too short: at least 16 tokens"),
+        ("config/schema_data.py", "must be >= 16", "is too short: at least 16 tokens"),
         ("config/checks.py", "is not valid", "cannot be"),
         ("tasks/rows.py", "is missing; the row has", "is not there; found are"),
         ("tasks/arc.py", "from __future__", '"""What ARC asks."""\n\nfrom __future__'),
@@ -67,7 +67,7 @@ def test_another_message_or_docstring_is_the_same_code(
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("config/schema.py", "cutoff_length >= 16", "cutoff_length >= 8"),
+        ("config/schema_data.py", "cutoff_length >= 16", "cutoff_length >= 8"),
         ("tasks/arc.py", "Which of these is correct?", "Which of these is right?"),
         ("tasks/rows.py", "raise ValueError", "raise KeyError"),
     ],
@@ -81,7 +81,7 @@ def test_another_rule_or_prompt_is_other_code(
 def test_all_that_decides_results_is_covered() -> None:
     names = {name for name, _ in hashing._determining()}
     needed = {"experiment.py", "together.py", "scored.py", "inputs.py", "runtime.py",
-              "config/schema.py", "kernels/exact.py", "training/trainer.py", "data/local.py",
+              "config/schema_data.py", "kernels/exact.py", "training/trainer.py", "data/local.py",
               "evaluation/label_logits.py", "adapters/layer.py", "tasks/arc.py"}  # fmt: skip
     assert needed <= names
     assert not {name for name in names if name.startswith(("results/", "bench/"))}

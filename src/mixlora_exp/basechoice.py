@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from mixlora_exp.config import CONF_DIR
-from mixlora_exp.errors import UserError
-from mixlora_exp.results.record import read_record
+from mixlora_exp.errors import UserError, shown
+from mixlora_exp.results.record import read_run
 
 __all__ = ["base_words", "matched"]
 
@@ -108,21 +108,17 @@ def base_words(folder: Path, given: Collection[str], *, precision: bool = False)
     if noted is not None:
         told = f"was trained on {noted}, which is no model of conf/model"
     elif name:
-        told = f"was trained on {_shown(name)}, which is no model of conf/model"
+        told = f"was trained on {shown(name, 120)}, which is no model of conf/model"
     else:
         told = "does not say on which model it was trained"
     raise UserError(f"adapter={folder} {told}: add model=NAME, or model.path=DIR with that model")
-
-
-def _shown(name: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:120])
 
 
 def _of_record(path: Path, given: Collection[str], precision: bool) -> list[str]:
     # Late: the module that scores adapters uses this one.
     from mixlora_exp.rescoring import recorded
 
-    trained = read_record(path)["config"]
+    trained = read_run(path)["config"]
     kept = {"model": trained["model"], "seed": trained["seed"]}
     if precision:
         kept["trainer"] = {"precision": trained["trainer"]["precision"]}

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from mixlora_exp.data.collator import pad_left
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.runtime import autocast, resolve_dtype
 from mixlora_exp.serving import Opened
@@ -30,6 +30,17 @@ class _Numbers(LogitsProcessor):
                 "adapter broke down; take an earlier checkpoint"
             )
         return scores
+
+
+KEPT = "\n\t\u200c\u200d"
+"""What an answer may hold beside letters: line ends, tabs, and what joins some letters."""
+
+
+class _Streamer(TextStreamer):
+    """Prints an answer as it comes; what a terminal would act on is shown as an escape."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(shown(text, None, keep=KEPT), stream_end)
 
 
 def check_chat(opened: Opened) -> None:
@@ -102,7 +113,7 @@ def continuations(
         if adapters is not None:
             chosen = adapters[start : start + batch_size]
             batch["adapter_names"] = [opened.adapters[label] for label in chosen]
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         # As answers are scored: in bf16 the likeliest token would else be another now and then.
         with autocast(model.device, dtype), full_precision_head(model):
             output = model.generate(

@@ -41,16 +41,17 @@ from mixlora_exp.planning import first_line, parameters_entry, print_plan
 from mixlora_exp.results.record import (
     finish_record,
     provenance,
-    read_record,
+    read_run,
     write_json,
 )
+from mixlora_exp.results.shape import odd_fields
 from mixlora_exp.results.show import be_quiet, print_record, say
 from mixlora_exp.runlock import RunLock
 from mixlora_exp.runtime import autocast, hardware_names, processes, resolve_device, resolve_dtype
 from mixlora_exp.scored import score_entry, scored_split, write_predictions
 from mixlora_exp.training import TrainSummary, fit, fit_halving
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.tracking import Tracking, start_tracking
+from mixlora_exp.training.tracking import Tracking, group_of, start_tracking
 from mixlora_exp.underway import check_lock, failure_noted, held
 
 __all__ = [
@@ -205,13 +206,6 @@ def tracked(this: Run) -> Iterator[None]:
             this.tracking.close([this.folder / RECORD, log, *predictions])
 
 
-def group_of(config: Config) -> str:
-    """The name that the runs of a sweep share in a tracker."""
-    if config.tracker.group is not None:
-        return config.tracker.group
-    return f"{config.model.name}-{config.task.name}-{config.data.name.value}"
-
-
 def write_record(this: Run, record: dict[str, Any]) -> Path:
     """Write and show the record of a finished run."""
     this.check_owner()
@@ -226,14 +220,15 @@ def write_record(this: Run, record: dict[str, Any]) -> Path:
 
 def finished(path: Path, inputs: Inputs, config: Config) -> Path:
     """Show a finished run of `config`, if its inputs were those of now."""
-    record = read_record(path)
+    record = read_run(path)
     changed = differences(inputs.identity, record)
     if changed:
         raise UserError(
             f"{path} is a finished run of the same settings on other inputs "
             f"({', '.join(changed)} differ): choose another output_dir, or force=true to replace it"
         )
-    weights, saved = path.parent / "adapter" / "adapter_model.safetensors", record["saved_adapter"]
+    weights = path.parent / "adapter" / "adapter_model.safetensors"
+    saved = record.get("saved_adapter")
     if saved is not None and weights.is_file() and file_sha256(weights) != saved["sha256"]:
         raise UserError(
             f"{weights} is not what the run wrote: restore it, or force=true to run it again"
@@ -244,7 +239,8 @@ def finished(path: Path, inputs: Inputs, config: Config) -> Path:
             f"{path} is a finished run whose micro-batches were halved to {halved} for want of "
             "memory: trainer.auto_micro_batch=true takes it as it is, force=true runs it again"
         )
-    print_record(record)
+    with odd_fields(path):
+        print_record(record)
     say(f"Already finished: {path}. force=true runs it again.")
     return path
 

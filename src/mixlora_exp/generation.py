@@ -25,6 +25,7 @@ from mixlora_exp.serving import (
     open_adapters,
     split_words,
 )
+from mixlora_exp.untrusted import parse_json, read_bytes
 
 __all__ = ["run"]
 
@@ -87,15 +88,15 @@ def _check_text(text: str, where: str) -> None:
 
 def _read_prompts(path: Path) -> list[Asked]:
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path)
         text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        raise UserError(f"prompts={path} cannot be read ({error}): give a text file") from error
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"prompts={path}:{line}: this is no UTF-8 text ({error.reason}): give a text file"
         ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"prompts={path} cannot be read ({error}): give a text file") from error
     # Not `splitlines`, which cuts at characters that JSON leaves as they are.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -106,14 +107,14 @@ def _read_prompts(path: Path) -> list[Asked]:
     for number, line in lines:
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line, halves=True)
             asked = Asked(row["prompt"], row.get("adapter"))
             if not isinstance(asked.prompt, str) or not isinstance(asked.adapter, str | None):
                 raise TypeError("a prompt or an adapter is no text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where}: this is no JSON object with a `prompt` (and perhaps an `adapter`), "
-                "both text"
+                f"both text ({error})"
             ) from error
         if not asked.prompt.strip():
             raise UserError(f"{where}: prompt is empty: give some text")

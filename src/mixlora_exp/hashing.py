@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from mixlora_exp.meaning import meanings
+from mixlora_exp.untrusted import open_regular
 
 __all__ = ["code_sha256", "file_sha256"]
 
@@ -19,7 +20,7 @@ BESIDE = frozenset(
         "meaning.py", "memory.py", "merging.py", "planning.py", "reporting.py", "rescoring.py",
         "results", "runlock.py", "search.py", "search_study.py", "serving.py", "status.py",
         "sweep.py", "training/checkpoints.py", "training/progress.py", "training/sinks.py",
-        "training/tracking.py", "underway.py",
+        "training/tracking.py", "underway.py", "untrusted.py",
     )
 )  # fmt: skip
 """Code that shows, stores, starts or measures runs; all else decides what a run computes."""
@@ -27,7 +28,7 @@ BESIDE = frozenset(
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

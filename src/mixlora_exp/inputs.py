@@ -33,7 +33,8 @@ from mixlora_exp.models import (
     read_base,
     with_folder_shape,
 )
-from mixlora_exp.results.record import read_record
+from mixlora_exp.results.record import read_run
+from mixlora_exp.results.shape import odd_fields
 from mixlora_exp.runtime import processes, resolve_device, resolve_dtype
 from mixlora_exp.scored import scored_split
 
@@ -108,23 +109,24 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
 def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
     """What is known of the run that wrote an adapter: from the record beside it, if it tells of
     these very weights. Tables need it to know which cell the scores belong to."""
-    if not path.is_file():
+    if not path.exists():
         return None
-    record = read_record(path)
+    record = read_run(path)
     if (record.get("saved_adapter") or {}).get("sha256") != sha256:
         return None
     kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "parameters",
             "kernel", "dtype")  # fmt: skip
-    origin, train = record["provenance"], record["train"] or {}
-    return {
-        **{name: record[name] for name in kept},
-        "git": origin["git"],
-        "train": {n: train.get(n) for n in ("micro_batch_size", "halved_micro_batch")},
-        "provenance": {
-            "packages": {"torch": origin["packages"]["torch"]},
-            "hardware": {"gpus": origin["hardware"]["gpus"]},
-        },
-    }
+    with odd_fields(path):
+        origin, train = record["provenance"], record["train"] or {}
+        return {
+            **{name: record[name] for name in kept},
+            "git": origin["git"],
+            "train": {n: train.get(n) for n in ("micro_batch_size", "halved_micro_batch")},
+            "provenance": {
+                "packages": {"torch": origin["packages"]["torch"]},
+                "hardware": {"gpus": origin["hardware"]["gpus"]},
+            },
+        }
 
 
 def _check_base(config: Config, adapter: dict[str, Any] | None) -> None:

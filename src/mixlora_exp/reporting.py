@@ -41,7 +41,7 @@ from mixlora_exp.results.runs import (
 from mixlora_exp.results.tables.accuracy import accuracy_table
 from mixlora_exp.results.tables.latency import latency_table, load_benchmarks
 from mixlora_exp.results.tables.parts import Block, Table
-from mixlora_exp.results.tables.render import csv_text, latex, markdown
+from mixlora_exp.results.tables.render import csv_text, latex, markdown, plain
 from mixlora_exp.results.tables.settings import data_table, hyperparameter_table
 from mixlora_exp.results.tables.specs import specs
 from mixlora_exp.results.tables.stability import stability_table
@@ -210,12 +210,13 @@ def _index(results: Results) -> str:
     lines = ["# Tables\n\n", "Made by `make tables` from the records; do not edit.\n\n"]
     lines.append("| table | blocks with results of this project |\n| --- | --- |\n")
     for table in results.tables.values():
-        run = [_progress(block) for block in table.blocks if block.run]
+        run = [plain(_progress(block)) for block in table.blocks if block.run]
         title = f"[{table.number}: {table.title}]({table.name}.md)"
         lines.append(f"| {title} | {'<br>'.join(run) or 'none'} |\n")
     lines.append("\n## Records that no table uses\n\n")
     entries = dict.fromkeys((entry.name, entry.reason) for entry in results.left_out)
-    lines += [f"- `{name}`: {reason}\n" for name, reason in entries] or ["None.\n"]
+    shown = [(name.replace("`", "'"), plain(reason)) for name, reason in entries]
+    lines += [f"- `{name}`: {reason}\n" for name, reason in shown] or ["None.\n"]
     return "".join(lines)
 
 

@@ -8,7 +8,6 @@ Everything else is as in `train.py`, and goes before what the record says.
 from __future__ import annotations
 
 import difflib
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any, NoReturn
 from mixlora_exp.basechoice import base_words
 from mixlora_exp.cli import execute
 from mixlora_exp.config import compose
+from mixlora_exp.config.recorded import literal
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.results.record import read_record
+from mixlora_exp.results.record import read_run
 
 __all__ = ["dispatch", "main", "recorded", "translate"]
 
@@ -36,31 +36,15 @@ protocol=label_logits,answer_text,lm_eval,generate: one or several; else as in t
 Other fields as for train.py, for example evaluation.limit=100 or data=local data.path=DIR.
 """
 
-# The method is that of the adapter; what a run would train with plays no part.
-NOT_TAKEN = ("method", "adapter", "base", "dry_run", "force", "tracker")
+# The method is that of the adapter; what a run would train with plays no part. Where to write is
+# no record's to say.
+NOT_TAKEN = ("method", "adapter", "adapters", "base", "dry_run", "force", "tracker", "output_dir")
 GROUPS = ("preset", "model", "task", "data", "kernel", "trainer", "evaluation")
 
 
-def _quoted(value: Any) -> str:
-    """A value as Hydra's grammar reads it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case list():
-            return "[" + ",".join(map(_quoted, value)) + "]"
-        case dict():
-            return "{" + ",".join(f"{key}:{_quoted(item)}" for key, item in value.items()) + "}"
-    # A backslash is itself but before a quote.
-    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(value))
-    return f"'{text}'"
-
-
 def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
-    """The overrides that make the recorded configuration again, but for groups given anew."""
+    """The overrides that make a configuration of `read_run` again, but for groups given anew: the
+    schema's own fields, each with a plain value, in which nothing is resolved."""
     for name, value in config.items():
         if name in NOT_TAKEN or name in skipped:
             continue
@@ -71,11 +55,11 @@ def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
                 if isinstance(content, dict):
                     # Its keys are the user's: they are added.
                     if content:
-                        yield f"++{name}.{field}={_quoted(content)}"
+                        yield f"++{name}.{field}={literal(content)}"
                 else:
-                    yield f"{name}.{field}={_quoted(content)}"
+                    yield f"{name}.{field}={literal(content)}"
         else:
-            yield f"{name}={_quoted(value)}"
+            yield f"{name}={literal(value)}"
 
 
 def _check_adapter(adapter: str | None) -> None:
@@ -126,22 +110,31 @@ def translate(argv: Sequence[str]) -> list[str]:
         raise UserError(
             f"run={given['run']} holds no record.json: give the folder of a finished run{hint}"
         )
-    record = read_record(folder / "record.json")
-    base = []
-    if record["config"]["method"]["name"] != "none":
+    settings = read_run(folder / "record.json")["config"]
+    base = _beside(folder, settings)
+    if settings.get("method", {}).get("name") != "none":
         if not (folder / "adapter" / "adapter_config.json").is_file():
             raise UserError(
                 f"run={given['run']} holds no adapter/ (a copied record has none): give the "
                 "folder that the run wrote, or adapter=DIR"
             )
-        base = [f"adapter={_quoted(str(folder / 'adapter'))}"]
-    elif record["config"]["adapter"] is not None:
-        base = [f"adapter={_quoted(record['config']['adapter'])}"]
+        base.append(f"adapter={literal(str(folder / 'adapter'))}")
+    elif settings.get("adapter") is not None:
+        base.append(f"adapter={literal(settings['adapter'])}")
     anew = {name for name in GROUPS if name in given}
     if "preset" in given:
         # Its values are asked for, so those of the record must not go before them.
         anew |= set(SWITCHES.values())
-    return [*base, *recorded(record["config"], anew), *rest]
+    return [*base, *recorded(settings, anew), *rest]
+
+
+def _beside(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The scores of a run are written beside it, where it still lies in the folder that it was
+    written to: a record alone does not say where to write."""
+    written = Path(settings.get("output_dir", "")).expanduser()
+    if folder.is_symlink() or written.resolve() != folder.resolve().parent:
+        return []
+    return [f"output_dir={literal(str(folder.parent))}"]
 
 
 def each(argv: Sequence[str]) -> list[list[str]]:

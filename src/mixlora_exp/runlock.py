@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.untrusted import read_json
 
 __all__ = ["RunLock", "holder_of"]
 
@@ -78,7 +79,7 @@ def _started(pid: int) -> str | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """What the holder wrote, None where it cannot be read: cut off, say, or not visible yet."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -105,7 +106,7 @@ def _dead_here(holder: dict[str, Any]) -> bool | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return None
     # There, and no look at it: hidden, or dead and not yet fetched by its parent.
     return True if Path(f"/proc/{pid}/stat").exists() else None

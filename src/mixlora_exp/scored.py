@@ -12,6 +12,7 @@ from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import TaskScore
 from mixlora_exp.results.record import write_jsonl
+from mixlora_exp.results.shape import predictions_name
 
 if TYPE_CHECKING:
     # `inputs` checks with `scored_split` what runs will score.
@@ -50,7 +51,7 @@ def write_predictions(folder: Path, scores: Sequence[TaskScore]) -> dict[str, st
     """One JSON line per item; returns file names by task and protocol."""
     names = {}
     for score in scores:
-        name = f"predictions/{score.task}.{score.protocol}.jsonl"
+        name = predictions_name(score.task, score.protocol)
         write_jsonl(folder / name, [dataclasses.asdict(item) for item in score.items])
         names[f"{score.task}/{score.protocol}"] = name
     return names

@@ -28,7 +28,7 @@ from mixlora_exp.models import (
     of_record,
     read_base,
 )
-from mixlora_exp.results.record import read_record
+from mixlora_exp.results.record import read_run
 from mixlora_exp.runtime import resolve_device, resolve_dtype
 
 __all__ = ["Opened", "labelled", "open_adapter", "open_adapters", "split_words"]
@@ -126,7 +126,7 @@ def _check_one_base(folders: Sequence[Path]) -> None:
     for folder in folders:
         base, path = read_base(folder), folder.parent / RECORD
         if base is None and path.is_file():
-            base = of_record(read_record(path))
+            base = of_record(read_run(path))
         if base is None:
             continue
         if seen is not None and contradict(seen[1], base):

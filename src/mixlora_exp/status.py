@@ -5,7 +5,6 @@ Read from the experiment files, the records and the run folders; nothing is comp
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -25,14 +24,15 @@ from mixlora_exp.config import (
 )
 from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.config.schema import DataSource, LoraMethodConfig
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.hashing import code_sha256
 from mixlora_exp.memory import memory_of
 from mixlora_exp.planning import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN
-from mixlora_exp.results.record import read_record
+from mixlora_exp.results.record import read_run
 from mixlora_exp.results.runs import RECORD, filled
 from mixlora_exp.runlock import BEAT, holder_of
 from mixlora_exp.tasks import TASKS
+from mixlora_exp.untrusted import read_json
 
 __all__ = ["FINISHED", "STATES", "Cell", "experiments", "find_cells", "gpu_hours"]
 
@@ -146,7 +146,7 @@ def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     found = {}
     for path in sorted(records.glob(f"*/{RECORD}")):
         try:
-            record = read_record(path)
+            record = read_run(path)
             found[fingerprint_of(filled(record["config"]))] = path, record
         except (UserError, KeyError, TypeError):
             continue  # `make tables` says what is wrong with it.
@@ -162,7 +162,7 @@ def _shown(path: Path) -> str:
 def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
     """Whether `train.py` takes the record at `path` for this run's."""
     try:
-        record = read_record(path)
+        record = read_run(path)
     except UserError as error:
         return "refused", str(error)
     changed = data.differing(config, record) or []
@@ -189,8 +189,8 @@ def _at_rest(folder: Path, config: Config, recorded: str | None, data: _Data) ->
     if recorded is not None:
         return "recorded", recorded
     try:
-        failure = json.loads((folder / "failure.json").read_text())
-        return "failed", str(failure["error"])
+        failure = read_json(folder / "failure.json")
+        return "failed", shown(str(failure["error"]), 500)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     numbers = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
@@ -231,7 +231,8 @@ def find_cells(
     kept, data, cells = _kept(records), _Data(), []
     for (name, lines, config), folder in zip(planned, folders, strict=True):
         if folder in held and not (folder in unseen and (folder / RECORD).is_file()):
-            who = f"{held[folder].get('host')}, process {held[folder].get('pid')}"
+            holder = held[folder]
+            who = shown(f"{holder.get('host')}, process {holder.get('pid')}", 200)
             state, detail = "running", who
             if folder in unseen:
                 state, detail = "stopped", f"not seen alive for {patience:g} s: {who}"

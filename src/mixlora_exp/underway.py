@@ -46,7 +46,7 @@ def held(folder: Path) -> Iterator[RunLock | None]:
         broadcast_object_list(free)
     if not free[0]:
         holder = holder_of(folder / LOCK) or {}
-        where = f" ({holder['host']}, process {holder['pid']})" if holder else ""
+        where = f" ({holder.get('host')}, process {holder.get('pid')})" if holder else ""
         say(f"Running elsewhere{where}, left alone: {folder}")
         yield None
         return

@@ -11,6 +11,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hostile import HOSTILE, place
 
 from mixlora_exp.config.schema import (
     TASK_NAMES,
@@ -20,9 +21,10 @@ from mixlora_exp.config.schema import (
     DataSource,
 )
 from mixlora_exp.data.sources import load_split
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import SCREEN, UserError
 from mixlora_exp.tasks import TASKS
 from mixlora_exp.tasks.embedded import rows as embedded_rows
+from mixlora_exp.untrusted import LIMIT
 
 GOOD = {"goal": "Dry a cup", "sol1": "Wet it.", "sol2": "Take a towel.", "label": 1}
 
@@ -162,11 +164,11 @@ def test_half_a_character_is_named_with_file_line_and_field(task: str, tmp_path:
     places = fields_of(good)
     assert "note[0].by" in places
     assert len(places) > 3
-    for place in places:
-        file = write_lines(tmp_path / task / "test.jsonl", good, broken_at(good, place))
+    for name in places:
+        file = write_lines(tmp_path / task / "test.jsonl", good, broken_at(good, name))
         message = refusal(local(tmp_path), task, "test")
         assert f"{file}:2: " in message
-        assert f"field '{place}' holds half a character (U+DFFF)" in message
+        assert f"field '{name}' holds half a character (U+DFFF)" in message
         assert message.isprintable()
     write_lines(tmp_path / task / "test.jsonl", {**good, "\ud800": "x"})
     assert ":1: " in refusal(local(tmp_path), task, "test")
@@ -397,3 +399,42 @@ def test_a_limit_takes_the_first_of_a_shuffle() -> None:
 def test_an_unknown_split_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="dev"):
         load_split(DataConfig(name=DataSource.embedded), "piqa", "dev")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.parquet"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_of_rows_are_refused_at_once(
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LIMIT, "2")
+    place(kind, tmp_path / "piqa" / name)
+    message = refusal(local(tmp_path))
+    assert message.isprintable()
+    assert len(message) <= SCREEN
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.parquet"])
+def test_bombs_are_refused_with_the_limit_that_they_break(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good rows, which take a thousandth of their size: they could fill any memory."""
+    monkeypatch.setenv(LIMIT, "1")
+    file = tmp_path / "piqa" / name
+    if name.endswith("parquet"):
+        file.parent.mkdir()
+        pandas.DataFrame([GOOD] * 60_000).to_parquet(file)
+        assert file.stat().st_size < 20_000
+    else:
+        write_lines(file, *[GOOD] * 20_000)
+    message = refusal(local(tmp_path))
+    assert "more than 1 MiB; MIXLORA_EXP_READ_LIMIT=N (MiB a file) allows more" in message
+    monkeypatch.setenv(LIMIT, "64")
+    assert len(load_split(local(tmp_path), "piqa", "train").items) >= 20_000
+
+
+def test_a_row_may_not_flood_the_screen(tmp_path: Path) -> None:
+    write_lines(tmp_path / "piqa" / "train.jsonl", {**GOOD, "label": "\x1b[2J" + "x" * 10**6})
+    message = refusal(local(tmp_path))
+    assert "train.jsonl:1" in message
+    assert message.isprintable()
+    assert len(message) <= SCREEN

@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mixlora_exp.adapters.weights import printable
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.base_identity import BaseIdentity, base_of, read_base, same_weights
 
 __all__ = ["check_base", "check_same_base", "refusal"]
@@ -63,7 +62,7 @@ def check_same_base(
         if accept:
             return
         raise refusal(folder, then, now)
-    told = f" (it names {printable(named)})" if named else ""
+    told = f" (it names {shown(named, 200)})" if named else ""
     sys.stderr.write(
         f"warning: adapter={folder}: whether it was trained on this base model is not known{told}: "
         "it is judged by shapes alone\n"

@@ -31,8 +31,7 @@ from mixlora_exp.adapters.tensors import (
     from_official,
     to_peft,
 )
-from mixlora_exp.adapters.weights import printable
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 
 __all__ = ["import_official"]
 
@@ -88,7 +87,7 @@ def _check_names(entries: Mapping[str, Any], known: set[str], where: str = "") -
     unknown = sorted(set(entries) - known - IGNORED)
     if unknown:
         raise UserError(
-            f"adapter_config.json: {where}{printable(', '.join(unknown))} is not supported: it is "
+            f"adapter_config.json: {where}{shown(', '.join(unknown), 200)} is not supported: it is "
             "none of the format's entries that are known; remove what plays no part"
         )
 

@@ -18,8 +18,7 @@ from peft.utils import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mixlora_exp.adapters.weights import printable
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 
 __all__ = ["fill", "read_weights"]
 
@@ -85,12 +84,12 @@ def _check_base_weights(model: PeftModel, others: Mapping[str, Tensor], folder: 
         own = base.get(key.removeprefix(PREFIX).replace(".base_layer", ""))
         if own is None:
             raise UserError(
-                f"adapter={folder}: {printable(key)} is no tensor of this adapter, as its "
+                f"adapter={folder}: {shown(key, 200)} is no tensor of this adapter, as its "
                 f"configuration has it, nor of this base model; {COPY_IT}, or {NAME_IT}"
             )
         if not _same(own.detach(), others[key]):
             raise UserError(
-                f"adapter={folder} holds weights of a base model, {printable(key)} for one, that "
+                f"adapter={folder} holds weights of a base model, {shown(key, 200)} for one, that "
                 "are not those of this one, and its configuration does not train them "
                 "(modules_to_save): put them into a model's folder and give it as model.path=DIR"
             )
@@ -107,7 +106,7 @@ def _same(own: Tensor, stored: Tensor) -> bool:
 def _lacks(folder: Path, lacking: list[str]) -> str:
     return (
         f"adapter={folder} lacks {len(lacking)} tensors that its configuration calls for, "
-        f"{printable(lacking[0])} for one; {COPY_IT}"
+        f"{shown(lacking[0], 200)} for one; {COPY_IT}"
     )
 
 
@@ -125,7 +124,7 @@ def _check_shapes(
         needed, found = called[key].shape, weights[key].shape
         if needed == found:
             continue
-        told = f"{printable(key)} has the shape {list(found)}, and {list(needed)} is needed"
+        told = f"{shown(key, 200)} has the shape {list(found)}, and {list(needed)} is needed"
         if _of_the_model(key, needed) == _of_the_model(key, found):
             raise UserError(
                 f"adapter={folder} does not fit its own configuration (rank or experts): {told}; "
@@ -158,7 +157,7 @@ def _check_places(
             raise UserError(
                 f"adapter={folder} does not fit its own configuration: it holds "
                 f"{len(unexpected)} tensors that this does not call for, "
-                f"{printable(unexpected[0])} for one; {COPY_IT}"
+                f"{shown(unexpected[0], 200)} for one; {COPY_IT}"
             )
     elif own and _layers(own) <= filled:
         # As the file would name them.
@@ -167,5 +166,5 @@ def _check_places(
         odd = (own or unexpected)[0]
         raise UserError(
             f"adapter={folder} does not fit this base model: {len(own)} tensors are missing and "
-            f"{len(unexpected)} have no place, {printable(odd)} for one; {NAME_IT}"
+            f"{len(unexpected)} have no place, {shown(odd, 200)} for one; {NAME_IT}"
         )

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixlora_exp.adapters.weights import load_bin, load_metadata, load_safetensors, printable
+from mixlora_exp.adapters.weights import load_bin, load_metadata, load_safetensors
 from mixlora_exp.durable import publishing
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
+from mixlora_exp.untrusted import parse_json, read_json
 
 __all__ = [
     "BIN",
@@ -87,24 +88,24 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
         UserError: it is missing, cut off, damaged or too large.
     """
     path = folder / CONFIG
-    shown = f"{field}={folder}: {CONFIG}" if field else str(path)
+    named = f"{field}={folder}: {CONFIG}" if field else str(path)
     try:
         size = path.stat().st_size
         if size > CONFIG_LIMIT:
-            raise UserError(f"{shown} has {size:,} bytes, which no configuration has")
-        config = json.loads(path.read_text(encoding="utf-8"))
+            raise UserError(f"{named} has {size:,} bytes, which no configuration has")
+        config = read_json(path)
     except FileNotFoundError as error:
         inner = (folder / "adapter" / CONFIG).is_file()
         hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that has one"
         raise UserError(f"{folder} holds no adapter (there is no {CONFIG}): {hint}") from error
     except OSError as error:
         raise UserError(
-            f"{shown} cannot be read ({error.strerror or error}): give a folder with an adapter"
+            f"{named} cannot be read ({error.strerror or error}): give a folder with an adapter"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{shown} is cut off or damaged ({error}): take another copy") from error
+    except ValueError as error:
+        raise UserError(f"{named} is cut off or damaged ({error}): take another copy") from error
     if not isinstance(config, dict):
-        raise UserError(f"{shown} holds no JSON object: take another copy")
+        raise UserError(f"{named} holds no JSON object: take another copy")
     return config
 
 
@@ -141,7 +142,7 @@ def read_official(folder: Path) -> AdapterFiles:
         odd = [(n, _unlike(t, more.get(n))) for n, t in tensors.items()]
         extra = sorted(name for name in more if name not in tensors)
         odd += [(n, "is missing in the first") for n in extra if not n.endswith(MAGNITUDE)]
-        different = [f"{printable(name)} {why}" for name, why in odd if why]
+        different = [f"{shown(name, 200)} {why}" for name, why in odd if why]
         if different:
             raise UserError(
                 f"{folder}: {BIN} and {SAFETENSORS} are not of one adapter ({different[0]}): "
@@ -183,11 +184,11 @@ def _read_original(folder: Path) -> Original | None:
         return None
     tensors, texts = load_safetensors(path, least=0), load_metadata(path)
     try:
-        found = json.loads(texts["original"])
+        found = parse_json(texts["original"])
         config, peft = found["config"], found["peft"]
         if not isinstance(config, dict) or not isinstance(peft, dict):
             raise ValueError("no JSON objects")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it") from error
     return Original(config, peft, tensors)
 

@@ -1,27 +1,52 @@
-"""What an adapter's folder must be to be used: one of PEFT's, of a type that is known."""
+"""What an adapter's folder must be to be used: one of PEFT's, of a type and with settings that
+reach nothing but the folder's own two files."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from re import _constants as codes  # type: ignore[attr-defined]
+from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mixlora_exp.adapters.official import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
-from mixlora_exp.errors import UserError
+from mixlora_exp.adapters.weights import load_shapes
+from mixlora_exp.errors import UserError, shown
 
 __all__ = ["saved_settings"]
 
-OF_OTHERS = {"megatron_config": "a module to import", "adapters": "other adapters"}
-"""Entries that PEFT follows to what is not in the folder."""
+KINDS = ("LORA", "MIXLORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
+"""Types that are weights beside weights. Others of PEFT's load tokenizers and further adapters by
+names in their configuration, or compile programs."""
+REACHING = (
+    "megatron_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
+    "layer_replication",
+)
+"""Settings with which PEFT imports a module by its name, opens files by theirs, or builds the base
+model anew."""
+MEGATRON = (None, "megatron.core")
+"""What every LoRA's configuration has as `megatron_core`: a module's name."""
+PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
+            "rank_pattern", "alpha_pattern", "target_parameters")  # fmt: skip
+"""Settings that PEFT matches as regular expressions, or by their keys."""
+STARS, LONGEST = 4, 1000
+"""Repetitions without end in a pattern, and characters of one, at most."""
+SINGLE = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN)
+REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
     """The configuration of an adapter that PEFT, or this project, wrote to `folder`.
 
     Raises:
-        UserError: a file is missing or damaged, the folder is one of the official packages', or
-            PEFT does not know the adapter's type.
+        UserError: a file is missing or damaged, the folder is one of the official packages', the
+            adapter's type is not served, or a setting would make PEFT run or open something else.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -38,22 +63,104 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         old = (folder / BIN).is_file()
         hint = "load it with PEFT and save it again" if old else "give a folder that PEFT wrote"
         raise UserError(f"adapter={folder} has no {SAFETENSORS}: {hint}")
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in set(PEFT_TYPE_TO_CONFIG_MAPPING):
-        raise UserError(
-            f"adapter={folder}: peft_type={kind!r:.80} in {CONFIG} is none that PEFT knows: give a "
-            "folder with LORA or MIXLORA"
-        )
-    for name, of in OF_OTHERS.items():
-        if config.get(name):
-            raise UserError(
-                f"adapter={folder}: {name} in {CONFIG} names {of}, and what a file names is not "
-                "opened: give an adapter without it"
-            )
+    _check_kind(folder, config.get("peft_type"))
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str | None):
         raise UserError(
             f"adapter={folder}: base_model_name_or_path={base!r:.80} in {CONFIG} must be a text or "
             "null: mend the entry"
         )
+    for name in REACHING:
+        if config.get(name):
+            _refuse(folder, name, config[name], "is not obeyed: it would run or open something "
+                    "else. Save the adapter again as a plain one")  # fmt: skip
+    if config.get("megatron_core") not in MEGATRON:
+        _refuse(folder, "megatron_core", config["megatron_core"], "is no module to import: null")
+    _check_patterns(folder, config)
+    _check_sizes(folder, config)
     return config
+
+
+def _refuse(folder: Path, name: str, value: Any, rule: str) -> None:
+    raise UserError(f"adapter={folder}: {name}={shown(repr(value), 80)} in {CONFIG} {rule}")
+
+
+def _check_kind(folder: Path, kind: Any) -> None:
+    if isinstance(kind, str) and kind in KINDS:
+        return
+    known = isinstance(kind, str) and kind in set(PEFT_TYPE_TO_CONFIG_MAPPING)
+    why = "is not served here" if known else "is none that PEFT knows"
+    raise UserError(
+        f"adapter={folder}: peft_type={shown(repr(kind), 80)} in {CONFIG} {why}: give a folder "
+        f"with {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+    )
+
+
+def _texts(value: Any) -> Iterator[Any]:
+    """What of a setting is matched: a text, the entries of a list, the keys of an object."""
+    if isinstance(value, (list, dict)):
+        yield from value
+    elif value is not None:
+        yield value
+
+
+def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
+    for name in PATTERNS:
+        for text in _texts(config.get(name)):
+            if not isinstance(text, str):
+                _refuse(folder, name, text, "must be text")
+            try:
+                slow = len(text) > LONGEST or _stars(parser.parse(text)) > STARS
+            except (re.error, RecursionError, OverflowError):
+                _refuse(folder, name, text, "is no pattern")
+            if slow:
+                _refuse(folder, name, text, "could be matched without end: name the modules")
+
+
+def _stars(pattern: Any) -> int:
+    """How many repetitions without end a pattern has. One that repeats more than a character, or
+    looks back at what was matched, counts as very many: such a match can take for ever."""
+    found = 0
+    for code, argument in pattern:
+        if code in REPEATS:
+            _, most, inner = argument
+            if most > 1:
+                found += 1 if len(inner) == 1 and inner[0][0] in SINGLE else STARS + 1
+            found += _stars(inner)
+        elif code in (codes.GROUPREF, codes.GROUPREF_EXISTS):
+            found += STARS + 1
+        elif code is codes.BRANCH:
+            found += sum(map(_stars, argument[1]))
+        elif code is codes.SUBPATTERN:
+            found += _stars(argument[-1])
+        elif code in (codes.ASSERT, codes.ASSERT_NOT):
+            found += _stars(argument[1])
+        elif code is codes.ATOMIC_GROUP:
+            found += _stars(argument)
+    return found
+
+
+def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse sizes that the adapter's own tensors do not have: PEFT makes its layers before it
+    looks at the file, of any size."""
+    shapes = load_shapes(folder / SAFETENSORS).values()
+    largest = max((size for shape in shapes for size in shape), default=0)
+    sizes = {
+        "r": config.get("r"),
+        "init_r": config.get("init_r"),
+        "target_r": config.get("target_r"),
+    }
+    ranks = config.get("rank_pattern") or {}
+    if not isinstance(ranks, dict):
+        _refuse(folder, "rank_pattern", ranks, "must be an object")
+    sizes |= {f"rank_pattern.{shown(name, 80)}": rank for name, rank in ranks.items()}
+    for name, size in sizes.items():
+        # AdaLoRA keeps lists of what it kept of each rank.
+        if size is not None and not isinstance(size, list):
+            if type(size) is not int or size < 1:
+                _refuse(folder, name, size, "must be a whole number above 0")
+            if config["peft_type"] in ("LORA", "MIXLORA") and name != "init_r" and size > largest:
+                _refuse(folder, name, size, f"is more than any tensor in {SAFETENSORS} has")
+    experts = config.get("num_experts")
+    if experts is not None and (type(experts) is not int or not 1 <= experts <= len(shapes)):
+        _refuse(folder, "num_experts", experts, f"is no number of experts in {SAFETENSORS}")

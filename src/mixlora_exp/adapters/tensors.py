@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mixlora_exp.adapters.weights import printable
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 
 __all__ = [
     "PROJECTIONS",
@@ -82,7 +81,7 @@ class Parts:
 def _known(name: str, projection: str, block: str | None = None) -> str:
     if PROJECTIONS.get(projection) is None or block not in (None, PROJECTIONS[projection]):
         raise UserError(
-            f"tensor {printable(name)}: {projection} is not a projection of Llama or Gemma, which "
+            f"tensor {shown(name, 200)}: {projection} is not a projection of Llama or Gemma, which "
             "are the models that this project adapts"
         )
     return projection
@@ -112,7 +111,7 @@ def from_peft(tensors: Mapping[str, Tensor]) -> Parts:
         if found := STACKED.fullmatch(rest):
             parts.experts[int(found[1]), roles[found[3]], found[2]] = tensor
         elif not _place(parts, name, rest, tensor):
-            raise UserError(f"tensor {printable(name)} has no place in the official format")
+            raise UserError(f"tensor {shown(name, 200)} has no place in the official format")
     return parts
 
 
@@ -162,7 +161,7 @@ def from_official(tensors: Mapping[str, Tensor], experts: int | None) -> Parts:
             entry = found.setdefault((int(layer), projection, PARTS[part]), {})
             entry[int(expert)] = tensor
         elif not _place(parts, name, rest, tensor):
-            raise UserError(f"tensor {printable(name)} is unknown: it cannot be imported")
+            raise UserError(f"tensor {shown(name, 200)} is unknown: it cannot be imported")
     if experts is not None:
         parts.experts = _stack(found, experts)
     elif found or parts.routers:

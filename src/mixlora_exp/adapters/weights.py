@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import pickletools
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 
-__all__ = ["load_bin", "load_metadata", "load_safetensors", "printable"]
+__all__ = ["load_bin", "load_metadata", "load_safetensors", "load_shapes"]
 
 MAKERS = {
     "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double", "Long", "Int")),
 }  # fmt: skip
 """What the pickle of a dictionary of tensors names."""
+LONGEST = 200
+"""Characters that are shown of a name from a file."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f920")
 """How a file begins that torch.save wrote before version 1.6, or was asked to write so."""
-
-
-def printable(name: str) -> str:
-    """A name from a file, without what a terminal would act on."""
-    return name.encode("unicode_escape").decode("ascii")[:200]
 
 
 def _check_archive(path: Path) -> None:
@@ -66,7 +65,7 @@ def _check_pickle(path: Path, content: bytes) -> None:
     more = f"{path} is damaged or holds more than tensors"
     for code, argument, _ in pickletools.genops(content):
         if code.name == "GLOBAL" and argument not in MAKERS:
-            named = printable(str(argument).replace(" ", "."))[:80]
+            named = shown(str(argument).replace(" ", "."), 80)
             raise UserError(f"{more} ({named}): take another copy")
         if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2",
                          "EXT4"):  # fmt: skip
@@ -80,13 +79,15 @@ def _check_tensors(path: Path, tensors: Any, *, least: int = 1) -> dict[str, Ten
     total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {name!r:.200} is no named tensor: take another copy")
-        shown = f"{path}: {printable(name)}"
+            raise UserError(
+                f"{path}: {shown(repr(name), LONGEST)} is no named tensor: take another copy"
+            )
+        where = f"{path}: {shown(name, LONGEST)}"
         if tensor.layout is not torch.strided or tensor.dtype not in FLOATS:
-            raise UserError(f"{shown} is no matrix of floating-point numbers: take another copy")
+            raise UserError(f"{where} is no matrix of floating-point numbers: take another copy")
         # With the experts of a layer in one tensor there are three dimensions.
         if not 1 <= tensor.dim() <= 3:
-            raise UserError(f"{shown} has {tensor.dim()} dimensions, which no part of an adapter "
+            raise UserError(f"{where} has {tensor.dim()} dimensions, which no part of an adapter "
                             "has: take another copy")  # fmt: skip
         # Also where it is a view that repeats one number many times.
         total += tensor.numel() * tensor.element_size()
@@ -94,7 +95,7 @@ def _check_tensors(path: Path, tensors: Any, *, least: int = 1) -> dict[str, Ten
             raise UserError(f"{path}: its tensors have more bytes than the file: take another copy")
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{shown} holds values that are no finite numbers: the training that made it broke "
+                f"{where} holds values that are no finite numbers: the training that made it broke "
                 "down; take an earlier checkpoint"
             )
     return tensors
@@ -125,8 +126,24 @@ def load_safetensors(path: Path, *, least: int = 1) -> dict[str, Tensor]:
     Raises:
         UserError: it is cut off or damaged.
     """
-    try:
+    with _told(path):
         return _check_tensors(path, load_file(path), least=least)
+
+
+def load_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, read from its header alone.
+
+    Raises:
+        UserError: it is cut off or damaged.
+    """
+    with _told(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is cut off or damaged ({error}): take another copy") from error
 
@@ -137,8 +154,5 @@ def load_metadata(path: Path) -> dict[str, str]:
     Raises:
         UserError: it is cut off or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is cut off or damaged ({error}): take another copy") from error
+    with _told(path), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,13 @@ from typing import Any
 from mixlora_exp.data.loaded import DataFile, LoadedSplit, undecodable
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Task
+from mixlora_exp.untrusted import LIMIT, file_limit, open_regular, parse_json, raw_lines
 
 __all__ = ["json_rows", "load_local"]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+BATCH = 256
+"""Rows of a parquet file that are unpacked at once."""
 
 
 def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
@@ -74,25 +74,19 @@ def _find(root: Path, task: str, split: str) -> Path:
 
 def json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a JSON-lines file with its `file:line`; blank lines are passed over."""
-    line = 0
     try:
-        opener = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rb") as stream:
-            for line, raw in enumerate(stream, start=1):
-                if raw.strip():
-                    yield f"{file}:{line}", _object(raw, f"{file}:{line}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(
-            f"{file}: the gzip file is damaged or cut off after line {line} ({error}): "
-            "copy it to data.path again"
-        ) from error
+        for line, raw in raw_lines(file):
+            if raw.strip():
+                yield f"{file}:{line}", _object(raw, f"{file}:{line}")
+    except ValueError as error:
+        raise UserError(f"{file}: {error}: mend the file, or copy it to data.path again") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def _object(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(raw)
+        row = parse_json(raw, halves=True)
     except ValueError as error:
         raise UserError(
             f"{where}: this line is not JSON ({error}): each line must be one object"
@@ -107,14 +101,21 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
-    row = 0
+    row, unpacked = 0, 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
+        with open_regular(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            # Few rows at a time: a page of some bytes may stand for any number of rows.
+            for batch in table.iter_batches(batch_size=BATCH):
+                unpacked += batch.nbytes
+                if unpacked > file_limit():
+                    raise ValueError(
+                        f"up to row {row + batch.num_rows} there are more than "
+                        f"{file_limit() / 2**20:g} MiB; {LIMIT}=N (MiB a file) allows more"
+                    )
                 for content in _contents(batch, file, row):
                     row += 1
                     yield f"{file} row {row}", content
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read as parquet ({error}): copy it to data.path again"
         ) from error

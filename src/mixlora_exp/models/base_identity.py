@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.pypi import cached_folder, is_cached
 from mixlora_exp.models.shape import draws_weights
 from mixlora_exp.models.weight_files import fingerprint
+from mixlora_exp.untrusted import read_json
 
 __all__ = [
     "BASE_FILE",
@@ -45,7 +46,6 @@ __all__ = [
 
 BASE_FILE = "base_model.json"
 """Beside an adapter; PEFT passes over it."""
-SIZE_LIMIT = 2**16
 FORM = re.compile(r"(files|random)-1:[0-9a-f]{64}(:[a-z]{1,16})?")
 _NOTED = "_mixlora_exp_base"
 """Attribute of a loaded model."""
@@ -72,12 +72,7 @@ class BaseIdentity:
 
     def __str__(self) -> str:
         where = f" seed={self.seed}" if self.seed is not None else ""
-        return f"{_shown(self.model)} ({_shown(self.source)} {_shown(self.id)}{where})"
-
-
-def _shown(text: str) -> str:
-    """A text from a file, without what a terminal would act on."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:120])
+        return f"{shown(self.model, 120)} ({shown(self.source, 120)} {shown(self.id, 120)}{where})"
 
 
 def _drawn(config: ModelConfig, seed: int) -> str:
@@ -214,17 +209,15 @@ def read_base(folder: Path) -> BaseIdentity | None:
     if not path.exists() and not path.is_symlink():
         return None
     damaged = f"{path} is damaged: take another copy, or remove it"
-    if not path.is_file() or path.stat().st_size > SIZE_LIMIT:
-        raise UserError(damaged)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         texts = [found[name] for name in ("model", "source", "id")]
         seed, sign = found["seed"], found["fingerprint"]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a name is no text")
         if not (seed is None or type(seed) is int) or not isinstance(sign, str | None):
             raise TypeError("seed or fingerprint are of another kind")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(damaged) from error
     if sign is not None and not FORM.fullmatch(sign):
         sign = None

@@ -19,6 +19,7 @@ from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.hashing import file_sha256
 from mixlora_exp.models.base_identity import base_of, identified
+from mixlora_exp.models.folder import check_folder
 from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
 from mixlora_exp.models.reading import (
     CPU,
@@ -188,6 +189,7 @@ def local_folder(config: ModelConfig) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={config.path} is not valid: the folder has no config.json")
+    check_folder(folder, f"model.path={config.path}")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.path={config.path} is not valid: the folder has no weights (*.safetensors)"

@@ -27,6 +27,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.hashing import file_sha256
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
 from mixlora_exp.runlock import RunLock
+from mixlora_exp.untrusted import read_json
 
 __all__ = ["cached_folder", "find_gguf", "is_cached"]
 
@@ -138,7 +139,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        sizes = read_json(folder / _MANIFEST)
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False

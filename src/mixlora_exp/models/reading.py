@@ -37,6 +37,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.folder import ATTENTION, check_folder, check_settings
 from mixlora_exp.models.special_tokens import settle_special_tokens
 from mixlora_exp.models.vocabulary import pad_with_a_known_token
 
@@ -134,9 +135,15 @@ def resolve_commit(what: str, hub_id: str, config: ModelConfig) -> str:
 
 
 def read_config(hub_id: str, config: ModelConfig, revision: str) -> PreTrainedConfig:
-    """Read the `config.json` of a hub repository."""
+    """Read the `config.json` of a hub repository.
+
+    Raises:
+        UserError: it cannot be read, or asks for other code or files.
+    """
     with one_error("configuration", hub_id, config):
-        return AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=False)
+    check_settings({**found.to_dict(), ATTENTION: getattr(found, ATTENTION, None)}, hub_id)
+    return found
 
 
 def read_model(
@@ -196,6 +203,8 @@ def read_tokenizer(
         "tokenizer into the folder that model.path=DIR names"
     )
     folder = Path(location)
+    if folder.is_dir() and gguf_file is None:
+        check_folder(folder, origin)
     has_files = any(folder.glob("*token*")) or any(folder.glob("vocab*"))
     if folder.is_dir() and gguf_file is None and not has_files:
         raise none

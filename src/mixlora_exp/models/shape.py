@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from transformers.utils import CONFIG_NAME
 from mixlora_exp.config.schema import Family, ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.families import FAMILIES
+from mixlora_exp.untrusted import read_json
 
 __all__ = [
     "build_hf_config",
@@ -25,9 +25,6 @@ __all__ = [
     "read_hf_config",
     "with_folder_shape",
 ]
-
-SIZE_LIMIT = 2**22
-"""Bytes that no `config.json` has."""
 
 _CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
     Family.llama: LlamaConfig,
@@ -132,15 +129,13 @@ def read_hf_config(folder: Path, config: ModelConfig, origin: str) -> tuple[PreT
     """
     path = folder / CONFIG_NAME
     try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise ValueError(f"it has more than {SIZE_LIMIT} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if not isinstance(found, dict):
             raise ValueError("it holds no JSON object")
         check_family(config, SimpleNamespace(model_type=found.get("model_type")), origin)
         plain = not found.get("quantization_config")
         return _CONFIG_CLASSES[config.family](**found), plain
-    except (OSError, ValueError, TypeError, RecursionError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model={config.name}: cannot read {CONFIG_NAME} of {origin} ({reason}): take another "

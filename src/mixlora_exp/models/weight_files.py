@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.untrusted import parse_json, read_json
 
 __all__ = ["StoredTensor", "fingerprint", "stored_tensors", "weight_files"]
 
@@ -59,9 +60,9 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{folder} has no weights (*.safetensors): give a folder with a model")
         return [present[name] for name in sorted(present)]
     try:
-        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        named = set(read_json(folder / INDEX)["weight_map"].values())
         absent = sorted(map(str, named - present.keys()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX} is cut off or damaged: take another copy") from error
     if absent or not named:
         lacking = f"it lacks {absent[0]!a:.100}" if absent else "its index names no file"
@@ -80,8 +81,8 @@ def _header(path: Path, stream: BinaryIO) -> Iterator[StoredTensor]:
     if total < 8 or length > min(HEADER_LIMIT, total - 8):
         raise damaged
     try:
-        entries = json.loads(stream.read(length))
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(stream.read(length))
+    except ValueError as error:
         raise damaged from error
     if not isinstance(entries, dict):
         raise damaged

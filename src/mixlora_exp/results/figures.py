@@ -30,6 +30,8 @@ TITLES = {"lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA", "mixdora": "MixD
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "font.size": 10,
+    # A dollar sign in a record is one.
+    "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

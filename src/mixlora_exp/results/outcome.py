@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
+
+from mixlora_exp.untrusted import read_json
 
 __all__ = ["outcome", "outcomes"]
 
@@ -16,7 +17,7 @@ OF_TRAINING = ("seconds", "tokens_per_second", "peak_memory_bytes", "together")
 def outcome(folder: Path) -> dict[str, Any]:
     """The record of a finished run without circumstances, its log, and hashes of its adapter's
     weights and its predictions."""
-    record = json.loads((folder / "record.json").read_text())
+    record = read_json(folder / "record.json")
     for name in CIRCUMSTANCES:
         record.pop(name)
     for name in OF_TRAINING if record["train"] else ():

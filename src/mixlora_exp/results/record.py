@@ -24,12 +24,15 @@ import psutil
 from mixlora_exp.durable import sync
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.checkout import git_state
+from mixlora_exp.results.shape import check_shape
+from mixlora_exp.untrusted import read_json
 
 __all__ = [
     "SCHEMA_VERSION",
     "finish_record",
     "provenance",
     "read_record",
+    "read_run",
     "write_json",
     "write_jsonl",
     "write_text",
@@ -95,12 +98,13 @@ def read_record(path: Path | str) -> dict[str, Any]:
     """Return a record, or raise a `UserError` that says why the file cannot be trusted."""
     path = Path(path)
     try:
-        record = json.loads(path.read_bytes())
+        # A path of this system may have bytes that are no text; Python keeps them as halves.
+        record = read_json(path, halves=True)
     except OSError as error:
         raise UserError(f"cannot read the record {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(
-            f"{path} is not a record: it is cut off or not JSON ({error}); "
+            f"{path} is not a record: it is cut off or not JSON that can be used ({error}); "
             "run the experiment again with force=true"
         ) from error
     if not isinstance(record, dict):
@@ -118,6 +122,20 @@ def read_record(path: Path | str) -> dict[str, Any]:
             f"{path} was changed after it was written ({_HASH} does not fit its content); "
             "restore it or run the experiment again with force=true"
         )
+    return record
+
+
+def read_run(path: Path | str) -> dict[str, Any]:
+    """Return the record of a run, whose fields are what a run writes.
+
+    Raises:
+        UserError: the file cannot be trusted, or a field is missing or is something else.
+    """
+    record = read_record(path)
+    try:
+        check_shape(record)
+    except UserError as error:
+        raise UserError(f"{path} is no record of a run: {error}") from error
     return record
 
 

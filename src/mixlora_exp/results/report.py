@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mixlora_exp.errors import shown
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
 from mixlora_exp.results.runs import LeftOut, Run
 from mixlora_exp.results.tables.parts import Cell, Table
@@ -58,6 +59,12 @@ def _run_entry(run: Run, number: int, results: str) -> dict[str, Any]:
     }
 
 
+def _shown(value: Any) -> Any:
+    """What the page shows of a value: texts from records may hold characters that change how a
+    line reads."""
+    return shown(value, None) if isinstance(value, str) else value
+
+
 def _figure(path: Path) -> dict[str, str]:
     content = base64.b64encode(path.read_bytes()).decode()
     return {"name": path.stem, "data": f"data:image/svg+xml;base64,{content}"}
@@ -78,6 +85,7 @@ def page(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     numbers = {run.name: number for number, run in enumerate(runs, start=1)}
     return environment.get_template(TEMPLATE).render(

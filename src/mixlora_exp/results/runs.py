@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.results.objections import UNPLACED, code_objections
-from mixlora_exp.results.record import read_record
+from mixlora_exp.results.record import read_run
+from mixlora_exp.results.shape import odd_fields, predictions_name
 from mixlora_exp.tasks import TASKS
+from mixlora_exp.untrusted import parse_json, read_bytes, refuse_links
 
 __all__ = [
     "FORCED",
@@ -30,12 +32,14 @@ __all__ = [
     "predictions_sha256",
     "read_items",
     "read_predictions",
+    "read_predictions_file",
     "read_rows",
 ]
 
 RECORD = "record.json"
 FORCED = "forced.json"
 """Beside a record that was collected although something speaks against it: what that is."""
+LIKELIHOOD = "gold_log_likelihood"
 # What was scored and what it was trained with. How the loss is computed changes nothing beyond
 # rounding and is no condition. Micro-batches are one: the router loss is taken over each.
 MODEL_FIELDS = (
@@ -82,10 +86,14 @@ def circumstances(record: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A record that no table uses, and why."""
+    """A record that no table uses, and why; both fit for a terminal."""
 
     name: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", shown(self.name, 200))
+        object.__setattr__(self, "reason", shown(self.reason))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +230,7 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _placed(path: Path, force: bool) -> Run:
-    record = read_record(path)
+    record = read_run(path)
     if record.get("status") != "finished":
         raise UserError(f"status={record.get('status')}: it is not finished")
     reasons = code_objections(record)
@@ -260,11 +268,14 @@ def check_run(path: Path, *, force: bool = False) -> Run:
         UserError: why no table can use it.
     """
     try:
+        refuse_links(path, path.parent)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with odd_fields(path):
         run = _placed(path, force)
         for task, protocol in run.scores:
             read_predictions(run, task, protocol)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a field of the record is missing or odd ({error})") from error
+            run.conditions(protocol)
     return run
 
 
@@ -288,26 +299,53 @@ def predictions_sha256(run: Run) -> dict[tuple[str, str], str]:
     return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
 
 
+def read_predictions_file(folder: Path, name: str) -> bytes:
+    """The content of a file of predictions in a run's folder.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a link or lies behind one, is no regular file, or is too large.
+    """
+    refuse_links(folder / name, folder)
+    return read_bytes(folder / name)
+
+
+def _row(row: Any) -> dict[str, Any]:
+    """A line of predictions, whose fields are what a run writes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        raise ValueError("a line is no object with an `id`")
+    for name in ("prediction", "answer"):
+        if name not in row or not (row[name] is None or type(row[name]) is int):
+            raise ValueError(f"{name} of {shown(row['id'], 80)} is no whole number")
+    likelihood = row.get(LIKELIHOOD)
+    if not (likelihood is None or type(likelihood) in (int, float)):
+        raise ValueError(f"{LIKELIHOOD} of {shown(row['id'], 80)} is no number")
+    return row
+
+
 def read_rows(run: Run, task: str, protocol: str) -> dict[str, dict[str, Any]]:
     """Item -> its line among the predictions.
 
     Raises:
         UserError: the file is missing, cut off, or does not give the record's accuracy.
     """
-    name = run.record["predictions"].get(f"{task}/{protocol}")
-    score = run.scores[task, protocol]
-    if name is None or Path(name).is_absolute() or ".." in Path(name).parts:
+    name, score = predictions_name(task, protocol), run.scores[task, protocol]
+    if f"{task}/{protocol}" not in run.record["predictions"]:
         raise UserError(f"{run.name}: it names no predictions of {task} under {protocol}")
     try:
-        content = (run.folder / name).read_bytes()
-        rows = [json.loads(line) for line in content.splitlines()]
+        content = read_predictions_file(run.folder, name)
+        rows = [_row(parse_json(line)) for line in content.splitlines()]
         found = {}
         for row in rows:
             # Some data sets repeat an id.
             key = row["id"] if row["id"] not in found else f"{row['id']}#{len(found)}"
             found[key] = row
         right = sum(row["prediction"] == row["answer"] for row in rows)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{run.name}: {name} cannot be read ({error})") from error
     if len(rows) != score["n"] or abs(right / score["n"] - score["accuracy"]) > 1e-9:
         raise UserError(f"{run.name}: {name} does not give the accuracy of its record")

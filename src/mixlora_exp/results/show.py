@@ -7,8 +7,10 @@ from statistics import mean, pstdev
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from mixlora_exp.config.switches import SWITCHES
+from mixlora_exp.errors import shown
 from mixlora_exp.results.layout import Column, Sheet, fitted
 
 __all__ = ["be_quiet", "load_table", "print_record", "say", "scores_table"]
@@ -23,7 +25,7 @@ def be_quiet(quiet: bool) -> None:
 
 def say(message: str) -> None:
     """One line of progress."""
-    console.print(message, markup=False)
+    console.print(shown(message), markup=False)
 
 
 def _percent(value: float | None) -> str:
@@ -130,8 +132,18 @@ def _show(sheet: Sheet) -> None:
         console.print(table)
 
 
+def _plain(value: Any) -> Any:
+    """A record whose texts a terminal shows as they are, without rich's markup."""
+    if isinstance(value, Mapping):
+        return {name: _plain(held) for name, held in value.items()}
+    if isinstance(value, list):
+        return [_plain(held) for held in value]
+    return escape(shown(value, 200)) if isinstance(value, str) else value
+
+
 def print_record(record: Mapping[str, Any]) -> None:
     """The tables of a record, one per protocol, the expert load, and what training took."""
+    record = _plain(record)
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):
         _show(scores_table(record, protocol))
     loads = load_table(record)

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mixlora_exp.durable import settle, sync
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.hashing import file_sha256
+from mixlora_exp.untrusted import read_json
 
 __all__ = ["Checkpoint", "Checkpoints"]
 
@@ -173,9 +174,8 @@ class Checkpoints:
                 ) from error
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 aside = self._set_aside(path)
-                sys.stderr.write(
-                    f"warning: checkpoint {path} is damaged ({error}); it is left out, as {aside}\n"
-                )
+                what = shown(f"{path} is damaged ({error}); it is left out, as {aside}")
+                sys.stderr.write(f"warning: checkpoint {what}\n")
                 continue
             changed = self._changed(found)
             if not changed:
@@ -220,11 +220,11 @@ class Checkpoints:
         return aside
 
     def _read(self, path: Path) -> Checkpoint:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         for name in (ADAPTER, OPTIMIZER, STATE):
             if file_sha256(path / name) != manifest[name]:
                 raise ValueError(f"{name} is not what was written")
-        state = json.loads((path / STATE).read_text())
+        state = read_json(path / STATE, finite=False)
         return Checkpoint(
             path, state["step"], load_file(path / ADAPTER), load_file(path / OPTIMIZER), state
         )

@@ -19,6 +19,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.interruption import request, requested
 from mixlora_exp.runtime import peak_memory_bytes, summed
 from mixlora_exp.training.tracking import Tracking
+from mixlora_exp.untrusted import json_lines
 
 __all__ = [
     "LogFile",
@@ -174,13 +175,13 @@ def restart_log(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] > step:
+    try:
+        for _, entry in json_lines(path):
+            if entry["step"] > step:
                 break
-        except (ValueError, KeyError, TypeError):
-            break  # Cut off by a kill.
-        kept.append(line + "\n")
+            kept.append(json.dumps(entry) + "\n")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # Cut off by a kill.
     # Beside it and renamed: a kill here must not cost what is kept.
     shorter = path.with_name(f".{path.name}.tmp")
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixlora_exp.config.schema import Config
+from mixlora_exp.untrusted import json_lines, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,12 +29,11 @@ Values = Mapping[str, Any]
 def read_log(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The entries of a run's log by step, up to where a kill cut it off; none without a log."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
+    try:
+        for _, entry in json_lines(path):
             found.append((entry.pop("step"), entry))
-        except (ValueError, KeyError, AttributeError):
-            break
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass
     return found
 
 
@@ -81,7 +81,7 @@ class _Sent:
             self.identity = f"{identity}-{secrets.token_hex(4)}"
             return
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             self.identity, self.step = str(found["id"]), int(found["step"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -97,7 +97,7 @@ class _Sent:
 
 def _record_among(files: Iterable[Path]) -> dict[str, Any] | None:
     """The record of a run that ended well."""
-    return next((json.loads(p.read_text()) for p in files if p.name == RECORD), None)
+    return next((read_json(p) for p in files if p.name == RECORD), None)
 
 
 class WandbSink:

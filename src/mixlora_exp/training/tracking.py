@@ -20,7 +20,7 @@ from mixlora_exp.training.sinks import (
     read_log,
 )
 
-__all__ = ["Tracking", "start_tracking"]
+__all__ = ["Tracking", "group_of", "start_tracking"]
 
 WAITING = 1000
 """Entries that may wait for a slow tracker."""
@@ -125,3 +125,10 @@ def start_tracking(
         case Tracker.tensorboard:
             return Tracking("tensorboard", lambda: TensorBoardSink(folder, config.force))
     return None
+
+
+def group_of(config: Config) -> str:
+    """The name that the runs of a sweep share in a tracker."""
+    if config.tracker.group is not None:
+        return config.tracker.group
+    return f"{config.model.name}-{config.task.name}-{config.data.name.value}"

@@ -57,7 +57,7 @@ def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut
                     entry = _without_faults(entry, faults)
                     _block(entry)  # Complete enough to be shown.
                     found.append(entry)
-        except (UserError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
             left_out.append(LeftOut(f"bench/{path.stem}", str(error)))
     return found, left_out
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.runs import Run, read_items
+from mixlora_exp.results.runs import LIKELIHOOD, Run, read_items
 from mixlora_exp.results.statistics import Comparison, compare, compare_average
 from mixlora_exp.results.tables.parts import Cell, dash, versus
 
 __all__ = ["LIKELIHOOD", "RIGHT", "average_difference", "difference"]
 
-RIGHT, LIKELIHOOD = "right", "gold_log_likelihood"
-"""What is compared of each item: whether it was answered rightly, or the log-likelihood of its gold
-answer in nats."""
+RIGHT = "right"
+"""What is compared of each item beside the log-likelihood of its gold answer (`LIKELIHOOD`, in
+nats): whether it was answered rightly."""
 
 Side = Mapping[int, Mapping[str, float | None]]
 

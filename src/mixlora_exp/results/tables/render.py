@@ -6,22 +6,30 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
+from mixlora_exp.errors import shown
 from mixlora_exp.results.tables.parts import Cell, Table
 
-__all__ = ["csv_text", "latex", "markdown", "seeds"]
+__all__ = ["csv_text", "latex", "markdown", "plain", "seeds"]
 
 CSV_COLUMNS = (
     "table", "block", "label", "column", "kind", "value", "low", "high", "seeds", "items", "text",
     "mark", "records",
 )  # fmt: skip
+MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "\\`"}
 ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
 }  # fmt: skip
 
 
+def plain(text: str) -> str:
+    """A text as Markdown shows it letter by letter: no HTML, code, link or further column."""
+    escaped = "".join(MARKDOWN.get(letter, letter) for letter in shown(text))
+    return escaped.replace("](", "]\\(")
+
+
 def _pipe(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    return "| " + " | ".join(map(plain, cells)) + " |\n"
 
 
 def _shown(cell: Cell) -> str:
@@ -41,8 +49,8 @@ def markdown(table: Table) -> str:
         right = ["---"] * len(block.stub) + ["---:"] * len(block.columns)
         lines.append(_pipe(right))
         lines += [_pipe([*row.label, *map(_shown, row.cells)]) for row in block.rows]
-        parts.append(f"\n## {block.heading}\n\n" + "".join(lines))
-        parts += [f"\n{note}\n" for note in block.notes]
+        parts.append(f"\n## {plain(block.heading)}\n\n" + "".join(lines))
+        parts += [f"\n{plain(note)}\n" for note in block.notes]
     if table.notes:
         parts.append("\n## Notes\n\n" + "".join(f"- {note}\n" for note in table.notes))
     return "".join(parts)
@@ -58,22 +66,23 @@ def csv_text(table: Table) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for block in table.blocks:
+        heading = shown(block.heading)
         for row in block.rows:
-            label = " | ".join(part for part in row.label if part)
+            label = shown(" | ".join(part for part in row.label if part))
             for column, cell in zip(block.columns, row.cells, strict=True):
                 if cell.kind == "dash":
                     continue
                 numbers = [_number(v) for v in (cell.value, cell.low, cell.high)]
                 counts = [str(n) if n else "" for n in (cell.seeds, cell.items)]
                 writer.writerow(
-                    [table.number, block.heading, label, column, cell.kind, *numbers, *counts,
-                     cell.text, cell.mark, " ".join(cell.records)]
+                    [table.number, heading, label, column, cell.kind, *numbers, *counts,
+                     shown(cell.text), cell.mark, " ".join(cell.records)]
                 )  # fmt: skip
     return stream.getvalue()
 
 
 def _escape(text: str) -> str:
-    return "".join(ESCAPES.get(letter, letter) for letter in text)
+    return "".join(ESCAPES.get(letter, letter) for letter in shown(text))
 
 
 def _latex_cell(cell: Cell) -> str:
@@ -113,6 +122,6 @@ def latex(table: Table) -> str:
             ),
             "\\bottomrule\n\\end{tabular}}\n\\end{table}\n",
         ]
-        parts.append("".join([*(f"% {note}\n" for note in block.notes), *body]))
+        parts.append("".join([*(f"% {shown(note)}\n" for note in block.notes), *body]))
     notes = "".join(f"% {note}\n" for note in table.notes)
     return "% Needs \\usepackage{booktabs,graphicx}\n" + notes + "\n".join(parts)

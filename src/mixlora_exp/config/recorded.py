@@ -1,0 +1,135 @@
+"""A configuration as a record holds it: data, of which the schema's own fields are taken, by type.
+
+Records are written by other people and by other versions. Nothing in one is composed, resolved or
+instantiated: a value is a plain one of its field's type, or the record is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from mixlora_exp.config.checks import require_name
+from mixlora_exp.config.schema import (
+    Config,
+    LoraMethodConfig,
+    MethodConfig,
+    MixLoraMethodConfig,
+)
+from mixlora_exp.errors import UserError, shown
+
+__all__ = ["check_recorded", "literal"]
+
+LONGEST = 4096
+"""Characters of a text: no path, name or address has more."""
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_recorded(config: Any) -> None:
+    """Check a record's configuration, or some groups of one, against the schema. Fields may be
+    missing: they came later.
+
+    Raises:
+        UserError: it has a field that the schema does not know, a value of another type, or a name
+            that is none.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f"config must be an object, not {shown(repr(config), 60)}")
+    _check_fields(config, Config, "config")
+
+
+@cache
+def _types(owner: type) -> dict[str, Any]:
+    return typing.get_type_hints(owner)
+
+
+def _method_of(value: Mapping[str, Any]) -> type:
+    """The class of a recorded method: the one whose fields it has."""
+    if value.get("name") == "none":
+        return MethodConfig
+    return MixLoraMethodConfig if "num_experts" in value else LoraMethodConfig
+
+
+def _check_fields(value: Mapping[str, Any], owner: type, where: str) -> None:
+    known = {item.name for item in fields(owner)}
+    unknown = [shown(str(name), 60) for name in value if name not in known]
+    if unknown:
+        raise UserError(
+            f"{where} has fields that this version does not know ({', '.join(unknown[:5])}): a "
+            "later version wrote it, or it was changed by hand; nothing of it is used"
+        )
+    for name, content in value.items():
+        _check(content, _types(owner)[name], f"{where}.{name}")
+    if isinstance(value.get("name"), str):
+        require_name(f"{where}.name", value["name"])
+    if owner is not Config and "custom" in known:
+        _check_tasks(value, where)
+
+
+def _check_tasks(value: Mapping[str, Any], where: str) -> None:
+    for part in ("train", "evaluate", "custom"):
+        for task in value.get(part) or ():
+            require_name(f"{where}.{part}", task)
+
+
+def _check(value: Any, kind: Any, where: str) -> None:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return
+        _check(value, next(one for one in arguments if one is not type(None)), where)
+    elif origin is list:
+        _require(isinstance(value, list), where, value, "a list")
+        # `adapters` of several trained together; each has a record of its own.
+        for entry in value if arguments[0] is not Any else ():
+            _check(entry, arguments[0], where)
+    elif origin is dict:
+        _require(isinstance(value, dict), where, value, "an object")
+        for key, entry in value.items():
+            _check(entry, arguments[1], f"{where}.{shown(key, 60)}")
+    elif is_dataclass(kind):
+        _require(isinstance(value, dict), where, value, "an object")
+        owner = _method_of(value) if kind is MethodConfig else kind
+        _check_fields(value, owner, where)
+    elif issubclass(kind, Enum):
+        known = [entry.value for entry in kind]
+        _require(isinstance(value, str) and value in known, where, value, " or ".join(known))
+    elif kind is float:
+        _require(type(value) in (int, float), where, value, KINDS[kind])
+    else:
+        _require(type(value) is kind, where, value, KINDS[kind])
+        if kind is str:
+            _require(len(value) <= LONGEST, where, value, f"at most {LONGEST} characters")
+
+
+def _require(condition: bool, where: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{where}={shown(repr(value), 80)} is not valid: it must be {rule}")
+
+
+def literal(value: Any) -> str:
+    """A plain value as it is written on a command line of Hydra's, which reads the very same: no
+    interpolation in it is resolved."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case list() | tuple():
+            return "[" + ",".join(map(literal, value)) + "]"
+        case Mapping():
+            return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+    # OmegaConf resolves `${`; with a backslash before it, it is text, and a backslash that stood
+    # there is doubled.
+    text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", str(value))
+    # To Hydra a backslash is itself but before a quote.
+    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
+    return f"'{text}'"

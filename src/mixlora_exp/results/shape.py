@@ -1,0 +1,171 @@
+"""What the record of a run must hold for its readers: fields, and what each of them is.
+
+The hash in a record tells that it was not damaged. Who wrote it can be anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from re import fullmatch
+from typing import Any
+
+from mixlora_exp.config.recorded import check_recorded
+from mixlora_exp.errors import UserError, shown
+
+__all__ = ["check_shape", "odd_fields", "predictions_name"]
+
+NUMBER = (int, float)
+FIGURE = (int, float, None)
+"""A number, or null where it was none."""
+TEXT = (str, None)
+LOADS = ([[FIGURE]], None)
+SCORE = {
+    "task": str, "protocol": str, "n": int, "accuracy": NUMBER, "stderr": FIGURE,
+    "accuracy_normalized": FIGURE, "majority_class": FIGURE, "chance": FIGURE,
+    "gold_log_likelihood": FIGURE, "unparsed?": (int, None), "expert_load": LOADS,
+}  # fmt: skip
+FILES = {"*": [{"path": str, "rows": int, "sha256": str}]}
+GIT = ({"commit": str, "dirty": bool}, None)
+CONFIG = {
+    "seed": int, "model": {"name": str}, "method": {"name": str}, "data": {"name": str},
+    "task": {"name": str, "train": [str], "evaluate": [str]}, "kernel": {"name": str},
+    "trainer": {"precision": str}, "evaluation": {"protocols": [str]},
+}  # fmt: skip
+"""What each version's configuration had; of which type its fields are, the schema tells."""
+SOURCE = {
+    "name": str, "fingerprint": str, "config": CONFIG, "data": FILES, "model": {"source": str},
+    "kernel?": TEXT, "dtype?": TEXT,
+}  # fmt: skip
+STABILITY = {
+    "gradient_norm_median": FIGURE, "gradient_norm_max": FIGURE, "gradient_norm_max_step": FIGURE,
+    "step_losses": [FIGURE], "step_gradient_norms": [FIGURE],
+}  # fmt: skip
+TRAIN = {
+    "steps": int, "examples?": int, "tokens?": int, "seconds?": NUMBER,
+    "final_loss?": FIGURE, "tokens_per_second?": NUMBER, "peak_memory_bytes?": int,
+    "expert_load": LOADS, "curve": [{"step": int, "loss": FIGURE}], "stability?": (STABILITY, None),
+}  # fmt: skip
+RECORD = {
+    **SOURCE,
+    "status": str,
+    "adapter?": (
+        {"path": TEXT, "sha256": str, "trained_by?": ({**SOURCE, "git": GIT}, None)}, None,
+    ),
+    "saved_adapter?": ({"sha256": str}, None),
+    "train?": (TRAIN, None),
+    "scores": [SCORE],
+    "scores_before?": ([SCORE], None),
+    "predictions": {"*": str},
+    "predictions_sha256?": {"*": str},
+    "provenance": {
+        "git": GIT,
+        "packages": {"torch": TEXT},
+        "hardware": {"cpu": TEXT, "gpus": [str]},
+    },
+}  # fmt: skip
+"""A field with `?` may be missing, `*` stands for any names, other fields are passed over."""
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+
+
+def predictions_name(task: str, protocol: str) -> str:
+    """The file in a run's folder with its predictions of a task under a protocol."""
+    return f"predictions/{task}.{protocol}.jsonl"
+
+
+def _word(kind: Any) -> str:
+    if isinstance(kind, dict) or kind is dict:
+        return "an object"
+    if isinstance(kind, list):
+        return "a list"
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(
+        kind, "null"
+    )
+
+
+def _check(value: Any, kind: Any, where: str) -> None:
+    if isinstance(kind, tuple):
+        own = [one for one in kind if _fits(value, one)]
+        if not own:
+            words = list(dict.fromkeys(_word(one) for one in kind))
+            raise UserError(f"{where} must be {' or '.join(words)}, not {shown(repr(value), 60)}")
+        kind = own[0]
+    elif not _fits(value, kind):
+        raise UserError(f"{where} must be {_word(kind)}, not {shown(repr(value), 60)}")
+    if isinstance(kind, list):
+        for number, entry in enumerate(value):
+            _check(entry, kind[0], f"{where}[{number}]")
+    elif isinstance(kind, dict):
+        for name, inner in kind.items():
+            plain = name.removesuffix("?")
+            if name == "*":
+                for key, entry in value.items():
+                    _check(entry, inner, f"{where}.{shown(key, 60)}")
+            elif plain in value:
+                _check(value[plain], inner, f"{where}.{plain}" if where else plain)
+            elif plain == name:
+                raise UserError(f"{where}.{name} is missing" if where else f"{name} is missing")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is None:
+        return value is None
+    if isinstance(kind, (dict, list)):
+        return isinstance(value, type(kind))
+    return type(value) is kind
+
+
+def check_shape(record: Mapping[str, Any]) -> None:
+    """Check a record of a run, its configurations included.
+
+    Raises:
+        UserError: a field is missing or is not what a run writes; it is named.
+    """
+    _check(record, RECORD, "")
+    check_recorded(record["config"])
+    trained_by = (record.get("adapter") or {}).get("trained_by")
+    if trained_by is not None:
+        check_recorded(trained_by["config"])
+    for score in [*record["scores"], *(record.get("scores_before") or [])]:
+        _check_score(score)
+    train = record.get("train")
+    if train is not None:
+        _check_load(train["expert_load"], "train.expert_load")
+        if train.get("stability") is not None and not (
+            train.get("examples") and train["stability"]["step_losses"]
+        ):
+            raise UserError("train.stability is of no examples or steps")
+    for key, name in record["predictions"].items():
+        task, _, protocol = key.partition("/")
+        if not (fullmatch(NAME, task) and fullmatch(NAME, protocol)) or name != predictions_name(
+            task, protocol
+        ):
+            raise UserError(
+                f"predictions.{shown(key, 60)}={shown(name, 100)} is no file that a run writes, "
+                "predictions/<task>.<protocol>.jsonl"
+            )
+
+
+def _check_score(score: Mapping[str, Any]) -> None:
+    named = f"{shown(score['task'], 60)}/{shown(score['protocol'], 60)}"
+    if not (fullmatch(NAME, score["task"]) and fullmatch(NAME, score["protocol"])):
+        raise UserError(f"scores: {named} is no task and protocol")
+    if score["n"] < 1 or not 0 <= score["accuracy"] <= 1:
+        raise UserError(f"scores: {named} has accuracy={score['accuracy']} of n={score['n']}")
+    _check_load(score["expert_load"], f"scores: {named}: expert_load")
+
+
+def _check_load(load: list[list[Any]] | None, where: str) -> None:
+    if load is not None and len({len(layer) for layer in load} | {0}) != 2:
+        raise UserError(f"{where} must have a row of shares for each layer, all of one length")
+
+
+@contextmanager
+def odd_fields(path: Any) -> Iterator[None]:
+    """Turn what reading a record's further fields raises into one `UserError`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: a field of the record is missing or odd ({type(error).__name__}: {error})"
+        ) from error
