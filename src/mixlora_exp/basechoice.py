@@ -80,7 +80,7 @@ def base_words(folder: Path, given: Collection[str], *, precision: bool = False)
     """
     if "model" in given or "model.name" in given:
         return []
-    if (folder.parent / RECORD).is_file():
+    if (folder.parent / RECORD).exists():
         return _of_record(folder.parent / RECORD, given, precision)
     # Late: PEFT takes a second to load.
     from mixlora_exp.adapters.saved import saved_settings

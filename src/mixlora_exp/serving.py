@@ -125,7 +125,7 @@ def _check_one_base(folders: Sequence[Path]) -> None:
     seen: tuple[Path, BaseIdentity] | None = None
     for folder in folders:
         base, path = read_base(folder), folder.parent / RECORD
-        if base is None and path.is_file():
+        if base is None and path.exists():
             base = of_record(read_run(path))
         if base is None:
             continue
