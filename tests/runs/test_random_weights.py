@@ -10,9 +10,10 @@ import torch
 from mixlora_exp import generation
 from mixlora_exp.cli import execute
 from mixlora_exp.errors import guarded
+from mixlora_exp.merging import write_merged
 from mixlora_exp.rescoring import translate
 from mixlora_exp.results.record import read_record
-from mixlora_exp.serving import open_adapter, write_merged
+from mixlora_exp.serving import open_adapter
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 # LLaMA-2 7B in all but its size.
