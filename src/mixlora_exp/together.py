@@ -139,13 +139,13 @@ def _enter(pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Pat
         pack.paths.append(finished(folder / RECORD, inputs, config))
         return
     assert lock is not None
+    say(first_line(folder.name, config, inputs.identity["adapter"]))
     try:
         this = start(config, folder, inputs, lock)
     except UserError as error:
         note_failure(folder, error, lock)
         raise
     forget_failure(folder)
-    say(first_line(folder.name, config, inputs.identity["adapter"]))
     stack.enter_context(tracked(this))
     pack.runs.append(this)
 

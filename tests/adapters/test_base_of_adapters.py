@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, load_adapters, save_adapter
 from mixlora_exp.adapters.hosting import check_shareable
+from mixlora_exp.adapters.model import MixLoraModel
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import build_hf_config, load_model, load_tokenizer, read_base
@@ -297,8 +299,37 @@ def test_a_refused_adapter_leaves_the_base_to_others(base_of, kit, tmp_path: Pat
     assert torch.allclose(kit.of(alone(base, good)), expected, atol=1e-5)
 
 
+def test_an_adapter_that_peft_cannot_build_leaves_the_base(
+    base_of, kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT may raise when some layers are adapted already."""
+    good, expected = kit.adapter(tmp_path / "good", "mixlora")
+    base = base_of()
+    names = [name for name, _ in base.named_modules()]
+    stock, calls = MixLoraModel._create_and_replace, []
+
+    def fails_later(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise ValueError("no such layer")
+        return stock(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MixLoraModel, "_create_and_replace", fails_later)
+        with pytest.raises(UserError, match="no such layer"):
+            alone(base, good)
+    assert [name for name, _ in base.named_modules()] == names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.allclose(kit.of(alone(base, good)), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "entry", [{"megatron_config": {"a": 1}, "megatron_core": "this"}, {"adapters": {"a": "/b"}}]
+    "entry",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "this"},
+        {"peft_type": "XLORA", "adapters": {"a": "/b"}},
+    ],
 )
 @EITHER
 def test_what_a_file_names_is_not_opened(
@@ -307,5 +338,5 @@ def test_what_a_file_names_is_not_opened(
     folder = by_peft(tmp_path / "a", base_of())
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
-    with pytest.raises(UserError, match="what a file names is not opened"):
+    with pytest.raises(UserError, match="is not obeyed|is not served here"):
         load(base_of(), folder)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -142,6 +143,19 @@ def _in_fixed_order(path: Path, config: LoraConfig) -> None:
     path.write_text(json.dumps(entries, indent=2, sort_keys=True))
 
 
+def _take_off(base: PreTrainedModel) -> None:
+    """Undo what PEFT had put into a base model before it raised."""
+
+    def next_layer() -> tuple[str, BaseTunerLayer] | None:
+        layers = ((n, m) for n, m in base.named_modules() if isinstance(m, BaseTunerLayer))
+        return next(layers, None)
+
+    while (found := next_layer()) is not None:
+        base.set_submodule(found[0], found[1].base_layer)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
 def load_adapter(
     base: PreTrainedModel, folder: Path, kernel: KernelConfig, *, accept: bool = False
 ) -> PeftModel:
@@ -160,6 +174,7 @@ def load_adapter(
         with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
             model = get_peft_model(base, config)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        _take_off(base)
         raise UserError(not_built(folder, error)) from error
     try:
         fill(model, "default", weights, folder)

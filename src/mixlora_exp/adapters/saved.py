@@ -143,7 +143,10 @@ def _stars(pattern: Any) -> int:
 def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse sizes that the adapter's own tensors do not have: PEFT makes its layers before it
     looks at the file, of any size."""
-    shapes = load_shapes(folder / SAFETENSORS).values()
+    try:
+        shapes = load_shapes(folder / SAFETENSORS).values()
+    except UserError as error:
+        raise UserError(f"adapter={folder}: {error}") from error
     largest = max((size for shape in shapes for size in shape), default=0)
     sizes = {
         "r": config.get("r"),

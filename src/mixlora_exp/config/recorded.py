@@ -92,7 +92,9 @@ def _check(value: Any, kind: Any, where: str) -> None:
     elif origin is dict:
         _require(isinstance(value, dict), where, value, "an object")
         for key, entry in value.items():
-            _check(entry, arguments[1], f"{where}.{shown(key, 60)}")
+            # Names of tasks: what else a key could hold, Hydra would resolve.
+            require_name(where, key)
+            _check(entry, arguments[1], f"{where}.{key}")
     elif is_dataclass(kind):
         _require(isinstance(value, dict), where, value, "an object")
         owner = _method_of(value) if kind is MethodConfig else kind

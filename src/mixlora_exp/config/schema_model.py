@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import Family, ModelSource, Weights
 
 __all__ = ["ModelConfig"]
+
+PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(==[A-Za-z0-9][A-Za-z0-9.+!_-]*)?")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,6 +55,15 @@ class ModelConfig:
                      "num_kv_heads", "head_dim", "vocab_size"):  # fmt: skip
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
         require_name("model.name", self.name)
+        # Looked up among the installed packages: a dot would import the package before it.
+        require(
+            self.package is None or bool(PACKAGE.fullmatch(self.package)),
+            "model.package", self.package, "must be the name of a package, as in name==1.0",
+        )  # fmt: skip
+        require(
+            self.package_file is None or bool(FILE.fullmatch(self.package_file)),
+            "model.package_file", self.package_file, "must be the name of a file in the package",
+        )  # fmt: skip
         require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}",

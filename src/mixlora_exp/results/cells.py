@@ -96,7 +96,12 @@ def group_runs(runs: Iterable[Run]) -> Blocks:
     """
     blocks: dict[Key, list[Run]] = defaultdict(list)
     bases: list[tuple[Run, str]] = []
-    for run in sorted(runs, key=lambda run: (run.rescored, run.name)):
+
+    def renamed(run: Run) -> bool:
+        # A run's folder ends with the beginning of its fingerprint.
+        return not run.name.endswith(str(run.record.get("fingerprint"))[:10])
+
+    for run in sorted(runs, key=lambda run: (run.rescored, renamed(run), run.name)):
         for protocol in dict.fromkeys(protocol for _, protocol in run.scores):
             if run.method == "none":
                 bases.append((run, protocol))

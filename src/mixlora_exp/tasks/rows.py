@@ -86,6 +86,8 @@ def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
         raise ValueError(f"in 'choices': {error}") from None
     if len(options) != len(labels):
         raise ValueError(f"'choices' has {len(options)} texts but {len(labels)} labels")
+    if not all(labels):
+        raise ValueError("'choices' has an empty label")
     if len(set(labels)) < len(labels):
         raise ValueError(f"'choices' repeats a label: {', '.join(labels)}")
     key = label(text(row, "answerKey"))
