@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -37,10 +38,11 @@ KEPT = "\n\t\u200c\u200d"
 
 
 class _Streamer(TextStreamer):
-    """Prints an answer as it comes; what a terminal would act on is shown as an escape."""
+    """Prints an answer as it comes; at a terminal, what it would act on is shown as an escape."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(shown(text, None, keep=KEPT), stream_end)
+        harmless = shown(text, None, keep=KEPT) if sys.stdout.isatty() else text
+        super().on_finalized_text(harmless, stream_end)
 
 
 def check_chat(opened: Opened) -> None:

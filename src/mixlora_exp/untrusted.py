@@ -161,8 +161,8 @@ def parse_json(content: bytes | str, *, halves: bool = False, finite: bool = Tru
     """The value of a JSON text: of finite numbers, fields that stand there once, and few levels.
 
     `halves`: let lone surrogates (halves of characters, as `\\ud800`) through, where the caller
-    tells the field in which they are. `finite=False`: let NaN and infinities through, which Python
-    writes and JSON does not have.
+    tells the field in which they are. `finite=False`: let NaN, infinities, which Python writes
+    and JSON does not have, and whole numbers of any size through, where the caller looks at them.
 
     Raises:
         ValueError: it is no JSON, or has something that no reader here could use.
@@ -202,7 +202,7 @@ def _check(value: Any, halves: bool, finite: bool) -> None:
             elif isinstance(entry, float):
                 if finite and not math.isfinite(entry):
                     raise ValueError("a number is too large to be one")
-            elif isinstance(entry, int) and abs(entry) > LARGEST:
+            elif finite and isinstance(entry, int) and abs(entry) > LARGEST:
                 raise ValueError("a whole number has more than 40 digits")
         level, depth = inner, depth + 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,17 @@ def test_mistakes_are_named(
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_answer_does_not_steer_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model may have learned to write escapes; a program that reads them gets what it wrote."""
+    opened = open_adapter(None, WORDS)
+    written = "a\x1b[2Jb\u202e\u200d\nc\td"
+    monkeypatch.setattr(type(opened.tokenizer), "decode", lambda *_, **__: written)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    list(continuations(opened, ["a"], max_new_tokens=2, stream=True))
+    shown = "a\\x1b[2Jb\\u202e\u200d\nc\td" if terminal else written
+    assert shown in capsys.readouterr().out

@@ -93,7 +93,7 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
         size = path.stat().st_size
         if size > CONFIG_LIMIT:
             raise UserError(f"{named} has {size:,} bytes, which no configuration has")
-        config = read_json(path)
+        config = read_json(path, finite=False)
     except FileNotFoundError as error:
         inner = (folder / "adapter" / CONFIG).is_file()
         hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that has one"

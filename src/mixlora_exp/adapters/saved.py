@@ -35,6 +35,8 @@ MEGATRON = (None, "megatron.core")
 PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
             "rank_pattern", "alpha_pattern", "target_parameters")  # fmt: skip
 """Settings that PEFT matches as regular expressions, or by their keys."""
+LARGEST = 1e12
+"""No rank, scale or probability is beyond it."""
 STARS, LONGEST = 4, 1000
 """Repetitions without end in a pattern, and characters of one, at most."""
 SINGLE = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN)
@@ -76,6 +78,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
                     "else. Save the adapter again as a plain one")  # fmt: skip
     if config.get("megatron_core") not in MEGATRON:
         _refuse(folder, "megatron_core", config["megatron_core"], "is no module to import: null")
+    _check_numbers(folder, config)
     _check_patterns(folder, config)
     _check_sizes(folder, config)
     return config
@@ -94,6 +97,13 @@ def _check_kind(folder: Path, kind: Any) -> None:
         f"adapter={folder}: peft_type={shown(repr(kind), 80)} in {CONFIG} {why}: give a folder "
         f"with {', '.join(KINDS[:-1])} or {KINDS[-1]}"
     )
+
+
+def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    for name, value in config.items():
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(number, (int, float)) and not abs(number) < LARGEST:
+                _refuse(folder, name, number, "must be a finite number, as training has them")
 
 
 def _texts(value: Any) -> Iterator[Any]:
@@ -148,11 +158,7 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"adapter={folder}: {error}") from error
     largest = max((size for shape in shapes for size in shape), default=0)
-    sizes = {
-        "r": config.get("r"),
-        "init_r": config.get("init_r"),
-        "target_r": config.get("target_r"),
-    }
+    sizes = {name: config.get(name) for name in ("r", "init_r", "target_r")}
     ranks = config.get("rank_pattern") or {}
     if not isinstance(ranks, dict):
         _refuse(folder, "rank_pattern", ranks, "must be an object")
