@@ -190,7 +190,9 @@ def test_what_stands_beside_an_adapter(tmp_path: Path) -> None:
     path = tmp_path / BASE_FILE
     path.write_text(path.read_text().replace("random-1", "random-9"))
     assert read_base(tmp_path).fingerprint is None
-    assert str(BaseIdentity("a\x1b[2J", "hub", "b" * 999)) == f"a\\x1b[2J (hub {'b' * 120})"
+    shown = str(BaseIdentity("a\x1b[2J", "hub", "b" * 999))
+    assert shown.startswith("a\\x1b[2J (hub bbb")
+    assert len(shown) < 200
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (cut_off, "is cut off or damaged"),
     "weights missing": (lacking, "lacks 1 weights, the first model.layers.0.mlp.up_proj.weight"),
     "another shape": (lambda f: edited(f, intermediate_size=160), "asks for [160, 64]"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot read config.json"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "cannot read config.json"),
-    "deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "cannot read config.json"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be used"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
+    "deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json cannot be used"),
     "nonsense": (lambda f: edited(f, hidden_size="wide"), "cannot read config.json"),
 }
 

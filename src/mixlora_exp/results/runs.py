@@ -142,9 +142,9 @@ class Run:
         return self.record.get("adapter") is not None
 
     @property
-    def parameters(self) -> Mapping[str, Any]:
-        """The counts of the model and the method that were trained."""
-        return self._source()["parameters"]
+    def parameters(self) -> Mapping[str, Any] | None:
+        """The counts of the model and the method that were trained; None where none are kept."""
+        return self._source().get("parameters")
 
     def _source(self) -> Mapping[str, Any]:
         """The record of the training, or what the record of a scoring keeps of it."""

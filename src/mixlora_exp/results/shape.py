@@ -36,6 +36,7 @@ CONFIG = {
 SOURCE = {
     "name": str, "fingerprint": str, "config": CONFIG, "data": FILES, "model": {"source": str},
     "kernel?": TEXT, "dtype?": TEXT,
+    "parameters?": ({"percent_paper?": FIGURE, "percent_true?": FIGURE}, None),
 }  # fmt: skip
 STABILITY = {
     "gradient_norm_median": FIGURE, "gradient_norm_max": FIGURE, "gradient_norm_max_step": FIGURE,

@@ -201,10 +201,13 @@ def _counted(
     """#Params as (percent in the paper's denominator, percent of all weights): as the records have
     it, none where they differ; of the shape in conf/model where nothing was run."""
     counts = [run.parameters for run in runs]
-    found = {(p["percent_paper"] or 0.0, p["percent_true"]) for p in counts}
+    if None in counts:
+        return None
+    found = {(p.get("percent_paper") or 0.0, p.get("percent_true")) for p in counts}
     if not found or variant.method == "none":
         return spec.params(model, variant)
-    return found.pop() if len(found) == 1 else None
+    counted = found.pop() if len(found) == 1 else (0.0, None)
+    return None if counted[1] is None else counted
 
 
 def _params(
