@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mixlora_exp import durable
 from mixlora_exp.durable import publishing
 
 WRITER = textwrap.dedent(
@@ -137,3 +140,49 @@ def test_a_link_under_a_left_over_s_name_is_not_followed(tmp_path: Path) -> None
     with publishing(tmp_path / "here"):
         pass
     assert os.listdir(theirs) == ["file"]
+
+
+@pytest.fixture
+def cleaned_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Path]]:
+    """Let another process's clean-up find the next so many new folders before they are locked."""
+
+    def prepare(times: int) -> list[Path]:
+        made: list[Path] = []
+        mkdir = Path.mkdir
+
+        def make(path: Path, *args: Any, **settings: Any) -> None:
+            mkdir(path, *args, **settings)
+            if f".{durable.PARTIAL}-" in path.name:
+                made.append(path)
+                if len(made) <= times:
+                    durable._remove_abandoned(path.with_name("here"))
+                    assert not path.exists()
+
+        monkeypatch.setattr(Path, "mkdir", make)
+        return made
+
+    return prepare
+
+
+def test_a_new_folder_that_another_process_cleans_up_is_made_again(
+    cleaned_up: Callable[[int], list[Path]], tmp_path: Path
+) -> None:
+    made = cleaned_up(3)
+    with publishing(tmp_path / "here") as new:
+        (new / "file").write_text("a")
+    assert len(made) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert (tmp_path / "here" / "file").read_text() == "a"
+
+
+def test_folders_that_never_stay_are_one_error(
+    cleaned_up: Callable[[int], list[Path]], tmp_path: Path
+) -> None:
+    made = cleaned_up(10**6)
+    with (
+        pytest.raises(OSError, match="others removed each new folder"),
+        publishing(tmp_path / "here"),
+    ):
+        pass
+    assert len(made) == durable.TRIES
+    assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,8 @@ __all__ = ["publishing", "settle", "sync"]
 
 PARTIAL = "partial"
 """Part of the name of a folder that is being written: `.NAME.partial-0123456789abcdef`."""
+TRIES = 100
+"""New folders that others may take away before they are locked; one after the other is unlikely."""
 
 
 def sync(path: Path) -> None:
@@ -85,15 +87,21 @@ def _locked_folder(folder: Path) -> tuple[Path, int]:
     """A new folder beside `folder`, and the descriptor that holds its lock.
 
     The lock ends with the process, however that ends. A file system without locks does without.
+
+    Raises:
+        OSError: the folder cannot be made, or was taken away each time before it was locked.
     """
-    while True:
+    for _ in range(TRIES):
         partial = folder.with_name(f".{folder.name}.{PARTIAL}-{secrets.token_hex(8)}")
         partial.mkdir()
-        lock = os.open(partial, os.O_RDONLY)
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # Another process took it for an abandoned one, and has removed it.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass  # Another process took it for an abandoned one.
+            pass  # It is about to.
         except OSError:
             return partial, lock
         else:
@@ -101,6 +109,7 @@ def _locked_folder(folder: Path) -> tuple[Path, int]:
                 if os.path.samestat(os.stat(partial), os.fstat(lock)):
                     return partial, lock
         os.close(lock)
+    raise OSError(errno.EAGAIN, "others removed each new folder before it was locked", str(partial))
 
 
 def _remove_abandoned(folder: Path) -> None:
