@@ -105,6 +105,20 @@ def test_damaged_cache_is_made_anew(package: ModelConfig, conversions: list) -> 
     assert kept(folder.parent) == [folder.name]
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[]", "null", "7", '{"config.json": SIZE}'])
+def test_a_manifest_that_does_not_name_the_files_is_not_believed(
+    manifest: str, package: ModelConfig, conversions: list
+) -> None:
+    folder = pypi.cached_folder(package)
+    size = (folder / "config.json").stat().st_size
+    (folder / "conversion.json").write_text(manifest.replace("SIZE", str(size)))
+    (folder / "model.safetensors").unlink()
+    assert not pypi.is_cached(package)
+    load_model(package, torch.float32)
+    assert len(conversions) == 2
+    assert pypi.is_cached(package)
+
+
 def test_interrupted_conversion_leaves_no_cache(
     package: ModelConfig, conversions: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

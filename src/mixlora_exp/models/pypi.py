@@ -34,6 +34,8 @@ __all__ = ["cached_folder", "find_gguf", "is_cached"]
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "conversion.json"
 """File names and sizes of a finished cache folder; written last."""
+_NEEDED = ("config.json", "tokenizer.json", ".safetensors")
+"""Endings of names that the manifest of each conversion has."""
 _LOOK = 0.2
 """Seconds between two looks at another process's conversion."""
 
@@ -140,8 +142,10 @@ def _writing(folder: Path) -> Iterator[None]:
 def _is_complete(folder: Path) -> bool:
     try:
         sizes = read_json(folder / _MANIFEST)
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        # A list that is empty, or that lacks the weights, agrees with a folder without them.
+        named = all(any(name.endswith(end) for name in sizes) for end in _NEEDED)
+        return named and all((folder / name).stat().st_size == n for name, n in sizes.items())
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
