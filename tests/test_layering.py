@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "basechoice": EVERYTHING,
     "rescoring": EVERYTHING,
     "serving": EVERYTHING,
+    "mergecheck": {"adapters", "errors", "evaluation", "runtime"},
     "merging": EVERYTHING,
     "continuing": EVERYTHING,
     "generation": EVERYTHING,

@@ -17,10 +17,10 @@ BESIDE = frozenset(
     (
         "basechoice.py", "bench", "cli.py", "config/explain.py", "continuing.py", "durable.py",
         "errors.py", "generation.py", "interruption.py", "jobs.py", "ledger.py", "lm_eval.py",
-        "meaning.py", "memory.py", "merging.py", "planning.py", "reporting.py", "rescoring.py",
-        "results", "runlock.py", "search.py", "search_study.py", "serving.py", "status.py",
-        "sweep.py", "training/checkpoints.py", "training/progress.py", "training/sinks.py",
-        "training/tracking.py", "underway.py", "untrusted.py",
+        "meaning.py", "memory.py", "mergecheck.py", "merging.py", "planning.py", "reporting.py",
+        "rescoring.py", "results", "runlock.py", "search.py", "search_study.py", "serving.py",
+        "status.py", "sweep.py", "training/checkpoints.py", "training/progress.py",
+        "training/sinks.py", "training/tracking.py", "underway.py", "untrusted.py",
     )
 )  # fmt: skip
 """Code that shows, stores, starts or measures runs; all else decides what a run computes."""

@@ -1,17 +1,13 @@
 """Merging an adapter into its base model: a plain checkpoint that computes what the adapter does.
 
-Memory: one copy of the model at a time, in the precision that is written, and a layer more. The
-vocabulary matrix is copied where an adapter on it ends the tie between embedding and output
-projection.
+Memory: one copy of the model at a time, in the precision that is written, and one adapted layer
+more, in float64. The vocabulary matrix is copied where an adapter on it ends the tie between
+embedding and output projection.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,28 +15,17 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.durable import publishing
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation.head import full_precision_head
+from mixlora_exp.mergecheck import check, expect, merged_by_peft
 from mixlora_exp.models.reading import read_model
-from mixlora_exp.runtime import autocast, resolve_dtype
+from mixlora_exp.runtime import resolve_dtype
 from mixlora_exp.serving import Opened
 
 __all__ = ["merge", "write_merged"]
-
-SHAPE = (2, 16)
-"""Rows and tokens on which the written checkpoint is compared with the adapter."""
-LAYER = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
-"""Error of a layer's output on the same input, relative to the output's norm. In float32 only the
-order of sums differs (measured: 1e-6). In bf16 weight and output are rounded once more, each by up
-to 2^-9 of itself, and of more where terms cancel (measured: 0.004 for most layers, 0.01 for the
-worst). What an adapter changes less than this is lost in bf16 anyway."""
-LOGITS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""The same of the logits, less their mean, to which the errors of all layers grow (measured: 5e-6
-and 0.05 over 30 layers). It tells of what no single layer shows, such as a lost configuration."""
 
 
 def _untie(base: PreTrainedModel) -> bool:
@@ -66,27 +51,10 @@ def merge(opened: Opened) -> PreTrainedModel:
         UserError: the adapter is a mixture, which no single weight can stand for, or PEFT cannot
             merge it.
     """
-    model = opened.model
-    if not isinstance(model, PeftModel):
-        raise UserError("adapter=null: there is nothing to merge; name an adapter's folder")
-    kind = model.peft_config[model.active_adapter].peft_type
-    if kind == "MIXLORA":
-        raise UserError(
-            "a MixLoRA or MixDoRA adapter cannot be merged: its router chooses experts for each "
-            "token, and one weight cannot stand for all of them. Load it with "
-            "PeftModel.from_pretrained instead"
-        )
+    model = _mergeable(opened)
     untied = _untie(model.get_base_model())
-    try:
-        with warnings.catch_warnings():
-            # PEFT tells of a tie that has ended.
-            warnings.simplefilter("ignore", UserWarning)
-            merged = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"this {kind} adapter cannot be merged ({' '.join(str(error).split())[:200]}): load it "
-            "with PeftModel.from_pretrained instead"
-        ) from error
+    with merged_by_peft(model):
+        merged = model.merge_and_unload(safe_merge=True)
     if untied:
         head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
         tied = torch.equal(head.weight, embedding.weight)
@@ -96,84 +64,18 @@ def merge(opened: Opened) -> PreTrainedModel:
     return merged
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """What a model computed: the logits of `ids`, and by its name what each module with weights
-    took and gave, an adapter's layer as one."""
-
-    ids: Tensor
-    logits: Tensor
-    modules: dict[str, tuple[Tensor, Tensor]]
-
-
-@contextmanager
-def _computing(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[None]:
-    with torch.inference_mode(), autocast(model.device, dtype), full_precision_head(model):
-        yield
-
-
-def _with_weights(base: nn.Module) -> dict[str, nn.Module]:
-    """The modules that have weights of their own, an adapter's layer with all in it as one."""
-    found: dict[str, nn.Module] = {}
-    for name, module in base.named_modules():
-        adapter = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        weights = adapter or any(True for _ in module.parameters(recurse=False))
-        if weights and not any(name.startswith(f"{above}.") for above in found):
-            found[name] = module
-    return found
-
-
-def _record(opened: Opened, dtype: torch.dtype) -> _Pass:
-    """A pass of the adapter's model over random tokens, the same ones each time."""
-    model, base = opened.model, opened.model.get_base_model()
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, SHAPE, generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
-    modules: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = []
-    for name, module in _with_weights(base).items():
-
-        def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            modules[name] = args[0], output
-
-        hooks.append(module.register_forward_hook(note))
-    try:
-        with _computing(model, dtype):
-            logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return _Pass(ids, logits, modules)
-
-
-def _off(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, relative to the expected norm."""
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
-def _check(written: PreTrainedModel, expected: _Pass, dtype: torch.dtype) -> None:
-    """Compare a checkpoint that was read back with the adapter's pass: each layer on the input
-    that it had there, so that rounding does not add up, and then the whole.
-
-    Raises:
-        UserError: it computes something else than rounding explains.
-    """
-    with _computing(written, dtype):
-        logits = written(input_ids=expected.ids, use_cache=False).logits
-        off = {
-            name: (_off(written.get_submodule(name)(taken), given), LAYER[dtype])
-            for name, (taken, given) in expected.modules.items()
-        }
-    centred = (x - x.mean(dim=-1, keepdim=True) for x in (logits.float(), expected.logits.float()))
-    off["the logits"] = _off(*centred), LOGITS[dtype]
-    for name, (error, bound) in off.items():
-        if not error <= bound:  # NaN is no number below it.
-            raise UserError(
-                f"the merged checkpoint does not compute what the adapter computes ({name}: off by "
-                f"{error:.2g} of its size, rounding explains {bound:.2g}), so nothing was written: "
-                "load the adapter with PeftModel.from_pretrained instead"
-            )
+def _mergeable(opened: Opened) -> PeftModel:
+    """The adapter's model, if its method can be merged at all; `UserError` if not."""
+    model = opened.model
+    if not isinstance(model, PeftModel):
+        raise UserError("adapter=null: there is nothing to merge; name an adapter's folder")
+    if model.peft_config[model.active_adapter].peft_type == "MIXLORA":
+        raise UserError(
+            "a MixLoRA or MixDoRA adapter cannot be merged: its router chooses experts for each "
+            "token, and one weight cannot stand for all of them. Load it with "
+            "PeftModel.from_pretrained instead"
+        )
+    return model
 
 
 def write_merged(opened: Opened, folder: Path) -> None:
@@ -184,12 +86,14 @@ def write_merged(opened: Opened, folder: Path) -> None:
     Raises:
         UserError: the folder exists or cannot be written, the adapter cannot be merged, or the
             checkpoint is wrong.
+
+    Logs a warning where the written precision cannot hold what the adapter changes.
     """
     if os.path.lexists(folder):
         raise _exists(folder)
     config, device = opened.config, opened.model.device
     dtype = resolve_dtype(config.trainer.precision, device)
-    expected = _record(opened, dtype) if isinstance(opened.model, PeftModel) else None
+    expected = expect(_mergeable(opened), dtype)
     merged = merge(opened)
     try:
         with publishing(folder) as new:
@@ -197,7 +101,7 @@ def write_merged(opened: Opened, folder: Path) -> None:
             opened.tokenizer.save_pretrained(new)
             merged.to("meta")  # Two copies of a large model might not fit.
             written = read_model(str(new), dtype, config.model, f"output={folder}")
-            _check(written.to(device), expected, dtype)
+            check(written.to(device), expected)
     except FileExistsError as error:
         raise _exists(folder) from error
     except (OSError, SafetensorError, RuntimeError) as error:

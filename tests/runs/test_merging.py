@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -45,7 +47,9 @@ def one_thread() -> None:
 def opened() -> Callable[..., Opened]:
     """A tiny model with an adapter of PEFT's whose weights are all away from their start."""
 
-    def make(model: str = "tiny_gemma", precision: str = "float32", **settings: Any) -> Opened:
+    def make(
+        model: str = "tiny_gemma", precision: str = "float32", size: float = 0.1, **settings: Any
+    ) -> Opened:
         config = compose([f"model={model}", f"trainer.precision={precision}"])
         base = load_model(config.model, getattr(torch, precision), 0)
         with torch.random.fork_rng():
@@ -54,7 +58,7 @@ def opened() -> Callable[..., Opened]:
             with torch.no_grad():
                 for name, weight in adapted.named_parameters():
                     if weight.requires_grad and "lora_A" not in name:
-                        weight += 0.1 * torch.randn(weight.shape).to(weight.dtype)
+                        weight += size * torch.randn(weight.shape).to(weight.dtype)
         set_kernel(adapted, "auto")
         return Opened(adapted.eval(), load_tokenizer(config.model), config)
 
@@ -114,8 +118,12 @@ def test_a_tie_that_is_forgotten_is_caught(
     assert list(tmp_path.iterdir()) == []
 
 
+def of_base(one: Opened, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return load_model(one.config.model, weights[name].dtype, 0).get_parameter(name).data
+
+
 def without_adapter(one: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
-    weights[name] = load_model(one.config.model, weights[name].dtype, 0).get_parameter(name).data
+    weights[name] = of_base(one, weights, name)
 
 
 def transposed(_: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
@@ -131,29 +139,146 @@ def shifted(_: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
     weights["model.layers.0.mlp.up_proj.weight"] *= 1.05
 
 
+def nudged(_: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
+    """By the least that bf16 or float32 can hold, in a layer that has no adapter."""
+    bits = {2: torch.int16, 4: torch.int32}
+    weight = weights["model.layers.0.mlp.up_proj.weight"]
+    weight.view(bits[weight.element_size()])[3, 5] += 1
+
+
+def all_without_adapter(one: Opened, weights: dict[str, torch.Tensor], _: str) -> None:
+    for name in weights:
+        if "q_proj" in name or "o_proj" in name:
+            weights[name] = of_base(one, weights, name)
+
+
+def changed_change(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[Opened, dict[str, torch.Tensor], str], None]:
+    """Let what the adapter has changed in one layer be something else."""
+
+    def damage(one: Opened, weights: dict[str, torch.Tensor], name: str) -> None:
+        base = of_base(one, weights, name).float()
+        wrong = base + change(weights[name].float() - base)
+        weights[name] = wrong.to(weights[name].dtype).contiguous()
+
+    return damage
+
+
+SMALL = {
+    "one forgotten": without_adapter,
+    "all forgotten": all_without_adapter,
+    "doubled": changed_change(lambda change: 2 * change),
+    "halved": changed_change(lambda change: change / 2),
+    "subtracted": changed_change(lambda change: -change),
+    "transposed": changed_change(lambda change: change.T),
+}
+
+
+def effects(one: Opened) -> list[float]:
+    """What the adapter changes in each layer's weight, relative to it."""
+    layers = [m for m in one.model.modules() if isinstance(m, LoraLayer)]
+    return [
+        float(m.get_delta_weight("default").norm() / m.get_base_layer().weight.float().norm())
+        for m in layers
+    ]
+
+
+@pytest.fixture
+def damaging(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the files of the last layer be changed once they are written."""
+
+    def prepare(one: Opened, damage: Callable[..., None]) -> None:
+        save = PreTrainedModel.save_pretrained
+
+        def damaged(model: PreTrainedModel, folder: Path, **settings: Any) -> None:
+            save(model, folder, **settings)
+            weights = load_file(folder / "model.safetensors")
+            damage(one, weights, "model.layers.1.self_attn.o_proj.weight")
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
+
+    return prepare
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("damage", [without_adapter, transposed, broken, shifted])
+@pytest.mark.parametrize("damage", [without_adapter, transposed, broken, shifted, nudged])
 def test_a_wrong_checkpoint_is_caught(
     damage: Callable[..., None],
     precision: str,
     opened: Callable[..., Opened],
+    damaging: Callable[..., None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One layer of the last is enough."""
     one = opened("tiny", precision, target_modules=["q_proj", "o_proj"])
-    save = PreTrainedModel.save_pretrained
-
-    def damaged(model: PreTrainedModel, folder: Path, **settings: Any) -> None:
-        save(model, folder, **settings)
-        weights = load_file(folder / "model.safetensors")
-        damage(one, weights, "model.layers.1.self_attn.o_proj.weight")
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
+    damaging(one, damage)
     with pytest.raises(UserError, match="does not compute what the adapter computes") as caught:
         write_merged(one, tmp_path / "merged")
     assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "size"), [("bfloat16", 1.5e-4), ("float32", 1.5e-4), ("float32", 1.5e-7)]
+)
+@pytest.mark.parametrize("damage", SMALL)
+def test_a_wrong_merge_of_a_small_adapter_is_caught(
+    damage: str,
+    precision: str,
+    size: float,
+    dora: bool,
+    opened: Callable[..., Opened],
+    damaging: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    """One that changes a hundredth of a layer, and in float32 a hundred-thousandth."""
+    one = opened("tiny", precision, size, target_modules=["q_proj", "o_proj"], use_dora=dora)
+    assert all(50 * size < effect < 120 * size for effect in effects(one))
+    damaging(one, SMALL[damage])
+    with pytest.raises(UserError, match="does not compute what the adapter computes"):
+        write_merged(one, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1.5e-4, 1.5e-5, 1.5e-7, 0.0])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_right_merge_of_a_small_adapter_is_written(
+    dora: bool,
+    size: float,
+    precision: str,
+    opened: Callable[..., Opened],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a word where bf16 cannot hold what it changes."""
+    targets = ["q_proj", "o_proj", "embed_tokens", "lm_head"]
+    one = opened("tiny", precision, size, target_modules=targets, use_dora=dora)
+    write_merged(one, tmp_path / "merged")
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("mixlora")]
+    if precision == "bfloat16" and 0 < size < 1e-6:
+        (line,) = told
+        assert line.endswith("trainer.precision=float32 keeps it")
+        assert "\n" not in line
+    elif precision == "float32" or size == 1.5e-4 or (size == 0.0 and not dora):
+        # PEFT rounds the magnitudes that DoRA starts with to bf16, which is an effect too.
+        assert told == []
+
+
+@pytest.mark.parametrize("where", ["PEFT's layers", "the whole model"])
+def test_a_merge_that_does_nothing_is_caught(
+    where: str, opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = opened("tiny", "bfloat16", 1.5e-4, target_modules=["q_proj", "o_proj"])
+    if where == "PEFT's layers":
+        monkeypatch.setattr(lora.Linear, "merge", lambda *_, **__: None)
+    else:
+        monkeypatch.setattr(merging, "merge", lambda opened: opened.model.unload())
+    with pytest.raises(UserError, match="does not compute what the adapter computes"):
+        write_merged(one, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
