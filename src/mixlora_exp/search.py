@@ -25,7 +25,7 @@ from mixlora_exp.config.schema import MixLoraMethodConfig, Protocol
 from mixlora_exp.errors import UserError
 from mixlora_exp.inputs import comparable, gather_inputs, resolve_config
 from mixlora_exp.interruption import Terminated, requested
-from mixlora_exp.results.record import read_run
+from mixlora_exp.results.record import read_record
 from mixlora_exp.results.show import say
 from mixlora_exp.runlock import RunLock
 from mixlora_exp.search_study import (
@@ -272,7 +272,7 @@ def _score(study: optuna.Study, trial: optuna.Trial, config: Config, train: Trai
         if trial.should_prune():
             raise GivenUp
 
-    return score_of(read_run(train(config, watch)))
+    return score_of(read_record(train(config, watch)))
 
 
 def _by_its_settings(error: UserError) -> bool:

@@ -28,8 +28,9 @@ from mixlora_exp.errors import UserError, shown
 from mixlora_exp.hashing import code_sha256
 from mixlora_exp.memory import memory_of
 from mixlora_exp.planning import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN
-from mixlora_exp.results.record import read_run
+from mixlora_exp.results.record import read_record
 from mixlora_exp.results.runs import RECORD, filled
+from mixlora_exp.results.shape import odd_fields
 from mixlora_exp.runlock import BEAT, holder_of
 from mixlora_exp.tasks import TASKS
 from mixlora_exp.untrusted import read_json
@@ -146,7 +147,7 @@ def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     found = {}
     for path in sorted(records.glob(f"*/{RECORD}")):
         try:
-            record = read_run(path)
+            record = read_record(path)
             found[fingerprint_of(filled(record["config"]))] = path, record
         except (UserError, KeyError, TypeError):
             continue  # `make tables` says what is wrong with it.
@@ -162,10 +163,11 @@ def _shown(path: Path) -> str:
 def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
     """Whether `train.py` takes the record at `path` for this run's."""
     try:
-        record = read_run(path)
+        record = read_record(path)
+        with odd_fields(path):
+            changed = data.differing(config, record) or []
     except UserError as error:
         return "refused", str(error)
-    changed = data.differing(config, record) or []
     if record.get("code", code_sha256()) != code_sha256():
         changed.append("code")
     if changed:

@@ -143,7 +143,7 @@ def test_a_trial_that_fails_is_noted_and_the_search_goes_on(tmp_path: Path, capf
     failed = [trial for trial in study.trials if trial.state.name == "FAIL"]
     assert len(study.trials) == 12
     assert 0 < len(failed) < 12
-    reason = "trainer.learning_rate: the loss is nan, choose a lower one"
+    reason = "trainer.learning_rate: the loss is nan,\\nchoose a lower one"  # One line.
     assert {trial.user_attrs["reason"] for trial in failed} == {reason}
     out, err = capfd.readouterr()
     lines = [line for line in out.splitlines() if "failed with" in line]

@@ -38,7 +38,7 @@ def link(source: Path) -> Callable[[dict], None]:
         kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "kernel",
                 "dtype")  # fmt: skip
         trained_by = {**{k: record[k] for k in kept}, "git": record["provenance"]["git"]}
-        other["adapter"] = {"sha256": "a", "trained_by": trained_by}
+        other["adapter"] = {"path": "x", "sha256": "a", "trained_by": trained_by}
         other["kernel"] = record["kernel"]
 
     return change

@@ -7,7 +7,6 @@ from statistics import mean, pstdev
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import shown
@@ -133,12 +132,12 @@ def _show(sheet: Sheet) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A record whose texts a terminal shows as they are, without rich's markup."""
+    """A record whose texts a terminal shows as they are."""
     if isinstance(value, Mapping):
         return {name: _plain(held) for name, held in value.items()}
     if isinstance(value, list):
         return [_plain(held) for held in value]
-    return escape(shown(value, 200)) if isinstance(value, str) else value
+    return shown(value, 200) if isinstance(value, str) else value
 
 
 def print_record(record: Mapping[str, Any]) -> None:
