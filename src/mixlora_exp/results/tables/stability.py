@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from mixlora_exp.config import EXCLUDED
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import Run, circumstances
@@ -40,7 +41,7 @@ def _factors(run: Run) -> Values:
 
 def _rest(run: Run) -> dict[str, Any]:
     """What must be equal within a block, by name."""
-    left = {"trainer.name", "trainer.logging_steps", "data.path", "data.mirror", *FACTORS}
+    left = {"trainer.name", *EXCLUDED, *FACTORS}
     groups = ("trainer", "method", "data")
     found = {f"{g}.{n}": v for g in groups for n, v in run.trained[g].items()}
     return {
