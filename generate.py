@@ -8,8 +8,8 @@ the adapter's record, or `model=NAME`. `chat=true` puts prompts into the tokeniz
 
 import sys
 
-from mixlora_exp.errors import guarded
-from mixlora_exp.generation import run
+from mixlora_exp.cli.generate import run
+from mixlora_exp.system.guarded import guarded
 
 if __name__ == "__main__":
     sys.exit(guarded(run, sys.argv[1:], resumes=False))

@@ -11,7 +11,7 @@ import sys
 from mixlora_exp.bench.run import benchmark
 from mixlora_exp.bench.settings import BenchConfig
 from mixlora_exp.bench.store import compose_settings, write
-from mixlora_exp.errors import guarded
+from mixlora_exp.system.guarded import guarded
 
 
 def run(arguments: list[str]) -> None:

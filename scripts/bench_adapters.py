@@ -11,7 +11,7 @@ import sys
 from mixlora_exp.bench.several import SeveralConfig, benchmark_several
 from mixlora_exp.bench.several_report import several_markdown
 from mixlora_exp.bench.store import compose_settings, write_files
-from mixlora_exp.errors import guarded
+from mixlora_exp.system.guarded import guarded
 
 
 def run(arguments: list[str]) -> None:

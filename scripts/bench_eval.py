@@ -32,7 +32,7 @@ from mixlora_exp.config.schema import TASK_NAMES, AnswerForm, Config, LoraMethod
 from mixlora_exp.data.encoding import ask
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.data.sources import load_split
-from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import Scorer, TaskScore
 from mixlora_exp.evaluation.harness import (
     evaluate_files,
@@ -42,8 +42,10 @@ from mixlora_exp.evaluation.harness import (
 )
 from mixlora_exp.evaluation.label_logits import score_label_logits
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.results.record import finish_record, provenance, write_json
-from mixlora_exp.runtime import autocast, hardware_names, resolve_device
+from mixlora_exp.models.precision import autocast
+from mixlora_exp.records.record import finish_record, provenance, write_json
+from mixlora_exp.system.device import hardware_names, resolve_device
+from mixlora_exp.system.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"lm_eval": 1.5, "label_logits": 4.0}

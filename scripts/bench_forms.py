@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from mixlora_exp.config import options
-from mixlora_exp.errors import guarded
 from mixlora_exp.kernels import Experts, FeedForward, Projection, route
-from mixlora_exp.kernels.exact import mixlora_exact_dense, mixlora_exact_grouped
-from mixlora_exp.results.record import finish_record, provenance, write_json
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.records.record import finish_record, provenance, write_json
+from mixlora_exp.system.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = {"dense": mixlora_exact_dense, "grouped": mixlora_exact_grouped}

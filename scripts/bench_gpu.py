@@ -24,9 +24,10 @@ from mixlora_exp.bench.checks import CASES, capture_error, kernel_errors, router
 from mixlora_exp.bench.report import markdown  # noqa: E402
 from mixlora_exp.bench.run import benchmark  # noqa: E402
 from mixlora_exp.bench.settings import ROWS, BenchConfig  # noqa: E402
-from mixlora_exp.errors import UserError, guarded  # noqa: E402
-from mixlora_exp.results.record import finish_record, provenance, write_json  # noqa: E402
-from mixlora_exp.runtime import hardware_names  # noqa: E402
+from mixlora_exp.errors import UserError  # noqa: E402
+from mixlora_exp.records.record import finish_record, provenance, write_json  # noqa: E402
+from mixlora_exp.system.device import hardware_names  # noqa: E402
+from mixlora_exp.system.guarded import guarded  # noqa: E402
 
 LIMIT_S = 8 * 60
 # Share of the limit by which each model's rounds end. Its warm-up is not cut short.

@@ -23,8 +23,9 @@ from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.settings import Row
 from mixlora_exp.config import options
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.results.record import finish_record, provenance, write_json
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.record import finish_record, provenance, write_json
+from mixlora_exp.system.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 # What moe-peft 2.0.2 runs with; its own requirements ask for a torch from 2024 as well.

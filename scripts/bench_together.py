@@ -19,9 +19,10 @@ from typing import Any
 
 from mixlora_exp.config import compose
 from mixlora_exp.config.together import entry_overrides
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.results.outcome import outcomes
-from mixlora_exp.results.record import finish_record, provenance, write_json, write_text
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.outcome import outcomes
+from mixlora_exp.records.record import finish_record, provenance, write_json, write_text
+from mixlora_exp.system.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = "experiment=multi_adapter/four_methods"

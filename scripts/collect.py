@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlora_exp.config import options
-from mixlora_exp.errors import MISTAKE, guarded
-from mixlora_exp.reporting import RESULTS
+from mixlora_exp.results.build import RESULTS
 from mixlora_exp.results.collect import Collected, collect
 from mixlora_exp.results.index import write_index
+from mixlora_exp.system.guarded import MISTAKE, guarded
 
 OUTPUTS = Path("outputs")
 """Where runs are, unless output_dir or source says otherwise."""

@@ -14,17 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixlora_exp.adapters.conversion import import_official
-from mixlora_exp.adapters.export import export_official
-from mixlora_exp.adapters.official import (
-    is_official,
-    read_official,
-    read_peft,
-    write_official,
-    write_peft,
-)
+from mixlora_exp.adapters.files import is_official
 from mixlora_exp.config import options
-from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.errors import UserError
+from mixlora_exp.official.export import export_official
+from mixlora_exp.official.folders import read_official, read_peft, write_official, write_peft
+from mixlora_exp.official.imports import import_official
+from mixlora_exp.system.guarded import guarded
 
 
 @dataclass(slots=True, kw_only=True)

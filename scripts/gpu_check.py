@@ -30,15 +30,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from mixlora_exp.adapters import attach_adapter  # noqa: E402
 from mixlora_exp.config import Config, compose, options  # noqa: E402
 from mixlora_exp.config.parameters import count_parameters  # noqa: E402
-from mixlora_exp.continuing import continuations  # noqa: E402
 from mixlora_exp.data.encoding import Example, encode_examples  # noqa: E402
 from mixlora_exp.data.sources import load_split  # noqa: E402
-from mixlora_exp.errors import UserError, guarded  # noqa: E402
-from mixlora_exp.experiment import run  # noqa: E402
-from mixlora_exp.memory import memory_of  # noqa: E402
-from mixlora_exp.results.record import finish_record, provenance, read_record, write_json  # noqa: E402
-from mixlora_exp.runtime import free_memory, hardware_names, resolve_device  # noqa: E402
-from mixlora_exp.serving import open_adapter  # noqa: E402
+from mixlora_exp.errors import UserError  # noqa: E402
+from mixlora_exp.plans.memory import memory_of  # noqa: E402
+from mixlora_exp.records.record import finish_record, provenance, read_record, write_json  # noqa: E402
+from mixlora_exp.runs.run import run  # noqa: E402
+from mixlora_exp.serving.open import open_adapter  # noqa: E402
+from mixlora_exp.serving.text_generation import continuations  # noqa: E402
+from mixlora_exp.system.device import free_memory, hardware_names, resolve_device  # noqa: E402
+from mixlora_exp.system.guarded import guarded  # noqa: E402
 from mixlora_exp.training import fit  # noqa: E402
 
 STEPS, SAVED, FEW, ITEMS, NEW_TOKENS = 20, 10, 5, 16, 16

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlora_exp.config import options
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.merging import write_merged
-from mixlora_exp.serving import GROUPS, open_adapter, split_words
+from mixlora_exp.errors import UserError
+from mixlora_exp.serving.merge import write_merged
+from mixlora_exp.serving.open import GROUPS, open_adapter, split_words
+from mixlora_exp.system.guarded import guarded
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.errors import UserError
 from mixlora_exp.results.power import average_item_error, seed_spread, smallest_detectable
 from mixlora_exp.results.runs import RECORD, Run, check_run, read_rows
+from mixlora_exp.system.guarded import guarded
 from mixlora_exp.tasks import TASKS
 
 RUNS = Path(__file__).resolve().parents[1] / "results" / "runs"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlora_exp.config import options
-from mixlora_exp.errors import guarded
-from mixlora_exp.reporting import RESULTS, gather, write_report
+from mixlora_exp.results.build import RESULTS, gather, write_report
+from mixlora_exp.system.guarded import guarded
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mixlora_exp.config import Config, options
-from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.errors import UserError
+from mixlora_exp.system.guarded import guarded
 
 
 def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
-    from mixlora_exp.experiment import run
-    from mixlora_exp.search import Postponed
+    from mixlora_exp.runs.run import run
+    from mixlora_exp.sweeps.search import Postponed
 
     path = run(config, watch)
     if path is None:
@@ -34,7 +35,7 @@ def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
 def main(arguments: list[str]) -> None:
     if importlib.util.find_spec("optuna") is None:
         raise UserError("the package optuna is not installed: run `pip install optuna`")
-    from mixlora_exp.search import SearchSettings, search
+    from mixlora_exp.sweeps.search import SearchSettings, search
 
     # `seed` is the runs'; the sampler's own stays as it is.
     names = {*SearchSettings.__dataclass_fields__, "-h", "--help"} - {"seed"}

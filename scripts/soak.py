@@ -14,7 +14,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from mixlora_exp.results.record import finish_record, provenance, write_json
+from mixlora_exp.records.record import finish_record, provenance, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = "30"

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config import compose, options
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.inputs import check_inputs
-from mixlora_exp.results.outcome import outcomes
-from mixlora_exp.results.record import finish_record, provenance, write_json
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.outcome import outcomes
+from mixlora_exp.records.record import finish_record, provenance, write_json
+from mixlora_exp.runs.inputs import check_inputs
+from mixlora_exp.system.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = (

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.status import FINISHED, STATES, Cell, experiments, find_cells
+from mixlora_exp.errors import UserError
+from mixlora_exp.sweeps.status import FINISHED, STATES, Cell, experiments, find_cells
+from mixlora_exp.system.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("experiment", "state", "brief", "records")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlora_exp.config import options
-from mixlora_exp.errors import MISTAKE, UserError, guarded
-from mixlora_exp.reporting import RESULTS, gather, table_files, write_files
+from mixlora_exp.errors import UserError
+from mixlora_exp.results.build import RESULTS, gather, table_files, write_files
+from mixlora_exp.system.guarded import MISTAKE, guarded
 
 
 @dataclass(slots=True, kw_only=True)

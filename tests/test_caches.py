@@ -43,7 +43,7 @@ INSIDE = """
 import os
 from pathlib import Path
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 
 
 def test_a_run(tmp_path):

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp import durable
-from mixlora_exp.durable import publishing
+from mixlora_exp.system import durable
+from mixlora_exp.system.durable import publishing
 
 WRITER = textwrap.dedent(
     """
     import sys
     from pathlib import Path
-    from mixlora_exp.durable import publishing
+    from mixlora_exp.system.durable import publishing
 
     with publishing(Path(sys.argv[1])) as new:
         (new / "weights").write_text(sys.argv[2])

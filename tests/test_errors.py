@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.errors import UserError
+from mixlora_exp.system.guarded import guarded
 
 
 @pytest.mark.parametrize(

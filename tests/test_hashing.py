@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp import hashing
+from mixlora_exp.records import code
 
 CODE = """
 import sys, types
 package = types.ModuleType("mixlora_exp"); package.__path__ = [sys.argv[1]]
 sys.modules["mixlora_exp"] = package
-from mixlora_exp.hashing import code_sha256
+from mixlora_exp.records.code import code_sha256
 print(code_sha256())
 """
 
@@ -28,20 +28,20 @@ def test_every_python_gives_the_same() -> None:
     }
     found = set()
     for python in others:
-        command = [python, "-c", CODE, str(hashing.PACKAGE)]
+        command = [python, "-c", CODE, str(code.PACKAGE)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             found.add(done.stdout.strip())
     if not found:
         pytest.skip("there is no other Python here that works")
-    assert found == {hashing.code_sha256()}
+    assert found == {code.code_sha256()}
 
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     """Two of the files that decide results, and what they import."""
     names = ("config/schema_data.py", "config/checks.py", "tasks/rows.py", "tasks/arc.py")
-    return {n: (hashing.PACKAGE / n).read_text(encoding="utf-8") for n in names}
+    return {n: (code.PACKAGE / n).read_text(encoding="utf-8") for n in names}
 
 
 def replaced(sources: dict[str, str], name: str, old: str, new: str) -> dict[str, str]:
@@ -61,7 +61,7 @@ def replaced(sources: dict[str, str], name: str, old: str, new: str) -> dict[str
 def test_another_message_or_docstring_is_the_same_code(
     name: str, old: str, new: str, sources: dict[str, str]
 ) -> None:
-    assert hashing._hash(replaced(sources, name, old, new)) == hashing._hash(sources)
+    assert code._hash(replaced(sources, name, old, new)) == code._hash(sources)
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,16 @@ def test_another_message_or_docstring_is_the_same_code(
 def test_another_rule_or_prompt_is_other_code(
     name: str, old: str, new: str, sources: dict[str, str]
 ) -> None:
-    assert hashing._hash(replaced(sources, name, old, new)) != hashing._hash(sources)
+    assert code._hash(replaced(sources, name, old, new)) != code._hash(sources)
 
 
 def test_all_that_decides_results_is_covered() -> None:
-    names = {name for name, _ in hashing._determining()}
-    needed = {"experiment.py", "together.py", "scored.py", "inputs.py", "runtime.py",
-              "config/schema_data.py", "kernels/exact.py", "training/trainer.py", "data/local.py",
-              "evaluation/label_logits.py", "adapters/layer.py", "tasks/arc.py"}  # fmt: skip
+    names = {name for name, _ in code._determining()}
+    needed = {"runs/run.py", "runs/together.py", "runs/predictions.py", "runs/inputs.py",
+              "models/precision.py", "config/schema_data.py", "kernels/mixlora/exact.py",
+              "training/trainer.py", "data/local.py", "evaluation/label_logits.py",
+              "adapters/layer.py", "tasks/arc.py"}  # fmt: skip
     assert needed <= names
-    assert not {name for name in names if name.startswith(("results/", "bench/"))}
-    for name in hashing.BESIDE:
-        assert Path(hashing.PACKAGE / name).exists(), name
+    assert not {name for name in names if name.startswith(("results/", "bench/", "system/"))}
+    for name in code.BESIDE:
+        assert Path(code.PACKAGE / name).exists(), name

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from mixlora_exp import meaning
+from mixlora_exp.records import meaning
 
 PROGRAM = '''"""Limits."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import load_tokenizer
-from mixlora_exp.planning import plan
-from mixlora_exp.training.job import micro_batches
+from mixlora_exp.plans.plan import plan
+from mixlora_exp.training.joint.job import micro_batches
 
 WORDS = [
     "model=tiny", "data=embedded", "task=multi", "data.forms=[label,text]", "trainer.epochs=1",

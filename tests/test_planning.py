@@ -13,16 +13,16 @@ import transformers
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.bench.measure import saved_bytes
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import CONF_DIR, Config, compose, open_session
+from mixlora_exp.config.command import compose_cell
 from mixlora_exp.config.parameters import count_parameters
-from mixlora_exp.config.plan import compose_cell
 from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import load_split
-from mixlora_exp.memory import kept_per_token, many_that_fit
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.planning import count_steps, plan
+from mixlora_exp.plans.memory import kept_per_token, many_that_fit
+from mixlora_exp.plans.plan import count_steps, plan
 from mixlora_exp.training import fit
 
 METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]

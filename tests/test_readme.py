@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp.adapters.export import export_official
-from mixlora_exp.adapters.official import AdapterFiles, read_peft, write_official
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.evaluate import dispatch
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, schema
-from mixlora_exp.errors import guarded
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.rescoring import dispatch
-from mixlora_exp.results.record import read_record
+from mixlora_exp.official.export import export_official
+from mixlora_exp.official.folders import AdapterFiles, read_peft, write_official
+from mixlora_exp.records.record import read_record
+from mixlora_exp.system.guarded import guarded
 from mixlora_exp.tasks import embedded
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.errors import SCREEN, UserError, guarded, shown
-from mixlora_exp.untrusted import (
+from mixlora_exp.errors import SCREEN, UserError, shown
+from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.untrusted import (
     LIMIT,
     json_lines,
     parse_json,

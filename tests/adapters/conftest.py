@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import MixLoraConfig
-from mixlora_exp.adapters.conversion import import_official
-from mixlora_exp.adapters.export import export_official
-from mixlora_exp.adapters.official import read_official, read_peft, write_official, write_peft
 from mixlora_exp.config import compose
 from mixlora_exp.models import load_model
+from mixlora_exp.official.export import export_official
+from mixlora_exp.official.folders import read_official, read_peft, write_official, write_peft
+from mixlora_exp.official.imports import import_official
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = {"llama": "tiny", "gemma": "tiny_gemma"}

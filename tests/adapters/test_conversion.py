@@ -16,17 +16,17 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mixlora_exp.adapters.conversion import import_official
-from mixlora_exp.adapters.export import export_official
-from mixlora_exp.adapters.official import (
+from mixlora_exp.errors import UserError
+from mixlora_exp.official.export import export_official
+from mixlora_exp.official.folders import (
     AdapterFiles,
     read_official,
     read_peft,
     write_official,
     write_peft,
 )
-from mixlora_exp.adapters.tensors import from_peft, to_official
-from mixlora_exp.errors import UserError
+from mixlora_exp.official.imports import import_official
+from mixlora_exp.official.tensors import from_peft, to_official
 
 BATCHES = ("single", "right", "left")
 

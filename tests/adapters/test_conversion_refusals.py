@@ -14,16 +14,11 @@ from converting import TARGETS, convert
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixlora_exp.adapters.conversion import import_official
-from mixlora_exp.adapters.export import export_official
-from mixlora_exp.adapters.official import (
-    read_official,
-    read_peft,
-    write_official,
-    write_peft,
-)
-from mixlora_exp.adapters.tensors import from_peft, to_official
 from mixlora_exp.errors import UserError
+from mixlora_exp.official.export import export_official
+from mixlora_exp.official.folders import read_official, read_peft, write_official, write_peft
+from mixlora_exp.official.imports import import_official
+from mixlora_exp.official.tensors import from_peft, to_official
 
 
 @pytest.mark.parametrize("kind", ["dora", "mixlora"])

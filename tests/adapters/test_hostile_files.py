@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp.adapters.official import read_official
 from mixlora_exp.errors import UserError
+from mixlora_exp.official.folders import read_official
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": []}
 

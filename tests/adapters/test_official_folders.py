@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixlora_exp.adapters.conversion import import_official
-from mixlora_exp.adapters.export import export_official
-from mixlora_exp.adapters.official import AdapterFiles, read_official, read_peft, write_official
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.generation import run as generate
+from mixlora_exp.cli.generate import run as generate
+from mixlora_exp.errors import UserError
+from mixlora_exp.official.export import export_official
+from mixlora_exp.official.folders import AdapterFiles, read_official, read_peft, write_official
+from mixlora_exp.official.imports import import_official
+from mixlora_exp.system.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -15,11 +15,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from mixlora_exp import lm_eval
 from mixlora_exp.adapters import attach_adapter, save_adapter
+from mixlora_exp.cli import lm_eval
 from mixlora_exp.config import compose
-from mixlora_exp.errors import guarded
 from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.system.guarded import guarded
 
 ROWS = [
     {"prompt": f"Question: Which of these is number {i}?\nAnswer:", "completion": f" the {i}"}
@@ -107,7 +107,7 @@ def test_lm_eval_s_command_line_scores_a_mixture(
         "doc_to_choice: '{{c}}'\ndoc_to_target: '{{a}}'\nmetric_list:\n  - metric: acc\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.lm_eval", "run", "--model", "hf",
+        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.cli.lm_eval", "run", "--model", "hf",
          "--model_args", f"pretrained={tmp_path / 'base'},peft={tmp_path / 'adapter'}",
          "--tasks", "tiny_task", "--include_path", str(tmp_path), "--device", "cpu",
          "--output_path", str(tmp_path / "out")],

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mixlora_exp.adapters import MixLoraConfig, MixLoraFeedForward, set_kernel
 from mixlora_exp.kernels import KERNELS
-from mixlora_exp.kernels.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 TOKENS = 256

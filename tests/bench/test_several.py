@@ -18,7 +18,7 @@ from mixlora_exp.bench.several_steps import Joint
 from mixlora_exp.config import compose
 from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.errors import UserError
-from mixlora_exp.memory import kept_per_token
+from mixlora_exp.plans.memory import kept_per_token
 
 ROOT = Path(__file__).parents[2]
 TINY = {"model": "tiny", "dtype": "float32", "length": 16, "rounds": 1, "resident": False}

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import Config
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
-    """Stand in for `mixlora_exp.experiment`: keep the configurations instead of running them."""
+    """Stand in for `mixlora_exp.runs.run`: keep the configurations instead of running them."""
     configs: list[Config] = []
-    module = types.ModuleType("mixlora_exp.experiment")
+    module = types.ModuleType("mixlora_exp.runs.run")
     module.run = configs.append
-    monkeypatch.setitem(sys.modules, "mixlora_exp.experiment", module)
+    monkeypatch.setitem(sys.modules, "mixlora_exp.runs.run", module)
     monkeypatch.chdir(tmp_path)
     return configs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import Config
 from mixlora_exp.errors import UserError
 
@@ -30,8 +30,8 @@ def fail_with(error: BaseException, when: int = 1) -> None:
             raise error
 
     calls: list[int] = []
-    sys.modules["mixlora_exp.experiment"].run = run
-    sys.modules["mixlora_exp.experiment"].calls = calls
+    sys.modules["mixlora_exp.runs.run"].run = run
+    sys.modules["mixlora_exp.runs.run"].calls = calls
 
 
 def test_single_run(ran: list[Config]) -> None:
@@ -82,7 +82,7 @@ def test_user_error_of_a_run(ran: list[Config], refused: Refused) -> None:
 def test_user_error_in_a_sweep(ran: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
     fail_with(UserError("data.path=x: there is no such folder"), when=2)
     assert execute(["-m", "seed=1,2,3"]) == 2
-    assert sys.modules["mixlora_exp.experiment"].calls == [1, 2, 3]
+    assert sys.modules["mixlora_exp.runs.run"].calls == [1, 2, 3]
     message = capsys.readouterr().err
     assert "1 of 3 runs failed:\n  seed=2: data.path=x" in message
     assert "Traceback" not in message
@@ -93,7 +93,7 @@ def test_crash_keeps_its_traceback(ran: list[Config], capsys: pytest.CaptureFixt
     with pytest.raises(RuntimeError, match="broken"):
         execute(["seed=1"])
     assert execute(["-m", "seed=1,2"]) == 1
-    assert sys.modules["mixlora_exp.experiment"].calls == [1, 1, 2]
+    assert sys.modules["mixlora_exp.runs.run"].calls == [1, 1, 2]
     message = capsys.readouterr().err
     assert "Traceback" in message
     assert "1 of 2 runs failed:\n  seed=1: RuntimeError: broken" in message
@@ -157,7 +157,7 @@ def test_script_shows_information(tmp_path: Path) -> None:
 def test_configuration_loads_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from mixlora_exp.cli import execute\n"
+        "from mixlora_exp.cli.train import execute\n"
         "assert execute(['model=nope']) == 2\n"
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
     )

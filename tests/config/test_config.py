@@ -26,7 +26,7 @@ from mixlora_exp.config import (
     to_dict,
 )
 from mixlora_exp.config import schema as s
-from mixlora_exp.config.plan import compose_cell
+from mixlora_exp.config.command import compose_cell
 from mixlora_exp.errors import UserError
 
 SWITCHES = [f.name for f in dataclasses.fields(s.PresetConfig) if f.name != "name"]

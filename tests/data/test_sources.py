@@ -13,18 +13,12 @@ import pyarrow.parquet
 import pytest
 from hostile import HOSTILE, place
 
-from mixlora_exp.config.schema import (
-    TASK_NAMES,
-    AnswerKind,
-    CustomTask,
-    DataConfig,
-    DataSource,
-)
+from mixlora_exp.config.schema import TASK_NAMES, AnswerKind, CustomTask, DataConfig, DataSource
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import SCREEN, UserError
+from mixlora_exp.system.untrusted import LIMIT
 from mixlora_exp.tasks import TASKS
 from mixlora_exp.tasks.embedded import rows as embedded_rows
-from mixlora_exp.untrusted import LIMIT
 
 GOOD = {"goal": "Dry a cup", "sol1": "Wet it.", "sol2": "Take a towel.", "label": 1}
 

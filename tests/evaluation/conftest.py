@@ -15,7 +15,7 @@ from mixlora_exp.config.schema import DataConfig, DataSource
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.evaluation import Scorer
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.runtime import autocast
+from mixlora_exp.models.precision import autocast
 from mixlora_exp.tasks import Item
 
 CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import DataConfig, EvaluationConfig
-from mixlora_exp.continuing import continuations
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.evaluation import score_tests
 from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.evaluation.packing import Request
-from mixlora_exp.serving import Opened
+from mixlora_exp.serving.open import Opened
+from mixlora_exp.serving.text_generation import continuations
 
 Make = Callable[..., Any]
 BF16 = torch.bfloat16

@@ -9,17 +9,17 @@ import pytest
 import torch
 from tokenizers import processors
 
+from mixlora_exp.cli.lm_eval import _settled
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import DataConfig, DataSource, EvaluationConfig, Protocol
-from mixlora_exp.continuing import continuations
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.evaluation import Scorer, score_tests
-from mixlora_exp.lm_eval import _settled
 from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.models.precision import autocast
 from mixlora_exp.models.tiny import build_tokenizer
-from mixlora_exp.runtime import autocast
-from mixlora_exp.serving import Opened
+from mixlora_exp.serving.open import Opened
+from mixlora_exp.serving.text_generation import continuations
 
 TASKS = ("boolq", "arc_e", "piqa")
 DATA = DataConfig(name=DataSource.embedded)

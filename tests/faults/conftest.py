@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.results.outcome import outcomes
+from mixlora_exp.records.outcome import outcomes
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["mixlora_exp.cli", "mixlora_exp.together", "mixlora_exp.evaluation.lockstep"]
+PRELOAD = ["mixlora_exp.cli.train", "mixlora_exp.runs.together", "mixlora_exp.evaluation.lockstep"]
 SMALL = [
     "experiment=smoke",
     "data.train_limit=40",
@@ -96,7 +96,7 @@ def watch_files(output: Path, notes: str, moment: Moment | None) -> None:
 def _run(argv: list[str], log: str, moment: Moment | None) -> None:
     import torch
 
-    from mixlora_exp.cli import execute
+    from mixlora_exp.cli.train import execute
 
     torch.set_num_threads(1)
     # What it prints belongs to the test that reads it.

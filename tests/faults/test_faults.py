@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp import experiment
-from mixlora_exp.cli import execute
-from mixlora_exp.results import record as record_file
-from mixlora_exp.results.record import read_record
+from mixlora_exp.cli.train import execute
+from mixlora_exp.records import record as record_file
+from mixlora_exp.records.record import read_record
+from mixlora_exp.runs import run as experiment
 from mixlora_exp.tasks import embedded
-from mixlora_exp.training.joint_trainer import JointTrainer
+from mixlora_exp.training.joint.joint_trainer import JointTrainer
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 SMALL = [
@@ -129,12 +129,12 @@ def test_code_that_changed_meanwhile_is_refused(tmp_path, monkeypatch, capsys) -
         with pytest.raises(Killed):
             execute(argv)
     with monkeypatch.context() as patch:
-        patch.setattr("mixlora_exp.inputs.code_sha256", lambda: "0" * 64)
+        patch.setattr("mixlora_exp.runs.inputs.code_sha256", lambda: "0" * 64)
         assert execute(argv) == 2
         assert "other code" in capsys.readouterr().err
     assert execute(argv) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("mixlora_exp.inputs.code_sha256", lambda: "0" * 64)
+        patch.setattr("mixlora_exp.runs.inputs.code_sha256", lambda: "0" * 64)
         assert execute(argv) == 2
         assert "code differ" in capsys.readouterr().err
 

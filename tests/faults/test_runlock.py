@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixlora_exp import runlock
-from mixlora_exp.runlock import RunLock, holder_of
+from mixlora_exp.system import runlock
+from mixlora_exp.system.runlock import RunLock, holder_of
 
 FAST = {"beat": 0.05, "patience": 0.4}
 

@@ -19,10 +19,10 @@ from mixlora_exp.kernels import (
     draw_mask,
     route,
 )
-from mixlora_exp.kernels.exact import mixlora_exact_dense, mixlora_exact_grouped
-from mixlora_exp.kernels.shared import mixlora_shared
-from mixlora_exp.kernels.stages import dense_stage, grouped_stage, shared_stage, staged
-from mixlora_exp.kernels.stock import mixlora_stock
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.kernels.mixlora.shared import mixlora_shared
+from mixlora_exp.kernels.mixlora.stages import dense_stage, grouped_stage, shared_stage, staged
+from mixlora_exp.kernels.mixlora.stock import mixlora_stock
 
 ROLES = ("gate", "up", "down")
 
@@ -338,6 +338,6 @@ def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many (token, slot) pairs the grouped form takes at a time."""
 
     def set_rows(count: int) -> None:
-        monkeypatch.setattr("mixlora_exp.kernels.rows.BLOCK_ROWS", count)
+        monkeypatch.setattr("mixlora_exp.kernels.mixlora.rows.BLOCK_ROWS", count)
 
     return set_rows

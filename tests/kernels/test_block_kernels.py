@@ -9,18 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels import (
-    KERNELS,
-    FeedForward,
-    Projection,
-    Routing,
-    resolve_kernel,
-    route,
-)
+from mixlora_exp.kernels import KERNELS, FeedForward, Projection, Routing, resolve_kernel, route
 from mixlora_exp.kernels.activations import activate
-from mixlora_exp.kernels.exact import mixlora_exact_grouped
-from mixlora_exp.kernels.reference import mixlora_reference
-from mixlora_exp.kernels.stages import grouped_stage, staged
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_grouped
+from mixlora_exp.kernels.mixlora.reference import mixlora_reference
+from mixlora_exp.kernels.mixlora.stages import grouped_stage, staged
 
 
 def relative(result: Tensor, truth: Tensor) -> float:
@@ -219,7 +212,8 @@ def test_kernel_that_auto_stands_for(monkeypatch, device, installed, expected) -
 )
 def test_the_faster_form_is_taken(monkeypatch, tokens, width, dtype, dora, grad, form) -> None:
     """As measured in results/bench/forms-cpu.json."""
-    from mixlora_exp.kernels import Experts, FeedForward, Projection, exact, route
+    from mixlora_exp.kernels import Experts, FeedForward, Projection, route
+    from mixlora_exp.kernels.mixlora import exact
 
     projections = []
     for size_out, size_in in ((8, width), (8, width), (width, 8)):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels import route
-from mixlora_exp.kernels.exact import mixlora_exact_dense, mixlora_exact_grouped
-from mixlora_exp.kernels.reference import mixlora_reference
-from mixlora_exp.kernels.shared import mixlora_shared
-from mixlora_exp.kernels.stock import mixlora_stock
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.kernels.mixlora.reference import mixlora_reference
+from mixlora_exp.kernels.mixlora.shared import mixlora_shared
+from mixlora_exp.kernels.mixlora.stock import mixlora_stock
 
 KERNELS = {
     "reference": mixlora_reference,

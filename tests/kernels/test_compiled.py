@@ -10,8 +10,8 @@ import torch
 
 from mixlora_exp.kernels import draw_mask
 from mixlora_exp.kernels.dropout import drop
-from mixlora_exp.kernels.exact import mixlora_exact
-from mixlora_exp.kernels.linear import lora_linear, lora_linear_reference
+from mixlora_exp.kernels.lora.linear import lora_linear, lora_linear_reference
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact
 
 BACKENDS = [
     pytest.param("eager", id="traced only"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixlora_exp.kernels import DropMask, Routing, draw_mask
-from mixlora_exp.kernels.linear import lora_linear
+from mixlora_exp.kernels.lora.linear import lora_linear
 
 CASES = [
     pytest.param({}, id="LoRA"),

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixlora_exp.kernels import DropMask, draw_mask, rows
-from mixlora_exp.kernels.exact import mixlora_exact_grouped
+from mixlora_exp.kernels import DropMask, draw_mask
+from mixlora_exp.kernels.mixlora import rows
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_grouped
 
 BLOCKS = [
     pytest.param({}, 8, id="five blocks, the last one smaller"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mixlora_exp.kernels import route
-from mixlora_exp.kernels.reference import mixlora_reference
-from mixlora_exp.kernels.stock import mixlora_stock
+from mixlora_exp.kernels.mixlora.reference import mixlora_reference
+from mixlora_exp.kernels.mixlora.stock import mixlora_stock
 
 
 @pytest.mark.parametrize("held", ["sparse", "bool"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels import DropMask, draw_mask
-from mixlora_exp.kernels.linear import lora_linear, lora_linear_reference
+from mixlora_exp.kernels.lora.linear import lora_linear, lora_linear_reference
 
 SCALING = 1.7
 NAMES = ("x", "a", "b", "magnitude")

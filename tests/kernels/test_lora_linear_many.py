@@ -10,8 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mixlora_exp.kernels import draw_mask
-from mixlora_exp.kernels.linear import lora_add_reference
-from mixlora_exp.kernels.linear_many import LowRankPart, lora_add_many
+from mixlora_exp.kernels.lora.linear import lora_add_reference
+from mixlora_exp.kernels.lora.many import LowRankPart, lora_add_many
 
 CPU = torch.device("cpu")
 

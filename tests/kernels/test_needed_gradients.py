@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels import KERNELS, draw_mask
-from mixlora_exp.kernels.linear import (
+from mixlora_exp.kernels.lora.linear import (
     lora_add,
     lora_add_reference,
     lora_linear,
     lora_linear_reference,
 )
-from mixlora_exp.kernels.linear_many import LowRankPart, lora_add_many
+from mixlora_exp.kernels.lora.many import LowRankPart, lora_add_many
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels import draw_mask
-from mixlora_exp.kernels.exact import mixlora_exact_dense, mixlora_exact_grouped
-from mixlora_exp.kernels.linear import lora_linear
-from mixlora_exp.kernels.shared import mixlora_shared
+from mixlora_exp.kernels.lora.linear import lora_linear
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.kernels.mixlora.shared import mixlora_shared
 
 
 def poison(buffer: Tensor) -> Tensor:

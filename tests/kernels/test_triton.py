@@ -22,8 +22,8 @@ from triton_cases import (
 )
 
 from mixlora_exp.kernels import known_activation, route
-from mixlora_exp.kernels.exact import mixlora_exact_dense
-from mixlora_exp.kernels.packing import pack, unpack
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense
+from mixlora_exp.kernels.mixlora.packing import pack, unpack
 from mixlora_exp.kernels.shapes import ROLES
 
 # The interpreter's bf16 products are wrong on a CPU.
@@ -250,7 +250,7 @@ def test_package_does_not_import_its_triton_kernels() -> None:
     """Triton is missing on many machines."""
     code = "import sys, mixlora_exp.kernels; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "mixlora_exp.kernels.exact" in done.stdout
+    assert "mixlora_exp.kernels.mixlora.exact" in done.stdout
     assert "mixlora_exp.kernels.triton" not in done.stdout
 
 

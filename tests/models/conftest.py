@@ -8,10 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mixlora_exp.config.schema import Family, ModelConfig, ModelSource
-from mixlora_exp.models import (
-    load_model,
-    load_tokenizer,
-)
+from mixlora_exp.models import load_model, load_tokenizer
 
 FIELDS = (
     "hidden_size",

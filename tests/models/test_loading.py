@@ -9,12 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import Family, ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.models import (
-    FAMILIES,
-    build_hf_config,
-    load_model,
-    load_tokenizer,
-)
+from mixlora_exp.models import FAMILIES, build_hf_config, load_model, load_tokenizer
 from mixlora_exp.models.tiny import LABEL_TOKENS, TOKENIZER_SIZE, build_tokenizer
 
 Tiny = Callable[..., ModelConfig]

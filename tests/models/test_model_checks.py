@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import (

@@ -12,12 +12,7 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.config.schema import Family, ModelConfig, Weights
 from mixlora_exp.errors import UserError
-from mixlora_exp.models import (
-    identify,
-    load_model,
-    load_tokenizer,
-    reading,
-)
+from mixlora_exp.models import identify, load_model, load_tokenizer, reading
 from mixlora_exp.models.tiny import TOKENIZER_SIZE
 
 Tiny = Callable[..., ModelConfig]

@@ -16,12 +16,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError
-from mixlora_exp.models import (
-    identify,
-    load_model,
-    load_tokenizer,
-    pypi,
-)
+from mixlora_exp.models import identify, load_model, load_tokenizer, pypi
 from mixlora_exp.models.tiny import build_tokenizer
 
 Tiny = Callable[..., ModelConfig]

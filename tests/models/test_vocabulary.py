@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from mixlora_exp.cli.lm_eval import _settled
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
-from mixlora_exp.lm_eval import _settled
 from mixlora_exp.models import fit_vocabulary, load_model, load_tokenizer, loading
 from mixlora_exp.models.tiny import TOKENIZER_SIZE, build_tokenizer
 

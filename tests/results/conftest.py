@@ -12,7 +12,7 @@ import pytest
 
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.config.parameters import count_parameters
-from mixlora_exp.results.record import finish_record, write_json, write_jsonl
+from mixlora_exp.records.record import finish_record, write_json, write_jsonl
 from mixlora_exp.tasks import TASKS
 
 GIT = {"commit": "c" * 40, "dirty": False}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.results import checkout as checkout_module
-from mixlora_exp.results.checkout import git_state
+from mixlora_exp.records import checkout as checkout_module
+from mixlora_exp.records.checkout import git_state
 
 FILES = (
     "src/pack/code.py", "src/pack/page.html", "conf/task/own.yaml", "train.py", "scripts/tool.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.reporting import gather
+from mixlora_exp.results.build import gather
 from mixlora_exp.results.collect import collect
 from mixlora_exp.results.runs import FORCED, load_runs
 

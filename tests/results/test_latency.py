@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from table_cells import PAPER, SMALL, five
 
-from mixlora_exp.reporting import gather
+from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.results import series
-from mixlora_exp.results.record import finish_record, write_json
+from mixlora_exp.results.build import gather
 
 Write = Callable[..., Path]
 Times = Mapping[str, float]

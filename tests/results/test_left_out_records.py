@@ -11,8 +11,8 @@ import pytest
 from table_cells import SMALL, block, five, row
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.reporting import gather, table_files
-from mixlora_exp.results.record import finish_record, write_json
+from mixlora_exp.records.record import finish_record, write_json
+from mixlora_exp.results.build import gather, table_files
 
 Write = Callable[..., Path]
 

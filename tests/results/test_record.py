@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results import record as record_module
-from mixlora_exp.results.record import (
+from mixlora_exp.records import record as record_module
+from mixlora_exp.records.record import (
     SCHEMA_VERSION,
     finish_record,
     provenance,
@@ -187,6 +187,6 @@ def test_provenance_fits_into_a_record(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, mixlora_exp.results.record; sys.exit('torch' in sys.modules)"
+    code = "import sys, mixlora_exp.records.record; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -12,14 +12,14 @@ import pytest
 from hostile import HOSTILE, changed, place, set_field
 
 from mixlora_exp.errors import SCREEN
-from mixlora_exp.reporting import gather, table_files, write_report
+from mixlora_exp.records.record import read_json
+from mixlora_exp.results.build import gather, table_files, write_report
 from mixlora_exp.results.collect import collect
 from mixlora_exp.results.index import build_index
-from mixlora_exp.results.record import read_json
 from mixlora_exp.results.runs import load_runs
 from mixlora_exp.results.tables.latency import load_benchmarks
-from mixlora_exp.status import find_cells
-from mixlora_exp.untrusted import LIMIT
+from mixlora_exp.sweeps.status import find_cells
+from mixlora_exp.system.untrusted import LIMIT
 
 Write = Callable[..., Path]
 SMALL = ("model=smollm2_135m", "task=arc_e", "data=embedded", "method=lora")
@@ -205,7 +205,7 @@ def test_status_passes_over_and_shows_nothing_harmful(tmp_path: Path) -> None:
 def test_json_is_read_in_one_place() -> None:
     """The package's files read JSON through `untrusted` alone, but for what they, PEFT or a
     tokenizer just wrote, and for the command line."""
-    assert read_json.__module__ == "mixlora_exp.untrusted"
+    assert read_json.__module__ == "mixlora_exp.system.untrusted"
     package = Path(__file__).parents[2] / "src" / "mixlora_exp"
     users = {
         path.relative_to(package).as_posix()
@@ -213,8 +213,8 @@ def test_json_is_read_in_one_place() -> None:
         if "json.loads(" in path.read_text() or "json.load(" in path.read_text()
     }
     assert users <= {
-        "untrusted.py", "ledger.py", "search_study.py", "experiment.py", "results/cells.py",
+        "system/untrusted.py", "sweeps/ledger.py", "sweeps/study.py", "runs/run.py", "results/cells.py",
         "bench/memory.py", "bench/several_memory.py", "results/tables/stability.py",
         "results/tables/switches.py", "adapters/build.py", "models/special_tokens.py",
-        "models/vocabulary.py", "lm_eval.py",
+        "models/vocabulary.py", "cli/lm_eval.py",
     }  # fmt: skip

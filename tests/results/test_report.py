@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from mixlora_exp.reporting import RESULTS, draw_figures, gather, write_report
 from mixlora_exp.results import series
+from mixlora_exp.results.build import RESULTS, draw_figures, gather, write_report
 
 Write = Callable[..., Path]
 SMALL = ("model=smollm2_135m", "task=multi", "data=local", "data.path=d")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.config.schema import TASK_NAMES
-from mixlora_exp.results import show
+from mixlora_exp.records import show
 
 WIDTHS = pytest.mark.parametrize("width", [60, 80, 120])
 
@@ -135,7 +135,7 @@ def test_the_narrowest_terminals_lose_no_figure(monkeypatch: pytest.MonkeyPatch)
 
 SCRIPT = """
 import json, sys
-from mixlora_exp.results.show import print_record
+from mixlora_exp.records.show import print_record
 print_record(json.load(sys.stdin))
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.reporting import gather
+from mixlora_exp.results.build import gather
 
 Write = Callable[..., Path]
 WORDS = ["model=smollm2_135m", "data=local", "data.path=x", "method=mixlora", "task=arc_e"]

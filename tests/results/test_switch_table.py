@@ -10,7 +10,7 @@ import pytest
 
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.config.switches import SWITCHES
-from mixlora_exp.reporting import gather
+from mixlora_exp.results.build import gather
 from mixlora_exp.results.tables.parts import Block, Cell
 
 Write = Callable[..., Path]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from table_cells import SMALL, block, five, row
 
-from mixlora_exp.reporting import gather
+from mixlora_exp.results.build import gather
 
 Write = Callable[..., Path]
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from table_cells import SMALL, five
 
-from mixlora_exp.reporting import RESULTS, gather, table_files, write_files
+from mixlora_exp.results.build import RESULTS, gather, table_files, write_files
 
 Write = Callable[..., Path]
 
 
 def bench_record(folder: Path, **changes: object) -> None:
-    from mixlora_exp.results.record import finish_record, write_json
+    from mixlora_exp.records.record import finish_record, write_json
 
     row_of = {"method": "mixlora", "kernel": "exact", "num_experts": 8, "top_k": 2,
               "adapter_dtype": "float32", "head": "full"}  # fmt: skip
@@ -103,7 +103,7 @@ def test_committed_tables_are_those_of_the_records() -> None:
 def test_tables_need_no_torch() -> None:
     code = (
         "import sys\n"
-        "from mixlora_exp.reporting import gather, table_files\n"
+        "from mixlora_exp.results.build import gather, table_files\n"
         "assert len(table_files(gather())) > 27\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"

@@ -9,7 +9,7 @@ import pytest
 from table_cells import LLAMA, SMALL, block, five, link, row
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.reporting import gather
+from mixlora_exp.results.build import gather
 
 Write = Callable[..., Path]
 

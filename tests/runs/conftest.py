@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mixlora_exp import experiment
 from mixlora_exp.config import Config, compose
-from mixlora_exp.results.record import read_record
+from mixlora_exp.records.record import read_record
+from mixlora_exp.runs import run as experiment
 
 SMALL = [
     "experiment=smoke",

@@ -12,15 +12,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mixlora_exp import basechoice, cli, generation
-from mixlora_exp.basechoice import base_words, matched
-from mixlora_exp.cli import execute
+from mixlora_exp.cli import generate as generation
+from mixlora_exp.cli import train as cli
+from mixlora_exp.cli.evaluate import translate
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, fingerprint
-from mixlora_exp.errors import UserError, guarded
+from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.rescoring import translate
-from mixlora_exp.results.record import read_record
-from mixlora_exp.serving import open_adapter, open_adapters
+from mixlora_exp.records.record import read_record
+from mixlora_exp.runs import base_choice as basechoice
+from mixlora_exp.runs.base_choice import base_words, matched
+from mixlora_exp.serving.open import open_adapter, open_adapters
+from mixlora_exp.system.guarded import guarded
 
 TINY = compose(["model=tiny"]).model
 SCORE = ("data=embedded", "task=arc_e", "evaluation.limit=2", "trainer.precision=float32")
@@ -182,7 +185,7 @@ def test_an_adapter_that_changes_its_base_is_scored_by_itself(
     path = folders[1] / "adapter_config.json"
     settings = {**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}
     path.write_text(json.dumps(settings))
-    from mixlora_exp.rescoring import dispatch
+    from mixlora_exp.cli.evaluate import dispatch
 
     listed = ",".join(map(str, folders))
     out = f"output_dir={tmp_path / 'out'}"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.cli import execute
-from mixlora_exp.results.record import read_record
+from mixlora_exp.cli.train import execute
+from mixlora_exp.records.record import read_record
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["experiment=smoke", "data.train_limit=8"]

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp import together
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.evaluate import dispatch, translate
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, to_dict
-from mixlora_exp.errors import MISTAKE, UserError, guarded
+from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import in_lockstep
-from mixlora_exp.rescoring import dispatch, translate
-from mixlora_exp.results.record import read_record
-from mixlora_exp.results.show import scores_table
+from mixlora_exp.records.record import read_record
+from mixlora_exp.records.show import scores_table
+from mixlora_exp.runs import together
+from mixlora_exp.system.guarded import MISTAKE, guarded
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., Any]
@@ -123,7 +124,7 @@ def test_values_survive_the_grammar(finished: Start, tmp_path: Path) -> None:
     shutil.copytree(run.folder, folder)
     record = json.loads((folder / "record.json").read_text())
     record["config"]["model"]["access"] = "see https://a.b/c, 'then' \\ go: {x}"
-    from mixlora_exp.results.record import finish_record, write_json
+    from mixlora_exp.records.record import finish_record, write_json
 
     write_json(folder / "record.json", finish_record(record))
     config = compose(translate([f"run={folder}"]))

@@ -14,19 +14,20 @@ import pytest
 import torch
 from hostile import HOSTILE, changed, place, set_field
 
-from mixlora_exp import generation
-from mixlora_exp.cli import execute
+from mixlora_exp.cli import generate as generation
+from mixlora_exp.cli.evaluate import dispatch, translate
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.config.recorded import literal
-from mixlora_exp.errors import SCREEN, UserError, guarded
+from mixlora_exp.errors import SCREEN, UserError
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.rescoring import dispatch, translate
-from mixlora_exp.results.record import read_run
+from mixlora_exp.records.record import read_run
 from mixlora_exp.results.runs import load_runs
-from mixlora_exp.runlock import holder_of
-from mixlora_exp.serving import open_adapter
-from mixlora_exp.training.sinks import read_log
-from mixlora_exp.untrusted import LIMIT
+from mixlora_exp.serving.open import open_adapter
+from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.runlock import holder_of
+from mixlora_exp.system.untrusted import LIMIT
+from mixlora_exp.training.tracking.sinks import read_log
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., Any]

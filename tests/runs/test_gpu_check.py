@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp.results.record import read_record
+from mixlora_exp.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.cli import execute
-from mixlora_exp.results.record import read_record
-from mixlora_exp.runlock import holder_of
+from mixlora_exp.cli.train import execute
+from mixlora_exp.records.record import read_record
+from mixlora_exp.system.runlock import holder_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=smoke", "data.train_limit=8", "evaluation.batch_check=0"]

@@ -14,15 +14,15 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mixlora_exp import merging
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.head import full_precision_head
-from mixlora_exp.merging import merge, write_merged
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.runtime import autocast
-from mixlora_exp.serving import Opened
+from mixlora_exp.models.precision import autocast
+from mixlora_exp.serving import merge as merging
+from mixlora_exp.serving.merge import merge, write_merged
+from mixlora_exp.serving.open import Opened
 
 IDS = torch.tensor([[5, 9, 700, 31, 8], [77, 3, 1000, 12, 6]])
 TIED = ["lm_head", "embed_tokens"]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from mixlora_exp import experiment
 from mixlora_exp.config import Config
 from mixlora_exp.errors import UserError
+from mixlora_exp.runs import run as experiment
 
 Configure = Callable[..., Config]
 Start = Callable[..., Any]

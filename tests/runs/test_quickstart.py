@@ -7,8 +7,8 @@ from statistics import mean
 
 import pytest
 
-from mixlora_exp.cli import execute
-from mixlora_exp.results.record import read_record
+from mixlora_exp.cli.train import execute
+from mixlora_exp.records.record import read_record
 
 
 @pytest.mark.slow

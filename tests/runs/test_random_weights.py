@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp import generation
-from mixlora_exp.cli import execute
-from mixlora_exp.errors import guarded
-from mixlora_exp.merging import write_merged
-from mixlora_exp.rescoring import translate
-from mixlora_exp.results.record import read_record
-from mixlora_exp.serving import open_adapter
+from mixlora_exp.cli import generate as generation
+from mixlora_exp.cli.evaluate import translate
+from mixlora_exp.cli.train import execute
+from mixlora_exp.records.record import read_record
+from mixlora_exp.serving.merge import write_merged
+from mixlora_exp.serving.open import open_adapter
+from mixlora_exp.system.guarded import guarded
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 # LLaMA-2 7B in all but its size.

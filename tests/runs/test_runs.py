@@ -14,13 +14,13 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from mixlora_exp import experiment
 from mixlora_exp.config import Config, compose, fingerprint, run_name, to_dict
 from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.planning import plan
+from mixlora_exp.plans.plan import plan
+from mixlora_exp.runs import run as experiment
 
 METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]
 VARIANTS = [(f"method={method}",) for method in METHODS]

@@ -13,13 +13,13 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="the package optuna is not installed")
 
-from mixlora_exp import search as searching  # noqa: E402
 from mixlora_exp.config import Config, run_name  # noqa: E402
 from mixlora_exp.errors import UserError  # noqa: E402
-from mixlora_exp.interruption import Terminated  # noqa: E402
-from mixlora_exp.results.record import finish_record, write_json  # noqa: E402
-from mixlora_exp.runlock import RunLock  # noqa: E402
-from mixlora_exp.search import Postponed, SearchSettings, search  # noqa: E402
+from mixlora_exp.records.record import finish_record, write_json  # noqa: E402
+from mixlora_exp.sweeps import search as searching  # noqa: E402
+from mixlora_exp.sweeps.search import Postponed, SearchSettings, search  # noqa: E402
+from mixlora_exp.system.runlock import RunLock  # noqa: E402
+from mixlora_exp.system.signals import Terminated  # noqa: E402
 from mixlora_exp.training import NotEnoughMemory  # noqa: E402
 
 SMALL = ["experiment=smoke", "data.train_limit=16"]

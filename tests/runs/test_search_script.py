@@ -16,10 +16,11 @@ optuna = pytest.importorskip("optuna", reason="the package optuna is not install
 
 from mixlora_exp.config import compose  # noqa: E402
 from mixlora_exp.data.sources import load_split  # noqa: E402
-from mixlora_exp.errors import UserError, guarded  # noqa: E402
-from mixlora_exp.experiment import run  # noqa: E402
-from mixlora_exp.search import score_of  # noqa: E402
-from mixlora_exp.underway import GivenUp  # noqa: E402
+from mixlora_exp.errors import UserError  # noqa: E402
+from mixlora_exp.runs.ownership import GivenUp  # noqa: E402
+from mixlora_exp.runs.run import run  # noqa: E402
+from mixlora_exp.sweeps.search import score_of  # noqa: E402
+from mixlora_exp.system.guarded import guarded  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=smoke", "data.train_limit=16"]

@@ -15,14 +15,15 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixlora_exp import generation
 from mixlora_exp.adapters import attach_adapter, save_adapter
+from mixlora_exp.cli import generate as generation
 from mixlora_exp.config import compose
-from mixlora_exp.continuing import continuations
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.merging import merge, write_merged
+from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
-from mixlora_exp.serving import Opened, open_adapter
+from mixlora_exp.serving.merge import merge, write_merged
+from mixlora_exp.serving.open import Opened, open_adapter
+from mixlora_exp.serving.text_generation import continuations
+from mixlora_exp.system.guarded import guarded
 
 WORDS = ["model=tiny", "trainer.precision=float32"]
 METHODS = ["lora", "dora", "mixlora", "mixdora"]

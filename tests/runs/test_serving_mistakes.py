@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixlora_exp import generation
-from mixlora_exp.cli import execute
-from mixlora_exp.continuing import continuations
-from mixlora_exp.errors import UserError, guarded
-from mixlora_exp.interruption import Terminated
-from mixlora_exp.merging import write_merged
-from mixlora_exp.serving import open_adapter
+from mixlora_exp.cli import generate as generation
+from mixlora_exp.cli.train import execute
+from mixlora_exp.errors import UserError
+from mixlora_exp.serving.merge import write_merged
+from mixlora_exp.serving.open import open_adapter
+from mixlora_exp.serving.text_generation import continuations
+from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.signals import Terminated
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ["experiment=smoke", "evaluation.limit=2", "trainer.max_steps=1"]

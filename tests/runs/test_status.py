@@ -14,12 +14,13 @@ import pytest
 
 from mixlora_exp.config import Config, compose, open_session, plan_runs, run_name, to_dict
 from mixlora_exp.data.sources import load_split
-from mixlora_exp.hashing import code_sha256
-from mixlora_exp.inputs import resolve_config
 from mixlora_exp.models import build_hf_config
-from mixlora_exp.results.record import finish_record, write_json
-from mixlora_exp.runlock import RunLock
-from mixlora_exp.status import Cell, experiments, find_cells, gpu_hours
+from mixlora_exp.plans.hours import gpu_hours
+from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.record import finish_record, write_json
+from mixlora_exp.runs.inputs import resolve_config
+from mixlora_exp.sweeps.status import Cell, experiments, find_cells
+from mixlora_exp.system.runlock import RunLock
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model=tiny", "data=embedded"]

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from mixlora_exp import interruption, jobs, sweep
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose
-from mixlora_exp.config.plan import Cell, Plan
-from mixlora_exp.interruption import Terminated, deferred, heeded, install, requested
-from mixlora_exp.jobs import SWEEP, Outcome
-from mixlora_exp.ledger import Ledger
-from mixlora_exp.runlock import RunLock
+from mixlora_exp.config.command import Cell, Plan
+from mixlora_exp.sweeps import jobs
+from mixlora_exp.sweeps import launch as sweep
+from mixlora_exp.sweeps.jobs import SWEEP, Outcome
+from mixlora_exp.sweeps.ledger import Ledger
+from mixlora_exp.system import signals as interruption
+from mixlora_exp.system.runlock import RunLock
+from mixlora_exp.system.signals import Terminated, deferred, heeded, install, requested
 
 SMALL = ["experiment=smoke", "data.train_limit=8", "evaluation.batch_check=0"]
 ON_A_GPU = torch.cuda.is_available()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.results.record import read_record
+from mixlora_exp.records.record import read_record
+from mixlora_exp.runs.together import run_together
 from mixlora_exp.tasks import embedded
-from mixlora_exp.together import run_together
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -200,12 +200,12 @@ def test_a_pack_killed_while_it_is_scored_goes_on(tmp_path, monkeypatch) -> None
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mixlora_exp.together.score_together", killed)
+        patch.setattr("mixlora_exp.runs.together.score_together", killed)
         with pytest.raises(Killed):
             execute(argv)
     assert not records(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("mixlora_exp.training.joint_trainer.JointTrainer.training_step", killed)
+        patch.setattr("mixlora_exp.training.joint.joint_trainer.JointTrainer.training_step", killed)
         assert execute(argv) == 0
     assert execute([*SMALL, f"output_dir={tmp_path / 'whole'}", "adapters=[lora,mixlora]"]) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -214,8 +214,8 @@ def test_a_pack_killed_while_it_is_scored_goes_on(tmp_path, monkeypatch) -> None
 @pytest.mark.parametrize("where", ["a protocol", "a pass"])
 def test_scoring_that_fails_costs_that_adapter_alone(tmp_path, monkeypatch, capsys, where) -> None:
     """A pass that fails for all is made for each by itself."""
-    from mixlora_exp import together
     from mixlora_exp.evaluation.forward import Scorer
+    from mixlora_exp.runs import together
 
     if where == "a protocol":
         real = together.score_with

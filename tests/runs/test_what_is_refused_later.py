@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp import experiment, planning
 from mixlora_exp.config import Config
+from mixlora_exp.plans import plan as planning
 from mixlora_exp.results.collect import collect
+from mixlora_exp.runs import run as experiment
 
 Configure = Callable[..., Config]
 RANDOM = "random weights, whose numbers mean nothing"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.results.record import finish_record, read_record, write_json
+from mixlora_exp.records.record import finish_record, read_record, write_json
 
 __all__ = ["HOSTILE", "changed", "place", "set_field"]
 

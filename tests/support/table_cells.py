@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mixlora_exp.reporting import RESULTS
-from mixlora_exp.results.record import read_record
+from mixlora_exp.records.record import read_record
+from mixlora_exp.results.build import RESULTS
 from mixlora_exp.results.tables.parts import Block, Cell, Table
 
 PAPER = RESULTS / "paper"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels import DropMask, FeedForward, Routing, known_activation
-from mixlora_exp.kernels.packing import pack, unpack
+from mixlora_exp.kernels.mixlora.packing import pack, unpack
 
 triton = pytest.importorskip("triton")
 tl = triton.language

@@ -17,9 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixlora_exp.kernels import triton_launch as launch
-from mixlora_exp.kernels import triton_router as router
-from mixlora_exp.kernels import triton_tiles as tiles
+from mixlora_exp.kernels.triton import launch, router, tiles
 
 KERNELS: dict[str, Any] = {
     name: value

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixlora_exp import experiment
-from mixlora_exp.cli import execute
-from mixlora_exp.results.record import read_record
+from mixlora_exp.cli.train import execute
+from mixlora_exp.records.record import read_record
+from mixlora_exp.runs import run as experiment
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 WORDS = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixlora_exp.adapters import load_adapter
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose
 from mixlora_exp.config.schema import Kernel, KernelConfig
 from mixlora_exp.models import load_model

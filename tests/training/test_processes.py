@@ -15,11 +15,12 @@ import pytest
 import torch
 from accelerate import DistributedType
 
-from mixlora_exp import experiment, runtime
 from mixlora_exp.adapters.model import RouterReport
-from mixlora_exp.cli import execute
-from mixlora_exp.results.record import read_record
-from mixlora_exp.runtime import SHARDED
+from mixlora_exp.cli.train import execute
+from mixlora_exp.records.record import read_record
+from mixlora_exp.runs import run as experiment
+from mixlora_exp.system import device as runtime
+from mixlora_exp.system.device import SHARDED
 from mixlora_exp.training.track import Track
 
 SMALL = [
@@ -123,7 +124,7 @@ def test_so_is_whatever_else_is_not_plain(
 
 
 def test_halving_is_for_one_process(tmp_path: Path, monkeypatch, capsys) -> None:
-    from mixlora_exp import inputs
+    from mixlora_exp.runs import inputs
 
     monkeypatch.setattr(inputs, "processes", lambda: SimpleNamespace(num_processes=2))
     argv = [*SMALL, "trainer.auto_micro_batch=true", f"output_dir={tmp_path}"]
@@ -134,7 +135,7 @@ def test_halving_is_for_one_process(tmp_path: Path, monkeypatch, capsys) -> None
 # What torchrun starts: `stop=N` has the second process alone be asked to end in step N.
 WORKER = """
 import os, signal, sys
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.training.trainer import MixLoraTrainer
 real, stop = MixLoraTrainer.training_step, int(sys.argv[1])
 def training_step(self, *args, **kwargs):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerState
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.training.progress import Pace, ProgressLines, progress_callback
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from peft.utils import load_peft_weights
 
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.errors import UserError
-from mixlora_exp.spikes import spikes
+from mixlora_exp.records.spikes import spikes
 from mixlora_exp.training import MixLoraTrainer
 
 Train = Callable[..., Any]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, fingerprint
-from mixlora_exp.results.record import read_record
-from mixlora_exp.training import tracking
-from mixlora_exp.training.tracking import Tracking, flat
+from mixlora_exp.records.record import read_record
+from mixlora_exp.training.tracking import tracking
+from mixlora_exp.training.tracking.tracking import Tracking, flat
 
 SMALL = ["experiment=smoke", "data.train_limit=8", "trainer.logging_steps=1",
          "evaluation.batch_check=0"]  # fmt: skip

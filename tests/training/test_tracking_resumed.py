@@ -17,11 +17,11 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from mixlora_exp.cli import execute
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, fingerprint
-from mixlora_exp.results.record import read_record
-from mixlora_exp.training.sinks import TensorBoardSink, read_log
-from mixlora_exp.training.tracking import Tracking, flat
+from mixlora_exp.records.record import read_record
+from mixlora_exp.training.tracking.sinks import TensorBoardSink, read_log
+from mixlora_exp.training.tracking.tracking import Tracking, flat
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 ROOT = Path(__file__).parents[2]

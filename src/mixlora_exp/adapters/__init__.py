@@ -6,12 +6,7 @@ from mixlora_exp.adapters.register import register
 
 register()
 
-from mixlora_exp.adapters.build import (  # noqa: E402
-    attach_adapter,
-    attach_together,
-    load_adapter,
-    save_adapter,
-)
+from mixlora_exp.adapters.build import attach_adapter, attach_together, load_adapter, save_adapter  # noqa: E402
 from mixlora_exp.adapters.config import MixLoraConfig  # noqa: E402
 from mixlora_exp.adapters.hosting import load_adapters  # noqa: E402
 from mixlora_exp.adapters.layer import MixLoraFeedForward  # noqa: E402

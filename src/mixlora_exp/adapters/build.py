@@ -16,16 +16,16 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.adapters.based import check_base
 from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.files import CONFIG
 from mixlora_exp.adapters.filling import fill, read_weights
 from mixlora_exp.adapters.hosting import add_guest, not_built, peft_warnings_held_back
 from mixlora_exp.adapters.model import set_kernel
-from mixlora_exp.adapters.official import CONFIG
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
-from mixlora_exp.durable import publishing
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 from mixlora_exp.models.base_identity import base_of, write_base
+from mixlora_exp.system.durable import publishing
 
 __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
 

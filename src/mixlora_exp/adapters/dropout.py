@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mixlora_exp.kernels import DropoutKey, DropoutStream
-from mixlora_exp.kernels.stock import dropped
+from mixlora_exp.kernels.mixlora.stock import dropped
 
 __all__ = ["KeyedDropout", "use_dropout_stream"]
 

@@ -31,7 +31,7 @@ from mixlora_exp.kernels import (
     working_dtype,
 )
 from mixlora_exp.kernels.activations import activate
-from mixlora_exp.kernels.stages import STAGES, Finish
+from mixlora_exp.kernels.mixlora.stages import STAGES, Finish
 
 __all__ = ["MixLoraFeedForward"]
 

@@ -14,13 +14,13 @@ from mixlora_exp.adapters.dropout import KeyedDropout
 from mixlora_exp.adapters.norms import NormCache
 from mixlora_exp.adapters.rows import RowMap, Segment, join, take
 from mixlora_exp.kernels import dora_norms, draw_mask, squared_row_norms, working_dtype
-from mixlora_exp.kernels.linear import (
+from mixlora_exp.kernels.lora.linear import (
     lora_add,
     lora_add_reference,
     lora_linear,
     lora_linear_reference,
 )
-from mixlora_exp.kernels.linear_many import LowRankPart, lora_add_many
+from mixlora_exp.kernels.lora.many import LowRankPart, lora_add_many
 
 __all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 

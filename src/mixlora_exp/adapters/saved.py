@@ -12,7 +12,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from mixlora_exp.adapters.official import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
+from mixlora_exp.adapters.files import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
 from mixlora_exp.adapters.weights import load_shapes
 from mixlora_exp.errors import UserError, shown
 

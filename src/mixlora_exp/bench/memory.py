@@ -18,7 +18,7 @@ import torch
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.settings import ROWS, BenchConfig
-from mixlora_exp.runtime import peak_memory_bytes, reset_peak_memory
+from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
 __all__ = ["in_fresh_process", "measure_here", "measure_in_process"]
 

@@ -17,8 +17,8 @@ from mixlora_exp.adapters.hosting import parameters_of
 from mixlora_exp.bench.memory import in_fresh_process
 from mixlora_exp.bench.model import base_model, model_config
 from mixlora_exp.bench.several_steps import Joint, SeveralConfig
-from mixlora_exp.runtime import peak_memory_bytes, reset_peak_memory
-from mixlora_exp.training.packed import packed_attention
+from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
+from mixlora_exp.training.joint.packed import packed_attention
 
 __all__ = ["account", "resident"]
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from mixlora_exp.bench.report import markdown
 from mixlora_exp.bench.settings import BenchConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.record import finish_record, provenance, write_json
-from mixlora_exp.runtime import hardware_names
+from mixlora_exp.records.record import finish_record, provenance, write_json
+from mixlora_exp.system.device import hardware_names
 
 __all__ = ["compose_settings", "write", "write_files"]
 

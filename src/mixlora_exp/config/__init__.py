@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixlora_exp.config.arguments import options
-    from mixlora_exp.config.plan import (
+    from mixlora_exp.config.command import (
         Cell,
         Plan,
         check_composition,
@@ -62,5 +62,5 @@ _PLAN = {"Cell", "Plan", "check_composition", "compose", "compose_adapters", "pl
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "plan" if name in _PLAN else _OWN.get(name, "resolve")
+    home = "command" if name in _PLAN else _OWN.get(name, "resolve")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -9,22 +9,17 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any
 
 from mixlora_exp.config.checks import require_name
-from mixlora_exp.config.schema import (
-    Config,
-    LoraMethodConfig,
-    MethodConfig,
-    MixLoraMethodConfig,
-)
+from mixlora_exp.config.schema import Config, LoraMethodConfig, MethodConfig, MixLoraMethodConfig
 from mixlora_exp.errors import UserError, shown
 
-__all__ = ["check_recorded", "literal"]
+__all__ = ["check_recorded", "literal", "recorded"]
 
 LONGEST = 4096
 """Characters of a text: no path, name or address has more."""
@@ -135,3 +130,28 @@ def literal(value: Any) -> str:
     # To Hydra a backslash is itself but before a quote.
     text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"'{text}'"
+
+
+# The method is that of the adapter; what a run would train with plays no part. Where to write is
+# no record's to say.
+NOT_TAKEN = ("method", "adapter", "adapters", "base", "dry_run", "force", "tracker", "output_dir")
+
+
+def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
+    """The overrides that make a configuration of `read_run` again, but for groups given anew: the
+    schema's own fields, each with a plain value, in which nothing is resolved."""
+    for name, value in config.items():
+        if name in NOT_TAKEN or name in skipped:
+            continue
+        if isinstance(value, dict):
+            for field, content in value.items():
+                if f"{name}.{field}" in skipped:
+                    continue
+                if isinstance(content, dict):
+                    # Its keys are the user's: they are added.
+                    if content:
+                        yield f"++{name}.{field}={literal(content)}"
+                else:
+                    yield f"{name}.{field}={literal(content)}"
+        else:
+            yield f"{name}={literal(value)}"

@@ -9,8 +9,8 @@ from typing import Any
 
 from mixlora_exp.data.loaded import DataFile, LoadedSplit, undecodable
 from mixlora_exp.errors import UserError
+from mixlora_exp.system.untrusted import LIMIT, file_limit, open_regular, parse_json, raw_lines
 from mixlora_exp.tasks import TASKS, Task
-from mixlora_exp.untrusted import LIMIT, file_limit, open_regular, parse_json, raw_lines
 
 __all__ = ["json_rows", "load_local"]
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from mixlora_exp.kernels.activations import known_activation
 from mixlora_exp.kernels.dora import dora_norms, squared_row_norms
 from mixlora_exp.kernels.dropout import DropMask, DropoutKey, DropoutStream, draw_mask
-from mixlora_exp.kernels.exact import mixlora_exact
+from mixlora_exp.kernels.mixlora.exact import mixlora_exact
+from mixlora_exp.kernels.mixlora.reference import mixlora_reference
+from mixlora_exp.kernels.mixlora.shared import mixlora_shared
+from mixlora_exp.kernels.mixlora.stock import mixlora_stock
 from mixlora_exp.kernels.precision import working_dtype
-from mixlora_exp.kernels.reference import mixlora_reference
 from mixlora_exp.kernels.routing import route, route_bfloat16, router_fractions, router_loss
 from mixlora_exp.kernels.shapes import Experts, FeedForward, Projection, Routing
-from mixlora_exp.kernels.shared import mixlora_shared
-from mixlora_exp.kernels.stock import mixlora_stock
 
 __all__ = [
     "KERNELS",
@@ -54,7 +54,7 @@ __all__ = [
 def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` by fused kernels. x: (T, D); returns (T, D)."""
     # Not before it is used: Triton is missing on many machines.
-    from mixlora_exp.kernels.triton_block import mixlora_triton as run
+    from mixlora_exp.kernels.triton.block import mixlora_triton as run
 
     return run(x, routing, block)
 
@@ -63,7 +63,7 @@ def router_of(kernel: str) -> Callable[[Tensor, Tensor, int], Routing]:
     """The function that routes for a kernel: one launch for `triton`, else `route`."""
     if kernel != "triton":
         return route
-    from mixlora_exp.kernels.triton_router import route_triton
+    from mixlora_exp.kernels.triton.router import route_triton
 
     return route_triton
 

@@ -27,7 +27,7 @@ from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.pypi import cached_folder, is_cached
 from mixlora_exp.models.shape import draws_weights
 from mixlora_exp.models.weight_files import fingerprint
-from mixlora_exp.untrusted import read_json
+from mixlora_exp.system.untrusted import read_json
 
 __all__ = [
     "BASE_FILE",

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.untrusted import open_regular, read_json
+from mixlora_exp.system.untrusted import open_regular, read_json
 
 __all__ = ["ATTENTION", "check_folder", "check_settings"]
 

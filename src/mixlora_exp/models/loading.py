@@ -17,7 +17,6 @@ from transformers import initialization as transformers_initialization
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
-from mixlora_exp.hashing import file_sha256
 from mixlora_exp.models.base_identity import base_of, identified
 from mixlora_exp.models.folder import check_folder
 from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
@@ -41,6 +40,7 @@ from mixlora_exp.models.shape import (
 from mixlora_exp.models.tiny import build_tokenizer
 from mixlora_exp.models.vocabulary import fit_vocabulary
 from mixlora_exp.models.weight_files import fingerprint
+from mixlora_exp.system.hashing import file_sha256
 
 __all__ = [
     "build_hf_config",

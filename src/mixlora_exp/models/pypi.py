@@ -24,10 +24,10 @@ from transformers import GgufConfig, PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.hashing import file_sha256
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
-from mixlora_exp.runlock import RunLock
-from mixlora_exp.untrusted import read_json
+from mixlora_exp.system.hashing import file_sha256
+from mixlora_exp.system.runlock import RunLock
+from mixlora_exp.system.untrusted import read_json
 
 __all__ = ["cached_folder", "find_gguf", "is_cached"]
 

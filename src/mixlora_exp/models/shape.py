@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME
 from mixlora_exp.config.schema import Family, ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.families import FAMILIES
-from mixlora_exp.untrusted import read_json
+from mixlora_exp.system.untrusted import read_json
 
 __all__ = [
     "build_hf_config",

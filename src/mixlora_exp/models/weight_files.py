@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.untrusted import parse_json, read_json
+from mixlora_exp.system.untrusted import parse_json, read_json
 
 __all__ = ["StoredTensor", "fingerprint", "stored_tensors", "weight_files"]
 

@@ -10,18 +10,11 @@ from pathlib import Path
 from re import fullmatch
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.record import read_record, write_json
+from mixlora_exp.records.shape import NAME
 from mixlora_exp.results.objections import objections
-from mixlora_exp.results.record import read_record, write_json
-from mixlora_exp.results.runs import (
-    FORCED,
-    RECORD,
-    LeftOut,
-    Run,
-    check_run,
-    read_predictions_file,
-)
-from mixlora_exp.results.shape import NAME
-from mixlora_exp.untrusted import read_bytes
+from mixlora_exp.results.runs import FORCED, RECORD, LeftOut, Run, check_run, read_predictions_file
+from mixlora_exp.system.untrusted import read_bytes
 
 __all__ = ["Collected", "collect"]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.errors import UserError, shown
+from mixlora_exp.records.record import read_run
+from mixlora_exp.records.shape import odd_fields, predictions_name
 from mixlora_exp.results.objections import UNPLACED, code_objections
-from mixlora_exp.results.record import read_run
-from mixlora_exp.results.shape import odd_fields, predictions_name
+from mixlora_exp.system.untrusted import parse_json, read_bytes, refuse_links
 from mixlora_exp.tasks import TASKS
-from mixlora_exp.untrusted import parse_json, read_bytes, refuse_links
 
 __all__ = [
     "FORCED",

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mixlora_exp.durable import settle, sync
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.hashing import file_sha256
-from mixlora_exp.untrusted import read_json
+from mixlora_exp.system.durable import settle, sync
+from mixlora_exp.system.hashing import file_sha256
+from mixlora_exp.system.untrusted import read_json
 
 __all__ = ["Checkpoint", "Checkpoints"]
 

@@ -20,14 +20,19 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
-from mixlora_exp.interruption import deferred
-from mixlora_exp.runtime import peak_memory_bytes, processes, reset_peak_memory, resolve_device
+from mixlora_exp.system.device import (
+    peak_memory_bytes,
+    processes,
+    reset_peak_memory,
+    resolve_device,
+)
+from mixlora_exp.system.signals import deferred
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.job import total_steps
+from mixlora_exp.training.joint.job import total_steps
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.progress import LogFile, SendLogs, StopWhenAsked, Watch, progress_callback
 from mixlora_exp.training.stability import Diverged, Stability
-from mixlora_exp.training.tracking import Tracking
+from mixlora_exp.training.tracking.tracking import Tracking
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 __all__ = [

@@ -16,10 +16,10 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.interruption import request, requested
-from mixlora_exp.runtime import peak_memory_bytes, summed
-from mixlora_exp.training.tracking import Tracking
-from mixlora_exp.untrusted import json_lines
+from mixlora_exp.system.device import peak_memory_bytes, summed
+from mixlora_exp.system.signals import request, requested
+from mixlora_exp.system.untrusted import json_lines
+from mixlora_exp.training.tracking.tracking import Tracking
 
 __all__ = [
     "LogFile",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixlora_exp.spikes import spikes
+from mixlora_exp.records.spikes import spikes
 
 __all__ = ["Diverged", "Stability", "StepWatch", "find_layer"]
 

@@ -20,7 +20,7 @@ from mixlora_exp.adapters.hosting import plain_parameters_of
 from mixlora_exp.config.choices import Head, Order
 from mixlora_exp.data.sampler import BucketSampler, FixedSampler, sampler_of
 from mixlora_exp.kernels import DropoutStream
-from mixlora_exp.runtime import PLAIN, summed
+from mixlora_exp.system.device import PLAIN, summed
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.head import loss_from_hidden
 from mixlora_exp.training.stability import Diverged, find_layer

@@ -20,22 +20,8 @@ from mixlora_exp.results.paper import (
 )
 from mixlora_exp.results.runs import Run
 from mixlora_exp.results.statistics import estimate, estimate_average
-from mixlora_exp.results.tables.paired import (
-    LIKELIHOOD,
-    RIGHT,
-    average_difference,
-    difference,
-)
-from mixlora_exp.results.tables.parts import (
-    Block,
-    Cell,
-    Row,
-    Table,
-    dash,
-    number,
-    ours,
-    paper,
-)
+from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, average_difference, difference
+from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, dash, number, ours, paper
 
 __all__ = ["Spec", "accuracy_table"]
 

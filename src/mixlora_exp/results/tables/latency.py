@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.record import read_record
 from mixlora_exp.results.headings import told_apart
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
-from mixlora_exp.results.record import read_record
 from mixlora_exp.results.runs import LeftOut
 from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, dash, number, paper
 

@@ -10,11 +10,11 @@ from statistics import mean
 from typing import Any
 
 from mixlora_exp.config import EXCLUDED
+from mixlora_exp.records.spikes import spikes
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import Run, circumstances
 from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, number
-from mixlora_exp.spikes import spikes
 
 __all__ = ["FACTORS", "stability_table"]
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from mixlora_exp.tasks.embedded.draw import (
-    SIZES,
-    arrange,
-    draw_groups,
-    facts_of,
-    positions,
-    share,
-)
+from mixlora_exp.tasks.embedded.draw import SIZES, arrange, draw_groups, facts_of, positions, share
 from mixlora_exp.tasks.embedded.events import NAMES
 from mixlora_exp.tasks.embedded.scenes import SCENES
 

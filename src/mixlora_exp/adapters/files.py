@@ -1,0 +1,59 @@
+"""The two files of an adapter's folder: their names, and its configuration read from a stranger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.errors import UserError
+from mixlora_exp.system.untrusted import read_json
+
+__all__ = ["BIN", "CONFIG", "SAFETENSORS", "is_official", "read_adapter_config"]
+
+
+CONFIG, BIN, SAFETENSORS = "adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"
+CONFIG_LIMIT = 2**20
+PEFTS_OWN = {"peft_version", "auto_mapping", "inference_mode", "init_lora_weights"}
+"""Entries that PEFT writes, and the official packages do not know."""
+
+
+def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
+    """The configuration of an adapter in either format; messages name the `field` of the command
+    that the folder was given in, if it has a name.
+
+    Raises:
+        UserError: it is missing, cut off, damaged or too large.
+    """
+    path = folder / CONFIG
+    named = f"{field}={folder}: {CONFIG}" if field else str(path)
+    try:
+        size = path.stat().st_size
+        if size > CONFIG_LIMIT:
+            raise UserError(f"{named} has {size:,} bytes, which no configuration has")
+        config = read_json(path, finite=False)
+    except FileNotFoundError as error:
+        inner = (folder / "adapter" / CONFIG).is_file()
+        hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that has one"
+        raise UserError(f"{folder} holds no adapter (there is no {CONFIG}): {hint}") from error
+    except OSError as error:
+        raise UserError(
+            f"{named} cannot be read ({error.strerror or error}): give a folder with an adapter"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{named} is cut off or damaged ({error}): take another copy") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{named} holds no JSON object: take another copy")
+    return config
+
+
+def is_official(folder: Path) -> bool:
+    """Whether an adapter's folder is one of the official packages'. PEFT wrote `.bin` files too,
+    and an official `.bin` may have been turned into safetensors: what the configuration has tells.
+
+    Raises:
+        UserError: there is no configuration, or it is damaged.
+    """
+    config = read_adapter_config(folder)
+    if PEFTS_OWN & set(config):
+        return False
+    return (folder / BIN).is_file() or "routing_strategy" in config

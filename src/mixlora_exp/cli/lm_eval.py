@@ -1,0 +1,131 @@
+"""lm-eval's command line, with MixLoRA known to PEFT: `python -m mixlora_exp.cli.lm_eval ...`.
+
+lm-eval's own command cannot import another package first, and PEFT would not know the adapter. Its
+tokenizers are settled as this project's are: one whose template appends EOS would have every answer
+of one token scored as that EOS. An adapter (`peft=DIR`) that was trained on other weights than
+those of `pretrained=` is refused, unless `base=accept` stands among the arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mixlora_exp.adapters.based import check_same_base
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.base_identity import identity_at
+from mixlora_exp.system.guarded import guarded
+
+__all__ = ["main", "run"]
+
+
+KNOWN = (
+    (
+        "Tasks not found",
+        "--tasks: name tasks that `python -m mixlora_exp.cli.lm_eval ls tasks` lists, or a YAML "
+        "file of a task, or give its folder with --include_path",
+    ),
+    ("Can't find 'adapter_config.json'", "--model_args: peft=DIR must be a folder with an adapter"),
+)
+"""How errors of lm-eval and PEFT begin that are the user's, and the way out."""
+NO_MODEL = ("is not a valid model identifier", "couldn't find them in the cached files")
+"""What transformers says of a model that is not there."""
+
+
+def _settled(create: Callable[..., None]) -> Callable[..., None]:
+    """lm-eval's making of a tokenizer, then this project's decisions about it."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    from mixlora_exp.models import fit_vocabulary, settle_special_tokens
+
+    @functools.wraps(create)
+    def settled(self: Any, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        create(self, pretrained, tokenizer, **options)
+        source = tokenizer or pretrained
+        # An encoder reads texts that are whole, whose EOS belongs to them.
+        if self.backend != "causal" or not (isinstance(source, str) and self.tokenizer.is_fast):
+            return
+        places = ("revision", "subfolder")
+        stated = get_tokenizer_config(source, **{k: options[k] for k in places if options.get(k)})
+        if options.get("add_bos_token") is not None:
+            stated["add_bos_token"] = options["add_bos_token"]
+        whose = f"--model_args: the tokenizer of {source}"
+        settle_special_tokens(self.tokenizer, stated, whose)
+        fit_vocabulary(self.tokenizer, self.config.get_text_config().vocab_size, whose)
+
+    return settled
+
+
+ACCEPT = "base=accept"
+
+
+def _model_args(argv: Sequence[str]) -> dict[str, str]:
+    """What lm-eval's `--model_args` say: name=value, in one word or several, or a JSON object."""
+    words: list[str] = []
+    for number, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in ("--model_args", "-a"):
+            words += [value] if equals else []
+            following = argv[number + 1 :] if not equals else ()
+            for other in following:
+                if other.startswith("-"):
+                    break
+                words.append(other)
+    text = ",".join(words)
+    if text.lstrip().startswith("{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return {}  # lm-eval says so.
+        return {name: value for name, value in found.items() if isinstance(value, str)}
+    pairs = (pair.partition("=") for pair in text.split(","))
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
+
+
+def _check_base(argv: Sequence[str]) -> None:
+    given = _model_args(argv)
+    folder = Path(given.get("peft", "")).expanduser()
+    if "peft" not in given or "pretrained" not in given or not folder.is_dir():
+        return
+    now = identity_at(given["pretrained"], given.get("revision", "main"))
+    check_same_base(folder, now, accept=ACCEPT in argv)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run lm-eval with the arguments that the process was started with.
+
+    Raises:
+        UserError: lm-eval is not installed, has no task of a name that was given, or the adapter
+            was trained on another base model.
+    """
+    _check_base(argv)
+    sys.argv = [word for word in sys.argv if word != ACCEPT]
+    try:
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
+    HFLM._create_tokenizer = _settled(HFLM._create_tokenizer)
+    try:
+        cli_evaluate()
+    except (ValueError, OSError) as error:
+        # Other errors may be faults, and keep their traceback.
+        hint = next((hint for begin, hint in KNOWN if str(error).startswith(begin)), None)
+        if hint is None and any(text in str(error) for text in NO_MODEL):
+            hint = "--model_args: give pretrained=DIR with a model, or its name on the hub"
+        if hint is None:
+            raise
+        raise UserError(f"{hint} ({' '.join(str(error).split())[:160]})") from error
+
+
+def main() -> NoReturn:
+    """Run the command line that the process was started with, and exit."""
+    sys.exit(guarded(run, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Low-rank additions to one linear layer."""

@@ -1,0 +1,1 @@
+"""A feed-forward layer with a mixture of LoRA experts."""

@@ -1,0 +1,56 @@
+"""How many hours of one GPU a run would take: an estimate from parameters and tokens."""
+
+from __future__ import annotations
+
+import math
+
+from mixlora_exp.config import Config
+from mixlora_exp.config.parameters import count_parameters
+from mixlora_exp.config.schema import LoraMethodConfig
+from mixlora_exp.plans.plan import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN
+from mixlora_exp.tasks import TASKS
+
+__all__ = ["gpu_hours"]
+
+
+FLOPS_PER_SECOND = 1e14
+"""Of one GPU in bf16, about a third of an A100's peak: an assumption, not a measurement."""
+
+
+def _example_tokens(config: Config, task: str, form: str) -> float:
+    if task not in CHARACTERS:
+        return config.data.cutoff_length / 2
+    characters = CHARACTERS[task][0 if form == "label" else 1]
+    if task == "boolq" and not config.data.boolq_passage:
+        characters -= BOOLQ_PASSAGE
+    return min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
+
+
+def _rows(task: str, split: str, limit: int | None) -> int:
+    size = TASKS[task].sizes[split] if task in TASKS else 1000
+    return min(size, limit or size)
+
+
+def gpu_hours(config: Config) -> float:
+    """An estimate: twice the parameters per token and pass, one pass forward and one backward for
+    training (frozen weights have no gradient), and one forward for each scored item."""
+    counted = count_parameters(config.model, config.method)
+    size = counted.base + counted.trainable
+    tokens = 0.0
+    if isinstance(config.method, LoraMethodConfig):
+        rows = {t: _rows(t, "train", config.data.train_limit_of(t)) for t in config.task.train}
+        epoch = sum(
+            n * _example_tokens(config, task, form.value)
+            for task, n in rows.items()
+            for form in config.data.forms
+        )
+        passes = config.trainer.epochs
+        if config.trainer.max_steps is not None:
+            examples = sum(rows.values()) * len(config.data.forms)
+            steps = math.ceil(examples / config.trainer.batch_size)
+            passes = config.trainer.max_steps / max(steps, 1)
+        tokens += 2 * passes * epoch
+    for task in config.task.evaluate:
+        items = _rows(task, "test", config.evaluation.limit)
+        tokens += items * len(config.evaluation.protocols) * _example_tokens(config, task, "label")
+    return 2 * size * tokens / FLOPS_PER_SECOND / 3600

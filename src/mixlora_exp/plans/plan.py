@@ -1,0 +1,280 @@
+"""What a run would do, without weights and without the network: sizes, steps, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mixlora_exp.config import CONF_DIR, Config, run_name, to_dict
+from mixlora_exp.config.parameters import Parameters, count_parameters
+from mixlora_exp.config.schema import AnswerForm, DataSource, LoraMethodConfig, TrainerConfig
+from mixlora_exp.plans.memory import many_that_fit, memory_of
+from mixlora_exp.records.checkout import git_state
+from mixlora_exp.results.objections import objections
+from mixlora_exp.tasks import TASKS
+
+__all__ = [
+    "Plan",
+    "first_line",
+    "plan",
+    "print_plan",
+    "print_plan_together",
+]
+
+# Mean characters of prompt and answer per training row (label, text), over the training splits
+# (HellaSwag: over 6,477 of its rows). Used where no tokenizer or no data is at hand.
+CHARACTERS = {
+    "arc_e": (269, 157), "arc_c": (307, 179), "boolq": (694, 694), "obqa": (181, 103),
+    "piqa": (284, 168), "siqa": (218, 144), "hellaswag": (465, 190), "winogrande": (175, 163),
+}  # fmt: skip
+BOOLQ_PASSAGE = 576
+CHARACTERS_PER_TOKEN = 4.0
+CARD_GIB = (24, 48)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of one run. `tokens` is per epoch; `tokens_counted` tells whether they were counted
+    with the model's tokenizer or estimated from characters. `padding`: its share of the positions
+    of the first epoch's batches, from 0 to 1, where tokens were counted."""
+
+    name: str
+    parameters: Parameters
+    rows: dict[str, int]
+    test_rows: dict[str, int]
+    examples: int
+    tokens: int
+    tokens_counted: bool
+    padding: float | None
+    steps: int
+    memory: dict[str, int]
+
+
+def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, list]]:
+    """Train and test rows per task, and the training items where the data is at hand."""
+    trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []
+    items: dict[str, list] = {}
+    if config.data.name is DataSource.hub and config.data.mirror is None:
+        rows = {task: TASKS[task].sizes["train"] for task in trains}
+        split = "train" if config.evaluation.held_out else "test"
+        tests = {task: TASKS[task].sizes[split] for task in config.task.evaluate}
+    else:
+        from mixlora_exp.data.sources import load_split
+
+        custom = config.task.custom
+        for task in trains:
+            loaded = load_split(config.data, task, "train", custom)
+            items[task] = loaded.limited(config.data.train_limit_of(task), config.data.seed).items
+        rows = {task: len(found) for task, found in items.items()}
+        split = "train" if config.evaluation.held_out else "test"
+        tests = {
+            task: len(load_split(config.data, task, split, custom).items)
+            for task in config.task.evaluate
+        }
+
+    limit_of = config.data.train_limit_of
+    if config.evaluation.held_out:
+        tests = {task: max(0, n - (limit_of(task) or 0)) for task, n in tests.items()}
+    rows = {task: min(n, limit_of(task) or n) for task, n in rows.items()}
+    tests = {task: min(n, config.evaluation.limit or n) for task, n in tests.items()}
+    return rows, tests, items
+
+
+def _characters(config: Config, task: str, form: AnswerForm, items: list) -> float:
+    """Mean characters of an example: of the data sets of the paper known, else counted."""
+    if task in CHARACTERS:
+        mean = CHARACTERS[task][0 if form is AnswerForm.label else 1]
+        without = task == "boolq" and not config.data.boolq_passage
+        return mean - (BOOLQ_PASSAGE if without else 0)
+    from mixlora_exp.data.encoding import ask
+
+    asked = [(ask(item, form), item.answer) for item in items]
+    return sum(len(p.text) + 1 + len(answers[i]) for (p, answers), i in asked) / len(asked)
+
+
+def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
+    """Tokens of each example, where the data and the model's tokenizer are at hand."""
+    if items:
+        from mixlora_exp.models import has_local_tokenizer
+    if not items or not has_local_tokenizer(config.model):
+        return None
+    from mixlora_exp.data.encoding import encode_examples
+    from mixlora_exp.models import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    every = [item for found in items.values() for item in found]
+    return [len(e.input_ids) for e in encode_examples(tokenizer, every, config.data)]
+
+
+def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> int:
+    """Tokens of one epoch by their characters."""
+    total = 0.0
+    for task, n in rows.items():
+        for form in config.data.forms:
+            characters = _characters(config, task, form, items.get(task, []))
+            total += n * min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
+    return round(total)
+
+
+def _padding(config: Config, lengths: list[int]) -> float:
+    """Share of positions of the first epoch that are padding, from 0 to 1: each row is padded to
+    the longest of its micro-batch."""
+    from mixlora_exp.data.sampler import sampler_of
+
+    trainer = config.trainer
+    order = list(sampler_of(lengths, trainer.batch_size, config.seed, trainer.order))
+    positions = 0
+    for start in range(0, len(order), trainer.micro_batch_size):
+        rows = order[start : start + trainer.micro_batch_size]
+        positions += len(rows) * max(lengths[i] for i in rows)
+    return 1 - sum(lengths) / positions
+
+
+def count_steps(trainer: TrainerConfig, examples: int) -> int:
+    """Optimizer steps: `max_steps` if set, else whole epochs with their incomplete last batch."""
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    return math.ceil(trainer.epochs * math.ceil(examples / trainer.batch_size))
+
+
+def _together(config: Config) -> str:
+    memory = memory_of(config, packed=True)
+    fits = ", ".join(f"{many_that_fit(memory, size)} in {size} GiB" for size in CARD_GIB)
+    return f"adapters like this on one base: {fits}"
+
+
+def _counted_parameters(config: Config) -> Parameters:
+    """From the shape in the YAML; the base's own weights are counted where a folder has them, for
+    it may have more than the shape tells, such as biases."""
+    found = count_parameters(config.model, config.method)
+    if config.model.path is None:
+        return found
+    from mixlora_exp.models import frozen_parameters
+
+    base = frozen_parameters(config.model)
+    if base is None or base == found.base:
+        return found
+    whole = base + found.adapter + found.magnitude
+    return dataclasses.replace(found, base=base, percent_true=100 * found.trainable / whole)
+
+
+def plan(config: Config) -> Plan:
+    """Plan a run. Reads data files only where they are local or generated.
+
+    Raises:
+        UserError: local data is missing or malformed.
+    """
+    parameters = _counted_parameters(config)
+    rows, tests, items = _rows(config)
+    examples = sum(rows.values()) * len(config.data.forms)
+    lengths = _counted(config, items) if examples else []
+    return Plan(
+        name=run_name(config),
+        parameters=parameters,
+        rows=rows,
+        test_rows=tests,
+        examples=examples,
+        tokens=_estimated(config, rows, items) if lengths is None else sum(lengths),
+        tokens_counted=lengths is not None,
+        padding=_padding(config, lengths) if lengths else None,
+        steps=count_steps(config.trainer, examples) if examples else 0,
+        memory=memory_of(config),
+    )
+
+
+def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
+    """The plan as (what, value) lines."""
+    model, p = config.model, found.parameters
+    percent = f"{p.percent_true:.3f} % of all"
+    if p.percent_paper is not None:
+        percent += (
+            f"; without magnitudes {p.percent_paper:.2f} % of the paper's "
+            f"{model.nominal_parameters:.3g}"
+        )
+    counted = "estimated from characters"
+    if found.padding is not None:
+        counted = f"counted; {100 * found.padding:.0f} % of the batches is padding"
+    gib = {name: size / 2**30 for name, size in found.memory.items()}
+    frozen = p.magnitude and not config.method.train_magnitude
+    training = [
+        ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),
+        (
+            "steps",
+            f"{found.steps:,} of {config.trainer.batch_size} examples "
+            f"({config.trainer.micro_batch_size} x {config.trainer.accumulation_steps})",
+        ),
+    ]
+    return [
+        ("run", found.name),
+        (
+            "model",
+            f"{model.name}: {model.depth} layers, hidden {model.hidden_size}, feed-forward "
+            f"{model.intermediate_size}, heads {model.num_heads}/{model.num_kv_heads}, "
+            f"vocabulary {model.vocab_size}",
+        ),
+        ("parameters", f"{p.base:,} frozen, {p.trainable:,} trainable ({percent})"),
+        (
+            "of them",
+            f"low rank {p.adapter - p.router:,}, router {p.router:,}, magnitude {p.magnitude:,}"
+            + (" (not trained)" if frozen else ""),
+        ),
+        ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
+        ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
+        *(training if found.examples else [("training", "none: the model is scored as it is")]),
+        (
+            "memory",
+            f"about {sum(gib.values()):.1f} GiB at {config.data.cutoff_length} tokens per example: "
+            + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items())
+            + " (estimated)",
+        ),
+        *([("together", _together(config))] if found.examples else []),
+    ]
+
+
+def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
+    """Plan a run and print it. `adapter`: what is known of the one that is scored."""
+    from mixlora_exp.system.console import say
+
+    lines, against = describe(config, plan(config)), _against(config, adapter)
+    for what, value in [*lines, *([("record", against)] if against else [])]:
+        say(f"{what:<12}{value}")
+
+
+def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
+    """What a run says first: its name, and what will keep it out of the tables. `adapter`: what is
+    known of the one that is scored."""
+    against = _against(config, adapter)
+    return f"Run {name}" + (f" ({against})" if against else "")
+
+
+def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
+    """What `make collect` will refuse the run for, empty if it will not."""
+    record = {
+        "config": {"model": to_dict(config.model)},
+        "provenance": {"git": git_state(CONF_DIR.parent)},
+        "adapter": adapter,
+    }
+    found = objections(record)
+    return f"make collect will refuse it: {'; '.join(found)}" if found else ""
+
+
+def print_plan_together(configs: Sequence[Config]) -> None:
+    """Print what runs that share one base need together."""
+    from mixlora_exp.system.console import say
+
+    memories = [memory_of(config, packed=True) for config in configs]
+    each = [m["adapter_and_optimizer"] + m["activations"] for m in memories]
+    total = memories[0]["weights"] + sum(each)
+    say(
+        f"{'all':<12}{len(configs)} adapters on one base: about {total / 2**30:.1f} GiB, "
+        f"{total / len(configs) / 2**30:.1f} for each (estimated); alone the largest needs "
+        f"{(memories[0]['weights'] + max(each)) / 2**30:.1f}"
+    )
+
+
+def parameters_entry(config: Config) -> dict[str, Any]:
+    """The parameter counts as they stand in a record."""
+    return dataclasses.asdict(_counted_parameters(config))

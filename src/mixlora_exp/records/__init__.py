@@ -1,0 +1,1 @@
+"""One record of one run: written, verified, read, printed."""

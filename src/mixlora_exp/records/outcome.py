@@ -1,0 +1,38 @@
+"""What runs came to, without when and where they ran: for telling whether two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.system.untrusted import read_json
+
+__all__ = ["outcome", "outcomes"]
+
+CIRCUMSTANCES = ("provenance", "seconds", "scoring", "content_sha256")
+OF_TRAINING = ("seconds", "tokens_per_second", "peak_memory_bytes", "together")
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """The record of a finished run without circumstances, its log, and hashes of its adapter's
+    weights and its predictions."""
+    record = read_json(folder / "record.json")
+    for name in CIRCUMSTANCES:
+        record.pop(name)
+    for name in OF_TRAINING if record["train"] else ():
+        record["train"].pop(name)
+    record["config"].pop("output_dir")
+    files = [folder / "train_log.jsonl", folder / "adapter" / "adapter_model.safetensors"]
+    files += sorted((folder / "predictions").glob("*"))
+    hashes = {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.is_file()
+    }
+    return {"record": record, "files": hashes}
+
+
+def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same of every finished run in an output folder, by name."""
+    return {path.parent.name: outcome(path.parent) for path in folder.glob("*/record.json")}

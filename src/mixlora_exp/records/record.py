@@ -1,0 +1,235 @@
+"""The record of a run: where its numbers come from, and a file that is whole or is not there.
+
+Neither torch nor Hydra is imported: tables are made without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.checkout import git_state
+from mixlora_exp.records.shape import check_shape
+from mixlora_exp.system.durable import sync
+from mixlora_exp.system.untrusted import read_json
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "finish_record",
+    "provenance",
+    "read_record",
+    "read_run",
+    "write_json",
+    "write_jsonl",
+    "write_text",
+]
+
+SCHEMA_VERSION = 1
+"""Raised when fields of the record change their meaning."""
+
+_HASH = "content_sha256"
+
+_PACKAGES = (
+    "mixlora-exp",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "hydra-core",
+    "omegaconf",
+    "gguf",
+    "numpy",
+    "pandas",
+    "lm-eval",
+)
+
+
+def provenance(repo_root: Path | str, gpu_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what made a result besides its configuration: code, packages and hardware.
+
+    `git` is null outside a checkout, see `git_state`. A package that is not installed has the
+    version null.
+    """
+    return {
+        "git": git_state(Path(repo_root)),
+        "python": platform.python_version(),
+        "packages": {name: _package_version(name) for name in _PACKAGES},
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cpu_cores": psutil.cpu_count(logical=False),
+            "cpu_threads": _usable_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "os": platform.platform(),
+            "gpus": list(gpu_names),
+        },
+    }
+
+
+def finish_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record as plain JSON values, with `schema_version` and `content_sha256`.
+
+    JSON has no NaN and no infinity: a loss that left the numbers is recorded as null.
+    """
+    content = {name: value for name, value in _plain(record).items() if name != _HASH}
+    content["schema_version"] = SCHEMA_VERSION
+    return {**content, _HASH: _content_hash(content)}
+
+
+def read_record(path: Path | str) -> dict[str, Any]:
+    """Return a record, or raise a `UserError` that says why the file cannot be trusted."""
+    path = Path(path)
+    try:
+        # A path of this system may have bytes that are no text; Python keeps them as halves.
+        record = read_json(path, halves=True)
+    except OSError as error:
+        raise UserError(f"cannot read the record {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a record: it is cut off or not JSON that can be used ({error}); "
+            "run the experiment again with force=true"
+        ) from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is not a record: it holds no JSON object")
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version={version} is not valid: "
+            f"records of schema_version={SCHEMA_VERSION} are read; "
+            "run the experiment again with force=true"
+        )
+    content = {name: value for name, value in record.items() if name != _HASH}
+    if record.get(_HASH) != _content_hash(content):
+        raise UserError(
+            f"{path} was changed after it was written ({_HASH} does not fit its content); "
+            "restore it or run the experiment again with force=true"
+        )
+    return record
+
+
+def read_run(path: Path | str) -> dict[str, Any]:
+    """Return the record of a run, whose fields are what a run writes.
+
+    Raises:
+        UserError: the file cannot be trusted, or a field is missing or is something else.
+    """
+    record = read_record(path)
+    try:
+        check_shape(record)
+    except UserError as error:
+        raise UserError(f"{path} is no record of a run: {error}") from error
+    return record
+
+
+def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
+    """Write one JSON object; the file appears whole, or stays as it was and a `UserError` tells."""
+    _write(Path(path), [json.dumps(_plain(data), indent=2, allow_nan=False), "\n"])
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line, all of them or none, as `write_json` does."""
+    _write(Path(path), (json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
+
+
+def write_text(path: Path | str, content: str) -> None:
+    """Write a text file, whole or not at all, as `write_json` does."""
+    _write(Path(path), [content])
+
+
+def _write(path: Path, chunks: Iterable[str]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("x", encoding="utf-8", newline="\n") as stream:
+                stream.writelines(chunks)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise UserError(f"cannot write {path}: {reason}; nothing was recorded") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last through a power cut, where the system can."""
+    # Windows cannot open a folder, some network file systems cannot sync one.
+    with contextlib.suppress(OSError):
+        sync(folder)
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as what reading it back from JSON gives."""
+    match value:
+        case Enum():
+            return _plain(value.value)
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return float(value) if math.isfinite(value) else None
+        case Path():
+            return str(value)
+        case Mapping():
+            for key in value:
+                if not isinstance(key, str):
+                    raise TypeError(f"a record's keys are text, not {key!r}")
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    raise TypeError(f"a record cannot hold {type(value).__name__}: {value!r}")
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_threads() -> int | None:
+    """Return how many hardware threads this process may use, which a container may have cut."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

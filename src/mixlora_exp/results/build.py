@@ -1,0 +1,282 @@
+"""From committed records to tables: what the commands `make tables`, `figures` and `report` share.
+
+Composes the defaults that records are compared with; imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mixlora_exp.config import CONF_DIR, compose, to_dict
+from mixlora_exp.config.schema import Config, ModelConfig
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.record import write_text
+from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
+from mixlora_exp.results.objections import objections
+from mixlora_exp.results.paper import METHODS, MODEL_TITLES, contradictions, read_paper
+from mixlora_exp.results.runs import (
+    DATA_FIELDS,
+    EVALUATION_FIELDS,
+    MODEL_FIELDS,
+    TRAINER_FIELDS,
+    TRAINING_DATA_FIELDS,
+    LeftOut,
+    Run,
+    load_runs,
+)
+from mixlora_exp.results.tables.accuracy import accuracy_table
+from mixlora_exp.results.tables.latency import latency_table, load_benchmarks
+from mixlora_exp.results.tables.parts import Block, Table
+from mixlora_exp.results.tables.render import csv_text, latex, markdown, plain
+from mixlora_exp.results.tables.settings import data_table, hyperparameter_table
+from mixlora_exp.results.tables.specs import specs
+from mixlora_exp.results.tables.stability import stability_table
+from mixlora_exp.results.tables.switches import switch_table
+
+__all__ = [
+    "RESULTS",
+    "Results",
+    "draw_figures",
+    "gather",
+    "table_files",
+    "write_files",
+    "write_report",
+]
+
+RESULTS = CONF_DIR.parent / "results"
+PAPER = RESULTS / "paper"
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Everything that stands in `folder`, read and put in order."""
+
+    folder: Path
+    runs: Sequence[Run]
+    blocks: Blocks
+    standards: Standards
+    benchmarks: Sequence[Mapping[str, Any]]
+    tables: Mapping[int, Table]
+    left_out: Sequence[LeftOut]
+
+
+PRESETS = ("correct", "official")
+
+
+@cache
+def _defaults() -> tuple[dict[str, dict[str, Config]], dict[str, ModelConfig]]:
+    """The composed default run of each method under each preset, and each model's shape."""
+    by_method = {
+        preset: {
+            m: compose([f"method={m}", "model=llama2_7b", f"preset={preset}"])
+            for m in (*METHODS, "none")
+        }
+        for preset in PRESETS
+    }
+    models = {name: compose([f"model={name}"]).model for name in MODEL_TITLES}
+    return by_method, models
+
+
+def _standards(
+    presets: Mapping[str, Mapping[str, Config]], models: Mapping[str, ModelConfig]
+) -> Standards:
+    made = {name: _standard(by_method, models) for name, by_method in presets.items()}
+    return dataclasses.replace(made.pop("correct"), presets=made)
+
+
+def _standard(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig]) -> Standards:
+    run = to_dict(by_method["mixlora"])
+    return Standards(
+        methods={name: to_dict(config.method) for name, config in by_method.items()},
+        models={
+            name: {field: to_dict(model)[field] for field in MODEL_FIELDS}
+            for name, model in models.items()
+        },
+        data={n: run["data"][n] for n in (*DATA_FIELDS, *TRAINING_DATA_FIELDS) if n != "name"},
+        trainer={name: run["trainer"][name] for name in TRAINER_FIELDS},
+        evaluation={name: run["evaluation"][name] for name in EVALUATION_FIELDS},
+    )
+
+
+def _chosen(
+    runs: Sequence[Run], left_out: Sequence[LeftOut], names: Sequence[str] | None
+) -> list[Run]:
+    """The runs that were asked for, which must be able to stand together."""
+    if names is None:
+        return list(runs)
+    by_name = {run.name: run for run in runs}
+    reasons = {entry.name: entry.reason for entry in left_out}
+    for name in names:
+        if name not in by_name:
+            reason = reasons.get(name, "there is no such record under results/runs")
+            raise UserError(f"runs={name} cannot be used: {reason}; name other runs")
+    chosen = [by_name[name] for name in names]
+    require_together(chosen)
+    return chosen
+
+
+def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Results:
+    """Read `folder` (with `runs/` and `bench/`) and build the tables.
+
+    Raises:
+        UserError: `names` asks for runs that cannot share a cell, or for an unknown one.
+    """
+    presets, models = _defaults()
+    standards, by_method = _standards(presets, models), presets["correct"]
+    runs, left_out = load_runs(folder / "runs")
+    copied = copies(runs)
+    left_out = [*left_out, *copied.values()]
+    chosen = _chosen([run for run in runs if run.name not in copied], left_out, names)
+    blocks = group_runs(chosen)
+    benchmarks, unusable = load_benchmarks(folder / "bench")
+    printed = PAPER
+    methods = {name: config.method for name, config in by_method.items()}
+    tables: dict[int, Table] = {}
+    for number, spec in specs(models, methods).items():
+        known = list(contradictions(printed, number))
+        notes = [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]
+        table = read_paper(printed, number)
+        tables[number] = accuracy_table(spec, table, blocks, standards, notes, known)
+    defaults = {name: to_dict(by_method[name]) for name in METHODS}
+    tables[3] = hyperparameter_table(printed, defaults)
+    tables[4] = data_table(printed, chosen)
+    for number in (6, 7):
+        tables[number] = latency_table(printed, number, benchmarks)
+    tables[10] = switch_table(
+        blocks, standards, *({m: to_dict(c) for m, c in presets[p].items()} for p in PRESETS)
+    )
+    tables[11] = stability_table(chosen, defaults)
+    reasons = {run.name: objections(run.record) for run in chosen}
+    tables = {number: _marked(table, reasons) for number, table in tables.items()}
+    used = {name for table in tables.values() for name in table.records()}
+    known_names = used | {entry.name for entry in blocks.left_out}
+    unplaced = [
+        LeftOut(run.name, "no table has its trained tasks, method settings or scored tasks")
+        for run in chosen
+        if run.name not in known_names
+    ]
+    everything = [*left_out, *blocks.left_out, *unplaced, *unusable]
+    return Results(
+        folder, chosen, blocks, standards, benchmarks, dict(sorted(tables.items())), everything
+    )
+
+
+NOTES = (
+    "Ours: mean over n seeds; in brackets the 95 % interval, over items (Wilson) or over seeds "
+    "(Student's t), whichever is wider; one seed says nothing about others. A dash was not run. "
+    "#Params: printed by the paper; computed exactly from the shapes in the paper's denominator "
+    "(magnitudes left out), and of all weights (magnitudes counted).",
+    "Minus LoRA: the same items and seeds, paired bootstrap over items, widened to Student's "
+    "interval where there are several seeds; better or worse stands only where the interval leaves "
+    "out zero. The log-likelihood of the gold answer (nats, mean over items) "
+    "moves also where accuracy stays at chance.",
+    "Results under other conditions than the paper's (fewer rows, a limit on items, another source "
+    "of data, another protocol) stand in blocks of their own, and their conditions over them.",
+)
+
+
+def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
+    """The table with a note on each of its runs that was collected by force."""
+    notes = [
+        f"Collected by force: {name} ({'; '.join(reasons[name])})."
+        for name in sorted(table.records())
+        if reasons.get(name)
+    ]
+    return dataclasses.replace(table, notes=[*table.notes, *notes])
+
+
+def _progress(block: Block) -> str:
+    """A block's heading, and how much of it was run."""
+    counts = [f"{setup} {run} of {total}" for setup, (run, total) in block.filled.items()]
+    return f"{block.heading} (cells: {', '.join(counts)})" if counts else block.heading
+
+
+def _index(results: Results) -> str:
+    """What was run and what was not, in Markdown."""
+    lines = ["# Tables\n\n", "Made by `make tables` from the records; do not edit.\n\n"]
+    lines.append("| table | blocks with results of this project |\n| --- | --- |\n")
+    for table in results.tables.values():
+        run = [plain(_progress(block)) for block in table.blocks if block.run]
+        title = f"[{table.number}: {table.title}]({table.name}.md)"
+        lines.append(f"| {title} | {'<br>'.join(run) or 'none'} |\n")
+    lines.append("\n## Records that no table uses\n\n")
+    entries = dict.fromkeys((entry.name, entry.reason) for entry in results.left_out)
+    shown = [(name.replace("`", "'"), plain(reason)) for name, reason in entries]
+    lines += [f"- `{name}`: {reason}\n" for name, reason in shown] or ["None.\n"]
+    return "".join(lines)
+
+
+def table_files(results: Results) -> dict[str, str]:
+    """The content of every file under `tables/`, by name."""
+    files = {"README.md": _index(results)}
+    for table in results.tables.values():
+        files[f"{table.name}.md"] = markdown(table)
+        files[f"{table.name}.csv"] = csv_text(table)
+        files[f"{table.name}.tex"] = latex(table)
+    return files
+
+
+def write_files(folder: Path, files: Mapping[str, str], check: bool) -> list[str]:
+    """Write the files into `folder`, or with `check` only compare; returns the differences as
+    lines of a diff."""
+    found: list[str] = []
+    for name, content in files.items():
+        path = folder / name
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if check:
+            old, new = (text.splitlines() for text in (before, content))
+            found += difflib.unified_diff(old, new, str(path), "regenerated", lineterm="", n=0)
+        elif before != content:
+            write_text(path, content)
+    return found
+
+
+def draw_figures(results: Results, folder: Path) -> list[str]:
+    """Draw what the records allow; returns the names of the figures."""
+    # Imported here: the tables need no matplotlib.
+    from mixlora_exp.results import figures, series
+
+    made = {
+        "figure4a": lambda: figures.sweep_figure(
+            series.sweeps(results.tables[9], "coef="), "router loss coefficient"
+        ),
+        "figure4b": lambda: figures.sweep_figure(series.sweeps(results.tables[8], "r="), "rank"),
+        "figure4c": lambda: figures.latency_figure(
+            series.latency_points(PAPER, results.tables, results.benchmarks)
+        ),
+    }
+    loads = series.loads(results.blocks, results.standards)
+    for number, load in enumerate(loads, start=1):
+        made[f"figure5-{number}"] = lambda load=load: figures.load_figure(load)
+    curves = series.learning_curves(results.runs)
+    if curves:
+        made["learning_curves"] = lambda: figures.curves_figure(curves)
+    for name, make in made.items():
+        figures.save(make, folder, name)
+    for path in folder.glob("*.*"):
+        # Of records that are no longer there.
+        if path.suffix in (".png", ".svg") and path.stem not in made:
+            path.unlink()
+    return list(made)
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write `report/index.html` into `folder`, with its figures drawn into `figures/`."""
+    from mixlora_exp.results.report import page
+
+    names = draw_figures(results, folder / "figures")
+    figures = [folder / "figures" / f"{name}.svg" for name in names]
+    path = folder / "report" / "index.html"
+    tables = list(results.tables.values())
+    # Records and tables stay where they are, wherever the page is written.
+    source = quote(Path(os.path.relpath(results.folder, path.parent)).as_posix())
+    write_text(path, page(tables, results.runs, figures, results.left_out, source))
+    return path

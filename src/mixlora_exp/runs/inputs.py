@@ -1,0 +1,316 @@
+"""Everything a run reads, found and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config import Config, to_dict
+from mixlora_exp.config.schema import Base, DataSource, Head, LoraMethodConfig, Tracker
+from mixlora_exp.data.sources import LoadedSplit, load_split
+from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation import check_tests
+from mixlora_exp.kernels import has_triton, resolve_kernel
+from mixlora_exp.models import (
+    check_model,
+    contradict,
+    has_local_tokenizer,
+    identify,
+    known_identity,
+    load_tokenizer,
+    of_record,
+    read_base,
+    with_folder_shape,
+)
+from mixlora_exp.models.precision import resolve_dtype
+from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.record import read_run
+from mixlora_exp.records.shape import odd_fields
+from mixlora_exp.system.device import processes, resolve_device
+from mixlora_exp.system.hashing import file_sha256
+
+__all__ = [
+    "RECORD",
+    "Inputs",
+    "adapter_entry",
+    "check_inputs",
+    "check_known_base",
+    "comparable",
+    "differences",
+    "gather_inputs",
+    "resolve_config",
+    "scored_split",
+]
+
+
+RECORD = "record.json"
+SIGN = "fingerprint"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads. `identity` is what a record tells of it, and what tells a finished run from
+    one on other inputs under the same settings."""
+
+    splits: dict[tuple[str, str], LoadedSplit]
+    identity: dict[str, Any]
+
+
+def resolve_config(config: Config) -> Config:
+    """The configuration with what `model.path` decides: the shape of the folder's model."""
+    return dataclasses.replace(config, model=with_folder_shape(config.model))
+
+
+def _wanted(config: Config) -> list[tuple[str, str]]:
+    """Tasks and splits that a run reads."""
+    scored = "train" if config.evaluation.held_out else "test"
+    wanted = [(task, scored) for task in config.task.evaluate]
+    if isinstance(config.method, LoraMethodConfig):
+        wanted = [(task, "train") for task in config.task.train] + wanted
+    return wanted
+
+
+def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
+    custom, wanted = config.task.custom, _wanted(config)
+    splits = {(task, split): load_split(config.data, task, split, custom) for task, split in wanted}
+    # Rows are for protocols; those of large training splits would only take memory.
+    return {
+        key: dataclasses.replace(loaded, rows=[]) if key[1] == "train" else loaded
+        for key, loaded in splits.items()
+    }
+
+
+def adapter_entry(config: Config) -> dict[str, Any] | None:
+    """Path, hash and type of the adapter that is scored, None when none is given."""
+    if config.adapter is None:
+        return None
+    folder = Path(config.adapter).expanduser()
+    # Not at the top: PEFT takes a second to load, which most command lines do not need.
+    from mixlora_exp.adapters.saved import saved_settings
+
+    peft_type = saved_settings(folder)["peft_type"]
+    sha256 = file_sha256(folder / "adapter_model.safetensors")
+    return {
+        "path": config.adapter,
+        "peft_type": peft_type,
+        "sha256": sha256,
+        "trained_by": _trained_by(folder.parent / RECORD, sha256),
+    }
+
+
+def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
+    """What is known of the run that wrote an adapter: from the record beside it, if it tells of
+    these very weights. Tables need it to know which cell the scores belong to."""
+    if not path.exists():
+        return None
+    record = read_run(path)
+    if (record.get("saved_adapter") or {}).get("sha256") != sha256:
+        return None
+    kept = ("name", "fingerprint", "content_sha256", "config", "data", "model", "parameters",
+            "kernel", "dtype")  # fmt: skip
+    with odd_fields(path):
+        origin, train = record["provenance"], record["train"] or {}
+        return {
+            **{name: record[name] for name in kept},
+            "git": origin["git"],
+            "train": {n: train.get(n) for n in ("micro_batch_size", "halved_micro_batch")},
+            "provenance": {
+                "packages": {"torch": origin["packages"]["torch"]},
+                "hardware": {"gpus": origin["hardware"]["gpus"]},
+            },
+        }
+
+
+def _check_base(config: Config, adapter: dict[str, Any] | None) -> None:
+    if adapter is not None:
+        check_known_base(config, Path(str(config.adapter)).expanduser(), adapter["trained_by"])
+
+
+def check_known_base(
+    config: Config, folder: Path, trained_by: dict[str, Any] | None = None
+) -> None:
+    """Refuse an adapter that is known to be trained on other weights, before any are loaded.
+    `trained_by`: the record of the run that left it.
+
+    Raises:
+        UserError: its weights are others than those of `config.model`.
+    """
+    if config.base is Base.accept:
+        return
+    then = read_base(folder)
+    if then is None and trained_by is not None:
+        then = of_record(trained_by)
+    if then is None:
+        return
+    now = known_identity(config.model, config.seed)
+    if contradict(then, now):
+        from mixlora_exp.adapters.based import refusal
+
+        raise refusal(folder, then, now)
+
+
+def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
+    """The kernel that computes the adapter, None without one."""
+    if adapter is None and not isinstance(config.method, LoraMethodConfig):
+        return None
+    device = resolve_device().type
+    name = resolve_kernel(config.kernel.name.value, device)
+    if name == "triton" and not (device == "cuda" and has_triton()):
+        raise UserError(
+            "kernel=triton needs a CUDA GPU and the package triton, which this machine lacks: "
+            "use kernel=auto"
+        )
+    return name
+
+
+def _check_head(config: Config) -> None:
+    if config.trainer.head is not Head.liger or not isinstance(config.method, LoraMethodConfig):
+        return
+    if resolve_device().type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "trainer.head=liger needs a CUDA GPU and the package liger-kernel, which are not both "
+            "here: use trainer.head=auto"
+        )
+
+
+def _check_processes(config: Config) -> None:
+    count = processes().num_processes
+    if config.trainer.auto_micro_batch and count > 1:
+        raise UserError(
+            f"trainer.auto_micro_batch=true is for one process, and {count} were started, of which "
+            "some may have memory enough and would wait for the others: set a smaller "
+            "trainer.micro_batch_size"
+        )
+
+
+def _check_tracker(config: Config) -> None:
+    name = config.tracker.name
+    if name is not Tracker.none and importlib.util.find_spec(name.value) is None:
+        raise UserError(
+            f"tracker={name.value}: the package {name.value} is not installed: "
+            f"run `pip install {name.value}`, or use tracker=none"
+        )
+
+
+def gather_inputs(config: Config) -> Inputs:
+    """Read the data and say what else the run reads, with hashes.
+
+    Raises:
+        UserError: data, model folder, adapter or tracker is missing or damaged.
+    """
+    _check_tracker(config)
+    _check_processes(config)
+    _check_head(config)
+    check_model(config.model)
+    splits = _splits(config)
+    adapter = adapter_entry(config)
+    identity = {
+        "data": {
+            f"{task}/{split}": [dataclasses.asdict(file) for file in loaded.files]
+            for (task, split), loaded in splits.items()
+        },
+        "model": identify(config.model),
+        "adapter": adapter,
+        "code": code_sha256(),
+        "kernel": _kernel(config, adapter),
+        "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
+    }
+    _check_base(config, adapter)
+    return Inputs(splits, identity)
+
+
+def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
+    """Check what runs would read and compute with, data that they share once; nothing on the hub.
+    `elsewhere`: they run on other machines, whose GPUs and packages this one does not know; nor
+    does one that only makes a plan.
+
+    Raises:
+        UserError: something is missing or damaged, or is not for this machine.
+    """
+    checked: set[str] = set()
+    for config in map(resolve_config, configs):
+        _check_tracker(config)
+        adapter = adapter_entry(config)
+        if not (elsewhere or config.dry_run):
+            _check_head(config)
+            _kernel(config, adapter)
+        if (model := json.dumps(to_dict(config.model))) not in checked:
+            check_model(config.model, here=not (elsewhere or config.dry_run))
+            if has_local_tokenizer(config.model):
+                load_tokenizer(config.model)
+            checked.add(model)
+        _check_base(config, adapter)
+        if config.data.name is DataSource.hub and config.data.mirror is None:
+            continue
+        # Cells that differ in the method alone read the same.
+        parts = (config.model, config.task, config.data, config.evaluation, _wanted(config))
+        key = json.dumps([to_dict(part) for part in parts])
+        if key not in checked:
+            _check_items(config)
+            checked.add(key)
+
+
+def _check_items(config: Config) -> None:
+    """Read the items and, where the tokenizer is at hand, check that they can be scored."""
+    inputs = Inputs(_splits(config), {})
+    tests = {task: scored_split(config, inputs, task) for task in config.task.evaluate}
+    if not has_local_tokenizer(config.model):
+        return
+    tokenizer = load_tokenizer(config.model)
+    for protocol in config.evaluation.protocols:
+        check_tests(protocol, tokenizer, tests, config.data, config.evaluation)
+
+
+def comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of an identity must be the same for a run to go on: where files lie does not count."""
+    data = {split: [file["sha256"] for file in files] for split, files in identity["data"].items()}
+    model = {k: v for k, v in identity["model"].items() if k not in ("commit", "path")}
+    return {**{k: v for k, v in identity.items() if k != "adapter"}, "data": data, "model": model}
+
+
+def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """Names of the inputs in which a finished run differs: data splits by hash, the rest whole.
+
+    A hub model's commit is known only once it is loaded, so it is not compared; nor is a
+    fingerprint that is not known yet.
+    """
+    found = []
+    for split, files in now["data"].items():
+        hashes = [file["sha256"] for file in files]
+        if [file["sha256"] for file in then["data"].get(split, [])] != hashes:
+            found.append(split)
+    # Records from before it was noted have no code.
+    names = ("model", "adapter", "kernel", "dtype", *(["code"] if "code" in then else []))
+    for name in names:
+        old, new = then.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            unknown = {SIGN} if None in (old.get(SIGN), new.get(SIGN)) else set()
+            left_out = {"commit", "path", *unknown}
+            old, new = ({k: v for k, v in x.items() if k not in left_out} for x in (old, new))
+        if old != new:
+            found.append(name)
+    return found
+
+
+def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
+    """The items of a task that are scored.
+
+    Raises:
+        UserError: training leaves no row over.
+    """
+    limit, seed = config.evaluation.limit, config.data.seed
+    if not config.evaluation.held_out:
+        return inputs.splits[task, "test"].limited(limit, seed)
+    trained = config.data.train_limit_of(task)
+    found = inputs.splits[task, "train"].held_out(trained or 0, limit, seed)
+    if not found.items:
+        field = f"train_limits.{task}" if task in config.data.train_limits else "train_limit"
+        raise UserError(
+            f"data.{field}={trained} leaves no row of {task} over to score "
+            "(evaluation.held_out=true): choose a smaller one"
+        )
+    return found

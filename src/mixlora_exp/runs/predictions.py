@@ -1,0 +1,30 @@
+"""How the scores of a run are written down: figures in the record, items in files beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.evaluation import TaskScore
+from mixlora_exp.records.record import write_jsonl
+from mixlora_exp.records.shape import predictions_name
+
+__all__ = ["score_entry", "write_predictions"]
+
+
+def score_entry(score: TaskScore) -> dict[str, Any]:
+    entry = dataclasses.asdict(dataclasses.replace(score, items=[]))
+    del entry["items"]
+    return entry
+
+
+def write_predictions(folder: Path, scores: Sequence[TaskScore]) -> dict[str, str]:
+    """One JSON line per item; returns file names by task and protocol."""
+    names = {}
+    for score in scores:
+        name = predictions_name(score.task, score.protocol)
+        write_jsonl(folder / name, [dataclasses.asdict(item) for item in score.items])
+        names[f"{score.task}/{score.protocol}"] = name
+    return names

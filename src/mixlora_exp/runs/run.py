@@ -1,0 +1,394 @@
+"""One run, end to end: data, base model, adapter, training, disk, reload, scores, record.
+
+The only module that knows every room. What is scored is what was loaded back from disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
+from mixlora_exp.config import Config, fingerprint, run_name, to_dict
+from mixlora_exp.config.schema import Base, LoraMethodConfig
+from mixlora_exp.data.encoding import Example, encode_examples
+from mixlora_exp.data.sources import LoadedSplit
+from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation import Scorer, TaskScore, check_tests, score_tests
+from mixlora_exp.models import identify, load_model, load_tokenizer
+from mixlora_exp.models.precision import autocast, resolve_dtype
+from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
+from mixlora_exp.plans.plan import first_line, parameters_entry, print_plan
+from mixlora_exp.records.record import finish_record, provenance, read_run, write_json
+from mixlora_exp.records.shape import odd_fields
+from mixlora_exp.records.show import print_record
+from mixlora_exp.runs.inputs import (
+    RECORD,
+    Inputs,
+    adapter_entry,
+    check_inputs,
+    comparable,
+    differences,
+    gather_inputs,
+    resolve_config,
+    scored_split,
+)
+from mixlora_exp.runs.ownership import check_lock, failure_noted, held
+from mixlora_exp.runs.predictions import score_entry, write_predictions
+from mixlora_exp.system.console import be_quiet, say
+from mixlora_exp.system.device import hardware_names, processes, resolve_device
+from mixlora_exp.system.hashing import file_sha256
+from mixlora_exp.system.runlock import RunLock
+from mixlora_exp.training import TrainSummary, fit, fit_halving
+from mixlora_exp.training.checkpoints import Checkpoints
+from mixlora_exp.training.tracking.tracking import Tracking, group_of, start_tracking
+
+__all__ = [
+    "RECORD",
+    "Run",
+    "Scores",
+    "finish",
+    "finished",
+    "run",
+    "score_alone",
+    "score_with",
+    "start",
+    "tracked",
+    "training_examples",
+    "write_record",
+]
+
+CHECKPOINTS = "checkpoints"
+ROOT = Path(__file__).resolve().parents[3]
+Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
+"""Of each task and protocol, and items and seconds by protocol."""
+
+
+@dataclass(slots=True)
+class Run:
+    """What the steps of a run share."""
+
+    config: Config
+    folder: Path
+    inputs: Inputs
+    tokenizer: PreTrainedTokenizerBase
+    tests: dict[str, LoadedSplit]
+    dtype: torch.dtype
+    started: float
+    origin: dict[str, Any]
+    lock: RunLock
+    tracking: Tracking | None = None
+    watch: Callable[[int, float], None] | None = None
+
+    def checkpoints(self) -> Checkpoints:
+        """Of this run; those of other data, code or settings are not its own."""
+        of = {**self.inputs.identity, "fingerprint": fingerprint(self.config)}
+        folder, keep = self.folder / CHECKPOINTS, self.config.trainer.keep_checkpoints
+        # As JSON has it, in which it is compared.
+        identity = json.loads(json.dumps(comparable(of)))
+        # A forced run replaces what other inputs left, and goes on with its own after a kill.
+        return Checkpoints(folder, identity, keep, self.check_owner, replace=self.config.force)
+
+    def check_owner(self) -> None:
+        """Refuse to write into a run that another process has taken over."""
+        check_lock(self.folder, self.lock)
+
+    def begin(self) -> None:
+        """Make the run's folder; from here on it holds no finished run.
+
+        Raises:
+            UserError: it cannot be written, or another process works on the run.
+        """
+        try:
+            self.check_owner()
+            if (self.folder / RECORD).exists():
+                # A run that is done again starts from the beginning.
+                self.checkpoints().clear()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / RECORD).unlink(missing_ok=True)
+            # What a process was writing when it was killed.
+            for pattern in (".*.tmp", "predictions/.*.tmp"):
+                for left in self.folder.glob(pattern):
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"output_dir={self.folder.parent}: cannot be written ({error.strerror}); choose "
+                "another"
+            ) from error
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Where the adapter that is scored lies: the one given, or the one that the run trains."""
+        given = self.config.adapter
+        return self.folder / "adapter" if given is None else Path(given).expanduser()
+
+    def load_base(self) -> PreTrainedModel:
+        """The base model on this process's device; the seed is set to the run's."""
+        say(special_tokens_line(self.tokenizer))
+        device = resolve_device()
+        set_seed(self.config.seed)
+        base = load_model(self.config.model, self.dtype, self.config.seed, device)
+        if device.type == "cpu" or self.config.trainer.padding_in_loss:
+            # On short sequences a CPU runs plain attention 2 to 3 times faster than the fused one.
+            # Padding in front sees nothing: plain attention then averages over the whole row, as in
+            # the official packages, the fused one gives zero.
+            base.set_attn_implementation("eager")
+        return base
+
+    def score_base(self, base: PreTrainedModel) -> list[TaskScore]:
+        """Scores of the base model before training."""
+        say("Scoring the base model")
+        return _score(self, base)[0]
+
+
+def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Path | None:
+    """Carry out `config`; returns the path of its record, None for a dry run. `watch` is told step
+    and loss (without router loss) while it trains, and may raise `GivenUp` to end it.
+
+    A finished run of the same fingerprint on the same inputs is not repeated unless `force` is
+    set. The record is written last, so a folder without one holds no result. Started by torchrun or
+    accelerate, all processes train and the first one does the rest.
+
+    Raises:
+        UserError: something that the user can mend; nothing is recorded.
+    """
+    first = processes().is_main_process
+    be_quiet(not first)
+    config = resolve_config(config)
+    if config.dry_run:
+        check_inputs([config])
+        print_plan(config, adapter_entry(config))
+        return None
+    folder = Path(config.output_dir).expanduser() / run_name(config)
+    record_path = folder / RECORD
+    # Inputs first: their mistakes are the commonest and the quickest to find.
+    inputs = gather_inputs(config)
+    if record_path.exists() and not config.force:
+        return finished(record_path, inputs, config)
+    with held(folder) as lock:
+        if lock is None:
+            return None
+        if record_path.exists() and not config.force:
+            # Another process finished it between the look above and the lock.
+            return finished(record_path, inputs, config)
+        say(first_line(folder.name, config, inputs.identity["adapter"]))
+        with failure_noted(folder, lock):
+            this = start(config, folder, inputs, lock)
+            this.watch = watch
+            with tracked(this):
+                record = _carry_out(this)
+                return write_record(this, record) if first else None
+
+
+@contextlib.contextmanager
+def tracked(this: Run) -> Iterator[None]:
+    """The run's tracker while the context lasts, which gets the run's files at its end."""
+    config = this.config
+    if processes().is_main_process:
+        this.tracking = start_tracking(config, this.folder, fingerprint(config), group_of(config))
+    try:
+        yield
+    finally:
+        if this.tracking is not None:
+            predictions = sorted((this.folder / "predictions").glob("*.jsonl"))
+            log = this.folder / "train_log.jsonl"
+            this.tracking.close([this.folder / RECORD, log, *predictions])
+
+
+def write_record(this: Run, record: dict[str, Any]) -> Path:
+    """Write and show the record of a finished run."""
+    this.check_owner()
+    path = this.folder / RECORD
+    write_json(path, finish_record(record))
+    # Not needed any more, once the record is on the disk.
+    this.checkpoints().clear()
+    print_record(record)
+    say(f"Record: {path}")
+    return path
+
+
+def finished(path: Path, inputs: Inputs, config: Config) -> Path:
+    """Show a finished run of `config`, if its inputs were those of now."""
+    record = read_run(path)
+    changed = differences(inputs.identity, record)
+    if changed:
+        raise UserError(
+            f"{path} is a finished run of the same settings on other inputs "
+            f"({', '.join(changed)} differ): choose another output_dir, or force=true to replace it"
+        )
+    weights = path.parent / "adapter" / "adapter_model.safetensors"
+    saved = record.get("saved_adapter")
+    if saved is not None and weights.is_file() and file_sha256(weights) != saved["sha256"]:
+        raise UserError(
+            f"{weights} is not what the run wrote: restore it, or force=true to run it again"
+        )
+    halved = (record["train"] or {}).get("halved_micro_batch")
+    if halved is not None and not config.trainer.auto_micro_batch:
+        raise UserError(
+            f"{path} is a finished run whose micro-batches were halved to {halved} for want of "
+            "memory: trainer.auto_micro_batch=true takes it as it is, force=true runs it again"
+        )
+    with odd_fields(path):
+        print_record(record)
+    say(f"Already finished: {path}. force=true runs it again.")
+    return path
+
+
+def _carry_out(this: Run) -> dict[str, Any]:
+    config, folder = this.config, this.folder
+    base, before, summary, adapter = this.load_base(), None, None, config.adapter
+    if config.evaluation.before_training and processes().is_main_process:
+        before = this.score_base(base)
+    if isinstance(config.method, LoraMethodConfig):
+        if processes().is_main_process:
+            this.begin()
+        processes().wait_for_everyone()
+        summary = _train(this, base)
+        if not processes().is_main_process:
+            return {}
+        adapter = str(folder / "adapter")
+    model: torch.nn.Module = base
+    if adapter is not None:
+        say(f"Scoring the adapter loaded back from {adapter}")
+        accept = config.base is Base.accept
+        model = load_adapter(base, Path(adapter).expanduser(), config.kernel, accept=accept)
+    return finish(this, base, summary, before, _score(this, model))
+
+
+def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
+    """What the steps of a run share; everything that can be checked without weights is."""
+    this = Run(
+        config,
+        folder,
+        inputs,
+        load_tokenizer(config.model),
+        {task: scored_split(config, inputs, task) for task in config.task.evaluate},
+        resolve_dtype(config.trainer.precision, resolve_device()),
+        time.time(),
+        # Now, not at the end: the code that runs is the code of this moment.
+        provenance(ROOT, hardware_names()),
+        lock,
+    )
+    for protocol in config.evaluation.protocols:
+        check_tests(protocol, this.tokenizer, this.tests, config.data, config.evaluation)
+    return this
+
+
+def finish(
+    this: Run,
+    base: PreTrainedModel,
+    summary: TrainSummary | None,
+    before: list[TaskScore] | None,
+    found: Scores,
+) -> dict[str, Any]:
+    """Write the predictions of a run and return its record."""
+    config, folder = this.config, this.folder
+    after, scoring = found
+    saved = None
+    if summary is not None:
+        saved = {"sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors")}
+    this.check_owner()
+    if summary is None:
+        this.begin()
+    predictions = write_predictions(folder, after)
+    return {
+        "name": folder.name,
+        "fingerprint": fingerprint(config),
+        "status": "finished",
+        "config": to_dict(config),
+        **this.inputs.identity,
+        "model": identify(config.model, base),
+        "special_tokens": special_tokens_entry(this.tokenizer),
+        "attention": base.config._attn_implementation,
+        "parameters": parameters_entry(config),
+        "train": None if summary is None else dataclasses.asdict(summary),
+        "saved_adapter": saved,
+        "scores": [score_entry(score) for score in after],
+        "scores_before": None if before is None else [score_entry(score) for score in before],
+        "scoring": scoring,
+        "predictions": predictions,
+        "predictions_sha256": {key: file_sha256(folder / n) for key, n in predictions.items()},
+        "seconds": round(time.time() - this.started, 1),
+        "provenance": this.origin,
+    }
+
+
+def training_examples(this: Run) -> list[Example]:
+    """The encoded training examples of a run."""
+    config, items = this.config, []
+    for task in config.task.train:
+        loaded = this.inputs.splits[task, "train"]
+        items += loaded.limited(config.data.train_limit_of(task), config.data.seed).items
+    return encode_examples(this.tokenizer, items, config.data)
+
+
+def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
+    """Train an adapter on `base`, save it to the run's folder and take it off again."""
+    say(f"Training {this.config.method.name} on {len(training_examples(this))} examples")
+    return fit_halving(this.config, this.checkpoints(), partial(_fit, this, base), say)
+
+
+def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
+    model = attach_adapter(base, config.method, config.kernel, config.seed)
+    examples = training_examples(this)
+    try:
+        summary = fit(
+            config,
+            model,
+            this.tokenizer,
+            examples,
+            this.folder,
+            this.dtype,
+            this.checkpoints(),
+            this.tracking,
+            this.watch,
+        )
+        if processes().is_main_process:
+            this.check_owner()
+            save_adapter(model, this.folder / "adapter")
+    finally:
+        model.unload()
+    return summary
+
+
+def score_alone(this: Run, base: PreTrainedModel) -> Scores:
+    """Score the adapter of a run, loaded back from disk, and take it off again."""
+    accept = this.config.base is Base.accept
+    model = load_adapter(base, this.adapter_folder, this.config.kernel, accept=accept)
+    found = _score(this, model)
+    model.unload()
+    return found
+
+
+def _score(this: Run, model: torch.nn.Module) -> Scores:
+    context = autocast(next(model.parameters()).device, this.dtype)
+    seed = this.config.seed if this.config.evaluation.dropout else None
+    tokens = this.config.evaluation.batch_tokens
+    return score_with(this, lambda: Scorer(model, this.tokenizer, context, tokens, seed))
+
+
+def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> Scores:
+    """Scores of every task under every protocol, each by a scorer of its own, and how long each
+    protocol took. `label` stands before what is told."""
+    config, scores, times = this.config, [], {}
+    for protocol in config.evaluation.protocols:
+        start = time.perf_counter()
+        scorer = scorer_of()
+        found = score_tests(protocol, scorer, this.tests, config.data, config.evaluation)
+        seconds = time.perf_counter() - start
+        times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}
+        for score in found:
+            accuracy = f"{100 * score.accuracy:.1f} % of {score.n} items"
+            say(f"  {label}{protocol.value} {score.task}: {accuracy}")
+        scores += found
+    return scores, times

@@ -1,0 +1,274 @@
+"""Several runs on one base model: trained and scored in the same passes, recorded each as if it
+were alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
+from mixlora_exp.adapters.hosting import check_shareable
+from mixlora_exp.config import Config, run_name
+from mixlora_exp.config.schema import Base, LoraMethodConfig, Protocol
+from mixlora_exp.config.together import check_together
+from mixlora_exp.errors import PackError, UserError
+from mixlora_exp.evaluation import Scorer, in_lockstep
+from mixlora_exp.models.precision import autocast
+from mixlora_exp.plans.plan import first_line, print_plan, print_plan_together
+from mixlora_exp.runs.inputs import adapter_entry, check_inputs, gather_inputs, resolve_config
+from mixlora_exp.runs.ownership import forget_failure, held, note_failure
+from mixlora_exp.runs.run import (
+    RECORD,
+    Run,
+    Scores,
+    finish,
+    finished,
+    run,
+    score_alone,
+    score_with,
+    start,
+    tracked,
+    training_examples,
+    write_record,
+)
+from mixlora_exp.system.console import say
+from mixlora_exp.system.device import processes
+from mixlora_exp.training import TrainSummary, fit_jointly, make_job
+from mixlora_exp.training.joint.job import Job
+
+__all__ = ["run_together", "score_together"]
+
+
+class _Pack:
+    """The runs of one pack that are under way, and what became of the others."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self.runs: list[Run] = []
+        self.failures: dict[str, str] = {}
+
+    def fail(self, folder: Path, error: BaseException | str) -> None:
+        """One run ends; the others go on."""
+        self.failures[folder.name] = str(error)
+        for this in self.runs:
+            if this.folder == folder:
+                note_failure(folder, error, this.lock)
+        self.runs = [this for this in self.runs if this.folder != folder]
+
+    def end(self) -> list[Path]:
+        """The records.
+
+        Raises:
+            PackError: a run failed.
+        """
+        reasons = list(dict.fromkeys(self.failures.values()))
+        done, failed = len(self.paths), len(self.failures)
+        if self.failures and not self.paths and len(reasons) == 1:
+            raise PackError(reasons[0], done=done, failed=failed)
+        if self.failures:
+            raise PackError(
+                f"{failed} of {failed + done} adapters were taken out"
+                f"{', the others are recorded' if self.paths else ''}: "
+                + "; ".join(f"{name}: {why}" for name, why in self.failures.items()),
+                done=done,
+                failed=failed,
+            )
+        return self.paths
+
+
+def run_together(configs: Sequence[Config]) -> list[Path]:
+    """Carry out runs that share a base; returns the paths of their records, none for a dry run.
+
+    Finished runs are left out, and those that another process works on. One that fails, in its data
+    or in training or in scoring, is told of when the others are done and recorded.
+
+    Raises:
+        UserError: the runs cannot share a base, or something that the user can mend failed.
+    """
+    if len(configs) == 1:
+        path = run(configs[0])
+        return [] if path is None else [path]
+    configs = [resolve_config(config) for config in configs]
+    check_together(configs, [run_name(config) for config in configs])
+    for config in configs:
+        if config.adapter is not None:
+            # Also one that is scored by itself would leave its base changed.
+            check_shareable(Path(config.adapter).expanduser())
+    if configs[0].dry_run:
+        check_inputs(list(configs))
+        for config in configs:
+            print_plan(config, adapter_entry(config))
+        print_plan_together(configs)
+        return []
+    if processes().num_processes > 1:
+        raise UserError(
+            "adapters: several adapters train in one process; start it without torchrun, or train "
+            "them one by one"
+        )
+    pack = _Pack()
+    with contextlib.ExitStack() as stack:
+        for config in configs:
+            folder = Path(config.output_dir).expanduser() / run_name(config)
+            try:
+                _enter(pack, stack, config, folder)
+            except UserError as error:
+                pack.fail(folder, error)
+        try:
+            _carry_out(pack)
+        except Exception as error:
+            for this in pack.runs:
+                if not (this.folder / RECORD).exists():
+                    note_failure(this.folder, error, this.lock)
+            raise
+    return pack.end()
+
+
+def _enter(pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Path) -> None:
+    """Take a run into the pack, unless it is finished or somebody else's."""
+    inputs = gather_inputs(config)
+    lock = None
+    if config.force or not (folder / RECORD).exists():
+        lock = stack.enter_context(held(folder))
+        if lock is None:
+            return
+    if (folder / RECORD).exists() and not config.force:
+        pack.paths.append(finished(folder / RECORD, inputs, config))
+        return
+    assert lock is not None
+    say(first_line(folder.name, config, inputs.identity["adapter"]))
+    try:
+        this = start(config, folder, inputs, lock)
+    except UserError as error:
+        note_failure(folder, error, lock)
+        raise
+    forget_failure(folder)
+    stack.enter_context(tracked(this))
+    pack.runs.append(this)
+
+
+def _carry_out(pack: _Pack) -> None:
+    if not pack.runs:
+        return
+    base = pack.runs[0].load_base()
+    before = {
+        this.folder.name: this.score_base(base)
+        for this in pack.runs
+        if this.config.evaluation.before_training
+    }
+    summaries = _train(pack, base)
+    scores = score_together(pack.runs, base) if pack.runs else {}
+    for this in list(pack.runs):
+        name = this.folder.name
+        found = scores[name]
+        if isinstance(found, BaseException):
+            pack.fail(this.folder, f"scoring failed: {found}")
+            continue
+        try:
+            record = finish(this, base, summaries.get(name), before.get(name), found)
+            pack.paths.append(write_record(this, record))
+        except UserError as error:
+            pack.fail(this.folder, error)
+
+
+def _jobs(pack: _Pack) -> list[Job]:
+    jobs = []
+    for this in list(pack.runs):
+        if not isinstance(this.config.method, LoraMethodConfig):
+            continue  # Its adapter exists, and is only scored.
+        try:
+            this.begin()
+            job = make_job(
+                f"adapter{len(jobs)}",
+                this.config,
+                training_examples(this),
+                this.folder,
+                this.tokenizer,
+                this.checkpoints(),
+                this.tracking,
+            )
+        except UserError as error:
+            pack.fail(this.folder, error)
+            continue
+        jobs.append(job)
+    return jobs
+
+
+def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
+    """Train the pack's adapters, save them and take them off again; nothing of them is left in
+    memory."""
+    jobs = _jobs(pack)
+    if not jobs:
+        return {}
+    first = pack.runs[0]
+    methods = {job.name: (job.config.method, job.config.seed) for job in jobs}
+    model = attach_together(base, methods, first.config.kernel)
+    say(f"Training {len(jobs)} adapters together: {', '.join(job.folder.name for job in jobs)}")
+    results = fit_jointly(model, jobs, first.dtype)
+    summaries, own = {}, {this.folder.name: this for this in pack.runs}
+    for job in jobs:
+        result, name = results[job.name], job.folder.name
+        if isinstance(result, str):
+            pack.fail(job.folder, result)
+            continue
+        try:
+            own[name].check_owner()
+            save_adapter(model, job.folder / "adapter", job.name)
+        except UserError as error:
+            pack.fail(job.folder, error)
+            continue
+        others = [other.folder.name for other in jobs if other is not job]
+        summaries[name] = dataclasses.replace(result, together=others)
+    model.unload()
+    return summaries
+
+
+def score_together(
+    runs: Sequence[Run], base: PreTrainedModel
+) -> Mapping[str, Scores | BaseException]:
+    """Score the adapters of several runs, loaded back from disk, in the same passes; by the names
+    of the runs, with the error where one failed.
+
+    lm-eval, which is not made for several threads, and dropout, which is drawn per pass, take
+    each adapter by itself, and so does an adapter whose shared pass failed.
+    """
+    say(f"Scoring {len(runs)} adapters loaded back from disk")
+    shared = {
+        f"adapter{number}": this
+        for number, this in enumerate(runs)
+        if not this.config.evaluation.dropout
+        and Protocol.lm_eval not in this.config.evaluation.protocols
+    }
+    found: dict[str, Scores | BaseException] = {}
+    if len(shared) > 1:
+        model = load_adapters(
+            base,
+            {name: this.adapter_folder for name, this in shared.items()},
+            accept=all(this.config.base is Base.accept for this in shared.values()),
+        )
+        set_kernel(model, runs[0].config.kernel.name.value)
+        results = in_lockstep(
+            model,
+            runs[0].tokenizer,
+            autocast(next(model.parameters()).device, runs[0].dtype),
+            {name: partial(_score_with, this) for name, this in shared.items()},
+            max(this.config.evaluation.batch_tokens for this in shared.values()),
+        )
+        model.unload()
+        found = {shared[name].folder.name: result for name, result in results.items()}
+    for this in runs:
+        if isinstance(found.get(this.folder.name), tuple):
+            continue
+        try:
+            found[this.folder.name] = score_alone(this, base)
+        except Exception as error:  # noqa: BLE001 - the others' scores are recorded all the same
+            found[this.folder.name] = error
+    return found
+
+
+def _score_with(this: Run, scorer: Scorer) -> Scores:
+    return score_with(this, lambda: scorer, f"{this.folder.name} ")

@@ -1,0 +1,1 @@
+"""A finished adapter in use: opened, continued text, merged."""

@@ -1,0 +1,114 @@
+"""Merging an adapter into its base model: a plain checkpoint that computes what the adapter does.
+
+Memory: one copy of the model at a time, in the precision that is written, and one adapted layer
+more, in float64. The vocabulary matrix is copied where an adapter on it ends the tie between
+embedding and output projection.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.precision import resolve_dtype
+from mixlora_exp.models.reading import read_model
+from mixlora_exp.serving.merge_check import check, expect, merged_by_peft
+from mixlora_exp.serving.open import Opened
+from mixlora_exp.system.durable import publishing
+
+__all__ = ["merge", "write_merged"]
+
+
+def _untie(base: PreTrainedModel) -> bool:
+    """Give the output projection a weight of its own where it shares the embedding's and an
+    adapter stands on one of the two, whose change would else be the other's as well."""
+    ends = base.get_output_embeddings(), base.get_input_embeddings()
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return False
+    if any(isinstance(end, AuxiliaryTrainingWrapper) for end in ends):
+        return False  # A copy already, which PEFT puts in the place of what was shared.
+    head, embedding = (e.get_base_layer() if isinstance(e, BaseTunerLayer) else e for e in ends)
+    if head.weight is not embedding.weight:
+        return False
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def merge(opened: Opened) -> PreTrainedModel:
+    """The base model with the adapter in its weights. Embedding and output projection are tied
+    afterwards only if they are equal. `opened` cannot be used any more.
+
+    Raises:
+        UserError: the adapter is a mixture, which no single weight can stand for, or PEFT cannot
+            merge it.
+    """
+    model = _mergeable(opened)
+    untied = _untie(model.get_base_model())
+    with merged_by_peft(model):
+        merged = model.merge_and_unload(safe_merge=True)
+    if untied:
+        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+        tied = torch.equal(head.weight, embedding.weight)
+        if tied:
+            head.weight = embedding.weight
+        merged.config.tie_word_embeddings = tied
+    return merged
+
+
+def _mergeable(opened: Opened) -> PeftModel:
+    """The adapter's model, if its method can be merged at all; `UserError` if not."""
+    model = opened.model
+    if not isinstance(model, PeftModel):
+        raise UserError("adapter=null: there is nothing to merge; name an adapter's folder")
+    if model.peft_config[model.active_adapter].peft_type == "MIXLORA":
+        raise UserError(
+            "a MixLoRA or MixDoRA adapter cannot be merged: its router chooses experts for each "
+            "token, and one weight cannot stand for all of them. Load it with "
+            "PeftModel.from_pretrained instead"
+        )
+    return model
+
+
+def write_merged(opened: Opened, folder: Path) -> None:
+    """Write the merged model with its tokenizer, in the transformers format. The folder appears
+    only after it was read back and found to compute what the adapter does. `opened` cannot be used
+    any more.
+
+    Raises:
+        UserError: the folder exists or cannot be written, the adapter cannot be merged, or the
+            checkpoint is wrong.
+
+    Logs a warning where the written precision cannot hold what the adapter changes.
+    """
+    if os.path.lexists(folder):
+        raise _exists(folder)
+    config, device = opened.config, opened.model.device
+    dtype = resolve_dtype(config.trainer.precision, device)
+    expected = expect(_mergeable(opened), dtype)
+    merged = merge(opened)
+    try:
+        with publishing(folder) as new:
+            merged.save_pretrained(new)
+            opened.tokenizer.save_pretrained(new)
+            merged.to("meta")  # Two copies of a large model might not fit.
+            written = read_model(str(new), dtype, config.model, f"output={folder}")
+            check(written.to(device), expected)
+    except FileExistsError as error:
+        raise _exists(folder) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"output={folder} cannot be written ({error}): free space there or name another folder"
+        ) from error
+
+
+def _exists(folder: Path) -> UserError:
+    return UserError(f"output={folder} exists already: name another folder, or remove it")

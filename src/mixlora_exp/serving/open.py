@@ -1,0 +1,174 @@
+"""Use after training: an adapter on its base model.
+
+The base model is the one that the record beside the adapter names, or the `model=` that is given,
+with any field of the group (`model.path=DIR`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
+from mixlora_exp.config import compose
+from mixlora_exp.config.schema import Base, Config
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import (
+    BaseIdentity,
+    check_model,
+    contradict,
+    load_model,
+    load_tokenizer,
+    of_record,
+    read_base,
+)
+from mixlora_exp.models.precision import resolve_dtype
+from mixlora_exp.records.record import read_run
+from mixlora_exp.runs.base_choice import base_words
+from mixlora_exp.runs.inputs import RECORD, check_known_base, resolve_config
+from mixlora_exp.system.device import resolve_device
+
+__all__ = ["Opened", "labelled", "open_adapter", "open_adapters", "split_words"]
+
+GROUPS = ("model", "kernel", "seed", "trainer.precision", "base")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that is ready for use, in evaluation mode, and its tokenizer.
+
+    `adapters`: where the model carries several, their names in it by what users call them."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    config: Config
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that choose the base model, and the others."""
+    model = [
+        word
+        for word in argv
+        if word.partition("=")[0] in GROUPS or word.startswith(("model.", "kernel."))
+    ]
+    return model, [word for word in argv if word not in model]
+
+
+def _overrides(adapter: Path | None, words: Sequence[str]) -> list[str]:
+    given = {word.partition("=")[0] for word in words}
+    chosen = [] if adapter is None else base_words(adapter, given, precision=True)
+    return ["method=none", *chosen, *words]
+
+
+def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
+    """Load the base model and the adapter in `adapter`; None: the base model alone.
+
+    Raises:
+        UserError: there is no adapter, it does not fit the model, or the model cannot be loaded.
+    """
+    folder = None if adapter is None else _folder_of(adapter)
+    model, tokenizer, config = _open_base(folder, words)
+    if folder is not None:
+        model = load_adapter(model, folder, config.kernel, accept=config.base is Base.accept)
+        _check_numbers(model, folder)
+    return Opened(model.eval(), tokenizer, config)
+
+
+def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
+    """Load one base model, that of the first adapter's record, and several adapters of any method
+    onto it. An adapter is called after its folder, or after the run whose `adapter/` it is.
+
+    Raises:
+        UserError: as `open_adapter`, two adapters have the same name, or their records name
+            different base models.
+    """
+    folders = labelled(adapters)
+    if "base=accept" not in words:
+        _check_one_base(list(folders.values()))
+    base, tokenizer, config = _open_base(next(iter(folders.values())), words)
+    names = {label: f"adapter{number}" for number, label in enumerate(folders)}
+    model = load_adapters(
+        base,
+        {names[label]: folder for label, folder in folders.items()},
+        accept=config.base is Base.accept,
+    )
+    set_kernel(model, config.kernel.name.value)
+    for label, folder in folders.items():
+        _check_numbers(model, folder, names[label])
+    return Opened(model.eval(), tokenizer, config, names)
+
+
+def labelled(adapters: Sequence[str]) -> dict[str, Path]:
+    """The folders of several adapters by what each is called.
+
+    Raises:
+        UserError: one is no folder, or two have the same name.
+    """
+    folders: dict[str, Path] = {}
+    for adapter in adapters:
+        folder = _folder_of(adapter)
+        label = (folder.parent if folder.name == "adapter" else folder).resolve().name
+        if label in folders:
+            raise UserError(
+                f"adapters: {folders[label]} and {folder} are both called {label}: rename a folder"
+            )
+        folders[label] = folder
+    return folders
+
+
+def _check_one_base(folders: Sequence[Path]) -> None:
+    """Refuse adapters of different base models, as far as the notes beside them tell."""
+    seen: tuple[Path, BaseIdentity] | None = None
+    for folder in folders:
+        base, path = read_base(folder), folder.parent / RECORD
+        if base is None and path.exists():
+            base = of_record(read_run(path))
+        if base is None:
+            continue
+        if seen is not None and contradict(seen[1], base):
+            raise UserError(
+                f"adapters: {seen[0]} was trained on {seen[1]}, and {folder} on {base}: "
+                "give adapters of one base model, or ask them one by one"
+            )
+        seen = (folder, base)
+
+
+def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> None:
+    for name, weight in model.named_parameters():
+        if "lora_" in name and adapter in name.split(".") and not weight.isfinite().all():
+            raise UserError(
+                f"adapter={folder}: {name} holds values that are no finite numbers: the training "
+                "that made it broke down; take an earlier checkpoint"
+            )
+
+
+def _folder_of(adapter: str) -> Path:
+    """Where the adapter's files are: in the folder, or in `adapter/` of a run's."""
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"adapter={adapter} is no folder: give one that PEFT or train.py wrote")
+    inner = folder / "adapter"
+    if (folder / "last_good").is_dir() and not inner.is_dir():
+        raise UserError(
+            f"adapter={adapter} is a run that failed: adapter={folder / 'last_good'} is what is "
+            "left of it"
+        )
+    return inner if inner.is_dir() else folder
+
+
+def _open_base(
+    folder: Path | None, words: Sequence[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
+    config = resolve_config(compose(_overrides(folder, words)))
+    check_model(config.model)
+    if folder is not None:
+        check_known_base(config, folder)
+    device = resolve_device()
+    dtype = resolve_dtype(config.trainer.precision, device)
+    tokenizer = load_tokenizer(config.model)
+    return load_model(config.model, dtype, config.seed, device), tokenizer, config

@@ -1,0 +1,1 @@
+"""Many runs: launched, counted, searched over."""

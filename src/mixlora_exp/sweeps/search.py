@@ -1,0 +1,282 @@
+"""A search over the router-loss coefficient and the learning rate, with Optuna.
+
+Each trial is a run like any other, under its fingerprint: killed, the search goes on with the same
+trials, and a run that was under way continues from its checkpoint. Settings are chosen on training
+rows that training leaves out, never on a test set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from mixlora_exp.config import Config, compose, determining, to_dict
+from mixlora_exp.config.checks import require_name
+from mixlora_exp.config.schema import MixLoraMethodConfig, Protocol
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.record import read_record
+from mixlora_exp.runs.inputs import comparable, gather_inputs, resolve_config
+from mixlora_exp.runs.ownership import GivenUp
+from mixlora_exp.sweeps.study import (
+    REASON,
+    STORAGE_ERRORS,
+    count,
+    last_reason,
+    next_trial,
+    open_study,
+    require_same,
+    storage_told,
+)
+from mixlora_exp.system.console import say
+from mixlora_exp.system.runlock import RunLock
+from mixlora_exp.system.signals import Terminated, requested
+from mixlora_exp.training import NotEnoughMemory
+
+__all__ = ["Postponed", "SearchSettings", "score_of", "search"]
+
+COEFFICIENT, RATE = "method.router_loss_coef", "trainer.learning_rate"
+OWN = {
+    COEFFICIENT: "set coef_low and coef_high",
+    RATE: "set rate_low and rate_high",
+    "evaluation.held_out": "scores are always those of held-out rows",
+}
+"""Fields that the search sets, and what to do instead of giving them."""
+LIKELIHOOD = (Protocol.label_logits, Protocol.answer_text)
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+Train = Callable[[Config, Callable[[int, float], None]], Path]
+
+
+class Postponed(UserError):
+    """A trial cannot be made now; the next start of the search makes it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SearchSettings:
+    """`study`: its name and, under `output_dir`, its SQLite file. `trials`: finished, pruned and
+    failed ones in all, over all starts. Ranges are searched on a logarithmic scale."""
+
+    study: str = "search"
+    trials: int = 20
+    output_dir: str = "outputs"
+    coef_low: float = 1e-4
+    coef_high: float = 1e-1
+    rate_low: float = 5e-5
+    rate_high: float = 1e-3
+    seed: int = 0
+    prune_after: int = 5
+    """Trials that run whole before any is pruned."""
+
+    def __post_init__(self) -> None:
+        require_name("study", self.study)
+        for low, high in (("coef_low", "coef_high"), ("rate_low", "rate_high")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise UserError(
+                    f"{low}={getattr(self, low)} must be above 0 and below {high}="
+                    f"{getattr(self, high)}"
+                )
+            if not isfinite(getattr(self, high)):
+                raise UserError(f"{high}={getattr(self, high)} must be finite")
+        for name, least in (("trials", 1), ("prune_after", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be >= {least}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+
+def score_of(record: Mapping[str, Any]) -> float:
+    """The mean log-likelihood of the gold answer over tasks and protocols: it moves where accuracy
+    sits at chance.
+
+    Raises:
+        UserError: one of them has none that is a finite number.
+    """
+    found = [score["gold_log_likelihood"] for score in record["scores"]]
+    if not found or None in found:
+        raise UserError("the run's scores have no finite log-likelihood of the gold answer")
+    return mean(found)
+
+
+def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> optuna.Study:
+    """Run trials until `settings.trials` have ended. `train(config, watch)` carries out a run and
+    returns the path of its record; `watch` raises `GivenUp` in one that falls behind.
+
+    A trial that fails is noted with its reason, and the next one follows. One that is interrupted,
+    or that this machine cannot make now, is made again with its settings by the next start.
+
+    Raises:
+        UserError: the overrides are not valid, the study cannot be used or has trials of other
+            settings, another process searches it, a trial cannot be made for want of memory, disk
+            or the like, or all trials failed.
+    """
+    config = _checked(settings, overrides)
+    made_with = _made_with(config)
+    _make_folder(settings)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = settings.folder / f"{settings.study}.db"
+    with RunLock(settings.folder / f".{settings.study}.lock") as lock, storage_told(path):
+        if not lock.acquire():
+            raise UserError(
+                f"study={settings.study}: another process searches it; give this one another name, "
+                "or wait"
+            )
+        study = open_study(path, settings.seed, settings.prune_after)
+        require_same(study, made_with)
+        while count(study, *ENDED) < settings.trials:
+            if requested():
+                # Noted while a run was ending for a reason of its own.
+                raise Terminated
+            _carry_out(study, settings, config, train, lock)
+        if not count(study, TrialState.COMPLETE):
+            raise UserError(
+                f"study={settings.study}: all {count(study, *ENDED)} trials failed, the last one "
+                f"with: {last_reason(study)} (once that is mended, raise trials={settings.trials} "
+                "or give study another name)"
+            )
+    return study
+
+
+def _checked(settings: SearchSettings, overrides: Sequence[str]) -> Config:
+    """The configuration of all trials, but for what is searched.
+
+    Raises:
+        UserError: it is not valid, or there is nothing to search or to score in it.
+    """
+    for line in overrides:
+        name = line.lstrip("+").partition("=")[0]
+        if name in OWN:
+            raise UserError(f"{line}: a search sets {name} itself; leave it out ({OWN[name]})")
+    config = compose(overrides)
+    if config.dry_run:
+        raise UserError("dry_run=true: a search has none; leave it out, or use train.py")
+    if config.adapters:
+        raise UserError("adapters=[...]: a search trains one adapter at a time; leave it out")
+    if not isinstance(config.method, MixLoraMethodConfig):
+        raise UserError(
+            f"method={config.method.name} has no router-loss coefficient to search: use "
+            "method=mixlora or method=mixdora"
+        )
+    for protocol in config.evaluation.protocols:
+        if protocol not in LIKELIHOOD:
+            raise UserError(
+                f"evaluation.protocols={protocol.value} gives no likelihood of an answer, which is "
+                "what a search compares: use label_logits or answer_text"
+            )
+    evaluation = dataclasses.replace(config.evaluation, held_out=True)
+    return dataclasses.replace(config, output_dir=settings.output_dir, evaluation=evaluation)
+
+
+def _made_with(config: Config) -> dict[str, Any]:
+    """What determines a score besides what is searched: settings, and the inputs they lead to."""
+    config = resolve_config(config)
+    settings = determining(to_dict(config))
+    for dotted in (COEFFICIENT, RATE):
+        group, _, name = dotted.partition(".")
+        del settings[group][name]
+    return {**settings, "inputs": comparable(gather_inputs(config).identity)}
+
+
+def _make_folder(settings: SearchSettings) -> None:
+    reason = ""
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason or not os.access(settings.folder, os.W_OK):
+        raise UserError(
+            f"output_dir={settings.output_dir}: cannot be written "
+            f"({reason or 'Permission denied'}); choose another"
+        )
+
+
+def _carry_out(
+    study: optuna.Study, settings: SearchSettings, config: Config, train: Train, lock: RunLock
+) -> None:
+    """Make one trial and tell the study how it ended; one that is interrupted stays under way.
+
+    Raises:
+        UserError: it cannot be made now, or another process has taken the study over.
+    """
+    trial = next_trial(study)
+    ranges = {
+        COEFFICIENT: (settings.coef_low, settings.coef_high),
+        RATE: (settings.rate_low, settings.rate_high),
+    }
+    # Of a trial that was cut off they are known, whatever the ranges are now.
+    chosen = dict(trial.params)
+    for name, limits in ranges.items():
+        if name not in chosen:
+            chosen[name] = trial.suggest_float(name, *limits, log=True)
+    config = dataclasses.replace(
+        config,
+        method=dataclasses.replace(config.method, router_loss_coef=chosen[COEFFICIENT]),
+        trainer=dataclasses.replace(config.trainer, learning_rate=chosen[RATE]),
+    )
+    score, reason, crash = None, None, None
+    try:
+        score = _score(study, trial, config, train)
+    except GivenUp:
+        pass
+    except (*STORAGE_ERRORS, OSError):
+        raise
+    except UserError as error:
+        if not _by_its_settings(error):
+            raise
+        reason = " ".join(str(error).split())
+    except Exception as error:
+        # Noted before it is raised: the next start would crash in the same trial.
+        crash, reason = error, " ".join(f"{type(error).__name__}: {error}".split())
+    if lock.lost.is_set():
+        raise UserError(
+            f"study={settings.study}: another process has taken this search over, since this one "
+            "had not been heard of for a while; it goes on there"
+        )
+    if reason is None:
+        study.tell(trial, score, TrialState.PRUNED if score is None else TrialState.COMPLETE)
+        return
+    trial.set_user_attr(REASON, reason)
+    study.tell(trial, state=TrialState.FAIL)
+    if crash is not None:
+        raise crash
+    values = " ".join(f"{name}={value:.3g}" for name, value in chosen.items())
+    say(f"Trial {trial.number} failed with {values}: {reason}")
+
+
+def _score(study: optuna.Study, trial: optuna.Trial, config: Config, train: Train) -> float:
+    """Train and score one trial.
+
+    Raises:
+        GivenUp: its loss is behind that of earlier trials.
+        UserError: its run failed.
+    """
+    told = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+    if told and trial.should_prune():
+        # Cut off between its last loss and the answer to it.
+        raise GivenUp
+
+    def watch(step: int, loss: float) -> None:
+        # From its checkpoint on, a run that continues tells steps once more.
+        if step not in told:
+            # Larger is better, as for the score.
+            trial.report(-loss, step)
+        if trial.should_prune():
+            raise GivenUp
+
+    return score_of(read_record(train(config, watch)))
+
+
+def _by_its_settings(error: UserError) -> bool:
+    """Whether a trial may have failed because of what is searched. Memory, files and runs of other
+    processes stand in the way of any trial, and they can be mended."""
+    elsewhere = isinstance(error, (Postponed, NotEnoughMemory))
+    return not elsewhere and not isinstance(error.__cause__, OSError)

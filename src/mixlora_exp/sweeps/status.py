@@ -1,0 +1,235 @@
+"""Every cell of every table: what became of it, and what it would take.
+
+Read from the experiment files, the records and the run folders; nothing is computed or locked.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config import (
+    CONF_DIR,
+    Config,
+    fingerprint,
+    fingerprint_of,
+    open_session,
+    plan_runs,
+    run_name,
+)
+from mixlora_exp.config.schema import DataSource
+from mixlora_exp.errors import UserError, shown
+from mixlora_exp.plans.hours import gpu_hours
+from mixlora_exp.plans.memory import memory_of
+from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.record import read_record
+from mixlora_exp.records.shape import odd_fields
+from mixlora_exp.results.runs import RECORD, filled
+from mixlora_exp.system.runlock import BEAT, holder_of
+from mixlora_exp.system.untrusted import read_json
+
+__all__ = ["FINISHED", "STATES", "Cell", "experiments", "find_cells"]
+
+FINISHED = ("done", "recorded")
+STATES = (*FINISHED, "running", "stopped", "interrupted", "failed", "refused", "missing")
+"""`done`: in the output folder, where `train.py` finds it. `recorded`: among the committed records
+alone, so that `train.py` would run it. `stopped`: locked, but the holder gave no sign of life.
+`refused`: what is in the output folder is damaged or was made by other data or code."""
+LOOK = 2 * BEAT + 1
+"""Seconds in which a living holder of a lock counts up, unless its disk is slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of an experiment. `detail`: its record, who works on it, how far it is, or why it
+    failed; `command` runs it alone."""
+
+    experiment: str
+    name: str
+    overrides: str
+    state: str
+    detail: str
+    hours: float
+    memory_gib: float
+    command: str
+
+
+def experiments() -> list[str]:
+    """The sweeps that make the paper's tables and figures, by the names that are typed."""
+    files = [f for kind in ("table", "figure") for f in CONF_DIR.glob(f"experiment/{kind}*/*.yaml")]
+    return sorted(f"{path.parent.name}/{path.stem}" for path in files)
+
+
+class _Data:
+    """Hashes of the data at hand; each split is read once, and nothing from the hub."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[tuple[Any, ...], list[str] | None] = {}
+
+    def differing(self, config: Config, record: Mapping[str, Any]) -> list[str] | None:
+        """Splits of a record's data that are others now; None where they are not at hand."""
+        if config.data.name is DataSource.hub and config.data.mirror is None:
+            return None
+        found = {split: self._read(config, split) for split in record["data"]}
+        if None in found.values():
+            return None
+        return [
+            split
+            for split, files in record["data"].items()
+            if [file["sha256"] for file in files] != found[split]
+        ]
+
+    def _read(self, config: Config, name: str) -> list[str] | None:
+        # Imported late: most tables are shown without looking at data.
+        from mixlora_exp.data.sources import load_split
+
+        data, (task, _, split) = config.data, name.partition("/")
+        key = (data.name, data.path, data.mirror, data.seed, name)
+        if key not in self._hashes:
+            try:
+                loaded = load_split(data, task, split, config.task.custom)
+                self._hashes[key] = [file.sha256 for file in loaded.files]
+            except (UserError, OSError):
+                self._hashes[key] = None
+        return self._hashes[key]
+
+
+def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Committed records by the fingerprint that their run has today."""
+    found = {}
+    for path in sorted(records.glob(f"*/{RECORD}")):
+        try:
+            record = read_record(path)
+            found[fingerprint_of(filled(record["config"]))] = path, record
+        except (UserError, KeyError, TypeError):
+            continue  # `make tables` says what is wrong with it.
+    return found
+
+
+def _shown(path: Path) -> str:
+    """A path as seen from here, unless it is elsewhere."""
+    near = os.path.relpath(path)
+    return str(path) if near.startswith("..") else near
+
+
+def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
+    """Whether `train.py` takes the record at `path` for this run's."""
+    try:
+        record = read_record(path)
+        with odd_fields(path):
+            changed = data.differing(config, record) or []
+    except UserError as error:
+        return "refused", str(error)
+    if record.get("code", code_sha256()) != code_sha256():
+        changed.append("code")
+    if changed:
+        return "refused", f"{_shown(path)} is of other inputs ({', '.join(changed)} differ)"
+    return "done", _shown(path)
+
+
+def _recorded(path: Path, record: Mapping[str, Any], config: Config, data: _Data) -> str | None:
+    """What to tell of a committed record with this run's settings, None if its data differs."""
+    changed = data.differing(config, record)
+    if changed:
+        return None
+    return _shown(path) + (" (its data was not compared)" if changed is None else "")
+
+
+def _at_rest(folder: Path, config: Config, recorded: str | None, data: _Data) -> tuple[str, str]:
+    """State and detail of a run that nobody works on; `recorded`: what is told of its committed
+    record."""
+    if (folder / RECORD).is_file():
+        return _finished(folder / RECORD, config, data)
+    if recorded is not None:
+        return "recorded", recorded
+    try:
+        failure = read_json(folder / "failure.json")
+        return "failed", shown(str(failure["error"]), 500)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    numbers = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
+    steps = [int(number) for number in numbers if number.isdigit()]
+    return ("interrupted", f"after step {max(steps)}") if steps else ("missing", "")
+
+
+def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
+    """Of the folders with a lock, those whose holder did not count up within `patience` seconds,
+    all watched at once. A dead process of another machine cannot be told otherwise."""
+    quiet, deadline = set(held), time.monotonic() + patience
+    while quiet and time.monotonic() < deadline:
+        time.sleep(min(0.25, patience))
+        quiet = {folder for folder in quiet if holder_of(folder / "lock") == held[folder]}
+    return quiet
+
+
+def find_cells(
+    names: Sequence[str], overrides: Sequence[str], records: Path, patience: float = LOOK
+) -> list[Cell]:
+    """The cells of experiments under further overrides. `records`: the folder of committed ones;
+    `patience`: seconds in which the holders of locks must count up to be taken for alive.
+
+    Raises:
+        UserError: there is no such experiment, or an override is not valid.
+    """
+    known, planned = experiments(), []
+    with open_session() as session:
+        for name in names:
+            if name not in known:
+                raise UserError(f"experiment={name} is unknown: choose from {', '.join(known)}")
+            plan = plan_runs(session, "config", [f"experiment={name}", *overrides], False)
+            planned += [(name, cell.overrides, _resolved(cell.config)) for cell in plan.cells]
+    folders = [Path(c.output_dir).expanduser() / run_name(c) for _, _, c in planned]
+    found = {folder: holder_of(folder / "lock") for folder in folders}
+    held = {folder: holder for folder, holder in found.items() if holder is not None}
+    unseen = _unseen(held, patience)
+    kept, data, cells = _kept(records), _Data(), []
+    for (name, lines, config), folder in zip(planned, folders, strict=True):
+        if folder in held and not (folder in unseen and (folder / RECORD).is_file()):
+            holder = held[folder]
+            who = shown(f"{holder.get('host')}, process {holder.get('pid')}", 200)
+            state, detail = "running", who
+            if folder in unseen:
+                state, detail = "stopped", f"not seen alive for {patience:g} s: {who}"
+        else:
+            committed = kept.get(fingerprint(config))
+            recorded = None if committed is None else _recorded(*committed, config, data)
+            state, detail = _at_rest(folder, config, recorded, data)
+        cells.append(_cell(name, lines, config, overrides, folder.name, state, detail))
+    return cells
+
+
+def _resolved(config: Config) -> Config:
+    """As `train.py` names its folder: a model's folder decides its shape."""
+    if config.model.path is None:
+        return config
+    # Imported late: it needs torch.
+    from mixlora_exp.runs.inputs import resolve_config
+
+    return resolve_config(config)
+
+
+def _cell(
+    experiment: str,
+    lines: Sequence[str],
+    config: Config,
+    typed: Sequence[str],
+    name: str,
+    state: str,
+    detail: str,
+) -> Cell:
+    own = [line for line in lines if line not in typed and not line.startswith("experiment=")]
+    memory: dict[str, Any] = memory_of(config)
+    return Cell(
+        experiment,
+        name,
+        " ".join(own),
+        state,
+        detail,
+        gpu_hours(config),
+        sum(memory.values()) / 2**30,
+        " ".join(["python train.py -m", f"experiment={experiment}", *own, *typed]),
+    )

@@ -1,0 +1,1 @@
+"""The machine beneath: devices, signals, files that survive a power loss, locks, the console."""

@@ -1,0 +1,123 @@
+"""Devices, processes and memory: what the machine decides, in one place."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import resource
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from mixlora_exp.errors import UserError
+
+__all__ = [
+    "PLAIN",
+    "free_memory",
+    "hardware_names",
+    "peak_memory_bytes",
+    "processes",
+    "reset_peak_memory",
+    "resolve_device",
+    "summed",
+]
+
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Each process holds the whole model and every gradient whole."""
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+"""What `accelerate launch` sets where the model is not whole in each process."""
+
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def processes() -> PartialState:
+    """accelerate's view of the processes that torchrun or `accelerate launch` started: how many,
+    which this one is, and its device.
+
+    Raises:
+        UserError: they are to share one model in pieces, whose adapter could not be saved.
+    """
+    for name, what in SHARDED.items():
+        if os.environ.get(name, "false").lower() in ("true", "1", "yes"):
+            raise _not_whole(f"{what} ({name}={os.environ[name]})")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.distributed_type not in PLAIN:
+        raise _not_whole(state.distributed_type.value)
+    if state.num_processes > 1:
+        _leave_at_exit()
+    return state
+
+
+def _not_whole(what: str) -> UserError:
+    return UserError(
+        f"processes under {what} are not supported, only such that hold the whole model each: "
+        "start them with torchrun or `accelerate launch --multi_gpu`, or start a single one"
+    )
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of each process's `values`, in all of them; every process has to call it."""
+    state = processes()
+    return values if state.num_processes == 1 else reduce(values.to(state.device), reduction="sum")
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Close the group of processes before Python ends: its threads would abort a process that ends
+    while another still works."""
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    atexit.register(leave)
+
+
+def resolve_device() -> torch.device:
+    """This process's CUDA device if there is one, else the CPU."""
+    return processes().device
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` count from here (on a CPU: where Linux lets it)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            CLEAR_REFS.write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory since the reset: allocated on the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> None:
+    """Give back what nothing but cycles of references holds, and what torch keeps in reserve."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def hardware_names() -> list[str]:
+    """Names of the GPUs, none on a CPU."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

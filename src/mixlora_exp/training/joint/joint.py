@@ -1,0 +1,72 @@
+"""One forward pass for several adapters on one base, and a loss for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from mixlora_exp.adapters.rows import Segment
+from mixlora_exp.config.choices import Head
+from mixlora_exp.training.head import loss_from_hidden
+from mixlora_exp.training.joint.packed import Batch, pack_batches
+
+__all__ = ["joint_losses", "total_of"]
+
+
+def joint_losses(
+    model: PeftModel,
+    batches: Mapping[str, Batch],
+    items: Mapping[str, Tensor | int],
+    head: Head,
+    attention: str,
+) -> dict[str, Tensor]:
+    """The loss of each adapter on its own batch, as a run of its own would compute it.
+
+    The batches go through the frozen model together; what they share is read-only, so that no
+    gradient, and nothing that is not a number, gets from one adapter to another. items: the number
+    of label tokens of each adapter's optimizer step, which its loss is divided by. With experts,
+    the router loss of its own rows is in it; `model.base_model.router_reports` has it alone.
+    To be called, and its result's gradient taken, within `packed_attention`, which yields
+    `attention`; the tuner's `row_map` is left set for layers that are computed again.
+    """
+    tuner = model.base_model
+    base = tuner.model
+    packed = pack_batches(base, batches, attention)
+    tuner.row_map.use(segments=[Segment(n, part.rows) for n, part in packed.parts.items()])
+    hidden = base.model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        packed=packed,
+        use_cache=False,
+    ).last_hidden_state[0]
+    masks = {name: batch["attention_mask"].flatten().bool() for name, batch in batches.items()}
+    reports = tuner.collect_reports(masks)
+    losses = {}
+    with loss_from_hidden(base, head):
+        for name, batch in batches.items():
+            part, labels = packed.parts[name], batch["labels"]
+            states = hidden[part.rows].view(*part.shape, -1)
+            kept: Any = batch.get("logits_to_keep")
+            logits = base.get_output_embeddings()(states if kept is None else states[:, kept])
+            loss = base.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=base.config.vocab_size,
+                num_items_in_batch=items[name],
+            )
+            if name in reports:
+                coefficient = model.peft_config[name].router_loss_coef
+                term = coefficient * reports[name].loss
+                # In this order, as the tuner has it: a share of two counts would be float32.
+                loss = loss + term * (labels[..., 1:] != -100).sum() / items[name]
+            losses[name] = loss
+    return losses
+
+
+def total_of(losses: Mapping[str, Tensor]) -> Tensor:
+    """Their sum, whose gradient for each adapter is that of its own loss."""
+    return torch.stack(list(losses.values())).sum()
