@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from mixlora_exp.runs.scored import scored_split
 
 from mixlora_exp.config import compose, fingerprint, to_dict
 from mixlora_exp.config.resolve import fingerprint_of
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.plans.plan import plan
-from mixlora_exp.runs.inputs import gather_inputs
+from mixlora_exp.runs.inputs import gather_inputs, scored_split
 
 SMALL = ["model=tiny", "method=lora", "data=embedded", "task=multi"]
 ONE = [*SMALL, "data.train_limit=30", "+data.train_limits.piqa=7"]

@@ -213,7 +213,8 @@ def test_json_is_read_in_one_place() -> None:
         if "json.loads(" in path.read_text() or "json.load(" in path.read_text()
     }
     assert users <= {
-        "system/untrusted.py", "sweeps/ledger.py", "sweeps/study.py", "runs/run.py", "results/cells.py",
+        "system/untrusted.py", "sweeps/ledger.py", "sweeps/study.py", "runs/run.py",
+        "results/cells.py",
         "bench/memory.py", "bench/several_memory.py", "results/tables/stability.py",
         "results/tables/switches.py", "adapters/build.py", "models/special_tokens.py",
         "models/vocabulary.py", "cli/lm_eval.py",

@@ -19,13 +19,13 @@ tl = triton.language
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 DEVICE = torch.device("cuda" if GPU else "cpu")
-PACKAGE = "mixlora_exp.kernels"
+PACKAGE = "mixlora_exp.kernels.triton"
 
 
 def load(*names: str) -> list[ModuleType]:
-    """The modules `triton_NAME`: as they are on a GPU, elsewhere copies of them that Triton
+    """The modules of that package: as they are on a GPU, elsewhere copies of them that Triton
     interprets, which other tests do not see."""
-    full = [f"{PACKAGE}.triton_{name}" for name in names]
+    full = [f"{PACKAGE}.{name}" for name in names]
     if GPU:
         return [importlib.import_module(name) for name in full]
     interpret_library()
@@ -56,7 +56,7 @@ def interpret_library() -> None:
 def forget() -> dict[str, ModuleType]:
     """Take the package's Triton modules out of it; returns them."""
     package = importlib.import_module(PACKAGE)
-    found = [name for name in sys.modules if name.startswith(f"{PACKAGE}.triton_")]
+    found = [name for name in sys.modules if name.startswith(f"{PACKAGE}.")]
     for name in found:
         if hasattr(package, name.rpartition(".")[2]):
             delattr(package, name.rpartition(".")[2])

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward pass of `triton_ffn`: its words, flags and block sizes hold here.
+"""Triton kernels of the backward pass of `ffn`: its words, flags and block sizes hold here.
 
 One kernel sums over the slots of a token, one over the tokens; both compute gate, up and hidden
 state again.
