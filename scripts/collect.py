@@ -1,10 +1,10 @@
 """Bring finished runs into `results/runs/`: `python scripts/collect.py` (or `source=DIR`, where
 they are not in outputs/).
 
-Copies record and predictions of every finished run that was made from committed code; weights stay
-where they are. A run that is there already is left alone, and one that differs from it is refused.
-`force=true` takes runs of other code and of random weights too, marked: tables name them.
-All records' scores are then written to `results/index.parquet`, which may be deleted at any time.
+Packs record and predictions of every finished run that was made from committed code into one file,
+`results/runs/NAME.zip`; weights stay where they are. A run that is there already is left alone, and
+one that differs from it is refused. `force=true` takes runs of other code and of random weights
+too, marked: tables name them. `source=results/runs` packs folders that lie there unpacked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from mixlora_exp.config import options
 from mixlora_exp.results.build import RESULTS
 from mixlora_exp.results.collect import Collected, collect
-from mixlora_exp.results.index import write_index
 from mixlora_exp.system.guarded import MISTAKE, guarded
 
 OUTPUTS = Path("outputs")
@@ -39,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     # In a fresh clone nothing has been run; a folder that was named must be there.
     if settings.source is not None or source.is_dir():
         found = collect(source, target, force=settings.force)
-    for name in found.copied:
+    for name in found.packed:
         print(f"collected: {name}")
     for entry in found.refused:
         print(f"refused: {entry.name}: {entry.reason}")
@@ -47,11 +46,9 @@ def run(arguments: Sequence[str]) -> int:
         print(f"nothing to collect: there is no finished run in {settings.source or OUTPUTS}")
     else:
         print(
-            f"{len(found.copied)} collected, {found.known} there already, "
+            f"{len(found.packed)} collected, {found.known} there already, "
             f"{len(found.refused)} refused"
         )
-    rows, _ = write_index(target, target.parent / "index.parquet")
-    print(f"{target.parent / 'index.parquet'}: {rows} scores of all records, made from them")
     return MISTAKE if found.refused else 0
 
 

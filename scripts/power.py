@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.files import PACKED
 from mixlora_exp.results.power import average_item_error, seed_spread, smallest_detectable
-from mixlora_exp.results.runs import RECORD, Run, check_run, read_rows
+from mixlora_exp.results.runs import Run, check_run, read_rows
 from mixlora_exp.system.guarded import guarded
 from mixlora_exp.tasks import TASKS
 
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
         changed, factor = float(options["changed"]), float(options["factor"])
     except ValueError as error:
         raise UserError(f"seeds, changed and factor are numbers: {error}") from error
-    a, b = (check_run(RUNS / options[side] / RECORD) for side in "ab")
+    a, b = (check_run(RUNS / f"{options[side]}{PACKED}") for side in "ab")
     tasks = [task for task in options["tasks"].split(",") if task] or sorted(
         {task for task, protocol in a.scores.keys() & b.scores.keys() if protocol == "answer_text"}
     )

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.files import FORCED, pack, read_file
 from mixlora_exp.results.build import gather
 from mixlora_exp.results.collect import collect
-from mixlora_exp.results.runs import FORCED, load_runs
+from mixlora_exp.results.runs import load_runs
 
 Write = Callable[..., Path]
 CLEAN = {"commit": "c" * 40, "dirty": False}
 SMALL = ("model=smollm2_135m", "task=arc_e", "data=embedded", "method=lora")
 
 
-def test_finished_runs_are_copied_once(write: Write, tmp_path: Path) -> None:
+def test_finished_runs_are_packed_once(write: Write, tmp_path: Path) -> None:
     source, target = tmp_path / "outputs", tmp_path / "runs"
     folder = write(source, "a", SMALL, {"arc_e": 0.5})
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     (source / "unfinished").mkdir()
-    assert collect(source, target).copied == ["a"]
-    files = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
-    assert files == {"a/record.json", "a/predictions/arc_e.label_logits.jsonl"}
+    assert collect(source, target).packed == ["a"]
+    assert [path.name for path in target.iterdir()] == ["a.zip"]
+    with ZipFile(target / "a.zip") as packed:
+        assert packed.namelist() == ["record.json", "predictions/arc_e.label_logits.jsonl"]
     assert [run.name for run in load_runs(target)[0]] == ["a"]
     again = collect(source, target)
-    assert (again.copied, again.known, again.refused) == ([], 1, [])
+    assert (again.packed, again.known, again.refused) == ([], 1, [])
 
 
 def test_what_no_table_could_use_is_refused(write: Write, tmp_path: Path) -> None:
@@ -42,9 +45,9 @@ def test_what_no_table_could_use_is_refused(write: Write, tmp_path: Path) -> Non
     write(source, "random", ("model=tiny", *SMALL[1:]), {"arc_e": 0.5})
     write(source, "good", SMALL, {"arc_e": 0.5})
     found = collect(source, target)
-    assert found.copied == ["good"]
+    assert found.packed == ["good"]
     assert {entry.name for entry in found.refused} == {"dirty", "cut", "lost", "random"}
-    assert [path.name for path in target.iterdir()] == ["good"]
+    assert [path.name for path in target.iterdir()] == ["good.zip"]
 
 
 def test_another_result_of_the_same_name_is_refused(write: Write, tmp_path: Path) -> None:
@@ -100,14 +103,16 @@ def test_force_takes_what_is_refused_and_marks_it(
     assert entry.reason.startswith(reason)
     assert entry.reason.endswith("force=true takes it, marked")
     taken = collect(source, results / "runs", force=True)
-    assert (taken.copied, taken.refused) == (["odd"], [])
+    assert (taken.packed, taken.refused) == (["odd"], [])
     found = gather(results)
     assert found.left_out == []
     notes = [note for note in found.tables[2].notes if "odd" in note]
     assert len(notes) == 1
     assert notes[0].startswith(f"Collected by force: odd ({reason}")
     # Without the mark a record of other code counts nowhere.
-    (results / "runs" / "odd" / FORCED).unlink()
+    forced = results / "runs" / "odd.zip"
+    record_alone = {n: read_file(forced, n) for n in ZipFile(forced).namelist() if n != FORCED}
+    pack(forced, record_alone)
     assert bool(gather(results).left_out) == ("random" not in reason)
 
 

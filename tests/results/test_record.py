@@ -145,7 +145,7 @@ def test_full_disk_keeps_the_old_file(
 def test_full_disk_as_the_system_reports_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "open", lambda self, *_, **__: open("/dev/full", "w"))  # noqa: SIM115
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: open("/dev/full", "wb"))  # noqa: SIM115
     with pytest.raises(UserError, match="the disk is full; nothing was recorded"):
         write_jsonl(tmp_path / "items.jsonl", [{"row": 1}])
     assert names(tmp_path) == []

@@ -12,10 +12,8 @@ import pytest
 from hostile import HOSTILE, changed, place, set_field
 
 from mixlora_exp.errors import SCREEN
-from mixlora_exp.records.record import read_json
 from mixlora_exp.results.build import gather, table_files, write_report
 from mixlora_exp.results.collect import collect
-from mixlora_exp.results.index import build_index
 from mixlora_exp.results.runs import load_runs
 from mixlora_exp.results.tables.latency import load_benchmarks
 from mixlora_exp.sweeps.status import find_cells
@@ -42,7 +40,7 @@ def refused(source: Path, target: Path) -> str:
     """Why the one run there is not collected; nothing is written and nothing else is read."""
     before = {path for path in target.parent.rglob("*") if target not in path.parents}
     found = collect(source, target)
-    assert (found.copied, found.known, len(found.refused)) == ([], 0, 1)
+    assert (found.packed, found.known, len(found.refused)) == ([], 0, 1)
     assert {path for path in target.parent.rglob("*") if target not in path.parents} == before
     assert not list(target.glob("**/*"))
     assert not load_runs(source)[0]
@@ -76,7 +74,7 @@ def test_only_what_a_run_writes_is_copied(named: str, source: Path, tmp_path: Pa
         own = {"arc_e/label_logits": PREDICTIONS}
         changed(source / "a", lambda record, own=own: record.update(predictions=own))
     assert (tmp_path / "src" / "code.py").read_text() == "code"
-    assert collect(source, tmp_path / "runs").copied == ["a"]
+    assert collect(source, tmp_path / "runs").packed == ["a"]
 
 
 def linked_run(source: Path) -> None:
@@ -107,14 +105,14 @@ def test_links_are_not_followed(link: Callable[[Path], None], source: Path, tmp_
 
 def test_one_file_under_two_names_is_a_file(source: Path, tmp_path: Path) -> None:
     os.link(source / "a" / PREDICTIONS, tmp_path / "again")
-    assert collect(source, tmp_path / "runs").copied == ["a"]
+    assert collect(source, tmp_path / "runs").packed == ["a"]
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2Jb", "<img src=x>", "a|b", "a`b", "-x", "a\nb", "é"])
 def test_a_run_is_called_as_runs_are(name: str, source: Path, tmp_path: Path) -> None:
     (source / "a").rename(source / name)
     found = collect(source, tmp_path / "runs")
-    assert not found.copied
+    assert not found.packed
     assert found.refused[0].name.isprintable()
     assert "folder's name" in found.refused[0].reason
 
@@ -166,7 +164,7 @@ def test_texts_of_records_are_shown_as_texts(write: Write, results: Path, tmp_pa
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_benchmarks_and_indexes_leave_out_what_they_cannot_read(
+def test_benchmarks_and_records_leave_out_what_they_cannot_read(
     kind: str, source: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bench").mkdir()
@@ -175,8 +173,8 @@ def test_benchmarks_and_indexes_leave_out_what_they_cannot_read(
     assert not found
     assert [entry.name for entry in left_out] == ["bench/x"]
     place(kind, source / "a" / "record.json")
-    table, left_out = build_index(source)
-    assert not len(table)
+    runs, left_out = load_runs(source)
+    assert not runs
     assert len(left_out) == 1
 
 
@@ -205,7 +203,6 @@ def test_status_passes_over_and_shows_nothing_harmful(tmp_path: Path) -> None:
 def test_json_is_read_in_one_place() -> None:
     """The package's files read JSON through `untrusted` alone, but for what they, PEFT or a
     tokenizer just wrote, and for the command line."""
-    assert read_json.__module__ == "mixlora_exp.system.untrusted"
     package = Path(__file__).parents[2] / "src" / "mixlora_exp"
     users = {
         path.relative_to(package).as_posix()

@@ -18,6 +18,7 @@ from mixlora_exp.config import compose
 from mixlora_exp.config.recorded import literal, recorded
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.runs.base_choice import base_words
 from mixlora_exp.system.guarded import guarded
@@ -82,13 +83,13 @@ def translate(argv: Sequence[str]) -> list[str]:
             f"run={given['run']} and adapter={given['adapter']} were both given: name one of them"
         )
     folder = Path(given["run"]).expanduser()
-    if not (folder / "record.json").is_file():
+    if not (folder / RECORD).is_file():
         left = folder / "last_good"
         hint = f"; what is left of this one is adapter={left}" if left.is_dir() else ""
         raise UserError(
-            f"run={given['run']} holds no record.json: give the folder of a finished run{hint}"
+            f"run={given['run']} holds no {RECORD}: give the folder of a finished run{hint}"
         )
-    settings = read_run(folder / "record.json")["config"]
+    settings = read_run(folder / RECORD)["config"]
     base = _beside(folder, settings)
     if settings.get("method", {}).get("name") != "none":
         if not (folder / "adapter" / "adapter_config.json").is_file():

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.system.untrusted import read_json
 
 __all__ = ["outcome", "outcomes"]
@@ -17,7 +18,7 @@ OF_TRAINING = ("seconds", "tokens_per_second", "peak_memory_bytes", "together")
 def outcome(folder: Path) -> dict[str, Any]:
     """The record of a finished run without circumstances, its log, and hashes of its adapter's
     weights and its predictions."""
-    record = read_json(folder / "record.json")
+    record = read_json(folder / RECORD)
     for name in CIRCUMSTANCES:
         record.pop(name)
     for name in OF_TRAINING if record["train"] else ():
@@ -35,4 +36,4 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
     """The same of every finished run in an output folder, by name."""
-    return {path.parent.name: outcome(path.parent) for path in folder.glob("*/record.json")}
+    return {path.parent.name: outcome(path.parent) for path in folder.glob(f"*/{RECORD}")}

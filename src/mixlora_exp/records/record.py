@@ -6,15 +6,13 @@ Neither torch nor Hydra is imported: tables are made without them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ import psutil
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.checkout import git_state
+from mixlora_exp.records.files import PACKED, RECORD, read_file
 from mixlora_exp.records.shape import check_shape
-from mixlora_exp.system.durable import sync
-from mixlora_exp.system.untrusted import read_json
+from mixlora_exp.system.durable import write_whole
+from mixlora_exp.system.untrusted import parse_json, read_bytes
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -95,11 +94,16 @@ def finish_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
-    """Return a record, or raise a `UserError` that says why the file cannot be trusted."""
+    """Return the record in a file, or in a packed run.
+
+    Raises:
+        UserError: it says why the file cannot be trusted.
+    """
     path = Path(path)
     try:
+        content = read_file(path, RECORD) if path.suffix == PACKED else read_bytes(path)
         # A path of this system may have bytes that are no text; Python keeps them as halves.
-        record = read_json(path, halves=True)
+        record = parse_json(content, halves=True)
     except OSError as error:
         raise UserError(f"cannot read the record {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -141,49 +145,18 @@ def read_run(path: Path | str) -> dict[str, Any]:
 
 def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
     """Write one JSON object; the file appears whole, or stays as it was and a `UserError` tells."""
-    _write(Path(path), [json.dumps(_plain(data), indent=2, allow_nan=False), "\n"])
+    write_text(path, json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, all of them or none, as `write_json` does."""
-    _write(Path(path), (json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
+    lines = (json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
+    write_whole(Path(path), map(str.encode, lines))
 
 
 def write_text(path: Path | str, content: str) -> None:
     """Write a text file, whole or not at all, as `write_json` does."""
-    _write(Path(path), [content])
-
-
-def _write(path: Path, chunks: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("x", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(chunks)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; nothing was recorded") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, where the system can."""
-    # Windows cannot open a folder, some network file systems cannot sync one.
-    with contextlib.suppress(OSError):
-        sync(folder)
+    write_whole(Path(path), [content.encode()])
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mixlora_exp.errors import shown
+from mixlora_exp.records.files import PACKED, RECORD
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
 from mixlora_exp.results.runs import LeftOut, Run
 from mixlora_exp.results.tables.parts import Cell, Table
@@ -42,10 +43,11 @@ def _run_entry(run: Run, number: int, results: str) -> dict[str, Any]:
     origin = run.record["provenance"]
     hardware = origin["hardware"]
     train = run.record["train"]
+    place = run.path.name if run.path.suffix == PACKED else f"{run.name}/{RECORD}"
     return {
         "number": number,
         "name": run.name,
-        "address": f"{results}/runs/{quote(run.name)}/record.json",
+        "address": f"{results}/runs/{quote(place)}",
         "model": MODEL_TITLES.get(run.model, run.model),
         "method": METHOD_TITLES[run.method],
         "trained": ", ".join(run.mix) or "-",

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.errors import UserError, shown
+from mixlora_exp.records.files import FORCED, PACKED, has_file, name_of, read_file, record_paths
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.shape import odd_fields, predictions_name
 from mixlora_exp.results.objections import UNPLACED, code_objections
-from mixlora_exp.system.untrusted import parse_json, read_bytes, refuse_links
+from mixlora_exp.system.untrusted import parse_json, refuse_links
 from mixlora_exp.tasks import TASKS
 
 __all__ = [
-    "FORCED",
-    "RECORD",
     "LeftOut",
     "Run",
     "check_run",
@@ -32,13 +31,9 @@ __all__ = [
     "predictions_sha256",
     "read_items",
     "read_predictions",
-    "read_predictions_file",
     "read_rows",
 ]
 
-RECORD = "record.json"
-FORCED = "forced.json"
-"""Beside a record that was collected although something speaks against it: what that is."""
 LIKELIHOOD = "gold_log_likelihood"
 # What was scored and what it was trained with. How the loss is computed changes nothing beyond
 # rounding and is no condition. Micro-batches are one: the router loss is taken over each.
@@ -98,12 +93,12 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One record. `trained` is the configuration of the training run (of another record, when an
+    """One record, which stands at `path`. `trained` is the configuration of the training run (of another record, when an
     adapter was scored again), `scored` that of the scoring; both are this record's own otherwise.
     `scores`: by (task, protocol)."""
 
     name: str
-    folder: Path
+    path: Path
     record: Mapping[str, Any] = field(repr=False)
     trained: Mapping[str, Any] = field(repr=False)
     scored: Mapping[str, Any] = field(repr=False)
@@ -236,28 +231,32 @@ def _placed(path: Path, force: bool) -> Run:
     reasons = code_objections(record)
     if UNPLACED in reasons:
         raise UserError(UNPLACED)
-    if reasons and not (force or (path.parent / FORCED).is_file()):
+    if reasons and not (force or has_file(path, FORCED)):
         raise UserError(f"{'; '.join(reasons)}: only collect.py force=true takes it, marked")
     trained = scored = filled(record["config"])
     if record.get("adapter") is not None:
         trained = filled(record["adapter"]["trained_by"]["config"])
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
-    return Run(path.parent.name, path.parent, record, trained, scored, scores)
+    return Run(name_of(path), path, record, trained, scored, scores)
 
 
 def load_runs(folder: Path) -> tuple[list[Run], list[LeftOut]]:
-    """All runs under `folder` (`<name>/record.json`), by name, and what had to be left out.
+    """All runs in `folder`, packed or not, by name, and what had to be left out.
 
     Left out: a record that is cut off, edited, of another version or unfinished; one to which there
     are `code_objections`, unless it was collected by force; one whose predictions do not give its
-    accuracies.
+    accuracies; a folder whose run is there packed too.
     """
-    runs, left_out = [], []
-    for path in sorted(folder.glob(f"*/{RECORD}")):
+    runs, left_out, seen = [], [], set()
+    for path in record_paths(folder):
+        name = name_of(path)
         try:
+            if name in seen:
+                raise UserError("it is there twice, as a folder and packed: delete one of the two")
+            seen.add(name)
             runs.append(check_run(path))
         except UserError as error:
-            left_out.append(LeftOut(path.parent.name, str(error)))
+            left_out.append(LeftOut(name, str(error)))
     return runs, left_out
 
 
@@ -268,7 +267,8 @@ def check_run(path: Path, *, force: bool = False) -> Run:
         UserError: why no table can use it.
     """
     try:
-        refuse_links(path, path.parent)
+        if path.suffix != PACKED:
+            refuse_links(path, path.parent)
     except ValueError as error:
         raise UserError(str(error)) from error
     with odd_fields(path):
@@ -299,17 +299,6 @@ def predictions_sha256(run: Run) -> dict[tuple[str, str], str]:
     return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
 
 
-def read_predictions_file(folder: Path, name: str) -> bytes:
-    """The content of a file of predictions in a run's folder.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is a link or lies behind one, is no regular file, or is too large.
-    """
-    refuse_links(folder / name, folder)
-    return read_bytes(folder / name)
-
-
 def _row(row: Any) -> dict[str, Any]:
     """A line of predictions, whose fields are what a run writes.
 
@@ -337,7 +326,7 @@ def read_rows(run: Run, task: str, protocol: str) -> dict[str, dict[str, Any]]:
     if f"{task}/{protocol}" not in run.record["predictions"]:
         raise UserError(f"{run.name}: it names no predictions of {task} under {protocol}")
     try:
-        content = read_predictions_file(run.folder, name)
+        content = read_file(run.path, name)
         rows = [_row(parse_json(line)) for line in content.splitlines()]
         found = {}
         for row in rows:

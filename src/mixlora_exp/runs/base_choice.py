@@ -16,11 +16,11 @@ import yaml
 from mixlora_exp.config import CONF_DIR
 from mixlora_exp.config.recorded import recorded
 from mixlora_exp.errors import UserError, shown
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 
 __all__ = ["base_words", "matched"]
 
-RECORD = "record.json"
 CACHED = re.compile(r"(.+)-[0-9a-f]{12}")
 """Name of a folder with converted weights of a package: the model's, and a hash."""
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)")

@@ -28,13 +28,13 @@ from mixlora_exp.models import (
 )
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.shape import odd_fields
 from mixlora_exp.system.device import processes, resolve_device
 from mixlora_exp.system.hashing import file_sha256
 
 __all__ = [
-    "RECORD",
     "Inputs",
     "adapter_entry",
     "check_inputs",
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 
-RECORD = "record.json"
 SIGN = "fingerprint"
 
 

@@ -26,9 +26,10 @@ from mixlora_exp.errors import UserError, shown
 from mixlora_exp.plans.hours import gpu_hours
 from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.files import RECORD, record_paths
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.shape import odd_fields
-from mixlora_exp.results.runs import RECORD, filled
+from mixlora_exp.results.runs import filled
 from mixlora_exp.system.runlock import BEAT, holder_of
 from mixlora_exp.system.untrusted import read_json
 
@@ -101,7 +102,7 @@ class _Data:
 def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Committed records by the fingerprint that their run has today."""
     found = {}
-    for path in sorted(records.glob(f"*/{RECORD}")):
+    for path in record_paths(records):
         try:
             record = read_record(path)
             found[fingerprint_of(filled(record["config"]))] = path, record

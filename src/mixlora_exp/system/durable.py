@@ -1,4 +1,4 @@
-"""Folders that are on the disk, and readable for others, before they are called finished."""
+"""Files and folders that are on the disk, and readable for others, before they get their names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["publishing", "settle", "sync"]
+from mixlora_exp.errors import UserError
+
+__all__ = ["publishing", "settle", "sync", "write_whole"]
 
 PARTIAL = "partial"
 """Part of the name of a folder that is being written: `.NAME.partial-0123456789abcdef`."""
@@ -27,6 +29,39 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(
+    path: Path, chunks: Iterable[bytes], check: Callable[[Path], None] | None = None
+) -> None:
+    """Write a file that appears whole, or stays as it was. `check`: looks at the written file
+    before it gets its name, and raises OSError or ValueError where that must not happen.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as stream:
+                stream.writelines(chunks)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if check is not None:
+                check(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        # Windows cannot open a folder, some network file systems cannot sync one.
+        with contextlib.suppress(OSError):
+            sync(path.parent)
+    except (OSError, ValueError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot write {path}: {'the disk is full' if full else reason}; nothing was recorded"
+        ) from error
 
 
 def settle(folder: Path) -> None:

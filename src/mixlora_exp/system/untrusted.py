@@ -111,14 +111,14 @@ def refuse_links(path: Path, below: Path) -> None:
             raise ValueError(f"{place} is a link, which is not followed")
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file.
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """The content of a regular file of at most `limit` bytes, `file_limit()` if none is given.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is no regular file, or too large.
     """
-    limit = file_limit()
+    limit = file_limit() if limit is None else limit
     with open_regular(path) as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:

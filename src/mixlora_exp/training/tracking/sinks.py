@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixlora_exp.config.schema import Config
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.system.untrusted import json_lines, read_json
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LOG", "RECORD", "TensorBoardSink", "Values", "WandbSink", "loss_figure", "read_log",
            "score_rows"]  # fmt: skip
 
-RECORD, LOG = "record.json", "train_log.jsonl"
+LOG = "train_log.jsonl"
 SCORES = ("task", "protocol", "accuracy_before", "accuracy", "accuracy_normalized", "stderr",
           "majority_class", "chance", "gold_log_likelihood", "n")  # fmt: skip
 
