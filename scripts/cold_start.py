@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from mixlora_exp.config.places import ROOT
+
 COMMAND = ["experiment=quickstart", "trainer.max_steps=2", "evaluation.limit=4"]
 CACHES = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 

@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 from mixlora_exp.adapters import attach_adapter  # noqa: E402
 from mixlora_exp.config import Config, compose, options  # noqa: E402
 from mixlora_exp.config.parameters import count_parameters  # noqa: E402
+from mixlora_exp.config.places import ROOT  # noqa: E402
 from mixlora_exp.data.encoding import Example, encode_examples  # noqa: E402
 from mixlora_exp.data.sources import load_split  # noqa: E402
 from mixlora_exp.errors import UserError  # noqa: E402

@@ -9,8 +9,8 @@ differently. `factor=3` takes both shares three times.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+from mixlora_exp.config.places import RESULTS
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import PACKED
 from mixlora_exp.results.power import average_item_error, seed_spread, smallest_detectable
@@ -18,7 +18,7 @@ from mixlora_exp.results.runs import Run, check_run, read_rows
 from mixlora_exp.system.guarded import guarded
 from mixlora_exp.tasks import TASKS
 
-RUNS = Path(__file__).resolve().parents[1] / "results" / "runs"
+RUNS = RESULTS / "runs"
 DEFAULTS = {"a": "", "b": "", "tasks": "", "seeds": "3", "changed": "0.03", "factor": "1"}
 
 

@@ -1,6 +1,7 @@
-"""Print the record of a run as JSON: `python scripts/show.py run=NAME`, of those in `results/runs/`,
-or `run=PATH` with a packed run or a run's folder. `file=predictions/arc_e.answer_text.jsonl` prints
-another of its files, a line for each item.
+"""Print the record of a run as JSON: `python scripts/show.py run=NAME` for those in
+`results/runs/`, `run=PATH` for any packed run or run's folder.
+
+`file=predictions/arc_e.answer_text.jsonl` prints another of its files, a line for each item.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from mixlora_exp.config.places import ROOT
 from mixlora_exp.records.record import finish_record, provenance, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 KILLS = "30"
 TESTS = (
     "tests/faults",

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config import compose, options
+from mixlora_exp.config.places import ROOT
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.outcome import outcomes
 from mixlora_exp.records.record import finish_record, provenance, write_json
 from mixlora_exp.runs.inputs import check_inputs
 from mixlora_exp.system.guarded import guarded
 
-ROOT = Path(__file__).resolve().parents[1]
 SWEEP = (
     "-m", "model=smollm2_135m", "method=mixlora,mixdora", "method.rank=2,4,8", "task=arc_e",
     "data=local", "data.forms=[text]", "data.train_limit=64", "trainer.max_steps=6",

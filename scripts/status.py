@@ -14,11 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mixlora_exp.config.places import RESULTS
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.status import FINISHED, STATES, Cell, experiments, find_cells
 from mixlora_exp.system.guarded import guarded
 
-ROOT = Path(__file__).resolve().parents[1]
 OWN = ("experiment", "state", "brief", "records")
 SHADES = {
     "done": "green", "recorded": "green", "running": "cyan", "stopped": "yellow",
@@ -87,7 +87,7 @@ def _print_cells(console: Console, cells: list[Cell]) -> None:
 
 def run(arguments: list[str]) -> None:
     own, overrides = _options(arguments)
-    records = Path(own.get("records", ROOT / "results" / "runs"))
+    records = Path(own.get("records", RESULTS / "runs"))
     cells = find_cells(_chosen(own.get("experiment")), overrides, records)
     if "state" in own:
         cells = [cell for cell in cells if cell.state == own["state"]]

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -18,6 +17,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config, MixLoraMethodConfig
 from mixlora_exp.errors import UserError
 
@@ -65,7 +65,7 @@ def unknown_option(group: str, option: str, options: Sequence[str], source: str 
     if group.endswith("hydra/launcher") and plugin is not None:
         return f"{group}={option}{source} needs a plug-in of Hydra's: run `pip install {plugin}`"
     head, slash, folder = group.partition("/")
-    here = Path(__file__).resolve().parents[3] / "conf" / head
+    here = CONF_DIR / head
     if head == "experiment" and slash and (here / folder).is_dir():
         # Hydra takes the folder for a group, and names the options of the one above it.
         group, option = head, f"{folder}/{option}"

@@ -20,11 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config import schema
 from mixlora_exp.config.explain import explain, unknown_field
+from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
-
-CONF_DIR = Path(__file__).resolve().parents[3] / "conf"
-"""`conf/` beside `train.py`: the package runs from its repository (editable install)."""
 
 EXCLUDED = (
     "output_dir",

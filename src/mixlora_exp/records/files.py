@@ -96,7 +96,7 @@ def pack(path: Path, files: Mapping[str, bytes]) -> None:
     with zipfile.ZipFile(stream, "w") as archive:
         # The record first: it is what is looked at.
         for name in sorted(files, key=lambda name: (name != RECORD, name)):
-            # 1980 is where ZIP's time begins; the system and the attributes would be this machine's.
+            # 1980 is where ZIP's time begins; system and attributes would be this machine's.
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o100644 << 16
             entry.compress_type = zipfile.ZIP_DEFLATED

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mixlora_exp.config import CONF_DIR, compose, to_dict
+from mixlora_exp.config import compose, to_dict
+from mixlora_exp.config.places import RESULTS
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import write_text
@@ -51,7 +52,6 @@ __all__ = [
     "write_report",
 ]
 
-RESULTS = CONF_DIR.parent / "results"
 PAPER = RESULTS / "paper"
 
 

@@ -93,9 +93,11 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One record, which stands at `path`. `trained` is the configuration of the training run (of another record, when an
-    adapter was scored again), `scored` that of the scoring; both are this record's own otherwise.
-    `scores`: by (task, protocol)."""
+    """One record, which stands at `path`.
+
+    `trained` is the configuration of the training run (of another record, when an adapter was
+    scored again), `scored` that of the scoring; both are this record's own otherwise. `scores`: by
+    (task, protocol)."""
 
     name: str
     path: Path

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.config import Config, fingerprint, run_name, to_dict
+from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.schema import Base, LoraMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
@@ -69,7 +70,6 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoints"
-ROOT = Path(__file__).resolve().parents[3]
 Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
 """Of each task and protocol, and items and seconds by protocol."""
 
