@@ -22,7 +22,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import write_text
 from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
 from mixlora_exp.results.objections import objections
-from mixlora_exp.results.paper import METHODS, MODEL_TITLES, contradictions, read_paper
+from mixlora_exp.results.paper import METHODS, MODEL_TITLES
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
     EVALUATION_FIELDS,
@@ -33,14 +33,10 @@ from mixlora_exp.results.runs import (
     Run,
     load_runs,
 )
-from mixlora_exp.results.tables.accuracy import accuracy_table
-from mixlora_exp.results.tables.latency import latency_table, load_benchmarks
+from mixlora_exp.results.tables.latency import load_benchmarks
 from mixlora_exp.results.tables.parts import Block, Table
+from mixlora_exp.results.tables.registry import PAPER, Sources, make_tables
 from mixlora_exp.results.tables.render import csv_text, latex, markdown, plain
-from mixlora_exp.results.tables.settings import data_table, hyperparameter_table
-from mixlora_exp.results.tables.specs import specs
-from mixlora_exp.results.tables.stability import stability_table
-from mixlora_exp.results.tables.switches import switch_table
 
 __all__ = [
     "RESULTS",
@@ -51,8 +47,6 @@ __all__ = [
     "write_files",
     "write_report",
 ]
-
-PAPER = RESULTS / "paper"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,32 +124,16 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
         UserError: `names` asks for runs that cannot share a cell, or for an unknown one.
     """
     presets, models = _defaults()
-    standards, by_method = _standards(presets, models), presets["correct"]
+    standards = _standards(presets, models)
     runs, left_out = load_runs(folder / "runs")
     copied = copies(runs)
     left_out = [*left_out, *copied.values()]
     chosen = _chosen([run for run in runs if run.name not in copied], left_out, names)
     blocks = group_runs(chosen)
     benchmarks, unusable = load_benchmarks(folder / "bench")
-    printed = PAPER
-    methods = {name: config.method for name, config in by_method.items()}
-    tables: dict[int, Table] = {}
-    for number, spec in specs(models, methods).items():
-        known = list(contradictions(printed, number))
-        notes = [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]
-        table = read_paper(printed, number)
-        tables[number] = accuracy_table(spec, table, blocks, standards, notes, known)
-    defaults = {name: to_dict(by_method[name]) for name in METHODS}
-    tables[3] = hyperparameter_table(printed, defaults)
-    tables[4] = data_table(printed, chosen)
-    for number in (6, 7):
-        tables[number] = latency_table(printed, number, benchmarks)
-    tables[10] = switch_table(
-        blocks, standards, *({m: to_dict(c) for m, c in presets[p].items()} for p in PRESETS)
-    )
-    tables[11] = stability_table(chosen, defaults)
+    sources = Sources(chosen, blocks, standards, benchmarks, presets, models)
     reasons = {run.name: objections(run.record) for run in chosen}
-    tables = {number: _marked(table, reasons) for number, table in tables.items()}
+    tables = {n: _marked(table, reasons) for n, table in make_tables(sources).items()}
     used = {name for table in tables.values() for name in table.records()}
     known_names = used | {entry.name for entry in blocks.left_out}
     unplaced = [
@@ -164,23 +142,7 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
         if run.name not in known_names
     ]
     everything = [*left_out, *blocks.left_out, *unplaced, *unusable]
-    return Results(
-        folder, chosen, blocks, standards, benchmarks, dict(sorted(tables.items())), everything
-    )
-
-
-NOTES = (
-    "Ours: mean over n seeds; in brackets the 95 % interval, over items (Wilson) or over seeds "
-    "(Student's t), whichever is wider; one seed says nothing about others. A dash was not run. "
-    "#Params: printed by the paper; computed exactly from the shapes in the paper's denominator "
-    "(magnitudes left out), and of all weights (magnitudes counted).",
-    "Minus LoRA: the same items and seeds, paired bootstrap over items, widened to Student's "
-    "interval where there are several seeds; better or worse stands only where the interval leaves "
-    "out zero. The log-likelihood of the gold answer (nats, mean over items) "
-    "moves also where accuracy stays at chance.",
-    "Results under other conditions than the paper's (fewer rows, a limit on items, another source "
-    "of data, another protocol) stand in blocks of their own, and their conditions over them.",
-)
+    return Results(folder, chosen, blocks, standards, benchmarks, tables, everything)
 
 
 def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:

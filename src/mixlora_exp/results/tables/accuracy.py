@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from mixlora_exp.results.cells import Blocks, Key, Standards, block_title
+from mixlora_exp.results.cells import Key, Standards, block_title
 from mixlora_exp.results.paper import (
     METHOD_TITLES,
     METHODS,
@@ -16,14 +16,15 @@ from mixlora_exp.results.paper import (
     TOLERANCE,
     Contradiction,
     PaperTable,
+    contradictions,
     line_id,
+    read_paper,
 )
 from mixlora_exp.results.runs import Run
 from mixlora_exp.results.statistics import estimate, estimate_average
 from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, average_difference, difference
-from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, dash, number, ours, paper
-
-__all__ = ["Spec", "accuracy_table"]
+from mixlora_exp.results.tables.parts import Block, Cell, Row, dash, number, ours, paper
+from mixlora_exp.results.tables.registry import PAPER, Made, Sources
 
 STUB = ("method", "setup", "row")
 FURTHER = {
@@ -32,6 +33,19 @@ FURTHER = {
     "unparsed answers": "unparsed",
 }
 """Further lines, and the fields of a score that they show."""
+
+NOTES = (
+    "Ours: mean over n seeds; in brackets the 95 % interval, over items (Wilson) or over seeds "
+    "(Student's t), whichever is wider; one seed says nothing about others. A dash was not run. "
+    "#Params: printed by the paper; computed exactly from the shapes in the paper's denominator "
+    "(magnitudes left out), and of all weights (magnitudes counted).",
+    "Minus LoRA: the same items and seeds, paired bootstrap over items, widened to Student's "
+    "interval where there are several seeds; better or worse stands only where the interval leaves "
+    "out zero. The log-likelihood of the gold answer (nats, mean over items) "
+    "moves also where accuracy stays at chance.",
+    "Results under other conditions than the paper's (fewer rows, a limit on items, another source "
+    "of data, another protocol) stand in blocks of their own, and their conditions over them.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +77,6 @@ class Spec:
     apart, None for a run that has no place in it.
     """
 
-    number: int
-    title: str
     tasks: tuple[str, ...]
     setups: Mapping[str, Callable[[tuple[str, ...], str], bool]]
     varied: Callable[[Run, Standards], str | None]
@@ -346,18 +358,13 @@ def _plain(runs: Sequence[Run] | None, task: str, protocol: str, field: str) -> 
     return number(100 * runs[0].scores[task, protocol][field], records=_names(runs))
 
 
-def accuracy_table(
-    spec: Spec,
-    printed: PaperTable,
-    blocks: Blocks,
-    standards: Standards,
-    notes: Sequence[str],
-    known: Sequence[Contradiction],
-) -> Table:
+def accuracy_table(number: int, spec: Spec, sources: Sources) -> Made:
     """The paper's models first, each with what was run of it in full; then every other block of
     runs under its own conditions."""
+    printed, standards = read_paper(PAPER, number), sources.standards
+    known = list(contradictions(PAPER, number))
     found: dict[Key, Mapping[Variant, dict[str, list[Run]]]] = {}
-    for key, runs in blocks.runs.items():
+    for key, runs in sources.blocks.runs.items():
         members = _members(spec, runs, standards)
         values = {variant.value for variant in members if variant.method in ("mixlora", "mixdora")}
         # A table that varies a setting has no place for runs that do not.
@@ -375,4 +382,4 @@ def accuracy_table(
     for key in sorted(found) if spec.others else ():
         heading = f"{MODEL_TITLES.get(key[0], key[0])}: {block_title(key, standards)[0]}"
         made.append(_block(spec, key[0], printed, heading, key[1], found[key], False, known))
-    return Table(spec.number, spec.title, made, list(notes))
+    return made, [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]

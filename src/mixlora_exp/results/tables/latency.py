@@ -15,9 +15,8 @@ from mixlora_exp.records.record import read_record
 from mixlora_exp.results.headings import told_apart
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
 from mixlora_exp.results.runs import LeftOut
-from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, dash, number, paper
-
-__all__ = ["latency_table", "load_benchmarks"]
+from mixlora_exp.results.tables.parts import Block, Cell, Row, dash, number, paper
+from mixlora_exp.results.tables.registry import PAPER, Made, Sources, table
 
 PAPER_COLUMNS = (
     "train_forward_us", "train_forward_pct", "train_backward_us", "train_backward_pct",
@@ -166,9 +165,9 @@ def _measured(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> tuple[C
     return tuple(cells)
 
 
-def _paper_block(folder: Path, table: int) -> Block:
+def _paper_block(table: int) -> Block:
     rows = []
-    for line in read_paper(folder, table).lines:
+    for line in read_paper(PAPER, table).lines:
         label = METHOD_TITLES[line["method"]]
         if line["optimized"]:
             label += " (optimised)" if line["optimized"] == "yes" else " (not optimised)"
@@ -203,11 +202,23 @@ def _block(record: Mapping[str, Any]) -> Block:
     return Block(heading, ("method", "models"), COLUMNS, tuple(rows), run=True, notes=notes)
 
 
-def latency_table(folder: Path, table: int, records: Sequence[Mapping[str, Any]]) -> Table:
-    """Table 6 (LLaMA-2 7B, and models that the paper does not have) or 7 (Gemma 2B)."""
-    mine = [r for r in records if r["config"]["model"] == MODELS[table]]
-    if table == 6:
-        mine += [r for r in records if r["config"]["model"] not in MODELS.values()]
+TITLE = "Time and memory of a step, "
+
+
+@table(6, TITLE + MODEL_TITLES["llama2_7b"])
+def of_llama(sources: Sources) -> Made:
+    """Also models that the paper does not have."""
+    own = [r for r in sources.benchmarks if r["config"]["model"] == "llama2_7b"]
+    others = [r for r in sources.benchmarks if r["config"]["model"] not in MODELS.values()]
+    return _made(6, own + others)
+
+
+@table(7, TITLE + MODEL_TITLES["gemma_2b"])
+def of_gemma(sources: Sources) -> Made:
+    return _made(7, [r for r in sources.benchmarks if r["config"]["model"] == "gemma_2b"])
+
+
+def _made(number: int, mine: Sequence[Mapping[str, Any]]) -> Made:
     made = [_block(record) for record in mine]
     details = [
         {"rounds": r["config"].get("rounds"), "commit": r["provenance"]["git"]["commit"][:8]}
@@ -216,7 +227,7 @@ def latency_table(folder: Path, table: int, records: Sequence[Mapping[str, Any]]
     headings = told_apart([block.heading for block in made], details)
     headings = told_apart(headings, [{"record": r["name"]} for r in mine])
     blocks = [
-        _paper_block(folder, table),
+        _paper_block(number),
         *(dataclasses.replace(b, heading=h) for b, h in zip(made, headings, strict=True)),
     ]
     notes = [
@@ -228,5 +239,4 @@ def latency_table(folder: Path, table: int, records: Sequence[Mapping[str, Any]]
         "The paper's text gives 30 % lower latency for the optimised form; its own Table 6 gives "
         "13.6 % in the forward pass (535.2 to 462.5 us).",
     ]
-    title = f"Time and memory of a step, {MODEL_TITLES[MODELS[table]]}"
-    return Table(table, title, blocks, notes)
+    return blocks, notes

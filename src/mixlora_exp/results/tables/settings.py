@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from mixlora_exp.results.paper import TASK_TITLES, read_paper
-from mixlora_exp.results.runs import Run
-from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, dash
+from mixlora_exp.results.tables.parts import Block, Cell, Row, dash
+from mixlora_exp.results.tables.registry import PAPER, Made, Sources, table
 from mixlora_exp.tasks import TASKS
-
-__all__ = ["data_table", "hyperparameter_table"]
 
 SHORT = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
          "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # fmt: skip
@@ -48,11 +45,11 @@ def _same(printed: str, own: str) -> bool:
         return sorted(printed.split(",")) == sorted(own.split(","))
 
 
-def hyperparameter_table(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Table 3. `configs`: the composed default run of each method."""
-    rows, differing = [], []
+@table(3, "Hyperparameters")
+def hyperparameters(sources: Sources) -> Made:
+    configs, rows, differing = sources.composed(), [], []
     lora, mixlora = _resolved(configs["lora"]), _resolved(configs["mixlora"])
-    for line in read_paper(folder, 3).lines:
+    for line in read_paper(PAPER, 3).lines:
         name = line["hyperparameter"]
         cells = []
         for column, own in (("lora_dora", lora), ("mixlora_mixdora", mixlora)):
@@ -70,33 +67,34 @@ def hyperparameter_table(folder: Path, configs: Mapping[str, Mapping[str, Any]])
         "examples per optimizer step in micro-batches of 8, which are 2 accumulation steps."
     )
     block = Block("Hyperparameters", ("hyperparameter",), columns, tuple(rows))
-    return Table(3, "Hyperparameters", [block], notes)
+    return [block], notes
 
 
-def data_table(folder: Path, runs: Sequence[Run]) -> Table:
-    """Table 4: the paper's sizes, those of the published splits, and those that runs have read."""
+@table(4, "Data sets")
+def data_sets(sources: Sources) -> Made:
+    """The paper's sizes, those of the published splits, and those that runs have read."""
     read: dict[tuple[str, str, str], set[int]] = {}
-    for run in runs:
+    for run in sources.runs:
         for split, files in run.record["data"].items():
             task, _, part = split.partition("/")
             source = run.scored["data"]["name"]
             read.setdefault((task, part, source), set()).add(sum(f["rows"] for f in files))
-    sources = sorted({source for _, _, source in read})
+    origins = sorted({source for _, _, source in read})
     rows = []
-    for line in read_paper(folder, 4).lines:
+    for line in read_paper(PAPER, 4).lines:
         task = TASKS[line["task"]]
         cells = [_text(line[name]) for name in ("domain", "type")]
         cells.append(_text(task.kind))
         for part in ("train", "test"):
             cells += [_text(f"{int(line[part]):,}"), _text(f"{task.sizes[part]:,}")]
-            for source in sources:
+            for source in origins:
                 counts = sorted(read.get((task.name, part, source), ()))
                 cells.append(_text(" or ".join(f"{count:,}" for count in counts)))
         rows.append(Row((TASK_TITLES[task.name],), tuple(cells)))
     columns = ["domain", "type: paper", "here"]
     for part in ("train", "test"):
         columns += [f"{part}: paper", "published"]
-        columns += [f"read, data={source}" for source in sources]
+        columns += [f"read, data={source}" for source in origins]
     notes = [
         "The paper rounds the sizes of ARC and PIQA. Its WinoGrande training set is the debiased "
         "one. BoolQ, PIQA, SIQA, HellaSwag and WinoGrande are scored on the validation split, "
@@ -105,4 +103,4 @@ def data_table(folder: Path, runs: Sequence[Run]) -> Table:
         "data=embedded are generated tasks, not the benchmarks.",
     ]
     block = Block("Data sets", ("task",), tuple(columns), tuple(rows), run=bool(read))
-    return Table(4, "Data sets", [block], notes)
+    return [block], notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
@@ -14,9 +14,8 @@ from mixlora_exp.records.spikes import spikes
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import Run, circumstances
-from mixlora_exp.results.tables.parts import Block, Cell, Row, Table, number
-
-__all__ = ["FACTORS", "stability_table"]
+from mixlora_exp.results.tables.parts import Block, Cell, Row, number
+from mixlora_exp.results.tables.registry import Made, Sources, table
 
 FACTORS = (
     "trainer.loss_on", "trainer.padding_in_loss", "trainer.learning_rate", "trainer.schedule",
@@ -80,12 +79,13 @@ def _label(values: Values, base: Values) -> str:
     return ", ".join(odd) or "as trained by default"
 
 
-def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One block per group of runs that differ in `FACTORS` alone. `defaults`: the composed run of
-    each method, as a dictionary; a group without a run of these values has no base and is left
-    out."""
+@table(11, "Stability of training")
+def stability(sources: Sources) -> Made:
+    """One block per group of runs that differ in `FACTORS` alone; a group without a run of the
+    default values has no base and is left out."""
+    defaults = {name: config for name, config in sources.composed().items() if name != "none"}
     groups: dict[str, dict[Values, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
-    for run in sorted(runs, key=lambda run: run.name):
+    for run in sorted(sources.runs, key=lambda run: run.name):
         if run.method not in defaults or run.rescored:
             continue
         if run.record["train"].get("stability"):
@@ -120,4 +120,4 @@ def stability_table(runs: Sequence[Run], defaults: Mapping[str, Mapping[str, Any
         "times the largest of the twenty steps before it (in the beginning of as many as there "
         "are, if they are four); spikes are summed over the seeds.",
     ]
-    return Table(11, "Stability of training", blocks, notes)
+    return blocks, notes

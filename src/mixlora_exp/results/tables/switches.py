@@ -14,15 +14,14 @@ from statistics import mean
 from typing import Any
 
 from mixlora_exp.config.switches import SWITCHES
-from mixlora_exp.results.cells import Blocks, Key, Standards, block_title
+from mixlora_exp.results.cells import Key, block_title
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import Run
 from mixlora_exp.results.statistics import estimate
 from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, difference
-from mixlora_exp.results.tables.parts import Block, Row, Table, dash, number, ours
-
-__all__ = ["switch_table"]
+from mixlora_exp.results.tables.parts import Block, Row, dash, number, ours
+from mixlora_exp.results.tables.registry import Made, Sources, table
 
 Diff = tuple[tuple[str, Any], ...]
 """Switches that are not as in `preset=correct`, with their values."""
@@ -143,14 +142,10 @@ def _plain_first(entry: tuple[Key, Sequence[Run]]) -> tuple[bool, Key]:
     return json.loads(entry[0][2]).get("preset") != "correct", entry[0]
 
 
-def switch_table(
-    found: Blocks,
-    standards: Standards,
-    correct: Mapping[str, Any],
-    official: Mapping[str, Any],
-) -> Table:
-    """One block per group of runs in which switches alone differ. `correct`, `official`: the
-    composed run of each method under the preset, as dictionaries."""
+@table(10, "Switches of the official packages, one at a time")
+def switches(sources: Sources) -> Made:
+    """One block per group of runs in which switches alone differ."""
+    correct, official = sources.composed(), sources.composed("official")
     own = {method: _standard(correct, method) for method in METHOD_TITLES if method in correct}
     presets = {
         "official": {
@@ -163,7 +158,7 @@ def switch_table(
     groups: dict[tuple[str, str], dict[Diff, dict[int, Run]]] = defaultdict(
         lambda: defaultdict(dict)
     )
-    for (_, protocol, _), runs in sorted(found.runs.items(), key=_plain_first):
+    for (_, protocol, _), runs in sorted(sources.blocks.runs.items(), key=_plain_first):
         for run in runs:
             # A method of the user's own has no line here, and a value that the official packages
             # do not have (a sweep over the coefficient) belongs to another table, unless a preset
@@ -186,7 +181,7 @@ def switch_table(
             (t, protocol) in run.scores for members in variants.values() for run in members
         )]  # fmt: skip
         conditions = json.dumps(base[0].conditions(protocol), sort_keys=True)
-        title = block_title((base[0].model, protocol, conditions), standards)[0]
+        title = block_title((base[0].model, protocol, conditions), sources.standards)[0]
         mix = ", ".join(TASK_TITLES[t] for t in TASK_TITLES if t in base[0].mix)
         model, method = MODEL_TITLES.get(base[0].model, base[0].model), base[0].method
         rows: list[Row] = []
@@ -209,4 +204,4 @@ def switch_table(
         "Student's interval over seeds. Better or worse stands only where the interval leaves out "
         "zero. Log-likelihoods are in nats, means over items.",
     ]
-    return Table(10, "Switches of the official packages, one at a time", blocks, notes)
+    return blocks, notes

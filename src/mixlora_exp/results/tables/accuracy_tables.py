@@ -1,0 +1,141 @@
+"""Tables 1, 2, 5, 8 and 9: which runs and lines each of them takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from mixlora_exp.config.parameters import count_parameters
+from mixlora_exp.results.cells import Standards, deviations
+from mixlora_exp.results.paper import TASKS
+from mixlora_exp.results.runs import Run
+from mixlora_exp.results.tables.accuracy import Spec, Variant, accuracy_table
+from mixlora_exp.results.tables.registry import Made, Sources, table
+
+MULTI = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
+ABLATION = ("arc_e", "arc_c", "boolq", "obqa")
+RANKS = ("2", "4", "8", "16", "32")
+COEFFICIENTS = ("0", "1e-3", "1e-2", "1e-1")
+
+
+def _single(mix: tuple[str, ...], task: str) -> bool:
+    return mix == (task,)
+
+
+def _five(mix: tuple[str, ...], task: str) -> bool:
+    return sorted(mix) == sorted(MULTI)
+
+
+def _eight(mix: tuple[str, ...], task: str) -> bool:
+    return sorted(mix) == sorted(TASKS)
+
+
+def _of_table_3(run: Run, standards: Standards) -> str | None:
+    return None if deviations(run, standards) else ""
+
+
+def _rank(run: Run, standards: Standards) -> str | None:
+    """Runs that differ in the rank alone (their alpha stays, or grows with it)."""
+    found = deviations(run, standards)
+    experts = run.method in ("mixlora", "mixdora")
+    if not experts or set(found) - {"rank", "alpha"} or ("alpha" in found and "rank" not in found):
+        return None
+    rank = run.trained["method"]["rank"]
+    if "alpha" in found and found["alpha"] != 2 * rank:
+        return None
+    return f"r={rank}" + (f" alpha={found['alpha']:g}" if "alpha" in found else "")
+
+
+def _coefficient(run: Run, standards: Standards) -> str | None:
+    found = deviations(run, standards)
+    if run.method not in ("mixlora", "mixdora") or set(found) - {"router_loss_coef"}:
+        return None
+    return f"coef={_short(run.trained['method']['router_loss_coef'])}"
+
+
+def _short(value: float) -> str:
+    return next((text for text in COEFFICIENTS if float(text) == value), f"{value:g}")
+
+
+def _params(sources: Sources) -> Callable[[str, Variant], tuple[float, float] | None]:
+    """(percent in the paper's denominator, percent of all weights), exact."""
+    models, defaults = sources.models, sources.defaults["correct"]
+
+    def count(model: str, variant: Variant) -> tuple[float, float] | None:
+        if model not in models or variant.method not in defaults or variant.method == "none":
+            return None
+        method = defaults[variant.method].method
+        if variant.value.startswith("r="):
+            rank = int(variant.value.removeprefix("r=").split()[0])
+            method = dataclasses.replace(method, rank=rank)
+        found = count_parameters(models[model], method)
+        return (found.percent_paper or 0.0, found.percent_true)
+
+    return count
+
+
+def _setup_line(model: str, variant: Variant) -> dict[str, str] | None:
+    if variant.setup not in ("ST", "MT"):
+        return None
+    return {"model": model, "method": variant.method, "setup": variant.setup}
+
+
+def _single_line(model: str, variant: Variant) -> dict[str, str] | None:
+    return {"model": model, "method": variant.method} if variant.setup == "ST" else None
+
+
+def _sweep_line(column: str, prefix: str) -> Callable[[str, Variant], dict[str, str] | None]:
+    def key(model: str, variant: Variant) -> dict[str, str] | None:
+        if variant.setup != "ST" or variant.method not in ("mixlora", "mixdora"):
+            return None
+        value = variant.value.removeprefix(prefix)
+        return {"model": model, "method": variant.method, column: value}
+
+    return key
+
+
+@table(1, "Accuracy (%) of single-task training")
+def single_task(sources: Sources) -> Made:
+    models = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
+    # Mixtures of five stand in Tables 2 and 5.
+    setups = {"ST": _single, "eight mixed": _eight}
+    spec = Spec(TASKS, setups, _of_table_3, _single_line, models, params=_params(sources))
+    return accuracy_table(1, spec, sources)
+
+
+@table(2, "Accuracy (%) of multi-task training, LLaMA-2 7B")
+def multi_task(sources: Sources) -> Made:
+    models, setups = ("llama2_7b",), {"ST": _single, "MT": _five}
+    spec = Spec(MULTI, setups, _of_table_3, _setup_line, models, params=_params(sources))
+    return accuracy_table(2, spec, sources)
+
+
+@table(5, "Accuracy (%) of multi-task training, Gemma 2B")
+def multi_task_gemma(sources: Sources) -> Made:
+    spec = Spec(
+        MULTI, {"ST": _single, "MT": _five}, _of_table_3, _setup_line, ("gemma_2b",),
+        params=_params(sources), others=False,
+    )  # fmt: skip
+    return accuracy_table(5, spec, sources)
+
+
+EITHER = {"ST": _single, "five mixed": _five, "eight mixed": _eight}
+
+
+@table(8, "Accuracy (%) by rank")
+def ranks(sources: Sources) -> Made:
+    values, line = tuple(f"r={rank}" for rank in RANKS), _sweep_line("rank", "r=")
+    spec = Spec(
+        ABLATION, EITHER, _rank, line, ("llama2_7b",), values, params=_params(sources)
+    )  # fmt: skip
+    return accuracy_table(8, spec, sources)
+
+
+@table(9, "Accuracy (%) by router loss coefficient")
+def coefficients(sources: Sources) -> Made:
+    values = tuple(f"coef={value}" for value in COEFFICIENTS)
+    line = _sweep_line("router_loss_coef", "coef=")
+    spec = Spec(
+        ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, params=_params(sources)
+    )  # fmt: skip
+    return accuracy_table(9, spec, sources)

@@ -1,0 +1,81 @@
+"""Which tables there are: each registers itself with its number and its title.
+
+`build.py` makes them all, `results/tables/README.md` lists them, and the scripts write them; none
+of these names a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from mixlora_exp.config import to_dict
+from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.schema import Config, ModelConfig
+from mixlora_exp.results import tables
+from mixlora_exp.results.cells import Blocks, Standards
+from mixlora_exp.results.runs import Run
+from mixlora_exp.results.tables.parts import Block, Table
+
+PAPER = RESULTS / "paper"
+"""The paper's figures, as `results.paper.read_paper` reads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All that a table may be made of.
+
+    runs: those that stand in tables, by name. blocks: the same, those that may be compared with one
+    another together. standards: the defaults that they are compared with. benchmarks: the records
+    in `results/bench`. defaults: by preset (`correct`, `official`) and method, the composed run.
+    models: by name, each model that has a title.
+    """
+
+    runs: Sequence[Run]
+    blocks: Blocks
+    standards: Standards
+    benchmarks: Sequence[Mapping[str, Any]]
+    defaults: Mapping[str, Mapping[str, Config]]
+    models: Mapping[str, ModelConfig]
+
+    def composed(self, preset: str = "correct") -> dict[str, dict[str, Any]]:
+        """The defaults under a preset as dictionaries, by method; the base model is `none`."""
+        return {name: to_dict(config) for name, config in self.defaults[preset].items()}
+
+
+Made = tuple[Sequence[Block], Sequence[str]]
+"""Blocks of lines, and notes in Markdown."""
+Maker = Callable[[Sources], Made]
+_MAKERS: dict[int, tuple[str, Maker]] = {}
+
+
+def table(number: int, title: str) -> Callable[[Maker], Maker]:
+    """Register a function that makes a table; `docs/extending/table.md` has an example. The paper's
+    own have the numbers 1 to 9.
+
+    Raises:
+        ValueError: another table has the number.
+    """
+
+    def register(make: Maker) -> Maker:
+        if number in _MAKERS:
+            raise ValueError(f"table {number} is {_MAKERS[number][0]!r}: choose another number")
+        _MAKERS[number] = title, make
+        return make
+
+    return register
+
+
+def registered() -> dict[int, tuple[str, Maker]]:
+    """Title and maker of each table, by number; the files in this folder are imported."""
+    for module in iter_modules(tables.__path__):
+        import_module(f"{tables.__name__}.{module.name}")
+    return dict(sorted(_MAKERS.items()))
+
+
+def make_tables(sources: Sources) -> dict[int, Table]:
+    """All tables, by number."""
+    return {n: Table(n, title, *make(sources)) for n, (title, make) in registered().items()}
