@@ -24,14 +24,14 @@ OUTPUTS = Path("outputs")
 
 
 @dataclass(slots=True, kw_only=True)
-class Settings:
+class CollectOptions:
     source: str | None = None
     target: str | None = None
     force: bool = False
 
 
 def run(arguments: Sequence[str]) -> int:
-    settings = options(Settings, arguments)
+    settings = options(CollectOptions, arguments)
     target = Path(settings.target) if settings.target else RESULTS / "runs"
     source = OUTPUTS if settings.source is None else Path(settings.source)
     found = Collected()

@@ -16,12 +16,12 @@ from mixlora_exp.system.guarded import guarded
 
 
 @dataclass(slots=True, kw_only=True)
-class Settings:
+class FiguresOptions:
     output: str | None = None
 
 
 def run(arguments: Sequence[str]) -> None:
-    settings = options(Settings, arguments)
+    settings = options(FiguresOptions, arguments)
     folder = Path(settings.output) if settings.output else RESULTS / "figures"
     for name in draw_figures(gather(), folder):
         print(f"{folder / name}.png, .svg")

@@ -14,7 +14,7 @@ from mixlora_exp.config.places import RESULTS
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import PACKED
 from mixlora_exp.results.power import average_item_error, seed_spread, smallest_detectable
-from mixlora_exp.results.runs import Run, check_run, read_rows
+from mixlora_exp.results.runs import RecordedRun, check_run, read_rows
 from mixlora_exp.system.guarded import guarded
 from mixlora_exp.tasks import TASKS
 
@@ -22,12 +22,12 @@ RUNS = RESULTS / "runs"
 DEFAULTS = {"a": "", "b": "", "tasks": "", "seeds": "3", "changed": "0.03", "factor": "1"}
 
 
-def _right(run: Run, task: str) -> dict[str, bool]:
+def _right(run: RecordedRun, task: str) -> dict[str, bool]:
     rows = read_rows(run, task, "answer_text")
     return {key: row["prediction_normalized"] == row["answer"] for key, row in rows.items()}
 
 
-def _discordant(a: Run, b: Run, task: str) -> float:
+def _discordant(a: RecordedRun, b: RecordedRun, task: str) -> float:
     first, second = _right(a, task), _right(b, task)
     if first.keys() != second.keys():
         raise UserError(f"{a.name} and {b.name} were scored on different items of {task}")

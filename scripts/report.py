@@ -17,12 +17,12 @@ from mixlora_exp.system.guarded import guarded
 
 
 @dataclass(slots=True, kw_only=True)
-class Settings:
+class ReportOptions:
     output: str | None = None
 
 
 def run(arguments: Sequence[str]) -> None:
-    settings = options(Settings, arguments)
+    settings = options(ReportOptions, arguments)
     folder = Path(settings.output) if settings.output else RESULTS
     print(f"written: {write_report(gather(), folder)}")
 

@@ -19,14 +19,14 @@ from mixlora_exp.system.guarded import MISTAKE, guarded
 
 
 @dataclass(slots=True, kw_only=True)
-class Settings:
+class TablesOptions:
     check: bool = False
     runs: list[str] | None = None
     output: str | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
-    settings = options(Settings, arguments)
+    settings = options(TablesOptions, arguments)
     if settings.runs is not None and settings.output is None:
         raise UserError("runs=[...] makes tables of some runs alone: give output=DIR for them")
     folder = Path(settings.output) if settings.output else RESULTS / "tables"

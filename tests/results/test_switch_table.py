@@ -11,7 +11,7 @@ import pytest
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.build import gather
-from mixlora_exp.results.tables.parts import Block, Cell
+from mixlora_exp.results.tables.parts import Block, Entry
 
 Write = Callable[..., Path]
 WORDS = [
@@ -37,7 +37,7 @@ def likelihoods(folder: Path, shift: float) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def cell(block: Block, label: str, row: str, column: str = "ARC-e") -> Cell:
+def cell(block: Block, label: str, row: str, column: str = "ARC-e") -> Entry:
     found = {r.label: r for r in block.rows}[label, row]
     return found.cells[block.columns.index(column)]
 

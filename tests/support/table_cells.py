@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mixlora_exp.records.record import read_record
 from mixlora_exp.results.build import RESULTS
-from mixlora_exp.results.tables.parts import Block, Cell, Table
+from mixlora_exp.results.tables.parts import Block, Entry, Table
 
 PAPER = RESULTS / "paper"
 FIVE = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
@@ -21,7 +21,7 @@ def block(table: Table, *words: str) -> Block:
     return found[0]
 
 
-def row(found: Block, *label: str) -> dict[str, Cell]:
+def row(found: Block, *label: str) -> dict[str, Entry]:
     (line,) = [line for line in found.rows if line.label == label]
     return dict(zip(found.columns, line.cells, strict=True))
 

@@ -30,7 +30,7 @@ from mixlora_exp.results.runs import (
     TRAINER_FIELDS,
     TRAINING_DATA_FIELDS,
     LeftOut,
-    Run,
+    RecordedRun,
     load_runs,
 )
 from mixlora_exp.results.tables.latency import load_benchmarks
@@ -54,7 +54,7 @@ class Results:
     """Everything that stands in `folder`, read and put in order."""
 
     folder: Path
-    runs: Sequence[Run]
+    runs: Sequence[RecordedRun]
     blocks: Blocks
     standards: Standards
     benchmarks: Sequence[Mapping[str, Any]]
@@ -101,8 +101,8 @@ def _standard(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig]
 
 
 def _chosen(
-    runs: Sequence[Run], left_out: Sequence[LeftOut], names: Sequence[str] | None
-) -> list[Run]:
+    runs: Sequence[RecordedRun], left_out: Sequence[LeftOut], names: Sequence[str] | None
+) -> list[RecordedRun]:
     """The runs that were asked for, which must be able to stand together."""
     if names is None:
         return list(runs)

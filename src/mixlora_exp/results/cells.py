@@ -15,7 +15,7 @@ from typing import Any
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.headings import word
-from mixlora_exp.results.runs import LeftOut, Run, predictions_sha256
+from mixlora_exp.results.runs import LeftOut, RecordedRun, predictions_sha256
 
 __all__ = [
     "Blocks",
@@ -65,7 +65,7 @@ class Standards:
         return {**found, **USUAL}
 
 
-def deviations(run: Run, standards: Standards) -> dict[str, Any]:
+def deviations(run: RecordedRun, standards: Standards) -> dict[str, Any]:
     """Fields of the method in which a run differs from Table 3's."""
     standard = standards.of(run.preset).methods[run.method]
     return {k: v for k, v in run.trained["method"].items() if standard.get(k, v) != v}
@@ -79,7 +79,7 @@ Key = tuple[str, str, str]
 class Blocks:
     """Runs that may stand together; each run's scores are those that have a place there."""
 
-    runs: Mapping[Key, Sequence[Run]]
+    runs: Mapping[Key, Sequence[RecordedRun]]
     left_out: Sequence[LeftOut]
 
 
@@ -87,17 +87,17 @@ def _key(conditions: Mapping[str, Any]) -> str:
     return json.dumps(conditions, sort_keys=True)
 
 
-def group_runs(runs: Iterable[Run]) -> Blocks:
+def group_runs(runs: Iterable[RecordedRun]) -> Blocks:
     """Blocks of runs that may stand together. A base model that was only scored stands in every
     block of the same scoring.
 
     Of two results for one cell and seed the one of the training run counts, or the first by name.
     Results that read other data under the same conditions are all left out.
     """
-    blocks: dict[Key, list[Run]] = defaultdict(list)
-    bases: list[tuple[Run, str]] = []
+    blocks: dict[Key, list[RecordedRun]] = defaultdict(list)
+    bases: list[tuple[RecordedRun, str]] = []
 
-    def renamed(run: Run) -> bool:
+    def renamed(run: RecordedRun) -> bool:
         # A run's folder ends with the beginning of its fingerprint.
         return not run.name.endswith(str(run.record.get("fingerprint"))[:10])
 
@@ -116,7 +116,7 @@ def group_runs(runs: Iterable[Run]) -> Blocks:
         ]
         for key in fitting or [(base.model, protocol, _key(own))]:
             blocks[key].append(base)
-    kept: dict[Key, list[Run]] = {}
+    kept: dict[Key, list[RecordedRun]] = {}
     left_out: list[LeftOut] = []
     for key, members in blocks.items():
         dropped = _conflicts(members, key[1])
@@ -126,11 +126,11 @@ def group_runs(runs: Iterable[Run]) -> Blocks:
     return Blocks({key: members for key, members in kept.items() if members}, left_out)
 
 
-def copies(runs: Iterable[Run]) -> dict[str, LeftOut]:
+def copies(runs: Iterable[RecordedRun]) -> dict[str, LeftOut]:
     """Runs, by name, whose predictions are those of a run of another seed, to the last digit of
     every score: a record that was copied and edited is no second seed."""
     found: dict[str, LeftOut] = {}
-    seen: dict[str, list[tuple[Run, dict[tuple[str, str], str]]]] = defaultdict(list)
+    seen: dict[str, list[tuple[RecordedRun, dict[tuple[str, str], str]]]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.rescored, run.name)):
         if run.method == "none":
             continue
@@ -155,7 +155,9 @@ def _fits(base: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
     return rows <= base.keys() and all(conditions.get(n) == value for n, value in base.items())
 
 
-def _without(run: Run, protocol: str, dropped: Mapping[tuple[str, str], LeftOut]) -> Run:
+def _without(
+    run: RecordedRun, protocol: str, dropped: Mapping[tuple[str, str], LeftOut]
+) -> RecordedRun:
     scores = {
         (task, own): score
         for (task, own), score in run.scores.items()
@@ -164,16 +166,16 @@ def _without(run: Run, protocol: str, dropped: Mapping[tuple[str, str], LeftOut]
     return dataclasses.replace(run, scores=scores)
 
 
-def _conflicts(members: Sequence[Run], protocol: str) -> dict[tuple[str, str], LeftOut]:
+def _conflicts(members: Sequence[RecordedRun], protocol: str) -> dict[tuple[str, str], LeftOut]:
     """(run, task) -> why that score has no place."""
     scored = [(run, task) for run in members for task, own in run.scores if own == protocol]
     found = _other_data(scored, protocol)
-    cells: dict[str, list[tuple[Run, str]]] = defaultdict(list)
+    cells: dict[str, list[tuple[RecordedRun, str]]] = defaultdict(list)
     for run, task in scored:
         parts = (run.trained["method"], sorted(run.mix), task)
         cells[json.dumps(parts, sort_keys=True)].append((run, task))
     for entries in cells.values():
-        seen: dict[int, Run] = {}
+        seen: dict[int, RecordedRun] = {}
         for run, task in entries:
             if (run.name, task) in found:
                 continue
@@ -185,11 +187,13 @@ def _conflicts(members: Sequence[Run], protocol: str) -> dict[tuple[str, str], L
     return found
 
 
-def _other_data(scored: Sequence[tuple[Run, str]], protocol: str) -> dict[tuple[str, str], LeftOut]:
+def _other_data(
+    scored: Sequence[tuple[RecordedRun, str]], protocol: str
+) -> dict[tuple[str, str], LeftOut]:
     """Scores that read other data than others of their block, whatever the method: they would be
     compared with one another."""
-    tested: dict[str, list[tuple[Run, str]]] = defaultdict(list)
-    trained: dict[tuple[str, ...], list[tuple[Run, str]]] = defaultdict(list)
+    tested: dict[str, list[tuple[RecordedRun, str]]] = defaultdict(list)
+    trained: dict[tuple[str, ...], list[tuple[RecordedRun, str]]] = defaultdict(list)
     for run, task in scored:
         tested[task].append((run, task))
         trained[tuple(sorted(run.mix))].append((run, task))
@@ -206,7 +210,7 @@ def _other_data(scored: Sequence[tuple[Run, str]], protocol: str) -> dict[tuple[
     return found
 
 
-def require_together(runs: Sequence[Run]) -> None:
+def require_together(runs: Sequence[RecordedRun]) -> None:
     """Refuse runs that must not share a cell; a base model only has to be scored like the others.
 
     Raises:
@@ -228,7 +232,7 @@ def require_together(runs: Sequence[Run]) -> None:
                 )
 
 
-def _described(run: Run) -> dict[str, Any]:
+def _described(run: RecordedRun) -> dict[str, Any]:
     protocols = sorted({protocol for _, protocol in run.scores})
     conditions = {n: v for p in protocols for n, v in run.conditions(p).items()}
     return {**conditions, "evaluation.protocols": protocols, "model.name": run.model}

@@ -13,7 +13,7 @@ from mixlora_exp.records.files import FORCED, PACKED, RECORD, has_file, name_of,
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.shape import NAME
 from mixlora_exp.results.objections import objections
-from mixlora_exp.results.runs import LeftOut, Run, check_run
+from mixlora_exp.results.runs import LeftOut, RecordedRun, check_run
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ def _collect(path: Path, target: Path, force: bool) -> bool:
     return new
 
 
-def _files(run: Run, reasons: list[str]) -> dict[str, bytes]:
+def _files(run: RecordedRun, reasons: list[str]) -> dict[str, bytes]:
     """What was checked: the record, files by the names that a run gives them, and the reasons
     against it where there are any."""
     names = [RECORD, *run.record["predictions"].values()]

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mixlora_exp.results.series import Curve, Load, Point, Sweep
+from mixlora_exp.results.series import Curve, Load, Point, SweptLine
 
 __all__ = ["curves_figure", "latency_figure", "load_figure", "save", "sweep_figure"]
 
@@ -75,7 +75,7 @@ def _wrapped(text: str, width: int = 88) -> str:
     return "\n".join([*lines, line])
 
 
-def sweep_figure(sweeps: Sequence[Sweep], setting: str) -> Figure:
+def sweep_figure(sweeps: Sequence[SweptLine], setting: str) -> Figure:
     """Figures 4a and 4b: average accuracy over the values of a setting, a panel per block."""
     # A setting that was not varied is no line.
     sweeps = [sweep for sweep in sweeps if len(sweep.values) > 1]

@@ -17,8 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mixlora_exp.errors import shown
 from mixlora_exp.records.files import PACKED, RECORD
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
-from mixlora_exp.results.runs import LeftOut, Run
-from mixlora_exp.results.tables.parts import Cell, Table
+from mixlora_exp.results.runs import LeftOut, RecordedRun
+from mixlora_exp.results.tables.parts import Entry, Table
 from mixlora_exp.results.tables.render import seeds
 
 __all__ = ["page"]
@@ -27,7 +27,7 @@ TEMPLATE = "report.html.j2"
 SHOWN_LINKS = 3
 
 
-def _links(cell: Cell, numbers: Mapping[str, int], results: str) -> list[tuple[str, str, str]]:
+def _links(cell: Entry, numbers: Mapping[str, int], results: str) -> list[tuple[str, str, str]]:
     """(short text, address, name) of the records that an entry comes from: a run's line in the list
     of records, a benchmark's file under `results`."""
     found = []
@@ -39,7 +39,7 @@ def _links(cell: Cell, numbers: Mapping[str, int], results: str) -> list[tuple[s
     return found
 
 
-def _run_entry(run: Run, number: int, results: str) -> dict[str, Any]:
+def _run_entry(run: RecordedRun, number: int, results: str) -> dict[str, Any]:
     origin = run.record["provenance"]
     hardware = origin["hardware"]
     train = run.record["train"]
@@ -74,7 +74,7 @@ def _figure(path: Path) -> dict[str, str]:
 
 def page(
     tables: Sequence[Table],
-    runs: Sequence[Run],
+    runs: Sequence[RecordedRun],
     figures: Sequence[Path],
     left_out: Sequence[LeftOut],
     results: str = "..",

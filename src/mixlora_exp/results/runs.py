@@ -23,7 +23,7 @@ from mixlora_exp.tasks import TASKS
 
 __all__ = [
     "LeftOut",
-    "Run",
+    "RecordedRun",
     "check_run",
     "circumstances",
     "filled",
@@ -92,7 +92,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RecordedRun:
     """One record, which stands at `path`.
 
     `trained` is the configuration of the training run (of another record, when an adapter was
@@ -226,7 +226,7 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"preset": {"name": "correct"}, **config, **later}
 
 
-def _placed(path: Path, force: bool) -> Run:
+def _placed(path: Path, force: bool) -> RecordedRun:
     record = read_run(path)
     if record.get("status") != "finished":
         raise UserError(f"status={record.get('status')}: it is not finished")
@@ -239,10 +239,10 @@ def _placed(path: Path, force: bool) -> Run:
     if record.get("adapter") is not None:
         trained = filled(record["adapter"]["trained_by"]["config"])
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
-    return Run(name_of(path), path, record, trained, scored, scores)
+    return RecordedRun(name_of(path), path, record, trained, scored, scores)
 
 
-def load_runs(folder: Path) -> tuple[list[Run], list[LeftOut]]:
+def load_runs(folder: Path) -> tuple[list[RecordedRun], list[LeftOut]]:
     """All runs in `folder`, packed or not, by name, and what had to be left out.
 
     Left out: a record that is cut off, edited, of another version or unfinished; one to which there
@@ -262,7 +262,7 @@ def load_runs(folder: Path) -> tuple[list[Run], list[LeftOut]]:
     return runs, left_out
 
 
-def check_run(path: Path, *, force: bool = False) -> Run:
+def check_run(path: Path, *, force: bool = False) -> RecordedRun:
     """Read one record and its predictions. `force`: whatever speaks against its code.
 
     Raises:
@@ -281,20 +281,20 @@ def check_run(path: Path, *, force: bool = False) -> Run:
     return run
 
 
-def read_predictions(run: Run, task: str, protocol: str) -> dict[str, bool]:
+def read_predictions(run: RecordedRun, task: str, protocol: str) -> dict[str, bool]:
     """Item -> whether it was answered rightly; see `read_rows` for what it raises."""
     rows = read_rows(run, task, protocol)
     return {key: row["prediction"] == row["answer"] for key, row in rows.items()}
 
 
-def read_items(run: Run, task: str, protocol: str, field: str) -> dict[str, float | None]:
+def read_items(run: RecordedRun, task: str, protocol: str, field: str) -> dict[str, float | None]:
     """Item -> a figure of it; `field`: `right`, or one of the predictions' own."""
     if field == "right":
         return {k: float(right) for k, right in read_predictions(run, task, protocol).items()}
     return {key: row.get(field) for key, row in read_rows(run, task, protocol).items()}
 
 
-def predictions_sha256(run: Run) -> dict[tuple[str, str], str]:
+def predictions_sha256(run: RecordedRun) -> dict[tuple[str, str], str]:
     """A hash of the predictions of each (task, protocol), scores included, however they are laid
     out."""
     texts = {key: json.dumps(read_rows(run, *key), sort_keys=True) for key in run.scores}
@@ -318,7 +318,7 @@ def _row(row: Any) -> dict[str, Any]:
     return row
 
 
-def read_rows(run: Run, task: str, protocol: str) -> dict[str, dict[str, Any]]:
+def read_rows(run: RecordedRun, task: str, protocol: str) -> dict[str, dict[str, Any]]:
     """Item -> its line among the predictions.
 
     Raises:

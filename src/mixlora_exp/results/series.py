@@ -10,14 +10,14 @@ from typing import Any
 
 from mixlora_exp.results.cells import Blocks, Standards, block_title, deviations
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES, read_paper
-from mixlora_exp.results.runs import Run
-from mixlora_exp.results.tables.parts import Cell, Table
+from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.tables.parts import Entry, Table
 
 __all__ = [
     "Curve",
     "Load",
     "Point",
-    "Sweep",
+    "SweptLine",
     "latency_points",
     "learning_curves",
     "loads",
@@ -26,19 +26,19 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class SweptLine:
     """Average accuracy over the values of one setting; a line per method and source."""
 
     title: str
     label: str
     values: tuple[str, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[Entry, ...]
     from_paper: bool
 
 
-def sweeps(table: Table, prefix: str) -> list[Sweep]:
+def sweeps(table: Table, prefix: str) -> list[SweptLine]:
     """Lines of Table 8 or 9 that vary a setting (`prefix`: "r=" or "coef="), by block."""
-    found: dict[tuple[str, ...], list[tuple[str, Cell]]] = {}
+    found: dict[tuple[str, ...], list[tuple[str, Entry]]] = {}
     for block in table.blocks:
         for row in block.rows:
             method, _, value = row.label[0].partition(" ")
@@ -54,7 +54,7 @@ def sweeps(table: Table, prefix: str) -> list[Sweep]:
     for (heading, method, setup, source), points in found.items():
         values, cells = zip(*sorted(points, key=lambda p: float(p[0])), strict=True)
         label = f"{method} {setup}, {source}"
-        made.append(Sweep(heading, label, values, cells, source == "paper"))
+        made.append(SweptLine(heading, label, values, cells, source == "paper"))
     return made
 
 
@@ -150,7 +150,7 @@ class Load:
     spread_within: tuple[float, ...]
 
 
-def _load(run: Run, protocol: str, title: str) -> Load | None:
+def _load(run: RecordedRun, protocol: str, title: str) -> Load | None:
     loads = {
         task: score["expert_load"]
         for (task, own), score in run.scores.items()
@@ -179,7 +179,7 @@ def loads(blocks: Blocks, standards: Standards) -> list[Load]:
     trained on the paper's five tasks or more, per block."""
     found = []
     for key, runs in blocks.runs.items():
-        first: dict[str, Run] = {}
+        first: dict[str, RecordedRun] = {}
         for run in sorted(runs, key=lambda run: (run.seed, run.name)):
             experts = run.method in ("mixlora", "mixdora")
             if experts and len(run.mix) >= MIXED and not deviations(run, standards):
@@ -203,7 +203,7 @@ class Curve:
     losses: tuple[float, ...]
 
 
-def learning_curves(runs: Sequence[Run]) -> list[Curve]:
+def learning_curves(runs: Sequence[RecordedRun]) -> list[Curve]:
     """Runs that logged at least three losses, by model and trained tasks."""
     found = []
     for run in runs:

@@ -20,10 +20,10 @@ from mixlora_exp.results.paper import (
     line_id,
     read_paper,
 )
-from mixlora_exp.results.runs import Run
+from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.statistics import estimate, estimate_average
 from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, average_difference, difference
-from mixlora_exp.results.tables.parts import Block, Cell, Row, dash, number, ours, paper
+from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, ours, paper
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources
 
 STUB = ("method", "setup", "row")
@@ -69,7 +69,7 @@ PAPER_PROTOCOL = "label_logits"
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class AccuracySpec:
     """How one of the tables picks runs and lines.
 
     `setups`: name of each setup and whether a mixture (the trained tasks, given the scored one)
@@ -79,7 +79,7 @@ class Spec:
 
     tasks: tuple[str, ...]
     setups: Mapping[str, Callable[[tuple[str, ...], str], bool]]
-    varied: Callable[[Run, Standards], str | None]
+    varied: Callable[[RecordedRun, Standards], str | None]
     paper_key: Callable[[str, Variant], dict[str, str] | None]
     models: tuple[str, ...]
     values: tuple[str, ...] = ("",)
@@ -88,7 +88,7 @@ class Spec:
     params: Callable[[str, Variant], tuple[float, float] | None] = lambda model, variant: None
 
 
-def _variants(spec: Spec) -> Iterator[Variant]:
+def _variants(spec: AccuracySpec) -> Iterator[Variant]:
     for method in METHODS:
         for value in spec.values:
             if value == "" or method in ("mixlora", "mixdora"):
@@ -97,10 +97,10 @@ def _variants(spec: Spec) -> Iterator[Variant]:
 
 
 def _members(
-    spec: Spec, runs: Sequence[Run], standards: Standards
-) -> dict[Variant, dict[str, list[Run]]]:
+    spec: AccuracySpec, runs: Sequence[RecordedRun], standards: Standards
+) -> dict[Variant, dict[str, list[RecordedRun]]]:
     """Runs by line and task."""
-    found: dict[Variant, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[Variant, dict[str, list[RecordedRun]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for task in {task for task, _ in run.scores}:
             if task not in spec.tasks:
@@ -115,11 +115,11 @@ def _members(
     return found
 
 
-def _names(runs: Iterable[Run]) -> tuple[str, ...]:
+def _names(runs: Iterable[RecordedRun]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(run.name for run in runs))
 
 
-def _cell(runs: Sequence[Run], task: str, protocol: str, field: str) -> Cell:
+def _cell(runs: Sequence[RecordedRun], task: str, protocol: str, field: str) -> Entry:
     if not runs:
         return dash
     scores = [run.scores[task, protocol] for run in runs]
@@ -132,8 +132,8 @@ def _cell(runs: Sequence[Run], task: str, protocol: str, field: str) -> Cell:
 
 
 def _average(
-    members: Mapping[str, list[Run]], tasks: Sequence[str], protocol: str, field: str
-) -> Cell:
+    members: Mapping[str, list[RecordedRun]], tasks: Sequence[str], protocol: str, field: str
+) -> Entry:
     """Over all tasks of the table, or a dash: an average of fewer tasks is another figure."""
     if any(not members.get(task) for task in tasks):
         return dash
@@ -152,8 +152,8 @@ def _average(
 
 def _line(
     label: tuple[str, ...],
-    members: Mapping[str, list[Run]],
-    spec: Spec,
+    members: Mapping[str, list[RecordedRun]],
+    spec: AccuracySpec,
     protocol: str,
     field: str,
 ) -> Row:
@@ -171,15 +171,15 @@ def _difference(label: tuple[str, ...], first: Row, second: Row) -> Row:
             continue
         low, high = (None if v is None else v - b.value for v in (a.low, a.high))
         value, records = a.value - b.value, tuple(dict.fromkeys(a.records + b.records))
-        cells.append(Cell("difference", value, low=low, high=high, signed=True, records=records))
+        cells.append(Entry("difference", value, low=low, high=high, signed=True, records=records))
     return Row(label, tuple(cells))
 
 
 def _versus(
     label: tuple[str, ...],
-    members: Mapping[str, list[Run]],
-    baseline: Mapping[str, list[Run]],
-    spec: Spec,
+    members: Mapping[str, list[RecordedRun]],
+    baseline: Mapping[str, list[RecordedRun]],
+    spec: AccuracySpec,
     protocol: str,
     field: str = RIGHT,
 ) -> Iterator[Row]:
@@ -194,7 +194,7 @@ def _versus(
 
 
 def _counted(
-    spec: Spec, model: str, variant: Variant, runs: Iterable[Run]
+    spec: AccuracySpec, model: str, variant: Variant, runs: Iterable[RecordedRun]
 ) -> tuple[float, float] | None:
     """#Params as (percent in the paper's denominator, percent of all weights): as the records have
     it, none where they differ; of the shape in conf/model where nothing was run."""
@@ -209,8 +209,12 @@ def _counted(
 
 
 def _params(
-    spec: Spec, model: str, variant: Variant, printed: str | None, runs: Iterable[Run]
-) -> tuple[Cell, Cell]:
+    spec: AccuracySpec,
+    model: str,
+    variant: Variant,
+    printed: str | None,
+    runs: Iterable[RecordedRun],
+) -> tuple[Entry, Entry]:
     counted = _counted(spec, model, variant, runs)
     if counted is None:
         return paper(printed), dash
@@ -218,16 +222,16 @@ def _params(
     text = f"{true_percent:.3f} of all"
     if paper_percent:
         text = f"{paper_percent:.3f}; {text}"
-    return paper(printed), Cell("text", text=text)
+    return paper(printed), Entry("text", text=text)
 
 
 def _block(
-    spec: Spec,
+    spec: AccuracySpec,
     model: str,
     printed: PaperTable,
     heading: str,
     protocol: str,
-    members: Mapping[Variant, Mapping[str, list[Run]]],
+    members: Mapping[Variant, Mapping[str, list[RecordedRun]]],
     beside_paper: bool,
     known: Sequence[Contradiction],
 ) -> Block:
@@ -271,9 +275,9 @@ def _block(
 
 
 def _further(
-    spec: Spec,
+    spec: AccuracySpec,
     variant: Variant,
-    members: Mapping[Variant, Mapping[str, list[Run]]],
+    members: Mapping[Variant, Mapping[str, list[RecordedRun]]],
     protocol: str,
 ) -> Iterator[Row]:
     """Other statistics of a line that was run."""
@@ -294,11 +298,11 @@ def _further(
 
 
 def _single_multi(
-    spec: Spec,
+    spec: AccuracySpec,
     printed: PaperTable,
     model: str,
     lines: Mapping[Variant, tuple[Row | None, Row]],
-    members: Mapping[Variant, Mapping[str, list[Run]]],
+    members: Mapping[Variant, Mapping[str, list[RecordedRun]]],
     protocol: str,
 ) -> Iterator[Row]:
     """MT minus ST: as the paper prints it, recomputed from its own figures, and ours."""
@@ -334,14 +338,14 @@ def _agree(printed: str, computed: float | None) -> bool:
 
 
 def _baselines(
-    spec: Spec, members: Mapping[Variant, Mapping[str, list[Run]]], protocol: str
+    spec: AccuracySpec, members: Mapping[Variant, Mapping[str, list[RecordedRun]]], protocol: str
 ) -> Iterator[Row]:
     """The base model alone, the majority class and chance, from any run of the same items."""
     if BASE in members:
         yield _line(("base model", "-", "ours"), members[BASE], spec, protocol, "accuracy")
         likelihood = ("base model", "-", "log-likelihood of the gold answer")
         yield _line(likelihood, members[BASE], spec, protocol, "gold_log_likelihood")
-    one: dict[str, list[Run]] = {}
+    one: dict[str, list[RecordedRun]] = {}
     for by_task in members.values():
         for task, runs in by_task.items():
             one.setdefault(task, runs[:1])
@@ -352,18 +356,18 @@ def _baselines(
         yield Row((title, "-", ""), (dash, *cells, average))
 
 
-def _plain(runs: Sequence[Run] | None, task: str, protocol: str, field: str) -> Cell:
+def _plain(runs: Sequence[RecordedRun] | None, task: str, protocol: str, field: str) -> Entry:
     if not runs:
         return dash
     return number(100 * runs[0].scores[task, protocol][field], records=_names(runs))
 
 
-def accuracy_table(number: int, spec: Spec, sources: Sources) -> Made:
+def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
     """The paper's models first, each with what was run of it in full; then every other block of
     runs under its own conditions."""
     printed, standards = read_paper(PAPER, number), sources.standards
     known = list(contradictions(PAPER, number))
-    found: dict[Key, Mapping[Variant, dict[str, list[Run]]]] = {}
+    found: dict[Key, Mapping[Variant, dict[str, list[RecordedRun]]]] = {}
     for key, runs in sources.blocks.runs.items():
         members = _members(spec, runs, standards)
         values = {variant.value for variant in members if variant.method in ("mixlora", "mixdora")}

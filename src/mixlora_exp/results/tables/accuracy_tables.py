@@ -8,8 +8,8 @@ from collections.abc import Callable
 from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.results.cells import Standards, deviations
 from mixlora_exp.results.paper import TASKS
-from mixlora_exp.results.runs import Run
-from mixlora_exp.results.tables.accuracy import Spec, Variant, accuracy_table
+from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.tables.accuracy import AccuracySpec, Variant, accuracy_table
 from mixlora_exp.results.tables.registry import Made, Sources, table
 
 MULTI = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
@@ -30,11 +30,11 @@ def _eight(mix: tuple[str, ...], task: str) -> bool:
     return sorted(mix) == sorted(TASKS)
 
 
-def _of_table_3(run: Run, standards: Standards) -> str | None:
+def _of_table_3(run: RecordedRun, standards: Standards) -> str | None:
     return None if deviations(run, standards) else ""
 
 
-def _rank(run: Run, standards: Standards) -> str | None:
+def _rank(run: RecordedRun, standards: Standards) -> str | None:
     """Runs that differ in the rank alone (their alpha stays, or grows with it)."""
     found = deviations(run, standards)
     experts = run.method in ("mixlora", "mixdora")
@@ -46,7 +46,7 @@ def _rank(run: Run, standards: Standards) -> str | None:
     return f"r={rank}" + (f" alpha={found['alpha']:g}" if "alpha" in found else "")
 
 
-def _coefficient(run: Run, standards: Standards) -> str | None:
+def _coefficient(run: RecordedRun, standards: Standards) -> str | None:
     found = deviations(run, standards)
     if run.method not in ("mixlora", "mixdora") or set(found) - {"router_loss_coef"}:
         return None
@@ -99,20 +99,20 @@ def single_task(sources: Sources) -> Made:
     models = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
     # Mixtures of five stand in Tables 2 and 5.
     setups = {"ST": _single, "eight mixed": _eight}
-    spec = Spec(TASKS, setups, _of_table_3, _single_line, models, params=_params(sources))
+    spec = AccuracySpec(TASKS, setups, _of_table_3, _single_line, models, params=_params(sources))
     return accuracy_table(1, spec, sources)
 
 
 @table(2, "Accuracy (%) of multi-task training, LLaMA-2 7B")
 def multi_task(sources: Sources) -> Made:
     models, setups = ("llama2_7b",), {"ST": _single, "MT": _five}
-    spec = Spec(MULTI, setups, _of_table_3, _setup_line, models, params=_params(sources))
+    spec = AccuracySpec(MULTI, setups, _of_table_3, _setup_line, models, params=_params(sources))
     return accuracy_table(2, spec, sources)
 
 
 @table(5, "Accuracy (%) of multi-task training, Gemma 2B")
 def multi_task_gemma(sources: Sources) -> Made:
-    spec = Spec(
+    spec = AccuracySpec(
         MULTI, {"ST": _single, "MT": _five}, _of_table_3, _setup_line, ("gemma_2b",),
         params=_params(sources), others=False,
     )  # fmt: skip
@@ -125,7 +125,7 @@ EITHER = {"ST": _single, "five mixed": _five, "eight mixed": _eight}
 @table(8, "Accuracy (%) by rank")
 def ranks(sources: Sources) -> Made:
     values, line = tuple(f"r={rank}" for rank in RANKS), _sweep_line("rank", "r=")
-    spec = Spec(
+    spec = AccuracySpec(
         ABLATION, EITHER, _rank, line, ("llama2_7b",), values, params=_params(sources)
     )  # fmt: skip
     return accuracy_table(8, spec, sources)
@@ -135,7 +135,7 @@ def ranks(sources: Sources) -> Made:
 def coefficients(sources: Sources) -> Made:
     values = tuple(f"coef={value}" for value in COEFFICIENTS)
     line = _sweep_line("router_loss_coef", "coef=")
-    spec = Spec(
+    spec = AccuracySpec(
         ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, params=_params(sources)
     )  # fmt: skip
     return accuracy_table(9, spec, sources)

@@ -15,7 +15,7 @@ from mixlora_exp.records.record import read_record
 from mixlora_exp.results.headings import told_apart
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
 from mixlora_exp.results.runs import LeftOut
-from mixlora_exp.results.tables.parts import Block, Cell, Row, dash, number, paper
+from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, paper
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources, table
 
 PAPER_COLUMNS = (
@@ -139,13 +139,13 @@ def _time_ratio(
     return low, middle, high
 
 
-def _percent(found: tuple[float, float, float] | None) -> Cell:
+def _percent(found: tuple[float, float, float] | None) -> Entry:
     return dash if found is None else number(found[1])
 
 
-def _measured(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> tuple[Cell, ...]:
+def _measured(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> tuple[Entry, ...]:
     if "error" in row:
-        text = Cell("text", text=row["error"].removeprefix("not measured: "))
+        text = Entry("text", text=row["error"].removeprefix("not measured: "))
         return (text, *[dash] * (len(COLUMNS) - 1))
     cells = []
     for name in ("train_forward", "train_backward"):
@@ -159,7 +159,7 @@ def _measured(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> tuple[C
     cells.append(number(_ratio(row, base, "infer_peak_memory_bytes")))
     step = _time_ratio(row, base, "train")
     cells.append(
-        dash if step is None else Cell("ours", step[1], low=step[0], high=step[2], digits=0)
+        dash if step is None else Entry("ours", step[1], low=step[0], high=step[2], digits=0)
     )
     cells.append(number(row.get("feed_forward_saved_bytes_per_token"), 0))
     return tuple(cells)

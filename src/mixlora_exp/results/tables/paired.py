@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.runs import LIKELIHOOD, Run, read_items
+from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun, read_items
 from mixlora_exp.results.statistics import Comparison, compare, compare_average
-from mixlora_exp.results.tables.parts import Cell, dash, versus
+from mixlora_exp.results.tables.parts import Entry, dash, versus
 
 __all__ = ["LIKELIHOOD", "RIGHT", "average_difference", "difference"]
 
@@ -19,7 +19,7 @@ Side = Mapping[int, Mapping[str, float | None]]
 
 
 def _sides(
-    runs: Sequence[Run], base: Sequence[Run], task: str, protocol: str, field: str
+    runs: Sequence[RecordedRun], base: Sequence[RecordedRun], task: str, protocol: str, field: str
 ) -> tuple[Side, Side] | None:
     """Seed -> item -> figure, of both; a base model without seeds stands for each of them."""
     sides = [
@@ -32,25 +32,29 @@ def _sides(
     return sides[0], sides[1]
 
 
-def _names(*sides: Sequence[Run]) -> tuple[str, ...]:
+def _names(*sides: Sequence[RecordedRun]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(run.name for side in sides for run in side))
 
 
-def _cell(found: Comparison | None, field: str, names: tuple[str, ...]) -> Cell:
+def _cell(found: Comparison | None, field: str, names: tuple[str, ...]) -> Entry:
     if found is None:
         return dash
     if field == RIGHT:
         return versus(found, names)
     mark = ("better" if found.low > 0 else "worse") if found.clear else ""
-    return Cell(
+    return Entry(
         "versus", found.difference, low=found.low, high=found.high, seeds=found.seeds,
         items=found.items, digits=3, signed=True, mark=mark, records=names,
     )  # fmt: skip
 
 
 def difference(
-    runs: Sequence[Run], base: Sequence[Run], task: str, protocol: str, field: str = RIGHT
-) -> Cell:
+    runs: Sequence[RecordedRun],
+    base: Sequence[RecordedRun],
+    task: str,
+    protocol: str,
+    field: str = RIGHT,
+) -> Entry:
     """`runs` minus `base` on one task; a dash where they share no seed or lack the figure.
 
     Raises:
@@ -67,12 +71,12 @@ def difference(
 
 
 def average_difference(
-    runs: Mapping[str, Sequence[Run]],
-    base: Mapping[str, Sequence[Run]],
+    runs: Mapping[str, Sequence[RecordedRun]],
+    base: Mapping[str, Sequence[RecordedRun]],
     tasks: Sequence[str],
     protocol: str,
     field: str = RIGHT,
-) -> Cell:
+) -> Entry:
     """`runs` minus `base`, each by task, averaged over all `tasks`; a dash where one is missing."""
     pairs = []
     for task in tasks:

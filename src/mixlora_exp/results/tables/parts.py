@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from mixlora_exp.results.statistics import Comparison, Estimate
 
-__all__ = ["Block", "Cell", "Row", "Table", "dash", "number", "ours", "paper", "versus"]
+__all__ = ["Block", "Entry", "Row", "Table", "dash", "number", "ours", "paper", "versus"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Entry:
     """One entry. `kind`: paper (printed), ours (from records), difference (of two entries), versus
     (paired comparison), text; `dash` is what was not run. Accuracies are in percent; `low` and
     `high` bound the 95 % interval; `records` are the runs that a number comes from."""
@@ -44,7 +44,7 @@ class Row:
     """A line: what it is, and its entries, one per column of its block."""
 
     label: tuple[str, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[Entry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +93,25 @@ class Table:
         return {name for row in rows for cell in row.cells for name in cell.records}
 
 
-dash = Cell("dash")
+dash = Entry("dash")
 
 
-def paper(printed: str | None, digits: int | None = None, mark: str = "") -> Cell:
+def paper(printed: str | None, digits: int | None = None, mark: str = "") -> Entry:
     """A figure as the paper prints it; `mark` where another of its statements contradicts it."""
     if printed is None or printed == "":
         return dash
     decimals = len(printed.partition(".")[2]) if digits is None else digits
-    return Cell("paper", float(printed), digits=decimals, mark=mark)
+    return Entry("paper", float(printed), digits=decimals, mark=mark)
 
 
-def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) -> Cell:
+def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) -> Entry:
     """A computed figure without an interval."""
-    return dash if value is None else Cell("ours", value, digits=digits, records=records)
+    return dash if value is None else Entry("ours", value, digits=digits, records=records)
 
 
-def ours(found: Estimate, records: tuple[str, ...]) -> Cell:
+def ours(found: Estimate, records: tuple[str, ...]) -> Entry:
     """An accuracy from records, in percent."""
-    return Cell(
+    return Entry(
         "ours",
         100 * found.value,
         low=100 * found.low,
@@ -122,10 +122,10 @@ def ours(found: Estimate, records: tuple[str, ...]) -> Cell:
     )
 
 
-def versus(found: Comparison, records: tuple[str, ...]) -> Cell:
+def versus(found: Comparison, records: tuple[str, ...]) -> Entry:
     """A paired difference in percentage points, marked where its interval leaves out zero."""
     mark = ("better" if found.low > 0 else "worse") if found.clear else ""
-    return Cell(
+    return Entry(
         "versus",
         100 * found.difference,
         low=100 * found.low,

@@ -17,7 +17,7 @@ from mixlora_exp.config.places import RESULTS
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.results import tables
 from mixlora_exp.results.cells import Blocks, Standards
-from mixlora_exp.results.runs import Run
+from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.parts import Block, Table
 
 PAPER = RESULTS / "paper"
@@ -34,7 +34,7 @@ class Sources:
     models: by name, each model that has a title.
     """
 
-    runs: Sequence[Run]
+    runs: Sequence[RecordedRun]
     blocks: Blocks
     standards: Standards
     benchmarks: Sequence[Mapping[str, Any]]

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from mixlora_exp.errors import shown
-from mixlora_exp.results.tables.parts import Cell, Table
+from mixlora_exp.results.tables.parts import Entry, Table
 
 __all__ = ["csv_text", "latex", "markdown", "plain", "seeds"]
 
@@ -32,11 +32,11 @@ def _pipe(cells: Iterable[str]) -> str:
     return "| " + " | ".join(map(plain, cells)) + " |\n"
 
 
-def _shown(cell: Cell) -> str:
+def _shown(cell: Entry) -> str:
     return cell.show() + seeds(cell)
 
 
-def seeds(cell: Cell) -> str:
+def seeds(cell: Entry) -> str:
     """The number of seeds of an accuracy, as it stands behind it."""
     return f" (n={cell.seeds})" if cell.kind in ("ours", "versus") and cell.seeds else ""
 
@@ -85,7 +85,7 @@ def _escape(text: str) -> str:
     return "".join(ESCAPES.get(letter, letter) for letter in shown(text))
 
 
-def _latex_cell(cell: Cell) -> str:
+def _latex_cell(cell: Entry) -> str:
     if cell.value is None:
         return _escape(cell.text) or "--"
     sign = "+" if cell.signed else ""

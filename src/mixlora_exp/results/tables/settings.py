@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixlora_exp.results.paper import TASK_TITLES, read_paper
-from mixlora_exp.results.tables.parts import Block, Cell, Row, dash
+from mixlora_exp.results.tables.parts import Block, Entry, Row, dash
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources, table
 from mixlora_exp.tasks import TASKS
 
@@ -14,8 +14,8 @@ SHORT = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
          "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # fmt: skip
 
 
-def _text(value: Any) -> Cell:
-    return dash if value in (None, "") else Cell("text", text=str(value))
+def _text(value: Any) -> Entry:
+    return dash if value in (None, "") else Entry("text", text=str(value))
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from mixlora_exp.config import EXCLUDED
 from mixlora_exp.records.spikes import spikes
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
-from mixlora_exp.results.runs import Run, circumstances
-from mixlora_exp.results.tables.parts import Block, Cell, Row, number
+from mixlora_exp.results.runs import RecordedRun, circumstances
+from mixlora_exp.results.tables.parts import Block, Entry, Row, number
 from mixlora_exp.results.tables.registry import Made, Sources, table
 
 FACTORS = (
@@ -33,12 +33,12 @@ ENDS = 10
 Values = tuple[tuple[str, Any], ...]
 
 
-def _factors(run: Run) -> Values:
+def _factors(run: RecordedRun) -> Values:
     pairs = (dotted.split(".") for dotted in FACTORS)
     return tuple((f"{g}.{n}", run.trained[g][n]) for g, n in pairs if n in run.trained[g])
 
 
-def _rest(run: Run) -> dict[str, Any]:
+def _rest(run: RecordedRun) -> dict[str, Any]:
     """What must be equal within a block, by name."""
     left = {"trainer.name", *EXCLUDED, *FACTORS}
     groups = ("trainer", "method", "data")
@@ -54,7 +54,7 @@ def _rest(run: Run) -> dict[str, Any]:
     }
 
 
-def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
+def _cells(runs: Sequence[RecordedRun]) -> tuple[Entry, ...]:
     names = tuple(run.name for run in runs)
     found = [run.record["train"]["stability"] for run in runs]
     losses = [entry["step_losses"] for entry in found]
@@ -84,7 +84,7 @@ def stability(sources: Sources) -> Made:
     """One block per group of runs that differ in `FACTORS` alone; a group without a run of the
     default values has no base and is left out."""
     defaults = {name: config for name, config in sources.composed().items() if name != "none"}
-    groups: dict[str, dict[Values, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[str, dict[Values, dict[int, RecordedRun]]] = defaultdict(lambda: defaultdict(dict))
     for run in sorted(sources.runs, key=lambda run: run.name):
         if run.method not in defaults or run.rescored:
             continue

@@ -17,7 +17,7 @@ from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.cells import Key, block_title
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
-from mixlora_exp.results.runs import Run
+from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.statistics import estimate
 from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, difference
 from mixlora_exp.results.tables.parts import Block, Row, dash, number, ours
@@ -27,7 +27,7 @@ Diff = tuple[tuple[str, Any], ...]
 """Switches that are not as in `preset=correct`, with their values."""
 
 
-def _values(run: Run) -> dict[str, Any]:
+def _values(run: RecordedRun) -> dict[str, Any]:
     """The switches of a run, those that its method does not have left out."""
     found = {}
     for dotted in SWITCHES.values():
@@ -38,7 +38,7 @@ def _values(run: Run) -> dict[str, Any]:
     return found
 
 
-def _matters(name: str, run: Run, task: str, protocol: str) -> bool:
+def _matters(name: str, run: RecordedRun, task: str, protocol: str) -> bool:
     """Whether a switch can change what a run scores on a task at all: if it cannot, a run with it
     is the run without it once more, and any difference is that of two machines."""
     if name == "evaluation.arc_labels":
@@ -46,13 +46,13 @@ def _matters(name: str, run: Run, task: str, protocol: str) -> bool:
     return name != "data.boolq_passage" or "boolq" in (task, *run.mix)
 
 
-def _deciding(run: Run, protocol: str) -> set[str]:
+def _deciding(run: RecordedRun, protocol: str) -> set[str]:
     tasks = [task for task, own in run.scores if own == protocol]
     names = SWITCHES.values()
     return {n for n in names if any(_matters(n, run, task, protocol) for task in tasks)}
 
 
-def _rest(run: Run, protocol: str) -> dict[str, Any]:
+def _rest(run: RecordedRun, protocol: str) -> dict[str, Any]:
     """Everything else that must be equal, by name."""
     method = {f"method.{n}": v for n, v in run.trained["method"].items()}
     found = {**run.conditions(protocol), **method}
@@ -65,7 +65,7 @@ def _rest(run: Run, protocol: str) -> dict[str, Any]:
     }
 
 
-def _diff(run: Run, protocol: str, standard: Mapping[str, Any]) -> Diff:
+def _diff(run: RecordedRun, protocol: str, standard: Mapping[str, Any]) -> Diff:
     deciding = _deciding(run, protocol)
     return tuple((n, v) for n, v in _values(run).items() if standard[n] != v and n in deciding)
 
@@ -102,8 +102,8 @@ def _label(
 def _rows(
     label: str,
     diff: Diff,
-    runs: Sequence[Run],
-    base: Sequence[Run],
+    runs: Sequence[RecordedRun],
+    base: Sequence[RecordedRun],
     tasks: Sequence[str],
     protocol: str,
 ) -> Iterator[Row]:
@@ -130,7 +130,7 @@ def _rows(
                 yield Row((label, title), tuple(cells))
 
 
-def _baselines(runs: Sequence[Run], tasks: Sequence[str], protocol: str) -> Iterator[Row]:
+def _baselines(runs: Sequence[RecordedRun], tasks: Sequence[str], protocol: str) -> Iterator[Row]:
     for title, field in (("majority class", "majority_class"), ("chance", "chance")):
         cells = [
             number(100 * runs[0].scores[t, protocol][field], 1, (runs[0].name,)) for t in tasks
@@ -138,7 +138,7 @@ def _baselines(runs: Sequence[Run], tasks: Sequence[str], protocol: str) -> Iter
         yield Row((title, ""), tuple(cells))
 
 
-def _plain_first(entry: tuple[Key, Sequence[Run]]) -> tuple[bool, Key]:
+def _plain_first(entry: tuple[Key, Sequence[RecordedRun]]) -> tuple[bool, Key]:
     return json.loads(entry[0][2]).get("preset") != "correct", entry[0]
 
 
@@ -155,7 +155,7 @@ def switches(sources: Sources) -> Made:
             for method in own
         }
     }
-    groups: dict[tuple[str, str], dict[Diff, dict[int, Run]]] = defaultdict(
+    groups: dict[tuple[str, str], dict[Diff, dict[int, RecordedRun]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for (_, protocol, _), runs in sorted(sources.blocks.runs.items(), key=_plain_first):
