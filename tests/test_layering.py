@@ -183,3 +183,7 @@ def test_triton_is_only_in_its_kernels() -> None:
     }
     for path in users:
         assert path.parent == SOURCE / "kernels" / "triton", name_of(path)
+
+
+def test_the_official_format_can_be_removed_as_a_whole() -> None:
+    assert {room for room, allowed in ROOMS.items() if "official" in allowed} == {"cli"}

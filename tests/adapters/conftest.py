@@ -16,9 +16,6 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters import MixLoraConfig
 from mixlora_exp.config import compose
 from mixlora_exp.models import load_model
-from mixlora_exp.official.export import export_official
-from mixlora_exp.official.folders import read_official, read_peft, write_official, write_peft
-from mixlora_exp.official.imports import import_official
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = {"llama": "tiny", "gemma": "tiny_gemma"}
@@ -148,14 +145,6 @@ class Kit:
     @torch.no_grad()
     def of(self, model: PeftModel) -> Tensor:
         return model.eval()(**self.batch).logits
-
-    def there_and_back(self, folder: Path, source: Path, **options: Any) -> tuple[Path, Path]:
-        """The adapter in the official format, and imported again, under `folder`."""
-        files = export_official(read_peft(source), **options).files
-        write_official(folder / "official", files)
-        again = import_official(read_official(folder / "official")).files
-        write_peft(folder / "back", again)
-        return folder / "official", folder / "back"
 
     def logits(self, folder: Path, family: str = "llama") -> Tensor:
         return self.of(PeftModel.from_pretrained(self.base_of(family), str(folder)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,37 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-from converting import TARGETS, convert
+from official_format import (
+    BIN,
+    SAFETENSORS,
+    as_official,
+    official_config,
+    official_tensors,
+    write_official,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mixlora_exp.cli.convert import run
 from mixlora_exp.errors import UserError
-from mixlora_exp.official.export import export_official
-from mixlora_exp.official.folders import read_official, read_peft, write_official, write_peft
+from mixlora_exp.official.folders import AdapterFiles, read_official
 from mixlora_exp.official.imports import import_official
-from mixlora_exp.official.tensors import from_peft, to_official
+from mixlora_exp.system.guarded import guarded
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.mark.parametrize("kind", ["dora", "mixlora"])
-def test_trained_magnitudes_are_not_exported_silently(kit: Any, kind: str, tmp_path: Path) -> None:
-    changes = {"use_dora": True}
-    source, expected = kit.adapter(tmp_path / "in", kind, **changes)
-    done = convert(source, tmp_path / "out")
-    assert done.returncode == 2
-    assert "magnitude=drop" in done.stderr
-    assert not (tmp_path / "out").exists()
-    done = convert(source, tmp_path / "out", "magnitude=drop")
-    assert done.returncode == 0, done.stderr
-    assert "magnitudes were dropped" in done.stdout
-    written = read_official(tmp_path / "out")
-    assert written.config["use_dora"] is True
-    assert not any("magnitude" in name for name in written.tensors)
-    # What the official packages compute with it: LoRA without the magnitude.
-    back = import_official(written)
-    assert back.files.config["use_dora"] is False
-    write_peft(tmp_path / "back", back.files)
-    plain = kit.logits(tmp_path / "back")
-    assert not torch.allclose(plain, expected, atol=1e-3)
+@pytest.fixture
+def files(kit: Any, tmp_path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of an official mixture."""
+    source, _ = kit.adapter(tmp_path / "in")
+    return official_config(source), official_tensors(source)
 
 
 @pytest.mark.parametrize(
@@ -75,20 +68,22 @@ def test_trained_magnitudes_are_not_exported_silently(kit: Any, kind: str, tmp_p
         ({"expert_lora": {"r": 2}}, "r=2"),
         ({"expert_lora": 3}, "expert_lora=3"),
         ({"peft_type": "LORA"}, "routing_strategy"),
+        ({"expert_lora": {"rank": 4}}, r"expert_lora\.rank is not supported"),
+        ({"peft_type": "LOHA"}, "peft_type=LOHA"),
+        ({"peft_type": ["LORA"]}, r"peft_type=\['LORA'\]"),
+        ({"lora_init": "pissa"}, "lora_init='pissa'"),
+        ({"router_init_range": -1}, "router_init_range=-1"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path"),
+        ({"new\nentry": 1}, r"new\\nentry is not supported"),
+        ({"r": 4.0}, "r=4.0 must be a whole number: mend"),
     ],
     ids=str,
 )
 def test_what_is_not_supported_is_named(
-    kit: Any, changes: dict[str, Any], message: str, tmp_path: Path
+    files: tuple[dict[str, Any], dict[str, Tensor]], changes: dict[str, Any], message: str
 ) -> None:
-    source, _ = kit.adapter(tmp_path / "in")
-    official, _ = kit.there_and_back(tmp_path, source)
-    path = official / "adapter_config.json"
-    config = json.loads(path.read_text()) | changes
-    config.pop("mixlora_exp")
-    path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
-        import_official(read_official(official))
+        import_official(AdapterFiles(files[0] | changes, files[1]))
 
 
 def without(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -137,164 +132,62 @@ def reshaped(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[st
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
-    kit: Any, change: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+    files: tuple[dict[str, Any], dict[str, Tensor]],
+    change: Callable[[dict[str, Tensor]], None],
+    message: str,
+    tmp_path: Path,
 ) -> None:
-    source, _ = kit.adapter(tmp_path / "in")
-    official, _ = kit.there_and_back(tmp_path, source)
-    path = official / "adapter_model.bin"
-    tensors = torch.load(path, weights_only=True)
+    config, tensors = files
     change(tensors)
-    torch.save(tensors, path)
+    folder = write_official(tmp_path / "theirs", config, tensors)
     with pytest.raises(UserError, match=message):
-        import_official(read_official(official))
+        import_official(read_official(folder))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "message"),
     [
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"layers_to_transform": 0}, "layers_to_transform"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"lora_alpha": 7.5}, "lora_alpha=7.5"),
-        ({"lora_dropout": 0.0}, "dropout=1e-9"),
-        ({"target_modules": "all-linear"}, "target_modules"),
-        ({"peft_type": "LOHA"}, "peft_type=LOHA"),
-        ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS"),
-        ({"r": 8}, "does not fit r=8"),
-        ({"new_option": 1}, "new_option"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"r": "four"}, "r='four' must be a whole number"),
-        ({"lora_alpha": None}, "lora_alpha=None must be a number"),
-        ({"lora_alpha": "8"}, "lora_alpha='8' must be a number"),
-        ({"lora_alpha": math.inf}, "lora_alpha is out of range"),
-        ({"lora_dropout": None}, "lora_dropout=None"),
-        ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
-        ({"lora_dropout": True}, "lora_dropout=True"),
-        ({"use_dora": "yes"}, "use_dora='yes' must be true or false"),
-        ({"target_modules": [1, 2]}, r"target_modules=\[1, 2\]"),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path=5"),
+        (lambda t: t + 1, "not of one adapter"),
+        (lambda t: t.bfloat16(), r"float32 in one and torch\.bfloat16 in the other"),
     ],
-    ids=str,
+    ids=["values", "precision"],
 )
-def test_what_the_official_format_lacks_is_named(
-    kit: Any, changes: dict[str, Any], message: str, tmp_path: Path
+def test_a_safetensors_file_of_another_adapter_is_refused(
+    kit: Any, change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
 ) -> None:
-    source, _ = kit.adapter(tmp_path / "in", "lora")
-    path = source / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(UserError, match=message):
-        export_official(read_peft(source))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_experts": None}, "num_experts=None"),
-        ({"top_k": 2.0}, r"top_k=2\.0 must be a whole number"),
-        ({"top_k": 9}, "top_k=9"),
-        ({"router_loss_coef": "a"}, "router_loss_coef='a'"),
-        ({"router_init_std": None}, "router_init_std=None"),
-        ({"router_init_std": -1}, "router_init_std=-1"),
-        ({"expert_lora": [1]}, r"expert_lora=\[1\]"),
-        ({"expert_lora": {"rank": 4}}, "expert_lora"),
-        ({"expert_lora": {"lora_alpha": "z"}}, "lora_alpha='z'"),
-        ({"act_fn": ["silu"]}, "act_fn="),
-        ({"act_fn": "zzz"}, "act_fn='zzz' is unknown"),
-    ],
-    ids=str,
-)
-def test_entries_of_a_mixture_that_cannot_be_are_named(
-    kit: Any, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    source, _ = kit.adapter(tmp_path / "in")
-    path = source / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(UserError, match=message):
-        export_official(read_peft(source))
-
-
-def test_an_activation_that_does_not_exist_is_not_written(kit: Any, tmp_path: Path) -> None:
-    source, _ = kit.adapter(tmp_path / "in")
-    with pytest.raises(UserError, match="act_fn='zzz' is unknown"):
-        export_official(read_peft(source), act_fn="zzz")
-
-
-def test_a_router_in_bf16_is_not_exported(kit: Any, tmp_path: Path) -> None:
-    source, _ = kit.adapter(tmp_path / "in", router_precision="bfloat16")
-    with pytest.raises(UserError, match="router_precision=bfloat16"):
-        export_official(read_peft(source))
-
-
-def test_a_kept_configuration_that_does_not_fit_is_refused(kit: Any, tmp_path: Path) -> None:
-    """It came with the file, and may say anything."""
-    source, _ = kit.adapter(tmp_path / "in", "lora")
-    official, _ = kit.there_and_back(tmp_path, source)
-    path = official / "adapter_config.json"
-    whole = json.loads(path.read_text())
-    for change in (
-        {"peft_type": "PROMPT_TUNING"},
-        {"r": 64},
-        {"modules_to_save": ["lm_head"]},
-        {"lora_alpha": "abc"},
-        {"lora_alpha": math.inf},
-        {"target_modules": [1]},
-    ):
-        kept = {**whole["mixlora_exp"], "peft": {**whole["mixlora_exp"]["peft"], **change}}
-        path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
-        with pytest.raises(UserError, match="remove the entry"):
-            import_official(read_official(official))
-    kept = {**whole["mixlora_exp"], "options": {"dropout": "x"}}
-    path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
-    with pytest.raises(UserError, match="remove the entry"):
-        import_official(read_official(official))
-    for kept in (3, {}, {"peft": 3}):
-        path.write_text(json.dumps({**whole, "mixlora_exp": kept}))
-        with pytest.raises(UserError, match="damaged"):
-            import_official(read_official(official))
-
-
-def test_a_safetensors_file_of_another_adapter_is_refused(kit: Any, tmp_path: Path) -> None:
     source, _ = kit.adapter(tmp_path / "in", "dora")
-    files = read_peft(source)
-    write_official(tmp_path / "official", export_official(files, drop_magnitude=True).files)
-    other = {name: tensor + 1 for name, tensor in to_official(from_peft(files.tensors)).items()}
-    save_file(other, tmp_path / "official" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="not of one adapter"):
-        read_official(tmp_path / "official")
+    folder = as_official(source, tmp_path / "theirs")
+    save_file({n: change(t) for n, t in official_tensors(source).items()}, folder / SAFETENSORS)
+    with pytest.raises(UserError, match=message):
+        read_official(folder)
 
 
-def test_an_adapter_without_activation_asks_for_it(kit: Any, tmp_path: Path) -> None:
-    source, expected = kit.adapter(tmp_path / "in", family="gemma")
-    path = source / "adapter_config.json"
-    config = json.loads(path.read_text())
-    assert config.pop("act_fn") == "gelu_pytorch_tanh"
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="act_fn=gelu_pytorch_tanh for Gemma"):
-        export_official(read_peft(source))
-    _, back = kit.there_and_back(tmp_path, source, act_fn="gelu_pytorch_tanh")
-    assert torch.equal(kit.logits(back, "gemma"), expected)
+def test_the_format_of_old_pytorch_is_refused(kit: Any, tmp_path: Path) -> None:
+    source, _ = kit.adapter(tmp_path / "in")
+    folder = as_official(source, tmp_path / "theirs")
+    tensors = torch.load(folder / BIN, weights_only=True)
+    torch.save(tensors, folder / BIN, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="not a zip file"):
+        read_official(folder)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["one"], "two folders are needed"),
+        (["one"], "the following arguments are required: OUT"),
         (["absent", "out"], "absent is no folder"),
         (["{in}", "{in}"], "exists already"),
-        (["{in}", "out", "magnitude=lose"], "magnitude=lose"),
-        (["{in}", "out", "dropout=2"], "dropout=2"),
-        (["{in}", "out", "speed=2"], "speed"),
+        (["{in}", "out"], "in PEFT's format already"),
+        (["{in}", "out", "--magnitude=drop"], "there is no option --magnitude"),
+        (["{in}", "out", "third"], "unrecognized arguments: third"),
         (["{empty}", "out"], "holds no adapter (there is no adapter_config.json)"),
     ],
 )
 def test_the_command_names_mistakes(
-    kit: Any, words: list[str], message: str, tmp_path: Path
+    kit: Any, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, _ = kit.adapter(tmp_path / "in", "lora")
     (tmp_path / "empty").mkdir()
     places = {"in": source, "empty": tmp_path / "empty"}
-    done = convert(*(word.format(**places) for word in words))
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert guarded(run, [word.format(**places) for word in words]) == 2
+    assert message in capsys.readouterr().err

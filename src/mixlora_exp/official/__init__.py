@@ -1,1 +1,4 @@
-"""Adapters in the format of the official packages."""
+"""Reading adapters that the official packages (moe-peft, mixlora) wrote, and nothing else.
+
+The command `convert` is the only user: without this folder everything but that command works.
+"""

@@ -1,5 +1,5 @@
-"""Entries of an `adapter_config.json` from a stranger, in either format: of the right kind and
-within range, or refused by name."""
+"""Entries of an official `adapter_config.json`: of the right kind and within range, or refused by
+name."""
 
 from __future__ import annotations
 
@@ -10,29 +10,14 @@ from transformers.activations import ACT2FN
 
 from mixlora_exp.errors import UserError
 
-__all__ = [
-    "EXPERT_FIELDS",
-    "check_activation",
-    "count",
-    "finite",
-    "lora_settings",
-    "name_list",
-    "value",
-    "wrong",
-]
-
-EXPERT_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
-"""What experts may have otherwise than attention."""
 KINDS = {
     int: "a whole number",
     str: "a text",
     bool: "true or false",
-    list: "a list",
     dict: "an object",
     (int, float): "a number",
     (str, type(None)): "a text or null",
     (list, dict): "a list or an object",
-    (dict, type(None)): "an object or null",
 }
 MOST = 2**16
 """Larger ranks and numbers of experts are mistakes: a router over so many has no use."""

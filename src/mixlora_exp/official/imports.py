@@ -15,7 +15,6 @@ from peft import LoraConfig
 
 from mixlora_exp.adapters.config import MixLoraConfig, saved_config
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.official.export import reimport
 from mixlora_exp.official.fields import (
     check_activation,
     count,
@@ -24,16 +23,16 @@ from mixlora_exp.official.fields import (
     name_list,
     value,
 )
-from mixlora_exp.official.folders import KEPT, AdapterFiles, Converted, Original
+from mixlora_exp.official.folders import AdapterFiles
 from mixlora_exp.official.tensors import PROJECTIONS, Parts, check_shapes, from_official, to_peft
-
-__all__ = ["import_official"]
 
 LORA_FIELDS = {
     "peft_type", "bias", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora",
     "use_rslora", "lora_init", "base_model_name_or_path", "task_type",
 }  # fmt: skip
-IGNORED = {"name", "task_name", KEPT}
+IGNORED = {"name", "task_name", "mixlora_exp"}
+"""Entries that say nothing of what is computed; the last one is of earlier versions of this
+project, which could export."""
 MIXLORA_FIELDS = LORA_FIELDS | {
     "routing_strategy", "num_experts", "top_k", "act_fn", "expert_lora", "router_init_range",
     "jitter_noise", "router_loss", "router_aux_loss_coef",
@@ -109,7 +108,7 @@ def _magnitudes(
         raise UserError("there are magnitudes, but use_dora is not set where they are")
     if not settings["use_dora"] or parts.has_magnitudes(group) or not getattr(parts, group):
         return settings
-    if parts.magnitudes:
+    if parts.has_magnitudes("single") or parts.has_magnitudes("experts"):
         raise UserError("some magnitudes are missing: the adapter is cut off or was changed")
     note = (
         "use_dora: no magnitude was saved, and without one the official packages compute plain "
@@ -120,7 +119,7 @@ def _magnitudes(
     return {**settings, "use_dora": False}
 
 
-def import_official(files: AdapterFiles) -> Converted:
+def import_official(files: AdapterFiles) -> AdapterFiles:
     """From the official format to PEFT's.
 
     DoRA without magnitudes becomes plain LoRA, which is what the official packages compute with it;
@@ -147,12 +146,6 @@ def import_official(files: AdapterFiles) -> Converted:
     check_shapes(parts, targets, ranks, experts or 0)
     settings = _magnitudes("single", parts, settings, notes)
     experts_settings = _magnitudes("experts", parts, experts_settings, notes)
-    kept = config.get(KEPT)
-    if kept is not None:
-        unchanged = {name: value for name, value in config.items() if name != KEPT}
-        found = reimport(kept, unchanged, parts)
-        if found is not None:
-            return Converted(found, notes)
     common = {
         **settings,
         "target_modules": targets,
@@ -165,17 +158,12 @@ def import_official(files: AdapterFiles) -> Converted:
             f"target_modules={targets}: no module has weights, so there is nothing to convert: the "
             "adapter computes what its base model does"
         )
-    idle = {}
     if experts is not None and not parts.experts:
         # A router over experts that do nothing: the feed-forward block is the base model's.
         notes.append("no expert has weights, so the routers do nothing: imported as LoRA")
-        idle = to_peft(Parts(routers=parts.routers))
         parts, experts = Parts(single=parts.single), None
     made = LoraConfig(**common) if experts is None else _mixture(config, common, experts_settings)
-    became = saved_config(made)
-    plain = {name: entry for name, entry in config.items() if name != KEPT}
-    original = Original(plain, became, idle)
-    return Converted(AdapterFiles(became, to_peft(parts), original=original), notes)
+    return AdapterFiles(saved_config(made), to_peft(parts), tuple(notes))
 
 
 def _mixture(

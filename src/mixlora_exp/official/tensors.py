@@ -1,4 +1,4 @@
-"""Names of an adapter's tensors, in PEFT's format and in the official one, and what they stand for.
+"""Names of an adapter's tensors, in the official format and in PEFT's, and what they stand for.
 
 `{i}` is a layer, `{p}` a projection, `{e}` an expert. PEFT with this project's tuner holds the
 experts of a projection in one tensor; the official format has a tensor for each.
@@ -15,17 +15,6 @@ from torch import Tensor
 
 from mixlora_exp.errors import UserError, shown
 
-__all__ = [
-    "PROJECTIONS",
-    "ROLES",
-    "Parts",
-    "check_shapes",
-    "from_official",
-    "from_peft",
-    "to_official",
-    "to_peft",
-]
-
 ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 PROJECTIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
@@ -38,8 +27,7 @@ NUMBER = "(0|[1-9][0-9]{0,5})"
 # Without leading zeros: two names would be one layer.
 PLAIN = re.compile(rf"layers\.{NUMBER}\.(self_attn|mlp)\.(\w+)\.lora_(A\.weight|B\.weight|"
                    r"magnitude_vector)")  # fmt: skip
-ROUTER = re.compile(rf"layers\.{NUMBER}\.mlp\.(?:lora_router|moe_gate\.weight)")
-STACKED = re.compile(rf"layers\.{NUMBER}\.mlp\.lora_(A|B|magnitude)_(gate|up|down)")
+ROUTER = re.compile(rf"layers\.{NUMBER}\.mlp\.moe_gate\.weight")
 EXPERT = re.compile(rf"layers\.{NUMBER}\.mlp\.(\w+)\.experts\.{NUMBER}\.lora_(A\.weight|"
                     r"B\.weight|magnitude_vector)")  # fmt: skip
 PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "magnitude"}
@@ -58,74 +46,18 @@ class Parts:
     experts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     routers: dict[int, Tensor] = field(default_factory=dict)
 
-    def without_magnitudes(self) -> Parts:
-        return Parts(
-            {key: t for key, t in self.single.items() if key[2] != "magnitude"},
-            {key: t for key, t in self.experts.items() if key[2] != "magnitude"},
-            self.routers,
-        )
-
-    def as_type(self, dtype: torch.dtype) -> Parts:
-        return Parts(*({key: t.to(dtype) for key, t in group.items()}
-                       for group in (self.single, self.experts, self.routers)))  # fmt: skip
-
-    @property
-    def magnitudes(self) -> int:
-        return sum(key[2] == "magnitude" for key in (*self.single, *self.experts))
-
     def has_magnitudes(self, group: str) -> bool:
         """Of `single` or `experts`."""
         return any(key[2] == "magnitude" for key in getattr(self, group))
 
 
-def _known(name: str, projection: str, block: str | None = None) -> str:
-    if PROJECTIONS.get(projection) is None or block not in (None, PROJECTIONS[projection]):
+def _known(name: str, projection: str, block: str) -> str:
+    if PROJECTIONS.get(projection) != block:
         raise UserError(
             f"tensor {shown(name, 200)}: {projection} is not a projection of Llama or Gemma, which "
             "are the models that this project adapts"
         )
     return projection
-
-
-def _place(parts: Parts, name: str, rest: str, tensor: Tensor) -> bool:
-    """Put a tensor that both formats name alike into its place."""
-    if found := PLAIN.fullmatch(rest):
-        layer, block, projection, part = found.groups()
-        parts.single[int(layer), _known(name, projection, block), PARTS[part]] = tensor
-    elif found := ROUTER.fullmatch(rest):
-        parts.routers[int(found[1])] = tensor
-    else:
-        return False
-    return True
-
-
-def from_peft(tensors: Mapping[str, Tensor]) -> Parts:
-    """Sort tensors with PEFT's names.
-
-    Raises:
-        UserError: a tensor is none of LoRA, DoRA or MixLoRA on the projections above.
-    """
-    parts, roles = Parts(), {role: name for name, role in ROLES.items()}
-    for name, tensor in tensors.items():
-        rest = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
-        if found := STACKED.fullmatch(rest):
-            parts.experts[int(found[1]), roles[found[3]], found[2]] = tensor
-        elif not _place(parts, name, rest, tensor):
-            raise UserError(f"tensor {shown(name, 200)} has no place in the official format")
-    return parts
-
-
-def to_peft(parts: Parts) -> dict[str, Tensor]:
-    """The reverse of `from_peft`."""
-    named = {
-        f"{PREFIX}layers.{layer}.{PROJECTIONS[p]}.{p}.lora_{SUFFIXES[part]}": tensor
-        for (layer, p, part), tensor in parts.single.items()
-    }
-    for (layer, p, part), tensor in parts.experts.items():
-        named[f"{PREFIX}layers.{layer}.mlp.lora_{part}_{ROLES[p]}"] = tensor
-    for layer, tensor in parts.routers.items():
-        named[f"{PREFIX}layers.{layer}.mlp.lora_router"] = tensor
-    return named
 
 
 def _stack(found: dict[tuple[int, str, str], dict[int, Tensor]], experts: int) -> dict:
@@ -160,7 +92,12 @@ def from_official(tensors: Mapping[str, Tensor], experts: int | None) -> Parts:
             _known(name, projection, "mlp")
             entry = found.setdefault((int(layer), projection, PARTS[part]), {})
             entry[int(expert)] = tensor
-        elif not _place(parts, name, rest, tensor):
+        elif match := PLAIN.fullmatch(rest):
+            layer, block, projection, part = match.groups()
+            parts.single[int(layer), _known(name, projection, block), PARTS[part]] = tensor
+        elif match := ROUTER.fullmatch(rest):
+            parts.routers[int(match[1])] = tensor
+        else:
             raise UserError(f"tensor {shown(name, 200)} is unknown: it cannot be imported")
     if experts is not None:
         parts.experts = _stack(found, experts)
@@ -169,22 +106,17 @@ def from_official(tensors: Mapping[str, Tensor], experts: int | None) -> Parts:
     return parts
 
 
-def to_official(parts: Parts) -> dict[str, Tensor]:
-    """The reverse of `from_official`, layer by layer."""
-    prefix = "mixlora." if parts.routers else PREFIX
-    named = {}
+def to_peft(parts: Parts) -> dict[str, Tensor]:
+    """The tensors with the names that PEFT and this project's tuner give them."""
+    named = {
+        f"{PREFIX}layers.{layer}.{PROJECTIONS[p]}.{p}.lora_{SUFFIXES[part]}": tensor
+        for (layer, p, part), tensor in parts.single.items()
+    }
+    for (layer, p, part), tensor in parts.experts.items():
+        named[f"{PREFIX}layers.{layer}.mlp.lora_{part}_{ROLES[p]}"] = tensor
     for layer, tensor in parts.routers.items():
-        named[layer, f"{prefix}layers.{layer}.mlp.moe_gate.weight"] = tensor
-    for (layer, p, part), tensor in parts.single.items():
-        block = PROJECTIONS[p]
-        named[layer, f"{prefix}layers.{layer}.{block}.{p}.lora_{SUFFIXES[part]}"] = tensor
-    for (layer, p, part), stacked in parts.experts.items():
-        for e, tensor in enumerate(stacked):
-            name = f"{prefix}layers.{layer}.mlp.{p}.experts.{e}.lora_{SUFFIXES[part]}"
-            # A tensor of its own: torch.save would write the whole stack for each expert.
-            named[layer, name] = tensor.clone()
-    ordered = sorted(named.items(), key=lambda entry: entry[0][0])
-    return {name: tensor for (_, name), tensor in ordered}
+        named[f"{PREFIX}layers.{layer}.mlp.lora_router"] = tensor
+    return named
 
 
 def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts: int) -> None:

@@ -1,0 +1,45 @@
+"""argparse as the commands use it that Hydra does not parse: a mistake is one message."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mixlora_exp.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """`description`: the docstring of the command's module, shown by `--help` as it stands."""
+
+    def __init__(self, description: str | None, **options: Any) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Options and other words in any order.
+
+        Raises:
+            UserError: an option is unknown or its value is not valid; the message has the closest
+                option there is.
+        """
+        names = [name for action in self._actions for name in action.option_strings]
+        for word in argv:
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            if name.startswith("-") and name not in names:
+                close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+                raise UserError(f"{word}: there is no option {name}; {hint}")
+            if f"--{name}" in names and name != word:
+                raise UserError(f"{word}: {name} is an option, write --{name}")
+        return self.parse_intermixed_args(list(argv))
