@@ -1,42 +1,73 @@
-"""Drawing from the knowledge: which facts a split may use, groups of facts, answer positions.
+"""The knowledge in `facts/`, and drawing from it: splits, groups of facts, answer positions.
 
-Rows are built from groups of facts with different answers, and every fact of a group is asked
-once with the answers of the whole group as options. So each option is right exactly as often as
-chance has it, and an option tells nothing without its question.
+A file has a line per fact, `subject = answer`, or several with one answer, `answer: subject;
+subject`; lines that begin with `#` explain. Rows are built from groups of facts with different
+answers, and every fact of a group is asked once with the answers of the whole group as options:
+so each option is right exactly as often as chance has it, and tells nothing without its question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.resources import files
 from random import Random
-
-from mixlora_exp.tasks.embedded.events import FEELINGS, MOTIVES, NEXT_STEPS
-from mixlora_exp.tasks.embedded.kinds import KINDS
-from mixlora_exp.tasks.embedded.nature import (
-    CAPITALS,
-    COLOURS,
-    HOMES,
-    MATERIALS,
-    SOUNDS,
-    USES,
-    YOUNG,
-)
-from mixlora_exp.tasks.embedded.practice import GOALS
-from mixlora_exp.tasks.embedded.scenes import SCENES
-from mixlora_exp.tasks.embedded.society import CAUSES, JOBS, OPPOSITES, PLACES
-from mixlora_exp.tasks.embedded.tables import Fact
-
-__all__ = ["SIZES", "arrange", "draw_groups", "facts_of", "positions", "share"]
+from typing import NamedTuple
 
 SIZES = {"train": 360, "test": 96}
 """Rows per task; whole groups of two, three and four fit."""
-
 TEST_SHARE = 0.25
 
-_ALL: tuple[Fact, ...] = (
-    *KINDS, *CAPITALS, *COLOURS, *HOMES, *MATERIALS, *SOUNDS, *USES, *YOUNG,
-    *CAUSES, *JOBS, *OPPOSITES, *PLACES, *GOALS, *FEELINGS, *MOTIVES, *NEXT_STEPS, *SCENES,
-)  # fmt: skip
+RELATIONS = {
+    "kind": "kind",
+    "kind_uncounted": "kind",
+    **{name: name for name in ("capital", "colour", "home", "material", "sound", "use", "young")},
+    **{name: name for name in ("cause", "job", "opposite", "place")},
+    **{name: name for name in ("goal", "feeling", "motive", "next")},
+    "scene_indoors": "scene: indoors",
+    "scene_out_of_doors": "scene: out of doors",
+}
+"""File in `facts/` -> the relation whose facts it has."""
+ARTICLE = ("kind", "colour", "home", "material", "sound", "use", "young", "job", "place")
+"""Files whose subjects take an article."""
+
+
+class Fact(NamedTuple):
+    """`noun` (the subject, with its article if it takes one) is in `relation` to `answer`."""
+
+    relation: str
+    subject: str
+    noun: str
+    answer: str
+
+
+def with_article(noun: str) -> str:
+    """`an owl`, `a lion`."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
+@cache
+def lines(name: str) -> tuple[str, ...]:
+    """The lines of `facts/NAME.txt` that say something."""
+    text = (files(__package__) / "facts" / f"{name}.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line and not line.startswith("#"))
+
+
+@cache
+def all_facts() -> tuple[Fact, ...]:
+    found = []
+    for name, relation in RELATIONS.items():
+        for line in lines(name):
+            subject, one, answer = line.partition(" = ")
+            if one:
+                entries = [(subject, answer)]
+            else:
+                answer, _, rest = line.partition(": ")
+                entries = [(subject, answer) for subject in rest.split("; ")]
+            for subject, answer in entries:
+                noun = with_article(subject) if name in ARTICLE else subject
+                found.append(Fact(relation, subject, noun, answer))
+    return tuple(found)
 
 
 def facts_of(relations: Sequence[str], split: str, seed: int) -> list[Fact]:
@@ -47,8 +78,8 @@ def facts_of(relations: Sequence[str], split: str, seed: int) -> list[Fact]:
     """
     owner: dict[str, str] = {}
     rng = Random(f"facts-{seed}")
-    for relation in dict.fromkeys(fact.relation for fact in _ALL):
-        subjects = [fact.subject for fact in _ALL if fact.relation == relation]
+    for relation in dict.fromkeys(RELATIONS.values()):
+        subjects = [fact.subject for fact in all_facts() if fact.relation == relation]
         rng.shuffle(subjects)
         wanted = round(len(subjects) * TEST_SHARE)
         wanted -= sum(owner.get(subject) == "test" for subject in subjects)
@@ -56,13 +87,13 @@ def facts_of(relations: Sequence[str], split: str, seed: int) -> list[Fact]:
             if subject not in owner:
                 owner[subject] = "test" if wanted > 0 else "train"
                 wanted -= 1
-    return [fact for fact in _ALL if fact.relation in relations and owner[fact.subject] == split]
+    return [f for f in all_facts() if f.relation in relations and owner[f.subject] == split]
 
 
-def share(names: Sequence[str], what: str, split: str, seed: int) -> list[str]:
-    """The split's part of a list of names."""
-    shuffled = list(names)
-    Random(f"{what}-{seed}").shuffle(shuffled)
+def names_of(split: str, seed: int) -> list[str]:
+    """The split's part of people's names."""
+    shuffled = " ".join(lines("names")).split()
+    Random(f"names-{seed}").shuffle(shuffled)
     cut = round(len(shuffled) * TEST_SHARE)
     return shuffled[:cut] if split == "test" else shuffled[cut:]
 
