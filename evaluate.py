@@ -1,6 +1,8 @@
 """Score an adapter that exists: `python evaluate.py run=outputs/NAME protocol=lm_eval`."""
 
-from mixlora_exp.cli.evaluate import main
+import sys
+
+from mixlora_exp.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
 """Train an adapter, reload it, score it: `python train.py method=mixlora model=... task=multi`."""
 
-from mixlora_exp.cli.train import main
+import sys
+
+from mixlora_exp.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,9 +1,8 @@
-"""`mixlora-exp convert IN OUT` for a checkout: an adapter of the official packages to PEFT's."""
+"""`mixlora-exp convert IN OUT` for a checkout."""
 
 import sys
 
-from mixlora_exp.cli.convert import run
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, sys.argv[1:], resumes=False))
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from official_format import as_official
 
-from mixlora_exp.cli.evaluate import dispatch
+from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, schema
 from mixlora_exp.models import load_model, load_tokenizer
@@ -117,7 +117,7 @@ def test_scoring_command_runs_at_tiny_size(
         pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     command = command.replace("adapter=converted", "adapter=DIR")
     arguments = tiny(shlex.split(command)[2:], tmp_path, folders)
-    assert guarded(dispatch, arguments) == 0
+    assert guarded(evaluate, arguments) == 0
     records = [read_record(path) for path in tmp_path.glob("*/record.json")]
     assert len(records) == (2 if "outputs/A" in command else 1)
     assert all(record["train"] is None for record in records)

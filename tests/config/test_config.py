@@ -62,7 +62,9 @@ def test_every_file_is_known() -> None:
     assert len(EXPERIMENTS) >= 2
     launchers = [path for path in FILES if path.parts[0] == "hydra"]
     known = sum(map(len, GROUPS.values())) + len(EXPERIMENTS) + len(launchers)
-    assert len(FILES) == 1 + known
+    roots = {path.stem for path in FILES if len(path.parts) == 1}
+    assert roots == {"config", "evaluate", "generate", "hydra_output"}
+    assert len(FILES) == len(roots) + known
 
 
 # `test_model_method_task` composes every option of these, and checks the names.

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mixlora_exp.cli import generate as generation
-from mixlora_exp.cli import train as cli
-from mixlora_exp.cli.evaluate import translate
-from mixlora_exp.cli.train import execute
+from mixlora_exp.cli.evaluate import overrides_of
+from mixlora_exp.cli.evaluate import run as evaluate
+from mixlora_exp.cli.train import execute, with_base
 from mixlora_exp.config import compose, fingerprint
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
@@ -81,7 +81,7 @@ def scored(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The error of evaluate.py, train.py and generate.py, which is the same of all."""
     adapter = next(word for word in words if word.startswith("adapter="))
     rest = [word for word in words if word != adapter]
-    assert guarded(lambda argv: execute(translate(argv)), [*words, *SCORE]) == 2
+    assert guarded(evaluate, [*words, *SCORE]) == 2
     first = capsys.readouterr().err.strip().splitlines()[-1]
     assert execute(["method=none", *words, *SCORE]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == first
@@ -109,11 +109,12 @@ def test_a_known_name_chooses_the_model(stranger: Callable[..., Path], tmp_path:
     assert base_words(folder, ()) == ["model=gemma_2b"]
     for given in (["model"], ["model.name"], ["experiment"]):
         assert base_words(folder, given) == []
-    words = translate([f"adapter={folder}", "task=arc_e"])
-    assert compose(words).model.name == "gemma_2b"
-    assert cli._base_model(["method=none", f"adapter={folder}"]) == ["model=gemma_2b"]
-    assert cli._base_model(["method=none", f"adapter={folder}", "model=tiny"]) == []
-    assert cli._base_model(["method=none"]) == []
+    words = overrides_of([f"adapter={folder}", "task=arc_e"])
+    assert compose(words, "evaluate").model.name == "gemma_2b"
+    scored = ["method=none", f"adapter={folder}"]
+    assert with_base(scored) == ["model=gemma_2b", *scored]
+    assert with_base([*scored, "model=tiny"]) == [*scored, "model=tiny"]
+    assert with_base(["method=none"]) == ["method=none"]
     # With the weights in a folder the name tells of the family at least.
     assert base_words(folder, ["model.path"]) == ["model=gemma_2b"]
     assert base_words(stranger("a/b"), ["model.path"]) == []
@@ -132,7 +133,7 @@ def test_a_copied_adapter_finds_its_base(
     # The run's items, as its record has them.
     limit = f"evaluation.limit={run.record['config']['evaluation']['limit'] or 'null'}"
     words = [f"adapter={folder}", *SCORE, limit, f"data.seed={run.config.data.seed}", out]
-    assert execute(translate(words)) == 0
+    assert guarded(evaluate, words) == 0
     (path,) = (tmp_path / "out").glob("*/record.json")
     found, expected = read_record(path)["scores"], run.record["scores"]
     assert found[0]["gold_log_likelihood"] == expected[0]["gold_log_likelihood"]
@@ -170,7 +171,7 @@ def test_accepting_is_no_setting_of_the_result() -> None:
 def test_a_record_does_not_accept_for_the_user(
     finished: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words = translate([f"run={finished('method=mixlora').folder}"])
+    words = overrides_of([f"run={finished('method=mixlora').folder}"])
     assert not [word for word in words if word.startswith("base=")]
 
 
@@ -185,13 +186,11 @@ def test_an_adapter_that_changes_its_base_is_scored_by_itself(
     path = folders[1] / "adapter_config.json"
     settings = {**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}
     path.write_text(json.dumps(settings))
-    from mixlora_exp.cli.evaluate import dispatch
-
     listed = ",".join(map(str, folders))
     out = f"output_dir={tmp_path / 'out'}"
     for protocol in ("lm_eval", "label_logits"):
         words = [f"adapter=[{listed}]", f"protocol={protocol}", *SCORE, out]
-        assert guarded(dispatch, words) == 2
+        assert guarded(evaluate, words) == 2
         error = capsys.readouterr().err
         assert "modules_to_save=['lm_head'] changes the base model" in error
     assert not (tmp_path / "out").exists()

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.cli.evaluate import dispatch, translate
-from mixlora_exp.cli.train import execute
+from mixlora_exp.cli.evaluate import overrides_of, run
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import in_lockstep
@@ -23,48 +22,54 @@ from mixlora_exp.runs import together
 from mixlora_exp.system.guarded import MISTAKE, guarded
 
 ROOT = Path(__file__).parents[2]
+
+
+def composed(*words: str) -> Any:
+    return compose(overrides_of(words), "evaluate")
+
+
 Start = Callable[..., Any]
 MIXLORA = ("method=mixlora",)
 
 
 def score(folder: Path, *words: str) -> dict[str, Any]:
-    """The record that the translated command line leaves."""
-    assert execute(translate([*words, f"output_dir={folder}"])) == 0
+    """The record that the command line leaves."""
+    assert guarded(run, [*words, f"output_dir={folder}"]) == 0
     (path,) = folder.glob("*/record.json")
     return read_record(path)
 
 
 def test_the_same_scores_as_the_run(finished: Start, tmp_path: Path) -> None:
-    run = finished(*MIXLORA)
-    record = score(tmp_path, f"run={run.folder}")
-    for found, expected in zip(record["scores"], run.record["scores"], strict=True):
+    trained = finished(*MIXLORA)
+    record = score(tmp_path, f"run={trained.folder}")
+    for found, expected in zip(record["scores"], trained.record["scores"], strict=True):
         assert (found["task"], found["accuracy"]) == (expected["task"], expected["accuracy"])
         assert found["gold_log_likelihood"] == expected["gold_log_likelihood"]
     assert record["train"] is None
     source = record["adapter"]["trained_by"]
-    assert source["name"] == run.folder.name
-    assert source["config"] == run.record["config"]
-    assert record["adapter"]["sha256"] == run.record["saved_adapter"]["sha256"]
+    assert source["name"] == trained.folder.name
+    assert source["config"] == trained.record["config"]
+    assert record["adapter"]["sha256"] == trained.record["saved_adapter"]["sha256"]
 
 
 def test_an_adapter_s_record_names_the_base_model(finished: Start, tmp_path: Path) -> None:
-    run = finished(*MIXLORA)
-    words = [f"adapter={run.folder / 'adapter'}", "data=embedded", "task=arc_e"]
+    trained = finished(*MIXLORA)
+    words = [f"adapter={trained.folder / 'adapter'}", "data=embedded", "task=arc_e"]
     record = score(tmp_path, *words, "evaluation.limit=4", "trainer.precision=float32")
-    assert record["config"]["model"] == run.record["config"]["model"]
+    assert record["config"]["model"] == trained.record["config"]["model"]
     # A random base model is drawn from the seed.
     seeded = finished(*MIXLORA, "seed=7")
     words = [f"adapter={seeded.folder / 'adapter'}", *words[1:]]
-    assert "seed=7" in translate(words)
-    assert translate([*words, "seed=8"])[-1] == "seed=8"
-    assert "seed=7" not in translate([*words, "seed=8"])
-    other = translate([*words, "model=tiny_gemma"])
+    assert "seed=7" in overrides_of(words)
+    assert "seed=8" in overrides_of([*words, "seed=8"])
+    assert "seed=7" not in overrides_of([*words, "seed=8"])
+    other = overrides_of([*words, "model=tiny_gemma"])
     assert not [word for word in other if word.startswith("model.")]
 
 
 def test_another_protocol_and_fewer_items(finished: Start, tmp_path: Path) -> None:
-    run = finished(*MIXLORA)
-    record = score(tmp_path, f"run={run.folder}", "protocol=answer_text,generate",
+    trained = finished(*MIXLORA)
+    record = score(tmp_path, f"run={trained.folder}", "protocol=answer_text,generate",
                    "evaluation.limit=5", "evaluation.max_new_tokens=2")  # fmt: skip
     assert [(s["protocol"], s["n"]) for s in record["scores"]] == [
         ("answer_text", 5), ("generate", 5),
@@ -75,8 +80,8 @@ def test_another_protocol_and_fewer_items(finished: Start, tmp_path: Path) -> No
 
 def test_lm_eval_on_a_run_and_on_the_base_model(finished: Start, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    run = finished(*MIXLORA)
-    found = score(tmp_path / "a", f"run={run.folder}", "protocol=lm_eval", "evaluation.limit=6")
+    trained = finished(*MIXLORA)
+    found = score(tmp_path / "a", f"run={trained.folder}", "protocol=lm_eval", "evaluation.limit=6")
     (entry,) = found["scores"]
     assert (entry["protocol"], entry["n"]) == ("lm_eval", 6)
     assert entry["accuracy_normalized"] is not None
@@ -91,25 +96,25 @@ def test_lm_eval_on_a_run_and_on_the_base_model(finished: Start, tmp_path: Path)
 
 
 def test_the_whole_configuration_is_taken_over(finished: Start) -> None:
-    run = finished(*MIXLORA)
-    words = translate([f"run={run.folder}", "protocol=lm_eval", "evaluation.limit=7"])
-    config, before = to_dict(compose(words)), run.record["config"]
+    trained = finished(*MIXLORA)
+    config = to_dict(composed(f"run={trained.folder}", "protocol=lm_eval", "evaluation.limit=7"))
+    before = trained.record["config"]
     for name in ("model", "task", "data", "kernel", "trainer", "seed"):
         assert config[name] == before[name]
     assert config["evaluation"] == {**before["evaluation"], "protocols": ["lm_eval"], "limit": 7}
     assert config["method"] == {"name": "none"}
-    assert config["adapter"] == str(run.folder / "adapter")
+    assert config["adapter"] == str(trained.folder / "adapter")
     # A group that is given anew replaces what the record says.
-    again = to_dict(compose(translate([f"run={run.folder}", "evaluation=limit"])))
+    again = to_dict(composed(f"run={trained.folder}", "evaluation=limit"))
     assert again["evaluation"]["limit"] == 100
     assert again["evaluation"]["batch_check"] == 16
 
 
 def test_a_preset_goes_before_what_the_record_says(finished: Start) -> None:
-    run = finished(*MIXLORA)
-    before = run.record["config"]
+    trained = finished(*MIXLORA)
+    before = trained.record["config"]
     assert before["evaluation"]["dropout"] is False
-    config = compose(translate([f"run={run.folder}", "preset=official"]))
+    config = composed(f"run={trained.folder}", "preset=official")
     assert config.preset.name == "official"
     assert config.evaluation.dropout
     assert not config.data.boolq_passage
@@ -119,15 +124,15 @@ def test_a_preset_goes_before_what_the_record_says(finished: Start) -> None:
 
 
 def test_values_survive_the_grammar(finished: Start, tmp_path: Path) -> None:
-    run = finished(*MIXLORA)
+    trained = finished(*MIXLORA)
     folder = tmp_path / "run"
-    shutil.copytree(run.folder, folder)
+    shutil.copytree(trained.folder, folder)
     record = json.loads((folder / "record.json").read_text())
     record["config"]["model"]["access"] = "see https://a.b/c, 'then' \\ go: {x}"
     from mixlora_exp.records.record import finish_record, write_json
 
     write_json(folder / "record.json", finish_record(record))
-    config = compose(translate([f"run={folder}"]))
+    config = composed(f"run={folder}")
     assert config.model.access == "see https://a.b/c, 'then' \\ go: {x}"
 
 
@@ -137,44 +142,44 @@ def mistakes(folder: Path, copied: Path) -> list[tuple[list[str], str]]:
         ([f"run={copied}"], "holds no adapter/"),
         ([f"run={folder}", f"adapter={copied}"], "were both given"),
         (["method=lora"], "trains nothing"),
-        (["rum=x"], "did you mean run="),
-        (["protocols=answer_text"], "did you mean protocol="),
+        (["rum=x"], r"did you mean run\?"),
+        (["protocols=answer_text"], r"did you mean protocol\?"),
         (["adapter=/nowhere", "model=tiny"], "adapter=/nowhere is no folder"),
     ]
 
 
 @pytest.mark.parametrize("number", range(7))
 def test_mistakes_are_told(number: int, finished: Start, tmp_path: Path) -> None:
-    run = finished(*MIXLORA)
+    trained = finished(*MIXLORA)
     copied = tmp_path / "copied"
     copied.mkdir()
-    shutil.copy(run.folder / "record.json", copied)
-    words, message = mistakes(run.folder, copied)[number]
+    shutil.copy(trained.folder / "record.json", copied)
+    words, message = mistakes(trained.folder, copied)[number]
     with pytest.raises(UserError, match=message):
-        translate(words)
+        run(words)
 
 
 def test_an_unknown_protocol_is_told(finished: Start, capfd: pytest.CaptureFixture[str]) -> None:
-    run = finished(*MIXLORA)
-    assert execute(translate([f"run={run.folder}", "protocol=lm_evil"])) == MISTAKE
+    trained = finished(*MIXLORA)
+    assert guarded(run, [f"run={trained.folder}", "protocol=lm_evil"]) == MISTAKE
     assert "lm_evil" in capfd.readouterr().err
 
 
 def test_another_base_model_is_refused(
     finished: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = finished(*MIXLORA)
-    words = [f"run={run.folder}", "model=tiny_gemma", f"output_dir={tmp_path}"]
-    assert execute(translate(words)) == MISTAKE
+    trained = finished(*MIXLORA)
+    words = [f"run={trained.folder}", "model=tiny_gemma", f"output_dir={tmp_path}"]
+    assert guarded(run, words) == MISTAKE
     assert "was trained on tiny" in capfd.readouterr().err
     assert not list(tmp_path.rglob("record.json"))
 
 
 def test_changed_weights_are_no_longer_the_run_s(finished: Start, tmp_path: Path) -> None:
     """The record beside an adapter tells of these weights, or of none."""
-    run = finished(*MIXLORA)
+    trained = finished(*MIXLORA)
     folder = tmp_path / "run"
-    shutil.copytree(run.folder, folder)
+    shutil.copytree(trained.folder, folder)
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter" / "adapter_model.safetensors"
@@ -197,11 +202,11 @@ def test_several_runs_in_the_same_passes(
 
     monkeypatch.setattr(together, "in_lockstep", spy)
     words = ["protocol=answer_text,generate", "evaluation.limit=6"]
-    listed = ",".join(str(run.folder) for run in runs[:2])
-    assert guarded(dispatch, [f"run=[{listed}]", *words, f"output_dir={tmp_path / 'all'}"]) == 0
+    listed = ",".join(str(trained.folder) for trained in runs[:2])
+    assert guarded(run, [f"run=[{listed}]", *words, f"output_dir={tmp_path / 'all'}"]) == 0
     assert passes == [["adapter0", "adapter1"]]
-    for run in runs[:2]:
-        alone = score(tmp_path / run.folder.name, f"run={run.folder}", *words)
+    for trained in runs[:2]:
+        alone = score(tmp_path / trained.folder.name, f"run={trained.folder}", *words)
         record = read_record(tmp_path / "all" / alone["name"] / "record.json")
         assert record["fingerprint"] == alone["fingerprint"]
         assert record["adapter"] == alone["adapter"]
@@ -230,7 +235,7 @@ def test_mistakes_with_several_are_told(
 ) -> None:
     folders = finished(*MIXLORA).folder, finished("method=dora").folder
     argv = [word.format(*folders) for word in words]
-    assert guarded(dispatch, [*argv, f"output_dir={tmp_path / 'out'}"]) == MISTAKE
+    assert guarded(run, [*argv, f"output_dir={tmp_path / 'out'}"]) == MISTAKE
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -4,7 +4,6 @@ nothing is run, opened, copied or written that a file names."""
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,9 @@ import torch
 from hostile import HOSTILE, changed, place, set_field
 
 from mixlora_exp.cli import generate as generation
-from mixlora_exp.cli.evaluate import dispatch, translate
+from mixlora_exp.cli.evaluate import overrides_of
+from mixlora_exp.cli.evaluate import run as evaluate
+from mixlora_exp.cli.main import main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.config.recorded import literal
@@ -29,27 +30,20 @@ from mixlora_exp.system.runlock import holder_of
 from mixlora_exp.system.untrusted import LIMIT
 from mixlora_exp.training.tracking.sinks import read_log
 
-ROOT = Path(__file__).parents[2]
 Start = Callable[..., Any]
 
 
-def script(name: str, *words: str) -> int:
-    """A command of `scripts/`, in this process."""
-    run = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name=name)["run"]
-    return guarded(run, words)
-
-
 READERS: dict[str, tuple[str, Callable[[Path, Path], int]]] = {
-    "evaluate run": ("record.json", lambda run, to: guarded(dispatch, [f"run={run}"])),
+    "evaluate run": ("record.json", lambda run, to: guarded(evaluate, [f"run={run}"])),
     "evaluate adapter": (
         "adapter/adapter_config.json",
-        lambda run, to: guarded(dispatch, [
+        lambda run, to: guarded(evaluate, [
             f"adapter={run / 'adapter'}", "model=tiny", "data=embedded", "task=arc_e",
             f"output_dir={to}",
         ]),
     ),
     "evaluate beside a record": (
-        "record.json", lambda run, to: guarded(dispatch, [f"adapter={run / 'adapter'}"]),
+        "record.json", lambda run, to: guarded(evaluate, [f"adapter={run / 'adapter'}"]),
     ),
     "generate": (
         "record.json", lambda run, to: guarded(generation.run, [f"adapter={run}", "prompt=a"]),
@@ -64,15 +58,15 @@ READERS: dict[str, tuple[str, Callable[[Path, Path], int]]] = {
     ),
     "merge": (
         "adapter/adapter_config.json",
-        lambda run, to: script("merge_adapter", f"adapter={run}", f"output={to / 'merged'}"),
+        lambda run, to: main(["merge", str(run), str(to / "merged")]),
     ),
     "convert": (
         "adapter/adapter_config.json",
-        lambda run, to: script("convert_adapter", str(run / "adapter"), str(to / "converted")),
+        lambda run, to: main(["convert", str(run / "adapter"), str(to / "converted")]),
     ),
     "collect": (
         "record.json",
-        lambda run, to: script("collect", f"source={run.parent}", f"target={to / 'runs'}"),
+        lambda run, to: main(["collect", f"--source={run.parent}", f"--target={to / 'runs'}"]),
     ),
     "train on rows": (
         "arc_e/train.jsonl",
@@ -212,18 +206,18 @@ def test_a_text_of_a_record_stays_that_text(text: str, copied: Path) -> None:
                 compose([f"{field}={literal(text)}"])
             continue
         changed(copied, set_field(f"config.{field}", text))
-        composed = compose(translate([f"run={copied}"]))
+        composed = compose(overrides_of([f"run={copied}"]), "evaluate")
         assert to_dict(composed)[group][name] == text
 
 
 def test_a_record_does_not_say_where_to_write(made: Path, tmp_path: Path) -> None:
     assert any(
-        word == f"output_dir={literal(str(made.parent))}" for word in translate([f"run={made}"])
+        word == f"output_dir={literal(str(made.parent))}" for word in overrides_of([f"run={made}"])
     )
     moved = shutil.copytree(made, tmp_path / made.name)
-    assert not any(word.startswith("output_dir=") for word in translate([f"run={moved}"]))
+    assert not any(word.startswith("output_dir=") for word in overrides_of([f"run={moved}"]))
     changed(moved, set_field("config.output_dir", str(tmp_path / "elsewhere")))
-    assert compose(translate([f"run={moved}"])).output_dir == "outputs"
+    assert compose(overrides_of([f"run={moved}"]), "evaluate").output_dir == "outputs"
 
 
 # Adapters

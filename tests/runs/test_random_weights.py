@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixlora_exp.cli import generate as generation
-from mixlora_exp.cli.evaluate import translate
+from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.cli.train import execute
 from mixlora_exp.records.record import read_record
 from mixlora_exp.serving.merge import write_merged
@@ -67,7 +67,7 @@ def test_from_training_to_use(
     assert (record["model"]["source"], record["train"]["steps"]) == ("random", 2)
     assert [score["n"] for score in record["scores"]] == [4, 4]
     again = [f"run={folder}", f"output_dir={tmp_path / 'again'}"]
-    assert execute(translate(again)) == 0
+    assert guarded(evaluate, again) == 0
     (rescored,) = (tmp_path / "again").glob("*/record.json")
     found, expected = read_record(rescored)["scores"], record["scores"]
     assert [s["accuracy"] for s in found] == [s["accuracy"] for s in expected]

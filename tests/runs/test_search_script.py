@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="the package optuna is not installed")
 
+from mixlora_exp.cli.search import run as search  # noqa: E402
 from mixlora_exp.config import compose  # noqa: E402
 from mixlora_exp.data.sources import load_split  # noqa: E402
 from mixlora_exp.errors import UserError  # noqa: E402
@@ -27,11 +27,8 @@ SMALL = ["experiment=smoke", "data.train_limit=16"]
 
 
 def script(*arguments: str) -> int:
-    """Exit code of `scripts/search.py`, in this process."""
-    spec = importlib.util.spec_from_file_location("search_script", ROOT / "scripts" / "search.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return guarded(module.main, arguments)
+    """Exit code of the search, in this process."""
+    return guarded(search, arguments)
 
 
 def _damaged(folder: Path) -> None:

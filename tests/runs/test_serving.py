@@ -20,6 +20,7 @@ from mixlora_exp.cli import generate as generation
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
+from mixlora_exp.serving import answer
 from mixlora_exp.serving.merge import merge, write_merged
 from mixlora_exp.serving.open import Opened, open_adapter
 from mixlora_exp.serving.text_generation import continuations
@@ -141,7 +142,7 @@ def test_several_adapters_answer_in_the_same_batches(
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     sizes: list[int] = []
-    real = generation.open_adapters
+    real = answer.open_adapters
 
     def spy(*args: Any) -> Opened:
         opened = real(*args)
@@ -154,7 +155,7 @@ def test_several_adapters_answer_in_the_same_batches(
         opened.model.generate = counted
         return opened
 
-    monkeypatch.setattr(generation, "open_adapters", spy)
+    monkeypatch.setattr(answer, "open_adapters", spy)
     listed = ",".join(str(folder) for folder in folders.values())
     words = [*WORDS, f"adapters=[{listed}]", "max_new_tokens=8"]
     assert command(*words, f"prompts={path}") == 0

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixlora_exp.cli import generate as generation
+from mixlora_exp.cli.main import main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
+from mixlora_exp.serving import answer
 from mixlora_exp.serving.merge import write_merged
 from mixlora_exp.serving.open import open_adapter
 from mixlora_exp.serving.text_generation import continuations
@@ -144,7 +146,7 @@ def test_a_file_of_prompts_is_checked_before_a_model_is_loaded(
     def loaded(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(generation, "open_adapter", loaded)
+    monkeypatch.setattr(answer, "open_adapter", loaded)
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(content)
     assert message in told(capsys, *ALONE, f"prompts={path}")
@@ -169,14 +171,19 @@ def test_marks_and_separators_of_unicode_are_text(
     ("words", "message"),
     [
         (["prompt=caf\udce9"], "prompt is no UTF-8 text"),
-        (["adapters=[[docs]]"], "adapters=[[docs]] is not valid: it must be a list, [A,B]"),
-        (["adapters=docs"], "adapters=docs is not valid: it must be a list, [A,B]"),
-        (["max_new_tokens=1.5"], "max_new_tokens=1.5 is not valid: it must be a whole number"),
-        (["temperature=hot"], "temperature=hot is not valid: it must be a number"),
-        (["chat=maybe"], "chat=maybe is not valid: it must be true or false"),
+        (["prompt=  "], "prompt= is not valid: it is empty"),
+        (["adapters=docs"], "adapters=docs is not valid: expected a list"),
+        (["adapters=[[docs]]"], "adapter=[docs] is no folder"),
+        (["max_new_tokens=1.5"], "max_new_tokens=1.5 is not valid: expected a whole number"),
+        (["max_new_tokens=0"], "max_new_tokens=0 is not valid: must be >= 1"),
+        (["temperature=hot"], "temperature=hot is not valid: expected a number"),
+        (["chat=maybe"], "chat=maybe is not valid: expected true or false"),
         (["adapter="], "adapter= is not valid: give a value"),
         (["prompts="], "prompts= is not valid: give a value"),
-        (["tempo=1"], "random_seed, model, kernel, seed, trainer.precision"),
+        (["prompt=a", "prompts=b"], "prompt is given too: name one of them"),
+        (["tempo=1"], "random_seed, model, kernel, seed, trainer"),
+        (["tempratur=1"], "did you mean temperature?"),
+        (["task=arc_e"], "task"),
     ],
 )
 def test_a_wrong_value_is_named(
@@ -241,13 +248,26 @@ def test_an_interrupted_merge_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_merge_goes_to_one_s_home(run: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "scripts/merge_adapter.py", f"adapter={run}", "output=~/merged"],
-        cwd=ROOT, env={"HOME": str(tmp_path), "PATH": "/usr/bin"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "merged" / "config.json").is_file()
+def test_a_merge_goes_to_one_s_home(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["merge", str(run), "~/merged"]) == 0
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == "float32", "the run's precision"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a"], "the following arguments are required: OUT"),
+        (["a", "."], ". exists already"),
+        (["a", "b", "task=arc_e"], "'task=arc_e' is no setting of merging"),
+        (["adapter=a", "output=b", "--force"], "there is no option --force"),
+    ],
+)
+def test_mistakes_of_merging_are_told(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", *words]) == 2
+    assert message in capsys.readouterr().err

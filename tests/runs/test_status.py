@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from mixlora_exp.cli.main import main
 from mixlora_exp.config import Config, compose, open_session, plan_runs, run_name, to_dict
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import build_hf_config
@@ -218,48 +217,32 @@ def test_estimates_grow_with_the_work() -> None:
     assert 0.3 < gpu_hours(compose(["model=llama2_7b", "task=multi"])) < 3
 
 
-def script(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "status.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_script(tmp_path: Path) -> None:
-    argv = ["experiment=table9_router_loss/smollm2_135m", *TINY, f"output_dir={tmp_path}"]
-    told = script(*argv)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("missing\n") == 8
-    assert "GPU hours and memory are estimated" in told.stdout
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"--experiment={SMALL}", *TINY, f"output_dir={tmp_path}"]
+    assert main(["status", *words]) == 0
+    told = capsys.readouterr().out
+    assert told.count("missing\n") == 8
+    assert "GPU hours and memory are estimated" in told
     # Not on a terminal, and whole all the same.
-    header, counts = told.stdout.splitlines()[-3:-1]
+    header, counts = told.splitlines()[-3:-1]
     assert header.split() == ["experiment", "missing", "GPU", "hours", "left"]
-    assert counts.split()[:2] == ["table9_router_loss/smollm2_135m", "8"]
+    assert counts.split()[:2] == [SMALL, "8"]
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("experiment=table3", "experiment=table3 is unknown: choose from figure4c/llama2_7b"),
-        ("state=lost", "state=lost is unknown: choose from done, recorded, running"),
-        ("brief", "'brief' is no setting: write name=value"),
+        ("--experiment=table3", "table3 is unknown: choose from figure4c"),
+        ("--state=lost", "invalid choice: 'lost' (choose from"),
+        ("--breif", "did you mean --brief?"),
+        ("brief=true", "brief is an option, write --brief"),
         ("method.rnak=2", "rnak"),
     ],
 )
-def test_mistakes_are_told(argument: str, message: str) -> None:
-    told = script(
-        *(["experiment=table5/gemma_2b"] if "experiment" not in argument else []), argument
-    )
-    assert told.returncode == 2
-    assert message in told.stderr
-    assert "Traceback" not in told.stderr
-
-
-def test_help_is_given() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "status.py"), "--help"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0
-    assert "state=failed" in done.stdout
+def test_mistakes_are_told(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = [] if "experiment" in argument else [f"--experiment={SMALL}"]
+    assert main(["status", *first, argument]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_experiments_are_found() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         check_composition,
         compose,
         compose_adapters,
+        parse_overrides,
         plan_runs,
     )
     from mixlora_exp.config.resolve import (
@@ -48,6 +49,7 @@ __all__ = [
     "fingerprint_of",
     "open_session",
     "options",
+    "parse_overrides",
     "plan_runs",
     "register_schemas",
     "run_name",
@@ -56,7 +58,10 @@ __all__ = [
 ]
 
 _OWN = {"Config": "schema", "options": "arguments"}
-_PLAN = {"Cell", "Plan", "check_composition", "compose", "compose_adapters", "plan_runs"}
+_PLAN = {
+    *("Cell", "Plan", "check_composition", "compose", "compose_adapters"),
+    *("parse_overrides", "plan_runs"),
+}
 
 
 def __getattr__(name: str) -> Any:

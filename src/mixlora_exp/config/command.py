@@ -132,8 +132,8 @@ def _load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> Dic
         )
 
 
-def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Config:
-    chosen, name = cfg.hydra.runtime.choices.get("method"), cfg.method.get("name")
+def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Any:
+    chosen, name = cfg.hydra.runtime.choices.get("method"), cfg.get("method", {}).get("name")
     typed = any(line.lstrip("+").startswith("method.name=") for line in overrides)
     if typed and name != chosen and name in METHODS:
         raise UserError(f"method.name={name} would only rename {chosen}: write method={name}")
@@ -143,16 +143,31 @@ def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Config:
         return to_config(cfg)
 
 
-def compose_cell(hydra: Any, name: str, overrides: Sequence[str]) -> Config:
+def compose_cell(hydra: Any, name: str, overrides: Sequence[str]) -> Any:
     """Return the checked configuration of one run."""
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
     return _finish(_load(hydra, name, overrides, RunMode.RUN), overrides)
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """Return the `Config` of one command line; a mistake in it raises `UserError`."""
+def compose(overrides: Sequence[str] = (), name: str = "config") -> Any:
+    """Return the configuration of one command line, over the root `conf/NAME.yaml`: a `Config`, or
+    a `GenerateConfig` over `generate`.
+
+    Raises:
+        UserError: there is a mistake in it.
+    """
     with open_session() as hydra:
-        return compose_cell(hydra, "config", overrides)
+        return compose_cell(hydra, name, overrides)
+
+
+def parse_overrides(words: Sequence[str]) -> list[Override]:
+    """The words of a command line, read with Hydra's grammar.
+
+    Raises:
+        UserError: one is not of the form name=value.
+    """
+    with _explained(words):
+        return OverridesParser.create().parse_overrides(list(words))
 
 
 def compose_adapters(

@@ -38,7 +38,7 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
     if not dataclasses.is_dataclass(owner):
         return f"{key} is not a setting{source}"
     fields = [item.name for item in dataclasses.fields(owner)]
-    options = [*fields, "experiment"] if owner is Config else fields
+    options = [*fields, "experiment"] if issubclass(owner, Config) else fields
     where = f"{parent} has" if parent else "there are"
     if parent == "method":
         where = "the chosen method has"
@@ -96,7 +96,7 @@ def _root_cause(error: BaseException) -> OmegaConfBaseException | None:
 def _file(error: BaseException) -> str:
     """Return words for the file that Hydra names in its message, or nothing."""
     file = re.match(r"In '([^']+)': ", str(error))
-    if file is None or file[1] in ("config", "hydra/config"):
+    if file is None or file[1] in ("config", "evaluate", "generate", "hydra/config"):
         return ""
     return f" (in {file[1]}.yaml)"
 

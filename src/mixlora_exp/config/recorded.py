@@ -19,8 +19,6 @@ from mixlora_exp.config.checks import require_name
 from mixlora_exp.config.schema import Config, LoraMethodConfig, MethodConfig, MixLoraMethodConfig
 from mixlora_exp.errors import UserError, shown
 
-__all__ = ["check_recorded", "literal", "recorded"]
-
 LONGEST = 4096
 """Characters of a text: no path, name or address has more."""
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -130,6 +128,14 @@ def literal(value: Any) -> str:
     # To Hydra a backslash is itself but before a quote.
     text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"'{text}'"
+
+
+def typed_texts(value: str) -> list[str]:
+    """What `name=[a,b]` or `name=a` names, as it was typed; quotes around one go. `null`: none."""
+    if value == "null":
+        return []
+    listed = value.startswith("[") and value.endswith("]")
+    return [entry.strip(" '\"") for entry in (value[1:-1].split(",") if listed else [value])]
 
 
 # The method is that of the adapter; what a run would train with plays no part. Where to write is

@@ -22,6 +22,7 @@ from mixlora_exp.config import schema
 from mixlora_exp.config.explain import explain, unknown_field
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
 from mixlora_exp.errors import UserError
 
 EXCLUDED = (
@@ -61,6 +62,8 @@ def register_schemas() -> None:
     """Make the dataclasses known to Hydra; calling it again changes nothing."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="generate_schema", node=GenerateConfig)
     # Apart from the group `method`, so that `method=glob(*)` and lists of options hold files only.
     methods = {
         "none": schema.MethodConfig,
@@ -112,8 +115,9 @@ def _raw_value(cfg: DictConfig, key: str | None) -> Any:
     return value
 
 
-def to_config(cfg: DictConfig) -> Config:
-    """Check a composed configuration and return it as plain dataclasses.
+def to_config(cfg: DictConfig) -> Any:
+    """Check a composed configuration and return it as plain dataclasses: a `Config`, or that of
+    the command `generate`.
 
     Raises `UserError` for a field that does not exist, a missing value, an interpolation that
     leads nowhere or a value out of its range.
@@ -124,7 +128,9 @@ def to_config(cfg: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         value = _raw_value(cfg, error.full_key)
         raise UserError(explain(error, [f"{error.full_key}={value}"])) from error
-    if not isinstance(config, Config):
+    if isinstance(config, EvaluateConfig):
+        return config.settled()
+    if not isinstance(config, (Config, GenerateConfig)):
         raise UserError("the configuration is not one of mixlora_exp: its defaults lack `schema`")
     return config
 

@@ -15,7 +15,13 @@ from typing import Any
 
 __all__ = ["git_state"]
 
-CHANGED = (":(glob)src/**/*.py", ":(glob)*.py", ":(glob)scripts/**/*.py", ":(glob)conf/**")
+CHANGED = (
+    ":(glob)src/**/*.py",
+    ":(glob)src/**/*.txt",
+    ":(glob)*.py",
+    ":(glob)scripts/**/*.py",
+    ":(glob)conf/**",
+)
 """Files of the repository that count when they differ from the commit."""
 NEW = (":(glob)src/**/*.py",)
 """Files that count although the repository does not have them: Python imports them."""

@@ -1,0 +1,123 @@
+"""A command line of Hydra: its flags, help, and the runs it asks for, checked before any starts."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+
+# Hydra has no public way to its flags: without them each would have to be listed here.
+from hydra._internal.utils import get_args_parser
+
+from mixlora_exp import __version__
+from mixlora_exp.config import (
+    CONF_DIR,
+    Plan,
+    check_composition,
+    open_session,
+    plan_runs,
+    register_schemas,
+)
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+from mixlora_exp.sweeps.jobs import run_one, run_single
+from mixlora_exp.sweeps.launch import launch_sweep
+
+Settle = Callable[[Sequence[str]], list[str]]
+"""What a command makes of the overrides that were typed."""
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse with Hydra's own flags; overrides and flags may come in any order.
+
+    Raises:
+        UserError: a flag is unknown or not supported.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        typed = [word.partition("=")[0] for word in argv if word.startswith("-")]
+        wrong = next((flag for flag in typed if flag not in known), "")
+        close = difflib.get_close_matches(wrong, known, cutoff=0.7)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; --hydra-help lists flags"
+        setting = wrong.lstrip("-").replace("-", "_")
+        if setting in Config.__dataclass_fields__:
+            hint = f"; settings have no dashes: write {setting}=..."
+        raise UserError(f"{message}{hint}")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(list(argv))
+    if args.experimental_rerun is not None:
+        raise UserError(
+            f"--experimental-rerun={args.experimental_rerun} is not supported: "
+            "repeat the overrides that stand in the run's record"
+        )
+    return args
+
+
+def shows(args: argparse.Namespace) -> bool:
+    """Whether the flags ask to show something instead of running."""
+    return bool(args.help or args.cfg is not None or args.info is not None or args.resolve)
+
+
+def show(argv: Sequence[str], args: argparse.Namespace, name: str, overrides: list[str]) -> int:
+    """Let Hydra print help, the configuration or its own state."""
+    register_schemas()
+    flags = [word for word in argv if word not in args.overrides]
+    before = sys.argv
+    sys.argv = [before[0], *overrides, *flags]
+    try:
+        hydra.main(config_path=str(CONF_DIR), config_name=name, version_base="1.3")(run_one)()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
+    """Run the plan through Hydra's launcher and sweeper and return the exit code."""
+    if not plan.multirun:
+        job = session.run(config_name=name, task_function=run_single, overrides=overrides)
+        if isinstance(job.return_value, UserError):
+            raise job.return_value
+        return 0
+    return launch_sweep(session, name, overrides, plan)
+
+
+def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
+    """Carry out a command line over `conf/ROOT.yaml`; returns the exit code.
+
+    Raises:
+        UserError: there is a mistake in it.
+    """
+    if "--version" in argv:
+        sys.stdout.write(f"mixlora-exp {__version__}\n")
+        return 0
+    args = parse_flags(argv)
+    if args.hydra_help or args.shell_completion:
+        kept = [] if args.hydra_help else list(args.overrides)
+        return show(argv, args, root, kept)
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
+    overrides = settle(args.overrides)
+    if args.config_dir is not None:
+        overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
+    name = args.config_name or root
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(args.config_path or CONF_DIR))
+        if shows(args):
+            check_composition(session, name, overrides)
+            stack.close()
+            return show(argv, args, root, overrides)
+        if args.run and args.multirun:
+            raise UserError("--run and --multirun cannot be used together: give one of them")
+        plan = plan_runs(session, name, overrides, args.multirun)
+        return _launch(session, name, overrides, plan)

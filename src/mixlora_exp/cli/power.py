@@ -1,0 +1,64 @@
+"""The smallest difference that a comparison of two methods would see in four out of five tries.
+
+Takes from two records under results/runs/ how often just one of two methods is right
+(length-normalised, answers as text), and foretells full test sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mixlora_exp.cli.parser import Parser
+from mixlora_exp.errors import UserError
+from mixlora_exp.config.places import RESULTS
+from mixlora_exp.records.files import PACKED
+from mixlora_exp.results.power import average_item_error, seed_spread, smallest_detectable
+from mixlora_exp.results.runs import RecordedRun, check_run, read_rows
+from mixlora_exp.tasks import TASKS
+
+
+def _right(run: RecordedRun, task: str) -> dict[str, bool]:
+    rows = read_rows(run, task, "answer_text")
+    return {key: row["prediction_normalized"] == row["answer"] for key, row in rows.items()}
+
+
+def _discordant(a: RecordedRun, b: RecordedRun, task: str) -> float:
+    first, second = _right(a, task), _right(b, task)
+    if first.keys() != second.keys():
+        raise UserError(f"{a.name} and {b.name} were scored on different items of {task}")
+    return sum(first[key] != second[key] for key in first) / len(first)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Carry out one command line; returns the exit code."""
+    parser = Parser(__doc__)
+    parser.add_argument("a", metavar="RUN")
+    parser.add_argument("b", metavar="RUN")
+    parser.add_argument("--tasks", metavar="TASK", nargs="+", default=[])
+    parser.add_argument("--seeds", type=int, default=3)
+    differently = "share of items that two seeds of one method answer differently"
+    parser.add_argument("--changed", type=float, default=0.03, help=differently)
+    parser.add_argument("--factor", type=float, default=1.0, help="take both shares so many times")
+    args = parser.parse(argv)
+    a, b = (check_run(RESULTS / "runs" / f"{name}{PACKED}") for name in (args.a, args.b))
+    tasks = args.tasks or sorted(
+        {task for task, protocol in a.scores.keys() & b.scores.keys() if protocol == "answer_text"}
+    )
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise UserError(f"tasks={unknown[0]} is unknown: choose from {', '.join(TASKS)}")
+    items = {task: TASKS[task].sizes["test"] for task in tasks}
+    shares = {task: args.factor * _discordant(a, b, task) for task in tasks}
+    for task in tasks:
+        print(f"{task:12}{items[task]:6,} items, {100 * shares[task]:.1f} % right in one run alone")
+    error, spread = (
+        average_item_error(shares, items),
+        seed_spread(args.factor * args.changed, items),
+    )
+    print(
+        f"standard error over items {100 * error:.2f} points, from seed to seed {100 * spread:.2f}"
+    )
+    found = smallest_detectable(error, spread, args.seeds)
+    print(
+        f"seen in 80 % of tries with {args.seeds} seeds: a difference of {100 * found:.2f} points"
+    )
+    return 0

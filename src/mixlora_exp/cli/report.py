@@ -1,0 +1,22 @@
+"""Make the report from the committed records.
+
+One static page, results/report/index.html, with tables, figures and a link from each number to
+its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config.places import RESULTS
+from mixlora_exp.results.build import gather, write_report
+
+
+def run(argv: Sequence[str]) -> int:
+    """Carry out one command line; returns the exit code."""
+    parser = Parser(__doc__)
+    parser.add_argument("--output", metavar="DIR", type=Path, default=RESULTS)
+    print(f"written: {write_report(gather(), parser.parse(argv).output)}")
+    return 0

@@ -1,0 +1,50 @@
+"""Search the router-loss coefficient and the learning rate: `mixlora-exp search trials=20
+method=mixlora task=arc_e data.train_limit=500 evaluation.limit=200`.
+
+`study`, `trials`, `coef_low`, `coef_high`, `rate_low`, `rate_high`, `prune_after` and `output_dir`
+are the search's own; anything else is an override as `train.py` takes it. The study is kept in
+`output_dir/<study>.db`: the same command goes on with it, also with more `trials`. A trial that
+fails is told and counts as one. Needs `pip install optuna`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mixlora_exp.config import Config, options
+from mixlora_exp.errors import UserError
+
+
+def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
+    from mixlora_exp.runs.run import run
+    from mixlora_exp.sweeps.search import Postponed
+
+    path = run(config, watch)
+    if path is None:
+        raise Postponed(
+            f"output_dir={config.output_dir}: another process works on this trial's run; start the "
+            "search again when it is done, or choose another output_dir"
+        )
+    return path
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out one command line; returns the exit code."""
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("the package optuna is not installed: run `pip install optuna`")
+    from mixlora_exp.sweeps.search import SearchSettings, search
+
+    # `seed` is the runs'; the sampler's own stays as it is.
+    names = {*SearchSettings.__dataclass_fields__, "-h", "--help"} - {"seed"}
+    own = [a for a in arguments if a.partition("=")[0] in names]
+    settings = options(SearchSettings, own)
+    study = search(settings, [a for a in arguments if a not in own], _train)
+    best = study.best_trial
+    states = [trial.state.name for trial in study.trials if trial.state.is_finished()]
+    failed = f", {states.count('FAIL')} failed" if "FAIL" in states else ""
+    print(f"{len(states)} trials, {states.count('PRUNED')} pruned{failed}")
+    chosen = " ".join(f"{name}={value:.3g}" for name, value in best.params.items())
+    print(f"best on held-out rows: {best.value:.4f} nats with {chosen}")
+    return 0

@@ -1,0 +1,86 @@
+"""What has been run of every table, and what is left.
+
+--experiment=table2 shows one sweep, --state=failed one state, --brief counts alone. Anything else
+is an override as for training (model=gemma_2b, data=local data.path=DIR output_dir=DIR).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mixlora_exp.cli.parser import Parser
+from mixlora_exp.errors import UserError
+from mixlora_exp.config.places import RESULTS
+from mixlora_exp.sweeps.status import FINISHED, STATES, Cell, experiments, find_cells
+
+SHADES = {
+    "done": "green", "recorded": "green", "running": "cyan", "stopped": "yellow",
+    "interrupted": "yellow", "failed": "red", "refused": "red",
+}  # fmt: skip
+
+
+def _chosen(wanted: str | None) -> list[str]:
+    known = experiments()
+    found = [n for n in known if wanted in (None, n, n.partition("/")[0])]
+    if not found:
+        raise UserError(f"experiment={wanted} is unknown: choose from {', '.join(known)}")
+    return found
+
+
+def _overview(cells: list[Cell]) -> Iterator[str]:
+    """Lines of a table of counts, never cut: a header that cannot be read is of no use."""
+    states = [state for state in STATES if any(cell.state == state for cell in cells)]
+    rows = [["experiment", *states, "GPU hours left"]]
+    for name in dict.fromkeys(cell.experiment for cell in cells):
+        own = [cell for cell in cells if cell.experiment == name]
+        counts = Counter(cell.state for cell in own)
+        left = sum(cell.hours for cell in own if cell.state not in FINISHED)
+        rows.append([name, *(str(counts[state] or "-") for state in states), _hours(left)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        shown = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *shown])
+
+
+def _hours(hours: float) -> str:
+    if hours >= 10:
+        return f"{hours:,.0f}"
+    return "under 0.01" if 0 < hours < 0.005 else f"{hours:.2f}"
+
+
+def _print_cells(console: Console, cells: list[Cell]) -> None:
+    for name in dict.fromkeys(cell.experiment for cell in cells):
+        console.print(f"\n{name}", style="bold")
+        for cell in (cell for cell in cells if cell.experiment == name):
+            shade = SHADES.get(cell.state, "")
+            what = f"{cell.state}: {cell.detail}" if cell.detail else cell.state
+            console.print(f"  {cell.overrides}: {what}", style=shade, markup=False)
+            if cell.state not in FINISHED:
+                takes = f"{_hours(cell.hours)} GPU hours, {cell.memory_gib:.0f} GiB"
+                console.print(f"    {takes}: {cell.command}", markup=False)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Carry out one command line; returns the exit code."""
+    parser = Parser(__doc__)
+    parser.add_argument("--experiment", metavar="NAME")
+    parser.add_argument("--state", choices=STATES)
+    parser.add_argument("--brief", action="store_true", help="count alone")
+    parser.add_argument("--records", metavar="DIR", type=Path, default=RESULTS / "runs")
+    parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
+    args = parser.parse(argv)
+    cells = find_cells(_chosen(args.experiment), args.overrides, args.records)
+    if args.state is not None:
+        cells = [cell for cell in cells if cell.state == args.state]
+    console = Console(soft_wrap=True, highlight=False)
+    if not args.brief:
+        _print_cells(console, cells)
+        console.print()
+    for line in _overview(cells):
+        console.print(line, markup=False)
+    console.print("GPU hours and memory are estimated: 1e14 operations a second in bf16.")
+    return 0

@@ -1,0 +1,102 @@
+"""Answers to prompts, printed: word by word for one adapter, as JSON lines in batches otherwise."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixlora_exp.config.schema_commands import GenerateConfig
+from mixlora_exp.serving.open import Opened, labelled, open_adapter, open_adapters
+from mixlora_exp.serving.prompts import Asked, check_adapters, read_prompts, typed_prompts
+from mixlora_exp.serving.text_generation import check_chat, continuations
+
+
+def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
+    """Answer what the command line asks; `words` are the overrides that choose the base model.
+
+    Raises:
+        UserError: an adapter cannot be used, or a prompt not be read or answered.
+    """
+    asked = None
+    if settings.prompts is not None:
+        asked = read_prompts(Path(settings.prompts).expanduser())
+        check_adapters(asked, labelled(settings.adapters))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every terminal can show every character.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        _answer(settings, words, asked)
+    except BrokenPipeError:
+        # Who reads has seen enough (`| head`). Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _answer(settings: GenerateConfig, words: Sequence[str], asked: list[Asked] | None) -> None:
+    if settings.adapters:
+        opened = open_adapters(settings.adapters, words)
+    else:
+        opened = open_adapter(settings.adapter, words)
+    used = ", ".join(settings.adapters) or settings.adapter or "no adapter (adapter=DIR names one)"
+    sys.stderr.write(f"{opened.config.model.name} with {used}\n")
+    torch.manual_seed(settings.random_seed)
+    if settings.chat:
+        check_chat(opened)
+    if asked is not None:
+        _answer_all(opened, settings, asked)
+        return
+    prompts = typed_prompts() if settings.prompt is None else [settings.prompt]
+    if not opened.adapters:
+        _show(opened, settings, prompts)
+        return
+    for prompt in prompts:
+        _answer_all(opened, settings, [Asked(prompt)])
+
+
+def _show(opened: Opened, settings: GenerateConfig, prompts: Iterable[str]) -> None:
+    """Answer prompts one by one, word by word as they come; a chat remembers what was said."""
+    turns: list[dict[str, str]] = []
+    for prompt in prompts:
+        turns.append({"role": "user", "content": prompt})
+        (answer,) = continuations(
+            opened, [turns if settings.chat else prompt], stream=True, **_sampling(settings)
+        )
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _sampling(settings: GenerateConfig) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
+
+
+def _each_adapter(opened: Opened, asked: Sequence[Asked]) -> list[Asked]:
+    """Every prompt with the adapter that answers it: its own, or each of them."""
+    found = []
+    for one in asked:
+        labels = opened.adapters or [None] if one.adapter is None else [one.adapter]
+        found += [Asked(one.prompt, label) for label in labels]
+    return found
+
+
+def _answer_all(opened: Opened, settings: GenerateConfig, asked: Sequence[Asked]) -> None:
+    """Answer prompts in batches, as JSON lines."""
+    asked = _each_adapter(opened, asked)
+    turns = [[{"role": "user", "content": a.prompt}] if settings.chat else a.prompt for a in asked]
+    answers = continuations(
+        opened,
+        turns,
+        batch_size=settings.batch_size,
+        adapters=[a.adapter for a in asked] if opened.adapters else None,
+        **_sampling(settings),
+    )
+    for one, answer in zip(asked, answers, strict=True):
+        entry = {"prompt": one.prompt, "adapter": one.adapter, "answer": answer}
+        if one.adapter is None:
+            del entry["adapter"]
+        sys.stdout.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        sys.stdout.flush()

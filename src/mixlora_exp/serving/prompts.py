@@ -1,0 +1,101 @@
+"""What is asked: prompts from a file, or as they are typed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixlora_exp.errors import UserError
+from mixlora_exp.system.untrusted import parse_json, read_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt, and which adapter is asked; None: all there are."""
+
+    prompt: str
+    adapter: str | None = None
+
+
+def check_text(text: str, where: str) -> None:
+    """Bytes that are no UTF-8 come as halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is no UTF-8 text ({error.reason}): give text") from error
+
+
+def read_prompts(path: Path) -> list[Asked]:
+    """The prompts of a file: a line each, or, where it is JSONL, an object with `prompt` and, for
+    one of several adapters, `adapter`.
+
+    Raises:
+        UserError: the file cannot be read, or a line is empty, no object or no UTF-8 text.
+    """
+    try:
+        raw = read_bytes(path)
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"prompts={path}:{line}: this is no UTF-8 text ({error.reason}): give a text file"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"prompts={path} cannot be read ({error}): give a text file") from error
+    # Not `splitlines`, which cuts at characters that JSON leaves as they are.
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"prompts={path} is empty: give a prompt per line")
+    if path.suffix != ".jsonl":
+        return [Asked(line.rstrip("\r")) for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        where = f"{path}:{number}"
+        try:
+            row = parse_json(line, halves=True)
+            asked = Asked(row["prompt"], row.get("adapter"))
+            if not isinstance(asked.prompt, str) or not isinstance(asked.adapter, str | None):
+                raise TypeError("a prompt or an adapter is no text")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where}: this is no JSON object with a `prompt` (and perhaps an `adapter`), "
+                f"both text ({error})"
+            ) from error
+        if not asked.prompt.strip():
+            raise UserError(f"{where}: prompt is empty: give some text")
+        check_text(asked.prompt, f"{where}: prompt")
+        check_text(asked.adapter or "", f"{where}: adapter")
+        prompts.append(asked)
+    return prompts
+
+
+def check_adapters(asked: Iterable[Asked], known: Collection[str]) -> None:
+    """Refuse prompts for adapters that are not there, before a model is loaded."""
+    for one in asked:
+        if one.adapter is not None and one.adapter not in known:
+            hint = f"give one of {', '.join(known)}" if known else "name adapters=[DIR,DIR]"
+            raise UserError(f"prompts: {one.prompt[:40]!r} asks for adapter {one.adapter}: {hint}")
+
+
+def typed_prompts() -> Iterator[str]:
+    """Prompts as they are typed, until an empty line or the end of input; from a pipe, to its end,
+    empty lines left out."""
+    typed = sys.stdin.isatty()
+    if typed:
+        sys.stderr.write("Type a prompt; an empty line ends.\n")
+    while True:
+        try:
+            line = input("> " if typed else "")
+            line.encode()
+        except EOFError:
+            return
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise UserError(
+                f"what was typed is no UTF-8 text ({error.reason}): type text"
+            ) from error
+        if line.strip():
+            yield line
+        elif typed:
+            return
