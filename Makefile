@@ -18,8 +18,7 @@ OURS := src scripts tests train.py evaluate.py generate.py
 PYTEST_ARGS ?= -n 2
 
 .PHONY: help install quickstart cold-start test test-slow soak soak-sweep bench bench-gpu gpu-check bench-eval \
-	collect tables check-tables figures report table1 table2 table5 table8 table9 figure4c study status \
-	lint format clean
+	collect tables check-tables figures report sweep study status lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,30 +63,16 @@ gpu-check:  ## try everything at the size of LLaMA-2 7B on a CUDA GPU, in at mos
 bench-eval: $(STAMP)  ## measure how many items a second the scoring protocols take
 	$(BIN)/python scripts/bench_eval.py
 
-# The sweep behind a table: its missing cells, those of a model. DATA=local reads data/, or
-# DATA_PATH=DIR; OPTIONS are overrides of any kind.
+# The sweep behind a table, its missing cells: table1, table2 (with gemma_2b: Table 5), table8_rank,
+# table9_router_loss, figure4c. DATA=local reads data/, or DATA_PATH=DIR; OPTIONS are overrides of
+# any kind, scale=cpu say.
+EXPERIMENT ?= table2
 MODEL ?= llama2_7b
 DATA ?= hub
 OPTIONS ?=
-SWEEP = $(BIN)/python train.py -m data=$(DATA) $(if $(DATA_PATH),data.path=$(DATA_PATH)) $(OPTIONS)
-
-table1: $(STAMP)  ## run what is missing of Table 1 (MODEL=llama2_7b DATA=hub)
-	$(SWEEP) experiment=table1/$(MODEL)
-
-table2: $(STAMP)  ## the same of Table 2
-	$(SWEEP) experiment=table2/$(MODEL)
-
-table5: $(STAMP)  ## the same of Table 5
-	$(SWEEP) experiment=table5/gemma_2b
-
-table8: $(STAMP)  ## the same of Table 8, ranks
-	$(SWEEP) experiment=table8_rank/$(MODEL)
-
-table9: $(STAMP)  ## the same of Table 9, coefficients of the router loss
-	$(SWEEP) experiment=table9_router_loss/$(MODEL)
-
-figure4c: $(STAMP)  ## the same of Figure 4c
-	$(SWEEP) experiment=figure4c/$(MODEL)
+sweep: $(STAMP)  ## run what is missing of a table (EXPERIMENT=table2 MODEL=llama2_7b DATA=hub)
+	$(BIN)/python train.py -m data=$(DATA) $(if $(DATA_PATH),data.path=$(DATA_PATH)) $(OPTIONS) \
+		experiment=$(EXPERIMENT) model=$(MODEL)
 
 study: $(STAMP)  ## run what is missing of the comparison in docs/comparison.md (DATA_PATH=DIR)
 	$(BIN)/python train.py -m $(if $(DATA_PATH),data.path=$(DATA_PATH)) $(OPTIONS) experiment=study/step_size

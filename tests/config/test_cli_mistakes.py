@@ -39,8 +39,8 @@ BAD = [
     (["method=lora", "method.top_k=2"], ["method.top_k=2", "mixlora and mixdora have it"]),
     (["hydra.foo=1"], ["hydra.foo=1", "not a setting"]),
     (["--dry-run"], ["settings have no dashes", "write dry_run=..."]),
-    (["experiment=table1"], ["experiment=table1 is a folder", "experiment=table1/llama2_7b"]),
-    (["experiment=table8_rank/llama2"], ["not an option", "did you mean", "table8_rank/llama2_7b"]),
+    (["experiment=study"], ["experiment=study is a folder", "experiment=study/step_size"]),
+    (["experiment=study/stepsize"], ["not an option", "did you mean", "study/step_size"]),
     # values
     (["trainer.max_steps=abc"], ["trainer.max_steps=abc", "whole number"]),
     (["trainer.max_steps=true"], ["trainer.max_steps=true", "whole number"]),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
-from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig
 
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config import (
     CONF_DIR,
     EXCLUDED,
@@ -29,7 +29,6 @@ from mixlora_exp.config import schema as s
 from mixlora_exp.config.command import compose_cell
 from mixlora_exp.errors import UserError
 
-SWITCHES = [f.name for f in dataclasses.fields(s.PresetConfig) if f.name != "name"]
 GROUPS = {
     "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m"]
     + ["tiny", "tiny_gemma"],
@@ -38,7 +37,7 @@ GROUPS = {
     "data": ["embedded", "hub", "local"],
     "kernel": ["auto", "exact", "peft", "reference", "shared", "triton"],
     "trainer": ["paper", "smoke"],
-    "preset": sorted(["correct", "official", *(f"only_{name}" for name in SWITCHES)]),
+    "preset": ["correct", "official"],
     "evaluation": ["full", "limit"],
     "tracker": ["none", "tensorboard", "wandb"],
 }
@@ -61,7 +60,8 @@ def test_every_file_is_known() -> None:
     assert found == GROUPS
     assert len(EXPERIMENTS) >= 2
     launchers = [path for path in FILES if path.parts[0] == "hydra"]
-    known = sum(map(len, GROUPS.values())) + len(EXPERIMENTS) + len(launchers)
+    scales = [path for path in FILES if path.parts[0] == "scale"]
+    known = sum(map(len, GROUPS.values())) + len(EXPERIMENTS) + len(launchers) + len(scales)
     roots = {path.stem for path in FILES if len(path.parts) == 1}
     assert roots == {"config", "evaluate", "generate", "hydra_output"}
     assert len(FILES) == len(roots) + known
@@ -85,6 +85,15 @@ def test_every_experiment_is_valid() -> None:
         for path in EXPERIMENTS:
             name = path.relative_to("experiment").with_suffix("").as_posix()
             assert plan_runs(hydra, "config", [f"experiment={name}"], multirun=False).cells
+
+
+def test_a_size_for_a_cpu_goes_with_any_model() -> None:
+    config = compose(["scale=cpu", "model=tiny", "data=local", "data.path=x"])
+    assert [form.value for form in config.data.forms] == ["text"]
+    assert (config.data.train_limit, config.evaluation.limit) == (200, 300)
+    assert [one.value for one in config.evaluation.protocols] == ["answer_text"]
+    assert compose(["scale=cpu", "evaluation.limit=9"]).evaluation.limit == 9
+    assert compose(["scale=full"]) == compose()
 
 
 def test_experiments() -> None:
@@ -272,13 +281,14 @@ def test_missing_conf_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_help_and_readme_name_every_option() -> None:
-    with open_session() as hydra:
-        cfg = hydra.config_loader.load_configuration("config", [], RunMode.RUN)
-        text = cfg.hydra.help.template
+def test_help_lists_every_option_and_the_readme_every_group(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert execute(["--help"]) == 0
+    told = capsys.readouterr().out
     readme = (CONF_DIR / "README.md").read_text(encoding="utf-8")
     names = {**GROUPS, "experiment": [p.stem for p in EXPERIMENTS if len(p.parts) == 2]}
     for group, options in names.items():
+        assert f"`{group}`" in readme, group
         for name in [group, *options]:
-            assert re.search(rf"\b{name}\b", text), name
-            assert re.search(rf"\b{name}\b", readme), name
+            assert re.search(rf"\b{name}\b", told), name

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.cli.main import main
+from mixlora_exp.config.places import RESULTS
 
 
 @dataclass
@@ -32,7 +33,7 @@ def script(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 def test_tables(script: Callable[..., Done], tmp_path: Path) -> None:
     done = script("tables", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    committed = ROOT / "results" / "tables"
+    committed = RESULTS / "tables"
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
     assert script("tables", f"--output={tmp_path}", "--check").returncode == 0
     (tmp_path / "table1.csv").write_text("other\n")

@@ -18,12 +18,12 @@ from mixlora_exp.plans.hours import gpu_hours
 from mixlora_exp.records.code import code_sha256
 from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.runs.inputs import resolve_config
-from mixlora_exp.sweeps.status import Cell, experiments, find_cells
+from mixlora_exp.sweeps.status import SWEEPS, Cell, find_cells
 from mixlora_exp.system.runlock import RunLock
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model=tiny", "data=embedded"]
-SMALL = "table9_router_loss/smollm2_135m"
+SMALL = "table9_router_loss"
 ONE = ["method=mixlora", "method.router_loss_coef=1e-3", "task=arc_e"]
 
 
@@ -34,21 +34,27 @@ def cells(name: str, folder: Path, *overrides: str) -> list[Cell]:
 
 @pytest.mark.slow
 def test_every_row_of_the_papers_sweeps_has_its_cells() -> None:
-    """Tables 1, 2, 5, 8 and 9: models, methods, tasks, ranks and coefficients of the CSVs."""
+    """Tables 1, 2, 8 and 9, and 5 as 2: models, methods, ranks and coefficients of the CSVs."""
     wanted = {
         "table1": ("model", "method"),
         "table2": ("model", "method"),
-        "table5": ("model", "method"),
         "table8_rank": ("model", "method", "rank"),
         "table9_router_loss": ("model", "method", "router_loss_coef"),
     }
     with open_session() as session:
-        for folder, columns in wanted.items():
-            number = folder.removeprefix("table").partition("_")[0]
-            with (ROOT / f"results/paper/table{number}.csv").open() as stream:
-                rows = list(csv.DictReader(stream))
-            for model in {row["model"] for row in rows}:
-                plan = plan_runs(session, "config", [f"experiment={folder}/{model}"], False)
+        for name, columns in wanted.items():
+            number = name.removeprefix("table").partition("_")[0]
+            rows = []
+            for table in ("2", "5") if number == "2" else (number,):
+                with (ROOT / f"results/paper/table{table}.csv").open() as stream:
+                    rows += list(csv.DictReader(stream))
+            models = {row["model"] for row in rows}
+            assert {words[0] for words in SWEEPS[name]} == {
+                *(f"model={model}" for model in models), "model=smollm2_135m"
+            }  # fmt: skip
+            for model in models:
+                given = [f"experiment={name}", f"model={model}"]
+                plan = plan_runs(session, "config", given, False)
                 have = {
                     (c.config.model.name, c.config.method.name, *(
                         float(getattr(c.config.method, column)) for column in columns[2:]
@@ -60,7 +66,7 @@ def test_every_row_of_the_papers_sweeps_has_its_cells() -> None:
                     for row in rows
                     if row["model"] == model
                 }
-                assert need <= have, folder
+                assert need <= have, name
 
 
 def write_record(folder: Path, config: Config, **changes) -> Path:
@@ -198,7 +204,7 @@ def test_data_that_is_not_there_is_not_compared(tmp_path: Path) -> None:
 
 
 def test_the_command_runs_that_cell_alone(tmp_path: Path) -> None:
-    for cell in cells("table8_rank/smollm2_135m", tmp_path)[::6]:
+    for cell in cells("table8_rank", tmp_path, "task=multi")[::6]:
         start, flag, *overrides = cell.command.split()[1:]
         assert (start, flag) == ("train.py", "-m")
         with open_session() as session:
@@ -218,7 +224,7 @@ def test_estimates_grow_with_the_work() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"--experiment={SMALL}", *TINY, f"output_dir={tmp_path}"]
+    words = [f"--experiment={SMALL}", *TINY, "task=multi", f"output_dir={tmp_path}"]
     assert main(["status", *words]) == 0
     told = capsys.readouterr().out
     assert told.count("missing\n") == 8
@@ -232,7 +238,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--experiment=table3", "table3 is unknown: choose from figure4c"),
+        ("--experiment=table3", "invalid choice: 'table3' (choose from"),
         ("--state=lost", "invalid choice: 'lost' (choose from"),
         ("--breif", "did you mean --brief?"),
         ("brief=true", "brief is an option, write --brief"),
@@ -245,7 +251,18 @@ def test_mistakes_are_told(argument: str, message: str, capsys: pytest.CaptureFi
     assert message in capsys.readouterr().err
 
 
-def test_experiments_are_found() -> None:
-    assert {"table1/llama2_13b", "table8_rank/smollm2_135m", "figure4c/llama2_7b"} <= set(
-        experiments()
+def test_each_sweep_is_shown_for_its_models(tmp_path: Path) -> None:
+    found = find_cells(["table9_router_loss"], [f"output_dir={tmp_path}", "seed=1"], tmp_path)
+    titles = {cell.experiment for cell in found}
+    assert titles == {
+        "table9_router_loss model=llama2_7b",
+        "table9_router_loss model=smollm2_135m scale=cpu task=multi",
+    }
+    (cell,) = (cell for cell in found if "smollm2" in cell.name and cell.overrides == (
+        "method=mixdora method.router_loss_coef=0.1"
+    ))  # fmt: skip
+    assert cell.command == (
+        "python train.py -m experiment=table9_router_loss method=mixdora "
+        f"method.router_loss_coef=0.1 model=smollm2_135m scale=cpu task=multi "
+        f"output_dir={tmp_path} seed=1"
     )

@@ -132,7 +132,7 @@ def test_local_files_are_those_in_data(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert compose(["experiment=table8_rank/smollm2_135m", "data=local"]).data.path == "data"
+    assert compose(["experiment=table8_rank", "data=local"]).data.path == "data"
     told = refused(capsys, tmp_path, "data=local", "task=boolq", "method=lora,dora")
     assert "data.path=data does not exist: give a folder that holds boolq/" in told
     (tmp_path / "data" / "boolq").mkdir(parents=True)

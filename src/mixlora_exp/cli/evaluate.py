@@ -98,9 +98,7 @@ def _of_run(named: str, given: Mapping[str, Any]) -> list[str]:
     if not (folder / RECORD).is_file():
         left = folder / "last_good"
         hint = f"; what is left of this one is adapter={left}" if left.is_dir() else ""
-        raise UserError(
-            f"run={named} holds no {RECORD}: give the folder of a finished run{hint}"
-        )
+        raise UserError(f"run={named} holds no {RECORD}: give the folder of a finished run{hint}")
     settings = read_run(folder / RECORD)["config"]
     lines = _beside(folder, settings)
     if settings.get("method", {}).get("name") != "none":

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.errors import UserError
 from mixlora_exp.config.places import RESULTS
+from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import PACKED
 from mixlora_exp.results.power import average_item_error, seed_spread, smallest_detectable
 from mixlora_exp.results.runs import RecordedRun, check_run, read_rows

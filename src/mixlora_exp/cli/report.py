@@ -18,5 +18,6 @@ def run(argv: Sequence[str]) -> int:
     """Carry out one command line; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--output", metavar="DIR", type=Path, default=RESULTS)
-    print(f"written: {write_report(gather(), parser.parse(argv).output)}")
+    folder = parser.parse(argv).output
+    print(f"written: {write_report(gather(), folder)}")
     return 0

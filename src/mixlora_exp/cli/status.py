@@ -13,22 +13,13 @@ from pathlib import Path
 from rich.console import Console
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.errors import UserError
 from mixlora_exp.config.places import RESULTS
-from mixlora_exp.sweeps.status import FINISHED, STATES, Cell, experiments, find_cells
+from mixlora_exp.sweeps.status import FINISHED, STATES, SWEEPS, Cell, find_cells
 
 SHADES = {
     "done": "green", "recorded": "green", "running": "cyan", "stopped": "yellow",
     "interrupted": "yellow", "failed": "red", "refused": "red",
 }  # fmt: skip
-
-
-def _chosen(wanted: str | None) -> list[str]:
-    known = experiments()
-    found = [n for n in known if wanted in (None, n, n.partition("/")[0])]
-    if not found:
-        raise UserError(f"experiment={wanted} is unknown: choose from {', '.join(known)}")
-    return found
 
 
 def _overview(cells: list[Cell]) -> Iterator[str]:
@@ -67,13 +58,14 @@ def _print_cells(console: Console, cells: list[Cell]) -> None:
 def run(argv: Sequence[str]) -> int:
     """Carry out one command line; returns the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("--experiment", metavar="NAME")
+    parser.add_argument("--experiment", choices=SWEEPS)
     parser.add_argument("--state", choices=STATES)
     parser.add_argument("--brief", action="store_true", help="count alone")
     parser.add_argument("--records", metavar="DIR", type=Path, default=RESULTS / "runs")
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
     args = parser.parse(argv)
-    cells = find_cells(_chosen(args.experiment), args.overrides, args.records)
+    names = list(SWEEPS) if args.experiment is None else [args.experiment]
+    cells = find_cells(names, args.overrides, args.records)
     if args.state is not None:
         cells = [cell for cell in cells if cell.state == args.state]
     console = Console(soft_wrap=True, highlight=False)

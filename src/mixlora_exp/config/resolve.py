@@ -23,6 +23,7 @@ from mixlora_exp.config.explain import explain, unknown_field
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
+from mixlora_exp.config.switches import ONLY
 from mixlora_exp.errors import UserError
 
 EXCLUDED = (
@@ -64,6 +65,10 @@ def register_schemas() -> None:
     store.store(name="schema", node=Config)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="generate_schema", node=GenerateConfig)
+    for switch, values in ONLY.items():
+        name = f"only_{switch}"
+        node = {"defaults": ["correct", "_self_"], "name": name, **values}
+        store.store(group="preset", name=name, node=node)
     # Apart from the group `method`, so that `method=glob(*)` and lists of options hold files only.
     methods = {
         "none": schema.MethodConfig,

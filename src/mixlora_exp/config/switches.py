@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["SWITCHES"]
-
 SWITCHES = {
     "loss_on": "trainer.loss_on",
     "padding_in_loss": "trainer.padding_in_loss",
@@ -17,3 +15,19 @@ SWITCHES = {
     "dropout_at_evaluation": "evaluation.dropout",
 }
 """Field of the group `preset` -> the field that takes its value."""
+
+ONLY = {
+    "loss_on": {"loss_on": "all"},
+    # Padding counts only where all tokens do.
+    "padding_in_loss": {"loss_on": "all", "padding_in_loss": True},
+    "order": {"order": "fixed"},
+    "train_magnitude": {"train_magnitude": False},
+    "router_loss": {"router_loss": "topk"},
+    "router_loss_pooling": {"router_loss_pooling": "all"},
+    # The official packages have the coefficient of Table 9's best row, as here; Section 3.2 this.
+    "router_loss_coef": {"router_loss_coef": 1e-2},
+    "boolq_passage": {"boolq_passage": False},
+    "arc_labels": {"arc_labels": "nine"},
+    "dropout_at_evaluation": {"dropout_at_evaluation": True},
+}
+"""Switch -> what the preset `only_<switch>` sets, over `correct`."""

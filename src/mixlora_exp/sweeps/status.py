@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config import (
-    CONF_DIR,
     Config,
     fingerprint,
     fingerprint_of,
@@ -33,7 +32,7 @@ from mixlora_exp.results.runs import filled
 from mixlora_exp.system.runlock import BEAT, holder_of
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["FINISHED", "STATES", "Cell", "experiments", "find_cells"]
+__all__ = ["FINISHED", "STATES", "SWEEPS", "Cell", "find_cells"]
 
 FINISHED = ("done", "recorded")
 STATES = (*FINISHED, "running", "stopped", "interrupted", "failed", "refused", "missing")
@@ -59,10 +58,19 @@ class Cell:
     command: str
 
 
-def experiments() -> list[str]:
-    """The sweeps that make the paper's tables and figures, by the names that are typed."""
-    files = [f for kind in ("table", "figure") for f in CONF_DIR.glob(f"experiment/{kind}*/*.yaml")]
-    return sorted(f"{path.parent.name}/{path.stem}" for path in files)
+SMALL = ("model=smollm2_135m", "scale=cpu")
+SWEEPS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "figure4c": (("model=llama2_7b",), SMALL),
+    "table1": (
+        *((f"model={name}",) for name in ("gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b")),
+        SMALL,
+    ),
+    "table2": (("model=gemma_2b",), ("model=llama2_7b",), SMALL),
+    "table8_rank": (("model=llama2_7b",), (*SMALL, "task=multi")),
+    "table9_router_loss": (("model=llama2_7b",), (*SMALL, "task=multi")),
+}
+"""The sweeps that make the paper's tables and figures, each with the models of the paper and a
+small one; Table 5 is Table 2 with Gemma."""
 
 
 class _Data:
@@ -170,25 +178,36 @@ def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
 def find_cells(
     names: Sequence[str], overrides: Sequence[str], records: Path, patience: float = LOOK
 ) -> list[Cell]:
-    """The cells of experiments under further overrides. `records`: the folder of committed ones;
-    `patience`: seconds in which the holders of locks must count up to be taken for alive.
+    """The cells of sweeps (of `SWEEPS`) under further overrides, for their own models unless the
+    overrides name one. `records`: the folder of committed ones; `patience`: seconds in which the
+    holders of locks must count up to be taken for alive.
 
     Raises:
         UserError: there is no such experiment, or an override is not valid.
     """
-    known, planned = experiments(), []
+    planned = []
+    chosen = any(line.startswith("model=") for line in overrides)
     with open_session() as session:
         for name in names:
-            if name not in known:
-                raise UserError(f"experiment={name} is unknown: choose from {', '.join(known)}")
-            plan = plan_runs(session, "config", [f"experiment={name}", *overrides], False)
-            planned += [(name, cell.overrides, _resolved(cell.config)) for cell in plan.cells]
-    folders = [Path(c.output_dir).expanduser() / run_name(c) for _, _, c in planned]
+            if name not in SWEEPS:
+                raise UserError(f"experiment={name} is unknown: choose from {', '.join(SWEEPS)}")
+            for words in ((),) if chosen else SWEEPS[name]:
+                given = (*(w for w in words if not _given(w, overrides)), *overrides)
+                plan = plan_runs(session, "config", [f"experiment={name}", *given], False)
+                title = " ".join([name, *words])
+                for cell in plan.cells:
+                    own = [
+                        line
+                        for line in cell.overrides
+                        if line not in given and not line.startswith("experiment=")
+                    ]
+                    planned.append((title, own, given, _resolved(cell.config)))
+    folders = [Path(c.output_dir).expanduser() / run_name(c) for *_, c in planned]
     found = {folder: holder_of(folder / "lock") for folder in folders}
     held = {folder: holder for folder, holder in found.items() if holder is not None}
     unseen = _unseen(held, patience)
     kept, data, cells = _kept(records), _Data(), []
-    for (name, lines, config), folder in zip(planned, folders, strict=True):
+    for (name, own, given, config), folder in zip(planned, folders, strict=True):
         if folder in held and not (folder in unseen and (folder / RECORD).is_file()):
             holder = held[folder]
             who = shown(f"{holder.get('host')}, process {holder.get('pid')}", 200)
@@ -199,8 +218,17 @@ def find_cells(
             committed = kept.get(fingerprint(config))
             recorded = None if committed is None else _recorded(*committed, config, data)
             state, detail = _at_rest(folder, config, recorded, data)
-        cells.append(_cell(name, lines, config, overrides, folder.name, state, detail))
+        memory = sum(memory_of(config).values()) / 2**30
+        command = " ".join(
+            ["python train.py -m", f"experiment={name.partition(' ')[0]}", *own, *given]
+        )
+        hours = gpu_hours(config)
+        cells.append(Cell(name, folder.name, " ".join(own), state, detail, hours, memory, command))
     return cells
+
+
+def _given(word: str, overrides: Sequence[str]) -> bool:
+    return any(line.startswith(f"{word.partition('=')[0]}=") for line in overrides)
 
 
 def _resolved(config: Config) -> Config:
@@ -211,26 +239,3 @@ def _resolved(config: Config) -> Config:
     from mixlora_exp.runs.inputs import resolve_config
 
     return resolve_config(config)
-
-
-def _cell(
-    experiment: str,
-    lines: Sequence[str],
-    config: Config,
-    typed: Sequence[str],
-    name: str,
-    state: str,
-    detail: str,
-) -> Cell:
-    own = [line for line in lines if line not in typed and not line.startswith("experiment=")]
-    memory: dict[str, Any] = memory_of(config)
-    return Cell(
-        experiment,
-        name,
-        " ".join(own),
-        state,
-        detail,
-        gpu_hours(config),
-        sum(memory.values()) / 2**30,
-        " ".join(["python train.py -m", f"experiment={experiment}", *own, *typed]),
-    )
