@@ -97,18 +97,12 @@ def run(arguments: Sequence[str]) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     config = model_config(settings.model, settings.layers)
-    if config.family.value != "llama":
+    if config.config["model_type"] != "llama":
         raise UserError(f"model={settings.model}: choose a model of the Llama family")
     python = _environment(ROOT / settings.environment)
-    shape = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size", "tie_word_embeddings")  # fmt: skip
+    shape = {name: config.config[name] for name in names}
     spec = json.dumps({**asdict(settings), "shape": shape})
     worker = subprocess.Popen(
         [str(python), "-W", "ignore", str(ROOT / "scripts" / "peers_worker.py"), spec],
@@ -126,7 +120,7 @@ def run(arguments: Sequence[str]) -> None:
     base.set_attn_implementation("eager")
     row = Row(method="mixdora" if settings.dora else "mixlora", kernel="exact")
     model = adapted(base, row, settings.dropout, 0)
-    ids = torch.randint(config.vocab_size, (settings.batch, settings.length))
+    ids = torch.randint(config.config["vocab_size"], (settings.batch, settings.length))
 
     def step() -> dict[str, float]:
         if settings.package == "mixlora":
@@ -161,7 +155,7 @@ def run(arguments: Sequence[str]) -> None:
     }
     kind = "mixdora" if settings.dora else "mixlora"
     inference = "-mixlora_package" if settings.package == "mixlora" else ""
-    parts = [kind, settings.model, f"{config.depth}layers", settings.dtype]
+    parts = [kind, settings.model, f"{shape['num_hidden_layers']}layers", settings.dtype]
     name = f"peers-{'-'.join(parts)}{inference}.json"
     path = ROOT / "results" / "bench" / name
     write_json(path, finish_record(record))

@@ -28,11 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 from mixlora_exp.adapters import attach_adapter  # noqa: E402
 from mixlora_exp.config import Config, compose, options  # noqa: E402
-from mixlora_exp.config.parameters import count_parameters  # noqa: E402
 from mixlora_exp.config.places import ROOT  # noqa: E402
 from mixlora_exp.data.encoding import Example, encode_examples  # noqa: E402
 from mixlora_exp.data.sources import load_split  # noqa: E402
 from mixlora_exp.errors import UserError  # noqa: E402
+from mixlora_exp.models.parameters import count_parameters  # noqa: E402
 from mixlora_exp.plans.memory import memory_of  # noqa: E402
 from mixlora_exp.records.record import finish_record, provenance, read_record, write_json  # noqa: E402
 from mixlora_exp.runs.run import run  # noqa: E402

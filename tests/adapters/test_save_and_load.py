@@ -146,10 +146,10 @@ def test_missing_folder_is_told(base_of, kernel, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(["model=tiny", "model.hidden_size=32"], id="other width"),
-        pytest.param(["model=tiny", "model.intermediate_size=128"], id="other inner width"),
-        pytest.param(["model=tiny", "model.layers=1"], id="fewer layers, tensors left over"),
-        pytest.param(["model=tiny", "model.num_layers=3"], id="more layers, tensors missing"),
+        pytest.param(["model=tiny", "model.config.hidden_size=32"], id="other width"),
+        pytest.param(["model=tiny", "model.config.intermediate_size=128"], id="other inner width"),
+        pytest.param(["model=tiny", "model.config.num_hidden_layers=1"], id="fewer layers"),
+        pytest.param(["model=tiny", "model.config.num_hidden_layers=3"], id="more layers"),
         pytest.param(["model=tiny_gemma"], id="another family"),
     ],
 )

@@ -16,8 +16,8 @@ from mixlora_exp.bench.several_memory import account, resident
 from mixlora_exp.bench.several_report import several_markdown
 from mixlora_exp.bench.several_steps import Joint
 from mixlora_exp.config import compose
-from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.memory import kept_per_token
 
 ROOT = Path(__file__).parents[2]

@@ -26,12 +26,14 @@ from mixlora_exp.config import (
     to_dict,
 )
 from mixlora_exp.config import schema as s
+from mixlora_exp.config.architecture import OLD_NAMES, current_model
 from mixlora_exp.config.command import compose_cell
+from mixlora_exp.config.recorded import check_recorded, recorded
 from mixlora_exp.errors import UserError
 
 GROUPS = {
-    "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m"]
-    + ["tiny", "tiny_gemma"],
+    "model": ["gemma3_270m", "gemma_2b", "llama2_13b", "llama2_7b", "llama3.2_1b", "llama3_8b"]
+    + ["mistral_7b", "qwen2.5_0.5b", "qwen3_0.6b", "smollm2_135m", "tiny", "tiny_gemma"],
     "method": ["dora", "lora", "mixdora", "mixlora", "none"],
     "task": sorted([*s.TASK_NAMES, "all", "multi"]),
     "data": ["embedded", "hub", "local"],
@@ -243,10 +245,10 @@ def compose_copy(config: Config) -> Config:
     [
         (["data=local", "data.path=null"], "data.path=null"),
         (["seed=-1"], "seed=-1"),
-        (["model.num_kv_heads=2"], "model.num_kv_heads=2"),
         (["model.name=a/b"], "model.name=a/b"),
-        (["model.layers=2"], "model.weights=random"),
-        (["model.layers=99", "model.weights=random"], "[1, 30]"),
+        (["model.config={num_hidden_layers: 2}"], "model.weights=random"),
+        (["model.config.head_dim=2", "model.path=DIR"], "model.weights=random"),
+        (["model.layers=2"], "model.config={num_hidden_layers: VALUE}"),
         (["method.rank=0"], "method.rank=0"),
         (["method.alpha=inf"], "method.alpha=inf"),
         (["method.dropout=1"], "method.dropout=1.0"),
@@ -292,3 +294,44 @@ def test_help_lists_every_option_and_the_readme_every_group(
         assert f"`{group}`" in readme, group
         for name in [group, *options]:
             assert re.search(rf"\b{name}\b", told), name
+
+
+def test_the_configuration_beside_the_yaml_is_completed(tmp_path: Path) -> None:
+    whole = compose(["model=tiny"]).model.config
+    assert whole == json.loads((CONF_DIR / "model" / "tiny.json").read_text())
+    for words in (["model.config={hidden_size: 32}"], ["model.config.hidden_size=32"]):
+        assert compose(["model=tiny", *words]).model.config == {**whole, "hidden_size": 32}
+    drawn = ["model=llama2_7b", "model.weights=random"]
+    assert compose(drawn).model.nominal_parameters == 7e9
+    assert compose([*drawn, "model.config.vocab_size=9"]).model.nominal_parameters is None
+    # Fewer positions can be asked of weights that are read.
+    few = compose(["model=llama2_7b", "model.config.max_position_embeddings=99"]).model
+    assert few.config["max_position_embeddings"] == 99
+
+
+def test_a_model_of_a_folder_of_ones_own(tmp_path: Path, capsys) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: mine\nsource: random\n")
+    words = [f"--config-dir={tmp_path}", "model=mine", "dry_run=true", "data=embedded"]
+    assert execute(words) == 2
+    assert "put its config.json beside the YAML as model/mine.json" in capsys.readouterr().err
+    shape = compose(["model=tiny"]).model.config
+    (tmp_path / "model" / "mine.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))
+    assert execute(words) == 0
+    assert "mine: 3 layers, hidden 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [None, 2])
+def test_a_record_of_before_is_read_as_one_of_today(cut: int | None) -> None:
+    """With the fields that the group `model` had before it carried a `config.json`."""
+    today = to_dict(compose(["model=smollm2_135m"]).model)
+    shape = {new: old for old, new in OLD_NAMES.items() if old != "layers"}
+    before = {name: value for name, value in today.items() if name != "config"}
+    before |= {shape[name]: value for name, value in today["config"].items()}
+    check_recorded({"model": {**before, "layers": cut}})
+    found = current_model({**before, "layers": cut})
+    depth = {} if cut is None else {"num_hidden_layers": cut}
+    assert found == {**today, "config": {**today["config"], **depth}}
+    drawn = {**before, "layers": cut, "weights": "random"}
+    again = compose(["model=tiny", *recorded({"model": drawn}, set())])
+    assert to_dict(again.model) == {**found, "weights": "random"}

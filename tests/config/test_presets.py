@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mixlora_exp.config import compose, fingerprint, switches, to_dict
-from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.config.schema import PresetConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.parameters import count_parameters
 
 # Switch -> where it acts, its value here and in the official packages.
 SWITCHES: dict[str, tuple[str, Any, Any]] = {

@@ -55,7 +55,8 @@ def data(**changes: object) -> DataConfig:
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
     """Of a model with 100 positions."""
-    return load_tokenizer(compose(["model=tiny", "model.max_positions=100"]).model)
+    few = "model.config.max_position_embeddings=100"
+    return load_tokenizer(compose(["model=tiny", few]).model)
 
 
 @pytest.mark.parametrize("protocol", LETTERS)

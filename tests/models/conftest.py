@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,32 +8,33 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mixlora_exp.config.schema import Family, ModelConfig, ModelSource
+from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.models import load_model, load_tokenizer
 
 FIELDS = (
     "hidden_size",
     "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
     "head_dim",
     "vocab_size",
-    "tie_embeddings",
+    "tie_word_embeddings",
 )
 TINY = {
-    Family.llama: (64, 176, 2, 4, 2, 16, 1024, False),
-    Family.gemma: (64, 192, 2, 4, 1, 32, 1024, True),
+    "llama": (64, 176, 2, 4, 2, 16, 1024, False),
+    "gemma": (64, 192, 2, 4, 1, 32, 1024, True),
 }
+OWN = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
-def make_tiny(family: Family = Family.llama, **changes: object) -> ModelConfig:
-    values = {
-        "name": "tiny",
-        "source": ModelSource.random,
-        **dict(zip(FIELDS, TINY[family], strict=True)),
-    }
-    return ModelConfig(family=family, **{**values, **changes})
+def make_tiny(kind: str = "llama", **changes: object) -> ModelConfig:
+    """`changes` are fields of the group `model`, or of its `config`."""
+    shape = {"model_type": kind, **dict(zip(FIELDS, TINY[kind], strict=True))}
+    shape |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "rope_theta": 10000.0}
+    shape |= {name: value for name, value in changes.items() if name not in OWN}
+    own = {name: value for name, value in changes.items() if name in OWN}
+    return ModelConfig(**{"name": "tiny", "source": ModelSource.random, "config": shape, **own})
 
 
 def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -87,7 +87,11 @@ def test_random_weights_are_known_by_shape_and_seed(tiny: Tiny) -> None:
     same = [tiny(), tiny(name="other"), tiny(source=ModelSource.hub, weights=Weights.random)]
     for config in same:
         assert same_weights(base, known_identity(config, 3))
-    for config, seed in ((tiny(), 4), (tiny(num_layers=3), 3), (tiny(layers=1), 3)):
+    for config, seed in (
+        (tiny(), 4),
+        (tiny(num_hidden_layers=3), 3),
+        (tiny(num_hidden_layers=1), 3),
+    ):
         assert same_weights(base, known_identity(config, seed)) is False
     on_gpu = BaseIdentity("tiny", "random", "tiny", 3, base.fingerprint.replace("cpu", "cuda"))
     assert same_weights(base, on_gpu) is False
@@ -183,12 +187,12 @@ def test_an_index_names_files_of_its_own_folder(folder: Path, tmp_path: Path) ->
 
 def test_what_stands_beside_an_adapter(tmp_path: Path) -> None:
     assert read_base(tmp_path) is None
-    noted = BaseIdentity("tiny", "random", "tiny", 3, f"random-1:{'0' * 64}:cpu")
+    noted = BaseIdentity("tiny", "random", "tiny", 3, f"random-2:{'0' * 64}:cpu")
     write_base(tmp_path, noted)
     assert read_base(tmp_path) == noted
     # A later version's is not understood, and says nothing.
     path = tmp_path / BASE_FILE
-    path.write_text(path.read_text().replace("random-1", "random-9"))
+    path.write_text(path.read_text().replace("random-2", "random-9"))
     assert read_base(tmp_path).fingerprint is None
     shown = str(BaseIdentity("a\x1b[2J", "hub", "b" * 999))
     assert shown.startswith("a\\x1b[2J (hub bbb")

@@ -4,46 +4,30 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mixlora_exp.config import compose
-from mixlora_exp.config.schema import Family, ModelConfig
+from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.models import FAMILIES, build_hf_config, load_model, load_tokenizer
+from mixlora_exp.models import build_hf_config, load_model, load_tokenizer
 from mixlora_exp.models.tiny import LABEL_TOKENS, TOKENIZER_SIZE, build_tokenizer
 
 Tiny = Callable[..., ModelConfig]
 Same = Callable[[PreTrainedModel, PreTrainedModel], bool]
 
 
-FAMILY = pytest.mark.parametrize("family", list(Family))
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("gemma_2b", 2_506_172_416),
-        ("llama2_7b", 6_738_415_616),
-        ("llama2_13b", 13_015_864_320),
-        ("llama3_8b", 8_030_261_248),
-        ("smollm2_135m", 134_515_008),
-    ],
-)
-def test_parameter_counts_of_published_shapes(name: str, parameters: int) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(build_hf_config(compose([f"model={name}"]).model))
-    assert sum(weight.numel() for weight in model.parameters()) == parameters
+FAMILY = pytest.mark.parametrize("family", ["llama", "gemma"])
 
 
 def test_hf_config_carries_every_field(tiny: Tiny) -> None:
-    config = tiny(rope_theta=5e5, norm_eps=3e-6, max_positions=77, layers=1)
+    given = {"rope_theta": 5e5, "rms_norm_eps": 3e-6, "max_position_embeddings": 77}
+    config = tiny(**given, num_hidden_layers=1)
     built = build_hf_config(config)
     assert built.rope_parameters["rope_theta"] == 5e5
     assert built.rms_norm_eps == 3e-6
     assert built.max_position_embeddings == 77
-    assert built.num_hidden_layers == config.depth == 1
+    assert built.num_hidden_layers == 1
     assert built.hidden_act == "silu"
-    assert build_hf_config(tiny(Family.gemma)).hidden_act == "gelu_pytorch_tanh"
+    assert build_hf_config(tiny("gemma")).hidden_act == "gelu_pytorch_tanh"
     model = load_model(config, torch.float32)
     # The base of the rotary embedding reaches the model, not the config alone.
     assert model.model.rotary_emb.inv_freq[1].item() == pytest.approx(5e5 ** (-2 / 16))
@@ -51,27 +35,28 @@ def test_hf_config_carries_every_field(tiny: Tiny) -> None:
 
 @FAMILY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_random_model_has_shape_and_dtype(tiny: Tiny, family: Family, dtype: torch.dtype) -> None:
+def test_random_model_has_shape_and_dtype(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
     config = tiny(family)
     model = load_model(config, dtype)
     assert {weight.dtype for weight in model.parameters()} == {dtype}
     assert not model.training
-    assert len(model.model.layers) == config.num_layers
+    shape = model.config
+    assert len(model.model.layers) == 2
     layer = model.model.layers[0]
     attention, feed_forward = layer.self_attn, layer.mlp
-    assert attention.q_proj.weight.shape == (config.num_heads * config.head_dim, 64)
-    assert attention.k_proj.weight.shape == (config.num_kv_heads * config.head_dim, 64)
-    assert feed_forward.gate_proj.weight.shape == (config.intermediate_size, 64)
+    assert attention.q_proj.weight.shape == (4 * shape.head_dim, 64)
+    assert attention.k_proj.weight.shape == (shape.num_key_value_heads * shape.head_dim, 64)
+    assert feed_forward.gate_proj.weight.shape == (shape.intermediate_size, 64)
     assert model.get_input_embeddings().weight.shape == (1024, 64)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    assert tied is config.tie_embeddings
+    assert tied is shape.tie_word_embeddings
     # Drawn, all of it: neither left empty nor torch's own initialisation.
     assert feed_forward.down_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.1)
     assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
 
 
 @FAMILY
-def test_seed_decides_the_weights(tiny: Tiny, same: Same, family: Family) -> None:
+def test_seed_decides_the_weights(tiny: Tiny, same: Same, family: str) -> None:
     first = load_model(tiny(family), torch.float32, seed=1)
     torch.rand(3)
     assert same(first, load_model(tiny(family), torch.float32, seed=1))
@@ -99,26 +84,6 @@ def test_random_model_on_a_gpu(tiny: Tiny, same: Same) -> None:
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-@FAMILY
-def test_family_layout_names_the_modules(tiny: Tiny, family: Family) -> None:
-    layout, model = FAMILIES[family], load_model(tiny(family), torch.float32)
-    assert model.config.model_type == layout.model_type
-    layer = model.model.layers[0]
-    attention, feed_forward = (getattr(layer, name) for name in (layout.attention, "mlp"))
-    assert layout.feed_forward == "mlp"
-    names = (*layout.attention_projections, *layout.feed_forward_projections)
-    linear = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {name.rpartition(".")[2] for name in linear} == set(names)
-    assert attention.config.hidden_act == layout.activation
-    values = torch.linspace(-3, 3, 9)
-    expected = (
-        torch.nn.functional.silu(values)
-        if family is Family.llama
-        else torch.nn.functional.gelu(values, approximate="tanh")
-    )
-    torch.testing.assert_close(feed_forward.act_fn(values), expected)
-
-
 def test_tiny_tokenizer_is_fixed_and_knows_the_labels(tiny: Tiny) -> None:
     tokenizer = load_tokenizer(tiny())
     assert tokenizer.backend_tokenizer.to_str() == build_tokenizer().backend_tokenizer.to_str()
@@ -139,5 +104,5 @@ def test_tiny_tokenizer_is_fixed_and_knows_the_labels(tiny: Tiny) -> None:
 
 
 def test_tokenizer_must_fit_the_vocabulary(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"512 tokens, and .* 100 rows.*larger model\.vocab_size"):
+    with pytest.raises(UserError, match=r"512 tokens, and .* 100 rows.*config={vocab_size: N}"):
         load_tokenizer(tiny(vocab_size=100))

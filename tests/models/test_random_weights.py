@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as transformers_initialization
 
 from mixlora_exp.config import compose
-from mixlora_exp.config.schema import Family, ModelConfig, ModelSource, Weights
+from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import build_hf_config, has_local_tokenizer, load_model, load_tokenizer
 from mixlora_exp.models.tiny import build_tokenizer
@@ -40,8 +40,8 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("family", list(Family))
-def test_the_built_in_tokenizer_serves(tiny: Tiny, family: Family, source: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_the_built_in_tokenizer_serves(tiny: Tiny, family: str, source: str) -> None:
     config = tiny(family, **SOURCES[source])
     assert has_local_tokenizer(config)
     tokenizer, model = load_tokenizer(config), load_model(config, torch.float32)
@@ -57,7 +57,7 @@ def test_a_vocabulary_that_is_too_small_is_told(tiny: Tiny) -> None:
     config = tiny(**SOURCES["hub"], vocab_size=511)
     with pytest.raises(
         UserError,
-        match=r"has 512 tokens, and the model's embedding 511 rows.*set a larger model\.vocab_size",
+        match=r"has 512 tokens, and the model's embedding 511 rows.*config={vocab_size: N}",
     ):
         load_tokenizer(config)
 
@@ -70,9 +70,9 @@ def test_the_tokenizer_of_a_folder_still_serves(tiny: Tiny, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("family", list(Family))
+@pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_values_on_a_cpu_are_those_of_the_seed(
-    tiny: Tiny, same: Same, family: Family, source: str
+    tiny: Tiny, same: Same, family: str, source: str
 ) -> None:
     """As transformers draws them after `torch.manual_seed`, whatever holds the tokenizer; only a
     model that is random by nature has the row of zeros for padding."""

@@ -146,8 +146,8 @@ def test_the_tokenizer_knows_the_positions_of_the_folder_s_model(
 
 
 def test_the_tokenizer_knows_the_positions_of_the_yaml(tiny: Tiny, folder: Path) -> None:
-    assert load_tokenizer(tiny(max_positions=77)).model_max_length == 77
-    random = tiny(path=str(folder), weights=Weights.random, max_positions=78)
+    assert load_tokenizer(tiny(max_position_embeddings=77)).model_max_length == 77
+    random = tiny(path=str(folder), weights=Weights.random, max_position_embeddings=78)
     assert load_tokenizer(random).model_max_length == 78
 
 
@@ -155,6 +155,8 @@ def test_fewer_positions_than_the_yaml_says_are_refused(
     tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "cached_folder", lambda config: folder)
-    config = tiny(source=ModelSource.pypi, package="p==1", max_positions=9000)
-    with pytest.raises(UserError, match=r"model\.max_positions=9000 does not fit p==1.* 4096"):
+    config = tiny(source=ModelSource.pypi, package="p==1", max_position_embeddings=9000)
+    with pytest.raises(
+        UserError, match=r"model\.config\.max_position_embeddings=9000 does not fit p==1.* 4096"
+    ):
         load_model(config, torch.float32)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.config import compose, to_dict
-from mixlora_exp.config.parameters import count_parameters
+from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.records.record import finish_record, write_json, write_jsonl
 from mixlora_exp.tasks import TASKS
 

@@ -93,11 +93,11 @@ def test_truncated_and_foreign_adapters_are_refused(
 
 
 def test_a_local_model_brings_its_own_shape(run: Callable[..., Any], tmp_path: Path) -> None:
-    config = compose(["model=tiny", "model.num_layers=3", "model.intermediate_size=96"])
+    config = compose(["model=tiny", "model.config={num_hidden_layers: 3, intermediate_size: 96}"])
     load_model(config.model, torch.float32).save_pretrained(tmp_path / "model")
     load_tokenizer(config.model).save_pretrained(tmp_path / "model")
     done = run("method=mixlora", f"model.path={tmp_path / 'model'}")
-    assert done.record["config"]["model"]["num_layers"] == 3
+    assert done.record["config"]["model"]["config"]["num_hidden_layers"] == 3
     tensors = load_file(done.folder / "adapter" / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == done.record["parameters"]["trainable"]
     # Other weights in the same folder are another input, though every setting is the same.

@@ -18,9 +18,9 @@ from mixlora_exp.training.trainer import MixLoraTrainer
 
 # LLaMA-2 7B in all but its size.
 WORDS = [
-    "experiment=smoke", "model=llama2_7b", "model.weights=random", "model.layers=2",
-    "model.hidden_size=64", "model.intermediate_size=96", "model.num_heads=2",
-    "model.num_kv_heads=2", "model.head_dim=32", "model.vocab_size=700",
+    "experiment=smoke", "model=llama2_7b", "model.weights=random",
+    "model.config={num_hidden_layers: 2, hidden_size: 64, intermediate_size: 96, head_dim: 32, "
+    "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 700}",
     "trainer.precision=float32", "trainer.save_steps=1", "data.train_limit=8",
     "evaluation.protocols=[label_logits,generate]", "evaluation.limit=4",
 ]  # fmt: skip

@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mixlora_exp.config import Config, compose, fingerprint, run_name, to_dict
-from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.plan import plan
 from mixlora_exp.runs import run as experiment
 
@@ -52,7 +52,8 @@ def test_what_is_longer_than_the_model_is_refused_before_training(
     """lm-eval cuts what it scores, so that training alone is too long."""
     monkeypatch.setattr(experiment, "fit", lambda *_: pytest.fail("it was trained"))
     config = configure(
-        "method=lora", "task=boolq", "model.max_positions=64", f"dry_run={dry_run}",
+        "method=lora", "task=boolq", f"dry_run={dry_run}",
+        "model.config.max_position_embeddings=64",
         f"evaluation.protocols=[{protocol}]",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"of boolq needs .* tokens, and the model has 64 pos"):

@@ -223,7 +223,7 @@ def test_trials_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     for override, difference in (
         ("task=boolq", "task.name=arc_e, now boolq"),
         ("method=mixdora", "method.name=mixlora, now mixdora"),
-        ("model.num_layers=3", "model.num_layers=2, now 3"),
+        ("model.config.num_hidden_layers=3", "num_hidden_layers=2, now 3"),
         ("data.seed=1", "data.seed=0, now 1"),
         ("seed=1", "seed=42, now 1"),
         ("data.train_limit=8", "data.train_limit=16, now 8"),

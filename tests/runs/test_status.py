@@ -170,11 +170,12 @@ def test_stale_locks_of_another_machine_are_told_from_living_ones(tmp_path: Path
 def test_a_model_in_a_folder_is_found_under_its_own_shape(tmp_path: Path) -> None:
     """The folder's shape counts in the name of the run, whatever the model's file says."""
     model = compose(["model=tiny"]).model
-    shape = build_hf_config(dataclasses.replace(model, num_layers=model.num_layers + 1))
+    shape = build_hf_config(model)
+    shape.num_hidden_layers += 1
     shape.save_pretrained(tmp_path / "model")
     given = [*ONE, f"model.path={tmp_path / 'model'}", "model.weights=pretrained"]
     (config,) = map(resolve_config, configs(tmp_path, *given))
-    assert config.model.num_layers == model.num_layers + 1
+    assert config.model.config["num_hidden_layers"] == shape.num_hidden_layers
     write_record(tmp_path / run_name(config), config)
     (cell,) = cells(SMALL, tmp_path, *given)
     assert (cell.state, cell.name) == ("done", run_name(config))

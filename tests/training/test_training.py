@@ -345,7 +345,7 @@ def test_dora_norms_are_computed_once_per_optimizer_step(
     monkeypatch.setattr(linear, "dora_norms", lambda *values: (calls.append(1), real(*values))[1])
     sizes = ("trainer.batch_size=8", "trainer.micro_batch_size=2", "trainer.max_steps=3")
     trained = train("method=dora", *sizes)
-    layers = 7 * trained.config.model.num_layers
+    layers = 7 * trained.config.model.config["num_hidden_layers"]
     assert trained.config.trainer.accumulation_steps == 4
     # And once more for the look at what the last step left.
     assert len(calls) == (3 + 1) * layers

@@ -54,7 +54,7 @@ def measure_here(config: BenchConfig, row: str) -> dict[str, int]:
     before = peak_memory_bytes(device)
     shape = model_config(config.model, config.layers)
     base = base_model(shape, getattr(torch, config.dtype), "cpu", config.seed)
-    ids = torch.randint(shape.vocab_size, ids.shape)
+    ids = torch.randint(shape.config["vocab_size"], ids.shape)
     model = adapted(base, ROWS[row], config.dropout, config.seed)
     inference_step(model, ids)
     inference = peak_memory_bytes(device) - before

@@ -16,9 +16,10 @@ from transformers import initialization as transformers_initialization
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
 from mixlora_exp.bench.settings import Row
+from mixlora_exp.config.architecture import read_architecture
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.models.shape import build_hf_config
+from mixlora_exp.models import build_hf_config
 
 __all__ = ["adapted", "base_model", "model_config", "sharing"]
 
@@ -26,7 +27,7 @@ CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
 
 
 def model_config(name: str, layers: int | None) -> ModelConfig:
-    """The shape in `conf/model/<name>.yaml`, cut to `layers`, with random weights.
+    """The model `conf/model/<name>.yaml`, cut to `layers`, with random weights.
 
     Raises:
         UserError: there is no such model, or `layers` is more than it has.
@@ -35,6 +36,11 @@ def model_config(name: str, layers: int | None) -> ModelConfig:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONF.glob("*.yaml")))
         raise UserError(f"model={name} is unknown: choose from {known}")
+    config = read_architecture([CONF.parent], name)
+    if layers is not None:
+        if not 1 <= layers <= config["num_hidden_layers"]:
+            raise UserError(f"layers={layers} must be in [1, {config['num_hidden_layers']}]")
+        config["num_hidden_layers"] = layers
     hints = get_type_hints(ModelConfig)
     values = {}
     for key, value in yaml.safe_load(path.read_text()).items():
@@ -45,7 +51,7 @@ def model_config(name: str, layers: int | None) -> ModelConfig:
             value = float(value)  # YAML reads 1e-5 as text.
         values[key] = value
     weights = hints["weights"]
-    return ModelConfig(**{**values, "weights": weights("random"), "layers": layers})
+    return ModelConfig(**{**values, "weights": weights("random"), "config": config})
 
 
 def base_model(config: ModelConfig, dtype: torch.dtype, device: str, seed: int) -> PreTrainedModel:
@@ -55,11 +61,14 @@ def base_model(config: ModelConfig, dtype: torch.dtype, device: str, seed: int) 
     with torch.device(device), transformers_initialization.no_init_weights():
         model = AutoModelForCausalLM.from_config(build_hf_config(config), dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
+        kind = model.config.model_type
+        for called, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02)
             else:
-                parameter.fill_(1.0 if config.family.value != "gemma" else 0.0)
+                # Gemma's norms scale by 1 + weight.
+                unit = called.endswith("norm.weight") and "gemma" not in kind
+                parameter.fill_(float(unit))
     # Built without its initialisation, which would do this.
     model.tie_weights()
     # `generate`'s defaults and caches have no part in this.

@@ -97,7 +97,8 @@ def benchmark(
     shape = model_config(config.model, config.layers)
     base = base_model(shape, getattr(torch, config.dtype), device, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(shape.vocab_size, (config.batch, config.length), generator=generator)
+    size = (config.batch, config.length)
+    ids = torch.randint(shape.config["vocab_size"], size, generator=generator)
     ids = ids.to(device)
     rows: dict[str, dict[str, Any]] = {}
     models: dict[str, nn.Module] = {}
@@ -166,7 +167,7 @@ def benchmark(
         "device": device,
         "threads": torch.get_num_threads(),
         "tokens": config.batch * config.length,
-        "layers": shape.depth,
+        "layers": shape.config["num_hidden_layers"],
         "rows": rows,
     }
 

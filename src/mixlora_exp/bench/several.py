@@ -65,7 +65,7 @@ def benchmark_several(
         "config": asdict(config),
         "device": device,
         "threads": torch.get_num_threads(),
-        "layers": shape.depth,
+        "layers": shape.config["num_hidden_layers"],
         "tokens": tokens,
         "times": times,
         "memory": memory,

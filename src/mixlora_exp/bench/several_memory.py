@@ -35,7 +35,7 @@ def account(config: SeveralConfig) -> dict[str, Any]:
     depth, in which both are linear; nothing here depends on the machine. `expected` is
     (base / M + a) / (base + a) with a that of the one adapter alone (or, of `mixed`, of the mean).
     """
-    depth = model_config(config.model, None).depth
+    depth = model_config(config.model, None).config["num_hidden_layers"]
     sequences = max(1, config.sequences // max(config.counts))
     found: dict[int, dict[int, dict[str, int]]] = {}
     for layers in (1, 2):

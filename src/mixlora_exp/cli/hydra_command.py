@@ -21,6 +21,7 @@ from mixlora_exp.config import (
     Plan,
     check_composition,
     open_session,
+    opened,
     plan_runs,
     register_schemas,
 )
@@ -101,13 +102,14 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
     if "--version" in argv:
         sys.stdout.write(f"mixlora-exp {__version__}\n")
         return 0
+    argv = opened(argv)
     args = parse_flags(argv)
     if args.hydra_help or args.shell_completion:
         kept = [] if args.hydra_help else list(args.overrides)
         return show(argv, args, root, kept)
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
-    overrides = settle(args.overrides)
+    overrides = opened(settle(args.overrides))
     if args.config_dir is not None:
         overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
     name = args.config_name or root

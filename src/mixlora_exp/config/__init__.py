@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         check_composition,
         compose,
         compose_adapters,
+        opened,
         parse_overrides,
         plan_runs,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_of",
     "open_session",
+    "opened",
     "options",
     "parse_overrides",
     "plan_runs",
@@ -59,7 +61,7 @@ __all__ = [
 
 _OWN = {"Config": "schema", "options": "arguments"}
 _PLAN = {
-    *("Cell", "Plan", "check_composition", "compose", "compose_adapters"),
+    *("Cell", "Plan", "check_composition", "compose", "compose_adapters", "opened"),
     *("parse_overrides", "plan_runs"),
 }
 

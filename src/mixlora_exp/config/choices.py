@@ -10,7 +10,6 @@ __all__ = [
     "ArcLabels",
     "Base",
     "DataSource",
-    "Family",
     "Head",
     "Kernel",
     "LossOn",
@@ -37,11 +36,6 @@ class ModelSource(Enum):
 class Weights(Enum):
     pretrained = "pretrained"
     random = "random"
-
-
-class Family(Enum):
-    llama = "llama"
-    gemma = "gemma"
 
 
 class RouterLoss(Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config.explain import explain, suggest
@@ -137,14 +138,19 @@ def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     typed = any(line.lstrip("+").startswith("method.name=") for line in overrides)
     if typed and name != chosen and name in METHODS:
         raise UserError(f"method.name={name} would only rename {chosen}: write method={name}")
-    with flag_override(cfg, ["struct", "readonly"], False):
-        del cfg["hydra"]
     with _explained(overrides):
         return to_config(cfg)
 
 
+def opened(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra takes them: fields of `model.config`, which the schema does not list,
+    are added."""
+    return [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
+
+
 def compose_cell(hydra: Any, name: str, overrides: Sequence[str]) -> Any:
     """Return the checked configuration of one run."""
+    overrides = opened(overrides)
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
     return _finish(_load(hydra, name, overrides, RunMode.RUN), overrides)
 

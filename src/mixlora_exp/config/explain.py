@@ -17,6 +17,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from mixlora_exp.config.architecture import old_name
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config, MixLoraMethodConfig
 from mixlora_exp.errors import UserError
@@ -40,6 +41,8 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
     fields = [item.name for item in dataclasses.fields(owner)]
     options = [*fields, "experiment"] if issubclass(owner, Config) else fields
     where = f"{parent} has" if parent else "there are"
+    if parent == "model" and (today := old_name(name)) is not None:
+        return f"{key} is not a setting{source}: write {today}"
     if parent == "method":
         where = "the chosen method has"
         mixture = {item.name for item in dataclasses.fields(MixLoraMethodConfig)}

@@ -15,8 +15,15 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+from mixlora_exp.config.architecture import current_model
 from mixlora_exp.config.checks import require_name
-from mixlora_exp.config.schema import Config, LoraMethodConfig, MethodConfig, MixLoraMethodConfig
+from mixlora_exp.config.schema import (
+    Config,
+    LoraMethodConfig,
+    MethodConfig,
+    MixLoraMethodConfig,
+    ModelConfig,
+)
 from mixlora_exp.errors import UserError, shown
 
 LONGEST = 4096
@@ -50,6 +57,8 @@ def _method_of(value: Mapping[str, Any]) -> type:
 
 
 def _check_fields(value: Mapping[str, Any], owner: type, where: str) -> None:
+    if owner is ModelConfig:
+        value = current_model(value)
     known = {item.name for item in fields(owner)}
     unknown = [shown(str(name), 60) for name in value if name not in known]
     if unknown:
@@ -85,13 +94,15 @@ def _check(value: Any, kind: Any, where: str) -> None:
     elif origin is dict:
         _require(isinstance(value, dict), where, value, "an object")
         for key, entry in value.items():
-            # Names of tasks: what else a key could hold, Hydra would resolve.
+            # Names of tasks or of fields: what else a key could hold, Hydra would resolve.
             require_name(where, key)
             _check(entry, arguments[1], f"{where}.{key}")
     elif is_dataclass(kind):
         _require(isinstance(value, dict), where, value, "an object")
         owner = _method_of(value) if kind is MethodConfig else kind
         _check_fields(value, owner, where)
+    elif kind is Any:
+        _check_plain(value, where)
     elif issubclass(kind, Enum):
         known = [entry.value for entry in kind]
         _require(isinstance(value, str) and value in known, where, value, " or ".join(known))
@@ -101,6 +112,18 @@ def _check(value: Any, kind: Any, where: str) -> None:
         _require(type(value) is kind, where, value, KINDS[kind])
         if kind is str:
             _require(len(value) <= LONGEST, where, value, f"at most {LONGEST} characters")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Of a field in a model's `config.json`: null, a scalar, or lists and objects of them."""
+    if isinstance(value, list):
+        for entry in value:
+            _check_plain(entry, where)
+    elif isinstance(value, dict):
+        _check(value, dict[str, Any], where)
+    elif value is not None:
+        _require(type(value) in KINDS, where, value, "a plain value")
+        _check(value, type(value), where)
 
 
 def _require(condition: bool, where: str, value: Any, rule: str) -> None:
@@ -149,6 +172,8 @@ def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
     for name, value in config.items():
         if name in NOT_TAKEN or name in skipped:
             continue
+        if name == "model":
+            value = current_model(value)
         if isinstance(value, dict):
             for field, content in value.items():
                 if f"{name}.{field}" in skipped:

@@ -15,10 +15,12 @@ from typing import Any
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config import schema
+from mixlora_exp.config.architecture import complete, read_architecture
 from mixlora_exp.config.explain import explain, unknown_field
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config
@@ -124,9 +126,16 @@ def to_config(cfg: DictConfig) -> Any:
     """Check a composed configuration and return it as plain dataclasses: a `Config`, or that of
     the command `generate`.
 
-    Raises `UserError` for a field that does not exist, a missing value, an interpolation that
-    leads nowhere or a value out of its range.
+    The model's configuration is completed by the JSON file beside its YAML. Raises `UserError` for
+    a field that does not exist, a missing value, an interpolation that leads nowhere or a value out
+    of its range.
     """
+    # Hydra keeps its own state apart from the configuration of a job.
+    state = HydraConfig.get() if HydraConfig.initialized() else None
+    if "hydra" in cfg:
+        state = cfg.hydra
+        with flag_override(cfg, ["struct", "readonly"], False):
+            del cfg["hydra"]
     _check_fields(cfg, "")
     try:
         config = OmegaConf.to_object(cfg)
@@ -137,7 +146,17 @@ def to_config(cfg: DictConfig) -> Any:
         return config.settled()
     if not isinstance(config, (Config, GenerateConfig)):
         raise UserError("the configuration is not one of mixlora_exp: its defaults lack `schema`")
-    return config
+    published = read_architecture(_folders(state), config.model.name)
+    if published is None and state is not None:
+        # `model.name=mine` renames the option that was chosen.
+        published = read_architecture(_folders(state), str(state.runtime.choices.get("model")))
+    return dataclasses.replace(config, model=complete(config.model, published))
+
+
+def _folders(state: Any) -> list[Path]:
+    """The configuration folders, those of `--config-path` and `--config-dir` first."""
+    sources = [] if state is None else state.runtime.config_sources
+    return [*(Path(s.path) for s in sources if s.schema == "file"), CONF_DIR]
 
 
 def to_dict(config: Any) -> Any:

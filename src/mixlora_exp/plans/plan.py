@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixlora_exp.config import CONF_DIR, Config, run_name, to_dict
-from mixlora_exp.config.parameters import Parameters, count_parameters
 from mixlora_exp.config.schema import AnswerForm, DataSource, LoraMethodConfig, TrainerConfig
+from mixlora_exp.models import architecture_of, has_local_tokenizer, load_tokenizer
+from mixlora_exp.models.parameters import Parameters, count_parameters
 from mixlora_exp.plans.memory import many_that_fit, memory_of
 from mixlora_exp.records.checkout import git_state
 from mixlora_exp.results.objections import objections
@@ -97,12 +98,9 @@ def _characters(config: Config, task: str, form: AnswerForm, items: list) -> flo
 
 def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
     """Tokens of each example, where the data and the model's tokenizer are at hand."""
-    if items:
-        from mixlora_exp.models import has_local_tokenizer
     if not items or not has_local_tokenizer(config.model):
         return None
     from mixlora_exp.data.encoding import encode_examples
-    from mixlora_exp.models import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     every = [item for found in items.values() for item in found]
@@ -146,28 +144,13 @@ def _together(config: Config) -> str:
     return f"adapters like this on one base: {fits}"
 
 
-def _counted_parameters(config: Config) -> Parameters:
-    """From the shape in the YAML; the base's own weights are counted where a folder has them, for
-    it may have more than the shape tells, such as biases."""
-    found = count_parameters(config.model, config.method)
-    if config.model.path is None:
-        return found
-    from mixlora_exp.models import frozen_parameters
-
-    base = frozen_parameters(config.model)
-    if base is None or base == found.base:
-        return found
-    whole = base + found.adapter + found.magnitude
-    return dataclasses.replace(found, base=base, percent_true=100 * found.trainable / whole)
-
-
 def plan(config: Config) -> Plan:
     """Plan a run. Reads data files only where they are local or generated.
 
     Raises:
         UserError: local data is missing or malformed.
     """
-    parameters = _counted_parameters(config)
+    parameters = count_parameters(config.model, config.method)
     rows, tests, items = _rows(config)
     examples = sum(rows.values()) * len(config.data.forms)
     lengths = _counted(config, items) if examples else []
@@ -188,6 +171,7 @@ def plan(config: Config) -> Plan:
 def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
     """The plan as (what, value) lines."""
     model, p = config.model, found.parameters
+    shape = architecture_of(model)
     percent = f"{p.percent_true:.3f} % of all"
     if p.percent_paper is not None:
         percent += (
@@ -211,9 +195,10 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
         ("run", found.name),
         (
             "model",
-            f"{model.name}: {model.depth} layers, hidden {model.hidden_size}, feed-forward "
-            f"{model.intermediate_size}, heads {model.num_heads}/{model.num_kv_heads}, "
-            f"vocabulary {model.vocab_size}",
+            f"{model.name}: {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
+            f"feed-forward {shape.intermediate_size}, heads "
+            f"{shape.num_attention_heads}/{shape.num_key_value_heads}, "
+            f"vocabulary {shape.vocab_size}",
         ),
         ("parameters", f"{p.base:,} frozen, {p.trainable:,} trainable ({percent})"),
         (
@@ -277,4 +262,4 @@ def print_plan_together(configs: Sequence[Config]) -> None:
 
 def parameters_entry(config: Config) -> dict[str, Any]:
     """The parameter counts as they stand in a record."""
-    return dataclasses.asdict(_counted_parameters(config))
+    return dataclasses.asdict(count_parameters(config.model, config.method))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixlora_exp.config.architecture import current_model
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import FORCED, PACKED, has_file, name_of, read_file, record_paths
 from mixlora_exp.records.record import read_run
@@ -38,7 +39,7 @@ LIKELIHOOD = "gold_log_likelihood"
 # What was scored and what it was trained with. How the loss is computed changes nothing beyond
 # rounding and is no condition. Micro-batches are one: the router loss is taken over each.
 MODEL_FIELDS = (
-    "source", "hub_id", "revision", "package", "package_file", "path", "weights", "layers",
+    "source", "hub_id", "revision", "package", "package_file", "path", "weights", "config",
 )  # fmt: skip
 DATA_FIELDS = ("name", "cutoff_length", "boolq_passage")
 TRAINING_DATA_FIELDS = ("train_limit", "train_limits", "forms")
@@ -152,7 +153,10 @@ class RecordedRun:
         method, tasks and seed. Names are those of the configuration; `train.*` where training read
         other data than scoring, or was computed with something else (see `circumstances`),
         `rows.*` where files are not the published splits."""
-        found = {f"model.{name}": self.trained["model"].get(name) for name in MODEL_FIELDS}
+        model = self.trained["model"]
+        found = {f"model.{name}": model.get(name) for name in MODEL_FIELDS}
+        if found["model.path"] is not None:
+            del found["model.config"]  # The folder's own, as its path says.
         data, limit = self.scored["data"], self.scored["evaluation"]["limit"]
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
         found["evaluation.limit"] = limit
@@ -223,7 +227,8 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
         later["method"] = config["method"]
     elif "num_experts" in config["method"]:
         later["method"] = {"router_precision": "float32", **later["method"]}
-    return {"preset": {"name": "correct"}, **config, **later}
+    model = current_model(config["model"])
+    return {"preset": {"name": "correct"}, **config, **later, "model": model}
 
 
 def _placed(path: Path, force: bool) -> RecordedRun:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from mixlora_exp.config.parameters import count_parameters
 from mixlora_exp.results.cells import Standards, deviations
 from mixlora_exp.results.paper import TASKS
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.accuracy import AccuracySpec, Variant, accuracy_table
 from mixlora_exp.results.tables.registry import Made, Sources, table
+from mixlora_exp.results.tables.sizes import percentages
 
 MULTI = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
 ABLATION = ("arc_e", "arc_c", "boolq", "obqa")
@@ -68,8 +68,7 @@ def _params(sources: Sources) -> Callable[[str, Variant], tuple[float, float] | 
         if variant.value.startswith("r="):
             rank = int(variant.value.removeprefix("r=").split()[0])
             method = dataclasses.replace(method, rank=rank)
-        found = count_parameters(models[model], method)
-        return (found.percent_paper or 0.0, found.percent_true)
+        return percentages(models[model], method)
 
     return count
 

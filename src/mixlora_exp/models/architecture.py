@@ -1,0 +1,176 @@
+"""A model's transformers configuration: from JSON to its class, and the check of what was read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
+from transformers.utils import CONFIG_NAME
+
+from mixlora_exp.config.schema import ModelConfig, ModelSource
+from mixlora_exp.errors import UserError, shown
+from mixlora_exp.models.folder import check_settings
+from mixlora_exp.system.untrusted import read_json
+
+__all__ = [
+    "architecture_of",
+    "build_hf_config",
+    "check_shape",
+    "has_builtin_tokenizer",
+    "positions_of",
+    "read_hf_config",
+    "with_folder_shape",
+]
+
+COMPARED = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""What decides the number and the form of the weights: revisions of one repository may differ in
+the rest."""
+OLDER = {"model_type", "torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq"}
+"""Fields of a `config.json` beside those of its class, which takes them in."""
+PASSED_OVER = {"_name_or_path", "architectures", "transformers_version", "auto_map"}
+"""What a `config.json` says of who wrote it."""
+
+
+def has_builtin_tokenizer(config: ModelConfig) -> bool:
+    """Whether the tokenizer is `tiny.build_tokenizer`: that of random weights, unless a folder is
+    given, whose tokenizer then serves."""
+    return config.draws_weights and config.path is None
+
+
+def _known_fields(kind: str) -> set[str]:
+    made = CONFIG_MAPPING[kind]
+    return {f.name for f in dataclasses.fields(made)} | set(made.attribute_map) | OLDER
+
+
+def _made(found: Mapping[str, Any], origin: str) -> PreTrainedConfig:
+    """The configuration object of a `config.json`.
+
+    Raises:
+        UserError: its kind is unknown here, or a value is not valid.
+    """
+    kind = found.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(
+            f"{origin}: model_type={shown(str(kind), 60)} is none that transformers {__version__} "
+            f"knows{hint}; a later version may know it"
+        )
+    try:
+        return CONFIG_MAPPING[kind](**{k: v for k, v in found.items() if k not in PASSED_OVER})
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{origin}: cannot read {CONFIG_NAME} ({reason}): correct it, or take another copy of "
+            "the model"
+        ) from error
+
+
+def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
+    """The transformers configuration that the group `model` has, for weights that are drawn.
+
+    Raises:
+        UserError: a field is unknown to its class, or a value is not valid.
+    """
+    origin = f"model={config.name}"
+    made = _made(config.config, origin)  # Tells first if the kind is unknown.
+    known = _known_fields(made.model_type)
+    for name in config.config:
+        if name not in known | PASSED_OVER:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise UserError(
+                f"model.config.{name}={shown(str(config.config[name]), 60)} is not a field of "
+                f"{type(made).__name__}{hint}"
+            )
+    tokens: dict[str, int | None] = {"pad_token_id": None}
+    if has_builtin_tokenizer(config):
+        # The ids of `tiny.build_tokenizer`. Padding gets a row of zeros from transformers; the
+        # published models that only borrow the tokenizer have none such.
+        padding = 0 if config.source is ModelSource.random else None
+        tokens = {"pad_token_id": padding, "bos_token_id": 1, "eos_token_id": 2}
+    return _made({**config.config, **tokens}, origin)
+
+
+def architecture_of(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration of what is loaded: that of the folder in `path`, or the group's own.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if config.path is None or config.draws_weights:
+        return build_hf_config(config)
+    return read_hf_config(Path(config.path).expanduser(), f"model.path={config.path}")
+
+
+def with_folder_shape(config: ModelConfig) -> ModelConfig:
+    """The group `model` with the configuration of the model in `path`, if that is what is loaded.
+
+    A folder without a readable `config.json` is left to `load_model` to refuse.
+    """
+    if config.path is None or config.draws_weights:
+        return config
+    folder = Path(config.path).expanduser()
+    try:
+        made, found = architecture_of(config), read_json(folder / CONFIG_NAME)
+    except (UserError, OSError, ValueError):
+        return config
+    # What its class does not know would be refused in a record.
+    known = _known_fields(made.model_type) - {"transformers_version", "architectures"}
+    kept = {name: value for name, value in found.items() if name in known}
+    same = all(config.config.get(name) == getattr(made, name, None) for name in COMPARED)
+    # The paper's denominator belongs to the configuration that is left behind.
+    nominal = config.nominal_parameters if same else None
+    return dataclasses.replace(config, config=kept, nominal_parameters=nominal)
+
+
+def positions_of(config: ModelConfig) -> int:
+    """How many tokens of a text the model has positions for."""
+    made = architecture_of(config)
+    rope = getattr(made, "rope_parameters", None) or {}
+    # These two stretch the positions of a model whose configuration keeps the number before.
+    stretched = rope.get("rope_type") in ("linear", "dynamic")
+    return int(made.max_position_embeddings * (rope.get("factor", 1.0) if stretched else 1.0))
+
+
+def read_hf_config(folder: Path, origin: str) -> PreTrainedConfig:
+    """The configuration in a model's folder, read as plain values.
+
+    Raises:
+        UserError: there is none, it is damaged, or it asks for other code.
+    """
+    try:
+        found = read_json(folder / CONFIG_NAME)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{origin}: cannot read {CONFIG_NAME} ({reason}): take another copy of the model"
+        ) from error
+    check_settings(found, origin)
+    return _made(found, origin)
+
+
+def check_shape(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> None:
+    """Raise a `UserError` that names the first field in which the loaded model differs from the
+    JSON file beside its YAML."""
+    expected = build_hf_config(config)
+    for name in COMPARED:
+        own, found = getattr(expected, name, None), getattr(loaded, name, None)
+        if own != found:
+            raise UserError(f"model.config.{name}={own} does not fit {origin}, whose is {found}")
+    # What is longer than this is refused before anything is loaded.
+    if loaded.max_position_embeddings < expected.max_position_embeddings:
+        raise UserError(
+            f"model.config.max_position_embeddings={expected.max_position_embeddings} does not fit "
+            f"{origin}, which has {loaded.max_position_embeddings}: set it to that"
+        )

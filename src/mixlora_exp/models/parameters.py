@@ -1,0 +1,81 @@
+"""Parameter counts, of models on the meta device: no weights are read or downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixlora_exp.config.schema import (
+    FEED_FORWARD_TARGETS,
+    LoraMethodConfig,
+    MethodConfig,
+    MixLoraMethodConfig,
+    ModelConfig,
+)
+from mixlora_exp.models.architecture import architecture_of
+from mixlora_exp.models.skeleton import projections, skeleton
+
+__all__ = ["Parameters", "count_parameters", "widths"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of parameters.
+
+    `trainable` is everything the optimizer updates. `adapter` leaves out DoRA's magnitudes, as the
+    paper's #Params column does; `percent_paper` is it over the paper's denominator, where there
+    is one; `percent_true` is `trainable` over all parameters of the adapted model.
+    """
+
+    base: int
+    trainable: int
+    adapter: int
+    router: int
+    magnitude: int
+    percent_true: float
+    percent_paper: float | None
+
+
+def _of(model: ModelConfig):
+    origin = f"model={model.name}" if model.path is None else f"model.path={model.path}"
+    return skeleton(architecture_of(model), origin)
+
+
+def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of each projection of a layer, the first."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, linear in projections(_of(model)):
+        found.setdefault(name, (linear.in_features, linear.out_features))
+    return found
+
+
+def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
+    """Exact parameter counts of a method on a model.
+
+    Raises:
+        UserError: the model's configuration cannot be used, or adapters do not fit it.
+    """
+    built = _of(model)
+    base = sum(parameter.numel() for parameter in built.parameters())
+    low_rank = router = magnitude = 0
+    if isinstance(method, LoraMethodConfig):
+        experts = method.num_experts if isinstance(method, MixLoraMethodConfig) else 1
+        for name, linear in projections(built):
+            copies = experts if name in FEED_FORWARD_TARGETS else 1
+            if name in method.targets:
+                low_rank += copies * method.rank * (linear.in_features + linear.out_features)
+                magnitude += copies * linear.out_features if method.dora else 0
+            if name == "gate_proj" and isinstance(method, MixLoraMethodConfig):
+                router += experts * linear.in_features
+    adapter = low_rank + router
+    trained = isinstance(method, LoraMethodConfig) and method.train_magnitude
+    trainable = adapter + (magnitude if trained else 0)
+    nominal = model.nominal_parameters
+    return Parameters(
+        base=base,
+        trainable=trainable,
+        adapter=adapter,
+        router=router,
+        magnitude=magnitude,
+        percent_true=100 * trainable / (base + adapter + magnitude),
+        percent_paper=None if nominal is None else 100 * adapter / nominal,
+    )

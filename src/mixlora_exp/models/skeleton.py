@@ -1,0 +1,131 @@
+"""A model without its weights, on the meta device: what it is made of, and whether adapters fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import fx, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import initialization as transformers_initialization
+
+from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+from mixlora_exp.errors import UserError, shown
+
+__all__ = ["projections", "skeleton"]
+
+BLOCK = "mlp"
+"""Name of a feed-forward block, which the tuner replaces."""
+FORMULA = "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))"
+"""What experts take the place of: a block that computes anything else would be another model."""
+
+
+def skeleton(found: PreTrainedConfig, origin: str) -> nn.Module:
+    """The model of a configuration, its weights tied and without values.
+
+    Raises:
+        UserError: adapters do not fit it; `origin` says whose configuration it is.
+    """
+    return _built(_Asked(found.to_json_string(use_diff=False), origin, found))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    text: str
+    origin: str
+    found: PreTrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=32)
+def _built(asked: _Asked) -> nn.Module:
+    found, origin = copy.deepcopy(asked.found), asked.origin
+    found.pad_token_id = None  # It may lie beyond the embedding, which nothing else says.
+    written = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not written or found.get_text_config() is not found:
+        raise UserError(
+            f"{origin}: model_type={found.model_type} is no causal language model of text alone"
+        )
+    try:
+        with torch.device("meta"), transformers_initialization.no_init_weights():
+            model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
+            model.tie_weights()
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{origin}: its configuration gives no model ({reason})") from error
+    if objection := _objection(model, found):
+        raise UserError(
+            f"{origin}: model_type={found.model_type} is not supported: {objection}. "
+            "Adapters need attention of q_proj, k_proj, v_proj, o_proj and a feed-forward "
+            f"{BLOCK}(x) = {FORMULA} in each layer, as Llama, Qwen, Mistral, Gemma and OLMo have"
+        )
+    return model
+
+
+def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The projections that an adapter can have, by name (without the layer's), layer by layer."""
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name in (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS) and type(module) is nn.Linear:
+            yield name, module
+
+
+def _objection(model: nn.Module, found: PreTrainedConfig) -> str | None:
+    """Why adapters do not fit a model; None if they do."""
+    if any("Experts" in type(module).__name__ for module in model.modules()):
+        return "it is a mixture of experts already"
+    layers, names = found.num_hidden_layers, [name for name, _ in projections(model)]
+    for targets in (ATTENTION_TARGETS, FEED_FORWARD_TARGETS):
+        if any(names.count(name) != layers for name in targets):
+            numbers = ", ".join(f"{names.count(name)} {name}" for name in targets)
+            return f"{layers} layers have {numbers} as nn.Linear{_instead(model)}"
+    heads, shared = found.num_attention_heads, found.num_key_value_heads
+    if heads % shared:
+        return f"num_key_value_heads={shared} does not divide num_attention_heads={heads}"
+    blocks = [m for path, m in model.named_modules() if path.rpartition(".")[2] == BLOCK]
+    if len(blocks) != layers:
+        return f"{layers} layers have {len(blocks)} feed-forward blocks named {BLOCK}"
+    others = {_formula(block) for block in blocks} - {FORMULA}
+    return f"its {BLOCK}(x) is {shown(min(others), 160)}" if others else None
+
+
+def _instead(model: nn.Module) -> str:
+    """The other layers of a decoder layer that hold weights, for a message."""
+    known = {*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS}
+    others = {
+        path.rpartition(".")[2]: type(module).__name__
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] not in known
+        and (isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__)
+        and path.count(".") > 2
+    }
+    shown_ones = ", ".join(f"{name} ({kind})" for name, kind in sorted(others.items())[:4])
+    return f", beside {shown_ones}" if others else ""
+
+
+class _Leaves(fx.Tracer):
+    """Traces what one module does with its own parts."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _formula(block: nn.Module) -> str:
+    """What a block computes from its input `x`, in terms of its parts."""
+
+    def told(node: object) -> str:
+        if not isinstance(node, fx.Node):
+            return str(node)
+        if node.op == "placeholder":
+            return "x"
+        parts = ", ".join(map(told, [*node.args, *node.kwargs.values()]))
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        return parts if node.op == "output" else f"{name}({parts})"
+
+    try:
+        graph = _Leaves().trace(block)
+    except Exception as error:  # Whatever a foreign forward does with a stand-in for a tensor.
+        return f"not known ({type(error).__name__})"
+    return told(next(node for node in graph.nodes if node.op == "output"))

@@ -1,0 +1,37 @@
+"""The #Params column of a model that nothing was run on: the sizes of a Llama or Gemma model follow
+from its configuration alone, so that tables load no torch. Records have counts of their own."""
+
+from __future__ import annotations
+
+from mixlora_exp.config.schema import (
+    FEED_FORWARD_TARGETS,
+    LoraMethodConfig,
+    MixLoraMethodConfig,
+    ModelConfig,
+)
+
+__all__ = ["percentages"]
+
+
+def percentages(model: ModelConfig, method: LoraMethodConfig) -> tuple[float, float]:
+    """Percent of the adapter (without magnitudes) in the paper's denominator, 0 where it has none,
+    and of all that is trained in all weights of the adapted model."""
+    c = model.config
+    d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    heads, kv = (c[n] * c["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
+    shapes = {
+        "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
+        "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
+    }  # fmt: skip
+    embeddings = c["vocab_size"] * d * (1 if c["tie_word_embeddings"] else 2)
+    base = layers * (sum(i * o for i, o in shapes.values()) + 2 * d) + embeddings + d
+    mixed = isinstance(method, MixLoraMethodConfig)
+    adapter = layers * method.num_experts * d if mixed else 0
+    magnitude = 0
+    for target in method.targets:
+        copies = layers * (method.num_experts if mixed and target in FEED_FORWARD_TARGETS else 1)
+        adapter += copies * method.rank * sum(shapes[target])
+        magnitude += copies * shapes[target][1] if method.dora else 0
+    trained = adapter + (magnitude if method.train_magnitude else 0)
+    nominal, whole = model.nominal_parameters, base + adapter + magnitude
+    return (100 * adapter / nominal if nominal else 0.0), 100 * trained / whole
