@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixlora_exp.adapters import MixLoraConfig
+from mixlora_exp.adapters import MixLoraConfig, MixLoraFeedForward
 from mixlora_exp.config import compose
 from mixlora_exp.models import load_model
 
@@ -65,6 +65,36 @@ def make_batch(rows: int = 2, seed: int = 3, length: int = 10) -> dict[str, Tens
         mask[row, length - 2 * row :] = 0
     labels = torch.where(mask.bool(), ids, -100)
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def by_definition(block: MixLoraFeedForward, x: Tensor, adapter: str = "default") -> Tensor:
+    """Each token and slot by whole matrices, from the parameters as they are named."""
+
+    def project(role: str, expert: int, row: Tensor) -> Tensor:
+        frozen = getattr(block.base_layer, f"{role}_proj")
+        a, b = (getattr(block, f"lora_{part}_{role}")[adapter][expert] for part in "AB")
+        weight = frozen.weight + block.scaling[adapter] * b @ a
+        if block.use_dora[adapter]:
+            magnitude = getattr(block, f"lora_magnitude_{role}")[adapter][expert]
+            weight = (magnitude / weight.norm(dim=1)).unsqueeze(1) * weight
+        return weight @ row + (0 if frozen.bias is None else frozen.bias)
+
+    activated, rows = block.base_layer.act_fn, []
+    for row in x.reshape(-1, x.shape[-1]):
+        shares = (block.lora_router[adapter] @ row).softmax(dim=-1)
+        chosen = shares.topk(block.top_k[adapter])
+        weights = chosen.values / chosen.values.sum()
+        parts = [
+            w * project("down", e, activated(project("gate", e, row)) * project("up", e, row))
+            for w, e in zip(weights, chosen.indices.tolist(), strict=True)
+        ]
+        rows.append(sum(parts))
+    return torch.stack(rows).view_as(x)
+
+
+@pytest.fixture
+def literal() -> Callable[..., Tensor]:
+    return by_definition
 
 
 @pytest.fixture(params=[False, True], ids=["mixlora", "mixdora"])

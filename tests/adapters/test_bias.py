@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixlora_exp.adapters import MixLoraFeedForward, load_adapters, set_kernel
@@ -72,34 +71,9 @@ def alone(base: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-def literal(block: MixLoraFeedForward, x: Tensor, adapter: str = "default") -> Tensor:
-    """Each token and slot by whole matrices, from the parameters as they are named."""
-
-    def project(role: str, expert: int, row: Tensor) -> Tensor:
-        frozen = getattr(block.base_layer, f"{role}_proj")
-        a, b = (getattr(block, f"lora_{part}_{role}")[adapter][expert] for part in "AB")
-        weight = frozen.weight + block.scaling[adapter] * b @ a
-        if block.use_dora[adapter]:
-            magnitude = getattr(block, f"lora_magnitude_{role}")[adapter][expert]
-            weight = (magnitude / weight.norm(dim=1)).unsqueeze(1) * weight
-        return weight @ row + frozen.bias
-
-    rows = []
-    for row in x.reshape(-1, x.shape[-1]):
-        shares = (block.lora_router[adapter] @ row).softmax(dim=-1)
-        chosen = shares.topk(block.top_k[adapter])
-        weights = chosen.values / chosen.values.sum()
-        parts = [
-            w * project("down", e, functional.silu(project("gate", e, row)) * project("up", e, row))
-            for w, e in zip(weights, chosen.indices.tolist(), strict=True)
-        ]
-        rows.append(sum(parts))
-    return torch.stack(rows).view_as(x)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @torch.no_grad()
-def test_experts_are_their_definition(config_of, draw, kernel, dora) -> None:
+def test_experts_are_their_definition(config_of, draw, literal, kernel, dora) -> None:
     torch.manual_seed(0)
     model = get_peft_model(biased(), config_of(use_dora=dora))
     draw(model)
