@@ -23,6 +23,8 @@ from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.memory import kept_per_token, many_that_fit
 from mixlora_exp.plans.plan import count_steps, plan
+from mixlora_exp.results.paper import MODEL_TITLES
+from mixlora_exp.results.tables.sizes import percentages
 from mixlora_exp.training import fit
 
 METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]
@@ -93,6 +95,15 @@ def test_published_sizes(model: str, method: str, expected: int, percent: str) -
     with_magnitudes = count_parameters(dora.model, dora.method)
     assert with_magnitudes.adapter == expected
     assert with_magnitudes.trainable == expected + with_magnitudes.magnitude > expected
+
+
+@pytest.mark.parametrize("model", MODEL_TITLES)
+def test_tables_count_without_torch_what_a_plan_counts(model: str) -> None:
+    for method in METHODS[1:]:
+        config = compose([f"model={model}", f"method={method}", "method.targets=[k_proj,up_proj]"])
+        counted = count_parameters(config.model, config.method)
+        expected = (counted.percent_paper or 0.0, counted.percent_true)
+        assert percentages(config.model, config.method) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("rank", "expected", "percent"), RANKS)
