@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     # Floor 8: the commands. No room imports this one.
     "cli": {
         *("__init__", "adapters", "bench", "config", "errors", "models", "official", "plans"),
-        *("records", "results", "runs", "serving", "sweeps", "system"),
+        *("records", "results", "runs", "serving", "sweeps", "system", "tasks"),
     },
     # The package itself makes the tuner known to PEFT, and does nothing else.
     "__init__": {"_peft_hook"},
@@ -58,7 +58,8 @@ ROOMS: dict[str, set[str]] = {
 """Room (a folder, or one of three modules beside them) and the other rooms that it may import."""
 FLOORS = 8
 BEFORE_TORCH = (
-    *("cli/train.py", "cli/evaluate.py", "runs/base_choice.py"),
+    *("cli/main.py", "cli/parser.py", "cli/hydra_command.py", "cli/train.py", "cli/evaluate.py"),
+    *("cli/generate.py", "cli/convert.py", "cli/merge.py", "runs/base_choice.py"),
     *("sweeps/jobs.py", "sweeps/launch.py", "sweeps/ledger.py"),
 )
 """Beside the room `config`, what a mistake on the command line is told from, before torch loads."""
