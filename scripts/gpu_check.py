@@ -2,13 +2,14 @@
 
 On random weights and generated data, without a network: MixLoRA is trained, killed, started again,
 loaded back, scored on 16 items and asked for an answer; then LoRA, DoRA and MixDoRA train a few
-steps on the same base. Writes `record` (`results/gpu-check.json`): the speed and peak memory of
+steps on the same base. Writes `--record` (`results/gpu-check.json`): the speed and peak memory of
 each beside the plan, hardware and versions. Any `group.field=value` changes the runs: `model=tiny`
 does the same on a CPU. Exit code 1: a step did not do what it should, or it took too long.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import multiprocessing
 import os
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 from mixlora_exp.adapters import attach_adapter  # noqa: E402
-from mixlora_exp.config import Config, compose, options  # noqa: E402
+from mixlora_exp.cli.parser import Parser  # noqa: E402
+from mixlora_exp.config import Config, compose  # noqa: E402
 from mixlora_exp.config.places import ROOT  # noqa: E402
 from mixlora_exp.data.encoding import Example, encode_examples  # noqa: E402
 from mixlora_exp.data.sources import load_split  # noqa: E402
@@ -52,12 +54,6 @@ WORDS = (
 PROMPT = "Question: Which of these is the best answer to the question?\nAnswer:"
 ON_A_CPU = 1e9
 """Parameters above which a CPU would take hours."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Settings:
-    seconds: float = 180.0
-    record: str = "results/gpu-check.json"
 
 
 @dataclass
@@ -98,7 +94,7 @@ def _kill_a_run(config: Config, seconds: float) -> None:
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise UserError(f"no {SAVED} steps of training in {seconds:.0f} s: seconds=N allows more")
+        raise UserError(f"no {SAVED} steps of training in {seconds:.0f} s: --seconds=N allows more")
     if process.exitcode != -signal.SIGKILL:
         raise UserError(f"training ended with exit code {process.exitcode} before it was killed")
 
@@ -146,7 +142,7 @@ def _train_another(
     return _measured(config, dataclasses.asdict(summary), steps, examples)
 
 
-def check(settings: Settings, words: Sequence[str], place: Path) -> dict[str, Any]:
+def check(settings: argparse.Namespace, words: Sequence[str], place: Path) -> dict[str, Any]:
     """Carry everything out in the folder `place`; returns what is to be recorded."""
     begun, seconds = time.monotonic(), {}
 
@@ -205,9 +201,12 @@ def check(settings: Settings, words: Sequence[str], place: Path) -> dict[str, An
 
 def main(argv: Sequence[str]) -> int:
     """Carry out the check and write its record; returns 1 where something failed."""
-    own = [word for word in argv if word.partition("=")[0] in Settings.__dataclass_fields__]
-    settings = options(Settings, own)
-    words = [word for word in argv if word not in own]
+    parser = Parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=180.0, help="the time it may take")
+    parser.add_argument("--record", metavar="FILE", default="results/gpu-check.json")
+    parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*", help="change the runs")
+    settings = parser.parse(argv)
+    words = settings.overrides
     origin = provenance(ROOT, hardware_names())
     with tempfile.TemporaryDirectory() as place:
         found = check(settings, words, Path(place))

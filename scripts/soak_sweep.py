@@ -4,12 +4,12 @@
 SmolLM2 135M, ranks 2, 4 and 8 of MixLoRA and MixDoRA, a few steps each. The same command runs in
 two folders at once, in one of them undisturbed; in the other it is killed at random moments and
 started again. Writes `results/soak-sweep.json`: the kills, and whether both came to the same
-weights, logs, predictions and records. Any `group.field=value` changes the runs, `kills=N` the
-number of kills, `least` and `most` the seconds between them.
+weights, logs, predictions and records.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import signal
@@ -17,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config import compose, options
+from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config import compose
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.outcome import outcomes
@@ -37,15 +37,6 @@ SWEEP = (
 )  # fmt: skip
 GO_ON = 75
 """Exit code of a sweep that was asked to end."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Settings:
-    kills: int = 10
-    least: float = 15.0
-    most: float = 60.0
-    draw: int = 0
-    record: str = "results/soak-sweep.json"
 
 
 def _start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
@@ -64,7 +55,7 @@ def _state(folder: Path) -> str:
     return f"{done} cells done" + (f", {under_way[-1].name}" if under_way else "")
 
 
-def _disturb(words: list[str], folder: Path, settings: Settings) -> list[dict[str, Any]]:
+def _disturb(words: list[str], folder: Path, settings: argparse.Namespace) -> list[dict[str, Any]]:
     """Kill and start the sweep again until it ends; returns what was done to it."""
     rng, kills = random.Random(settings.draw), []
     while True:
@@ -89,8 +80,15 @@ def _disturb(words: list[str], folder: Path, settings: Settings) -> list[dict[st
 
 def main(argv: list[str]) -> int:
     """Carry out the comparison; returns 1 where the two differ."""
-    own = {word for word in argv if word.partition("=")[0] in Settings.__dataclass_fields__}
-    settings, words = options(Settings, sorted(own)), [word for word in argv if word not in own]
+    parser = Parser(__doc__)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--least", type=float, default=15.0, help="seconds between kills")
+    parser.add_argument("--most", type=float, default=60.0)
+    parser.add_argument("--draw", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--record", default="results/soak-sweep.json")
+    parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*", help="change the runs")
+    settings = parser.parse(argv)
+    words = settings.overrides
     # A mistake is told here; in the sweep it would stand among its lines.
     swept = ("-m", "method=", "method.rank=")
     check_inputs([compose([*(word for word in SWEEP if not word.startswith(swept)), *words])])

@@ -24,7 +24,7 @@ def gpu_check(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_all_methods_train(tmp_path: Path) -> None:
     path = tmp_path / "new" / "check.json"
-    done = gpu_check("model=tiny", "trainer.precision=float32", f"record={path}", "seconds=900")
+    done = gpu_check("model=tiny", "trainer.precision=float32", f"--record={path}", "--seconds=900")
     assert done.returncode == 0, done.stderr
     assert "going on after step 10 of 20" in done.stderr
     record = read_record(path)
@@ -43,7 +43,7 @@ def test_a_killed_run_goes_on_and_all_methods_train(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_cpu_is_told_that_it_is_none(tmp_path: Path) -> None:
-    done = gpu_check(f"record={tmp_path / 'check.json'}")
+    done = gpu_check(f"--record={tmp_path / 'check.json'}")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: model=llama2_7b needs a CUDA GPU")
     assert not list(tmp_path.iterdir())

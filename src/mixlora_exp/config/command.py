@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+
+# What the sweeper itself calls, so that the cells that are checked are those that it runs.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,12 +21,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config.explain import explain, suggest
+from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.resolve import fingerprint, open_session, to_config
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.together import check_together, expand, packs_of
 from mixlora_exp.errors import UserError
-
-METHODS = ("none", "lora", "dora", "mixlora", "mixdora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +137,7 @@ def _load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> Dic
 def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     chosen, name = cfg.hydra.runtime.choices.get("method"), cfg.get("method", {}).get("name")
     typed = any(line.lstrip("+").startswith("method.name=") for line in overrides)
-    if typed and name != chosen and name in METHODS:
+    if typed and name != chosen and (CONF_DIR / "method" / f"{name}.yaml").is_file():
         raise UserError(f"method.name={name} would only rename {chosen}: write method={name}")
     with _explained(overrides):
         return to_config(cfg)
