@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -62,4 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: {command} needs the package {error.name}: pip install 'mixlora-exp[harness]'\n"
         )
         return 2
-    return guarded(module.run, rest, resumes=command in GO_ON)
+    try:
+        return guarded(module.run, rest, resumes=command in GO_ON)
+    except BrokenPipeError:
+        # Who reads has seen enough (`| head`). Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

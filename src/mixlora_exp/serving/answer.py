@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,17 +26,6 @@ def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
     if settings.prompts is not None:
         asked = read_prompts(Path(settings.prompts).expanduser())
         check_adapters(asked, labelled(settings.adapters))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Not every terminal can show every character.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        _answer(settings, words, asked)
-    except BrokenPipeError:
-        # Who reads has seen enough (`| head`). Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _answer(settings: GenerateConfig, words: Sequence[str], asked: list[Asked] | None) -> None:
     if settings.adapters:
         opened = open_adapters(settings.adapters, words)
     else:

@@ -1,0 +1,82 @@
+"""`mixlora-exp`: its commands, and what is told of one that is none or that cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp.cli.main import COMMANDS, main
+from mixlora_exp.cli.parser import Parser
+from mixlora_exp.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_commands_are_listed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mixlora-exp 0.")
+
+
+def test_help_imports_no_package(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from mixlora_exp.cli.main import main\n"
+        "assert main([]) == 0\n"
+        "assert not {'torch', 'hydra', 'omegaconf', 'pandas', 'rich', 'peft'} & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
+
+
+def test_a_command_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tabels"]) == 2
+    assert capsys.readouterr().err == "error: tabels is no command; did you mean tables?\n"
+    assert main(["x"]) == 2
+    assert "there are train, evaluate" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who installed the adapters alone is told of the extra."""
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.delitem(sys.modules, "mixlora_exp.cli.status", raising=False)
+    assert main(["status"]) == 2
+    assert "pip install 'mixlora-exp[harness]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "search":
+        pytest.importorskip("optuna", reason="the search needs optuna")
+    assert main([name, "--help"]) == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--outptu=x", "a"], "there is no option --outptu; did you mean --output?"),
+        (["--zzz", "a"], "there is no option --zzz; there are"),
+        (["output=x", "a"], "output=x: output is an option, write --output"),
+        (["a", "--count=two"], "invalid int value: 'two'"),
+        ([], "the following arguments are required"),
+    ],
+)
+def test_mistakes_in_options_are_one_message(words: list[str], message: str) -> None:
+    parser = Parser("A command.")
+    parser.add_argument("--output")
+    parser.add_argument("--count", type=int)
+    parser.add_argument("folder")
+    with pytest.raises(UserError, match=message):
+        parser.parse(words)
+    args = parser.parse(["lr=1/out", "--output", "x=y", "--count=2"])
+    assert (args.folder, args.output, args.count) == ("lr=1/out", "x=y", 2)
