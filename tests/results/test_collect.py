@@ -101,7 +101,7 @@ def test_force_takes_what_is_refused_and_marks_it(
     refused = collect(source, results / "runs")
     ((entry),) = refused.refused
     assert entry.reason.startswith(reason)
-    assert entry.reason.endswith("force=true takes it, marked")
+    assert entry.reason.endswith("--force takes it, marked")
     taken = collect(source, results / "runs", force=True)
     assert (taken.packed, taken.refused) == (["odd"], [])
     found = gather(results)

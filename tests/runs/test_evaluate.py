@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.cli.evaluate import overrides_of, run
+from mixlora_exp.cli.main import main
 from mixlora_exp.config import compose, to_dict
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import in_lockstep
@@ -20,8 +19,6 @@ from mixlora_exp.records.record import read_record
 from mixlora_exp.records.show import scores_table
 from mixlora_exp.runs import together
 from mixlora_exp.system.guarded import MISTAKE, guarded
-
-ROOT = Path(__file__).parents[2]
 
 
 def composed(*words: str) -> Any:
@@ -159,6 +156,15 @@ def test_mistakes_are_told(number: int, finished: Start, tmp_path: Path) -> None
         run(words)
 
 
+def test_a_sweep_over_what_is_scored(finished: Start, tmp_path: Path) -> None:
+    trained = finished(*MIXLORA)
+    words = ["-m", f"run={trained.folder}", "evaluation.limit=1,2", f"output_dir={tmp_path}"]
+    assert guarded(run, words) == 0
+    records = [read_record(path) for path in tmp_path.glob("*/record.json")]
+    assert sorted(record["scores"][0]["n"] for record in records) == [1, 2]
+    assert all(record["adapter"]["trained_by"] for record in records)
+
+
 def test_an_unknown_protocol_is_told(finished: Start, capfd: pytest.CaptureFixture[str]) -> None:
     trained = finished(*MIXLORA)
     assert guarded(run, [f"run={trained.folder}", "protocol=lm_evil"]) == MISTAKE
@@ -240,12 +246,9 @@ def test_mistakes_with_several_are_told(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_script_shows_its_use() -> None:
-    done = subprocess.run(
-        [sys.executable, "evaluate.py"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0
-    assert "protocol=lm_eval" in done.stdout
+def test_the_command_shows_its_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate"]) == 0
+    assert "protocol=lm_eval" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ def test_of_two_merges_at_once_one_wins(
         return read(*args)
 
     monkeypatch.setattr(merging, "read_model", late)
-    with pytest.raises(UserError, match=r"^output=.*merged exists already: name another folder"):
+    with pytest.raises(UserError, match=r"merged exists already: name another folder"):
         write_merged(first, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

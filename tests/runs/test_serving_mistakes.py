@@ -263,7 +263,8 @@ def test_a_merge_goes_to_one_s_home(
         (["a"], "the following arguments are required: OUT"),
         (["a", "."], ". exists already"),
         (["a", "b", "task=arc_e"], "'task=arc_e' is no setting of merging"),
-        (["adapter=a", "output=b", "--force"], "there is no option --force"),
+        (["adapter=a", "output=b"], "adapter=a: write the two folders alone"),
+        (["a", "b", "--force"], "there is no option --force"),
     ],
 )
 def test_mistakes_of_merging_are_told(

@@ -28,6 +28,9 @@ def run(argv: Sequence[str]) -> int:
     words = "of the groups model and kernel, seed, trainer.precision and base=accept"
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*", help=words)
     args = parser.parse(argv)
+    for word in (args.adapter, args.output):
+        if word.startswith(("adapter=", "output=")):
+            raise UserError(f"{word}: write the two folders alone, merge ADAPTER OUT")
     target = Path(args.output).expanduser()
     if target.exists():
         raise UserError(f"{target} exists already: name another folder, or remove it")

@@ -111,7 +111,7 @@ def _chosen(
     for name in names:
         if name not in by_name:
             reason = reasons.get(name, "there is no such record under results/runs")
-            raise UserError(f"runs={name} cannot be used: {reason}; name other runs")
+            raise UserError(f"--runs={name} cannot be used: {reason}; name other runs")
     chosen = [by_name[name] for name in names]
     require_together(chosen)
     return chosen

@@ -60,7 +60,7 @@ def _collect(path: Path, target: Path, force: bool) -> bool:
     run = check_run(path, force=force)
     reasons = objections(run.record)
     if reasons and not force:
-        raise UserError(f"{'; '.join(reasons)}: only force=true takes it, marked")
+        raise UserError(f"{'; '.join(reasons)}: only --force takes it, marked")
     packed = target / f"{name}{PACKED}"
     held = packed if in_place or packed.exists() else target / name / RECORD
     new = not held.exists()

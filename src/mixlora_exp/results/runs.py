@@ -239,7 +239,7 @@ def _placed(path: Path, force: bool) -> RecordedRun:
     if UNPLACED in reasons:
         raise UserError(UNPLACED)
     if reasons and not (force or has_file(path, FORCED)):
-        raise UserError(f"{'; '.join(reasons)}: only collect.py force=true takes it, marked")
+        raise UserError(f"{'; '.join(reasons)}: only collect --force takes it, marked")
     trained = scored = filled(record["config"])
     if record.get("adapter") is not None:
         trained = filled(record["adapter"]["trained_by"]["config"])

@@ -100,15 +100,15 @@ def write_merged(opened: Opened, folder: Path) -> None:
             merged.save_pretrained(new)
             opened.tokenizer.save_pretrained(new)
             merged.to("meta")  # Two copies of a large model might not fit.
-            written = read_model(str(new), dtype, config.model, f"output={folder}")
+            written = read_model(str(new), dtype, config.model, str(folder))
             check(written.to(device), expected)
     except FileExistsError as error:
         raise _exists(folder) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"output={folder} cannot be written ({error}): free space there or name another folder"
+            f"{folder} cannot be written ({error}): free space there or name another folder"
         ) from error
 
 
 def _exists(folder: Path) -> UserError:
-    return UserError(f"output={folder} exists already: name another folder, or remove it")
+    return UserError(f"{folder} exists already: name another folder, or remove it")
