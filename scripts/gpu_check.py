@@ -136,7 +136,10 @@ def _train_another(
     folder.mkdir(parents=True)
     examples, steps = _examples(config, tokenizer), Steps()
     model = attach_adapter(base, config.method, config.kernel, config.seed)
-    summary = fit(config, model, tokenizer, examples, folder, base.dtype, watch=steps)
+    summary = fit(
+        config=config, model=model, tokenizer=tokenizer, examples=examples, folder=folder,
+        dtype=base.dtype, watch=steps,
+    )  # fmt: skip
     model.unload()
     free_memory()
     return _measured(config, dataclasses.asdict(summary), steps, examples)

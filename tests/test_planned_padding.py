@@ -11,7 +11,7 @@ from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import load_tokenizer
 from mixlora_exp.plans.plan import plan
-from mixlora_exp.training.joint.job import micro_batches
+from mixlora_exp.training.steps import optimizer_steps
 
 WORDS = [
     "model=tiny", "data=embedded", "task=multi", "data.forms=[label,text]", "trainer.epochs=1",
@@ -33,7 +33,8 @@ def test_padding_is_that_of_the_first_epochs_batches(
     examples = encode_examples(load_tokenizer(config.model), items, config.data)
     collate = Collator(0, config.trainer.loss_on)
     real, positions = 0, 0
-    for batch in micro_batches(config, examples):
+    parts = [part for step in optimizer_steps(config, examples) for part in step.micro_batches]
+    for batch in parts:
         mask = collate([examples[i] for i in batch.examples])["attention_mask"]
         real, positions = real + int(mask.sum()), positions + mask.numel()
     found = plan(config)

@@ -179,7 +179,10 @@ def test_steps_and_tokens_are_those_of_training(
     examples = encode_examples(tokenizer, items, config.data)
     base = load_model(config.model, torch.float32)
     model = attach_adapter(base, config.method, config.kernel, config.seed)
-    summary = fit(config, model, tokenizer, examples, tmp_path / "trainer", torch.float32)
+    summary = fit(
+        config=config, model=model, tokenizer=tokenizer, examples=examples,
+        folder=tmp_path / "trainer", dtype=torch.float32,
+    )  # fmt: skip
     assert (summary.steps, summary.examples) == (steps, expected.examples)
     assert expected.tokens == sum(len(example.input_ids) for example in examples)
     if config.trainer.epochs == 1:

@@ -47,6 +47,13 @@ def test_padding_stands_in_front() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
 
 
+def test_examples_are_numbered_within_the_optimizer_step() -> None:
+    for padding in (False, True):
+        collate = Collator(PAD, LossOn.all, padding=padding)
+        assert collate(EXAMPLES)["example"].tolist() == [0, 1, 2]
+        assert collate(EXAMPLES[:2], first=6)["example"].tolist() == [6, 7]
+
+
 def test_padding_counts_where_a_switch_asks_for_it() -> None:
     batch = Collator(PAD, LossOn.all, padding=True, padding_side="right")(EXAMPLES)
     assert batch["labels"].tolist() == batch["input_ids"].tolist()

@@ -14,7 +14,6 @@ from mixlora_exp.records import record as record_file
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.tasks import embedded
-from mixlora_exp.training.joint.joint_trainer import JointTrainer
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 SMALL = [
@@ -78,7 +77,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_once(tmp_path, monkeypatch) -
     real = MixLoraTrainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if len(inputs["input_ids"]) > 2:
+        if len(inputs["default"]["input_ids"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, model, inputs, *args, **kwargs)
 
@@ -178,8 +177,6 @@ def test_a_run_that_lost_its_lock_writes_nothing(
         "in training": (MixLoraTrainer, "training_step"),
         "in scoring": (experiment, "score_tests"),
     }
-    if together:
-        place["in training"] = (JointTrainer, "finish_pass")
     owner, name = place[when]
     real, before = getattr(owner, name), {}
 
@@ -228,7 +225,7 @@ def test_that_a_micro_batch_was_halved_is_known_after_a_kill(tmp_path, monkeypat
     real = MixLoraTrainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        sizes.append(len(inputs["input_ids"]))
+        sizes.append(len(inputs["default"]["input_ids"]))
         if len(sizes) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if len(sizes) == 8:

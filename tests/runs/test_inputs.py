@@ -148,7 +148,7 @@ def test_two_processes_train_what_one_does(run: Callable[..., Any], tmp_path: Pa
 def test_a_batch_that_processes_cannot_share_is_refused(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit = importlib.import_module("mixlora_exp.training.fit")
+    fit = importlib.import_module("mixlora_exp.training.job")
     monkeypatch.setattr(fit, "processes", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(UserError, match=r"trainer\.micro_batch_size=4 on 3 processes"):
         run("method=lora", "trainer.batch_size=8", "trainer.micro_batch_size=4")

@@ -78,7 +78,10 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Trai
         before = {name: p.detach().clone() for name, p in weights.items()}
         folder = tmp_path / f"run-{len(kept)}" if folder is None else folder
         folder.mkdir(exist_ok=True)
-        summary = fit(config, model, tokenizer, examples, folder, torch.float32)
+        summary = fit(
+            config=config, model=model, tokenizer=tokenizer, examples=examples, folder=folder,
+            dtype=torch.float32,
+        )  # fmt: skip
         after = {name: p.detach().clone() for name, p in weights.items()}
         return Trained(config, summary, kept[-1], before, after, examples, folder)
 

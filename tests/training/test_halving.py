@@ -43,7 +43,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]
         seen = []
 
         def training_step(self, model, inputs, *args, **kwargs):
-            rows = len(inputs["input_ids"])
+            rows = len(next(iter(inputs.values()))["input_ids"])
             seen.append((self.state.global_step, rows))
             see(self)
             if rows > fits and self.state.global_step >= good:
@@ -69,10 +69,10 @@ def test_nothing_of_the_first_try_is_left_in_memory(
 
     def see(trainer: MixLoraTrainer) -> None:
         if trainer.state.global_step == 2 and not left:
-            optimizer = trainer._inner()[0]
+            optimizer = trainer.optimizer.optimizer
             moments = [t for state in optimizer.state.values() for t in state.values()]
             assert moments
-            found = (trainer, optimizer, *trainer.trained().values(), *moments)
+            found = (trainer, optimizer, *trainer.jobs["default"].parameters.values(), *moments)
             left.extend(map(weakref.ref, found))
 
     def attach_adapter(*arguments):
@@ -120,7 +120,9 @@ def test_a_checkpoint_of_another_size_is_not_gone_on_with(tmp_path: Path, steps,
     """Neither by one that does not halve, nor by adapters together."""
 
     def stop(trainer: MixLoraTrainer) -> None:
-        if trainer.args.per_device_train_batch_size == 2 and trainer.state.global_step == 2:
+        (job, *_) = trainer.jobs.values()
+        size = job.config.trainer.micro_batch_size
+        if size == 2 and trainer.state.global_step == 2:
             raise KeyboardInterrupt
 
     for number, start in enumerate((["method=mixdora"], ["adapters=[mixdora,lora]"])):

@@ -67,7 +67,10 @@ def train(
     keep = config.trainer.keep_checkpoints
     checkpoints = Checkpoints(folder / "checkpoints", identity or {"data": "a"}, keep)
     tokenizer = load_tokenizer(config.model)
-    summary = fit(config, model, tokenizer, examples_of(config), folder, torch.float32, checkpoints)
+    summary = fit(
+        config=config, model=model, tokenizer=tokenizer, examples=examples_of(config),
+        folder=folder, dtype=torch.float32, checkpoints=checkpoints,
+    )  # fmt: skip
     return {n: p.detach() for n, p in plain_parameters_of(model, "default").items()}, summary
 
 
@@ -105,11 +108,11 @@ def interrupted(config: Config, folder: Path, after: int, monkeypatch) -> None:
     """A start that is killed by the n-th batch row that is collated."""
     real, left = Collator.__call__, [after]
 
-    def collate(self, examples):
+    def collate(self, examples, first=0):
         left[0] -= len(examples)
         if left[0] < 0:
             raise Killed
-        return real(self, examples)
+        return real(self, examples, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(Collator, "__call__", collate)
@@ -253,19 +256,19 @@ def start_together(configs: list[Config], folder: Path) -> dict[str, tuple]:
         place.mkdir(parents=True, exist_ok=True)
         jobs.append(
             make_job(
-                f"adapter{number}",
-                config,
-                examples_of(config),
-                place,
-                load_tokenizer(config.model),
-                Checkpoints(place / "checkpoints", {"data": "a"}),
+                name=f"adapter{number}",
+                config=config,
+                examples=examples_of(config),
+                folder=place,
+                tokenizer=load_tokenizer(config.model),
+                checkpoints=Checkpoints(place / "checkpoints", {"data": "a"}),
             )
         )
     base = load_model(configs[0].model, torch.float32, configs[0].seed)
     base.set_attn_implementation("eager")
     methods = {j.name: (c.method, c.seed) for j, c in zip(jobs, configs, strict=True)}
     model = attach_together(base, methods, configs[0].kernel)
-    found = fit_jointly(model, jobs, torch.float32)
+    found = fit_jointly(model=model, jobs=jobs, dtype=torch.float32)
     return {
         config.method.name: (
             {n: p.detach() for n, p in plain_parameters_of(model, job.name).items()},
@@ -275,7 +278,7 @@ def start_together(configs: list[Config], folder: Path) -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("killed", [[70], [150, 40]], ids=str)
+@pytest.mark.parametrize("killed", [[70], [130, 30]], ids=str)
 def test_several_resume_together(tmp_path, monkeypatch, killed) -> None:
     """Each from its own newest checkpoint, whatever step the others have reached."""
     steps = {"lora": 8, "dora": 3, "mixlora": 6, "mixdora": 8}
@@ -288,11 +291,11 @@ def test_several_resume_together(tmp_path, monkeypatch, killed) -> None:
     for after in killed:
         left = [after]
 
-        def collate(self, examples, left=left):
+        def collate(self, examples, first=0, left=left):
             left[0] -= len(examples)
             if left[0] < 0:
                 raise Killed
-            return real(self, examples)
+            return real(self, examples, first)
 
         with monkeypatch.context() as patch:
             patch.setattr(Collator, "__call__", collate)

@@ -58,7 +58,8 @@ def test_loss_is_own_loss_and_router_loss(loss_on: str, tmp_path: Path) -> None:
     model = attach_adapter(base, config.method, config.kernel, config.seed)
     watched: list[float] = []
     summary = fit(
-        config, model, load_tokenizer(config.model), EXAMPLES, tmp_path, torch.float32,
+        config=config, model=model, tokenizer=load_tokenizer(config.model), examples=EXAMPLES,
+        folder=tmp_path, dtype=torch.float32,
         watch=lambda _, loss: watched.append(loss),
     )  # fmt: skip
     assert own_part(summary.curve) == pytest.approx(means(seen), abs=1e-6)
@@ -75,7 +76,12 @@ def test_so_it_is_for_adapters_together(loss_on: str, tmp_path: Path) -> None:
     for name, config in configs.items():
         folder = tmp_path / name
         folder.mkdir()
-        jobs.append(make_job(name, config, EXAMPLES, folder, load_tokenizer(config.model)))
-    found = fit_jointly(model, jobs, torch.float32)
+        tokenizer = load_tokenizer(config.model)
+        jobs.append(
+            make_job(
+                name=name, config=config, examples=EXAMPLES, folder=folder, tokenizer=tokenizer
+            )
+        )
+    found = fit_jointly(model=model, jobs=jobs, dtype=torch.float32)
     for number, name in enumerate(configs):
         assert own_part(found[name].curve) == pytest.approx(means(seen[number::2]), abs=1e-6)

@@ -115,7 +115,7 @@ def test_one_broken_batch_leaves_the_adapter_good(
 
     def compute_loss(self: MixLoraTrainer, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
         if self.state.global_step == 2 and not ids:
-            ids.append(inputs["input_ids"])
+            ids.append(inputs["default"]["input_ids"])
             layer(self, "embed_tokens").register_forward_hook(only_there)
         return original(self, model, inputs, *args, **more)
 

@@ -15,6 +15,7 @@ from mixlora_exp.config import Config, compose
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit, fit_jointly, make_job, stability
 
@@ -69,7 +70,7 @@ class Result:
     """An adapter's weights, by names that do not depend on what else the model carries."""
 
     weights: dict[str, torch.Tensor]
-    summary: TrainSummary | str
+    summary: TrainSummary | UserError
 
 
 def plain(name: str, adapter: str) -> str:
@@ -97,7 +98,11 @@ def alone(tmp_path: Path) -> Callable[..., Result]:
         folder = tmp_path / f"alone-{config.method.name}"
         folder.mkdir(exist_ok=True)
         tokenizer = load_tokenizer(config.model)
-        summary = fit(config, model, tokenizer, examples_of(config), folder, dtype)
+        examples = examples_of(config)
+        summary = fit(
+            config=config, model=model, tokenizer=tokenizer, examples=examples, folder=folder,
+            dtype=dtype,
+        )  # fmt: skip
         owned = parameters_of(model, "default")
         return Result({plain(n, "default"): p.detach() for n, p in owned.items()}, summary)
 
@@ -119,11 +124,11 @@ def together(tmp_path: Path) -> Callable[..., dict[str, Result]]:
             given = (examples or {}).get(name)
             jobs.append(
                 make_job(
-                    f"adapter{number}",
-                    config,
-                    examples_of(config) if given is None else given,
-                    folder,
-                    load_tokenizer(config.model),
+                    name=f"adapter{number}",
+                    config=config,
+                    examples=examples_of(config) if given is None else given,
+                    folder=folder,
+                    tokenizer=load_tokenizer(config.model),
                 )
             )
         first = next(iter(configs.values()))
@@ -134,7 +139,7 @@ def together(tmp_path: Path) -> Callable[..., dict[str, Result]]:
         model = attach_together(base_of(first, dtype), methods, first.kernel)
         if change is not None:
             change(model)
-        found = fit_jointly(model, jobs, dtype)
+        found = fit_jointly(model=model, jobs=jobs, dtype=dtype)
         return {
             name: Result(
                 {plain(n, job): p.detach() for n, p in parameters_of(model, job).items()},
@@ -253,9 +258,9 @@ def test_one_adapters_nan_stops_it_alone(together, victim) -> None:
     configs = {name: compose([*SMALL, *c, *steps]) for name, c in FOUR.items()}
     sound = together(configs)
     broken = together(configs, change=poison(f"adapter{list(FOUR).index(victim)}"))
-    assert isinstance(broken[victim].summary, str)
-    assert "at step 1" in broken[victim].summary
-    assert "trainer.learning_rate" in broken[victim].summary
+    assert isinstance(broken[victim].summary, UserError)
+    assert "at step 1" in str(broken[victim].summary)
+    assert "trainer.learning_rate" in str(broken[victim].summary)
     for name in set(FOUR) - {victim}:
         assert broken[name].summary.stability == sound[name].summary.stability
         for key, weight in sound[name].weights.items():
@@ -270,7 +275,7 @@ def test_one_that_diverges_later_stops_alone_and_broken_weights_are_not_kept(
     trainer = replace(configs["lora"].trainer, learning_rate=1e30)
     configs["lora"] = replace(configs["lora"], trainer=trainer)
     found = together(configs)
-    assert "the loss became nan at step 2 (first in " in found["lora"].summary
+    assert "the loss became nan at step 2 (first in " in str(found["lora"].summary)
     assert not (tmp_path / "together-lora" / "last_good").exists()
     assert found["mixlora"].summary.steps == 8
 
@@ -290,3 +295,25 @@ def test_a_finished_one_leaves_the_batch(together) -> None:
     for key, weight in expected["mixlora"].weights.items():
         assert torch.equal(found["mixlora"].weights[key], weight)
     assert found["lora"].summary.steps == 6
+
+
+def test_the_dropout_stream_is_told_the_examples_of_a_pass(tmp_path: Path) -> None:
+    """Where it can be keyed by them; the model does not get them."""
+
+    class Stream(DropoutStream):
+        rows: torch.Tensor | None = None
+
+    config = compose([*SMALL, "trainer.micro_batch_size=2"])
+    job = make_job(
+        name="one", config=config, examples=examples_of(config), folder=tmp_path,
+        tokenizer=load_tokenizer(config.model),
+    )  # fmt: skip
+    job.stream, seen = Stream(0), []
+    for number in range(4):
+        given = job.begin_pass(0, job.collated(0, number, 4))
+        assert "example" not in given
+        seen.append((job.stream.micro_batch, job.stream.rows.tolist()))
+    assert seen == [(0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])]
+    # Among others with more micro-batches its own come last.
+    assert job.collated(0, 0, 6) is None
+    assert job.collated(0, 2, 6)["example"].tolist() == [0, 1]

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from mixlora_exp.config import compose
+from mixlora_exp.config.choices import Order
 from mixlora_exp.data.encoding import Example
+from mixlora_exp.data.sampler import sampler_of
 from mixlora_exp.errors import UserError
 from mixlora_exp.training import MixLoraTrainer
-from mixlora_exp.training.fit import training_arguments
+from mixlora_exp.training.steps import optimizer_steps
 
 METHODS = ["lora", "dora", "mixlora", "mixdora"]
 Train = Callable[..., Any]
@@ -130,47 +132,33 @@ def test_router_loss_counts_once_per_step(train: Train) -> None:
     assert runs[0].losses == pytest.approx(runs[1].losses, abs=0.05)
 
 
-def test_arguments_are_those_of_table_3(tmp_path: Path) -> None:
-    args = training_arguments(compose([]), tmp_path / "trainer", torch.float32)
-    assert args.learning_rate == 2e-4
-    assert args.train_batch_size * args.gradient_accumulation_steps == 16
-    assert args.gradient_accumulation_steps == 2
-    assert args.num_train_epochs == 2
-    assert args.max_steps == -1
-    assert args.weight_decay == 0.01
-    assert args.lr_scheduler_type == "constant"
-    assert args.warmup_steps == 0
-    assert args.max_grad_norm == 0.0
-    assert args.optim in ("adamw_torch", "adamw_torch_fused")
-    assert not args.gradient_checkpointing
-    assert not args.bf16
-    assert not args.fp16
-    assert args.save_strategy == "no"
-    assert not args.report_to
-    changed = compose(
-        [
-            "trainer.max_grad_norm=0.5",
-            "trainer.max_steps=9",
-            "trainer.schedule=cosine",
-            "trainer.warmup_steps=3",
-            "seed=7",
-        ]
-    )
-    args = training_arguments(changed, tmp_path / "trainer", torch.bfloat16)
-    assert (args.max_grad_norm, args.max_steps, args.warmup_steps) == (0.5, 9, 3)
-    assert args.lr_scheduler_type == "cosine"
-    assert (args.seed, args.data_seed) == (7, 7)
-    assert args.bf16
-
-
-def test_optimizer_is_adamw_at_a_constant_rate(train: Train) -> None:
+def test_optimizer_is_that_of_table_3(train: Train) -> None:
+    """AdamW at a constant rate of 2e-4 without warm-up or clipping, 16 examples to a step."""
+    plain = compose([]).trainer
+    assert (plain.batch_size, plain.accumulation_steps, plain.epochs) == (16, 2, 2)
+    assert plain.max_steps is None
+    assert (plain.max_grad_norm, plain.warmup_steps, plain.weight_decay) == (None, 0, 0.01)
     run = train("trainer.max_steps=3")
-    optimizer = run.trainer.optimizer
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = run.trainer.optimizer.optimizer
     assert type(optimizer) is torch.optim.AdamW
     assert {entry["learning_rate"] for entry in run.summary.curve} == {2e-4}
+    assert {group["lr"] for group in optimizer.param_groups} == {2e-4}
     (decayed,) = [g for g in optimizer.param_groups if g["weight_decay"] == 0.01]
     assert any(p.dim() > 1 for p in decayed["params"])
+    assert not run.trainer.args.bf16
+
+
+def test_other_schedules(train: Train) -> None:
+    """By hand: up from zero in two of six steps, then down to zero along a line or half a wave."""
+    words = ["method=lora", "trainer.warmup_steps=2", "trainer.max_steps=6"]
+    rates = {
+        name: [e["learning_rate"] for e in train(*words, f"trainer.schedule={name}").summary.curve]
+        for name in ("constant", "linear", "cosine")
+    }
+    assert rates["constant"] == pytest.approx([0, 1e-4, 2e-4, 2e-4, 2e-4, 2e-4])
+    assert rates["linear"] == pytest.approx([0, 1e-4, 2e-4, 1.5e-4, 1e-4, 0.5e-4])
+    wave = [1e-4 * (1 + math.cos(math.pi * quarter / 4)) for quarter in range(4)]
+    assert rates["cosine"] == pytest.approx([0, 1e-4, *wave])
 
 
 def test_first_step_is_adams(train: Train) -> None:
@@ -189,7 +177,8 @@ def test_loss_on_all_tokens_or_on_the_answer(train: Train) -> None:
             "method=lora", "trainer.max_steps=1", f"trainer.loss_on={loss_on}", "method.dropout=0"
         )
         model = run.trainer.model.unload().eval()
-        batch = list(run.trainer._get_train_sampler())[: run.config.trainer.batch_size]
+        parts = optimizer_steps(run.config, run.examples)[0].micro_batches
+        batch = [i for part in parts for i in part.examples]
         total, tokens = 0.0, 0
         for example in (run.examples[i] for i in batch):
             ids = torch.tensor([example.input_ids])
@@ -215,7 +204,7 @@ def test_checkpointing_changes_nothing(method: str, train: Train) -> None:
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])
 def test_router_figures_are_logged(method: str, train: Train) -> None:
     run = train(f"method={method}", "trainer.max_steps=4", "trainer.logging_steps=2")
-    logged = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    logged = run.summary.curve
     assert [entry["step"] for entry in logged] == [2, 4]
     for entry in logged:
         # 1 at perfect balance; a fresh router is near it.
@@ -232,12 +221,12 @@ def test_router_figures_are_logged(method: str, train: Train) -> None:
     assert [len(layer) for layer in load] == [8, 8]
     assert all(sum(layer) == pytest.approx(1) for layer in load)
     # Every real token of every pass was sent to two experts in each layer.
-    assert run.trainer.track.counts.sum(-1).tolist() == [2 * run.summary.tokens] * 2
+    assert run.trainer.jobs["default"].track.counts.sum(-1).tolist() == [2 * run.summary.tokens] * 2
 
 
 def test_counts_since_the_last_log_are_not_lost(train: Train) -> None:
     run = train("trainer.max_steps=3", "trainer.logging_steps=2")
-    assert run.trainer.track.counts.sum(-1).tolist() == [2 * run.summary.tokens] * 2
+    assert run.trainer.jobs["default"].track.counts.sum(-1).tolist() == [2 * run.summary.tokens] * 2
 
 
 def test_plain_lora_logs_no_router(train: Train) -> None:
@@ -272,7 +261,7 @@ def test_batches_come_in_the_order_of_the_sampler(
     original = MixLoraTrainer.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        seen.append(inputs["attention_mask"].sum(-1).tolist())
+        seen.append(inputs["default"]["attention_mask"].sum(-1).tolist())
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(MixLoraTrainer, "compute_loss", compute_loss)
@@ -280,7 +269,7 @@ def test_batches_come_in_the_order_of_the_sampler(
     examples = [Example([1, *range(3, 3 + n), 2], 2, "arc_e") for n in range(5, 16)]
     words = ["method=lora", "trainer.max_steps=null", "trainer.epochs=2", f"trainer.order={kind}"]
     run = train(*words, examples=examples)
-    sampler = run.trainer._get_train_sampler()
+    sampler = sampler_of([len(e.input_ids) for e in examples], 4, run.config.seed, Order(kind))
     expected = []
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -324,13 +313,8 @@ def test_summary(train: Train) -> None:
     assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.seconds, rel=0.01)
     assert summary.peak_memory_bytes > 2**20
     # Four examples per step, so one epoch and a step more.
-    order = list(run.trainer._get_train_sampler())
-    one_epoch = sum(len(example.input_ids) for example in run.examples)
-    assert (
-        one_epoch
-        < summary.tokens
-        < one_epoch + 4 * max(len(run.examples[i].input_ids) for i in order)
-    )
+    lengths = [len(example.input_ids) for example in run.examples]
+    assert sum(lengths) < summary.tokens < sum(lengths) + 4 * max(lengths)
     assert json.dumps(dataclasses.asdict(summary))
 
 

@@ -18,7 +18,7 @@ from mixlora_exp.bench.memory import in_fresh_process
 from mixlora_exp.bench.model import base_model, model_config
 from mixlora_exp.bench.several_steps import Joint, SeveralConfig
 from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
-from mixlora_exp.training.joint.packed import packed_attention
+from mixlora_exp.training.packed import packed_attention
 
 __all__ = ["account", "resident"]
 

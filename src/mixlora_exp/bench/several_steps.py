@@ -18,8 +18,8 @@ from mixlora_exp.bench.settings import Row
 from mixlora_exp.config.choices import Head
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError
-from mixlora_exp.training.joint.joint import joint_losses, total_of
-from mixlora_exp.training.joint.packed import packed_attention
+from mixlora_exp.training.losses import joint_losses, total_of
+from mixlora_exp.training.packed import packed_attention
 
 __all__ = ["KINDS", "Joint", "SeveralConfig", "check", "kind_of"]
 

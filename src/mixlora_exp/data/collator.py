@@ -47,6 +47,9 @@ class Collator:
     on `padding_side`, the tokenizer's, and positions count 0, 1, 2, ... through it from the left
     edge, as they do there. (With one position for all padding of a row the model cannot tell its
     padding tokens apart, and their loss is another.)
+
+    `example` (rows,) numbers the examples of an optimizer step, over its micro-batches and all
+    processes; `first` is the number of this batch's first one.
     """
 
     pad_id: int
@@ -54,7 +57,11 @@ class Collator:
     padding: bool = False
     padding_side: str = "left"
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example], first: int = 0) -> dict[str, Any]:
+        numbers = torch.arange(first, first + len(examples))
+        return {**self._padded(examples), "example": numbers}
+
+    def _padded(self, examples: Sequence[Example]) -> dict[str, Any]:
         if self.padding:
             batch = pad([e.input_ids for e in examples], self.pad_id, self.padding_side)
             ids = batch["input_ids"]

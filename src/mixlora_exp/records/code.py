@@ -31,7 +31,7 @@ BESIDE = (
     "runs/ownership.py",
     "training/checkpoints.py",
     "training/progress.py",
-    "training/tracking/",
+    "training/tracking.py",
 )
 """What in these rooms explains a mistake, chooses words, locks folders, stores or reports."""
 

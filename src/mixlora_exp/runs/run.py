@@ -47,12 +47,12 @@ from mixlora_exp.runs.inputs import (
 from mixlora_exp.runs.ownership import check_lock, failure_noted, held
 from mixlora_exp.runs.predictions import score_entry, write_predictions
 from mixlora_exp.system.console import be_quiet, say
-from mixlora_exp.system.device import hardware_names, processes, resolve_device
+from mixlora_exp.system.device import free_memory, hardware_names, processes, resolve_device
 from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.training import TrainSummary, fit, fit_halving
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.tracking.tracking import Tracking, group_of, start_tracking
+from mixlora_exp.training.tracking import Tracker, start_tracker
 
 __all__ = [
     "RECORD",
@@ -87,7 +87,7 @@ class Run:
     started: float
     origin: dict[str, Any]
     lock: RunLock
-    tracking: Tracking | None = None
+    tracker: Tracker | None = None
     watch: Callable[[int, float], None] | None = None
 
     def checkpoints(self) -> Checkpoints:
@@ -192,17 +192,15 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
 
 @contextlib.contextmanager
 def tracked(this: Run) -> Iterator[None]:
-    """The run's tracker while the context lasts, which gets the run's files at its end."""
-    config = this.config
+    """The run's tracker while the context lasts, which gets the run's scores at its end."""
     if processes().is_main_process:
-        this.tracking = start_tracking(config, this.folder, fingerprint(config), group_of(config))
+        this.tracker = start_tracker(this.config, this.folder, fingerprint(this.config))
     try:
         yield
     finally:
-        if this.tracking is not None:
-            predictions = sorted((this.folder / "predictions").glob("*.jsonl"))
-            log = this.folder / "train_log.jsonl"
-            this.tracking.close([this.folder / RECORD, log, *predictions])
+        if this.tracker is not None:
+            path = this.folder / RECORD
+            this.tracker.close(read_run(path) if path.exists() else None)
 
 
 def write_record(this: Run, record: dict[str, Any]) -> Path:
@@ -333,25 +331,29 @@ def training_examples(this: Run) -> list[Example]:
 
 
 def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
-    """Train an adapter on `base`, save it to the run's folder and take it off again."""
-    say(f"Training {this.config.method.name} on {len(training_examples(this))} examples")
-    return fit_halving(this.config, this.checkpoints(), partial(_fit, this, base), say)
-
-
-def _fit(this: Run, base: PreTrainedModel, config: Config) -> TrainSummary:
-    model = attach_adapter(base, config.method, config.kernel, config.seed)
+    """Train an adapter on `base`, save it to the run's folder and take it off again; nothing of it
+    is left in memory."""
     examples = training_examples(this)
+    say(f"Training {this.config.method.name} on {len(examples)} examples")
+    checkpoints = this.checkpoints()
+    summary = fit_halving(this.config, checkpoints, partial(_fit, this, base, examples), say)
+    free_memory()
+    return summary
+
+
+def _fit(this: Run, base: PreTrainedModel, examples: list[Example], config: Config) -> TrainSummary:
+    model = attach_adapter(base, config.method, config.kernel, config.seed)
     try:
         summary = fit(
-            config,
-            model,
-            this.tokenizer,
-            examples,
-            this.folder,
-            this.dtype,
-            this.checkpoints(),
-            this.tracking,
-            this.watch,
+            config=config,
+            model=model,
+            tokenizer=this.tokenizer,
+            examples=examples,
+            folder=this.folder,
+            dtype=this.dtype,
+            checkpoints=this.checkpoints(),
+            tracker=this.tracker,
+            watch=this.watch,
         )
         if processes().is_main_process:
             this.check_owner()

@@ -37,9 +37,8 @@ from mixlora_exp.runs.run import (
     write_record,
 )
 from mixlora_exp.system.console import say
-from mixlora_exp.system.device import processes
-from mixlora_exp.training import TrainSummary, fit_jointly, make_job
-from mixlora_exp.training.joint.job import Job
+from mixlora_exp.system.device import free_memory, processes
+from mixlora_exp.training import Job, TrainSummary, fit_jointly, make_job
 
 __all__ = ["run_together", "score_together"]
 
@@ -183,13 +182,13 @@ def _jobs(pack: _Pack) -> list[Job]:
         try:
             this.begin()
             job = make_job(
-                f"adapter{len(jobs)}",
-                this.config,
-                training_examples(this),
-                this.folder,
-                this.tokenizer,
-                this.checkpoints(),
-                this.tracking,
+                name=f"adapter{len(jobs)}",
+                config=this.config,
+                examples=training_examples(this),
+                folder=this.folder,
+                tokenizer=this.tokenizer,
+                checkpoints=this.checkpoints(),
+                tracker=this.tracker,
             )
         except UserError as error:
             pack.fail(this.folder, error)
@@ -208,11 +207,11 @@ def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
     methods = {job.name: (job.config.method, job.config.seed) for job in jobs}
     model = attach_together(base, methods, first.config.kernel)
     say(f"Training {len(jobs)} adapters together: {', '.join(job.folder.name for job in jobs)}")
-    results = fit_jointly(model, jobs, first.dtype)
+    results = fit_jointly(model=model, jobs=jobs, dtype=first.dtype)
     summaries, own = {}, {this.folder.name: this for this in pack.runs}
     for job in jobs:
         result, name = results[job.name], job.folder.name
-        if isinstance(result, str):
+        if isinstance(result, UserError):
             pack.fail(job.folder, result)
             continue
         try:
@@ -224,6 +223,8 @@ def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
         others = [other.folder.name for other in jobs if other is not job]
         summaries[name] = dataclasses.replace(result, together=others)
     model.unload()
+    del model, jobs, results
+    free_memory()
     return summaries
 
 

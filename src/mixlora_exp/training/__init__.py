@@ -1,13 +1,14 @@
-"""Training: the transformers Trainer, with what MixLoRA needs to be seen."""
+"""Training: one loop for one adapter or several, under transformers' Trainer."""
 
 from __future__ import annotations
 
-from mixlora_exp.training.fit import NotEnoughMemory, TrainSummary, fit
+from mixlora_exp.training.fit import NotEnoughMemory, TrainSummary, fit, fit_jointly
 from mixlora_exp.training.halving import fit_halving
-from mixlora_exp.training.joint.fit_joint import fit_jointly, make_job
+from mixlora_exp.training.job import Job, make_job
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 __all__ = [
+    "Job",
     "MixLoraTrainer",
     "NotEnoughMemory",
     "TrainSummary",

@@ -1,8 +1,8 @@
 """Checkpoints of one adapter's training: whole or not there, checked when read, newest good first.
 
-A checkpoint has the adapter, its optimizer's state, the learning-rate schedule's, and what the run
-has logged. Nothing else determines how training goes on: the order of the data is a function of
-seed and epoch, and dropout one of seed, step and module.
+A checkpoint has the adapter, its optimizer's state and what the run has logged. Nothing else
+determines how training goes on: the learning rate is a function of the step, the order of the data
+one of seed and epoch, and dropout one of seed, step and module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.durable import settle, sync
@@ -51,14 +50,9 @@ class Checkpoint:
         for name, parameter in parameters.items():
             parameter.copy_(self.adapter[name])
 
-    def restore(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-    ) -> None:
-        """Put weights, moments and learning rate back; `parameters` are the adapter's by name."""
-        self.restore_weights(parameters)
+    def restore_moments(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+        """Put what the optimizer knew of each weight back; the learning rate is a function of the
+        step."""
         for name, parameter in parameters.items():
             own = {
                 key.rpartition("/")[2]: value
@@ -70,12 +64,6 @@ class Checkpoint:
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device) for key, value in own.items()
                 }
-        schedule = self.state["schedule"]
-        scheduler.last_epoch = schedule["last_epoch"]
-        scheduler._step_count = schedule["step_count"]
-        scheduler._last_lr = list(schedule["last_lr"])
-        for group, rate in zip(optimizer.param_groups, schedule["last_lr"], strict=True):
-            group["lr"] = rate
 
 
 class Checkpoints:
@@ -99,7 +87,6 @@ class Checkpoints:
         step: int,
         parameters: Mapping[str, nn.Parameter],
         optimizer: Optimizer,
-        scheduler: LRScheduler,
         state: Mapping[str, Any],
     ) -> Path | None:
         """Write one after optimizer step `step`: under another name first, onto the disk, then
@@ -113,11 +100,6 @@ class Checkpoints:
             return None
         place = self.folder / f"{PREFIX}{step:08d}"
         partial = self.folder / f"{PARTIAL}{os.getpid()}"
-        schedule = {
-            "last_epoch": scheduler.last_epoch,
-            "step_count": scheduler._step_count,
-            "last_lr": list(scheduler.get_last_lr()),
-        }
         moments = {
             f"{name}/{key}": value.detach().cpu()
             for name, parameter in parameters.items()
@@ -131,7 +113,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
             save_file(weights, partial / ADAPTER)
             save_file(moments, partial / OPTIMIZER)
-            text = {**state, "step": step, "schedule": schedule, "identity": self.identity}
+            text = {**state, "step": step, "identity": self.identity}
             (partial / STATE).write_text(json.dumps(text))
             files = {name: file_sha256(partial / name) for name in (ADAPTER, OPTIMIZER, STATE)}
             (partial / MANIFEST).write_text(json.dumps(files))

@@ -6,28 +6,25 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.system.device import peak_memory_bytes, summed
-from mixlora_exp.system.signals import request, requested
+from mixlora_exp.system.device import processes
 from mixlora_exp.system.untrusted import json_lines
-from mixlora_exp.training.tracking.tracking import Tracking
+from mixlora_exp.training.job import Job
 
 __all__ = [
     "LogFile",
     "Pace",
+    "PerAdapter",
     "ProgressBar",
     "ProgressLines",
-    "SendLogs",
-    "StopWhenAsked",
     "Tenths",
     "Watch",
     "append_log",
@@ -113,61 +110,42 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-class SendLogs(TrainerCallback):
-    """Hands every log entry, with speed and memory, to a tracker. `log`: the run's own."""
+class PerAdapter(TrainerCallback):
+    """Hands each log entry to the callbacks of the adapter that it is of, by the adapter's name."""
 
-    def __init__(
-        self,
-        tracking: Tracking,
-        log: Path,
-        tokens: Callable[[], int],
-        expert_load: Callable[[], Any],
-    ) -> None:
-        self.tracking, self.log, self.expert_load = tracking, log, expert_load
-        self.pace = Pace(tokens)
+    def __init__(self, callbacks: Mapping[str, Sequence[TrainerCallback]]) -> None:
+        self.callbacks = callbacks
+
+    def _all(self, event: str, *args: Any, **kwargs: Any) -> None:
+        for callback in (one for own in self.callbacks.values() for one in own):
+            getattr(callback, event)(*args, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        self.pace.begin(state.global_step)
-        if state.is_world_process_zero:
-            self.tracking.begin(state.global_step, self.log)
+        self._all("on_train_begin", args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        self._all("on_step_end", args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        self._all("on_train_end", args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        entry = {
-            **logs,
-            "tokens_per_second": self.pace.look(),
-            "memory_gib": peak_memory_bytes(args.device) / 2**30,
-        }
-        load = self.expert_load()
-        if load is not None:
-            entry["expert_load"] = load
-        self.tracking.log(state.global_step, entry)
+        entry = dict(logs)
+        for callback in self.callbacks[entry.pop("adapter")]:
+            callback.on_log(args, state, control, logs=dict(entry), **kwargs)
 
 
 class Watch(TrainerCallback):
-    """Tells a function the step and the loss of every log entry as it is made, without the share
-    of the router loss (`coefficient`); what it raises ends the training."""
+    """Tells the job's `watch` the step and the loss of every log entry as it is made, without the
+    share of the router loss; what it raises ends the training."""
 
-    def __init__(self, watch: Callable[[int, float], None], coefficient: float = 0.0) -> None:
-        self.watch, self.coefficient = watch, coefficient
+    def __init__(self, job: Job) -> None:
+        self.job = job
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if "loss" in (logs or {}):
-            share = self.coefficient * logs.get("router_loss", 0.0)
-            self.watch(state.global_step, logs["loss"] - share)
-
-
-class StopWhenAsked(TrainerCallback):
-    """Saves and stops after the step in which the process was asked to end. Of several processes
-    all stop after the same step, if only one was asked: the others would wait for it."""
-
-    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        if args.world_size > 1 and summed(torch.tensor(int(requested()))):
-            request()
-        if requested():
-            control.should_save = args.save_strategy != SaveStrategy.NO
-            control.should_training_stop = True
+        coefficient = getattr(self.job.config.method, "router_loss_coef", 0.0)
+        loss = logs["loss"] - coefficient * logs.get("router_loss", 0.0)
+        self.job.watch(self.job.step, loss)
 
 
 def restart_log(path: Path, step: int) -> None:
@@ -198,65 +176,70 @@ class ProgressBar(ProgressCallback):
     """transformers' bar (step, time left), with the last losses and tokens per second beside it
     instead of a printed dictionary."""
 
-    def __init__(self, tokens: Callable[[], int]) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__()
-        self.pace = Pace(tokens)
+        self.job, self.pace = job, Pace(partial(_tokens, job))
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.pace.begin(state.global_step)
+        self.pace.begin(self.job.step)
         # Else the steps of an earlier start would count as done in no time.
-        self.current_step = state.global_step
+        self.current_step = self.job.step
         if self.training_bar is not None:
-            self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.total = self.job.steps
+            self.training_bar.initial = self.training_bar.n = self.job.step
             self.training_bar.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+        if state.is_world_process_zero and self.training_bar is not None:
             shown = {name: f"{logs[name]:.3f}" for name in ("loss", "router_loss") if name in logs}
             self.training_bar.set_postfix({**shown, "tokens/s": f"{self.pace.look():,.0f}"})
 
 
 class ProgressLines(TrainerCallback):
-    """About ten lines in all, for where there is no terminal to draw a bar on."""
+    """About ten lines in all, for where there is no terminal to draw a bar on. `label`: what stands
+    before them."""
 
-    def __init__(self, tokens: Callable[[], int]) -> None:
-        self.pace, self.tenths = Pace(tokens), Tenths()
+    def __init__(self, job: Job, label: str = "") -> None:
+        self.job, self.label = job, label
+        self.pace, self.tenths = Pace(partial(_tokens, job)), Tenths()
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        self.pace.begin(state.global_step)
+        self.pace.begin(self.job.step)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        step, steps = state.global_step, state.max_steps
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        if self.tenths.due(step, steps):
+        step, steps = self.job.step, self.job.steps
+        if state.is_world_process_zero and self.tenths.due(step, steps):
             line = live_line(step, steps, logs, self.pace.look(), self.pace.left(step, steps))
-            sys.stderr.write(f"  {line}\n")
+            sys.stderr.write(f"  {self.label}{line}\n")
 
 
-def progress_callback(tokens: Callable[[], int]) -> TrainerCallback:
-    """A bar on a terminal, a few lines elsewhere. `tokens` tells how many there were so far."""
-    return ProgressBar(tokens) if sys.stderr.isatty() else ProgressLines(tokens)
+def _tokens(job: Job) -> int:
+    # Every process has about as many.
+    return int(job.track.tokens) * processes().num_processes
+
+
+def progress_callback(job: Job) -> TrainerCallback:
+    """A bar on a terminal, a few lines elsewhere."""
+    return ProgressBar(job) if sys.stderr.isatty() else ProgressLines(job)
 
 
 class LogFile(TrainerCallback):
-    """Appends every log entry, with the expert load per layer, to a JSON-lines file, so that a
-    killed run leaves its curve."""
+    """Appends every log entry, with the expert load per layer, to the run's JSON-lines file, so
+    that a killed run leaves its curve."""
 
-    def __init__(self, path: Path, expert_load: Callable[[], list[list[float]] | None]) -> None:
-        self.path = path
-        self.expert_load = expert_load
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.path = job.folder / "train_log.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            restart_log(self.path, state.global_step)
+            restart_log(self.path, self.job.step)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        # The last entry tells of the whole: how long it took, which the record has too.
-        if state.is_world_process_zero and "loss" in (logs or {}):
-            entry = dict(logs)
-            load = self.expert_load() if "loss" in logs else None
-            if load is not None:
-                entry["expert_load"] = load
-            append_log(self.path, {"step": state.global_step, **entry})
+        if not state.is_world_process_zero:
+            return
+        entry = {"step": self.job.step, **logs}
+        if self.job.expert_load is not None:
+            entry["expert_load"] = self.job.expert_load
+        append_log(self.path, entry)

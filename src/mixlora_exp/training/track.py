@@ -32,7 +32,7 @@ class Track:
     """Optimizer steps between two log entries."""
     summed: Callable[[Tensor], Tensor] = _alone
     """The sum over the processes that train the adapter together. All of them have to ask for
-    `entry`, `state` and `expert_load` at the same time, which tell of all."""
+    `entry`, `state`, `total_tokens` and `expert_load` at the same time, which tell of all."""
     watch: StepWatch = field(default_factory=StepWatch)
     curve: list[dict[str, Any]] = field(default_factory=list)
     counts: Tensor | None = None
@@ -63,7 +63,10 @@ class Track:
         `loss` and `router_loss` are means over the optimizer steps, so that `loss` less the router
         loss times its coefficient is the model's own loss."""
         losses = self.watch.losses[-self.every :]
-        figures = {"loss": sum(losses) / len(losses)}
+        # A process's losses are of its own rows, in the scale of the whole.
+        own = torch.tensor([sum(losses) / len(losses), 1.0], dtype=torch.float64)
+        total, processes = self.summed(own).tolist()
+        figures = {"loss": total / processes}
         load = None
         if self._window is not None:
             shares = _shares(self.summed(self._window))
@@ -85,6 +88,10 @@ class Track:
         self.fold()
         return None if self.counts is None else _shares(self.summed(self.counts)).tolist()
 
+    def total_tokens(self) -> int:
+        """Real tokens so far, of all processes."""
+        return int(self.summed(torch.as_tensor(self.tokens)))
+
     def _sum_of_losses(self) -> Tensor:
         # In float32 as it was summed: a sum continued in another precision would end elsewhere.
         return torch.as_tensor(self._router_loss, dtype=torch.float32)
@@ -99,7 +106,7 @@ class Track:
             "losses": self.watch.losses,
             "norms": self.watch.norms,
             "curve": self.curve,
-            "tokens": int(self.tokens),
+            "tokens": self.total_tokens(),
             "router_loss": float(self.summed(self._sum_of_losses())),
             **lists,
         }
@@ -108,8 +115,8 @@ class Track:
         """Continue from what `state` returned; `seconds` is the time it took. What it has of all
         processes goes to the `first` one: each would add it to the sum again."""
         self.watch = StepWatch(list(state["losses"]), list(state["norms"]))
-        self.curve, self.tokens = list(state["curve"]), state["tokens"]
         own = 1 if first else 0
+        self.curve, self.tokens = list(state["curve"]), own * state["tokens"]
         self._router_loss = own * torch.tensor(state["router_loss"], dtype=torch.float32)
         self.counts, self._window = (
             None if state[name] is None else own * torch.tensor(state[name], dtype=torch.float64)

@@ -1,265 +1,330 @@
-"""The transformers Trainer with length buckets and the router's figures in its log."""
+"""One training loop for one adapter or several: the transformers Trainer over passes in which the
+adapters share the frozen model."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
+from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_callback import TrainerCallback
 
-from mixlora_exp.adapters.dropout import use_dropout_stream
-from mixlora_exp.adapters.hosting import plain_parameters_of
-from mixlora_exp.config.choices import Head, Order
-from mixlora_exp.data.sampler import BucketSampler, FixedSampler, sampler_of
-from mixlora_exp.kernels import DropoutStream
-from mixlora_exp.system.device import PLAIN, summed
-from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
-from mixlora_exp.training.head import loss_from_hidden
+from mixlora_exp.adapters import save_adapter
+from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.precision import autocast
+from mixlora_exp.system.device import summed
+from mixlora_exp.system.signals import request, requested
+from mixlora_exp.training.job import Batch, Job
+from mixlora_exp.training.last_good import diverged_message, keep_last_good
+from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
+from mixlora_exp.training.packed import packed_attention
 from mixlora_exp.training.stability import Diverged, find_layer
-from mixlora_exp.training.track import Track
 
 __all__ = ["MixLoraTrainer"]
 
 
-class MixLoraTrainer(Trainer):
-    """A Trainer for PEFT models; of MixLoRA it logs the router loss and the expert load.
+class _Steps(TrainerCallback):
+    """Tells the trainer where the loop is."""
 
-    The router loss itself is added in the tuner's forward pass, so nothing here changes training.
-    `train_dataset` must be a sequence of examples with `input_ids`.
+    def __init__(self, trainer: MixLoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        # Steps count from the beginning of the run, of which an earlier start did some.
+        state.global_step, state.max_steps = self.trainer.first, self.trainer.steps
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
+        self.trainer.check_gradients()
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        self.trainer.finish_step()
+
+
+class MixLoraTrainer(Trainer):
+    """Trains the adapters of a `PeftModel` that `jobs` name, one or several.
+
+    Every adapter has its own batches, loss, learning rate, schedule, clipping, dropout stream and
+    number of steps, all as in a run of its own. The Trainer's step `n` is the optimizer step `n` of
+    each adapter that has one: an adapter that is done, or further than the others after a restart,
+    has no rows in it and hence no gradient. So has one whose loss or gradient is no number: it is
+    taken out with a reason (`Job.failure`), and the others do not notice.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        sampler_seed: int,
-        head: Head = Head.auto,
-        order: Order = Order.bucketed,
-        checkpoints: Checkpoints | None = None,
-        **kwargs: Any,
+        self, *, model: PeftModel, jobs: Sequence[Job], args: TrainingArguments, dtype: torch.dtype
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self._head = head
-        self._order = order
-        self._sampler_seed = sampler_seed
-        self.track = Track(self.args.logging_steps, summed)
-        self.expert_load: list[list[float]] | None = None
-        """Share of each expert, per layer, between the last two log entries."""
-        self._checkpoints = checkpoints
-        self._resumed: Checkpoint | None = None
-        self._started, self.seconds_before = time.perf_counter(), 0.0
-        self._sampler: BucketSampler | FixedSampler | None = None
-        self._stream = DropoutStream(sampler_seed, process=self.args.process_index)
-        for adapter in self.model.active_adapters:
-            use_dropout_stream(self.model, adapter, self._stream)
-        self._step_loss: float | torch.Tensor = 0.0
-        self._step_batches: list[Any] = []
-        self._last_batches: list[Any] = []
-        """Of the step before, whose loss was a number."""
+        self.jobs = {job.name: job for job in jobs}
+        under_way = [job for job in jobs if job.running]
+        self.first = min(job.step for job in under_way)
+        self.steps = max(job.steps for job in under_way)
+        args.max_steps = self.steps - self.first
+        self._dtype, self._head = dtype, jobs[0].config.trainer.head
+        self._schedules = {job.name: _schedule(job.config, job.steps) for job in jobs}
+        self._items: dict[str, Tensor] = {}
+        self._stepped: list[Job] = []
+        self._asked = False
+        self._started = time.perf_counter()
+        super().__init__(model=model, args=args)
+        self.loss_is_scaled_for_ga = True
+        self.add_callback(_Steps(self))
 
-    def _get_train_sampler(self, train_dataset=None) -> BucketSampler | FixedSampler:
-        examples = train_dataset if train_dataset is not None else self.train_dataset
-        # accelerate deals micro-batches out to the processes in turn.
-        micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
-        batch = self.args.train_batch_size * micro_batches
-        lengths = [len(example.input_ids) for example in examples]
-        self._sampler = sampler_of(lengths, batch, self._sampler_seed, self._order)
-        return self._sampler
+    # What goes through the model in each pass.
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One pass after another: the next micro-batch of every adapter that has one."""
+        count = self.args.gradient_accumulation_steps
+        loader = DataLoader(
+            range(self.first * count, self.steps * count),
+            batch_size=1,
+            collate_fn=_Collate(list(self.jobs.values()), count),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # Each process has passes of its own, which accelerate is not to deal out.
+        return prepare_data_loader(
+            loader, self.args.device, 1, 0, put_on_device=True, non_blocking=True
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Batch]], dict[str, Tensor]]:
+        """The passes of one optimizer step, and the label tokens in it of each adapter."""
+        passes, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items: dict[str, Tensor] = {}
+        for name, batch in (pair for batches in passes for pair in batches.items()):
+            items[name] = items.get(name, 0) + label_count(batch)
+        return passes, {name: summed(count) for name, count in items.items()}
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        running = {name: batch for name, batch in inputs.items() if self.jobs[name].running}
+        if not running:
+            # At the end of an epoch a step may have fewer micro-batches.
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, running, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        tuner = self.accelerator.unwrap_model(model).base_model
-        # Outputs that somebody asks for must be whole.
-        head = Head.full if return_outputs else self._head
-        with loss_from_hidden(tuner.model, head):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mask = inputs.get("attention_mask")
-        tokens = 0 if mask is None else mask.sum()
-        # As the tuner weighs the router loss, which the Trainer may divide.
-        share: float | torch.Tensor = 1 / self.current_gradient_accumulation_steps
-        if num_items_in_batch is not None:
-            share = (inputs["labels"][..., 1:] != -100).sum() / num_items_in_batch
-        self.track.note_pass(getattr(tuner, "router_report", None), tokens, share)
-        return result
+        self._items = num_items_in_batch
+        batches = {
+            name: self.jobs[name].begin_pass(self.state.global_step, batch)
+            for name, batch in inputs.items()
+        }
+        losses = self._losses(model, batches)
+        reports = getattr(self.model.base_model, "router_reports", {})
+        for name, loss in losses.items():
+            tokens = batches[name]["attention_mask"].sum()
+            share = label_count(batches[name]) / self._items[name]
+            self.jobs[name].note_pass(loss, reports.get(name), tokens, share)
+        return total_of(losses)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self._stream.step = self.state.global_step
-        self._stream.micro_batch = len(self._step_batches)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step_loss = self._step_loss + loss
-        self._step_batches.append(inputs)
-        return loss
+    def _losses(self, model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+        with autocast(self.args.device, self._dtype):
+            if self._attention is not None:
+                return joint_losses(self.model, batches, self._items, self._head, self._attention)
+            ((name, batch),) = batches.items()
+            base = self.model.base_model.model
+            loss = single_loss(model, base, batch, self._items[name], self._head)
+        # Processes take the mean of their gradients, and the loss is divided by the items of all.
+        return {name: loss * self.args.world_size}
 
-    def _clip_grad_norm(self, model):
-        # Clipping by a norm that is no number would spread it over all gradients.
-        if self.accelerator.distributed_type in PLAIN:
-            self._check_step(model, None)
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The Trainer asks for it before each optimizer step, before any weight is touched.
-
-        Raises:
-            Diverged: the loss or the gradient is no finite number.
-        """
-        if self.accelerator.distributed_type not in PLAIN:
-            # The gradients are in pieces, and only accelerate knows how to put them together.
-            return self._check_step(model, super()._get_grad_norm(model, grad_norm=grad_norm))
-        if grad_norm is None:
-            return self._check_step(model, None)
-        # Checked before it was clipped.
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
-    def _check_step(self, model, norm: float | torch.Tensor | None) -> float:
-        """Note the step's loss and gradient norm, and stop at what is no number."""
-        if norm is None:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-        # The one synchronisation with the device in a step.
-        loss, norm = float(self._step_loss), float(norm)
-        batches, self._step_loss, self._step_batches = self._step_batches, 0.0, []
-        sound = self.track.watch.add(loss, norm)
-        # Of several processes all see the same norm, and each a loss of its own.
-        if not sound and (self.args.world_size == 1 or not isfinite(norm)):
-            where = self._where(batches)
-            usable = isfinite(loss) or self._loss_is_sound(self._last_batches)
-            raise Diverged(self.state.global_step + 1, loss, norm, where, usable=usable)
-        self._last_batches = batches
-        return norm
-
-    def _alone(self) -> bool:
-        return self.args.world_size == 1 and self.accelerator.distributed_type in PLAIN
-
-    def _where(self, batches: list[Any]) -> str:
-        prepared = [self._prepare_inputs(batch) for batch in batches]
+    def train(self, *args: Any, **kwargs: Any):
+        if len(self.jobs) == 1:
+            self._attention = None
+            return super().train(*args, **kwargs)
         try:
-            return find_layer(self.accelerator.unwrap_model(self.model), prepared)
-        except RuntimeError as error:
-            # It computes all logits, for which memory may not suffice.
-            return f"the layer was not found: {str(error).splitlines()[0][:80]}"
+            with packed_attention(self.model.base_model.model) as self._attention:
+                return super().train(*args, **kwargs)
+        finally:
+            self.model.base_model.row_map.use()
 
-    @torch.no_grad()
-    def _loss_is_sound(self, batches: list[Any]) -> bool:
-        """Whether the loss over `batches`, if there are any, is a number with these weights."""
-        if not batches or not self._alone():
-            return False
-        tuner, losses = self.accelerator.unwrap_model(self.model).base_model, []
-        for batch in batches:
-            with self.compute_loss_context_manager(), loss_from_hidden(tuner.model, self._head):
-                losses.append(float(super().compute_loss(self.model, self._prepare_inputs(batch))))
-        return all(map(isfinite, losses))
+    # One optimizer for all, with groups of each adapter's own.
 
-    def check_end(self) -> None:
-        """Look once more after the last step, which no other step looks at.
+    def create_optimizer(self, model=None) -> Optimizer:
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups = []
+        for job in self.jobs.values():
+            names = {id(p): name for name, p in parameters_of(self.model, job.name).items()}
+            for decay in (True, False):
+                own = job.parameters.values()
+                groups.append(
+                    {
+                        "params": [p for p in own if (names[id(p)] in decayed) is decay],
+                        "lr": job.config.trainer.learning_rate,
+                        "weight_decay": job.config.trainer.weight_decay if decay else 0.0,
+                        "adapter": job.name,
+                    }
+                )
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = kind(groups, **options)
+        for job in self.jobs.values():
+            job.restore_moments(self.optimizer)
+        return self.optimizer
 
-        Raises:
-            Diverged: it left weights with which the loss is no number.
-        """
-        if self._last_batches and self._alone() and not self._loss_is_sound(self._last_batches):
-            where, step = self._where(self._last_batches), self.state.global_step + 1
-            raise Diverged(step, float("nan"), 0.0, where, usable=False, last=True)
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        factors = [self._schedules[group["adapter"]] for group in self.optimizer.param_groups]
+        self.lr_scheduler = LambdaLR(self.optimizer, factors, last_epoch=self.first - 1)
+        return self.lr_scheduler
+
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        """Over all adapters together, the Trainer's would spread what is no number to each."""
+
+    def check_gradients(self) -> None:
+        """Before the optimizer steps: note each adapter's loss and norm, clip, and take those out
+        whose numbers are none."""
+        one_process = self.args.world_size == 1
+        for job in self.jobs.values():
+            if not job.batches:
+                continue
+            own = job.parameters.values()
+            norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+            loss, sound = job.note_step(float(norm))
+            # Of several processes all see the same norm, and each a loss of its own.
+            if not sound and (one_process or not isfinite(job.norm)):
+                usable = isfinite(loss) or self._gives_numbers(job)
+                where = self._where(job, job.batches)
+                error = Diverged(job.step + 1, loss, job.norm, where, usable=usable)
+                self._take_out(job, error)
+                continue
+            limit = job.config.trainer.max_grad_norm
+            if limit:
+                nn.utils.clip_grads_with_norm_(own, limit, norm)
+            job.last_batches, job.batches = job.batches, []
+
+    def finish_step(self) -> None:
+        """After the optimizer's step: count it, and say what is due."""
+        done = self.state.global_step
+        self._stepped = [j for j in self.jobs.values() if j.running and j.step == done - 1]
+        # If one process was asked to end, all stop after the same step.
+        self._asked = bool(summed(torch.tensor(int(requested()))))
+        if self._asked and not requested():
+            request()
+        for job in self._stepped:
+            job.step = done
+            job.track.seconds = job.seconds_before + time.perf_counter() - self._started
+            if done == job.steps and not self._gives_numbers(job):
+                # No other step looks at what the last one left.
+                where = self._where(job, job.last_batches)
+                error = Diverged(done + 1, float("nan"), job.norm, where, usable=False, last=True)
+                self._take_out(job, error)
+            elif job.checkpoints is not None and self.is_world_process_zero():
+                self._try(job, job.checkpoints.check_owner)
+        sound = [job for job in self._stepped if job.failure is None]
+        self.control.should_log = any(job.logs for job in sound)
+        self.control.should_save = any(job.save_due(self._asked) for job in sound)
+        if self._asked or not any(job.running for job in self.jobs.values()):
+            self.control.should_training_stop = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            figures, self.expert_load = self.track.entry(self.state.global_step)
-            if self.args.world_size > 1:
-                # Of this process alone; the Trainer has asked the others.
-                del figures["loss"]
-            logs |= figures
-        super().log(logs, start_time)
-
-    # Checkpoints: what the Trainer writes and reads is replaced, when it does so is not.
-
-    def train_or_resume(self, steps: int) -> None:
-        """Train all of `steps` optimizer steps, those after the newest checkpoint if there is one.
-
-        Raises:
-            UserError: the checkpoint belongs to other data, code or settings.
-        """
-        size = self.args.per_device_train_batch_size
-        found = None if self._checkpoints is None else self._checkpoints.newest(size)
-        if found is None:
-            self.train()
-            return
-        first = self.is_world_process_zero()
-        if first:
-            sys.stderr.write(f"  going on after step {found.step} of {steps}\n")
-        self.track.load(found.state["track"], found.state["seconds"], first=first)
-        self.seconds_before = found.state["seconds"]
-        reached = TrainerState(
-            global_step=found.step,
-            log_history=list(self.track.curve),
-            train_batch_size=self.args.train_batch_size,
-            max_steps=self.args.max_steps,
-            logging_steps=self.args.logging_steps,
-            save_steps=self.args.save_steps,
-        )
-        if found.step == steps:
-            # The Trainer would begin another step before it looks.
-            self.state = reached
-            found.restore_weights(self.trained())
-            return
-        self._resumed = found
-        place = Path(self.args.output_dir) / "resumed"
-        place.mkdir(parents=True, exist_ok=True)
-        reached.save_to_json(str(place / TRAINER_STATE_NAME))
-        self.train(resume_from_checkpoint=str(place))
-
-    def trained(self) -> dict[str, torch.nn.Parameter]:
-        """The adapter's trained parameters by the names that checkpoints have."""
-        model = self.accelerator.unwrap_model(self.model)
-        owned = plain_parameters_of(model, model.active_adapter)
-        return {name: parameter for name, parameter in owned.items() if parameter.requires_grad}
-
-    def _run_epoch(self, model, epoch, *args: Any, **kwargs: Any):
-        # Where batches are skipped, the loader's own call does not reach the sampler.
-        if self._sampler is not None:
-            self._sampler.set_epoch(epoch)
-        return super()._run_epoch(model, epoch, *args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Weights come back together with the optimizer's state."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if self._resumed is not None:
-            optimizer, scheduler = self._inner()
-            self._resumed.restore(self.trained(), optimizer, scheduler)
-            self._resumed = None
-
-    def _load_rng_state(self, checkpoint) -> None:
-        """Nothing in training draws from a global generator."""
-
-    def _load_scaler(self, checkpoint) -> None:
-        """There is none: training runs in bf16 or float32."""
-
-    def _inner(self) -> tuple[Optimizer, LRScheduler]:
-        """Optimizer and scheduler without accelerate's wrappers."""
-        return (
-            getattr(self.optimizer, "optimizer", self.optimizer),
-            getattr(self.lr_scheduler, "scheduler", self.lr_scheduler),
-        )
+        """Log what is due of each adapter; callbacks find its name under `adapter`."""
+        if "loss" not in logs:
+            return  # The Trainer's own summary.
+        for job in self._stepped:
+            if job.failure is not None or not job.logs:
+                continue
+            figures, job.expert_load = job.track.entry(job.step)
+            rate = job.config.trainer.learning_rate * self._schedules[job.name](job.step - 1)
+            self.state.epoch = job.plan[job.step - 1].epoch
+            entry = {
+                "loss": figures.pop("loss"), "grad_norm": job.norm, "learning_rate": rate,
+                "epoch": self.state.epoch, **figures,
+            }  # fmt: skip
+            job.track.curve.append({**entry, "step": job.step})
+            self._try(job, partial(super().log, {**entry, "adapter": job.name}))
 
     def _save_checkpoint(self, model, trial) -> None:
-        if self._checkpoints is None:
-            return
-        self.track.seconds = self.seconds_before + time.perf_counter() - self._started
-        self.track.curve = [entry for entry in self.state.log_history if "loss" in entry]
-        track = self.track.state()  # Every process adds its part.
-        if not self.is_world_process_zero():
-            return
-        self._checkpoints.save(
-            self.state.global_step,
-            self.trained(),
-            *self._inner(),
-            {
-                "track": track,
-                "seconds": self.track.seconds,
-                "micro_batch_size": self.args.per_device_train_batch_size,
-            },
-        )
+        """An adapter's checkpoint is its own: it goes on from there alone or among others."""
+        for job in self._stepped:
+            if job.failure is None and job.save_due(self._asked):
+                first = self.is_world_process_zero()
+                self._try(job, partial(job.save, self.optimizer, first=first))
+
+    # What goes wrong with one adapter is no concern of the others.
+
+    def _try(self, job: Job, work: Callable[[], Any]) -> None:
+        """A disk that is full, or a run that another process has: the others' may go on."""
+        try:
+            work()
+        except UserError as error:
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: UserError) -> None:
+        job.fail(error)
+        if len(self.jobs) > 1:
+            sys.stderr.write(f"error: {job.folder.name}: {error}\n")
+        if not any(other.running for other in self.jobs.values()):
+            self.control.should_training_stop = True
+
+    def _take_out(self, job: Job, error: Diverged) -> None:
+        """Keep the last good adapter of one whose numbers broke."""
+        kept = None
+        save = partial(save_adapter, self.model, adapter=job.name)
+        try:
+            if self.is_world_process_zero():
+                kept = keep_last_good(error, job.parameters, job.checkpoints, save, job.folder)
+            told = UserError(diverged_message(job.config, error, kept))
+            told.__cause__ = error
+        except UserError as other:
+            told = other
+        self._fail(job, told)
+
+    @torch.no_grad()
+    def _gives_numbers(self, job: Job) -> bool:
+        """Whether the loss over the step before is a number with the weights of now. Several
+        processes would have to ask together: not asked, those after the last step count as good."""
+        if self.args.world_size > 1:
+            return self.state.global_step == job.steps
+        found = [self._own_loss(job, batch) for batch in job.last_batches]
+        return bool(found) and all(isfinite(loss) for loss in found)
+
+    def _own_loss(self, job: Job, batch: Batch) -> Tensor:
+        rows = {name: value for name, value in batch.items() if name != "example"}
+        return self._losses(self.model, {job.name: rows})[job.name]
+
+    def _where(self, job: Job, batches: Sequence[Batch]) -> str:
+        """The layer in which numbers stop being such, over the rows of one adapter alone."""
+        try:
+            return find_layer(self.model, batches, partial(self._own_loss, job), job.parameters)
+        except RuntimeError as error:
+            # Memory may not suffice for it.
+            return f"the layer was not found: {str(error).splitlines()[0][:80]}"
+
+
+class _Collate:
+    """From the number of a pass to the batches of the adapters that take part in it."""
+
+    def __init__(self, jobs: Sequence[Job], passes: int) -> None:
+        self._jobs, self._passes = jobs, passes
+
+    def __call__(self, numbers: Sequence[int]) -> dict[str, Batch]:
+        step, number = divmod(numbers[0], self._passes)
+        found = {job.name: job.collated(step, number, self._passes) for job in self._jobs}
+        return {name: batch for name, batch in found.items() if batch is not None}
+
+
+def _schedule(config: Config, steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate after so many optimizer steps."""
+    trainer = config.trainer
+    name = trainer.schedule
+    if name == "constant" and trainer.warmup_steps:
+        # "constant" takes no notice of warm-up steps.
+        name = "constant_with_warmup"
+    # transformers gives it with an optimizer only.
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(name, optimizer, trainer.warmup_steps, steps)
+    return scheduler.lr_lambdas[0]

@@ -1,4 +1,4 @@
-"""One forward pass for several adapters on one base, and a loss for each of them."""
+"""The loss of each adapter over its own rows: of one adapter alone, or of several in one pass."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixlora_exp.adapters.rows import Segment
 from mixlora_exp.config.choices import Head
 from mixlora_exp.training.head import loss_from_hidden
-from mixlora_exp.training.joint.packed import Batch, pack_batches
+from mixlora_exp.training.packed import Batch, pack_batches
 
-__all__ = ["joint_losses", "total_of"]
+__all__ = ["joint_losses", "label_count", "single_loss", "total_of"]
+
+
+def label_count(batch: Batch) -> Tensor:
+    """Label tokens of a batch, as the loss counts them: the first column predicts nothing."""
+    return (batch["labels"][..., 1:] != -100).sum()
+
+
+def single_loss(
+    model: nn.Module, base: nn.Module, batch: Batch, items: Tensor | int, head: Head
+) -> Tensor:
+    """The loss of the only adapter on a padded batch, by the model's own forward pass.
+
+    model: the PEFT model, maybe wrapped for several processes; base: the base model in it.
+    items: label tokens of the optimizer step, which the loss is divided by.
+    """
+    with loss_from_hidden(base, head):
+        return model(**batch, num_items_in_batch=items)["loss"]
 
 
 def joint_losses(
@@ -62,7 +79,7 @@ def joint_losses(
                 coefficient = model.peft_config[name].router_loss_coef
                 term = coefficient * reports[name].loss
                 # In this order, as the tuner has it: a share of two counts would be float32.
-                loss = loss + term * (labels[..., 1:] != -100).sum() / items[name]
+                loss = loss + term * label_count(batch) / items[name]
             losses[name] = loss
     return losses
 

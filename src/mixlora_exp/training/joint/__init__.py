@@ -1,1 +1,0 @@
-"""Several adapters trained together."""

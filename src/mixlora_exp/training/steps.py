@@ -1,0 +1,68 @@
+"""Which examples make up each optimizer step of a run, known before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mixlora_exp.config.schema import Config
+from mixlora_exp.data.encoding import Example
+from mixlora_exp.data.sampler import sampler_of
+
+__all__ = ["MicroBatch", "OptimizerStep", "optimizer_steps", "total_steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Examples of one forward pass, by their numbers in the training set. `first`: how many
+    examples of the optimizer step come before them."""
+
+    examples: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """The micro-batches of one process; `epoch`: epochs that are done after this step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    epoch: float
+
+
+def total_steps(config: Config, examples: int) -> int:
+    """Optimizer steps of a run: `max_steps`, else whole epochs with their incomplete last batch."""
+    trainer = config.trainer
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    micro = math.ceil(examples / trainer.micro_batch_size)
+    return math.ceil(trainer.epochs * math.ceil(micro / trainer.accumulation_steps))
+
+
+def optimizer_steps(
+    config: Config, examples: Sequence[Example], process: int = 0, processes: int = 1
+) -> list[OptimizerStep]:
+    """The steps of a run in their order, a function of its configuration alone.
+
+    Several processes get the micro-batches of a step in turn. Each has as many as the others: at
+    the end of an epoch those that are missing are taken from its beginning.
+    """
+    trainer, found, epoch = config.trainer, [], 0
+    size, together = trainer.micro_batch_size, trainer.accumulation_steps
+    lengths = [len(example.input_ids) for example in examples]
+    sampler = sampler_of(lengths, trainer.batch_size, config.seed, trainer.order)
+    steps = total_steps(config, len(examples))
+    while len(found) < steps:
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        micro = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
+        for start in range(0, len(micro), together):
+            group = micro[start : start + together]
+            done = epoch + (start + len(group)) / len(micro)
+            for i in range(-len(group) % processes):
+                group.append(micro[i % len(micro)])
+            # Only the last micro-batch of an epoch may be smaller.
+            parts = [MicroBatch(part, i * size) for i, part in enumerate(group)]
+            found.append(OptimizerStep(tuple(parts[process::processes]), done))
+        epoch += 1
+    return found[:steps]

@@ -1,0 +1,195 @@
+"""`tracker=tensorboard` and `tracker=wandb`: a run's figures, sent while it trains.
+
+Whatever a service does, the run goes on: its own files have everything.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import TrainerCallback
+
+from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Tracker as Service
+from mixlora_exp.system.device import peak_memory_bytes
+from mixlora_exp.training.job import Job
+from mixlora_exp.training.progress import Pace
+
+__all__ = ["Tracker", "flat", "group_of", "start_tracker"]
+
+SCORES = ("task", "protocol", "accuracy_before", "accuracy", "accuracy_normalized", "stderr",
+          "majority_class", "chance", "gold_log_likelihood", "n")  # fmt: skip
+
+Values = Mapping[str, Any]
+
+
+class _TensorBoard:
+    """transformers' own callback, with event files in the run's folder."""
+
+    def __init__(self, config: Config, folder: Path, identity: str) -> None:
+        self._folder = str(folder / "tensorboard")
+
+    def begin(self, step: int) -> TrainerCallback:
+        # Steps that are done again replace those of before.
+        return TensorBoardCallback(self._writer(purge_step=step + 1))
+
+    def _writer(self, **options: Any) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder, **options)
+
+    def end(self, rows: list[list[Any]]) -> None:
+        if rows:
+            lines = [SCORES, ["---"] * len(SCORES), *rows]
+            shown = (["" if value is None else str(value) for value in line] for line in lines)
+            with self._writer() as writer:
+                writer.add_text("scores", "\n".join("|".join(line) for line in shown))
+
+
+class _Wandb(TrainerCallback):
+    """A run of W&B's under the run's fingerprint, which one that goes on after a kill continues:
+    steps that W&B has are not taken again. transformers' own callback has one run per process,
+    where several adapters need one each."""
+
+    def __init__(self, config: Config, folder: Path, identity: str) -> None:
+        import wandb
+
+        from mixlora_exp.config import to_dict  # Needs Hydra, which benchmarks do without.
+
+        # Steps of a service's run cannot be taken back: a forced run is another one.
+        suffix = f"-{secrets.token_hex(4)}" if config.force else ""
+        self._run = wandb.init(
+            project=config.tracker.project,
+            id=identity[:32] + suffix,
+            resume="allow",
+            name=folder.name,
+            group=group_of(config),
+            mode=config.tracker.mode,
+            dir=str(folder),
+            config=to_dict(config),
+            reinit="create_new",
+            settings=wandb.Settings(init_timeout=60, silent=True),
+        )
+
+    def begin(self, step: int) -> TrainerCallback:
+        return self
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        # Under the names that transformers' callbacks give.
+        self._run.log({f"train/{name}": value for name, value in logs.items()}, state.global_step)
+
+    def end(self, rows: list[list[Any]]) -> None:
+        for row in rows:
+            values = dict(zip(SCORES, row, strict=True))
+            name = f"score/{values['task']}/{values['protocol']}"
+            self._run.summary[name] = values["accuracy"]
+        self._run.finish(exit_code=0 if rows else 1)
+
+
+class Tracker(TrainerCallback):
+    """Hands the entries of one adapter to a service. What the service raises is counted in
+    `failures` and told once."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.failures, self._name = 0, name
+        self._service: Any = None
+        self._callback: Any = None
+        self._job: Job | None = None
+        self._try(lambda: setattr(self, "_service", make()))
+
+    def follow(self, job: Job) -> Tracker:
+        """Send the entries of this adapter; called before training."""
+        self._job, self._pace = job, Pace(lambda: int(job.track.tokens))
+        return self
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - whatever it raises, the run goes on
+            self.failures += 1
+            if self.failures == 1:
+                sys.stderr.write(
+                    f"warning: tracker={self._name} fails: {error}. The run goes on, and its own "
+                    "files have everything\n"
+                )
+
+    def _pass_on(self, event: str, args, state, control, **kwargs: Any) -> None:
+        if self._callback is not None and state.is_world_process_zero:
+            call = getattr(self._callback, event)
+            self._try(lambda: call(args, state, control, **kwargs))
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        if self._service is not None and state.is_world_process_zero:
+            self._pace.begin(self._job.step)
+            step = self._job.step
+            self._try(lambda: setattr(self, "_callback", self._service.begin(step)))
+        self._pass_on("on_train_begin", args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        entry = {
+            **logs,
+            "tokens_per_second": self._pace.look(),
+            "memory_gib": peak_memory_bytes(args.device) / 2**30,
+            "expert_load": self._job.expert_load,
+        }
+        self._pass_on("on_log", args, state, control, logs=flat(entry), **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        self._pass_on("on_train_end", args, state, control, **kwargs)
+        # The trainer, which the callback may hold, is not needed while the run is scored.
+        self._job = self._callback = None
+
+    def close(self, record: Values | None) -> None:
+        """The run has ended, well if it has a record."""
+        if self._service is not None:
+            rows = [] if record is None else score_rows(record)
+            self._try(lambda: self._service.end(rows))
+
+
+def flat(values: Values) -> dict[str, float]:
+    """Numbers by name; the expert load (layers, E) becomes a number for each layer and expert."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            found |= {
+                f"{name}/layer{layer}/expert{expert}": share
+                for layer, row in enumerate(value)
+                for expert, share in enumerate(row)
+            }
+        elif isinstance(value, (int, float)):
+            found[name] = value
+    return found
+
+
+def score_rows(record: Values) -> list[list[Any]]:
+    """The scores of a record, a row per task and protocol, in the columns `SCORES`."""
+    before = {(s["task"], s["protocol"]): s["accuracy"] for s in record["scores_before"] or []}
+    return [
+        [
+            before.get((score["task"], score["protocol"]))
+            if name == "accuracy_before"
+            else score.get(name)
+            for name in SCORES
+        ]
+        for score in record["scores"]
+    ]
+
+
+def start_tracker(config: Config, folder: Path, identity: str) -> Tracker | None:
+    """The tracker that `config` asks for, None without one. `identity`: the run's fingerprint."""
+    made = {Service.wandb: _Wandb, Service.tensorboard: _TensorBoard}.get(config.tracker.name)
+    if made is None:
+        return None
+    return Tracker(config.tracker.name.value, lambda: made(config, folder, identity))
+
+
+def group_of(config: Config) -> str:
+    """The name that the runs of a sweep share in a tracker."""
+    if config.tracker.group is not None:
+        return config.tracker.group
+    return f"{config.model.name}-{config.task.name}-{config.data.name.value}"
