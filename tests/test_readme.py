@@ -154,7 +154,7 @@ def test_the_path_of_an_official_adapter(folders: dict[str, Path], tmp_path: Pat
 
 
 def test_use_after_training(folders: dict[str, Path], tmp_path: Path) -> None:
-    lines = [line for line in commands("python ") if line.endswith("output=merged")]
+    lines = [line for line in commands("python ") if "merge_adapter" in line]
     lines += [line for line in commands("python generate.py") if "DIR" in line]
     assert len(lines) == 2
     words = ["experiment=smoke", "model=tiny_gemma", "method=lora", f"output_dir={tmp_path}"]
@@ -162,7 +162,8 @@ def test_use_after_training(folders: dict[str, Path], tmp_path: Path) -> None:
     (adapter,) = tmp_path.glob("*/adapter")
     for line in lines:
         extra = " max_new_tokens=4" if "generate" in line else ""
-        assert run_script(line + extra, {"adapter=DIR": f"adapter={adapter}"}, tmp_path).strip()
+        changes = {"adapter=DIR": f"adapter={adapter}", "DIR": str(adapter)}
+        assert run_script(line + extra, changes, tmp_path).strip()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     (line,) = [line for line in commands("python generate.py") if "outputs/A" in line]
     answers = run_script(both(line, folders) + " max_new_tokens=4", {}, tmp_path)
