@@ -49,9 +49,12 @@ def test_other_architectures_are_refused_by_what_they_lack(kind: str) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ("{model_type: phi3, num_hidden_layers: 1}", "phi3 is not supported: 1 layers have 0"),
+        (
+            "{model_type: phi3, hidden_size: 64, num_hidden_layers: 1}",
+            "phi3 is not supported: 1 layers have 0",
+        ),
         ("{model_type: mistrl}", "model_type=mistrl is none that transformers"),
-        ("{num_hidden_layer: 2}", "is not a field of LlamaConfig; did you mean num_hidden_layers"),
+        ("{num_hidden_layer: 2}", "is not a field of LlamaConfig (did you mean num_hidden_layers"),
         ("{num_hidden_layers: two}", "expected int, got str (value: 'two')"),
         ("{num_key_value_heads: 3}", "does not divide num_attention_heads=4"),
         ("{hidden_act: siluu}", "its configuration gives no model"),
@@ -100,6 +103,7 @@ def test_older_forms_of_a_config_json_are_understood() -> None:
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64}  # fmt: skip
     fields = {"rope_theta": 5e5, "rope_scaling": rope, "torch_dtype": "bfloat16"}
+    fields |= {"cache_implementation": "hybrid", "use_cache": True}
     who = {"architectures": ["LlamaForCausalLM"], "transformers_version": "4.40.0"}
     found = architecture_of(model_of("llama", **fields, **who))
     assert found.rope_parameters["rope_theta"] == 5e5

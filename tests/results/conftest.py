@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.config import compose, to_dict
+from mixlora_exp.config import Config, compose, to_dict
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.records.record import finish_record, write_json, write_jsonl
 from mixlora_exp.tasks import TASKS
 
 GIT = {"commit": "c" * 40, "dirty": False}
+
+
+def counted(config: Config) -> dict[str, Any]:
+    """The sizes that a record has; a folder that is named here need not be there."""
+    model = dataclasses.replace(config.model, path=None)
+    return dataclasses.asdict(count_parameters(model, config.method))
 
 
 def write_run(
@@ -34,7 +40,7 @@ def write_run(
 ) -> Path:
     """A finished run with `n` items per task, of which the given share is right."""
     made = compose([*overrides, f"evaluation.protocols=[{protocol}]"])
-    config, counts = to_dict(made), dataclasses.asdict(count_parameters(made.model, made.method))
+    config, counts = to_dict(made), counted(made)
     scores, predictions = [], {}
     for task, share in accuracy.items():
         right = [i < round(share * n) for i in range(n)]

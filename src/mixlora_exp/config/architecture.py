@@ -24,6 +24,8 @@ OLD_NAMES = {
 """Fields that the group `model` had before it carried a `config.json`, in records of that time, and
 their names in transformers. `layers`, unless null, cut the depth."""
 
+WHOLE = {"model_type", "hidden_size", "num_hidden_layers"}
+
 
 def current_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """The group `model` of a record as it would be written today."""
@@ -58,18 +60,19 @@ def read_architecture(folders: Iterable[Path], name: str) -> dict[str, Any] | No
             raise UserError(f"{path} cannot be read: {error}") from error
         if not isinstance(found, dict):
             raise UserError(f"{path} holds no JSON object: put the model's config.json there")
-        return found
+        # What transformers keeps for itself is not a setting.
+        return {name: value for name, value in found.items() if not name.startswith("_")}
     return None
 
 
 def complete(model: ModelConfig, published: Mapping[str, Any] | None) -> ModelConfig:
     """`model` with the whole configuration in `config`: what is `published` beside the YAML, with
-    the given fields over it. One that names its `model_type`, as a record's does, is whole already.
+    the given fields over it. One that has all of `WHOLE`, as a record's does, takes its place.
 
     Raises:
         UserError: there is no configuration, or weights that are read are to have another one.
     """
-    given, whole = model.config, "model_type" in model.config
+    given, whole = model.config, set(model.config) >= WHOLE
     if published is None and not whole and (model.draws_weights or model.path is None):
         raise UserError(
             f"model={model.name} has no configuration: put its config.json beside the YAML as "

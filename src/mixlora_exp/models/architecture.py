@@ -33,9 +33,12 @@ COMPARED = (
 )  # fmt: skip
 """What decides the number and the form of the weights: revisions of one repository may differ in
 the rest."""
-OLDER = {"model_type", "torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq"}
+OLDER = {
+    "model_type", "torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq",
+    "sliding_window_pattern", "cache_implementation",
+}  # fmt: skip
 """Fields of a `config.json` beside those of its class, which takes them in."""
-PASSED_OVER = {"_name_or_path", "architectures", "transformers_version", "auto_map"}
+PASSED_OVER = {"architectures", "transformers_version", "auto_map"}
 """What a `config.json` says of who wrote it."""
 
 
@@ -86,10 +89,10 @@ def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
     for name in config.config:
         if name not in known | PASSED_OVER:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             raise UserError(
                 f"model.config.{name}={shown(str(config.config[name]), 60)} is not a field of "
-                f"{type(made).__name__}{hint}"
+                f"{type(made).__name__}{hint}: correct it, or take it out"
             )
     tokens: dict[str, int | None] = {"pad_token_id": None}
     if has_builtin_tokenizer(config):
@@ -123,8 +126,9 @@ def with_folder_shape(config: ModelConfig) -> ModelConfig:
         made, found = architecture_of(config), read_json(folder / CONFIG_NAME)
     except (UserError, OSError, ValueError):
         return config
-    # What its class does not know would be refused in a record.
-    known = _known_fields(made.model_type) - {"transformers_version", "architectures"}
+    # A record has what its class knows, and not what any model has, such as names of labels.
+    any_model = {f.name for f in dataclasses.fields(PreTrainedConfig)}
+    known = _known_fields(made.model_type) - any_model
     kept = {name: value for name, value in found.items() if name in known}
     same = all(config.config.get(name) == getattr(made, name, None) for name in COMPARED)
     # The paper's denominator belongs to the configuration that is left behind.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
     LoraMethodConfig,
@@ -35,7 +37,7 @@ class Parameters:
     percent_paper: float | None
 
 
-def _of(model: ModelConfig):
+def _of(model: ModelConfig) -> nn.Module:
     origin = f"model={model.name}" if model.path is None else f"model.path={model.path}"
     return skeleton(architecture_of(model), origin)
 
