@@ -50,18 +50,18 @@ bench: $(STAMP)  ## measure time and memory of a step of each method on this mac
 	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=bfloat16
 	$(BIN)/python scripts/bench.py model=llama2_7b layers=2 batch=2 length=512 dropout=0 rounds=8
 	$(BIN)/python scripts/bench.py model=smollm2_135m dropout=0 rounds=8
-	$(BIN)/python scripts/bench_adapters.py model=llama2_7b layers=2 length=64
-	$(BIN)/python scripts/bench_adapters.py model=smollm2_135m
-	$(BIN)/python scripts/bench_adapters.py model=smollm2_135m kind=mixed
+	$(BIN)/python scripts/bench.py kind=adapters model=llama2_7b layers=2 length=64
+	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m
+	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m method=mixed
 
 bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight minutes
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench_gpu.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench.py kind=gpu
 
 gpu-check:  ## try everything at the size of LLaMA-2 7B on a CUDA GPU, in at most three minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/gpu_check.py $(OPTIONS)
 
 bench-eval: $(STAMP)  ## measure how many items a second the scoring protocols take
-	$(BIN)/python scripts/bench_eval.py
+	$(BIN)/python scripts/bench.py kind=eval
 
 # The sweep behind a table, its missing cells: table1, table2 (with gemma_2b: Table 5), table8_rank,
 # table9_router_loss, figure4c. DATA=local reads data/, or DATA_PATH=DIR; OPTIONS are overrides of

@@ -1,24 +1,35 @@
-"""Measure what a step of each method costs: `python scripts/bench.py model=llama2_7b layers=2`.
+"""Measure what things cost here: `python scripts/bench.py kind=steps model=llama2_7b layers=2`.
 
-Any field of `BenchConfig` can be given as `name=value`; `rows=[lora_peft,mixlora]` takes a few rows
-alone. Writes `results/bench/<name>.json` and the table beside it as `.md`.
+kind=steps     a training step and a forward pass of each method, rows=[lora_peft,mixlora] of a few
+kind=adapters  several adapters on one base, in time and memory: method=mixdora, or mixed
+kind=together  several adapters in one run against one run after another: data.path=DIR
+kind=peers     MixLoRA here and in the packages moe-peft and mixlora, in turns
+kind=eval      items per second of scoring, here and in lm-eval's own loop
+kind=forms     the exact kernel's two forms, by which it chooses on a CPU
+kind=gpu       kernels against float64, then kind=steps of four models, in at most eight minutes
+
+Writes `results/bench/<name>.json`, and tables beside it as `.md`. Further words are `name=value`.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from mixlora_exp.bench.run import benchmark
-from mixlora_exp.bench.settings import BenchConfig
-from mixlora_exp.bench.store import compose_settings, write
-from mixlora_exp.system.guarded import guarded
+# A GPU machine may have PyTorch, transformers and PEFT alone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from mixlora_exp.bench.runner import run_benchmark  # noqa: E402
+from mixlora_exp.system.guarded import guarded  # noqa: E402
 
 
-def run(arguments: list[str]) -> None:
-    config = compose_settings(BenchConfig, arguments)
-    paths, table = write(benchmark(config), config)
-    print(table)
-    print("Written:", ", ".join(map(str, paths)))
+def run(arguments: list[str]) -> int:
+    written = run_benchmark(arguments)
+    print(written.tables)
+    print("Written:", ", ".join(map(str, written.paths)))
+    for check in written.failed:
+        print(f"FAILED: {check}", file=sys.stderr)
+    return 1 if written.failed else 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ ROOMS: dict[str, set[str]] = {
     "plans": {"config", "data", "models", "records", "results", "system", "tasks"},
     "training": {"adapters", "config", "data", "errors", "kernels", "models", "records", "system"},
     # Floor 6: one run, which brings everything below together; and measurements.
-    "bench": {"adapters", "config", "errors", "kernels", "models", "records", "system", "training"},
+    "bench": {
+        *("adapters", "config", "data", "errors", "evaluation", "kernels", "models", "records"),
+        *("system", "training"),
+    },
     "runs": {
         *("adapters", "config", "data", "errors", "evaluation", "kernels", "models", "plans"),
         *("records", "system", "training"),

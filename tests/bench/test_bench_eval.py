@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from mixlora_exp.bench.runner import run_benchmark
 from mixlora_exp.config.schema import TASK_NAMES
 from mixlora_exp.errors import UserError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_eval", ROOT / "scripts" / "bench_eval.py")
-    module = sys.modules["bench_eval"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_way_scores_the_same_items(script: ModuleType, tmp_path: Path) -> None:
-    script.run(["model=tiny", "limit=3", "rounds=1", "batch_sizes=[4]", f"output={tmp_path}"])
+def test_every_way_scores_the_same_items(tmp_path: Path) -> None:
+    run_benchmark(
+        ["kind=eval", "model=tiny", "limit=3", "rounds=1", "batch_sizes=[4]", f"output={tmp_path}"]
+    )
     record = json.loads((tmp_path / "eval-tiny-none-float32-embedded.json").read_text())
     assert record["items"] == dict.fromkeys(TASK_NAMES, 3)
+    assert "| lm_eval | ours |" in (tmp_path / "eval-tiny-none-float32-embedded.md").read_text()
     for protocol in ("lm_eval", "label_logits"):
         summary, rows = record["summary"][protocol], record["protocols"][protocol]
         assert summary["same_accuracies"]
@@ -41,8 +33,8 @@ def test_every_way_scores_the_same_items(script: ModuleType, tmp_path: Path) -> 
     assert record["provenance"]["git"] is not None
 
 
-def test_mistakes_are_told(script: ModuleType) -> None:
+def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="dtype=int8 is not valid"):
-        script.run(["dtype=int8"])
-    with pytest.raises(UserError, match="did you mean limit.*The fields are model, method"):
-        script.run(["limits=3"])
+        run_benchmark(["kind=eval", "dtype=int8"])
+    with pytest.raises(UserError, match="did you mean limit.*The fields are threads, output"):
+        run_benchmark(["kind=eval", "limits=3"])

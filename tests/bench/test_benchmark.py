@@ -13,13 +13,17 @@ import torch
 from torch.nn import functional
 
 from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
+from mixlora_exp.bench.kinds.steps import _summary, benchmark, check
 from mixlora_exp.bench.measure import saved_bytes
 from mixlora_exp.bench.model import adapted, base_model, model_config
+from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.report import markdown, paper_rows
-from mixlora_exp.bench.run import _summary, benchmark, check
-from mixlora_exp.bench.settings import ROWS, BenchConfig
-from mixlora_exp.bench.store import write
+from mixlora_exp.bench.rounds import interleaved
+from mixlora_exp.bench.rows import BUILDERS, ROWS
+from mixlora_exp.bench.rows import row as register
+from mixlora_exp.bench.runner import Kind, kind_of, measure, run_benchmark
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.record import read_record
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"model": "tiny", "batch": 2, "length": 8, "dtype": "float32", "memory": False}
@@ -28,7 +32,7 @@ SMALL = {"model": "tiny", "batch": 2, "length": 8, "dtype": "float32", "memory":
 @pytest.fixture(scope="module")
 def result() -> dict:
     rows = ["lora_peft", "lora_peft_again", "dora", "mixlora", "mixlora_head", "mixlora_triton"]
-    config = BenchConfig(**SMALL, rounds=2, rows=[*rows, "floor", "base"])
+    config = StepOptions(**SMALL, rounds=2, rows=[*rows, "floor", "base"])
     return benchmark(config, say=lambda text: None)
 
 
@@ -45,6 +49,63 @@ def test_every_row_is_measured_or_says_why_not(result: dict) -> None:
     assert (
         rows["base"]["train_backward_us_per_token"] < rows["floor"]["train_backward_us_per_token"]
     )
+
+
+def test_every_step_has_its_turn_in_each_round_in_another_order() -> None:
+    order: list[tuple[int, str]] = []
+
+    def step(name: str):
+        return lambda number: order.append((number, name)) or {"s": 1.0}
+
+    names = ("a", "b", "c", "d")
+    found = interleaved({n: step(n) for n in names}, 6, 0, every={"d": 3})
+    assert [sample["round"] for sample in found["a"]] == list(range(6))
+    assert [sample["round"] for sample in found["d"]] == [0, 3]
+    assert [number for number, _ in order] == sorted(number for number, _ in order)
+    orders = {tuple(n for at, n in order if at == number and n != "d") for number in range(6)}
+    assert len(orders) > 1
+    assert interleaved({"a": step("a")}, 5, 0, deadline=0.0) == {"a": []}
+
+
+def test_a_row_is_one_line_or_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once registered, a row is measured, written and shown like any other."""
+    monkeypatch.setitem(ROWS, "lora_twice", None)
+    monkeypatch.setitem(BUILDERS, "lora_twice", None)
+    made = []
+
+    @register("lora_twice", method="lora")
+    def twice(base, row, dropout, seed):
+        made.append(row.method)
+        return adapted(base, row, dropout, seed)
+
+    config = StepOptions(**SMALL, rounds=1, rows=["lora_peft", "lora_twice"])
+    found = benchmark(config, say=lambda text: None)
+    assert made == ["lora"]
+    assert found["rows"]["lora_twice"]["rounds"] == 1
+    origin = {"hardware": {"cpu": "c", "gpus": []}, "packages": {"torch": "t"}}
+    assert "| lora_twice |" in markdown({**found, "provenance": origin})
+
+
+def test_what_is_measured_stays_whatever_comes_next(tmp_path: Path) -> None:
+    def breaking(options):
+        yield {"part": 1}
+        raise RuntimeError("the machine went away")
+
+    kind = Kind(options=StepOptions, measure=breaking, name=lambda record: "half")
+    with pytest.raises(RuntimeError, match="went away"):
+        measure(kind, StepOptions(output=str(tmp_path)))
+    assert json.loads((tmp_path / "half.json").read_text())["part"] == 1
+
+
+COMMITTED = ROOT / "results" / "bench"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in COMMITTED.glob("*-*.md")))
+def test_tables_beside_committed_records_are_those_of_the_records(name: str) -> None:
+    stem = name.partition("-")[0]
+    kind = kind_of(stem if stem in ("adapters", "together") else "steps")
+    table = kind.markdown(read_record(COMMITTED / f"{name}.json"))
+    assert table == (COMMITTED / f"{name}.md").read_text()
 
 
 def test_ratios_are_taken_within_rounds() -> None:
@@ -89,8 +150,9 @@ def test_rows_share_the_frozen_weights() -> None:
 
 
 def test_record_and_table(result: dict, tmp_path: Path) -> None:
-    config = BenchConfig(**SMALL, output=str(tmp_path / "deep" / "folder"), name="here")
-    paths, table = write(result, config)
+    config = StepOptions(**SMALL, output=str(tmp_path / "deep" / "folder"), name="here")
+    written = measure(dataclasses.replace(kind_of("steps"), measure=lambda _: [result]), config)
+    paths, table = written.paths, written.tables
     record = json.loads(paths[0].read_text())
     assert record["provenance"]["packages"]["torch"] == torch.__version__
     assert paths[1].read_text() == table
@@ -124,14 +186,14 @@ def test_the_papers_figures_stand_in_the_rows_of_their_method() -> None:
     [
         ({"rounds": 0}, "rounds=0 must be >= 1"),
         ({"dropout": 1.0}, "dropout=1.0 must be in"),
-        ({"dtype": "int8"}, "dtype=int8 is unknown: choose float32"),
+        ({"dtype": "int8"}, "dtype=int8 is not valid: choose float32"),
         ({"rows": ["lora_peft", "mixlra"]}, "rows=mixlra is unknown: choose from"),
         ({"rows": ["mixlora"]}, "lack lora_peft"),
     ],
 )
 def test_mistakes(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(BenchConfig(**{**SMALL, **change}))
+        check(StepOptions(**{**SMALL, **change}))
 
 
 def test_unknown_model_is_told() -> None:
@@ -164,19 +226,58 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("words", "message"),
     [
-        (("scripts/bench.py", "modle=tiny"), "modle"),
-        (("scripts/bench.py", "rounds=many"), "rounds"),
-        (("scripts/bench_peers.py", "modle=tiny"), "modle"),
+        (["modle=tiny"], "did you mean model"),
+        (["rounds=many"], "rounds=many is not valid"),
+        (["kind=adapters", "methd=lora"], "did you mean method"),
+        (["kind=peers", "package=other"], "package=other is unknown: choose moe_peft or mixlora"),
+        (["kind=peers", "model=gemma_2b"], "choose a model of the Llama family"),
+        (["kind=together", "experiment=smoke"], "experiment=smoke has no adapters"),
+        (["kind=peer"], "kind=peer is unknown: choose from adapters, eval, forms, gpu, peers"),
     ],
 )
-def test_mistakes_on_the_command_line(command: tuple[str, ...], message: str) -> None:
-    result = _run(*command)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_mistakes_in_words(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_benchmark(words)
+
+
+def test_the_forms_of_the_exact_kernel_are_timed(tmp_path: Path) -> None:
+    words = ["tokens=[1,4]", "widths=[[8,16]]", "rank=2", "seconds=0", f"output={tmp_path}"]
+    written = run_benchmark(["kind=forms", *words])
+    rows = json.loads(written.paths[0].read_text())["forms"]
+    assert len(rows) == 2 * 2 * 2
+    assert {(row["dtype"], row["dora"], row["tokens"]) for row in rows} == {
+        (dtype, dora, n) for dtype in ("bfloat16", "float32") for dora in (0, 1) for n in (1, 4)
+    }
+    assert all(row["rounds"] >= 3 and row["dense_over_grouped"] > 0 for row in rows)
+
+
+PEER = """
+import json, sys
+assert json.loads(sys.argv[1])["shape"]["hidden_size"] > 0
+print("ready", flush=True)
+for line in sys.stdin:
+    print(json.dumps({"train_forward_s": 1000.0, "train_backward_s": 2000.0}), flush=True)
+"""
+
+
+def test_peers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a worker that needs no package: it says that each step takes 3,000 seconds."""
+    from mixlora_exp.bench.kinds import peers
+
+    (tmp_path / "worker.py").write_text(PEER)
+    monkeypatch.setattr(peers, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(peers, "_environment", lambda folder: Path(sys.executable))
+    words = ["model=tiny", "batch=1", "length=4", "rounds=2", "dtype=float32"]
+    written = run_benchmark(["kind=peers", *words, f"output={tmp_path}"])
+    assert written.paths[0].name == "peers-mixlora-tiny-2layers-float32.json"
+    record = json.loads(written.paths[0].read_text())
+    assert len(record["samples"]) == 2
+    expected = [3000.0 / (s["ours"]["train_forward_s"] + s["ours"]["train_backward_s"])
+                for s in record["samples"]]  # fmt: skip
+    assert min(expected) <= record["times_as_fast"] * 1.001
+    assert record["times_as_fast"] <= max(expected) * 1.001
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the suite takes minutes")
@@ -189,7 +290,8 @@ def test_the_gpu_suite_says_that_it_needs_a_gpu_and_needs_no_hydra() -> None:
         "        if name.split('.')[0] in ('hydra', 'omegaconf', 'lm_eval'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Without())\n"
-        "runpy.run_path('scripts/bench_gpu.py', run_name='__main__')\n"
+        "sys.argv[1:] = ['kind=gpu']\n"
+        "runpy.run_path('scripts/bench.py', run_name='__main__')\n"
     )
     result = _run("-c", block)
     assert result.returncode == 2, result.stderr
@@ -228,17 +330,17 @@ def test_the_gpu_suites_check_of_routers(name: str, monkeypatch: pytest.MonkeyPa
 def test_a_row_that_runs_out_of_memory_in_a_round_loses_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mixlora_exp.bench import run
+    from mixlora_exp.bench.kinds import steps
 
-    honest = run._measure
+    honest = steps._measure
 
     def full(config, model, row, ids, number):
         if row == "mixlora" and number == 1:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
         return honest(config, model, row, ids, number)
 
-    monkeypatch.setattr(run, "_measure", full)
-    config = BenchConfig(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "dora"])
+    monkeypatch.setattr(steps, "_measure", full)
+    config = StepOptions(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "dora"])
     rows = benchmark(config, say=lambda text: None)["rows"]
     assert rows["mixlora"]["error"] == "out of memory in round 2"
     assert (rows["lora_peft"]["rounds"], rows["dora"]["rounds"]) == (3, 3)
@@ -246,18 +348,18 @@ def test_a_row_that_runs_out_of_memory_in_a_round_loses_no_other(
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlora_exp.bench import run
+    from mixlora_exp.bench.kinds import steps
 
     def broken(*arguments):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(run, "_measure", broken)
+    monkeypatch.setattr(steps, "_measure", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        benchmark(BenchConfig(**SMALL, rounds=1, rows=["lora_peft"]), say=lambda text: None)
+        benchmark(StepOptions(**SMALL, rounds=1, rows=["lora_peft"]), say=lambda text: None)
 
 
 def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
-    config = BenchConfig(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "mixlora_16_experts"])
+    config = StepOptions(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "mixlora_16_experts"])
     pair = benchmark(config, say=lambda text: None)["rows"]["mixlora_16_experts"]["train_ratio_to"]
     assert (pair["row"], pair["rounds"]) == ("mixlora", 3)
     assert pair["quartiles"][0] <= pair["median"] <= pair["quartiles"][1]
@@ -273,7 +375,7 @@ def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> Non
     from mixlora_exp.adapters import linear
     from mixlora_exp.bench.measure import inference_step
 
-    config = BenchConfig(**SMALL, rows=["lora_peft"])
+    config = StepOptions(**SMALL, rows=["lora_peft"])
     shape = model_config(config.model, None)
     base = base_model(shape, torch.float32, "cpu", 0)
     model = adapted(base, ROWS["dora"], 0.0, 0)

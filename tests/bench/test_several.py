@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from mixlora_exp.bench.kinds.adapters import benchmark_several
 from mixlora_exp.bench.model import base_model, model_config
-from mixlora_exp.bench.several import SeveralConfig, benchmark_several
 from mixlora_exp.bench.several_memory import account, resident
 from mixlora_exp.bench.several_report import several_markdown
-from mixlora_exp.bench.several_steps import Joint
+from mixlora_exp.bench.several_steps import AdapterOptions, Joint
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.memory import kept_per_token
 
-ROOT = Path(__file__).parents[2]
 TINY = {"model": "tiny", "dtype": "float32", "length": 16, "rounds": 1, "resident": False}
 
 
@@ -32,7 +28,7 @@ def one_thread() -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora", "mixlora", "mixdora", "mixed"])
 def test_memory_per_model_falls_as_the_base_is_shared(kind: str) -> None:
     """Within two points of (base / M + a) / (base + a), and by items that are counted."""
-    found = account(SeveralConfig(**TINY, kind=kind))
+    found = account(AdapterOptions(**TINY, method=kind))
     one = found["rows"]["1"]
     methods = ["lora", "dora", "mixlora", "mixdora"] if kind == "mixed" else [kind]
     method = compose([f"method={methods[0]}"]).method
@@ -55,8 +51,8 @@ def test_the_plan_of_a_packed_pass_is_what_autograd_keeps(method: str) -> None:
     kept = {}
     for layers in (1, 2):
         for length in (16, 48):
-            config = SeveralConfig(
-                **{**TINY, "length": length}, kind=method, dropout=0.0, sequences=2
+            config = AdapterOptions(
+                **{**TINY, "length": length}, method=method, dropout=0.0, sequences=2
             )
             base = base_model(model_config("tiny", layers), torch.float32, "cpu", 0)
             base.set_attn_implementation("sdpa")
@@ -72,7 +68,7 @@ def test_the_plan_of_a_packed_pass_is_what_autograd_keeps(method: str) -> None:
 
 
 def test_the_whole_benchmark() -> None:
-    config = SeveralConfig(**TINY, counts=[1, 2], sequences=2)
+    config = AdapterOptions(**TINY, counts=[1, 2], sequences=2)
     found = benchmark_several(config, say=lambda text: None)
     names = {"alone", "together_1", "together_2", "small_together_2", "small_alone_2"}
     assert set(found["times"]) == names
@@ -87,7 +83,7 @@ def test_the_whole_benchmark() -> None:
 
 
 def test_resident_memory_in_a_process_of_its_own() -> None:
-    found = resident(SeveralConfig(**TINY, counts=[1, 2], sequences=2), 2)
+    found = resident(AdapterOptions(**TINY, counts=[1, 2], sequences=2), 2)
     assert found["train"] > 0
     assert found["infer"] > 0
 
@@ -95,7 +91,7 @@ def test_resident_memory_in_a_process_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "qlora"}, "kind=qlora is unknown: choose from lora"),
+        ({"method": "qlora"}, "method=qlora is unknown: choose from lora"),
         ({"counts": [1, 3]}, "counts=3 must divide sequences=8"),
         ({"counts": [2, 4]}, "must begin with 1"),
         ({"rounds": 0}, "rounds=0 must be >= 1"),
@@ -103,11 +99,4 @@ def test_resident_memory_in_a_process_of_its_own() -> None:
 )
 def test_wrong_settings_are_told(changes, message) -> None:
     with pytest.raises(UserError, match=message):
-        benchmark_several(SeveralConfig(**{**TINY, **changes}))
-
-
-def test_the_script_tells_a_mistake() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "bench_adapters.py"), "knid=lora"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "the fields are model, kind" in done.stderr
+        benchmark_several(AdapterOptions(**{**TINY, **changes}))

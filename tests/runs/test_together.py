@@ -306,7 +306,7 @@ def test_configurations_are_checked_by_the_library_too(tmp_path) -> None:
 def test_the_comparison_of_together_and_alone(tmp_path: Path) -> None:
     """The script behind the record, on the smallest models."""
     words = ["experiment=multi_adapter/smoke", "trainer.precision=float32", f"output={tmp_path}"]
-    command = [sys.executable, str(ROOT / "scripts" / "bench_together.py"), *words]
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "kind=together", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = read_record(tmp_path / "together-tiny.json")

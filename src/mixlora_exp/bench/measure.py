@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.norms import adapters_changed
-from mixlora_exp.bench.settings import Row
+from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.training.head import loss_from_hidden
 
@@ -44,7 +44,7 @@ def _base(model: nn.Module) -> nn.Module:
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
-def training_step(model: nn.Module, row: Row, ids: Tensor) -> tuple[float, float]:
+def training_step(model: nn.Module, row: BenchRow, ids: Tensor) -> tuple[float, float]:
     """Seconds of forward pass with loss, and of the backward pass. ids: (batch, length).
 
     Each step counts as an optimizer step, so DoRA's norms are computed anew in each.

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from mixlora_exp.bench.measure import inference_step, training_step
-from mixlora_exp.bench.model import adapted, base_model, model_config
-from mixlora_exp.bench.settings import ROWS, BenchConfig
+from mixlora_exp.bench.model import base_model, model_config, model_of
+from mixlora_exp.bench.options import StepOptions
+from mixlora_exp.bench.rows import ROWS
 from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
-__all__ = ["in_fresh_process", "measure_here", "measure_in_process"]
 
-
-def measure_in_process(config: BenchConfig, row: str) -> dict[str, Any]:
+def measure_in_process(config: StepOptions, row: str) -> dict[str, Any]:
     """`measure_here` in a fresh process; `{"error": ...}` if it died, of want of memory say."""
     return in_fresh_process("mixlora_exp.bench.memory", {**asdict(config), "rows": [row]})
 
@@ -43,7 +42,7 @@ def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure_here(config: BenchConfig, row: str) -> dict[str, int]:
+def measure_here(config: StepOptions, row: str) -> dict[str, int]:
     """Bytes beyond what the process held before the model was built: weights, adapter, activations
     and gradients, without an optimizer."""
     device = torch.device("cpu")
@@ -55,7 +54,7 @@ def measure_here(config: BenchConfig, row: str) -> dict[str, int]:
     shape = model_config(config.model, config.layers)
     base = base_model(shape, getattr(torch, config.dtype), "cpu", config.seed)
     ids = torch.randint(shape.config["vocab_size"], ids.shape)
-    model = adapted(base, ROWS[row], config.dropout, config.seed)
+    model = model_of(row, base, config.dropout, config.seed)
     inference_step(model, ids)
     inference = peak_memory_bytes(device) - before
     reset_peak_memory(device)
@@ -68,7 +67,7 @@ def measure_here(config: BenchConfig, row: str) -> dict[str, int]:
 
 def main() -> None:
     """Measure the one row asked for on standard input and print the result as JSON."""
-    config = BenchConfig(**json.loads(sys.stdin.read()))
+    config = StepOptions(**json.loads(sys.stdin.read()))
     if config.threads:
         torch.set_num_threads(config.threads)
     sys.stdout.write(json.dumps(measure_here(config, config.rows[0])) + "\n")

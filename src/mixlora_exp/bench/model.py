@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from enum import Enum
-from pathlib import Path
 from typing import get_type_hints
 
 import torch
@@ -15,15 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as transformers_initialization
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
-from mixlora_exp.bench.settings import Row
+from mixlora_exp.bench.rows import BUILDERS, ROWS, BenchRow
 from mixlora_exp.config.architecture import read_architecture
+from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import build_hf_config
 
-__all__ = ["adapted", "base_model", "model_config", "sharing"]
-
-CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
+CONF = CONF_DIR / "model"
 
 
 def model_config(name: str, layers: int | None) -> ModelConfig:
@@ -82,7 +80,7 @@ def sharing(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def adapted(base: PreTrainedModel, row: Row, dropout: float, seed: int) -> nn.Module:
+def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
     """The model of a row on the weights of `base`. B is not left at zero, so that no product of
     the row is with zeros. Rows `base` and `floor` have no adapter."""
     model = sharing(base)
@@ -112,3 +110,8 @@ def adapted(base: PreTrainedModel, row: Row, dropout: float, seed: int) -> nn.Mo
             if row.adapter_dtype == "base":
                 parameter.data = parameter.data.to(base.dtype)
     return made
+
+
+def model_of(name: str, base: PreTrainedModel, dropout: float, seed: int) -> nn.Module:
+    """The model of a registered row on the weights of `base`."""
+    return BUILDERS.get(name, adapted)(base, ROWS[name], dropout, seed)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown", "paper_rows"]
+from mixlora_exp.config.places import RESULTS
 
-PAPER = Path(__file__).resolve().parents[3] / "results" / "paper"
+PAPER = RESULTS / "paper"
 PAPER_TABLES = {"llama2_7b": "table6.csv", "gemma_2b": "table7.csv"}
 # Row of the benchmark -> (method, optimised) of the paper's table, one model at a time.
 PAPER_ROWS = {

@@ -16,11 +16,9 @@ import torch
 from mixlora_exp.adapters.hosting import parameters_of
 from mixlora_exp.bench.memory import in_fresh_process
 from mixlora_exp.bench.model import base_model, model_config
-from mixlora_exp.bench.several_steps import Joint, SeveralConfig
+from mixlora_exp.bench.several_steps import AdapterOptions, Joint
 from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 from mixlora_exp.training.packed import packed_attention
-
-__all__ = ["account", "resident"]
 
 
 def _parameters(joint: Joint) -> int:
@@ -28,7 +26,7 @@ def _parameters(joint: Joint) -> int:
     return sum(p.numel() for n in names for p in parameters_of(joint.model, n).values())
 
 
-def account(config: SeveralConfig) -> dict[str, Any]:
+def account(config: AdapterOptions) -> dict[str, Any]:
     """Memory per model of M adapters, in bytes, each with `sequences / max(counts)` sequences.
 
     Parameters and what autograd keeps are counted at one and two layers and extended to the true
@@ -65,10 +63,10 @@ def account(config: SeveralConfig) -> dict[str, Any]:
             one = rows[1][use]
             row[f"{use}_percent"] = round(100 * row[use] / one, 2)
             own = row[use] - row["bytes"]["base"] / count
-            a = own if config.kind == "mixed" else one - rows[1]["bytes"]["base"]
+            a = own if config.method == "mixed" else one - rows[1]["bytes"]["base"]
             frozen = row["bytes"]["base"]
             row[f"{use}_expected_percent"] = round(
-                100 * (frozen / count + a) / (one if config.kind == "mixed" else frozen + a), 2
+                100 * (frozen / count + a) / (one if config.method == "mixed" else frozen + a), 2
             )
     named = {str(count): row for count, row in rows.items()}
     return {"depth": depth, "sequences": sequences, "length": config.length, "rows": named}
@@ -84,7 +82,7 @@ def _per_model(whole: dict[str, int], count: int) -> dict[str, float]:
     }
 
 
-def resident_here(config: SeveralConfig, count: int) -> dict[str, int]:
+def resident_here(config: AdapterOptions, count: int) -> dict[str, int]:
     """Bytes beyond what this process held before, at `config.layers`: of a forward pass, and of a
     training step with AdamW."""
     device = torch.device("cpu")
@@ -109,7 +107,7 @@ def resident_here(config: SeveralConfig, count: int) -> dict[str, int]:
     return {"infer": inference, "train": peak_memory_bytes(device) - before}
 
 
-def resident(config: SeveralConfig, count: int) -> dict[str, Any]:
+def resident(config: AdapterOptions, count: int) -> dict[str, Any]:
     """`resident_here` in a fresh process."""
     asked = {"config": asdict(config), "count": count}
     return in_fresh_process("mixlora_exp.bench.several_memory", asked)
@@ -118,7 +116,7 @@ def resident(config: SeveralConfig, count: int) -> dict[str, Any]:
 def main() -> None:
     """Measure what standard input asks for and print it as JSON."""
     asked = json.loads(sys.stdin.read())
-    config = SeveralConfig(**asked["config"])
+    config = AdapterOptions(**asked["config"])
     if config.threads:
         torch.set_num_threads(config.threads)
     sys.stdout.write(json.dumps(resident_here(config, asked["count"])) + "\n")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["several_markdown"]
-
 # Table 6: two models together, memory per model in percent of one alone.
 PAPER = {2: (57.7, 52.5)}
 
@@ -88,11 +86,13 @@ def _times(record: Mapping[str, Any]) -> str:
 def several_markdown(record: Mapping[str, Any]) -> str:
     """The tables of one record, with what it was measured on."""
     config, hardware = record["config"], record["provenance"]["hardware"]
+    # Older records call it `kind`.
+    method = config.get("method", config.get("kind"))
     machine = ", ".join(hardware.get("gpus") or []) or (
         f"{hardware['cpu']}, {record['threads']} threads"
     )
     return (
-        f"# Several adapters ({config['kind']}) on one {config['model']}, {config['dtype']}, "
+        f"# Several adapters ({method}) on one {config['model']}, {config['dtype']}, "
         f"dropout {config['dropout']}\n\n"
         f"{machine}; torch {record['provenance']['packages']['torch']}. Random weights; times at "
         f"{record['layers']} layers, medians of {config['rounds']} rounds, rows interleaved in one "

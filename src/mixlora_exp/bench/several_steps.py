@@ -14,27 +14,26 @@ from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.norms import adapters_changed
 from mixlora_exp.bench.measure import Clock, saved_bytes
 from mixlora_exp.bench.model import sharing
-from mixlora_exp.bench.settings import Row
+from mixlora_exp.bench.options import BenchOptions, require_positive
+from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError
 from mixlora_exp.training.losses import joint_losses, total_of
 from mixlora_exp.training.packed import packed_attention
 
-__all__ = ["KINDS", "Joint", "SeveralConfig", "check", "kind_of"]
-
-KINDS = ("lora", "dora", "mixlora", "mixdora")
+METHODS = ("lora", "dora", "mixlora", "mixdora")
 
 
 @dataclass(slots=True, kw_only=True)
-class SeveralConfig:
-    """One benchmark of several adapters. `kind`: a method, or `mixed` for all four in turn.
+class AdapterOptions(BenchOptions):
+    """One benchmark of several adapters. `method`: one, or `mixed` for all four in turn.
     `sequences` of `length` tokens go through the model in a step, shared out over the adapters
     (`small`: each adapter has this many sequences of its own instead, against runs one after
     another). `layers` cuts the depth of what is timed."""
 
     model: str = "smollm2_135m"
-    kind: str = "mixlora"
+    method: str = "mixlora"
     layers: int | None = None
     counts: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     sequences: int = 8
@@ -45,20 +44,17 @@ class SeveralConfig:
     rounds: int = 8
     resident: bool = True
     seed: int = 0
-    threads: int | None = None
-    output: str = "results/bench"
-    name: str | None = None
 
 
-def check(config: SeveralConfig) -> None:
+def check(config: AdapterOptions) -> None:
     """Raises:
     UserError: a value is out of range.
     """
-    if config.kind not in (*KINDS, "mixed"):
-        raise UserError(f"kind={config.kind} is unknown: choose from {', '.join(KINDS)}, mixed")
-    for name in ("sequences", "length", "small", "rounds"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be >= 1")
+    if config.method not in (*METHODS, "mixed"):
+        raise UserError(
+            f"method={config.method} is unknown: choose from {', '.join(METHODS)}, mixed"
+        )
+    require_positive(config, "sequences", "length", "small", "rounds")
     for count in config.counts:
         if count < 1 or config.sequences % count:
             raise UserError(
@@ -70,7 +66,7 @@ def check(config: SeveralConfig) -> None:
 
 
 def _peft_config(kind: str, dropout: float) -> LoraConfig:
-    row = Row(method=kind)
+    row = BenchRow(method=kind)
     common = {
         "r": row.rank,
         "lora_alpha": 2 * row.rank,
@@ -82,17 +78,17 @@ def _peft_config(kind: str, dropout: float) -> LoraConfig:
     return MixLoraConfig(**common) if kind.startswith("mix") else LoraConfig(**common)
 
 
-def kind_of(config: SeveralConfig, number: int) -> str:
+def method_of(config: AdapterOptions, number: int) -> str:
     """The method of the adapter with this number."""
-    return KINDS[number % len(KINDS)] if config.kind == "mixed" else config.kind
+    return METHODS[number % len(METHODS)] if config.method == "mixed" else config.method
 
 
-def together(config: SeveralConfig, base: torch.nn.Module, count: int) -> PeftModel:
+def together(config: AdapterOptions, base: torch.nn.Module, count: int) -> PeftModel:
     """`count` trainable adapters on the weights of `base`, B not left at zero."""
     model: Any = sharing(base)
     for number in range(count):
         torch.manual_seed(config.seed + number)
-        kind = kind_of(config, number)
+        kind = method_of(config, number)
         model = add_guest(model, f"adapter{number}", _peft_config(kind, config.dropout))
     set_kernel(model, "auto")
     with torch.no_grad():
@@ -104,7 +100,7 @@ def together(config: SeveralConfig, base: torch.nn.Module, count: int) -> PeftMo
     return model
 
 
-def batches_of(config: SeveralConfig, count: int, sequences: int, vocabulary: int) -> dict:
+def batches_of(config: AdapterOptions, count: int, sequences: int, vocabulary: int) -> dict:
     """Random sequences for each adapter, every token of which counts."""
     made = {}
     for number in range(count):
@@ -122,7 +118,7 @@ def batches_of(config: SeveralConfig, count: int, sequences: int, vocabulary: in
 class Joint:
     """Steps of several adapters, on batches of their own."""
 
-    def __init__(self, config: SeveralConfig, base: torch.nn.Module, count: int, sequences: int):
+    def __init__(self, config: AdapterOptions, base: torch.nn.Module, count: int, sequences: int):
         self.model = together(config, base, count)
         device = next(self.model.parameters()).device
         vocabulary = base.config.vocab_size

@@ -1,11 +1,9 @@
-"""What several adapters on one base cost: time per token, and memory item by item."""
+"""`kind=adapters`: what several adapters on one base cost, in time per token and memory by item."""
 
 from __future__ import annotations
 
-import random
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,19 +11,16 @@ import torch
 
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
-from mixlora_exp.bench.settings import Row
+from mixlora_exp.bench.rounds import Sample, interleaved, quartiles, ratios
+from mixlora_exp.bench.rows import BenchRow
+from mixlora_exp.bench.runner import Kind, say
 from mixlora_exp.bench.several_memory import account, resident
-from mixlora_exp.bench.several_steps import KINDS, Joint, SeveralConfig, check, kind_of
-
-__all__ = ["SeveralConfig", "benchmark_several"]
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+from mixlora_exp.bench.several_report import several_markdown
+from mixlora_exp.bench.several_steps import METHODS, AdapterOptions, Joint, check, method_of
 
 
 def benchmark_several(
-    config: SeveralConfig, *, say: Callable[[str], None] = _say
+    config: AdapterOptions, *, say: Callable[[str], None] = say
 ) -> dict[str, Any]:
     """Measure M adapters for each M of `counts`.
 
@@ -34,22 +29,14 @@ def benchmark_several(
     medians and quartiles over rounds in which all rows are interleaved. `memory`: see `account`.
     """
     check(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = model_config(config.model, config.layers)
     base = base_model(shape, getattr(torch, config.dtype), device, config.seed)
     base.set_attn_implementation("eager" if device == "cpu" else "sdpa")
     steps = _steps(config, base)
-    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
-    for number in range(config.rounds + 1):
-        names = list(steps)
-        random.Random(config.seed + number).shuffle(names)
-        for name in names:
-            taken = steps[name]()
-            if number:  # The first round warms up.
-                samples[name].append(taken)
-        say(f"round {number}/{config.rounds}")
+    for step in steps.values():
+        step(0)  # Warms up.
+    samples = interleaved(steps, config.rounds, config.seed, say=say)
     tokens = config.sequences * config.length
     times = {name: _times(taken, samples, name, config) for name, taken in samples.items()}
     steps.clear()
@@ -73,54 +60,75 @@ def benchmark_several(
     }
 
 
-def _steps(config: SeveralConfig, base: torch.nn.Module) -> dict[str, Callable[[], tuple]]:
-    """By name, a function that returns seconds of forward, backward and inference."""
-    vocabulary, device = base.config.vocab_size, next(base.parameters()).device
-    steps: dict[str, Callable[[], tuple]] = {}
+def _sample(forward: float, backward: float, inference: float) -> Sample:
+    return {
+        "train_forward_s": forward, "train_backward_s": backward, "infer_forward_s": inference,
+    }  # fmt: skip
 
-    def alone(sequences: int, kind: str) -> Callable[[], tuple]:
-        row = Row(method=kind, kernel="auto")
+
+def _steps(config: AdapterOptions, base: torch.nn.Module) -> dict[str, Callable[[int], Sample]]:
+    vocabulary, device = base.config.vocab_size, next(base.parameters()).device
+    steps: dict[str, Callable[[int], Sample]] = {}
+
+    def alone(sequences: int, method: str) -> Callable[[int], Sample]:
+        row = BenchRow(method=method, kernel="auto")
         model = adapted(base, row, config.dropout, config.seed)
         ids = torch.randint(vocabulary, (sequences, config.length), device=device)
-        return lambda: (*training_step(model, row, ids), inference_step(model, ids))
+        return lambda number: _sample(*training_step(model, row, ids), inference_step(model, ids))
 
-    def joined(count: int, sequences: int) -> Callable[[], tuple]:
+    def joined(count: int, sequences: int) -> Callable[[int], Sample]:
         joint = Joint(config, base, count, sequences)
-        return lambda: (*joint.train(), joint.infer())
+        return lambda number: _sample(*joint.train(), joint.infer())
 
-    steps["alone"] = alone(config.sequences, kind_of(config, 0))
+    steps["alone"] = alone(config.sequences, method_of(config, 0))
     for count in config.counts:
         steps[f"together_{count}"] = joined(count, config.sequences // count)
     for count in config.counts[1:]:
         steps[f"small_together_{count}"] = joined(count, config.small)
-        singles = [alone(config.small, kind_of(config, i)) for i in range(min(count, len(KINDS)))]
+        singles = [
+            alone(config.small, method_of(config, i)) for i in range(min(count, len(METHODS)))
+        ]
 
-        def one_after_another(singles=singles, count=count) -> tuple:
-            taken = [singles[i % len(singles)]() for i in range(count)]
-            return tuple(map(sum, zip(*taken, strict=True)))
+        def one_after_another(number: int, singles=singles, count=count) -> Sample:
+            taken = [singles[i % len(singles)](number) for i in range(count)]
+            return {part: sum(sample[part] for sample in taken) for part in taken[0]}
 
         steps[f"small_alone_{count}"] = one_after_another
     return steps
 
 
+PARTS = {"train": ("train_forward_s", "train_backward_s"), "infer": ("infer_forward_s",)}
+
+
 def _times(
-    taken: Sequence[tuple[float, ...]], samples: dict[str, list], name: str, config: SeveralConfig
-) -> dict[str, Any]:
+    taken: Sequence[Sample], samples: Mapping[str, Sequence[Sample]], name: str,
+    config: AdapterOptions,
+) -> dict[str, Any]:  # fmt: skip
     """Medians, and ratios within rounds: to the first row of the same tokens, or of small batches
     to the runs one after another."""
     small = name.startswith("small")
     count = int(name.rpartition("_")[2]) if small else 0
     tokens = config.length * (config.small * count if small else config.sequences)
     found: dict[str, Any] = {}
-    parts = {"train": slice(0, 2), "infer": slice(2, 3)}
     other = samples[f"small_alone_{count}" if small else "together_1"]
-    for part, span in parts.items():
-        own = [sum(sample[span]) for sample in taken]
-        found[f"{part}_us_per_token"] = round(statistics.median(own) * 1e6 / tokens, 3)
-        ratios = [a / sum(b[span]) for a, b in zip(own, other, strict=True)]
-        low, middle, high = (
-            statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        )
+    for part, keys in PARTS.items():
+        middle = statistics.median(sum(sample[key] for key in keys) for sample in taken)
+        found[f"{part}_us_per_token"] = round(middle * 1e6 / tokens, 3)
+        low, middle, high = quartiles(ratios(taken, other, keys))
         found[f"{part}_ratio"] = round(middle, 4)
         found[f"{part}_ratio_quartiles"] = [round(low, 4), round(high, 4)]
     return found
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    config = record["config"]
+    parts = ["adapters", record["device"], config["model"], config["method"]]
+    shape = f"{config['sequences']}x{config['length']}"
+    return "-".join([*parts, f"{record['layers']}layers", shape, config["dtype"]])
+
+
+def measure(config: AdapterOptions) -> Iterator[dict[str, Any]]:
+    yield benchmark_several(config)
+
+
+KIND = Kind(options=AdapterOptions, measure=measure, name=_name, markdown=several_markdown)

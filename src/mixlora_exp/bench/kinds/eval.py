@@ -1,23 +1,21 @@
-"""Items per second of the scoring protocols beside lm-eval's own loop: same model, same items.
+"""`kind=eval`: items per second of scoring beside lm-eval's own loop: same model, same items.
 
-`python scripts/bench_eval.py limit=60 path=DIR` scores that many items of each of the eight tasks
-(generated ones without `path`; tasks that DIR has no test split of are left out).
+`limit=60 path=DIR` scores that many items of each of the eight tasks (generated ones without
+`path`; tasks that DIR has no test split of are left out).
 
 lm-eval's tasks: its own loop at each of `batch_sizes` (1 is its default) beside the subclass that
 shares prefixes, to be 1.5 times as fast. The prompts of `label_logits`: lm-eval's loop on a task of
 the same prompts with the labels as choices, beside `label_logits`, to be 4 times as fast. Each pair
-must give the same accuracies. Writes `results/bench/eval-<model>-<method>-<dtype>.json`.
+must give the same accuracies.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,10 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.config import compose, options
+from mixlora_exp.bench.options import BenchOptions, require_dtype
+from mixlora_exp.bench.rounds import interleaved
+from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.config import compose
 from mixlora_exp.config.schema import TASK_NAMES, AnswerForm, Config, LoraMethodConfig
 from mixlora_exp.data.encoding import ask
 from mixlora_exp.data.loaded import LoadedSplit
@@ -43,16 +44,13 @@ from mixlora_exp.evaluation.harness import (
 from mixlora_exp.evaluation.label_logits import score_label_logits
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast
-from mixlora_exp.records.record import finish_record, provenance, write_json
-from mixlora_exp.system.device import hardware_names, resolve_device
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.device import resolve_device
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"lm_eval": 1.5, "label_logits": 4.0}
 
 
 @dataclass(slots=True, kw_only=True)
-class Settings:
+class EvalOptions(BenchOptions):
     model: str = "smollm2_135m"
     method: str = "none"
     dtype: str = "float32"
@@ -61,7 +59,6 @@ class Settings:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     batch_tokens: int = 4096
     rounds: int = 3
-    output: str = "results/bench"
 
 
 def _tests(config: Config, limit: int) -> dict[str, LoadedSplit]:
@@ -72,7 +69,7 @@ def _tests(config: Config, limit: int) -> dict[str, LoadedSplit]:
         try:
             split = load_split(config.data, task, "test")
         except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            say(f"left out: {error}")
             continue
         found[task] = split.limited(limit, 0)
     return found
@@ -115,86 +112,101 @@ def _label_accuracies(lm: HFLM, tests: dict[str, LoadedSplit], config: Config) -
     return {task: results[f"label_{task}"]["acc,none"] for task in tests}
 
 
-def run(arguments: Sequence[str]) -> None:
-    settings = options(Settings, arguments)
-    source = ["data=local", f"data.path={settings.path}"] if settings.path else ["data=embedded"]
-    overrides = [f"model={settings.model}", f"method={settings.method}", "task=all", *source]
-    config = compose(overrides)
-    if settings.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={settings.dtype} is not valid: choose float32 or bfloat16")
-    dtype, device = getattr(torch, settings.dtype), resolve_device()
-    tests = _tests(config, settings.limit)
+Way = Callable[[], dict[str, float]]
+"""A way of scoring all items; returns accuracies by task."""
+
+
+def _ways(
+    config: Config, options: EvalOptions, tests: dict[str, LoadedSplit]
+) -> dict[tuple[str, str], Way]:
+    """By protocol and name."""
+    dtype, device = getattr(torch, options.dtype), resolve_device()
     tokenizer = load_tokenizer(config.model)
     model: Any = load_model(config.model, dtype, 0, device)
     if device.type == "cpu":
         model.set_attn_implementation("eager")
     if isinstance(config.method, LoraMethodConfig):
         model = attach_adapter(model, config.method, config.kernel, 0)
-    scorer = Scorer(model, tokenizer, autocast(device, dtype), settings.batch_tokens)
-
+    scorer = Scorer(model, tokenizer, autocast(device, dtype), options.batch_tokens)
     config.evaluation.batch_check = 0
 
     def accuracies(scores: list[TaskScore]) -> dict[str, float]:
         return {score.task: score.accuracy for score in scores}
 
-    def own(size: int) -> HFLM:
-        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
-
-    def labels() -> dict[str, float]:
-        return accuracies(score_label_logits(scorer, tests, config.data, config.evaluation))
-
-    ways: dict[tuple[str, str], Callable[[], dict[str, float]]] = {}
-    for size in settings.batch_sizes:
-        name, lm = f"lm-eval's loop, batch size {size}", own(size)
+    ways: dict[tuple[str, str], Way] = {}
+    for size in options.batch_sizes:
+        name = f"lm-eval's loop, batch size {size}"
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
         ways["lm_eval", name] = lambda lm=lm: accuracies(
             task_scores(evaluate_tasks(lm, tests), tests)
         )
         ways["label_logits", name] = lambda lm=lm: _label_accuracies(lm, tests, config)
     ways["lm_eval", "ours"] = lambda: accuracies(score_lm_eval(scorer, tests))
-    ways["label_logits", "ours"] = labels
-    items = sum(len(test.items) for test in tests.values())
+    ways["label_logits", "ours"] = lambda: accuracies(
+        score_label_logits(scorer, tests, config.data, config.evaluation)
+    )
+    return ways
+
+
+def _summary(rows: dict[str, dict[str, Any]], items: int, target: float) -> dict[str, Any]:
+    speed = {name: items / statistics.median(row["seconds"]) for name, row in rows.items()}
+    others = {name: value for name, value in speed.items() if name != "ours"}
+    return {
+        "items_per_second": {name: round(value, 3) for name, value in speed.items()},
+        "times_as_fast": {n: round(speed["ours"] / value, 3) for n, value in others.items()},
+        "target": target,
+        "same_accuracies": all(r["accuracy"] == rows["ours"]["accuracy"] for r in rows.values()),
+    }
+
+
+def measure(options: EvalOptions) -> Iterator[dict[str, Any]]:
+    require_dtype(options.dtype, ("float32", "bfloat16"))
+    source = ["data=local", f"data.path={options.path}"] if options.path else ["data=embedded"]
+    config = compose([f"model={options.model}", f"method={options.method}", "task=all", *source])
+    tests = _tests(config, options.limit)
+    ways = _ways(config, options, tests)
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in TARGETS}
-    for number in range(settings.rounds):
-        for protocol, name in random.Random(number).sample(list(ways), len(ways)):
-            start = time.perf_counter()
-            found = ways[protocol, name]()
-            seconds = round(time.perf_counter() - start, 3)
-            row = rows[protocol].setdefault(name, {"seconds": [], "accuracy": found})
-            row["seconds"].append(seconds)
-            print(f"round {number + 1}: {protocol}, {name}: {seconds:.1f} s", file=sys.stderr)
-    summary = {}
-    for protocol, target in TARGETS.items():
-        ours, *others = rows[protocol].pop("ours"), *rows[protocol].values()
-        speed = {
-            name: items / statistics.median(r["seconds"]) for name, r in rows[protocol].items()
-        }
-        rows[protocol]["ours"] = ours
-        own_speed = items / statistics.median(ours["seconds"])
-        summary[protocol] = {
-            "items_per_second": {n: round(v, 3) for n, v in {**speed, "ours": own_speed}.items()},
-            "times_as_fast": {name: round(own_speed / v, 3) for name, v in speed.items()},
-            "target": target,
-            "same_accuracies": all(other["accuracy"] == ours["accuracy"] for other in others),
-        }
-        for name, factor in summary[protocol]["times_as_fast"].items():
-            print(f"{protocol}: {factor:.2f} times as fast as {name} (target {target})")
-        if not summary[protocol]["same_accuracies"]:
-            print(f"{protocol}: the accuracies are not the same; the record has them")
-    record = {
-        "config": asdict(settings),
+
+    def timed(protocol: str, name: str) -> dict[str, float]:
+        start = time.perf_counter()
+        found = ways[protocol, name]()
+        seconds = round(time.perf_counter() - start, 3)
+        row = rows[protocol].setdefault(name, {"seconds": [], "accuracy": found})
+        row["seconds"].append(seconds)
+        say(f"{protocol}, {name}: {seconds:.1f} s")
+        return {}
+
+    steps = {" ".join(key): lambda number, key=key: timed(*key) for key in ways}
+    interleaved(steps, options.rounds, 0, say=say)
+    items = sum(len(test.items) for test in tests.values())
+    kept = asdict(options)
+    # The record tells where results were found, not where someone keeps data.
+    kept["path"] = None if options.path is None else Path(options.path).name
+    yield {
+        "config": kept,
         "items": {task: len(test.items) for task, test in tests.items()},
-        "summary": summary,
+        "summary": {p: _summary(rows[p], items, target) for p, target in TARGETS.items()},
         "protocols": rows,
         "threads": torch.get_num_threads(),
-        "provenance": provenance(ROOT, hardware_names()),
     }
-    # The record tells where results were found, not where someone keeps data.
-    record["config"]["path"] = None if settings.path is None else Path(settings.path).name
-    source = "embedded" if settings.path is None else "local"
-    name = f"eval-{settings.model}-{settings.method}-{settings.dtype}-{source}.json"
-    write_json(Path(settings.output) / name, finish_record(record))
-    print(f"Written: {Path(settings.output) / name}")
 
 
-if __name__ == "__main__":
-    sys.exit(guarded(run, sys.argv[1:]))
+def _name(record: Mapping[str, Any]) -> str:
+    config = record["config"]
+    source = "embedded" if config["path"] is None else "local"
+    return f"eval-{config['model']}-{config['method']}-{config['dtype']}-{source}"
+
+
+def _markdown(record: Mapping[str, Any]) -> str:
+    lines = ["| protocol | way | items/s | ours, times as fast | target |", "|" + " --- |" * 5]
+    for protocol, found in record["summary"].items():
+        for way, speed in found["items_per_second"].items():
+            factor = found["times_as_fast"].get(way)
+            cells = ["-", "-"] if factor is None else [f"{factor:.2f}", f"{found['target']:g}"]
+            lines.append(f"| {protocol} | {way} | {speed:.1f} | {' | '.join(cells)} |")
+        if not found["same_accuracies"]:
+            lines.append(f"| {protocol} | the accuracies are not the same | - | - | - |")
+    return "\n".join(lines) + "\n"
+
+
+KIND = Kind(options=EvalOptions, measure=measure, name=_name, markdown=_markdown)

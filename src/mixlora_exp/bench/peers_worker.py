@@ -1,4 +1,4 @@
-"""Steps of the packages moe-peft and mixlora, one a line: run by `bench_peers.py` in their venv.
+"""Steps of the packages moe-peft and mixlora, one a line: run by `kinds.peers` in their venv.
 
 Reads what to build as JSON from the first argument, answers `ready`, and then each line on standard
 input with one step's seconds as JSON. Imports nothing of this project.

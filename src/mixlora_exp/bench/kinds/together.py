@@ -1,10 +1,9 @@
-"""Several adapters trained and scored together, against one run after another:
-`python scripts/bench_together.py data.path=DIR`.
+"""`kind=together`: several adapters trained and scored together, against one run after another.
 
 Runs `experiment=multi_adapter/four_methods` (or the one given), then each of its entries as a
-command of its own, each in a process of its own, and writes `results/bench/together-<model>.json`
-with a table beside it: losses, scores, the time of the whole process and its peak memory.
-`output=DIR` takes another folder; anything else is an override as `train.py` takes it.
+command of its own, each in a process of its own: losses, scores, the time of the whole process and
+its peak memory. Words that are no setting of a benchmark are overrides as `train.py` takes them
+(`data.path=DIR`).
 """
 
 from __future__ import annotations
@@ -14,24 +13,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config import compose
+from mixlora_exp.bench.options import BenchOptions
+from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.config import compose, options
+from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.together import entry_overrides
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.outcome import outcomes
-from mixlora_exp.records.record import finish_record, provenance, write_json, write_text
-from mixlora_exp.system.guarded import guarded
 
-ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = "experiment=multi_adapter/four_methods"
+
+
+@dataclass(slots=True, kw_only=True)
+class TogetherOptions(BenchOptions):
+    experiment: str = EXPERIMENT
+    overrides: list[str] = field(default_factory=list)
 
 
 def _run(words: list[str], log: Path) -> dict[str, float]:
     """Seconds and peak memory of one command line of `train.py`, start and loading included."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "train.py"), *words]
-    print(" ".join(words), flush=True)
+    say(" ".join(words))
     begun = time.perf_counter()
     with log.open("ab") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
@@ -67,7 +74,7 @@ def _pair(together: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(record: dict[str, Any]) -> str:
+def _markdown(record: Mapping[str, Any]) -> str:
     lines = [
         "| adapter | task | loss at the end, together | alone | largest difference of a logged "
         "loss | accuracy together | alone | chance | majority |",
@@ -97,18 +104,26 @@ def _table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str]) -> None:
-    """Carry out the comparison."""
-    if any(word in ("-h", "--help") for word in argv):
-        print((__doc__ or "").strip())
-        return
-    experiment = next((w for w in argv if w.startswith("experiment=")), EXPERIMENT)
-    output = next((w for w in argv if w.startswith("output=")), "output=results/bench")
-    words = [w for w in argv if not w.startswith(("experiment=", "output="))]
+def _parse(words: Sequence[str]) -> TogetherOptions:
+    if any(word in ("-h", "--help") for word in words):
+        options(TogetherOptions, words)
+    fields, rest = {}, []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ("output", "name"):
+            fields[name] = value
+        elif name == "experiment":
+            fields[name] = word
+        else:
+            rest.append(word)
+    return TogetherOptions(overrides=rest, **fields)
+
+
+def measure(asked: TogetherOptions) -> Iterator[dict[str, Any]]:
+    experiment, words = asked.experiment, asked.overrides
     config = compose([experiment, *words])
     if not config.adapters:
         raise UserError(f"{experiment} has no adapters: name one of conf/experiment/multi_adapter/")
-    origin = provenance(ROOT)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         joint, alone = [f"output_dir={folder / name}" for name in ("together", "alone")]
@@ -120,19 +135,17 @@ def main(argv: list[str]) -> None:
                 [experiment, *words, "adapters=[]", *own, alone], folder / "log"
             )
         found, expected = outcomes(folder / "together"), outcomes(folder / "alone")
-    record = {
+    yield {
+        "model": config.model.name,
         "experiment": experiment,
         "overrides": [w for w in words if not w.startswith("data.path=")],
         "adapters": {name: _pair(found[name], expected[name]) for name in expected},
         "together": whole,
         "alone": single,
-        "provenance": origin,
     }
-    path = ROOT / output.partition("=")[2] / f"together-{config.model.name}.json"
-    write_json(path, finish_record(record))
-    write_text(path.with_suffix(".md"), _table(record))
-    print(_table(record))
 
 
-if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+KIND = Kind(
+    options=TogetherOptions, measure=measure, markdown=_markdown, parse=_parse,
+    name=lambda record: f"together-{record['model']}",
+)  # fmt: skip

@@ -1,0 +1,63 @@
+"""Measuring in turns, and what may be said of it: medians, and ratios within the same rounds."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+Sample = dict[str, float]
+"""Seconds by part, and the `round`."""
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[int], Sample]],
+    rounds: int,
+    seed: int,
+    *,
+    every: Mapping[str, int] | None = None,
+    deadline: float | None = None,
+    lost: Callable[[str, int, Exception], bool] = lambda name, number, error: False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, list[Sample]]:
+    """What each step measures in each round, all steps of a round in an order of its own, so that
+    none always follows the same one.
+
+    `every`: a step is taken in each n-th round. `deadline` (of `time.monotonic`) ends the rounds
+    early. `lost(name, number, error)`: whether a step that raised is given up, with what it has
+    measured so far, and the others go on.
+    """
+    found: dict[str, list[Sample]] = {name: [] for name in steps}
+    for number in range(rounds):
+        if deadline is not None and time.monotonic() > deadline:
+            say(f"stopped after {number} of {rounds} rounds for want of time")
+            break
+        names = list(found)
+        random.Random(seed + number).shuffle(names)
+        for name in names:
+            if number % (every or {}).get(name, 1):
+                continue
+            try:
+                found[name].append({"round": number, **steps[name](number)})
+            except Exception as error:
+                if not lost(name, number, error):
+                    raise
+                del found[name]
+        say(f"round {number + 1}/{rounds}")
+    return found
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile; a single value stands for all three."""
+    if len(values) < 2:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def ratios(taken: Sequence[Sample], others: Sequence[Sample], parts: Sequence[str]) -> list[float]:
+    """Sums of `parts` of one step over those of another, within the rounds that have both."""
+    by_round = {sample["round"]: sample for sample in others}
+    pairs = [(s, by_round[s["round"]]) for s in taken if s["round"] in by_round]
+    both = [(a, b) for a, b in pairs if all(part in a and part in b for part in parts)]
+    return [sum(a[p] for p in parts) / sum(b[p] for p in parts) for a, b in both]

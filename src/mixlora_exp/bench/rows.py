@@ -1,0 +1,98 @@
+"""The rows of a benchmark of steps: one line each, or one function where a line does not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow:
+    """One row of the table.
+
+    method: lora, dora, mixlora, mixdora; `base` is the frozen model's forward pass alone and
+    `floor` that and its input gradient, below which no adapter can get. `adapter_dtype`: float32
+    as PEFT sets it up, or `base`, that of the frozen weights. `head`: how the loss is computed
+    (`training.head`). `every`: measured in each n-th round.
+    """
+
+    method: str
+    kernel: str = "peft"
+    num_experts: int = 8
+    top_k: int = 2
+    adapter_dtype: str = "float32"
+    head: str = "full"
+    every: int = 1
+
+    @property
+    def rank(self) -> int:
+        """Table 3: 80 for one LoRA, 16 for each of eight experts."""
+        return 16 if self.method.startswith("mix") else 80
+
+
+Builder = Callable[["PreTrainedModel", BenchRow, float, int], "nn.Module"]
+"""The model of a row, given the base model, the row, dropout and seed."""
+ROWS: dict[str, BenchRow] = {}
+BUILDERS: dict[str, Builder] = {}
+
+
+def row(name: str, **fields: Any) -> Callable[[Builder], Builder]:
+    """Register a row; `fields` are those of `BenchRow`.
+
+    As a decorator it also says how the model is made, where `bench.model.adapted` is not what is
+    wanted:
+
+        @row("mixlora_compiled", method="mixlora", kernel="exact")
+        def compiled(base, row, dropout, seed):
+            return torch.compile(adapted(base, row, dropout, seed))
+    """
+    ROWS[name] = BenchRow(**fields)
+
+    def build(builder: Builder) -> Builder:
+        BUILDERS[name] = builder
+        return builder
+
+    return build
+
+
+# `*_peft`: PEFT's own forward pass. `lora_peft` is what the others are compared with,
+# `lora_peft_again` a second copy of it, which shows the noise. `*_bf16` rows hold the adapters in
+# the base's precision. `mixlora_head`: with the loss over the vocabulary in chunks. The others of
+# this project, `lora`, `dora`, `mixlora` and `mixdora`, run the exact kernel.
+row("lora_peft", method="lora")
+row("lora_peft_again", method="lora")
+row("lora", method="lora", kernel="exact", every=2)
+row("dora_peft", method="dora", every=4)
+row("dora", method="dora", kernel="exact")
+row("mixlora_peft", method="mixlora", kernel="peft", every=4)
+row("mixlora_shared", method="mixlora", kernel="shared", every=2)
+row("mixlora", method="mixlora", kernel="exact")
+row("mixlora_head", method="mixlora", kernel="exact", head="auto", every=2)
+row("mixlora_16_experts", method="mixlora", kernel="exact", num_experts=16)
+row("mixlora_4_of_8", method="mixlora", kernel="exact", top_k=4, every=4)
+row("mixlora_triton", method="mixlora", kernel="triton")
+row("mixdora_shared", method="mixdora", kernel="shared", every=2)
+row("mixdora", method="mixdora", kernel="exact")
+row("mixdora_triton", method="mixdora", kernel="triton")
+row("lora_peft_bf16", method="lora", adapter_dtype="base")
+row("mixlora_bf16", method="mixlora", kernel="exact", adapter_dtype="base")
+row("mixlora_triton_bf16", method="mixlora", kernel="triton", adapter_dtype="base", every=2)
+row("floor", method="floor", every=2)
+row("base", method="base", every=2)
+
+BASELINE = "lora_peft"
+"""What every row is compared with, in time and in memory."""
+PAIRS = {
+    "mixlora_16_experts": "mixlora",
+    "mixlora_4_of_8": "mixlora",
+    "mixlora_shared": "mixlora",
+    "mixdora_shared": "mixdora",
+    "mixlora_bf16": "lora_peft_bf16",
+    "mixlora_triton_bf16": "lora_peft_bf16",
+}
+"""Rows whose ratio to a second row is recorded too."""
