@@ -19,8 +19,6 @@ from mixlora_exp.kernels import (
     router_of,
 )
 
-__all__ = ["CASES", "Case", "capture_error", "kernel_errors", "router_errors"]
-
 ROLES = ("gate", "up", "down")
 
 

@@ -14,8 +14,6 @@ from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.training.head import loss_from_hidden
 
-__all__ = ["Clock", "feed_forward_saved_bytes", "inference_step", "saved_bytes", "training_step"]
-
 
 class Clock:
     """Elapsed seconds between marks: wall time on a CPU, events of the stream on a GPU."""

@@ -80,12 +80,8 @@ def sharing(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
-    """The model of a row on the weights of `base`. B is not left at zero, so that no product of
-    the row is with zeros. Rows `base` and `floor` have no adapter."""
-    model = sharing(base)
-    if row.method in ("base", "floor"):
-        return model
+def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
+    """A row's adapter, on every projection."""
     common = {
         "r": row.rank,
         "lora_alpha": 2 * row.rank,
@@ -95,11 +91,18 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
         "task_type": "CAUSAL_LM",
     }
     if row.method.startswith("mix"):
-        config = MixLoraConfig(**common, num_experts=row.num_experts, top_k=row.top_k)
-    else:
-        config = LoraConfig(**common)
+        return MixLoraConfig(**common, num_experts=row.num_experts, top_k=row.top_k)
+    return LoraConfig(**common)
+
+
+def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
+    """The model of a row on the weights of `base`. B is not left at zero, so that no product of
+    the row is with zeros. Rows `base` and `floor` have no adapter."""
+    model = sharing(base)
+    if row.method in ("base", "floor"):
+        return model
     torch.manual_seed(seed)
-    made: PeftModel = get_peft_model(model, config)
+    made: PeftModel = get_peft_model(model, peft_config(row, dropout))
     set_kernel(made, row.kernel)
     with torch.no_grad():
         for name, parameter in made.named_parameters():

@@ -6,18 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 
-from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.norms import adapters_changed
 from mixlora_exp.bench.measure import Clock, saved_bytes
-from mixlora_exp.bench.model import sharing
+from mixlora_exp.bench.model import peft_config, sharing
 from mixlora_exp.bench.options import BenchOptions, require_positive
 from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head
-from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError
 from mixlora_exp.training.losses import joint_losses, total_of
 from mixlora_exp.training.packed import packed_attention
@@ -65,19 +64,6 @@ def check(config: AdapterOptions) -> None:
         raise UserError(f"counts={config.counts} must begin with 1, which the others stand beside")
 
 
-def _peft_config(kind: str, dropout: float) -> LoraConfig:
-    row = BenchRow(method=kind)
-    common = {
-        "r": row.rank,
-        "lora_alpha": 2 * row.rank,
-        "lora_dropout": dropout,
-        "use_dora": kind.endswith("dora"),
-        "target_modules": [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS],
-        "task_type": "CAUSAL_LM",
-    }
-    return MixLoraConfig(**common) if kind.startswith("mix") else LoraConfig(**common)
-
-
 def method_of(config: AdapterOptions, number: int) -> str:
     """The method of the adapter with this number."""
     return METHODS[number % len(METHODS)] if config.method == "mixed" else config.method
@@ -88,8 +74,8 @@ def together(config: AdapterOptions, base: torch.nn.Module, count: int) -> PeftM
     model: Any = sharing(base)
     for number in range(count):
         torch.manual_seed(config.seed + number)
-        kind = method_of(config, number)
-        model = add_guest(model, f"adapter{number}", _peft_config(kind, config.dropout))
+        row = BenchRow(method=method_of(config, number))
+        model = add_guest(model, f"adapter{number}", peft_config(row, config.dropout))
     set_kernel(model, "auto")
     with torch.no_grad():
         for number in range(count):

@@ -13,8 +13,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["git_state"]
-
 CHANGED = (
     ":(glob)src/**/*.py",
     ":(glob)src/**/*.txt",

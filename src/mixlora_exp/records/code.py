@@ -9,9 +9,6 @@ from pathlib import Path
 
 from mixlora_exp.records.meaning import meanings
 
-__all__ = ["code_sha256"]
-
-
 PACKAGE = Path(__file__).parents[1]
 ROOMS = (
     "adapters",

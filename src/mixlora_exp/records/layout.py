@@ -9,8 +9,6 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Column", "Sheet", "fitted"]
-
 FRAME, EDGE = 3, 1
 """Characters that the frame and the space beside the text take per column, and once."""
 SHORTEST_LABEL = 8

@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["meanings"]
-
 PACKAGE = __package__.partition(".")[0]
 EXCEPTIONS = ("Error", "Exception", "Exit", "Interrupt")
 """How the names of exceptions end; those of the sources' own classes are read from their bases."""

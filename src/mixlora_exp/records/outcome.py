@@ -9,8 +9,6 @@ from typing import Any
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["outcome", "outcomes"]
-
 CIRCUMSTANCES = ("provenance", "seconds", "scoring", "content_sha256")
 OF_TRAINING = ("seconds", "tokens_per_second", "peak_memory_bytes", "together")
 

@@ -26,17 +26,6 @@ from mixlora_exp.records.shape import check_shape
 from mixlora_exp.system.durable import write_whole
 from mixlora_exp.system.untrusted import parse_json, read_bytes
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "finish_record",
-    "provenance",
-    "read_record",
-    "read_run",
-    "write_json",
-    "write_jsonl",
-    "write_text",
-]
-
 SCHEMA_VERSION = 1
 """Raised when fields of the record change their meaning."""
 

@@ -13,8 +13,6 @@ from typing import Any
 from mixlora_exp.config.recorded import check_recorded
 from mixlora_exp.errors import UserError, shown
 
-__all__ = ["check_shape", "odd_fields", "predictions_name"]
-
 NUMBER = (int, float)
 FIGURE = (int, float, None)
 """A number, or null where it was none."""

@@ -11,8 +11,6 @@ from mixlora_exp.errors import shown
 from mixlora_exp.records.layout import Column, Sheet, fitted
 from mixlora_exp.system.console import console, say
 
-__all__ = ["load_table", "print_record", "scores_table"]
-
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["spikes"]
-
 WINDOW, LEAST, FACTOR = 20, 4, 1.5
 
 

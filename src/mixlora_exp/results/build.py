@@ -38,16 +38,6 @@ from mixlora_exp.results.tables.parts import Block, Table
 from mixlora_exp.results.tables.registry import PAPER, Sources, make_tables
 from mixlora_exp.results.tables.render import csv_text, latex, markdown, plain
 
-__all__ = [
-    "RESULTS",
-    "Results",
-    "draw_figures",
-    "gather",
-    "table_files",
-    "write_files",
-    "write_report",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Results:

@@ -17,18 +17,6 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.results.headings import word
 from mixlora_exp.results.runs import LeftOut, RecordedRun, predictions_sha256
 
-__all__ = [
-    "Blocks",
-    "Key",
-    "Standards",
-    "block_title",
-    "copies",
-    "deviations",
-    "group_runs",
-    "require_together",
-]
-
-
 USUAL = {
     "data.seed": 0, "train.data.seed": 0, "preset": "correct", "precision": "bfloat16",
     "kernel": "exact",

@@ -17,8 +17,6 @@ from matplotlib.ticker import MaxNLocator
 
 from mixlora_exp.results.series import Curve, Load, Point, SweptLine
 
-__all__ = ["curves_figure", "latency_figure", "load_figure", "save", "sweep_figure"]
-
 COLORS = {
     "LoRA": "#0072B2",
     "DoRA": "#E69F00",

@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["short_hash", "told_apart", "word"]
-
 
 def word(value: Any) -> str:
     """A setting as it is typed."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["UNPLACED", "code_objections", "objections"]
-
 SHOWN = 3
 UNPLACED = "no record with the hash of its adapter tells what trained it"
 """Nothing can be done about it: no table has a cell for such a run."""

@@ -7,19 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = [
-    "METHODS",
-    "METHOD_TITLES",
-    "MODEL_TITLES",
-    "TASK_TITLES",
-    "TOLERANCE",
-    "Contradiction",
-    "PaperTable",
-    "contradictions",
-    "line_id",
-    "read_paper",
-]
-
 METHODS = ("lora", "dora", "mixlora", "mixdora")
 METHOD_TITLES = {
     "none": "base model",

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import stats
 
-__all__ = ["average_item_error", "detection_rate", "seed_spread", "smallest_detectable"]
-
 DRAWS = 20_000
 
 

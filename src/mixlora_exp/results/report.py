@@ -21,8 +21,6 @@ from mixlora_exp.results.runs import LeftOut, RecordedRun
 from mixlora_exp.results.tables.parts import Entry, Table
 from mixlora_exp.results.tables.render import seeds
 
-__all__ = ["page"]
-
 TEMPLATE = "report.html.j2"
 SHOWN_LINKS = 3
 

@@ -22,19 +22,6 @@ from mixlora_exp.results.objections import UNPLACED, code_objections
 from mixlora_exp.system.untrusted import parse_json, refuse_links
 from mixlora_exp.tasks import TASKS
 
-__all__ = [
-    "LeftOut",
-    "RecordedRun",
-    "check_run",
-    "circumstances",
-    "filled",
-    "load_runs",
-    "predictions_sha256",
-    "read_items",
-    "read_predictions",
-    "read_rows",
-]
-
 LIKELIHOOD = "gold_log_likelihood"
 # What was scored and what it was trained with. How the loss is computed changes nothing beyond
 # rounding and is no condition. Micro-batches are one: the router loss is taken over each.

@@ -13,17 +13,6 @@ from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES, 
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.parts import Entry, Table
 
-__all__ = [
-    "Curve",
-    "Load",
-    "Point",
-    "SweptLine",
-    "latency_points",
-    "learning_curves",
-    "loads",
-    "sweeps",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class SweptLine:

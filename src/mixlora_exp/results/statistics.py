@@ -11,8 +11,6 @@ from statistics import mean, stdev
 import numpy as np
 from scipy import stats
 
-__all__ = ["Comparison", "Estimate", "compare", "compare_average", "estimate", "mcnemar"]
-
 LEVEL = 0.95
 RESAMPLES = 2000
 

@@ -20,9 +20,9 @@ from mixlora_exp.results.paper import (
     line_id,
     read_paper,
 )
-from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics import estimate, estimate_average
-from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, average_difference, difference
+from mixlora_exp.results.tables.paired import RIGHT, average_difference, difference
 from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, ours, paper
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources
 

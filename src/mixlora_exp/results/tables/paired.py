@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun, read_items
+from mixlora_exp.results.runs import RecordedRun, read_items
 from mixlora_exp.results.statistics import Comparison, compare, compare_average
 from mixlora_exp.results.tables.parts import Entry, dash, versus
-
-__all__ = ["LIKELIHOOD", "RIGHT", "average_difference", "difference"]
 
 RIGHT = "right"
 """What is compared of each item beside the log-likelihood of its gold answer (`LIKELIHOOD`, in

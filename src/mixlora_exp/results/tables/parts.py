@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from mixlora_exp.results.statistics import Comparison, Estimate
 
-__all__ = ["Block", "Entry", "Row", "Table", "dash", "number", "ours", "paper", "versus"]
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:

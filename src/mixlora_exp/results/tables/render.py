@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from mixlora_exp.errors import shown
 from mixlora_exp.results.tables.parts import Entry, Table
 
-__all__ = ["csv_text", "latex", "markdown", "plain", "seeds"]
-
 CSV_COLUMNS = (
     "table", "block", "label", "column", "kind", "value", "low", "high", "seeds", "items", "text",
     "mark", "records",

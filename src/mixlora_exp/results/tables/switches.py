@@ -17,9 +17,9 @@ from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.cells import Key, block_title
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
-from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics import estimate
-from mixlora_exp.results.tables.paired import LIKELIHOOD, RIGHT, difference
+from mixlora_exp.results.tables.paired import RIGHT, difference
 from mixlora_exp.results.tables.parts import Block, Row, dash, number, ours
 from mixlora_exp.results.tables.registry import Made, Sources, table
 
