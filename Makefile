@@ -89,7 +89,7 @@ tables: $(STAMP)  ## make the paper's tables from the records, as Markdown, CSV 
 	$(BIN)/python scripts/tables.py
 
 check-tables: $(STAMP)  ## fail where a table is not what the records give
-	$(BIN)/scripts/tables.py --check
+	$(BIN)/python scripts/tables.py --check
 
 figures: $(STAMP)  ## draw the figures from the records
 	$(BIN)/python scripts/figures.py
