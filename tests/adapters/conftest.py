@@ -82,7 +82,7 @@ def by_definition(block: MixLoraFeedForward, x: Tensor, adapter: str = "default"
     activated, rows = block.base_layer.act_fn, []
     for row in x.reshape(-1, x.shape[-1]):
         shares = (block.lora_router[adapter] @ row).softmax(dim=-1)
-        chosen = shares.topk(block.top_k[adapter])
+        chosen = shares.topk(block.router[adapter].top_k)
         weights = chosen.values / chosen.values.sum()
         parts = [
             w * project("down", e, activated(project("gate", e, row)) * project("up", e, row))

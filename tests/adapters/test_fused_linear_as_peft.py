@@ -58,7 +58,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append("fused")
-        return linear_module.lora_linear(*args, **kwargs)
+        return linear_module.lora_add(*args, **kwargs)
 
     monkeypatch.setattr(FusedLinear, "kernel", staticmethod(counted))
     return calls

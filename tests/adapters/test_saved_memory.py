@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mixlora_exp.adapters import MixLoraConfig, MixLoraFeedForward, set_kernel
 from mixlora_exp.kernels import KERNELS
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.kernels.mixlora.dense import dense_stage
+from mixlora_exp.kernels.mixlora.grouped import grouped_stage
+from mixlora_exp.kernels.mixlora.stage import run_stage
 
+STAGES = [pytest.param(grouped_stage, id="grouped"), pytest.param(dense_stage, id="dense")]
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 TOKENS = 256
 BAR = 0.45
@@ -79,16 +84,11 @@ def of_module(module: nn.Module, hidden: int, dtype: torch.dtype) -> int:
         pytest.param(torch.bfloat16, id="bf16 base, float32 adapters"),
     ],
 )
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(mixlora_exact_grouped, id="grouped"),
-        pytest.param(mixlora_exact_dense, id="dense"),
-    ],
-)
+@pytest.mark.parametrize("stage", STAGES)
 def test_mixlora_keeps_less_than_half_of_lora(
-    monkeypatch: pytest.MonkeyPatch, hidden, dtype, form
+    monkeypatch: pytest.MonkeyPatch, hidden, dtype, stage
 ) -> None:
+    form = replace(KERNELS["exact"], run=partial(run_stage, stage))
     monkeypatch.setitem(KERNELS, "exact", form)
     mixlora, lora = make_mixlora(hidden, dtype), make_lora(hidden, dtype)
     for module in (mixlora, lora):
@@ -107,9 +107,9 @@ def test_the_count_sees_what_peft_keeps() -> None:
     assert of_module(module, 64, torch.float32) == 4 * floats
 
 
-@pytest.mark.parametrize("form", [mixlora_exact_grouped, mixlora_exact_dense])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("p", [0.0, 0.05], ids=["no dropout", "dropout"])
-def test_what_mixlora_keeps_does_not_grow_with_k(form, p) -> None:
+def test_what_mixlora_keeps_does_not_grow_with_k(stage, p) -> None:
     """But for the routing itself: experts and weights, K numbers per token each."""
     found = []
     for top_k in (1, 2, 4):
@@ -122,7 +122,7 @@ def test_what_mixlora_keeps_does_not_grow_with_k(form, p) -> None:
         block = module.block("default", TOKENS, torch.float32)
         left_out = [*module.parameters(), routing.experts, routing.weights]
         found.append(
-            saved_bytes(lambda x, r=routing, b=block: form(x, r, b), x, left_out)  # noqa: B023
+            saved_bytes(lambda x, r=routing, b=block: run_stage(stage, x, r, b), x, left_out)
         )
     assert found[0] == found[1] == found[2] >= 4 * TOKENS * (64 + 2 * 172)
 

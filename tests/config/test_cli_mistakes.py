@@ -51,7 +51,7 @@ BAD = [
     (["task.train=arc_e"], ["task.train=arc_e", "expected a list"]),
     (["trainer.loss_on=answers"], ["trainer.loss_on=answers", "answer, all", "mean answer"]),
     (["data.forms=[lable]"], ["data.forms=[lable]", "label, text"]),
-    (["kernel.name=fast"], ["kernel.name=fast", "auto, peft, reference, shared, exact, triton"]),
+    (["kernel.name=fast"], ["kernel.name=fast", "auto, exact, peft, reference, shared, triton"]),
     (["trainer.max_steps=0"], ["trainer.max_steps=0", ">= 1"]),
     (["data=local", "data.path=null"], ["data.path=null", "data.path=DIR"]),
     (["model.name=???"], ["model.name=???", "set model.name=VALUE"]),

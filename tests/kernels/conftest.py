@@ -14,15 +14,15 @@ from mixlora_exp.kernels import (
     DropMask,
     Experts,
     FeedForward,
+    FrozenLinear,
     Projection,
     Routing,
     draw_mask,
     route,
 )
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
-from mixlora_exp.kernels.mixlora.shared import mixlora_shared
-from mixlora_exp.kernels.mixlora.stages import dense_stage, grouped_stage, shared_stage, staged
-from mixlora_exp.kernels.mixlora.stock import mixlora_stock
+from mixlora_exp.kernels.mixlora.dense import dense_stage
+from mixlora_exp.kernels.mixlora.grouped import grouped_stage
+from mixlora_exp.kernels.mixlora.stage import run_stage
 
 ROLES = ("gate", "up", "down")
 
@@ -44,6 +44,8 @@ class Case:
     """Which projections have a bias."""
     normalised: bool = True
     """Whether the routing's weights sum to 1, or are the probabilities as they are."""
+    empty: bool = False
+    """Whether some tokens have fewer experts than K, one of them none."""
     pushed: dict[int, float] = field(default_factory=dict)
     """What is added to the router logits of these experts, about, for every token."""
 
@@ -82,12 +84,19 @@ class Block:
     scaling: float = 1.7
 
     def route(self, x: Tensor, router: Tensor) -> Routing:
-        """As `route` decides, with weights that sum to 1 only where the case says so."""
+        """As `route` decides, with weights that sum to 1 only where the case says so, and empty
+        slots in all places, the first and the last, that name any expert."""
         routing = route(x, router, self.case.top_k)
-        if self.case.normalised:
-            return routing
-        weights = routing.probabilities.gather(1, routing.experts)
-        return replace(routing, weights=weights)
+        weights, experts = routing.weights, routing.experts
+        if not self.case.normalised:
+            weights = routing.probabilities.gather(1, experts)
+        if self.case.empty:
+            numbers = torch.arange(weights.numel(), device=weights.device).view_as(weights)
+            filled = (numbers % 5 != 1) & (numbers % 7 != 4)
+            filled[len(filled) // 2] = False
+            weights = torch.where(filled, weights, 0.0)
+            experts = torch.where(filled, experts, numbers % self.case.experts)
+        return replace(routing, weights=weights, experts=experts)
 
     def run(
         self,
@@ -145,7 +154,8 @@ class Block:
                     self.norms[role].to(adapter_dtype) if self.case.dora else None,
                 )
             bias = self.biases[role].to(dtype) if role in self.biases else None
-            projections.append(Projection(self.frozen[role].to(dtype), experts, bias))
+            frozen = FrozenLinear(self.frozen[role].to(dtype), bias)
+            projections.append(Projection(frozen, experts))
         masks = masks or Masks()
         return FeedForward(*projections, self.case.activation, dropout, masks.x, masks.hidden)
 
@@ -229,6 +239,13 @@ CASES = [
     pytest.param(Case(activation=gelu_tanh), id="GeGLU, as in Gemma"),
     pytest.param(Case(activation=gelu_tanh, dora=True, top_k=1), id="GeGLU with DoRA, K=1"),
     pytest.param(Case(normalised=False), id="weights that do not sum to 1"),
+    pytest.param(Case(empty=True), id="tokens with fewer experts than K, and with none"),
+    pytest.param(Case(empty=True, dora=True, biased=ROLES), id="the same with DoRA and bias"),
+    pytest.param(Case(empty=True, top_k=4, normalised=False), id="the same, up to all experts"),
+    pytest.param(
+        Case(empty=True, dora=True, roles=("down",), top_k=3, tokens=70),
+        id="the same, DoRA on down",
+    ),
     pytest.param(Case(biased=ROLES), id="bias"),
     pytest.param(Case(biased=ROLES, normalised=False), id="bias, weights that do not sum to 1"),
     pytest.param(Case(biased=ROLES, normalised=False, dora=True), id="DoRA and bias, the same"),
@@ -248,16 +265,25 @@ CASES = [
 ]
 
 
-# Those that take the masks they are given; `peft` draws its own.
-MASKED = {
-    "shared": mixlora_shared,
-    "exact, grouped": mixlora_exact_grouped,
-    "exact, dense": mixlora_exact_dense,
-    "staged, shared": staged(shared_stage),
-    "staged, grouped": staged(grouped_stage),
-    "staged, dense": staged(dense_stage),
+def exact_grouped(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    return run_stage(grouped_stage, x, routing, block)
+
+
+def exact_dense(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    return run_stage(dense_stage, x, routing, block)
+
+
+# `exact` in both its forms, and every other kernel that runs on any device: a new one is among
+# them. Those for one device have tests of their own.
+EXACT = {"exact, grouped": exact_grouped, "exact, dense": exact_dense}
+OTHERS = {
+    name: kernel
+    for name, kernel in KERNELS.items()
+    if kernel.device is None and name not in ("reference", "exact")
 }
-FORMS = {"peft": mixlora_stock, **MASKED}
+FORMS = {**EXACT, **OTHERS}
+# Those that take the masks they are given; `peft` draws its own.
+MASKED = {**EXACT, **{name: kernel for name, kernel in OTHERS.items() if not kernel.draws_masks}}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -312,11 +338,15 @@ def masked_form(request: pytest.FixtureRequest) -> Callable:
     return request.param
 
 
-@pytest.fixture(
-    params=[mixlora_exact_grouped, mixlora_exact_dense], ids=["exact, grouped", "exact, dense"]
-)
+@pytest.fixture(params=EXACT.values(), ids=EXACT.keys())
 def exact_form(request: pytest.FixtureRequest) -> Callable:
     return request.param
+
+
+@pytest.fixture
+def exact_forms() -> dict[str, Callable]:
+    """Both forms of the exact kernel, by name."""
+    return EXACT
 
 
 def check_same(results: dict[str, Tensor], truth: dict[str, Tensor]) -> None:

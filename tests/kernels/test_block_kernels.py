@@ -9,11 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels import KERNELS, FeedForward, Projection, Routing, resolve_kernel, route
+from mixlora_exp.kernels import (
+    KERNELS,
+    Experts,
+    FeedForward,
+    Frozen,
+    FrozenLinear,
+    Projection,
+    Routing,
+    kernel,
+    resolve_kernel,
+    route,
+)
 from mixlora_exp.kernels.activations import activate
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_grouped
+from mixlora_exp.kernels.mixlora import exact
 from mixlora_exp.kernels.mixlora.reference import mixlora_reference
-from mixlora_exp.kernels.mixlora.stages import grouped_stage, staged
 
 
 def relative(result: Tensor, truth: Tensor) -> float:
@@ -27,8 +37,8 @@ def literal(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     def weight(projection: Projection, expert: int) -> Tensor:
         experts = projection.experts
         if experts is None:
-            return projection.weight
-        full = projection.weight + experts.scaling * experts.b[expert] @ experts.a[expert]
+            return projection.frozen.weight()
+        full = projection.frozen.weight() + experts.scaling * experts.b[expert] @ experts.a[expert]
         if experts.magnitude is None:
             return full
         return (experts.magnitude[expert] / experts.norm[expert]).unsqueeze(-1) * full
@@ -41,6 +51,8 @@ def literal(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     for token in range(len(x)):
         total = torch.zeros_like(x[token])
         for slot, expert in enumerate(routing.experts[token].tolist()):
+            if routing.weights[token, slot] == 0:
+                continue
             gate, up = (apply(p, expert, x[token]) for p in (block.gate, block.up))
             out = apply(block.down, expert, activate(gate, block.activation) * up)
             total = total + routing.weights[token, slot] * out
@@ -147,41 +159,107 @@ def test_strided_input_and_upstream_gradient(block_of, plain, form, dora, same) 
     same(strided.run(form, torch.float64), whole.run("reference", torch.float64))
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_base_that_is_trained_is_refused_by_the_grouped_form(block_of, plain, name) -> None:
-    """It has no gradient for weights and biases, and none must be lost in silence."""
-    block = block_of(replace(plain, biased=("gate", "up", "down")), 0)
-    feed_forward = block.block(block.values, torch.float64, torch.float64)
-    trained = getattr(feed_forward.down, name).requires_grad_()
-    routing = route(block.values["x"], block.values["router"], 2)
-    with pytest.raises(ValueError, match=r"frozen base weights.*kernel=shared"):
-        mixlora_exact_grouped(block.values["x"], routing, feed_forward)
-    mixlora_reference(block.values["x"], routing, feed_forward).sum().backward()
-    assert trained.grad.abs().max() > 0
-
-
 @pytest.mark.parametrize("role", ["gate", "up", "down"])
-def test_trained_bias_gets_its_gradient_between_shared_products(block_of, plain, role) -> None:
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_that_is_trained_gets_its_gradient(block_of, plain, role, part) -> None:
+    """Whatever form the exact kernel takes, none is lost in silence."""
     block = block_of(replace(plain, biased=("gate", "up", "down"), dora=True), 0)
     found = []
-    for kernel in (staged(grouped_stage), mixlora_reference):
-        feed_forward = block.block(block.values, torch.float64, torch.float64)
-        bias = getattr(feed_forward, role).bias.clone().requires_grad_()
-        projection = replace(getattr(feed_forward, role), bias=bias)
+    for compute in (exact.mixlora_exact, mixlora_reference):
+        made = block.block(block.values, torch.float64, torch.float64)
+        own = getattr(made, role)
+        weight, bias = own.frozen.weight().clone(), own.bias.clone()
+        trained = (weight if part == "weight" else bias).requires_grad_()
+        projection = replace(own, frozen=FrozenLinear(weight, bias))
         routing = route(block.values["x"], block.values["router"], 2)
-        kernel(
-            block.values["x"], routing, replace(feed_forward, **{role: projection})
-        ).sum().backward()
-        found.append(bias.grad)
+        compute(block.values["x"], routing, replace(made, **{role: projection})).sum().backward()
+        found.append(trained.grad)
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+class Rounded(Frozen):
+    """A weight held as int8 with a scale by row, made a matrix whenever it is used."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.bias, self.used = bias, 0
+        self.scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        self.values = (weight / self.scale).round().to(torch.int8)
+
+    def weight(self) -> Tensor:
+        self.used += 1
+        return self.values * self.scale
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_kernels_use_a_frozen_weight_through_its_object_alone(block_of, plain, form, dora) -> None:
+    """As a quantised base will give it: the results of the matrix that it stands for."""
+    case = replace(plain, dora=dora, biased=("gate", "down"))
+    block = block_of(case, 0)
+    results = []
+    for held in (True, False):
+        leaves = {name: v.clone().requires_grad_() for name, v in block.values.items()}
+        made = block.block(leaves, torch.float64, torch.float64)
+        for role, own in made.projections.items():
+            frozen: Frozen = Rounded(own.frozen.weight(), own.bias)
+            if not held:
+                frozen = FrozenLinear(frozen.weight(), own.bias)
+            made = replace(made, **{role: replace(own, frozen=frozen)})
+        y = form(leaves["x"], block.route(leaves["x"], leaves["router"]), made)
+        y.backward(block.upstream)
+        results.append([y, *(leaf.grad for leaf in leaves.values())])
+        assert not held or all(p.frozen.used > 1 for p in made.projections.values())
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_an_empty_slot_is_not_read(block_of, plain, exact_forms, form, dora) -> None:
+    """It may name an expert that holds NaN, and gives its weight no gradient. The dense form
+    multiplies every expert's columns, so it is spared the NaN but in DoRA's scale."""
+    block = block_of(replace(plain, dora=dora, top_k=2), 0)
+    broken = ["magnitude"] if form is exact_forms["exact, dense"] else ["a", "b", "magnitude"]
+    experts = torch.tensor([0, 1]).repeat(9, 1)
+    results = []
+    for value in (0.0, float("nan")):
+        leaves = {}
+        for name, v in block.values.items():
+            v = v.clone()
+            if name.rpartition(".")[2] in broken:
+                v[3] = value
+            leaves[name] = v.requires_grad_()
+        weights = torch.full((9, 2), 0.5, dtype=torch.float64)
+        weights[:4, 0] = weights[3:6, 1] = 0.0
+        weights.requires_grad_()
+        chosen = torch.where(weights == 0, 3, experts)
+        logits = torch.zeros(9, 4, dtype=torch.float64)
+        made = block.block(leaves, torch.float64, torch.float64)
+        y = form(leaves["x"], Routing(logits, logits, chosen, weights), made)
+        y.backward(block.upstream)
+        assert (weights.grad[weights == 0] == 0).all()
+        assert (weights.grad[weights != 0] != 0).all()
+        assert (y[3] == 0).all()
+        gradients = {n: leaf.grad for n, leaf in leaves.items() if n != "router"}
+        results.append({"y": y, **gradients})
+    for name, found in results[1].items():
+        assert torch.equal(found, results[0][name]), name
 
 
 def test_kernel_names() -> None:
     assert resolve_kernel("auto") == "exact"
-    for name in ("reference", "peft", "shared", "exact"):
+    for name in KERNELS:
         assert resolve_kernel(name) == name
-    with pytest.raises(ValueError, match=r"kernel=fast is unknown.*auto.*reference.*exact"):
+    with pytest.raises(ValueError, match=r"kernel=fast is unknown.*auto.*exact.*reference"):
         resolve_kernel("fast")
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="kernel 'exact' is registered twice"):
+        kernel("exact")(exact.mixlora_exact)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_says_what_it_is(name) -> None:
+    assert 20 < len(KERNELS[name].summary) < 90
 
 
 @pytest.mark.parametrize(
@@ -194,7 +272,10 @@ def test_kernel_names() -> None:
     ],
 )
 def test_kernel_that_auto_stands_for(monkeypatch, device, installed, expected) -> None:
-    monkeypatch.setattr("mixlora_exp.kernels.has_triton", lambda: installed)
+    monkeypatch.setattr(
+        "mixlora_exp.kernels.registry.importlib.util.find_spec",
+        lambda name: object() if installed else None,
+    )
     assert resolve_kernel("auto", device) == expected
 
 
@@ -212,22 +293,20 @@ def test_kernel_that_auto_stands_for(monkeypatch, device, installed, expected) -
 )
 def test_the_faster_form_is_taken(monkeypatch, tokens, width, dtype, dora, grad, form) -> None:
     """As measured in results/bench/forms-cpu.json."""
-    from mixlora_exp.kernels import Experts, FeedForward, Projection, route
-    from mixlora_exp.kernels.mixlora import exact
-
     projections = []
     for size_out, size_in in ((8, width), (8, width), (width, 8)):
         scale = torch.ones(2, size_out) if dora else None
         a, b = torch.zeros(2, 1, size_in), torch.zeros(2, size_out, 1)
         weight = torch.zeros(size_out, size_in, dtype=dtype)
-        projections.append(Projection(weight, Experts(a, b, 1.0, scale, scale)))
+        experts = Experts(a, b, 1.0, scale, scale)
+        projections.append(Projection(FrozenLinear(weight), experts))
     x = torch.zeros(tokens, width, dtype=dtype)
     taken = []
     for name in ("grouped", "dense"):
-        real = getattr(exact, f"mixlora_exact_{name}")
+        real = getattr(exact, f"{name}_stage")
         monkeypatch.setattr(
             exact,
-            f"mixlora_exact_{name}",
+            f"{name}_stage",
             lambda *inputs, name=name, real=real: (taken.append(name), real(*inputs))[1],
         )
     with torch.set_grad_enabled(grad):

@@ -10,7 +10,7 @@ import torch
 
 from mixlora_exp.kernels import draw_mask
 from mixlora_exp.kernels.dropout import drop
-from mixlora_exp.kernels.lora.linear import lora_linear, lora_linear_reference
+from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference
 from mixlora_exp.kernels.mixlora.exact import mixlora_exact
 
 BACKENDS = [
@@ -97,12 +97,12 @@ def test_fused_linear_is_one_graph(backend, dora) -> None:
     mask = draw_mask((9, 7), 0.7, torch.device("cpu"))
     found = []
     for compute in (
-        torch.compile(lora_linear, backend=backend, fullgraph=True),
-        lora_linear_reference,
+        torch.compile(lora_add, backend=backend, fullgraph=True),
+        lora_add_reference,
     ):
         x, a, b = leaves
-        given = {"magnitude": magnitude, "norm": norm if dora else None}
-        y = compute(x, weight, a, b, 1.7, mask=mask, **given)
+        part = LowRankPart(a, b, 1.7, magnitude, norm if dora else None, mask)
+        y = compute(x @ weight.T, x, part)
         wanted = [*leaves, *([magnitude] if dora else [])]
         found.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
     for one, other in zip(*found, strict=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from mixlora_exp.kernels import DropMask, draw_mask
-from mixlora_exp.kernels.dropout import drop
+from mixlora_exp.kernels import DropMask, DropoutKey, DropoutStream, RowIds, draw_mask
+from mixlora_exp.kernels.dropout import draw_row_mask, drop, mix
 
 CPU = torch.device("cpu")
 PROBABILITIES = (0.01, 0.05, 0.3, 0.5, 0.7)
@@ -21,21 +22,35 @@ def p(request: pytest.FixtureRequest) -> float:
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["one draw", "many short draws"])
-def draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gaps are drawn at once if they suffice; the seams of several draws must not show."""
-    if request.param:
+@pytest.fixture(params=["one draw", "many short draws", "by row"])
+def draw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The gaps are drawn at once if they suffice; the seams of several draws must not show. By row,
+    examples of 7 tokens follow one another."""
+    if request.param == "many short draws":
         real = torch.rand
         monkeypatch.setattr(torch, "rand", lambda size, **given: real(min(size, 20), **given))
+    if request.param != "by row":
+        return draw_mask
+
+    def by_row(shape: tuple[int, int], p: float, device: torch.device) -> DropMask:
+        return key_of(shape[0], seed=int(torch.randint(2**31, ()))).mask("x", shape, p, device)
+
+    return by_row
+
+
+def key_of(rows: int, seed: int = 0, step: int = 0) -> DropoutKey:
+    numbers = torch.arange(rows)
+    ids = RowIds(numbers // 7, numbers % 7)
+    return DropoutKey(DropoutStream(seed, step, rows=ids), "layers.3.mlp")
 
 
 def dropped_of(mask: DropMask) -> torch.Tensor:
     return ~mask.kept()
 
 
-def test_fraction_dropped(draws, fresh_seed, p) -> None:
+def test_fraction_dropped(draw, fresh_seed, p) -> None:
     """Over all, per row and per column, within the error of a binomial."""
-    dropped = dropped_of(draw_mask((300, 400), p, CPU)).double()
+    dropped = dropped_of(draw((300, 400), p, CPU)).double()
     for dims, count in (((0, 1), 300 * 400), ((0,), 300), ((1,), 400)):
         fractions = dropped.mean(dim=dims)
         # Small counts of rare events have longer tails than a normal variable.
@@ -44,17 +59,17 @@ def test_fraction_dropped(draws, fresh_seed, p) -> None:
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 50, 400], ids=lambda lag: f"{lag} apart")
-def test_elements_are_dropped_independently(draws, fresh_seed, p, lag) -> None:
+def test_elements_are_dropped_independently(draw, fresh_seed, p, lag) -> None:
     """Of neighbours along the gaps, across rows, and one above the other (400)."""
-    centred = dropped_of(draw_mask((300, 400), p, CPU)).flatten().double() - p
+    centred = dropped_of(draw((300, 400), p, CPU)).flatten().double() - p
     products = centred[lag:] * centred[:-lag]
     z = products.sum() / (math.sqrt(len(products)) * p * (1 - p))
     assert abs(float(z)) <= SIGMAS
 
 
-def test_gaps_are_geometric(draws, fresh_seed, p) -> None:
+def test_gaps_are_geometric(draw, fresh_seed, p) -> None:
     """The number of kept elements between two dropped ones, by the chi-square statistic."""
-    places = dropped_of(draw_mask((300, 400), p, CPU)).flatten().nonzero().flatten()
+    places = dropped_of(draw((300, 400), p, CPU)).flatten().nonzero().flatten()
     gaps = places.diff() - 1
     # As many bins as have 20 expected gaps, and one for all that are longer.
     bins = int(math.log(20 / (len(gaps) * p)) / math.log1p(-p)) if p * len(gaps) > 20 else 1
@@ -207,3 +222,68 @@ def test_tiny_probability() -> None:
     """Gaps far longer than 2^31."""
     mask = draw_mask((50, 20), 1e-9, torch.device("cpu"))
     assert mask.kept().all()
+
+
+def test_a_row_is_dropped_alike_wherever_it_stands(p) -> None:
+    """Packed, halved, in another order, alone: its example, position, step, seed and place decide,
+    not the row's number, the micro-batch or the process."""
+    whole = key_of(40)
+    mask = whole.mask("input", (40, 300), p, CPU).kept()
+    ids = whole.stream.rows
+    for chosen in (torch.arange(20), torch.arange(20, 40), torch.randperm(40), torch.tensor([33])):
+        rows = RowIds(ids.example[chosen], ids.position[chosen])
+        stream = DropoutStream(0, 0, micro_batch=3, process=2, rows=rows)
+        part = DropoutKey(stream, whole.place).mask("input", (len(chosen), 300), p, CPU)
+        assert torch.equal(part.kept(), mask[chosen])
+        assert torch.equal(whole.mask("input", part.shape, p, CPU, chosen).kept(), mask[chosen])
+    assert len(mask.unique(dim=0)) == 40
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda: key_of(40, seed=1).mask("input", (40, 300), 0.3, CPU), id="seed"),
+        pytest.param(lambda: key_of(40, step=1).mask("input", (40, 300), 0.3, CPU), id="step"),
+        pytest.param(lambda: key_of(40).mask("hidden", (40, 300), 0.3, CPU), id="part"),
+        pytest.param(
+            lambda: DropoutKey(key_of(40).stream, "layers.4.mlp").mask(
+                "input", (40, 300), 0.3, CPU
+            ),
+            id="module",
+        ),
+    ],
+)
+def test_another_key_is_another_mask(other) -> None:
+    """Which shares as many dropped elements with the first as chance has it."""
+    one, two = (~m.kept() for m in (key_of(40).mask("input", (40, 300), 0.3, CPU), other()))
+    both = (one & two).double().mean().item()
+    assert both == pytest.approx(0.09, abs=SIGMAS * 0.3 / 12_000**0.5)
+
+
+def test_rows_of_the_wrong_number_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows has 40 rows, and layers.3.mlp has 39"):
+        key_of(40).mask("input", (39, 8), 0.3, CPU)
+
+
+def test_rows_draw_from_no_generator(p) -> None:
+    state = torch.get_rng_state()
+    key_of(40).mask("input", (40, 30), p, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_row_s_gaps_go_on_after_the_first_numbers(monkeypatch) -> None:
+    """Where a row's numbers do not reach its end, more are drawn: the mask is the same."""
+    keys = mix(torch.arange(50))
+    expected = draw_row_mask(keys, 300, 0.3).kept()
+    monkeypatch.setattr("mixlora_exp.kernels.dropout.math.sqrt", lambda number: -20.0)
+    assert torch.equal(draw_row_mask(keys, 300, 0.3).kept(), expected)
+
+
+def test_hash_is_that_of_splitmix64() -> None:
+    """The published generator, seeded with 0: its state goes up by the golden ratio."""
+    golden = -0x61C8864680B583EB
+    found = mix(torch.tensor([1, 2]) * golden)
+    assert [number % 2**64 for number in found.tolist()] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+    ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixlora_exp.kernels import DropMask, Routing, draw_mask
-from mixlora_exp.kernels.lora.linear import lora_linear
+from mixlora_exp.kernels.lora import LowRankPart, lora_linear
 
 CASES = [
     pytest.param({}, id="LoRA"),
@@ -59,6 +59,6 @@ def test_linear(fresh_seed, dora, held) -> None:
 
     def compute(x, a, b, magnitude=None):
         given = None if magnitude is None else norm
-        return lora_linear(x, weight, a, b, 1.7, magnitude=magnitude, norm=given, mask=mask)
+        return lora_linear(x, weight, LowRankPart(a, b, 1.7, magnitude, given, mask))
 
     assert torch.autograd.gradcheck(compute, [tensor.requires_grad_() for tensor in inputs])

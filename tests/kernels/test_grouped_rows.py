@@ -9,7 +9,6 @@ import torch
 
 from mixlora_exp.kernels import DropMask, draw_mask
 from mixlora_exp.kernels.mixlora import rows
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_grouped
 
 BLOCKS = [
     pytest.param({}, 8, id="five blocks, the last one smaller"),
@@ -24,30 +23,32 @@ BLOCKS = [
     pytest.param({"dora": True, "roles": ("gate", "up")}, 8, id="DoRA without down"),
     pytest.param({"pushed": {1: 60.0, 3: 60.0}}, 8, id="experts without rows in any block"),
     pytest.param({"pushed": {2: -4.0}}, 4, id="an expert with rows in few blocks"),
+    pytest.param({"empty": True}, 4, id="tokens with fewer experts than K"),
+    pytest.param({"empty": True, "dora": True}, 4, id="the same with DoRA"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "count"), BLOCKS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
 def test_several_blocks_equal_reference(
-    block_of, plain, tiny_blocks, fresh_seed, same, changes, count, dropout
+    block_of, plain, exact_forms, tiny_blocks, fresh_seed, same, changes, count, dropout
 ) -> None:
     case = replace(plain, tokens=19, **changes)
     tiny_blocks(count)
     assert len(list(rows.blocks(19, case.top_k))) >= 4
     block = block_of(case, fresh_seed)
     masks = block.masks(dropout)
-    results = block.run(mixlora_exact_grouped, torch.float64, masks=masks)
+    results = block.run(exact_forms["exact, grouped"], torch.float64, masks=masks)
     same(results, block.run("reference", torch.float64, masks=masks))
 
 
 @pytest.mark.parametrize(("changes", "count"), BLOCKS)
-def test_several_blocks_in_bf16(block_of, plain, tiny_blocks, changes, count) -> None:
+def test_several_blocks_in_bf16(block_of, plain, exact_forms, tiny_blocks, changes, count) -> None:
     """Where an expert's rows are rounded up too: as near as one block is, to bf16."""
     block = block_of(replace(plain, tokens=19, **changes), 0, torch.bfloat16)
-    whole = block.run(mixlora_exact_grouped, torch.bfloat16, torch.float32)
+    whole = block.run(exact_forms["exact, grouped"], torch.bfloat16, torch.float32)
     tiny_blocks(count)
-    parts = block.run(mixlora_exact_grouped, torch.bfloat16, torch.float32)
+    parts = block.run(exact_forms["exact, grouped"], torch.bfloat16, torch.float32)
     for name, part in parts.items():
         if case_without_router_gradient(changes, name):
             continue
@@ -91,26 +92,32 @@ def test_blocks_cover_the_tokens_once(tiny_blocks, tokens, top_k, limit, expecte
         pytest.param(1, 1, id="one pair"),
     ],
 )
-def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k) -> None:
+@pytest.mark.parametrize("empty", [0.0, 0.4, 1.0], ids="{} empty".format)
+def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k, empty) -> None:
     experts = torch.rand(tokens, 8).argsort(dim=-1)[:, :top_k]
     experts[experts == 5] = 6  # one expert has none
     weights = torch.rand(tokens, top_k) + 0.1
+    weights[torch.rand(tokens, top_k) < empty] = 0.0
+    filled = weights != 0
     made = rows.sort_rows(experts, weights, 8, dtype)
-    # A pair's row holds its token and weight and lies in its expert's segment.
-    token = torch.arange(tokens).unsqueeze(1).expand(-1, top_k)
+    # A filled slot's row holds its token and weight and lies in its expert's segment.
+    token = torch.arange(tokens).unsqueeze(1).expand(-1, top_k)[filled]
+    own = experts[filled]
     assert torch.equal(made.tokens[made.position], token)
-    assert torch.equal(made.weights[made.position].squeeze(-1), weights.to(dtype))
-    assert made.position.unique().numel() == tokens * top_k
+    assert torch.equal(made.weights[made.position].squeeze(-1), weights[filled].to(dtype))
+    assert torch.equal(made.table[filled], made.position)
+    assert (made.table[~filled] == len(made.tokens)).all()
+    assert made.position.unique().numel() == len(own)
     covered = 0
     for expert, first, end in made.segments:
         assert first == covered
         covered = end
-        count = int((experts == expert).sum())
+        count = int((own == expert).sum())
         assert count > 0
-        rounded = step if tokens * top_k > rows.ROUND_ROWS else 1
+        rounded = step if len(own) > rows.ROUND_ROWS else 1
         assert end - first == -(-count // rounded) * rounded
         inside = (made.position >= first) & (made.position < end)
-        assert torch.equal(inside, experts == expert)
+        assert torch.equal(inside, own == expert)
         # What fills a segment up repeats one of its tokens, and counts nothing.
         filling = torch.ones(end - first, dtype=torch.bool)
         filling[made.position[inside] - first] = False
@@ -126,7 +133,8 @@ def test_rows_are_zeroed_by_their_tokens_mask(fresh_seed, dtype, sparse) -> None
     mask = draw_mask((11, 7), 0.4, torch.device("cpu"))
     if not sparse:
         mask = DropMask(mask.kept(), mask.scale, mask.shape)
-    made = rows.sort_rows(torch.randint(0, 4, (11, 2)), torch.rand(11, 2), 4, dtype)
+    weights = torch.rand(11, 2) * (torch.rand(11, 2) > 0.2)
+    made = rows.sort_rows(torch.randint(0, 4, (11, 2)), weights, 4, dtype)
     values = torch.randn(len(made.tokens), 7).to(dtype)
     before = values.clone()
     zeroed = made.zero(values, mask)

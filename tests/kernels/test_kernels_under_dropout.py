@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mixlora_exp.kernels import route
+from mixlora_exp.kernels.mixlora.peft import mixlora_peft
 from mixlora_exp.kernels.mixlora.reference import mixlora_reference
-from mixlora_exp.kernels.mixlora.stock import mixlora_stock
 
 
 @pytest.mark.parametrize("held", ["sparse", "bool"])
@@ -144,7 +144,7 @@ def test_peft_draws_its_own(block_of, plain, dora) -> None:
 
     def run(p: float) -> torch.Tensor:
         feed_forward = block.block(block.values, torch.float64, torch.float64, dropout=p)
-        return mixlora_stock(block.values["x"], routing, feed_forward)
+        return mixlora_peft(block.values["x"], routing, feed_forward)
 
     torch.manual_seed(0)
     first = run(0.3)

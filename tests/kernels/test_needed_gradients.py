@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels import KERNELS, draw_mask
-from mixlora_exp.kernels.lora.linear import (
-    lora_add,
-    lora_add_reference,
-    lora_linear,
-    lora_linear_reference,
-)
-from mixlora_exp.kernels.lora.many import LowRankPart, lora_add_many
+from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference, lora_linear
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -118,15 +112,10 @@ def test_linear_layers(fresh_seed, dora, p) -> None:
     weight, norms = draw(4, 6), draw(2, 4).abs() + 1
     masks = [draw_mask((3, 6), p, torch.device("cpu")) for _ in range(2)]
 
-    def options(leaves: dict[str, Tensor], i: int) -> dict:
-        return {
-            "a": leaves[f"a{i}"],
-            "b": leaves[f"b{i}"],
-            "scaling": 1.5,
-            "magnitude": leaves.get(f"m{i}"),
-            "norm": norms[i] if dora else None,
-            "mask": masks[i],
-        }
+    def part(leaves: dict[str, Tensor], i: int) -> LowRankPart:
+        norm = norms[i] if dora else None
+        own = (leaves[f"a{i}"], leaves[f"b{i}"], 1.5, leaves.get(f"m{i}"), norm)
+        return LowRankPart(*own, masks[i])
 
     def values(*indices: int) -> dict[str, Tensor]:
         made = {}
@@ -139,29 +128,17 @@ def test_linear_layers(fresh_seed, dora, p) -> None:
         return made
 
     check(
-        lambda leaves: lora_linear(leaves["x"], weight, **options(leaves, 0)),
-        lambda leaves: lora_linear_reference(leaves["x"], weight, **options(leaves, 0)),
+        lambda leaves: lora_linear(leaves["x"], weight, part(leaves, 0)),
+        lambda leaves: lora_add_reference(leaves["x"] @ weight.T, leaves["x"], part(leaves, 0)),
         {"x": draw(3, 6), **values(0)},
         every,
     )
-    check(
-        lambda leaves: lora_add(leaves["y"], leaves["x"], **options(leaves, 0)),
-        lambda leaves: lora_add_reference(leaves["y"], leaves["x"], **options(leaves, 0)),
-        {"y": draw(3, 4), "x": draw(3, 6), **values(0)},
-        every,
-    )
-    check(
-        lambda leaves: lora_add_many(
-            leaves["y"], leaves["x"], [LowRankPart(**options(leaves, i)) for i in range(2)]
-        ),
-        lambda leaves: torch.cat(
-            [
-                lora_add_reference(y, x, **options(leaves, i))
-                for i, (y, x) in enumerate(
-                    zip(leaves["y"].chunk(2), leaves["x"].chunk(2), strict=True)
-                )
-            ]
-        ),
-        {"y": draw(6, 4), "x": draw(6, 6), **values(0, 1)},
-        every,
-    )
+    for count in (1, 2):
+
+        def run(compute, count=count) -> Callable[[dict[str, Tensor]], Tensor]:
+            return lambda leaves: compute(
+                leaves["y"], leaves["x"], *(part(leaves, i) for i in range(count))
+            )
+
+        inputs = {"y": draw(3 * count, 4), "x": draw(3 * count, 6), **values(*range(count))}
+        check(run(lora_add), run(lora_add_reference), inputs, every)

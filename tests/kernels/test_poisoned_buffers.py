@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels import draw_mask
-from mixlora_exp.kernels.lora.linear import lora_linear
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
-from mixlora_exp.kernels.mixlora.shared import mixlora_shared
+from mixlora_exp.kernels.lora import LowRankPart, lora_linear
 
 
 def poison(buffer: Tensor) -> Tensor:
@@ -62,7 +60,9 @@ CASES = [
 
 @pytest.mark.parametrize("changes", CASES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3, 0.7], ids="p={}".format)
-def test_float64(block_of, plain, tiny_blocks, same, poisoned, changes, dropout) -> None:
+def test_float64(
+    block_of, plain, exact_forms, tiny_blocks, same, poisoned, changes, dropout
+) -> None:
     """In several blocks, with masks of both forms."""
     block = block_of(replace(plain, **changes), 0)
     tiny_blocks(8)
@@ -70,18 +70,18 @@ def test_float64(block_of, plain, tiny_blocks, same, poisoned, changes, dropout)
     masks = block.masks(dropout)
     truth = block.run("reference", torch.float64, masks=masks)
     poisoned.clear()
-    same(block.run(mixlora_exact_grouped, torch.float64, masks=masks), truth)
+    same(block.run(exact_forms["exact, grouped"], torch.float64, masks=masks), truth)
     assert {"empty_like", "new_empty"} <= set(poisoned)
-    same(block.run(mixlora_exact_dense, torch.float64, masks=masks), truth)
-    same(block.run(mixlora_shared, torch.float64, masks=masks), truth)
+    same(block.run(exact_forms["exact, dense"], torch.float64, masks=masks), truth)
+    same(block.run("shared", torch.float64, masks=masks), truth)
 
 
 @pytest.mark.parametrize("changes", CASES)
-def test_bf16_where_rows_fill_segments_up(block_of, plain, poisoned, changes) -> None:
+def test_bf16_where_rows_fill_segments_up(block_of, plain, exact_forms, poisoned, changes) -> None:
     block = block_of(replace(plain, **changes), 0, torch.bfloat16)
     dtypes = torch.bfloat16, torch.float32
     truth = block.run("reference", *dtypes)
-    for kernel in (mixlora_exact_grouped, mixlora_exact_dense):
+    for kernel in exact_forms.values():
         for name, result in block.run(kernel, *dtypes).items():
             if "top_k" in changes and name == "router":
                 continue  # rounding, no more
@@ -95,7 +95,7 @@ def test_linear(poisoned, dropout) -> None:
     )
     mask = draw_mask((9, 7), dropout, torch.device("cpu"))
     norm = torch.rand(5) + 1
-    y = lora_linear(x, torch.randn(5, 7), a, b, 2.0, magnitude=magnitude, norm=norm, mask=mask)
+    y = lora_linear(x, torch.randn(5, 7), LowRankPart(a, b, 2.0, magnitude, norm, mask))
     y.sum().backward()
     for tensor in (y, x.grad, a.grad, b.grad, magnitude.grad):
         assert tensor.isfinite().all()

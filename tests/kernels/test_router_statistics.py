@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixlora_exp.kernels import route, route_bfloat16, router_fractions, router_loss
+from mixlora_exp.kernels import make_router, route, router_fractions, router_loss
 
 
 def loss_by_hand(
@@ -184,11 +184,13 @@ def test_a_router_in_bf16_cannot_tell_near_ties() -> None:
     x = torch.eye(4)
     router = torch.tensor([[1.0] * 4, [1.0 + 2**-10] * 4, [0.0] * 4])
     assert route(x, router, 1).experts.flatten().tolist() == [1] * 4
-    rounded = route_bfloat16(x, router, 2)
+    top_k = make_router("top_k", {"num_experts": 3, "top_k": 2, "router_precision": "bfloat16"}, {})
+    rounded = top_k.route(x, {"": router})
     assert torch.equal(rounded.probabilities[:, 0], rounded.probabilities[:, 1])
     assert rounded.probabilities.dtype is torch.float32
     assert torch.allclose(rounded.weights.sum(-1), torch.ones(4))
     # Numbers that bf16 holds are routed alike.
-    plain, same = (f(x, router.bfloat16().float(), 2) for f in (route, route_bfloat16))
+    plain = route(x, router.bfloat16().float(), 2)
+    same = top_k.route(x, {"": router.bfloat16().float()})
     assert torch.equal(plain.experts, same.experts)
     assert torch.allclose(plain.weights, same.weights)

@@ -15,15 +15,14 @@ from triton_cases import (
     DEVICE,
     GPU,
     fused,
+    on_device,
     triton_block,
     triton_launch,
     triton_router,
     triton_tiles,
 )
 
-from mixlora_exp.kernels import known_activation, route
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense
-from mixlora_exp.kernels.mixlora.packing import pack, unpack
+from mixlora_exp.kernels import route
 from mixlora_exp.kernels.shapes import ROLES
 
 # The interpreter's bf16 products are wrong on a CPU.
@@ -65,6 +64,8 @@ CASES = [
     pytest.param({"biased": ROLES, "normalised": False}, id="bias, weights that do not sum to 1"),
     pytest.param({"biased": ROLES, "dora": True, "inner": 33}, id="DoRA and bias"),
     pytest.param({"biased": ("up",), "roles": ("down",)}, id="bias on up, experts on down only"),
+    pytest.param({"empty": True, "biased": ROLES}, id="tokens with fewer experts than K"),
+    pytest.param({"empty": True, "dora": True, "top_k": 3}, id="the same with DoRA"),
 ]
 
 
@@ -211,19 +212,19 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("options", "dtype", "change"), UNSUPPORTED)
-def test_the_rest_is_left_to_the_dense_form(block_of, plain, options, dtype, change) -> None:
+def test_the_rest_is_left_to_the_dense_form(
+    block_of, plain, exact_forms, options, dtype, change
+) -> None:
     block = block_of(replace(plain, **options), 0, dtype)
     results = []
-    for kernel in (triton_block.mixlora_triton, mixlora_exact_dense):
+    for kernel in (triton_block.mixlora_triton, exact_forms["exact, dense"]):
         leaves = {
             name: v.to(DEVICE, dtype, copy=True).requires_grad_()
             for name, v in block.values.items()
         }
         made = block.block(leaves, dtype, dtype)
-        spec, tensors = pack(replace(made, activation=known_activation(made.activation)))
-        made = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
-        if change == "trained":
-            made.up.weight.requires_grad_()
+        made = on_device(made)
+        weight = made.up.frozen.weight().requires_grad_(change == "trained")
         if change == "trained bias":
             made.up.bias.requires_grad_()
         if change == "ranks":
@@ -234,7 +235,7 @@ def test_the_rest_is_left_to_the_dense_form(block_of, plain, options, dtype, cha
         y = kernel(leaves["x"], route(leaves["x"], leaves["router"], 2), made)
         y.sum().backward()
         grads = [leaf.grad for leaf in leaves.values()]
-        results.append([y, *grads, *([made.up.weight.grad] if change == "trained" else [])])
+        results.append([y, *grads, *([weight.grad] if change == "trained" else [])])
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
 
@@ -292,8 +293,7 @@ def test_captured_in_a_cuda_graph(block_of, plain, dora) -> None:
     for leaf in leaves.values():
         leaf.requires_grad_()
     made = block.block(leaves, torch.bfloat16, torch.float32)
-    spec, tensors = pack(made)
-    made = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
+    made = on_device(made)
     upstream = block.upstream.to(DEVICE, torch.bfloat16)
 
     def step() -> list[Tensor]:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels import DropMask, FeedForward, Routing, known_activation
-from mixlora_exp.kernels.mixlora.packing import pack, unpack
+from mixlora_exp.kernels import DropMask, FeedForward, FrozenLinear, Routing, known_activation
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -68,12 +67,28 @@ triton_block, triton_launch, triton_router, triton_tiles = load(
 )
 
 
+def on_device(block: FeedForward) -> FeedForward:
+    """The block on the GPU if there is one, its masks as bool and its activation by name."""
+    made = {}
+    for role, projection in block.projections.items():
+        experts, bias = projection.experts, projection.bias
+        if experts is not None:
+            names = ("a", "b", "magnitude", "norm")
+            parts = {name: getattr(experts, name) for name in names}
+            moved = {name: None if t is None else t.to(DEVICE) for name, t in parts.items()}
+            experts = replace(experts, **moved)
+        bias = None if bias is None else bias.to(DEVICE)
+        frozen = FrozenLinear(projection.frozen.weight().to(DEVICE), bias)
+        made[role] = replace(projection, frozen=frozen, experts=experts)
+    for name in ("x_mask", "hidden_mask"):
+        mask = getattr(block, name)
+        made[name] = mask and DropMask(mask.kept().to(DEVICE), mask.scale, mask.shape)
+    return replace(block, activation=known_activation(block.activation), **made)
+
+
 def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """`mixlora_triton` on the GPU if there is one, for inputs on the CPU; never its fallback."""
-    masks = [m and DropMask(m.kept(), m.scale, m.shape) for m in (block.x_mask, block.hidden_mask)]
-    block = replace(block, activation=known_activation(block.activation))
-    spec, tensors = pack(replace(block, x_mask=masks[0], hidden_mask=masks[1]))
-    block = unpack(spec, [t if t is None else t.to(DEVICE) for t in tensors])
+    block = on_device(block)
     parts = (routing.logits, routing.probabilities, routing.experts, routing.weights)
     x = x.to(DEVICE)
     assert triton_block.supports(x, block)

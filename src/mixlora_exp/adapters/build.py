@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from mixlora_exp.adapters.hosting import add_guest, not_built, peft_warnings_hel
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 from mixlora_exp.models.base_identity import base_of, write_base
@@ -31,7 +33,11 @@ __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "
 
 
 def peft_config(method: LoraMethodConfig) -> LoraConfig:
-    """The PEFT configuration of a method."""
+    """The PEFT configuration of a method.
+
+    Raises:
+        UserError: its router does not have one of `method.router_options`.
+    """
     common = {
         "r": method.rank,
         "lora_alpha": method.alpha,
@@ -42,16 +48,11 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
     }
     if not isinstance(method, MixLoraMethodConfig):
         return LoraConfig(**common)
-    return MixLoraConfig(
-        **common,
-        num_experts=method.num_experts,
-        top_k=method.top_k,
-        router_loss_coef=method.router_loss_coef,
-        router_loss=method.router_loss.value,
-        router_loss_pooling=method.router_loss_pooling.value,
-        router_init_std=method.router_init_std,
-        router_precision=method.router_precision.value,
-    )
+    mixture = {item.name: getattr(method, item.name) for item in fields(MixtureSettings)}
+    try:
+        return MixLoraConfig(**common, **mixture)
+    except ValueError as error:
+        raise UserError(f"method: {error}") from error
 
 
 def attach_together(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import Any, get_type_hints
 
 from peft import LoraConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
+
+from mixlora_exp.config.schema_method import MixtureSettings
+from mixlora_exp.kernels import Router, make_router
 
 __all__ = ["MixLoraConfig", "in_order", "saved_config"]
 
@@ -39,7 +43,7 @@ class ExpertLora:
 
 
 @dataclass
-class MixLoraConfig(LoraConfig):
+class MixLoraConfig(MixtureSettings, LoraConfig):
     """LoRA experts behind a top-k router in the feed-forward block, plain LoRA in attention.
 
     `target_modules` names projections; those of `feed_forward_targets` become experts of the block
@@ -51,22 +55,6 @@ class MixLoraConfig(LoraConfig):
         ValueError: a value is out of range, or an option of LoraConfig is set that experts lack.
     """
 
-    num_experts: int = field(default=8, metadata={"help": "Experts per feed-forward block (E)."})
-    top_k: int = field(default=2, metadata={"help": "Experts per token (K)."})
-    router_loss_coef: float = field(
-        default=1e-3, metadata={"help": "Coefficient of the load-balance loss, Eq. (8)."}
-    )
-    router_loss: str = field(
-        default="argmax",
-        metadata={"help": "What F_i of Eq. (9) counts: 'argmax', or 'topk' (all K chosen)."},
-    )
-    router_loss_pooling: str = field(
-        default="layer",
-        metadata={"help": "'layer': loss per layer, averaged; 'all': statistics of all layers."},
-    )
-    router_init_std: float = field(
-        default=0.02, metadata={"help": "Standard deviation of the router's initial weights."}
-    )
     expert_lora: dict[str, Any] | None = field(
         default=None,
         metadata={
@@ -77,10 +65,6 @@ class MixLoraConfig(LoraConfig):
     act_fn: str | None = field(
         default=None,
         metadata={"help": "Activation of the experts, by transformers' name; None: the base's."},
-    )
-    router_precision: str = field(
-        default="float32",
-        metadata={"help": "'float32', or 'bfloat16': the router's product rounds to it."},
     )
     feed_forward: str = field(default="mlp", metadata={"help": "Name of the feed-forward block."})
     feed_forward_targets: list[str] = field(
@@ -120,8 +104,7 @@ class MixLoraConfig(LoraConfig):
                 f"target_modules={sorted(self.target_modules)} names none of "
                 f"{self.feed_forward_targets}: without experts this is LoRA, use LoraConfig"
             )
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k={self.top_k} must be in [1, num_experts={self.num_experts}]")
+        self._check_mixture()
         unknown = set(self.expert_lora or ()) - set(ExpertLora.__dataclass_fields__)
         if unknown:
             raise ValueError(f"expert_lora does not know {', '.join(sorted(unknown))}")
@@ -132,18 +115,31 @@ class MixLoraConfig(LoraConfig):
                 raise ValueError(f"{where}lora_dropout={lora.lora_dropout} must be in [0, 1)")
         if self.act_fn is not None and self.act_fn not in ACT2FN:
             raise ValueError(f"act_fn={self.act_fn!r} is not an activation of transformers")
-        if self.router_loss_coef < 0:
-            raise ValueError(f"router_loss_coef={self.router_loss_coef} must be >= 0")
-        if self.router_loss not in ("argmax", "topk"):
-            raise ValueError(f"router_loss={self.router_loss!r} is not 'argmax' or 'topk'")
-        if self.router_precision not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"router_precision={self.router_precision!r} is not 'float32' or 'bfloat16'"
-            )
-        if self.router_loss_pooling not in ("layer", "all"):
-            raise ValueError(
-                f"router_loss_pooling={self.router_loss_pooling!r} is not 'layer' or 'all'"
-            )
+
+    def _check_mixture(self) -> None:
+        """Check what `MixtureSettings` defines; choices are held by their words, as the file has
+        them."""
+        kinds = get_type_hints(MixtureSettings)
+        for item in fields(MixtureSettings):
+            value, kind = getattr(self, item.name), kinds[item.name]
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                words = [choice.value for choice in kind]
+                word = value.value if isinstance(value, Enum) else value
+                if word not in words:
+                    raise ValueError(f"{item.name}={word!r} is not {' or '.join(map(repr, words))}")
+                setattr(self, item.name, word)
+        if (fault := self.fault()) is not None:
+            raise ValueError("{}={} {}".format(*fault))
+        self.make_router()
+
+    def make_router(self) -> Router:
+        """The router with these settings.
+
+        Raises:
+            ValueError: `router_options` has something that it does not, or out of range.
+        """
+        settings = {item.name: getattr(self, item.name) for item in fields(MixtureSettings)}
+        return make_router(self.router, settings, self.router_options)
 
     def to_dict(self) -> dict[str, Any]:
         return in_order(super().to_dict())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from mixlora_exp.kernels import DropoutKey, DropoutStream
-from mixlora_exp.kernels.mixlora.stock import dropped
+from mixlora_exp.kernels import DropMask, DropoutKey, DropoutStream, draw_mask
+from mixlora_exp.kernels.dropout import drop
 
-__all__ = ["KeyedDropout", "use_dropout_stream"]
+__all__ = ["KeyedDropout", "input_mask", "keyed_mask", "use_dropout_stream"]
 
 
 class KeyedDropout(nn.Dropout):
@@ -21,14 +21,32 @@ class KeyedDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        return dropped(x, self.p, self.key.generator("input", x.device))
+        rows = x.reshape(-1, x.shape[-1])
+        return drop(rows, input_mask(self, rows)).view(x.shape)
+
+
+def keyed_mask(
+    key: DropoutKey | None, part: str, shape: tuple[int, int], p: float, where: Tensor
+) -> DropMask | None:
+    """The mask of one (rows, width) input of a module, on the device of `where`: from the key or,
+    without one, from torch's default generator. None for p = 0."""
+    if key is None:
+        return draw_mask(shape, p, where.device)
+    return key.mask(part, shape, p, where.device)
+
+
+def input_mask(dropout: nn.Module, rows: Tensor) -> DropMask | None:
+    """The mask that a LoRA layer's dropout module draws for its rows (T, in), None for none."""
+    p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
+    return keyed_mask(getattr(dropout, "key", None), "input", tuple(rows.shape), p, rows)
 
 
 def use_dropout_stream(model: nn.Module, adapter: str, stream: DropoutStream) -> None:
     """Let every dropout of `adapter` in `model` be drawn from `stream`.
 
     A mask then depends on the stream and on the module's place in the base model alone: not on
-    other adapters, nor on what else draws random numbers, nor on how often a layer is run.
+    other adapters, nor on what else draws random numbers, nor on how often a layer is run; and once
+    `stream.rows` tells the example and position of each row, not on the batch that a row is in.
     """
     for name, module in model.named_modules():
         # Blocks that wrap another are not part of the base model's names.

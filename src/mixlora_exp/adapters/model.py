@@ -16,7 +16,7 @@ from mixlora_exp.adapters.hosting import GuestConfig
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.linear import use_linear_kernel
 from mixlora_exp.adapters.rows import BASE, RowMap
-from mixlora_exp.kernels import resolve_kernel, router_fractions, router_loss
+from mixlora_exp.kernels import KERNELS, resolve_kernel
 
 __all__ = ["MixLoraModel", "RouterReport", "set_kernel"]
 
@@ -28,7 +28,8 @@ ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_t
 class RouterReport:
     """What the routers did in one forward pass.
 
-    `loss`: Eq. (8) without its coefficient; `counts` (layers, E): real tokens sent to each expert.
+    `loss`: the router's own, Eq. (8) for most, without its coefficient; `counts` (layers, E): real
+    tokens sent to each expert.
     """
 
     loss: Tensor
@@ -177,21 +178,20 @@ class MixLoraModel(LoraModel):
         found = {}
         for adapter in blocks[0].routings if blocks else ():
             mask = masks.get(adapter)
-            config = self.peft_config[adapter]
-            statistics = [
-                router_fractions(
+            router = blocks[0].router[adapter]
+            each = [
+                router.statistics(
                     block.routings[adapter],
                     None if mask is None else mask.to(block.routings[adapter].experts.device),
-                    count_all=config.router_loss == "topk",
                 )
                 for block in blocks
             ]
-            device = statistics[0][0].device
-            fractions, probabilities, counts = (
-                torch.stack([s.to(device) for s in column])
-                for column in zip(*statistics, strict=True)
-            )
-            loss = router_loss(fractions, probabilities, pooled=config.router_loss_pooling == "all")
+            device = each[0]["counts"].device
+            stacked = {
+                name: torch.stack([statistics[name].to(device) for statistics in each])
+                for name in each[0]
+            }
+            loss, counts = router.auxiliary_loss(stacked), stacked["counts"]
             found[adapter] = RouterReport(loss, counts.detach())
         for block in blocks:
             # Without their graph, which would keep the pass alive and cannot be copied.
@@ -276,7 +276,7 @@ def set_kernel(model: nn.Module, name: str) -> str:
         ValueError: no kernel has this name.
     """
     resolved = resolve_kernel(name, next(model.parameters()).device.type)
-    use_linear_kernel(model, resolved)
+    use_linear_kernel(model, KERNELS[resolved].linear)
     for module in model.modules():
         if isinstance(module, MixLoraFeedForward):
             module.kernel = name  # "auto" is resolved where the block then is.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["NormCache", "adapters_changed"]
+from mixlora_exp.kernels import dora_norms, squared_row_norms
+
+__all__ = ["KeepsNorms", "NormCache", "adapter_norms", "adapters_changed"]
 
 
 class _Steps:
@@ -94,6 +97,45 @@ class NormCache:
         """Forget what depends on adapters; keys with an empty second part stay unless `frozen`."""
         kept = {} if frozen else {k: entry for k, entry in self._entries.items() if not k[1]}
         self._entries = kept
+
+
+def adapter_norms(
+    cache: NormCache, key: tuple[str, str], weight: Tensor, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
+    """||W + s B A|| by rows, from the cache as long as it holds.
+
+    key: (which weight of the module, adapter); weight: (out, in); a: (R, in), b: (out, R), then
+    (out,) is returned; or those of E experts, a: (E, R, in), b: (E, out, R), then (E, out).
+    """
+    squared = cache.get((key[0], ""), (weight,), lambda: squared_row_norms(weight), frozen=True)
+
+    def compute() -> Tensor:
+        if a.dim() == 3:
+            return dora_norms(weight, squared, a, b, scaling)
+        return dora_norms(weight, squared, a[None], b[None], scaling)[0]
+
+    return cache.get(key, (weight, a, b), compute, scaling=scaling)
+
+
+class KeepsNorms(nn.Module):
+    """A layer that keeps norms of its adapters."""
+
+    @property
+    def norms(self) -> NormCache:
+        if "_norms" not in self.__dict__:
+            self.__dict__["_norms"] = NormCache()
+        return self.__dict__["_norms"]
+
+    def train(self, mode: bool = True) -> KeepsNorms:
+        # A trainer calls `train()` before every micro-batch: that alone changes nothing.
+        if not (mode and self.training):
+            self.norms.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> KeepsNorms:
+        # `to`, `float` and the like may round the weights and give them their old memory back.
+        self.norms.clear(frozen=True)
+        return super()._apply(*args, **kwargs)
 
 
 def adapters_changed() -> None:

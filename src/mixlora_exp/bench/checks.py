@@ -13,13 +13,26 @@ from mixlora_exp.kernels import (
     KERNELS,
     Experts,
     FeedForward,
+    FrozenLinear,
     Projection,
+    Routing,
     draw_mask,
+    make_router,
     route,
-    router_of,
 )
 
 ROLES = ("gate", "up", "down")
+
+
+def router_of(kernel: str) -> Callable[[Tensor, Tensor, int], Routing]:
+    """How tokens x (T, D) are routed by a router (E, D) beside a kernel: in one launch for one
+    that is made for a device."""
+
+    def run(x: Tensor, router: Tensor, top_k: int) -> Routing:
+        made = make_router("top_k", {"num_experts": len(router), "top_k": top_k}, {})
+        return made.route(x, {"": router}, fused=KERNELS[kernel].device is not None)
+
+    return run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +126,7 @@ def _run(
             norm if case.dora else None,
         )
         bias = values[f"{role}.bias"].to(dtype) if case.biased else None
-        projections.append(Projection(weight.to(dtype), experts, bias))
+        projections.append(Projection(FrozenLinear(weight.to(dtype), bias), experts))
     torch.manual_seed(seed)
     masks = [
         draw_mask((case.tokens, width), case.dropout, device) for width in (case.hidden, case.inner)
@@ -222,7 +235,7 @@ def capture_error(kernel: str, dora: bool) -> str | None:
             magnitude = leaves.get(f"{role}.magnitude")
             a, b = leaves[f"{role}.a"], leaves[f"{role}.b"]
             experts = Experts(a, b, 2.0, magnitude, norm if dora else None)
-            projections.append(Projection(static[f"{role}.weight"], experts))
+            projections.append(Projection(FrozenLinear(static[f"{role}.weight"]), experts))
         block = FeedForward(*projections, case.activation)
         routing = router_of(kernel)(leaves["x"], leaves["router"], case.top_k)
         y = KERNELS[kernel](leaves["x"], routing, block)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
+from pathlib import Path
 
 __all__ = [
     "AnswerForm",
@@ -17,6 +19,7 @@ __all__ = [
     "Order",
     "Precision",
     "Protocol",
+    "Router",
     "RouterLoss",
     "RouterLossPooling",
     "RouterPrecision",
@@ -134,13 +137,24 @@ class Head(Enum):
     """The fused kernel of the liger-kernel package."""
 
 
-class Kernel(Enum):
-    auto = "auto"
-    peft = "peft"
-    reference = "reference"
-    shared = "shared"
-    exact = "exact"
-    triton = "triton"
+def _registered(folder: str, decorator: str) -> list[str]:
+    """The names that files of a folder of `kernels` register themselves under.
+
+    Read from their text, since importing them loads torch, and a mistake on the command line is
+    told before that."""
+    found = []
+    for path in sorted((Path(__file__).parents[1] / "kernels" / folder).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found += re.findall(rf'^@{decorator}\("(\w+)"', text, re.MULTILINE)
+    return found
+
+
+Kernel = Enum("Kernel", {name: name for name in ("auto", *_registered("mixlora", "kernel"))})
+"""Which implementation computes the adapters: each file of `kernels/mixlora/` that registers one
+with `@kernel("NAME")`, and `auto`, the fastest on the device."""
+
+Router = Enum("Router", {name: name for name in _registered("routers", "router")})
+"""How experts are chosen: each file of `kernels/routers/` with `@router("NAME")`."""
 
 
 class Tracker(Enum):

@@ -56,7 +56,11 @@ The record holds the hashes of the data files that were read, so their place doe
 `model.path` does: no hash of the weights is taken, and two folders may hold different models.
 """
 
-LATER = {("data", "train_limits"): {}}
+LATER = {
+    ("data", "train_limits"): {},
+    ("method", "router"): "top_k",
+    ("method", "router_options"): {},
+}
 """Fields that came later, by group and name, with the value that does what was done before: runs
 from before keep their fingerprints and so their names."""
 
@@ -79,6 +83,9 @@ def register_schemas() -> None:
     }
     for name, node in methods.items():
         store.store(group="schemas/method", name=name, node=node)
+    # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
+    for kernel in schema.Kernel:
+        store.store(group="kernel", name=kernel.name, node={"name": kernel.name})
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from typing import Any
 
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
-from mixlora_exp.config.choices import RouterLoss, RouterLossPooling, RouterPrecision
+from mixlora_exp.config.choices import Router, RouterLoss, RouterLossPooling, RouterPrecision
 
 __all__ = [
     "ATTENTION_TARGETS",
@@ -13,6 +16,7 @@ __all__ = [
     "LoraMethodConfig",
     "MethodConfig",
     "MixLoraMethodConfig",
+    "MixtureSettings",
 ]
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -57,27 +61,73 @@ class LoraMethodConfig(MethodConfig):
         )  # fmt: skip
 
 
-@dataclass(slots=True, kw_only=True)
-class MixLoraMethodConfig(LoraMethodConfig):
-    """MixLoRA: LoRA experts behind a top-k router in the feed-forward block (Section 3.2)."""
+def _setting(default: Any, help: str, rule: str = "", valid: Callable[..., bool] | None = None):
+    """A field with its meaning and range. valid: takes the value and all settings."""
+    kind = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**kind, metadata={"help": help, "rule": rule, "valid": valid})
 
-    num_experts: int = 8
-    top_k: int = 2
-    router_loss_coef: float = 1e-3
-    router_loss: RouterLoss = RouterLoss.argmax
-    router_loss_pooling: RouterLossPooling = RouterLossPooling.layer
-    router_init_std: float = 0.02
-    router_precision: RouterPrecision = RouterPrecision.float32
+
+@dataclass(kw_only=True)
+class MixtureSettings:
+    """What a mixture of LoRA experts has beside LoRA: the one definition of names, defaults, help
+    and ranges, from which Hydra's form (`MixLoraMethodConfig`) and PEFT's (`MixLoraConfig`) are
+    made."""
+
+    num_experts: int = _setting(
+        8, "Experts per feed-forward block (E).", "must be >= 1", lambda value, _: value >= 1
+    )
+    top_k: int = _setting(
+        2,
+        "Experts per token (K).",
+        "must be in [1, num_experts={num_experts}]",
+        lambda value, all: 1 <= value <= all.num_experts,
+    )
+    router: Router = _setting(Router.top_k, "How experts are chosen.")
+    router_options: dict[str, float] = _setting(
+        {}, "Numbers that this router alone has, by name; see its file in kernels/routers/."
+    )
+    router_loss_coef: float = _setting(
+        1e-3,
+        "Coefficient of the router's loss, Eq. (8).",
+        "must be >= 0 and finite",
+        lambda value, _: isfinite(value) and value >= 0,
+    )
+    router_loss: RouterLoss = _setting(
+        RouterLoss.argmax, "What F_i of Eq. (9) counts: 'argmax', or 'topk' (all K chosen)."
+    )
+    router_loss_pooling: RouterLossPooling = _setting(
+        RouterLossPooling.layer,
+        "'layer': loss per layer, averaged; 'all': statistics of all layers.",
+    )
+    router_init_std: float = _setting(
+        0.02,
+        "Standard deviation of the router's initial weights.",
+        "must be >= 0 and finite",
+        lambda value, _: isfinite(value) and value >= 0,
+    )
+    router_precision: RouterPrecision = _setting(
+        RouterPrecision.float32,
+        "router=top_k: 'float32', or 'bfloat16': the router's product rounds to it.",
+    )
+
+    def fault(self) -> tuple[str, Any, str] | None:
+        """The first setting that is out of its range, with its value and the rule."""
+        for item in fields(MixtureSettings):
+            value, valid = getattr(self, item.name), item.metadata["valid"]
+            if valid is not None and not valid(value, self):
+                return item.name, value, item.metadata["rule"].format(**vars(self))
+        return None
+
+
+@dataclass(kw_only=True)
+class MixLoraMethodConfig(MixtureSettings, LoraMethodConfig):
+    """MixLoRA: LoRA experts behind a router in the feed-forward block (Section 3.2)."""
 
     def __post_init__(self) -> None:
         LoraMethodConfig.__post_init__(self)
-        require(self.num_experts >= 1, "method.num_experts", self.num_experts, "must be >= 1")
-        require(
-            1 <= self.top_k <= self.num_experts,
-            "method.top_k", self.top_k, f"must be in [1, method.num_experts={self.num_experts}]",
-        )  # fmt: skip
-        require_positive("method.router_loss_coef", self.router_loss_coef, zero=True)
-        require_positive("method.router_init_std", self.router_init_std)
+        if (fault := self.fault()) is not None:
+            name, value, rule = fault
+            require(False, f"method.{name}", value, rule)
         require(
             any(target in FEED_FORWARD_TARGETS for target in self.targets),
             "method.targets", self.targets,

@@ -6,7 +6,9 @@ longer than the products of a small model, only the dropped elements are drawn: 
 them are geometric, which gives each element its own independent chance as ever.
 
 In training the numbers come from a `DropoutStream`: a mask is then a function of the adapter's
-seed, the step and the module alone, whatever else runs in the process.
+seed, the step and the module alone, whatever else runs in the process. Where the batch tells which
+example and position each row is (`RowIds`), each row's mask is a function of these too, and so the
+same however examples are packed, batched or spread over processes.
 """
 
 from __future__ import annotations
@@ -19,18 +21,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DropMask", "DropoutKey", "DropoutStream", "draw_mask", "drop"]
+__all__ = [
+    "DropMask",
+    "DropoutKey",
+    "DropoutStream",
+    "RowIds",
+    "draw_mask",
+    "draw_row_mask",
+    "drop",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RowIds:
+    """What the rows of a forward pass are, in the order of the flattened batch.
+
+    example: (T,) int64, the number of the row's example in the optimizer step, over all its
+    micro-batches and processes; position: (T,) int64, the row's place in that example.
+    """
+
+    example: Tensor
+    position: Tensor
 
 
 @dataclass(slots=True)
 class DropoutStream:
     """Where the dropout of one adapter stands: its seed, the optimizer step, the micro-batch within
-    it and the process. A trainer sets the last three before each forward pass."""
+    it and the process. A trainer sets the last three before each forward pass or, better, `rows`:
+    then micro-batch and process play no part. `rows` are those of this adapter alone."""
 
     seed: int
     step: int = 0
     micro_batch: int = 0
     process: int = 0
+    rows: RowIds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +64,53 @@ class DropoutKey:
     stream: DropoutStream
     place: str
 
-    def generator(self, part: str, device: torch.device) -> torch.Generator | None:
-        """A generator for one mask of this module, the same whenever it is asked for at this point
-        of the stream; None while compiling or recording a CUDA graph, where seeds cannot change."""
-        if torch.compiler.is_compiling() or (
-            device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):
-            return None
-        s = self.stream
-        where = struct.pack("<4Q", s.seed, s.step, s.micro_batch, s.process)
-        text = f"{self.place}/{part}".encode()
-        digest = hashlib.blake2b(where + text, digest_size=4).digest()
-        # A CPU's generator takes 32 bits of a seed.
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+    def mask(
+        self,
+        part: str,
+        shape: tuple[int, int],
+        p: float,
+        device: torch.device,
+        rows: Tensor | None = None,
+    ) -> DropMask | None:
+        """The mask of one (rows, width) input of this module, the same whenever it is asked for at
+        this point of the stream; None for p = 0.
+
+        part: tells the module's masks apart. rows: the numbers of the pass's rows that the matrix
+        has, None for all. While a graph is compiled or captured, where seeds cannot change, torch's
+        default generator draws.
+
+        Raises:
+            ValueError: the stream has another number of rows than the matrix.
+        """
+        ids = self.stream.rows
+        if p == 0.0 or _is_captured(device):
+            return draw_mask(shape, p, device)
+        if ids is None:
+            # A CPU's generator takes 32 bits of a seed.
+            seed = self._number(part, self.stream.micro_batch, self.stream.process) & 0xFFFFFFFF
+            return draw_mask(shape, p, device, torch.Generator(device).manual_seed(seed))
+        example, position = ids.example.to(device), ids.position.to(device)
+        if rows is not None:
+            example, position = example[rows], position[rows]
+        if len(example) != shape[0]:
+            raise ValueError(
+                f"DropoutStream.rows has {len(example)} rows, and {self.place} has {shape[0]}"
+            )
+        keys = mix(mix(example + self._number(part)) + position)
+        return draw_row_mask(keys, shape[1], p)
+
+    def _number(self, part: str, *more: int) -> int:
+        """64 bits, signed, that stand for seed, step, place, part and `more`."""
+        numbers = (self.stream.seed, self.stream.step, *more)
+        text = struct.pack(f"<{len(numbers)}Q", *numbers) + f"{self.place}/{part}".encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+
+def _is_captured(device: torch.device) -> bool:
+    return torch.compiler.is_compiling() or (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +208,53 @@ def _draw_dropped(count: int, p: float, generator: torch.Generator | None) -> Te
     numbers = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
     kind = torch.int32 if count < 2**31 else torch.int64
     return numbers[: int(torch.searchsorted(numbers, count))].to(kind)
+
+
+def mix(numbers: Tensor) -> Tensor:
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014), a hash of 64 bits: a
+    bijection after which equal steps in the input show no more. numbers: int64; a new tensor."""
+
+    def folded(h: Tensor, by: int) -> Tensor:
+        # A shift of int64 copies the sign; the mask makes it that of a number without one.
+        return (h >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+    # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB with a sign.
+    h = (numbers ^ folded(numbers, 30)).mul_(-0x40A7B892E31B1A47)
+    h.bitwise_xor_(folded(h, 27)).mul_(-0x6B2FB644ECCEEE15)
+    return h.bitwise_xor_(folded(h, 31))
+
+
+GOLDEN = -0x61C8864680B583EB
+"""2^64 over the golden ratio, with a sign: how far the counters of a row stand apart."""
+
+
+def draw_row_mask(keys: Tensor, width: int, p: float) -> DropMask:
+    """The mask of a (rows, width) matrix of which each row's part depends on its key alone.
+
+    keys: (rows,) int64, as of `mix`. The i-th number of a row is `mix(key + i GOLDEN)`. On a CPU it
+    gives the gap before the row's next dropped element, as in `draw_mask`; elsewhere, and for
+    p > 0.5, whether element i is dropped, so that nothing is read back to the host.
+    """
+    scale, shape = 1.0 / (1.0 - p), (len(keys), width)
+
+    def numbers(first: int, end: int) -> Tensor:
+        """Numbers first to end of every row, of which 24 bits are taken."""
+        counters = torch.arange(first, end, device=keys.device) * GOLDEN
+        return mix(keys.unsqueeze(1) + counters).bitwise_and_(2**24 - 1)
+
+    if keys.device.type != "cpu" or p > 0.5:
+        return DropMask(numbers(0, width) >= round(p * 2**24), scale, shape)
+    size = int(width * p + 5 * math.sqrt(width * p) + 16)
+    # The places of one row after another: with the row's start added, those in the flat matrix.
+    starts = torch.arange(len(keys)).unsqueeze(1) * width
+    chunks, drawn, last = [], 0, starts - 1
+    while len(keys) and bool((last < starts + width).any()):
+        logs = numbers(drawn, drawn + size).float().add_(1.0).mul_(2.0**-24).log_()
+        gaps = logs.mul_(1.0 / math.log1p(-p)).to(torch.int64).add_(1)
+        gaps[:, :1] += last
+        places = gaps.cumsum(1)
+        chunks.append(places)
+        last, drawn = places[:, -1:], drawn + size
+    flat = torch.cat(chunks, dim=1) if len(chunks) > 1 else chunks[0] if chunks else starts
+    kind = torch.int32 if len(keys) * width < 2**31 else torch.int64
+    return DropMask(flat[flat < starts + width].to(kind), scale, shape)

@@ -1,6 +1,11 @@
-"""Top-k router and the load-balance loss (paper, Eq. (8) and (9))."""
+"""What a router is: its weights, its decision and its loss, in one class that registers itself."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,32 +13,130 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.shapes import Routing
 
-__all__ = ["route", "route_bfloat16", "router_fractions", "router_loss"]
+__all__ = [
+    "ROUTERS",
+    "Router",
+    "make_router",
+    "normalised",
+    "router",
+    "router_fractions",
+    "router_logits",
+    "router_loss",
+]
 
 
-def route(x: Tensor, router: Tensor, top_k: int) -> Routing:
-    """Choose `top_k` experts per token: softmax(x router^T), top-k, normalised over the k.
+@dataclass(frozen=True, kw_only=True)
+class Router(ABC):
+    """Decides which experts each row gets, and has the loss that goes with its way of deciding.
 
-    x: (T, D); router: (E, D), no bias. Runs in float32 (float64 for float64 input), since near
-    ties decide which expert a token gets.
+    One serves a feed-forward block or a single linear layer alike: it sees the rows x (T, in) of
+    the module that asks, and the weights that this module holds for it. Its fields are its
+    settings, by name those of the adapter with or without `router_` before them; what the adapter
+    has no setting for is taken from `router_options`.
+
+    num_experts: E. top_k: K, at most how many experts a row gets. init_std: of the initial weights.
+    loss: what F_i of Eq. (9) counts, `argmax` or `topk`. loss_pooling: `layer` or `all`.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+
+    num_experts: int
+    top_k: int
+    init_std: float = 0.02
+    loss: str = "argmax"
+    loss_pooling: str = "layer"
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        """New weights by name, drawn from torch's default generator, for rows of `width` elements.
+        The one called "" is stored as `lora_router`, others as `lora_router_NAME`."""
+        return {"": torch.randn(self.num_experts, width) * self.init_std}
+
+    @abstractmethod
+    def route(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        *,
+        training: bool = False,
+        fused: bool = False,
+    ) -> Routing:
+        """The decision for rows x (T, in). weights: as of `initial`. training: whether noise that
+        belongs to training is on. fused: whether kernels of a GPU may be used for it.
+
+        Runs in float32 or better, since near ties decide which expert a row gets.
+        """
+
+    def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        """What the loss needs of one module's decision, with its graph; padding left out.
+
+        mask: (T,), true for real rows, or None. `counts` (E,), the rows sent to each expert, must
+        be among them; means over rows and not sums, so that modules count alike.
+        """
+        fractions, probabilities, counts = router_fractions(
+            routing, mask, count_all=self.loss == "topk"
+        )
+        return {"fractions": fractions, "probabilities": probabilities, "counts": counts}
+
+    def auxiliary_loss(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """The loss without its coefficient, a scalar. statistics: those of all modules, stacked:
+        (modules, ...). Here the load-balance loss, Eq. (8)."""
+        return router_loss(
+            statistics["fractions"],
+            statistics["probabilities"],
+            pooled=self.loss_pooling == "all",
+        )
+
+
+ROUTERS: dict[str, type[Router]] = {}
+"""By name. The configuration's choices are the same names, read from the files as text."""
+
+
+def router(name: str) -> Callable[[type[Router]], type[Router]]:
+    """Register the decorated class, a frozen dataclass.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(cls: type[Router]) -> type[Router]:
+        if name in ROUTERS:
+            raise ValueError(f"router {name!r} is registered twice")
+        ROUTERS[name] = cls
+        return cls
+
+    return register
+
+
+def make_router(name: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Router:
+    """The router `name` with an adapter's settings and its own options.
+
+    Raises:
+        ValueError: there is no such router, or it does not have an option.
+    """
+    if name not in ROUTERS:
+        raise ValueError(f"router={name!r} is unknown: choose from {', '.join(ROUTERS)}")
+    names = [item.name for item in fields(ROUTERS[name])]
+    pairs = [(own, key) for own in names for key in (own, f"router_{own}")]
+    taken = {own: settings[key] for own, key in pairs if key in settings}
+    free = [own for own in names if own not in taken]
+    unknown = sorted(set(options) - set(free))
+    if unknown:
+        has = f"it has {', '.join(free)}" if free else "it has none"
+        raise ValueError(f"router_options.{unknown[0]} is not an option of router={name}: {has}")
+    return ROUTERS[name](**taken, **options)
+
+
+def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`x weight^T` (T, E), in `dtype`, else float32 (float64 for float64 input); the result is
+    float32 at least. x: (T, in); weight: (E, in)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return _choose(functional.linear(x.to(dtype), router.to(dtype)), top_k)
+        logits = functional.linear(x.to(dtype or wide), weight.to(dtype or wide))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _choose(logits: Tensor, top_k: int) -> Routing:
-    probabilities = logits.softmax(dim=-1)
-    chosen, experts = probabilities.topk(top_k, dim=-1)
-    return Routing(logits, probabilities, experts, chosen / chosen.sum(dim=-1, keepdim=True))
-
-
-def route_bfloat16(x: Tensor, router: Tensor, top_k: int) -> Routing:
-    """`route` with the router's product in bf16, as models of bf16 run whose router is a layer like
-    any other; only to show what that costs."""
-    with torch.autocast(x.device.type, enabled=False):
-        logits = functional.linear(x.bfloat16(), router.bfloat16())
-        return _choose(logits.float(), top_k)
+def normalised(weights: Tensor) -> Tensor:
+    """Weights (T, K) over their sum, 0 for a row without any."""
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / torch.where(total == 0, 1.0, total)
 
 
 def router_fractions(
@@ -42,12 +145,13 @@ def router_fractions(
     """F, P of Eq. (9) and the number of tokens per expert, padding left out.
 
     mask: (T,), true for real tokens, or None. F (E,) is the fraction of tokens whose arg-max
-    expert is i or, with `count_all`, of those that have i among their K (then F sums to K, as in
-    the official implementation). P (E,) is the mean router probability. The third result (E,)
+    expert is i or, with `count_all`, of those that have i among their experts (then F sums to K, as
+    in the official implementation). P (E,) is the mean router probability. The third result (E,)
     counts the tokens that were sent to each expert, whatever F counts.
     """
     num_experts = routing.probabilities.shape[-1]
     chosen = functional.one_hot(routing.experts, num_experts).to(routing.probabilities.dtype)
+    chosen = chosen * routing.filled.unsqueeze(-1)
     probabilities = routing.probabilities
     if mask is not None:
         keep = mask.to(probabilities.dtype).unsqueeze(-1)

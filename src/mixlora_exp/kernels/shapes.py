@@ -6,13 +6,15 @@ Shape letters, used throughout this package: `T` tokens, `D` hidden size, `F` fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mixlora_exp.kernels.activations import Activation
-from mixlora_exp.kernels.dropout import DropMask
+from mixlora_exp.kernels.dropout import DropMask, DropoutKey
+from mixlora_exp.kernels.frozen import Frozen
 
 __all__ = ["Experts", "FeedForward", "Gradients", "LowRank", "Projection", "Routing", "low_ranks"]
 
@@ -36,20 +38,20 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A frozen weight (out, in) shared by all experts, its experts if it has any, and a frozen
-    bias (out,), if it has one, which DoRA's scale leaves alone:
+    """A frozen projection shared by all experts, and its experts, if it has any:
 
         scale_e (W x + s B_e A_e drop(x)) + bias
+
+    DoRA's scale leaves the bias alone.
     """
 
-    weight: Tensor
+    frozen: Frozen
     experts: Experts | None = None
-    bias: Tensor | None = None
 
     @property
-    def is_frozen(self) -> bool:
-        """Whether neither weight nor bias asks for a gradient."""
-        return not any(t is not None and t.requires_grad for t in (self.weight, self.bias))
+    def bias(self) -> Tensor | None:
+        """(out,)"""
+        return self.frozen.bias
 
     @property
     def has_scale(self) -> bool:
@@ -64,7 +66,7 @@ class FeedForward:
     `dropout` is the probability with which an element of a low-rank branch's input is dropped. One
     mask on x (T, D) serves the gate and up branches of all experts, one on the hidden state (T, F)
     serves all slots of a token; None where there is no dropout. (`peft` draws its own masks, from
-    `generator` or else torch's default.)
+    `dropout_key` or else torch's default generator.)
     """
 
     gate: Projection
@@ -74,7 +76,7 @@ class FeedForward:
     dropout: float = 0.0
     x_mask: DropMask | None = None
     hidden_mask: DropMask | None = None
-    generator: torch.Generator | None = None
+    dropout_key: DropoutKey | None = None
 
     @property
     def num_experts(self) -> int:
@@ -132,7 +134,8 @@ class Gradients:
     Of the magnitudes it holds the gradient times the norm; `flat` divides by it.
     """
 
-    def __init__(self, block: FeedForward) -> None:
+    def __init__(self, block: FeedForward, dtype: torch.dtype) -> None:
+        dtype = torch.promote_types(dtype, torch.float32)
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
         self.magnitude: dict[str, Tensor] = {}
@@ -140,7 +143,6 @@ class Gradients:
             experts = projection.experts
             if experts is None:
                 continue
-            dtype = torch.promote_types(projection.weight.dtype, torch.float32)
             self.a[role] = torch.zeros_like(experts.a, dtype=dtype)
             self.b[role] = torch.zeros_like(experts.b, dtype=dtype)
             if experts.magnitude is not None:
@@ -148,35 +150,52 @@ class Gradients:
 
     def flat(self, block: FeedForward) -> list[Tensor | None]:
         """In the order of `packing.pack` and the dtypes of the parameters; None for what has
-        no gradient: weights, norms, biases and masks."""
+        no gradient: norms, biases and masks."""
         found: list[Tensor | None] = []
         for role, projection in block.projections.items():
             experts = projection.experts
             if experts is None:
-                found += [None] * 6
+                found += [None] * 5
                 continue
             magnitude = None
             if experts.magnitude is not None:
                 magnitude = (self.magnitude[role] / experts.norm).to(experts.magnitude.dtype)
             a, b = self.a[role].to(experts.a.dtype), self.b[role].to(experts.b.dtype)
-            found += [None, a, b, magnitude, None, None]
+            found += [a, b, magnitude, None, None]
         return [*found, None, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The router's decision.
+    """A router's decision for T rows, 1 <= K <= E.
 
-    `logits` (T, E) and `probabilities` (T, E) over all experts; `experts` (T, K) the chosen ones,
-    the most probable first; `weights` (T, K) their probabilities, normalised to sum 1.
+    `logits` (T, E) and `probabilities` (T, E) over all experts; `experts` (T, K) int64, the chosen
+    ones, the most probable first, all different; `weights` (T, K) what their outputs are multiplied
+    by. The weights need not sum to 1.
+
+    A row may have fewer than K experts: a slot of weight 0 is empty. No kernel reads anything for
+    it, its weight has no gradient, and its number in `experts` is any of 0 to E - 1.
+
+    `extra`: what else, by name and row (T, ...), the router's loss is made from.
     """
 
     logits: Tensor
     probabilities: Tensor
     experts: Tensor
     weights: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def filled(self) -> Tensor:
+        """(T, K) bool: which slots hold an expert."""
+        return self.weights.detach() != 0
+
+    def slots_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(tokens, slots) that an expert has."""
+        return ((self.experts == expert) & self.filled).nonzero(as_tuple=True)
 
     def detached(self) -> Routing:
         """The same decision without gradients."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)
-        return Routing(*(part.detach() for part in parts))
+        extra = {name: value.detach() for name, value in self.extra.items()}
+        return Routing(*(part.detach() for part in parts), extra)

@@ -207,13 +207,16 @@ class RecordedRun:
         return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
 
+MIXTURE_LATER = {"router_precision": "float32", "router": "top_k", "router_options": {}}
+
+
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A record's configuration with the fields that came later."""
     later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
     if config["method"]["name"] == "none":
         later["method"] = config["method"]
     elif "num_experts" in config["method"]:
-        later["method"] = {"router_precision": "float32", **later["method"]}
+        later["method"] = {**MIXTURE_LATER, **later["method"]}
     model = current_model(config["model"])
     return {"preset": {"name": "correct"}, **config, **later, "model": model}
 

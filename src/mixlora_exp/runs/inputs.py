@@ -14,7 +14,7 @@ from mixlora_exp.config.schema import Base, DataSource, Head, LoraMethodConfig, 
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import check_tests
-from mixlora_exp.kernels import has_triton, resolve_kernel
+from mixlora_exp.kernels import KERNELS, resolve_kernel
 from mixlora_exp.models import (
     check_model,
     contradict,
@@ -158,11 +158,10 @@ def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
         return None
     device = resolve_device().type
     name = resolve_kernel(config.kernel.name.value, device)
-    if name == "triton" and not (device == "cuda" and has_triton()):
-        raise UserError(
-            "kernel=triton needs a CUDA GPU and the package triton, which this machine lacks: "
-            "use kernel=auto"
-        )
+    chosen = KERNELS[name]
+    if not chosen.runs_on(device):
+        needs = " and ".join(filter(None, ((chosen.device or "").upper(), chosen.needs)))
+        raise UserError(f"kernel={name} needs {needs}, which this machine lacks: use kernel=auto")
     return name
 
 

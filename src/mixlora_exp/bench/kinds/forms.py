@@ -2,7 +2,7 @@
 stacked.
 
 Times one block's forward pass (no gradient), both forms in turn, for one to 1,024 tokens at the
-widths of SmolLM2 135M and LLaMA-2 7B. `mixlora_exact` takes the grouped form on a CPU by these
+widths of SmolLM2 135M and LLaMA-2 7B. `kernel=exact` takes the grouped form on a CPU by these
 figures.
 """
 
@@ -13,16 +13,19 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from mixlora_exp.bench.options import BenchOptions
 from mixlora_exp.bench.runner import Kind, say
-from mixlora_exp.kernels import Experts, FeedForward, Projection, route
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense, mixlora_exact_grouped
+from mixlora_exp.kernels import Experts, FeedForward, FrozenLinear, Projection, route
+from mixlora_exp.kernels.mixlora.dense import dense_stage
+from mixlora_exp.kernels.mixlora.grouped import grouped_stage
+from mixlora_exp.kernels.mixlora.stage import run_stage
 
-FORMS = {"dense": mixlora_exact_dense, "grouped": mixlora_exact_grouped}
+FORMS = {"dense": partial(run_stage, dense_stage), "grouped": partial(run_stage, grouped_stage)}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +47,7 @@ def _block(settings: FormOptions, d: int, f: int, dtype: torch.dtype, dora: bool
         a = torch.randn(settings.experts, settings.rank, size_in) * size_in**-0.5
         b = torch.randn(settings.experts, size_out, settings.rank) * 0.1
         weight = (torch.randn(size_out, size_in) * size_in**-0.5).to(dtype)
-        projections.append(Projection(weight, Experts(a, b, 2.0, magnitude, norm)))
+        projections.append(Projection(FrozenLinear(weight), Experts(a, b, 2.0, magnitude, norm)))
     return FeedForward(*projections, "silu")
 
 

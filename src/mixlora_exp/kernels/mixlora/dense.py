@@ -1,4 +1,4 @@
-"""The exact kernel with the experts stacked to `E R` columns: the form for a GPU.
+"""The exact kernel's stage with the experts stacked to `E R` columns: the form for a GPU.
 
 Products over all experts' columns, of which a slot keeps those of its expert: no sorting, no loop
 over experts, no shape that depends on the data and nothing read back to the host, so it can be
@@ -9,43 +9,44 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mixlora_exp.kernels.activations import activate
-from mixlora_exp.kernels.mixlora.bias import add_down_bias
-from mixlora_exp.kernels.shapes import FeedForward, LowRank, low_ranks
+from mixlora_exp.kernels.mixlora.packing import pack, unpack
+from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
+from mixlora_exp.kernels.shapes import FeedForward, LowRank, Routing, low_ranks
 
-__all__ = ["combine", "finish", "hidden_states"]
-
-
-def _isolate(low: LowRank, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A (E R, in) and B (out, E R) with the experts zero that hold NaN or infinity, and (T, K, 1)
-    what such an expert adds to the columns of its tokens: NaN, else 0.
-
-    A slot's zero columns meet every expert's B, and 0 * NaN would spread to all tokens.
-    """
-    sums = low.a.detach().sum(dim=(1, 2), dtype=torch.float32)
-    sums = sums + low.b.detach().sum(dim=(1, 2), dtype=torch.float32)
-    broken = ~torch.isfinite(sums)
-    stain = torch.where(broken, float("nan"), 0.0).to(low.a.dtype)
-    a = torch.where(broken.view(-1, 1, 1), 0.0, low.a).flatten(0, 1)
-    b = torch.where(broken.view(-1, 1, 1), 0.0, low.b).transpose(0, 1).flatten(1, 2)
-    return a, b, torch.where(chosen, stain, 0.0).sum(dim=-1, keepdim=True)
+__all__ = ["dense_stage"]
 
 
-def _keep(columns: Tensor, chosen: Tensor, stain: Tensor) -> Tensor:
-    """Of the columns (T, E R) those of the slot's expert. chosen: (T, E); stain: (T, 1)."""
+def _columns(low: LowRank) -> Tensor:
+    """A of all experts, (E R, in)."""
+    return low.a.flatten(0, 1)
+
+
+def _rows(low: LowRank) -> Tensor:
+    """B^T of all experts, (E R, out)."""
+    return low.b.transpose(1, 2).flatten(0, 1)
+
+
+def _keep(columns: Tensor, chosen: Tensor) -> Tensor:
+    """Of the columns (..., E R) those of the slot's expert. chosen: (..., E) bool."""
     grouped = columns.unflatten(-1, (chosen.shape[-1], -1))
-    return torch.where(chosen.unsqueeze(-1), grouped, 0.0).flatten(-2) + stain
+    return torch.where(chosen.unsqueeze(-1), grouped, 0.0).flatten(-2)
 
 
-def _adapt(frozen: Tensor, columns: Tensor, b: Tensor, low: LowRank, experts: Tensor) -> Tensor:
-    """A slot's output. frozen: (T, out); columns: (T, E R); b: (out, E R); experts: (T,)."""
-    y = torch.addmm(frozen, columns, b.T, alpha=low.factor)
-    return y if low.scale is None else y * functional.embedding(experts, low.scale)
+def _chosen(experts: Tensor, filled: Tensor, num_experts: int) -> Tensor:
+    """(T, K, E) bool: each slot's expert; none of an empty slot."""
+    return functional.one_hot(experts, num_experts).bool() & filled.unsqueeze(-1)
 
 
-def hidden_states(
+def _scale(low: LowRank, experts: Tensor, filled: Tensor) -> Tensor:
+    """DoRA's scale of each slot's expert, (T, ..., out), 0 of an empty slot."""
+    return torch.where(filled.unsqueeze(-1), functional.embedding(experts, low.scale), 0.0)
+
+
+def _hidden_states(
     x: Tensor, gate: Tensor, up: Tensor, experts: Tensor, weights: Tensor, block: FeedForward
 ) -> tuple[Tensor, Tensor | None]:
     """(hidden, columns): what the down projection takes, and its experts' `A h`.
@@ -55,57 +56,98 @@ def hidden_states(
     since W2 is linear and shared; with it they are per slot, (T, K, F) and (T, K, E R).
     """
     lows = low_ranks(block, x.dtype)
-    chosen = functional.one_hot(experts, block.num_experts).bool()
+    filled = weights.detach() != 0
+    chosen = _chosen(experts, filled, block.num_experts)
+    # An empty slot's weight has no gradient.
+    weights = torch.where(filled, weights, 0.0).to(x.dtype)
     x_low = x if block.x_mask is None else block.x_mask.zero(x)
-    stacked = {role: _isolate(low, chosen) for role, low in lows.items() if low is not None}
-    columns = {
-        role: functional.linear(x_low, stacked[role][0])
-        for role in ("gate", "up")
-        if role in stacked
-    }
     per_slot = block.down.has_scale
-    hidden, reduced = [], []
+    reduced = {
+        role: functional.linear(x_low, _columns(lows[role]))
+        for role in ("gate", "up")
+        if lows[role] is not None
+    }
+    hidden, columns = [], []
     for k in range(experts.shape[1]):
         sides = []
         for role, frozen in (("gate", gate), ("up", up)):
-            if role in stacked:
-                _, b, stain = stacked[role]
-                kept = _keep(columns[role], chosen[:, k], stain[:, k])
-                frozen = _adapt(frozen, kept, b, lows[role], experts[:, k])
-            bias = block.projections[role].bias
+            low, bias = lows[role], block.projections[role].bias
+            if low is not None:
+                kept = _keep(reduced[role], chosen[:, k])
+                frozen = torch.addmm(frozen, kept, _rows(low), alpha=low.factor)
+                if low.scale is not None:
+                    frozen = frozen * _scale(low, experts[:, k], filled[:, k])
             sides.append(frozen if bias is None else frozen + bias)
         state = activate(sides[0], block.activation) * sides[1]
-        weight = weights[:, k : k + 1].to(x.dtype)
+        weight = weights[:, k : k + 1]
         hidden.append(state if per_slot else weight * state)
-        if "down" in stacked:
-            a, _, stain = stacked["down"]
+        if lows["down"] is not None:
             state = state if block.hidden_mask is None else block.hidden_mask.zero(state)
-            kept = _keep(functional.linear(state, a), chosen[:, k], stain[:, k])
-            reduced.append(kept if per_slot else weight * kept)
+            kept = _keep(functional.linear(state, _columns(lows["down"])), chosen[:, k])
+            columns.append(kept if per_slot else weight * kept)
     if per_slot:
-        return torch.stack(hidden, dim=1), torch.stack(reduced, dim=1)
-    return sum(hidden), sum(reduced) if reduced else None
+        return torch.stack(hidden, dim=1), torch.stack(columns, dim=1)
+    return sum(hidden), sum(columns) if columns else None
 
 
-def combine(
-    hidden: Tensor, columns: Tensor | None, experts: Tensor, weights: Tensor, block: FeedForward
-) -> Tensor:
-    """The down projection of `hidden_states`' results, (T, D)."""
-    y = functional.linear(hidden, block.down.weight)
-    return finish(y, columns, experts, weights, block)
+class _Recomputed(torch.autograd.Function):
+    """`_hidden_states`, computed again in the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(ctx, spec, x, gate, up, experts, weights, *tensors):
+        ctx.spec = spec
+        ctx.save_for_backward(x, gate, up, experts, weights, *tensors)
+        return _hidden_states(x, gate, up, experts, weights, unpack(spec, tensors))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        needed = ctx.needs_input_grad[1:]
+        inputs = [
+            tensor if tensor is None else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        device = ctx.saved_tensors[0].device.type
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            x, gate, up, experts, weights, *tensors = inputs
+            block = unpack(ctx.spec, tensors)
+            made = _hidden_states(x, gate, up, experts, weights, block)
+            # Where few parameters are trained, an output may depend on none of them, or both.
+            pairs = [
+                (m, g)
+                for m, g in zip(made, grads, strict=True)
+                if m is not None and m.requires_grad
+            ]
+            wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+            found = iter([None] * len(wanted))
+            if pairs:
+                outputs, upstream = zip(*pairs, strict=True)
+                found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
+        return None, *(next(found) if need else None for need in needed)
 
 
-def finish(
-    y: Tensor, columns: Tensor | None, experts: Tensor, weights: Tensor, block: FeedForward
-) -> Tensor:
-    """The experts' part of the down projection, and its bias, added to its frozen product, (T, D).
+def dense_stage(
+    x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
+) -> tuple[Tensor, Finish]:
+    """All experts' columns at once; nothing but the inputs is kept for the backward pass."""
+    experts, weights = routing.experts, routing.weights
+    inputs = (x, gate, up, experts, weights)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # The compiler decides by itself what to keep and what to compute again.
+        hidden, columns = _hidden_states(*inputs, block)
+    else:
+        spec, tensors = pack(block)
+        hidden, columns = _Recomputed.apply(spec, *inputs, *tensors)
 
-    y: (T, D), or per slot (T, K, D) where `hidden_states` is per slot."""
-    low = low_ranks(block, y.dtype)["down"]
-    if low is not None and columns is not None:
-        _, b, _ = _isolate(low, functional.one_hot(experts, block.num_experts).bool())
-        y = y + low.factor * functional.linear(columns, b)
-        if low.scale is not None:
-            y = y * functional.embedding(experts, low.scale)
-            y = (weights.to(y.dtype).unsqueeze(-1) * y).sum(dim=1)
-    return add_down_bias(y, weights, block)
+    def finish(y: Tensor) -> Tensor:
+        y = y.view(*hidden.shape[:-1], y.shape[-1])
+        low = low_ranks(block, y.dtype)["down"]
+        if low is not None:
+            y = y + low.factor * functional.linear(columns, _rows(low).T)
+            if low.scale is not None:
+                shares = torch.where(routing.filled, weights, 0.0).to(y.dtype)
+                y = y * _scale(low, experts, routing.filled)
+                y = (shares.unsqueeze(-1) * y).sum(dim=1)
+        return add_down_bias(y, weights, block)
+
+    return hidden.flatten(0, -2), finish

@@ -9,45 +9,64 @@ from torch import Tensor
 
 from mixlora_exp.kernels.activations import Activation
 from mixlora_exp.kernels.dropout import DropMask
+from mixlora_exp.kernels.frozen import Frozen
 from mixlora_exp.kernels.shapes import ROLES, Experts, FeedForward, Projection
 
 __all__ = ["Spec", "pack", "unpack"]
 
-PER_PROJECTION = 6
+PER_PROJECTION = 5
+
+
+class _WithBias(Frozen):
+    """A frozen projection with its bias as autograd hands it on."""
+
+    def __init__(self, frozen: Frozen, bias: Tensor | None) -> None:
+        self.frozen, self.bias = frozen, bias
+
+    def weight(self) -> Tensor:
+        return self.frozen.weight()
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.frozen.linear(x)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        return self.frozen.input_gradient(dy)
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What of a block is no tensor: LoRA scaling by role (None without experts), the activation,
-    and (scale, shape) of the masks."""
+    """What of a block is no tensor: LoRA scaling by role (None without experts), the frozen
+    projections, the activation, and (scale, shape) of the masks."""
 
     scalings: tuple[float | None, ...]
+    frozen: tuple[Frozen, ...]
     activation: Activation
     masks: tuple[tuple[float, tuple[int, int]] | None, ...]
 
 
 def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
-    """(spec, tensors): weight, a, b, magnitude, norm, bias of gate, up and down, then the masks."""
+    """(spec, tensors): a, b, magnitude, norm, bias of gate, up and down, then the masks."""
     scalings, tensors = [], []
     for projection in block.projections.values():
         e = projection.experts
         scalings.append(None if e is None else e.scaling)
         parts = (None,) * 4 if e is None else (e.a, e.b, e.magnitude, e.norm)
-        tensors += [projection.weight, *parts, projection.bias]
+        tensors += [*parts, projection.bias]
     masks = (block.x_mask, block.hidden_mask)
     tensors += [None if mask is None else mask.elements for mask in masks]
     described = tuple(None if mask is None else (mask.scale, mask.shape) for mask in masks)
-    return Spec(tuple(scalings), block.activation, described), tensors
+    frozen = tuple(projection.frozen for projection in block.projections.values())
+    return Spec(tuple(scalings), frozen, block.activation, described), tensors
 
 
 def unpack(spec: Spec, tensors: Sequence[Tensor | None]) -> FeedForward:
     """The block that `pack` made these of."""
     projections = []
-    for i, scaling in enumerate(spec.scalings):
+    for i, (scaling, frozen) in enumerate(zip(spec.scalings, spec.frozen, strict=True)):
         first = i * PER_PROJECTION
-        weight, a, b, magnitude, norm, bias = tensors[first : first + PER_PROJECTION]
+        a, b, magnitude, norm, bias = tensors[first : first + PER_PROJECTION]
         experts = None if scaling is None else Experts(a, b, scaling, magnitude, norm)
-        projections.append(Projection(weight, experts, bias))
+        projections.append(Projection(_WithBias(frozen, bias), experts))
     masks = [
         None if described is None else DropMask(elements, *described)
         for elements, described in zip(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.dropout import drop
+from mixlora_exp.kernels.registry import kernel
 from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
 
 __all__ = ["mixlora_reference"]
@@ -17,7 +18,7 @@ __all__ = ["mixlora_reference"]
 
 def _project(x: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
     """`W x + s B_e A_e x_low`, with DoRA times `m_e / ||W + s B_e A_e||`, and then the bias."""
-    y = x @ projection.weight.T
+    y = projection.frozen.linear(x)
     experts = projection.experts
     if experts is not None:
         low = x_low @ experts.a[expert].to(x.dtype).T @ experts.b[expert].to(x.dtype).T
@@ -28,12 +29,16 @@ def _project(x: Tensor, x_low: Tensor, projection: Projection, expert: int) -> T
     return y if projection.bias is None else y + projection.bias
 
 
+@kernel("reference", linear="plain")
 def mixlora_reference(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D)."""
+    """The definition by loops over whole experts, the oracle of the others.
+
+    `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D).
+    """
     y = x.new_zeros(x.shape)
     x_low = drop(x, block.x_mask)
-    for expert in range(routing.probabilities.shape[-1]):
-        tokens, slots = (routing.experts == expert).nonzero(as_tuple=True)
+    for expert in range(block.num_experts):
+        tokens, slots = routing.slots_of(expert)
         if len(tokens) == 0:
             continue
         inputs = x[tokens], x_low[tokens]

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.dropout import DropMask
 
-__all__ = ["Rows", "blocks", "sort_rows"]
+__all__ = ["Rows", "blocks", "sort_rows", "sum_by_token"]
 
 BLOCK_ROWS = 2048
 # oneDNN, which computes bf16 products, compiles a kernel for each new shape: rounded to this many
@@ -19,23 +19,49 @@ BLOCK_ROWS = 2048
 ROUND_ROWS = 32
 
 
+def sum_by_token(
+    rows: Tensor, numbers: Tensor, counts: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """The sum of some rows for each token, (tokens, width).
+
+    rows: (rows, width); numbers: (pairs,) which rows, those of one token after another's; counts:
+    (tokens,) how many each has; weights: (pairs,) what they are multiplied by.
+    """
+    if len(numbers) == 0:
+        return rows.new_zeros(len(counts), rows.shape[1])
+    starts = counts.cumsum(0) - counts
+    return functional.embedding_bag(numbers, rows, starts, per_sample_weights=weights, mode="sum")
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The (token, slot) pairs of one block, sorted by expert.
+    """The filled (token, slot) pairs of one block, sorted by expert.
 
-    tokens (rows,): row to token of the block; weights (rows, 1); position (tokens, K): where a
-    pair's row is; segments: (expert, first row, end). Rows that fill up a segment repeat one of its
+    pairs (P,): their numbers `token K + slot`, ascending; counts (tokens,): how many a token has;
+    position (P,): where a pair's row is; shares (P,): the pairs' weights; table (tokens, K): the
+    row of each slot, for an empty one the number of rows. tokens (rows,): row to token; weights
+    (rows, 1); segments: (expert, first row, end). Rows that fill up a segment repeat one of its
     tokens with weight 0.
     """
 
+    pairs: Tensor
+    counts: Tensor
+    position: Tensor
+    shares: Tensor
+    table: Tensor
     tokens: Tensor
     weights: Tensor
-    position: Tensor
     segments: list[tuple[int, int, int]]
 
-    def combine(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Sum over the slots of each token, weighted by `weights` (tokens, K): (tokens, width)."""
-        return functional.embedding_bag(self.position, rows, per_sample_weights=weights, mode="sum")
+    def combine(self, rows: Tensor, *, weighted: bool = False) -> Tensor:
+        """Sum over the slots of each token, with or without their weights: (tokens, width)."""
+        return sum_by_token(rows, self.position, self.counts, self.shares if weighted else None)
+
+    def of_pairs(self, values: Tensor) -> Tensor:
+        """(rows, width) of what is by pair, (P, width); rows that fill up are zero."""
+        out = values.new_zeros(len(self.tokens), values.shape[-1])
+        out[self.position] = values
+        return out
 
     def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Each row times its expert's matrix. rows: (rows, in); matrices: (E, in, out)."""
@@ -73,43 +99,48 @@ class Rows:
         width = mask.shape[1]
         token = torch.div(mask.elements, width, rounding_mode="floor")
         column = mask.elements - token * width
-        elements = (self.position[token] * width + column.unsqueeze(1)).flatten()
-        return rows.clone().view(-1).index_fill_(0, elements, 0.0).view(rows.shape)
+        elements = (self.table[token] * width + column.unsqueeze(1)).flatten()
+        # One row more, for what empty slots name.
+        out = rows.new_empty(len(rows) + 1, width)
+        out[:-1] = rows
+        out.view(-1).index_fill_(0, elements, 0.0)
+        return out[:-1]
 
 
 def sort_rows(experts: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> Rows:
-    """Sort the pairs of a block. experts, weights: (tokens, K); dtype: that of the products."""
+    """Sort the filled pairs of a block. experts, weights: (tokens, K); dtype: of the products."""
     top_k = experts.shape[1]
-    flat = experts.flatten()
+    filled = weights != 0
+    pairs = filled.flatten().nonzero().flatten()
+    flat = experts.flatten()[pairs]
+    shares = weights.flatten()[pairs].to(dtype)
     order = flat.argsort(stable=True)
-    counts = flat.bincount(minlength=num_experts)
+    numbers = flat.bincount(minlength=num_experts)
     # A few rows (generation, token by token) have few shapes anyway, and would be mostly filling.
     few = dtype in (torch.float32, torch.float64) or len(flat) <= ROUND_ROWS
     step = 1 if few else ROUND_ROWS
-    rounded = (counts + step - 1) // step * step
-    last = (counts.cumsum(0) - 1).clamp(min=0)
-    pairs = order[last].repeat_interleave(rounded)
-    shift = (rounded - counts).cumsum(0) - (rounded - counts)
-    places = torch.arange(len(flat)) + shift.repeat_interleave(counts)
-    pairs[places] = order
-    row_weights = weights.new_zeros(len(pairs))
-    row_weights[places] = weights.flatten()[order]
+    rounded = (numbers + step - 1) // step * step
+    last = (numbers.cumsum(0) - 1).clamp(min=0)
+    shift = (rounded - numbers).cumsum(0) - (rounded - numbers)
+    places = torch.arange(len(flat)) + shift.repeat_interleave(numbers)
+    chosen = order[last].repeat_interleave(rounded) if len(flat) else order.clone()
+    chosen[places] = order
+    row_weights = shares.new_zeros(len(chosen))
+    row_weights[places] = shares[order]
     position = torch.empty_like(order)
     position[order] = places
     ends = rounded.cumsum(0).tolist()
     starts = [0, *ends]
     segments = [(e, s, z) for e, (s, z) in enumerate(zip(starts, ends, strict=False)) if s < z]
-    return Rows(
-        torch.div(pairs, top_k, rounding_mode="floor"),
-        row_weights.to(dtype).unsqueeze(1),
-        position.view(-1, top_k),
-        segments,
-    )
+    tokens = torch.div(pairs[chosen], top_k, rounding_mode="floor")
+    table = torch.full(experts.shape, len(chosen)).masked_scatter_(filled, position)
+    weights = row_weights.unsqueeze(1)
+    return Rows(pairs, filled.sum(dim=1), position, shares, table, tokens, weights, segments)
 
 
 def blocks(tokens: int, top_k: int) -> Iterator[tuple[int, int]]:
     """Token ranges of equal size whose pairs number about `BLOCK_ROWS` at most."""
-    count = -(-tokens * top_k // BLOCK_ROWS)
-    size = -(-tokens // count)
+    count = max(1, -(-tokens * top_k // BLOCK_ROWS))
+    size = max(1, -(-tokens // count))
     for start in range(0, tokens, size):
         yield start, min(start + size, tokens)

@@ -6,17 +6,20 @@ compare against it; `exact` computes the same with W2 once per token.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.dropout import drop
+from mixlora_exp.kernels.mixlora.stage import Finish, run_stage
+from mixlora_exp.kernels.registry import kernel
 from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
 
-__all__ = ["adapt", "mixlora_shared"]
+__all__ = ["mixlora_shared", "shared_stage"]
 
 
-def adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
+def _adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
     """The frozen product `y` of some rows, made into the expert's: low-rank term, DoRA's scale,
     bias."""
     experts = projection.experts
@@ -29,20 +32,37 @@ def adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tens
     return y if projection.bias is None else y + projection.bias
 
 
-def mixlora_shared(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D)."""
-    gate = functional.linear(x, block.gate.weight)
-    up = functional.linear(x, block.up.weight)
+def shared_stage(
+    x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
+) -> tuple[Tensor, Finish]:
+    """The paper's Algorithm 1: the down projection per slot, expert after expert."""
     x_low = drop(x, block.x_mask)
-    y = x.new_zeros(x.shape)
-    for expert in range(routing.probabilities.shape[-1]):
-        tokens, slots = (routing.experts == expert).nonzero(as_tuple=True)
-        if len(tokens) == 0:
-            continue
-        hidden = activate(adapt(gate[tokens], x_low[tokens], block.gate, expert), block.activation)
-        hidden = hidden * adapt(up[tokens], x_low[tokens], block.up, expert)
-        hidden_low = drop(hidden, block.hidden_mask, tokens)
-        out = adapt(functional.linear(hidden, block.down.weight), hidden_low, block.down, expert)
-        weights = routing.weights[tokens, slots].to(x.dtype)
-        y = y.index_add(0, tokens, weights.unsqueeze(-1) * out)
-    return y
+    chosen, hiddens = [], []
+    for expert in range(block.num_experts):
+        tokens, slots = routing.slots_of(expert)
+        sides = [
+            _adapt(frozen[tokens], x_low[tokens], projection, expert)
+            for frozen, projection in ((gate, block.gate), (up, block.up))
+        ]
+        chosen.append((tokens, routing.weights[tokens, slots]))
+        hiddens.append(activate(sides[0], block.activation) * sides[1])
+
+    def finish(y: Tensor) -> Tensor:
+        out = x.new_zeros(x.shape)
+        parts = y.split([len(hidden) for hidden in hiddens])
+        for expert, ((tokens, weights), part) in enumerate(zip(chosen, parts, strict=True)):
+            hidden_low = drop(hiddens[expert], block.hidden_mask, tokens)
+            part = _adapt(part, hidden_low, block.down, expert)
+            out = out.index_add(0, tokens, weights.to(part.dtype).unsqueeze(-1) * part)
+        return out
+
+    return torch.cat(hiddens), finish
+
+
+@kernel("shared", stage=shared_stage)
+def mixlora_shared(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """The paper's Algorithm 1: gate and up once per token, down once per slot.
+
+    `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D).
+    """
+    return run_stage(shared_stage, x, routing, block)

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.activations import NAMES
 from mixlora_exp.kernels.dropout import DropMask
-from mixlora_exp.kernels.mixlora.bias import add_down_bias
-from mixlora_exp.kernels.mixlora.exact import mixlora_exact_dense
+from mixlora_exp.kernels.mixlora.dense import dense_stage
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
+from mixlora_exp.kernels.mixlora.stage import add_down_bias, run_stage
 from mixlora_exp.kernels.shapes import FeedForward, LowRank, Routing, low_ranks
 from mixlora_exp.kernels.triton import launch
 from mixlora_exp.kernels.triton.parts import INTERPRETED
@@ -30,28 +30,17 @@ __all__ = ["mixlora_triton", "supports"]
 
 @dataclass(frozen=True, slots=True)
 class _Stacked:
-    """A projection's experts side by side: a (E R, in), b (out, E R), scale (E, out) or None, with
-    the experts zero that hold NaN or infinity: `broken` (E,)."""
+    """A projection's experts side by side: a (E R, in), b (out, E R), scale (E, out) or None."""
 
     a: Tensor
     b: Tensor
     factor: float
     scale: Tensor | None
-    broken: Tensor
 
 
 def _stack(low: LowRank) -> _Stacked:
-    """In products over the columns of all experts, zeros would carry what a broken one holds to
-    every token, for 0 * NaN is NaN; instead its tokens are marked by hand."""
-    sums = low.a.detach().sum(dim=(1, 2), dtype=torch.float32)
-    sums = sums + low.b.detach().sum(dim=(1, 2), dtype=torch.float32)
-    if low.scale is not None:
-        sums = sums + low.scale.detach().sum(dim=1, dtype=torch.float32)
-    broken = ~torch.isfinite(sums)
-    a = torch.where(broken.view(-1, 1, 1), 0.0, low.a).flatten(0, 1)
-    b = torch.where(broken.view(-1, 1, 1), 0.0, low.b).transpose(0, 1).flatten(1, 2)
-    scale = None if low.scale is None else torch.where(broken.unsqueeze(-1), 0.0, low.scale)
-    return _Stacked(a, b.contiguous(), low.factor, scale, broken)
+    b = low.b.transpose(0, 1).flatten(1, 2).contiguous()
+    return _Stacked(low.a.flatten(0, 1), b, low.factor, low.scale)
 
 
 class _Prepared:
@@ -59,8 +48,7 @@ class _Prepared:
     be kept for every layer of a model.
 
     stacked: by role, without the roles that have no experts. a: (E R of gate, then of up, D), None
-    without experts on both. nan: (E,) NaN for a broken expert, else 0; stain: (T, K) that of the
-    slot's expert; clean, stained: (T, K) float32, the router's weights without and with it.
+    without experts on both. filled: (T, K) bool; weights: (T, K) float32, the router's.
     """
 
     def __init__(self, block: FeedForward, x: Tensor, experts: Tensor, weights: Tensor) -> None:
@@ -70,16 +58,12 @@ class _Prepared:
         self.a = torch.cat(sides) if sides else None
         self.x_low = x if block.x_mask is None else block.x_mask.zero(x)
         self.num_experts = block.num_experts
-        broken = torch.stack([side.broken for side in self.stacked.values()]).any(dim=0)
-        self.nan = torch.where(broken, float("nan"), 0.0)
-        self.stain = self.nan[experts]
-        self.clean = weights.float().contiguous()
-        self.stained = self.clean + self.stain
+        self.filled = weights != 0
+        self.weights = weights.float().contiguous()
 
     def operands(
         self, gate: Tensor, up: Tensor, p: Tensor | None, experts: Tensor, block: FeedForward
     ) -> launch.Operands:
-        """With the stained weights."""
         sides = [self.stacked.get(role) for role in ("gate", "up")]
         a2 = None
         if "down" in self.stacked:
@@ -96,7 +80,7 @@ class _Prepared:
             block.gate.bias,
             block.up.bias,
             experts,
-            self.stained,
+            self.weights,
             None if mask is None else mask.elements.view(torch.uint8),
             *(0.0 if side is None else side.factor for side in sides),
             self.num_experts,
@@ -107,9 +91,14 @@ class _Prepared:
 
     def own_columns(self, columns: Tensor, experts: Tensor) -> Tensor:
         """(T, K, E R): of the columns, (T, K, E R) or (T, 1, E R), those of each slot's expert."""
-        chosen = functional.one_hot(experts, self.num_experts).bool().unsqueeze(-1)
+        chosen = functional.one_hot(experts, self.num_experts).bool() & self.filled.unsqueeze(-1)
         grouped = columns.unflatten(-1, (self.num_experts, -1))
-        return torch.where(chosen, grouped, 0.0).flatten(2)
+        return torch.where(chosen.unsqueeze(-1), grouped, 0.0).flatten(2)
+
+    def down_scale(self, experts: Tensor) -> Tensor:
+        """(T, K, D): DoRA's scale of each slot's expert, 0 of an empty slot."""
+        scale = functional.embedding(experts, self.stacked["down"].scale)
+        return torch.where(self.filled.unsqueeze(-1), scale, 0.0)
 
 
 class _Block(torch.autograd.Function):
@@ -118,8 +107,8 @@ class _Block(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             block = unpack(spec, tensors)
             made = _Prepared(block, x, experts, weights)
-            gate = functional.linear(x, block.gate.weight)
-            up = functional.linear(x, block.up.weight)
+            gate = block.gate.frozen.linear(x)
+            up = block.up.frozen.linear(x)
             p = None if made.a is None else functional.linear(made.x_low, made.a)
             operands = made.operands(gate, up, p, experts, block)
             hidden, reduced = launch.forward(operands)
@@ -144,16 +133,16 @@ def _project_down(
     hidden, reduced: as `launch.forward` returns them.
     """
     if reduced is None:
-        return functional.linear(hidden, block.down.weight), None
+        return block.down.frozen.linear(hidden), None
     down = made.stacked["down"]
     if down.scale is None:
-        y = functional.linear(hidden, block.down.weight)
+        y = block.down.frozen.linear(hidden)
         return y.addmm_(reduced, down.b.T, alpha=down.factor), None
-    raw = functional.linear(hidden, block.down.weight)
+    raw = block.down.frozen.linear(hidden)
     own = made.own_columns(reduced.unsqueeze(1), experts)
     raw.flatten(0, 1).addmm_(own.flatten(0, 1), down.b.T, alpha=down.factor)
-    scaled = raw * functional.embedding(experts, down.scale)
-    return (made.stained.to(raw.dtype).unsqueeze(-1) * scaled).sum(dim=1), raw
+    scaled = raw * made.down_scale(experts)
+    return (made.weights.to(raw.dtype).unsqueeze(-1) * scaled).sum(dim=1), raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +166,15 @@ def _down_backward(
     block: FeedForward,
 ) -> _DownGradients:
     """The backward pass of `_project_down`."""
-    down, weight = made.stacked.get("down"), block.down.weight
+    down, frozen = made.stacked.get("down"), block.down.frozen
     if down is None:
-        return _DownGradients(dy @ weight, None, None, None, None)
+        return _DownGradients(frozen.input_gradient(dy), None, None, None, None)
     if down.scale is None:
         q = (dy @ down.b).mul_(down.factor)
         db = (dy.T @ reduced).mul_(down.factor)
-        return _DownGradients(dy @ weight, q, None, db, None)
-    weighted = made.clean.to(dy.dtype).unsqueeze(-1) * dy.unsqueeze(1)
-    scale = functional.embedding(experts, down.scale)
+        return _DownGradients(frozen.input_gradient(dy), q, None, db, None)
+    weighted = made.weights.to(dy.dtype).unsqueeze(-1) * dy.unsqueeze(1)
+    scale = made.down_scale(experts)
     dweights = (dy.unsqueeze(1) * scale * raw).sum(dim=-1, dtype=torch.float32)
     chosen = functional.one_hot(experts.flatten(), made.num_experts).to(dy.dtype)
     dscale = (weighted * raw).flatten(0, 1).T @ chosen
@@ -193,7 +182,7 @@ def _down_backward(
     q = made.own_columns(draw @ down.b, experts).sum(dim=1).mul_(down.factor)
     own = made.own_columns(reduced.unsqueeze(1), experts)
     db = (draw.flatten(0, 1).T @ own.flatten(0, 1)).mul_(down.factor)
-    return _DownGradients(draw @ weight, q, dweights, db, dscale)
+    return _DownGradients(frozen.input_gradient(draw), q, dweights, db, dscale)
 
 
 def _backward(spec, dy, x, weights, experts, gate, up, p, reduced, raw, *tensors):
@@ -202,13 +191,12 @@ def _backward(spec, dy, x, weights, experts, gate, up, p, reduced, raw, *tensors
     made = _Prepared(block, x, experts, weights)
     operands = made.operands(gate, up, p, experts, block)
     down = _down_backward(dy, experts, reduced, raw, made, block)
-    # NaN of a broken expert's tokens would reach all experts in sums over the tokens: those take
-    # the clean weights, and the expert's own gradients get their NaN below.
-    clean = replace(operands, weights=made.clean)
-    sums = launch.backward_inner(clean, down.dhidden, down.q)
+    # Before `backward_tokens`, which writes over dhidden.
+    sums = launch.backward_inner(operands, down.dhidden, down.q)
     dgate, dup, dp, dweights = launch.backward_tokens(operands, down.dhidden, down.q)
     dweights = down.dweights if dweights is None else dweights
-    dx = (dgate @ block.gate.weight).addmm_(dup, block.up.weight)
+    dx = block.gate.frozen.input_gradient(dgate)
+    dx += block.up.frozen.input_gradient(dup)
     das = {}
     if dp is not None:
         dp = dp.to(x.dtype)
@@ -224,36 +212,27 @@ def _backward(spec, dy, x, weights, experts, gate, up, p, reduced, raw, *tensors
     dscales = {"gate": sums["scale1"], "up": sums["scale3"], "down": down.dscale}
     if sums["a2"] is not None:
         das["down"] = sums["a2"].T.unflatten(0, (made.num_experts, -1))
-    # NaN for a broken expert that has tokens, as its products would have given.
-    used = (experts.view(-1, 1) == torch.arange(made.num_experts, device=x.device)).any(dim=0)
-    stain = torch.where(used, made.nan, 0.0)
     found = []
     for role, projection in block.projections.items():
         own = projection.experts
         if own is None:
-            found += [None] * 6
+            found += [None] * 5
             continue
-        da = (das[role] + stain.view(-1, 1, 1)).to(own.a.dtype)
-        db = dbs[role].unflatten(1, (made.num_experts, -1)).transpose(0, 1)
-        db = (db + stain.view(-1, 1, 1)).to(own.b.dtype)
+        db = dbs[role].unflatten(1, (made.num_experts, -1)).transpose(0, 1).to(own.b.dtype)
         dmagnitude = None
         if own.magnitude is not None:
-            # The norm of a broken expert is NaN, so nothing is divided by it.
-            divided = dscales[role].T / own.norm
-            broken = made.nan.isnan().unsqueeze(-1)
-            dmagnitude = torch.where(broken, stain.unsqueeze(-1), divided).to(own.magnitude.dtype)
-        found += [None, da, db, dmagnitude, None, None]
-    dweights = (dweights + made.stain).to(weights.dtype)
-    return None, dx, dweights, None, *found, None, None
+            dmagnitude = (dscales[role].T / own.norm).to(own.magnitude.dtype)
+        found += [das[role].to(own.a.dtype), db, dmagnitude, None, None]
+    return None, dx, dweights.to(weights.dtype), None, *found, None, None
 
 
 def supports(x: Tensor, block: FeedForward) -> bool:
     """Whether the Triton kernels compute this block for x (T, D).
 
     They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
-    interpreter float32 and float16 on a CPU; a known activation; frozen weights and biases in the
-    dtype of x that ask for no gradient; experts of one number and rank, up to `max_columns` columns
-    of all together; and at least one token.
+    interpreter float32 and float16 on a CPU; a known activation; frozen weights, and biases in the
+    dtype of x, that ask for no gradient; experts of one number and rank, up to `max_columns`
+    columns of all together; and at least one token.
     """
     present = [p.experts for p in block.projections.values() if p.experts is not None]
     dtypes = {torch.float32, torch.float16}
@@ -272,8 +251,8 @@ def supports(x: Tensor, block: FeedForward) -> bool:
         and isinstance(block.activation, str)
         and block.activation in NAMES
         and all(
-            projection.is_frozen
-            and all(t is None or t.dtype == x.dtype for t in (projection.weight, projection.bias))
+            not projection.frozen.requires_grad
+            and (projection.bias is None or projection.bias.dtype == x.dtype)
             for projection in block.projections.values()
         )
     )
@@ -293,7 +272,7 @@ def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     the compiler fuses by itself.
     """
     if torch.compiler.is_compiling() or not supports(x, block):
-        return mixlora_exact_dense(x, routing, block)
+        return run_stage(dense_stage, x, routing, block)
     block = replace(block, x_mask=_as_kept(block.x_mask), hidden_mask=_as_kept(block.hidden_mask))
     spec, tensors = pack(block)
     y = _Block.apply(spec, x.contiguous(), routing.weights, routing.experts.contiguous(), *tensors)

@@ -6,8 +6,9 @@ A row is a token t and one of its K slots; e is the slot's expert, w its weight:
     h = act(g) u
 
 `G`, `U` (T, F) are the frozen products; `P1`, `P3` (T, E R) are `A x` of all experts, of which a
-row keeps its own expert's columns. Rows exist in registers only: a token's rows lie side by side
-in one program, which reads and writes (T, F) tensors once.
+row keeps its own expert's columns. A slot of weight 0 is empty: expert -1, no columns. Rows exist
+in registers only: a token's rows lie side by side in one program, which reads and writes (T, F)
+tensors once.
 
 The experts' low-rank matrices come stacked as (F, E R): B of gate and up, A of down transposed. In
 the kernels E R is padded to a power of two, K to SLOTS. Sums are float32, operands of products in
@@ -93,8 +94,9 @@ def forward_kernel(
     row_token = tl.program_id(0) * BT + row // SLOTS
     pair = row_token.to(tl.int64) * K + row % SLOTS
     valid = (row_token < T) & (row % SLOTS < K)
-    expert = tl.load(experts + pair, mask=valid, other=-1).to(tl.int32)
     weight = tl.load(weights + pair, mask=valid, other=0.0)
+    filled = valid & (weight != 0.0)
+    expert = tl.load(experts + pair, mask=filled, other=-1).to(tl.int32)
     dtype = gate.dtype.element_ty
     STRIDE: tl.constexpr = (LOW1 + LOW3) * COLUMNS
     if LOW1:
@@ -110,7 +112,7 @@ def forward_kernel(
         within = inner < F
         inside = real[:, None] & within[None, :]
         offsets = token.to(tl.int64)[:, None] * F + inner[None, :]
-        row_inside = valid[:, None] & within[None, :]
+        row_inside = filled[:, None] & within[None, :]
         g = tl.load(gate + offsets, mask=inside, other=0.0)
         g = spread(g, BT, SLOTS, BF).to(tl.float32)
         if LOW1:
@@ -133,7 +135,9 @@ def forward_kernel(
             u += tl.load(bias3 + inner, mask=within, other=0.0)[None, :]
         h = activate(g, ACTIVATION)[0] * u
         if PER_SLOT:
-            tl.store(hidden + pair[:, None] * F + inner[None, :], h.to(dtype), mask=row_inside)
+            h = tl.where(filled[:, None], h, 0.0)
+            own_row = valid[:, None] & within[None, :]
+            tl.store(hidden + pair[:, None] * F + inner[None, :], h.to(dtype), mask=own_row)
         else:
             mixed = add_slots(weight[:, None] * h, BT, SLOTS, BF)
             tl.store(hidden + offsets, mixed.to(dtype), mask=inside)

@@ -85,8 +85,9 @@ def backward_tokens_kernel(
     row_token = tl.program_id(0) * BT + row // SLOTS
     pair = row_token.to(tl.int64) * K + row % SLOTS
     valid = (row_token < T) & (row % SLOTS < K)
-    expert = tl.load(experts + pair, mask=valid, other=-1).to(tl.int32)
     weight = tl.load(weights + pair, mask=valid, other=0.0)
+    filled = valid & (weight != 0.0)
+    expert = tl.load(experts + pair, mask=filled, other=-1).to(tl.int32)
     dtype = gate.dtype.element_ty
     STRIDE: tl.constexpr = (LOW1 + LOW3) * COLUMNS
     if LOW1:
@@ -106,7 +107,7 @@ def backward_tokens_kernel(
         within = inner < F
         inside = real[:, None] & within[None, :]
         offsets = token.to(tl.int64)[:, None] * F + inner[None, :]
-        row_inside = valid[:, None] & within[None, :]
+        row_inside = filled[:, None] & within[None, :]
         g = tl.load(gate + offsets, mask=inside, other=0.0)
         g = spread(g, BT, SLOTS, BF).to(tl.float32)
         if LOW1:
@@ -164,6 +165,7 @@ def backward_tokens_kernel(
         part = dp + split * T * STRIDE + LOW1 * COLUMNS
         store_columns(part, dp3, token, real, STRIDE, COLUMNS, PADDED)
     if not PER_SLOT:
+        dweight = tl.where(filled, dweight, 0.0)
         tl.store(dweights + split * T * K + pair, dweight, mask=valid)
 
 
@@ -248,10 +250,12 @@ def backward_inner_kernel(
         row_token = first + row // SLOTS
         pair = row_token.to(tl.int64) * K + row % SLOTS
         valid = (row_token < T) & (row % SLOTS < K)
-        expert = tl.load(experts + pair, mask=valid, other=-1).to(tl.int32)
+        weight = tl.load(weights + pair, mask=valid, other=0.0)
+        filled = valid & (weight != 0.0)
+        expert = tl.load(experts + pair, mask=filled, other=-1).to(tl.int32)
         inside = within[:, None] & real[None, :]
         offsets = token.to(tl.int64)[None, :] * F + inner[:, None]
-        row_inside = within[:, None] & valid[None, :]
+        row_inside = within[:, None] & filled[None, :]
         raw1 = tl.load(gate + offsets, mask=inside, other=0.0)
         raw1 = spread_columns(raw1, BT, SLOTS, BF).to(tl.float32)
         if LOW1:
@@ -282,7 +286,6 @@ def backward_inner_kernel(
         else:
             dh = tl.load(dhidden + offsets, mask=inside, other=0.0)
             dh = spread_columns(dh, BT, SLOTS, BF)
-            weight = tl.load(weights + pair, mask=valid, other=0.0)
         dh = dh.to(tl.float32)
         if LOW2:
             q2 = load_columns(q, token, real, COLUMNS, COLUMNS, PADDED)

@@ -1,0 +1,44 @@
+"""The weights that a fresh MixLoRA adapter starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.kernels import Router, squared_row_norms
+
+__all__ = ["initial_weights"]
+
+
+def initial_weights(
+    config: MixLoraConfig, router: Router, projections: Mapping[str, nn.Linear]
+) -> dict[str, Tensor]:
+    """By the names of the layer's parameters: the router as it draws its weights; A as PEFT's LoRA
+    draws it, B zero, and with DoRA the magnitude at the row norms of W.
+
+    projections: by role, gate first; those without experts too. A: (E, R, in), B: (E, out, R),
+    magnitude: (E, out).
+    """
+    lora, made = config.experts, {}
+    for part, weight in router.initial(projections["gate"].in_features).items():
+        made[f"lora_router_{part}" if part else "lora_router"] = weight
+    adapted = dict(zip(projections, config.feed_forward_targets, strict=True))
+    for role, frozen in projections.items():
+        if adapted[role] not in config.expert_targets:
+            continue
+        a = torch.empty(config.num_experts, lora.r, frozen.in_features)
+        # PEFT's kaiming_uniform(a=sqrt(5)) is uniform in +-1/sqrt(fan_in) of each expert.
+        nn.init.uniform_(a, -1 / math.sqrt(frozen.in_features), 1 / math.sqrt(frozen.in_features))
+        b = torch.zeros(config.num_experts, frozen.out_features, lora.r)
+        if not config.init_lora_weights:
+            nn.init.uniform_(b, -1 / math.sqrt(lora.r), 1 / math.sqrt(lora.r))
+        made |= {f"lora_A_{role}": a, f"lora_B_{role}": b}
+        if lora.use_dora:
+            # With B = 0 the magnitude is the row norm of W; random B (tests) start from it too.
+            norms = squared_row_norms(frozen.weight.detach()).sqrt().to(a.device)
+            made[f"lora_magnitude_{role}"] = norms.expand(config.num_experts, -1).clone()
+    return made

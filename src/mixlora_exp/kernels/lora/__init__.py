@@ -1,1 +1,0 @@
-"""Low-rank additions to one linear layer."""

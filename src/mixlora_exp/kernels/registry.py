@@ -1,0 +1,87 @@
+"""The kernels of the MixLoRA block by name. A kernel is one file of `kernels/mixlora/` that
+registers a function; nothing else names it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mixlora_exp.kernels.shapes import FeedForward, Routing
+
+__all__ = ["KERNELS", "Kernel", "kernel", "resolve_kernel"]
+
+Block = Callable[[Tensor, Routing, FeedForward], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An implementation of the block, `(x (T, D), routing, block) -> y (T, D)`.
+
+    device: the only device type that it runs on, None for all. needs: a package that it imports.
+    stage: its part between the frozen products, where these can run over the rows of several
+    adapters (`mixlora.stage`); None: each adapter's rows run on their own. linear: how LoRA and
+    DoRA layers outside of the block run with it: `fused`, `plain` or `peft`. draws_masks: whether
+    it draws its own dropout from `FeedForward.dropout` instead of taking the block's masks.
+    """
+
+    name: str
+    run: Block
+    device: str | None = None
+    needs: str | None = None
+    stage: Callable[..., Any] | None = None
+    linear: str = "fused"
+    draws_masks: bool = False
+
+    def __call__(self, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+        return self.run(x, routing, block)
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it can run on a device type, with the packages that are installed."""
+        there = self.needs is None or importlib.util.find_spec(self.needs) is not None
+        return there and self.device in (None, device)
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its docstring."""
+        return (self.run.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
+KERNELS: dict[str, Kernel] = {}
+"""By name. The configuration's choices are the same names, read from the files as text."""
+
+FASTEST = {"cuda": "triton"}
+"""What `auto` stands for by device type where it can run there, else `exact`."""
+
+
+def kernel(name: str, **properties: Any) -> Callable[[Block], Block]:
+    """Register the decorated function as a kernel; see `Kernel` for the properties.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(run: Block) -> Block:
+        if name == "auto" or name in KERNELS:
+            raise ValueError(f"kernel {name!r} is registered twice")
+        KERNELS[name] = Kernel(name, run, **properties)
+        return run
+
+    return register
+
+
+def resolve_kernel(name: str, device: str = "cpu") -> str:
+    """The kernel that `auto` stands for on a device type, or `name` itself if it is one.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
+    if name == "auto":
+        best = FASTEST.get(device, "exact")
+        return best if KERNELS[best].runs_on(device) else "exact"
+    if name not in KERNELS:
+        raise ValueError(f"kernel={name} is unknown: choose from auto, {', '.join(KERNELS)}")
+    return name

@@ -1,0 +1,1 @@
+"""Routers, a file each: every file here is imported with the package and registers itself."""

@@ -1,0 +1,54 @@
+"""The paper's router: softmax over all experts, the K most probable, their weights normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixlora_exp.kernels.routing import Router, router, router_logits
+from mixlora_exp.kernels.shapes import Routing
+
+__all__ = ["TopK", "route"]
+
+
+def route(x: Tensor, weight: Tensor, top_k: int, dtype: torch.dtype | None = None) -> Routing:
+    """softmax(x weight^T), top-k, normalised over the k (paper, Section 3.2).
+
+    x: (T, D); weight: (E, D), no bias; dtype: of the product, see `router_logits`.
+    """
+    logits = router_logits(x, weight, dtype)
+    probabilities = logits.softmax(dim=-1)
+    chosen, experts = probabilities.topk(top_k, dim=-1)
+    return Routing(logits, probabilities, experts, chosen / chosen.sum(dim=-1, keepdim=True))
+
+
+@router("top_k")
+@dataclass(frozen=True, kw_only=True)
+class TopK(Router):
+    """K experts per token, the most probable ones, with the load-balance loss of Eq. (8).
+
+    precision: `float32`, or `bfloat16`: the router's product rounds to it, as in models of bf16
+    whose router is a layer like any other; only to show what that costs.
+    """
+
+    precision: str = "float32"
+
+    def route(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        *,
+        training: bool = False,
+        fused: bool = False,
+    ) -> Routing:
+        if self.precision == "bfloat16":
+            return route(x, weights[""], self.top_k, torch.bfloat16)
+        if not fused:
+            return route(x, weights[""], self.top_k)
+        # One launch. Not before it is used: Triton is missing on many machines.
+        from mixlora_exp.kernels.triton.router import route_triton
+
+        return route_triton(x, weights[""], self.top_k)

@@ -1,0 +1,156 @@
+"""What every router promises: one row of `ROUTERS` for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixlora_exp.kernels import (
+    KERNELS,
+    Experts,
+    FeedForward,
+    FrozenLinear,
+    Projection,
+    Router,
+    Routing,
+    make_router,
+    router,
+    router_loss,
+)
+from mixlora_exp.kernels.routing import ROUTERS as REGISTERED
+
+ROUTERS = [
+    pytest.param("top_k", {}, id="top_k"),
+    pytest.param("top_k", {"precision": "bfloat16"}, id="top_k, rounded"),
+]
+"""Name and options."""
+
+EXPERTS, TOP_K = 5, 3
+
+
+def made(name: str, options: dict, **settings) -> Router:
+    return make_router(name, {"num_experts": EXPERTS, "top_k": TOP_K, **settings}, options)
+
+
+def decide(own: Router, width: int = 7, **given) -> tuple[Routing, dict[str, Tensor], Tensor]:
+    torch.manual_seed(0)
+    weights = {n: w.mul(20).requires_grad_() for n, w in own.initial(width).items()}
+    x = torch.randn(11, width, requires_grad=True)
+    return own.route(x, weights, **given), weights, x
+
+
+def test_every_router_has_a_row() -> None:
+    assert {row.values[0] for row in ROUTERS} == set(REGISTERED)
+
+
+@pytest.mark.parametrize("width", [7, 16], ids="rows of {}".format)
+@pytest.mark.parametrize(("name", "options"), ROUTERS)
+def test_decision(name, options, width) -> None:
+    """K distinct experts at most, weights of 0 in empty slots, float32; the same each time."""
+    routing, _, _ = decide(made(name, options), width)
+    count = routing.experts.shape[1]
+    assert 1 <= count <= EXPERTS
+    assert routing.experts.shape == routing.weights.shape == (11, count)
+    assert routing.logits.shape == routing.probabilities.shape == (11, EXPERTS)
+    assert routing.weights.dtype is torch.float32
+    assert (routing.weights >= 0).all()
+    assert routing.experts.min() >= 0
+    assert routing.experts.max() < EXPERTS
+    for chosen, filled in zip(routing.experts, routing.filled, strict=True):
+        assert len(set(chosen[filled].tolist())) == int(filled.sum())
+    again, _, _ = decide(made(name, options), width)
+    assert torch.equal(again.experts, routing.experts)
+    assert torch.equal(again.weights, routing.weights)
+
+
+@pytest.mark.parametrize(("name", "options"), ROUTERS)
+def test_loss_has_gradients_and_leaves_padding_out(name, options) -> None:
+    """Statistics of modules with rows of other widths stack; counts are those of real rows."""
+    own = made(name, options)
+    mask = torch.arange(11) < 8
+    routings = [decide(own, width) for width in (7, 16)]
+    each = [own.statistics(routing, mask) for routing, _, _ in routings]
+    loss = own.auxiliary_loss({n: torch.stack([s[n] for s in each]) for n in each[0]})
+    assert loss.shape == ()
+    loss.backward()
+    for routing, weights, x in routings:
+        assert all(weight.grad.abs().max() > 0 for weight in weights.values())
+        assert x.grad[:8].abs().max() > 0
+        assert (x.grad[8:] == 0).all()
+        counts = own.statistics(routing, mask)["counts"]
+        expected = routing.experts[:8][routing.filled[:8]].bincount(minlength=EXPERTS)
+        assert counts.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("name", "options"), ROUTERS)
+def test_task_loss_reaches_the_router(name, options) -> None:
+    """Through the weights, by the kernels' own backward passes, as by the definition."""
+    own = made(name, options)
+    found = []
+    torch.manual_seed(1)
+    matrices = [torch.randn(size) for size in ((9, 7), (9, 7), (7, 9))]
+    lows = [
+        (torch.randn(EXPERTS, 2, m.shape[1]), torch.randn(EXPERTS, m.shape[0], 2)) for m in matrices
+    ]
+    block = FeedForward(
+        *(
+            Projection(FrozenLinear(m), Experts(a, b, 0.5))
+            for m, (a, b) in zip(matrices, lows, strict=True)
+        ),
+        "silu",
+    )
+    for kernel in ("exact", "reference"):
+        routing, weights, x = decide(own)
+        KERNELS[kernel](x, routing, block).square().sum().backward()
+        found.append([x.grad, *(weight.grad for weight in weights.values())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_settings_come_from_the_adapter_and_options_from_their_own_place() -> None:
+    own = made("top_k", {}, router_loss="topk", router_init_std=0.5, router_precision="bfloat16")
+    assert (own.loss, own.init_std, own.precision) == ("topk", 0.5, "bfloat16")
+    with pytest.raises(ValueError, match=r"router_options.p is not an option of router=top_k"):
+        made("top_k", {"p": 0.3})
+    with pytest.raises(ValueError, match="router='best' is unknown: choose from top_k"):
+        made("best", {})
+
+
+def test_a_router_may_hold_more_weights_and_a_loss_of_its_own(monkeypatch) -> None:
+    """As one with a learnt threshold (AdaMoLE) does: some rows have one expert, some all."""
+    monkeypatch.setattr("mixlora_exp.kernels.routing.ROUTERS", {})
+
+    @router("threshold")
+    @dataclass(frozen=True, kw_only=True)
+    class Threshold(Router):
+        highest: float = 0.2
+
+        def initial(self, width: int) -> dict[str, Tensor]:
+            return {**super().initial(width), "threshold": torch.randn(1, width)}
+
+        def route(self, x, weights, *, training=False, fused=False) -> Routing:
+            logits = x @ weights[""].T
+            shares = logits.softmax(dim=-1)
+            above = shares - self.highest * (x @ weights["threshold"].T).sigmoid()
+            kept, experts = above.clamp(min=0).sort(dim=-1, descending=True)
+            total = kept.sum(dim=-1, keepdim=True)
+            return Routing(logits, shares, experts, kept / total, {"above": above})
+
+        def statistics(self, routing, mask) -> dict[str, Tensor]:
+            found = super().statistics(routing, mask)
+            return {**found, "above": routing.extra["above"].mean(dim=0)}
+
+        def auxiliary_loss(self, statistics) -> Tensor:
+            return router_loss(statistics["fractions"], statistics["above"], pooled=False)
+
+    own = make_router("threshold", {"num_experts": 5, "top_k": 5}, {"highest": 0.15})
+    routing, weights, _ = decide(own)
+    assert len(routing.filled.sum(dim=1).unique()) > 1
+    found = own.statistics(routing.detached(), None)
+    assert not found["above"].requires_grad
+    each = own.statistics(routing, None)
+    own.auxiliary_loss({name: value[None] for name, value in each.items()}).backward()
+    assert all(weight.grad.abs().max() > 0 for weight in weights.values())
