@@ -1,4 +1,4 @@
-"""The README's commands, each run at tiny size."""
+"""The commands of the README and of the pages it leads to, each run at tiny size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from mixlora_exp.system.guarded import guarded
 from mixlora_exp.tasks import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("running", "adapters", "several-adapters", "results")
+    ),
+]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def blocks(language: str) -> list[str]:
@@ -34,7 +41,7 @@ def commands(start: str) -> list[str]:
     lines = [
         line.partition("  # ")[0].strip() for block in blocks("bash") for line in block.splitlines()
     ]
-    return [line for line in lines if line.startswith(start)]
+    return [line for line in dict.fromkeys(lines) if line.startswith(start)]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,18 @@ def tiny(arguments: list[str], folder: Path, folders: dict[str, Path]) -> list[s
     if "-m" in kept:  # A sweep is shown by its first two values of each parameter.
         kept = [re.sub(r"^([^=]+=[^,]+,[^,]+),.*", r"\1", a) for a in kept]
     return [*kept, *small, f"output_dir={folder}"]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 12_000
+
+
+def test_links_lead_to_files() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
 
 
 def test_there_are_commands_to_test() -> None:
@@ -185,7 +204,7 @@ def transcripts() -> list[tuple[str, str]]:
         for part in block.split("$ ")[1:]:
             command, _, output = part.partition("\n")
             pairs.append((command, output.strip()))
-    return pairs
+    return list(dict.fromkeys(pairs))
 
 
 def shown_by(kind: str) -> list[tuple[str, str]]:
