@@ -1,10 +1,11 @@
 """Search the router-loss coefficient and the learning rate: `mixlora-exp search trials=20
 method=mixlora task=arc_e data.train_limit=500 evaluation.limit=200`.
 
-`study`, `trials`, `coef_low`, `coef_high`, `rate_low`, `rate_high`, `prune_after` and `output_dir`
-are the search's own; anything else is an override as `train.py` takes it. The study is kept in
-`output_dir/<study>.db`: the same command goes on with it, also with more `trials`. A trial that
-fails is told and counts as one. Needs `pip install optuna`.
+`study`, `trials`, `coef_low`, `coef_high`, `rate_low`, `rate_high`, `prune_after`, `output_dir` and
+`ranges` (more fields to search, `"ranges=[method.dropout=0.01:0.2]"`) are the search's own;
+anything else is an override as `train.py` takes it. The study is kept in `output_dir/<study>.db`:
+the same command resumes it, also with more `trials`. A trial that fails is told and counts as one.
+Needs `pip install optuna`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     if importlib.util.find_spec("optuna") is None:
         raise UserError("the package optuna is not installed: run `pip install optuna`")
     from mixlora_exp.sweeps.search import SearchSettings, search
+    from mixlora_exp.sweeps.study import ended
 
     # `seed` is the runs'; the sampler's own stays as it is.
     names = {*SearchSettings.__dataclass_fields__, "-h", "--help"} - {"seed"}
@@ -42,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = options(SearchSettings, own)
     study = search(settings, [a for a in arguments if a not in own], _train)
     best = study.best_trial
-    states = [trial.state.name for trial in study.trials if trial.state.is_finished()]
+    states = [trial.state.name for trial in ended(study)]
     failed = f", {states.count('FAIL')} failed" if "FAIL" in states else ""
     print(f"{len(states)} trials, {states.count('PRUNED')} pruned{failed}")
     chosen = " ".join(f"{name}={value:.3g}" for name, value in best.params.items())

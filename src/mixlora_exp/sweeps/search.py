@@ -1,7 +1,7 @@
-"""A search over the router-loss coefficient and the learning rate, with Optuna.
+"""A search over the router-loss coefficient, the learning rate and other numbers, with Optuna.
 
-Each trial is a run like any other, under its fingerprint: killed, the search goes on with the same
-trials, and a run that was under way continues from its checkpoint. Settings are chosen on training
+Each trial is a run like any other, under its fingerprint: killed, the search makes the trial that
+was under way again, whose run continues from its checkpoint. Settings are chosen on training
 rows that training leaves out, never on a test set.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from statistics import mean
@@ -18,6 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
+from safetensors import SafetensorError
 
 from mixlora_exp.config import Config, compose, determining, to_dict
 from mixlora_exp.config.checks import require_name
@@ -29,9 +30,8 @@ from mixlora_exp.runs.ownership import GivenUp
 from mixlora_exp.sweeps.study import (
     REASON,
     STORAGE_ERRORS,
-    count,
-    last_reason,
-    next_trial,
+    ended,
+    enqueue_cut_off,
     open_study,
     require_same,
     storage_told,
@@ -51,7 +51,6 @@ OWN = {
 }
 """Fields that the search sets, and what to do instead of giving them."""
 LIKELIHOOD = (Protocol.label_logits, Protocol.answer_text)
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 Train = Callable[[Config, Callable[[int, float], None]], Path]
 
 
@@ -74,6 +73,9 @@ class SearchSettings:
     seed: int = 0
     prune_after: int = 5
     """Trials that run whole before any is pruned."""
+    ranges: list[str] = field(default_factory=list)
+    """More fields to search, each as `name=low:high`, such as `method.dropout=0.01:0.2`: whole
+    numbers between whole limits."""
 
     def __post_init__(self) -> None:
         require_name("study", self.study)
@@ -85,9 +87,31 @@ class SearchSettings:
                 )
             if not isfinite(getattr(self, high)):
                 raise UserError(f"{high}={getattr(self, high)} must be finite")
+        self.space()
         for name, least in (("trials", 1), ("prune_after", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be >= {least}")
+
+    def space(self) -> dict[str, tuple[float, float]]:
+        """The limits of each field that is searched, by its dotted name."""
+        found: dict[str, tuple[float, float]] = {
+            COEFFICIENT: (self.coef_low, self.coef_high),
+            RATE: (self.rate_low, self.rate_high),
+        }
+        for text in self.ranges:
+            name, _, limits = text.partition("=")
+            try:
+                low, high = (float(v) if set(v) & set(".e") else int(v) for v in limits.split(":"))
+            except ValueError:
+                low = high = 0
+            sound = 0 < low < high < float("inf") and "." in name
+            if not sound or name in found or name in OWN:
+                raise UserError(
+                    f"ranges: {text} is not valid: give name=low:high with 0 < low < high, such as "
+                    "method.dropout=0.01:0.2, each field once"
+                )
+            found[name] = (low, high)
+        return found
 
     @property
     def folder(self) -> Path:
@@ -119,8 +143,9 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
             settings, another process searches it, a trial cannot be made for want of memory, disk
             or the like, or all trials failed.
     """
+    space = settings.space()
     config = _checked(settings, overrides)
-    made_with = _made_with(config)
+    made_with = _made_with(config, space)
     _make_folder(settings)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = settings.folder / f"{settings.study}.db"
@@ -132,16 +157,19 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
             )
         study = open_study(path, settings.seed, settings.prune_after)
         require_same(study, made_with)
-        while count(study, *ENDED) < settings.trials:
+        enqueue_cut_off(study)
+        while len(ended(study)) < settings.trials:
             if requested():
                 # Noted while a run was ending for a reason of its own.
                 raise Terminated
-            _carry_out(study, settings, config, train, lock)
-        if not count(study, TrialState.COMPLETE):
+            _carry_out(study, settings, overrides, train, lock)
+        trials = ended(study)
+        if not any(trial.state is TrialState.COMPLETE for trial in trials):
+            reasons = [t.user_attrs[REASON] for t in trials if REASON in t.user_attrs]
             raise UserError(
-                f"study={settings.study}: all {count(study, *ENDED)} trials failed, the last one "
-                f"with: {last_reason(study)} (once that is mended, raise trials={settings.trials} "
-                "or give study another name)"
+                f"study={settings.study}: all {len(trials)} trials failed, the last one with: "
+                f"{reasons[-1]} (once that is mended, raise trials={settings.trials} or give study "
+                "another name)"
             )
     return study
 
@@ -156,7 +184,10 @@ def _checked(settings: SearchSettings, overrides: Sequence[str]) -> Config:
         name = line.lstrip("+").partition("=")[0]
         if name in OWN:
             raise UserError(f"{line}: a search sets {name} itself; leave it out ({OWN[name]})")
-    config = compose(overrides)
+        if name in settings.space():
+            raise UserError(f"{line}: ranges has {name} too; leave one of them out")
+    low = [f"{name}={limits[0]}" for name, limits in settings.space().items() if name not in OWN]
+    config = compose([*overrides, *low])
     if config.dry_run:
         raise UserError("dry_run=true: a search has none; leave it out, or use train.py")
     if config.adapters:
@@ -172,17 +203,21 @@ def _checked(settings: SearchSettings, overrides: Sequence[str]) -> Config:
                 f"evaluation.protocols={protocol.value} gives no likelihood of an answer, which is "
                 "what a search compares: use label_logits or answer_text"
             )
+    return _scored_on_held_out(settings, config)
+
+
+def _scored_on_held_out(settings: SearchSettings, config: Config) -> Config:
     evaluation = dataclasses.replace(config.evaluation, held_out=True)
     return dataclasses.replace(config, output_dir=settings.output_dir, evaluation=evaluation)
 
 
-def _made_with(config: Config) -> dict[str, Any]:
+def _made_with(config: Config, space: Mapping[str, Any]) -> dict[str, Any]:
     """What determines a score besides what is searched: settings, and the inputs they lead to."""
     config = resolve_config(config)
     settings = determining(to_dict(config))
-    for dotted in (COEFFICIENT, RATE):
+    for dotted in space:
         group, _, name = dotted.partition(".")
-        del settings[group][name]
+        settings[group].pop(name, None)
     return {**settings, "inputs": comparable(gather_inputs(config).identity)}
 
 
@@ -200,35 +235,42 @@ def _make_folder(settings: SearchSettings) -> None:
 
 
 def _carry_out(
-    study: optuna.Study, settings: SearchSettings, config: Config, train: Train, lock: RunLock
+    study: optuna.Study,
+    settings: SearchSettings,
+    overrides: Sequence[str],
+    train: Train,
+    lock: RunLock,
 ) -> None:
     """Make one trial and tell the study how it ended; one that is interrupted stays under way.
 
     Raises:
         UserError: it cannot be made now, or another process has taken the study over.
     """
-    trial = next_trial(study)
-    ranges = {
-        COEFFICIENT: (settings.coef_low, settings.coef_high),
-        RATE: (settings.rate_low, settings.rate_high),
-    }
-    # Of a trial that was cut off they are known, whatever the ranges are now.
-    chosen = dict(trial.params)
-    for name, limits in ranges.items():
-        if name not in chosen:
-            chosen[name] = trial.suggest_float(name, *limits, log=True)
-    config = dataclasses.replace(
-        config,
-        method=dataclasses.replace(config.method, router_loss_coef=chosen[COEFFICIENT]),
-        trainer=dataclasses.replace(config.trainer, learning_rate=chosen[RATE]),
-    )
+    trial = study.ask()
+    for name, (low, high) in settings.space().items():
+        suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+        suggest(name, low, high, log=True)
+    chosen = [f"{name}={value!r}" for name, value in trial.params.items()]
+    config = _scored_on_held_out(settings, compose([*overrides, *chosen]))
+
+    def watch(step: int, loss: float) -> None:
+        # Larger is better, as for the score.
+        trial.report(-loss, step)
+        if trial.should_prune():
+            raise GivenUp
+
     score, reason, crash = None, None, None
     try:
-        score = _score(study, trial, config, train)
+        score = score_of(read_record(train(config, watch)))
     except GivenUp:
         pass
-    except (*STORAGE_ERRORS, OSError):
+    except STORAGE_ERRORS:
         raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"output_dir={settings.output_dir}: a trial's files cannot be written or read "
+            f"({error}); once that is mended, the same command goes on"
+        ) from error
     except UserError as error:
         if not _by_its_settings(error):
             raise
@@ -248,35 +290,12 @@ def _carry_out(
     study.tell(trial, state=TrialState.FAIL)
     if crash is not None:
         raise crash
-    values = " ".join(f"{name}={value:.3g}" for name, value in chosen.items())
+    values = " ".join(f"{name}={value:.3g}" for name, value in trial.params.items())
     say(f"Trial {trial.number} failed with {values}: {reason}")
-
-
-def _score(study: optuna.Study, trial: optuna.Trial, config: Config, train: Train) -> float:
-    """Train and score one trial.
-
-    Raises:
-        GivenUp: its loss is behind that of earlier trials.
-        UserError: its run failed.
-    """
-    told = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-    if told and trial.should_prune():
-        # Cut off between its last loss and the answer to it.
-        raise GivenUp
-
-    def watch(step: int, loss: float) -> None:
-        # From its checkpoint on, a run that continues tells steps once more.
-        if step not in told:
-            # Larger is better, as for the score.
-            trial.report(-loss, step)
-        if trial.should_prune():
-            raise GivenUp
-
-    return score_of(read_record(train(config, watch)))
 
 
 def _by_its_settings(error: UserError) -> bool:
     """Whether a trial may have failed because of what is searched. Memory, files and runs of other
     processes stand in the way of any trial, and they can be mended."""
     elsewhere = isinstance(error, (Postponed, NotEnoughMemory))
-    return not elsewhere and not isinstance(error.__cause__, OSError)
+    return not elsewhere and not isinstance(error.__cause__, (OSError, SafetensorError))

@@ -1,24 +1,17 @@
-"""A search's study on disk: an SQLite file that says what was tried, under which settings.
-
-Every suggestion is a function of seed, number of the trial and earlier results, and a trial that
-was cut off is continued as itself. A search that is killed and started again makes the same trials
-as one that was left alone.
-"""
+"""A search's study on disk: an SQLite file that says what was tried, under which settings."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import OptunaError
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,51 +21,19 @@ from mixlora_exp.errors import UserError
 __all__ = [
     "REASON",
     "STORAGE_ERRORS",
-    "count",
-    "last_reason",
-    "next_trial",
+    "ended",
+    "enqueue_cut_off",
     "open_study",
     "require_same",
     "storage_told",
 ]
 
 MADE_WITH, REASON = "made_with", "reason"
-"""Of a study: the settings of its trials. Of a failed trial: why it failed."""
+"""Of a study: the settings of its trials. Of a failed trial: why; one without was cut off."""
 
 STORAGE_ERRORS = (OptunaError, SQLAlchemyError)
 SHOWN = 4
 """Differing settings that are told one by one."""
-
-
-class _Repeatable(BaseSampler):
-    """TPE whose random numbers depend on seed, number of the trial and parameter only."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def _of(self, trial: FrozenTrial, name: str = "") -> TPESampler:
-        digest = hashlib.sha256(f"{self._seed}/{trial.number}/{name}".encode()).digest()
-        return TPESampler(seed=int.from_bytes(digest[:4], "big"))
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self._of(trial).infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._of(trial).sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        sampler = self._of(trial, param_name)
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
 @contextmanager
@@ -106,14 +67,16 @@ def open_study(path: Path, seed: int, prune_after: int) -> optuna.Study:
     connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
     # Beside errors of its own, Optuna raises these for a file of another version or content.
     with storage_told(path, RuntimeError, ValueError):
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=path.stem,
             storage=RDBStorage("sqlite://", engine_kwargs=connect),
             load_if_exists=True,
             direction="maximize",
-            sampler=_Repeatable(seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=prune_after),
         )
+        # With the seed alone, each start would draw the trials of the first one again.
+        study.sampler = TPESampler(seed=seed + len(study.get_trials(deepcopy=False)))
+        return study
 
 
 def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
@@ -160,19 +123,17 @@ def _difference(name: str, then: Any, now: Any) -> str:
     return f"{name}={values[0]}, now {values[1]}"
 
 
-def next_trial(study: optuna.Study) -> optuna.Trial:
-    """The trial that an earlier start was cut off in, with the settings and losses it has; a new
-    one if there is none."""
-    cut_off = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-    return optuna.Trial(study, cut_off[0]._trial_id) if cut_off else study.ask()
+def enqueue_cut_off(study: optuna.Study) -> None:
+    """Let the trials that an earlier start was cut off in be made again, with their settings: their
+    runs go on from their checkpoints."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.params:
+            study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=TrialState.FAIL)
 
 
-def count(study: optuna.Study, *states: TrialState) -> int:
-    """How many of its trials are in one of these states."""
-    return len(study.get_trials(deepcopy=False, states=states))
-
-
-def last_reason(study: optuna.Study) -> str:
-    """Why the last of the failed trials did."""
-    failed: Sequence[FrozenTrial] = study.get_trials(deepcopy=False, states=[TrialState.FAIL])
-    return failed[-1].user_attrs.get(REASON, "no reason was noted") if failed else ""
+def ended(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that came to an end of their own: finished, pruned, or failed for a reason."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    found = study.get_trials(deepcopy=False, states=states)
+    return [t for t in found if t.state is not TrialState.FAIL or REASON in t.user_attrs]
