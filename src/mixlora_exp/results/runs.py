@@ -26,7 +26,7 @@ LIKELIHOOD = "gold_log_likelihood"
 # What was scored and what it was trained with. How the loss is computed changes nothing beyond
 # rounding and is no condition. Micro-batches are one: the router loss is taken over each.
 MODEL_FIELDS = (
-    "source", "hub_id", "revision", "package", "package_file", "path", "weights", "config",
+    "source", "hub_id", "revision", "package", "package_file", "path", "weights",
 )  # fmt: skip
 DATA_FIELDS = ("name", "cutoff_length", "boolq_passage")
 TRAINING_DATA_FIELDS = ("train_limit", "train_limits", "forms")
@@ -142,8 +142,9 @@ class RecordedRun:
         `rows.*` where files are not the published splits."""
         model = self.trained["model"]
         found = {f"model.{name}": model.get(name) for name in MODEL_FIELDS}
-        if found["model.path"] is not None:
-            del found["model.config"]  # The folder's own, as its path says.
+        if model.get("weights") == "random":
+            # Of weights that are read the fields above tell.
+            found["model.weights.config"] = model.get("config")
         data, limit = self.scored["data"], self.scored["evaluation"]["limit"]
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
         found["evaluation.limit"] = limit
