@@ -315,6 +315,10 @@ def test_a_model_of_a_folder_of_ones_own(tmp_path: Path, capsys) -> None:
     words = [f"--config-dir={tmp_path}", "model=mine", "dry_run=true", "data=embedded"]
     assert execute(words) == 2
     assert "put its config.json beside the YAML as model/mine.json" in capsys.readouterr().err
+    for damaged in ("{", "[]", "[" * 100_000):
+        (tmp_path / "model" / "mine.json").write_text(damaged)
+        assert execute(words) == 2
+        assert "mine.json" in capsys.readouterr().err
     shape = compose(["model=tiny"]).model.config
     (tmp_path / "model" / "mine.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))
     assert execute(words) == 0

@@ -202,7 +202,7 @@ def test_status_passes_over_and_shows_nothing_harmful(tmp_path: Path) -> None:
 
 def test_json_is_read_in_one_place() -> None:
     """The package's files read JSON through `untrusted` alone, but for what they, PEFT or a
-    tokenizer just wrote, and for the command line."""
+    tokenizer just wrote, for the command line, and for what stands beside a YAML of conf."""
     package = Path(__file__).parents[2] / "src" / "mixlora_exp"
     users = {
         path.relative_to(package).as_posix()
@@ -215,5 +215,5 @@ def test_json_is_read_in_one_place() -> None:
         "bench/memory.py", "bench/several_memory.py",
         "bench/kinds/peers.py", "bench/peers_worker.py", "results/tables/stability.py",
         "results/tables/switches.py", "adapters/build.py", "models/special_tokens.py",
-        "models/vocabulary.py", "cli/lm_eval.py",
+        "models/vocabulary.py", "cli/lm_eval.py", "config/architecture.py",
     }  # fmt: skip

@@ -55,8 +55,9 @@ def read_architecture(folders: Iterable[Path], name: str) -> dict[str, Any] | No
         if not path.is_file():
             continue
         try:
+            # Of the user's own configuration folder, as the YAML beside it is.
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         if not isinstance(found, dict):
             raise UserError(f"{path} holds no JSON object: put the model's config.json there")
