@@ -211,7 +211,7 @@ def test_a_chat_remembers_what_was_said(
         return generate(**batch)
 
     monkeypatch.setattr(opened.model, "generate", spy)
-    monkeypatch.setattr(generation, "open_adapter", lambda *_: opened)
+    monkeypatch.setattr(answer, "open_adapter", lambda *_: opened)
     monkeypatch.setattr("sys.stdin", io.StringIO("Is it true?\nAnd now?\n"))
     assert command("chat=true", "max_new_tokens=4") == 0
     assert "user: Is it true?" in seen[0]
