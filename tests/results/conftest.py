@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from table_cells import SMALL, five
 
 from mixlora_exp.config import Config, compose, to_dict
 from mixlora_exp.models.parameters import count_parameters
@@ -90,9 +91,6 @@ def write_run(
     return folder / name
 
 
-FIVE = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
-
-
 @pytest.fixture
 def write() -> Callable[..., Path]:
     return write_run
@@ -100,6 +98,16 @@ def write() -> Callable[..., Path]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "bench").mkdir()
+    for name in ("runs", "bench"):
+        (tmp_path / name).mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def add(results: Path) -> Callable[..., Path]:
+    """Put a run into `results`: five tasks scored by SmolLM2, the first with this accuracy."""
+
+    def added(name: str, value: float, *words: str, **more: Any) -> Path:
+        return write_run(results / "runs", name, [*SMALL, *words], five(value), **more)
+
+    return added

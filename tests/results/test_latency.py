@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from table_cells import PAPER, SMALL, five
+from table_cells import PAPER, bench_record
 
-from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.results import series
 from mixlora_exp.results.build import gather
 
@@ -36,17 +35,6 @@ def times(forward: float) -> Times:
     }  # fmt: skip
 
 
-def bench(folder: Path, name: str, rows: dict[str, Any], gpus: tuple[str, ...] = (), **config: Any):
-    settings = {"model": "smollm2_135m", "layers": None, "batch": 8, "length": 128, "rounds": 16,
-                "dtype": "bfloat16", "dropout": 0.05, **config}  # fmt: skip
-    record = {
-        "config": settings, "layers": 30, "threads": 2, "rows": rows,
-        "provenance": {"git": {"commit": name[0] * 40, "dirty": False}, "packages": {"torch": "2"},
-                       "hardware": {"cpu": "a cpu", "gpus": list(gpus)}},
-    }  # fmt: skip
-    write_json(folder / f"{name}.json", finish_record(record))
-
-
 def rows_of(*methods: str, slower: float = 1.0) -> dict[str, Any]:
     names = {"lora_peft": ("lora", "peft"), **{m: (m, "exact") for m in methods}}
     return {
@@ -61,7 +49,7 @@ def test_one_base_serves_time_and_memory(results: Path) -> None:
         "lora_peft_bf16": bench_row("lora", "peft", "base", times(8.0), 2e9),
         "mixlora_bf16": bench_row("mixlora", "exact", "base", times(5.0), 1e9),
     }
-    bench(results / "bench", "one", rows)
+    bench_record(results / "bench", "one", rows)
     found = gather(results).tables[6].blocks[1]
     shown = {row.label[0]: row.cells for row in found.rows}
     cells = shown["MixLoRA (exact kernel), bf16 adapters"]
@@ -71,9 +59,9 @@ def test_one_base_serves_time_and_memory(results: Path) -> None:
 
 
 def test_two_benchmarks_of_the_same_settings_have_two_headings(results: Path) -> None:
-    bench(results / "bench", "one", rows_of("mixlora"))
-    bench(results / "bench", "two", rows_of("mixlora"), rounds=12)
-    bench(results / "bench", "third", rows_of("mixlora"), rounds=12)
+    bench_record(results / "bench", "one", rows_of("mixlora"))
+    bench_record(results / "bench", "two", rows_of("mixlora"), rounds=12)
+    bench_record(results / "bench", "third", rows_of("mixlora"), rounds=12)
     headings = [block.heading for block in gather(results).tables[6].blocks]
     assert len(set(headings)) == len(headings) == 4
     assert headings[1].endswith(", commit=oooooooo, rounds=16")
@@ -86,16 +74,18 @@ def latencies(results: Path) -> dict[str, float]:
     return {p.method: p.latency for p in points if "SmolLM2" in p.panel}
 
 
-def test_figure_4c_takes_a_record_that_has_lora(write: Write, results: Path) -> None:
+def test_figure_4c_takes_a_record_that_has_lora(add: Write, results: Path) -> None:
     for method in ("lora", "dora", "mixlora", "mixdora"):
-        write(results / "runs", method, [*SMALL, f"method={method}"], five(0.4))
-    bench(results / "bench", "a-again", rows_of("dora", "mixlora", "mixdora"))
+        add(method, 0.4, f"method={method}")
+    bench_record(results / "bench", "a-again", rows_of("dora", "mixlora", "mixdora"))
     assert latencies(results) == {}
-    bench(results / "bench", "b", rows_of("lora", "mixlora", slower=10.0))
+    bench_record(results / "bench", "b", rows_of("lora", "mixlora", slower=10.0))
     assert latencies(results) == pytest.approx({"LoRA": 10.0, "MixLoRA": 15.0})
     # One that has more of the methods goes before it, wherever its name sorts.
-    bench(results / "bench", "0", rows_of("lora", "dora", "mixlora", slower=20.0), length=64)
+    bench_record(results / "bench", "0", rows_of("lora", "dora", "mixlora", slower=20.0), length=64)
     assert latencies(results) == pytest.approx({"LoRA": 20.0, "DoRA": 30.0, "MixLoRA": 40.0})
     # So does a GPU's, with two of them.
-    bench(results / "bench", "z", rows_of("lora", "mixlora", slower=30.0), gpus=("NVIDIA H100",))
+    bench_record(
+        results / "bench", "z", rows_of("lora", "mixlora", slower=30.0), gpus=("NVIDIA H100",)
+    )
     assert latencies(results) == pytest.approx({"LoRA": 30.0, "MixLoRA": 45.0})

@@ -17,8 +17,10 @@ from mixlora_exp.results.build import gather, table_files
 Write = Callable[..., Path]
 
 
-def test_runs_that_no_table_has_a_place_for_are_listed(write: Write, results: Path) -> None:
-    write(results / "runs", "odd", [*SMALL, "method=mixlora", "method.top_k=1"], five(0.4))
+def test_runs_that_no_table_has_a_place_for_are_listed(
+    add: Write, write: Write, results: Path
+) -> None:
+    add("odd", 0.4, "method=mixlora", "method.top_k=1")
     pair = ["model=smollm2_135m", "task=multi", "task.train=[arc_e,obqa]", *SMALL[2:]]
     write(results / "runs", "pair", [*pair, "method=lora"], five(0.4))
     found = gather(results)
@@ -26,13 +28,13 @@ def test_runs_that_no_table_has_a_place_for_are_listed(write: Write, results: Pa
     assert all("no table has" in entry.reason for entry in found.left_out)
 
 
-def test_predictions_edited_without_a_trace_are_noticed(write: Write, results: Path) -> None:
+def test_predictions_edited_without_a_trace_are_noticed(add: Write, results: Path) -> None:
     """A right and a wrong answer exchanged leave the accuracy as it was."""
 
     def sign(record: dict) -> None:
         record["predictions_sha256"] = {"arc_e/label_logits": "0" * 64}
 
-    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4), change=sign)
+    add("a", 0.4, "method=lora", change=sign)
     ((entry),) = gather(results).left_out
     assert "was changed after it was written" in entry.reason
 
@@ -67,10 +69,10 @@ def no_predictions(folder: Path) -> None:
      (prediction, "does not give the accuracy"), (no_predictions, "cannot be read")],
 )  # fmt: skip
 def test_a_spoilt_record_is_left_out_by_name(
-    spoil: Callable[[Path], None], reason: str, write: Write, results: Path
+    spoil: Callable[[Path], None], reason: str, add: Write, results: Path
 ) -> None:
-    write(results / "runs", "good", [*SMALL, "method=lora", "seed=1"], five(0.5))
-    spoil(write(results / "runs", "bad", [*SMALL, "method=lora", "seed=2"], five(0.4)))
+    add("good", 0.5, "method=lora", "seed=1")
+    spoil(add("bad", 0.4, "method=lora", "seed=2"))
     found = gather(results)
     ((name, why),) = {(entry.name, entry.reason) for entry in found.left_out}
     assert name == "bad"
@@ -81,25 +83,22 @@ def test_a_spoilt_record_is_left_out_by_name(
 
 
 @pytest.mark.parametrize("git", [None, {"commit": "c" * 40, "dirty": True}])
-def test_uncommitted_code_is_left_out(git: dict | None, write: Write, results: Path) -> None:
-    write(results / "runs", "dirty", [*SMALL, "method=lora"], five(0.5), git=git)
+def test_uncommitted_code_is_left_out(git: dict | None, add: Write, results: Path) -> None:
+    add("dirty", 0.5, "method=lora", git=git)
     found = gather(results)
     assert [entry.name for entry in found.left_out] == ["dirty"]
     assert not any(b.run for b in found.tables[2].blocks)
 
 
-def test_two_records_of_a_cell_with_other_data_are_both_left_out(
-    write: Write, results: Path
-) -> None:
-    write(results / "runs", "a", [*SMALL, "method=lora", "seed=1"], five(0.4), data_hash="1")
-    write(results / "runs", "b", [*SMALL, "method=lora", "seed=2"], five(0.5), data_hash="2")
+def test_two_records_of_a_cell_with_other_data_are_both_left_out(add: Write, results: Path) -> None:
+    add("a", 0.4, "method=lora", "seed=1", data_hash="1")
+    add("b", 0.5, "method=lora", "seed=2", data_hash="2")
     found = gather(results)
     assert {entry.name for entry in found.left_out} == {"a", "b"}
     assert all("read different data" in entry.reason for entry in found.left_out)
     assert not any(b.run for b in found.tables[2].blocks)
     # The training rows count as well.
-    write(results / "runs", "b", [*SMALL, "method=lora", "seed=2"], five(0.5), data_hash="1",
-          train_hash="u")  # fmt: skip
+    add("b", 0.5, "method=lora", "seed=2", data_hash="1", train_hash="u")
     assert {entry.name for entry in gather(results).left_out} == {"a", "b"}
 
 
@@ -111,14 +110,14 @@ def copied(folder: Path, target: Path, **fields: int) -> None:
     write_json(target / "record.json", finish_record({**record, "name": target.name}))
 
 
-def test_a_copy_is_no_second_seed(write: Write, results: Path) -> None:
-    first = write(results / "runs", "a", [*SMALL, "method=lora", "seed=1"], five(0.4))
+def test_a_copy_is_no_second_seed(add: Write, results: Path) -> None:
+    first = add("a", 0.4, "method=lora", "seed=1")
     copied(first, results / "runs" / "b", seed=2)
     # However the lines are laid out.
     for path in (results / "runs" / "b" / "predictions").iterdir():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(r, sort_keys=True, indent=None) + "\n" for r in rows))
-    write(results / "runs", "c", [*SMALL, "method=lora", "seed=3"], five(0.5))
+    add("c", 0.5, "method=lora", "seed=3")
     found = gather(results)
     ((entry),) = found.left_out
     assert entry.name == "b"
@@ -130,9 +129,9 @@ def test_a_copy_is_no_second_seed(write: Write, results: Path) -> None:
         gather(results, ["a", "b"])
 
 
-def test_two_records_of_a_cell_and_seed_count_once(write: Write, results: Path) -> None:
-    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
-    write(results / "runs", "b", [*SMALL, "method=lora", "kernel=reference"], five(0.6))
+def test_two_records_of_a_cell_and_seed_count_once(add: Write, results: Path) -> None:
+    add("a", 0.4, "method=lora")
+    add("b", 0.6, "method=lora", "kernel=reference")
     found = gather(results)
     assert {entry.name for entry in found.left_out} == {"b"}
     cells = row(block(found.tables[2], "SmolLM2"), "LoRA", "MT", "ours")

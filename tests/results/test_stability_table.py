@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from mixlora_exp.results.build import gather
 
 Write = Callable[..., Path]
@@ -29,13 +27,6 @@ def with_steps(losses: list[float], norms: list[float]) -> Callable[[dict], None
         }
 
     return change
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    for name in ("runs", "bench"):
-        (tmp_path / name).mkdir()
-    return tmp_path
 
 
 def test_one_line_per_setting(write: Write, results: Path) -> None:

@@ -21,13 +21,6 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    for name in ("runs", "bench"):
-        (tmp_path / name).mkdir()
-    return tmp_path
-
-
 def likelihoods(folder: Path, shift: float) -> None:
     """Give each item a log-likelihood, the same in every run but for `shift`."""
     for path in (folder / "predictions").iterdir():

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from table_cells import SMALL, block, five, row
+from table_cells import SMALL, block, five, multi_task, row
 
 from mixlora_exp.results.build import gather
 
 Write = Callable[..., Path]
 
 
-def test_methods_are_compared_on_the_same_items(write: Write, results: Path) -> None:
-    write(results / "runs", "lora", [*SMALL, "method=lora"], five(0.2), n=200)
-    write(results / "runs", "mix", [*SMALL, "method=mixlora"], five(0.6), n=200)
-    write(results / "runs", "dora", [*SMALL, "method=dora"], five(0.21), n=200)
-    found = block(gather(results).tables[2], "SmolLM2")
+def test_methods_are_compared_on_the_same_items(add: Write, results: Path) -> None:
+    add("lora", 0.2, "method=lora", n=200)
+    add("mix", 0.6, "method=mixlora", n=200)
+    add("dora", 0.21, "method=dora", n=200)
+    found = multi_task(results)
     assert row(found, "MixLoRA", "MT", "minus LoRA")["ARC-e"].mark == "better"
     assert row(found, "DoRA", "MT", "minus LoRA")["ARC-e"].mark == ""
     assert row(found, "majority class", "-", "")["ARC-e"].value == pytest.approx(30.0)
@@ -26,18 +26,18 @@ def test_methods_are_compared_on_the_same_items(write: Write, results: Path) -> 
     assert likelihood["ARC-e"].value == pytest.approx(-1.25)
 
 
-def test_differences_of_single_and_multi_task(write: Write, results: Path) -> None:
+def test_differences_of_single_and_multi_task(add: Write, write: Write, results: Path) -> None:
     table = gather(results).tables[2]
     cells = row(block(table, "LLaMA-2 7B"), "LoRA", "MT minus ST", "paper, recomputed")
     assert cells["PIQA"].value == pytest.approx(72.4 - 82.1)
     printed = row(block(table, "LLaMA-2 7B"), "LoRA", "MT minus ST", "paper, printed")
     assert (printed["PIQA"].value, printed["PIQA"].mark) == (2.5, "†")
     assert (printed["ARC-e"].value, printed["ARC-e"].mark) == (-12.5, "")
-    write(results / "runs", "mt", [*SMALL, "method=lora"], five(0.5))
+    add("mt", 0.5, "method=lora")
     for task, value in (("arc_e", 0.4), ("piqa", 0.9)):
         single = ["model=smollm2_135m", f"task={task}", *SMALL[2:], "method=lora"]
         write(results / "runs", task, single, {task: value})
-    found = block(gather(results).tables[2], "SmolLM2")
+    found = multi_task(results)
     cells = row(found, "LoRA", "MT minus ST", "ours")
     assert cells["ARC-e"].value == pytest.approx(10.0)
     assert cells["PIQA"].value == pytest.approx(-20.0)
@@ -51,9 +51,9 @@ def test_differences_of_single_and_multi_task(write: Write, results: Path) -> No
     assert found.filled == {"ST": (2, 20), "MT": (5, 20)}
 
 
-def test_other_data_is_not_compared_whatever_the_method(write: Write, results: Path) -> None:
-    write(results / "runs", "lora", [*SMALL, "method=lora"], five(0.4))
-    write(results / "runs", "mix", [*SMALL, "method=mixlora"], five(0.8), data_hash="other")
+def test_other_data_is_not_compared_whatever_the_method(add: Write, results: Path) -> None:
+    add("lora", 0.4, "method=lora")
+    add("mix", 0.8, "method=mixlora", data_hash="other")
     found = gather(results)
     assert not any(b.run for b in found.tables[2].blocks)
     reasons = {entry.name: entry.reason for entry in found.left_out}
@@ -61,17 +61,17 @@ def test_other_data_is_not_compared_whatever_the_method(write: Write, results: P
     assert "lora, mix read different data under the same conditions" in reasons["mix"]
 
 
-def test_other_training_data_is_not_compared(write: Write, results: Path) -> None:
-    write(results / "runs", "lora", [*SMALL, "method=lora"], five(0.4))
-    write(results / "runs", "mix", [*SMALL, "method=mixlora"], five(0.8), train_hash="other")
+def test_other_training_data_is_not_compared(add: Write, results: Path) -> None:
+    add("lora", 0.4, "method=lora")
+    add("mix", 0.8, "method=mixlora", train_hash="other")
     assert not any(b.run for b in gather(results).tables[2].blocks)
 
 
-def test_the_base_model_is_compared_with_every_seed(write: Write, results: Path) -> None:
+def test_the_base_model_is_compared_with_every_seed(add: Write, results: Path) -> None:
     for seed in (1, 2):
-        write(results / "runs", f"s{seed}", [*SMALL, "method=lora", f"seed={seed}"], five(0.8))
-    write(results / "runs", "base", [*SMALL, "method=none"], five(0.2))
-    found = block(gather(results).tables[2], "SmolLM2")
+        add(f"s{seed}", 0.8, "method=lora", f"seed={seed}")
+    add("base", 0.2, "method=none")
+    found = multi_task(results)
     cells = row(found, "LoRA", "MT", "minus the base model")
     assert cells["ARC-e"].value == pytest.approx(60.0)
     assert (cells["ARC-e"].seeds, cells["ARC-e"].mark) == (2, "better")

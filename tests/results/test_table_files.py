@@ -9,36 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from table_cells import SMALL, five
+from table_cells import bench_record
 
 from mixlora_exp.results.build import RESULTS, gather, table_files, write_files
 
 Write = Callable[..., Path]
 
 
-def bench_record(folder: Path, **changes: object) -> None:
-    from mixlora_exp.records.record import finish_record, write_json
-
-    row_of = {"method": "mixlora", "kernel": "exact", "num_experts": 8, "top_k": 2,
-              "adapter_dtype": "float32", "head": "full"}  # fmt: skip
-    measured = {"train_forward_us_per_token": 10.0, "train_forward_ratio": 0.5,
-                "train_backward_us_per_token": 20.0, "train_backward_ratio": 0.8,
-                "train_ratio": 0.7, "train_ratio_quartiles": [0.6, 0.75], "rounds": 3}  # fmt: skip
-    record = {
-        "config": {"model": "llama2_7b", "layers": 2, "batch": 2, "length": 8, "dtype": "bfloat16",
-                   "dropout": 0.05},
-        "layers": 2, "threads": 2,
-        "rows": {"mixlora": {**row_of, **measured},
-                 "mixlora_triton": {**row_of, "kernel": "triton",
-                                    "error": "not measured: needs a GPU"}},
-        "provenance": {"git": {"commit": "c", "dirty": False}, "packages": {"torch": "2"},
-                       "hardware": {"cpu": "a cpu", "gpus": []}},
-    }  # fmt: skip
-    write_json(folder / "one.json", finish_record({**record, **changes}))
+ROW = {"method": "mixlora", "kernel": "exact", "num_experts": 8, "top_k": 2,
+       "adapter_dtype": "float32", "head": "full"}  # fmt: skip
+MEASURED = {"train_forward_us_per_token": 10.0, "train_forward_ratio": 0.5,
+            "train_backward_us_per_token": 20.0, "train_backward_ratio": 0.8,
+            "train_ratio": 0.7, "train_ratio_quartiles": [0.6, 0.75], "rounds": 3}  # fmt: skip
+ROWS = {
+    "mixlora": {**ROW, **MEASURED},
+    "mixlora_triton": {**ROW, "kernel": "triton", "error": "not measured: needs a GPU"},
+}
 
 
 def test_benchmarks_stand_in_tables_6_and_7(results: Path) -> None:
-    bench_record(results / "bench")
+    bench_record(results / "bench", "one", ROWS, model="llama2_7b", layers=2, batch=2, length=8)
     table = gather(results).tables[6]
     found = table.blocks[1]
     assert "2 layers, 2 x 8 tokens, bfloat16" in found.heading
@@ -53,15 +43,14 @@ def test_benchmarks_stand_in_tables_6_and_7(results: Path) -> None:
 
 
 def test_a_spoilt_benchmark_is_left_out_by_name(results: Path) -> None:
-    bench_record(results / "bench")
     (results / "bench" / "cut.json").write_text("{")
-    bench_record(results / "bench", rows={"mixlora": {}})
+    bench_record(results / "bench", "one", {"mixlora": {}})
     found = gather(results)
     assert {entry.name for entry in found.left_out} == {"bench/cut", "bench/one"}
 
 
-def test_rendered_files_agree(write: Write, results: Path) -> None:
-    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+def test_rendered_files_agree(add: Write, results: Path) -> None:
+    add("a", 0.4, "method=lora")
     files = table_files(gather(results))
     assert len(files) == 1 + 3 * len(gather(results).tables)
     lines = list(csv.DictReader(files["table2.csv"].splitlines()))
@@ -82,8 +71,8 @@ def test_rendered_files_agree(write: Write, results: Path) -> None:
         assert "%" not in body.replace(r"\%", "").replace("{!}{%", "").split("\\begin", 1)[1]
 
 
-def test_writing_is_idempotent_and_a_change_is_seen(write: Write, results: Path) -> None:
-    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
+def test_writing_is_idempotent_and_a_change_is_seen(add: Write, results: Path) -> None:
+    add("a", 0.4, "method=lora")
     files = table_files(gather(results))
     folder = results / "tables"
     assert write_files(folder, files, check=False) == []

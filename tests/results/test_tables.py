@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from table_cells import LLAMA, SMALL, block, five, link, row
+from table_cells import LLAMA, block, five, link, multi_task, row
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.build import gather
@@ -31,26 +31,24 @@ def test_a_full_run_stands_beside_the_paper(write: Write, results: Path) -> None
     assert single["ARC-e"].value is None
 
 
-def test_seeds_are_averaged(write: Write, results: Path) -> None:
+def test_seeds_are_averaged(add: Write, results: Path) -> None:
     for seed, value in ((1, 0.4), (2, 0.5), (3, 0.6)):
-        overrides = [*SMALL, "method=lora", f"seed={seed}"]
-        write(results / "runs", f"s{seed}", overrides, five(value))
-    cells = row(block(gather(results).tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+        add(f"s{seed}", value, "method=lora", f"seed={seed}")
+    cells = row(multi_task(results), "LoRA", "MT", "ours")
     assert cells["ARC-e"].value == pytest.approx(50.0)
     assert cells["ARC-e"].seeds == 3
     assert cells["ARC-e"].low == pytest.approx(50.0 - 4.3027 * 10 / 3**0.5, abs=0.01)
     assert cells["ARC-e"].records == ("s1", "s2", "s3")
 
 
-def test_held_out_rows_are_no_test_set(write: Write, results: Path) -> None:
-    limited = [*SMALL, "method=lora", "data.train_limit=5"]
-    write(results / "runs", "test", [*limited, "seed=1"], five(0.4))
+def test_held_out_rows_are_no_test_set(add: Write, results: Path) -> None:
+    limited = ["method=lora", "data.train_limit=5"]
+    add("test", 0.4, *limited, "seed=1")
 
     def held_out(record: dict) -> None:
         record["data"] = {k: v for k, v in record["data"].items() if k.endswith("/train")}
 
-    words = [*limited, "seed=2", "evaluation.held_out=true"]
-    write(results / "runs", "held", words, five(0.6), change=held_out)
+    add("held", 0.6, *limited, "seed=2", "evaluation.held_out=true", change=held_out)
     found = gather(results)
     assert not found.left_out
     blocks = {b.heading: row(b, "LoRA", "MT", "ours") for b in found.tables[2].blocks if b.run}
@@ -58,19 +56,19 @@ def test_held_out_rows_are_no_test_set(write: Write, results: Path) -> None:
     assert sum("evaluation.held_out=true" in heading for heading in blocks) == 1
 
 
-def test_parameters_are_those_of_the_models_that_ran(write: Write, results: Path) -> None:
+def test_parameters_are_those_of_the_models_that_ran(add: Write, results: Path) -> None:
     """Not of the shape in conf/model, which `model.path` leaves behind."""
 
     def other(percent: float) -> Callable[[dict], None]:
         counts = {"percent_paper": None, "percent_true": percent}
         return lambda record: record["parameters"].update(counts)
 
-    words = [*SMALL, "method=lora", "model.path=/elsewhere"]
-    write(results / "runs", "a", [*words, "seed=1"], five(0.4), change=other(9.876))
+    words = ["method=lora", "model.path=/elsewhere"]
+    add("a", 0.4, *words, "seed=1", change=other(9.876))
     (found,) = (b for b in gather(results).tables[2].blocks if b.run)
     assert row(found, "LoRA", "MT", "ours")["#Params (%)"].text == "9.876 of all"
     # Folders of one name with different models: no figure is right.
-    write(results / "runs", "b", [*words, "seed=2"], five(0.4), change=other(1.234))
+    add("b", 0.4, *words, "seed=2", change=other(1.234))
     (found,) = (b for b in gather(results).tables[2].blocks if b.run)
     assert row(found, "LoRA", "MT", "ours")["#Params (%)"].text == ""
 
@@ -82,9 +80,9 @@ def test_parameters_are_those_of_the_models_that_ran(write: Write, results: Path
      "trainer.loss_on=all", "data.forms=[text]",
      "trainer.micro_batch_size=4", "model.weights=random", "model.path=/elsewhere"],
 )  # fmt: skip
-def test_other_conditions_are_another_block(override: str, write: Write, results: Path) -> None:
-    write(results / "runs", "full", [*SMALL, "method=lora", "seed=1"], five(0.4))
-    write(results / "runs", "other", [*SMALL, "method=lora", "seed=2", override], five(0.6))
+def test_other_conditions_are_another_block(override: str, add: Write, results: Path) -> None:
+    add("full", 0.4, "method=lora", "seed=1")
+    add("other", 0.6, "method=lora", "seed=2", override)
     blocks = [b for b in gather(results).tables[2].blocks if b.run]
     assert len(blocks) == 2
     values = {b.heading: row(b, "LoRA", "MT", "ours")["ARC-e"].value for b in blocks}
@@ -95,11 +93,10 @@ def test_other_conditions_are_another_block(override: str, write: Write, results
         gather(results, ["full", "other"])
 
 
-def test_other_protocols_and_sources_are_other_blocks(write: Write, results: Path) -> None:
-    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
-    write(results / "runs", "b", [*SMALL, "method=lora"], five(0.5), protocol="answer_text")
-    embedded = ["model=smollm2_135m", "task=multi", "data=embedded", "method=lora"]
-    write(results / "runs", "c", embedded, five(0.6))
+def test_other_protocols_and_sources_are_other_blocks(add: Write, results: Path) -> None:
+    add("a", 0.4, "method=lora")
+    add("b", 0.5, "method=lora", protocol="answer_text")
+    add("c", 0.6, "data=embedded", "data.path=null", "method=lora")
     assert len([b for b in gather(results).tables[2].blocks if b.run]) == 3
     for other, name in (("b", "evaluation.protocols"), ("c", "data.name")):
         with pytest.raises(UserError, match=f"{name} is"):
@@ -108,12 +105,10 @@ def test_other_protocols_and_sources_are_other_blocks(write: Write, results: Pat
         gather(results, ["a", "nothing"])
 
 
-def test_a_preset_is_named_over_its_block(write: Write, results: Path) -> None:
-    words = [*SMALL, "method=mixdora"]
-    write(results / "runs", "ours", words, five(0.4))
-    write(results / "runs", "theirs", [*words, "preset=official"], five(0.5))
-    write(results / "runs", "odd", [*words, "preset=official", "evaluation.dropout=false"],
-          five(0.6))  # fmt: skip
+def test_a_preset_is_named_over_its_block(add: Write, results: Path) -> None:
+    add("ours", 0.4, "method=mixdora")
+    add("theirs", 0.5, "method=mixdora", "preset=official")
+    add("odd", 0.6, "method=mixdora", "preset=official", "evaluation.dropout=false")
     found = {b.heading: b for b in gather(results).tables[2].blocks if b.run}
     values = {
         heading: row(block, "MixDoRA", "MT", "ours")["ARC-e"].value
@@ -128,18 +123,16 @@ def test_a_preset_is_named_over_its_block(write: Write, results: Path) -> None:
     assert "evaluation.dropout=false" in odd
 
 
-def test_records_from_before_the_switches_stand_with_later_ones(
-    write: Write, results: Path
-) -> None:
+def test_records_from_before_the_switches_stand_with_later_ones(add: Write, results: Path) -> None:
     def older(record: dict) -> None:
         config = record["config"]
         del config["preset"], config["method"]["train_magnitude"]
         del config["trainer"]["order"], config["trainer"]["padding_in_loss"]
         del config["evaluation"]["dropout"], config["evaluation"]["arc_labels"]
 
-    write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4), change=older)
-    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2"], five(0.5))
-    cells = row(block(gather(results).tables[2], "SmolLM2"), "MixLoRA", "MT", "ours")
+    add("a", 0.4, "method=mixlora", "seed=1", change=older)
+    add("b", 0.5, "method=mixlora", "seed=2")
+    cells = row(multi_task(results), "MixLoRA", "MT", "ours")
     assert cells["ARC-e"].seeds == 2
 
 
@@ -173,11 +166,11 @@ def halved(record: dict) -> None:
     ],
 )
 def test_what_it_was_computed_with_is_a_condition(
-    change: Callable[[dict], None], words: str, write: Write, results: Path
+    change: Callable[[dict], None], words: str, add: Write, results: Path
 ) -> None:
-    write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
-    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2"], five(0.6), change=change)
-    write(results / "runs", "base", [*SMALL, "method=none"], five(0.3))
+    add("a", 0.4, "method=mixlora", "seed=1")
+    add("b", 0.6, "method=mixlora", "seed=2", change=change)
+    add("base", 0.3, "method=none")
     blocks = [b for b in gather(results).tables[2].blocks if b.run]
     values = {b.heading: row(b, "MixLoRA", "MT", "ours")["ARC-e"].value for b in blocks}
     assert sorted(values.values()) == pytest.approx([40.0, 60.0])
@@ -202,30 +195,33 @@ def test_what_it_was_computed_with_is_a_condition(
     ],
 )
 def test_one_model_of_gpu_is_one_hardware(
-    first: str, second: str, write: Write, results: Path
+    first: str, second: str, add: Write, results: Path
 ) -> None:
     for seed, gpu in enumerate((first, second)):
-        write(results / "runs", f"s{seed}", [*SMALL, "method=lora", f"seed={seed}"],
-              five(0.4 + seed / 10), change=on(gpu=gpu, kernel="triton"))  # fmt: skip
-    cells = row(block(gather(results).tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+        add(
+            f"s{seed}",
+            0.4 + seed / 10,
+            "method=lora",
+            f"seed={seed}",
+            change=on(gpu=gpu, kernel="triton"),
+        )
+    cells = row(multi_task(results), "LoRA", "MT", "ours")
     assert cells["ARC-e"].seeds == 2
 
 
-def test_what_only_moves_the_last_digits_shares_a_cell(write: Write, results: Path) -> None:
-    write(results / "runs", "a", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
+def test_what_only_moves_the_last_digits_shares_a_cell(add: Write, results: Path) -> None:
+    add("a", 0.4, "method=mixlora", "seed=1")
     more = ["kernel=reference", "trainer.gradient_checkpointing=true"]
-    write(results / "runs", "b", [*SMALL, "method=mixlora", "seed=2", *more], five(0.5),
-          change=on(kernel="reference", torch="2.13.2"))  # fmt: skip
-    cells = row(block(gather(results).tables[2], "SmolLM2"), "MixLoRA", "MT", "ours")
+    add("b", 0.5, "method=mixlora", "seed=2", *more, change=on(kernel="reference", torch="2.13.2"))
+    cells = row(multi_task(results), "MixLoRA", "MT", "ours")
     assert cells["ARC-e"].seeds == 2
 
 
-def test_ranks_and_coefficients_stand_in_their_tables(write: Write, results: Path) -> None:
-    base = [*SMALL, "method=mixlora"]
-    write(results / "runs", "r4", [*base, "method.rank=4"], five(0.4))
-    write(results / "runs", "plain", base, five(0.5))
-    write(results / "runs", "c", [*base, "method.router_loss_coef=0.1"], five(0.6))
-    write(results / "runs", "odd", [*base, "method.top_k=1"], five(0.7))
+def test_ranks_and_coefficients_stand_in_their_tables(add: Write, results: Path) -> None:
+    add("r4", 0.4, "method=mixlora", "method.rank=4")
+    add("plain", 0.5, "method=mixlora")
+    add("c", 0.6, "method=mixlora", "method.router_loss_coef=0.1")
+    add("odd", 0.7, "method=mixlora", "method.top_k=1")
     found = gather(results)
     ranks = block(found.tables[8], "SmolLM2")
     assert row(ranks, "MixLoRA r=4", "five mixed", "ours")["ARC-e"].value == pytest.approx(40)
@@ -237,13 +233,11 @@ def test_ranks_and_coefficients_stand_in_their_tables(write: Write, results: Pat
     assert row(block(found.tables[2], "SmolLM2"), "MixLoRA", "MT", "ours")["ARC-e"].seeds == 1
 
 
-def test_scored_again_the_training_run_s_result_counts(write: Write, results: Path) -> None:
+def test_scored_again_the_training_run_s_result_counts(add: Write, results: Path) -> None:
     """A second scoring takes no place, and costs the first none of its other protocols."""
-    first = write(results / "runs", "z", [*SMALL, "method=mixlora"], five(0.4))
-    write(results / "runs", "again", [*SMALL, "method=none", "adapter=x"], five(0.4),
-          change=link(first))  # fmt: skip
-    write(results / "runs", "more", [*SMALL, "method=none", "adapter=x"], five(0.6),
-          protocol="lm_eval", change=link(first))  # fmt: skip
+    first = add("z", 0.4, "method=mixlora")
+    add("again", 0.4, "method=none", "adapter=x", change=link(first))
+    add("more", 0.6, "method=none", "adapter=x", protocol="lm_eval", change=link(first))
     found = gather(results)
     assert {entry.name for entry in found.left_out} == {"again"}
     cells = row(block(found.tables[2], "label_logits"), "MixLoRA", "MT", "ours")
@@ -253,28 +247,25 @@ def test_scored_again_the_training_run_s_result_counts(write: Write, results: Pa
 
 
 def test_an_adapter_that_was_scored_elsewhere_is_no_seed_of_its_cell(
-    write: Write, results: Path
+    add: Write, results: Path
 ) -> None:
-    first = write(results / "runs", "train", [*SMALL, "method=mixlora", "seed=1"], five(0.4))
+    first = add("train", 0.4, "method=mixlora", "seed=1")
 
     def elsewhere(record: dict) -> None:
         link(first)(record)
         on(gpu="NVIDIA H200", kernel="triton")(record)
 
-    write(results / "runs", "again", [*SMALL, "method=none", "adapter=x"], five(0.6),
-          change=elsewhere)  # fmt: skip
-    write(results / "runs", "other", [*SMALL, "method=mixlora", "seed=2"], five(0.5))
+    add("again", 0.6, "method=none", "adapter=x", change=elsewhere)
+    add("other", 0.5, "method=mixlora", "seed=2")
     found = {b.heading: b for b in gather(results).tables[2].blocks if b.run}
     names = [set(row(b, "MixLoRA", "MT", "ours")["ARC-e"].records) for b in found.values()]
     assert sorted(names, key=len) == [{"again"}, {"train", "other"}]
 
 
-def test_what_an_adapter_was_trained_on_is_not_forgotten(write: Write, results: Path) -> None:
-    embedded = ["model=smollm2_135m", "task=multi", "data=embedded", "method=mixlora"]
-    first = write(results / "runs", "train", embedded, five(0.4))
-    write(results / "runs", "again", [*SMALL, "method=none", "adapter=x"], five(0.6),
-          change=link(first))  # fmt: skip
-    write(results / "runs", "real", [*SMALL, "method=mixlora", "seed=2"], five(0.5))
+def test_what_an_adapter_was_trained_on_is_not_forgotten(add: Write, results: Path) -> None:
+    first = add("train", 0.4, "data=embedded", "data.path=null", "method=mixlora")
+    add("again", 0.6, "method=none", "adapter=x", change=link(first))
+    add("real", 0.5, "method=mixlora", "seed=2")
     found = gather(results).tables[2]
     again = row(block(found, "data=local", "train.data.name=embedded"), "MixLoRA", "MT", "ours")
     assert again["ARC-e"].records == ("again",)
@@ -293,40 +284,39 @@ def test_files_that_are_not_the_published_splits_are_no_full_run(
     assert not any(line.label[-1] == "paper" for line in part.rows)
 
 
-def test_the_base_model_counts_once(write: Write, results: Path) -> None:
+def test_the_base_model_counts_once(add: Write, results: Path) -> None:
     for seed in (1, 2, 3):
-        write(results / "runs", f"b{seed}", [*SMALL, "method=none", f"seed={seed}"], five(0.3))
+        add(f"b{seed}", 0.3, "method=none", f"seed={seed}")
     found = gather(results)
     cells = row(block(found.tables[2], "SmolLM2"), "base model", "-", "ours")
     assert (cells["ARC-e"].seeds, cells["ARC-e"].records) == (1, ("b1",))
     assert gather(results, ["b1"]).left_out == []
 
 
-def test_the_order_of_the_mixture_is_no_second_run(write: Write, results: Path) -> None:
+def test_the_order_of_the_mixture_is_no_second_run(add: Write, results: Path) -> None:
     other = "task.train=[piqa,obqa,boolq,arc_c,arc_e]"
-    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4))
-    write(results / "runs", "b", [*SMALL, "method=lora", other], five(0.6))
-    cells = row(block(gather(results).tables[2], "SmolLM2"), "LoRA", "MT", "ours")
+    add("a", 0.4, "method=lora")
+    add("b", 0.6, "method=lora", other)
+    cells = row(multi_task(results), "LoRA", "MT", "ours")
     assert cells["ARC-e"].records == ("a",)
 
 
-def test_the_base_model_stands_in_the_blocks_of_its_scoring(write: Write, results: Path) -> None:
-    write(results / "runs", "lora", [*SMALL, "method=lora", "trainer.max_steps=5"], five(0.4))
-    write(results / "runs", "base", [*SMALL, "method=none"], five(0.3))
-    found = block(gather(results).tables[2], "SmolLM2")
+def test_the_base_model_stands_in_the_blocks_of_its_scoring(add: Write, results: Path) -> None:
+    add("lora", 0.4, "method=lora", "trainer.max_steps=5")
+    add("base", 0.3, "method=none")
+    found = multi_task(results)
     assert row(found, "base model", "-", "ours")["ARC-e"].value == pytest.approx(30.0)
 
 
-def test_an_adapter_scored_again_stands_in_its_run_s_cell(write: Write, results: Path) -> None:
-    first = write(results / "runs", "train", [*SMALL, "method=mixlora"], five(0.4))
-    write(results / "runs", "again", [*SMALL, "method=none", "adapter=x"], five(0.6),
-          protocol="lm_eval", change=link(first))  # fmt: skip
+def test_an_adapter_scored_again_stands_in_its_run_s_cell(add: Write, results: Path) -> None:
+    first = add("train", 0.4, "method=mixlora")
+    add("again", 0.6, "method=none", "adapter=x", protocol="lm_eval", change=link(first))
     cells = row(block(gather(results).tables[2], "lm_eval"), "MixLoRA", "MT", "ours")
     assert (cells["ARC-e"].value, cells["ARC-e"].records) == (pytest.approx(60), ("again",))
 
 
-def test_table_4_has_the_rows_that_were_read(write: Write, results: Path) -> None:
-    write(results / "runs", "a", [*SMALL, "method=lora"], five(0.4), rows={"arc_e/test": 77})
+def test_table_4_has_the_rows_that_were_read(add: Write, results: Path) -> None:
+    add("a", 0.4, "method=lora", rows={"arc_e/test": 77})
     (found,) = gather(results).tables[4].blocks
     cells = row(found, "ARC-e")
     assert cells["test: paper"].text == "2,380"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from mixlora_exp.records.record import read_record
-from mixlora_exp.results.build import RESULTS
+from mixlora_exp.records.record import finish_record, read_record, write_json
+from mixlora_exp.results.build import RESULTS, gather
 from mixlora_exp.results.tables.parts import Block, Entry, Table
 
 PAPER = RESULTS / "paper"
@@ -19,6 +20,11 @@ def block(table: Table, *words: str) -> Block:
     found = [b for b in table.blocks if all(word in b.heading for word in words)]
     assert len(found) == 1, [b.heading for b in table.blocks]
     return found[0]
+
+
+def multi_task(results: Path) -> Block:
+    """What Table 2 has of SmolLM2."""
+    return block(gather(results).tables[2], "SmolLM2")
 
 
 def row(found: Block, *label: str) -> dict[str, Entry]:
@@ -42,3 +48,17 @@ def link(source: Path) -> Callable[[dict], None]:
         other["kernel"] = record["kernel"]
 
     return change
+
+
+def bench_record(
+    folder: Path, name: str, rows: dict[str, Any], gpus: tuple[str, ...] = (), **config: Any
+) -> None:
+    """A benchmark's record, of a commit that begins as its name."""
+    settings = {"model": "smollm2_135m", "layers": None, "batch": 8, "length": 128, "rounds": 16,
+                "dtype": "bfloat16", "dropout": 0.05, **config}  # fmt: skip
+    record = {
+        "config": settings, "layers": settings["layers"] or 30, "threads": 2, "rows": rows,
+        "provenance": {"git": {"commit": name[0] * 40, "dirty": False}, "packages": {"torch": "2"},
+                       "hardware": {"cpu": "a cpu", "gpus": list(gpus)}},
+    }  # fmt: skip
+    write_json(folder / f"{name}.json", finish_record(record))
