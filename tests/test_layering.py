@@ -161,6 +161,16 @@ def test_files_stay_readable() -> None:
     assert not {name: n for name, n in lengths.items() if n > 400}
 
 
+def test_no_two_public_classes_share_a_name() -> None:
+    names = [
+        node.name
+        for tree in TREES.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_environment_is_read_in_few_places() -> None:
     """No environment variable may change a result; the record strips git's from a subprocess."""
     readers = {

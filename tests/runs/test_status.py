@@ -18,7 +18,7 @@ from mixlora_exp.plans.hours import gpu_hours
 from mixlora_exp.records.code import code_sha256
 from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.runs.inputs import resolve_config
-from mixlora_exp.sweeps.status import SWEEPS, Cell, find_cells
+from mixlora_exp.sweeps.status import SWEEPS, CellState, find_cells
 from mixlora_exp.system.runlock import RunLock
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ SMALL = "table9_router_loss"
 ONE = ["method=mixlora", "method.router_loss_coef=1e-3", "task=arc_e"]
 
 
-def cells(name: str, folder: Path, *overrides: str) -> list[Cell]:
+def cells(name: str, folder: Path, *overrides: str) -> list[CellState]:
     given = [*TINY, f"output_dir={folder}", *overrides]
     return find_cells([name], given, folder / "records")
 

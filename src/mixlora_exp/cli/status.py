@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.places import RESULTS
-from mixlora_exp.sweeps.status import FINISHED, STATES, SWEEPS, Cell, find_cells
+from mixlora_exp.sweeps.status import FINISHED, STATES, SWEEPS, CellState, find_cells
 
 SHADES = {
     "done": "green", "recorded": "green", "running": "cyan", "stopped": "yellow",
@@ -22,7 +22,7 @@ SHADES = {
 }  # fmt: skip
 
 
-def _overview(cells: list[Cell]) -> Iterator[str]:
+def _overview(cells: list[CellState]) -> Iterator[str]:
     """Lines of a table of counts, never cut: a header that cannot be read is of no use."""
     states = [state for state in STATES if any(cell.state == state for cell in cells)]
     rows = [["experiment", *states, "GPU hours left"]]
@@ -43,7 +43,7 @@ def _hours(hours: float) -> str:
     return "under 0.01" if 0 < hours < 0.005 else f"{hours:.2f}"
 
 
-def _print_cells(console: Console, cells: list[Cell]) -> None:
+def _print_cells(console: Console, cells: list[CellState]) -> None:
     for name in dict.fromkeys(cell.experiment for cell in cells):
         console.print(f"\n{name}", style="bold")
         for cell in (cell for cell in cells if cell.experiment == name):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.data.collator import pad_left
 from mixlora_exp.evaluation.head import full_precision_head
-from mixlora_exp.evaluation.packing import Packed, Request, pack, pad_packed
+from mixlora_exp.evaluation.packing import PackedQuestion, Request, pack, pad_packed
 
 __all__ = ["Scorer", "batches"]
 
@@ -136,7 +136,7 @@ class Scorer:
         return found
 
     def _score(
-        self, questions: Sequence[Packed], groups: Sequence[str] | None
+        self, questions: Sequence[PackedQuestion], groups: Sequence[str] | None
     ) -> list[list[tuple[float, bool]]]:
         found = self.run_scores(questions)
         self._count([len(q.tokens) for q in questions], groups)
@@ -144,7 +144,7 @@ class Scorer:
 
     @torch.no_grad()
     def run_scores(
-        self, questions: Sequence[Packed], **kwargs: Any
+        self, questions: Sequence[PackedQuestion], **kwargs: Any
     ) -> list[list[tuple[float, bool]]]:
         batch = pad_packed(questions, self.pad_id, next(self.model.parameters()).dtype)
         length = batch["input_ids"].shape[1]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.evaluation.forward import Scorer
-from mixlora_exp.evaluation.packing import Packed
+from mixlora_exp.evaluation.packing import PackedQuestion
 
 __all__ = ["Lockstep", "LockstepScorer", "in_lockstep"]
 
@@ -120,7 +120,7 @@ class Lockstep:
         ]
         if not routings:
             return [[] for _ in rows], 0
-        lengths = [len(row.tokens if isinstance(row, Packed) else row) for row in rows]
+        lengths = [len(row.tokens if isinstance(row, PackedQuestion) else row) for row in rows]
         layers = [r.experts.view(len(rows), -1, r.experts.shape[-1]) for r in routings]
         routes = [
             [layer[i, layer.shape[1] - length :] for layer in layers]
@@ -146,7 +146,7 @@ class LockstepScorer(Scorer):
         return self._ask("logits", keep, rows)
 
     def run_scores(
-        self, questions: Sequence[Packed], **kwargs: Any
+        self, questions: Sequence[PackedQuestion], **kwargs: Any
     ) -> list[list[tuple[float, bool]]]:
         return self._ask("scores", 0, questions)
 

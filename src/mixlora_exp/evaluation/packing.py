@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "Request", "pack", "pad_packed"]
+__all__ = ["PackedQuestion", "Request", "pack", "pad_packed"]
 
 TRUNK, PADDING = 0, -1
 
@@ -28,7 +28,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedQuestion:
     """The rows of one question as one. `segments`: 0 for the trunk, i for the i-th branch.
     `targets`: per request, the column that predicts each scored token, and that token."""
 
@@ -46,11 +46,11 @@ def _common_length(rows: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
-def pack(requests: Sequence[Request]) -> Packed:
+def pack(requests: Sequence[Request]) -> PackedQuestion:
     """Pack the rows of one question; the last token of each is predicted, never fed."""
     rows = [request.tokens[:-1] for request in requests]
     trunk = _common_length(rows)
-    packed = Packed(list(rows[0][:trunk]), list(range(trunk)), [TRUNK] * trunk, [])
+    packed = PackedQuestion(list(rows[0][:trunk]), list(range(trunk)), [TRUNK] * trunk, [])
     for number, (row, request) in enumerate(zip(rows, requests, strict=True), start=1):
         # Column of a row's token in the packed row: the trunk's own, or moved to its branch.
         shift = len(packed.tokens) - trunk
@@ -64,7 +64,9 @@ def pack(requests: Sequence[Request]) -> Packed:
     return packed
 
 
-def pad_packed(questions: Sequence[Packed], pad_id: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def pad_packed(
+    questions: Sequence[PackedQuestion], pad_id: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """`input_ids` and `position_ids` (rows, length), padded in front, and the additive
     `attention_mask` (rows, 1, length, length) in `dtype`: 0 where a token is seen, else the lowest
     number."""

@@ -18,7 +18,7 @@ from mixlora_exp.results.objections import objections
 from mixlora_exp.tasks import TASKS
 
 __all__ = [
-    "Plan",
+    "RunPlan",
     "first_line",
     "plan",
     "print_plan",
@@ -37,7 +37,7 @@ CARD_GIB = (24, 48)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """The plan of one run. `tokens` is per epoch; `tokens_counted` tells whether they were counted
     with the model's tokenizer or estimated from characters. `padding`: its share of the positions
     of the first epoch's batches, from 0 to 1, where tokens were counted."""
@@ -144,8 +144,8 @@ def _together(config: Config) -> str:
     return f"adapters like this on one base: {fits}"
 
 
-def plan(config: Config) -> Plan:
-    """Plan a run. Reads data files only where they are local or generated.
+def plan(config: Config) -> RunPlan:
+    """RunPlan a run. Reads data files only where they are local or generated.
 
     Raises:
         UserError: local data is missing or malformed.
@@ -154,7 +154,7 @@ def plan(config: Config) -> Plan:
     rows, tests, items = _rows(config)
     examples = sum(rows.values()) * len(config.data.forms)
     lengths = _counted(config, items) if examples else []
-    return Plan(
+    return RunPlan(
         name=run_name(config),
         parameters=parameters,
         rows=rows,
@@ -168,7 +168,7 @@ def plan(config: Config) -> Plan:
     )
 
 
-def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
+def describe(config: Config, found: RunPlan) -> list[tuple[str, str]]:
     """The plan as (what, value) lines."""
     model, p = config.model, found.parameters
     shape = architecture_of(model)
@@ -220,7 +220,7 @@ def describe(config: Config, found: Plan) -> list[tuple[str, str]]:
 
 
 def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
-    """Plan a run and print it. `adapter`: what is known of the one that is scored."""
+    """RunPlan a run and print it. `adapter`: what is known of the one that is scored."""
     from mixlora_exp.system.console import say
 
     lines, against = describe(config, plan(config)), _against(config, adapter)

@@ -32,7 +32,7 @@ from mixlora_exp.results.runs import filled
 from mixlora_exp.system.runlock import BEAT, holder_of
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["FINISHED", "STATES", "SWEEPS", "Cell", "find_cells"]
+__all__ = ["FINISHED", "STATES", "SWEEPS", "CellState", "find_cells"]
 
 FINISHED = ("done", "recorded")
 STATES = (*FINISHED, "running", "stopped", "interrupted", "failed", "refused", "missing")
@@ -44,7 +44,7 @@ LOOK = 2 * BEAT + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class CellState:
     """One run of an experiment. `detail`: its record, who works on it, how far it is, or why it
     failed; `command` runs it alone."""
 
@@ -177,7 +177,7 @@ def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
 
 def find_cells(
     names: Sequence[str], overrides: Sequence[str], records: Path, patience: float = LOOK
-) -> list[Cell]:
+) -> list[CellState]:
     """The cells of sweeps (of `SWEEPS`) under further overrides, for their own models unless the
     overrides name one. `records`: the folder of committed ones; `patience`: seconds in which the
     holders of locks must count up to be taken for alive.
@@ -223,7 +223,9 @@ def find_cells(
             ["python train.py -m", f"experiment={name.partition(' ')[0]}", *own, *given]
         )
         hours = gpu_hours(config)
-        cells.append(Cell(name, folder.name, " ".join(own), state, detail, hours, memory, command))
+        cells.append(
+            CellState(name, folder.name, " ".join(own), state, detail, hours, memory, command)
+        )
     return cells
 
 
