@@ -115,7 +115,7 @@ def test_settings_come_from_the_adapter_and_options_from_their_own_place() -> No
     assert (own.loss, own.init_std, own.precision) == ("topk", 0.5, "bfloat16")
     with pytest.raises(ValueError, match=r"router_options.p is not an option of router=top_k"):
         made("top_k", {"p": 0.3})
-    with pytest.raises(ValueError, match="router='best' is unknown: choose from top_k"):
+    with pytest.raises(ValueError, match="router='best' is unknown: choose from .*top_k"):
         made("best", {})
 
 

@@ -1,0 +1,84 @@
+"""The walks of docs/extending, followed to the letter in a copy of the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("src", "conf", "tests/kernels", "tests/conftest.py", "tests/support", "pyproject.toml",
+          "train.py")  # fmt: skip
+BLOCK = re.compile(
+    r"(?:^`(?P<path>[\w/.]+)`(?:, below `(?P<line>[^`]+)`)?:\n\n)?"
+    r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+"""A block of code, maybe under the file that it is, or the line of a file that it stands below."""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in COPIED:
+        source, target = ROOT / name, tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return tmp_path
+
+
+def follow(walk: str, place: Path) -> list[str]:
+    """Write the walk's files into a copy and run its commands there; returns what these told."""
+    told = []
+    environment = {**os.environ, "PYTHONPATH": str(place / "src"), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for block in BLOCK.finditer((ROOT / "docs" / "extending" / walk).read_text(encoding="utf-8")):
+        if block["kind"] == "bash":
+            for command in block["text"].splitlines():
+                done = subprocess.run(
+                    ["bash", "-c", command], cwd=place, env=environment, capture_output=True,
+                    text=True, timeout=400,
+                )  # fmt: skip
+                assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+                told.append(done.stdout)
+            continue
+        path = place / block["path"]
+        if block["line"] is None:
+            assert not path.exists(), f"{path} is no new file"
+            path.write_text(block["text"], encoding="utf-8")
+        else:
+            old = path.read_text(encoding="utf-8")
+            assert old.count(f"\n{block['line']}\n") == 1
+            new = old.replace(f"\n{block['line']}\n", f"\n{block['line']}\n{block['text']}")
+            path.write_text(new, encoding="utf-8")
+    return told
+
+
+def record(place: Path) -> dict:
+    (path,) = place.glob("outputs/**/record.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_kernel(copy: Path) -> None:
+    judged, dropped, _ = follow("kernel.md", copy)
+    assert re.search(r"\d{2} passed", judged)
+    assert re.search(r"\d{2} passed", dropped)
+    made = record(copy)
+    assert (made["status"], made["kernel"]) == ("finished", "slots")
+
+
+def test_router(copy: Path) -> None:
+    judged, _ = follow("router.md", copy)
+    assert re.search(r"\d{2} passed", judged)
+    made = record(copy)
+    assert made["status"] == "finished"
+    assert made["config"]["method"]["router"] == "above"
+    assert made["config"]["method"]["router_options"] == {"share": 0.13}
