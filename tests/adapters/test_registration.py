@@ -57,3 +57,33 @@ def test_imports(script) -> None:
     """In a process of its own: imports leave traces."""
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr.decode()[-2000:]
+
+
+def test_adapters_need_neither_hydra_nor_omegaconf(tmp_path) -> None:
+    """Torch, transformers and peft are enough to make, run, save and load an adapter."""
+    code = """
+import sys
+for name in ("hydra", "omegaconf", "datasets"):
+    sys.modules[name] = None
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from mixlora_exp.adapters import MixLoraConfig
+def base():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=50,
+    ))
+ids = torch.arange(8).view(1, 8)
+model = get_peft_model(base(), MixLoraConfig(r=2, init_lora_weights=False)).eval()
+expected = model(input_ids=ids).logits
+model.save_pretrained(sys.argv[1])
+loaded = PeftModel.from_pretrained(base(), sys.argv[1]).eval()
+assert torch.equal(loaded(input_ids=ids).logits, expected)
+assert not torch.equal(base().eval()(input_ids=ids).logits, expected)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

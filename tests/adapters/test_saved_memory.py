@@ -128,12 +128,13 @@ def test_what_mixlora_keeps_does_not_grow_with_k(stage, p) -> None:
 
 
 def test_mixdora_keeps_its_outputs_too() -> None:
-    """Per slot the down projection's output before its scale; beside it only norms, (E, out)."""
+    """Per slot the down projection's output before its scale; beside it that scale and norms."""
     plain = of_module(make_mixlora(64, torch.float32, lora_dropout=0.0), 64, torch.float32)
     dora = make_mixlora(64, torch.float32, lora_dropout=0.0, use_dora=True)
     norms = 4 * 8 * (2 * 172 + 64)
     slots = 4 * TOKENS * 2 * 64
-    assert of_module(dora, 64, torch.float32) == plain + norms + slots
+    scale = 4 * 8 * 64
+    assert of_module(dora, 64, torch.float32) == plain + norms + slots + scale
 
 
 @pytest.mark.parametrize(
