@@ -205,7 +205,7 @@ def test_a_pack_killed_while_it_is_scored_goes_on(tmp_path, monkeypatch) -> None
             execute(argv)
     assert not records(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("mixlora_exp.training.joint.joint_trainer.JointTrainer.training_step", killed)
+        patch.setattr("mixlora_exp.training.trainer.MixLoraTrainer.training_step", killed)
         assert execute(argv) == 0
     assert execute([*SMALL, f"output_dir={tmp_path / 'whole'}", "adapters=[lora,mixlora]"]) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")

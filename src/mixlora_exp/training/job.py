@@ -51,8 +51,6 @@ class Job:
     """Optimizer steps that are done."""
     failure: UserError | None = None
     """Why it was taken out; the others go on."""
-    paused: bool = False
-    """The process was asked to end, and this adapter is saved."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """The trained ones, by names that `plain_parameters_of` gives."""
     batches: list[Batch] = field(default_factory=list)
@@ -89,7 +87,7 @@ class Job:
     @property
     def running(self) -> bool:
         """Whether it still takes part."""
-        return self.failure is None and not self.paused and self.step < self.steps
+        return self.failure is None and self.step < self.steps
 
     def adopt(self, model: nn.Module) -> None:
         """Find the adapter's trained parameters in `model`, let its dropout be drawn from its own

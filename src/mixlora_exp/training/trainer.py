@@ -196,7 +196,8 @@ class MixLoraTrainer(Trainer):
             loss, sound = job.note_step(float(norm))
             # Of several processes all see the same norm, and each a loss of its own.
             if not sound and (one_process or not isfinite(job.norm)):
-                usable = isfinite(loss) or self._gives_numbers(job)
+                # Several processes would have to ask together.
+                usable = isfinite(loss) or (one_process and self._gives_numbers(job))
                 where = self._where(job, job.batches)
                 error = Diverged(job.step + 1, loss, job.norm, where, usable=usable)
                 self._take_out(job, error)
@@ -217,7 +218,8 @@ class MixLoraTrainer(Trainer):
         for job in self._stepped:
             job.step = done
             job.track.seconds = job.seconds_before + time.perf_counter() - self._started
-            if done == job.steps and not self._gives_numbers(job):
+            last = done == job.steps and self.args.world_size == 1
+            if last and not self._gives_numbers(job):
                 # No other step looks at what the last one left.
                 where = self._where(job, job.last_batches)
                 error = Diverged(done + 1, float("nan"), job.norm, where, usable=False, last=True)
@@ -285,10 +287,7 @@ class MixLoraTrainer(Trainer):
 
     @torch.no_grad()
     def _gives_numbers(self, job: Job) -> bool:
-        """Whether the loss over the step before is a number with the weights of now. Several
-        processes would have to ask together: not asked, those after the last step count as good."""
-        if self.args.world_size > 1:
-            return self.state.global_step == job.steps
+        """Whether the loss over the step before is a number with the weights of now."""
         found = [self._own_loss(job, batch) for batch in job.last_batches]
         return bool(found) and all(isfinite(loss) for loss in found)
 
