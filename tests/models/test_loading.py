@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from mixlora_exp.config import compose
 from mixlora_exp.config.schema import ModelConfig
+from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import build_hf_config, load_model, load_tokenizer
 from mixlora_exp.models.tiny import LABEL_TOKENS, TOKENIZER_SIZE, build_tokenizer
+from mixlora_exp.training.job import make_job
 
 Tiny = Callable[..., ModelConfig]
 Same = Callable[[PreTrainedModel, PreTrainedModel], bool]
@@ -106,3 +110,24 @@ def test_tiny_tokenizer_is_fixed_and_knows_the_labels(tiny: Tiny) -> None:
 def test_tokenizer_must_fit_the_vocabulary(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"512 tokens, and .* 100 rows.*config={vocab_size: N}"):
         load_tokenizer(tiny(vocab_size=100))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_the_loss_stands_where_the_tokenizer_says(
+    side: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """As in the official packages: the side is the folder's, on the way of a run."""
+    load_model(tiny(), torch.float32).save_pretrained(tmp_path / "model")
+    tokenizer = build_tokenizer()
+    tokenizer.padding_side = side
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["model=tiny", f"model.path={tmp_path / 'model'}", "preset=official", "data=embedded"]
+    config = compose([*words, "task=arc_e"])
+    examples = [Example(list(range(5, 5 + n)), 1, "arc_e", False) for n in (4, 6)]
+    job = make_job(
+        name="one", config=config, examples=examples, folder=tmp_path / "run",
+        tokenizer=load_tokenizer(config.model),
+    )  # fmt: skip
+    ids = job.collate(examples)["input_ids"][0]
+    padding = ids[:2] if side == "left" else ids[-2:]
+    assert padding.tolist() == [tokenizer.pad_token_id] * 2

@@ -15,7 +15,6 @@ from mixlora_exp.config import Config, compose
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit, fit_jointly, make_job, stability
 
@@ -200,8 +199,13 @@ def test_odd_settings_too(alone, together, model) -> None:
 def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None:
     """Same method, rank and rows, so that their products are made in one go."""
     calls = []
-    real = linear.lora_add_many
-    monkeypatch.setattr(linear, "lora_add_many", lambda *a: calls.append(len(a[2])) or real(*a))
+    real = linear.FusedLinear.kernel
+
+    def counted(frozen, rows, *parts):
+        calls.append(len(parts))
+        return real(frozen, rows, *parts)
+
+    monkeypatch.setattr(linear.FusedLinear, "kernel", staticmethod(counted))
     steps = ["trainer.max_steps=6", "method.dropout=0.2"]
     configs = {
         f"{method} {rate}": compose(
@@ -297,22 +301,18 @@ def test_a_finished_one_leaves_the_batch(together) -> None:
     assert found["lora"].summary.steps == 6
 
 
-def test_the_dropout_stream_is_told_the_examples_of_a_pass(tmp_path: Path) -> None:
-    """Where it can be keyed by them; the model does not get them."""
-
-    class Stream(DropoutStream):
-        rows: torch.Tensor | None = None
-
+def test_a_batch_knows_its_examples_in_the_optimizer_step(tmp_path: Path) -> None:
+    """Over its micro-batches; the model does not get them."""
     config = compose([*SMALL, "trainer.micro_batch_size=2"])
     job = make_job(
         name="one", config=config, examples=examples_of(config), folder=tmp_path,
         tokenizer=load_tokenizer(config.model),
     )  # fmt: skip
-    job.stream, seen = Stream(0), []
+    seen = []
     for number in range(4):
-        given = job.begin_pass(0, job.collated(0, number, 4))
-        assert "example" not in given
-        seen.append((job.stream.micro_batch, job.stream.rows.tolist()))
+        batch = job.collated(0, number, 4)
+        assert "example" not in job.begin_pass(0, batch)
+        seen.append((job.stream.micro_batch, batch["example"].tolist()))
     assert seen == [(0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])]
     # Among others with more micro-batches its own come last.
     assert job.collated(0, 0, 6) is None

@@ -227,10 +227,9 @@ def finish_tokenizer(
     origin: str,
     stated: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedTokenizerBase:
-    """Pad on the right, with a token that the tokenizer already has, and settle its special tokens
-    by what its configuration has `stated`."""
+    """Pad with a token that the tokenizer already has, on the side that it says, and settle its
+    special tokens by what its configuration has `stated`."""
     whose = f"model={config.name}: the tokenizer of {origin}"
     pad_with_a_known_token(tokenizer, whose)
-    tokenizer.padding_side = "right"
     settle_special_tokens(tokenizer, stated, whose)
     return tokenizer

@@ -52,7 +52,7 @@ from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.training import TrainSummary, fit, fit_halving
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.tracking import Tracker, start_tracker
+from mixlora_exp.training.tracking import RunTracker, start_tracker
 
 __all__ = [
     "RECORD",
@@ -87,7 +87,7 @@ class Run:
     started: float
     origin: dict[str, Any]
     lock: RunLock
-    tracker: Tracker | None = None
+    tracker: RunTracker | None = None
     watch: Callable[[int, float], None] | None = None
 
     def checkpoints(self) -> Checkpoints:

@@ -33,7 +33,7 @@ from mixlora_exp.training.progress import (
     progress_callback,
 )
 from mixlora_exp.training.stability import Stability
-from mixlora_exp.training.tracking import Tracker
+from mixlora_exp.training.tracking import RunTracker
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 __all__ = ["NotEnoughMemory", "TrainSummary", "fit", "fit_jointly"]
@@ -79,7 +79,7 @@ def fit(
     folder: Path,
     dtype: torch.dtype,
     checkpoints: Checkpoints | None = None,
-    tracker: Tracker | None = None,
+    tracker: RunTracker | None = None,
     watch: Callable[[int, float], None] | None = None,
 ) -> TrainSummary:
     """Train the adapter of `model` in place on `examples`; see `Job` for the other arguments.

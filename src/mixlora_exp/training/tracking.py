@@ -20,7 +20,7 @@ from mixlora_exp.system.device import peak_memory_bytes
 from mixlora_exp.training.job import Job
 from mixlora_exp.training.progress import Pace
 
-__all__ = ["Tracker", "flat", "group_of", "start_tracker"]
+__all__ = ["RunTracker", "flat", "group_of", "start_tracker"]
 
 SCORES = ("task", "protocol", "accuracy_before", "accuracy", "accuracy_normalized", "stderr",
           "majority_class", "chance", "gold_log_likelihood", "n")  # fmt: skip
@@ -91,7 +91,7 @@ class _Wandb(TrainerCallback):
         self._run.finish(exit_code=0 if rows else 1)
 
 
-class Tracker(TrainerCallback):
+class RunTracker(TrainerCallback):
     """Hands the entries of one adapter to a service. What the service raises is counted in
     `failures` and told once."""
 
@@ -102,7 +102,7 @@ class Tracker(TrainerCallback):
         self._job: Job | None = None
         self._try(lambda: setattr(self, "_service", make()))
 
-    def follow(self, job: Job) -> Tracker:
+    def follow(self, job: Job) -> RunTracker:
         """Send the entries of this adapter; called before training."""
         self._job, self._pace = job, Pace(lambda: int(job.track.tokens))
         return self
@@ -180,12 +180,12 @@ def score_rows(record: Values) -> list[list[Any]]:
     ]
 
 
-def start_tracker(config: Config, folder: Path, identity: str) -> Tracker | None:
+def start_tracker(config: Config, folder: Path, identity: str) -> RunTracker | None:
     """The tracker that `config` asks for, None without one. `identity`: the run's fingerprint."""
     made = {Service.wandb: _Wandb, Service.tensorboard: _TensorBoard}.get(config.tracker.name)
     if made is None:
         return None
-    return Tracker(config.tracker.name.value, lambda: made(config, folder, identity))
+    return RunTracker(config.tracker.name.value, lambda: made(config, folder, identity))
 
 
 def group_of(config: Config) -> str:
