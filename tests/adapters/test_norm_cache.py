@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.linear import FusedLinear
-from mixlora_exp.adapters.norms import NormCache
+from mixlora_exp.adapters.norms import NormCache, adapter_norms
 
 ROUNDS = 30
 """New tensors often lie where old ones lay: with the sizes below, in 53 to 60 of 60 tries."""
@@ -95,7 +95,7 @@ def check_norm(layer: FusedLinear) -> None:
     weight, a, b = (
         part.weight for part in (layer.base_layer, layer.lora_A.default, layer.lora_B.default)
     )
-    found = layer._norm("default", weight, a, b)
+    found = adapter_norms(layer.norms, ("W", "default"), weight, a, b, layer.scaling["default"])
     torch.testing.assert_close(found, (weight + 2.0 * b @ a).norm(dim=-1).detach())
 
 

@@ -12,8 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from mixlora_exp.adapters import MixLoraFeedForward, set_kernel
-from mixlora_exp.adapters import layer as layer_module
-from mixlora_exp.adapters import linear as linear_module
+from mixlora_exp.adapters import norms
 from mixlora_exp.adapters.linear import FusedLinear
 
 EXPERTS, PLAIN = 6, 8
@@ -24,15 +23,14 @@ EXPERTS, PLAIN = 6, 8
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each computation: "norm", and "frozen" for ||W||^2."""
     calls: list[str] = []
-    for module in (layer_module, linear_module):
-        for name, label in (("dora_norms", "norm"), ("squared_row_norms", "frozen")):
-            real = getattr(module, name)
+    for name, label in (("dora_norms", "norm"), ("squared_row_norms", "frozen")):
+        real = getattr(norms, name)
 
-            def counted(*args: Any, real: Callable = real, label: str = label) -> Tensor:
-                calls.append(label)
-                return real(*args)
+        def counted(*args: Any, real: Callable = real, label: str = label) -> Tensor:
+            calls.append(label)
+            return real(*args)
 
-            monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(norms, name, counted)
     return calls
 
 
@@ -62,8 +60,9 @@ def check_norms(model: nn.Module) -> None:
         elif isinstance(module, FusedLinear):
             weight = module.base_layer.weight
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            expected = expected_norm(weight, a, b, module.scaling["default"])
-            torch.testing.assert_close(module._norm("default", weight, a, b), expected)
+            scaling = module.scaling["default"]
+            found = norms.adapter_norms(module.norms, ("W", "default"), weight, a, b, scaling)
+            torch.testing.assert_close(found, expected_norm(weight, a, b, scaling))
             seen += 1
     assert seen == EXPERTS + PLAIN
 

@@ -215,7 +215,9 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
         for rate in (1e-4, 1e-3, 1e-2)
     }
     found = together(configs, torch.float64)
-    assert set(calls) == {3}
+    # After the last step each is looked at by itself: whether its loss is finite.
+    assert set(calls[: calls.index(1)]) == {3}
+    assert set(calls[calls.index(1) :]) == {1}
     for name, config in configs.items():
         expected = alone(config, torch.float64)
         for key, weight in expected.weights.items():
