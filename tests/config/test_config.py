@@ -338,3 +338,15 @@ def test_a_record_of_before_is_read_as_one_of_today(cut: int | None) -> None:
     drawn = {**before, "layers": cut, "weights": "random"}
     again = compose(["model=tiny", *recorded({"model": drawn}, set())])
     assert to_dict(again.model) == {**found, "weights": "random"}
+
+
+def test_kernels_and_routers_are_chosen_by_the_names_that_they_register() -> None:
+    """Which the configuration reads from their files without importing them."""
+    from mixlora_exp.config.choices import Kernel, Router
+    from mixlora_exp.kernels import KERNELS
+    from mixlora_exp.kernels.routing import ROUTERS
+
+    assert {choice.value for choice in Kernel} == {"auto", *KERNELS}
+    assert {choice.value for choice in Router} == set(ROUTERS)
+    for name in ("auto", *KERNELS):
+        assert compose([f"kernel={name}"]).kernel.name is Kernel[name]

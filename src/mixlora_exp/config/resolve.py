@@ -150,7 +150,7 @@ def to_config(cfg: DictConfig) -> Any:
         value = _raw_value(cfg, error.full_key)
         raise UserError(explain(error, [f"{error.full_key}={value}"])) from error
     if isinstance(config, EvaluateConfig):
-        return config.settled()
+        config = config.settled()
     if not isinstance(config, (Config, GenerateConfig)):
         raise UserError("the configuration is not one of mixlora_exp: its defaults lack `schema`")
     published = read_architecture(_folders(state), config.model.name)
