@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mixlora_exp.adapters import MixLoraFeedForward, set_kernel
-from mixlora_exp.adapters import norms
+from mixlora_exp.adapters import MixLoraFeedForward, norms, set_kernel
 from mixlora_exp.adapters.linear import FusedLinear
 
 EXPERTS, PLAIN = 6, 8

@@ -160,7 +160,8 @@ def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
     name = resolve_kernel(config.kernel.name.value, device)
     chosen = KERNELS[name]
     if not chosen.runs_on(device):
-        needs = " and ".join(filter(None, ((chosen.device or "").upper(), chosen.needs)))
+        place = {"cuda": "a CUDA GPU"}.get(chosen.device or "", chosen.device)
+        needs = " and ".join(filter(None, (place, chosen.needs)))
         raise UserError(f"kernel={name} needs {needs}, which this machine lacks: use kernel=auto")
     return name
 
