@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -83,3 +84,24 @@ def test_experts_are_counted_by_group(make_model: Make, scorer: Make) -> None:
         )
         assert together.take_expert_load(group) is None
     assert loads["x"] != loads["y"]
+
+
+def test_empty_slots_are_not_counted(make_model: Make, scorer: Make) -> None:
+    """A router may choose fewer experts than K: what a slot of weight 0 names does not count."""
+    model = make_model("mixlora")
+
+    def empty_the_second(module: Any, *_: Any) -> None:
+        routing = module.routing
+        weights = routing.weights * torch.tensor([1.0, 0.0])
+        module.routings = {"default": dataclasses.replace(routing, weights=weights)}
+
+    whole = scorer(model, 400)
+    whole.log_likelihoods([rows(0)], ["a"])
+    for module in model.modules():
+        if hasattr(module, "routings"):
+            module.register_forward_hook(empty_the_second)
+    half = scorer(model, 400)
+    half.log_likelihoods([rows(0)], ["a"])
+    counts = [half._counts[""], whole._counts[""]]
+    assert counts[0].sum() * 2 == counts[1].sum()
+    assert (counts[0] <= counts[1]).all()

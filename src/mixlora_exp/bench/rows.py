@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mixlora_exp.config.choices import Kernel
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -84,6 +86,12 @@ row("mixlora_bf16", method="mixlora", kernel="exact", adapter_dtype="base")
 row("mixlora_triton_bf16", method="mixlora", kernel="triton", adapter_dtype="base", every=2)
 row("floor", method="floor", every=2)
 row("base", method="base", every=2)
+
+# A kernel without a line above has a row as well; the definition by loops would take hours.
+UNMEASURED = ("auto", "reference", *(each.kernel for each in ROWS.values()))
+for _kernel in Kernel:
+    if _kernel.value not in UNMEASURED:
+        row(f"mixlora_{_kernel.value}", method="mixlora", kernel=_kernel.value, every=4)
 
 BASELINE = "lora_peft"
 """What every row is compared with, in time and in memory."""

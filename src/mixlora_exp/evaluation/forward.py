@@ -177,12 +177,13 @@ class Scorer:
         ]
 
     def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
-        """Of the last pass: per row, the experts of its real tokens, layer by layer, (tokens, K);
-        empty without experts."""
+        """Of the last pass: per row, the experts of its real tokens, layer by layer, (tokens, K),
+        -1 for an empty slot; empty without experts."""
+        routings = (getattr(module, "routing", None) for module in self.model.modules())
         layers = [
-            module.routing.experts.view(len(lengths), -1, module.routing.experts.shape[-1])
-            for module in self.model.modules()
-            if getattr(module, "routing", None) is not None
+            r.experts.masked_fill(~r.filled, -1).view(len(lengths), -1, r.experts.shape[-1])
+            for r in routings
+            if r is not None
         ]
         return [
             [layer[row, layer.shape[1] - length :] for layer in layers]
@@ -204,7 +205,8 @@ class Scorer:
             by_group["" if groups is None else groups[row]].append(route)
         for group, routes in by_group.items():
             layers = [torch.cat(parts).flatten() for parts in zip(*routes, strict=True)]
-            counts = torch.stack([layer.bincount(minlength=experts) for layer in layers]).double()
+            chosen = (layer[layer >= 0] for layer in layers)
+            counts = torch.stack([layer.bincount(minlength=experts) for layer in chosen]).double()
             self._counts[group] = self._counts.get(group, 0) + counts
 
     def take_expert_load(self, group: str = "") -> list[list[float]] | None:
