@@ -372,7 +372,7 @@ def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
 
 def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are computed once for many passes, before the clock starts."""
-    from mixlora_exp.adapters import linear
+    from mixlora_exp.adapters import norms
     from mixlora_exp.bench.measure import inference_step
 
     config = StepOptions(**SMALL, rows=["lora_peft"])
@@ -384,9 +384,9 @@ def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> Non
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     at: list[int] = []
-    real = linear.dora_norms
+    real = norms.dora_norms
     monkeypatch.setattr(
-        linear, "dora_norms", lambda *values: (at.append(len(lengths)), real(*values))[1]
+        norms, "dora_norms", lambda *values: (at.append(len(lengths)), real(*values))[1]
     )
     inference_step(model, torch.zeros(2, 8, dtype=torch.int64))
     assert lengths == [1, 16]
