@@ -144,12 +144,14 @@ def test_tensorboard_has_every_figure(tmp_path: Path, adapters: list[str]) -> No
 
 
 @pytest.mark.slow
-def test_wandb_offline(tmp_path: Path) -> None:
-    """Under the run's fingerprint, grouped by the experiment; a second run is its own."""
+def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the run's fingerprint, grouped by the experiment; a second run is its own. Figures,
+    scores and files are taken without a complaint."""
     for method in ("lora", "mixlora"):
         argv = [*SMALL, "tracker=wandb", "tracker.mode=offline", f"method={method}"]
         assert execute([*argv, f"output_dir={tmp_path}"]) == 0
         identity = fingerprint(compose([*SMALL, f"method={method}"]))[:32]
         (folder,) = tmp_path.glob(f"*-{method}-*")
         assert list(folder.glob(f"wandb/offline-run-*-{identity}/*.wandb"))
+        assert "warning: tracker" not in capsys.readouterr().err
         assert (folder / "record.json").is_file()

@@ -61,6 +61,7 @@ class _Wandb(TrainerCallback):
 
         from mixlora_exp.config import to_dict  # Needs Hydra, which benchmarks do without.
 
+        self._wandb, self._folder = wandb, folder
         # Steps of a service's run cannot be taken back: a forced run is another one.
         suffix = f"-{secrets.token_hex(4)}" if config.force else ""
         self._run = wandb.init(
@@ -88,7 +89,18 @@ class _Wandb(TrainerCallback):
             values = dict(zip(SCORES, row, strict=True))
             name = f"score/{values['task']}/{values['protocol']}"
             self._run.summary[name] = values["accuracy"]
+        if rows:
+            self._run.log_artifact(self._files(rows))
         self._run.finish(exit_code=0 if rows else 1)
+
+    def _files(self, rows: list[list[Any]]) -> Any:
+        """Record, log and predictions as an artifact, with a table of the scores."""
+        artifact = self._wandb.Artifact(f"run-{self._run.id}", type="run")
+        for name in ("record.json", "train_log.jsonl", "predictions/*.jsonl"):
+            for path in sorted(self._folder.glob(name)):
+                artifact.add_file(str(path))
+        artifact.add(self._wandb.Table(columns=list(SCORES), data=rows), "scores")
+        return artifact
 
 
 class RunTracker(TrainerCallback):
