@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,16 +141,17 @@ def test_code_that_changed_meanwhile_is_refused(tmp_path, monkeypatch, capsys) -
 def test_a_disk_that_is_full_when_recording(tmp_path, monkeypatch, capsys) -> None:
     """No record, a message, and the same command ends the run without training again."""
     argv = [*SMALL, f"output_dir={tmp_path}"]
-    real = record_file._write
+    real = record_file.write_whole
 
-    def full(path: Path, chunks) -> None:
-        if path.name == "record.json":
-            with record_file._told(path):
-                raise OSError(28, "No space left on device")
-        real(path, chunks)
+    def full(path: Path, chunks, *rest) -> None:
+        def fails() -> Iterator[bytes]:
+            raise OSError(28, "No space left on device")
+            yield b""
+
+        real(path, fails() if path.name == "record.json" else chunks, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_file, "_write", full)
+        patch.setattr(record_file, "write_whole", full)
         assert execute(argv) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert not records(tmp_path)

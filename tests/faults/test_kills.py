@@ -62,7 +62,7 @@ def test_sigterm_saves_and_asks_for_a_new_start(start, contents, until, tmp_path
     until(lambda: "step 3/12" in run.told())
     run.kill(signal.SIGTERM)
     assert run.wait() == 75
-    assert "the same command goes on from there" in run.told()
+    assert "the same command resumes from there" in run.told()
     (saved,) = (tmp_path / "run").glob("*/checkpoints/step-*")
     again = start(*argv, f"output_dir={tmp_path / 'run'}")
     assert again.wait() == 0

@@ -26,7 +26,7 @@ def test_a_killed_run_goes_on_and_all_methods_train(tmp_path: Path) -> None:
     path = tmp_path / "new" / "check.json"
     done = gpu_check("model=tiny", "trainer.precision=float32", f"--record={path}", "--seconds=900")
     assert done.returncode == 0, done.stderr
-    assert "going on after step 10 of 20" in done.stderr
+    assert "resuming after step 10 of 20" in done.stderr
     record = read_record(path)
     assert record["steps_after_the_kill"] == list(range(11, 21))
     assert record["scored_items"] == 16

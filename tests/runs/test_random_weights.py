@@ -61,7 +61,7 @@ def test_from_training_to_use(
         with pytest.raises(Killed):
             execute(argv)
     assert execute(argv) == 0
-    assert "going on after step 1 of 2" in capsys.readouterr().err
+    assert "resuming after step 1 of 2" in capsys.readouterr().err
     (path,) = (tmp_path / "runs").glob("*/record.json")
     record, folder = read_record(path), path.parent
     assert (record["model"]["source"], record["train"]["steps"]) == ("random", 2)

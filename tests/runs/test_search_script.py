@@ -173,7 +173,7 @@ def test_the_script_after_signals(tmp_path: Path) -> None:
         process.send_signal(sent)
         assert process.wait() == (75 if sent == signal.SIGTERM else -sent)
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "going on after step" in done.stderr
+    assert "resuming after step" in done.stderr
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/search.db")
     assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
     assert len(list(tmp_path.glob("*/record.json"))) == 2

@@ -172,7 +172,7 @@ def test_a_stopped_sweep_counts_too(
     assert execute(["-m", *SMALL, f"output_dir={tmp_path}", "seed=1,2,3"]) == 75
     told = capsys.readouterr().err
     assert "== 3 runs: 1 done, 0 failed, 0 left alone, 2 stopped or not started" in told
-    assert "the same command goes on from there" in told
+    assert "the same command resumes from there" in told
 
 
 # A pool of processes of which one is killed. Its stand-in is as Hydra's multirun is with joblib: it

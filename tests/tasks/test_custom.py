@@ -16,7 +16,7 @@ from mixlora_exp.system.guarded import MISTAKE
 from mixlora_exp.tasks import custom_task
 from mixlora_exp.tasks.custom import ask_label, ask_text
 
-GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "extending" / "task.md"
 FIELDS: dict[str, Any] = {
     "question": "stem", "options": ["choices"], "answer": "key", "answer_as": "letter",
     "count_from": 0, "context": None,

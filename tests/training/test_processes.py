@@ -169,7 +169,7 @@ def test_torchrun_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "run").glob("*/checkpoints/*")] == ["step-00000003"]
     again = launch(tmp_path, "run", -1)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert "going on after step 3 of 6" in again.stderr
+    assert "resuming after step 3 of 6" in again.stderr
     records = []
     for name in ("whole", "run"):
         (path,) = (tmp_path / name).glob("*/record.json")

@@ -25,7 +25,7 @@ COMMANDS = {
     "power": "the smallest difference that two methods' comparison would see",
 }
 GO_ON = ("train", "evaluate", "search")
-"""Commands that, asked to end, go on when they are started again."""
+"""Commands that, asked to end, resume when they are started again."""
 
 
 def usage() -> str:

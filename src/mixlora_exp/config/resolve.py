@@ -41,7 +41,7 @@ EXCLUDED = (
     # Each of several adapters has the results that it has alone.
     "adapters",
     "trainer.pack_adapters",
-    # A run that goes on from a checkpoint ends as one that was never interrupted.
+    # A run that resumes from a checkpoint ends as one that was never interrupted.
     "trainer.auto_micro_batch",
     "trainer.save_steps",
     "trainer.keep_checkpoints",

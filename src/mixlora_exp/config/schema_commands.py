@@ -68,7 +68,7 @@ class GenerateConfig:
             value = getattr(self, name)
             require(value >= least, name, value, f"must be >= {least}")
         require(self.random_seed < 2**63, "random_seed", self.random_seed, "must be below 2**63")
-        # Logits are divided by it: below this they are no numbers.
+        # Logits are divided by it: below this they are not finite.
         require(
             self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
             "temperature", self.temperature, "must be 0 (greedy), or from 1e-4 to 1e4",

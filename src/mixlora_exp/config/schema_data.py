@@ -38,7 +38,7 @@ class TaskConfig:
     train: list[str] = MISSING
     evaluate: list[str] = MISSING
     custom: dict[str, CustomTask] = field(default_factory=dict)
-    """The user's own tasks, by name (docs/adding-a-task.md)."""
+    """The user's own tasks, by name (docs/extending/task.md)."""
 
     def __post_init__(self) -> None:
         require_name("task.name", self.name)

@@ -265,7 +265,7 @@ def _check_items(config: Config) -> None:
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """What of an identity must be the same for a run to go on: where files lie does not count."""
+    """What of an identity must be the same for a run to resume: where files lie does not count."""
     data = {split: [file["sha256"] for file in files] for split, files in identity["data"].items()}
     model = {k: v for k, v in identity["model"].items() if k not in ("commit", "path")}
     return {**{k: v for k, v in identity.items() if k != "adapter"}, "data": data, "model": model}

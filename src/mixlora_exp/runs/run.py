@@ -96,7 +96,7 @@ class Run:
         folder, keep = self.folder / CHECKPOINTS, self.config.trainer.keep_checkpoints
         # As JSON has it, in which it is compared.
         identity = json.loads(json.dumps(comparable(of)))
-        # A forced run replaces what other inputs left, and goes on with its own after a kill.
+        # A forced run replaces what other inputs left, and resumes its own after a kill.
         return Checkpoints(folder, identity, keep, self.check_owner, replace=self.config.force)
 
     def check_owner(self) -> None:

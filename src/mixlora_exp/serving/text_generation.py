@@ -22,7 +22,7 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 
 class _Numbers(LogitsProcessor):
-    """Stops where the model's scores are no numbers, from which a token would still be chosen."""
+    """Stops where the model's scores are NaN, from which a token would still be chosen."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.isfinite().all():
@@ -97,7 +97,7 @@ def continuations(
 
     Raises:
         UserError: a prompt is too long for the model, before anything is generated; there is no
-            chat template; or the model gives no numbers.
+            chat template; or the model's scores are NaN.
     """
     tokenizer, model = opened.tokenizer, opened.model
     sampling = {"do_sample": False}

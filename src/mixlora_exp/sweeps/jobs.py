@@ -194,7 +194,7 @@ def _queued_again(ending: dict[int, Callable[[int, None], None]], overrides: str
         for number, end in ending.items():
             end(number, None)
     except Exception as error:
-        message = f"{error} What was done is kept: the same command goes on from there"
+        message = f"{error} What was done is kept: the same command resumes from there"
         sys.stderr.write(f"error: {message}\n")
         return Outcome(stopped=True, failure=Failure(overrides, message, crashed=False))
     return Outcome(stopped=True)

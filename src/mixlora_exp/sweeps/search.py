@@ -269,7 +269,7 @@ def _carry_out(
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"output_dir={settings.output_dir}: a trial's files cannot be written or read "
-            f"({error}); once that is mended, the same command goes on"
+            f"({error}); once that is mended, the same command resumes"
         ) from error
     except UserError as error:
         if not _by_its_settings(error):

@@ -125,7 +125,7 @@ def _difference(name: str, then: Any, now: Any) -> str:
 
 def enqueue_cut_off(study: optuna.Study) -> None:
     """Let the trials that an earlier start was cut off in be made again, with their settings: their
-    runs go on from their checkpoints."""
+    runs resume from their checkpoints."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if trial.params:
             study.enqueue_trial(trial.params)

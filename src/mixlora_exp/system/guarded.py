@@ -22,7 +22,7 @@ def guarded(
     """Run a command line and return its exit code.
 
     0: done; 2: a mistake of the user's, told in one message; 75: asked to end by SIGTERM, and will
-    go on when started again (143: it `resumes` nothing); 130: interrupted; else what `command`
+    resume when started again (143: it `resumes` nothing); 130: interrupted; else what `command`
     returned. A crash is raised, for Python to print it and exit with 1.
     """
     install()
@@ -35,7 +35,7 @@ def guarded(
         if not resumes:
             sys.stderr.write("terminated\n")
             return TERMINATED
-        sys.stderr.write("terminated: what was done is kept, the same command goes on from there\n")
+        sys.stderr.write("terminated: what was done is kept, the same command resumes from there\n")
         return REQUEUE
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -16,7 +16,7 @@ from types import FrameType
 __all__ = ["REQUEUE", "Terminated", "deferred", "heeded", "install", "request", "requested"]
 
 REQUEUE = 75
-"""Exit code after SIGTERM (EX_TEMPFAIL): start the same command again and it goes on."""
+"""Exit code after SIGTERM (EX_TEMPFAIL): start the same command again and it resumes."""
 REPEATED = 10.0
 """Seconds in which a second signal is the same request: a scheduler and a parent process may both
 send one, and the second must not end what the first one has begun to close."""

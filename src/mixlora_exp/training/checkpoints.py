@@ -1,7 +1,7 @@
 """Checkpoints of one adapter's training: whole or not there, checked when read, newest good first.
 
 A checkpoint has the adapter, its optimizer's state and what the run has logged. Nothing else
-determines how training goes on: the learning rate is a function of the step, the order of the data
+determines how training resumes: the learning rate is a function of the step, the order of the data
 one of seed and epoch, and dropout one of seed, step and module.
 """
 
@@ -90,7 +90,7 @@ class Checkpoints:
         state: Mapping[str, Any],
     ) -> Path | None:
         """Write one after optimizer step `step`: under another name first, onto the disk, then
-        renamed. Weights that are no numbers are not kept: None.
+        renamed. Weights that are not finite are not kept: None.
 
         Raises:
             UserError: the disk is full or cannot be written; older checkpoints are kept.
@@ -125,7 +125,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"output_dir: a checkpoint could not be written to {place} ({error}); the older "
-                "ones are kept. Free space there and start the same command again to go on."
+                "ones are kept. Free space there and start the same command again to resume."
             ) from error
         for old in self._found()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)

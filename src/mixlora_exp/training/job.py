@@ -35,7 +35,7 @@ Batch = Mapping[str, Any]
 class Job:
     """One adapter's training. `name` is the adapter's in the model, `folder` its run's.
 
-    With `checkpoints` it goes on from the newest one, and writes one every `save_steps`. `watch` is
+    With `checkpoints` it resumes from the newest one, and writes one every `save_steps`. `watch` is
     told step and loss of every log entry, without router loss, and may raise to end the training.
     """
 
@@ -101,7 +101,7 @@ class Job:
         if self._resumed is not None:
             first = processes().is_main_process
             if first and self.running:
-                told = f"going on after step {self.step} of {self.steps}"
+                told = f"resuming after step {self.step} of {self.steps}"
                 sys.stderr.write(f"  {self.folder.name}: {told}\n")
             self._resumed.restore_weights(self.parameters)
             state = self._resumed.state

@@ -40,7 +40,7 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    # A loss that is no number has no place in JSON.
+    # JSON has no NaN.
     sound = {
         name: None if isinstance(value, float) and not isfinite(value) else value
         for name, value in entry.items()
@@ -63,7 +63,7 @@ class Pace:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Training goes on after `step`."""
+        """Training resumes after `step`."""
         now = time.perf_counter()
         self._from, self._since = step, now
         self._before = (now, self.tokens())
@@ -168,7 +168,7 @@ def restart_log(path: Path, step: int) -> None:
     except OSError as error:
         raise UserError(
             f"output_dir: cannot write {path} ({error.strerror}). Free space there and start the "
-            "same command again to go on."
+            "same command again to resume."
         ) from error
 
 

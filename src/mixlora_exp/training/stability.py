@@ -112,7 +112,7 @@ def find_layer(
     weights = dict(model.named_parameters()) if trained is None else trained
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            return f"the weight {name} is no number"
+            return f"the weight {name} is not finite"
     found: list[str] = []
 
     def hook(name: str) -> Any:

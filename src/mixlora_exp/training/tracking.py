@@ -52,7 +52,7 @@ class _TensorBoard:
 
 
 class _Wandb(TrainerCallback):
-    """A run of W&B's under the run's fingerprint, which one that goes on after a kill continues:
+    """A run of W&B's under the run's fingerprint, which one that resumes after a kill continues:
     steps that W&B has are not taken again. transformers' own callback has one run per process,
     where several adapters need one each."""
 

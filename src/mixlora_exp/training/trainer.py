@@ -59,7 +59,7 @@ class MixLoraTrainer(Trainer):
     Every adapter has its own batches, loss, learning rate, schedule, clipping, dropout stream and
     number of steps, all as in a run of its own. The Trainer's step `n` is the optimizer step `n` of
     each adapter that has one: an adapter that is done, or further than the others after a restart,
-    has no rows in it and hence no gradient. So has one whose loss or gradient is no number: it is
+    has no rows in it and hence no gradient. So has one whose loss or gradient is not finite: it is
     taken out with a reason (`Job.failure`), and the others do not notice.
     """
 
@@ -182,7 +182,7 @@ class MixLoraTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
-        """Over all adapters together, the Trainer's would spread what is no number to each."""
+        """Over all adapters together, the Trainer's would spread NaN to each."""
 
     def check_gradients(self) -> None:
         """Before the optimizer steps: note each adapter's loss and norm, clip, and take those out
@@ -250,7 +250,7 @@ class MixLoraTrainer(Trainer):
             self._try(job, partial(super().log, {**entry, "adapter": job.name}))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """An adapter's checkpoint is its own: it goes on from there alone or among others."""
+        """An adapter's checkpoint is its own: it resumes from there alone or among others."""
         for job in self._stepped:
             if job.failure is None and job.save_due(self._asked):
                 first = self.is_world_process_zero()
