@@ -252,7 +252,7 @@ def test_committed_runs_are_whole_and_packed_alike() -> None:
     paths = record_paths(ROOT / "results" / "runs")
     assert len(paths) > 90
     for path in paths:
-        assert path.suffix == ".zip", "`python scripts/collect.py source=results/runs` packs it"
+        assert path.suffix == ".zip", "`python scripts/collect.py --source=results/runs` packs it"
         with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
             record = read_record(path)
             assert archive.namelist()[0] == RECORD
@@ -265,9 +265,9 @@ def test_a_record_can_be_looked_at(packed: Path, folder: Path) -> None:
         command = [sys.executable, "scripts/show.py", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    assert shown(f"run={packed}").stdout == (folder / RECORD).read_text()
-    items = shown(f"run={folder}", f"file={PREDICTIONS}").stdout
+    assert shown(str(packed)).stdout == (folder / RECORD).read_text()
+    items = shown(str(folder), f"--file={PREDICTIONS}").stdout
     assert items == (folder / PREDICTIONS).read_text()
-    done = shown("run=nowhere")
+    done = shown("nowhere")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "run=nowhere is no run" in done.stderr
+    assert "nowhere is no run" in done.stderr

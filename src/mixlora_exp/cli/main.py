@@ -19,6 +19,7 @@ COMMANDS = {
     "search": "search router-loss coefficient and learning rate",
     "status": "what has been run of every table, and what is left",
     "collect": "bring finished runs into results/runs/",
+    "show": "print the record of a run",
     "tables": "make the tables from the records",
     "figures": "draw the figures from the records",
     "report": "make the report from the records",

@@ -1,0 +1,45 @@
+"""Print the record of a run as JSON.
+
+RUN is a name in results/runs/, a packed run or a run's folder. --file prints another of its files,
+predictions/arc_e.answer_text.jsonl say, a line for each item.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config.places import RESULTS
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.files import PACKED, RECORD, read_file
+from mixlora_exp.records.record import read_record
+from mixlora_exp.system.untrusted import parse_json
+
+
+def _path(run: str) -> Path:
+    given, kept = Path(run).expanduser(), RESULTS / "runs" / f"{run}{PACKED}"
+    for path in (given / RECORD, given if given.suffix == PACKED else kept, kept):
+        if path.is_file():
+            return path
+    raise UserError(f"{run} is no run: give a name in results/runs, a packed run or a folder")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Carry out one command line; returns the exit code."""
+    parser = Parser(__doc__)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--file", metavar="NAME", default=RECORD)
+    args = parser.parse(argv)
+    path = _path(args.run)
+    if args.file == RECORD:
+        print(json.dumps(read_record(path), indent=2))
+        return 0
+    try:
+        items = [parse_json(line) for line in read_file(path, args.file).splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--file={args.file} of {path} cannot be read: {error}") from error
+    for item in items:
+        print(json.dumps(item))
+    return 0
