@@ -228,7 +228,7 @@ def test_a_command_that_resumes_nothing_does_not_say_so(
     assert guarded(stopped, [], resumes=False) == 143
     assert capsys.readouterr().err == "terminated\n"
     assert guarded(stopped, []) == 75
-    assert "goes on from there" in capsys.readouterr().err
+    assert "resumes from there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
