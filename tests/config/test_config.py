@@ -31,21 +31,22 @@ from mixlora_exp.config.command import compose_cell
 from mixlora_exp.config.recorded import check_recorded, recorded
 from mixlora_exp.errors import UserError
 
-GROUPS = {
-    "model": ["gemma3_270m", "gemma_2b", "llama2_13b", "llama2_7b", "llama3.2_1b", "llama3_8b"]
-    + ["mistral_7b", "qwen2.5_0.5b", "qwen3_0.6b", "smollm2_135m", "tiny", "tiny_gemma"],
+NAMED = {
+    "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m", "tiny"],
     "method": ["dora", "lora", "mixdora", "mixlora", "none"],
-    "task": sorted([*s.TASK_NAMES, "all", "multi"]),
+    "task": [*s.TASK_NAMES, "all", "multi"],
     "data": ["embedded", "hub", "local"],
     "trainer": ["paper", "smoke"],
     "preset": ["correct", "official"],
     "evaluation": ["full", "limit"],
     "tracker": ["none", "tensorboard", "wandb"],
 }
+"""Options that documents name. There may be others: a model or a method is added as a file."""
 MULTI = ["arc_e", "arc_c", "boolq", "obqa", "piqa"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
-OPTIONS = [path for path in FILES if len(path.parts) == 2 and path.parts[0] in GROUPS]
+OPTIONS = [path for path in FILES if len(path.parts) == 2 and path.parts[0] in NAMED]
+GROUPS = {group: [p.stem for p in OPTIONS if p.parts[0] == group] for group in NAMED}
 EXPERIMENTS = [path for path in FILES if path.parts[0] == "experiment"]
 
 
@@ -55,10 +56,8 @@ def base() -> Config:
 
 
 def test_every_file_is_known() -> None:
-    found: dict[str, list[str]] = {}
-    for path in OPTIONS:
-        found.setdefault(path.parts[0], []).append(path.stem)
-    assert found == GROUPS
+    for group, options in NAMED.items():
+        assert set(options) <= set(GROUPS[group]), group
     assert len(EXPERIMENTS) >= 2
     launchers = [path for path in FILES if path.parts[0] == "hydra"]
     scales = [path for path in FILES if path.parts[0] == "scale"]

@@ -32,7 +32,7 @@ class RowsLinear(stock.Linear):
         raise NotImplementedError
 
     def kind_of(self, adapter: str) -> object:
-        """What must agree for `adapt` to take several adapters; None: it takes one."""
+        """What adapters must share to run in one batched pass; None: this layer takes one alone."""
 
     def biased(self, y: Tensor) -> Tensor:
         """`y` (T, out) with the base layer's bias, if it has one."""

@@ -30,7 +30,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
     kernel = layer.kernel_on(x.device)
 
     def is_whole(segment: Segment) -> bool:
-        """Whether it computes its own frozen products."""
+        """Whether its kernel multiplies with the frozen weights itself."""
         return kernel.stage is None and segment.adapter in layer.lora_router
 
     with torch.autocast(x.device.type, enabled=False):

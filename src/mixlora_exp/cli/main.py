@@ -70,3 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who reads has seen enough (`| head`). Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -46,7 +46,7 @@ class RowIds:
 
 @dataclass(slots=True)
 class DropoutStream:
-    """Where the dropout of one adapter stands: its seed, the optimizer step, the micro-batch within
+    """State of one adapter's dropout: its seed, the optimizer step, the micro-batch within
     it and the process. A trainer sets the last three before each forward pass or, better, `rows`:
     then micro-batch and process play no part. `rows` are those of this adapter alone."""
 

@@ -230,7 +230,7 @@ def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
 
 def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
     """What a run says first: its name, and what will keep it out of the tables. `adapter`: what is
-    known of the one that is scored."""
+    known of the adapter that is scored."""
     against = _against(config, adapter)
     return f"Run {name}" + (f" ({against})" if against else "")
 

@@ -1,4 +1,4 @@
-"""MixLoRA with each frozen weight applied once per token (exact, not an approximation).
+"""The block by algebra: MixLoRA applies each frozen weight once per token, and is exact.
 
 The down projection is linear and shared by all experts, so
 
@@ -45,7 +45,7 @@ def exact_stage(
 
 @kernel("exact", stage=exact_stage)
 def mixlora_exact(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """Each frozen weight once per token, little kept for the backward pass.
+    """Each frozen weight once per token (with DoRA, down's K times), little kept for the backward.
 
     `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D).
     """
