@@ -24,6 +24,17 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(CACHES, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def streams_of_warnings() -> None:
+    """transformers' warnings go to the stream of the test that runs.
+
+    Its own handler would keep the stream of the test that warned first, which is closed by then.
+    """
+    from transformers.utils.logging import disable_default_handler  # Reads where the caches are.
+
+    disable_default_handler()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of benchmark data beside the repository, where there is one."""

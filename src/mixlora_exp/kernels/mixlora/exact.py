@@ -45,7 +45,7 @@ def exact_stage(
 
 @kernel("exact", stage=exact_stage)
 def mixlora_exact(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """Each frozen weight once per token (with DoRA, down's K times), little kept for the backward.
+    """Each frozen weight once per token (DoRA's down K times), little kept for the backward.
 
     `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D).
     """
