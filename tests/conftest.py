@@ -7,6 +7,7 @@ starts them, so that packaged weights are converted once for all of them.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -20,8 +21,15 @@ CACHES = None if "PYTEST_XDIST_WORKER" in os.environ else move_caches()
 
 def pytest_unconfigure() -> None:
     """Converted weights take half a gigabyte: nothing stays, whatever pytest keeps of tests."""
+    gc.unfreeze()  # Else libraries tell of what was not freed.
     if CACHES is not None:
         shutil.rmtree(CACHES, ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collections that each run asks for pass it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
