@@ -3,7 +3,6 @@ everything, so that each takes a fraction of a second."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import CONTEXT
 
 from mixlora_exp.records.outcome import outcomes
 
-CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["mixlora_exp.cli.train", "mixlora_exp.runs.together", "mixlora_exp.evaluation.lockstep"]
 SMALL = [
     "experiment=smoke",
     "data.train_limit=40",
@@ -151,7 +149,6 @@ class Starter:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Starter]:
-    CONTEXT.set_forkserver_preload(PRELOAD)
     starter = Starter(tmp_path)
     yield starter
     for each in starter.started:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import CONTEXT
 from safetensors.torch import load_file, save_file
 
 from mixlora_exp.cli.train import execute
@@ -21,7 +21,6 @@ from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 SCORE = ("method=none", "evaluation.limit=8")
 
 
@@ -120,6 +119,15 @@ def test_a_sweep_checks_the_data_of_every_cell_first(
     assert not list((tmp_path / "out").glob("*/record.json"))
 
 
+def one_of_two(rank: int, port: int, argv: list[str]) -> None:
+    """What torchrun starts, with the variables that it sets."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    os._exit(execute(argv))
+
+
 def test_two_processes_train_what_one_does(run: Callable[..., Any], tmp_path: Path) -> None:
     """The same 8 examples per step, dealt out: equal up to the order of sums."""
     overrides = [
@@ -130,15 +138,16 @@ def test_two_processes_train_what_one_does(run: Callable[..., Any], tmp_path: Pa
         "trainer.micro_batch_size=2",
     ]
     single = run(*overrides)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "train.py", *overrides, "data.train_limit=8", f"output_dir={tmp_path / 'two'}"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    argv = [*overrides, "data.train_limit=8", f"output_dir={tmp_path / 'two'}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [CONTEXT.Process(target=one_of_two, args=(i, port, argv)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
     (adapter,) = (tmp_path / "two").glob("*/adapter/adapter_model.safetensors")
     expected = load_file(single.folder / "adapter" / "adapter_model.safetensors")
     for name, tensor in load_file(adapter).items():
