@@ -18,6 +18,8 @@ from mixlora_exp.system import runlock
 from mixlora_exp.system.runlock import RunLock, holder_of
 
 FAST = {"beat": 0.05, "patience": 0.4}
+# What they compute needs nothing that a fork would break, and imports take seconds.
+CONTEXT = multiprocessing.get_context("fork")
 
 
 def test_taken_once_and_free_again(tmp_path: Path) -> None:
@@ -38,9 +40,8 @@ def hold(folder: str, ready, seconds: float) -> None:
 
 
 def test_a_dead_process_of_this_machine_is_told_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready = context.Queue()
-    process = context.Process(target=hold, args=(str(tmp_path), ready, 60))
+    ready = CONTEXT.Queue()
+    process = CONTEXT.Process(target=hold, args=(str(tmp_path), ready, 60))
     process.start()
     assert ready.get(timeout=60)
     lock = RunLock(tmp_path, beat=5.0, patience=60.0)
@@ -132,9 +133,9 @@ def test_clocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     lock.release()
 
 
-def contend(folder: str, go, won) -> None:
+def contend(folder: str, all_there, won) -> None:
     lock = RunLock(Path(folder), **FAST)
-    go.wait()
+    all_there.wait(60)
     if lock.acquire():
         won.put(os.getpid())
         time.sleep(1.5)
@@ -145,13 +146,11 @@ def contend(folder: str, go, won) -> None:
 def test_of_many_one_gets_it(tmp_path: Path, left: bool) -> None:
     if left:
         foreign(tmp_path)
-    context = multiprocessing.get_context("spawn")
-    go, won = context.Event(), context.Queue()
-    processes = [context.Process(target=contend, args=(str(tmp_path), go, won)) for _ in range(4)]
+    together = (CONTEXT.Barrier(4), CONTEXT.Queue())
+    won = together[1]
+    processes = [CONTEXT.Process(target=contend, args=(str(tmp_path), *together)) for _ in range(4)]
     for process in processes:
         process.start()
-    time.sleep(3)
-    go.set()
     for process in processes:
         process.join(timeout=60)
     assert not won.empty()
