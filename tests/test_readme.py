@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,21 +144,33 @@ def test_scoring_command_runs_at_tiny_size(
     assert all(record["train"] is None for record in records)
 
 
-def run_script(line: str, changes: dict[str, str], folder: Path) -> str:
-    """Run a command of the README in `folder`, with other folders and a tiny model."""
-    words = shlex.split(line)[1:]
-    words = [part for word in words for part in changes.get(word, word).split("\n")]
-    if "status" not in line and ("converted" in line or "DIR" in line):
-        words = [re.sub(r"^model=.*", "model=tiny_gemma", word) for word in words]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / words[0]), *words[1:]],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a command of the README in the test's folder, with other folders and a tiny model; gives
+    what it says. In this process, for another one would import for seconds."""
+
+    def run(line: str, changes: dict[str, str]) -> str:
+        words = shlex.split(line)[1:]
+        words = [part for word in words for part in changes.get(word, word).split("\n")]
+        if "status" not in line and ("converted" in line or "DIR" in line):
+            words = [re.sub(r"^model=.*", "model=tiny_gemma", word) for word in words]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", words)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        told = capsys.readouterr()
+        assert not ended.value.code, told.err
+        return told.out
+
+    return run
 
 
-def test_the_path_of_an_official_adapter(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_path_of_an_official_adapter(
+    folders: dict[str, Path], tmp_path: Path, run_script: Callable[..., str]
+) -> None:
     """Converted, scored and used: the commands of the README in their order."""
     official = as_official(folders["adapter"], tmp_path / "official")
     lines = [line for line in commands("python ") if "converted" in line]
@@ -169,10 +183,12 @@ def test_the_path_of_an_official_adapter(folders: dict[str, Path], tmp_path: Pat
     }
     for line in lines:
         extra = " max_new_tokens=4" if "generate" in line else ""
-        assert run_script(line + extra, changes, tmp_path).strip()
+        assert run_script(line + extra, changes).strip()
 
 
-def test_use_after_training(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_use_after_training(
+    folders: dict[str, Path], tmp_path: Path, run_script: Callable[..., str]
+) -> None:
     lines = [line for line in commands("python ") if "merge_adapter" in line]
     lines += [line for line in commands("python generate.py") if "DIR" in line]
     assert len(lines) == 2
@@ -182,10 +198,10 @@ def test_use_after_training(folders: dict[str, Path], tmp_path: Path) -> None:
     for line in lines:
         extra = " max_new_tokens=4" if "generate" in line else ""
         changes = {"adapter=DIR": f"adapter={adapter}", "DIR": str(adapter)}
-        assert run_script(line + extra, changes, tmp_path).strip()
+        assert run_script(line + extra, changes).strip()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     (line,) = [line for line in commands("python generate.py") if "outputs/A" in line]
-    answers = run_script(both(line, folders) + " max_new_tokens=4", {}, tmp_path)
+    answers = run_script(both(line, folders) + " max_new_tokens=4", {})
     assert len(answers.splitlines()) == 2
 
 
@@ -228,9 +244,11 @@ def test_shown_output_is_the_real_output(
 
 
 @pytest.mark.parametrize(("command", "output"), shown_by("scripts/status.py"))
-def test_shown_status_is_the_real_one(command: str, output: str, tmp_path: Path) -> None:
+def test_shown_status_is_the_real_one(
+    command: str, output: str, run_script: Callable[..., str]
+) -> None:
     """Run where there are no outputs, and seen from the root of the repository."""
-    shown = run_script(command, {}, tmp_path).replace(f"{ROOT}/", "")
+    shown = run_script(command, {}).replace(f"{ROOT}/", "")
     assert " ".join(shown.split()) == " ".join(output.split())
 
 
