@@ -57,6 +57,7 @@ test_another = test_a_run
 """
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_read_disturbs_no_test(tmp_path: Path) -> None:
     """Every variable leads to a file, below which nothing can be looked up or made; the processes
     of pytest-xdist share what the session keeps."""

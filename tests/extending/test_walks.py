@@ -69,6 +69,7 @@ def record(place: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_kernel(copy: Path) -> None:
     judged, dropped, _ = follow("kernel.md", copy)
     assert re.search(r"\d{2} passed", judged)

@@ -66,6 +66,7 @@ def test_one_that_fails_in_another_process(tmp_path: Path) -> None:
     assert methods(tmp_path) == ["mixlora"]
 
 
+@pytest.mark.slow
 @needs("hydra_submitit_launcher")
 def test_jobs_of_submitit(tmp_path: Path) -> None:
     """Its local executor: a process for each cell, as on a cluster."""
