@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -81,30 +82,46 @@ def comparable(summary: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> Callable[[Config], tuple]:
-    return lambda config: train(config, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple]:
+    """Weights, summary and log of a method's run that was not interrupted."""
+
+    @functools.cache
+    def run(method: str) -> tuple:
+        folder = tmp_path_factory.mktemp("whole")
+        weights, summary = train(compose([*SMALL, f"method={method}"]), folder)
+        return weights, summary, (folder / "train_log.jsonl").read_text()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed_late(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of MixLoRA that was killed in its last steps: to be copied."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.raises(Killed):
+        interrupted(compose([*SMALL, "method=mixlora"]), folder, 52)
+    return folder
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("killed", [[5], [20], [33, 14], [53]], ids=str)
-def test_killed_and_started_again(whole, tmp_path, method, killed, monkeypatch) -> None:
+def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
     """In the first step, in the second epoch, twice, and in the last step."""
     config = compose([*SMALL, f"method={method}"])
-    expected, truth = whole(config)
+    expected, truth, log = whole(method)
     for after in killed:
         with pytest.raises(Killed):
-            interrupted(config, tmp_path / "run", after, monkeypatch)
+            interrupted(config, tmp_path / "run", after)
     found, summary = train(config, tmp_path / "run")
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
     assert comparable(summary) == comparable(truth)
-    logs = [(tmp_path / run / "train_log.jsonl").read_text() for run in ("run", "whole")]
-    assert logs[0] == logs[1]
+    assert (tmp_path / "run" / "train_log.jsonl").read_text() == log
 
 
-def interrupted(config: Config, folder: Path, after: int, monkeypatch) -> None:
+def interrupted(config: Config, folder: Path, after: int) -> None:
     """A start that is killed by the n-th batch row that is collated."""
     real, left = Collator.__call__, [after]
 
@@ -114,7 +131,7 @@ def interrupted(config: Config, folder: Path, after: int, monkeypatch) -> None:
             raise Killed
         return real(self, examples, first)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Collator, "__call__", collate)
         train(config, folder)
 
@@ -133,15 +150,23 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch) -> None:
     assert comparable(summary) == comparable(truth)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "a bit flipped", "no manifest", "partial"])
-@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        *((damage, file) for damage in ("cut off", "a bit flipped") for file in FILES),
+        ("no manifest", "manifest.json"),
+        ("partial", "manifest.json"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    whole, tmp_path, monkeypatch, capsys, damage, file
+    whole, killed_late, tmp_path, capsys, damage, file
 ) -> None:
     config = compose([*SMALL, "method=mixlora"])
-    expected, _ = whole(config)
-    with pytest.raises(Killed):
-        interrupted(config, tmp_path / "run", 52, monkeypatch)
+    expected, *_ = whole("mixlora")
+    shutil.copytree(killed_late, tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     path = newest / file
     data = bytearray(path.read_bytes())
@@ -151,7 +176,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
     elif damage == "no manifest":
-        (newest / "manifest.json").unlink()
+        path.unlink()
     else:
         newest.rename(newest.with_name(".partial-77"))
     found, _ = train(config, tmp_path / "run")
@@ -160,7 +185,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert (f"{newest} is damaged" in told) == (damage != "partial")
 
 
-def test_other_data_is_refused(tmp_path, monkeypatch) -> None:
+def test_other_data_is_refused(tmp_path) -> None:
     config = compose([*SMALL, "method=lora"])
     train(config, tmp_path / "run")
     with pytest.raises(UserError, match=r"other data.*another output_dir, or force=true"):
@@ -175,11 +200,11 @@ def test_the_newest_are_kept(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_ones_do_not_push_good_ones_out(tmp_path, monkeypatch, capsys, keep) -> None:
+def test_damaged_ones_do_not_push_good_ones_out(tmp_path, capsys, keep) -> None:
     config = compose([*SMALL, "method=lora", f"trainer.keep_checkpoints={keep}"])
     folder = tmp_path / "run" / "checkpoints"
     with pytest.raises(Killed):
-        interrupted(config, tmp_path / "run", 20, monkeypatch)
+        interrupted(config, tmp_path / "run", 20)
     good = Checkpoints(folder, {"data": "a"}).newest()
     assert good is not None
     for step in (97, 98, 99):
@@ -187,7 +212,7 @@ def test_damaged_ones_do_not_push_good_ones_out(tmp_path, monkeypatch, capsys, k
         (copied / "state.json").write_text("{}")
     (folder / ".partial-77").mkdir()
     with pytest.raises(Killed):
-        interrupted(config, tmp_path / "run", 24, monkeypatch)
+        interrupted(config, tmp_path / "run", 24)
     assert "step-00000099 is damaged" in capsys.readouterr().err
     newest = Checkpoints(folder, {"data": "a"}).newest()
     assert newest is not None
@@ -278,15 +303,21 @@ def start_together(configs: list[Config], folder: Path) -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("killed", [[70], [130, 30]], ids=str)
-def test_several_resume_together(tmp_path, monkeypatch, killed) -> None:
-    """Each from its own newest checkpoint, whatever step the others have reached."""
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dict[str, tuple]]:
+    """Four adapters, and what they come to when nothing interrupts them."""
     steps = {"lora": 8, "dora": 3, "mixlora": 6, "mixdora": 8}
     configs = [
         compose([*SMALL, f"method={method}", f"trainer.max_steps={n}"])
         for method, n in steps.items()
     ]
-    expected = start_together(configs, tmp_path / "whole")
+    return configs, start_together(configs, tmp_path_factory.mktemp("several"))
+
+
+@pytest.mark.parametrize("killed", [[70], [130, 30]], ids=str)
+def test_several_resume_together(several, tmp_path, monkeypatch, killed) -> None:
+    """Each from its own newest checkpoint, whatever step the others have reached."""
+    configs, expected = several
     real = Collator.__call__
     for after in killed:
         left = [after]
@@ -308,12 +339,12 @@ def test_several_resume_together(tmp_path, monkeypatch, killed) -> None:
         assert comparable(found[method][1]) == comparable(truth)
 
 
-def test_a_checkpoint_of_one_alone_is_continued_among_several(tmp_path, monkeypatch) -> None:
+def test_a_checkpoint_of_one_alone_is_continued_among_several(whole, tmp_path) -> None:
     """And the other way round: what a checkpoint holds is the adapter's own."""
     config = compose([*SMALL, "method=mixdora"])
-    expected, _ = train(config, tmp_path / "whole")
+    expected, *_ = whole("mixdora")
     with pytest.raises(Killed):
-        interrupted(config, tmp_path / "mixdora", 40, monkeypatch)
+        interrupted(config, tmp_path / "mixdora", 40)
     other = compose([*SMALL, "method=lora"])
     found = start_together([other, config], tmp_path)
     for name, weight in expected.items():
