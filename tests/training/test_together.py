@@ -151,7 +151,11 @@ def together(tmp_path: Path) -> Callable[..., dict[str, Result]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["f64", "f32"]
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float64, 1e-9, id="f64"),
+        pytest.param(torch.float32, 1e-4, id="f32", marks=pytest.mark.slow),
+    ],
 )
 def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, tolerance) -> None:
     """Methods, ranks, experts, tasks, batch sizes, rates, schedules, clipping, lengths, dropout and
