@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +27,13 @@ def counted(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(count_parameters(model, config.method))
 
 
+@functools.cache
+def composed(words: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A configuration and its sizes, to be copied: many records have the same."""
+    made = compose(words)
+    return to_dict(made), counted(made)
+
+
 def write_run(
     folder: Path,
     name: str,
@@ -40,8 +49,8 @@ def write_run(
     change: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """A finished run with `n` items per task, of which the given share is right."""
-    made = compose([*overrides, f"evaluation.protocols=[{protocol}]"])
-    config, counts = to_dict(made), counted(made)
+    words = (*overrides, f"evaluation.protocols=[{protocol}]")
+    config, counts = copy.deepcopy(composed(words))
     scores, predictions = [], {}
     for task, share in accuracy.items():
         right = [i < round(share * n) for i in range(n)]
