@@ -75,14 +75,10 @@ def register_schemas() -> None:
         name = f"only_{switch}"
         node = {"defaults": ["correct", "_self_"], "name": name, **values}
         store.store(group="preset", name=name, node=node)
-    # Apart from the group `method`, so that `method=glob(*)` and lists of options hold files only.
-    methods = {
-        "none": schema.MethodConfig,
-        "lora": schema.LoraMethodConfig,
-        "mixlora": schema.MixLoraMethodConfig,
-    }
-    for name, node in methods.items():
-        store.store(group="schemas/method", name=name, node=node)
+    # No options of a group, of which lists and `method=glob(*)` hold files only.
+    store.store(name="none_schema", node=schema.MethodConfig)
+    store.store(name="lora_schema", node=schema.LoraMethodConfig)
+    store.store(name="mixlora_schema", node=schema.MixLoraMethodConfig)
     # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
     for kernel in schema.Kernel:
         store.store(group="kernel", name=kernel.name, node={"name": kernel.name})
