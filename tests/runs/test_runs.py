@@ -173,7 +173,9 @@ def test_a_finished_run_is_not_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "load_model", lambda *a, **k: pytest.fail("it ran again"))
         again = run("method=lora")
-    assert "Already finished" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told.startswith(f"Already finished: {first.path}")
+    assert "arc_e" in told
     assert again.path == first.path
     assert first.path.stat().st_mtime_ns == stamp
     forced = run("method=lora", "force=true")

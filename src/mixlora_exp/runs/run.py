@@ -236,9 +236,9 @@ def finished(path: Path, inputs: Inputs, config: Config) -> Path:
             f"{path} is a finished run whose micro-batches were halved to {halved} for want of "
             "memory: trainer.auto_micro_batch=true takes it as it is, force=true runs it again"
         )
+    say(f"Already finished: {path}. force=true runs it again.")
     with odd_fields(path):
         print_record(record)
-    say(f"Already finished: {path}. force=true runs it again.")
     return path
 
 
