@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -62,6 +63,20 @@ def test_the_base_model_is_that_of_the_record(run: Path) -> None:
     given = open_adapter(str(run), ["seed=8", "trainer.precision=bfloat16", "base=accept"])
     assert given.config.seed == 8
     assert given.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("words", [[], ["max_new_tokens=4"]], ids=["nothing", "a length"])
+def test_nothing_asked_at_a_terminal_is_told(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = io.StringIO()
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", typed)
+    monkeypatch.setattr(answer, "answer", lambda *_: pytest.fail("a model was loaded"))
+    message = told(capsys, *words)
+    assert "nothing is asked" in message
+    assert "prompts=FILE" in message
+    assert "adapter=DIR" in message
 
 
 def test_adapters_of_different_bases_do_not_answer_together(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from mixlora_exp.cli.hydra_command import parse_flags, show, shows
@@ -41,6 +42,12 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("-m: generate.py answers once; give adapters=[DIR,DIR] to ask several")
     settings = compose(overrides, "generate")
     given = parse_overrides(overrides)
+    named = {one.key_or_group.partition(".")[0] for one in given}
+    if not named & {*TEXTS, "adapters", "model"} and sys.stdin.isatty():
+        raise UserError(
+            'nothing is asked: give prompt="..." or prompts=FILE; to type prompts, name who '
+            "answers them (adapter=DIR, or model=NAME)"
+        )
     words = [one.input_line or "" for one in given if one.key_or_group.partition(".")[0] in BASE]
     # Imported late, so that a mistake on the command line is told before torch is loaded.
     from mixlora_exp.serving.answer import answer
