@@ -43,6 +43,8 @@ def test_the_same_scores_as_the_run(finished: Start, tmp_path: Path) -> None:
         assert (found["task"], found["accuracy"]) == (expected["task"], expected["accuracy"])
         assert found["gold_log_likelihood"] == expected["gold_log_likelihood"]
     assert record["train"] is None
+    named = trained.folder.name.rsplit("-", 1)[0]
+    assert record["name"].startswith(f"{named}-"), "the adapter's method is the run's"
     source = record["adapter"]["trained_by"]
     assert source["name"] == trained.folder.name
     assert source["config"] == trained.record["config"]
@@ -215,6 +217,7 @@ def test_several_runs_in_the_same_passes(
         alone = score(tmp_path / trained.folder.name, f"run={trained.folder}", *words)
         record = read_record(tmp_path / "all" / alone["name"] / "record.json")
         assert record["fingerprint"] == alone["fingerprint"]
+        assert f"-{trained.record['config']['method']['name']}-" in record["name"]
         assert record["adapter"] == alone["adapter"]
         assert record["train"] is None
         for found, expected in zip(record["scores"], alone["scores"], strict=True):

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -208,8 +208,10 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_name(config: Config) -> str:
-    """Return a file name for the run: readable parts, the seed, and the fingerprint's start."""
-    method = config.method.name if config.adapter is None else "adapter"
-    parts = (config.model.name, method, config.task.name, config.data.name.value)
+def run_name(config: Config, adapter: Mapping[str, Any] | None = None) -> str:
+    """Return a file name for the run: readable parts, the seed, and the fingerprint's start.
+
+    `adapter`: the record's entry for the adapter that is scored, whose method names the run."""
+    method = config.method.name if config.adapter is None else (adapter or {}).get("method")
+    parts = (config.model.name, method or "adapter", config.task.name, config.data.name.value)
     return "-".join((*parts, f"s{config.seed}", fingerprint(config)[:10]))

@@ -144,8 +144,9 @@ def _together(config: Config) -> str:
     return f"adapters like this on one base: {fits}"
 
 
-def plan(config: Config) -> RunPlan:
-    """RunPlan a run. Reads data files only where they are local or generated.
+def plan(config: Config, adapter: Mapping[str, Any] | None = None) -> RunPlan:
+    """RunPlan a run. Reads data files only where they are local or generated. `adapter`: what is
+    known of the one that is scored.
 
     Raises:
         UserError: local data is missing or malformed.
@@ -155,7 +156,7 @@ def plan(config: Config) -> RunPlan:
     examples = sum(rows.values()) * len(config.data.forms)
     lengths = _counted(config, items) if examples else []
     return RunPlan(
-        name=run_name(config),
+        name=run_name(config, adapter),
         parameters=parameters,
         rows=rows,
         test_rows=tests,
@@ -223,7 +224,7 @@ def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
     """RunPlan a run and print it. `adapter`: what is known of the one that is scored."""
     from mixlora_exp.system.console import say
 
-    lines, against = describe(config, plan(config)), _against(config, adapter)
+    lines, against = describe(config, plan(config, adapter)), _against(config, adapter)
     for what, value in [*lines, *([("record", against)] if against else [])]:
         say(f"{what:<12}{value}")
 

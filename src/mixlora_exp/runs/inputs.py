@@ -84,21 +84,28 @@ def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
 
 
 def adapter_entry(config: Config) -> dict[str, Any] | None:
-    """Path, hash and type of the adapter that is scored, None when none is given."""
+    """Path, hash, type and method of the adapter that is scored, None when none is given."""
     if config.adapter is None:
         return None
     folder = Path(config.adapter).expanduser()
     # Not at the top: PEFT takes a second to load, which most command lines do not need.
     from mixlora_exp.adapters.saved import saved_settings
 
-    peft_type = saved_settings(folder)["peft_type"]
+    settings = saved_settings(folder)
+    peft_type = settings["peft_type"]
     sha256 = file_sha256(folder / "adapter_model.safetensors")
     return {
         "path": config.adapter,
         "peft_type": peft_type,
+        "method": _method(peft_type, bool(settings.get("use_dora"))),
         "sha256": sha256,
         "trained_by": _trained_by(folder.parent / RECORD, sha256),
     }
+
+
+def _method(peft_type: str, dora: bool) -> str:
+    """What a run that trains such an adapter is called; other types go by PEFT's name."""
+    return peft_type.lower().replace("lora", "dora") if dora else peft_type.lower()
 
 
 def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:

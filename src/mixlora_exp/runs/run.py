@@ -169,10 +169,11 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
         check_inputs([config])
         print_plan(config, adapter_entry(config))
         return None
-    folder = Path(config.output_dir).expanduser() / run_name(config)
-    record_path = folder / RECORD
     # Inputs first: their mistakes are the commonest and the quickest to find.
     inputs = gather_inputs(config)
+    name = run_name(config, inputs.identity["adapter"])
+    folder = Path(config.output_dir).expanduser() / name
+    record_path = folder / RECORD
     if record_path.exists() and not config.force:
         return finished(record_path, inputs, config)
     with held(folder) as lock:

@@ -20,7 +20,13 @@ from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.plans.plan import first_line, print_plan, print_plan_together
-from mixlora_exp.runs.inputs import adapter_entry, check_inputs, gather_inputs, resolve_config
+from mixlora_exp.runs.inputs import (
+    Inputs,
+    adapter_entry,
+    check_inputs,
+    gather_inputs,
+    resolve_config,
+)
 from mixlora_exp.runs.ownership import forget_failure, held, note_failure
 from mixlora_exp.runs.run import (
     RECORD,
@@ -114,7 +120,9 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
         for config in configs:
             folder = Path(config.output_dir).expanduser() / run_name(config)
             try:
-                _enter(pack, stack, config, folder)
+                inputs = gather_inputs(config)
+                folder = folder.with_name(run_name(config, inputs.identity["adapter"]))
+                _enter(pack, stack, config, folder, inputs)
             except UserError as error:
                 pack.fail(folder, error)
         try:
@@ -127,9 +135,10 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
     return pack.end()
 
 
-def _enter(pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Path) -> None:
+def _enter(
+    pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Path, inputs: Inputs
+) -> None:
     """Take a run into the pack, unless it is finished or somebody else's."""
-    inputs = gather_inputs(config)
     lock = None
     if config.force or not (folder / RECORD).exists():
         lock = stack.enter_context(held(folder))
