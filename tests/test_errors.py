@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
@@ -31,6 +32,29 @@ def test_how_a_command_ends(
 
     assert guarded(command, []) == code
     assert capsys.readouterr().err == shown
+
+
+def test_a_hub_that_does_not_answer_is_told_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = logging.getLogger("huggingface_hub.utils._http")
+
+    def command(_: object) -> None:
+        for number in range(1, 6):
+            log.warning(f"'[Errno -2]' thrown while requesting HEAD https://hub/{number}")
+            log.warning(f"Retrying in {number}s [Retry {number}/5].")
+        log.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
+
+    before = list(log.filters)
+    try:
+        assert guarded(command, []) == 0
+        assert guarded(lambda _: None, []) == 0
+        assert len(log.filters) == 1
+    finally:
+        log.filters[:] = before
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first == "the hub does not answer; trying again for up to half a minute"
+    assert second.startswith("Rate limited")
 
 
 def test_a_crash_is_raised() -> None:

@@ -49,8 +49,10 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         close = difflib.get_close_matches(wrong, known, cutoff=0.7)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; --hydra-help lists flags"
         setting = wrong.lstrip("-").replace("-", "_")
-        if setting in Config.__dataclass_fields__:
-            hint = f"; settings have no dashes: write {setting}=..."
+        group, dot, field = setting.partition(".")
+        meant = difflib.get_close_matches(group, Config.__dataclass_fields__, n=1, cutoff=0.7)
+        if meant and (group in meant or not close):
+            hint = f"; settings have no dashes: write {meant[0]}{dot}{field}=..."
         raise UserError(f"{message}{hint}")
 
     parser.error = refuse  # type: ignore[method-assign]

@@ -164,6 +164,11 @@ def _explain_grammar(error: OverrideParseException) -> str:
     reason = next((x for x in reasons if not x.startswith(("Error parsing", "See https"))), "")
     key, equals, value = error.override.partition("=")
     hint = f"""; quote special characters: '{key}="{value}"'""" if equals and value else ""
+    if not equals:
+        files = CONF_DIR.glob("*/*.yaml")
+        groups = sorted({path.parent.name for path in files if path.stem == key})
+        if groups:
+            hint = f"; did you mean {' or '.join(f'{group}={key}' for group in groups)}?"
     return (
         f"{error.override!r} cannot be read as group=option or group.field=value ({reason}){hint}"
     )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.system.hub_notices import shorten
 from mixlora_exp.system.signals import REQUEUE, Terminated, install
 
 __all__ = ["INTERRUPTED", "MISTAKE", "REQUEUE", "TERMINATED", "guarded"]
@@ -26,6 +27,7 @@ def guarded(
     returned. A crash is raised, for Python to print it and exit with 1.
     """
     install()
+    shorten()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As on standard error: what the terminal's encoding lacks is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
