@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from mixlora_exp.cli.train import execute
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.runs import inputs
+from mixlora_exp.runs import run as experiment
 
 SCORE = ("method=none", "evaluation.limit=8")
 
@@ -49,6 +52,50 @@ def test_another_adapter_in_the_same_folder_is_no_finished_run(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"on other inputs \(adapter differ\)"):
         run(*SCORE, f"adapter={folder}")
+
+
+def test_what_cannot_run_leaves_nothing(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that cannot be had is found before the run has a folder."""
+
+    def refuse(*_: Any) -> None:
+        raise UserError("the hub cannot be reached")
+
+    monkeypatch.setattr(experiment, "load_tokenizer", refuse)
+    config = configure("method=lora")
+    with pytest.raises(UserError, match="hub cannot be reached"):
+        experiment.run(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_each_input_is_read_once(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Task files, tokenizer and weights of a run that trains and scores before and after."""
+    seen: Counter[str] = Counter()
+
+    def counted(module: Any, name: str, key: Callable[..., str]) -> None:
+        original = getattr(module, name)
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            seen[f"{name} {key(*args)}"] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, spy)
+
+    counted(inputs, "load_split", lambda data, task, split, *_: f"{task}/{split}")
+    counted(inputs, "check_model", lambda model: model.name)
+    counted(experiment, "load_tokenizer", lambda model: model.name)
+    counted(experiment, "load_model", lambda model, *_: model.name)
+    experiment.run(configure("method=lora", "evaluation.before_training=true"))
+    assert seen == {
+        "load_split arc_e/train": 1,
+        "load_split arc_e/test": 1,
+        "check_model tiny": 1,
+        "load_tokenizer tiny": 1,
+        "load_model tiny": 1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Run:
     dtype: torch.dtype
     started: float
     origin: dict[str, Any]
-    lock: RunLock
+    lock: RunLock = field(init=False)
+    """Held from before the first file of the run is written."""
     tracker: RunTracker | None = None
     watch: Callable[[int, float], None] | None = None
 
@@ -176,19 +177,20 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
     record_path = folder / RECORD
     if record_path.exists() and not config.force:
         return finished(record_path, inputs, config)
+    # Before there is a folder: what cannot run leaves nothing.
+    this = start(config, folder, inputs)
+    this.watch = watch
     with held(folder) as lock:
         if lock is None:
             return None
         if record_path.exists() and not config.force:
             # Another process finished it between the look above and the lock.
             return finished(record_path, inputs, config)
+        this.lock = lock
         say(first_line(folder.name, config, inputs.identity["adapter"]))
-        with failure_noted(folder, lock):
-            this = start(config, folder, inputs, lock)
-            this.watch = watch
-            with tracked(this):
-                record = _carry_out(this)
-                return write_record(this, record) if first else None
+        with failure_noted(folder, lock), tracked(this):
+            record = _carry_out(this)
+            return write_record(this, record) if first else None
 
 
 @contextlib.contextmanager
@@ -264,7 +266,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
     return finish(this, base, summary, before, _score(this, model))
 
 
-def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
+def start(config: Config, folder: Path, inputs: Inputs) -> Run:
     """What the steps of a run share; everything that can be checked without weights is."""
     this = Run(
         config,
@@ -276,7 +278,6 @@ def start(config: Config, folder: Path, inputs: Inputs, lock: RunLock) -> Run:
         time.time(),
         # Now, not at the end: the code that runs is the code of this moment.
         provenance(ROOT, hardware_names()),
-        lock,
     )
     for protocol in config.evaluation.protocols:
         check_tests(protocol, this.tokenizer, this.tests, config.data, config.evaluation)

@@ -139,21 +139,19 @@ def _enter(
     pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Path, inputs: Inputs
 ) -> None:
     """Take a run into the pack, unless it is finished or somebody else's."""
-    lock = None
-    if config.force or not (folder / RECORD).exists():
-        lock = stack.enter_context(held(folder))
-        if lock is None:
-            return
     if (folder / RECORD).exists() and not config.force:
         pack.paths.append(finished(folder / RECORD, inputs, config))
         return
-    assert lock is not None
+    this = start(config, folder, inputs)
+    lock = stack.enter_context(held(folder))
+    if lock is None:
+        return
+    if (folder / RECORD).exists() and not config.force:
+        # Another process finished it between the look above and the lock.
+        pack.paths.append(finished(folder / RECORD, inputs, config))
+        return
+    this.lock = lock
     say(first_line(folder.name, config, inputs.identity["adapter"]))
-    try:
-        this = start(config, folder, inputs, lock)
-    except UserError as error:
-        note_failure(folder, error, lock)
-        raise
     forget_failure(folder)
     stack.enter_context(tracked(this))
     pack.runs.append(this)
