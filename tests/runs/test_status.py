@@ -7,17 +7,20 @@ import dataclasses
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mixlora_exp.cli.main import main
 from mixlora_exp.config import Config, compose, open_session, plan_runs, run_name, to_dict
+from mixlora_exp.config.command import compose_cell
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import build_hf_config
 from mixlora_exp.plans.hours import gpu_hours
 from mixlora_exp.records.code import code_sha256
 from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.runs.inputs import resolve_config
+from mixlora_exp.sweeps import by_group
 from mixlora_exp.sweeps.status import SWEEPS, CellState, find_cells
 from mixlora_exp.system.runlock import RunLock
 
@@ -193,6 +196,51 @@ def test_committed_records_are_told_from_finished_runs(tmp_path: Path) -> None:
     assert [c.state for c in cells(SMALL, tmp_path, *ONE)] == ["missing"]
     (folder / "record.json").write_text("{")
     assert [c.state for c in cells(SMALL, tmp_path, *ONE)] == ["missing"]
+
+
+def test_records_on_local_data_are_pointed_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default `data=hub` is another run, which would be called missing without a word."""
+    words = [f"--experiment={SMALL}", "--brief", *TINY[:1], *ONE, f"output_dir={tmp_path}"]
+    files = ["data=local", f"data.path={tmp_path / 'nowhere'}"]
+    (config,) = configs(tmp_path, *ONE, *files)
+    write_record(tmp_path / "records" / "a", config, data={"arc_e/test": [{"sha256": "0" * 64}]})
+    assert main(["status", *words, f"--records={tmp_path / 'records'}"]) == 0
+    told = capsys.readouterr().out
+    assert "1 of those missing are recorded with data=local" in told
+    assert main(["status", *words, *files, f"--records={tmp_path / 'records'}"]) == 0
+    told = capsys.readouterr().out
+    assert "recorded" in told.splitlines()[0]
+    assert "of those missing" not in told
+
+
+@pytest.mark.parametrize(
+    ("swept", "compositions"),
+    [
+        # The first cell, three other methods with their ranks, one other task.
+        (["method=lora,mixlora", "task=arc_e,multi", "method.rank=2,4"], 5),
+        # A preset's values are taken by fields of other groups: two looks, and two cells whole.
+        (["preset=correct,official", "method=lora,mixlora"], 5),
+    ],
+    ids=["separable", "a preset"],
+)
+def test_cells_by_group_are_those_composed_whole(
+    swept: list[str], compositions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = []
+
+    def counted(*args: Any) -> Any:
+        composed.append(args)
+        return compose_cell(*args)
+
+    given = [*TINY, *swept]
+    with open_session() as session:
+        expected = plan_runs(session, "config", given, True).cells
+        monkeypatch.setattr(by_group, "compose_cell", counted)
+        found = plan_runs(session, "config", given, True, by_group.ByGroup()).cells
+    assert found == expected
+    assert len(composed) == compositions
 
 
 def test_data_that_is_not_there_is_not_compared(tmp_path: Path) -> None:

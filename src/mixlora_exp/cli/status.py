@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.places import RESULTS
-from mixlora_exp.sweeps.status import FINISHED, STATES, SWEEPS, CellState, find_cells
+from mixlora_exp.sweeps.status import FINISHED, LOCAL, STATES, SWEEPS, CellState, find_cells
 
 SHADES = {
     "done": "green", "recorded": "green", "running": "cyan", "stopped": "yellow",
@@ -74,5 +74,7 @@ def run(argv: Sequence[str]) -> int:
         console.print()
     for line in _overview(cells):
         console.print(line, markup=False)
+    if hidden := sum(cell.detail == LOCAL for cell in cells):
+        console.print(f"{hidden} of those missing are {LOCAL}: add it to see their records.")
     console.print("GPU hours and memory are estimated: 1e14 operations a second in bf16.")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -193,8 +193,15 @@ def check_composition(hydra: Any, name: str, overrides: Sequence[str]) -> None:
     _load(hydra, name, overrides, RunMode.RUN)
 
 
-def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -> Plan:
+def plan_runs(
+    hydra: Any,
+    name: str,
+    overrides: Sequence[str],
+    multirun: bool,
+    compose_one: Callable[[Any, str, Sequence[str]], Any] = compose_cell,
+) -> Plan:
     """Expand a command line into its runs, as Hydra's own sweeper does, and check each of them.
+    `compose_one` makes the configuration of each cell of a sweep.
 
     An experiment file may ask for a sweep itself (`hydra.mode: MULTIRUN` with
     `hydra.sweeper.params`). The first run that is not valid raises `UserError`.
@@ -233,7 +240,7 @@ def plan_runs(hydra: Any, name: str, overrides: Sequence[str], multirun: bool) -
     cells = []
     for lines in batches[0]:
         try:
-            config = compose_cell(hydra, name, [*fixed, *lines])
+            config = compose_one(hydra, name, [*fixed, *lines])
         except UserError as error:
             raise UserError(
                 f"cell {len(cells) + 1} of {len(batches[0])} ({' '.join(lines)}): {error}; "

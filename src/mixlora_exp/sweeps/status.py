@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from mixlora_exp.records.files import RECORD, record_paths
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.shape import odd_fields
 from mixlora_exp.results.runs import filled
+from mixlora_exp.sweeps.by_group import ByGroup
 from mixlora_exp.system.runlock import BEAT, holder_of
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["FINISHED", "STATES", "SWEEPS", "CellState", "find_cells"]
+__all__ = ["FINISHED", "LOCAL", "STATES", "SWEEPS", "CellState", "find_cells"]
 
 FINISHED = ("done", "recorded")
 STATES = (*FINISHED, "running", "stopped", "interrupted", "failed", "refused", "missing")
@@ -41,6 +42,10 @@ alone, so that `train.py` would run it. `stopped`: locked, but the holder gave n
 `refused`: what is in the output folder is damaged or was made by other data or code."""
 LOOK = 2 * BEAT + 1
 """Seconds in which a living holder of a lock counts up, unless its disk is slow."""
+
+
+LOCAL = "recorded with data=local"
+"""Detail of a missing cell: a committed record has these settings on data from files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +192,14 @@ def find_cells(
     """
     planned = []
     chosen = any(line.startswith("model=") for line in overrides)
+    by_group = ByGroup()
     with open_session() as session:
         for name in names:
             if name not in SWEEPS:
                 raise UserError(f"experiment={name} is unknown: choose from {', '.join(SWEEPS)}")
             for words in ((),) if chosen else SWEEPS[name]:
                 given = (*(w for w in words if not _given(w, overrides)), *overrides)
-                plan = plan_runs(session, "config", [f"experiment={name}", *given], False)
+                plan = plan_runs(session, "config", [f"experiment={name}", *given], False, by_group)
                 title = " ".join([name, *words])
                 for cell in plan.cells:
                     own = [
@@ -218,6 +224,8 @@ def find_cells(
             committed = kept.get(fingerprint(config))
             recorded = None if committed is None else _recorded(*committed, config, data)
             state, detail = _at_rest(folder, config, recorded, data)
+            if state == "missing" and _on_local_data(config) in kept:
+                detail = LOCAL
         memory = sum(memory_of(config).values()) / 2**30
         command = " ".join(
             ["python train.py -m", f"experiment={name.partition(' ')[0]}", *own, *given]
@@ -227,6 +235,14 @@ def find_cells(
             CellState(name, folder.name, " ".join(own), state, detail, hours, memory, command)
         )
     return cells
+
+
+def _on_local_data(config: Config) -> str | None:
+    """The fingerprint that the run of `data=hub` has on files, whose place does not count."""
+    if config.data.name is not DataSource.hub:
+        return None
+    data = replace(config.data, name=DataSource.local, path="data", mirror=None)
+    return fingerprint(replace(config, data=data))
 
 
 def _given(word: str, overrides: Sequence[str]) -> bool:
