@@ -1,5 +1,5 @@
-"""The benchmark of Tables 6 and 7: what a training step and a forward pass cost, row by row.
+"""The benchmark of Tables 6 and 7: cost of a training step and a forward pass.
 
-Needs PyTorch, transformers and PEFT alone (no Hydra, datasets or lm-eval), so that it runs on a
+Needs only PyTorch, transformers and PEFT (no Hydra, datasets or lm-eval), so that it runs on a
 bare GPU machine.
 """

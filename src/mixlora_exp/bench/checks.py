@@ -1,4 +1,4 @@
-"""Kernels against float64 on the machine at hand, and whether they can run without the host."""
+"""Checks kernels against float64 on this machine, and whether a CUDA graph can capture them."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
 
 def measure_in_process(config: StepOptions, row: str) -> dict[str, Any]:
-    """`measure_here` in a fresh process; `{"error": ...}` if it died, of want of memory say."""
+    """`measure_here` in a fresh process; `{"error": ...}` if it died (e.g. out of memory)."""
     return in_fresh_process("mixlora_exp.bench.memory", {**asdict(config), "rows": [row]})
 
 
 def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """What a module prints as JSON when it is given `asked` on standard input."""
+    """The JSON that a module prints for the input `asked`, in a new process."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module],
         input=json.dumps(asked),

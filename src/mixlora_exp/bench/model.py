@@ -75,7 +75,7 @@ def base_model(config: ModelConfig, dtype: torch.dtype, device: str, seed: int) 
 
 
 def sharing(base: nn.Module) -> nn.Module:
-    """A copy of the modules that holds the very same weights."""
+    """A copy of the modules that shares the weights."""
     shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
     return copy.deepcopy(base, shared)
 

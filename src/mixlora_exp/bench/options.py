@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure."""
+"""Settings of benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A benchmark's record as a table, beside the paper's Tables 6 and 7."""
+"""A benchmark's record as a table, compared with the paper's Tables 6 and 7."""
 
 from __future__ import annotations
 

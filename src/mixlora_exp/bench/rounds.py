@@ -1,4 +1,4 @@
-"""Measuring in turns, and what may be said of it: medians, and ratios within the same rounds."""
+"""Interleaved measurements, summarised by medians and by ratios within rounds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def interleaved(
     found: dict[str, list[Sample]] = {name: [] for name in steps}
     for number in range(rounds):
         if deadline is not None and time.monotonic() > deadline:
-            say(f"stopped after {number} of {rounds} rounds for want of time")
+            say(f"stopped after {number} of {rounds} rounds: out of time")
             break
         names = list(found)
         random.Random(seed + number).shuffle(names)

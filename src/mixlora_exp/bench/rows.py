@@ -1,4 +1,4 @@
-"""The rows of a benchmark of steps: one line each, or one function where a line does not do."""
+"""Registry of the rows of a step benchmark: one line each, or a function for special models."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ for _kernel in Kernel:
         row(f"mixlora_{_kernel.value}", method="mixlora", kernel=_kernel.value, every=4)
 
 BASELINE = "lora_peft"
-"""What every row is compared with, in time and in memory."""
+"""Row to which the time and memory of all others are compared."""
 PAIRS = {
     "mixlora_16_experts": "mixlora",
     "mixlora_4_of_8": "mixlora",

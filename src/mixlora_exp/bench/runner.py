@@ -1,4 +1,4 @@
-"""Run one benchmark, whatever its kind, and write its record and its tables."""
+"""Runs a benchmark of any kind, and writes its record and tables."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_benchmark(arguments: Sequence[str]) -> Written:
 
 
 def measure(kind: Kind, options: BenchOptions) -> Written:
-    """Carry out a benchmark with these settings."""
+    """Run a benchmark with these settings."""
     if options.threads:
         torch.set_num_threads(options.threads)
     # At the beginning: the code may be changed while it is measured.
@@ -112,6 +112,6 @@ def machine_slug(record: Record) -> str:
 
 
 def say(text: str) -> None:
-    """Progress, beside what a benchmark prints."""
+    """Print progress on standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -1,1 +1,1 @@
-"""What a run would take, before it is run: parameters, steps, memory, hours."""
+"""Estimates of a run's cost in advance: parameters, steps, memory, GPU hours."""

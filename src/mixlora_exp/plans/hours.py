@@ -1,4 +1,4 @@
-"""How many hours of one GPU a run would take: an estimate from parameters and tokens."""
+"""Estimates the GPU hours of a run from parameters and tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["gpu_hours"]
 
 
 FLOPS_PER_SECOND = 1e14
-"""Of one GPU in bf16, about a third of an A100's peak: an assumption, not a measurement."""
+"""FLOP/s of one GPU in bf16, about a third of an A100's peak: an assumption, not a measurement."""
 
 
 def _example_tokens(config: Config, task: str, form: str) -> float:
@@ -32,8 +32,9 @@ def _rows(task: str, split: str, limit: int | None) -> int:
 
 
 def gpu_hours(config: Config) -> float:
-    """An estimate: twice the parameters per token and pass, one pass forward and one backward for
-    training (frozen weights have no gradient), and one forward for each scored item."""
+    """Estimated hours on one GPU: 2 x parameters FLOP per token and pass, with one forward and one
+    backward pass for training (frozen weights need no gradient), and one forward pass per scored
+    item and protocol."""
     counted = count_parameters(config.model, config.method)
     size = counted.base + counted.trainable
     tokens = 0.0

@@ -1,4 +1,4 @@
-"""The memory that a run needs, estimated from shapes without weights."""
+"""Estimates the memory of a run from shapes, without weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mixlora_exp.models.parameters import count_parameters, widths
 __all__ = ["kept_per_token", "many_that_fit", "memory_of"]
 
 USABLE = 0.94
-"""Of a card's memory: the rest goes to the driver's context and to gaps between allocations."""
+"""Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""
 
 
 def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
-    """Bytes that a layer keeps per token for the backward pass, `width` bytes to a number.
+    """Bytes that a layer saves per token for the backward pass, with `width` bytes per number.
 
-    Counted from what the kernels save (a test holds it against what autograd does): both norms'
-    input and output, and in 16 bits a copy in float32; queries, keys, values and the heads' output,
-    which several adapters in one pass hold twice; the frozen products of gate and up. LoRA keeps
-    the activation and the product as well, DoRA the output of each adapted projection before its
-    scale, a mixture its router's input in float32 and, with DoRA, the K outputs of the down
-    projection. A mask of dropout has a byte per element.
+    Counted from the tensors that the kernels save (a test compares it with autograd): inputs and
+    outputs of both norms, with a float32 copy in 16-bit precision; queries, keys, values and the
+    attention output, which several adapters in one pass (`packed`) save twice; the frozen outputs
+    of gate and up. LoRA also saves the activation and the product, DoRA the unscaled output of each
+    adapted projection, a mixture its router's input in float32 and, with DoRA, the K outputs of the
+    down projection. A dropout mask has one byte per element.
     """
     model, method = config.model, config.method
     assert isinstance(method, LoraMethodConfig)
@@ -53,22 +53,22 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
         numbers += sum(outputs[target] for target in plain)
         numbers += slots * d if "down_proj" in experts else 0
     if stock:
-        # Under dropout each branch keeps its own input; each expert keeps its gate and up.
+        # With dropout each branch saves its own input; each expert saves its gate and up outputs.
         numbers += (masks if method.dropout else 0) + (2 * slots * f if mixed else 0)
         numbers += sum(outputs[target] for target in experts) * slots if method.dora else 0
     dropped = masks if method.dropout else 0
     router = 4 * d if mixed and width == 2 else 0
-    # Of attention's softmax and of the norms a number in float32 each.
+    # One float32 number per head (attention's log-sum-exp) and per norm.
     return numbers * width + router + dropped + 4 * (architecture_of(model).num_attention_heads + 2)
 
 
 def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
-    """The estimate of a run's memory, in bytes by item: frozen weights, the float32 adapter with
-    gradient and AdamW's two moments, and what is kept for the backward pass of one micro-batch.
-    `packed`: as one of several adapters on one base."""
+    """Estimated memory of a run in bytes, by item: frozen weights; the float32 adapter with its
+    gradient and AdamW's two moments; tensors saved for the backward pass of one micro-batch.
+    `packed`: as one of several adapters on one base model."""
     model, method, longest = config.model, config.method, config.data.cutoff_length
     parameters = count_parameters(model, method)
-    # `auto` is taken for bf16, since a plan is often made for another machine.
+    # `auto` counts as bf16, since plans are often for another machine.
     width = 4 if config.trainer.precision is Precision.float32 else 2
     if not isinstance(method, LoraMethodConfig):
         return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
@@ -77,9 +77,9 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     shape = architecture_of(model)
     kept = layer * shape.num_hidden_layers
     if config.trainer.gradient_checkpointing:
-        # The input of each layer, and one layer at a time in full.
+        # The input of each layer, and all saved tensors of one layer at a time.
         kept = layer + shape.num_hidden_layers * shape.hidden_size * width
-    # The loss holds a few rows of logits at a time, in float32.
+    # The loss keeps a few rows of logits at a time, in float32.
     chunk = 2**23 * 4
     answers = longest if config.trainer.loss_on is LossOn.all else 4
     logits = config.trainer.micro_batch_size * answers * shape.vocab_size * 8
@@ -93,6 +93,6 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
 
 
 def many_that_fit(memory: dict[str, int], gib: float) -> int:
-    """Adapters of one kind that train together on one base within `gib` GiB."""
+    """Number of adapters like this that can train together on one base model in `gib` GiB."""
     each = memory["adapter_and_optimizer"] + memory["activations"]
     return max(0, int((gib * 2**30 * USABLE - memory["weights"]) // each))

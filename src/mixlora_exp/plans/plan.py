@@ -1,4 +1,4 @@
-"""What a run would do, without weights and without the network: sizes, steps, memory."""
+"""The plan of a run (sizes, steps, memory), without weights and without network access."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ __all__ = [
     "print_plan_together",
 ]
 
-# Mean characters of prompt and answer per training row (label, text), over the training splits
-# (HellaSwag: over 6,477 of its rows). Used where no tokenizer or no data is at hand.
+# Mean characters of prompt and answer per training row, by form (label, text), over the training
+# splits (HellaSwag: over 6,477 rows). Used without a local tokenizer or without data.
 CHARACTERS = {
     "arc_e": (269, 157), "arc_c": (307, 179), "boolq": (694, 694), "obqa": (181, 103),
     "piqa": (284, 168), "siqa": (218, 144), "hellaswag": (465, 190), "winogrande": (175, 163),
@@ -38,9 +38,9 @@ CARD_GIB = (24, 48)
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """The plan of one run. `tokens` is per epoch; `tokens_counted` tells whether they were counted
-    with the model's tokenizer or estimated from characters. `padding`: its share of the positions
-    of the first epoch's batches, from 0 to 1, where tokens were counted."""
+    """The plan of one run. `tokens`: per epoch; `tokens_counted`: whether they were counted with
+    the model's tokenizer, not estimated from characters. `padding`: fraction of padding positions
+    in the first epoch's batches, None if tokens were not counted."""
 
     name: str
     parameters: Parameters
@@ -55,7 +55,7 @@ class RunPlan:
 
 
 def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, list]]:
-    """Train and test rows per task, and the training items where the data is at hand."""
+    """Training and test rows per task, and the training items if the data are local."""
     trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []
     items: dict[str, list] = {}
     if config.data.name is DataSource.hub and config.data.mirror is None:
@@ -85,7 +85,7 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
 
 
 def _characters(config: Config, task: str, form: AnswerForm, items: list) -> float:
-    """Mean characters of an example: of the data sets of the paper known, else counted."""
+    """Mean characters of an example: known for the paper's data sets, otherwise counted."""
     if task in CHARACTERS:
         mean = CHARACTERS[task][0 if form is AnswerForm.label else 1]
         without = task == "boolq" and not config.data.boolq_passage
@@ -97,7 +97,7 @@ def _characters(config: Config, task: str, form: AnswerForm, items: list) -> flo
 
 
 def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
-    """Tokens of each example, where the data and the model's tokenizer are at hand."""
+    """Tokens of each example; None without local data or without a local tokenizer."""
     if not items or not has_local_tokenizer(config.model):
         return None
     from mixlora_exp.data.encoding import encode_examples
@@ -108,7 +108,7 @@ def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
 
 
 def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> int:
-    """Tokens of one epoch by their characters."""
+    """Tokens of one epoch, estimated from characters."""
     total = 0.0
     for task, n in rows.items():
         for form in config.data.forms:
@@ -118,8 +118,8 @@ def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> 
 
 
 def _padding(config: Config, lengths: list[int]) -> float:
-    """Share of positions of the first epoch that are padding, from 0 to 1: each row is padded to
-    the longest of its micro-batch."""
+    """Fraction of padding positions in the first epoch: each row is padded to the longest of its
+    micro-batch."""
     from mixlora_exp.data.sampler import sampler_of
 
     trainer = config.trainer
@@ -132,7 +132,7 @@ def _padding(config: Config, lengths: list[int]) -> float:
 
 
 def count_steps(trainer: TrainerConfig, examples: int) -> int:
-    """Optimizer steps: `max_steps` if set, else whole epochs with their incomplete last batch."""
+    """Optimizer steps: `max_steps` if set, otherwise all epochs with incomplete last batches."""
     if trainer.max_steps is not None:
         return trainer.max_steps
     return math.ceil(trainer.epochs * math.ceil(examples / trainer.batch_size))
@@ -145,11 +145,11 @@ def _together(config: Config) -> str:
 
 
 def plan(config: Config, adapter: Mapping[str, Any] | None = None) -> RunPlan:
-    """RunPlan a run. Reads data files only where they are local or generated. `adapter`: what is
-    known of the one that is scored.
+    """Plan a run. Reads only data that are local or generated. `adapter`: see
+    `runs.inputs.adapter_entry`.
 
     Raises:
-        UserError: local data is missing or malformed.
+        UserError: local data are missing or malformed.
     """
     parameters = count_parameters(config.model, config.method)
     rows, tests, items = _rows(config)
@@ -170,7 +170,7 @@ def plan(config: Config, adapter: Mapping[str, Any] | None = None) -> RunPlan:
 
 
 def describe(config: Config, found: RunPlan) -> list[tuple[str, str]]:
-    """The plan as (what, value) lines."""
+    """The plan as (title, value) lines."""
     model, p = config.model, found.parameters
     shape = architecture_of(model)
     percent = f"{p.percent_true:.3f} % of all"
@@ -221,7 +221,7 @@ def describe(config: Config, found: RunPlan) -> list[tuple[str, str]]:
 
 
 def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
-    """RunPlan a run and print it. `adapter`: what is known of the one that is scored."""
+    """Plan a run and print the plan. `adapter`: see `runs.inputs.adapter_entry`."""
     from mixlora_exp.system.console import say
 
     lines, against = describe(config, plan(config, adapter)), _against(config, adapter)
@@ -230,14 +230,14 @@ def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
 
 
 def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
-    """What a run says first: its name, and what will keep it out of the tables. `adapter`: what is
-    known of the adapter that is scored."""
+    """The first line that a run prints: its name, and objections to its use in tables. `adapter`:
+    see `runs.inputs.adapter_entry`."""
     against = _against(config, adapter)
     return f"Run {name}" + (f" ({against})" if against else "")
 
 
 def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
-    """What `make collect` will refuse the run for, empty if it will not."""
+    """Message on why `make collect` will refuse the run; empty if it will accept it."""
     record = {
         "config": {"model": to_dict(config.model)},
         "provenance": {"git": git_state(CONF_DIR.parent)},
@@ -248,7 +248,7 @@ def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
 
 
 def print_plan_together(configs: Sequence[Config]) -> None:
-    """Print what runs that share one base need together."""
+    """Print the total memory of runs that share one base model."""
     from mixlora_exp.system.console import say
 
     memories = [memory_of(config, packed=True) for config in configs]
@@ -262,5 +262,5 @@ def print_plan_together(configs: Sequence[Config]) -> None:
 
 
 def parameters_entry(config: Config) -> dict[str, Any]:
-    """The parameter counts as they stand in a record."""
+    """The parameter counts in the format of a record."""
     return dataclasses.asdict(count_parameters(config.model, config.method))

@@ -18,4 +18,4 @@ __all__ = ["TASKS", "Item", "Prompt", "Task", "check_characters", "custom_task",
 TASKS: dict[str, Task] = {
     task.name: task for task in (ARC_E, ARC_C, BOOLQ, OBQA, PIQA, SIQA, HELLASWAG, WINOGRANDE)
 }
-"""Every task under its name, in the order of the tables."""
+"""The tasks by name, in the order of the tables."""

@@ -1,8 +1,8 @@
-"""What a multiple-choice item is, and how it is asked.
+"""Multiple-choice items, prompts and tasks.
 
-An item is asked in one of two forms. `label`: the prompt lists the options under letters and the
-answer is a letter (BoolQ: true or false). `text`: the prompt leaves the options out and the answer
-is the text of one of them.
+An item is asked in one of two forms. `label`: the prompt lists the options with letters, and the
+answer is a letter (BoolQ: true or false). `text`: the prompt omits the options, and the answer is
+the text of one of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LETTERS = "ABCDEFGH"
 class Item:
     """One multiple-choice question of a task.
 
-    `context` may be shortened when the example is too long; `question` and `options` never are.
-    `answer` is the index of the right option; `labels` are what the options are called.
+    `context` may be truncated if the example is too long; `question` and `options` never are.
+    `answer`: index of the correct option; `labels`: one per option.
     """
 
     task: str
@@ -50,12 +50,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A data set of the paper: where it is on the hub, how a row is read, how an item is asked.
+    """A data set: its location on the hub, its row format and its prompts.
 
-    `splits` maps this project's `train` and `test` to the hub's split names; `test` is the split
-    that is scored. `sizes` are the official row counts of the two. `parse(row, index)` returns
-    the item of an official-schema row and raises `ValueError` (what is wrong with the row,
-    without naming the file) on one that does not fit. `ask_label` and `ask_text` build the prompts.
+    `splits` maps `train` and `test` (the scored split) to the hub's split names; `sizes`: official
+    row counts of the two. `parse(row, index)` returns the item of a row in the official schema, or
+    raises `ValueError` with the error, without the file's name. `ask_label` and `ask_text` build
+    the prompts.
     """
 
     name: str
@@ -71,10 +71,10 @@ class Task:
     ask_text: Callable[[Item], Prompt]
 
     def read(self, row: Mapping[str, Any], index: int) -> Item:
-        """The item of a row as a source has it: its characters are checked, then it is parsed.
+        """The item of a row: checks its characters and parses it.
 
         Raises:
-            ValueError: what is wrong with the row, with the field and without the file.
+            ValueError: the row is not valid; the message names the field, but not the file.
         """
         check_characters(row)
         return self.parse(row, index)

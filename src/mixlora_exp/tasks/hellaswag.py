@@ -1,5 +1,4 @@
-"""HellaSwag: the start of a text and four ways to go on; the text alone is asked, no label of
-the activity."""
+"""HellaSwag: the beginning of a text and four continuations; prompts omit the activity label."""
 
 from __future__ import annotations
 
@@ -14,11 +13,11 @@ __all__ = ["HELLASWAG"]
 
 
 def _clean(text: str) -> str:
-    """The text without the marks that the articles from WikiHow carry ("[header]", "[step]"): a
-    title begins a sentence, other marks go, and so do the blanks that they leave.
+    """The text without WikiHow's marks ("[header]", "[step]"): "[title]" becomes the end of a
+    sentence, other marks and repeated spaces are removed.
 
-    As lm-eval cleans it, until nothing changes, so that text that came cleaned stays as it is. A
-    text of nothing but marks is kept.
+    The same cleaning as in lm-eval, applied until nothing changes, so that it is idempotent. A text
+    that consists only of marks is unchanged.
     """
     cleaned, before = text, None
     while cleaned != before:
@@ -51,7 +50,7 @@ def _ask_label(item: Item) -> Prompt:
 
 
 def _ask_text(item: Item) -> Prompt:
-    """The bare text: the answer continues it."""
+    """The text itself, which the answer continues."""
     return Prompt("", item.context, "")
 
 

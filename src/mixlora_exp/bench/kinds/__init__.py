@@ -1,1 +1,1 @@
-"""The kinds of benchmark, one a file: `kind=NAME` takes `NAME.py`, which defines `KIND`."""
+"""The kinds of benchmark, one per file: `kind=NAME` runs `NAME.py`, which defines `KIND`."""
