@@ -82,7 +82,7 @@ def test_what_has_the_name_stays(kind: str, when: str, tmp_path: Path) -> None:
 
     if when == "before":
         take()
-    with pytest.raises(FileExistsError, match="exists already"), publishing(folder):
+    with pytest.raises(FileExistsError, match="already exists"), publishing(folder):
         take()
     assert list(tmp_path.iterdir()) == [folder]
     if "folder" in kind:

@@ -35,10 +35,10 @@ from mixlora_exp.system.untrusted import (
         (b"1" * 5000, "a whole number has thousands of digits"),
         (b"1" * 50, "a whole number has more than 40 digits"),
         (b"1e999", "a number is too large"),
-        (b'{"a": NaN}', "NaN is no number in JSON"),
-        (b'{"a": -Infinity}', "-Infinity is no number in JSON"),
-        (b'{"a": 1, "b": 2, "a": 3}', "the field a stands there twice"),
-        (b'{"a": "\xff"}', "byte 8 is no UTF-8 text"),
+        (b'{"a": NaN}', "NaN is not a number in JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not a number in JSON"),
+        (b'{"a": 1, "b": 2, "a": 3}', "the field a occurs twice"),
+        (b'{"a": "\xff"}', "byte 8 is not UTF-8 text"),
         (b'{"a": ["\\ud800"]}', "half of a character"),
         (b'{"\\udfff": 1}', "half of a character"),
     ],
@@ -62,7 +62,7 @@ def test_halves_and_odd_numbers_pass_where_the_caller_looks_at_them() -> None:
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(ValueError, match="it is a pipe, no file"):
+    with pytest.raises(ValueError, match="it is a pipe, not a file"):
         read_json(pipe)
     (tmp_path / "link").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match="it is a device, no file"):
@@ -113,7 +113,7 @@ def test_a_line_is_never_read_whole_when_it_is_too_long(
 def test_damaged_gzip_is_told_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(gzip.compress(b"{}\n" * 1000)[:-12])
-    with pytest.raises(ValueError, match="the gzip file is damaged or cut off after line"):
+    with pytest.raises(ValueError, match="the gzip file is damaged or truncated after line"):
         list(raw_lines(path))
 
 

@@ -1,7 +1,7 @@
 """mixlora-exp: fine-tuning language models with mixtures of LoRA experts.
 
-Importing the package makes MixLoRA known to PEFT, at once if PEFT is loaded, else as soon as it
-is: parts that need neither PEFT nor torch (configuration, tables) stay quick to import.
+Importing the package registers MixLoRA with PEFT: immediately if PEFT is loaded, otherwise when it
+is imported. Parts that need neither PEFT nor torch (configuration, tables) import quickly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Registers the MixLoRA tuner with PEFT once PEFT is imported, without importing it."""
+"""Registers the MixLoRA tuner when PEFT is imported, without importing PEFT itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _register() -> None:
 
 
 class _Loader(importlib.abc.Loader):
-    """PEFT's own loader, with the registration after it."""
+    """PEFT's own loader, followed by the registration."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -23,7 +23,7 @@ class _Loader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module) -> None:
-        # Resource readers and tracebacks look at the loader of a module.
+        # Resource readers and tracebacks use the module's loader.
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _register()
@@ -31,8 +31,8 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Asks the other finders for PEFT; stays until PEFT is imported, since many only look for it
-    (`transformers.utils.is_peft_available`)."""
+    """Delegates the search for PEFT to the other finders. Stays installed until PEFT is imported,
+    since many callers only look for it (`transformers.utils.is_peft_available`)."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "peft":
@@ -48,7 +48,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Register now if PEFT is imported, else when it will be."""
+    """Register the tuner now if PEFT is imported, otherwise when PEFT is imported."""
     if "peft" in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

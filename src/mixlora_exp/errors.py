@@ -1,4 +1,4 @@
-"""Mistakes of the user, told in one message and never as a traceback."""
+"""User mistakes, reported in one message without a traceback."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import unicodedata
 __all__ = ["PackError", "UserError", "shown"]
 
 SCREEN = 1900
-"""Characters of a message at most: what a terminal of 24 lines and 80 columns shows."""
+"""Maximum number of characters of a message: what a terminal of 24 lines and 80 columns shows."""
 ODD = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-"""Unicode's categories of what is no letter, mark or blank: control and format characters (escapes,
-changes of writing direction, characters without width), halves of characters, other line ends."""
+"""Unicode categories that are escaped: control and format characters (terminal escapes, changes of
+writing direction, zero-width characters), surrogates, private use, line separators."""
 
 
 def shown(text: str, most: int | None = SCREEN, *, keep: str = "") -> str:
-    """A text from a file, fit for a terminal and for a line: what a terminal would act on, or an
-    eye would not see, stands there as an escape (`\\x1b`), and beyond `most` characters the middle
-    is left out (None: nothing is). `keep`: characters that stay as they are. What was shown before
-    stays as it is.
+    """Untrusted text made safe to print on one line of a terminal.
+
+    Characters that a terminal would interpret, or that are invisible, become escapes (`\\x1b`),
+    except those in `keep`. A text of more than `most` characters loses its middle (None: no limit).
+    Idempotent.
     """
     text = _cut(text, most)
     if not text.isascii() or not text.isprintable():
@@ -33,17 +34,17 @@ def shown(text: str, most: int | None = SCREEN, *, keep: str = "") -> str:
 def _cut(text: str, most: int | None) -> str:
     if most is None or len(text) <= most:
         return text
-    # What begins a message names the place, what ends it the way out.
+    # A message begins with the field and ends with the way out.
     end = most // 3
     return f"{text[: most - end - 5]} ... {text[-end:]}"
 
 
 class UserError(Exception):
-    """A request that cannot be carried out, told in one message.
+    """A request that cannot be executed.
 
     The message names the field, its value and the way out. The command line prints it without a
-    traceback and exits with code 2. Whatever values from files stand in it, it is one line, no
-    longer than a screen, without characters that a terminal would act on.
+    traceback and exits with code 2. Whatever values from files it contains, it is one line, no
+    longer than a screen, without characters that a terminal would interpret.
     """
 
     def __init__(self, message: str) -> None:
@@ -51,7 +52,10 @@ class UserError(Exception):
 
 
 class PackError(UserError):
-    """Runs of a pack failed; the others are recorded, or another process's."""
+    """Some runs of a pack (adapters trained together) failed.
+
+    `done` and `failed` count runs. The remaining runs are recorded, or belong to another process.
+    """
 
     def __init__(self, message: str, *, done: int, failed: int) -> None:
         super().__init__(message)

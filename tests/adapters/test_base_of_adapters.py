@@ -175,7 +175,7 @@ def test_weights_of_another_base_are_no_part_of_an_adapter(
     change(folder, lambda tensors: tensors.update({name: own.detach() + 1}))
     base = base_of()
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
-    with pytest.raises(UserError, match="holds weights of a base model") as error:
+    with pytest.raises(UserError, match="contains weights of another base model") as error:
         load(base, folder)
     assert name in str(error.value)
     after = {key.replace(".base_layer", ""): t for key, t in base.state_dict().items()}
@@ -186,7 +186,7 @@ def test_weights_of_another_base_are_no_part_of_an_adapter(
 def test_resized_embeddings_are_refused(load: Load, base_of, tmp_path: Path) -> None:
     folder = by_peft(tmp_path / "a", base_of())
     change(folder, lambda tensors: tensors.update({EMBEDDING: torch.zeros(1030, 64)}))
-    with pytest.raises(UserError, match="holds weights of a base model"):
+    with pytest.raises(UserError, match="contains weights of another base model"):
         load(base_of(), folder)
 
 
@@ -206,7 +206,7 @@ def test_the_base_s_own_weights_in_the_file_do_no_harm(base_of, dtype, tmp_path:
 def test_a_tensor_of_nobody_is_refused(load: Load, base_of, tmp_path: Path) -> None:
     folder = by_peft(tmp_path / "a", base_of())
     change(folder, lambda tensors: tensors.update({"stray": torch.zeros(3)}))
-    with pytest.raises(UserError, match="stray is no tensor of this adapter"):
+    with pytest.raises(UserError, match="stray is neither a tensor of this adapter"):
         load(base_of(), folder)
 
 
@@ -338,5 +338,5 @@ def test_what_a_file_names_is_not_opened(
     folder = by_peft(tmp_path / "a", base_of())
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
-    with pytest.raises(UserError, match="is not obeyed|is not served here"):
+    with pytest.raises(UserError, match="is refused|is not served here"):
         load(base_of(), folder)

@@ -75,7 +75,7 @@ def files(kit: Any, tmp_path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ({"router_init_range": -1}, "router_init_range=-1"),
         ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path"),
         ({"new\nentry": 1}, r"new\\nentry is not supported"),
-        ({"r": 4.0}, "r=4.0 must be a whole number: mend"),
+        ({"r": 4.0}, "r=4.0 must be an integer: correct"),
     ],
     ids=str,
 )
@@ -127,7 +127,7 @@ def reshaped(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[st
         (reshaped("moe_gate", lambda t: t.long()), "floating-point"),
         (reshaped("moe_gate", lambda t: t[0, 0]), "0 dimensions"),
         (reshaped("q_proj.lora_A", lambda t: t[0, 0]), "0 dimensions"),
-        (reshaped("q_proj.lora_A", lambda t: t * math.nan), "no finite numbers"),
+        (reshaped("q_proj.lora_A", lambda t: t * math.nan), "not finite"),
         (renamed("moe_gate", "g\x1b[1m"), r"g\\x1b\[1m\.weight is unknown"),
     ],
 )
@@ -175,9 +175,9 @@ def test_the_format_of_old_pytorch_is_refused(kit: Any, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["one"], "the following arguments are required: OUT"),
-        (["absent", "out"], "absent is no folder"),
-        (["{in}", "{in}"], "exists already"),
-        (["{in}", "out"], "in PEFT's format already"),
+        (["absent", "out"], "absent is not a folder"),
+        (["{in}", "{in}"], "already exists"),
+        (["{in}", "out"], "already in PEFT's format"),
         (["{in}", "out", "--magnitude=drop"], "there is no option --magnitude"),
         (["{in}", "out", "third"], "unrecognized arguments: third"),
         (["{empty}", "out"], "holds no adapter (there is no adapter_config.json)"),

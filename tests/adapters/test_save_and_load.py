@@ -108,8 +108,8 @@ def more_targets(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        pytest.param(cut_weights, "cut off or damaged", id="copied half"),
-        pytest.param(empty_weights, "cut off or damaged", id="empty file"),
+        pytest.param(cut_weights, "truncated or damaged", id="copied half"),
+        pytest.param(empty_weights, "truncated or damaged", id="empty file"),
         pytest.param(lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}", id="no weights"),
         pytest.param(lambda f: (f / CONFIG).unlink(), f"has no {CONFIG}", id="no configuration"),
         pytest.param(

@@ -315,7 +315,7 @@ def test_a_model_of_a_folder_of_ones_own(tmp_path: Path, capsys) -> None:
     (tmp_path / "model" / "mine.yaml").write_text("name: mine\nsource: random\n")
     words = [f"--config-dir={tmp_path}", "model=mine", "dry_run=true", "data=embedded"]
     assert execute(words) == 2
-    assert "put its config.json beside the YAML as model/mine.json" in capsys.readouterr().err
+    assert "put its config.json next to the YAML as model/mine.json" in capsys.readouterr().err
     for damaged in ("{", "[]", "[" * 100_000):
         (tmp_path / "model" / "mine.json").write_text(damaged)
         assert execute(words) == 2

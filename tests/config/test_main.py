@@ -38,9 +38,9 @@ def test_help_imports_no_package(tmp_path: Path) -> None:
 
 def test_a_command_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tabels"]) == 2
-    assert capsys.readouterr().err == "error: tabels is no command; did you mean tables?\n"
+    assert capsys.readouterr().err == "error: tabels is not a command; did you mean tables?\n"
     assert main(["x"]) == 2
-    assert "there are train, evaluate" in capsys.readouterr().err
+    assert "choose from train, evaluate" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing(
@@ -65,7 +65,7 @@ def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str])
     ("words", "message"),
     [
         (["--outptu=x", "a"], "there is no option --outptu; did you mean --output?"),
-        (["--zzz", "a"], "there is no option --zzz; there are"),
+        (["--zzz", "a"], "there is no option --zzz; choose from"),
         (["output=x", "a"], "output=x: output is an option, write --output"),
         (["a", "--count=two"], "invalid int value: 'two'"),
         ([], "the following arguments are required"),

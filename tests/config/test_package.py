@@ -70,4 +70,4 @@ def test_its_commands_run_without_a_checkout(wheel: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "order: fixed" in done.stdout
-    assert "give --output=DIR" in done.stderr
+    assert "needs --output=DIR" in done.stderr

@@ -105,9 +105,9 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "piqa" / "train.jsonl.gz", *[GOOD] * 50)
     file.write_bytes(file.read_bytes()[:-12])
-    assert "damaged or cut off" in refusal(local(tmp_path))
+    assert "damaged or truncated" in refusal(local(tmp_path))
     file.write_bytes(b"not gzip")
-    assert "damaged or cut off" in refusal(local(tmp_path))
+    assert "damaged or truncated" in refusal(local(tmp_path))
     file.unlink()
     file.with_name("train.parquet").write_bytes(b"PAR1 but not really")
     assert "cannot be read as parquet" in refusal(local(tmp_path))
@@ -162,7 +162,7 @@ def test_half_a_character_is_named_with_file_line_and_field(task: str, tmp_path:
         file = write_lines(tmp_path / task / "test.jsonl", good, broken_at(good, name))
         message = refusal(local(tmp_path), task, "test")
         assert f"{file}:2: " in message
-        assert f"field '{name}' holds half a character (U+DFFF)" in message
+        assert f"field '{name}' contains half a character (U+DFFF)" in message
         assert message.isprintable()
     write_lines(tmp_path / task / "test.jsonl", {**good, "\ud800": "x"})
     assert ":1: " in refusal(local(tmp_path), task, "test")
@@ -174,14 +174,14 @@ def test_half_a_character_in_bytes_and_in_a_task_of_one_s_own(tmp_path: Path) ->
     # Each half on its own in UTF-8, as some programs write it.
     file.write_bytes(b'{"q": "a \xed\xa0\x80 b", "o": ["x", "y"], "a": 0}\n')
     own = CustomTask(question="q", options=["o"], answer="a", answer_as=AnswerKind.index)
-    with pytest.raises(UserError, match=r"test\.jsonl:1: .*field 'q' holds half"):
+    with pytest.raises(UserError, match=r"test\.jsonl:1: .*field 'q' contains half"):
         load_split(local(tmp_path), "quiz", "test", {"quiz": own})
 
 
 def test_half_a_character_in_generated_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = [GOOD, {**GOOD, "x": HALF}]
     monkeypatch.setattr("mixlora_exp.tasks.embedded.rows", lambda *_: drawn)
-    with pytest.raises(UserError, match=r"piqa/test\?seed=0 row 2: .*field 'x' holds half"):
+    with pytest.raises(UserError, match=r"piqa/test\?seed=0 row 2: .*field 'x' contains half"):
         load_split(DataConfig(name=DataSource.embedded), "piqa", "test")
 
 
@@ -195,7 +195,7 @@ def test_a_parquet_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     columns["sol2"] = not_utf8([b"good", b"bad \xed\xa0\x80"])
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "piqa" / "train.parquet")
     message = refusal(local(tmp_path))
-    assert "train.parquet row 2: field 'sol2' is no UTF-8 text" in message
+    assert "train.parquet row 2: field 'sol2' is not UTF-8 text" in message
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -421,7 +421,7 @@ def test_bombs_are_refused_with_the_limit_that_they_break(
     else:
         write_lines(file, *[GOOD] * 20_000)
     message = refusal(local(tmp_path))
-    assert "more than 1 MiB; MIXLORA_EXP_READ_LIMIT=N (MiB a file) allows more" in message
+    assert "more than 1 MiB; MIXLORA_EXP_READ_LIMIT=N (MiB per file) allows more" in message
     monkeypatch.setenv(LIMIT, "64")
     assert len(load_split(local(tmp_path), "piqa", "train").items) >= 20_000
 

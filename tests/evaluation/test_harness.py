@@ -110,7 +110,7 @@ def test_a_package_that_scores_otherwise_is_noticed(
     own = HFLM(pretrained=make_model("none"), tokenizer=tokenizer, backend="causal", batch_size=4)
     results = evaluate_tasks(own, tests)
     results["samples"]["openbookqa"][3]["acc"] = 1.0 - results["samples"]["openbookqa"][3]["acc"]
-    with pytest.raises(UserError, match="does not fit its likelihoods"):
+    with pytest.raises(UserError, match="contradicts its likelihoods"):
         task_scores(results, tests)
 
 

@@ -336,5 +336,5 @@ def test_scores_that_are_no_numbers_are_refused(
     model = make_model("none")
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    with pytest.raises(UserError, match="of arc_e scores that are not finite"):
+    with pytest.raises(UserError, match="of arc_e are not finite"):
         PROTOCOLS[protocol](scorer(model), items("arc_e", 2), data)

@@ -92,7 +92,8 @@ def test_two_people_start_the_same_run(start, contents, until, tmp_path: Path) -
     until(lambda: "step 1/50" in first.told())
     second = start(*argv)
     assert second.wait() == 0
-    assert f"Running elsewhere ({os.uname().nodename}" in second.told().replace("\n", " ")
+    told = second.told().replace("\n", " ")
+    assert f"Skipped, another process is running it ({os.uname().nodename}" in told
     assert first.wait() == 0
     assert len(contents(tmp_path / "run")) == 1
 

@@ -162,14 +162,14 @@ def test_hostile_headers_are_refused(kind: str, tmp_path: Path) -> None:
     text = HEADERS[kind]
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-    with pytest.raises(UserError, match="is cut off or damaged: take another copy"):
+    with pytest.raises(UserError, match="is truncated or damaged: copy the model again"):
         fingerprint(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x00" * 7])
 def test_files_without_a_header_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="is cut off or damaged"):
+    with pytest.raises(UserError, match="is truncated or damaged"):
         stored_tensors(tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_an_index_names_files_of_its_own_folder(folder: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="is incomplete, it lacks "):
         weight_files(other)
     index.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="is cut off or damaged"):
+    with pytest.raises(UserError, match="is truncated or damaged"):
         weight_files(other)
 
 

@@ -63,15 +63,15 @@ def lacking(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fused projections": (phi, "model_type=phi3 is not supported: 2 layers have 0 q_proj"),
-    "unknown": (lambda f: edited(f, model_type="lama"), "knows; did you mean llama"),
+    "unknown": (lambda f: edited(f, model_type="lama"), "did you mean llama"),
     "no weights": (without_weights, "has no weights"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "no tokenizer": (without_tokenizer, "holds no tokenizer"),
-    "cut off": (cut_off, "is cut off or damaged"),
+    "no tokenizer": (without_tokenizer, "has no tokenizer"),
+    "cut off": (cut_off, "is truncated or damaged"),
     "weights missing": (lacking, "lacks 1 weights, the first model.layers.0.mlp.up_proj.weight"),
-    "another shape": (lambda f: edited(f, intermediate_size=160), "asks for [160, 64]"),
+    "another shape": (lambda f: edited(f, intermediate_size=160), "requires [160, 64]"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be used"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json cannot be used"),
     "nonsense": (lambda f: edited(f, hidden_size="wide"), "cannot read config.json"),
 }

@@ -61,7 +61,7 @@ def test_identity_of_a_folder(tiny: Tiny, folder: Path) -> None:
 def test_missing_folder(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(path=str(tmp_path / "none"))
     for call in (lambda: load_model(config, torch.float32), lambda: load_tokenizer(config)):
-        with pytest.raises(UserError, match=r"model\.path=.*none is not valid: there is no such"):
+        with pytest.raises(UserError, match=r"model\.path=.*none does not exist"):
             call()
 
 
@@ -75,7 +75,7 @@ def test_incomplete_folder(tiny: Tiny, folder: Path, name: str) -> None:
 def test_folder_without_tokenizer(tiny: Tiny, folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match=r"model\.path=.* holds no tokenizer"):
+    with pytest.raises(UserError, match=r"model\.path=.* has no tokenizer"):
         load_tokenizer(tiny(path=str(folder)))
 
 
@@ -84,14 +84,14 @@ def test_folder_with_settings_of_a_tokenizer_alone(tiny: Tiny, tmp_path: Path) -
     config = tiny("gemma")
     load_model(config, torch.float32).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
-    with pytest.raises(UserError, match=r"model\.path=.* holds no tokenizer"):
+    with pytest.raises(UserError, match=r"model\.path=.* has no tokenizer"):
         load_tokenizer(tiny("gemma", path=str(tmp_path)))
 
 
 def test_cut_off_weights(tiny: Tiny, folder: Path) -> None:
     weights = folder / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(UserError, match="a weight file is cut off or damaged") as caught:
+    with pytest.raises(UserError, match="a weight file is truncated or damaged") as caught:
         load_model(tiny(path=str(folder)), torch.float32)
     assert str(folder) in str(caught.value)
 

@@ -67,7 +67,7 @@ def test_random_weights_of_a_hub_model_need_no_hub(
     ("error", "words"),
     [
         (hub_error(GatedRepoError), ["access is gated", "accept the licence there"]),
-        (hub_error(RepositoryNotFoundError), ["no such repository", "accept the licence there"]),
+        (hub_error(RepositoryNotFoundError), ["repository does not exist", "accept the licence there"]),
         (hub_error(RevisionNotFoundError), ["model.revision=v9 does not exist"]),
         (LocalEntryNotFoundError("no network"), ["cannot be reached", "accept the licence there"]),
         (OSError(errno.EROFS, "Read-only file system"), ["Read-only file system"]),
@@ -121,6 +121,6 @@ def test_hub_model_is_checked_before_its_weights_are_read(
 ) -> None:
     monkeypatch.setattr(reading.AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(
-        UserError, match=r"model\.config\.num_key_value_heads=4 does not fit owner/model.* is 2"
+        UserError, match=r"model\.config\.num_key_value_heads=4 does not match owner/model.* has 2"
     ):
         load_model(tiny(**HUB, num_key_value_heads=4, revision="v1"), torch.float32)

@@ -195,7 +195,7 @@ def test_unwritable_cache_is_one_error(
 
 def test_package_of_another_shape(package: ModelConfig, conversions: list) -> None:
     package.config["intermediate_size"] = 100
-    with pytest.raises(UserError, match=r"intermediate_size=100 does not fit tiny-weights"):
+    with pytest.raises(UserError, match=r"intermediate_size=100 does not match tiny-weights"):
         load_model(package, torch.float32)
 
 

@@ -17,15 +17,15 @@ from mixlora_exp.models.skeleton import projections, skeleton
 
 SMALL = {"num_hidden_layers": 2}
 REFUSED = {
-    "phi3": "2 layers have 0 q_proj, 0 k_proj, 0 v_proj, 2 o_proj as nn.Linear, beside gate_up",
+    "phi3": "2 layers have 0 q_proj, 0 k_proj, 0 v_proj, 2 o_proj as nn.Linear, and also gate_up",
     "gpt2": "beside c_attn (Conv1D)",
-    "starcoder2": "2 layers have 0 gate_proj, 0 up_proj, 0 down_proj as nn.Linear, beside c_fc",
+    "starcoder2": "2 layers have 0 gate_proj, 0 up_proj, 0 down_proj as nn.Linear, and also c_fc",
     "falcon_h1": "2 layers have 0 feed-forward blocks named mlp",
     "seed_oss": "its mlp(x) is dropout(down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))",
-    "mixtral": "it is a mixture of experts already",
-    "qwen3_moe": "it is a mixture of experts already",
-    "gemma3": "model_type=gemma3 is no causal language model of text alone",
-    "t5": "model_type=t5 is no causal language model of text alone",
+    "mixtral": "it is already a mixture of experts",
+    "qwen3_moe": "it is already a mixture of experts",
+    "gemma3": "model_type=gemma3 is not a text-only causal language model",
+    "t5": "model_type=t5 is not a text-only causal language model",
 }
 
 
@@ -53,11 +53,11 @@ def test_other_architectures_are_refused_by_what_they_lack(kind: str) -> None:
             "{model_type: phi3, hidden_size: 64, num_hidden_layers: 1}",
             "phi3 is not supported: 1 layers have 0",
         ),
-        ("{model_type: mistrl}", "model_type=mistrl is none that transformers"),
+        ("{model_type: mistrl}", "model_type=mistrl is unknown to transformers"),
         ("{num_hidden_layer: 2}", "is not a field of LlamaConfig (did you mean num_hidden_layers"),
         ("{num_hidden_layers: two}", "expected int, got str (value: 'two')"),
         ("{num_key_value_heads: 3}", "does not divide num_attention_heads=4"),
-        ("{hidden_act: siluu}", "its configuration gives no model"),
+        ("{hidden_act: siluu}", "no model can be built from its configuration"),
         ("{_attn_implementation: owner/kernels}", "is not a field of LlamaConfig"),
         ("{quantization_config: {bits: 4}}", "is not a field of LlamaConfig"),
     ],

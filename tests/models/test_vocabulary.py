@@ -157,6 +157,6 @@ def test_fewer_positions_than_the_yaml_says_are_refused(
     monkeypatch.setattr(loading, "cached_folder", lambda config: folder)
     config = tiny(source=ModelSource.pypi, package="p==1", max_position_embeddings=9000)
     with pytest.raises(
-        UserError, match=r"model\.config\.max_position_embeddings=9000 does not fit p==1.* 4096"
+        UserError, match=r"model\.config\.max_position_embeddings=9000 does not match p==1.* 4096"
     ):
         load_model(config, torch.float32)

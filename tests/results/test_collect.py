@@ -60,7 +60,7 @@ def test_another_result_of_the_same_name_is_refused(write: Write, tmp_path: Path
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="source=.*nowhere is no folder"):
+    with pytest.raises(UserError, match="source=.*nowhere is not a folder"):
         collect(tmp_path / "nowhere", tmp_path / "runs")
 
 
@@ -101,7 +101,7 @@ def test_force_takes_what_is_refused_and_marks_it(
     refused = collect(source, results / "runs")
     ((entry),) = refused.refused
     assert entry.reason.startswith(reason)
-    assert entry.reason.endswith("--force takes it, marked")
+    assert entry.reason.endswith("--force collects it, marked")
     taken = collect(source, results / "runs", force=True)
     assert (taken.packed, taken.refused) == (["odd"], [])
     found = gather(results)

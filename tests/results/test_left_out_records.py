@@ -65,8 +65,8 @@ def no_predictions(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(edited, "changed after it was written"), (cut, "cut off"), (old, "schema_version=0"),
-     (prediction, "does not give the accuracy"), (no_predictions, "cannot be read")],
+    [(edited, "changed after it was written"), (cut, "truncated"), (old, "schema_version=0"),
+     (prediction, "contradicts the accuracy"), (no_predictions, "cannot be read")],
 )  # fmt: skip
 def test_a_spoilt_record_is_left_out_by_name(
     spoil: Callable[[Path], None], reason: str, add: Write, results: Path

@@ -83,7 +83,7 @@ def test_cut_off_record_is_refused(written: Path) -> None:
     whole = written.read_bytes()
     for length in (0, 1, len(whole) // 2, len(whole) - 3):
         written.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"record\.json is not a record: it is cut off"):
+        with pytest.raises(UserError, match=r"record\.json is not a record: it is truncated"):
             read_record(written)
 
 
@@ -99,7 +99,7 @@ def test_other_schema_version_is_refused(written: Path, version: object) -> None
     record = json.loads(written.read_text())
     record["schema_version"] = version
     written.write_text(json.dumps(record))
-    with pytest.raises(UserError, match=f"schema_version={version} is not valid"):
+    with pytest.raises(UserError, match=f"schema_version={version} is not supported"):
         read_record(written)
 
 

@@ -70,7 +70,7 @@ def test_only_what_a_run_writes_is_copied(named: str, source: Path, tmp_path: Pa
     (tmp_path / "src" / "code.py").write_text("code")
     for key in ("arc_e/label_logits", "other/label_logits", "../x/y"):
         changed(source / "a", lambda record, key=key: record["predictions"].update({key: named}))
-        assert "is no file that a run writes" in refused(source, tmp_path / "runs")
+        assert "is not a file that a run writes" in refused(source, tmp_path / "runs")
         own = {"arc_e/label_logits": PREDICTIONS}
         changed(source / "a", lambda record, own=own: record.update(predictions=own))
     assert (tmp_path / "src" / "code.py").read_text() == "code"

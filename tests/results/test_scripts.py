@@ -80,10 +80,10 @@ def test_a_fresh_clone_has_nothing_to_collect(
     words = ["collect", f"--target={tmp_path / 'runs'}"]
     done = script(*words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("nothing to collect: there is no finished run in outputs\n")
+    assert done.stdout.startswith("nothing to collect: no finished run in outputs\n")
     done = script(*words, f"--source={tmp_path / 'nowhere'}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "nowhere is no folder" in done.stderr
+    assert "nowhere is not a folder" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["tables", "figures", "report", "collect"])

@@ -143,7 +143,7 @@ def mistakes(folder: Path, copied: Path) -> list[tuple[list[str], str]]:
         (["method=lora"], "trains nothing"),
         (["rum=x"], r"did you mean run\?"),
         (["protocols=answer_text"], r"did you mean protocol\?"),
-        (["adapter=/nowhere", "model=tiny"], "adapter=/nowhere is no folder"),
+        (["adapter=/nowhere", "model=tiny"], "adapter=/nowhere is not a folder"),
     ]
 
 
@@ -232,11 +232,11 @@ def test_several_runs_in_the_same_passes(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run=[{0},]"], "a folder is missing"),
+        (["run=[{0},]"], "lacks a folder"),
         (["run=[{0},/nowhere]"], "run=/nowhere holds no record.json"),
         (["run=[{0},{0}]"], "entries 1 and 2 are the same run"),
-        (["run=[{0},{1}]", "-m"], "-m does not go with several adapters"),
-        (["adapter=[{0}/adapter,/nowhere]", "model=tiny"], "adapter=/nowhere is no folder"),
+        (["run=[{0},{1}]", "-m"], "-m does not work with several adapters"),
+        (["adapter=[{0}/adapter,/nowhere]", "model=tiny"], "adapter=/nowhere is not a folder"),
     ],
 )
 def test_mistakes_with_several_are_told(

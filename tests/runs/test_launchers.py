@@ -147,7 +147,7 @@ def test_processes_of_joblib_save_on_sigterm(start: Callable[..., Sweep], tmp_pa
     sweep.process.send_signal(signal.SIGTERM)
     code, told = sweep.end()
     assert code == 75
-    assert "0 failed, 0 left alone, " in told
+    assert "0 failed, 0 skipped, " in told
     assert list(run.glob("checkpoints/step-*"))
     again = start(*JOBLIB, "method=lora", "seed=1,2")
     assert again.end()[0] == 0

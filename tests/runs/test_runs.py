@@ -272,7 +272,7 @@ def test_changed_data_under_the_same_settings_is_refused(run: Start, tmp_path: P
     first = run(*local)
     before = first.path.read_bytes()
     write_rows(folder, change=" Please!")
-    with pytest.raises(UserError, match=r"on other inputs \(arc_e/.*force=true"):
+    with pytest.raises(UserError, match=r"other inputs \(arc_e/.*force=true"):
         run(*local)
     assert first.path.read_bytes() == before
     forced = run(*local, "force=true")

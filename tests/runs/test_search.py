@@ -141,7 +141,7 @@ def test_a_range_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_field_is_searched_or_given(tmp_path: Path) -> None:
     wanted = settings(tmp_path, ranges=["method.dropout=0.01:0.2"])
-    with pytest.raises(UserError, match="method.dropout=0.1: ranges has method.dropout too"):
+    with pytest.raises(UserError, match="method.dropout=0.1: ranges also contains method.dropout"):
         search(wanted, [*SMALL, "method.dropout=0.1"], Trainer(tmp_path))
     wanted = settings(tmp_path, ranges=["method.droput=0.01:0.2"])
     with pytest.raises(UserError, match="droput"):
@@ -210,7 +210,7 @@ def test_what_stands_in_the_way_of_any_trial_ends_the_search(tmp_path: Path, err
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with RunLock(tmp_path / ".search.lock") as lock:
         assert lock.acquire()
-        with pytest.raises(UserError, match="study=search: another process searches it"):
+        with pytest.raises(UserError, match="study=search is in use by another process"):
             search(settings(tmp_path), SMALL, Trainer(tmp_path))
 
 
@@ -223,7 +223,7 @@ def test_a_search_that_was_taken_over_writes_nothing_more(tmp_path: Path, monkey
             time.sleep(0.5)
             return super().__call__(config, watch)
 
-    with pytest.raises(UserError, match="another process has taken this search over"):
+    with pytest.raises(UserError, match="another process took over this search"):
         search(settings(tmp_path), SMALL, TakenOver(tmp_path))
     (tmp_path / ".search.lock" / "2").write_text(json.dumps({"released": True}))
     study = search(settings(tmp_path, trials=1), SMALL, Trainer(tmp_path))
@@ -241,7 +241,7 @@ def test_trials_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
         ("seed=1", "seed=42, now 1"),
         ("data.train_limit=8", "data.train_limit=16, now 8"),
     ):
-        with pytest.raises(UserError, match="study=search has trials of other settings") as caught:
+        with pytest.raises(UserError, match="has trials with other settings") as caught:
             search(settings(tmp_path), [*SMALL, override], trainer)
         assert difference in str(caught.value)
     assert not trainer.configs
@@ -270,7 +270,7 @@ def test_trials_on_other_data_are_not_mixed(tmp_path: Path) -> None:
 def test_a_study_that_names_no_settings_is_refused(tmp_path: Path) -> None:
     study = optuna.create_study(study_name="search", storage=f"sqlite:///{tmp_path}/search.db")
     study.ask()
-    with pytest.raises(UserError, match="study=search does not say which settings"):
+    with pytest.raises(UserError, match="study=search does not contain the settings"):
         search(settings(tmp_path), SMALL, Trainer(tmp_path))
 
 

@@ -171,7 +171,7 @@ def test_several_adapters_answer_in_the_same_batches(
     assert len(capsys.readouterr().out.splitlines()) == 4
     path.write_text(json.dumps({"prompt": "a", "adapter": "none"}))
     assert command(*words, f"prompts={path}") == 2
-    assert "asks for adapter none: give one of " in capsys.readouterr().err
+    assert "names the unknown adapter none: give one of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -235,7 +235,7 @@ def test_a_merged_checkpoint_is_a_plain_model(
     assert (found - expected).abs().max() < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer(PROMPTS[0])["input_ids"] == ids[0].tolist()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         write_merged(opened, tmp_path / "merged")
 
 
@@ -284,7 +284,7 @@ def test_a_mixture_says_why_it_cannot_be_merged(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["adapter=absent"], "adapter=absent is no folder"),
+        (["adapter=absent"], "adapter=absent is not a folder"),
         (["prompt=a", "prompts=b"], "name one of them"),
         (["prompts=absent.txt"], "absent.txt cannot be read"),
         (["prompt= "], "it is empty"),
@@ -295,10 +295,10 @@ def test_a_mixture_says_why_it_cannot_be_merged(
         (["random_seed=-1"], "random_seed=-1"),
         (["top_p=2"], "top_p=2"),
         (["tempo=1"], "tempo"),
-        (["adapter=a", "adapters=[b,c]"], "adapter is given too: name one of them"),
-        (["adapters=[absent,gone]"], "adapter=absent is no folder"),
+        (["adapter=a", "adapters=[b,c]"], "adapter is also given: give one of them"),
+        (["adapters=[absent,gone]"], "adapter=absent is not a folder"),
         (["adapters=[docs,docs]"], "both called docs"),
-        (["adapters=[docs,conf]", "chat=true"], "chat=True is not valid: it is for one adapter"),
+        (["adapters=[docs,conf]", "chat=true"], "chat=True is not valid: it works with one"),
         (["model=llama9"], "llama9"),
         (["chat=true", "prompt=a"], "no chat template"),
     ],

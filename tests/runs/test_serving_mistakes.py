@@ -106,7 +106,7 @@ def test_an_adapter_without_numbers_is_not_used(
     for words in ([f"adapter={bad}"], [f"adapters=[{run},{bad}]"]):
         message = told(capsys, *words, "prompt=a")
         assert message.startswith(f"error: adapter={bad / 'adapter'}: ")
-        assert "holds values that are no finite numbers" in message
+        assert "contains values that are not finite" in message
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -116,7 +116,7 @@ def test_scores_without_numbers_are_no_answer(run: Path, temperature: float) -> 
         for name, weight in opened.model.named_parameters():
             if "lora_B" in name:
                 weight.fill_(1e30)
-    with pytest.raises(UserError, match="scores that are no finite numbers"):
+    with pytest.raises(UserError, match="logits are not finite"):
         list(continuations(opened, ["Is it?"], max_new_tokens=3, temperature=temperature))
 
 
@@ -141,12 +141,12 @@ def test_no_prompt_goes_beyond_the_model_s_positions(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"prompt": "a"}\n\n\n{"prompt": 1}\n', ":4: this is no JSON object"),
+        (b'{"prompt": "a"}\n\n\n{"prompt": 1}\n', ":4: this is not a JSON object"),
         (b'{"prompt": "a"}\n{"prompt": " "}\n', ":2: prompt is empty"),
-        (b'{"prompt": "a"}\n{"prompt": "a\\ud800b"}\n', ":2: prompt is no UTF-8 text"),
-        (b'{"prompt": "a", "adapter": "\\udc00"}\n', ":1: adapter is no UTF-8 text"),
-        (b'{"prompt": "a"}\n\n{"prompt": "\xff"}\n', "prompts.jsonl:3: this is no UTF-8 text"),
-        (b'{"prompt": "a", "adapter": "b"}\n', "'a' asks for adapter b: name adapters=[DIR,DIR]"),
+        (b'{"prompt": "a"}\n{"prompt": "a\\ud800b"}\n', ":2: prompt is not UTF-8 text"),
+        (b'{"prompt": "a", "adapter": "\\udc00"}\n', ":1: adapter is not UTF-8 text"),
+        (b'{"prompt": "a"}\n\n{"prompt": "\xff"}\n', "prompts.jsonl:3: this is not UTF-8 text"),
+        (b'{"prompt": "a", "adapter": "b"}\n', "names the unknown adapter b: name adapters=["),
         (b"\n \n", "is empty: give a prompt per line"),
         (b"", "is empty: give a prompt per line"),
     ],
@@ -185,17 +185,17 @@ def test_marks_and_separators_of_unicode_are_text(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prompt=caf\udce9"], "prompt is no UTF-8 text"),
+        (["prompt=caf\udce9"], "prompt is not UTF-8 text"),
         (["prompt=  "], "prompt= is not valid: it is empty"),
         (["adapters=docs"], "adapters=docs is not valid: expected a list"),
-        (["adapters=[[docs]]"], "adapter=[docs] is no folder"),
+        (["adapters=[[docs]]"], "adapter=[docs] is not a folder"),
         (["max_new_tokens=1.5"], "max_new_tokens=1.5 is not valid: expected a whole number"),
         (["max_new_tokens=0"], "max_new_tokens=0 is not valid: must be >= 1"),
         (["temperature=hot"], "temperature=hot is not valid: expected a number"),
         (["chat=maybe"], "chat=maybe is not valid: expected true or false"),
         (["adapter="], "adapter= is not valid: give a value"),
         (["prompts="], "prompts= is not valid: give a value"),
-        (["prompt=a", "prompts=b"], "prompt is given too: name one of them"),
+        (["prompt=a", "prompts=b"], "prompt is also given: give one of them"),
         (["tempo=1"], "random_seed, model, kernel, seed, trainer"),
         (["tempratur=1"], "did you mean temperature?"),
         (["task=arc_e"], "task"),
@@ -213,7 +213,7 @@ def test_what_a_failed_run_left_is_named(
     failed = tmp_path / "failed"
     shutil.copytree(run / "adapter", failed / "last_good")
     message = told(capsys, f"adapter={failed}", "prompt=a")
-    assert f"adapter={failed / 'last_good'} is what is left of it" in message
+    assert f"adapter={failed / 'last_good'} is its last good adapter" in message
     # It tells its base model itself, as any adapter does.
     assert guarded(generation.run, [f"adapter={failed / 'last_good'}", "prompt=a"]) == 0
     assert capsys.readouterr().err == f"tiny with {failed / 'last_good'}\n"
@@ -276,9 +276,9 @@ def test_a_merge_goes_to_one_s_home(
     ("words", "message"),
     [
         (["a"], "the following arguments are required: OUT"),
-        (["a", "."], ". exists already"),
-        (["a", "b", "task=arc_e"], "'task=arc_e' is no setting of merging"),
-        (["adapter=a", "output=b"], "adapter=a: write the two folders alone"),
+        (["a", "."], ". already exists"),
+        (["a", "b", "task=arc_e"], "'task=arc_e' is not a setting of merge"),
+        (["adapter=a", "output=b"], "adapter=a is not valid: write the folders alone"),
         (["a", "b", "--force"], "there is no option --force"),
     ],
 )

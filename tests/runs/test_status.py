@@ -114,7 +114,7 @@ def test_states(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [("{}", "schema_version"), ('{"schema_version": 1, "conf', "cut off"), ("", "cut off")],
+    [("{}", "schema_version"), ('{"schema_version": 1, "conf', "truncated"), ("", "truncated")],
 )
 def test_a_damaged_record_is_not_taken_for_done(tmp_path: Path, content: str, told: str) -> None:
     """`train.py` refuses it as well, with the same words."""
@@ -277,7 +277,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["status", *words]) == 0
     told = capsys.readouterr().out
     assert told.count("missing\n") == 8
-    assert "GPU hours and memory are estimated" in told
+    assert "GPU hours and memory are estimates" in told
     # Not on a terminal, and whole all the same.
     header, counts = told.splitlines()[-3:-1]
     assert header.split() == ["experiment", "missing", "GPU", "hours", "left"]

@@ -125,7 +125,7 @@ def test_a_plan_may_be_for_another_machine(tmp_path: Path) -> None:
 
 def test_rows_that_training_leaves_over_are_counted_first(tmp_path: Path, capsys) -> None:
     argv = ["evaluation.held_out=true", "data.train_limit=8,1000000"]
-    assert "leaves no row of arc_e over" in refused(capsys, tmp_path, *argv)
+    assert "leaves no row of arc_e to score" in refused(capsys, tmp_path, *argv)
 
 
 def test_local_files_are_those_in_data(
@@ -134,7 +134,7 @@ def test_local_files_are_those_in_data(
     monkeypatch.chdir(tmp_path)
     assert compose(["experiment=table8_rank", "data=local"]).data.path == "data"
     told = refused(capsys, tmp_path, "data=local", "task=boolq", "method=lora,dora")
-    assert "data.path=data does not exist: give a folder that holds boolq/" in told
+    assert "data.path=data does not exist: give a folder that contains boolq/" in told
     (tmp_path / "data" / "boolq").mkdir(parents=True)
     for split in ("train", "test"):
         row = '{"question": "is it so", "passage": "It is.", "answer": true}\n'
@@ -150,14 +150,14 @@ def test_local_files_are_those_in_data(
 def test_the_end_counts_what_is_done_failed_and_left_alone(tmp_path: Path, capsys) -> None:
     argv = ["-m", *SMALL, f"output_dir={tmp_path}", "trainer.max_steps=1"]
     assert execute([*argv, "method=lora,dora"]) == 0
-    assert "== 2 runs: 2 done, 0 failed, 0 left alone, " in capsys.readouterr().err
+    assert "== 2 runs: 2 done, 0 failed, 0 skipped, " in capsys.readouterr().err
     (folder,) = (path.parent for path in tmp_path.glob("*-dora-*/record.json"))
     (folder / "record.json").unlink()
     lock = RunLock(folder / "lock")
     assert lock.acquire()
     with lock:
         assert execute([*argv, "method=lora,dora,mixlora", "seed=42"]) == 0
-    assert "== 3 runs: 2 done, 0 failed, 1 left alone, " in capsys.readouterr().err
+    assert "== 3 runs: 2 done, 0 failed, 1 skipped, " in capsys.readouterr().err
 
 
 def test_a_stopped_sweep_counts_too(
@@ -171,7 +171,7 @@ def test_a_stopped_sweep_counts_too(
     monkeypatch.setattr(jobs, "run_one", run_one)
     assert execute(["-m", *SMALL, f"output_dir={tmp_path}", "seed=1,2,3"]) == 75
     told = capsys.readouterr().err
-    assert "== 3 runs: 1 done, 0 failed, 0 left alone, 2 stopped or not started" in told
+    assert "== 3 runs: 1 done, 0 failed, 0 skipped, 2 stopped or not started" in told
     assert "the same command resumes from there" in told
 
 
@@ -219,7 +219,7 @@ def test_jobs_go_on_when_a_process_is_killed(plan: Plan, capsys) -> None:
     assert end_of(pool, plan) == 0
     assert pool.ran == [0, 2, 3, 1], "each once, the one that was killed at the end, alone"
     told = capsys.readouterr().err
-    assert "while there were under way: seed=1; the others go on" in told
+    assert "while it was running: seed=1; the others continue" in told
     assert "== 4 runs: 4 done, 0 failed" in told
 
 
@@ -234,7 +234,7 @@ def test_a_job_whose_process_is_killed_twice_has_failed(plan: Plan, capsys) -> N
 
 def test_a_pool_that_never_starts_is_given_up(plan: Plan, capsys) -> None:
     assert end_of(Pool(4, {}, never=True), plan) == 2
-    assert "seed=3: no process could be started for it" in capsys.readouterr().err
+    assert "seed=3: no process could be started" in capsys.readouterr().err
 
 
 # A process that a launcher has started is asked to end.

@@ -120,7 +120,7 @@ OWN = "++task.custom={quiz:{question:q,options:[o],answer:a,answer_as:letter}}"
 
 
 def test_settings_that_cannot_work_are_named() -> None:
-    with pytest.raises(UserError, match="quiz is a task of your own: add data=local"):
+    with pytest.raises(UserError, match="quiz is a custom task: add data=local"):
         compose([OWN, "task.train=[quiz]"])
     with pytest.raises(UserError, match=r"task\.train=quizz is not valid: choose from .*quiz"):
         compose([OWN, "task.train=[quizz]"])

@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_size_is_not_gone_on_with(tmp_path: Path, steps,
         steps(fits=4, good=0, see=lambda _: None)
         capsys.readouterr()
         assert execute([*WORDS, *start, folder]) == 0
-        assert "micro-batches of 2, this run takes 4" in capsys.readouterr().err
+        assert "trainer.micro_batch_size=2, this run has 4" in capsys.readouterr().err
         paths = (tmp_path / str(number)).glob("*mixdora*/record.json")
         record = read_record(next(paths))
         assert (record["train"]["micro_batch_size"], record["train"]["steps"]) == (4, 4)
@@ -147,4 +147,4 @@ def test_a_finished_halved_run_is_not_taken_for_one_that_was_not(
     assert execute([*words, AUTO]) == 0
     assert execute([*words, AUTO]) == 0
     assert execute(words) == 2
-    assert "were halved to 2" in capsys.readouterr().err
+    assert "micro-batches halved to 2" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_weights_that_grew_too_large_are_not_called_good(
     failed = int(message.partition("at step ")[2].split()[0])
     (kept,) = tmp_path.rglob("last_good")
     step = failed - 2 - (failed - 2) % every
-    assert f"that of step {step}, is in {kept} (model=tiny)" in message
+    assert f"from step {step}, is in {kept} (model=tiny)" in message
     assert gives_numbers(kept)
     assert max(steps_kept(tmp_path)) == step, "what is not good is not gone on from"
 
@@ -63,7 +63,7 @@ def test_weights_that_are_no_numbers_are_no_checkpoint(
     for path in tmp_path.rglob("step-*/adapter.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values())
     (kept,) = tmp_path.rglob("last_good")
-    assert f"that of step 1, is in {kept}" in message
+    assert f"from step 1, is in {kept}" in message
     assert gives_numbers(kept)
 
 

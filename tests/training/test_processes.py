@@ -129,7 +129,7 @@ def test_halving_is_for_one_process(tmp_path: Path, monkeypatch, capsys) -> None
     monkeypatch.setattr(inputs, "processes", lambda: SimpleNamespace(num_processes=2))
     argv = [*SMALL, "trainer.auto_micro_batch=true", f"output_dir={tmp_path}"]
     assert execute(argv) == 2
-    assert "trainer.auto_micro_batch=true is for one process" in capsys.readouterr().err
+    assert "trainer.auto_micro_batch=true supports one process" in capsys.readouterr().err
 
 
 # What torchrun starts: `stop=N` has the second process alone be asked to end in step N.

@@ -97,7 +97,7 @@ def test_a_broken_layer_is_named(
     message = str(caught.value)
     assert "the loss became nan at step 3" in message
     assert "layers.1.post_attention_layernorm" in message
-    assert "No adapter from before is kept: trainer.save_steps=" in message
+    assert "No earlier adapter was saved, because trainer.save_steps=" in message
     assert not (folder / "last_good").exists(), "the adapter of now is not known to be good"
 
 
@@ -123,7 +123,7 @@ def test_one_broken_batch_leaves_the_adapter_good(
     folder = tmp_path / "broken"
     with pytest.raises(UserError, match="the loss became nan at step 3") as caught:
         train("method=lora", "trainer.max_steps=5", folder=folder)
-    assert f"that of step 2, is in {folder / 'last_good'}" in str(caught.value)
+    assert f"from step 2, is in {folder / 'last_good'}" in str(caught.value)
     kept = load_peft_weights(str(folder / "last_good"), device="cpu")
     assert kept
     ours = {name.replace(".default", ""): weight for name, weight in good.items()}

@@ -292,7 +292,7 @@ def test_one_that_diverges_later_stops_alone_and_broken_weights_are_not_kept(
 
 def test_no_examples_are_refused_by_name(together) -> None:
     configs = {"lora": compose([*SMALL, *FOUR["lora"]])}
-    with pytest.raises(UserError, match=r"task\.train=.*nothing to train on"):
+    with pytest.raises(UserError, match=r"task\.train=.*no training examples"):
         together(configs, examples={"lora": []})
 
 

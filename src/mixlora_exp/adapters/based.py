@@ -1,4 +1,4 @@
-"""Whether an adapter was trained on the base model that it is put on."""
+"""Checks that an adapter was trained on the base model it is loaded onto."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_base", "check_same_base", "refusal"]
 
 
 def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
-    """Of an adapter that was trained on other weights than those of now."""
+    """The error for an adapter whose base model `then` differs from the chosen one `now`."""
     way = f"model={then.model}" if then.source != "path" else "model.path=DIR"
     if then.seed is not None:
         way += f" seed={then.seed}"
@@ -25,21 +25,20 @@ def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
         differ += ", by their shape or since their files were changed"
     return UserError(
         f"adapter={folder} was trained on {then}, not on {now}: {differ}; give that model ({way}), "
-        "or base=accept to use this one all the same"
+        "or base=accept to use this one nevertheless"
     )
 
 
 def check_base(
     base: PreTrainedModel, folder: Path, settings: Mapping[str, Any], accept: bool = False
 ) -> None:
-    """Compare the weights that the adapter in `folder` was trained on with those of `base`.
+    """Compare the base weights of the adapter in `folder` with those of `base`.
 
-    Names and places say nothing: a mirror or another folder has the same weights. An adapter of
-    which nothing is noted is judged by its shapes when it is loaded, and that is told on standard
-    error.
+    Names and locations are not compared: mirrors and copies have the same weights. If the adapter's
+    base model is unknown, a warning is printed, and only shapes are checked on loading.
 
     Raises:
-        UserError: the weights are others, and `accept` is not set.
+        UserError: the weights differ, and `accept` is not set.
     """
     named = settings.get("base_model_name_or_path")
     check_same_base(folder, base_of(base), accept=accept, named=named)
@@ -48,11 +47,11 @@ def check_base(
 def check_same_base(
     folder: Path, now: BaseIdentity | None, *, accept: bool = False, named: str | None = None
 ) -> None:
-    """The same of a base model that is not loaded; `named`: what the adapter's own configuration
-    calls its base.
+    """As `check_base`, for a base model that is not loaded; `named`: the name of the base model in
+    the adapter's configuration.
 
     Raises:
-        UserError: the weights are others, and `accept` is not set.
+        UserError: the weights differ, and `accept` is not set.
     """
     then = read_base(folder)
     same = same_weights(then, now)

@@ -1,4 +1,4 @@
-"""From a method's configuration to a PEFT model, to disk, and back."""
+"""Creates, saves and loads adapters of the four methods."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
     """The PEFT configuration of a method.
 
     Raises:
-        UserError: its router does not have one of `method.router_options`.
+        UserError: its router does not know one of `method.router_options`.
     """
     common = {
         "r": method.rank,
@@ -60,8 +60,8 @@ def attach_together(
     methods: Mapping[str, tuple[LoraMethodConfig, int]],
     kernel: KernelConfig,
 ) -> PeftModel:
-    """Put fresh adapters on one base, by name; each is drawn from its own seed, as
-    `attach_adapter` would draw it."""
+    """Add new adapters to one base model, by name; each has the weights that `attach_adapter` would
+    draw from its seed."""
     adapted: PreTrainedModel | PeftModel = model
     for name, (method, seed) in methods.items():
         with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
@@ -75,7 +75,7 @@ def attach_together(
 def attach_adapter(
     model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
-    """Put a fresh adapter of `method` on `model`, drawn from `seed`."""
+    """Add a new adapter of `method` to `model`, with weights drawn from `seed`."""
     with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
@@ -92,7 +92,7 @@ def attach_adapter(
 def _exact_magnitudes(model: PeftModel) -> None:
     """Set the magnitudes of PEFT's own DoRA layers to the row norms of W in float32.
 
-    On a bf16 base PEFT rounds them to bf16, and a fresh adapter is not the base model then.
+    On a bf16 base PEFT rounds them to bf16, so that a new adapter would change the base's outputs.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -102,17 +102,17 @@ def _exact_magnitudes(model: PeftModel) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> None:
-    """Write one adapter to `folder`, with a note on its base model (see `models.base_identity`);
-    the folder appears whole or not at all.
+    """Write one adapter to `folder` atomically, with the identity of its base model (see
+    `models.base_identity`).
 
-    The bytes depend on the adapter alone: not on its name in the model, on others beside it, or on
-    the process.
+    The bytes depend only on the adapter, not on its name in the model, on other adapters, or on the
+    process.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
     try:
-        # One process at a time works on a run.
+        # Only one process at a time works on a run, so replacing is safe.
         with publishing(folder, replace=True) as new:
             # `save_embedding_layers=False`: the base is frozen, and "auto" would ask the hub.
             model.save_pretrained(
@@ -120,32 +120,31 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
                 selected_adapters=[adapter],
             )  # fmt: skip
             if adapter != "default":
-                # PEFT gives a folder of its own to every adapter but `default`.
+                # PEFT writes every adapter except `default` to a subfolder.
                 for path in (new / adapter).iterdir():
                     path.rename(new / path.name)
                 (new / adapter).rmdir()
             _in_fixed_order(new / CONFIG, model.peft_config[adapter])
-            # A template of PEFT's that says nothing of this adapter but which others are in the
-            # model.
+            # PEFT's template, which depends on the other adapters in the model.
             (new / "README.md").unlink(missing_ok=True)
             if (base := base_of(model.get_base_model())) is not None:
                 write_base(new, base)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"output_dir: the adapter could not be written to {folder} ({error}); nothing was "
-            "recorded. Free space there or choose another output_dir."
+            f"output_dir: cannot write the adapter to {folder} ({error}); nothing was "
+            "recorded. Free space there, or choose another output_dir."
         ) from error
 
 
 def _in_fixed_order(path: Path, config: LoraConfig) -> None:
-    """Sort what stands as a set in `config`, in the file that PEFT wrote of it."""
+    """Sort the fields of the written file that are sets in `config`."""
     names = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
     entries = {**json.loads(path.read_text()), **names}
     path.write_text(json.dumps(entries, indent=2, sort_keys=True))
 
 
 def _take_off(base: PreTrainedModel) -> None:
-    """Undo what PEFT had put into a base model before it raised."""
+    """Remove the layers that PEFT had added to a base model before it raised an exception."""
 
     def next_layer() -> tuple[str, BaseTunerLayer] | None:
         layers = ((n, m) for n, m in base.named_modules() if isinstance(m, BaseTunerLayer))
@@ -160,11 +159,11 @@ def _take_off(base: PreTrainedModel) -> None:
 def load_adapter(
     base: PreTrainedModel, folder: Path, kernel: KernelConfig, *, accept: bool = False
 ) -> PeftModel:
-    """Load an adapter from disk onto its base model, in evaluation mode. `accept`: also one that
-    was trained on other weights.
+    """Load an adapter from disk onto its base model, in evaluation mode. `accept`: even if it was
+    trained on other base weights.
 
     Raises:
-        UserError: a file is missing, cut off or not an adapter, or does not fit `base`.
+        UserError: a file is missing, truncated or not an adapter, or does not fit `base`.
     """
     settings = saved_settings(folder)
     weights = read_weights(folder)
@@ -180,7 +179,7 @@ def load_adapter(
     try:
         fill(model, "default", weights, folder)
     except UserError:
-        # Whoever goes on has the base model without this adapter.
+        # The caller keeps the base model without this adapter.
         model.unload()
         raise
     set_kernel(model, kernel.name.value)

@@ -1,4 +1,4 @@
-"""PEFT configuration of MixLoRA and MixDoRA, as it stands in `adapter_config.json`."""
+"""PEFT configuration of MixLoRA and MixDoRA, stored in `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixlora_exp.kernels import Router, make_router
 
 __all__ = ["MixLoraConfig", "in_order", "saved_config"]
 
-# Options of LoraConfig that have no meaning for experts yet; set, they must not be ignored.
+# Options of LoraConfig that experts do not support; they must be refused, not ignored.
 _UNSUPPORTED = (
     "rank_pattern", "alpha_pattern", "layer_replication", "layers_to_transform", "lora_bias",
     "fan_in_fan_out", "exclude_modules", "target_parameters", "trainable_token_indices",
@@ -29,7 +29,7 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True, slots=True)
 class ExpertLora:
-    """LoRA as each expert has it; `scaling` is alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    """LoRA settings of each expert; `scaling` is alpha / r, or alpha / sqrt(r) with rsLoRA."""
 
     r: int
     lora_alpha: float
@@ -46,13 +46,14 @@ class ExpertLora:
 class MixLoraConfig(MixtureSettings, LoraConfig):
     """LoRA experts behind a top-k router in the feed-forward block, plain LoRA in attention.
 
-    `target_modules` names projections; those of `feed_forward_targets` become experts of the block
-    that holds them, the others get PEFT's LoRA. `r`, `lora_alpha`, `lora_dropout`, `use_dora` and
-    `use_rslora` hold for both, unless `expert_lora` gives the experts their own. With `use_dora`
-    every LoRA carries a magnitude (MixDoRA).
+    `target_modules` names projections; those in `feed_forward_targets` get experts, the others
+    PEFT's LoRA. `r`, `lora_alpha`, `lora_dropout`, `use_dora` and `use_rslora` apply to both,
+    unless `expert_lora` has separate values for the experts. With `use_dora` every LoRA has a
+    magnitude (MixDoRA).
 
     Raises:
-        ValueError: a value is out of range, or an option of LoraConfig is set that experts lack.
+        ValueError: a value is out of range, or an option of LoraConfig is set that experts do not
+            support.
     """
 
     expert_lora: dict[str, Any] | None = field(
@@ -85,7 +86,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
             }
         for name in _UNSUPPORTED:
             value = getattr(self, name, None)
-            # Not its truth: `layers_to_transform=0` asks for the first layer alone.
+            # Not only truthiness: `layers_to_transform=0` means the first layer.
             if value or (value == 0 and value is not False):
                 raise ValueError(f"MixLoraConfig does not support {name}={value!r}")
         if self.bias != "none":
@@ -107,7 +108,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         self._check_mixture()
         unknown = set(self.expert_lora or ()) - set(ExpertLora.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"expert_lora does not know {', '.join(sorted(unknown))}")
+            raise ValueError(f"expert_lora has the unknown fields {', '.join(sorted(unknown))}")
         for where, lora in (("", self._of_attention), ("expert_lora.", self.experts)):
             if lora.r < 1:
                 raise ValueError(f"{where}r={lora.r} must be >= 1")
@@ -117,8 +118,8 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
             raise ValueError(f"act_fn={self.act_fn!r} is not an activation of transformers")
 
     def _check_mixture(self) -> None:
-        """Check what `MixtureSettings` defines; choices are held by their words, as the file has
-        them."""
+        """Check the fields of `MixtureSettings`; enumerations are stored by value, as in the
+        file."""
         kinds = get_type_hints(MixtureSettings)
         for item in fields(MixtureSettings):
             value, kind = getattr(self, item.name), kinds[item.name]
@@ -136,7 +137,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         """The router with these settings.
 
         Raises:
-            ValueError: `router_options` has something that it does not, or out of range.
+            ValueError: an entry of `router_options` is unknown to the router or out of range.
         """
         settings = {item.name: getattr(self, item.name) for item in fields(MixtureSettings)}
         return make_router(self.router, settings, self.router_options)
@@ -161,7 +162,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
 
 
 def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """`entries` with sets as sorted lists: a set of names has another order in each process."""
+    """`entries` with sets as sorted lists, since the order of a set differs between processes."""
     return {
         name: sorted(value) if isinstance(value, set | frozenset) else value
         for name, value in entries.items()
@@ -169,5 +170,5 @@ def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_config(config: LoraConfig) -> dict[str, Any]:
-    """The configuration as it stands in a saved adapter's file."""
+    """The configuration in the form of a saved adapter's file."""
     return in_order(config.to_dict())

@@ -1,4 +1,4 @@
-"""The two files of an adapter's folder: their names, and its configuration read from a stranger."""
+"""The files in an adapter's folder: their names, and safe reading of the configuration."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["BIN", "CONFIG", "SAFETENSORS", "is_official", "read_adapter_config"]
 CONFIG, BIN, SAFETENSORS = "adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"
 CONFIG_LIMIT = 2**20
 PEFTS_OWN = {"peft_version", "auto_mapping", "inference_mode", "init_lora_weights"}
-"""Entries that PEFT writes, and the official packages do not know."""
+"""Fields that PEFT writes but the official packages do not."""
 
 
 def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
-    """The configuration of an adapter in either format; messages name the `field` of the command
-    that the folder was given in, if it has a name.
+    """The configuration of an adapter in PEFT's or the official format; `field`: name of the
+    setting with the folder, for messages.
 
     Raises:
-        UserError: it is missing, cut off, damaged or too large.
+        UserError: it is missing, truncated, damaged or too large.
     """
     path = folder / CONFIG
     named = f"{field}={folder}: {CONFIG}" if field else str(path)
@@ -40,15 +40,15 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
             f"{named} cannot be read ({error.strerror or error}): give a folder with an adapter"
         ) from error
     except ValueError as error:
-        raise UserError(f"{named} is cut off or damaged ({error}): take another copy") from error
+        raise UserError(f"{named} is truncated or damaged ({error}): take another copy") from error
     if not isinstance(config, dict):
         raise UserError(f"{named} holds no JSON object: take another copy")
     return config
 
 
 def is_official(folder: Path) -> bool:
-    """Whether an adapter's folder is one of the official packages'. PEFT wrote `.bin` files too,
-    and an official `.bin` may have been turned into safetensors: what the configuration has tells.
+    """Whether an adapter's folder is in the format of the official packages, judged by the
+    configuration: PEFT also wrote `.bin` files, and an official `.bin` may have been converted.
 
     Raises:
         UserError: there is no configuration, or it is damaged.

@@ -1,5 +1,5 @@
-"""An adapter's tensors into a model that has its layers: each that its configuration calls for,
-and no other."""
+"""Copies an adapter's tensors, exactly those its configuration requires, into a model with its
+layers."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ COPY_IT = "train it again, or take another copy"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter of PEFT's, on the CPU.
+    """The tensors of an adapter in PEFT's format, on the CPU.
 
     Raises:
-        UserError: the file is cut off or damaged.
+        UserError: the file is truncated or damaged.
     """
     try:
         return load_peft_weights(str(folder), device="cpu")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"adapter={folder} cannot be read, it is cut off or damaged ({error}); {COPY_IT}"
+            f"adapter={folder} cannot be read, it is truncated or damaged ({error}); {COPY_IT}"
         ) from error
 
 
 def fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Put `weights`, as PEFT saves them, into the adapter `name` of `model`.
 
-    Weights of the base model are no part of an adapter unless its configuration trains them
-    (`modules_to_save`, `bias`): put into the base they would change every adapter beside it. PEFT
-    saves those of an adapted embedding along; they are passed over where they are the base's own.
+    Weights of the base model are not part of an adapter unless its configuration trains them
+    (`modules_to_save`, `bias`): they would change all adapters on the same base model. PEFT also
+    saves the base weights of an adapted embedding, which are ignored if they equal the base's own.
 
     Raises:
-        UserError: a tensor is missing, of another shape or nobody's; the base is as it was.
+        UserError: a tensor is missing, unexpected or of another shape; the base is unchanged.
     """
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[name].peft_type)
     called = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -73,7 +73,7 @@ def fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], folder: Pat
 
 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's own parameters and buffers by their names without adapters."""
+    """The base model's parameters and buffers, by their names in a model without adapters."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     return {key.removeprefix(PREFIX).replace(".base_layer", ""): tensor for key, tensor in named}
 
@@ -84,19 +84,19 @@ def _check_base_weights(model: PeftModel, others: Mapping[str, Tensor], folder: 
         own = base.get(key.removeprefix(PREFIX).replace(".base_layer", ""))
         if own is None:
             raise UserError(
-                f"adapter={folder}: {shown(key, 200)} is no tensor of this adapter, as its "
-                f"configuration has it, nor of this base model; {COPY_IT}, or {NAME_IT}"
+                f"adapter={folder}: {shown(key, 200)} is neither a tensor of this adapter's "
+                f"configuration nor of this base model; {COPY_IT}, or {NAME_IT}"
             )
         if not _same(own.detach(), others[key]):
             raise UserError(
-                f"adapter={folder} holds weights of a base model, {shown(key, 200)} for one, that "
-                "are not those of this one, and its configuration does not train them "
-                "(modules_to_save): put them into a model's folder and give it as model.path=DIR"
+                f"adapter={folder} contains weights of another base model, such as "
+                f"{shown(key, 200)}, which its configuration does not train (modules_to_save): put "
+                "them into a model's folder and give it as model.path=DIR"
             )
 
 
 def _same(own: Tensor, stored: Tensor) -> bool:
-    """Whether two tensors are equal in the smaller precision of the two."""
+    """Whether two tensors are equal in the lower precision of the two."""
     if own.shape != stored.shape:
         return False
     dtype = min((own.dtype, stored.dtype), key=lambda found: found.itemsize)
@@ -111,7 +111,7 @@ def _lacks(folder: Path, lacking: list[str]) -> str:
 
 
 def _of_the_model(key: str, shape: torch.Size) -> int | None:
-    """The size of a LoRA tensor that follows from the base model, not from the configuration."""
+    """The size of a LoRA tensor in the dimension that the base model determines, not the rank."""
     if "lora_B" in key:
         return shape[-2] if len(shape) > 1 else None
     return shape[-1] if len(shape) else None
@@ -145,8 +145,8 @@ def _check_places(
     prefix: str | None,
     folder: Path,
 ) -> None:
-    """Tell a file that is incomplete from one of another model, which lacks whole layers, or has
-    tensors for modules that are not there."""
+    """Distinguish an incomplete file from one of another model, which lacks whole layers or has
+    tensors for modules that do not exist."""
     own = [key for key in missing if prefix and prefix in key and name in key.split(".")]
     every = [key for key, _ in model.named_parameters() if prefix and name in key.split(".")]
     filled = _layers(set(every) - set(own))
@@ -155,9 +155,9 @@ def _check_places(
         placed = [key for key in unexpected if key.split(f".{prefix}")[0] in modules]
         if len(placed) == len(unexpected):
             raise UserError(
-                f"adapter={folder} does not fit its own configuration: it holds "
-                f"{len(unexpected)} tensors that this does not call for, "
-                f"{shown(unexpected[0], 200)} for one; {COPY_IT}"
+                f"adapter={folder} does not fit its own configuration: it has "
+                f"{len(unexpected)} unexpected tensors, such as {shown(unexpected[0], 200)}; "
+                f"{COPY_IT}"
             )
     elif own and _layers(own) <= filled:
         # As the file would name them.
@@ -166,5 +166,5 @@ def _check_places(
         odd = (own or unexpected)[0]
         raise UserError(
             f"adapter={folder} does not fit this base model: {len(own)} tensors are missing and "
-            f"{len(unexpected)} have no place, {shown(odd, 200)} for one; {NAME_IT}"
+            f"{len(unexpected)} are unexpected, such as {shown(odd, 200)}; {NAME_IT}"
         )

@@ -1,7 +1,7 @@
-"""Plain LoRA and DoRA as guests of the MixLoRA tuner, so that one base can carry any mix of them.
+"""Hosts plain LoRA and DoRA adapters in the MixLoRA tuner, so that one base model can have any mix.
 
-PEFT refuses adapters of different types in one model. A guest's type is this tuner's while it is in
-memory, and PEFT's LoRA on disk: its files are those of any LoRA.
+PEFT refuses adapters of different types in one model. A hosted ("guest") adapter has this tuner's
+type in memory, and PEFT's LoRA type on disk, with the files of any LoRA.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ CHANGES_BASE = {
     "modules_to_save": (), "bias": ("none",), "trainable_token_indices": (),
     "init_lora_weights": (True, "gaussian", "orthogonal"),
 }  # fmt: skip
-"""What changes the base model when an adapter is loaded, with the values that do not."""
+"""Settings that change the base model when an adapter is loaded -> the values that do not."""
 
-# What rows of several adapters cannot be served with: it changes the base model, other modules than
-# linear layers, or the forward pass of a layer.
+# Settings not supported when several adapters share one base model: they change the base model,
+# modules other than linear layers, or the forward pass of a layer.
 UNSERVED = (
     "lora_bias", "modules_to_save", "layers_to_transform", "layer_replication", "exclude_modules",
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
@@ -73,38 +73,42 @@ SERVED_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 
 def _check_guest(config: LoraConfig) -> None:
-    """Refuse by name what a guest cannot have."""
+    """Refuse settings that a guest cannot have."""
     for name in UNSERVED:
         value = getattr(config, name, None)
         if value or value == 0 and value is not False:
-            raise ValueError(f"{name}={value!r} is not supported beside other adapters")
+            raise ValueError(
+                f"{name}={value!r} is not supported when several adapters share one base model"
+            )
     if config.bias != "none":
-        raise ValueError(f"bias={config.bias!r} is not supported beside other adapters")
+        raise ValueError(
+            f"bias={config.bias!r} is not supported when several adapters share one base model"
+        )
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base model, which the "
-            "other adapters share"
+            f"init_lora_weights={config.init_lora_weights!r} changes the base model, which several "
+            "adapters share"
         )
 
 
 def _check_targets(config: LoraConfig) -> None:
-    """Refuse targets whose rows are not told apart, such as the output projection: with and
-    without experts."""
+    """Refuse targets that cannot distinguish the rows of several adapters, such as the output
+    projection."""
     targets = config.target_modules
     served = SERVED_TARGETS | set(getattr(config, "feed_forward_targets", ()))
     if isinstance(targets, str) or not set(targets or ()) <= served:
         shown = targets if isinstance(targets, str) else sorted(targets)
         raise ValueError(
-            f"target_modules={shown!r} is not supported beside other adapters: name some of "
-            f"{', '.join(sorted(served))}"
+            f"target_modules={shown!r} is not supported when several adapters share one base "
+            f"model: choose from {', '.join(sorted(served))}"
         )
 
 
 def guest_config(config: LoraConfig) -> LoraConfig:
-    """`config` as the MixLoRA tuner takes it: itself if it has experts, else as a guest's.
+    """`config` for the MixLoRA tuner: unchanged if it has experts, otherwise as a `GuestConfig`.
 
     Raises:
-        ValueError: it has something that rows of several adapters cannot be served with.
+        ValueError: it has a setting that several adapters on one base model cannot have.
     """
     _check_targets(config)
     if isinstance(config, (MixLoraConfig, GuestConfig)):
@@ -115,12 +119,12 @@ def guest_config(config: LoraConfig) -> LoraConfig:
 
 
 def add_guest(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> PeftModel:
-    """Put an adapter of any of the four methods on a base model that may carry others.
+    """Add an adapter of any of the four methods to a model that may already have others.
 
-    The first one makes the model a `PeftModel` of this tuner.
+    The first one turns the base model into a `PeftModel` with this tuner.
 
     Raises:
-        ValueError: the name is taken, or the model carries adapters of another tuner.
+        ValueError: the name is taken, or the model has adapters of another tuner.
     """
     config = guest_config(config)
     if any(name in key.split(".") for key, _ in model.named_parameters()):
@@ -153,7 +157,7 @@ def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def plain_parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The same by names that do not depend on the adapter's or on others in the model."""
+    """The parameters of one adapter, by names independent of its name and of other adapters."""
 
     def plain(name: str) -> str:
         parts = [part for part in name.split(".") if part not in (adapter, "base_layer")]
@@ -171,7 +175,7 @@ def peft_warnings_held_back() -> Iterator[None]:
 
 
 def check_shareable(folder: Path) -> None:
-    """Refuse an adapter that changes the base model it is put on, which others share.
+    """Refuse an adapter that changes its base model, which several adapters would share.
 
     Raises:
         UserError: it does, or the folder holds no adapter.
@@ -182,15 +186,15 @@ def check_shareable(folder: Path) -> None:
         if value and value not in harmless or value == 0 and value is not False:
             raise UserError(
                 f"adapter={folder}: {name}={value!r:.80} changes the base model, which other "
-                "adapters cannot share: use it by itself"
+                "adapters cannot share: use it alone"
             )
 
 
 def load_adapters(
     base: PreTrainedModel, folders: Mapping[str, Path | str], *, accept: bool = False
 ) -> PeftModel:
-    """Load several adapters of any method from disk onto one base, in evaluation mode; rows are
-    then told apart by `adapter_names`. `accept`: also those trained on other weights.
+    """Load several adapters of any method onto one base model, in evaluation mode; `adapter_names`
+    then chooses an adapter per row. `accept`: also those trained on other base weights.
 
     Raises:
         UserError: a folder holds no adapter, or one that does not fit `base`.
@@ -218,7 +222,7 @@ def load_adapters(
 
 
 def not_built(folder: Path, error: BaseException) -> str:
-    """What to tell of an adapter whose configuration gives no layers on the base model."""
+    """The message for an adapter whose configuration fails to create layers on the base model."""
     reason = " ".join(str(error).split())[:300].rstrip(".")
     return (
         f"adapter={folder} cannot be loaded: {reason}; give a folder that PEFT wrote, for this "

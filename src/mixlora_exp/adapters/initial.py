@@ -1,4 +1,4 @@
-"""The weights that a fresh MixLoRA adapter starts from."""
+"""Initial weights of a MixLoRA adapter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["initial_weights"]
 def initial_weights(
     config: MixLoraConfig, router: Router, projections: Mapping[str, nn.Linear]
 ) -> dict[str, Tensor]:
-    """By the names of the layer's parameters: the router as it draws its weights; A as PEFT's LoRA
-    draws it, B zero, and with DoRA the magnitude at the row norms of W.
+    """Initial weights by parameter name: the router's own initialisation; A drawn as in PEFT's
+    LoRA, B zero, and with DoRA the magnitude equal to the row norms of W.
 
-    projections: by role, gate first; those without experts too. A: (E, R, in), B: (E, out, R),
-    magnitude: (E, out).
+    projections: by role, gate first, including those without experts. Shapes: A (E, R, in),
+    B (E, out, R), magnitude (E, out).
     """
     lora, made = config.experts, {}
     for part, weight in router.initial(projections["gate"].in_features).items():
@@ -38,7 +38,7 @@ def initial_weights(
             nn.init.uniform_(b, -1 / math.sqrt(lora.r), 1 / math.sqrt(lora.r))
         made |= {f"lora_A_{role}": a, f"lora_B_{role}": b}
         if lora.use_dora:
-            # With B = 0 the magnitude is the row norm of W; random B (tests) start from it too.
+            # With B = 0 the magnitude is the row norm of W; also used for random B (tests).
             norms = squared_row_norms(frozen.weight.detach()).sqrt().to(a.device)
             made[f"lora_magnitude_{role}"] = norms.expand(config.num_experts, -1).clone()
     return made

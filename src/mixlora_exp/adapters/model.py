@@ -21,34 +21,35 @@ from mixlora_exp.kernels import KERNELS, resolve_kernel
 __all__ = ["MixLoraModel", "RouterReport", "set_kernel"]
 
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-"""transformers' names of the activations that the kernels know."""
+"""Activation of the kernels -> its name in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterReport:
-    """What the routers did in one forward pass.
+    """Router statistics of one forward pass.
 
-    `loss`: the router's own, Eq. (8) for most, without its coefficient; `counts` (layers, E): real
-    tokens sent to each expert.
+    `loss`: the router loss without its coefficient, Eq. (8) for most routers; `counts` (layers, E):
+    tokens, without padding, routed to each expert.
     """
 
     loss: Tensor
     counts: Tensor
 
     def detached(self) -> RouterReport:
-        """The same without the loss's graph."""
+        """A copy whose loss has no autograd graph."""
         return RouterReport(self.loss.detach(), self.counts)
 
 
 class MixLoraModel(LoraModel):
-    """Puts LoRA on attention and LoRA experts with a router into each feed-forward block.
+    """Adds LoRA to attention, and LoRA experts with a router to each feed-forward block.
 
-    In training mode the router loss, times `router_loss_coef`, is added to the model's loss and
-    stands alone in the output as `aux_loss`. When the trainer divides by the number of label
-    tokens of a whole optimizer step (`num_items_in_batch`), it is scaled by this pass's share of
-    them, so that it counts once per step whatever the accumulation. A trainer that computes the
-    loss itself, as TRL's SFTTrainer does, finds `aux_loss` in the output and the coefficient as
-    `router_aux_loss_coef` in the model's configuration. `router_report` tells about the last pass.
+    In training mode the router loss, times `router_loss_coef`, is added to the model's loss, and is
+    also in the output as `aux_loss`. If the trainer divides by the number of label tokens of a
+    whole optimizer step (`num_items_in_batch`), the router loss is scaled by this pass's fraction
+    of them, so that it counts once per step for any gradient accumulation. Trainers that compute
+    the loss themselves, such as TRL's SFTTrainer, find `aux_loss` in the output and the coefficient
+    as `router_aux_loss_coef` in the model's configuration. `router_report` has the statistics of
+    the last pass.
 
     Raises:
         ValueError: in training, the router loss would have no gradient, as under re-entrant
@@ -64,7 +65,7 @@ class MixLoraModel(LoraModel):
 
     @property
     def router_report(self) -> RouterReport | None:
-        """Of the last pass, if one adapter with experts ran in it."""
+        """The report of the last pass, if exactly one adapter with experts ran in it."""
         reports = list(self.router_reports.values())
         return reports[0] if len(reports) == 1 else None
 
@@ -97,7 +98,7 @@ class MixLoraModel(LoraModel):
                     layer.requires_grad_(False)
                 setattr(parent, target_name, layer)
             if config.act_fn is None:
-                # So that the adapter's own configuration tells it, as the official format needs.
+                # Stored in the adapter's configuration, because the official format needs it.
                 config.act_fn = ACTIVATION_NAMES.get(layer.activation[adapter_name])
         else:
             super()._create_and_replace(
@@ -106,13 +107,13 @@ class MixLoraModel(LoraModel):
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
-        # What mixtures have in transformers: trainers that compute a loss of their own look there.
+        # As in transformers' mixture models: trainers that compute the loss read it there.
         shape = getattr(self.model, "config", None)
         if shape is not None and not hasattr(shape, "output_router_logits"):
             shape.output_router_logits = False
             shape.router_aux_loss_coef = self.peft_config[self.active_adapters[0]].router_loss_coef
-        # PEFT makes its own layers for attention, also when an adapter is loaded, and blocks that
-        # an adapter adds know nothing of `set_kernel`.
+        # PEFT creates new attention layers, also when loading an adapter, and new blocks have not
+        # been set by `set_kernel`.
         for module in self.model.modules():
             if isinstance(module, (MixLoraFeedForward, LoraLayer)):
                 module.row_map = self.row_map
@@ -148,7 +149,7 @@ class MixLoraModel(LoraModel):
                 yield
             return
         if self.training:
-            raise ValueError("adapter_names is for evaluation: call eval() on the model first")
+            raise ValueError("adapter_names needs evaluation mode: call model.eval() first")
         unknown = sorted(set(names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(
@@ -166,9 +167,9 @@ class MixLoraModel(LoraModel):
         return [m for m in self.model.modules() if isinstance(m, MixLoraFeedForward)]
 
     def collect_reports(self, masks: dict[str, Tensor | None]) -> dict[str, RouterReport]:
-        """What the routers of each adapter did in the last pass, with the graph of its loss.
+        """Router statistics of each adapter in the last pass, with the graph of the loss.
 
-        masks: by adapter, true for the real ones of its rows (T,); None: all are.
+        masks: by adapter, (T,), true for its rows without padding; None: no padding.
 
         Raises:
             ValueError: in training, the loss would have no gradient.
@@ -194,18 +195,18 @@ class MixLoraModel(LoraModel):
             loss, counts = router.auxiliary_loss(stacked), stacked["counts"]
             found[adapter] = RouterReport(loss, counts.detach())
         for block in blocks:
-            # Without their graph, which would keep the pass alive and cannot be copied.
+            # Detached: the graph would keep the pass's memory, and cannot be copied.
             block.routings = {name: r.detached() for name, r in block.routings.items()}
         self.router_reports = {name: report.detached() for name, report in found.items()}
         return found
 
     def _check_gradients_reach_routers(self, blocks: list[MixLoraFeedForward]) -> None:
-        """Refuse blocks that ran without gradients inside of a pass that has them.
+        """Refuse blocks that ran without gradients inside a pass with gradients.
 
-        Re-entrant checkpointing runs them so, and again in the backward pass, where their output
-        gets its gradient; the router loss, taken from the first run, has none: neither for routers
-        nor, through their inputs, for anything below. A whole pass without gradients is an
-        evaluation, whatever mode its modules are in.
+        Re-entrant checkpointing runs a block first without gradients, and again in the backward
+        pass for its output's gradient. The router loss, taken from the first run, has no gradient
+        for the routers or any earlier layer. A pass entirely without gradients is an evaluation, in
+        any module mode.
         """
         lost = [block for block in blocks if not block.ran_with_gradients]
         if not (lost and self.training and torch.is_grad_enabled()):
@@ -222,7 +223,7 @@ class MixLoraModel(LoraModel):
                 )
 
     def _report(self, mask: Tensor | None) -> RouterReport | None:
-        """Of the one adapter that ran. mask: (sequences, tokens)."""
+        """The report of the only adapter that ran. mask: (sequences, tokens)."""
         block = next((block for block in self.feed_forwards() if block.routings), None)
         if block is None or len(block.routings) > 1:
             self.router_reports = {}
@@ -230,7 +231,7 @@ class MixLoraModel(LoraModel):
         ((adapter, routing),) = block.routings.items()
         rows = routing.experts.shape[0]
         if mask is not None and mask.shape[0] <= rows and not self.row_map:
-            # With a key/value cache the mask covers the past too; the last columns are this pass's.
+            # With a KV cache the mask includes past tokens; the last columns belong to this pass.
             mask = mask[:, -(rows // mask.shape[0]) :].reshape(-1).bool()
         else:
             mask = None
@@ -239,7 +240,7 @@ class MixLoraModel(LoraModel):
     def forward(self, *args: Any, **kwargs: Any):
         """The base model's forward pass; see the class for the router loss."""
         if kwargs.get("output_router_logits"):
-            # Asked of mixtures; the base model is none, and this class answers instead.
+            # The base model is not a mixture; this class adds the router loss instead.
             kwargs["output_router_logits"] = False
         output = self.model(*args, **kwargs)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -247,7 +248,7 @@ class MixLoraModel(LoraModel):
             mask = None
         report = self._report(mask)
         if report is not None and "aux_loss" in getattr(output, "__dataclass_fields__", ()):
-            # An output with a place for it: TRL's, say, which adds it to a loss of its own.
+            # An output class with this field, such as TRL's, which adds it to its own loss.
             output.aux_loss = report.loss
         if report is None or not self.training:
             return output
@@ -269,8 +270,8 @@ class MixLoraModel(LoraModel):
 
 
 def set_kernel(model: nn.Module, name: str) -> str:
-    """Choose the kernel of every adapter layer of `model`, PEFT's own LoRA layers included;
-    returns the implementation that `name` stands for.
+    """Set the kernel of every adapter layer of `model`, including PEFT's own LoRA layers; returns
+    the resolved name of the kernel.
 
     Raises:
         ValueError: no kernel has this name.
@@ -279,5 +280,5 @@ def set_kernel(model: nn.Module, name: str) -> str:
     use_linear_kernel(model, KERNELS[resolved].linear)
     for module in model.modules():
         if isinstance(module, MixLoraFeedForward):
-            module.kernel = name  # "auto" is resolved where the block then is.
+            module.kernel = name  # Each block resolves "auto" for its own device.
     return resolved

@@ -1,7 +1,6 @@
-"""Makes `MIXLORA` a PEFT type, so that PEFT builds, saves and loads these adapters by itself.
+"""Adds `MIXLORA` to PEFT's types, so that PEFT itself builds, saves and loads these adapters.
 
-PEFT keeps its types in an enum and has no public way to add one; this file is the only place that
-touches it.
+PEFT stores its types in an enum without a public way to add one; only this file modifies it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def _extend_enum() -> None:
         return
     member = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME
-    # A new attribute must be set past the enum's guard, before the member is in its maps.
+    # `type.__setattr__` bypasses the enum's guard; needed before the member is in its maps.
     type.__setattr__(PeftType, NAME, member)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member
@@ -27,7 +26,7 @@ def _extend_enum() -> None:
 
 
 def register() -> None:
-    """Register the configuration and the tuner under `PeftType.MIXLORA`; harmless when repeated."""
+    """Register the configuration and the tuner as `PeftType.MIXLORA`; idempotent."""
     _extend_enum()
     from mixlora_exp.adapters.config import MixLoraConfig
     from mixlora_exp.adapters.model import MixLoraModel

@@ -1,4 +1,4 @@
-"""Which rows of a pass belong to which adapter: several of them on one base."""
+"""Assignment of the rows of a forward pass to several adapters on one base model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 __all__ = ["BASE", "RowMap", "Segment", "join", "take"]
 
 BASE = "__base__"
-"""PEFT's word for rows that no adapter touches."""
+"""PEFT's name for rows without an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Some rows of the flattened batch, (rows, width): a slice of them, or their numbers."""
+    """Some rows of the flattened batch (rows, width): a slice, or their indices."""
 
     adapter: str
     rows: slice | Tensor
@@ -38,14 +38,14 @@ class RowMap:
         return bool(self.segments or self.names)
 
     def use(self, *, segments: Sequence[Segment] = (), names: Sequence[str] = ()) -> None:
-        """From now on; without arguments, empty it."""
+        """Set the assignment for the following passes; without arguments, clear it."""
         self.segments, self.names, self._resolved = tuple(segments), tuple(names), {}
 
     def of(self, x: Tensor) -> tuple[Segment, ...]:
         """The segments of the rows of x (..., width), flattened.
 
         Raises:
-            ValueError: the batch has another number of sequences than there are names for.
+            ValueError: the number of sequences does not match the number of names.
         """
         if self.segments:
             return self.segments
@@ -58,7 +58,7 @@ class RowMap:
 def _by_name(
     names: tuple[str, ...], shape: torch.Size, device: torch.device
 ) -> tuple[Segment, ...]:
-    # Beam search has several sequences of each one, next to one another.
+    # Beam search has several adjacent sequences per name.
     copies, rest = divmod(shape[0], len(names))
     if rest or not copies:
         raise ValueError(
@@ -76,7 +76,7 @@ def _by_name(
 
 
 def take(rows: Tensor, segment: Segment) -> Tensor:
-    """The segment's rows: a view of a slice, else a copy."""
+    """The segment's rows: a view for a slice, otherwise a copy."""
     if isinstance(segment.rows, slice):
         return rows[segment.rows]
     return rows.index_select(0, segment.rows)

@@ -1,5 +1,5 @@
-"""What an adapter's folder must be to be used: one of PEFT's, of a type and with settings that
-reach nothing but the folder's own two files."""
+"""Checks an adapter's folder before use: PEFT's format, a supported type, and no settings that
+reach anything outside the folder's two files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mixlora_exp.errors import UserError, shown
 __all__ = ["saved_settings"]
 
 KINDS = ("LORA", "MIXLORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
-"""Types that are weights beside weights. Others of PEFT's load tokenizers and further adapters by
-names in their configuration, or compile programs."""
+"""Supported PEFT types, which only add weights. Other types load tokenizers and further adapters
+named in their configuration, or compile code."""
 REACHING = (
     "megatron_config",
     "corda_config",
@@ -28,27 +28,27 @@ REACHING = (
     "lora_ga_config",
     "layer_replication",
 )
-"""Settings with which PEFT imports a module by its name, opens files by theirs, or builds the base
-model anew."""
+"""Settings with which PEFT imports a module or opens a file by name, or rebuilds the base model."""
 MEGATRON = (None, "megatron.core")
-"""What every LoRA's configuration has as `megatron_core`: a module's name."""
+"""Accepted values of `megatron_core`, the name of a module, which every LoRA configuration has."""
 PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
             "rank_pattern", "alpha_pattern", "target_parameters")  # fmt: skip
-"""Settings that PEFT matches as regular expressions, or by their keys."""
+"""Settings whose values or keys PEFT matches as regular expressions."""
 LARGEST = 1e12
-"""No rank, scale or probability is beyond it."""
+"""Maximum absolute value of a rank, scale or probability."""
 STARS, LONGEST = 4, 1000
-"""Repetitions without end in a pattern, and characters of one, at most."""
+"""Maximum number of unbounded repetitions and of characters in a pattern."""
 SINGLE = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN)
 REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The configuration of an adapter that PEFT, or this project, wrote to `folder`.
+    """The configuration of an adapter in `folder`, written by PEFT or this project.
 
     Raises:
-        UserError: a file is missing or damaged, the folder is one of the official packages', the
-            adapter's type is not served, or a setting would make PEFT run or open something else.
+        UserError: a file is missing or damaged, the folder is in the official packages' format, the
+            adapter's type is not supported, or a setting would make PEFT run or open something
+            else.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -69,15 +69,15 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str | None):
         raise UserError(
-            f"adapter={folder}: base_model_name_or_path={base!r:.80} in {CONFIG} must be a text or "
-            "null: mend the entry"
+            f"adapter={folder}: base_model_name_or_path={base!r:.80} in {CONFIG} must be text or "
+            "null: correct the entry"
         )
     for name in REACHING:
         if config.get(name):
-            _refuse(folder, name, config[name], "is not obeyed: it would run or open something "
-                    "else. Save the adapter again as a plain one")  # fmt: skip
+            _refuse(folder, name, config[name], "is refused: it would run or open something else. "
+                    "Save the adapter again as a plain one")  # fmt: skip
     if config.get("megatron_core") not in MEGATRON:
-        _refuse(folder, "megatron_core", config["megatron_core"], "is no module to import: null")
+        _refuse(folder, "megatron_core", config["megatron_core"], "is refused: set it to null")
     _check_numbers(folder, config)
     _check_patterns(folder, config)
     _check_sizes(folder, config)
@@ -103,11 +103,11 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         for number in value.values() if isinstance(value, dict) else [value]:
             if isinstance(number, (int, float)) and not abs(number) < LARGEST:
-                _refuse(folder, name, number, "must be a finite number, as training has them")
+                _refuse(folder, name, number, f"must be finite and at most {LARGEST:g}")
 
 
 def _texts(value: Any) -> Iterator[Any]:
-    """What of a setting is matched: a text, the entries of a list, the keys of an object."""
+    """The patterns in a setting: a text, the entries of a list, or the keys of an object."""
     if isinstance(value, (list, dict)):
         yield from value
     elif value is not None:
@@ -122,14 +122,14 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
             try:
                 slow = len(text) > LONGEST or _stars(parser.parse(text)) > STARS
             except (re.error, RecursionError, OverflowError):
-                _refuse(folder, name, text, "is no pattern")
+                _refuse(folder, name, text, "is not a regular expression")
             if slow:
-                _refuse(folder, name, text, "could be matched without end: name the modules")
+                _refuse(folder, name, text, "could take forever to match: name the modules")
 
 
 def _stars(pattern: Any) -> int:
-    """How many repetitions without end a pattern has. One that repeats more than a character, or
-    looks back at what was matched, counts as very many: such a match can take for ever."""
+    """Number of unbounded repetitions in a pattern. Repeated groups and back-references count as
+    very many, since matching them can take exponential time."""
     found = 0
     for code, argument in pattern:
         if code in REPEATS:
@@ -151,8 +151,8 @@ def _stars(pattern: Any) -> int:
 
 
 def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse sizes that the adapter's own tensors do not have: PEFT makes its layers before it
-    looks at the file, of any size."""
+    """Refuse sizes that do not match the adapter's tensors: PEFT would allocate layers of any size
+    before reading the file."""
     try:
         shapes = load_shapes(folder / SAFETENSORS).values()
     except UserError as error:
@@ -164,12 +164,12 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
         _refuse(folder, "rank_pattern", ranks, "must be an object")
     sizes |= {f"rank_pattern.{shown(name, 80)}": rank for name, rank in ranks.items()}
     for name, size in sizes.items():
-        # AdaLoRA keeps lists of what it kept of each rank.
+        # AdaLoRA stores a list (mask) per rank.
         if size is not None and not isinstance(size, list):
             if type(size) is not int or size < 1:
-                _refuse(folder, name, size, "must be a whole number above 0")
+                _refuse(folder, name, size, "must be an integer above 0")
             if config["peft_type"] in ("LORA", "MIXLORA") and name != "init_r" and size > largest:
-                _refuse(folder, name, size, f"is more than any tensor in {SAFETENSORS} has")
+                _refuse(folder, name, size, f"is larger than in any tensor of {SAFETENSORS}")
     experts = config.get("num_experts")
     if experts is not None and (type(experts) is not int or not 1 <= experts <= len(shapes)):
-        _refuse(folder, "num_experts", experts, f"is no number of experts in {SAFETENSORS}")
+        _refuse(folder, "num_experts", experts, f"does not match the tensors in {SAFETENSORS}")

@@ -1,5 +1,5 @@
-"""One pass of a layer over the rows of several adapters: the frozen products once over all rows,
-each adapter's part on its own. With one adapter none of this runs."""
+"""Forward passes of layers over the rows of several adapters: the frozen products once for all
+rows, each adapter's part separately. Not used with one adapter."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["several_feed_forward", "several_linear"]
 
 
 def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
-    """Each segment of the rows with its adapter: experts, a plain LoRA, or the base alone.
-    x: (..., D); returns the same shape."""
+    """The feed-forward block, each segment of rows with its adapter: experts, plain LoRA, or only
+    the base. x: (..., D); returns the same shape."""
     segments, dtype = layer.row_map.of(x), working_dtype(x)
     rows = x.reshape(-1, x.shape[-1])
     kernel = layer.kernel_on(x.device)
 
     def is_whole(segment: Segment) -> bool:
-        """Whether its kernel multiplies with the frozen weights itself."""
+        """Whether the segment's kernel computes the frozen products itself."""
         return kernel.stage is None and segment.adapter in layer.lora_router
 
     with torch.autocast(x.device.type, enabled=False):
@@ -80,8 +80,8 @@ def _plain_stage(
 
 
 def several_linear(layer: RowsLinear, x: Tensor) -> Tensor:
-    """`W x` once over all rows, then the adapter of each segment on its own; neighbours of one
-    shape together. x: (..., in); returns (..., out)."""
+    """`W x` once for all rows, then the adapter of each segment; adjacent segments of equal shape
+    together. x: (..., in); returns (..., out)."""
     segments, dtype = layer.row_map.of(x), working_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -98,7 +98,7 @@ def several_linear(layer: RowsLinear, x: Tensor) -> Tensor:
 
 
 def _groups(layer: RowsLinear, segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Neighbours that `adapt` can take together: equal numbers of rows, ranks and kinds."""
+    """Adjacent segments that `adapt` can compute together: equal number of rows, rank and kind."""
     groups: list[list[Segment]] = []
     last = None
     for segment in segments:

@@ -1,5 +1,5 @@
 """The commands; `main` finds them.
 
-`config` and the modules here that read a command line import no torch, so that a mistake is told in
-a second: what needs it is imported in the function that runs.
+Neither `config` nor the modules here that read a command line import torch, so that a mistake is
+reported within a second: functions import what needs torch when they run.
 """

@@ -1,8 +1,8 @@
-"""Score an adapter that exists, or the base model alone: `python evaluate.py run=outputs/NAME`.
+"""Score an existing adapter, or the base model alone: `python evaluate.py run=outputs/NAME`.
 
-`run=DIR` takes everything from the record of a finished run and scores the adapter that it left;
-`adapter=DIR` takes one of PEFT's or ours. What a record says is data, and goes before the options
-of conf/ but after what is given on the command line.
+`run=DIR` takes all settings from the record of a finished run and scores the adapter of that run;
+`adapter=DIR` scores an adapter that PEFT or train.py wrote. A record's values are treated as data;
+they override the defaults in conf/, and the command line overrides them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUPS = ("preset", "model", "task", "data", "kernel", "trainer", "evaluation")
 
 
 class Words:
-    """A command line by the fields that it gives. Of folders the text counts as it was typed."""
+    """A command line, indexed by the fields it sets. Folder names stay as typed."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.named = dict(w.split("=", 1) for w in words if w.startswith(("run=", "adapter=")))
@@ -34,19 +34,18 @@ class Words:
         self.lines = [one.input_line or "" for one in parsed]
 
     def folders(self, name: str) -> list[str]:
-        """What `run=` or `adapter=` names: none, one, or several in brackets."""
+        """The folders that `run=` or `adapter=` names: none, one, or several in brackets."""
         if name not in self.named:
             return []
         found = typed_texts(self.named[name])
         if not all(found):
             raise UserError(
-                f"{name}={self.named[name]}: a folder is missing; write {name}=DIR or "
-                f"{name}=[DIR,DIR]"
+                f"{name}={self.named[name]} lacks a folder: write {name}=DIR or {name}=[DIR,DIR]"
             )
         return found
 
     def others(self, *names: str) -> list[str]:
-        """The words but for those that give one of these fields."""
+        """The overrides, without those of the fields `names`."""
         return [line for line in self.lines if line.partition("=")[0] not in names]
 
 
@@ -54,7 +53,7 @@ def each(words: Sequence[str]) -> list[list[str]]:
     """One command line for each folder of `run=[A,B]` or `adapter=[A,B]`.
 
     Raises:
-        UserError: a folder is missing in the list, or both are given.
+        UserError: the list lacks a folder, or both `run` and `adapter` are given.
     """
     line = Words(words)
     if "run" in line.given and "adapter" in line.given:
@@ -67,15 +66,15 @@ def each(words: Sequence[str]) -> list[list[str]]:
 
 
 def overrides_of(words: Sequence[str]) -> list[str]:
-    """The overrides of `conf/evaluate.yaml` that a command line with one folder asks for.
+    """The overrides of `conf/evaluate.yaml` for a command line with at most one folder.
 
     Raises:
-        UserError: `run=DIR` holds no finished run or no adapter, or `adapter=DIR` is no folder.
+        UserError: `run=DIR` holds no finished run or no adapter, or `adapter=DIR` is not a folder.
     """
     line = Words(words)
     lines = line.others("protocol")
     if "method" not in line.given:
-        # An experiment may choose another.
+        # First, so that an experiment can choose another method.
         lines = ["method=none", *lines]
     if "protocol" in line.given:
         if "evaluation.protocols" in line.given:
@@ -84,7 +83,9 @@ def overrides_of(words: Sequence[str]) -> list[str]:
         lines.append(f"protocol=[{names}]")
     for folder in line.folders("adapter"):
         if not Path(folder).expanduser().is_dir():
-            raise UserError(f"adapter={folder} is no folder: give one that PEFT or train.py wrote")
+            raise UserError(
+                f"adapter={folder} is not a folder: give a folder that PEFT or train.py wrote"
+            )
         lines.append(f"adapter={literal(folder)}")
         return [*base_words(Path(folder).expanduser(), line.given), *lines]
     for folder in line.folders("run"):
@@ -93,11 +94,11 @@ def overrides_of(words: Sequence[str]) -> list[str]:
 
 
 def _of_run(named: str, given: Mapping[str, Any]) -> list[str]:
-    """What the record of a finished run says, and the adapter that the run left."""
+    """The settings in the record of a finished run, and the run's adapter, as overrides."""
     folder = Path(named).expanduser()
     if not (folder / RECORD).is_file():
         left = folder / "last_good"
-        hint = f"; what is left of this one is adapter={left}" if left.is_dir() else ""
+        hint = f"; the last good adapter of this one is adapter={left}" if left.is_dir() else ""
         raise UserError(f"run={named} holds no {RECORD}: give the folder of a finished run{hint}")
     settings = read_run(folder / RECORD)["config"]
     lines = _beside(folder, settings)
@@ -114,14 +115,14 @@ def _of_run(named: str, given: Mapping[str, Any]) -> list[str]:
     if "protocol" in given:
         anew.add("evaluation.protocols")
     if "preset" in given:
-        # Its values are asked for, so those of the record must not go before them.
+        # The preset's values must override the recorded ones.
         anew |= set(SWITCHES.values())
     return [*lines, *recorded(settings, anew)]
 
 
 def _beside(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The scores of a run are written beside it, where it still lies in the folder that it was
-    written to: a record alone does not say where to write."""
+    """The override that writes the scores of a run next to it, if the run is still in the folder
+    that its record names: a record alone must not decide where files are written."""
     written = Path(settings.get("output_dir", "")).expanduser()
     if folder.is_symlink() or written.resolve() != folder.resolve().parent:
         return []
@@ -129,10 +130,10 @@ def _beside(folder: Path, settings: Mapping[str, Any]) -> list[str]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code.
+    """Execute one command line and return the exit code.
 
     Raises:
-        UserError: there is a mistake in it, or an adapter cannot be scored.
+        UserError: the command line is not valid, or an adapter cannot be scored.
     """
     argv = argv or ["--help"]
     lines = each(parse_flags(argv).overrides)
@@ -140,9 +141,9 @@ def run(argv: Sequence[str]) -> int:
         return dispatch(argv, "evaluate", lambda _: overrides_of(lines[0]))
     flags = [word for word in argv if word.startswith("-")]
     if flags:
-        raise UserError(f"{flags[0]} does not go with several adapters: score them one by one")
+        raise UserError(f"{flags[0]} does not work with several adapters: score them one by one")
     configs = [compose(overrides_of(line), "evaluate") for line in lines]
-    # Imported late, so that a mistake on the command line is told before torch is loaded.
+    # Imported late, so that a mistake on the command line is reported before torch loads.
     from mixlora_exp.runs.together import run_together
 
     run_together(configs)

@@ -11,7 +11,7 @@ from mixlora_exp.results.build import draw_figures, gather
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--output", metavar="DIR", type=Path, default=RESULTS / "figures")
     folder = parser.parse(argv).output

@@ -1,4 +1,4 @@
-"""Let a model with an adapter write: `python generate.py adapter=DIR prompt="Question: ..."`."""
+"""Generate text with an adapter: `python generate.py adapter=DIR prompt="Question: ..."`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.serving.prompts import check_text
 
 BASE = ("model", "kernel", "seed", "trainer", "base")
-"""Fields that choose and open the base model."""
+"""Fields that choose the base model and how it is loaded."""
 TEXTS = ("prompt", "prompts", "adapter")
 
 
 def _quoted(word: str) -> str:
-    """The word, with a text as Hydra reads it: whatever characters it has, they are the text."""
+    """The argument, with a text value quoted so that Hydra reads every character literally."""
     name, equals, value = word.partition("=")
     if equals and name in TEXTS and value != "null":
         check_text(word, name)
@@ -28,10 +28,10 @@ def _quoted(word: str) -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code.
+    """Execute one command line and return the exit code.
 
     Raises:
-        UserError: there is a mistake in it, or an adapter cannot be used.
+        UserError: the command line is not valid, or an adapter cannot be used.
     """
     argv = [_quoted(word) for word in argv]
     args = parse_flags(argv)
@@ -39,7 +39,9 @@ def run(argv: Sequence[str]) -> int:
     if shows(args):
         return show(argv, args, "generate", overrides)
     if args.multirun:
-        raise UserError("-m: generate.py answers once; give adapters=[DIR,DIR] to ask several")
+        raise UserError(
+            "-m is not supported by generate.py: give adapters=[DIR,DIR] to use several adapters"
+        )
     settings = compose(overrides, "generate")
     given = parse_overrides(overrides)
     named = {one.key_or_group.partition(".")[0] for one in given}
@@ -49,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
             "answers them (adapter=DIR, or model=NAME)"
         )
     words = [one.input_line or "" for one in given if one.key_or_group.partition(".")[0] in BASE]
-    # Imported late, so that a mistake on the command line is told before torch is loaded.
+    # Imported late, so that a mistake on the command line is reported before torch loads.
     from mixlora_exp.serving.answer import answer
 
     answer(settings, words)

@@ -1,4 +1,4 @@
-"""A command line of Hydra: its flags, help, and the runs it asks for, checked before any starts."""
+"""Hydra command lines: flags, help, and runs, all of which are checked before the first starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import hydra
 
-# Hydra has no public way to its flags: without them each would have to be listed here.
+# Hydra does not export its flags, and a list of them here would go out of date.
 from hydra._internal.utils import get_args_parser
 
 from mixlora_exp import __version__
@@ -31,7 +31,7 @@ from mixlora_exp.sweeps.jobs import run_one, run_single
 from mixlora_exp.sweeps.launch import launch_sweep
 
 Settle = Callable[[Sequence[str]], list[str]]
-"""What a command makes of the overrides that were typed."""
+"""Turns the typed overrides of a command into those that Hydra composes."""
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     if args.experimental_rerun is not None:
         raise UserError(
             f"--experimental-rerun={args.experimental_rerun} is not supported: "
-            "repeat the overrides that stand in the run's record"
+            "repeat the overrides in the run's record"
         )
     return args
 
@@ -71,7 +71,7 @@ def shows(args: argparse.Namespace) -> bool:
 
 
 def show(argv: Sequence[str], args: argparse.Namespace, name: str, overrides: list[str]) -> int:
-    """Let Hydra print help, the configuration or its own state."""
+    """Have Hydra print help, the configuration or its own state; returns the exit code."""
     register_schemas()
     flags = [word for word in argv if word not in args.overrides]
     before = sys.argv
@@ -96,10 +96,10 @@ def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
 
 
 def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
-    """Carry out a command line over `conf/ROOT.yaml`; returns the exit code.
+    """Execute a command line over `conf/ROOT.yaml` and return the exit code.
 
     Raises:
-        UserError: there is a mistake in it.
+        UserError: the command line is not valid.
     """
     if "--version" in argv:
         sys.stdout.write(f"mixlora-exp {__version__}\n")

@@ -1,9 +1,9 @@
-"""lm-eval's command line, with MixLoRA known to PEFT: `python -m mixlora_exp.cli.lm_eval ...`.
+"""lm-eval's command line, with MixLoRA registered: `python -m mixlora_exp.cli.lm_eval ...`.
 
-lm-eval's own command cannot import another package first, and PEFT would not know the adapter. Its
-tokenizers are settled as this project's are: one whose template appends EOS would have every answer
-of one token scored as that EOS. An adapter (`peft=DIR`) that was trained on other weights than
-those of `pretrained=` is refused, unless `base=accept` stands among the arguments.
+lm-eval's own command cannot import this package first, so PEFT would not know the adapter type.
+Tokenizers get the same special-token settings as in training: if a template appends EOS, lm-eval
+would score that EOS instead of a one-token answer. An adapter (`peft=DIR`) that was trained on
+weights other than those of `pretrained=` is refused, unless `base=accept` is among the arguments.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ __all__ = ["main", "run"]
 KNOWN = (
     (
         "Tasks not found",
-        "--tasks: name tasks that `python -m mixlora_exp.cli.lm_eval ls tasks` lists, or a YAML "
-        "file of a task, or give its folder with --include_path",
+        "--tasks: name tasks that `python -m mixlora_exp.cli.lm_eval ls tasks` lists, or a task's "
+        "YAML file, or give its folder with --include_path",
     ),
     ("Can't find 'adapter_config.json'", "--model_args: peft=DIR must be a folder with an adapter"),
 )
-"""How errors of lm-eval and PEFT begin that are the user's, and the way out."""
+"""Beginnings of lm-eval's and PEFT's errors that are user mistakes, each with the way out."""
 NO_MODEL = ("is not a valid model identifier", "couldn't find them in the cached files")
-"""What transformers says of a model that is not there."""
+"""Parts of transformers' messages about a model that cannot be found."""
 
 
 def _settled(create: Callable[..., None]) -> Callable[..., None]:
-    """lm-eval's making of a tokenizer, then this project's decisions about it."""
+    """Wrap lm-eval's `_create_tokenizer`: apply this project's special-token settings after it."""
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     from mixlora_exp.models import fit_vocabulary, settle_special_tokens
@@ -46,7 +46,7 @@ def _settled(create: Callable[..., None]) -> Callable[..., None]:
     def settled(self: Any, pretrained: Any, tokenizer: Any, **options: Any) -> None:
         create(self, pretrained, tokenizer, **options)
         source = tokenizer or pretrained
-        # An encoder reads texts that are whole, whose EOS belongs to them.
+        # An encoder reads complete texts, in which EOS is part of the input.
         if self.backend != "causal" or not (isinstance(source, str) and self.tokenizer.is_fast):
             return
         places = ("revision", "subfolder")
@@ -64,7 +64,7 @@ ACCEPT = "base=accept"
 
 
 def _model_args(argv: Sequence[str]) -> dict[str, str]:
-    """What lm-eval's `--model_args` say: name=value, in one word or several, or a JSON object."""
+    """lm-eval's `--model_args`: name=value pairs, in one word or several, or a JSON object."""
     words: list[str] = []
     for number, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -80,7 +80,7 @@ def _model_args(argv: Sequence[str]) -> dict[str, str]:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            return {}  # lm-eval says so.
+            return {}  # lm-eval reports it.
         return {name: value for name, value in found.items() if isinstance(value, str)}
     pairs = (pair.partition("=") for pair in text.split(","))
     return {name.strip(): value.strip() for name, equals, value in pairs if equals}
@@ -99,8 +99,8 @@ def run(argv: Sequence[str]) -> None:
     """Run lm-eval with the arguments that the process was started with.
 
     Raises:
-        UserError: lm-eval is not installed, has no task of a name that was given, or the adapter
-            was trained on another base model.
+        UserError: lm-eval is not installed, does not know a given task, or the adapter was trained
+            on another base model.
     """
     _check_base(argv)
     sys.argv = [word for word in sys.argv if word != ACCEPT]
@@ -108,12 +108,12 @@ def run(argv: Sequence[str]) -> None:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise UserError("lm-eval is not installed: pip install 'lm-eval[hf]'") from error
+        raise UserError("lm-eval is not installed: run `pip install 'lm-eval[hf]'`") from error
     HFLM._create_tokenizer = _settled(HFLM._create_tokenizer)
     try:
         cli_evaluate()
     except (ValueError, OSError) as error:
-        # Other errors may be faults, and keep their traceback.
+        # Any other error may be a bug, and keeps its traceback.
         hint = next((hint for begin, hint in KNOWN if str(error).startswith(begin)), None)
         if hint is None and any(text in str(error) for text in NO_MODEL):
             hint = "--model_args: give pretrained=DIR with a model, or its name on the hub"

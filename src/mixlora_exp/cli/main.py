@@ -1,4 +1,4 @@
-"""`mixlora-exp COMMAND ...`: the commands, each in a module of this folder, imported when asked."""
+"""`mixlora-exp COMMAND ...`: each command is a module in this folder, imported on demand."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mixlora_exp import __version__
 
 COMMANDS = {
     "train": "train adapters and score them, one run or a sweep",
-    "evaluate": "score an adapter that exists, or the base model alone",
-    "generate": "let a model with an adapter write",
+    "evaluate": "score an existing adapter, or the base model alone",
+    "generate": "generate text with an adapter",
     "merge": "merge a LoRA or DoRA adapter into its base model",
     "convert": "convert an adapter of the official packages to PEFT's format",
     "search": "search router-loss coefficient and learning rate",
-    "status": "what has been run of every table, and what is left",
-    "collect": "bring finished runs into results/runs/",
+    "status": "show which runs of each table are done and which remain",
+    "collect": "pack finished runs into results/runs/",
     "show": "print the record of a run",
-    "tables": "make the tables from the records",
+    "tables": "build the tables from the records",
     "figures": "draw the figures from the records",
-    "report": "make the report from the records",
-    "power": "the smallest difference that two methods' comparison would see",
+    "report": "build the report from the records",
+    "power": "the smallest difference that a comparison of two methods detects",
 }
 GO_ON = ("train", "evaluate", "search")
-"""Commands that, asked to end, resume when they are started again."""
+"""Commands that resume after an interruption when they are started again."""
 
 
 def usage() -> str:
@@ -38,7 +38,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out one command line; returns the exit code (see `system.guarded`)."""
+    """Execute one command line and return the exit code (see `system.guarded`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(usage())
@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = words
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-        sys.stderr.write(f"error: {command} is no command; {hint}\n")
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
+        sys.stderr.write(f"error: {command} is not a command; {hint}\n")
         return 2
     try:
-        # Late: each command loads what it needs alone.
+        # Imported late, so that a command loads only what it needs.
         from mixlora_exp.system.guarded import guarded
 
         module = importlib.import_module(f"mixlora_exp.cli.{command}")
@@ -61,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("mixlora_exp"):
             raise
         sys.stderr.write(
-            f"error: {command} needs the package {error.name}: pip install 'mixlora-exp[harness]'\n"
+            f"error: {command} needs the package {error.name}: "
+            "run `pip install 'mixlora-exp[harness]'`\n"
         )
         return 2
     try:
         return guarded(module.run, rest, resumes=command in GO_ON)
     except BrokenPipeError:
-        # Who reads has seen enough (`| head`). Python would complain once more at its end.
+        # The reader closed the pipe (`| head`). Without this, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

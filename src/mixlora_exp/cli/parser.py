@@ -1,4 +1,4 @@
-"""argparse as the commands use it that Hydra does not parse: a mistake is one message."""
+"""argparse for the commands without Hydra: a mistake raises `UserError`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixlora_exp.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """`description`: the docstring of the command's module, shown by `--help` as it stands."""
+    """`description`: the docstring of the command's module, which `--help` prints unchanged."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         super().__init__(
@@ -25,11 +25,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Options and other words in any order.
+        """Parse options and positional arguments in any order.
 
         Raises:
-            UserError: an option is unknown or its value is not valid; the message has the closest
-                option there is.
+            UserError: an option is unknown or its value is not valid; the message names the closest
+                option.
         """
         names = [name for action in self._actions for name in action.option_strings]
         for word in argv:
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("-") and name not in names:
                 close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+                hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
                 raise UserError(f"{word}: there is no option {name}; {hint}")
             if f"--{name}" in names and name != word:
                 raise UserError(f"{word}: {name} is an option, write --{name}")

@@ -1,7 +1,7 @@
-"""The smallest difference that a comparison of two methods would see in four out of five tries.
+"""The smallest difference between two methods that a comparison detects with 80 % power.
 
-Takes from two records under results/runs/ how often just one of two methods is right
-(length-normalised, answers as text), and foretells full test sets.
+Measures on two records in results/runs/ how often exactly one of the two runs is right
+(answer_text, length-normalised), and extrapolates to the full test sets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _discordant(a: RecordedRun, b: RecordedRun, task: str) -> float:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("a", metavar="RUN")
     parser.add_argument("b", metavar="RUN")
@@ -38,27 +38,23 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     differently = "share of items that two seeds of one method answer differently"
     parser.add_argument("--changed", type=float, default=0.03, help=differently)
-    parser.add_argument("--factor", type=float, default=1.0, help="take both shares so many times")
+    parser.add_argument("--factor", type=float, default=1.0, help="multiply both shares by this")
     args = parser.parse(argv)
     a, b = (check_run(RESULTS / "runs" / f"{name}{PACKED}") for name in (args.a, args.b))
     tasks = args.tasks or sorted(
         {task for task, protocol in a.scores.keys() & b.scores.keys() if protocol == "answer_text"}
     )
     if unknown := [task for task in tasks if task not in TASKS]:
-        raise UserError(f"tasks={unknown[0]} is unknown: choose from {', '.join(TASKS)}")
+        raise UserError(f"--tasks={unknown[0]} is unknown: choose from {', '.join(TASKS)}")
     items = {task: TASKS[task].sizes["test"] for task in tasks}
     shares = {task: args.factor * _discordant(a, b, task) for task in tasks}
     for task in tasks:
-        print(f"{task:12}{items[task]:6,} items, {100 * shares[task]:.1f} % right in one run alone")
+        print(f"{task:12}{items[task]:6,} items, {100 * shares[task]:.1f} % right in only one run")
     error, spread = (
         average_item_error(shares, items),
         seed_spread(args.factor * args.changed, items),
     )
-    print(
-        f"standard error over items {100 * error:.2f} points, from seed to seed {100 * spread:.2f}"
-    )
+    print(f"standard error over items {100 * error:.2f} points, between seeds {100 * spread:.2f}")
     found = smallest_detectable(error, spread, args.seeds)
-    print(
-        f"seen in 80 % of tries with {args.seeds} seeds: a difference of {100 * found:.2f} points"
-    )
+    print(f"80 % power with {args.seeds} seeds: detects a difference of {100 * found:.2f} points")
     return 0

@@ -1,4 +1,4 @@
-"""Make the report from the committed records.
+"""Build the report from the committed records.
 
 One static page, results/report/index.html, with tables, figures and a link from each number to
 its record.
@@ -15,7 +15,7 @@ from mixlora_exp.results.build import gather, write_report
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--output", metavar="DIR", type=Path, default=RESULTS)
     folder = parser.parse(argv).output

@@ -2,9 +2,9 @@
 method=mixlora task=arc_e data.train_limit=500 evaluation.limit=200`.
 
 `study`, `trials`, `coef_low`, `coef_high`, `rate_low`, `rate_high`, `prune_after`, `output_dir` and
-`ranges` (more fields to search, `"ranges=[method.dropout=0.01:0.2]"`) are the search's own;
-anything else is an override as `train.py` takes it. The study is kept in `output_dir/<study>.db`:
-the same command resumes it, also with more `trials`. A trial that fails is told and counts as one.
+`ranges` (more fields to search, `"ranges=[method.dropout=0.01:0.2]"`) are settings of the search;
+anything else is an override of `train.py`. The study is stored in `output_dir/<study>.db`: the same
+command resumes it, also with more `trials`. A failed trial is reported and counts as a trial.
 Needs `pip install optuna`.
 """
 
@@ -25,20 +25,20 @@ def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
     path = run(config, watch)
     if path is None:
         raise Postponed(
-            f"output_dir={config.output_dir}: another process works on this trial's run; start the "
+            f"output_dir={config.output_dir}: another process is running this trial; start the "
             "search again when it is done, or choose another output_dir"
         )
     return path
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError("the package optuna is not installed: run `pip install optuna`")
     from mixlora_exp.sweeps.search import SearchSettings, search
     from mixlora_exp.sweeps.study import ended
 
-    # `seed` is the runs'; the sampler's own stays as it is.
+    # `seed` is the seed of the runs; the sampler keeps its default seed.
     names = {*SearchSettings.__dataclass_fields__, "-h", "--help"} - {"seed"}
     own = [a for a in arguments if a.partition("=")[0] in names]
     settings = options(SearchSettings, own)

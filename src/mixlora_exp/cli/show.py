@@ -1,7 +1,7 @@
 """Print the record of a run as JSON.
 
-RUN is a name in results/runs/, a packed run or a run's folder. --file prints another of its files,
-predictions/arc_e.answer_text.jsonl say, a line for each item.
+RUN is a name in results/runs/, a packed run or a run's folder. --file prints another JSONL file of
+the run, one line per item, for example predictions/arc_e.answer_text.jsonl.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def _path(run: str) -> Path:
     for path in (given / RECORD, given if given.suffix == PACKED else kept, kept):
         if path.is_file():
             return path
-    raise UserError(f"{run} is no run: give a name in results/runs, a packed run or a folder")
+    raise UserError(f"{run} is not a run: give a name in results/runs, a packed run or a folder")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--file", metavar="NAME", default=RECORD)

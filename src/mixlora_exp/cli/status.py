@@ -1,7 +1,7 @@
-"""What has been run of every table, and what is left.
+"""Show which runs of each table are done and which remain.
 
---experiment=table2 shows one sweep, --state=failed one state, --brief counts alone. Anything else
-is an override as for training (model=gemma_2b, data=local data.path=DIR output_dir=DIR).
+--experiment=table2 shows one sweep, --state=failed one state, --brief only the counts. Anything
+else is an override of train.py (model=gemma_2b, data=local data.path=DIR output_dir=DIR).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHADES = {
 
 
 def _overview(cells: list[CellState]) -> Iterator[str]:
-    """Lines of a table of counts, never cut: a header that cannot be read is of no use."""
+    """Lines of the table of counts per sweep and state, never truncated to the terminal's width."""
     states = [state for state in STATES if any(cell.state == state for cell in cells)]
     rows = [["experiment", *states, "GPU hours left"]]
     for name in dict.fromkeys(cell.experiment for cell in cells):
@@ -56,11 +56,11 @@ def _print_cells(console: Console, cells: list[CellState]) -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--experiment", choices=SWEEPS)
     parser.add_argument("--state", choices=STATES)
-    parser.add_argument("--brief", action="store_true", help="count alone")
+    parser.add_argument("--brief", action="store_true", help="show only the counts")
     parser.add_argument("--records", metavar="DIR", type=Path, default=RESULTS / "runs")
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
     args = parser.parse(argv)
@@ -76,5 +76,5 @@ def run(argv: Sequence[str]) -> int:
         console.print(line, markup=False)
     if hidden := sum(cell.detail == LOCAL for cell in cells):
         console.print(f"{hidden} of those missing are {LOCAL}: add it to see their records.")
-    console.print("GPU hours and memory are estimated: 1e14 operations a second in bf16.")
+    console.print("GPU hours and memory are estimates, at 1e14 FLOP/s in bf16.")
     return 0

@@ -1,8 +1,8 @@
-"""Make the tables from the committed records.
+"""Build the tables from the committed records.
 
-Writes Markdown, CSV and LaTeX to results/tables/. --check writes nothing and fails with a diff
-where a table is not what its records give. --runs takes these runs alone and refuses runs that
-must not share a cell; it needs --output.
+Writes Markdown, CSV and LaTeX to results/tables/. --check writes nothing, and fails with a diff if
+a table differs from its records. --runs uses only the named runs, and refuses runs that must not
+share a cell; it needs --output.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from mixlora_exp.system.guarded import MISTAKE
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    parser.add_argument("--runs", metavar="NAME", nargs="+", help="take these runs alone")
+    parser.add_argument("--runs", metavar="NAME", nargs="+", help="use only these runs")
     parser.add_argument("--output", metavar="DIR", type=Path, help="write elsewhere")
     args = parser.parse(argv)
     if args.runs is not None and args.output is None:
-        raise UserError("--runs makes tables of some runs alone: give --output=DIR for them")
+        raise UserError("--runs needs --output=DIR: tables of some runs do not belong in results/")
     folder = args.output or RESULTS / "tables"
     results = gather(names=args.runs)
     differences = write_files(folder, table_files(results), args.check)
     if differences:
         print("\n".join(differences))
-        print("error: the tables are not those of the records: run `make tables`", file=sys.stderr)
+        print("error: the tables differ from the records: run `make tables`", file=sys.stderr)
         return MISTAKE
     for entry in results.left_out:
         print(f"left out: {entry.name}: {entry.reason}")
-    verb = "are as the records give them" if args.check else f"written to {folder}"
+    verb = "match the records" if args.check else f"written to {folder}"
     print(f"{len(results.tables)} tables of {len(results.runs)} runs {verb}")
     return 0

@@ -1,4 +1,4 @@
-"""Train an adapter, reload it, score it: `python train.py method=mixlora model=... task=multi`."""
+"""Train, reload and score an adapter: `python train.py method=mixlora model=... task=multi`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mixlora_exp.system.guarded import guarded
 
 
 def with_base(overrides: Sequence[str]) -> list[str]:
-    """The overrides; before them the words that choose the base model of an adapter that is
-    scored, where none were given."""
+    """The overrides of a command line. If it scores an adapter and chooses no base model, overrides
+    that choose the adapter's own base model come first."""
     given = dict(line.split("=", 1) for line in overrides if "=" in line)
     folder = Path(given.get("adapter", "null").strip("'\"")).expanduser()
-    # What else may be wrong with it is told when the configuration is there.
+    # Anything else that is wrong with `adapter` is reported once the configuration is composed.
     if given.get("method") != "none" or "experiment" in given or not folder.is_dir():
         return list(overrides)
     from mixlora_exp.runs.base_choice import base_words
@@ -23,14 +23,14 @@ def with_base(overrides: Sequence[str]) -> list[str]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line; returns the exit code."""
+    """Execute one command line and return the exit code."""
     return dispatch(argv, "config", with_base)
 
 
 def execute(argv: Sequence[str]) -> int:
     """Run a command line and return its exit code.
 
-    0: done; 2: a mistake of the user's, told in one message; 130: interrupted; 1: runs of a sweep
-    crashed. A crash outside of a sweep is raised, for Python to print it and exit with 1.
+    0: done; 2: a user mistake, reported in one message; 130: interrupted; 1: runs of a sweep
+    crashed. A crash outside a sweep is raised, so that Python prints it and exits with 1.
     """
     return guarded(run, argv)

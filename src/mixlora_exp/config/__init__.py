@@ -1,7 +1,7 @@
 """Configuration: `conf/` and the command line, composed by Hydra into checked dataclasses.
 
 No OmegaConf object leaves this package: `to_config` turns one into a `schema.Config`. The schemas
-themselves need neither Hydra nor OmegaConf, which are imported when a name below is first used:
+need neither Hydra nor OmegaConf, which are imported when a name below is first used, so that
 adapters and benchmarks run without them.
 """
 

@@ -1,4 +1,4 @@
-"""The transformers configuration of a named model: the JSON file beside its YAML."""
+"""The transformers configuration of a named model: the JSON file next to its YAML file."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OLD_NAMES = {
     "norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings",
     "layers": "num_hidden_layers",
 }  # fmt: skip
-"""Fields that the group `model` had before it carried a `config.json`, in records of that time, and
-their names in transformers. `layers`, unless null, cut the depth."""
+"""Fields of the group `model` in records written before it had a `config.json` -> their names in
+transformers. `layers`, unless null, overrode `num_layers`."""
 
 WHOLE = {"model_type", "hidden_size", "num_hidden_layers"}
 
 
 def current_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The group `model` of a record as it would be written today."""
+    """The group `model` of a record, converted to the current schema."""
     if "family" not in model:
         return dict(model)
     kept = {name: value for name, value in model.items() if name not in OLD_NAMES}
@@ -39,61 +39,65 @@ def current_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def old_name(name: str) -> str | None:
-    """How a field that the group `model` had before is given today; None for any other."""
+    """The current way to set a former field of the group `model`; None for any other name."""
     new = OLD_NAMES.get(name)
     return None if new is None else f"model.config={{{new}: VALUE}}"
 
 
 def read_architecture(folders: Iterable[Path], name: str) -> dict[str, Any] | None:
-    """`model/<name>.json` of the first of the configuration `folders` that has it.
+    """`model/<name>.json` from the first of the configuration `folders` that has it, or None.
 
     Raises:
-        UserError: it is not readable as a JSON object.
+        UserError: the file cannot be read as a JSON object.
     """
     for folder in folders:
         path = folder / "model" / f"{name}.json"
         if not path.is_file():
             continue
         try:
-            # Of the user's own configuration folder, as the YAML beside it is.
+            # Trusted like the YAML next to it: the file is in the user's configuration folder.
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+            raise UserError(
+                f"{path} cannot be read ({error}): put the model's config.json there"
+            ) from error
         if not isinstance(found, dict):
-            raise UserError(f"{path} holds no JSON object: put the model's config.json there")
-        # What transformers keeps for itself is not a setting.
+            raise UserError(f"{path} is not a JSON object: put the model's config.json there")
+        # Fields with an underscore are internal to transformers.
         return {name: value for name, value in found.items() if not name.startswith("_")}
     return None
 
 
 def complete(model: ModelConfig, published: Mapping[str, Any] | None) -> ModelConfig:
-    """`model` with the whole configuration in `config`: what is `published` beside the YAML, with
-    the given fields over it. One that has all of `WHOLE`, as a record's does, takes its place.
+    """`model` with a complete `config`: the `published` JSON, overridden by the given fields.
+
+    A given `config` that has all fields of `WHOLE`, as in a record, replaces the published one.
 
     Raises:
-        UserError: there is no configuration, or weights that are read are to have another one.
+        UserError: there is no configuration, or a field is overridden although the weights are
+            loaded, not drawn at random.
     """
     given, whole = model.config, set(model.config) >= WHOLE
     if published is None and not whole and (model.draws_weights or model.path is None):
         raise UserError(
-            f"model={model.name} has no configuration: put its config.json beside the YAML as "
+            f"model={model.name} has no configuration: put its config.json next to the YAML as "
             f"model/{model.name}.json, or give a folder with the model as model.path=DIR"
         )
     known = published or {}
     changed = [name for name, value in given.items() if name not in known or known[name] != value]
     fixed = [] if model.draws_weights else changed
     if whole and (model.path is not None or published is None):
-        fixed = []  # What is read will tell.
+        fixed = []  # Checked against the model's files when they are loaded.
     elif model.path is None:
-        # Fewer positions than a model has can be asked of it.
+        # A model can be used with fewer positions than it has.
         fixed = [name for name in fixed if name != "max_position_embeddings"]
     if fixed:
         name = fixed[0]
         raise UserError(
-            f"model.config={{{name}: {given[name]}}} is not valid: weights that are read have the "
-            "configuration that they were trained with; add model.weights=random to draw others"
+            f"model.config={{{name}: {given[name]}}} is not valid: pretrained weights need the "
+            "configuration they were trained with; add model.weights=random to draw random ones"
         )
-    # The paper's denominator belongs to the published configuration.
+    # The paper's denominator applies only to the published configuration.
     nominal = None if changed else model.nominal_parameters
     config = dict(given) if whole else {**known, **given}
     return dataclasses.replace(model, config=config, nominal_parameters=nominal)

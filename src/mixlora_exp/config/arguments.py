@@ -25,19 +25,19 @@ KINDS = {
     "bool": "true or false",
     "list[str]": "a list, [A,B]",
 }
-"""What values of a type are called in messages."""
+"""Type of a field -> its name in messages."""
 MAY_BE_EMPTY = ("prompt",)
-"""Texts of which the command itself says what they must be."""
+"""Text fields that may be empty here, because the command checks them itself."""
 
 
 def options(schema: type[Schema], arguments: Sequence[str], *, also: Sequence[str] = ()) -> Schema:
     """An instance of the dataclass `schema` with the values given as `name=value`.
 
-    A field of text takes the value as it is, whatever characters it has; `null` is none. `also`
-    are fields that the command takes besides, for messages.
+    A text field takes the value literally, except that `null` means None. `also` names further
+    fields of the command, for messages only.
 
     Raises:
-        UserError: a field is unknown or a value is not of its type.
+        UserError: a field is unknown or a value has the wrong type.
     """
     fields = schema.__dataclass_fields__
     known = ", ".join((*fields, *also))
@@ -56,7 +56,7 @@ def options(schema: type[Schema], arguments: Sequence[str], *, also: Sequence[st
             raise UserError(f"{word!r}: there is no field {name}; {hint} {known}")
         kind = fields[name].type if name in fields else None
         if kind not in ("str", "str | None"):
-            _merged(schema, [word])  # Alone, so that a message names it.
+            _merged(schema, [word])  # One at a time, so that the message names this one.
             others.append(word)
         elif value or name in MAY_BE_EMPTY:
             texts[name] = None if kind == "str | None" and value == "null" else value
@@ -66,7 +66,7 @@ def options(schema: type[Schema], arguments: Sequence[str], *, also: Sequence[st
 
 
 def _merged(schema: type[Schema], words: Sequence[str]) -> Schema:
-    """`schema` with the values of `words`, checked against its types."""
+    """An instance of `schema` with the values of `words`, checked against its types."""
     try:
         given = OmegaConf.from_dotlist(list(words))
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
@@ -74,7 +74,7 @@ def _merged(schema: type[Schema], words: Sequence[str]) -> Schema:
             if field.type == "list[str]" and not all(
                 isinstance(v, str) for v in getattr(made, name)
             ):
-                raise ValidationError("an entry is no text")
+                raise ValidationError("an entry is not text")
     except (OmegaConfBaseException, YAMLError) as error:
         field = schema.__dataclass_fields__.get(" ".join(words).partition("=")[0])
         wanted = KINDS.get(str(field.type), str(field.type)) if field else "what the field takes"

@@ -1,4 +1,4 @@
-"""Checks of single values; each raises a `UserError` that names the field and what it holds."""
+"""Checks of single values; each raises a `UserError` that names the field and its value."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from mixlora_exp.errors import UserError
 __all__ = ["MISSING", "require", "require_name", "require_positive"]
 
 MISSING: Any = "???"
-"""OmegaConf's mark of a value that must be given, spelled out: this file needs no import."""
+"""OmegaConf's marker of a mandatory value, copied so that this file need not import OmegaConf."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
-    """Raise a `UserError` that names the field, its value and the rule it breaks."""
+    """Raise a `UserError` with field, value and violated `rule` unless `condition` holds."""
     if not condition:
         raise UserError(f"{name}={'null' if value is None else value} is not valid: {rule}")
 
 
 def require_positive(name: str, value: float, zero: bool = False) -> None:
-    """Raise a `UserError` unless `value` is finite and above zero (or zero, if that is allowed)."""
+    """Raise a `UserError` unless `value` is finite and positive (`zero`: or zero)."""
     valid = isfinite(value) and (value >= 0 if zero else value > 0)
     require(valid, name, value, f"must be {'>=' if zero else '>'} 0 and finite")
 
 
 def require_name(name: str, value: str) -> None:
-    """Raise a `UserError` unless `value` can stand in a file name."""
+    """Raise a `UserError` unless `value` can be part of a file name."""
     valid = fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value) is not None
     require(valid, name, value, "use letters, digits, '_', '.' and '-' only")

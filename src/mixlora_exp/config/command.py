@@ -1,4 +1,4 @@
-"""What a command line asks for, checked whole before anything starts: one run, or many."""
+"""From a command line to its runs, one or many, all checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-# What the sweeper itself calls, so that the cells that are checked are those that it runs.
+# The sweeper's own function, so that the cells checked here are the cells it runs.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,7 +30,7 @@ from mixlora_exp.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One run: the overrides that make it, and its configuration."""
+    """One run: its overrides and the configuration they compose."""
 
     overrides: tuple[str, ...]
     config: Config
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedJob:
-    """What a launcher starts at once: one cell, or several that share a base."""
+    """One job of a launcher: one cell, or several cells trained together on one base model."""
 
     overrides: str
     cells: int
@@ -48,8 +48,8 @@ class PlannedJob:
 class Plan:
     """All runs of a command line; `expanded` is false for a sweeper that picks its own cells.
 
-    `packed`: the command line that carries out the cells together, None where each is a job of its
-    own; `packs`: the numbers of the cells of each of its jobs. `launcher`: name of its class."""
+    `packed`: the overrides that run several cells per job, None if each cell is a separate job;
+    `packs`: the cell numbers of each of those jobs. `launcher`: class name of Hydra's launcher."""
 
     multirun: bool
     expanded: bool
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def jobs(self) -> list[PlannedJob]:
-        """The jobs of a sweep, by the numbers that Hydra gives them."""
+        """The jobs of a sweep, indexed by Hydra's job numbers."""
         packs = self.packs or [(number,) for number in range(len(self.cells))]
         names = [" ".join(cell.overrides) for cell in self.cells]
         return [
@@ -71,7 +71,7 @@ class Plan:
 
 @contextmanager
 def _explained(overrides: Sequence[str]) -> Iterator[None]:
-    """Turn what Hydra raises for a wrong command line or file into a `UserError`."""
+    """Convert Hydra's errors about a command line or a file into a `UserError`."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -84,7 +84,7 @@ def _parse(hydra: Any, overrides: Sequence[str]) -> list[Override]:
 
 
 def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> None:
-    """Refuse what Hydra lets pass or words badly: forms of override, and groups without a name."""
+    """Refuse overrides that Hydra accepts or reports unclearly."""
     groups = hydra.config_loader.list_groups("")
     for override in overrides:
         key, line = override.key_or_group, override.input_line or ""
@@ -96,9 +96,7 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
         if override.is_delete():
             if key != "experiment" and not override.is_hydra_override():
                 hint = " (tracker=none)" if key == "tracker" else ""
-                raise UserError(
-                    f"{line}: a setting cannot be taken away, give it another value{hint}"
-                )
+                raise UserError(f"{line}: a setting cannot be deleted, give it another value{hint}")
             continue
         if key not in groups:
             head, slash, _ = key.partition("/")
@@ -106,9 +104,7 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
                 raise UserError(f"{line}: there is no group {head!r}{suggest(head, groups)}")
             continue
         if override.is_add() or override.is_force_add():
-            raise UserError(
-                f"{line}: {key} is a group that is always there, write {line.lstrip('+')}"
-            )
+            raise UserError(f"{line}: the group {key} always exists, write {line.lstrip('+')}")
         if not isinstance(override.value(), (str, list, dict)):
             options = hydra.config_loader.get_group_options(key, ObjectType.CONFIG)
             known = ", ".join(options)
@@ -117,7 +113,7 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
 
 def _check_sweep(override: Override, line: str, sweep: bool) -> None:
     if override.is_hydra_override():
-        raise UserError(f"{line}: settings of Hydra's own cannot be swept, give one value")
+        raise UserError(f"{line}: Hydra's own settings cannot be swept, give one value")
     if not sweep:
         raise UserError(
             f"{line} names several values: add -m to run each of them, or write [a,b] for a list"
@@ -138,40 +134,42 @@ def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     chosen, name = cfg.hydra.runtime.choices.get("method"), cfg.get("method", {}).get("name")
     typed = any(line.lstrip("+").startswith("method.name=") for line in overrides)
     if typed and name != chosen and (CONF_DIR / "method" / f"{name}.yaml").is_file():
-        raise UserError(f"method.name={name} would only rename {chosen}: write method={name}")
+        raise UserError(
+            f"method.name={name} would only rename {chosen}: write method={name} to choose it"
+        )
     with _explained(overrides):
         return to_config(cfg)
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them: fields of `model.config`, which the schema does not list,
-    are added."""
+    """The overrides with `++` before those of `model.config`, whose fields the schema does not
+    list."""
     return [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
 
 
 def compose_cell(hydra: Any, name: str, overrides: Sequence[str]) -> Any:
-    """Return the checked configuration of one run."""
+    """The checked configuration of one run over the root `conf/NAME.yaml`."""
     overrides = opened(overrides)
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
     return _finish(_load(hydra, name, overrides, RunMode.RUN), overrides)
 
 
 def compose(overrides: Sequence[str] = (), name: str = "config") -> Any:
-    """Return the configuration of one command line, over the root `conf/NAME.yaml`: a `Config`, or
-    a `GenerateConfig` over `generate`.
+    """The configuration of one command line over the root `conf/NAME.yaml`: a `Config`, or a
+    `GenerateConfig` for `generate`.
 
     Raises:
-        UserError: there is a mistake in it.
+        UserError: the command line is not valid.
     """
     with open_session() as hydra:
         return compose_cell(hydra, name, overrides)
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
-    """The words of a command line, read with Hydra's grammar.
+    """The overrides of a command line, parsed with Hydra's grammar.
 
     Raises:
-        UserError: one is not of the form name=value.
+        UserError: an argument is not of the form name=value.
     """
     with _explained(words):
         return OverridesParser.create().parse_overrides(list(words))
@@ -180,7 +178,7 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
 def compose_adapters(
     hydra: Any, name: str, overrides: Sequence[str], entries: Sequence[Any]
 ) -> list[Config]:
-    """The configurations that `adapters=[...]` on a command line stands for, checked together."""
+    """The configurations of the entries of `adapters=[...]`, checked together."""
     configs = expand(lambda lines: compose_cell(hydra, name, lines), overrides, entries)
     if len(configs) > 1:
         check_together(configs, [fingerprint(config) for config in configs])
@@ -203,8 +201,11 @@ def plan_runs(
     """Expand a command line into its runs, as Hydra's own sweeper does, and check each of them.
     `compose_one` makes the configuration of each cell of a sweep.
 
-    An experiment file may ask for a sweep itself (`hydra.mode: MULTIRUN` with
-    `hydra.sweeper.params`). The first run that is not valid raises `UserError`.
+    An experiment file may also request a sweep (`hydra.mode: MULTIRUN` with
+    `hydra.sweeper.params`).
+
+    Raises:
+        UserError: a run is not valid; the message names the first such cell.
     """
     parsed = _parse(hydra, overrides)
     _check_overrides(hydra, parsed, sweep=True)
@@ -232,7 +233,7 @@ def plan_runs(
     for override in swept:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise UserError(
-                f"{override.input_line} lists no values, which Hydra's basic sweeper needs: "
+                f"{override.input_line} is not a list of values, as Hydra's basic sweeper needs: "
                 "write key=1,2 or key=range(1,4)"
             )
     with _explained(overrides):
@@ -269,7 +270,7 @@ def plan_runs(
 def _packed(
     cells: Sequence[Cell], packs: Sequence[Sequence[int]], swept: Sequence[Override]
 ) -> list[str]:
-    """The sweep as one over lists of adapters, so that any launcher can run it."""
+    """The sweep rewritten as one over `adapters=[...]`, so that any launcher can run it."""
     keys = [o.get_key_element().lstrip("+") for o in swept if o.is_sweep_override()]
     common = [o.input_line for o in swept if not o.is_sweep_override()]
 

@@ -1,4 +1,4 @@
-"""Words for what Hydra and OmegaConf refuse: one message with the field, its value, the way out."""
+"""Messages for errors of Hydra and OmegaConf: one line with the field, its value, the way out."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ PLUGINS = {
     "submitit": "hydra-submitit-launcher",
     "ray": "hydra-ray-launcher",
 }
-"""Packages that bring launchers, by how these begin."""
+"""Beginning of a launcher's name -> the package that provides it."""
 
 
 def unknown_option(group: str, option: str, options: Sequence[str], source: str = "") -> str:
     """Return the message for `group=option` when the group has no such option."""
     plugin = next((p for start, p in PLUGINS.items() if option.startswith(start)), None)
     if group.endswith("hydra/launcher") and plugin is not None:
-        return f"{group}={option}{source} needs a plug-in of Hydra's: run `pip install {plugin}`"
+        return f"{group}={option}{source} needs a Hydra plug-in: run `pip install {plugin}`"
     head, slash, folder = group.partition("/")
     here = CONF_DIR / head
     if head == "experiment" and slash and (here / folder).is_dir():
-        # Hydra takes the folder for a group, and names the options of the one above it.
+        # Hydra treats the folder as a group, and lists the options of its parent.
         group, option = head, f"{folder}/{option}"
         options = sorted(f"{folder}/{path.stem}" for path in (here / folder).glob("*.yaml"))
         source = ""
@@ -97,7 +97,7 @@ def _root_cause(error: BaseException) -> OmegaConfBaseException | None:
 
 
 def _file(error: BaseException) -> str:
-    """Return words for the file that Hydra names in its message, or nothing."""
+    """Return ` (in FILE.yaml)` for the file that Hydra's message names, or nothing."""
     file = re.match(r"In '([^']+)': ", str(error))
     if file is None or file[1] in ("config", "evaluate", "generate", "hydra/config"):
         return ""
@@ -105,7 +105,7 @@ def _file(error: BaseException) -> str:
 
 
 def _typed(key: str, overrides: Sequence[str]) -> str | None:
-    """Return the override that set `key`, or a part of it, or the group that it is in."""
+    """Return the override that set `key`, a part of it, or a mapping that contains it."""
     plain = re.sub(r"\[\d+\]$", "", key)
     names = {override.lstrip("+").partition("=")[0]: override for override in overrides}
     inside = (line for name, line in names.items() if name.startswith(f"{plain}."))
@@ -118,7 +118,7 @@ def _typed(key: str, overrides: Sequence[str]) -> str | None:
 
 
 def _explain_value(cause: OmegaConfBaseException, key: str, source: str, line: str | None) -> str:
-    """Return the message for a value of the wrong type, or not among an enum's names."""
+    """Return the message for a value of the wrong type, or outside an enumeration."""
     detail = str(cause).splitlines()[0]
     if wrong := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", detail):
         options = wrong[2].split(", ")
@@ -191,7 +191,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """Return one line for an error of composition; `overrides` tell what was typed."""
+    """Return a one-line message for a composition error; `overrides`: the typed ones."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OverrideParseException):

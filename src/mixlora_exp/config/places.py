@@ -1,4 +1,4 @@
-"""Where the configuration and the results are, in a checkout and where the package is installed."""
+"""Folders of the configuration and the results, in a checkout and in an installed package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = (PACKAGE / "conf").resolve()
-"""`conf/` of the checkout, to which a link in the package leads, or an installed copy."""
+"""`conf/`: in a checkout through a symlink in the package, otherwise the installed copy."""
 CHECKOUT = PACKAGE.parents[1]
 ROOT = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
-"""What holds `results/`: the checkout, or the working directory where there is none."""
+"""Parent of `results/`: the checkout, or the working directory if there is none."""
 RESULTS = ROOT / "results"

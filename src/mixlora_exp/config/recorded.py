@@ -1,7 +1,7 @@
-"""A configuration as a record holds it: data, of which the schema's own fields are taken, by type.
+"""Configurations read from records: untrusted data, checked against the types of the schema.
 
-Records are written by other people and by other versions. Nothing in one is composed, resolved or
-instantiated: a value is a plain one of its field's type, or the record is refused.
+Records may come from other people and other versions. Nothing in one is composed, resolved or
+instantiated: each value is a plain value of its field's type, or the record is refused.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.errors import UserError, shown
 
 LONGEST = 4096
-"""Characters of a text: no path, name or address has more."""
+"""Maximum number of characters of a text; no path, name or address needs more."""
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def check_recorded(config: Any) -> None:
-    """Check a record's configuration, or some groups of one, against the schema. Fields may be
-    missing: they came later.
+    """Check a record's configuration, or some of its groups, against the schema. Fields may be
+    missing, since older versions lack them.
 
     Raises:
-        UserError: it has a field that the schema does not know, a value of another type, or a name
-            that is none.
+        UserError: a field is unknown to the schema, a value has the wrong type, or a name is not
+            valid.
     """
     if not isinstance(config, dict):
         raise UserError(f"config must be an object, not {shown(repr(config), 60)}")
@@ -50,7 +50,7 @@ def _types(owner: type) -> dict[str, Any]:
 
 
 def _method_of(value: Mapping[str, Any]) -> type:
-    """The class of a recorded method: the one whose fields it has."""
+    """The schema class of a recorded method, inferred from its fields."""
     if value.get("name") == "none":
         return MethodConfig
     return MixLoraMethodConfig if "num_experts" in value else LoraMethodConfig
@@ -64,7 +64,7 @@ def _check_fields(value: Mapping[str, Any], owner: type, where: str) -> None:
     if unknown:
         raise UserError(
             f"{where} has fields that this version does not know ({', '.join(unknown[:5])}): a "
-            "later version wrote it, or it was changed by hand; nothing of it is used"
+            "later version wrote it, or it was edited by hand; use the version that wrote it"
         )
     for name, content in value.items():
         _check(content, _types(owner)[name], f"{where}.{name}")
@@ -88,13 +88,13 @@ def _check(value: Any, kind: Any, where: str) -> None:
         _check(value, next(one for one in arguments if one is not type(None)), where)
     elif origin is list:
         _require(isinstance(value, list), where, value, "a list")
-        # `adapters` of several trained together; each has a record of its own.
+        # The entries of `adapters` are not checked here: each has its own record.
         for entry in value if arguments[0] is not Any else ():
             _check(entry, arguments[0], where)
     elif origin is dict:
         _require(isinstance(value, dict), where, value, "an object")
         for key, entry in value.items():
-            # Names of tasks or of fields: what else a key could hold, Hydra would resolve.
+            # Keys are names of tasks or fields; Hydra would resolve anything else in a key.
             require_name(where, key)
             _check(entry, arguments[1], f"{where}.{key}")
     elif is_dataclass(kind):
@@ -115,7 +115,7 @@ def _check(value: Any, kind: Any, where: str) -> None:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Of a field in a model's `config.json`: null, a scalar, or lists and objects of them."""
+    """Check a field of a model's `config.json`: null, a scalar, or lists and objects of them."""
     if isinstance(value, list):
         for entry in value:
             _check_plain(entry, where)
@@ -132,7 +132,7 @@ def _require(condition: bool, where: str, value: Any, rule: str) -> None:
 
 
 def literal(value: Any) -> str:
-    """A plain value as it is written on a command line of Hydra's, which reads the very same: no
+    """A plain value in the syntax of Hydra's command line, which parses back to the same value: no
     interpolation in it is resolved."""
     match value:
         case None:
@@ -145,30 +145,29 @@ def literal(value: Any) -> str:
             return "[" + ",".join(map(literal, value)) + "]"
         case Mapping():
             return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
-    # OmegaConf resolves `${`; with a backslash before it, it is text, and a backslash that stood
-    # there is doubled.
+    # OmegaConf resolves `${` unless a backslash precedes it; backslashes already there are doubled.
     text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", str(value))
-    # To Hydra a backslash is itself but before a quote.
+    # Hydra reads a backslash literally, except before a quote.
     text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"'{text}'"
 
 
 def typed_texts(value: str) -> list[str]:
-    """What `name=[a,b]` or `name=a` names, as it was typed; quotes around one go. `null`: none."""
+    """The values of `name=[a,b]` or `name=a` as typed, without quotes. `null`: none."""
     if value == "null":
         return []
     listed = value.startswith("[") and value.endswith("]")
     return [entry.strip(" '\"") for entry in (value[1:-1].split(",") if listed else [value])]
 
 
-# The method is that of the adapter; what a run would train with plays no part. Where to write is
-# no record's to say.
+# The adapter determines the method, training settings have no effect, and a record must not decide
+# where files are written.
 NOT_TAKEN = ("method", "adapter", "adapters", "base", "dry_run", "force", "tracker", "output_dir")
 
 
 def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
-    """The overrides that make a configuration of `read_run` again, but for groups given anew: the
-    schema's own fields, each with a plain value, in which nothing is resolved."""
+    """The overrides that reproduce a configuration of `read_run`, without the groups and fields in
+    `skipped`: fields of the schema, each with a literal value in which nothing is resolved."""
     for name, value in config.items():
         if name in NOT_TAKEN or name in skipped:
             continue
@@ -179,7 +178,7 @@ def recorded(config: Mapping[str, Any], skipped: set[str]) -> Iterator[str]:
                 if f"{name}.{field}" in skipped:
                     continue
                 if isinstance(content, dict):
-                    # Its keys are the user's: they are added.
+                    # The schema does not list its keys: `++` adds them.
                     if content:
                         yield f"++{name}.{field}={literal(content)}"
                 else:

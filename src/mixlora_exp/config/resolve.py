@@ -1,4 +1,4 @@
-"""From Hydra's `DictConfig` to one plain, checked `Config`, and what identifies it."""
+"""From Hydra's `DictConfig` to a plain, checked `Config`, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ EXCLUDED = (
     "output_dir",
     "dry_run",
     "force",
-    # It lets a run happen or not; adapter and model are what they are.
+    # Only decides whether a run is refused, not what it computes.
     "base",
     "tracker",
-    # Its values count where they are used.
+    # Its values count in the fields that take them.
     "preset",
     "trainer.logging_steps",
-    # Each of several adapters has the results that it has alone.
+    # Adapters trained together have the same results as alone.
     "adapters",
     "trainer.pack_adapters",
-    # A run that resumes from a checkpoint ends as one that was never interrupted.
+    # A resumed run has the same result as an uninterrupted one.
     "trainer.auto_micro_batch",
     "trainer.save_steps",
     "trainer.keep_checkpoints",
@@ -50,10 +50,10 @@ EXCLUDED = (
     "data.path",
     "data.mirror",
 )
-"""Fields that do not determine a result, dotted; a group stands for all of its fields.
+"""Fields that do not determine a result, as dotted names; a group name excludes all its fields.
 
-The record holds the hashes of the data files that were read, so their place does not count.
-`model.path` does: no hash of the weights is taken, and two folders may hold different models.
+The record contains the hashes of the data files, so their location does not count. `model.path`
+counts: the weights are not hashed, and two folders may contain different models.
 """
 
 LATER = {
@@ -61,12 +61,12 @@ LATER = {
     ("method", "router"): "top_k",
     ("method", "router_options"): {},
 }
-"""Fields that came later, by group and name, with the value that does what was done before: runs
-from before keep their fingerprints and so their names."""
+"""Fields added later, by group and name, with the value that keeps the earlier behaviour: older
+runs keep their fingerprints, and thus their names."""
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra; calling it again changes nothing."""
+    """Register the dataclasses with Hydra; idempotent."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="evaluate_schema", node=EvaluateConfig)
@@ -75,7 +75,7 @@ def register_schemas() -> None:
         name = f"only_{switch}"
         node = {"defaults": ["correct", "_self_"], "name": name, **values}
         store.store(group="preset", name=name, node=node)
-    # No options of a group, of which lists and `method=glob(*)` hold files only.
+    # Not in the group `method`, so that `method=glob(*)` and lists of options contain only files.
     store.store(name="none_schema", node=schema.MethodConfig)
     store.store(name="lora_schema", node=schema.LoraMethodConfig)
     store.store(name="mixlora_schema", node=schema.MixLoraMethodConfig)
@@ -86,11 +86,11 @@ def register_schemas() -> None:
 
 @contextmanager
 def open_session(config_dir: Path | str = CONF_DIR) -> Iterator[Any]:
-    """Yield Hydra's object, initialised with `config_dir`; an outer session is restored after."""
+    """Yield Hydra's object, initialised with `config_dir`; restores an outer session afterwards."""
     register_schemas()
     if not Path(config_dir).is_dir():
         raise UserError(
-            f"there is no configuration folder {config_dir}: install the repository with "
+            f"the configuration folder {config_dir} does not exist: install the repository with "
             "`pip install -e .` and run from it, or pass --config-path=DIR"
         )
     with initialize_config_dir(
@@ -100,7 +100,7 @@ def open_session(config_dir: Path | str = CONF_DIR) -> Iterator[Any]:
 
 
 def _check_fields(node: DictConfig, path: str) -> None:
-    """Refuse fields that `+key=value` added although the dataclass does not have them."""
+    """Refuse fields that `+key=value` added but the dataclass does not have."""
     owner = OmegaConf.get_type(node)
     if dataclasses.is_dataclass(owner):
         known = {item.name for item in dataclasses.fields(owner)}
@@ -118,7 +118,7 @@ def _check_fields(node: DictConfig, path: str) -> None:
 
 
 def _raw_value(cfg: DictConfig, key: str | None) -> Any:
-    """Return the value at a dotted key as it was written, interpolations unresolved."""
+    """Return the value at a dotted key as written, with interpolations unresolved."""
     value = OmegaConf.to_container(cfg, resolve=False)
     for name in (key or "").split("."):
         value = value.get(name, "???") if isinstance(value, dict) else "???"
@@ -126,14 +126,16 @@ def _raw_value(cfg: DictConfig, key: str | None) -> Any:
 
 
 def to_config(cfg: DictConfig) -> Any:
-    """Check a composed configuration and return it as plain dataclasses: a `Config`, or that of
-    the command `generate`.
+    """Check a composed configuration and return it as plain dataclasses: a `Config`, or a
+    `GenerateConfig`.
 
-    The model's configuration is completed by the JSON file beside its YAML. Raises `UserError` for
-    a field that does not exist, a missing value, an interpolation that leads nowhere or a value out
-    of its range.
+    The JSON file next to a model's YAML completes the model's configuration.
+
+    Raises:
+        UserError: a field does not exist, a value is missing or out of its range, or an
+            interpolation cannot be resolved.
     """
-    # Hydra keeps its own state apart from the configuration of a job.
+    # Hydra stores its own state outside the configuration of a job.
     state = HydraConfig.get() if HydraConfig.initialized() else None
     if "hydra" in cfg:
         state = cfg.hydra
@@ -148,16 +150,18 @@ def to_config(cfg: DictConfig) -> Any:
     if isinstance(config, EvaluateConfig):
         config = config.settled()
     if not isinstance(config, (Config, GenerateConfig)):
-        raise UserError("the configuration is not one of mixlora_exp: its defaults lack `schema`")
+        raise UserError(
+            "the configuration lacks this package's schema: add `schema` to its defaults list"
+        )
     published = read_architecture(_folders(state), config.model.name)
     if published is None and state is not None:
-        # `model.name=mine` renames the option that was chosen.
+        # `model.name=mine` renames the chosen option.
         published = read_architecture(_folders(state), str(state.runtime.choices.get("model")))
     return dataclasses.replace(config, model=complete(config.model, published))
 
 
 def _folders(state: Any) -> list[Path]:
-    """The configuration folders, those of `--config-path` and `--config-dir` first."""
+    """The configuration folders; those of `--config-path` and `--config-dir` come first."""
     sources = [] if state is None else state.runtime.config_sources
     return [*(Path(s.path) for s in sources if s.schema == "file"), CONF_DIR]
 
@@ -178,15 +182,15 @@ def to_dict(config: Any) -> Any:
 
 
 def fingerprint(config: Config) -> str:
-    """Return the SHA-256 of everything in `config` that determines the result (see `EXCLUDED`)."""
+    """Return the SHA-256 of all fields of `config` that determine the result (see `EXCLUDED`)."""
     return fingerprint_of(to_dict(config))
 
 
 def determining(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a configuration, as `to_dict` has it, determines the result (see `EXCLUDED`).
+    """Return the fields of a configuration (from `to_dict`) that determine the result.
 
-    One that lacks a field which does not determine the result, since it came later, gives the same,
-    and so does one that has a field of `LATER` at the value of before.
+    Drops the fields in `EXCLUDED`, whether present or not, and those of `LATER` that have the value
+    of earlier versions.
     """
     tree = copy.deepcopy(settings)
     for dotted in EXCLUDED:
@@ -202,16 +206,16 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint_of(settings: dict[str, Any]) -> str:
-    """The same of a configuration as records have it."""
+    """Return the fingerprint of a configuration in the form of `to_dict` or of a record."""
     tree = determining(settings)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_name(config: Config, adapter: Mapping[str, Any] | None = None) -> str:
-    """Return a file name for the run: readable parts, the seed, and the fingerprint's start.
+    """Return a folder name for the run: readable parts, the seed, the fingerprint's beginning.
 
-    `adapter`: the record's entry for the adapter that is scored, whose method names the run."""
+    `adapter`: the record's entry for the adapter to score, whose method names the run."""
     method = config.method.name if config.adapter is None else (adapter or {}).get("method")
     parts = (config.model.name, method or "adapter", config.task.name, config.data.name.value)
     return "-".join((*parts, f"s{config.seed}", fingerprint(config)[:10]))

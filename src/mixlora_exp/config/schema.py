@@ -1,7 +1,7 @@
 """Typed configuration: one dataclass per group of `conf/`, checked when it is built.
 
-Hydra composes YAML and command line into these schemas; `resolve.to_config` turns the result into
-plain objects once, and no `DictConfig` goes further. Every check names the field and its value.
+Hydra composes YAML and command line into these schemas; `resolve.to_config` converts the result to
+plain objects, and nothing else handles a `DictConfig`. Every check names the field and its value.
 """
 
 from __future__ import annotations
@@ -83,17 +83,17 @@ class KernelConfig:
 
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
-    """Optimisation (Table 3; what the paper leaves open follows the official template)."""
+    """Optimisation (Table 3; settings the paper does not state follow the official template)."""
 
     name: str = "paper"
     learning_rate: float = 2e-4
     batch_size: int = 16
     """Examples per optimizer step."""
     micro_batch_size: int = 8
-    """Examples per forward pass; batch_size / micro_batch_size are accumulated."""
+    """Examples per forward pass; gradients of batch_size / micro_batch_size passes accumulate."""
     epochs: float = 2.0
     max_steps: int | None = None
-    """Stop after this many optimizer steps; the epochs otherwise."""
+    """Stop after this many optimizer steps; null: after `epochs`."""
     weight_decay: float = 0.01
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -101,17 +101,17 @@ class TrainerConfig:
     """Clip the gradient norm; null: no clipping."""
     loss_on: LossOn = LossOn.answer
     padding_in_loss: bool = False
-    """loss_on=all: count padding as tokens to predict, too."""
+    """loss_on=all: include padding tokens in the loss."""
     order: Order = Order.bucketed
     head: Head = Head.auto
-    """How the loss over the vocabulary is computed; the choices agree up to rounding."""
+    """How the cross-entropy over the vocabulary is computed; all choices agree up to rounding."""
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
     auto_micro_batch: bool = False
-    """Where a micro-batch does not fit the memory, halve it once and go on."""
+    """If a micro-batch does not fit in memory, halve it once and continue."""
     logging_steps: int = 10
     save_steps: int = 50
-    """Write a checkpoint after this many optimizer steps, and after the last one."""
+    """Optimizer steps between checkpoints; the last step writes one too."""
     keep_checkpoints: int = 2
     pack_adapters: int = 1
     """With -m: train up to this many runs of the sweep together on one base model."""
@@ -145,7 +145,7 @@ class TrainerConfig:
         require(
             not self.padding_in_loss or self.loss_on is LossOn.all,
             "trainer.padding_in_loss", self.padding_in_loss,
-            "it goes with the loss on all tokens: add trainer.loss_on=all, or set it to false",
+            "it needs the loss on all tokens: add trainer.loss_on=all, or set it to false",
         )  # fmt: skip
         if self.max_grad_norm is not None:
             require_positive("trainer.max_grad_norm", self.max_grad_norm)
@@ -162,19 +162,19 @@ class EvaluationConfig:
     name: str = "full"
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.label_logits])
     limit: int | None = None
-    """Score at most this many items per task: the first of a shuffle by `data.seed`."""
+    """Score at most this many items per task: the first of a shuffle seeded by `data.seed`."""
     batch_tokens: int = 4096
     """Padded tokens per forward pass."""
     before_training: bool = False
-    """Score the base model too, before it is trained."""
+    """Also score the base model before training."""
     max_new_tokens: int = 16
-    """Protocol `generate`: tokens of an answer at most."""
+    """Protocol `generate`: maximum number of tokens of an answer."""
     batch_check: int = 16
-    """Items per task that `label_logits` scores again one by one, to report what batching moves."""
+    """Items per task that `label_logits` rescores one by one, to report the effect of batching."""
     held_out: bool = False
-    """Score training rows that training leaves out (`data.train_limit`), to choose settings on."""
+    """Score training rows that `data.train_limit` excludes from training, to tune settings on."""
     dropout: bool = False
-    """Leave the adapter's dropout on while scoring, drawn from `seed`."""
+    """Apply the adapter's dropout while scoring, drawn from `seed`."""
     arc_labels: ArcLabels = ArcLabels.own
 
     def __post_init__(self) -> None:
@@ -187,12 +187,12 @@ class EvaluationConfig:
         require(
             not self.dropout or Protocol.lm_eval not in self.protocols,
             "evaluation.dropout", self.dropout,
-            "lm-eval scores without dropout: set it to false, or take another protocol",
+            "lm-eval scores without dropout: set it to false, or use another protocol",
         )  # fmt: skip
         require(
             not self.held_out or Protocol.lm_eval not in self.protocols,
             "evaluation.held_out", self.held_out,
-            "lm-eval scores its own test sets: take another protocol",
+            "lm-eval scores its own test sets: set it to false, or use another protocol",
         )  # fmt: skip
         repeated = len(set(self.protocols)) != len(self.protocols)
         names = [protocol.value for protocol in self.protocols]
@@ -201,14 +201,14 @@ class EvaluationConfig:
 
 @dataclass(slots=True, kw_only=True)
 class TrackerConfig:
-    """Where progress is sent besides the run's own folder."""
+    """Where training progress is sent, in addition to the run's folder."""
 
     name: Tracker = Tracker.none
     project: str = "mixlora-exp"
     mode: str = "online"
     """tracker=wandb: online, or offline (`wandb sync` sends it later)."""
     group: str | None = None
-    """Under which name the runs of a sweep stand together; null: the experiment's."""
+    """Name that groups the runs of a sweep; null: the experiment's name."""
 
     def __post_init__(self) -> None:
         require(
@@ -221,7 +221,7 @@ class TrackerConfig:
 class PresetConfig:
     """Values of the switches between this project's behaviour and the official packages'.
 
-    A value in another group that is not given takes the one here; see the fields there."""
+    The corresponding fields of other groups take these values unless they are set themselves."""
 
     name: str = MISSING
     loss_on: LossOn = LossOn.answer
@@ -241,7 +241,7 @@ class PresetConfig:
 
 @dataclass(slots=True, kw_only=True)
 class Config:
-    """One run: everything that `experiment.run` needs."""
+    """One run: everything that `runs.run.run` needs."""
 
     seed: int = 42
     output_dir: str = "outputs"
@@ -249,11 +249,11 @@ class Config:
     adapter: str | None = None
     """Score the adapter in this folder (with method=none); train nothing."""
     base: Base = Base.check
-    """`accept`: score the adapter although it was trained on other weights than the model's."""
+    """`accept`: score the adapter even if it was trained on weights other than the model's."""
     force: bool = False
-    """Run again although a finished record of the same fingerprint exists."""
+    """Run again even if a finished record of the same fingerprint exists."""
     adapters: list[Any] = field(default_factory=list)
-    """Train several adapters together, each a method's name or a mapping of its settings."""
+    """Adapters to train together: each a method's name or a mapping of settings."""
     preset: PresetConfig = MISSING
     model: ModelConfig = MISSING
     method: MethodConfig = MISSING
@@ -284,7 +284,7 @@ class Config:
             not self.evaluation.held_out or not unlimited,
             "evaluation.held_out",
             self.evaluation.held_out,
-            "it takes the rows that data.train_limit leaves over: set data.train_limit=N"
+            "it uses the rows that data.train_limit excludes from training: set data.train_limit=N"
             + (f" or data.train_limits for {', '.join(unlimited)}" if unlimited else ""),
         )
         own = [task for task in (*self.task.train, *self.task.evaluate) if task in self.task.custom]
@@ -292,7 +292,7 @@ class Config:
             not own or self.data.name is DataSource.local,
             "data",
             self.data.name.value,
-            f"{', '.join(dict.fromkeys(own))} is a task of your own: add data=local data.path=DIR",
+            f"{', '.join(dict.fromkeys(own))} is a custom task: add data=local data.path=DIR",
         )
         require(
             self.tracker.name is Tracker.none or trains,

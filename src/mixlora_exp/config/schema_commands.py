@@ -1,4 +1,4 @@
-"""The configurations of `evaluate.py` and `generate.py`: what each takes besides a run's groups."""
+"""The configurations of `evaluate.py` and `generate.py`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mixlora_exp.config.schema_model import ModelConfig
 
 @dataclass(slots=True, kw_only=True)
 class EvaluateConfig(Config):
-    """A run that scores and trains nothing."""
+    """A run that only scores."""
 
     run: Any = None
-    """Folder of a finished run, or several, whose records fill in all that is not given."""
+    """Folder of a finished run, or several; their records supply all settings not given."""
     protocol: list[Protocol] = field(default_factory=list)
-    """Short for `evaluation.protocols`."""
+    """Abbreviation of `evaluation.protocols`."""
 
     def __post_init__(self) -> None:
         if self.protocol:
@@ -32,7 +32,7 @@ class EvaluateConfig(Config):
         Config.__post_init__(self)
 
     def settled(self) -> Config:
-        """The run itself, as `train.py` would describe it."""
+        """The same run as a plain `Config`, as `train.py` composes it."""
         return Config(**{item.name: getattr(self, item.name) for item in fields(Config)})
 
 
@@ -43,20 +43,20 @@ class PrecisionConfig:
 
 @dataclass(slots=True, kw_only=True)
 class GenerateConfig:
-    """Text from a base model, with an adapter, or with several in the same batches."""
+    """Text generation with a base model, an adapter, or several adapters in the same batches."""
 
     adapter: str | None = None
     adapters: list[str] = field(default_factory=list)
     prompt: str | None = None
     prompts: str | None = None
-    """File with a prompt per line; JSONL: fields `prompt` and, of several adapters, `adapter`."""
+    """File with a prompt per line; JSONL: fields `prompt` and, with several adapters, `adapter`."""
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     batch_size: int = 8
     chat: bool = False
     random_seed: int = 0
-    """Of sampling; `seed` is that of a random base model."""
+    """Seed of sampling; `seed` is the seed of a random base model."""
     model: ModelConfig = MISSING
     kernel: KernelConfig = MISSING
     seed: int = 42
@@ -68,7 +68,7 @@ class GenerateConfig:
             value = getattr(self, name)
             require(value >= least, name, value, f"must be >= {least}")
         require(self.random_seed < 2**63, "random_seed", self.random_seed, "must be below 2**63")
-        # Logits are divided by it: below this they are not finite.
+        # Logits are divided by the temperature: below 1e-4 they can overflow.
         require(
             self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
             "temperature", self.temperature, "must be 0 (greedy), or from 1e-4 to 1e4",
@@ -78,12 +78,12 @@ class GenerateConfig:
             require(getattr(self, name) != "", name, "", "give a value, or leave it out")
         require(
             self.prompt is None or bool(self.prompt.strip()),
-            "prompt", "", "it is empty: give some text, or leave it out to be asked",
+            "prompt", "", "it is empty: give some text, or leave it out to type prompts",
         )  # fmt: skip
         for one, other in (("prompt", "prompts"), ("adapter", "adapters")):
             both = getattr(self, one) is not None and getattr(self, other)
-            require(not both, other, getattr(self, other), f"{one} is given too: name one of them")
+            require(not both, other, getattr(self, other), f"{one} is also given: give one of them")
         require(
             not (self.adapters and self.chat),
-            "chat", self.chat, "it is for one adapter: give adapter=DIR instead of adapters",
+            "chat", self.chat, "it works with one adapter: give adapter=DIR instead of adapters",
         )  # fmt: skip

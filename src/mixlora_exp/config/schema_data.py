@@ -14,17 +14,17 @@ TASK_NAMES = ("arc_e", "arc_c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "w
 
 @dataclass(slots=True, kw_only=True)
 class CustomTask:
-    """A user's own multiple-choice task: which field of a row holds what (data=local)."""
+    """A custom multiple-choice task (data=local): the names of the fields in a row."""
 
     question: str = MISSING
     options: list[str] = MISSING
-    """One field with a list of texts, or several fields with a text each."""
+    """One field with a list of texts, or several fields with one text each."""
     answer: str = MISSING
     answer_as: AnswerKind = MISSING
     count_from: int = 0
     """answer_as=index: the index of the first option."""
     context: str | None = None
-    """Field with a text that the question is about."""
+    """Field with a passage that the question refers to."""
 
     def __post_init__(self) -> None:
         require(bool(self.options), "task.custom.options", self.options, "name at least one field")
@@ -32,20 +32,23 @@ class CustomTask:
 
 @dataclass(slots=True, kw_only=True)
 class TaskConfig:
-    """Which tasks are trained on (mixed) and which are scored."""
+    """Which tasks to train on (mixed) and which to score."""
 
     name: str = MISSING
     train: list[str] = MISSING
     evaluate: list[str] = MISSING
     custom: dict[str, CustomTask] = field(default_factory=dict)
-    """The user's own tasks, by name (docs/extending/task.md)."""
+    """Custom tasks by name (docs/extending/task.md)."""
 
     def __post_init__(self) -> None:
         require_name("task.name", self.name)
         for task in self.custom:
             require_name("task.custom", task)
             require(
-                task not in TASK_NAMES, "task.custom", task, "a task of the paper has this name"
+                task not in TASK_NAMES,
+                "task.custom",
+                task,
+                "a task of the paper has this name, choose another",
             )
         known = (*TASK_NAMES, *self.custom)
         for name in ("train", "evaluate"):
@@ -62,20 +65,20 @@ class DataConfig:
 
     name: DataSource = MISSING
     path: str | None = None
-    """data=local: a folder with `<task>/<split>.jsonl[.gz]` or `.parquet`; `data` unless given."""
+    """data=local: a folder with `<task>/<split>.jsonl[.gz]` or `.parquet`; default: `data`."""
     mirror: str | None = None
-    """data=hub: a folder `<owner>/<name>` of downloaded hub repositories, read instead."""
+    """data=hub: a folder of downloaded hub repositories, `<owner>/<name>`, to read instead."""
     seed: int = 0
     """data=embedded: seed of the generator."""
     train_limit: int | None = None
-    """At most this many training rows per task: the first of a shuffle by `data.seed`."""
+    """Maximum number of training rows per task: the first of a shuffle seeded by `data.seed`."""
     train_limits: dict[str, int] = field(default_factory=dict)
-    """The same for single tasks by name, which go before `train_limit`."""
+    """The same for single tasks by name; takes precedence over `train_limit`."""
     cutoff_length: int = 512
-    """Tokens per example; a longer one loses context, never question, options or answer."""
+    """Maximum tokens per example; only context is truncated, never question, options or answer."""
     boolq_passage: bool = True
     forms: list[AnswerForm] = field(default_factory=lambda: [AnswerForm.label])
-    """Each training row is asked once in each of these forms."""
+    """Each training row becomes one example in each of these forms."""
 
     def __post_init__(self) -> None:
         require(self.cutoff_length >= 16, "data.cutoff_length", self.cutoff_length, "must be >= 16")
@@ -106,5 +109,5 @@ class DataConfig:
         )
 
     def train_limit_of(self, task: str) -> int | None:
-        """At most how many training rows of `task` are trained on; None: all."""
+        """Maximum number of training rows of `task`; None: all."""
         return self.train_limits.get(task, self.train_limit)

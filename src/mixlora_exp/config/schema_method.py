@@ -35,7 +35,7 @@ class MethodConfig:
 
 @dataclass(slots=True, kw_only=True)
 class LoraMethodConfig(MethodConfig):
-    """LoRA, or with `dora` DoRA, on the target projections (Table 3)."""
+    """LoRA, or DoRA with `dora=true`, on the target projections (Table 3)."""
 
     rank: int = MISSING
     alpha: float = MISSING
@@ -46,7 +46,7 @@ class LoraMethodConfig(MethodConfig):
     targets: list[str] = field(default_factory=lambda: [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS])
 
     def __post_init__(self) -> None:
-        # `super()` without arguments fails in a dataclass with slots: the class is made anew.
+        # `super()` without arguments fails in a dataclass with slots, which replaces the class.
         MethodConfig.__post_init__(self)
         require(self.rank >= 1, "method.rank", self.rank, "must be >= 1")
         require_positive("method.alpha", self.alpha)
@@ -62,16 +62,15 @@ class LoraMethodConfig(MethodConfig):
 
 
 def _setting(default: Any, help: str, rule: str = "", valid: Callable[..., bool] | None = None):
-    """A field with its meaning and range. valid: takes the value and all settings."""
+    """A field with its help and valid range. `valid(value, settings)` checks the value."""
     kind = {"default_factory": dict} if default == {} else {"default": default}
     return field(**kind, metadata={"help": help, "rule": rule, "valid": valid})
 
 
 @dataclass(kw_only=True)
 class MixtureSettings:
-    """What a mixture of LoRA experts has beside LoRA: the one definition of names, defaults, help
-    and ranges, from which Hydra's form (`MixLoraMethodConfig`) and PEFT's (`MixLoraConfig`) are
-    made."""
+    """Settings of MixLoRA in addition to LoRA's: the single definition of names, defaults, help and
+    ranges, shared by Hydra (`MixLoraMethodConfig`) and PEFT (`MixLoraConfig`)."""
 
     num_experts: int = _setting(
         8, "Experts per feed-forward block (E).", "must be >= 1", lambda value, _: value >= 1
@@ -111,7 +110,7 @@ class MixtureSettings:
     )
 
     def fault(self) -> tuple[str, Any, str] | None:
-        """The first setting that is out of its range, with its value and the rule."""
+        """Name, value and violated rule of the first setting out of its range; None if all hold."""
         for item in fields(MixtureSettings):
             value, valid = getattr(self, item.name), item.metadata["valid"]
             if valid is not None and not valid(value, self):

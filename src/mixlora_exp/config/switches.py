@@ -18,16 +18,16 @@ SWITCHES = {
 
 ONLY = {
     "loss_on": {"loss_on": "all"},
-    # Padding counts only where all tokens do.
+    # Padding can count only if all tokens do.
     "padding_in_loss": {"loss_on": "all", "padding_in_loss": True},
     "order": {"order": "fixed"},
     "train_magnitude": {"train_magnitude": False},
     "router_loss": {"router_loss": "topk"},
     "router_loss_pooling": {"router_loss_pooling": "all"},
-    # The official packages have the coefficient of Table 9's best row, as here; Section 3.2 this.
+    # The official packages use 1e-3 (best row of Table 9), as `correct` does; Section 3.2 has 1e-2.
     "router_loss_coef": {"router_loss_coef": 1e-2},
     "boolq_passage": {"boolq_passage": False},
     "arc_labels": {"arc_labels": "nine"},
     "dropout_at_evaluation": {"dropout_at_evaluation": True},
 }
-"""Switch -> what the preset `only_<switch>` sets, over `correct`."""
+"""Switch -> the fields that the preset `only_<switch>` changes relative to `correct`."""

@@ -1,7 +1,6 @@
 """Several adapters trained together: from a list on the command line to one configuration each.
 
-Every entry stands for the run that its settings would be by themselves: the same fingerprint, the
-same folder, the same record.
+Every entry is the run that its settings would be alone: same fingerprint, same folder, same record.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __all__ = ["check_together", "entry_overrides", "expand", "packs_of", "shared_se
 
 
 def _literal(value: Any) -> str:
-    """A value as Hydra's command line reads it."""
+    """A value in the syntax of Hydra's command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -27,8 +26,8 @@ def _literal(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{_literal(held)}' for key, held in value.items())}}}"
     if isinstance(value, str):
-        # A plain name stands for itself; quoted, `true` and `null` stay text, and a backslash is
-        # only doubled before a quote.
+        # A plain name needs no quotes. Quotes keep `true` and `null` text; a backslash is doubled
+        # only before a quote.
         if value.isidentifier() and value.lower() not in ("true", "false", "null", "nan", "inf"):
             return value
         escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
@@ -38,10 +37,10 @@ def _literal(value: Any) -> str:
 
 
 def entry_overrides(entry: Any, number: int) -> list[str]:
-    """The overrides that an entry of `adapters` stands for. A plain name is a method's.
+    """The overrides of one entry of `adapters`: a method's name or a mapping of settings.
 
     Raises:
-        UserError: the entry is no name and no mapping of settings.
+        UserError: the entry is neither a name nor a mapping of settings.
     """
     if isinstance(entry, str):
         return [f"method={entry}"]
@@ -54,9 +53,9 @@ def entry_overrides(entry: Any, number: int) -> list[str]:
     for key, value in entry.items():
         if str(key).partition(".")[0] == "adapters":
             raise UserError(
-                f"adapters: entry {number} has adapters of its own: list them one by one"
+                f"adapters: entry {number} contains adapters={value}: list them one by one"
             )
-        # `trainer: {learning_rate: 1e-4}` in a file is `trainer.learning_rate`.
+        # `trainer: {learning_rate: 1e-4}` in a file means `trainer.learning_rate`.
         if isinstance(value, Mapping):
             # `name` chooses the option, as `method: lora` does.
             if "name" in value:
@@ -74,7 +73,7 @@ def entry_overrides(entry: Any, number: int) -> list[str]:
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
-    """What all adapters on one base must have in common, by field."""
+    """The settings that all adapters on one base model must share, by field."""
     drawn = config.model.weights is Weights.random or (
         config.model.path is None and config.model.source is ModelSource.random
     )
@@ -86,16 +85,16 @@ def shared_settings(config: Config) -> dict[str, Any]:
         "trainer.precision": config.trainer.precision,
         "trainer.head": config.trainer.head,
         "trainer.gradient_checkpointing": config.trainer.gradient_checkpointing,
-        # A random base model is drawn from it.
+        # A random base model is drawn from the seed.
         **({"seed": config.seed} if drawn else {}),
     }
 
 
 def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
-    """Check that runs can share one base; `names` are the fingerprints of theirs.
+    """Check that runs can share one base model; `names` are their fingerprints.
 
     Raises:
-        UserError: an entry trains nothing, two are the same run, or they differ in what is shared.
+        UserError: an entry has no adapter, two entries are the same run, or shared settings differ.
     """
     first = shared_settings(configs[0])
     for number, config in enumerate(configs, start=1):
@@ -108,8 +107,8 @@ def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
             if value != first[field]:
                 reason = " (a random base model is drawn from it)" if field == "seed" else ""
                 raise UserError(
-                    f"adapters: entry {number} has another {field} than entry 1: all adapters "
-                    f"share one base{reason}; give it once, outside of adapters"
+                    f"adapters: entry {number} has a different {field} than entry 1: all adapters "
+                    f"share one base model{reason}; give it once, outside adapters"
                 )
         if names.index(names[number - 1]) != number - 1:
             raise UserError(
@@ -121,18 +120,18 @@ def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
 def expand(
     compose: Callable[[Sequence[str]], Config], overrides: Sequence[str], entries: Sequence[Any]
 ) -> list[Config]:
-    """One configuration for each entry: the command line with the entry's settings after it.
+    """One configuration per entry: the command line followed by the entry's settings.
 
     Raises:
-        UserError: an entry is not valid; the message says which.
+        UserError: an entry is not valid; the message names it.
     """
     base = [line for line in overrides if line.lstrip("+").partition("=")[0] != "adapters"]
-    # An experiment file may have the list itself.
+    # Overrides a list in an experiment file.
     base.append("adapters=[]")
     found = []
     for number, entry in enumerate(entries, start=1):
         own = entry_overrides(entry, number)
-        # What an entry gives again would be refused as given twice.
+        # Hydra refuses a field that is given twice.
         given = {line.partition("=")[0] for line in own}
         kept = [line for line in base if line.lstrip("+").partition("=")[0] not in given]
         try:
@@ -143,8 +142,8 @@ def expand(
 
 
 def packs_of(configs: Sequence[Config], size: int) -> list[list[int]]:
-    """Numbers of the cells of a sweep in packs of at most `size` that can share a base, each pack
-    in the sweep's order."""
+    """The cell numbers of a sweep, grouped into packs of at most `size` cells that can share a base
+    model; each pack keeps the sweep's order."""
     packs: list[list[int]] = []
     for i, config in enumerate(configs):
         trains = isinstance(config.method, LoraMethodConfig)

@@ -1,1 +1,1 @@
-"""Sources of items, and the way from items to batches of tokens."""
+"""Data sources, and the conversion of items to batches of tokens."""

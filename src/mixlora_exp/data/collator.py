@@ -1,4 +1,4 @@
-"""From examples to a padded batch."""
+"""Pads examples to a batch with labels."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Collator", "pad_left"]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `position_ids` (rows, length), padded in front.
+    """Left-padded `input_ids`, `attention_mask` and `position_ids`, each (rows, length).
 
-    Padding stands in front so that the last positions, whose logits are needed, are the last
-    columns; positions count from each row's first real token.
+    Left padding aligns the last positions, whose logits are needed, in the last columns. Positions
+    count from each row's first non-padding token.
     """
     return pad(rows, pad_id, "left")
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
-    """The same with padding on `side`, left or right."""
+    """As `pad_left`, with padding on `side`: left or right."""
     length = max(len(row) for row in rows)
     ids, mask = [], []
     for row in rows:
@@ -39,17 +39,17 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torc
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads examples and sets their labels; padding never counts unless `padding` asks for it.
+    """Pads examples and sets their labels.
 
-    `loss_on=answer`: the loss is on the answer's tokens, and logits are computed for the last
-    columns only (`logits_to_keep`), which hold all answers. `loss_on=all`: on every real token,
-    and with `padding` on padding tokens as well, as in the official packages: padding then stands
-    on `padding_side`, the tokenizer's, and positions count 0, 1, 2, ... through it from the left
-    edge, as they do there. (With one position for all padding of a row the model cannot tell its
-    padding tokens apart, and their loss is another.)
+    `loss_on=answer`: labels are the answer's tokens, and logits are computed only for the last
+    columns (`logits_to_keep`), which contain all answers. `loss_on=all`: labels are all tokens
+    without padding, or with `padding` also the padding tokens, as in the official packages. Padding
+    is then on the tokenizer's `padding_side`, and positions are the column numbers 0, 1, 2, ...,
+    as there. (If all padding had one position, the model could not distinguish padding tokens, and
+    their loss would differ.)
 
-    `example` (rows,) numbers the examples of an optimizer step, over its micro-batches and all
-    processes; `first` is the number of this batch's first one.
+    `example` (rows,): number of each example within the optimizer step, across micro-batches and
+    processes; `first`: the number of this batch's first example.
     """
 
     pad_id: int
@@ -71,15 +71,15 @@ class Collator:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         labels = ids.masked_fill(mask == 0, -100)
         if self.loss_on is LossOn.all:
-            # Nothing real comes before a row's first token, so nothing predicts it.
+            # Only padding precedes a row's first token, so it has no prediction.
             starts = (mask.cumsum(dim=-1) == 1) & (mask == 1)
             return {**batch, "labels": labels.masked_fill(starts, -100)}
         lengths = torch.tensor([e.answer_length for e in examples])
         columns = torch.arange(ids.shape[1], 0, -1)
         labels = labels.masked_fill(columns > lengths.unsqueeze(1), -100)
-        # One column more than the longest answer: the token before it predicts its first.
+        # One column more than the longest answer: the token before it predicts its first token.
         keep = int(lengths.max()) + 1
-        # Column numbers, not a count: a slice would not be contiguous, and a CPU copies the whole
-        # vocabulary matrix to multiply by one.
+        # Column indices instead of a count: a slice is not contiguous, and multiplying by one makes
+        # a CPU copy the whole vocabulary matrix.
         kept = torch.arange(ids.shape[1] - keep, ids.shape[1])
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": kept}

@@ -1,4 +1,4 @@
-"""From an item to tokens: prompt, answer, and what is cut when they are too long."""
+"""Encodes items as tokens of prompt and answers, and truncates long contexts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's tokens and those of each possible answer after it."""
+    """Tokens of a prompt, and of each possible answer after it. `shortened`: the context was
+    truncated."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -34,8 +35,8 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A training example: `input_ids`, of which the last `answer_length` are the answer (with its
-    end-of-sequence token). `shortened`: its context was cut."""
+    """A training example: the last `answer_length` of `input_ids` are the answer with its EOS.
+    `shortened`: the context was truncated."""
 
     input_ids: list[int]
     answer_length: int
@@ -44,7 +45,7 @@ class Example:
 
 
 def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Prompt, list[str]]:
-    """The prompt of an item in one form and the answers it can have, one per option."""
+    """The prompt of an item in one form, and its possible answers, one per option."""
     if item.task == "boolq" and not boolq_passage:
         item = replace(item, context="")
     task = TASKS.get(item.task)
@@ -54,18 +55,18 @@ def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Pr
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids, with what the tokenizer puts before a text."""
-    # Long texts are cut or refused below; until then they are no cause for a warning.
+    """Token ids of texts, including the tokenizer's leading special tokens."""
+    # No warning about long texts: they are truncated or refused below.
     return tokenizer(texts, verbose=False)["input_ids"]
 
 
 def _shorten(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, excess: int) -> Prompt:
-    """Drop `excess` tokens or a little more from the end of the context."""
+    """Drop at least `excess` tokens from the end of the context."""
     found = tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)
     offsets = found["offset_mapping"]
     start, end = len(prompt.before), len(prompt.before) + len(prompt.context)
     ends = [stop for _, stop in offsets if start < stop <= end]
-    # A character of several tokens gives them all the same end: it goes whole.
+    # All tokens of a multi-token character have the same end, so it is dropped as a whole.
     kept = [stop for stop in ends[:-excess] if stop < ends[-excess]]
     keep = kept[-1] - start if kept else 0
     return replace(prompt, context=prompt.context[:keep].rstrip())
@@ -75,7 +76,7 @@ def _split(full: list[int], prompt: list[int], name: str, answer: str) -> list[i
     if full[: len(prompt)] != prompt or len(full) == len(prompt):
         raise UserError(
             f"model: its tokenizer joins the prompt of item {name} and the answer {answer!r} "
-            "into one token, so the answer cannot be scored"
+            "into one token, so the answer cannot be scored; choose another model"
         )
     return full[len(prompt) :]
 
@@ -85,14 +86,14 @@ def encode(
     asked: Sequence[tuple[str, Prompt, list[str]]],
     cutoff: int,
 ) -> list[Encoded]:
-    """Encode (item id, prompt, answers) triples; the longest answer decides about shortening.
+    """Encode (item id, prompt, answers) triples, truncating contexts for the longest answer.
 
-    An example of more than `cutoff` tokens (one more is kept free for the end-of-sequence token)
-    loses the end of its context, never its question, options or answer: one that is too long
-    without any context stays longer than `cutoff` (PIQA has such rows).
+    If prompt and longest answer have more than `cutoff` - 1 tokens (one is reserved for EOS), the
+    end of the context is dropped, never the question, options or answer: an example that is too
+    long without any context stays longer than `cutoff` (PIQA has such rows).
 
     Raises:
-        UserError: an answer cannot be told apart from the prompt.
+        UserError: the tokenizer joins the end of a prompt and the beginning of an answer.
     """
     prompts = _ids(tokenizer, [prompt.text for _, prompt, _ in asked])
     fulls = iter(
@@ -115,19 +116,20 @@ def encode(
 def check_labels(
     tokenizer: PreTrainedTokenizerBase, name: str, labels: Sequence[str], ids: Sequence[list[int]]
 ) -> None:
-    """Refuse labels of item `name` that the model does not know, or cannot tell apart."""
+    """Refuse labels of item `name` that are unknown to the tokenizer or have the same tokens."""
     labelled: dict[tuple[int, ...], str] = {}
     for label, own in zip(labels, ids, strict=True):
         if tokenizer.unk_token_id in own:
             raise UserError(
                 f"model: its tokenizer does not know the label {label!r} of {name} (it gives "
-                f"{tokenizer.unk_token}); take protocol answer_text and data.forms=[text]"
+                f"{tokenizer.unk_token}); use evaluation.protocols=[answer_text] and "
+                "data.forms=[text]"
             )
         other = labelled.setdefault(tuple(own), label)
         if other != label:
             raise UserError(
                 f"model: its tokenizer gives {other!r} and {label!r}, labels of {name}, the same "
-                "token; take protocol answer_text and data.forms=[text]"
+                "token; use evaluation.protocols=[answer_text] and data.forms=[text]"
             )
 
 
@@ -147,7 +149,7 @@ def _check_length(
     if prompt.context and fitting < data.cutoff_length:
         way_out = f"set data.cutoff_length={fitting} or less"
     else:
-        way_out = "no more of it may be cut; leave it out, or take a model with more positions"
+        way_out = "it has no context to truncate; remove it, or choose a model with more positions"
     raise UserError(
         f"item {item.id} of {item.task} needs {needed:,} tokens, and the model has "
         f"{positions:,} positions: {way_out}"
@@ -161,11 +163,12 @@ def encode_questions(
     data: DataConfig,
     new_tokens: int = 0,
 ) -> list[Encoded]:
-    """Encode items for scoring, each with all its possible answers. Of form `label`, the prompt
-    alone is given to the model, which may go on for `new_tokens`.
+    """Encode items for scoring, each with all its possible answers. In form `label` the model's
+    input is the prompt alone, after which it may generate `new_tokens` tokens.
 
     Raises:
-        UserError: labels are the same token or unknown, or an item is too long for the model.
+        UserError: two labels are the same token, a label is unknown, or an item is too long for the
+            model.
     """
     asked = [(item.id, *ask(item, form, boolq_passage=data.boolq_passage)) for item in items]
     encoded = encode(tokenizer, asked, data.cutoff_length)
@@ -174,7 +177,7 @@ def encode_questions(
             check_labels(tokenizer, name, answers, found.answers)
             needed = len(found.prompt) + new_tokens
         else:
-            # The last token of an answer is predicted, never fed.
+            # The last token of an answer is only a target, never an input.
             needed = len(found.prompt) + max(map(len, found.answers)) - 1
         _check_length(tokenizer, item, prompt, needed, data, new_tokens)
     return encoded
@@ -183,14 +186,17 @@ def encode_questions(
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], data: DataConfig
 ) -> list[Example]:
-    """Encode items for training: one example per item and form, its answer ended by EOS.
+    """Encode items for training: one example per item and form, with EOS after the answer.
 
     Raises:
-        UserError: the tokenizer has no EOS, labels are the same token or unknown, or an item is
-            too long for the model.
+        UserError: the tokenizer has no EOS, two labels are the same token, a label is unknown, or
+            an item is too long for the model.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("model: its tokenizer has no end-of-sequence token to end answers with")
+        raise UserError(
+            "model: its tokenizer has no end-of-sequence token to end answers with; choose another "
+            "model"
+        )
     examples = []
     for form in data.forms:
         asked = []
@@ -198,7 +204,7 @@ def encode_examples(
             prompt, answers = ask(item, form, boolq_passage=data.boolq_passage)
             asked.append((item.id, prompt, [answers[item.answer]]))
         if form is AnswerForm.label:
-            # An example has the right label alone; one item of each kind shows all of them.
+            # Examples have only the gold label; one item per set of labels checks all labels.
             kinds = {item.labels: item for item in reversed(items)}
             encode_questions(tokenizer, list(kinds.values()), form, data)
         all_encoded = encode(tokenizer, asked, data.cutoff_length)

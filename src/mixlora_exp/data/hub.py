@@ -1,4 +1,4 @@
-"""`data=hub`: the pinned repositories on the Hugging Face hub, or a local mirror of them."""
+"""`data=hub`: pinned repositories on the Hugging Face hub, or a local mirror of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ __all__ = ["load_hub"]
 
 
 def load_hub(mirror: str | None, task: str, split: str) -> LoadedSplit:
-    """Load one split with `datasets`: at the pinned revision, or as the mirror has it."""
+    """Load one split with `datasets`, at the pinned revision or from `mirror`.
+
+    Raises:
+        UserError: the split cannot be loaded, is empty, or has a row that is not valid.
+    """
     spec = TASKS[task]
     rows = _from_hub(spec, split) if mirror is None else _from_mirror(spec, split, mirror)
     name = _name(spec, split, spec.revision if mirror is None else "mirror")
@@ -26,7 +30,7 @@ def load_hub(mirror: str | None, task: str, split: str) -> LoadedSplit:
             items.append(spec.read(row, index))
         except ValueError as error:
             raise UserError(
-                f"{name} row {index + 1}: this is not a row of {task}: {error}"
+                f"{name} row {index + 1} is not a valid row of {task}: {error}"
             ) from None
     if not items:
         raise UserError(f"{name} has no rows: {_way_out(spec)}")
@@ -80,7 +84,7 @@ def _from_mirror(spec: Task, split: str, mirror: str) -> list[dict[str, Any]]:
 
 
 def _check_lines(folder: Path) -> None:
-    """Name the line with half a character, which Arrow refuses without saying where it stands."""
+    """Report the line with an unpaired surrogate, which Arrow refuses without naming the line."""
     for file in sorted(folder.rglob("*.jsonl*")):
         for where, row in json_rows(file):
             try:
@@ -99,13 +103,13 @@ def _load(path: str, config: str | None, split: str, revision: str | None) -> li
         except UnicodeDecodeError as error:
             row, name = undecodable(loaded.data.table)
             raise UserError(
-                f"{path} (split {split}) row {row + 1}: field '{name}' is no UTF-8 text "
-                f"({error.reason}): write it as such"
+                f"{path} (split {split}) row {row + 1}: field '{name}' is not UTF-8 text "
+                f"({error.reason}): encode it as UTF-8"
             ) from None
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
-    """What `load_dataset` raises for what is missing, refused, unreachable or damaged."""
+    """Exceptions of `load_dataset` for missing, refused, unreachable or damaged data."""
     import datasets.exceptions
     import pyarrow
 
@@ -116,7 +120,7 @@ def _load_errors() -> tuple[type[Exception], ...]:
 def _first_line(error: BaseException) -> str:
     import datasets.exceptions
 
-    # It says no more than that something went wrong; why, and in which row, is in its cause.
+    # DatasetGenerationError is generic; its cause has the reason and the row.
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
         error = error.__cause__
     text = str(error).strip()

@@ -1,4 +1,4 @@
-"""What a source hands over: the items of a split, and which bytes they came from."""
+"""The items of a split, with the hashes of the files they came from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DataFile", "LoadedSplit", "hash_rows", "undecodable"]
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file (or a hub split, or a generated split) with its row count and its hash."""
+    """A file, hub split or generated split, with its row count and hash."""
 
     path: str
     rows: int
@@ -25,21 +25,21 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSplit:
-    """The items of one split of one task, in the official order, and the rows they came from."""
+    """The items of one split of a task, in the official order, with their original rows."""
 
     items: list[Item]
     files: list[DataFile]
     rows: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
 
     def limited(self, limit: int | None, seed: int) -> LoadedSplit:
-        """The first `limit` items of a shuffle by `seed`; with None, all in the given order."""
+        """The first `limit` items of a shuffle by `seed`; None: all items in their order."""
         if limit is None:
             return self
         return self._shuffled(seed, slice(limit))
 
     def held_out(self, after: int, limit: int | None, seed: int) -> LoadedSplit:
-        """Those that `limited(after, seed)` leaves over, the first `limit` of them: rows to choose
-        settings on."""
+        """The first `limit` items that `limited(after, seed)` excludes, on which to tune
+        settings."""
         return self._shuffled(seed, slice(after, None if limit is None else after + limit))
 
     def _shuffled(self, seed: int, part: slice) -> LoadedSplit:
@@ -51,8 +51,7 @@ class LoadedSplit:
 
 
 def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of the rows as canonical JSON lines: the same rows give the same hash, wherever
-    they were stored."""
+    """SHA-256 of the rows as canonical JSON lines, independent of how they were stored."""
     digest = hashlib.sha256()
     for row in rows:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -61,8 +60,8 @@ def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def undecodable(table: Any) -> tuple[int, str]:
-    """Row (from 0) and field of the first value of an Arrow table that is no UTF-8, of which
-    Arrow only says that there is one."""
+    """Row (from 0) and field of the first value of an Arrow table that is not UTF-8; Arrow's own
+    error does not locate it."""
     for row in range(table.num_rows):
         for name, column in zip(table.schema.names, table.columns, strict=True):
             try:

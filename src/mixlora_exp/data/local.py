@@ -16,11 +16,16 @@ __all__ = ["json_rows", "load_local"]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 BATCH = 256
-"""Rows of a parquet file that are unpacked at once."""
+"""Number of rows of a parquet file that are decoded at once."""
 
 
 def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
-    """Read one split row by row; the first row that does not fit ends the reading."""
+    """Read one split row by row.
+
+    Raises:
+        UserError: the split's file is missing, ambiguous, unreadable or empty, or a row is not
+            valid.
+    """
     task = spec.name
     file = _find(Path(root).expanduser(), task, split)
     rows = _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
@@ -30,7 +35,7 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
         try:
             items.append(spec.read(row, len(items)))
         except ValueError as error:
-            raise UserError(f"{where}: this is not a row of {task}: {error}") from None
+            raise UserError(f"{where} is not a valid row of {task}: {error}") from None
     if not items:
         raise UserError(
             f"{file} has no rows: write the {split} rows of {task} there, or change data.path"
@@ -41,11 +46,11 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
 
 
 def _find(root: Path, task: str, split: str) -> Path:
-    """The one file of the split, or an error that says what is there instead."""
+    """The split's file; a `UserError` lists what is there instead."""
     if not root.is_dir():
         state = "is not a folder" if root.exists() else "does not exist"
         raise UserError(
-            f"data.path={root} {state}: give a folder that holds {task}/{split}.jsonl, "
+            f"data.path={root} {state}: give a folder that contains {task}/{split}.jsonl, "
             "or use data=hub or data=embedded"
         )
     folder = root / task
@@ -61,27 +66,29 @@ def _find(root: Path, task: str, split: str) -> Path:
         raise UserError(
             f"data.path={root} has no {split} split of {task} "
             f"(in {task}/: {', '.join(there) or 'no data files'}): "
-            f"add {task}/{split}.jsonl, .jsonl.gz or .parquet, or leave {task} out"
+            f"add {task}/{split}.jsonl, .jsonl.gz or .parquet, or choose other tasks than {task}"
         )
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise UserError(
-            f"data.path={root} holds {split} of {task} more than once ({names} in {task}/): "
+            f"data.path={root} contains {split} of {task} more than once ({names} in {task}/): "
             "keep one of them"
         )
     return found[0]
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSON-lines file with its `file:line`; blank lines are passed over."""
+    """Each object of a JSON-lines file with its `file:line`; blank lines are skipped."""
     try:
         for line, raw in raw_lines(file):
             if raw.strip():
                 yield f"{file}:{line}", _object(raw, f"{file}:{line}")
     except ValueError as error:
-        raise UserError(f"{file}: {error}: mend the file, or copy it to data.path again") from error
+        raise UserError(f"{file}: {error}: fix the file, or copy it to data.path again") from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+        raise UserError(
+            f"{file} cannot be read ({error}): make it readable, or copy it to data.path again"
+        ) from error
 
 
 def _object(raw: bytes, where: str) -> dict[str, Any]:
@@ -104,13 +111,13 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     row, unpacked = 0, 0
     try:
         with open_regular(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
-            # Few rows at a time: a page of some bytes may stand for any number of rows.
+            # Few rows at a time: a page of a few bytes can expand to any number of rows.
             for batch in table.iter_batches(batch_size=BATCH):
                 unpacked += batch.nbytes
                 if unpacked > file_limit():
                     raise ValueError(
-                        f"up to row {row + batch.num_rows} there are more than "
-                        f"{file_limit() / 2**20:g} MiB; {LIMIT}=N (MiB a file) allows more"
+                        f"rows up to {row + batch.num_rows} have more than "
+                        f"{file_limit() / 2**20:g} MiB; {LIMIT}=N (MiB per file) allows more"
                     )
                 for content in _contents(batch, file, row):
                     row += 1
@@ -122,12 +129,12 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _contents(batch: Any, file: Path, before: int) -> list[dict[str, Any]]:
-    """The rows of a batch, which `before` others precede."""
+    """The rows of a batch; `before`: number of rows before it in the file."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
         row, name = undecodable(batch)
         raise UserError(
-            f"{file} row {before + row + 1}: field '{name}' is no UTF-8 text ({error.reason}): "
-            "write it as such"
+            f"{file} row {before + row + 1}: field '{name}' is not UTF-8 text ({error.reason}): "
+            "encode it as UTF-8"
         ) from None

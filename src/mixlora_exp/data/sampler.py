@@ -11,16 +11,17 @@ from mixlora_exp.config.choices import Order
 
 __all__ = ["BucketSampler", "FixedSampler", "sampler_of"]
 
-# Batches whose examples are sorted together: more waste less padding, fewer mix lengths better.
 WINDOW = 32
+"""Number of batches whose examples are sorted together: more reduces padding, fewer mixes lengths
+better."""
 
 
 class BucketSampler(Sampler[int]):
-    """Yields every index once; each run of `batch_size` indices has examples of like length.
+    """Yields every index once; each block of `batch_size` indices has examples of similar length.
 
-    Examples are shuffled, sorted by length within windows of `WINDOW` batches, cut into batches,
-    and the batches are shuffled; an incomplete batch comes last. The same (seed, epoch) gives the
-    same order in any process.
+    Examples are shuffled, sorted by length within windows of `WINDOW` batches and split into
+    batches, which are shuffled; an incomplete batch comes last. The same (seed, epoch) gives the
+    same order in every process.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -50,14 +51,14 @@ class BucketSampler(Sampler[int]):
 
 
 class FixedSampler(Sampler[int]):
-    """Yields every index once, in one random order for all epochs, lengths as they come."""
+    """Yields every index once, in the same random order in all epochs, regardless of length."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
         self.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: the order stays."""
+        """No effect: the order is the same in all epochs."""
 
     def __len__(self) -> int:
         return self.count
@@ -69,7 +70,7 @@ class FixedSampler(Sampler[int]):
 def sampler_of(
     lengths: Sequence[int], batch_size: int, seed: int, order: Order
 ) -> BucketSampler | FixedSampler:
-    """The sampler of a run over examples of these lengths, `batch_size` to an optimizer step."""
+    """The sampler of a run; `lengths`: of the examples, `batch_size`: per optimizer step."""
     if order is Order.fixed:
         return FixedSampler(len(lengths), seed)
     return BucketSampler(lengths, batch_size, seed)

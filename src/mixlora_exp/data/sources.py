@@ -1,4 +1,4 @@
-"""Where the items come from: the hub, local files, or the generator that ships with the code."""
+"""Loads items from the chosen source: the hub, local files, or the built-in generator."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ SPLITS = ("train", "test")
 def load_split(
     config: DataConfig, task: str, split: str, custom: Mapping[str, CustomTask] | None = None
 ) -> LoadedSplit:
-    """All items of a task's `train` or `test` split, in the official order. `custom`: the user's
-    own tasks, by name, which are read from local files only.
+    """All items of a task's `train` or `test` split, in the official order. `custom`: custom tasks
+    by name, which are only read from local files.
 
-    Raises `UserError` when the split cannot be had or one of its rows does not fit.
+    Raises:
+        UserError: the split cannot be loaded, or a row is not valid.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")

@@ -30,7 +30,7 @@ def check_tests(
     """Check, without a model, that a protocol can score these tasks.
 
     Raises:
-        UserError: the tokenizer or a row does not suit the protocol, or a package is missing.
+        UserError: the protocol does not support the tokenizer or a row, or a package is missing.
     """
     for task, test in tests.items():
         match protocol:

@@ -1,7 +1,7 @@
-"""Protocol `answer_text`: the option whose text is the likeliest continuation of the question.
+"""Protocol `answer_text`: predicts the option with the most likely text after the question.
 
-The prompt leaves the options out. Reported twice: by the sum of the log-likelihoods of the
-option's tokens, and by that sum per character of the option.
+The prompt does not list the options. Two accuracies are reported: by the sum of the
+log-probabilities of the option's tokens, and by that sum per character of the option.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Batched forward passes for scoring: fixed batches, few positions' logits, no dropout unless a
-switch asks for it."""
+"""Batched forward passes for scoring: deterministic batches, logits only at the needed positions,
+and no dropout unless requested."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mixlora_exp.evaluation.packing import PackedQuestion, Request, pack, pad_pa
 __all__ = ["Scorer", "batches"]
 
 LOGIT_ROWS = 256
-"""Positions whose logits over the vocabulary are held at once."""
+"""Number of positions whose logits over the vocabulary are in memory at once."""
 
 
 def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like length whose padded size stays within `batch_tokens`.
+    """Batches of indices, of similar length and at most `batch_tokens` padded tokens.
 
-    The batches depend on the set of (length, key) pairs alone, so the order in which items come
-    changes nothing, not even a bit. A row longer than `batch_tokens` is a batch of its own.
+    The batches depend only on the set of (length, key) pairs, so results are bitwise independent of
+    the order of the items. A row longer than `batch_tokens` forms its own batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], keys[i]))
     batch: list[int] = []
@@ -40,11 +40,10 @@ def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> I
 
 
 class Scorer:
-    """Runs a model over rows of tokens and counts which experts they went to.
+    """Runs a model over rows of tokens and counts the experts that each group of rows uses.
 
-    `group` arguments name what each row belongs to (a task); experts are counted apart for each.
-    With `dropout_seed` the adapter's dropout stays on, as in the official packages, drawn from
-    that seed; the caller's generator is set to it.
+    `groups` arguments name the group (task) of each row. With `dropout_seed` the adapter's dropout
+    stays active, as in the official packages; torch's global generator is seeded with it.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Scorer:
         self.model = model.eval()
         if dropout_seed is not None:
             torch.manual_seed(dropout_seed)
-            # The adapter's layers alone: the model as a whole computes no router loss.
+            # Only adapter layers: in training mode the whole model would compute the router loss.
             for module in model.modules():
                 if hasattr(module, "lora_dropout"):
                     module.train()
@@ -71,7 +70,7 @@ class Scorer:
 
     @contextmanager
     def full_precision(self) -> Iterator[nn.Module]:
-        """Within this context the output projection, which is given, computes in float32."""
+        """Within this context the output projection, which is yielded, computes in float32."""
         with self.autocast, full_precision_head(self.model) as head:
             yield head
 
@@ -84,17 +83,17 @@ class Scorer:
         return found
 
     def generate(self, rows: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        """At most `new_tokens` tokens after each row, the likeliest one each time."""
+        """Greedily decode at most `new_tokens` tokens after each row."""
         return self.run_generate(rows, new_tokens)
 
-    # The passes themselves, which scorers of several adapters share.
+    # The forward passes, which `LockstepScorer` overrides to share them between adapters.
 
     @torch.no_grad()
     def run_logits(self, rows: Sequence[Sequence[int]], keep: int, **kwargs: Any) -> Tensor:
         batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
         with self.full_precision():
             length = batch["input_ids"].shape[1]
-            # Column numbers, for the reason given in `Collator`.
+            # Column indices instead of a count, for the reason given in `Collator`.
             kept = torch.arange(length - keep, length, device=self.device)
             output = self.model(**batch, logits_to_keep=kept, use_cache=False, **kwargs)
         return output.logits[:, -keep:].float()
@@ -104,7 +103,7 @@ class Scorer:
         self, rows: Sequence[Sequence[int]], new_tokens: int, **kwargs: Any
     ) -> list[list[int]]:
         batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
-        del batch["position_ids"]  # `generate` counts them from the mask.
+        del batch["position_ids"]  # `generate` computes them from the mask.
         with self.full_precision():
             output = self.model.generate(
                 **batch,
@@ -122,9 +121,9 @@ class Scorer:
         groups: Sequence[str] | None = None,
     ) -> list[list[tuple[float, bool]]]:
         """Per question and request: the sum of the scored tokens' log-probabilities in nats, and
-        whether each of them is the likeliest one. A question's common prefix is computed once.
+        whether all of them are the arg-max. A question's common prefix is computed once.
 
-        `keys` tell questions of one length apart, so that their order changes nothing.
+        `keys` order questions of equal length, so that results do not depend on the given order.
         """
         packed = [pack(requests) for requests in questions]
         found: list[list[tuple[float, bool]]] = [[] for _ in packed]
@@ -158,7 +157,7 @@ class Scorer:
         kept: list[Tensor] = []
 
         def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            # The logits of all positions would not fit; the model's own pass gets one.
+            # The logits of all positions would not fit in memory; the model computes only one.
             kept.append(args[0][rows, columns])
             return (args[0][:1, :1],)
 
@@ -177,8 +176,8 @@ class Scorer:
         ]
 
     def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
-        """Of the last pass: per row, the experts of its real tokens, layer by layer, (tokens, K),
-        -1 for an empty slot; empty without experts."""
+        """Experts chosen in the last pass: per row and layer a tensor (tokens, K) without padding,
+        -1 for an empty slot. No layers without experts. lengths: tokens of each row."""
         routings = (getattr(module, "routing", None) for module in self.model.modules())
         layers = [
             r.experts.masked_fill(~r.filled, -1).view(len(lengths), -1, r.experts.shape[-1])
@@ -191,7 +190,7 @@ class Scorer:
         ]
 
     def _experts(self) -> int:
-        """How many experts the last pass chose from; 0 without any."""
+        """Number of experts E in the last pass; 0 without experts."""
         report = getattr(getattr(self.model, "base_model", None), "router_report", None)
         return 0 if report is None else report.counts.shape[-1]
 
@@ -210,8 +209,8 @@ class Scorer:
             self._counts[group] = self._counts.get(group, 0) + counts
 
     def take_expert_load(self, group: str = "") -> list[list[float]] | None:
-        """Share of (token, slot) pairs per layer and expert since the last call; None without
-        experts. A token that several options share is counted once."""
+        """(layers, E): share of the (token, slot) pairs per expert since the last call; None
+        without experts. A token in the common prefix of several options is counted once."""
         counts = self._counts.pop(group, None)
         if counts is None:
             return None
@@ -221,7 +220,8 @@ class Scorer:
 def _likelihoods(
     head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token (N) after its hidden state (N, d), and whether it leads."""
+    """Log-probability of each token (N) given its hidden state (N, d), and whether it is the
+    arg-max."""
     values, greedy = [], []
     for part, wanted in zip(hidden.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True):
         logits = head(part).float()

@@ -1,7 +1,7 @@
-"""Protocol `generate`: the model answers in its own words, and the answer is read from them.
+"""Protocol `generate`: the model generates text, from which the answer is parsed.
 
-The prompt lists the options, as in `label_logits`; greedy decoding; a text that names no option,
-or several, is counted as unparsed and as wrong.
+The prompt lists the options, as in `label_logits`; decoding is greedy. A text that names no option,
+or several, counts as unparsed and as wrong.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ PREAMBLE = re.compile(r"\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?answer\s*(?:is\
 
 
 def parse_answer(text: str, item: Item) -> int | None:
-    """The option that a text names, None where it names none or several.
+    """Index of the option that a text names; None if it names none or several.
 
-    The first line counts, after an opening like "The answer is". A label must stand by itself, at
-    the end of the line or before punctuation, so that "A dog" is not option A, and be the only one,
-    so that "A, B" is no answer. Else the line begins with the text of an option (the longest that
-    fits), or contains the text of exactly one.
+    Only the first non-empty line counts, without an opening such as "The answer is". If it begins
+    with a label that is followed by punctuation or the end of the line ("A dog" is not option A),
+    that option is the answer, unless another label occurs in this way ("A, B"). Otherwise the
+    answer is the option whose text begins the line (the longest match), or the only one whose text
+    occurs in it.
     """
     line = next((line for line in text.splitlines() if line.strip()), "")
     line = line[PREAMBLE.match(line).end() :].strip()
@@ -61,10 +62,11 @@ def encode_prompts(
     data: DataConfig,
     evaluation: EvaluationConfig,
 ) -> list[Encoded]:
-    """The items' prompts, each with room for the answer.
+    """Encode the items' prompts, leaving positions for the generated answer.
 
     Raises:
-        UserError: labels are the same token or unknown, or an item is too long for the model.
+        UserError: two labels are the same token, a label is unknown, or an item is too long for the
+            model.
     """
     return encode_questions(tokenizer, items, AnswerForm.label, data, evaluation.max_new_tokens)
 
@@ -75,7 +77,7 @@ def score_generate(
     data: DataConfig,
     evaluation: EvaluationConfig,
 ) -> list[TaskScore]:
-    """Score the items of all tasks by what the model writes after the question."""
+    """Score the items of all tasks by the text that the model generates after the question."""
     questions = [
         (task, item, encoded)
         for task, test in tests.items()

@@ -1,7 +1,7 @@
-"""Protocol `lm_eval`: the tasks and metrics of the lm-eval package, run by its own evaluator.
+"""Protocol `lm_eval`: tasks and metrics of the lm-eval package, run by its own evaluator.
 
-`SharedPrefixLM` is its `HFLM` with one change: the options of a question are computed in one row
-with their common prefix, not in a row each.
+`SharedPrefixLM` is lm-eval's `HFLM` with one change: all options of a question are computed in one
+row after their common prefix, instead of one row each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OURS = {spec.name: task for task, spec in HARNESS_TASKS.items()}
 
 
 class SharedPrefixLM(HFLM):
-    """lm-eval's model on a `Scorer`: the same requests, truncation and sums."""
+    """lm-eval's `HFLM` on top of a `Scorer`: same requests, truncation and sums."""
 
     def __init__(self, scorer: Scorer) -> None:
         with _weights_left(scorer.model):
@@ -41,10 +41,10 @@ class SharedPrefixLM(HFLM):
         self.scorer = scorer
         self._documents: list[tuple[str, int]] | None = None
         self.cut: set[tuple[str, int]] = set()
-        """Task and number of each document that lost the beginning of its context."""
+        """(task, number) of each document whose context was truncated from the left."""
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
-        # What the encoded requests no longer tell: which of them belong to one question.
+        # Encoded requests lack the question (document) that they belong to.
         self._documents = [(request.task_name, request.doc_id) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -67,20 +67,23 @@ class SharedPrefixLM(HFLM):
         for own, answers in zip(members.values(), found, strict=True):
             for index, answer in zip(own, answers, strict=True):
                 results[index] = answer
-                # Its cache of answers on disk, if one is in use.
+                # lm-eval's optional cache of answers on disk.
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return results
 
     def _request(
         self, document: tuple[str, int], context: list[int], continuation: list[int]
     ) -> Request:
-        """What does not fit is cut from the left, as in the parent, which refuses to cut the
-        continuation, too."""
+        """A request truncated from the left to the model's positions, as in `HFLM`.
+
+        Raises:
+            UserError: the continuation alone is too long.
+        """
         if len(continuation) > self.max_length:
             raise UserError(
                 f"evaluation.protocols=lm_eval: an answer of document {document[1]} of "
                 f"{document[0]} has {len(continuation):,} tokens, and the model has "
-                f"{self.max_length:,} positions: leave the row out, or take another model"
+                f"{self.max_length:,} positions: remove the row, or choose another model"
             )
         tokens = context + continuation
         kept = tokens[-(self.max_length + 1) :]
@@ -91,8 +94,8 @@ class SharedPrefixLM(HFLM):
 
 @contextmanager
 def _weights_left(model: nn.Module) -> Iterator[None]:
-    """lm-eval ties the weights of a model that it is given, which an adapter on the embedding or
-    on the output projection is in the way of. This one is ready."""
+    """Disable `tie_weights` within the context: lm-eval calls it on a given model, which fails if
+    the embedding or the output projection has an adapter."""
     model.tie_weights = lambda: None
     try:
         yield
@@ -102,8 +105,8 @@ def _weights_left(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without its notes at every start (the model was given ready-made, these tasks were chosen)
-    and its bars, one for each small step; errors are raised and not lost."""
+    """Suppress lm-eval's log messages below errors and its progress bars; exceptions still
+    propagate."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -115,13 +118,13 @@ def _quiet() -> Iterator[None]:
 
 
 def evaluate_tasks(model: HFLM, tests: Mapping[str, LoadedSplit]) -> dict[str, Any]:
-    """lm-eval's results of `model` on the items of `tests`, with a sample for each of them."""
+    """lm-eval's results for `model` on the items of `tests`, with one sample per item."""
     with tempfile.TemporaryDirectory() as folder:
         return evaluate_files(model, write_tasks(Path(folder), tests), folder)
 
 
 def evaluate_files(model: HFLM, names: Sequence[str], folder: str) -> dict[str, Any]:
-    """lm-eval's results, zero-shot, of the tasks `names` whose files are in `folder`."""
+    """lm-eval's zero-shot results for the tasks `names`, whose files are in `folder`."""
     with _quiet():
         return simple_evaluate(
             model=model,
@@ -129,7 +132,7 @@ def evaluate_files(model: HFLM, names: Sequence[str], folder: str) -> dict[str, 
             num_fewshot=0,
             task_manager=TaskManager(include_path=folder, include_defaults=False),
             bootstrap_iters=0,
-            # Nothing is drawn, and the run's own random state stays as it is.
+            # Nothing is sampled, and the run's random state must not change.
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
@@ -139,7 +142,7 @@ def evaluate_files(model: HFLM, names: Sequence[str], folder: str) -> dict[str, 
 def _item_score(task: str, item: Item, sample: Mapping[str, Any]) -> ItemScore:
     spec = HARNESS_TASKS[task]
     likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
-    # A choice as the harness measures it: without the blank that joins it to the prompt.
+    # The harness measures a choice without the space that joins it to the prompt.
     lengths = [len(arguments[1].removeprefix(" ")) for arguments in sample["arguments"]]
     normalized = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
     order = spec.choices or range(len(likelihoods))
@@ -148,8 +151,8 @@ def _item_score(task: str, item: Item, sample: Mapping[str, Any]) -> ItemScore:
     for metric, chosen in (("acc", best), ("acc_norm", best_normalized)):
         if chosen is not None and bool(sample[metric]) != (chosen == item.answer):
             raise UserError(
-                f"evaluation.protocols=lm_eval: the package's {metric} of item {item.id} of {task} "
-                "does not fit its likelihoods: install the version of requirements/constraints.txt"
+                f"evaluation.protocols=lm_eval: lm-eval's {metric} of item {item.id} of {task} "
+                "contradicts its likelihoods: install the version in requirements/constraints.txt"
             )
     scores = [0.0] * len(likelihoods)
     for choice, value in zip(order, likelihoods, strict=True):
@@ -169,8 +172,8 @@ def task_scores(
     tests: Mapping[str, LoadedSplit],
     model: SharedPrefixLM | None = None,
 ) -> list[TaskScore]:
-    """lm-eval's results as this project's: its `acc` is `accuracy`, its `acc_norm` (where the task
-    has one) `accuracy_normalized`. `model`, which gave them, knows the rest of a record."""
+    """Convert lm-eval's results: `acc` becomes `accuracy`, `acc_norm` (if the task has it) becomes
+    `accuracy_normalized`. `model`, which computed them, supplies truncation and expert load."""
     scores = []
     for task, test in tests.items():
         name = HARNESS_TASKS[task].name
@@ -194,8 +197,8 @@ def score_lm_eval(scorer: Scorer, tests: Mapping[str, LoadedSplit]) -> list[Task
     """Score the items of all tasks in one pass.
 
     Raises:
-        UserError: lm-eval has no such task or lacks a field of a row, or an answer is too long for
-            the model.
+        UserError: lm-eval has no such task, a row lacks a field that its task reads, or an answer
+            is too long for the model.
     """
     model = SharedPrefixLM(scorer)
     return task_scores(evaluate_tasks(model, tests), tests, model)

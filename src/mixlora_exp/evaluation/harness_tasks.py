@@ -1,8 +1,8 @@
-"""Task files for lm-eval that read this project's rows in place of a download.
+"""Task files for lm-eval that read this project's rows instead of a download.
 
-Each file includes the harness's own task and changes nothing but where the rows come from, so that
-prompts, targets and metrics stay the harness's. `lm_eval run --include_path DIR --tasks arc_easy`
-reads them too.
+Each file includes the harness's own task and changes only the source of the rows, so prompts,
+targets and metrics are the harness's. `lm_eval run --include_path DIR --tasks arc_easy` can read
+them too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class HarnessTask:
-    """A task of lm-eval: its name, its file in the package, the fields that its templates read (of
-    a row and its item), which option of the item each of its choices is (in order; null: the same
-    order), and its choices where they are the same for all items."""
+    """A task of lm-eval.
+
+    `name` and `file` (in the package); `row`: the fields that its templates read, from a row and
+    its item; `choices`: the item's option for each choice (None: same order); `words`: its choices
+    if all items share them.
+    """
 
     name: str
     file: str
@@ -40,8 +43,8 @@ class HarnessTask:
     words: tuple[str, ...] = ()
 
 
-# Texts are the row's own, which the harness treats in its own way. The right answer is the item's:
-# there it has been read and checked, whatever a file makes of it ("B\r", " 1").
+# Texts come from the row, since the harness preprocesses them itself. The gold answer comes from
+# the item, where it has been parsed and checked (files may contain "B\r" or " 1").
 
 
 def _take(row: Row, *names: str) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def _obqa(row: Row, item: Item) -> dict[str, Any]:
 
 
 def _boolq(row: Row, item: Item) -> dict[str, Any]:
-    # The harness knows SuperGLUE's field: an `answer` beside it would be ignored in silence.
+    # The harness reads SuperGLUE's `label` and would silently ignore `answer`.
     return {**_take(row, "passage", "question"), "label": NO_YES.index(item.answer)}
 
 
@@ -80,7 +83,7 @@ def _siqa(row: Row, item: Item) -> dict[str, Any]:
 
 
 def _hellaswag(row: Row, item: Item) -> dict[str, Any]:
-    # `ctx` may be given whole: without its second part, the harness appends nothing to the first.
+    # The harness joins `ctx_a` and `ctx_b`; a full `ctx` is passed as `ctx_a` alone.
     parts = (row["ctx_a"], row["ctx_b"]) if row.get("ctx_b") and row.get("ctx_a") else None
     first, second = parts or (_take(row, "ctx")["ctx"], "")
     kept = _take(row, "activity_label", "endings")
@@ -93,7 +96,7 @@ def _winogrande(row: Row, item: Item) -> dict[str, Any]:
 
 
 NO_YES = (1, 0)
-"""BoolQ: the harness's choices are no and yes, this project's options true and false."""
+"""BoolQ: the harness's choices are no and yes; this project's options are true and false."""
 
 HARNESS_TASKS: dict[str, HarnessTask] = {
     "arc_e": HarnessTask("arc_easy", "arc/arc_easy.yaml", _arc),
@@ -105,11 +108,11 @@ HARNESS_TASKS: dict[str, HarnessTask] = {
     "hellaswag": HarnessTask("hellaswag", "hellaswag/hellaswag.yaml", _hellaswag),
     "winogrande": HarnessTask("winogrande", "winogrande/default.yaml", _winogrande),
 }
-"""The harness's task for each of this project's."""
+"""This project's task name -> the harness's task."""
 
 
 def _package_tasks() -> Path:
-    # Found without importing it, which takes seconds.
+    # Without importing the package, which takes seconds.
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -120,10 +123,10 @@ def _package_tasks() -> Path:
 
 
 def harness_rows(task: str, test: LoadedSplit) -> list[dict[str, Any]]:
-    """The rows of a split as the harness's task expects them.
+    """The rows of a split in the format of the harness's task.
 
     Raises:
-        UserError: the harness has no such task, or a row lacks a field that it reads.
+        UserError: the harness has no such task, or a row lacks a field that its task reads.
     """
     _package_tasks()
     if task not in HARNESS_TASKS:
@@ -147,7 +150,8 @@ def check_harness(tokenizer: PreTrainedTokenizerBase, task: str, test: LoadedSpl
     """Check that the harness can score a split with this tokenizer.
 
     Raises:
-        UserError: as `harness_rows`, or choices that all items have are the same token or unknown.
+        UserError: as `harness_rows`, or the choices that all items share are the same token or
+            unknown to the tokenizer.
     """
     harness_rows(task, test)
     words = list(HARNESS_TASKS[task].words)
@@ -158,7 +162,11 @@ def check_harness(tokenizer: PreTrainedTokenizerBase, task: str, test: LoadedSpl
 
 
 def write_tasks(folder: Path, tests: Mapping[str, LoadedSplit]) -> list[str]:
-    """Write `<name>.yaml` and `<name>.jsonl` of each task into `folder`; returns their names."""
+    """Write `<name>.yaml` and `<name>.jsonl` of each task to `folder`; returns the task names.
+
+    Raises:
+        UserError: as `harness_rows`, or the installed lm-eval lacks a task's file.
+    """
     names = []
     for task, test in tests.items():
         rows, spec = harness_rows(task, test), HARNESS_TASKS[task]
@@ -166,7 +174,7 @@ def write_tasks(folder: Path, tests: Mapping[str, LoadedSplit]) -> list[str]:
         if not source.is_file():
             raise UserError(
                 f"evaluation.protocols=lm_eval: the installed lm-eval has no {spec.file}: "
-                "install the version of requirements/constraints.txt"
+                "install the version in requirements/constraints.txt"
             )
         data = folder.resolve() / f"{spec.name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

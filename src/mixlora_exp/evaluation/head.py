@@ -1,4 +1,4 @@
-"""The output projection in float32, whatever stands in its place: a plain one, or an adapter."""
+"""Computes the output projection in float32, with or without an adapter on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["full_precision_head"]
 
 NARROW = (torch.bfloat16, torch.float16)
 HEAD_CHUNK = 2**14
-"""Rows of the vocabulary matrix that are held in float32 at once."""
+"""Number of rows of the vocabulary matrix that are in float32 at once."""
 
 
 class _Forward(nn.Module):
@@ -31,7 +31,7 @@ class _Forward(nn.Module):
 
 
 def _plain(linear: nn.Linear, hidden: Tensor) -> Tensor:
-    # In chunks, for a whole vocabulary in float32 may not fit beside the model.
+    # In chunks: a float32 copy of the whole vocabulary matrix may not fit in memory.
     parts = [hidden @ part.to(hidden.dtype).T for part in linear.weight.split(HEAD_CHUNK)]
     logits = torch.cat(parts, dim=-1)
     return logits if linear.bias is None else logits + linear.bias.to(hidden.dtype)
@@ -39,14 +39,12 @@ def _plain(linear: nn.Linear, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision_head(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the output projection of `model`, which is given, computes in float32:
-    it takes hidden states of any precision and gives the logits that its weights, as they are,
-    have in float32, autocast or not.
+    """Within this context the output projection of `model`, which is yielded, computes in float32,
+    from hidden states of any precision and with or without autocast.
 
     In bf16 a logit near 24 is a multiple of 1/8, and the first of several tied answers would win.
-    Where an adapter (or a wrapper of PEFT's) stands in the projection's place, that module computes
-    by its own forward pass, so that whatever it does is in the logits; its weights are in float32
-    meanwhile, and a copy of the vocabulary matrix in float32 exists during each call.
+    An adapter (or another PEFT wrapper) on the projection computes with its own forward pass on
+    float32 copies of its weights, including the vocabulary matrix, which exist during each call.
     """
     head = model.get_output_embeddings()
     replaced = vars(head).get("forward")
@@ -62,7 +60,7 @@ def full_precision_head(model: nn.Module) -> Iterator[nn.Module]:
                 return _plain(head, hidden)
             for layer in head.modules():
                 if isinstance(layer, BaseTunerLayer) and layer.merged and layer.disable_adapters:
-                    # The forward pass would take the adapter out of the copies alone.
+                    # Otherwise the forward pass would unmerge only the copies.
                     layer.unmerge()
             wide = {f"module.{name}": p.to(hidden.dtype) for name, p in narrow.items()}
             return functional_call(_Forward(head, own), wide, (hidden, *args), kwargs)

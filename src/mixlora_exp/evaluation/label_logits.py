@@ -1,8 +1,8 @@
-"""Protocol `label_logits`: arg-max of the next-token logits over the labels that an item has.
+"""Protocol `label_logits`: arg-max of the next-token logits over an item's labels.
 
-The prompt lists the options under letters (BoolQ: true, false) and one forward pass per item reads
-the logits after it, as the official implementation scores (peers differ: lm-eval compares the
-likelihood of whole answers).
+The prompt lists the options with letters (BoolQ: true, false); one forward pass per item gives the
+logits after it. The official implementation scores in the same way, whereas lm-eval compares the
+likelihoods of whole answers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["encode_labels", "score_label_logits"]
 
 
 NINE = ("1", "2", "3", "4", "A", "B", "C", "D", "E")
-"""Labels of ARC between which the official packages choose, whatever an item has."""
+"""Labels among which the official packages choose for every item of ARC."""
 
 
 def _label_ids(item: Item, encoded: Encoded) -> list[int]:
@@ -39,8 +39,8 @@ def _label_ids(item: Item, encoded: Encoded) -> list[int]:
 
 
 def _item_score(item: Item, logits: Tensor, labels: list[int], others: list[int]) -> ItemScore:
-    """logits: (vocabulary,). Ties go to the first label; one of `others` that leads them all is an
-    answer that the item does not have."""
+    """Score of an item from its next-token logits (vocabulary,). Ties go to the first label. If a
+    token of `others` has a higher logit than all labels, the prediction is None."""
     scores = logits[labels]
     found = others and logits[others].max() > scores.max()
     return ItemScore(
@@ -58,8 +58,8 @@ def encode_labels(
     data: DataConfig,
     evaluation: EvaluationConfig,
 ) -> tuple[list[Encoded], list[list[int]], list[list[int]]]:
-    """The items' prompts, the token of each of their labels, and those of the labels that they do
-    not have but may be answered with (`evaluation.arc_labels=nine`).
+    """Encode the items' prompts. Also returns per item its label tokens, and the tokens of further
+    labels that count as answers (`evaluation.arc_labels=nine`).
 
     Raises:
         UserError: a label is not one token, is unknown or the same as another; or an item is too
@@ -74,8 +74,8 @@ def encode_labels(
 
 
 def _other_labels(tokenizer: PreTrainedTokenizerBase, item: Item, own: list[int]) -> list[int]:
-    """The tokens of ARC's nine labels that are not this item's. Of a label of several tokens the
-    last one stands for it, as in the official packages."""
+    """The tokens of ARC's nine labels without those of this item. A label of several tokens is
+    represented by its last one, as in the official packages."""
     if item.task not in ("arc_e", "arc_c"):
         return []
     ids = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"][-1] for label in NINE]
@@ -86,10 +86,10 @@ def _other_labels(tokenizer: PreTrainedTokenizerBase, item: Item, own: list[int]
 def _check_batching(
     scorer: Scorer, prompts: Sequence[list[int]], labels: Sequence[list[int]]
 ) -> dict[str, float | int | None]:
-    """Score some items in one batch and one by one: what does batching move?
+    """Score items in one batch and one by one, to measure the effect of batching.
 
-    An item with a token that batching sends to another expert (two nearly tied ones swap by
-    rounding) is counted apart and left out of the difference of logits.
+    Items with a token that batching routes to another expert (rounding swaps two nearly tied ones)
+    are counted separately and excluded from the logit difference.
     """
     together = scorer.logits(prompts, keep=1)[:, 0]
     routes = scorer.routes([len(prompt) for prompt in prompts])
@@ -116,11 +116,11 @@ def score_label_logits(
     data: DataConfig,
     evaluation: EvaluationConfig,
 ) -> list[TaskScore]:
-    """Score the items of all tasks in one pass; `evaluation.batch_check` of each task (the first
-    by id) once more, one by one.
+    """Score the items of all tasks; the first `evaluation.batch_check` of each task (by id) are
+    scored again one by one.
 
     Raises:
-        UserError: a label is not one token.
+        UserError: as `encode_labels`.
     """
     items, prompts, labels, groups, shortened = [], [], [], [], {}
     nine = evaluation.arc_labels is ArcLabels.nine
@@ -143,7 +143,7 @@ def score_label_logits(
     for task, test in tests.items():
         mine = [i for i, group in enumerate(groups) if group == task]
         load = scorer.take_expert_load(task)
-        # With dropout two passes differ whatever the batches.
+        # With dropout two passes always differ.
         count = 0 if evaluation.dropout else evaluation.batch_check
         checked = sorted(mine, key=lambda i: items[i].id)[:count]
         check = None

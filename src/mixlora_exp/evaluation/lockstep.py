@@ -1,8 +1,8 @@
-"""Scoring several adapters in the same passes.
+"""Scores several adapters in shared forward passes.
 
-Each adapter is scored by the protocols as if it were alone, in a thread of its own; a pass that one
-of them asks for waits until all the others ask for one or are done, and then runs for all of them,
-every row with its adapter. Which thread runs it changes nothing.
+A thread per adapter runs the protocols as if the adapter were alone. A requested forward pass waits
+until every other thread has requested one or finished, and then runs for all of them, each row with
+its adapter. The result does not depend on which thread runs the pass.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Lockstep", "LockstepScorer", "in_lockstep"]
 
 Result = TypeVar("Result")
 GRACE = 60.0
-"""Seconds that an interruption waits for the pass under way."""
+"""Seconds that an interruption waits for the current pass."""
 
 
 @dataclass(slots=True)
 class _Request:
-    """A pass that an adapter asks for: its kind (method and settings) and rows; then its result."""
+    """A requested forward pass: its kind (method, setting) and rows, later its result."""
 
     kind: tuple[str, int]
     rows: Sequence[Any]
@@ -41,11 +41,11 @@ class _Request:
 
 
 class PassFailed(Exception):
-    """The pass that an adapter asked for failed, for the reason that is its cause."""
+    """The requested forward pass failed; `__cause__` is the reason."""
 
 
 class Lockstep:
-    """Where the threads of `adapters` meet. `scorer` runs the passes, on a model that has them."""
+    """Rendezvous of the threads of `adapters`. `scorer` runs the passes on a model with them."""
 
     def __init__(self, scorer: Scorer, adapters: Sequence[str]) -> None:
         self.scorer = scorer
@@ -56,7 +56,11 @@ class Lockstep:
         self._error: BaseException | None = None
 
     def ask(self, adapter: str, request: _Request) -> _Request:
-        """Wait for the others, and return the request with its result."""
+        """Wait for the other threads, and return the request with its result.
+
+        Raises:
+            PassFailed: the pass failed, or `cancel` was called.
+        """
         with self._meeting:
             if self._error is not None:
                 raise PassFailed from self._error
@@ -69,14 +73,14 @@ class Lockstep:
         return request
 
     def cancel(self, error: BaseException) -> None:
-        """Let every thread end at its next pass."""
+        """Make every thread end at its next pass."""
         with self._meeting:
             self._error = error
             self._waiting = {}
             self._meeting.notify_all()
 
     def leave(self, adapter: str) -> None:
-        """The adapter asks for nothing more."""
+        """Note that the adapter's thread requests no further passes."""
         with self._meeting:
             self._present.discard(adapter)
             self._run_if_all_are_here()
@@ -130,7 +134,7 @@ class Lockstep:
 
 
 class LockstepScorer(Scorer):
-    """The scorer of one adapter, whose passes run together with the others'."""
+    """The scorer of one adapter, which shares its forward passes with the other adapters."""
 
     def __init__(self, meeting: Lockstep, adapter: str, batch_tokens: int) -> None:
         shared = meeting.scorer
@@ -169,11 +173,11 @@ def in_lockstep(
     work: Mapping[str, Callable[[Scorer], Result]],
     batch_tokens: int,
 ) -> dict[str, Result | BaseException]:
-    """Do the work of each adapter of `model`, given a scorer whose passes all of them share.
+    """Call the `work` of each adapter of `model` with a scorer that shares its forward passes.
 
-    `batch_tokens` are the padded tokens of a whole pass. Returns each one's result, or the error
-    that its work ended with: one that fails does not stop the others, but for a pass that fails,
-    which all that wait for it do not survive. Interrupted, all end after the pass under way.
+    `batch_tokens`: padded tokens of a shared pass. Returns the result or the error of each adapter.
+    An error in one thread does not stop the others; a failed pass ends all threads that wait for
+    it. On an interruption all threads end after the current pass.
     """
     meeting = Lockstep(Scorer(model, tokenizer, autocast, batch_tokens), list(work))
     share = max(1, batch_tokens // len(work))
@@ -181,7 +185,7 @@ def in_lockstep(
     threads_of_torch = torch.get_num_threads()
 
     def carry_out(adapter: str) -> None:
-        # A thread starts with settings of its own.
+        # torch's thread settings are per thread.
         torch.set_num_threads(threads_of_torch)
         try:
             results[adapter] = work[adapter](LockstepScorer(meeting, adapter, share))

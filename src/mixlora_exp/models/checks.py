@@ -1,5 +1,5 @@
-"""What loading a model would refuse, as far as files at hand tell: no weights are read, nothing is
-downloaded or converted."""
+"""Checks a model before loading, from local files only: reads no weights, and downloads and
+converts nothing."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ __all__ = ["check_model"]
 
 def _check_weights(folder: Path, found: PreTrainedConfig, config: ModelConfig, origin: str) -> None:
     stored = stored_tensors(folder)
-    # A tied head, which is the embedding, is not stored.
+    # A tied output projection is the embedding, and not stored separately.
     needed = dict(skeleton(found, origin).named_parameters())
-    # A model without its head is stored without the first part of the names.
+    # Names in a checkpoint of the model without output projection lack the first component.
     places = {name: stored.get(name, stored.get(name.partition(".")[2])) for name in needed}
     missing = sorted(name for name, place in places.items() if place is None)
     if missing:
         raise UserError(
-            f"model={config.name}: {origin} lacks {len(missing)} weights, the first {missing[0]}"
+            f"model={config.name}: {origin} lacks {len(missing)} weights, the first {missing[0]}: "
+            "copy the model again"
         )
     for name, place in places.items():
         if place.shape != tuple(needed[name].shape):
             raise UserError(
-                f"model={config.name}: {origin}: {name} has the shape {list(place.shape)}, and its "
-                f"{CONFIG_NAME} asks for {list(needed[name].shape)}"
+                f"model={config.name}: {origin}: {name} has the shape {list(place.shape)}, but its "
+                f"{CONFIG_NAME} requires {list(needed[name].shape)}: copy the model again"
             )
 
 
 def check_model(config: ModelConfig, *, here: bool = True) -> None:
-    """Check what can be known of a model before it is loaded. `here`: it runs on this machine, so
-    a package with weights must be installed.
+    """Check a model as far as possible before loading. `here`: it runs on this machine, so a
+    package with weights must be installed.
 
     Raises:
-        UserError: loading it would fail.
+        UserError: loading the model would fail.
     """
     if config.draws_weights:
         skeleton(build_hf_config(config), f"model={config.name}")

@@ -1,7 +1,7 @@
-"""What a folder with a model may name: nothing but its own files.
+"""Checks that the files in a model's folder refer to nothing outside it.
 
-transformers follows what it finds in a folder: an adapter's configuration to another base model on
-the hub, an index to weights elsewhere, a configuration to kernels that it downloads and runs.
+transformers follows references in a folder: from an adapter's configuration to a base model on the
+hub, from an index to weights elsewhere, from a configuration to kernels that it downloads and runs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["ATTENTION", "check_folder", "check_settings"]
 
 INDEX, ADAPTER, TOKENIZER = "*.index.json", "adapter_config.json", "tokenizer.json"
 NOT_OBEYED = ("quantization_config", "transformers_weights", "kernel_config", "distributed_config")
-"""Settings of a `config.json` with which transformers would load other code or other files."""
+"""Settings of a `config.json` that make transformers load other code or files."""
 ATTENTION, OWN = "_attn_implementation", (None, "eager", "sdpa")
 IMPLEMENTATIONS = (ATTENTION, "attn_implementation", "experts_implementation",
                    "_experts_implementation")  # fmt: skip
-"""Settings that name how a part is computed. Any but PyTorch's own can be a program on the hub,
-which transformers would fetch and run."""
+"""Settings that choose an implementation. Any value except PyTorch's own may name code on the hub,
+which transformers would download and run."""
 
 
 def check_settings(settings: dict[str, Any], origin: str) -> None:
@@ -35,8 +35,8 @@ def check_settings(settings: dict[str, Any], origin: str) -> None:
         if settings.get(name):
             value = shown(repr(settings[name]), 80)
             raise UserError(
-                f"{origin}: {name}={value} in config.json is not obeyed: it would load other code "
-                "or files. Take it out, or give the model in plain weights"
+                f"{origin}: {name}={value} in config.json is refused: it would load other code or "
+                "files. Remove it, or give a model with plain weights"
             )
 
 
@@ -45,27 +45,29 @@ def check_folder(folder: Path, origin: str) -> None:
     transformers reads them.
 
     Raises:
-        UserError: one is no regular file, damaged, too large, or names files outside of the folder.
+        UserError: a file is not regular, damaged, too large, or names files outside the folder.
     """
     if (folder / ADAPTER).exists():
         raise UserError(
-            f"{origin}: there is an {ADAPTER}, which names another base model: give a folder with "
-            "a model alone, and the adapter as adapter=DIR"
+            f"{origin} contains {ADAPTER}, which names another base model: give a folder with "
+            "only a model, and the adapter as adapter=DIR"
         )
     for path in sorted(folder.glob("*.json")):
         try:
             if path.name == TOKENIZER:
-                # Read by a parser of its own, which has limits; it can be large.
+                # Its own parser limits it; the file can be large.
                 with open_regular(path):
                     continue
             found = read_json(path, finite=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{origin}: {path.name} cannot be used: {error}") from error
+            raise UserError(
+                f"{origin}: {path.name} cannot be used ({error}): copy the model again"
+            ) from error
         if path.match(INDEX):
             _check_index(found, f"{origin}: {path.name}")
         elif path.name == "config.json":
             if not isinstance(found, dict):
-                raise UserError(f"{origin}: config.json holds no JSON object")
+                raise UserError(f"{origin}: config.json is not a JSON object: copy the model again")
             check_settings(found, origin)
         elif path.name == "tokenizer_config.json" and isinstance(found, dict):
             for name in found.get("fast_tokenizer_files") or ():
@@ -75,7 +77,7 @@ def check_folder(folder: Path, origin: str) -> None:
 def _check_index(index: Any, where: str) -> None:
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict):
-        raise UserError(f"{where} has no weight_map: take another copy")
+        raise UserError(f"{where} has no weight_map: copy the model again")
     for name in set(map(str, names.values())):
         _check_name(name, where)
 
@@ -83,5 +85,6 @@ def _check_index(index: Any, where: str) -> None:
 def _check_name(name: Any, where: str) -> None:
     if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
         raise UserError(
-            f"{where} names the file {shown(str(name), 80)}, which is not one of the folder's own"
+            f"{where} names the file {shown(str(name), 80)}, which is not in the folder: copy the "
+            "model again"
         )

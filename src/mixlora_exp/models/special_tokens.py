@@ -1,7 +1,7 @@
-"""Which special tokens a tokenizer puts around a text: decided once, when it is loaded.
+"""Sets which special tokens a tokenizer adds to a text, once, when it is loaded.
 
-The decision goes into the tokenizer itself, so that whoever calls it (training, every protocol,
-lm-eval, generation, planning) gets the same tokens.
+The tokenizer itself is changed, so that all its users (training, every protocol, lm-eval,
+generation, planning) get the same tokens.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _FLAGS = ("add_bos_token", "add_eos_token")
 def settle_special_tokens(
     tokenizer: PreTrainedTokenizerBase, stated: Mapping[str, Any], whose: str
 ) -> None:
-    """Let `tokenizer` put before a text what its configuration says, and nothing after it.
+    """Make `tokenizer` add its configured special tokens before a text, and none after it.
 
-    `stated` is the content of `tokenizer_config.json`. Where it has `add_bos_token`, that decides
-    whether a text begins with BOS (transformers reads it only where there is no `tokenizer.json`);
-    else the template of `tokenizer.json` does. Nothing follows a text, whatever template and
-    `add_eos_token` say, for each text here is a prompt, or one with an answer whose tokens count:
-    what ends an answer is added where answers are trained on, once. A tokenizer that does so
-    already is left as it is. `whose` begins an error's line.
+    `stated` is the content of `tokenizer_config.json`. Its `add_bos_token` decides whether a text
+    begins with BOS (transformers reads the flag only without a `tokenizer.json`); without the flag,
+    the template in `tokenizer.json` decides. Nothing follows a text, regardless of template and
+    `add_eos_token`: texts are prompts, with or without an answer to score, and training adds EOS to
+    answers itself. A tokenizer that already behaves in this way is unchanged. `whose` begins the
+    error messages.
 
     Raises:
-        UserError: a flag is no boolean, or BOS is called for and there is none.
+        UserError: a flag is not a boolean, or BOS is required but undefined.
     """
     flags = {name: stated[name] for name in _FLAGS if stated.get(name) is not None}
     for name, value in flags.items():
@@ -69,8 +69,8 @@ def settle_special_tokens(
 
 
 def special_tokens_entry(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The special tokens in a run's examples, for its record: those `before_text`, those
-    `after_prompt` (none, where the tokenizer was settled) and the one `after_answer`."""
+    """The special tokens in a run's examples, for its record: `before_text`, `after_prompt` (none
+    after `settle_special_tokens`) and `after_answer`."""
     before, after = _added(tokenizer)
     return {
         "before_text": tokenizer.convert_ids_to_tokens(before),
@@ -80,16 +80,16 @@ def special_tokens_entry(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def special_tokens_line(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same for a run's log."""
+    """The special tokens in a run's examples, as a line of its output."""
     entry = special_tokens_entry(tokenizer)
     before = " ".join(entry["before_text"]) or "none"
     return f"Special tokens: {before} before a text, {entry['after_answer']} after an answer"
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text."""
+    """The ids that the tokenizer adds before and after a text."""
     vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
-    # A text that it knows: of others some tokenizers make nothing, and some an error.
+    # A text from the vocabulary: for unknown texts some tokenizers return nothing or fail.
     for text in sorted(vocabulary.keys() - special, key=vocabulary.__getitem__):
         bare = tokenizer(text, add_special_tokens=False)["input_ids"]
         if bare:
@@ -102,7 +102,7 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def _byte_levels(processor: Any) -> list[processors.ByteLevel]:
-    """What of a post-processor concerns the places of tokens in the text, and adds none."""
+    """The parts of a post-processor that adjust token offsets and add no tokens."""
     if processor is None:
         return []
     state = json.loads(processor.__getstate__())

@@ -1,7 +1,7 @@
-"""The tokenizer of models with random weights, which need no published one.
+"""The tokenizer of models with random weights.
 
-A byte-level BPE trained on the fixed text below: the same on every machine, nothing downloaded,
-and the answer labels of all tasks are single tokens, as they are in the published tokenizers.
+A byte-level BPE trained on the fixed text below: identical on every machine, without a download.
+The answer labels of all tasks are single tokens, as in published tokenizers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 __all__ = ["LABEL_TOKENS", "TOKENIZER_SIZE", "build_tokenizer"]
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-"""Special tokens; their ids are 0, 1 and 2, which `shape.build_hf_config` relies on."""
+"""Special tokens with ids 0, 1 and 2, on which `architecture.build_hf_config` relies."""
 
 TOKENIZER_SIZE = 512
-"""Tokens in all: 3 special ones, the 256 bytes, the rest merges."""
+"""Vocabulary size: 3 special tokens, 256 bytes, and merges."""
 
 LABEL_TOKENS = (*(f" {letter}" for letter in "ABCDEFGH"), " true", " false")
 """Answer labels that must be one token each."""
@@ -41,8 +41,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    # The labels are repeated until they outweigh every pair of the prose, so that their merges
-    # come first whatever the prose says.
+    # The labels are repeated often enough to outnumber every pair in the prose, so that their
+    # merges come first.
     labels = "".join(LABEL_TOKENS) * 200
     core.train_from_iterator(
         [labels, *_PROSE.strip().splitlines()],

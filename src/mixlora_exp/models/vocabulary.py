@@ -1,4 +1,4 @@
-"""A tokenizer beside a model's embedding: every id that it gives has a row there."""
+"""Ensures that every token id of a tokenizer has a row in the model's embedding."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def fit_vocabulary(
     whose: str,
     way_out: str = "take the tokenizer that belongs to the weights",
 ) -> None:
-    """Check that the ids of `tokenizer` are below `rows`, those of the embedding.
+    """Check that all ids of `tokenizer` are below `rows`, the number of rows of the embedding.
 
-    A padding token beyond them (one that was added, and the embedding not resized) is taken out of
-    the tokenizer, so that no text gives its id either, and a token that the model has pads in its
-    place. `whose` begins an error's line, `way_out` ends it.
+    A padding token beyond them (added without resizing the embedding) is removed from the
+    tokenizer, so that no text is encoded with its id, and replaced by an existing token. `whose`
+    begins the error message, `way_out` ends it.
 
     Raises:
         UserError: another token has no row.
@@ -37,24 +37,27 @@ def fit_vocabulary(
         beyond = {token: id_ for token, id_ in tokenizer.get_vocab().items() if id_ >= rows}
         first = min(beyond, key=beyond.__getitem__)
         raise UserError(
-            f"{whose} has {len(tokenizer)} tokens, and the model's embedding {rows} rows: "
+            f"{whose} has {len(tokenizer)} tokens, but the model's embedding has {rows} rows: "
             f"{len(beyond)} have none, the first {first!r} (id {beyond[first]}); {way_out}"
         )
 
 
 def pad_with_a_known_token(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
-    """Where a tokenizer has no padding token, take one that it has.
+    """Give a tokenizer without padding token one of its existing tokens.
 
-    No token is added: the embedding keeps its size. The unknown token comes first, so that a real
-    end of sequence never looks like padding.
+    No token is added, so the embedding keeps its size. The unknown token is preferred, so that a
+    real EOS never looks like padding.
 
     Raises:
-        UserError: there is no token to take.
+        UserError: the tokenizer has neither an unknown token nor EOS.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise UserError(f"{whose} has no padding, unknown or end-of-sequence token")
+        raise UserError(
+            f"{whose} has no padding, unknown or end-of-sequence token: define one in "
+            "tokenizer_config.json"
+        )
 
 
 def _largest(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -62,7 +65,7 @@ def _largest(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _take_out(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Remove an added token; a text that spells it is then a text like any other."""
+    """Remove an added token; text that spells it is then tokenized as ordinary text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [added for added in state["added_tokens"] if added["content"] != token]
     state["padding"] = None  # Batches are padded here, by the collator.

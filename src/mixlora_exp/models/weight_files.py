@@ -1,4 +1,5 @@
-"""What safetensors files hold, from their headers and a few of their bytes: nothing is loaded."""
+"""Lists and fingerprints the tensors of safetensors files from headers and samples, without loading
+them."""
 
 from __future__ import annotations
 
@@ -20,18 +21,18 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The limit of the safetensors library.
 HEADER_LIMIT = 100_000_000
 BLOCKS, BLOCK = 8, 16
-"""Elements that stand for a tensor: so many blocks, evenly spaced from its first element to its
-last, of so many elements each."""
+"""Sample of a tensor: number of blocks, evenly spaced from its first to its last element, and
+elements per block."""
 WIDTHS = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
     "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-"""Bytes of an element by safetensors' names."""
+"""Bytes per element, by safetensors' dtype names."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a safetensors file; `start` is the place of its first byte."""
+    """A tensor in a safetensors file; `start`: offset of its first byte in the file."""
 
     name: str
     dtype: str
@@ -45,12 +46,12 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights of `folder` from: one, or those of an index.
+    """The files from which transformers reads the weights of `folder`: one, or those of an index.
 
-    Names in the index are matched with the files of the folder itself.
+    The index can only name files in the folder itself.
 
     Raises:
-        UserError: there are none, or the index is damaged or names files that are not there.
+        UserError: there are no weights, or the index is damaged or names missing files.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -63,10 +64,12 @@ def weight_files(folder: Path) -> list[Path]:
         named = set(read_json(folder / INDEX)["weight_map"].values())
         absent = sorted(map(str, named - present.keys()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX} is cut off or damaged: take another copy") from error
+        raise UserError(
+            f"{folder / INDEX} is truncated or damaged: copy the model again"
+        ) from error
     if absent or not named:
         lacking = f"it lacks {absent[0]!a:.100}" if absent else "its index names no file"
-        raise UserError(f"{folder} is incomplete, {lacking}: take another copy")
+        raise UserError(f"{folder} is incomplete, {lacking}: copy the model again")
     return [present[name] for name in sorted(named)]
 
 
@@ -75,7 +78,7 @@ def _numbers(value: object) -> bool:
 
 
 def _header(path: Path, stream: BinaryIO) -> Iterator[StoredTensor]:
-    damaged = UserError(f"{path} is cut off or damaged: take another copy")
+    damaged = UserError(f"{path} is truncated or damaged: copy the model again")
     total = path.stat().st_size
     length = int.from_bytes(stream.read(8), "little")
     if total < 8 or length > min(HEADER_LIMIT, total - 8):
@@ -107,10 +110,10 @@ def _header(path: Path, stream: BinaryIO) -> Iterator[StoredTensor]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors that a model's folder holds, by name; headers alone are read.
+    """The tensors in a model's folder, by name; only headers are read.
 
     Raises:
-        UserError: a file is missing, cut off or damaged.
+        UserError: a file is missing, truncated or damaged.
     """
     found: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
@@ -118,12 +121,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             with path.open("rb", buffering=0) as stream:
                 found.update((tensor.name, tensor) for tensor in _header(path, stream))
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}): make it readable, or copy the "
+                "model again"
+            ) from error
     return found
 
 
 def _sample(stream: BinaryIO, tensor: StoredTensor) -> bytes:
-    """Some of a tensor's elements as they are stored."""
+    """The stored bytes of a sample of a tensor's elements."""
     width, count = WIDTHS.get(tensor.dtype, 1), tensor.elements
     if count <= BLOCKS * BLOCK:
         stream.seek(tensor.start)
@@ -136,13 +142,13 @@ def _sample(stream: BinaryIO, tensor: StoredTensor) -> bytes:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the names, shapes, stored types and a sample of the elements of all tensors.
+    """SHA-256 of the names, shapes, dtypes and a sample of the elements of all tensors.
 
-    It is the same however the tensors are spread over files. About 300 bytes a tensor are read, so
-    weights that were changed in a few elements alone may have the same.
+    It does not depend on the distribution of tensors over files. About 300 bytes per tensor are
+    read, so weights that differ in only a few elements may have the same fingerprint.
 
     Raises:
-        UserError: a file is missing, cut off or damaged.
+        UserError: a file is missing, truncated or damaged.
     """
     digest = hashlib.sha256()
     stored = stored_tensors(folder)
@@ -156,7 +162,9 @@ def fingerprint(folder: Path) -> str:
             digest.update(told.encode() + b"\n")
             digest.update(_sample(streams[tensor.path], tensor))
     except OSError as error:
-        raise UserError(f"{folder}: the weights cannot be read ({error})") from error
+        raise UserError(
+            f"{folder}: the weights cannot be read ({error}): copy the model again"
+        ) from error
     finally:
         for stream in streams.values():
             stream.close()

@@ -1,5 +1,4 @@
-"""Entries of an official `adapter_config.json`: of the right kind and within range, or refused by
-name."""
+"""Reads fields of an official `adapter_config.json`, checked for type and range."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from transformers.activations import ACT2FN
 from mixlora_exp.errors import UserError
 
 KINDS = {
-    int: "a whole number",
+    int: "an integer",
     str: "a text",
     bool: "true or false",
     dict: "an object",
@@ -20,22 +19,22 @@ KINDS = {
     (list, dict): "a list or an object",
 }
 MOST = 2**16
-"""Larger ranks and numbers of experts are mistakes: a router over so many has no use."""
+"""Maximum rank and number of experts; larger values are mistakes."""
 
 
 def wrong(name: str, found: Any, should: str) -> UserError:
-    """The message for an entry that cannot be what it says."""
+    """The error for a field with an invalid value."""
     return UserError(
-        f"adapter_config.json: {name}={found!r:.200} must be {should}: mend the entry, or take "
+        f"adapter_config.json: {name}={found!r:.200} must be {should}: correct the entry, or use "
         "another copy"
     )
 
 
 def value(config: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -> Any:
-    """An entry of a configuration, of the right kind (a key of `KINDS`).
+    """A field of a configuration, with type `kind` (a key of `KINDS`).
 
     Raises:
-        UserError: it is of another kind, or missing and has no default.
+        UserError: it has another type, or is missing and has no default.
     """
     found = config.get(name, default)
     if found is ...:
@@ -48,15 +47,15 @@ def value(config: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -
 
 
 def finite(config: Mapping[str, Any], name: str, default: Any = ..., least: float = -1e30) -> float:
-    """A number that float can hold, and not below `least`.
+    """A finite number, at least `least`.
 
     Raises:
-        UserError: it is another.
+        UserError: it is not valid.
     """
     found = value(config, name, (int, float), default)
     if not abs(found) < 1e30:
         raise UserError(
-            f"adapter_config.json: {name} is out of range: mend the entry, or take another copy"
+            f"adapter_config.json: {name} is out of range: correct the entry, or use another copy"
         )
     if found < least:
         raise wrong(name, found, f">= {least:g}")
@@ -64,10 +63,10 @@ def finite(config: Mapping[str, Any], name: str, default: Any = ..., least: floa
 
 
 def count(config: Mapping[str, Any], name: str, default: Any = ...) -> int:
-    """A whole number of at least 1.
+    """An integer of at least 1.
 
     Raises:
-        UserError: it is another.
+        UserError: it is not valid.
     """
     found = value(config, name, int, default)
     if not 1 <= found <= MOST:
@@ -79,7 +78,7 @@ def lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """r, lora_alpha, lora_dropout, use_dora and use_rslora of one block of a configuration.
 
     Raises:
-        UserError: one of them is of the wrong kind or out of range.
+        UserError: one of them has the wrong type or is out of range.
     """
     settings = {
         "r": count(config, "r"),
@@ -105,8 +104,8 @@ def name_list(given: Any) -> list[str]:
     """
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise UserError(
-            f"adapter_config.json: target_modules={given!r:.200} is not a list of names: mend the "
-            "entry, or take another copy"
+            f"adapter_config.json: target_modules={given!r:.200} is not a list of names: correct "
+            "the entry, or use another copy"
         )
     return given
 

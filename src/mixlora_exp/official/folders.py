@@ -1,7 +1,7 @@
-"""Folders of adapters: one of the official packages' is read, one of PEFT's is written.
+"""Reads adapters in the official packages' format, and writes adapters in PEFT's.
 
-moe-peft and mixlora write `adapter_config.json` and `adapter_model.bin`. What stands in them is
-converted in `imports`; here a stranger's files become values, or are refused.
+moe-peft and mixlora write `adapter_config.json` and `adapter_model.bin`. This module reads these
+untrusted files safely; `imports` converts their content.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MAGNITUDE = "lora_magnitude_vector"
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter as it lies on disk: its configuration, its tensors by name, and what a user should
-    know about how it was read or converted."""
+    """The content of an adapter's folder: configuration, tensors by name, and notes for the user on
+    how it was read or converted."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -38,11 +38,11 @@ class AdapterFiles:
 def read_official(folder: Path) -> AdapterFiles:
     """Read a folder that moe-peft or mixlora wrote.
 
-    A DoRA magnitude has no place in the `.bin`. Where `adapter_model.safetensors` stands beside it
-    with the same tensors and magnitudes, these are read too.
+    The `.bin` file contains no DoRA magnitudes. If an `adapter_model.safetensors` next to it has
+    the same tensors and magnitudes, these are read too.
 
     Raises:
-        UserError: a file is missing, cut off or too large, or holds anything but named tensors.
+        UserError: a file is missing, truncated or too large, or contains more than named tensors.
     """
     config, path, beside = read_adapter_config(folder), folder / BIN, folder / SAFETENSORS
     if not path.is_file():
@@ -67,7 +67,7 @@ def read_official(folder: Path) -> AdapterFiles:
 
 
 def _unlike(one: Tensor, other: Tensor | None) -> str:
-    """How two tensors differ; empty if they do not."""
+    """Description of how two tensors differ; empty if they are equal."""
     if other is None:
         return "is missing in the second"
     if one.dtype is not other.dtype:
@@ -76,7 +76,7 @@ def _unlike(one: Tensor, other: Tensor | None) -> str:
 
 
 def write_peft(folder: Path, files: AdapterFiles) -> None:
-    """Write a new folder as PEFT writes it; it appears whole or not at all.
+    """Write a new folder in PEFT's format, atomically.
 
     Raises:
         UserError: the folder exists or cannot be written.
@@ -87,7 +87,7 @@ def write_peft(folder: Path, files: AdapterFiles) -> None:
             text = json.dumps(files.config, indent=2, sort_keys=True)
             (new / CONFIG).write_text(text, encoding="utf-8")
     except FileExistsError as error:
-        raise UserError(f"{folder} exists already: name another folder, or remove it") from error
+        raise UserError(f"{folder} already exists: name another folder, or remove it") from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({error}): name another folder") from error
 

@@ -1,8 +1,8 @@
-"""From the adapter format of the official packages to PEFT's.
+"""Converts adapters from the format of the official packages to PEFT's.
 
-Scaling is alpha / r, or alpha / sqrt(r) with rsLoRA, in both. The official format has no place for
-DoRA's magnitude: there it is set to the row norms of W + s B A on loading, so that a loaded adapter
-computes plain LoRA. The router loss of the official packages counts all chosen experts and pools
+Scaling is alpha / r, or alpha / sqrt(r) with rsLoRA, in both. The official format does not store
+DoRA's magnitude: loading sets it to the row norms of W + s B A, so that a loaded adapter computes
+plain LoRA. The router loss of the official packages counts all chosen experts and pools
 the tokens of all layers.
 """
 
@@ -31,8 +31,8 @@ LORA_FIELDS = {
     "use_rslora", "lora_init", "base_model_name_or_path", "task_type",
 }  # fmt: skip
 IGNORED = {"name", "task_name", "mixlora_exp"}
-"""Entries that say nothing of what is computed; the last one is of earlier versions of this
-project, which could export."""
+"""Fields that do not affect the computation; the last one was written by earlier versions of this
+project."""
 MIXLORA_FIELDS = LORA_FIELDS | {
     "routing_strategy", "num_experts", "top_k", "act_fn", "expert_lora", "router_init_range",
     "jitter_noise", "router_loss", "router_aux_loss_coef",
@@ -86,7 +86,7 @@ def _check_names(entries: Mapping[str, Any], known: set[str], where: str = "") -
 
 
 def _check_others(config: Mapping[str, Any]) -> None:
-    """Entries of which only some values can be converted, or that are taken over as they are."""
+    """Check fields of which only some values can be converted."""
     # moe-peft writes null for a mixture of tasks, and runs the causal model for all of these.
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM", "QUESTION_ANS"):
@@ -109,7 +109,7 @@ def _magnitudes(
     if not settings["use_dora"] or parts.has_magnitudes(group) or not getattr(parts, group):
         return settings
     if parts.has_magnitudes("single") or parts.has_magnitudes("experts"):
-        raise UserError("some magnitudes are missing: the adapter is cut off or was changed")
+        raise UserError("some magnitudes are missing: the adapter is truncated or was changed")
     note = (
         "use_dora: no magnitude was saved, and without one the official packages compute plain "
         "LoRA; imported as that"
@@ -120,13 +120,13 @@ def _magnitudes(
 
 
 def import_official(files: AdapterFiles) -> AdapterFiles:
-    """From the official format to PEFT's.
+    """Convert an adapter from the official format to PEFT's.
 
     DoRA without magnitudes becomes plain LoRA, which is what the official packages compute with it;
     with magnitudes it stays DoRA.
 
     Raises:
-        UserError: an option is unsupported, or tensors are missing, too many or of a wrong shape.
+        UserError: an option is unsupported, or tensors are missing, unexpected or of wrong shape.
     """
     config, notes = files.config, list(files.notes)
     kind = _peft_type(config)
@@ -186,5 +186,5 @@ def _mixture(
         )
     except ValueError as error:
         raise UserError(
-            f"adapter_config.json: {error}: mend the entry, or take another copy"
+            f"adapter_config.json: {error}: correct the entry, or use another copy"
         ) from error

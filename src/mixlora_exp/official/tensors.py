@@ -67,7 +67,7 @@ def _stack(found: dict[tuple[int, str, str], dict[int, Tensor]], experts: int) -
         if sorted(tensors) != list(range(experts)):
             raise UserError(
                 f"{where}: there are experts {sorted(tensors)[:8]}, num_experts={experts} asks for "
-                f"0 to {experts - 1}: the adapter is cut off or was changed"
+                f"0 to {experts - 1}: the adapter is truncated or was changed"
             )
         shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         if len(shapes) != 1 or len({tensor.dtype for tensor in tensors.values()}) != 1:
@@ -126,7 +126,7 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
     if layers != set(range(len(layers))):
         raise UserError(
             f"the tensors are of layers {sorted(layers)[:8]}, not of 0 to {len(layers) - 1}: the "
-            "adapter is cut off or was changed"
+            "adapter is truncated or was changed"
         )
     sizes: dict[tuple[str, str], int] = {}
     for group, front, names in (

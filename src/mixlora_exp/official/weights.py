@@ -1,4 +1,4 @@
-"""Files of weights from strangers: named, dense, finite tensors, or one message."""
+"""Safe reading of untrusted weight files: named, dense, finite tensors, or a `UserError`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from mixlora_exp.errors import UserError, shown
 
 LONGEST = 200
-"""Characters that are shown of a name from a file."""
+"""Maximum number of characters of a tensor's name in a message."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `torch.save` (PyTorch 1.6 or later); no program in it is run.
+    """The tensors of a `torch.save` file (PyTorch 1.6 or later), without executing code in it.
 
     Raises:
-        UserError: it is cut off, damaged, compressed, of an older format, or holds anything but
+        UserError: it is truncated, damaged, compressed, of an older format, or holds anything but
             named, finite tensors that fill no more memory than the file.
     """
     try:
@@ -34,7 +34,7 @@ def load_bin(path: Path) -> dict[str, Tensor]:
             IndexError, MemoryError) as error:  # fmt: skip
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
-            f"{path} is cut off, damaged or holds more than tensors ({reason}): take another copy"
+            f"{path} is truncated, damaged or holds more than tensors ({reason}): use another copy"
         ) from error
     return _check_tensors(path, loaded)
 
@@ -43,12 +43,12 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        UserError: it is cut off or damaged, or a tensor is no part of an adapter.
+        UserError: it is truncated or damaged, or a tensor cannot be part of an adapter.
     """
     try:
         loaded = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is cut off or damaged ({error}): take another copy") from error
+        raise UserError(f"{path} is truncated or damaged ({error}): use another copy") from error
     return _check_tensors(path, loaded)
 
 
@@ -63,24 +63,24 @@ def _check_archive(path: Path) -> None:
 
 def _check_tensors(path: Path, tensors: Any) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{path} holds no named tensors: take another copy")
+        raise UserError(f"{path} holds no named tensors: use another copy")
     total = 0
     for name, tensor in tensors.items():
         where = f"{path}: {shown(str(name), LONGEST)}"
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{where} is no named tensor: take another copy")
+            raise UserError(f"{where} is not a named tensor: use another copy")
         if tensor.layout is not torch.strided or tensor.dtype not in FLOATS:
-            raise UserError(f"{where} is no matrix of floating-point numbers: take another copy")
+            raise UserError(f"{where} is not a floating-point matrix: use another copy")
         if not 1 <= tensor.dim() <= 2:
             raise UserError(f"{where} has {tensor.dim()} dimensions, which no part of an adapter "
-                            "has: take another copy")  # fmt: skip
+                            "has: use another copy")  # fmt: skip
         # Also where it is a view that repeats one number many times.
         total += tensor.numel() * tensor.element_size()
         if total > path.stat().st_size:
-            raise UserError(f"{path}: its tensors have more bytes than the file: take another copy")
+            raise UserError(f"{path}: its tensors have more bytes than the file: use another copy")
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{where} holds values that are no finite numbers: the training that made it broke "
-                "down; take an earlier checkpoint"
+                f"{where} contains values that are not finite, because its training diverged: "
+                "use an earlier checkpoint"
             )
     return tensors

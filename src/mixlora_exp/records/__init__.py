@@ -1,1 +1,1 @@
-"""One record of one run: written, verified, read, printed."""
+"""Records of runs: writing, verifying, reading, printing."""

@@ -1,8 +1,8 @@
-"""The state of the code that a run was made with: the commit, and what differs from it.
+"""The state of the code that a run used: the commit, and uncommitted changes.
 
-Only files that decide what a run computes count: the package, the programs, and the configuration
-that the repository has. A data folder, notes, or an experiment file of the user's do not: what a
-run takes from such a file stands in its record.
+Only files that determine what a run computes count: the package, the scripts, and the repository's
+configuration. Data folders, notes and a user's own experiment files do not count: the record
+contains the values that a run takes from them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ CHANGED = (
     ":(glob)scripts/**/*.py",
     ":(glob)conf/**",
 )
-"""Files of the repository that count when they differ from the commit."""
+"""Tracked files that count if they differ from the commit."""
 NEW = (":(glob)src/**/*.py",)
-"""Files that count although the repository does not have them: Python imports them."""
+"""Untracked files that count, because Python imports them."""
 LONGEST = 100_000
-"""Characters of a difference that are kept."""
+"""Maximum number of characters of a diff."""
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit of the checkout at `root`, whether the code is otherwise (`dirty`), and if it is, the
-    names of these files (`changed`) and what is otherwise, cut to 100,000 characters (`diff`).
-    None outside of a checkout; a folder inside somebody else's checkout is none of this code."""
+    """The `commit` of the checkout at `root`, whether the code differs from it (`dirty`), and in
+    that case the names of the files (`changed`) and the `diff`, truncated to 100,000 characters.
+
+    None if `root` is not the top of a checkout, since a surrounding checkout is not of this code.
+    """
     root = root.resolve()
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root:
         return None
     commit = _git(root, "rev-parse", "--verify", "HEAD")
-    # No program that a user's settings name is run.
+    # These options keep git from running programs named in a user's settings.
     diff = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames")
     changed = _git(root, *diff, "--name-only", "-z", "--", *CHANGED)
     new = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *NEW)
@@ -53,7 +55,7 @@ def git_state(root: Path) -> dict[str, Any] | None:
 
 
 def _added(root: Path, name: str) -> str:
-    """The difference that a new file makes."""
+    """The diff of an untracked file."""
     try:
         content = (root / name).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -63,9 +65,9 @@ def _added(root: Path, name: str) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    # A hook's variables would point git at another repository than `root`.
+    # In a git hook, GIT_ variables would redirect git to another repository than `root`.
     environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"  # Looking must not write to the index.
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # Reading must not write to the index.
     command = ["git", "-C", str(root), "-c", f"safe.directory={root}", *arguments]
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Hash of the code that decides what a run computes."""
+"""Hash of the code that determines what a run computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOMS = (
     "tasks",
     "training",
 )
-"""What decides a result. The other rooms show, store, start, measure or plan runs."""
+"""Subpackages that determine results. The others show, store, start, measure or plan runs."""
 BESIDE = (
     "config/explain.py",
     "runs/base_choice.py",
@@ -30,11 +30,11 @@ BESIDE = (
     "training/progress.py",
     "training/tracking.py",
 )
-"""What in these rooms explains a mistake, chooses words, locks folders, stores or reports."""
+"""Exceptions in these subpackages: files that explain mistakes, lock folders, store or report."""
 
 
 def _determining() -> list[tuple[str, Path]]:
-    """The files that decide what a run computes, with their names in the package."""
+    """The files that determine what a run computes, with their names in the package."""
     found = sorted(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))
     named = [(path.relative_to(PACKAGE).as_posix(), path) for path in found]
     return [(name, path) for name, path in named if not name.startswith(BESIDE)]
@@ -50,6 +50,6 @@ def _hash(sources: Mapping[str, str]) -> str:
 
 @cache
 def code_sha256() -> str:
-    """Hash of the code that determines results: what it does, not how it is laid out, documented
-    or told of in errors."""
+    """SHA-256 of the code that determines results, independent of layout, comments, docstrings and
+    the texts of exceptions (see `meaning.meanings`)."""
     return _hash({name: path.read_text(encoding="utf-8") for name, path in _determining()})

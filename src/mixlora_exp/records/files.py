@@ -1,16 +1,15 @@
 """The files of a run: loose in its output folder, or packed into one file, `NAME.zip`.
 
-A packed run is a plain ZIP file with `record.json`, `predictions/<task>.<protocol>.jsonl` and maybe
-`forced.json`, byte for byte as the run wrote them, so that the hashes in the record still hold and
-any tool opens it (`unzip -p NAME.zip record.json`); `scripts/show.py` prints it. The 91 runs
-committed first took 15.7 MB in 404 files and take 3.5 MB in 91; the tables take as long as before.
-`.jsonl.gz` would be 3.4 MB, but unpacked up to the part that is wanted. Parquet for the predictions
-would be 2.7 MB with the record, but keeps neither the bytes that are hashed nor its own from one
-version of its writer to the next.
+A packed run is a plain ZIP file with `record.json`, `predictions/<task>.<protocol>.jsonl` and
+optionally `forced.json`, byte for byte as the run wrote them: the hashes in the record still hold,
+and any tool opens it (`unzip -p NAME.zip record.json`); `scripts/show.py` prints it. The first 91
+committed runs took 15.7 MB in 404 files, and packed 3.5 MB in 91; building tables takes as long as
+before. `.jsonl.gz` would take 3.4 MB, but must be decompressed up to the wanted part. Parquet
+would take 2.7 MB, but preserves neither the hashed bytes nor, between writer versions, its own.
 
-Written with fixed times, order and attributes: same content, same file (of one zlib; others may
-compress otherwise, which changes no content). Read in memory, by exact names, each file within
-`system.untrusted`'s limit before it is unpacked; nothing is ever written to a path from inside.
+Packing uses fixed times, order and attributes: the same content gives the same file (with the same
+zlib). Reading is in memory, by exact names, each file within the limit of `system.untrusted` before
+it is unpacked; no path from inside a ZIP file is ever written to.
 """
 
 from __future__ import annotations
@@ -28,39 +27,39 @@ from mixlora_exp.system.untrusted import LIMIT, file_limit, line_limit, read_byt
 
 RECORD = "record.json"
 FORCED = "forced.json"
-"""Beside a record that was collected although something speaks against it: what that is."""
+"""File next to a record that was collected with --force despite objections, which it lists."""
 PACKED = ".zip"
 MOST = 1000
-"""Files in a packed run; eight tasks under four protocols are 33."""
+"""Maximum number of files in a packed run; eight tasks under four protocols have 33."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 ENCRYPTED = 0x1
 DAMAGED = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError,
     OverflowError,
 )  # fmt: skip
-"""What `zipfile` raises of a file that is none, is cut off, or was made by hand."""
+"""Exceptions of `zipfile` for files that are not ZIP files, truncated, or manipulated."""
 
 
 def record_paths(folder: Path) -> list[Path]:
-    """Where the records of the runs in `folder` stand, by name: `NAME.zip` or `NAME/record.json`,
-    the packed one first where there are both. Hidden names are what is being written."""
+    """Paths of the records in `folder`, sorted by name: `NAME.zip` or `NAME/record.json`, the
+    packed one first if both exist. Hidden names are skipped: they are still being written."""
     found = [*folder.glob(f"*{PACKED}"), *folder.glob(f"*/{RECORD}")]
     shown = [path for path in found if not name_of(path).startswith(".")]
     return sorted(shown, key=lambda path: (name_of(path), path.suffix != PACKED))
 
 
 def name_of(path: Path) -> str:
-    """The name of the run whose record stands at `path`."""
+    """The name of the run whose record is at `path`."""
     return path.stem if path.suffix == PACKED else path.parent.name
 
 
 def read_file(path: Path, name: str) -> bytes:
-    """A file of the run whose record stands at `path`, by its name in the run's folder.
+    """Content of a file of the run whose record is at `path`, by its name in the run's folder.
 
     Raises:
-        OSError: it cannot be read, or is not there.
-        ValueError: it is a link or lies behind one, is no regular file, is too large, or is packed
-            in a file that is damaged.
+        OSError: it cannot be read or does not exist.
+        ValueError: it is a link or in a linked folder, is not a regular file, is too large, or the
+            packed run is damaged.
     """
     if path.suffix != PACKED:
         refuse_links(path.parent / name, path.parent)
@@ -74,7 +73,7 @@ def read_file(path: Path, name: str) -> bytes:
 
 
 def has_file(path: Path, name: str) -> bool:
-    """Whether the run whose record stands at `path` has such a file, of whatever content."""
+    """Whether the run whose record is at `path` has a file of this name."""
     if path.suffix != PACKED:
         return (path.parent / name).is_file()
     try:
@@ -85,18 +84,19 @@ def has_file(path: Path, name: str) -> bool:
 
 
 def pack(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write files of a run, by their names in its folder, as one packed file. It gets its name
-    after it was read back and held what it should; a process that is killed before leaves a hidden
-    file that no reader looks at.
+    """Write a packed run from its files, by their names in the run's folder.
+
+    The file gets its final name after it was read back and compared; a killed process leaves only a
+    hidden file, which readers ignore.
 
     Raises:
-        UserError: it cannot be written, or was read back otherwise.
+        UserError: the file cannot be written, or differs when read back.
     """
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        # The record first: it is what is looked at.
+        # The record first, since it is read most often.
         for name in sorted(files, key=lambda name: (name != RECORD, name)):
-            # 1980 is where ZIP's time begins; system and attributes would be this machine's.
+            # Constants instead of this machine's time (ZIP's begins in 1980), system, attributes.
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o100644 << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -106,18 +106,18 @@ def pack(path: Path, files: Mapping[str, bytes]) -> None:
         with _opened(written) as archive:
             held = {name: _unpacked(archive, name) for name in archive.namelist()}
         if held != files:
-            raise OSError("what was read back is not what was written")
+            raise OSError("the file read back differs from what was written")
 
     write_whole(path, [stream.getvalue()], check=read_back)
 
 
 def _opened(path: Path) -> zipfile.ZipFile:
-    # What lists a file takes many times its bytes there once it is read.
+    # The limit is low, because a directory entry takes many times its bytes in memory.
     content = read_bytes(path, line_limit())
     archive = zipfile.ZipFile(io.BytesIO(content))
     names = archive.namelist()
     if len(names) > MOST or len(set(names)) < len(names):
-        raise ValueError(f"the packed file lists more than {MOST} files, or one of them twice")
+        raise ValueError(f"the packed file lists more than {MOST} files, or a file twice")
     return archive
 
 
@@ -127,14 +127,15 @@ def _unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
     except KeyError:
         raise FileNotFoundError(2, "it is not in the packed file", name) from None
     if entry.compress_type not in METHODS or entry.flag_bits & ENCRYPTED:
-        raise ValueError(f"{name} is packed in a way that no run is")
+        raise ValueError(f"{name} is encrypted or compressed with an unsupported method")
     if entry.file_size > file_limit():
         raise ValueError(
-            f"{name} has more than {file_limit() / 2**20:g} MiB; {LIMIT}=N (MiB a file) allows more"
+            f"{name} has more than {file_limit() / 2**20:g} MiB; {LIMIT}=N (MiB per file) allows "
+            "more"
         )
     with archive.open(entry) as stream:
-        # Not `read()`: that unpacks all there is before it cuts it to the size that is stated.
+        # `read()` without a size would unpack all data before checking the stated size.
         content = stream.read(entry.file_size + 1)
     if len(content) != entry.file_size:
-        raise ValueError(f"{name} is cut off")
+        raise ValueError(f"{name} is truncated")
     return content

@@ -1,4 +1,4 @@
-"""Tables on a terminal: laid out to its width, never cut."""
+"""Tables for a terminal, split to fit its width without truncating cells."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from rich.table import Table
 from rich.text import Text
 
 FRAME, EDGE = 3, 1
-"""Characters that the frame and the space beside the text take per column, and once."""
+"""Characters of frame and padding: per column, and once per table."""
 SHORTEST_LABEL = 8
+"""Minimum width of folded row labels, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A head, of several lines maybe, and a text per row."""
+    """A header, possibly of several lines, and one text per row."""
 
     head: str
     cells: Sequence[str]
 
     @property
     def width(self) -> int:
-        """Characters that it takes where nothing is cut or wrapped."""
+        """Characters needed without truncation or wrapping."""
         return max(map(cell_len, [*self.head.splitlines(), *self.cells]), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """A table: the labels of its rows, and columns of figures. `summed`: its last row is one over
-    the others, and is set off."""
+    """A table: row labels and columns of figures. `summed`: the last row summarises the others, and
+    a line separates it."""
 
     title: str
     labels: Column
@@ -42,9 +43,8 @@ def fitted(sheet: Sheet, width: int) -> Iterator[Table]:
     """The sheet as tables of at most `width` characters, each with the labels and as many columns
     of figures as fit.
 
-    Figures stay whole and in one line. A label that leaves no room for the widest of them is
-    folded, to 8 characters at the least; on a terminal too narrow even for that a table is wider
-    than asked for.
+    Figures are never wrapped. Labels that leave no room for the widest figure are folded, to at
+    least `SHORTEST_LABEL` characters; if even that is too wide, a table exceeds `width`.
     """
     widest = max((column.width for column in sheet.figures), default=0)
     room = width - EDGE - 2 * FRAME - widest
@@ -62,7 +62,7 @@ def fitted(sheet: Sheet, width: int) -> Iterator[Table]:
 
 def _framed(sheet: Sheet, figures: Sequence[Column], label: int, width: int) -> Table:
     table = Table(width=width)
-    # As `Text`: brackets in the name of a task are no markup.
+    # As `Text`, so that brackets in a task's name are not markup.
     table.add_column(Text(sheet.labels.head), overflow="fold", width=label, vertical="bottom")
     for column in figures:
         table.add_column(Text(column.head), justify="right", no_wrap=True, width=column.width)

@@ -1,4 +1,4 @@
-"""What programs do, as text: without comments, layout, docstrings and what exceptions say."""
+"""Canonical form of source code, without comments, layout, docstrings and texts of exceptions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 PACKAGE = __package__.partition(".")[0]
 EXCEPTIONS = ("Error", "Exception", "Exit", "Interrupt")
-"""How the names of exceptions end; those of the sources' own classes are read from their bases."""
+"""Name endings of exception classes; the sources' own classes are recognised by their bases."""
 SETTING = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.Return)
 TEXT_CALLS = frozenset(("str", "repr", "ascii"))
 TEXT_METHODS = frozenset(("join", "format", "strip", "removeprefix", "removesuffix", "replace"))
 
 
 def _is_text(node: ast.AST | None) -> bool:
-    """Whether an expression makes a text, by its form."""
+    """Whether an expression evaluates to a string, judged by its syntax."""
     match node:
         case ast.JoinedStr() | ast.Constant(value=str()):
             return True
@@ -34,7 +34,7 @@ def _is_text(node: ast.AST | None) -> bool:
 
 
 def _loads(nodes: Iterable[ast.AST]) -> dict[str, set[int]]:
-    """Ids of the places where a variable, a function or an attribute of a name is used."""
+    """Ids of the nodes that use a variable, function or attribute, by its name."""
     found: dict[str, set[int]] = defaultdict(set)
     for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -49,16 +49,16 @@ def _loads(nodes: Iterable[ast.AST]) -> dict[str, set[int]]:
 
 @dataclass(slots=True)
 class _Function:
-    """A function with what is looked for in it, found once."""
+    """A function, with the parts of it that the analysis needs."""
 
     name: str
     parameters: list[str]
-    """Those that a call fills by position, without `self`; then those that go by name alone."""
+    """Positional parameters without `self`, then keyword-only ones."""
     loads: dict[str, set[int]]
     values: list[tuple[str | None, ast.expr]]
-    """(variable or, for what it returns, None; the expression that it is set to)"""
+    """(variable, assigned expression); the variable is None for a returned expression."""
     said: set[str] = field(default_factory=set)
-    """Its variables and parameters that have no use but to be said."""
+    """Its variables and parameters that are used only in texts of exceptions."""
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> _Function:
@@ -90,16 +90,16 @@ def _values(nodes: Iterable[ast.AST]) -> Iterator[tuple[str | None, ast.expr]]:
 
 @dataclass(slots=True)
 class _Module:
-    """A source with what is looked for in it, found once."""
+    """A source file, with the parts of it that the analysis needs."""
 
     tree: ast.Module
     classes: list[ast.ClassDef]
     speaking: list[ast.AST]
-    """What may say something: calls, and statements that raise."""
+    """Nodes that may contain a text of an exception: calls, `raise` and `assert`."""
     loads: dict[str, set[int]]
     functions: list[_Function]
     known: set[str]
-    """Functions that a plain name stands for: its own, and those imported from this package."""
+    """Names of functions defined here or imported from this package."""
 
 
 def _module(source: str) -> _Module:
@@ -123,16 +123,16 @@ def _of_package(name: str | None) -> bool:
 
 @dataclass(slots=True)
 class _Told:
-    """What is said in exceptions and nowhere else. It begins with the exceptions' own arguments;
-    from there it is followed back to variables, parameters and helpers, until nothing is added."""
+    """Finds texts that are used only in exceptions. Starts from the arguments of exceptions, and
+    follows them back to variables, parameters and helper functions until a fixed point."""
 
     modules: list[_Module]
     texts: set[int] = field(default_factory=set)
-    """Expressions, by id, whose text decides nothing."""
+    """Ids of string expressions that are used only in exceptions."""
     uses: set[int] = field(default_factory=set)
-    """Names, by id, that stand where a text is said."""
+    """Ids of names that occur in a text of an exception."""
     helpers: set[str] = field(default_factory=set)
-    """Functions whose results have no use but to be said."""
+    """Functions whose results are used only in texts of exceptions."""
     exceptions: set[str] = field(default_factory=set)
     functions: dict[str, list[_Function]] = field(default_factory=lambda: defaultdict(list))
 
@@ -164,14 +164,14 @@ class _Told:
         return name.endswith(EXCEPTIONS) or name in self.exceptions
 
     def _called(self, call: ast.Call, module: _Module) -> list[_Function]:
-        """The package's functions that may be called."""
+        """The package's functions that a call may refer to."""
         match call.func:
             case ast.Name(name) | ast.Attribute(ast.Name("self" | "cls"), name):
                 return self.functions.get(name, []) if name in module.known else []
         return []
 
     def _said(self, module: _Module) -> Iterator[ast.expr]:
-        """Expressions that go into an exception."""
+        """Expressions that become part of an exception's text."""
         for node in module.speaking:
             match node:
                 case ast.Assert(msg=ast.expr() as message):
@@ -193,7 +193,7 @@ class _Told:
                     yield value
 
     def _arguments(self, call: ast.Call, functions: list[_Function]) -> Iterator[ast.expr]:
-        """Those that every function that may be called only says."""
+        """Arguments that all functions the call may refer to use only in texts of exceptions."""
         if not functions or any(isinstance(argument, ast.Starred) for argument in call.args):
             return
         for place, argument in enumerate(call.args):
@@ -204,7 +204,7 @@ class _Told:
                 yield keyword.value
 
     def _cover(self, node: ast.expr) -> None:
-        """Take the texts out of an expression that is only said."""
+        """Mark the texts in an expression that is used only in exceptions."""
         if id(node) in self.texts:
             return
         if _is_text(node):
@@ -224,7 +224,7 @@ class _Told:
 
 
 def _dump(node: object, texts: frozenset[int] | set[int] = frozenset()) -> str:
-    """The tree as text. Fields without a value are left out: Pythons differ in which there are."""
+    """The tree as text, without empty fields, whose number differs between Python versions."""
     if isinstance(node, list):
         return f"[{','.join(_dump(item, texts) for item in node if not _says_nothing(item))}]"
     if not isinstance(node, ast.AST):
@@ -241,7 +241,7 @@ def _dump(node: object, texts: frozenset[int] | set[int] = frozenset()) -> str:
 
 
 def _says_nothing(node: object) -> bool:
-    """Whether a statement is documentation or fills a place."""
+    """Whether a statement is a docstring or `pass`."""
     match node:
         case ast.Pass() | ast.Expr(ast.Constant(value=str())):
             return True
@@ -249,11 +249,12 @@ def _says_nothing(node: object) -> bool:
 
 
 def meanings(sources: Mapping[str, str]) -> dict[str, str]:
-    """What each of the programs does, the same from every Python; they may import one another.
+    """Canonical text of each source, by name, independent of the Python version; the sources may
+    import one another.
 
-    Left out are comments, layout, docstrings, and texts that only exceptions say: their arguments,
-    also by way of a variable, of a parameter (`require(ok, "...")`) or of a helper. What type is
-    raised, and when, counts; so does a text that has another use.
+    Omits comments, layout, docstrings, and texts used only in exceptions: arguments of exceptions,
+    also through a variable, a parameter (`require(ok, "...")`) or a helper function. The type of an
+    exception and its condition count, and so does a text with any other use.
     """
     modules = {name: _module(source) for name, source in sources.items()}
     told = _Told([*modules.values()])

@@ -1,4 +1,4 @@
-"""What runs came to, without when and where they ran: for telling whether two are the same."""
+"""Results of runs without time and place, to test whether two runs are identical."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OF_TRAINING = ("seconds", "tokens_per_second", "peak_memory_bytes", "together")
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """The record of a finished run without circumstances, its log, and hashes of its adapter's
-    weights and its predictions."""
+    """The record of a finished run without `CIRCUMSTANCES`, and hashes of its log, adapter and
+    predictions."""
     record = read_json(folder / RECORD)
     for name in CIRCUMSTANCES:
         record.pop(name)
@@ -33,5 +33,5 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same of every finished run in an output folder, by name."""
+    """The `outcome` of every finished run in an output folder, by name."""
     return {path.parent.name: outcome(path.parent) for path in folder.glob(f"*/{RECORD}")}

@@ -1,6 +1,6 @@
-"""The record of a run: where its numbers come from, and a file that is whole or is not there.
+"""The record of a run: provenance, content hash, atomic writing and verified reading.
 
-Neither torch nor Hydra is imported: tables are made without them.
+Imports neither torch nor Hydra, so that tables can be built without them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mixlora_exp.system.durable import write_whole
 from mixlora_exp.system.untrusted import parse_json, read_bytes
 
 SCHEMA_VERSION = 1
-"""Raised when fields of the record change their meaning."""
+"""Incremented when fields of the record change their meaning."""
 
 _HASH = "content_sha256"
 
@@ -52,10 +52,10 @@ _PACKAGES = (
 
 
 def provenance(repo_root: Path | str, gpu_names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what made a result besides its configuration: code, packages and hardware.
+    """Return the code, packages and hardware behind a result.
 
-    `git` is null outside a checkout, see `git_state`. A package that is not installed has the
-    version null.
+    `git` is null outside a checkout, see `git_state`. The version of a package that is not
+    installed is null.
     """
     return {
         "git": git_state(Path(repo_root)),
@@ -75,7 +75,7 @@ def provenance(repo_root: Path | str, gpu_names: Sequence[str] = ()) -> dict[str
 def finish_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record as plain JSON values, with `schema_version` and `content_sha256`.
 
-    JSON has no NaN and no infinity: a loss that left the numbers is recorded as null.
+    NaN and infinity, which JSON lacks, become null.
     """
     content = {name: value for name, value in _plain(record).items() if name != _HASH}
     content["schema_version"] = SCHEMA_VERSION
@@ -83,73 +83,79 @@ def finish_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
-    """Return the record in a file, or in a packed run.
+    """Return the record in a JSON file or a packed run.
 
     Raises:
-        UserError: it says why the file cannot be trusted.
+        UserError: the file cannot be read, has another schema version, or was changed.
     """
     path = Path(path)
     try:
         content = read_file(path, RECORD) if path.suffix == PACKED else read_bytes(path)
-        # A path of this system may have bytes that are no text; Python keeps them as halves.
+        # Paths may contain bytes that are not UTF-8, which Python represents as lone surrogates.
         record = parse_json(content, halves=True)
     except OSError as error:
         raise UserError(f"cannot read the record {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(
-            f"{path} is not a record: it is cut off or not JSON that can be used ({error}); "
+            f"{path} is not a record: it is truncated or not valid JSON ({error}); "
             "run the experiment again with force=true"
         ) from error
     if not isinstance(record, dict):
-        raise UserError(f"{path} is not a record: it holds no JSON object")
+        raise UserError(
+            f"{path} is not a record but another JSON value; run the experiment again with "
+            "force=true"
+        )
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: schema_version={version} is not valid: "
-            f"records of schema_version={SCHEMA_VERSION} are read; "
-            "run the experiment again with force=true"
+            f"{path}: schema_version={version} is not supported, only "
+            f"schema_version={SCHEMA_VERSION}; run the experiment again with force=true"
         )
     content = {name: value for name, value in record.items() if name != _HASH}
     if record.get(_HASH) != _content_hash(content):
         raise UserError(
-            f"{path} was changed after it was written ({_HASH} does not fit its content); "
+            f"{path} was changed after it was written ({_HASH} does not match its content); "
             "restore it or run the experiment again with force=true"
         )
     return record
 
 
 def read_run(path: Path | str) -> dict[str, Any]:
-    """Return the record of a run, whose fields are what a run writes.
+    """Return the record of a run, with fields checked against `records.shape`.
 
     Raises:
-        UserError: the file cannot be trusted, or a field is missing or is something else.
+        UserError: the file was changed, or a field is missing or has the wrong type.
     """
     record = read_record(path)
     try:
         check_shape(record)
     except UserError as error:
-        raise UserError(f"{path} is no record of a run: {error}") from error
+        raise UserError(f"{path} is not the record of a run: {error}") from error
     return record
 
 
 def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
-    """Write one JSON object; the file appears whole, or stays as it was and a `UserError` tells."""
+    """Write one JSON object atomically.
+
+    Raises:
+        UserError: the file cannot be written; an existing one is unchanged.
+    """
     write_text(path, json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object per line, all of them or none, as `write_json` does."""
+    """Write one JSON object per line, atomically like `write_json`."""
     lines = (json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
     write_whole(Path(path), map(str.encode, lines))
 
 
 def write_text(path: Path | str, content: str) -> None:
-    """Write a text file, whole or not at all, as `write_json` does."""
+    """Write a text file, atomically like `write_json`."""
     write_whole(Path(path), [content.encode()])
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as what reading it back from JSON gives."""
+    """Return `value` as it would be read back from JSON; non-finite numbers become None."""
     match value:
         case Enum():
             return _plain(value.value)
@@ -182,7 +188,7 @@ def _package_version(name: str) -> str | None:
 
 
 def _usable_threads() -> int | None:
-    """Return how many hardware threads this process may use, which a container may have cut."""
+    """Return the number of hardware threads this process may use, which a container may limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

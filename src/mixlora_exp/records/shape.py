@@ -1,6 +1,6 @@
-"""What the record of a run must hold for its readers: fields, and what each of them is.
+"""The fields and types that readers require in the record of a run.
 
-The hash in a record tells that it was not damaged. Who wrote it can be anybody.
+The hash in a record detects damage, but anybody can write a record, so its types are checked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mixlora_exp.errors import UserError, shown
 
 NUMBER = (int, float)
 FIGURE = (int, float, None)
-"""A number, or null where it was none."""
+"""A number, or null if it was not finite."""
 TEXT = (str, None)
 LOADS = ([[FIGURE]], None)
 SCORE = {
@@ -30,7 +30,7 @@ CONFIG = {
     "task": {"name": str, "train": [str], "evaluate": [str]}, "kernel": {"name": str},
     "trainer": {"precision": str}, "evaluation": {"protocols": [str]},
 }  # fmt: skip
-"""What each version's configuration had; of which type its fields are, the schema tells."""
+"""Fields of the configuration in all versions; `config.recorded` checks the types."""
 SOURCE = {
     "name": str, "fingerprint": str, "config": CONFIG, "data": FILES, "model": {"source": str},
     "kernel?": TEXT, "dtype?": TEXT,
@@ -63,12 +63,12 @@ RECORD = {
         "hardware": {"cpu": TEXT, "gpus": [str]},
     },
 }  # fmt: skip
-"""A field with `?` may be missing, `*` stands for any names, other fields are passed over."""
+"""A field with `?` is optional, `*` matches any name, and other fields are ignored."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 def predictions_name(task: str, protocol: str) -> str:
-    """The file in a run's folder with its predictions of a task under a protocol."""
+    """Name of the file in a run's folder with the predictions for a task under a protocol."""
     return f"predictions/{task}.{protocol}.jsonl"
 
 
@@ -77,7 +77,7 @@ def _word(kind: Any) -> str:
         return "an object"
     if isinstance(kind, list):
         return "a list"
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(
+    return {str: "text", int: "an integer", float: "a number", bool: "true or false"}.get(
         kind, "null"
     )
 
@@ -118,7 +118,7 @@ def check_shape(record: Mapping[str, Any]) -> None:
     """Check a record of a run, its configurations included.
 
     Raises:
-        UserError: a field is missing or is not what a run writes; it is named.
+        UserError: a field is missing or has the wrong type; the message names it.
     """
     _check(record, RECORD, "")
     check_recorded(record["config"])
@@ -133,14 +133,14 @@ def check_shape(record: Mapping[str, Any]) -> None:
         if train.get("stability") is not None and not (
             train.get("examples") and train["stability"]["step_losses"]
         ):
-            raise UserError("train.stability is of no examples or steps")
+            raise UserError("train.stability has no examples or steps")
     for key, name in record["predictions"].items():
         task, _, protocol = key.partition("/")
         if not (fullmatch(NAME, task) and fullmatch(NAME, protocol)) or name != predictions_name(
             task, protocol
         ):
             raise UserError(
-                f"predictions.{shown(key, 60)}={shown(name, 100)} is no file that a run writes, "
+                f"predictions.{shown(key, 60)}={shown(name, 100)} is not a file that a run writes, "
                 "predictions/<task>.<protocol>.jsonl"
             )
 
@@ -148,23 +148,27 @@ def check_shape(record: Mapping[str, Any]) -> None:
 def _check_score(score: Mapping[str, Any]) -> None:
     named = f"{shown(score['task'], 60)}/{shown(score['protocol'], 60)}"
     if not (fullmatch(NAME, score["task"]) and fullmatch(NAME, score["protocol"])):
-        raise UserError(f"scores: {named} is no task and protocol")
+        raise UserError(f"scores: {named} is not a valid task and protocol")
     if score["n"] < 1 or not 0 <= score["accuracy"] <= 1:
-        raise UserError(f"scores: {named} has accuracy={score['accuracy']} of n={score['n']}")
+        raise UserError(
+            f"scores: {named} has accuracy={score['accuracy']} and n={score['n']}, which are not "
+            "valid"
+        )
     _check_load(score["expert_load"], f"scores: {named}: expert_load")
 
 
 def _check_load(load: list[list[Any]] | None, where: str) -> None:
     if load is not None and len({len(layer) for layer in load} | {0}) != 2:
-        raise UserError(f"{where} must have a row of shares for each layer, all of one length")
+        raise UserError(f"{where} must have one row of shares per layer, all of the same length")
 
 
 @contextmanager
 def odd_fields(path: Any) -> Iterator[None]:
-    """Turn what reading a record's further fields raises into one `UserError`."""
+    """Convert exceptions from reading optional fields of a record into one `UserError`."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise UserError(
-            f"{path}: a field of the record is missing or odd ({type(error).__name__}: {error})"
+            f"{path}: a field of the record is missing or not valid "
+            f"({type(error).__name__}: {error})"
         ) from error

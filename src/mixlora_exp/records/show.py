@@ -1,4 +1,4 @@
-"""What a run says on the terminal: short lines while it works, one table at its end."""
+"""Prints the record of a run on the terminal, as tables and a summary line."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _nats(value: float | None) -> str:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean, or None where a value is missing: a mean of fewer tasks is another figure."""
+    """The mean, or None if a value is missing: a mean over fewer tasks is not comparable."""
     found = list(values)
     return None if None in found else mean(found)
 
 
 def _switched(config: Mapping[str, Any]) -> str:
-    """The preset and what is set otherwise than in it, or nothing for `correct` as it is."""
+    """The preset and all deviations from it; empty for `correct` without deviations."""
     preset = config.get("preset")
     if preset is None:
         return ""
@@ -43,7 +43,7 @@ def _switched(config: Mapping[str, Any]) -> str:
 
 
 def scores_table(record: Mapping[str, Any], protocol: str) -> Sheet:
-    """Accuracy in percent per task, before and after training, beside majority class and chance."""
+    """Accuracy in percent per task, before and after training, with majority class and chance."""
     data = record["config"]["data"]["name"]
     title = f"{protocol}, accuracy in %, data: {data}"
     if data == "embedded":
@@ -53,7 +53,7 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Sheet:
         title += f"\n{switched}"
     before = {(s["task"], s["protocol"]): s for s in record["scores_before"] or []}
     scores = [s for s in record["scores"] if s["protocol"] == protocol]
-    # One row per task, and one over all of them.
+    # One row per task, and one for their average.
     rows = [[s] for s in scores] + ([scores] if len(scores) > 1 else [])
     labels = [s["task"] for s in scores] + ["average"] * (len(scores) > 1)
 
@@ -89,8 +89,8 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Sheet:
 
 
 def load_table(record: Mapping[str, Any]) -> Sheet | None:
-    """Share of each expert per scored task, in percent of (token, slot) pairs, mean over layers;
-    None without experts."""
+    """Share of each expert per scored task, in percent of the (token, slot) pairs, averaged over
+    layers; None without experts."""
     first = record["scores"][0]["protocol"]
     loads = {s["task"]: s["expert_load"] for s in record["scores"] if s["protocol"] == first}
     if record["train"] is not None:
@@ -110,14 +110,14 @@ def load_table(record: Mapping[str, Any]) -> Sheet | None:
 
 
 def _show(sheet: Sheet) -> None:
-    """Print a table as wide as the terminal at most; in a pipe that is 80 columns, or COLUMNS."""
+    """Print a table that fits the terminal's width; in a pipe, 80 columns or COLUMNS."""
     say(sheet.title)
     for table in fitted(sheet, console.width):
         console.print(table)
 
 
 def _plain(value: Any) -> Any:
-    """A record whose texts a terminal shows as they are."""
+    """A record whose texts are safe to print on a terminal (see `errors.shown`)."""
     if isinstance(value, Mapping):
         return {name: _plain(held) for name, held in value.items()}
     if isinstance(value, list):
@@ -126,7 +126,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_record(record: Mapping[str, Any]) -> None:
-    """The tables of a record, one per protocol, the expert load, and what training took."""
+    """Print the tables of a record, one per protocol, the expert load, and the cost of training."""
     record = _plain(record)
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):
         _show(scores_table(record, protocol))

@@ -1,4 +1,4 @@
-"""What counts as a spike of a loss or a gradient norm."""
+"""Detects spikes of a loss or a gradient norm."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ WINDOW, LEAST, FACTOR = 20, 4, 1.5
 
 
 def spikes(values: Sequence[float]) -> list[int]:
-    """Indices of values that stand out from those before them.
+    """Indices of values larger than 1.5 times the maximum of the 20 values before them.
 
-    A spike is more than one and a half times the largest of the twenty values before it: in a
-    mixture of tasks a batch of the hardest one is no spike. At the beginning it is held against as
-    many as there are, if they are four: training breaks in its first steps if its rate is too high.
+    The maximum keeps a batch of the hardest task in a mixture from counting as a spike. At the
+    beginning at least 4 earlier values suffice, because training with too high a learning rate
+    diverges in its first steps.
     """
     return [
         i

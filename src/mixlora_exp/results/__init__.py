@@ -1,3 +1,3 @@
-"""What runs leave behind: records, and what is made of them."""
+"""Evaluation of records: comparisons, tables, figures and the report."""
 
 from __future__ import annotations

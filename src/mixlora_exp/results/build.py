@@ -1,6 +1,6 @@
-"""From committed records to tables: what the commands `make tables`, `figures` and `report` share.
+"""Builds tables, figures and the report from committed records.
 
-Composes the defaults that records are compared with; imports no torch.
+Composes the default configurations with which records are compared; imports no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mixlora_exp.results.tables.render import csv_text, latex, markdown, plain
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that stands in `folder`, read and put in order."""
+    """The content of `folder`: usable runs, benchmarks and tables, and the records left out."""
 
     folder: Path
     runs: Sequence[RecordedRun]
@@ -57,7 +57,7 @@ PRESETS = ("correct", "official")
 
 @cache
 def _defaults() -> tuple[dict[str, dict[str, Config]], dict[str, ModelConfig]]:
-    """The composed default run of each method under each preset, and each model's shape."""
+    """The composed default run of each method under each preset, and each model's configuration."""
     by_method = {
         preset: {
             m: compose([f"method={m}", "model=llama2_7b", f"preset={preset}"])
@@ -93,14 +93,14 @@ def _standard(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig]
 def _chosen(
     runs: Sequence[RecordedRun], left_out: Sequence[LeftOut], names: Sequence[str] | None
 ) -> list[RecordedRun]:
-    """The runs that were asked for, which must be able to stand together."""
+    """The runs with the given `names` (None: all), checked to be comparable."""
     if names is None:
         return list(runs)
     by_name = {run.name: run for run in runs}
     reasons = {entry.name: entry.reason for entry in left_out}
     for name in names:
         if name not in by_name:
-            reason = reasons.get(name, "there is no such record under results/runs")
+            reason = reasons.get(name, "there is no such record in results/runs")
             raise UserError(f"--runs={name} cannot be used: {reason}; name other runs")
     chosen = [by_name[name] for name in names]
     require_together(chosen)
@@ -111,7 +111,7 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     """Read `folder` (with `runs/` and `bench/`) and build the tables.
 
     Raises:
-        UserError: `names` asks for runs that cannot share a cell, or for an unknown one.
+        UserError: `names` contains an unknown or unusable run, or runs that cannot share a cell.
     """
     presets, models = _defaults()
     standards = _standards(presets, models)
@@ -136,7 +136,7 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
 
 
 def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
-    """The table with a note on each of its runs that was collected by force."""
+    """The table with a note on each of its runs that was collected with --force."""
     notes = [
         f"Collected by force: {name} ({'; '.join(reasons[name])})."
         for name in sorted(table.records())
@@ -146,13 +146,13 @@ def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
 
 
 def _progress(block: Block) -> str:
-    """A block's heading, and how much of it was run."""
+    """A block's heading with the number of its cells that have results, per setup."""
     counts = [f"{setup} {run} of {total}" for setup, (run, total) in block.filled.items()]
     return f"{block.heading} (cells: {', '.join(counts)})" if counts else block.heading
 
 
 def _index(results: Results) -> str:
-    """What was run and what was not, in Markdown."""
+    """The index of the tables in Markdown: blocks with results, and records not used."""
     lines = ["# Tables\n\n", "Made by `make tables` from the records; do not edit.\n\n"]
     lines.append("| table | blocks with results of this project |\n| --- | --- |\n")
     for table in results.tables.values():
@@ -167,7 +167,7 @@ def _index(results: Results) -> str:
 
 
 def table_files(results: Results) -> dict[str, str]:
-    """The content of every file under `tables/`, by name."""
+    """The content of every file in `tables/`, by name."""
     files = {"README.md": _index(results)}
     for table in results.tables.values():
         files[f"{table.name}.md"] = markdown(table)
@@ -177,8 +177,8 @@ def table_files(results: Results) -> dict[str, str]:
 
 
 def write_files(folder: Path, files: Mapping[str, str], check: bool) -> list[str]:
-    """Write the files into `folder`, or with `check` only compare; returns the differences as
-    lines of a diff."""
+    """Write the files to `folder` and return an empty list; with `check`, only compare and return
+    the lines of a diff."""
     found: list[str] = []
     for name, content in files.items():
         path = folder / name
@@ -192,8 +192,8 @@ def write_files(folder: Path, files: Mapping[str, str], check: bool) -> list[str
 
 
 def draw_figures(results: Results, folder: Path) -> list[str]:
-    """Draw what the records allow; returns the names of the figures."""
-    # Imported here: the tables need no matplotlib.
+    """Draw the figures for which there are records; returns their names. Removes outdated files."""
+    # Imported late: the tables do not need matplotlib.
     from mixlora_exp.results import figures, series
 
     made = {
@@ -214,21 +214,21 @@ def draw_figures(results: Results, folder: Path) -> list[str]:
     for name, make in made.items():
         figures.save(make, folder, name)
     for path in folder.glob("*.*"):
-        # Of records that are no longer there.
+        # Figures of records that no longer exist.
         if path.suffix in (".png", ".svg") and path.stem not in made:
             path.unlink()
     return list(made)
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write `report/index.html` into `folder`, with its figures drawn into `figures/`."""
+    """Write `report/index.html` and `figures/` to `folder`; returns the path of the page."""
     from mixlora_exp.results.report import page
 
     names = draw_figures(results, folder / "figures")
     figures = [folder / "figures" / f"{name}.svg" for name in names]
     path = folder / "report" / "index.html"
     tables = list(results.tables.values())
-    # Records and tables stay where they are, wherever the page is written.
+    # Links lead to the records and tables in their original folder.
     source = quote(Path(os.path.relpath(results.folder, path.parent)).as_posix())
     write_text(path, page(tables, results.runs, figures, results.left_out, source))
     return path

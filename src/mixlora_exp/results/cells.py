@@ -1,7 +1,7 @@
-"""Which runs stand in which cell of a table: same model, method, tasks, protocol and conditions.
+"""Assigns runs to the cells of tables: same model, method, tasks, protocol and conditions.
 
-Runs under other conditions (fewer rows, a limit, another data source) are a block of their own,
-with their conditions over it, so that no cell ever mixes the two.
+Runs under other conditions (fewer rows, a limit, another data source) form separate blocks, headed
+by their conditions, so that no cell mixes conditions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ USUAL = {
     "kernel": "exact",
 }  # fmt: skip
 MACHINE = ("hardware", "torch", "train.hardware", "train.torch")
-"""Conditions that always stand over a block, and that no default can name."""
+"""Conditions that are always part of a block's heading, since they have no default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standards:
-    """The composed defaults that runs are compared with: each method (Table 3), each model, and
-    everything else of a run; and those of the other presets by name."""
+    """The composed defaults with which runs are compared: methods (Table 3), models, and other
+    settings; `presets`: the defaults under other presets, by name."""
 
     methods: Mapping[str, Mapping[str, Any]]
     models: Mapping[str, Mapping[str, Any]]
@@ -38,11 +38,11 @@ class Standards:
     presets: Mapping[str, Standards] = dataclasses.field(default_factory=dict)
 
     def of(self, preset: str) -> Standards:
-        """The defaults under a preset; these where it is not known."""
+        """The defaults under a preset; `self` for an unknown one."""
         return self.presets.get(preset, self)
 
     def conditions(self, model: str) -> dict[str, Any]:
-        """Those of a full run of the paper's, the data's source apart."""
+        """The conditions of a full run as in the paper, without the data source."""
         parts = {
             "data": self.data,
             "trainer": self.trainer,
@@ -54,7 +54,7 @@ class Standards:
 
 
 def deviations(run: RecordedRun, standards: Standards) -> dict[str, Any]:
-    """Fields of the method in which a run differs from Table 3's."""
+    """Fields of the method in which a run differs from Table 3, with the run's values."""
     standard = standards.of(run.preset).methods[run.method]
     return {k: v for k, v in run.trained["method"].items() if standard.get(k, v) != v}
 
@@ -65,7 +65,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Runs that may stand together; each run's scores are those that have a place there."""
+    """Comparable runs by key; each run has only the scores that belong to its block."""
 
     runs: Mapping[Key, Sequence[RecordedRun]]
     left_out: Sequence[LeftOut]
@@ -76,17 +76,17 @@ def _key(conditions: Mapping[str, Any]) -> str:
 
 
 def group_runs(runs: Iterable[RecordedRun]) -> Blocks:
-    """Blocks of runs that may stand together. A base model that was only scored stands in every
-    block of the same scoring.
+    """Group runs into blocks of comparable runs. A base model that was only scored is part of every
+    block with the same scoring conditions.
 
-    Of two results for one cell and seed the one of the training run counts, or the first by name.
-    Results that read other data under the same conditions are all left out.
+    If a cell has two results for one seed, that of the training run counts, or the first by name.
+    Results that used different data under the same conditions are all left out.
     """
     blocks: dict[Key, list[RecordedRun]] = defaultdict(list)
     bases: list[tuple[RecordedRun, str]] = []
 
     def renamed(run: RecordedRun) -> bool:
-        # A run's folder ends with the beginning of its fingerprint.
+        # A run's original folder name ends with the beginning of its fingerprint.
         return not run.name.endswith(str(run.record.get("fingerprint"))[:10])
 
     for run in sorted(runs, key=lambda run: (run.rescored, renamed(run), run.name)):
@@ -115,8 +115,8 @@ def group_runs(runs: Iterable[RecordedRun]) -> Blocks:
 
 
 def copies(runs: Iterable[RecordedRun]) -> dict[str, LeftOut]:
-    """Runs, by name, whose predictions are those of a run of another seed, to the last digit of
-    every score: a record that was copied and edited is no second seed."""
+    """Runs, by name, with predictions identical to those of a run with another seed, in every digit
+    of every score: a record that was copied and edited is not a second seed."""
     found: dict[str, LeftOut] = {}
     seen: dict[str, list[tuple[RecordedRun, dict[tuple[str, str], str]]]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.rescored, run.name)):
@@ -138,7 +138,7 @@ def copies(runs: Iterable[RecordedRun]) -> dict[str, LeftOut]:
 
 
 def _fits(base: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
-    """Whether a base model was scored as the runs of a block were."""
+    """Whether a base model was scored under the conditions of a block."""
     rows = {name for name in conditions if name.startswith("rows.") and name.endswith("/test")}
     return rows <= base.keys() and all(conditions.get(n) == value for n, value in base.items())
 
@@ -155,7 +155,7 @@ def _without(
 
 
 def _conflicts(members: Sequence[RecordedRun], protocol: str) -> dict[tuple[str, str], LeftOut]:
-    """(run, task) -> why that score has no place."""
+    """(run, task) -> why that score is left out."""
     scored = [(run, task) for run in members for task, own in run.scores if own == protocol]
     found = _other_data(scored, protocol)
     cells: dict[str, list[tuple[RecordedRun, str]]] = defaultdict(list)
@@ -167,7 +167,7 @@ def _conflicts(members: Sequence[RecordedRun], protocol: str) -> dict[tuple[str,
         for run, task in entries:
             if (run.name, task) in found:
                 continue
-            # The base model has no seed: scored again, it is the same result again.
+            # The base model has no seed: scoring it again gives the same result.
             other = seen.setdefault(0 if run.method == "none" else run.seed, run)
             if other is not run:
                 reason = f"{task}, {protocol}: {other.name} has the same cell and seed"
@@ -178,8 +178,8 @@ def _conflicts(members: Sequence[RecordedRun], protocol: str) -> dict[tuple[str,
 def _other_data(
     scored: Sequence[tuple[RecordedRun, str]], protocol: str
 ) -> dict[tuple[str, str], LeftOut]:
-    """Scores that read other data than others of their block, whatever the method: they would be
-    compared with one another."""
+    """Scores in a block that used different data than the others, for any method, and are therefore
+    not comparable."""
     tested: dict[str, list[tuple[RecordedRun, str]]] = defaultdict(list)
     trained: dict[tuple[str, ...], list[tuple[RecordedRun, str]]] = defaultdict(list)
     for run, task in scored:
@@ -199,10 +199,10 @@ def _other_data(
 
 
 def require_together(runs: Sequence[RecordedRun]) -> None:
-    """Refuse runs that must not share a cell; a base model only has to be scored like the others.
+    """Refuse runs that must not share a cell. A base model only needs the same scoring conditions.
 
     Raises:
-        UserError: it names the two and the condition in which they differ.
+        UserError: two runs differ in a condition; the message names all three.
     """
     if not runs:
         return
@@ -216,7 +216,7 @@ def require_together(runs: Sequence[RecordedRun]) -> None:
             if mine != theirs:
                 raise UserError(
                     f"{first.name} and {other.name} cannot share a cell: "
-                    f"{name} is {word(mine)} in one and {word(theirs)} in the other"
+                    f"{name} is {word(mine)} in one and {word(theirs)} in the other; leave one out"
                 )
 
 
@@ -227,8 +227,8 @@ def _described(run: RecordedRun) -> dict[str, Any]:
 
 
 def _importance(name: str) -> tuple[bool, bool, str]:
-    # A seed for the choice of rows is there only with a limit, which is the difference then; some
-    # conditions only under one protocol.
+    # Report data seeds last, because they exist only together with a limit, and protocols first,
+    # because some conditions exist only under one protocol.
     return (name.endswith("data.seed"), name != "evaluation.protocols", name)
 
 
@@ -237,7 +237,7 @@ def _machine_last(entry: tuple[str, Any]) -> tuple[bool, str]:
 
 
 def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
-    """The conditions of a block in words, and whether they are those of a full run."""
+    """A block's conditions as text, and whether they are those of a full run as in the paper."""
     model, protocol, text = key
     conditions = json.loads(text)
     source = conditions.pop("data.name")

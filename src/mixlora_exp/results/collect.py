@@ -1,4 +1,4 @@
-"""From output folders to `results/runs/`: records and predictions of finished runs, packed."""
+"""Packs records and predictions of finished runs from output folders into `results/runs/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixlora_exp.results.runs import LeftOut, RecordedRun, check_run
 
 @dataclass(slots=True)
 class Collected:
-    """Names of the runs packed, how many were there, and what was refused."""
+    """Names of the packed runs, number of runs packed before, and refused runs with reasons."""
 
     packed: list[str] = field(default_factory=list)
     known: int = 0
@@ -26,19 +26,19 @@ class Collected:
 
 
 def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
-    """Pack every usable run in a folder of `source` into `target/NAME.zip`, unless it is there.
+    """Pack every usable run in a folder of `source` into `target/NAME.zip`, unless it exists.
 
-    Refused by name: a record that is damaged, predictions that do not give its accuracies, a run
-    that `target` holds with another content, links, which are not followed, and, without `force`,
-    one to which there are `objections`: those stand beside its record and under the tables then.
+    Refused are damaged records, predictions that contradict the record's accuracies, runs whose
+    name has other content in `target`, links, and, without `force`, records with `objections`. With
+    `force`, the objections are stored with the record and noted under the tables.
 
-    With `source` and `target` the same, folders that lie there are replaced by packed files.
+    If `source` and `target` are the same, packed files replace the folders.
 
     Raises:
-        UserError: `source` is no folder.
+        UserError: `source` is not a folder.
     """
     if not source.is_dir():
-        raise UserError(f"source={source} is no folder: give the output_dir of the runs")
+        raise UserError(f"source={source} is not a folder: give the output_dir of the runs")
     found = Collected()
     for path in sorted(source.glob(f"*/{RECORD}")):
         try:
@@ -52,32 +52,31 @@ def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
 
 
 def _collect(path: Path, target: Path, force: bool) -> bool:
-    """Pack the run whose record stands at `path`; False if it is there already."""
+    """Pack the run whose record is at `path`; returns False if it was packed before."""
     name, in_place = name_of(path), path.parents[1].resolve() == target.resolve()
     if not fullmatch(NAME, name):
-        raise UserError("the folder's name is none that a run has")
+        raise UserError("the folder's name is not a valid name of a run: rename it")
     force = force or (in_place and has_file(path, FORCED))
     run = check_run(path, force=force)
     reasons = objections(run.record)
     if reasons and not force:
-        raise UserError(f"{'; '.join(reasons)}: only --force takes it, marked")
+        raise UserError(f"{'; '.join(reasons)}: --force collects it, marked")
     packed = target / f"{name}{PACKED}"
     held = packed if in_place or packed.exists() else target / name / RECORD
     new = not held.exists()
     if new:
         pack(packed, _files(run, reasons))
     elif read_record(held)["content_sha256"] != run.record["content_sha256"]:
-        raise UserError(f"{held} holds another result: delete one of the two")
+        raise UserError(f"{held} has another result: delete one of the two")
     if in_place:
-        # Its predictions too: the folder is about to go.
+        # Check also the predictions before removing the folder.
         check_run(packed, force=True)
         shutil.rmtree(path.parent)
     return new
 
 
 def _files(run: RecordedRun, reasons: list[str]) -> dict[str, bytes]:
-    """What was checked: the record, files by the names that a run gives them, and the reasons
-    against it where there are any."""
+    """The files to pack, by name: record, predictions, and the objections if there are any."""
     names = [RECORD, *run.record["predictions"].values()]
     try:
         files = {name: read_file(run.path, name) for name in names}

@@ -1,7 +1,7 @@
-"""Figures 4 and 5 of the paper with what was run here, and learning curves; PNG and SVG.
+"""Figures 4 and 5 of the paper with this project's results, and learning curves, as PNG and SVG.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart, and every series has a marker
-or hatch of its own, so that a print in grey can be read.
+Colours are Okabe and Ito's colour-blind-safe palette, and every series has its own marker or hatch,
+so that prints in grey are readable.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TITLES = {"lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA", "mixdora": "MixD
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "font.size": 10,
-    # A dollar sign in a record is one.
+    # Dollar signs in records are literal.
     "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,15 +37,15 @@ STYLE = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
     "svg.fonttype": "none",
-    # The same figure gives the same file.
+    # A constant salt makes the file reproducible.
     "svg.hashsalt": "mixlora-exp",
 }
 PAPER_SPREAD = {"MixLoRA": 0.0223, "MixDoRA": 0.0328}
-"""Standard deviation of the expert load that the paper gives with its Figure 5."""
+"""Standard deviation of the expert load that the paper reports with Figure 5."""
 
 
 def save(make: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
-    """Draw a figure and write `<name>.png` and `<name>.svg`."""
+    """Draw a figure and write `<name>.png` and `<name>.svg` to `folder`; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         figure = make()
@@ -74,8 +74,8 @@ def _wrapped(text: str, width: int = 88) -> str:
 
 
 def sweep_figure(sweeps: Sequence[SweptLine], setting: str) -> Figure:
-    """Figures 4a and 4b: average accuracy over the values of a setting, a panel per block."""
-    # A setting that was not varied is no line.
+    """Figures 4a and 4b: average accuracy over the values of a setting, one panel per block."""
+    # A single value does not form a line.
     sweeps = [sweep for sweep in sweeps if len(sweep.values) > 1]
     titles = list(dict.fromkeys(sweep.title for sweep in sweeps))
     figure, axes = _panels(max(len(titles), 1))
@@ -106,7 +106,7 @@ def sweep_figure(sweeps: Sequence[SweptLine], setting: str) -> Figure:
 
 
 def latency_figure(points: Sequence[Point]) -> Figure:
-    """Figure 4c: accuracy against the time per token in inference; a panel per model and block."""
+    """Figure 4c: accuracy over inference time per token, one panel per model and block."""
     found = [point.panel for point in points]
     panels = [panel for panel in dict.fromkeys(found) if found.count(panel) > 1]
     figure, axes = _panels(max(len(panels), 1))
@@ -128,7 +128,7 @@ def latency_figure(points: Sequence[Point]) -> Figure:
 
 
 def load_figure(load: Load) -> Figure:
-    """Figure 5: share of each expert by task, and layer by layer."""
+    """Figure 5: share of each expert per task, and per layer."""
     figure = Figure(figsize=(7.0, 7.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.1))
     experts, tasks = len(load.by_task[0]), len(load.tasks)
@@ -166,7 +166,7 @@ def load_figure(load: Load) -> Figure:
 
 
 def curves_figure(curves: Sequence[Curve]) -> Figure:
-    """Training loss by step, a panel per model, data and trained tasks."""
+    """Training loss by step, one panel per model, data and trained tasks."""
     panels = list(dict.fromkeys(curve.panel for curve in curves))
     figure, axes = _panels(max(len(panels), 1), 2.8)
     for ax, panel in zip(axes, panels, strict=False):

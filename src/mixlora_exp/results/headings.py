@@ -1,4 +1,4 @@
-"""Words over blocks of a table: settings as they are typed, and what tells equal headings apart."""
+"""Headings of table blocks: settings in command-line syntax, and details for equal headings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def word(value: Any) -> str:
-    """A setting as it is typed."""
+    """A setting's value in the syntax of the command line."""
     if isinstance(value, list):
         return "[" + ",".join(map(word, value)) + "]"
     if isinstance(value, dict):
@@ -20,12 +20,12 @@ def word(value: Any) -> str:
 
 
 def short_hash(value: Any) -> str:
-    """Eight hexadecimal digits for a value that is too long for a heading."""
+    """First eight hexadecimal digits of a value's SHA-256, for values too long for a heading."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def told_apart(headings: Sequence[str], details: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The headings, and behind those that are equal the details of each in which they differ."""
+    """The headings; equal ones are followed by the details in which they differ."""
     found = []
     for heading, own in zip(headings, details, strict=True):
         alike = [d for h, d in zip(headings, details, strict=True) if h == heading]

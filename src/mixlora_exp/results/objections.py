@@ -1,4 +1,4 @@
-"""Why a result does not go into the tables without further ado: told before a run, and after it."""
+"""Objections to a record's use in tables, known before a run and checked after it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 SHOWN = 3
 UNPLACED = "no record with the hash of its adapter tells what trained it"
-"""Nothing can be done about it: no table has a cell for such a run."""
+"""Objection that --force cannot override: no table has a cell for such a run."""
 
 
 def _code(git: Mapping[str, Any] | None) -> list[str]:
@@ -21,8 +21,10 @@ def _code(git: Mapping[str, Any] | None) -> list[str]:
 
 
 def objections(record: Mapping[str, Any]) -> list[str]:
-    """What speaks against a record, or one that a run will write: nothing if `make collect` takes
-    it as it is. Read are `config.model`, `provenance.git` and `adapter`."""
+    """Reasons against a record in the tables; empty if `make collect` accepts it without force.
+
+    Uses only `config.model`, `provenance.git` and `adapter`, which are known before a run.
+    """
     found, model = code_objections(record), record["config"]["model"]
     if model["weights"] == "random" or (model["path"] is None and model["source"] == "random"):
         found.append("random weights, whose numbers mean nothing")
@@ -30,7 +32,8 @@ def objections(record: Mapping[str, Any]) -> list[str]:
 
 
 def code_objections(record: Mapping[str, Any]) -> list[str]:
-    """Those to the code that scored and trained: without a mark, no table uses the record."""
+    """Objections to the code that trained and scored; tables use such a record only if it was
+    collected with --force."""
     found = _code(record["provenance"]["git"])
     adapter = record.get("adapter")
     if adapter is not None:

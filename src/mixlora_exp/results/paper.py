@@ -1,4 +1,4 @@
-"""The paper's own figures (`results/paper/*.csv`), and where they contradict themselves."""
+"""The paper's printed figures (`results/paper/*.csv`), and contradictions between them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,14 @@ TASK_TITLES = {
     "winogrande": "WinoGrande",
 }
 TASKS = tuple(TASK_TITLES)
-# A printed average of rounded figures may be off by half a unit of its last digit, and each of the
-# figures by as much.
 TOLERANCE = 0.1 + 1e-9
+"""Rounding of an average printed to one decimal: half a unit for it, and half for its figures."""
 
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """One table: its lines as printed, column by column; of Table 2 also the printed differences
-    of multi-task and single-task training, by method."""
+    """A table of the paper: its lines as printed, by column. `differences`: in Table 2, the printed
+    differences between multi-task and single-task training, by method."""
 
     number: int
     lines: tuple[Mapping[str, str], ...]
@@ -53,7 +52,7 @@ class PaperTable:
         return tuple(name for name in self.lines[0] if name in TASKS)
 
     def line(self, **wanted: str) -> Mapping[str, str] | None:
-        """The line with these values, None where the paper has none."""
+        """The line with these values, or None if the paper has none."""
         for line in self.lines:
             if all(line.get(name) == value for name, value in wanted.items()):
                 return line
@@ -80,8 +79,8 @@ def _mean(line: Mapping[str, str], tasks: Sequence[str]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """Two statements of the paper that do not agree. `line`, `column`: the printed entry that is
-    marked for it, if it is one of the table's own."""
+    """Two statements of the paper that disagree. `line`, `column`: the entry of the table to mark,
+    if there is one."""
 
     text: str
     line: tuple[str, ...] | None = None
@@ -89,14 +88,14 @@ class Contradiction:
 
 
 def line_id(line: Mapping[str, str]) -> tuple[str, ...]:
-    """What tells a line of a table from its others."""
+    """The values that identify a line within a table."""
     names = ("model", "method", "setup", "rank", "router_loss_coef")
     return tuple(line.get(name, "") for name in names)
 
 
 def contradictions(folder: Path, number: int) -> Iterator[Contradiction]:
-    """What in table `number` does not agree with the rest of the paper, recomputed from its
-    figures. A mean of printed figures may be off by 0.1 and is not reported then."""
+    """Contradictions of table `number` with itself and the rest of the paper, recomputed from the
+    printed figures. Means may differ by `TOLERANCE`."""
     table = read_paper(folder, number)
     if not table.tasks:
         return
@@ -142,12 +141,12 @@ def _differences(table: PaperTable) -> Iterator[Contradiction]:
                 )
 
 
-# The setting of Table 3, as each table names it.
+# The setting of Table 3, in the columns of each table.
 SETTINGS = {1: {}, 2: {"setup": "ST"}, 8: {"rank": "16"}, 9: {"router_loss_coef": "1e-3"}}
 
 
 def _other_tables(folder: Path, table: PaperTable) -> Iterator[Contradiction]:
-    """The setting of Table 3 is printed in several tables, and should be the same in each."""
+    """Results for the setting of Table 3 that differ between the tables which print them."""
     if table.number not in SETTINGS:
         return
     for other_number, setting in SETTINGS.items():

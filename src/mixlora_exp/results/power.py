@@ -1,4 +1,4 @@
-"""What a comparison can see before it is run: the smallest difference of a design."""
+"""Power analysis: the smallest difference between methods that a design detects."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ DRAWS = 20_000
 def average_item_error(discordant: Mapping[str, float], items: Mapping[str, int]) -> float:
     """Standard error over items of the difference of two methods, averaged over tasks.
 
-    discordant: by task, the share of items that one of the two alone answers rightly. items: by
-    task, how many are scored. The variance of a task's paired difference is at most the share over
-    the number of items; several seeds on the same items can only lower it.
+    discordant: by task, the share of items that exactly one of the two answers correctly. items: by
+    task, the number of scored items. The variance of a task's paired difference is at most
+    discordant / items; several seeds on the same items can only lower it.
     """
     variances = [discordant[task] / items[task] for task in items]
     return math.sqrt(sum(variances)) / len(items)
 
 
 def seed_spread(changed: float, items: Mapping[str, int]) -> float:
-    """Standard deviation from seed to seed of the difference of two methods, averaged over tasks.
+    """Standard deviation between seeds of the difference of two methods, averaged over tasks.
 
-    changed: share of items that two seeds of one method answer differently, each item by itself:
-    an accuracy then varies by `changed / 2 / items`, and a difference by twice that.
+    changed: share of items that two seeds of one method answer differently, independently per item:
+    the variance of an accuracy is then changed / 2 / items, and that of a difference twice as
+    large.
     """
     return math.sqrt(sum(changed / n for n in items.values())) / len(items)
 
 
 def detection_rate(difference: float, item_error: float, spread: float, seeds: int) -> float:
-    """How often a true `difference` gives an interval without zero, by simulation.
+    """Simulated probability that a true `difference` gives an interval that excludes zero.
 
     The interval is that of the tables: over items (normal) or over seeds (Student's t with
-    `seeds - 1` degrees of freedom), whichever is wider; over items alone with one seed.
+    `seeds - 1` degrees of freedom), whichever is wider; with one seed, only over items.
     """
     draw = np.random.default_rng(0)
     shared = draw.normal(0.0, item_error, size=(DRAWS, 1))
@@ -51,7 +52,7 @@ def detection_rate(difference: float, item_error: float, spread: float, seeds: i
 def smallest_detectable(
     item_error: float, spread: float, seeds: int, power: float = 0.8, step: float = 5e-4
 ) -> float:
-    """The smallest true difference, in steps of `step`, that is seen with probability `power`."""
+    """The smallest true difference, in steps of `step`, detected with probability `power`."""
     difference = step
     while detection_rate(difference, item_error, spread, seeds) < power:
         difference += step

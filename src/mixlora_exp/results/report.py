@@ -1,7 +1,7 @@
-"""One static page: what was run and what was not, tables, figures, and the record of each number.
+"""The report: one static page with tables, figures, and the record of each number.
 
-Nothing is fetched when it is opened: style and figures stand in the page. Links lead to the records
-beside it, by relative path.
+Opening it fetches nothing: style and figures are embedded. Links lead to the records by relative
+paths.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SHOWN_LINKS = 3
 
 
 def _links(cell: Entry, numbers: Mapping[str, int], results: str) -> list[tuple[str, str, str]]:
-    """(short text, address, name) of the records that an entry comes from: a run's line in the list
-    of records, a benchmark's file under `results`."""
+    """(short text, address, name) of an entry's records: the line of a run in the list of records,
+    or the file of a benchmark in `results`."""
     found = []
     for name in cell.records:
         if name in numbers:
@@ -60,8 +60,8 @@ def _run_entry(run: RecordedRun, number: int, results: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """What the page shows of a value: texts from records may hold characters that change how a
-    line reads."""
+    """A value for the page; escapes characters in texts from records that change how a line
+    reads."""
     return shown(value, None) if isinstance(value, str) else value
 
 
@@ -77,8 +77,8 @@ def page(
     left_out: Sequence[LeftOut],
     results: str = "..",
 ) -> str:
-    """The page as HTML, for a folder beside `figures/`. `results`: the address, seen from the page,
-    of the folder with `runs/`, `bench/` and `tables/`."""
+    """The page as HTML. `results`: relative address, from the page, of the folder with `runs/`,
+    `bench/` and `tables/`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

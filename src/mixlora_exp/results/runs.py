@@ -1,6 +1,6 @@
-"""Finished runs as the tables see them: what was trained, what was scored, under which conditions.
+"""Finished runs for the tables: what was trained and scored, under which conditions.
 
-A record that cannot be trusted or placed is left out by name, never averaged in.
+A record that cannot be trusted or assigned to a cell is left out by name, never averaged.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mixlora_exp.system.untrusted import parse_json, refuse_links
 from mixlora_exp.tasks import TASKS
 
 LIKELIHOOD = "gold_log_likelihood"
-# What was scored and what it was trained with. How the loss is computed changes nothing beyond
-# rounding and is no condition. Micro-batches are one: the router loss is taken over each.
+# Conditions of training and scoring. The implementation of the loss only affects rounding, so it is
+# not a condition. The micro-batch size is, because the router loss is computed per micro-batch.
 MODEL_FIELDS = (
     "source", "hub_id", "revision", "package", "package_file", "path", "weights",
 )  # fmt: skip
@@ -41,7 +41,7 @@ LATER = {
     "trainer": {"padding_in_loss": False, "order": "bucketed"},
     "evaluation": {"dropout": False, "arc_labels": "own", "held_out": False},
 }
-"""Fields that older records lack, and what their runs did."""
+"""Fields that older records lack, with the values that their runs used."""
 
 
 GPU_MODEL = re.compile(
@@ -51,14 +51,14 @@ GPU_MODEL = re.compile(
 
 
 def circumstances(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a record was computed with, as far as that moves results by more than the order of sums:
-    precision; kernel family (`peft` draws other dropout masks, and trains another DoRA, than all
-    others, which agree to rounding); hardware, a CPU or a GPU's model without its memory and form;
-    torch's minor version."""
+    """The computing environment of a record, as far as it changes results by more than summation
+    order: precision; kernel family (`peft` has other dropout masks and another DoRA than all other
+    kernels, which agree up to rounding); hardware (`cpu`, or the GPU model without memory size and
+    form factor); torch's minor version."""
     found = {"precision": record.get("dtype")}
     if record.get("kernel") is not None:
         found["kernel"] = "peft" if record["kernel"] == "peft" else "exact"
-    # What a record keeps of another's training did not always have it.
+    # Older records of rescored adapters lack the provenance of the training.
     origin = record.get("provenance")
     if origin is not None:
         gpus = {GPU_MODEL.sub(r"\1", name) for name in origin["hardware"]["gpus"]}
@@ -69,7 +69,7 @@ def circumstances(record: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A record that no table uses, and why; both fit for a terminal."""
+    """Name of a record that no table uses, and the reason; both safe to print on a terminal."""
 
     name: str
     reason: str
@@ -81,11 +81,11 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """One record, which stands at `path`.
+    """The record at `path`.
 
-    `trained` is the configuration of the training run (of another record, when an adapter was
-    scored again), `scored` that of the scoring; both are this record's own otherwise. `scores`: by
-    (task, protocol)."""
+    `trained`: configuration of the training run (that of another record if an adapter was
+    rescored); `scored`: configuration of the scoring. `scores`: by (task, protocol).
+    """
 
     name: str
     path: Path
@@ -108,49 +108,49 @@ class RecordedRun:
 
     @property
     def preset(self) -> str:
-        """The preset of the switches that it was trained with."""
+        """Name of the preset used in training."""
         return self.trained["preset"]["name"]
 
     @property
     def mix(self) -> tuple[str, ...]:
-        """The tasks that were trained on; none for the base model."""
+        """The trained tasks; empty for the base model."""
         return () if self.method == "none" else tuple(self.trained["task"]["train"])
 
     @property
     def held_out(self) -> bool:
-        """Whether training rows were scored that training had left out."""
+        """Whether held-out training rows were scored instead of the test set."""
         return self.scored["evaluation"]["held_out"]
 
     @property
     def rescored(self) -> bool:
-        """Whether an adapter of another run was scored."""
+        """Whether the record scores an adapter of another run."""
         return self.record.get("adapter") is not None
 
     @property
     def parameters(self) -> Mapping[str, Any] | None:
-        """The counts of the model and the method that were trained; None where none are kept."""
+        """Parameter counts of the trained model and method; None in older records."""
         return self._source().get("parameters")
 
     def _source(self) -> Mapping[str, Any]:
-        """The record of the training, or what the record of a scoring keeps of it."""
+        """The record of the training run, or the part of it in the record of a rescoring."""
         return self.record["adapter"]["trained_by"] if self.rescored else self.record
 
     def conditions(self, protocol: str) -> dict[str, Any]:
-        """What must be equal for two results under `protocol` to stand in one cell, besides model,
-        method, tasks and seed. Names are those of the configuration; `train.*` where training read
-        other data than scoring, or was computed with something else (see `circumstances`),
-        `rows.*` where files are not the published splits."""
+        """Conditions that two results under `protocol` must share to be in one cell, in addition to
+        model, method and tasks. Names are those of the configuration; `train.*` if training used
+        other data or another environment (see `circumstances`) than scoring; `rows.*` if files are
+        not the published splits."""
         model = self.trained["model"]
         found = {f"model.{name}": model.get(name) for name in MODEL_FIELDS}
         if model.get("weights") == "random":
-            # Of weights that are read the fields above tell.
+            # Pretrained weights are identified by the fields above.
             found["model.weights.config"] = model.get("config")
         data, limit = self.scored["data"], self.scored["evaluation"]["limit"]
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
         found["evaluation.limit"] = limit
         found["evaluation.dropout"] = self.scored["evaluation"]["dropout"]
         if self.held_out:
-            # Rows that settings are chosen on never stand with those of a test set.
+            # Results on held-out rows, used for tuning, must not be mixed with test results.
             found["evaluation.held_out"] = True
         if protocol == "label_logits":
             found["evaluation.arc_labels"] = self.scored["evaluation"]["arc_labels"]
@@ -182,14 +182,14 @@ class RecordedRun:
 
     @property
     def micro_batch_size(self) -> int:
-        """The one that was trained with: half of the configured one if memory did not suffice."""
+        """The size used in training: half of the configured one if memory was insufficient."""
         train = self._source().get("train") or {}
-        # Older records tell it where it was halved alone.
+        # Older records contain it only if it was halved.
         used = train.get("micro_batch_size") or train.get("halved_micro_batch")
         return used or self.trained["trainer"]["micro_batch_size"]
 
     def _partial(self, split: str, record: Mapping[str, Any], source: str) -> dict[str, str]:
-        """Splits whose files do not have the published number of rows."""
+        """`rows.*` conditions for splits whose files do not have the published number of rows."""
         found = {}
         for name, files in record["data"].items():
             task, _, part = name.partition("/")
@@ -201,7 +201,7 @@ class RecordedRun:
         return found
 
     def hashes(self, task: str) -> tuple[tuple[str, ...], ...]:
-        """Hashes of the files that the task's items and the training rows came from."""
+        """Hashes of the files of the task's items, then of each trained task's rows."""
         scored = "train" if self.held_out else "test"
         splits = [self.record["data"][f"{task}/{scored}"]]
         splits += [self._source()["data"][f"{name}/train"] for name in sorted(self.mix)]
@@ -212,7 +212,7 @@ MIXTURE_LATER = {"router_precision": "float32", "router": "top_k", "router_optio
 
 
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's configuration with the fields that came later."""
+    """A record's configuration, completed with fields that were added later."""
     later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
     if config["method"]["name"] == "none":
         later["method"] = config["method"]
@@ -225,12 +225,12 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
 def _placed(path: Path, force: bool) -> RecordedRun:
     record = read_run(path)
     if record.get("status") != "finished":
-        raise UserError(f"status={record.get('status')}: it is not finished")
+        raise UserError(f"status={record.get('status')}: the run is not finished")
     reasons = code_objections(record)
     if UNPLACED in reasons:
         raise UserError(UNPLACED)
     if reasons and not (force or has_file(path, FORCED)):
-        raise UserError(f"{'; '.join(reasons)}: only collect --force takes it, marked")
+        raise UserError(f"{'; '.join(reasons)}: collect --force collects it, marked")
     trained = scored = filled(record["config"])
     if record.get("adapter") is not None:
         trained = filled(record["adapter"]["trained_by"]["config"])
@@ -239,18 +239,18 @@ def _placed(path: Path, force: bool) -> RecordedRun:
 
 
 def load_runs(folder: Path) -> tuple[list[RecordedRun], list[LeftOut]]:
-    """All runs in `folder`, packed or not, by name, and what had to be left out.
+    """All usable runs in `folder`, packed or not, sorted by name, and the records left out.
 
-    Left out: a record that is cut off, edited, of another version or unfinished; one to which there
-    are `code_objections`, unless it was collected by force; one whose predictions do not give its
-    accuracies; a folder whose run is there packed too.
+    Left out: a record that is truncated, edited, of another version or unfinished; one with
+    `code_objections`, unless it was collected by force; one whose predictions contradict its
+    accuracies; a folder whose run also exists packed.
     """
     runs, left_out, seen = [], [], set()
     for path in record_paths(folder):
         name = name_of(path)
         try:
             if name in seen:
-                raise UserError("it is there twice, as a folder and packed: delete one of the two")
+                raise UserError("it exists twice, as a folder and packed: delete one of the two")
             seen.add(name)
             runs.append(check_run(path))
         except UserError as error:
@@ -259,10 +259,10 @@ def load_runs(folder: Path) -> tuple[list[RecordedRun], list[LeftOut]]:
 
 
 def check_run(path: Path, *, force: bool = False) -> RecordedRun:
-    """Read one record and its predictions. `force`: whatever speaks against its code.
+    """Read and check one record with its predictions. `force`: ignore objections to its code.
 
     Raises:
-        UserError: why no table can use it.
+        UserError: no table can use it; the message has the reason.
     """
     try:
         if path.suffix != PACKED:
@@ -278,51 +278,51 @@ def check_run(path: Path, *, force: bool = False) -> RecordedRun:
 
 
 def read_predictions(run: RecordedRun, task: str, protocol: str) -> dict[str, bool]:
-    """Item -> whether it was answered rightly; see `read_rows` for what it raises."""
+    """Item id -> whether it was answered correctly. Raises as `read_rows`."""
     rows = read_rows(run, task, protocol)
     return {key: row["prediction"] == row["answer"] for key, row in rows.items()}
 
 
 def read_items(run: RecordedRun, task: str, protocol: str, field: str) -> dict[str, float | None]:
-    """Item -> a figure of it; `field`: `right`, or one of the predictions' own."""
+    """Item id -> the value of `field`: `right` (1.0 or 0.0), or a field of the predictions."""
     if field == "right":
         return {k: float(right) for k, right in read_predictions(run, task, protocol).items()}
     return {key: row.get(field) for key, row in read_rows(run, task, protocol).items()}
 
 
 def predictions_sha256(run: RecordedRun) -> dict[tuple[str, str], str]:
-    """A hash of the predictions of each (task, protocol), scores included, however they are laid
-    out."""
+    """SHA-256 of the predictions, with scores, of each (task, protocol), independent of JSON
+    layout."""
     texts = {key: json.dumps(read_rows(run, *key), sort_keys=True) for key in run.scores}
     return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
 
 
 def _row(row: Any) -> dict[str, Any]:
-    """A line of predictions, whose fields are what a run writes.
+    """A line of a predictions file, checked.
 
     Raises:
-        ValueError: it is none.
+        ValueError: a field is missing or has the wrong type.
     """
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise ValueError("a line is no object with an `id`")
+        raise ValueError("a line is not an object with an `id`")
     for name in ("prediction", "answer"):
         if name not in row or not (row[name] is None or type(row[name]) is int):
-            raise ValueError(f"{name} of {shown(row['id'], 80)} is no whole number")
+            raise ValueError(f"{name} of {shown(row['id'], 80)} is not an integer")
     likelihood = row.get(LIKELIHOOD)
     if not (likelihood is None or type(likelihood) in (int, float)):
-        raise ValueError(f"{LIKELIHOOD} of {shown(row['id'], 80)} is no number")
+        raise ValueError(f"{LIKELIHOOD} of {shown(row['id'], 80)} is not a number")
     return row
 
 
 def read_rows(run: RecordedRun, task: str, protocol: str) -> dict[str, dict[str, Any]]:
-    """Item -> its line among the predictions.
+    """Item id -> its line of the predictions; repeated ids get a suffix.
 
     Raises:
-        UserError: the file is missing, cut off, or does not give the record's accuracy.
+        UserError: the file is missing or truncated, or contradicts the record's accuracy or hash.
     """
     name, score = predictions_name(task, protocol), run.scores[task, protocol]
     if f"{task}/{protocol}" not in run.record["predictions"]:
-        raise UserError(f"{run.name}: it names no predictions of {task} under {protocol}")
+        raise UserError(f"{run.name} has no predictions of {task} under {protocol}")
     try:
         content = read_file(run.path, name)
         rows = [_row(parse_json(line)) for line in content.splitlines()]
@@ -335,7 +335,7 @@ def read_rows(run: RecordedRun, task: str, protocol: str) -> dict[str, dict[str,
     except (OSError, ValueError) as error:
         raise UserError(f"{run.name}: {name} cannot be read ({error})") from error
     if len(rows) != score["n"] or abs(right / score["n"] - score["accuracy"]) > 1e-9:
-        raise UserError(f"{run.name}: {name} does not give the accuracy of its record")
+        raise UserError(f"{run.name}: {name} contradicts the accuracy in its record")
     expected = run.record.get("predictions_sha256", {}).get(f"{task}/{protocol}")
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{run.name}: {name} was changed after it was written")

@@ -1,4 +1,4 @@
-"""What the figures draw, taken from tables and records; nothing here knows how it is drawn."""
+"""Data series of the figures, from tables and records, independent of drawing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixlora_exp.results.tables.parts import Entry, Table
 
 @dataclass(frozen=True, slots=True)
 class SweptLine:
-    """Average accuracy over the values of one setting; a line per method and source."""
+    """Average accuracy over the values of one setting, for one method and source."""
 
     title: str
     label: str
@@ -26,7 +26,7 @@ class SweptLine:
 
 
 def sweeps(table: Table, prefix: str) -> list[SweptLine]:
-    """Lines of Table 8 or 9 that vary a setting (`prefix`: "r=" or "coef="), by block."""
+    """The lines of Table 8 or 9 that vary a setting (`prefix`: "r=" or "coef="), per block."""
     found: dict[tuple[str, ...], list[tuple[str, Entry]]] = {}
     for block in table.blocks:
         for row in block.rows:
@@ -35,7 +35,7 @@ def sweeps(table: Table, prefix: str) -> list[SweptLine]:
                 continue
             if row.cells[-1].value is not None:
                 value, _, also = value.removeprefix(prefix).partition(" ")
-                # Ranks whose alpha grows with them are a line of their own.
+                # Ranks with alpha = 2 r form a separate line.
                 also = " (alpha = 2 r)" if also else ""
                 key = (block.heading, method + ",", row.label[1], row.label[2] + also)
                 found.setdefault(key, []).append((value, row.cells[-1]))
@@ -49,7 +49,7 @@ def sweeps(table: Table, prefix: str) -> list[SweptLine]:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A method's time per token (inference, microseconds) and its average accuracy (percent)."""
+    """A method's inference time per token (microseconds) and average accuracy (percent)."""
 
     panel: str
     method: str
@@ -60,7 +60,7 @@ class Point:
 
 
 def _times(record: Mapping[str, Any]) -> dict[str, float]:
-    """Microseconds per token in inference of the methods by this project's kernels."""
+    """Inference time per token (microseconds) of each method with this project's kernels."""
     rows = record["rows"]
     return {
         METHOD_TITLES[method]: rows[method]["infer_forward_us_per_token"]
@@ -70,8 +70,8 @@ def _times(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _preference(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Of two benchmarks of a model the greater: a GPU's, the one with more methods, in bf16, with
-    more tokens in a pass, with more rounds; the name decides last."""
+    """Sort key that prefers benchmarks on a GPU, with more methods, in bf16, with more tokens per
+    pass, with more rounds; ties are broken by name."""
     config = record["config"]
     return (
         bool(record["provenance"]["hardware"]["gpus"]),
@@ -86,9 +86,9 @@ def _preference(record: Mapping[str, Any]) -> tuple[Any, ...]:
 def latency_points(
     folder: Path, tables: Mapping[int, Table], benchmarks: Sequence[Mapping[str, Any]]
 ) -> list[Point]:
-    """Figure 4c: the paper's (Table 1's average for LLaMA-2 7B, Table 6's optimised form), and each
-    block of Table 2 whose model has a benchmark of this project's kernels, with LoRA among them:
-    times of two benchmarks are not put side by side."""
+    """Points of Figure 4c: the paper's (Table 1's average for LLaMA-2 7B, Table 6's optimised
+    implementation), and each block of Table 2 whose model has a benchmark of this project's kernels
+    that includes LoRA. Times of different benchmarks are never combined."""
     points = []
     accuracy, latency = read_paper(folder, 1), read_paper(folder, 6)
     for method, optimized in (("lora", ""), ("dora", ""), ("mixlora", "yes")):
@@ -108,7 +108,7 @@ def latency_points(
             measured.setdefault(config["model"], (where, times))
     for block in tables[2].blocks:
         model = next((m for m, t in MODEL_TITLES.items() if block.heading.startswith(t)), None)
-        # The times are those of the fused kernels.
+        # The measured times are those of the fused kernels.
         if not block.run or model not in measured or "kernel=peft" in block.heading:
             continue
         for row in block.rows:
@@ -121,14 +121,15 @@ def latency_points(
 
 
 MIXED = 5
-"""Tasks of the paper's mixture."""
+"""Number of tasks in the paper's mixture."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Share of the (token, slot) pairs that each expert got: per task the mean over layers, and per
-    layer the mean over tasks. `spread`: per task, the standard deviation across experts of those
-    means; `spread_within`: that of each layer's shares, averaged over layers, which is larger."""
+    """Share of the (token, slot) pairs routed to each expert: `by_task` (tasks, E), mean over
+    layers; `by_layer` (layers, E), mean over tasks. `spread`: per task, the standard deviation over
+    experts of those means; `spread_within`: standard deviation within each layer, averaged over
+    layers, which is larger."""
 
     title: str
     run: str
@@ -164,8 +165,8 @@ def _load(run: RecordedRun, protocol: str, title: str) -> Load | None:
 
 
 def loads(blocks: Blocks, standards: Standards) -> list[Load]:
-    """Figure 5: one run (the lowest seed) of each method with experts, of Table 3's setting and
-    trained on the paper's five tasks or more, per block."""
+    """Loads of Figure 5: per block, one run (the lowest seed) of each method with experts, in the
+    setting of Table 3 and trained on at least five tasks."""
     found = []
     for key, runs in blocks.runs.items():
         first: dict[str, RecordedRun] = {}
@@ -193,7 +194,7 @@ class Curve:
 
 
 def learning_curves(runs: Sequence[RecordedRun]) -> list[Curve]:
-    """Runs that logged at least three losses, by model and trained tasks."""
+    """Learning curves of runs with at least three logged losses."""
     found = []
     for run in runs:
         train = run.record["train"]

@@ -1,4 +1,4 @@
-"""Intervals and comparisons of accuracies; everything in fractions, level 95 %."""
+"""Confidence intervals and comparisons of accuracies, as fractions, at the 95 % level."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over seeds with its interval: what other questions of the kind would give (over
-    `items`) or what other seeds would give (over `seeds`, Student's t), whichever is wider; `by`
-    says which it is. One seed says nothing about others."""
+    """A mean over seeds with its interval: over items or over seeds (Student's t), whichever is
+    wider; `by` is "items" or "seeds". With one seed, the interval does not cover other seeds."""
 
     value: float
     low: float
@@ -39,22 +38,22 @@ def _wider(value: float, items: tuple[float, float], seeds: Sequence[float], n: 
 
 
 def _half_width(values: Sequence[float]) -> float:
-    """Half of Student's interval of the mean."""
+    """Half the width of Student's t interval of the mean."""
     n = len(values)
     return float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / math.sqrt(n)
 
 
 def estimate(accuracies: Sequence[float], items: int) -> Estimate:
-    """Mean accuracy of one cell, one value per seed, each over the same `items` (Wilson's interval
-    of a proportion)."""
+    """Mean accuracy of one cell, with one value per seed over the same number of `items`. Interval
+    over items: Wilson's."""
     middle = mean(accuracies)
     interval = stats.binomtest(round(middle * items), items).proportion_ci(LEVEL, method="wilson")
     return _wider(middle, (interval.low, interval.high), accuracies, items)
 
 
 def estimate_average(cells: Sequence[Sequence[float]], items: Sequence[int]) -> Estimate:
-    """The unweighted average over tasks. `cells`: per task, the accuracy of each seed, the same
-    seeds in the same order. Over items: normal interval, tasks taken as independent."""
+    """The unweighted average over tasks. `cells`: per task, the accuracy of each seed, in the same
+    order of seeds. Interval over items: normal, with independent tasks."""
     per_seed = [mean(values) for values in zip(*cells, strict=True)]
     means = [mean(values) for values in cells]
     variance = sum(p * (1 - p) / n for p, n in zip(means, items, strict=True)) / len(cells) ** 2
@@ -65,9 +64,9 @@ def estimate_average(cells: Sequence[Sequence[float]], items: Sequence[int]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Difference of two methods on the same items, averaged over the seeds that both have.
-    `low`, `high`: paired bootstrap over items, widened to Student's interval over the seeds'
-    differences where there are several; `p`: exact McNemar test, one seed only."""
+    """Difference of two methods on the same items, averaged over their common seeds. `low`, `high`:
+    paired bootstrap over items, with several seeds widened to Student's t interval of the seeds'
+    differences; `p`: exact McNemar test, only with one seed."""
 
     difference: float
     low: float
@@ -78,12 +77,13 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value: items that one method alone got right are a fair coin's throws."""
+    """Two-sided exact p-value of McNemar's test, from the numbers of items that only one method
+    answers correctly."""
     trials = only_first + only_second
     return 1.0 if trials == 0 else float(stats.binomtest(only_first, trials).pvalue)
 
@@ -93,7 +93,7 @@ Side = Mapping[int, Mapping[str, float]]
 
 
 def _differences(first: Side, second: Side) -> np.ndarray | None:
-    """(seeds that both have, items); None where they share no seed."""
+    """Differences (common seeds, items); None without a common seed."""
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
@@ -107,11 +107,11 @@ def _differences(first: Side, second: Side) -> np.ndarray | None:
 
 
 def compare(first: Side, second: Side) -> Comparison | None:
-    """`first` minus `second`. None where they share no seed. The same input gives the same
-    interval: the bootstrap draws from a fixed seed.
+    """Compare `first` minus `second`; None without a common seed. Deterministic: the bootstrap has
+    a fixed seed.
 
     Raises:
-        ValueError: the two were scored on other items.
+        ValueError: the two were scored on different items.
     """
     difference = _differences(first, second)
     if difference is None:
@@ -124,9 +124,9 @@ def compare(first: Side, second: Side) -> Comparison | None:
 
 
 def compare_average(pairs: Sequence[tuple[Side, Side]]) -> Comparison | None:
-    """The average over tasks of `first` minus `second`, one pair per task; the bootstrap draws the
-    items of each task by themselves. None where a task has no seed that both sides have, or where
-    the tasks do not have the same seeds."""
+    """Compare the average over tasks of `first` minus `second`, one pair per task; the bootstrap
+    resamples items within each task. None if a task has no common seed, or the tasks have different
+    common seeds."""
     found = [_differences(*pair) for pair in pairs]
     seeds = {tuple(sorted(first.keys() & second.keys())) for first, second in pairs}
     if not pairs or len(seeds) != 1 or any(one is None for one in found):
@@ -146,7 +146,7 @@ def _compared(tasks: Sequence[np.ndarray]) -> Comparison:
     by_seed = np.mean([task.mean(axis=1) for task in tasks], axis=0)
     middle = float(by_seed.mean())
     if len(by_seed) > 1:
-        # Other seeds may differ more than other items: both must leave out zero.
+        # Seeds may vary more than items: the wider bounds must exclude zero.
         half = _half_width(by_seed.tolist())
         low, high = min(low, middle - half), max(high, middle + half)
     return Comparison(middle, low, high, len(by_seed), sum(t.shape[1] for t in tasks), None)

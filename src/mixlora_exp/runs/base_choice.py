@@ -1,7 +1,7 @@
-"""The base model of an adapter that is named without one: from what lies beside the adapter.
+"""Finds the base model of an adapter that is given without one, from the files next to the adapter.
 
-What its files say is only ever compared with the models in conf/model: a path that stands in them
-is not opened, and a name not asked for on the hub.
+The contents of these files are only compared with the models in conf/model: paths in them are not
+opened, and names in them are not looked up on the hub.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mixlora_exp.records.record import read_run
 __all__ = ["base_words", "matched"]
 
 CACHED = re.compile(r"(.+)-[0-9a-f]{12}")
-"""Name of a folder with converted weights of a package: the model's, and a hash."""
+"""Name of a folder with a package's converted weights: model name and hash."""
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)")
-"""Name of a folder in the hub's cache: owner and model."""
+"""Name of a folder in the hub's cache: owner and model name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A model of conf/model, by its option there."""
+    """A model in conf/model; `option` is the name of its file."""
 
     option: str
     source: str
@@ -45,10 +45,10 @@ def _known() -> Iterator[Known]:
 
 
 def matched(name: str) -> str | None:
-    """The model of conf/model that an adapter's `base_model_name_or_path` means, None if none.
+    """The option of conf/model that an adapter's `base_model_name_or_path` refers to, or None.
 
-    A repository on the hub, whatever the case; a package of weights, with or without its version;
-    or parts of a path, if they are those of a cache: of the hub's, or of converted weights.
+    Recognises a hub repository (case-insensitive), a package of weights (with or without version),
+    and paths into the hub's cache or the cache of converted weights.
     """
     parts = [part for part in re.split(r"[/\\]", name.strip()) if part]
     plain = "/".join(parts).lower()
@@ -70,26 +70,27 @@ def matched(name: str) -> str | None:
 
 
 def base_words(folder: Path, given: Collection[str], *, precision: bool = False) -> list[str]:
-    """The overrides that choose the base model of the adapter in `folder`, and the seed that a
-    random one is drawn from; of those that are not among the fields that were `given`.
+    """The overrides that choose the base model of the adapter in `folder` and, if its weights are
+    random, their seed. Fields in `given` are skipped.
 
-    The record of the run that left the adapter tells, and its precision too if that is asked for;
-    else the note on its base; else the name in its configuration.
+    The sources, in order: the record of the run that trained the adapter (with `precision`, also
+    its precision), the base model's identity saved with the adapter, and the model name in the
+    adapter's configuration.
 
     Raises:
-        UserError: nothing tells, or what it was trained on is no model of conf/model.
+        UserError: the base model is unknown, or is not a model in conf/model.
     """
     if "model" in given or "model.name" in given:
         return []
     if (folder.parent / RECORD).exists():
         return _of_record(folder.parent / RECORD, given, precision)
-    # Late: PEFT takes a second to load.
+    # Imported late: PEFT takes a second to load.
     from mixlora_exp.adapters.saved import saved_settings
     from mixlora_exp.models import read_base
 
     settings, noted = saved_settings(folder), read_base(folder)
     if "experiment" in given:
-        return []  # It says which.
+        return []  # The experiment chooses the model.
     if noted is not None and noted.source != "path":
         known = next((known for known in _known() if known.option == noted.model), None)
         if known is not None:
@@ -107,11 +108,11 @@ def base_words(folder: Path, given: Collection[str], *, precision: bool = False)
     if "model.path" in given:
         return []
     if noted is not None:
-        told = f"was trained on {noted}, which is no model of conf/model"
+        told = f"was trained on {noted}, which is not a model in conf/model"
     elif name:
-        told = f"was trained on {shown(name, 120)}, which is no model of conf/model"
+        told = f"was trained on {shown(name, 120)}, which is not a model in conf/model"
     else:
-        told = "does not say on which model it was trained"
+        told = "does not name its base model"
     raise UserError(f"adapter={folder} {told}: add model=NAME, or model.path=DIR with that model")
 
 

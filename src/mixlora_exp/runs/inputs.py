@@ -1,4 +1,4 @@
-"""Everything a run reads, found and checked before anything is computed."""
+"""Everything that a run reads, located and checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ SIGN = "fingerprint"
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run reads. `identity` is what a record tells of it, and what tells a finished run from
-    one on other inputs under the same settings."""
+    """What a run reads. `identity` goes into the record, and distinguishes finished runs with the
+    same settings but other inputs."""
 
     splits: dict[tuple[str, str], LoadedSplit]
     identity: dict[str, Any]
 
 
 def resolve_config(config: Config) -> Config:
-    """The configuration with what `model.path` decides: the shape of the folder's model."""
+    """The configuration, completed with the architecture of the model in `model.path`."""
     return dataclasses.replace(config, model=with_folder_shape(config.model))
 
 
 def _wanted(config: Config) -> list[tuple[str, str]]:
-    """Tasks and splits that a run reads."""
+    """(task, split) pairs that a run reads."""
     scored = "train" if config.evaluation.held_out else "test"
     wanted = [(task, scored) for task in config.task.evaluate]
     if isinstance(config.method, LoraMethodConfig):
@@ -76,7 +76,7 @@ def _wanted(config: Config) -> list[tuple[str, str]]:
 def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
     custom, wanted = config.task.custom, _wanted(config)
     splits = {(task, split): load_split(config.data, task, split, custom) for task, split in wanted}
-    # Rows are for protocols; those of large training splits would only take memory.
+    # Only protocols need rows; those of large training splits would waste memory.
     return {
         key: dataclasses.replace(loaded, rows=[]) if key[1] == "train" else loaded
         for key, loaded in splits.items()
@@ -84,11 +84,11 @@ def _splits(config: Config) -> dict[tuple[str, str], LoadedSplit]:
 
 
 def adapter_entry(config: Config) -> dict[str, Any] | None:
-    """Path, hash, type and method of the adapter that is scored, None when none is given."""
+    """Path, hash, type and origin of the adapter to score; None if `config` has none."""
     if config.adapter is None:
         return None
     folder = Path(config.adapter).expanduser()
-    # Not at the top: PEFT takes a second to load, which most command lines do not need.
+    # Imported late: PEFT takes a second to load, and most command lines do not need it.
     from mixlora_exp.adapters.saved import saved_settings
 
     settings = saved_settings(folder)
@@ -109,8 +109,8 @@ def _method(peft_type: str, dora: bool) -> str:
 
 
 def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
-    """What is known of the run that wrote an adapter: from the record beside it, if it tells of
-    these very weights. Tables need it to know which cell the scores belong to."""
+    """Facts about the run that trained an adapter, from the record next to it if that record has
+    the hash of these weights. Tables need them to find the cell that the scores belong to."""
     if not path.exists():
         return None
     record = read_run(path)
@@ -139,11 +139,12 @@ def _check_base(config: Config, adapter: dict[str, Any] | None) -> None:
 def check_known_base(
     config: Config, folder: Path, trained_by: dict[str, Any] | None = None
 ) -> None:
-    """Refuse an adapter that is known to be trained on other weights, before any are loaded.
-    `trained_by`: the record of the run that left it.
+    """Refuse an adapter that is known to be trained on other base weights, before loading any.
+
+    `trained_by`: the record of the run that trained it.
 
     Raises:
-        UserError: its weights are others than those of `config.model`.
+        UserError: its base model has other weights than `config.model`.
     """
     if config.base is Base.accept:
         return
@@ -160,7 +161,7 @@ def check_known_base(
 
 
 def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
-    """The kernel that computes the adapter, None without one."""
+    """The kernel that computes the adapter, or None without an adapter."""
     if adapter is None and not isinstance(config.method, LoraMethodConfig):
         return None
     device = resolve_device().type
@@ -178,8 +179,8 @@ def _check_head(config: Config) -> None:
         return
     if resolve_device().type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
-            "trainer.head=liger needs a CUDA GPU and the package liger-kernel, which are not both "
-            "here: use trainer.head=auto"
+            "trainer.head=liger needs a CUDA GPU and the package liger-kernel, and at least one is "
+            "missing: use trainer.head=auto"
         )
 
 
@@ -187,9 +188,9 @@ def _check_processes(config: Config) -> None:
     count = processes().num_processes
     if config.trainer.auto_micro_batch and count > 1:
         raise UserError(
-            f"trainer.auto_micro_batch=true is for one process, and {count} were started, of which "
-            "some may have memory enough and would wait for the others: set a smaller "
-            "trainer.micro_batch_size"
+            f"trainer.auto_micro_batch=true supports one process, but {count} were started, and "
+            "those that do not run out of memory would wait for the others: set a smaller "
+            "trainer.micro_batch_size instead"
         )
 
 
@@ -203,7 +204,7 @@ def _check_tracker(config: Config) -> None:
 
 
 def gather_inputs(config: Config) -> Inputs:
-    """Read the data and say what else the run reads, with hashes.
+    """Read the data, and identify all inputs of the run by hashes.
 
     Raises:
         UserError: data, model folder, adapter or tracker is missing or damaged.
@@ -230,12 +231,14 @@ def gather_inputs(config: Config) -> Inputs:
 
 
 def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
-    """Check what runs would read and compute with, data that they share once; nothing on the hub.
-    `elsewhere`: they run on other machines, whose GPUs and packages this one does not know; nor
-    does one that only makes a plan.
+    """Check the inputs and requirements of runs, without accessing the hub; shared data are checked
+    once.
+
+    `elsewhere`: the runs execute on other machines, so GPU and packages are not checked (nor are
+    they for a dry run).
 
     Raises:
-        UserError: something is missing or damaged, or is not for this machine.
+        UserError: an input is missing or damaged, or this machine lacks a requirement.
     """
     checked: set[str] = set()
     for config in map(resolve_config, configs):
@@ -252,7 +255,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
         _check_base(config, adapter)
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue
-        # Cells that differ in the method alone read the same.
+        # Cells that differ only in the method read the same data.
         parts = (config.model, config.task, config.data, config.evaluation, _wanted(config))
         key = json.dumps([to_dict(part) for part in parts])
         if key not in checked:
@@ -261,7 +264,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
 
 
 def _check_items(config: Config) -> None:
-    """Read the items and, where the tokenizer is at hand, check that they can be scored."""
+    """Read the items and, if the tokenizer is available locally, check that they can be scored."""
     inputs = Inputs(_splits(config), {})
     tests = {task: scored_split(config, inputs, task) for task in config.task.evaluate}
     if not has_local_tokenizer(config.model):
@@ -272,24 +275,25 @@ def _check_items(config: Config) -> None:
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """What of an identity must be the same for a run to resume: where files lie does not count."""
+    """The part of an identity that must match for a run to resume; file locations are excluded."""
     data = {split: [file["sha256"] for file in files] for split, files in identity["data"].items()}
     model = {k: v for k, v in identity["model"].items() if k not in ("commit", "path")}
     return {**{k: v for k, v in identity.items() if k != "adapter"}, "data": data, "model": model}
 
 
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """Names of the inputs in which a finished run differs: data splits by hash, the rest whole.
+    """Names of the inputs that differ from those of a finished run; data splits are compared by
+    hash.
 
-    A hub model's commit is known only once it is loaded, so it is not compared; nor is a
-    fingerprint that is not known yet.
+    A hub model's commit is known only after loading, so it is not compared; nor is a fingerprint of
+    the weights that is not known yet.
     """
     found = []
     for split, files in now["data"].items():
         hashes = [file["sha256"] for file in files]
         if [file["sha256"] for file in then["data"].get(split, [])] != hashes:
             found.append(split)
-    # Records from before it was noted have no code.
+    # Older records do not contain the code's hash.
     names = ("model", "adapter", "kernel", "dtype", *(["code"] if "code" in then else []))
     for name in names:
         old, new = then.get(name), now[name]
@@ -303,10 +307,10 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
 
 
 def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
-    """The items of a task that are scored.
+    """The items of a task to score.
 
     Raises:
-        UserError: training leaves no row over.
+        UserError: with `evaluation.held_out`, training uses all rows.
     """
     limit, seed = config.evaluation.limit, config.data.seed
     if not config.evaluation.held_out:
@@ -316,7 +320,7 @@ def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
     if not found.items:
         field = f"train_limits.{task}" if task in config.data.train_limits else "train_limit"
         raise UserError(
-            f"data.{field}={trained} leaves no row of {task} over to score "
-            "(evaluation.held_out=true): choose a smaller one"
+            f"data.{field}={trained} leaves no row of {task} to score "
+            "(evaluation.held_out=true): choose a smaller limit"
         )
     return found

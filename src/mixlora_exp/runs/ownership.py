@@ -1,4 +1,4 @@
-"""A run while it is under way: who works on it, and what is left when it fails."""
+"""Ownership of a running run by one process, and the note of a failure in its folder."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ LOCK, FAILURE = "lock", "failure.json"
 
 
 class LostRun(UserError):
-    """Another process works on the run now."""
+    """Another process has taken over the run."""
 
 
 class GivenUp(Exception):
-    """Who watches a run has seen enough of it. It did not fail."""
+    """The `watch` callback ended the run (pruned trial). The run did not fail."""
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[RunLock | None]:
-    """The lock of a run while the context lasts, None where another process works on it."""
+    """Hold the lock of a run within the context; yields None if another process holds it."""
     lock, free = RunLock(folder / LOCK), [True]
     if processes().is_main_process:
         free = [lock.acquire()]
@@ -47,7 +47,7 @@ def held(folder: Path) -> Iterator[RunLock | None]:
     if not free[0]:
         holder = holder_of(folder / LOCK) or {}
         where = f" ({holder.get('host')}, process {holder.get('pid')})" if holder else ""
-        say(f"Running elsewhere{where}, left alone: {folder}")
+        say(f"Skipped, another process is running it{where}: {folder}")
         yield None
         return
     with lock:
@@ -56,7 +56,7 @@ def held(folder: Path) -> Iterator[RunLock | None]:
 
 @contextlib.contextmanager
 def failure_noted(folder: Path, lock: RunLock) -> Iterator[None]:
-    """Leave the reason in the run's folder if it fails, and take an older one away."""
+    """Remove an earlier failure's note from the run's folder, and write one if the run fails."""
     forget_failure(folder)
     try:
         yield
@@ -68,7 +68,7 @@ def failure_noted(folder: Path, lock: RunLock) -> Iterator[None]:
 
 
 def note_failure(folder: Path, error: BaseException | str, lock: RunLock) -> None:
-    """Leave the reason of a failure in the run's folder, unless it is another process's now."""
+    """Write the reason of a failure to the run's folder, unless another process has taken over."""
     if not lock.held():
         return
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
@@ -77,18 +77,18 @@ def note_failure(folder: Path, error: BaseException | str, lock: RunLock) -> Non
 
 
 def forget_failure(folder: Path) -> None:
-    """Take away what an earlier failure left."""
+    """Remove the note of an earlier failure."""
     (folder / FAILURE).unlink(missing_ok=True)
 
 
 def check_lock(folder: Path, lock: RunLock) -> None:
-    """Refuse to write where another process has taken a run over.
+    """Refuse to write to a run that another process has taken over.
 
     Raises:
-        UserError: this process stood still for so long that another one took it for dead.
+        LostRun: this process was suspended for so long that another one considered it dead.
     """
     if not lock.held():
         raise LostRun(
-            f"{folder}: another process has taken this run over, since this one had not been heard "
-            "of for a while; it goes on there, nothing more is written here"
+            f"{folder}: another process took over this run, because this one did not respond for "
+            "a while; the run continues there, and this process stops writing"
         )

@@ -1,4 +1,4 @@
-"""How the scores of a run are written down: figures in the record, items in files beside it."""
+"""Writes the scores of a run: summary values for the record, predictions per item as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def score_entry(score: TaskScore) -> dict[str, Any]:
 
 
 def write_predictions(folder: Path, scores: Sequence[TaskScore]) -> dict[str, str]:
-    """One JSON line per item; returns file names by task and protocol."""
+    """Write one JSON line per item; returns file names by `task/protocol`."""
     names = {}
     for score in scores:
         name = predictions_name(score.task, score.protocol)

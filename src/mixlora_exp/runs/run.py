@@ -1,6 +1,6 @@
-"""One run, end to end: data, base model, adapter, training, disk, reload, scores, record.
+"""One run, end to end: data, base model, adapter, training, saving, reloading, scores, record.
 
-The only module that knows every room. What is scored is what was loaded back from disk.
+Scores come from the adapter loaded back from disk.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ __all__ = [
 
 CHECKPOINTS = "checkpoints"
 Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
-"""Of each task and protocol, and items and seconds by protocol."""
+"""Scores per task and protocol; and per protocol the number of items and the seconds."""
 
 
 @dataclass(slots=True)
 class Run:
-    """What the steps of a run share."""
+    """State shared by the steps of a run."""
 
     config: Config
     folder: Path
@@ -92,12 +92,12 @@ class Run:
     watch: Callable[[int, float], None] | None = None
 
     def checkpoints(self) -> Checkpoints:
-        """Of this run; those of other data, code or settings are not its own."""
+        """The checkpoints of this run, identified by its data, code and settings."""
         of = {**self.inputs.identity, "fingerprint": fingerprint(self.config)}
         folder, keep = self.folder / CHECKPOINTS, self.config.trainer.keep_checkpoints
-        # As JSON has it, in which it is compared.
+        # Through JSON, because it is compared with an identity read from JSON.
         identity = json.loads(json.dumps(comparable(of)))
-        # A forced run replaces what other inputs left, and resumes its own after a kill.
+        # A forced run replaces checkpoints of other inputs, and resumes its own after a kill.
         return Checkpoints(folder, identity, keep, self.check_owner, replace=self.config.force)
 
     def check_owner(self) -> None:
@@ -105,63 +105,64 @@ class Run:
         check_lock(self.folder, self.lock)
 
     def begin(self) -> None:
-        """Make the run's folder; from here on it holds no finished run.
+        """Create the run's folder and remove an older record.
 
         Raises:
-            UserError: it cannot be written, or another process works on the run.
+            UserError: the folder cannot be written, or another process has taken over the run.
         """
         try:
             self.check_owner()
             if (self.folder / RECORD).exists():
-                # A run that is done again starts from the beginning.
+                # A repeated run starts from the beginning.
                 self.checkpoints().clear()
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / RECORD).unlink(missing_ok=True)
-            # What a process was writing when it was killed.
+            # Files that a killed process was writing.
             for pattern in (".*.tmp", "predictions/.*.tmp"):
                 for left in self.folder.glob(pattern):
                     left.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"output_dir={self.folder.parent}: cannot be written ({error.strerror}); choose "
-                "another"
+                f"output_dir={self.folder.parent} cannot be written ({error.strerror}): choose "
+                "another folder"
             ) from error
 
     @property
     def adapter_folder(self) -> Path:
-        """Where the adapter that is scored lies: the one given, or the one that the run trains."""
+        """Folder of the adapter to score: the given one, or the one that the run trains."""
         given = self.config.adapter
         return self.folder / "adapter" if given is None else Path(given).expanduser()
 
     def load_base(self) -> PreTrainedModel:
-        """The base model on this process's device; the seed is set to the run's."""
+        """Load the base model to this process's device, and set all seeds to the run's seed."""
         say(special_tokens_line(self.tokenizer))
         device = resolve_device()
         set_seed(self.config.seed)
         base = load_model(self.config.model, self.dtype, self.config.seed, device)
         if device.type == "cpu" or self.config.trainer.padding_in_loss:
-            # On short sequences a CPU runs plain attention 2 to 3 times faster than the fused one.
-            # Padding in front sees nothing: plain attention then averages over the whole row, as in
-            # the official packages, the fused one gives zero.
+            # On short sequences eager attention is 2 to 3 times faster on a CPU than SDPA. Left
+            # padding attends to nothing: eager attention then averages over the whole row, as in
+            # the official packages, whereas SDPA gives zero.
             base.set_attn_implementation("eager")
         return base
 
     def score_base(self, base: PreTrainedModel) -> list[TaskScore]:
-        """Scores of the base model before training."""
+        """Score the base model before training."""
         say("Scoring the base model")
         return _score(self, base)[0]
 
 
 def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Path | None:
-    """Carry out `config`; returns the path of its record, None for a dry run. `watch` is told step
-    and loss (without router loss) while it trains, and may raise `GivenUp` to end it.
+    """Execute the run that `config` describes and return the path of its record; None for a dry
+    run, or if another process is executing it.
 
-    A finished run of the same fingerprint on the same inputs is not repeated unless `force` is
-    set. The record is written last, so a folder without one holds no result. Started by torchrun or
-    accelerate, all processes train and the first one does the rest.
+    `watch` is called with step and loss (without router loss) during training, and may raise
+    `GivenUp` to end the run. A finished run of the same fingerprint on the same inputs is not
+    repeated unless `force` is set. The record is written last, so a folder without one holds no
+    result. Under torchrun or accelerate, all processes train and the first one does the rest.
 
     Raises:
-        UserError: something that the user can mend; nothing is recorded.
+        UserError: the user can fix the cause; nothing is recorded.
     """
     first = processes().is_main_process
     be_quiet(not first)
@@ -170,7 +171,7 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
         check_inputs([config])
         print_plan(config, adapter_entry(config))
         return None
-    # Inputs first: their mistakes are the commonest and the quickest to find.
+    # Inputs first: most mistakes are there, and are found fastest.
     inputs = gather_inputs(config)
     name = run_name(config, inputs.identity["adapter"])
     folder = Path(config.output_dir).expanduser() / name
@@ -184,7 +185,7 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
         if lock is None:
             return None
         if record_path.exists() and not config.force:
-            # Another process finished it between the look above and the lock.
+            # Another process finished it between the check above and the lock.
             return finished(record_path, inputs, config)
         this.lock = lock
         say(first_line(folder.name, config, inputs.identity["adapter"]))
@@ -195,7 +196,7 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
 
 @contextlib.contextmanager
 def tracked(this: Run) -> Iterator[None]:
-    """The run's tracker while the context lasts, which gets the run's scores at its end."""
+    """Run the tracker within the context; at the end it receives the run's scores."""
     if processes().is_main_process:
         this.tracker = start_tracker(this.config, this.folder, fingerprint(this.config))
     try:
@@ -207,11 +208,11 @@ def tracked(this: Run) -> Iterator[None]:
 
 
 def write_record(this: Run, record: dict[str, Any]) -> Path:
-    """Write and show the record of a finished run."""
+    """Write and print the record of a finished run, and remove its checkpoints."""
     this.check_owner()
     path = this.folder / RECORD
     write_json(path, finish_record(record))
-    # Not needed any more, once the record is on the disk.
+    # Only now: checkpoints are needed until the record is on disk.
     this.checkpoints().clear()
     print_record(record)
     say(f"Record: {path}")
@@ -219,25 +220,30 @@ def write_record(this: Run, record: dict[str, Any]) -> Path:
 
 
 def finished(path: Path, inputs: Inputs, config: Config) -> Path:
-    """Show a finished run of `config`, if its inputs were those of now."""
+    """Print the finished run of `config` in the record at `path`, and return `path`.
+
+    Raises:
+        UserError: its inputs have changed, its adapter was modified, or its micro-batches were
+            halved and `trainer.auto_micro_batch` is not set.
+    """
     record = read_run(path)
     changed = differences(inputs.identity, record)
     if changed:
         raise UserError(
-            f"{path} is a finished run of the same settings on other inputs "
+            f"{path} is a finished run with the same settings but other inputs "
             f"({', '.join(changed)} differ): choose another output_dir, or force=true to replace it"
         )
     weights = path.parent / "adapter" / "adapter_model.safetensors"
     saved = record.get("saved_adapter")
     if saved is not None and weights.is_file() and file_sha256(weights) != saved["sha256"]:
         raise UserError(
-            f"{weights} is not what the run wrote: restore it, or force=true to run it again"
+            f"{weights} was modified after the run: restore it, or force=true to run it again"
         )
     halved = (record["train"] or {}).get("halved_micro_batch")
     if halved is not None and not config.trainer.auto_micro_batch:
         raise UserError(
-            f"{path} is a finished run whose micro-batches were halved to {halved} for want of "
-            "memory: trainer.auto_micro_batch=true takes it as it is, force=true runs it again"
+            f"{path} is a finished run with micro-batches halved to {halved} for lack of memory: "
+            "trainer.auto_micro_batch=true accepts it, force=true runs it again"
         )
     say(f"Already finished: {path}. force=true runs it again.")
     with odd_fields(path):
@@ -267,7 +273,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
 
 
 def start(config: Config, folder: Path, inputs: Inputs) -> Run:
-    """What the steps of a run share; everything that can be checked without weights is."""
+    """Create the state shared by the steps of a run, and check all that needs no weights."""
     this = Run(
         config,
         folder,
@@ -276,7 +282,7 @@ def start(config: Config, folder: Path, inputs: Inputs) -> Run:
         {task: scored_split(config, inputs, task) for task in config.task.evaluate},
         resolve_dtype(config.trainer.precision, resolve_device()),
         time.time(),
-        # Now, not at the end: the code that runs is the code of this moment.
+        # At the start: files of the code may change while the run executes.
         provenance(ROOT, hardware_names()),
     )
     for protocol in config.evaluation.protocols:
@@ -291,7 +297,7 @@ def finish(
     before: list[TaskScore] | None,
     found: Scores,
 ) -> dict[str, Any]:
-    """Write the predictions of a run and return its record."""
+    """Write the predictions of a run and return its record, not yet written."""
     config, folder = this.config, this.folder
     after, scoring = found
     saved = None
@@ -333,8 +339,8 @@ def training_examples(this: Run) -> list[Example]:
 
 
 def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
-    """Train an adapter on `base`, save it to the run's folder and take it off again; nothing of it
-    is left in memory."""
+    """Train an adapter on `base`, save it to the run's folder, and remove it from `base` and from
+    memory."""
     examples = training_examples(this)
     say(f"Training {this.config.method.name} on {len(examples)} examples")
     checkpoints = this.checkpoints()
@@ -366,7 +372,7 @@ def _fit(this: Run, base: PreTrainedModel, examples: list[Example], config: Conf
 
 
 def score_alone(this: Run, base: PreTrainedModel) -> Scores:
-    """Score the adapter of a run, loaded back from disk, and take it off again."""
+    """Score the adapter of a run, loaded back from disk, and remove it from `base`."""
     accept = this.config.base is Base.accept
     model = load_adapter(base, this.adapter_folder, this.config.kernel, accept=accept)
     found = _score(this, model)
@@ -382,8 +388,8 @@ def _score(this: Run, model: torch.nn.Module) -> Scores:
 
 
 def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> Scores:
-    """Scores of every task under every protocol, each by a scorer of its own, and how long each
-    protocol took. `label` stands before what is told."""
+    """Score every task under every protocol, each protocol with a new scorer. `label` precedes the
+    printed lines."""
     config, scores, times = this.config, [], {}
     for protocol in config.evaluation.protocols:
         start = time.perf_counter()

@@ -1,5 +1,5 @@
-"""Several runs on one base model: trained and scored in the same passes, recorded each as if it
-were alone."""
+"""Several runs on one base model: trained and scored in the same forward passes, each recorded as
+if it had run alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ __all__ = ["run_together", "score_together"]
 
 
 class _Pack:
-    """The runs of one pack that are under way, and what became of the others."""
+    """The active runs of one pack, the records of finished ones, and the failures."""
 
     def __init__(self) -> None:
         self.paths: list[Path] = []
@@ -58,7 +58,7 @@ class _Pack:
         self.failures: dict[str, str] = {}
 
     def fail(self, folder: Path, error: BaseException | str) -> None:
-        """One run ends; the others go on."""
+        """Note the failure of one run and remove it; the others continue."""
         self.failures[folder.name] = str(error)
         for this in self.runs:
             if this.folder == folder:
@@ -66,7 +66,7 @@ class _Pack:
         self.runs = [this for this in self.runs if this.folder != folder]
 
     def end(self) -> list[Path]:
-        """The records.
+        """The paths of the records.
 
         Raises:
             PackError: a run failed.
@@ -77,7 +77,7 @@ class _Pack:
             raise PackError(reasons[0], done=done, failed=failed)
         if self.failures:
             raise PackError(
-                f"{failed} of {failed + done} adapters were taken out"
+                f"{failed} of {failed + done} adapters failed"
                 f"{', the others are recorded' if self.paths else ''}: "
                 + "; ".join(f"{name}: {why}" for name, why in self.failures.items()),
                 done=done,
@@ -87,13 +87,14 @@ class _Pack:
 
 
 def run_together(configs: Sequence[Config]) -> list[Path]:
-    """Carry out runs that share a base; returns the paths of their records, none for a dry run.
+    """Execute runs that share a base model; returns the paths of their records, none for a dry run.
 
-    Finished runs are left out, and those that another process works on. One that fails, in its data
-    or in training or in scoring, is told of when the others are done and recorded.
+    Skips finished runs and those that another process is executing. A run that fails, in its data,
+    training or scoring, is reported after the others are recorded.
 
     Raises:
-        UserError: the runs cannot share a base, or something that the user can mend failed.
+        UserError: the runs cannot share a base model, or a run failed for a reason that the user
+            can fix (`PackError`).
     """
     if len(configs) == 1:
         path = run(configs[0])
@@ -102,7 +103,7 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
     check_together(configs, [run_name(config) for config in configs])
     for config in configs:
         if config.adapter is not None:
-            # Also one that is scored by itself would leave its base changed.
+            # Even if it is scored alone, it would leave the base model changed.
             check_shareable(Path(config.adapter).expanduser())
     if configs[0].dry_run:
         check_inputs(list(configs))
@@ -112,8 +113,8 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
         return []
     if processes().num_processes > 1:
         raise UserError(
-            "adapters: several adapters train in one process; start it without torchrun, or train "
-            "them one by one"
+            "adapters: several adapters train together only in one process: start train.py without "
+            "torchrun, or train them one by one"
         )
     pack = _Pack()
     with contextlib.ExitStack() as stack:
@@ -138,7 +139,7 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
 def _enter(
     pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Path, inputs: Inputs
 ) -> None:
-    """Take a run into the pack, unless it is finished or somebody else's."""
+    """Add a run to the pack, unless it is finished or another process is executing it."""
     if (folder / RECORD).exists() and not config.force:
         pack.paths.append(finished(folder / RECORD, inputs, config))
         return
@@ -185,7 +186,7 @@ def _jobs(pack: _Pack) -> list[Job]:
     jobs = []
     for this in list(pack.runs):
         if not isinstance(this.config.method, LoraMethodConfig):
-            continue  # Its adapter exists, and is only scored.
+            continue  # An existing adapter is only scored.
         try:
             this.begin()
             job = make_job(
@@ -205,8 +206,7 @@ def _jobs(pack: _Pack) -> list[Job]:
 
 
 def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
-    """Train the pack's adapters, save them and take them off again; nothing of them is left in
-    memory."""
+    """Train and save the pack's adapters, then remove them from `base` and from memory."""
     jobs = _jobs(pack)
     if not jobs:
         return {}
@@ -238,11 +238,10 @@ def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
 def score_together(
     runs: Sequence[Run], base: PreTrainedModel
 ) -> Mapping[str, Scores | BaseException]:
-    """Score the adapters of several runs, loaded back from disk, in the same passes; by the names
-    of the runs, with the error where one failed.
+    """Score the adapters of several runs, loaded back from disk, in the same forward passes.
 
-    lm-eval, which is not made for several threads, and dropout, which is drawn per pass, take
-    each adapter by itself, and so does an adapter whose shared pass failed.
+    Returns scores, or the error, by run name. Adapters are scored alone under lm-eval (not
+    thread-safe), with dropout (drawn per pass), and after a shared pass failed.
     """
     say(f"Scoring {len(runs)} adapters loaded back from disk")
     shared = {

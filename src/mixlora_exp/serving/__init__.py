@@ -1,1 +1,1 @@
-"""A finished adapter in use: opened, continued text, merged."""
+"""Use of trained adapters: loading, text generation, merging."""

@@ -1,4 +1,4 @@
-"""Answers to prompts, printed: word by word for one adapter, as JSON lines in batches otherwise."""
+"""Prints answers to prompts: streamed for one adapter, otherwise in batches as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mixlora_exp.serving.text_generation import check_chat, continuations
 
 
 def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
-    """Answer what the command line asks; `words` are the overrides that choose the base model.
+    """Answer the prompts in `settings`; `words` are the overrides that choose the base model.
 
     Raises:
-        UserError: an adapter cannot be used, or a prompt not be read or answered.
+        UserError: an adapter cannot be used, or a prompt cannot be read or answered.
     """
     asked = None
     if settings.prompts is not None:
@@ -47,7 +47,7 @@ def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
 
 
 def _show(opened: Opened, settings: GenerateConfig, prompts: Iterable[str]) -> None:
-    """Answer prompts one by one, word by word as they come; a chat remembers what was said."""
+    """Answer prompts one by one, streamed; a chat keeps its earlier turns."""
     turns: list[dict[str, str]] = []
     for prompt in prompts:
         turns.append({"role": "user", "content": prompt})
@@ -62,7 +62,7 @@ def _sampling(settings: GenerateConfig) -> dict[str, Any]:
 
 
 def _each_adapter(opened: Opened, asked: Sequence[Asked]) -> list[Asked]:
-    """Every prompt with the adapter that answers it: its own, or each of them."""
+    """Every prompt with each adapter that answers it: its `adapter`, or all of them."""
     found = []
     for one in asked:
         labels = opened.adapters or [None] if one.adapter is None else [one.adapter]
@@ -71,7 +71,7 @@ def _each_adapter(opened: Opened, asked: Sequence[Asked]) -> list[Asked]:
 
 
 def _answer_all(opened: Opened, settings: GenerateConfig, asked: Sequence[Asked]) -> None:
-    """Answer prompts in batches, as JSON lines."""
+    """Answer prompts in batches and print JSON lines."""
     asked = _each_adapter(opened, asked)
     turns = [[{"role": "user", "content": a.prompt}] if settings.chat else a.prompt for a in asked]
     answers = continuations(

@@ -1,8 +1,7 @@
-"""Merging an adapter into its base model: a plain checkpoint that computes what the adapter does.
+"""Merges an adapter into its base model, and writes a plain checkpoint.
 
-Memory: one copy of the model at a time, in the precision that is written, and one adapted layer
-more, in float64. The vocabulary matrix is copied where an adapter on it ends the tie between
-embedding and output projection.
+Memory: one copy of the model, in the written precision, and one adapted layer in float64. The
+vocabulary matrix is copied if an adapter on it unties embedding and output projection.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ __all__ = ["merge", "write_merged"]
 
 
 def _untie(base: PreTrainedModel) -> bool:
-    """Give the output projection a weight of its own where it shares the embedding's and an
-    adapter stands on one of the two, whose change would else be the other's as well."""
+    """Copy the output projection's weight if it is tied to the embedding and one of the two has an
+    adapter, which would otherwise also change the other. Returns whether it was copied."""
     ends = base.get_output_embeddings(), base.get_input_embeddings()
     if not any(isinstance(end, BaseTunerLayer) for end in ends):
         return False
     if any(isinstance(end, AuxiliaryTrainingWrapper) for end in ends):
-        return False  # A copy already, which PEFT puts in the place of what was shared.
+        return False  # PEFT has already replaced the tied weight with a copy.
     head, embedding = (e.get_base_layer() if isinstance(e, BaseTunerLayer) else e for e in ends)
     if head.weight is not embedding.weight:
         return False
@@ -44,12 +43,12 @@ def _untie(base: PreTrainedModel) -> bool:
 
 
 def merge(opened: Opened) -> PreTrainedModel:
-    """The base model with the adapter in its weights. Embedding and output projection are tied
-    afterwards only if they are equal. `opened` cannot be used any more.
+    """The base model with the adapter merged into its weights. Embedding and output projection are
+    tied afterwards only if they are equal. `opened` must not be used afterwards.
 
     Raises:
-        UserError: the adapter is a mixture, which no single weight can stand for, or PEFT cannot
-            merge it.
+        UserError: the adapter is a mixture of experts, which cannot be merged, or PEFT cannot merge
+            it.
     """
     model = _mergeable(opened)
     untied = _untie(model.get_base_model())
@@ -65,14 +64,18 @@ def merge(opened: Opened) -> PreTrainedModel:
 
 
 def _mergeable(opened: Opened) -> PeftModel:
-    """The adapter's model, if its method can be merged at all; `UserError` if not."""
+    """The adapter's model.
+
+    Raises:
+        UserError: there is no adapter, or its method cannot be merged.
+    """
     model = opened.model
     if not isinstance(model, PeftModel):
-        raise UserError("adapter=null: there is nothing to merge; name an adapter's folder")
+        raise UserError("adapter=null: there is nothing to merge; give an adapter's folder")
     if model.peft_config[model.active_adapter].peft_type == "MIXLORA":
         raise UserError(
             "a MixLoRA or MixDoRA adapter cannot be merged: its router chooses experts for each "
-            "token, and one weight cannot stand for all of them. Load it with "
+            "token, which no single weight can represent. Load it with "
             "PeftModel.from_pretrained instead"
         )
     return model
@@ -80,14 +83,14 @@ def _mergeable(opened: Opened) -> PeftModel:
 
 def write_merged(opened: Opened, folder: Path) -> None:
     """Write the merged model with its tokenizer, in the transformers format. The folder appears
-    only after it was read back and found to compute what the adapter does. `opened` cannot be used
-    any more.
+    only after it was read back and its outputs match those of the adapter. `opened` must not be
+    used afterwards.
 
     Raises:
         UserError: the folder exists or cannot be written, the adapter cannot be merged, or the
             checkpoint is wrong.
 
-    Logs a warning where the written precision cannot hold what the adapter changes.
+    Logs a warning if the written precision is too low for the adapter's effect.
     """
     if os.path.lexists(folder):
         raise _exists(folder)
@@ -111,4 +114,4 @@ def write_merged(opened: Opened, folder: Path) -> None:
 
 
 def _exists(folder: Path) -> UserError:
-    return UserError(f"{folder} exists already: name another folder, or remove it")
+    return UserError(f"{folder} already exists: name another folder, or remove it")

@@ -1,8 +1,8 @@
-"""Whether a merged checkpoint, read back, is what the adapter makes of its base model.
+"""Verifies that a merged checkpoint, read back, computes the same as base model and adapter.
 
-Three looks, of which each sees what the others cannot: the weights of a layer with an adapter, by
-what they make of a few random tokens in float64, measured against the adapter's own effect; every
-other tensor, by its bits; and the whole model in the precision that it is used in.
+Three complementary checks: outputs of each adapted layer on a few random tokens in float64,
+relative to the adapter's effect; all other tensors, bitwise; and the outputs of the whole model in
+its own precision.
 """
 
 from __future__ import annotations
@@ -32,48 +32,52 @@ __all__ = ["Expected", "check", "expect", "merged_by_peft"]
 _LOG = logging.getLogger(__name__)
 
 SHAPE = (2, 16)
-"""Rows and tokens on which the written checkpoint is compared with the adapter."""
+"""(rows, tokens) on which the written checkpoint is compared with the adapter."""
 EFFECT = {torch.float32: 1e-3, torch.bfloat16: 1 / 3}
-"""Error of an adapted layer's output, relative to what the adapter changes in it. In bf16 PEFT
-rounds LoRA's product before it adds it, which turns the sum's rounding round where two numbers are
-equally near (measured over 210 layers: 0.08 of effects from 0.002 of the output on, 0.2 of effects
-near 0.001, 0.3 near 0.0001, of which bf16 keeps little). DoRA's weight is rounded once."""
+"""Tolerated error of an adapted layer's output, relative to the adapter's effect on it. In bf16
+PEFT rounds LoRA's product before the addition, which changes the rounding of the sum near ties
+(measured over 210 layers: 0.08 for effects of at least 0.002 of the output, 0.2 for effects near
+0.001, 0.3 near 0.0001, of which bf16 keeps little). DoRA's weight is rounded once."""
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-14}
-"""An error beside it, relative to the output's norm: float32's own rounding (measured: 3e-7), and
-in bf16 the smallest effects of the above (measured: 5e-5)."""
+"""Tolerated additional error, relative to the output's norm: rounding in float32 (measured: 3e-7),
+and in bf16 the smallest effects above (measured: 5e-5)."""
 LAYER = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
-"""Error of a layer's output in the model's own precision, kernels included, on the same input and
-relative to the output's norm. In float32 only the order of sums differs (measured: 1e-6). In bf16
-weight and output are rounded once more, each by up to 2^-9 of itself, and of more where terms
-cancel (measured: 0.004 for most layers, 0.01 for the worst). An adapter that changes less may well
-be kept by the weights, so its layers are looked at in float64 too."""
+"""Tolerated error of a layer's output in the model's own precision, including kernels, on the same
+input, relative to the output's norm. In float32 only the order of sums differs (measured: 1e-6). In
+bf16 weight and output are rounded once more, each by up to 2^-9 relative, and by more where terms
+cancel (measured: 0.004 for most layers, at most 0.01). Since an adapter's effect may be smaller,
+adapted layers are also checked in float64."""
 LOGITS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""The same of the logits, less their mean, to which the errors of all layers grow (measured: 5e-6
-and 0.05 over 30 layers). It tells of what no single layer shows, such as a lost configuration."""
+"""Tolerated relative error of the centred logits, in which the errors of all layers accumulate
+(measured: 5e-6 and 0.05 over 30 layers). Detects what no single layer shows, such as a missing
+configuration field."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """An adapted layer's outputs in float64: by its merged weights, each rounded once to the
-    written precision, and the norms that an error is measured by."""
+    """Expected output of a merged layer in float64, with weights rounded once to the written
+    precision, and norms for the error bound. `size`: norm of the exact output."""
 
     rounded: Tensor
     size: float
     effect: float
-    """Norm of what the adapter changes."""
+    """Norm of the adapter's effect on the output."""
     lost: float
-    """Norm of what rounding takes away."""
+    """Norm of the rounding error."""
 
     def bound(self, dtype: torch.dtype) -> float:
-        """Norm of the error that rounding explains."""
+        """Maximum norm of an error that rounding explains."""
         return EFFECT[dtype] * self.effect + ROUNDING[dtype] * self.size
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a checkpoint has to be. `modules`: by its name what each module with weights took and
-    gave in a pass over `ids`, an adapter's layer as one. `inside`: what the names of the tensors
-    begin with that adapters stand on. `unchanged`: hashes of all others."""
+    """Reference values for a merged checkpoint.
+
+    `modules`: input and output of each module with weights in a forward pass over `ids`, by name
+    (an adapted layer counts as one module). `inside`: name prefixes of tensors in adapted layers.
+    `unchanged`: hashes of all other tensors.
+    """
 
     dtype: torch.dtype
     ids: Tensor
@@ -86,10 +90,10 @@ class Expected:
 
 @contextmanager
 def merged_by_peft(model: PeftModel) -> Iterator[None]:
-    """Turn what PEFT raises when it cannot merge an adapter of `model` into a `UserError`."""
+    """Convert PEFT's exceptions when merging an adapter of `model` into a `UserError`."""
     try:
         with warnings.catch_warnings():
-            # PEFT tells of a tie that has ended.
+            # PEFT warns about untied weights.
             warnings.simplefilter("ignore", UserWarning)
             yield
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -111,7 +115,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _with_weights(base: nn.Module) -> dict[str, nn.Module]:
-    """The modules that have weights of their own, an adapter's layer with all in it as one."""
+    """The modules that directly own weights, by name; an adapted layer counts as one module."""
     found: dict[str, nn.Module] = {}
     for name, module in base.named_modules():
         weights = _is_adapted(module) or any(True for _ in module.parameters(recurse=False))
@@ -121,10 +125,11 @@ def _with_weights(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def expect(model: PeftModel, dtype: torch.dtype) -> Expected:
-    """What a checkpoint of `model` merged and written in `dtype` has to be; `model` stays as it is.
+    """Reference values for a checkpoint of `model`, merged and written in `dtype`; `model` is not
+    changed.
 
     Raises:
-        UserError: PEFT cannot merge the adapter, or what it merges is something else.
+        UserError: PEFT cannot merge the adapter, or a merged layer computes something else.
     """
     base = model.get_base_model()
     vocabulary = base.get_input_embeddings().weight.shape[0]
@@ -156,8 +161,8 @@ def expect(model: PeftModel, dtype: torch.dtype) -> Expected:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A copy in float64, which computes as PEFT does: the fused kernels have no float64."""
-    # PEFT's layers keep what they were made with, which may be what another layer computed.
+    """A copy in float64 that uses the kernel `peft`, since the fused kernels lack float64."""
+    # PEFT's layers keep their constructor arguments, which may contain activations.
     memo = {id(m.kwargs): {} for m in module.modules() if hasattr(m, "kwargs")}
     copied = deepcopy(module, memo).double()
     set_kernel(copied, "peft")
@@ -169,7 +174,8 @@ def _in_float64(module: nn.Module, taken: Tensor) -> Tensor:
 
 
 def _expect_layer(name: str, module: nn.Module, taken: Tensor, dtype: torch.dtype) -> _Layer:
-    """Merge a copy of an adapted layer in float64, and compare it with the layer itself."""
+    """Merge a copy of an adapted layer in float64, compare it with the unmerged layer, and return
+    the reference values."""
     layer = _copy(module)
     given = _in_float64(layer, taken)
     layer.enable_adapters(False)
@@ -188,16 +194,16 @@ def _expect_layer(name: str, module: nn.Module, taken: Tensor, dtype: torch.dtyp
 
 
 def _tell_of_losses(layers: Collection[_Layer], dtype: torch.dtype) -> None:
-    """Warn of an adapter that is below the rounding of bf16. An effect that float32 could not hold
-    either is none: of DoRA's magnitudes, say, that are still the norms."""
+    """Warn about adapters whose effect is lost in bf16 rounding. Effects below the rounding of
+    float32 are ignored, such as those of DoRA's untrained magnitudes."""
     nothing = ROUNDING[torch.float32]
     lost = sum(
         layer.lost > layer.effect / 2 for layer in layers if layer.effect > nothing * layer.size
     )
     if lost and dtype is torch.bfloat16:
         _LOG.warning(
-            "in %d of %d layers rounding to bf16 takes away more than half of what the adapter "
-            "changes: trainer.precision=float32 keeps it",
+            "in %d of %d layers rounding to bf16 removes more than half of the adapter's effect: "
+            "trainer.precision=float32 preserves it",
             lost,
             len(layers),
         )
@@ -215,34 +221,34 @@ def _hashes(model: nn.Module, dtype: torch.dtype, inside: tuple[str, ...]) -> di
 
 
 def _compare(name: str, found: Tensor, expected: Tensor, bound: float) -> None:
-    """Refuse a difference whose norm is above `bound`."""
+    """Refuse a difference whose norm exceeds `bound`."""
     error = float((found.double() - expected.double()).norm())
-    if not error <= bound:  # NaN is no number below it.
+    if not error <= bound:  # Also refuses NaN.
         size = float(expected.double().norm()) or 1e-30
         raise _wrong(
-            f"{name}: off by {error / size:.2g} of its size, rounding explains {bound / size:.2g}"
+            f"{name}: relative error {error / size:.2g}, rounding explains {bound / size:.2g}"
         )
 
 
 def _wrong(why: str) -> UserError:
     return UserError(
-        f"the merged checkpoint does not compute what the adapter computes ({why}), so nothing was "
-        "written: load the adapter with PeftModel.from_pretrained instead"
+        f"the merged checkpoint differs from the adapter ({why}), so nothing was written: load the "
+        "adapter with PeftModel.from_pretrained instead"
     )
 
 
 def check(written: PreTrainedModel, expected: Expected) -> None:
-    """Compare a checkpoint that was read back with what it has to be: each layer on the input
-    that it had in the adapter's model, so that rounding does not add up, and then the whole.
+    """Compare a checkpoint that was read back with the reference: each layer on the input it had in
+    the adapter's model, so that rounding errors do not accumulate, and the whole model.
 
     Raises:
-        UserError: it is something else than rounding explains.
+        UserError: it differs by more than rounding explains.
     """
     dtype = expected.dtype
     hashes = _hashes(written, dtype, expected.inside)
     for name in expected.unchanged.keys() | hashes.keys():
         if expected.unchanged.get(name) != hashes.get(name):
-            raise _wrong(f"{name} is not the base model's, and no adapter stands there")
+            raise _wrong(f"{name} differs from the base model's, but has no adapter")
     with _computing(written, dtype):
         logits = written(input_ids=expected.ids, use_cache=False).logits
         for name, (taken, given) in expected.modules.items():

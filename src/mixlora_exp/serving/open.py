@@ -1,7 +1,7 @@
-"""Use after training: an adapter on its base model.
+"""Loads adapters on their base model for use after training.
 
-The base model is the one that the record beside the adapter names, or the `model=` that is given,
-with any field of the group (`model.path=DIR`).
+The base model is the one in the record next to the adapter, or `model=NAME`, with any field of the
+group (`model.path=DIR`).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ GROUPS = ("model", "kernel", "seed", "trainer.precision", "base")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model that is ready for use, in evaluation mode, and its tokenizer.
+    """A model in evaluation mode, and its tokenizer.
 
-    `adapters`: where the model carries several, their names in it by what users call them."""
+    `adapters`: if the model has several, label (for users) -> name in the model."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class Opened:
 
 
 def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that choose the base model, and the others."""
+    """Split arguments into those that choose the base model, and the others."""
     model = [
         word
         for word in argv
@@ -66,7 +66,7 @@ def _overrides(adapter: Path | None, words: Sequence[str]) -> list[str]:
 
 
 def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
-    """Load the base model and the adapter in `adapter`; None: the base model alone.
+    """Load the base model and the adapter in `adapter`; None: only the base model.
 
     Raises:
         UserError: there is no adapter, it does not fit the model, or the model cannot be loaded.
@@ -80,12 +80,11 @@ def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
 
 
 def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
-    """Load one base model, that of the first adapter's record, and several adapters of any method
-    onto it. An adapter is called after its folder, or after the run whose `adapter/` it is.
+    """Load one base model, that of the first adapter's record, with several adapters of any method.
+    An adapter's label is the name of its folder, or of the run whose `adapter/` it is.
 
     Raises:
-        UserError: as `open_adapter`, two adapters have the same name, or their records name
-            different base models.
+        UserError: as `open_adapter`, or two adapters have the same label or different base models.
     """
     folders = labelled(adapters)
     if "base=accept" not in words:
@@ -104,10 +103,10 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
 
 
 def labelled(adapters: Sequence[str]) -> dict[str, Path]:
-    """The folders of several adapters by what each is called.
+    """The folders of several adapters, by label.
 
     Raises:
-        UserError: one is no folder, or two have the same name.
+        UserError: one is not a folder, or two have the same label.
     """
     folders: dict[str, Path] = {}
     for adapter in adapters:
@@ -115,14 +114,15 @@ def labelled(adapters: Sequence[str]) -> dict[str, Path]:
         label = (folder.parent if folder.name == "adapter" else folder).resolve().name
         if label in folders:
             raise UserError(
-                f"adapters: {folders[label]} and {folder} are both called {label}: rename a folder"
+                f"adapters: {folders[label]} and {folder} are both called {label}: rename one of "
+                "the folders"
             )
         folders[label] = folder
     return folders
 
 
 def _check_one_base(folders: Sequence[Path]) -> None:
-    """Refuse adapters of different base models, as far as the notes beside them tell."""
+    """Refuse adapters with different base models, as far as the files next to them show."""
     seen: tuple[Path, BaseIdentity] | None = None
     for folder in folders:
         base, path = read_base(folder), folder.parent / RECORD
@@ -132,8 +132,8 @@ def _check_one_base(folders: Sequence[Path]) -> None:
             continue
         if seen is not None and contradict(seen[1], base):
             raise UserError(
-                f"adapters: {seen[0]} was trained on {seen[1]}, and {folder} on {base}: "
-                "give adapters of one base model, or ask them one by one"
+                f"adapters: {seen[0]} was trained on {seen[1]}, but {folder} on {base}: "
+                "give adapters of one base model, or use them one by one"
             )
         seen = (folder, base)
 
@@ -142,21 +142,23 @@ def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> 
     for name, weight in model.named_parameters():
         if "lora_" in name and adapter in name.split(".") and not weight.isfinite().all():
             raise UserError(
-                f"adapter={folder}: {name} holds values that are no finite numbers: the training "
-                "that made it broke down; take an earlier checkpoint"
+                f"adapter={folder}: {name} contains values that are not finite, because its "
+                "training diverged: use an earlier checkpoint"
             )
 
 
 def _folder_of(adapter: str) -> Path:
-    """Where the adapter's files are: in the folder, or in `adapter/` of a run's."""
+    """The folder with the adapter's files: `adapter` itself, or `adapter/` in a run's folder."""
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
-        raise UserError(f"adapter={adapter} is no folder: give one that PEFT or train.py wrote")
+        raise UserError(
+            f"adapter={adapter} is not a folder: give a folder that PEFT or train.py wrote"
+        )
     inner = folder / "adapter"
     if (folder / "last_good").is_dir() and not inner.is_dir():
         raise UserError(
-            f"adapter={adapter} is a run that failed: adapter={folder / 'last_good'} is what is "
-            "left of it"
+            f"adapter={adapter} is a run that failed: adapter={folder / 'last_good'} is its last "
+            "good adapter"
         )
     return inner if inner.is_dir() else folder
 

@@ -1,4 +1,4 @@
-"""What is asked: prompts from a file, or as they are typed."""
+"""Reads prompts from a file or from standard input."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from mixlora_exp.system.untrusted import parse_json, read_bytes
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A prompt, and which adapter is asked; None: all there are."""
+    """A prompt, and the label of the adapter that answers it; None: all adapters."""
 
     prompt: str
     adapter: str | None = None
 
 
 def check_text(text: str, where: str) -> None:
-    """Bytes that are no UTF-8 come as halves of characters, which no tokenizer takes."""
+    """Refuse a text with lone surrogates, by which Python represents bytes that are not UTF-8 and
+    which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} is no UTF-8 text ({error.reason}): give text") from error
+        raise UserError(f"{where} is not UTF-8 text ({error.reason}): give text") from error
 
 
 def read_prompts(path: Path) -> list[Asked]:
-    """The prompts of a file: a line each, or, where it is JSONL, an object with `prompt` and, for
-    one of several adapters, `adapter`.
+    """The prompts in a file, one per line; in a `.jsonl` file, objects with `prompt` and optionally
+    `adapter`.
 
     Raises:
-        UserError: the file cannot be read, or a line is empty, no object or no UTF-8 text.
+        UserError: the file cannot be read or is empty, or a line is not UTF-8 or, in JSONL, not a
+            valid object.
     """
     try:
         raw = read_bytes(path)
@@ -40,11 +42,11 @@ def read_prompts(path: Path) -> list[Asked]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"prompts={path}:{line}: this is no UTF-8 text ({error.reason}): give a text file"
+            f"prompts={path}:{line}: this is not UTF-8 text ({error.reason}): give a text file"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"prompts={path} cannot be read ({error}): give a text file") from error
-    # Not `splitlines`, which cuts at characters that JSON leaves as they are.
+    # Not `splitlines`, which also splits at characters that are valid inside JSON strings.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"prompts={path} is empty: give a prompt per line")
@@ -57,11 +59,11 @@ def read_prompts(path: Path) -> list[Asked]:
             row = parse_json(line, halves=True)
             asked = Asked(row["prompt"], row.get("adapter"))
             if not isinstance(asked.prompt, str) or not isinstance(asked.adapter, str | None):
-                raise TypeError("a prompt or an adapter is no text")
+                raise TypeError("a prompt or an adapter is not text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{where}: this is no JSON object with a `prompt` (and perhaps an `adapter`), "
-                f"both text ({error})"
+                f"{where}: this is not a JSON object with a `prompt` (and optionally an "
+                f"`adapter`), both text ({error})"
             ) from error
         if not asked.prompt.strip():
             raise UserError(f"{where}: prompt is empty: give some text")
@@ -72,16 +74,18 @@ def read_prompts(path: Path) -> list[Asked]:
 
 
 def check_adapters(asked: Iterable[Asked], known: Collection[str]) -> None:
-    """Refuse prompts for adapters that are not there, before a model is loaded."""
+    """Refuse prompts for unknown adapters, before a model is loaded."""
     for one in asked:
         if one.adapter is not None and one.adapter not in known:
             hint = f"give one of {', '.join(known)}" if known else "name adapters=[DIR,DIR]"
-            raise UserError(f"prompts: {one.prompt[:40]!r} asks for adapter {one.adapter}: {hint}")
+            raise UserError(
+                f"prompts: {one.prompt[:40]!r} names the unknown adapter {one.adapter}: {hint}"
+            )
 
 
 def typed_prompts() -> Iterator[str]:
-    """Prompts as they are typed, until an empty line or the end of input; from a pipe, to its end,
-    empty lines left out."""
+    """Prompts from standard input: on a terminal until an empty line, from a pipe all non-empty
+    lines."""
     typed = sys.stdin.isatty()
     if typed:
         sys.stderr.write("Type a prompt; an empty line ends.\n")
@@ -92,9 +96,7 @@ def typed_prompts() -> Iterator[str]:
         except EOFError:
             return
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
-            raise UserError(
-                f"what was typed is no UTF-8 text ({error.reason}): type text"
-            ) from error
+            raise UserError(f"the input is not UTF-8 text ({error.reason}): type text") from error
         if line.strip():
             yield line
         elif typed:

@@ -1,4 +1,4 @@
-"""What a model writes after prompts: greedy or sampled, in batches, with the key/value cache."""
+"""Text generation after prompts: greedy or sampled, in batches, with the KV cache."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from mixlora_exp.serving.open import Opened
 __all__ = ["Prompt", "check_chat", "continuations"]
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""A text to go on with, or the turns of a chat (`role` and `content`)."""
+"""A text to continue, or the turns of a chat (`role` and `content`)."""
 
 
 class _Numbers(LogitsProcessor):
-    """Stops where the model's scores are NaN, from which a token would still be chosen."""
+    """Raises `UserError` if the logits are not finite; decoding would still choose a token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.isfinite().all():
             raise UserError(
-                "the model gives scores that are no finite numbers: the training that made the "
-                "adapter broke down; take an earlier checkpoint"
+                "the model's logits are not finite, because the training of the adapter diverged: "
+                "use an earlier checkpoint"
             )
         return scores
 
 
 KEPT = "\n\t\u200c\u200d"
-"""What an answer may hold beside letters: line ends, tabs, and what joins some letters."""
+"""Characters that are not escaped: newline, tab, zero-width joiner and non-joiner."""
 
 
 class _Streamer(TextStreamer):
-    """Prints an answer as it comes; at a terminal, what it would act on is shown as an escape."""
+    """Prints an answer as it is generated; on a terminal, control characters are escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         harmless = shown(text, None, keep=KEPT) if sys.stdout.isatty() else text
@@ -46,7 +46,7 @@ class _Streamer(TextStreamer):
 
 
 def check_chat(opened: Opened) -> None:
-    """Refuse a chat with a tokenizer that has no template for it."""
+    """Refuse a chat if the tokenizer has no chat template."""
     if opened.tokenizer.chat_template is None:
         raise UserError(
             f"chat=true: the tokenizer of model={opened.config.model.name} has no chat template; "
@@ -55,7 +55,7 @@ def check_chat(opened: Opened) -> None:
 
 
 def _check_length(opened: Opened, prompt: Prompt, tokens: int, new: int) -> None:
-    """Refuse what would go beyond the positions that the model was trained for."""
+    """Refuse a prompt that, with the new tokens, exceeds the model's positions."""
     limit = opened.tokenizer.model_max_length
     if tokens + new <= limit:
         return
@@ -63,7 +63,7 @@ def _check_length(opened: Opened, prompt: Prompt, tokens: int, new: int) -> None
     room = limit - tokens
     hint = f"set max_new_tokens={room} or less" if room > 0 else "shorten it"
     raise UserError(
-        f"max_new_tokens={new}: the prompt {text[:40]!r} has {tokens:,} tokens, and the model "
+        f"max_new_tokens={new}: the prompt {text[:40]!r} has {tokens:,} tokens, but the model has "
         f"{limit:,} positions: {hint}"
     )
 
@@ -89,15 +89,15 @@ def continuations(
     stream: bool = False,
     adapters: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """What the model writes after each prompt, in their order, `batch_size` at a time.
+    """Generate a continuation of each prompt, in order, `batch_size` prompts at a time.
 
-    Greedy at `temperature` 0, else sampled; with the key/value cache. `stream` prints the words as
-    they come (one prompt at a time). `adapters` has one for each prompt, by its key in
-    `Opened.adapters`; prompts of different adapters share batches.
+    Greedy at `temperature` 0, otherwise sampled; with the KV cache. `stream` prints text as it is
+    generated (one prompt at a time). `adapters` has a label of `Opened.adapters` for each prompt;
+    prompts for different adapters share batches.
 
     Raises:
-        UserError: a prompt is too long for the model, before anything is generated; there is no
-            chat template; or the model's scores are NaN.
+        UserError: a prompt is too long for the model (checked before generation), there is no chat
+            template, or the logits are not finite.
     """
     tokenizer, model = opened.tokenizer, opened.model
     sampling = {"do_sample": False}
@@ -111,12 +111,12 @@ def continuations(
     for start in range(0, len(pending), batch_size):
         rows = pending[start : start + batch_size]
         batch = {k: v.to(model.device) for k, v in pad_left(rows, tokenizer.pad_token_id).items()}
-        del batch["position_ids"]  # `generate` counts them from the mask.
+        del batch["position_ids"]  # `generate` computes them from the mask.
         if adapters is not None:
             chosen = adapters[start : start + batch_size]
             batch["adapter_names"] = [opened.adapters[label] for label in chosen]
         streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        # As answers are scored: in bf16 the likeliest token would else be another now and then.
+        # As in scoring: with a bf16 output projection the arg-max token sometimes differs.
         with autocast(model.device, dtype), full_precision_head(model):
             output = model.generate(
                 **batch, **sampling, max_new_tokens=max_new_tokens,

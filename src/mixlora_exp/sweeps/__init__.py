@@ -1,1 +1,1 @@
-"""Many runs: launched, counted, searched over."""
+"""Many runs: sweeps, their status, and hyperparameter search."""

@@ -1,4 +1,4 @@
-"""A job of Hydra's, in whatever process a launcher runs it: one run, or several on one base."""
+"""Executes one Hydra job, in any launcher's process: one run, or several on one base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixlora_exp.system.signals import Terminated, heeded
 __all__ = ["SWEEP", "Failure", "Outcome", "duration", "run_cell", "run_one", "run_single"]
 
 NOT_FOR_A_CELL = ("hydra.mode", "hydra.sweep", "hydra.job")
-"""What Hydra adds to the overrides of a job of a sweep."""
+"""Overrides that Hydra adds to those of a sweep's job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,41 +32,41 @@ class Failure:
     overrides: str
     message: str
     crashed: bool
-    """True for an error of the program's, false for a request that cannot be carried out."""
+    """True for an unexpected exception, false for a `UserError`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the runs of a job; there are several where adapters are packed."""
+    """Numbers of runs of a job by result; a job has several runs if adapters are packed."""
 
     done: int = 0
     alone: int = 0
-    """Left alone: another process works on them."""
+    """Skipped, because another process is executing them."""
     failed: int = 0
     failure: Failure | None = None
     stopped: bool = False
-    """Asked to end before it was through."""
+    """Whether a signal stopped the job before its end."""
 
 
 @dataclass(slots=True)
 class Sweep:
-    """How far a sweep of this process is. In the processes of other launchers nothing is known."""
+    """Progress of the sweep in this process; unknown in the processes of other launchers."""
 
     runs: int = 0
     started: float = 0.0
     outcomes: list[Outcome] = field(default_factory=list)
 
     def begin(self, runs: int) -> None:
-        """Count anew: a sweep of so many jobs starts now."""
+        """Start a sweep of `runs` jobs."""
         self.runs, self.started, self.outcomes = runs, time.monotonic(), []
 
     def heading(self, number: int) -> str:
-        """Which run begins, and how long the others may take if they are like those before."""
+        """Text with the number of the starting job, elapsed time, and estimated remaining time."""
         if not self.runs:
             return f"run {number}"
         passed, done = time.monotonic() - self.started, number - 1
         left = passed / done * (self.runs - done) if done else 0.0
-        shown = f" ({duration(passed)} passed, about {duration(left)} left)" if done else ""
+        shown = f" ({duration(passed)} elapsed, about {duration(left)} left)" if done else ""
         return f"run {number} of {self.runs}{shown}"
 
 
@@ -80,9 +80,9 @@ def duration(seconds: float) -> str:
 
 
 def run_one(cfg: DictConfig) -> Outcome:
-    """Carry out one composed configuration (a task function of Hydra's)."""
+    """Execute one composed configuration (a Hydra task function)."""
     config = _grouped(to_config(cfg))
-    # Imported late, so that a mistake on the command line is told before torch is loaded.
+    # Imported late, so that a mistake on the command line is reported before torch loads.
     if config.adapters:
         from mixlora_exp.runs.together import run_together
 
@@ -95,7 +95,7 @@ def run_one(cfg: DictConfig) -> Outcome:
 
 
 def _grouped(config: Config) -> Config:
-    """With the experiment's name for trackers, so that the runs of a sweep stand together."""
+    """The configuration with the experiment's name as the tracker's group, if none is set."""
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if choice is None or config.tracker.group is not None:
         return config
@@ -103,13 +103,13 @@ def _grouped(config: Config) -> Config:
 
 
 def _adapters_of(config: Config) -> list[Config]:
-    """The runs that a job with `adapters=[...]` stands for."""
+    """The configurations of the runs of a job with `adapters=[...]`."""
     job = HydraConfig.get()
     overrides = [*job.overrides.hydra, *job.overrides.task]
     kept = [line for line in overrides if not line.lstrip("+~").startswith(NOT_FOR_A_CELL)]
     folder = next(s.path for s in job.runtime.config_sources if s.provider == "main")
     with ExitStack() as stack:
-        # A launcher's own process has no session yet.
+        # A process started by a launcher has no Hydra session yet.
         here = GlobalHydra.instance()
         session = here.hydra if here.is_initialized() else stack.enter_context(open_session(folder))
         found = compose_adapters(session, job.job.config_name, kept, config.adapters)
@@ -117,7 +117,8 @@ def _adapters_of(config: Config) -> list[Config]:
 
 
 def run_single(cfg: DictConfig) -> UserError | None:
-    """Carry out a run that stands alone; Hydra would announce a mistake as a crash, if raised."""
+    """Execute a single run and return a `UserError`, which Hydra would report as a crash if it were
+    raised."""
     try:
         run_one(cfg)
     except UserError as error:
@@ -126,14 +127,13 @@ def run_single(cfg: DictConfig) -> UserError | None:
 
 
 def run_cell(cfg: DictConfig, ledger: Ledger | None = None) -> Outcome | None:
-    """Carry out one job of a sweep; a failure is returned, so that the other jobs still start.
+    """Execute one job of a sweep. A failure is returned, so that the other jobs still start.
 
-    With `ledger` it is noted there when the job begins and how it ends; None if that is not its
-    turn.
+    With `ledger`, start and end of the job are recorded there; returns None if it must not start.
 
     Raises:
-        Terminated: this process was asked to end and runs the whole sweep.
-        SystemExit: it was asked to end and is a job of submitit's, which is queued again.
+        Terminated: a stop was requested, and this process runs the whole sweep.
+        SystemExit: a stop was requested, and this is a submitit job, which is requeued.
     """
     job = HydraConfig.get().job
     if ledger is not None:
@@ -146,7 +146,8 @@ def run_cell(cfg: DictConfig, ledger: Ledger | None = None) -> Outcome | None:
         with heeded(*ending):
             if ledger is not None:
                 ledger.begin(job.num)
-                # After that note: whoever asks for a stop reads the notes after asking.
+                # Checked after recording the start: `Ledger.stop` first sets the flag, then reads
+                # the starts.
                 if ledger.stopped:
                     raise Terminated
             sys.stderr.write(f"== {SWEEP.heading(job.num + 1)}: {overrides}\n")
@@ -181,20 +182,20 @@ def _carried_out(cfg: DictConfig, overrides: str) -> Outcome:
 
 
 def _signals_of_submitit() -> dict[int, Callable[[int, None], None]]:
-    """In a job of submitit's: the signal on which it would end at once, before a checkpoint is
-    written, and what it does then, which is to have the job queued again and to end."""
+    """In a submitit job: the signals on which submitit would requeue the job and exit immediately,
+    without a checkpoint, and the handlers that do so."""
     found = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     name = "checkpoint_and_try_requeue"
     return {n: f for n, f in found.items() if callable(f) and getattr(f, "__name__", "") == name}
 
 
 def _queued_again(ending: dict[int, Callable[[int, None], None]], overrides: str) -> Outcome:
-    """End the process and let the job be queued again, or say why that is not done."""
+    """Requeue the job and exit the process, or report why that is not possible."""
     try:
         for number, end in ending.items():
             end(number, None)
     except Exception as error:
-        message = f"{error} What was done is kept: the same command resumes from there"
+        message = f"{error} Completed work is kept: the same command resumes from there"
         sys.stderr.write(f"error: {message}\n")
         return Outcome(stopped=True, failure=Failure(overrides, message, crashed=False))
     return Outcome(stopped=True)

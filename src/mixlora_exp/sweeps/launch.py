@@ -1,4 +1,4 @@
-"""A sweep through Hydra's launchers: every job started, the lost ones named, all counted."""
+"""Runs a sweep through Hydra's launchers, restarts broken process pools, and reports all jobs."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ __all__ = ["launch_sweep"]
 
 CRASH = 1
 FRUITLESS = 3
-"""Pools of processes in a row that break before a further job has begun: then it is given up."""
-KILLED_TWICE = "its process was killed twice, the second time alone: out of memory, perhaps"
+"""Give up after this many process pools in a row that break before another job starts."""
+KILLED_TWICE = "its process was killed twice, the second time alone: possibly out of memory"
 Multirun = Callable[[Callable[..., Any]], Any]
-"""Hydra's multirun of the command line with a task function: what the jobs returned, in batches."""
+"""Calls Hydra's multirun with a task function; returns the results of the jobs, in batches."""
 
 
 def launch_sweep(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
     """Check all cells, run them through Hydra's launcher and sweeper and return the exit code.
 
     Raises:
-        UserError: a cell is not valid, or the launcher cannot start or write anything.
-        Terminated: asked to end; what was done is kept.
+        UserError: a cell is not valid, or the launcher cannot start or write its files.
+        Terminated: a stop was requested; completed work is kept.
     """
-    # Imported late, so that a mistake on the command line is told before torch is loaded.
+    # Imported late, so that a mistake on the command line is reported before torch loads.
     from mixlora_exp.runs.inputs import check_inputs
 
     by_submitit = plan.launcher in ("SlurmLauncher", "LocalLauncher")
     elsewhere = plan.launcher == "SlurmLauncher"
     if elsewhere and shutil.which("srun") is None:
         raise UserError(
-            "hydra/launcher=slurm needs SLURM, whose srun is not here: start it on a machine of "
-            "the cluster, or use hydra/launcher=submitit_local"
+            "hydra/launcher=slurm needs SLURM, but there is no srun: start it on a machine of the "
+            "cluster, or use hydra/launcher=submitit_local"
         )
     check_inputs([cell.config for cell in plan.cells], elsewhere=elsewhere)
     overrides = [*(overrides if plan.packed is None else plan.packed), "hydra.mode=MULTIRUN"]
@@ -70,17 +70,17 @@ def launch_sweep(session: Any, name: str, overrides: list[str], plan: Plan) -> i
     except Terminated:
         _tell(plan)
         if by_submitit:
-            sys.stderr.write("jobs that were handed to submitit go on\n")
+            sys.stderr.write("jobs submitted to submitit continue\n")
         raise
     finally:
-        # Not of a sweep any more: what this process runs next stands alone.
+        # The next run of this process is not part of a sweep.
         SWEEP.runs = 0
     return _tell(plan)
 
 
 @contextmanager
 def _folder_told(plan: Plan) -> Iterator[None]:
-    """Turn what Hydra raises where it cannot write into a `UserError`."""
+    """Convert Hydra's error about an unwritable folder into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -88,15 +88,16 @@ def _folder_told(plan: Plan) -> Iterator[None]:
             raise
         raise UserError(
             f"output_dir={plan.cells[0].config.output_dir}: {error.filename} cannot be written "
-            f"({error.strerror}); choose another output_dir"
+            f"({error.strerror}): choose another output_dir"
         ) from error
 
 
 def _tell(plan: Plan) -> int:
-    """Say how many runs are done, failed, left alone or stopped, and why; the exit code.
+    """Print how many runs are done, failed, skipped or stopped, with the reasons of failures;
+    returns the exit code.
 
     Raises:
-        Terminated: a run was asked to end.
+        Terminated: a stop was requested.
     """
     outcomes, every = SWEEP.outcomes, len(plan.cells)
     done = sum(outcome.done for outcome in outcomes)
@@ -106,7 +107,7 @@ def _tell(plan: Plan) -> int:
     stopped = f", {rest} stopped or not started" if rest else ""
     took = duration(time.monotonic() - SWEEP.started)
     sys.stderr.write(
-        f"== {every} runs: {done} done, {failed} failed, {alone} left alone{stopped}, {took}\n"
+        f"== {every} runs: {done} done, {failed} failed, {alone} skipped{stopped}, {took}\n"
     )
     failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
     if failures:
@@ -121,7 +122,7 @@ def _tell(plan: Plan) -> int:
 
 
 def _returns(returned: Any) -> Iterator[JobReturn]:
-    """Yield what a sweeper returned one by one: job returns, in batches."""
+    """Flatten the nested results of a sweeper."""
     if isinstance(returned, JobReturn):
         yield returned
     elif isinstance(returned, (list, tuple)):
@@ -142,8 +143,8 @@ def _lost(plan: Plan, number: int, why: str) -> Outcome:
 
 @contextmanager
 def _lost_jobs_returned() -> Iterator[None]:
-    """Within this context a job of submitit's that ended without a result returns what is known of
-    it; Hydra's launcher would raise at the first, and leave the results of the others unread."""
+    """Within this context a submitit job without a result returns a message instead of raising;
+    Hydra's launcher would raise at the first one, without reading the results of the others."""
     from submitit.core.core import Job
     from submitit.core.utils import UncompletedJobError
 
@@ -153,7 +154,7 @@ def _lost_jobs_returned() -> Iterator[None]:
         try:
             return results(job)
         except UncompletedJobError:
-            why = f"its job ended without a result, killed perhaps: see {job.paths.folder}"
+            why = f"its job ended without a result, possibly killed: see {job.paths.folder}"
             return [JobReturn(status=JobStatus.COMPLETED, _return_value=why)]
 
     Job.results = read
@@ -164,11 +165,11 @@ def _lost_jobs_returned() -> Iterator[None]:
 
 
 def _by_processes(multirun: Multirun, plan: Plan) -> None:
-    """Run the jobs in a pool of processes, which breaks when one of them is killed: start it again
-    for what has not begun, then give each job that was under way another chance, alone.
+    """Run the jobs in a process pool, which breaks if one of its processes is killed: restart it
+    for the jobs that have not started, then retry each interrupted job alone.
 
     Raises:
-        Terminated: asked to end; the processes have been asked too, and have saved.
+        Terminated: a stop was requested; the processes were stopped too, and have saved.
     """
     with tempfile.TemporaryDirectory(prefix="mixlora-sweep-") as folder:
         ledger = Ledger(Path(folder))
@@ -184,7 +185,7 @@ def _by_processes(multirun: Multirun, plan: Plan) -> None:
 
 
 def _all_begun(multirun: Multirun, ledger: Ledger, plan: Plan) -> None:
-    """Launch until each job has begun once, whatever became of it."""
+    """Launch until every job has started once, with any result."""
     known: list[int] = []
     fruitless = 0
     while fruitless < FRUITLESS:
@@ -196,16 +197,16 @@ def _all_begun(multirun: Multirun, ledger: Ledger, plan: Plan) -> None:
         fruitless = 0 if lost else fruitless + 1
         names = "; ".join(plan.jobs[number].overrides for number in lost)
         sys.stderr.write(
-            f"a process was killed, out of memory perhaps, while there were under way: "
-            f"{names or 'no runs'}; the others go on\n"
+            f"a process was killed, possibly out of memory, while it was running: "
+            f"{names or 'no runs'}; the others continue\n"
         )
     for number in range(len(plan.jobs)):
         if not ledger.starts(number):
-            ledger.end(number, _lost(plan, number, "no process could be started for it"))
+            ledger.end(number, _lost(plan, number, "no process could be started"))
 
 
 def _broken(multirun: Multirun, ledger: Ledger) -> BrokenExecutor | None:
-    """Launch the jobs that may begin; the error if a process was killed."""
+    """Launch the jobs that may start; returns the error if a process was killed."""
     try:
         multirun(partial(run_cell, ledger=ledger))
     except BrokenExecutor as error:

@@ -1,6 +1,6 @@
-"""What the processes of one sweep tell each other: which job has begun where, and how it ended.
+"""Files through which the processes of a sweep share the start and the result of each job.
 
-Results that a broken pool of processes loses are here, so that it can be started again.
+They preserve results when a process pool breaks, so that it can be restarted.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ STOP = "stop"
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """A folder of notes on the jobs of a sweep, by number; all processes are of one machine."""
+    """A folder of files on the jobs of a sweep, by number; all processes are on one machine."""
 
     folder: Path
     alone: int | None = None
-    """The one job that may begin again although a process was killed while it was under way."""
+    """The job that may start again although a process was killed while executing it."""
 
     def may_begin(self, number: int) -> bool:
-        """Whether it is this job's turn: one whose process was killed waits until it is alone."""
+        """Whether a job may start: if its process was killed, only as `alone`."""
         return number == self.alone or not self.starts(number)
 
     def begin(self, number: int) -> None:
-        """Note that this process works on the job."""
+        """Record that this process executes the job."""
         path = self.folder / f"begun-{number}-{self.starts(number)}"
         self._write(path, json.dumps(os.getpid()).encode())
 
     def end(self, number: int, outcome: Any) -> None:
-        """Note how the job ended."""
+        """Record the result of the job."""
         self._write(self.folder / f"ended-{number}", pickle.dumps(outcome))
 
     def outcome(self, number: int) -> Any:
-        """How the job ended, None if it has not."""
+        """The result of the job, None if it has not ended."""
         path = self.folder / f"ended-{number}"
         return pickle.loads(path.read_bytes()) if path.exists() else None
 
     def starts(self, number: int) -> int:
-        """How often the job was begun."""
+        """How often the job was started."""
         return len(list(self.folder.glob(f"begun-{number}-*")))
 
     def under_way(self) -> list[int]:
-        """The jobs that were begun and have not ended."""
+        """The jobs that were started and have not ended."""
         begun = {int(path.name.split("-")[1]) for path in self.folder.glob("begun-*")}
         return sorted(number for number in begun if self.outcome(number) is None)
 
     def stop(self) -> None:
-        """Let no further job begin, and ask the processes that work on one to save and end."""
+        """Let no further job start, and send SIGTERM to the processes that execute one."""
         (self.folder / STOP).touch()
-        # A note of a process that was killed may name a number that now is somebody else's.
+        # The pid of a killed process may have been reused by a process of someone else.
         own = {child.pid for child in psutil.Process().children(recursive=True)}
         for number in self.under_way():
             newest = self.folder / f"begun-{number}-{self.starts(number) - 1}"
@@ -73,7 +73,7 @@ class Ledger:
         return (self.folder / STOP).exists()
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Whole or not at all: the process may be killed at any moment."""
+        """Write atomically: the process may be killed at any moment."""
         temporary = self.folder / f".{path.name}.{os.getpid()}"
         temporary.write_bytes(content)
         temporary.replace(path)

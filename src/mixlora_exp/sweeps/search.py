@@ -1,8 +1,8 @@
 """A search over the router-loss coefficient, the learning rate and other numbers, with Optuna.
 
-Each trial is a run like any other, under its fingerprint: killed, the search makes the trial that
-was under way again, whose run continues from its checkpoint. Settings are chosen on training
-rows that training leaves out, never on a test set.
+Each trial is an ordinary run under its fingerprint: if the search is killed, the next start repeats
+the interrupted trial, whose run resumes from its checkpoint. Settings are chosen on held-out
+training rows, never on a test set.
 """
 
 from __future__ import annotations
@@ -47,21 +47,22 @@ COEFFICIENT, RATE = "method.router_loss_coef", "trainer.learning_rate"
 OWN = {
     COEFFICIENT: "set coef_low and coef_high",
     RATE: "set rate_low and rate_high",
-    "evaluation.held_out": "scores are always those of held-out rows",
+    "evaluation.held_out": "a search always scores held-out rows",
 }
-"""Fields that the search sets, and what to do instead of giving them."""
+"""Fields that the search sets -> hint for messages."""
 LIKELIHOOD = (Protocol.label_logits, Protocol.answer_text)
 Train = Callable[[Config, Callable[[int, float], None]], Path]
 
 
 class Postponed(UserError):
-    """A trial cannot be made now; the next start of the search makes it."""
+    """A trial cannot run now; the next start of the search repeats it."""
 
 
 @dataclass(slots=True, kw_only=True)
 class SearchSettings:
-    """`study`: its name and, under `output_dir`, its SQLite file. `trials`: finished, pruned and
-    failed ones in all, over all starts. Ranges are searched on a logarithmic scale."""
+    """`study`: its name and that of its SQLite file in `output_dir`. `trials`: total number of
+    finished, pruned and failed trials over all starts. Ranges are searched on a logarithmic
+    scale."""
 
     study: str = "search"
     trials: int = 20
@@ -72,28 +73,28 @@ class SearchSettings:
     rate_high: float = 1e-3
     seed: int = 0
     prune_after: int = 5
-    """Trials that run whole before any is pruned."""
+    """Number of complete trials before any is pruned."""
     ranges: list[str] = field(default_factory=list)
-    """More fields to search, each as `name=low:high`, such as `method.dropout=0.01:0.2`: whole
-    numbers between whole limits."""
+    """Further fields to search, each as `name=low:high`, such as `method.dropout=0.01:0.2`;
+    integers if both limits are integers."""
 
     def __post_init__(self) -> None:
         require_name("study", self.study)
         for low, high in (("coef_low", "coef_high"), ("rate_low", "rate_high")):
             if not 0 < getattr(self, low) < getattr(self, high):
                 raise UserError(
-                    f"{low}={getattr(self, low)} must be above 0 and below {high}="
+                    f"{low}={getattr(self, low)} is not valid: it must be above 0 and below {high}="
                     f"{getattr(self, high)}"
                 )
             if not isfinite(getattr(self, high)):
-                raise UserError(f"{high}={getattr(self, high)} must be finite")
+                raise UserError(f"{high}={getattr(self, high)} is not valid: it must be finite")
         self.space()
         for name, least in (("trials", 1), ("prune_after", 0)):
             if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be >= {least}")
+                raise UserError(f"{name}={getattr(self, name)} is not valid: it must be >= {least}")
 
     def space(self) -> dict[str, tuple[float, float]]:
-        """The limits of each field that is searched, by its dotted name."""
+        """(low, high) of each searched field, by its dotted name."""
         found: dict[str, tuple[float, float]] = {
             COEFFICIENT: (self.coef_low, self.coef_high),
             RATE: (self.rate_low, self.rate_high),
@@ -119,11 +120,11 @@ class SearchSettings:
 
 
 def score_of(record: Mapping[str, Any]) -> float:
-    """The mean log-likelihood of the gold answer over tasks and protocols: it moves where accuracy
-    sits at chance.
+    """The mean log-likelihood (nats) of the gold answer over tasks and protocols, which changes
+    even where accuracy stays at chance.
 
     Raises:
-        UserError: one of them has none that is a finite number.
+        UserError: a score has no finite log-likelihood.
     """
     found = [score["gold_log_likelihood"] for score in record["scores"]]
     if not found or None in found:
@@ -132,16 +133,16 @@ def score_of(record: Mapping[str, Any]) -> float:
 
 
 def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> optuna.Study:
-    """Run trials until `settings.trials` have ended. `train(config, watch)` carries out a run and
-    returns the path of its record; `watch` raises `GivenUp` in one that falls behind.
+    """Run trials until `settings.trials` have ended. `train(config, watch)` executes a run and
+    returns the path of its record; `watch` raises `GivenUp` to prune it.
 
-    A trial that fails is noted with its reason, and the next one follows. One that is interrupted,
-    or that this machine cannot make now, is made again with its settings by the next start.
+    A failed trial is stored with its reason, and the next one follows. A trial that is interrupted,
+    or cannot run on this machine now, is repeated with its settings by the next start.
 
     Raises:
-        UserError: the overrides are not valid, the study cannot be used or has trials of other
-            settings, another process searches it, a trial cannot be made for want of memory, disk
-            or the like, or all trials failed.
+        UserError: the overrides are not valid, the study cannot be used or has trials with other
+            settings, another process is searching it, a trial cannot run (memory, disk), or all
+            trials failed.
     """
     space = settings.space()
     config = _checked(settings, overrides)
@@ -152,15 +153,15 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
     with RunLock(settings.folder / f".{settings.study}.lock") as lock, storage_told(path):
         if not lock.acquire():
             raise UserError(
-                f"study={settings.study}: another process searches it; give this one another name, "
-                "or wait"
+                f"study={settings.study} is in use by another process: give study another name, or "
+                "wait until it is done"
             )
         study = open_study(path, settings.seed, settings.prune_after)
         require_same(study, made_with)
         enqueue_cut_off(study)
         while len(ended(study)) < settings.trials:
             if requested():
-                # Noted while a run was ending for a reason of its own.
+                # The stop was requested while a run was ending by itself.
                 raise Terminated
             _carry_out(study, settings, overrides, train, lock)
         trials = ended(study)
@@ -168,30 +169,33 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
             reasons = [t.user_attrs[REASON] for t in trials if REASON in t.user_attrs]
             raise UserError(
                 f"study={settings.study}: all {len(trials)} trials failed, the last one with: "
-                f"{reasons[-1]} (once that is mended, raise trials={settings.trials} or give study "
+                f"{reasons[-1]} (once that is fixed, raise trials={settings.trials} or give study "
                 "another name)"
             )
     return study
 
 
 def _checked(settings: SearchSettings, overrides: Sequence[str]) -> Config:
-    """The configuration of all trials, but for what is searched.
+    """The configuration of all trials, except for the searched fields.
 
     Raises:
-        UserError: it is not valid, or there is nothing to search or to score in it.
+        UserError: it is not valid, or a search cannot use it.
     """
     for line in overrides:
         name = line.lstrip("+").partition("=")[0]
         if name in OWN:
             raise UserError(f"{line}: a search sets {name} itself; leave it out ({OWN[name]})")
         if name in settings.space():
-            raise UserError(f"{line}: ranges has {name} too; leave one of them out")
+            raise UserError(f"{line}: ranges also contains {name}; leave one of them out")
     low = [f"{name}={limits[0]}" for name, limits in settings.space().items() if name not in OWN]
     config = compose([*overrides, *low])
     if config.dry_run:
-        raise UserError("dry_run=true: a search has none; leave it out, or use train.py")
+        raise UserError("dry_run=true is not supported by search: leave it out, or use train.py")
     if config.adapters:
-        raise UserError("adapters=[...]: a search trains one adapter at a time; leave it out")
+        raise UserError(
+            "adapters=[...] is not supported by search, which trains one adapter at a time: leave "
+            "it out"
+        )
     if not isinstance(config.method, MixLoraMethodConfig):
         raise UserError(
             f"method={config.method.name} has no router-loss coefficient to search: use "
@@ -200,8 +204,8 @@ def _checked(settings: SearchSettings, overrides: Sequence[str]) -> Config:
     for protocol in config.evaluation.protocols:
         if protocol not in LIKELIHOOD:
             raise UserError(
-                f"evaluation.protocols={protocol.value} gives no likelihood of an answer, which is "
-                "what a search compares: use label_logits or answer_text"
+                f"evaluation.protocols={protocol.value} gives no likelihood of an answer, which a "
+                "search compares: use label_logits or answer_text"
             )
     return _scored_on_held_out(settings, config)
 
@@ -212,7 +216,7 @@ def _scored_on_held_out(settings: SearchSettings, config: Config) -> Config:
 
 
 def _made_with(config: Config, space: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines a score besides what is searched: settings, and the inputs they lead to."""
+    """Settings and inputs that determine a score, without the searched fields."""
     config = resolve_config(config)
     settings = determining(to_dict(config))
     for dotted in space:
@@ -229,8 +233,8 @@ def _make_folder(settings: SearchSettings) -> None:
         reason = error.strerror or str(error)
     if reason or not os.access(settings.folder, os.W_OK):
         raise UserError(
-            f"output_dir={settings.output_dir}: cannot be written "
-            f"({reason or 'Permission denied'}); choose another"
+            f"output_dir={settings.output_dir} cannot be written "
+            f"({reason or 'Permission denied'}): choose another folder"
         )
 
 
@@ -241,10 +245,10 @@ def _carry_out(
     train: Train,
     lock: RunLock,
 ) -> None:
-    """Make one trial and tell the study how it ended; one that is interrupted stays under way.
+    """Run one trial and store its result in the study; an interrupted trial stays "running".
 
     Raises:
-        UserError: it cannot be made now, or another process has taken the study over.
+        UserError: the trial cannot run now, or another process has taken over the study.
     """
     trial = study.ask()
     for name, (low, high) in settings.space().items():
@@ -269,19 +273,19 @@ def _carry_out(
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"output_dir={settings.output_dir}: a trial's files cannot be written or read "
-            f"({error}); once that is mended, the same command resumes"
+            f"({error}); once that is fixed, the same command resumes"
         ) from error
     except UserError as error:
         if not _by_its_settings(error):
             raise
         reason = " ".join(str(error).split())
     except Exception as error:
-        # Noted before it is raised: the next start would crash in the same trial.
+        # Stored before raising: otherwise the next start would crash in the same trial.
         crash, reason = error, " ".join(f"{type(error).__name__}: {error}".split())
     if lock.lost.is_set():
         raise UserError(
-            f"study={settings.study}: another process has taken this search over, since this one "
-            "had not been heard of for a while; it goes on there"
+            f"study={settings.study}: another process took over this search, because this one did "
+            "not respond for a while; the search continues there"
         )
     if reason is None:
         study.tell(trial, score, TrialState.PRUNED if score is None else TrialState.COMPLETE)
@@ -295,7 +299,7 @@ def _carry_out(
 
 
 def _by_its_settings(error: UserError) -> bool:
-    """Whether a trial may have failed because of what is searched. Memory, files and runs of other
-    processes stand in the way of any trial, and they can be mended."""
+    """Whether a trial may have failed because of its searched values. Insufficient memory, file
+    errors and runs of other processes affect any trial, and can be fixed."""
     elsewhere = isinstance(error, (Postponed, NotEnoughMemory))
     return not elsewhere and not isinstance(error.__cause__, (OSError, SafetensorError))

@@ -1,6 +1,6 @@
-"""Every cell of every table: what became of it, and what it would take.
+"""State and estimated cost of every cell of every table.
 
-Read from the experiment files, the records and the run folders; nothing is computed or locked.
+Reads experiment files, records and run folders; computes and locks nothing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = ["FINISHED", "LOCAL", "STATES", "SWEEPS", "CellState", "find_cells"]
 
 FINISHED = ("done", "recorded")
 STATES = (*FINISHED, "running", "stopped", "interrupted", "failed", "refused", "missing")
-"""`done`: in the output folder, where `train.py` finds it. `recorded`: among the committed records
-alone, so that `train.py` would run it. `stopped`: locked, but the holder gave no sign of life.
-`refused`: what is in the output folder is damaged or was made by other data or code."""
+"""`done`: in the output folder, where `train.py` finds it. `recorded`: only among the committed
+records, so `train.py` would run it. `stopped`: locked, but the holder's heartbeat has stopped.
+`refused`: the record in the output folder is damaged, or of other data or code."""
 LOOK = 2 * BEAT + 1
-"""Seconds in which a living holder of a lock counts up, unless its disk is slow."""
+"""Seconds within which a live holder of a lock updates its heartbeat, unless its disk is slow."""
 
 
 LOCAL = "recorded with data=local"
@@ -50,8 +50,8 @@ LOCAL = "recorded with data=local"
 
 @dataclass(frozen=True, slots=True)
 class CellState:
-    """One run of an experiment. `detail`: its record, who works on it, how far it is, or why it
-    failed; `command` runs it alone."""
+    """One run of an experiment. `detail`: its record, its process, its progress, or why it failed;
+    `hours`: estimated GPU hours; `command`: runs it alone."""
 
     experiment: str
     name: str
@@ -74,18 +74,18 @@ SWEEPS: dict[str, tuple[tuple[str, ...], ...]] = {
     "table8_rank": (("model=llama2_7b",), (*SMALL, "task=multi")),
     "table9_router_loss": (("model=llama2_7b",), (*SMALL, "task=multi")),
 }
-"""The sweeps that make the paper's tables and figures, each with the models of the paper and a
-small one; Table 5 is Table 2 with Gemma."""
+"""The sweeps behind the paper's tables and figures, each for the paper's models and a small one;
+Table 5 is Table 2 with Gemma."""
 
 
 class _Data:
-    """Hashes of the data at hand; each split is read once, and nothing from the hub."""
+    """Hashes of local data; reads each split once, and nothing from the hub."""
 
     def __init__(self) -> None:
         self._hashes: dict[tuple[Any, ...], list[str] | None] = {}
 
     def differing(self, config: Config, record: Mapping[str, Any]) -> list[str] | None:
-        """Splits of a record's data that are others now; None where they are not at hand."""
+        """Splits whose data differ from a record's; None if the data are not available locally."""
         if config.data.name is DataSource.hub and config.data.mirror is None:
             return None
         found = {split: self._read(config, split) for split in record["data"]}
@@ -98,7 +98,7 @@ class _Data:
         ]
 
     def _read(self, config: Config, name: str) -> list[str] | None:
-        # Imported late: most tables are shown without looking at data.
+        # Imported late: most tables need no data.
         from mixlora_exp.data.sources import load_split
 
         data, (task, _, split) = config.data, name.partition("/")
@@ -113,25 +113,25 @@ class _Data:
 
 
 def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Committed records by the fingerprint that their run has today."""
+    """Committed records, by the current fingerprint of their configuration."""
     found = {}
     for path in record_paths(records):
         try:
             record = read_record(path)
             found[fingerprint_of(filled(record["config"]))] = path, record
         except (UserError, KeyError, TypeError):
-            continue  # `make tables` says what is wrong with it.
+            continue  # `make tables` reports the error.
     return found
 
 
 def _shown(path: Path) -> str:
-    """A path as seen from here, unless it is elsewhere."""
+    """A path relative to the working directory, if it is inside it."""
     near = os.path.relpath(path)
     return str(path) if near.startswith("..") else near
 
 
 def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
-    """Whether `train.py` takes the record at `path` for this run's."""
+    """State and detail of a run with a record at `path`: `done` if `train.py` would accept it."""
     try:
         record = read_record(path)
         with odd_fields(path):
@@ -141,12 +141,12 @@ def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
     if record.get("code", code_sha256()) != code_sha256():
         changed.append("code")
     if changed:
-        return "refused", f"{_shown(path)} is of other inputs ({', '.join(changed)} differ)"
+        return "refused", f"{_shown(path)} has other inputs ({', '.join(changed)} differ)"
     return "done", _shown(path)
 
 
 def _recorded(path: Path, record: Mapping[str, Any], config: Config, data: _Data) -> str | None:
-    """What to tell of a committed record with this run's settings, None if its data differs."""
+    """Detail for a committed record with this run's settings; None if its data differ."""
     changed = data.differing(config, record)
     if changed:
         return None
@@ -154,8 +154,8 @@ def _recorded(path: Path, record: Mapping[str, Any], config: Config, data: _Data
 
 
 def _at_rest(folder: Path, config: Config, recorded: str | None, data: _Data) -> tuple[str, str]:
-    """State and detail of a run that nobody works on; `recorded`: what is told of its committed
-    record."""
+    """State and detail of a run that no process is executing; `recorded`: detail of its committed
+    record, if there is one."""
     if (folder / RECORD).is_file():
         return _finished(folder / RECORD, config, data)
     if recorded is not None:
@@ -171,8 +171,8 @@ def _at_rest(folder: Path, config: Config, recorded: str | None, data: _Data) ->
 
 
 def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
-    """Of the folders with a lock, those whose holder did not count up within `patience` seconds,
-    all watched at once. A dead process of another machine cannot be told otherwise."""
+    """The locked folders whose holder did not update its heartbeat within `patience` seconds, all
+    watched at once: the only way to detect a dead process on another machine."""
     quiet, deadline = set(held), time.monotonic() + patience
     while quiet and time.monotonic() < deadline:
         time.sleep(min(0.25, patience))
@@ -183,12 +183,12 @@ def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
 def find_cells(
     names: Sequence[str], overrides: Sequence[str], records: Path, patience: float = LOOK
 ) -> list[CellState]:
-    """The cells of sweeps (of `SWEEPS`) under further overrides, for their own models unless the
-    overrides name one. `records`: the folder of committed ones; `patience`: seconds in which the
-    holders of locks must count up to be taken for alive.
+    """The cells of the sweeps `names` (in `SWEEPS`) with further overrides, for the sweeps' models
+    unless an override chooses one. `records`: folder of committed records; `patience`: seconds
+    within which holders of locks must update their heartbeat to count as alive.
 
     Raises:
-        UserError: there is no such experiment, or an override is not valid.
+        UserError: an experiment is unknown, or an override is not valid.
     """
     planned = []
     chosen = any(line.startswith("model=") for line in overrides)
@@ -250,7 +250,7 @@ def _given(word: str, overrides: Sequence[str]) -> bool:
 
 
 def _resolved(config: Config) -> Config:
-    """As `train.py` names its folder: a model's folder decides its shape."""
+    """The configuration as `train.py` fingerprints it, with the architecture of `model.path`."""
     if config.model.path is None:
         return config
     # Imported late: it needs torch.

@@ -1,4 +1,4 @@
-"""A search's study on disk: an SQLite file that says what was tried, under which settings."""
+"""A search's study on disk: an SQLite file with its trials and their common settings."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ __all__ = [
 ]
 
 MADE_WITH, REASON = "made_with", "reason"
-"""Of a study: the settings of its trials. Of a failed trial: why; one without was cut off."""
+"""Attributes: the common settings of a study's trials; the reason of a failed trial (a failed trial
+without one was interrupted)."""
 
 STORAGE_ERRORS = (OptunaError, SQLAlchemyError)
 SHOWN = 4
-"""Differing settings that are told one by one."""
+"""Maximum number of differing settings in a message."""
 
 
 @contextmanager
 def storage_told(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Within this context a study file that fails is told in one line; `more`: other exceptions
-    that mean it.
+    """Convert errors of the study's file within the context into one `UserError`; `more`: further
+    exception types to convert.
 
     Raises:
         UserError: the file is damaged, locked or cannot be written.
@@ -52,20 +53,20 @@ def storage_told(path: Path, *more: type[Exception]) -> Iterator[None]:
             cause = cause.__cause__
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise UserError(
-            f"study={path.stem}: {path} cannot be used ({reason}): bring it back from a copy, or "
-            "move it away to begin anew (finished runs are not repeated)"
+            f"study={path.stem}: {path} cannot be used ({reason}): restore it from a copy, or move "
+            "it away to start a new study (finished runs are not repeated)"
         ) from error
 
 
 def open_study(path: Path, seed: int, prune_after: int) -> optuna.Study:
-    """The study of that file and of its name, made or continued.
+    """The study in the file `path`, created or resumed.
 
     Raises:
         UserError: the file cannot be read or written.
     """
-    # Not in the URL: versions of SQLAlchemy read odd characters in it differently.
+    # Not in a URL, in which versions of SQLAlchemy parse special characters differently.
     connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
-    # Beside errors of its own, Optuna raises these for a file of another version or content.
+    # Optuna also raises these for a file of another version or with other content.
     with storage_told(path, RuntimeError, ValueError):
         study = optuna.create_study(
             study_name=path.stem,
@@ -74,23 +75,23 @@ def open_study(path: Path, seed: int, prune_after: int) -> optuna.Study:
             direction="maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=prune_after),
         )
-        # With the seed alone, each start would draw the trials of the first one again.
+        # With a constant seed, each start would sample the trials of the first start again.
         study.sampler = TPESampler(seed=seed + len(study.get_trials(deepcopy=False)))
         return study
 
 
 def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
-    """Note the settings that the trials have in common, or compare with those noted.
+    """Store the trials' common settings in a new study, or compare them with the stored ones.
 
     Raises:
-        UserError: the study has trials of other settings.
+        UserError: the study has trials with other settings.
     """
     now = _flat(json.loads(json.dumps(settings)))
     if MADE_WITH not in study.user_attrs:
         if study.get_trials(deepcopy=False):
             raise UserError(
-                f"study={study.study_name} does not say which settings its trials had: give "
-                "study another name"
+                f"study={study.study_name} does not contain the settings of its trials: give study "
+                "another name"
             )
         study.set_user_attr(MADE_WITH, settings)
         return
@@ -100,14 +101,14 @@ def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
         told = [_difference(name, then.get(name), now.get(name)) for name in differing[:SHOWN]]
         more = len(differing) - SHOWN
         raise UserError(
-            f"study={study.study_name} has trials of other settings: {'; '.join(told)}"
-            f"{f'; and {more} more' if more > 0 else ''}. Give study another name, or the "
-            "settings that it was made with"
+            f"study={study.study_name} has trials with other settings: {'; '.join(told)}"
+            f"{f'; and {more} more' if more > 0 else ''}. Give study another name, or repeat its "
+            "settings"
         )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree by their dotted names."""
+    """The leaves of a tree, by dotted name."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
@@ -117,14 +118,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _difference(name: str, then: Any, now: Any) -> str:
     if name.startswith("inputs."):
-        # Hashes tell nobody anything.
+        # The values are hashes, which mean nothing to a user.
         return f"{name.removeprefix('inputs.')} differs"
     values = ["null" if value is None else value for value in (then, now)]
     return f"{name}={values[0]}, now {values[1]}"
 
 
 def enqueue_cut_off(study: optuna.Study) -> None:
-    """Let the trials that an earlier start was cut off in be made again, with their settings: their
+    """Enqueue trials that were interrupted in an earlier start again, with their settings; their
     runs resume from their checkpoints."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if trial.params:
@@ -133,7 +134,7 @@ def enqueue_cut_off(study: optuna.Study) -> None:
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that came to an end of their own: finished, pruned, or failed for a reason."""
+    """The trials that ended: finished, pruned, or failed with a reason (not interrupted)."""
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     found = study.get_trials(deepcopy=False, states=states)
     return [t for t in found if t.state is not TrialState.FAIL or REASON in t.user_attrs]

@@ -1,1 +1,1 @@
-"""The machine beneath: devices, signals, files that survive a power loss, locks, the console."""
+"""The machine: devices, signals, durable files, locks, untrusted input, the console."""

@@ -1,4 +1,4 @@
-"""What is said on the terminal while a command works."""
+"""Progress messages on the terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def be_quiet(quiet: bool) -> None:
-    """Say nothing from now on, or speak again: of several processes one speaks."""
+    """Suppress progress messages, or print them again; with several processes, only one prints."""
     console.quiet = quiet
 
 
 def say(message: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     console.print(shown(message), markup=False)

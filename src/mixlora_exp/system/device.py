@@ -1,4 +1,4 @@
-"""Devices, processes and memory: what the machine decides, in one place."""
+"""Devices, processes and memory of the machine."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ __all__ = [
 ]
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Each process holds the whole model and every gradient whole."""
+"""Process groups in which every process has the whole model and all gradients."""
 SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-"""What `accelerate launch` sets where the model is not whole in each process."""
+"""Variables that `accelerate launch` sets if the model is sharded over processes."""
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def processes() -> PartialState:
-    """accelerate's view of the processes that torchrun or `accelerate launch` started: how many,
-    which this one is, and its device.
+    """accelerate's state of the processes started by torchrun or `accelerate launch`: their number,
+    the index of this one, and its device.
 
     Raises:
-        UserError: they are to share one model in pieces, whose adapter could not be saved.
+        UserError: the model is to be sharded over processes, which cannot save an adapter.
     """
     for name, what in SHARDED.items():
         if os.environ.get(name, "false").lower() in ("true", "1", "yes"):
@@ -62,21 +62,21 @@ def processes() -> PartialState:
 
 def _not_whole(what: str) -> UserError:
     return UserError(
-        f"processes under {what} are not supported, only such that hold the whole model each: "
-        "start them with torchrun or `accelerate launch --multi_gpu`, or start a single one"
+        f"processes under {what} are not supported, because each must have the whole model: start "
+        "them with torchrun or `accelerate launch --multi_gpu`, or start a single one"
     )
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of each process's `values`, in all of them; every process has to call it."""
+    """The sum of `values` over all processes, all of which must call this function."""
     state = processes()
     return values if state.num_processes == 1 else reduce(values.to(state.device), reduction="sum")
 
 
 @cache
 def _leave_at_exit() -> None:
-    """Close the group of processes before Python ends: its threads would abort a process that ends
-    while another still works."""
+    """Close the process group at exit: otherwise its threads would abort a process that exits
+    before the others."""
 
     def leave() -> None:
         if torch.distributed.is_initialized():
@@ -86,12 +86,12 @@ def _leave_at_exit() -> None:
 
 
 def resolve_device() -> torch.device:
-    """This process's CUDA device if there is one, else the CPU."""
+    """This process's CUDA device, or the CPU if there is none."""
     return processes().device
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_bytes` count from here (on a CPU: where Linux lets it)."""
+    """Reset the peak of `peak_memory_bytes` (on a CPU: if Linux permits it)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -100,7 +100,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory since the reset: allocated on the GPU, or resident of this process on a CPU."""
+    """Peak memory since the reset: allocated on the GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -112,12 +112,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory() -> None:
-    """Give back what nothing but cycles of references holds, and what torch keeps in reserve."""
+    """Free memory of unreachable reference cycles, and torch's cached CUDA memory."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def hardware_names() -> list[str]:
-    """Names of the GPUs, none on a CPU."""
+    """Names of the GPUs; empty without one."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""Files and folders that are on the disk, and readable for others, before they get their names."""
+"""Atomic writing: files and folders are on disk and readable before they get their names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mixlora_exp.errors import UserError
 __all__ = ["publishing", "settle", "sync", "write_whole"]
 
 PARTIAL = "partial"
-"""Part of the name of a folder that is being written: `.NAME.partial-0123456789abcdef`."""
+"""Part of the name of an incomplete folder: `.NAME.partial-0123456789abcdef`."""
 TRIES = 100
-"""New folders that others may take away before they are locked; one after the other is unlikely."""
+"""Attempts to create and lock a folder; losing one to another process's cleanup is rare."""
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,11 +34,11 @@ def sync(path: Path) -> None:
 def write_whole(
     path: Path, chunks: Iterable[bytes], check: Callable[[Path], None] | None = None
 ) -> None:
-    """Write a file that appears whole, or stays as it was. `check`: looks at the written file
-    before it gets its name, and raises OSError or ValueError where that must not happen.
+    """Write a file atomically. `check`: called on the written file before the rename, may raise
+    OSError or ValueError to cancel it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written; an existing one is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -53,7 +53,7 @@ def write_whole(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        # Windows cannot open a folder, some network file systems cannot sync one.
+        # Windows cannot open a folder, and some network file systems cannot sync one.
         with contextlib.suppress(OSError):
             sync(path.parent)
     except (OSError, ValueError) as error:
@@ -65,9 +65,9 @@ def write_whole(
 
 
 def settle(folder: Path) -> None:
-    """Write a folder of files to the disk, each with the permissions that new files have here.
+    """Flush a folder of files to disk, and give them the default permissions of new files.
 
-    safetensors makes files that nobody else may read, and runs may be continued by others.
+    safetensors creates files that only their owner can read, but other users may resume a run.
     """
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
@@ -79,16 +79,15 @@ def settle(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publishing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new, empty folder to write to, which gets the name `folder` once the block has ended well.
+    """A new, empty folder to write to, which is renamed to `folder` if the block succeeds.
 
-    It lies beside `folder`, under a hidden name that no other process uses, and is on the disk
-    before it is renamed. If the block raises, nothing is left of it; what a process that was
-    killed left is removed when the next one publishes the same folder. Of several that publish it
-    at once, the first wins. With `replace`, a folder of that name is removed first: for folders
-    that one process at a time writes.
+    It is next to `folder`, under a unique hidden name, and is flushed to disk before the rename. If
+    the block raises, it is removed; the remains of a killed process are removed when the same
+    folder is published again. If several processes publish a folder at once, the first one wins.
+    `replace`: remove an existing folder first, if only one process at a time writes it.
 
     Raises:
-        FileExistsError: something has the name already, when the block is entered or when it ends.
+        FileExistsError: `folder` exists at the beginning or at the end of the block.
         OSError: the folder cannot be written.
     """
     if os.path.lexists(folder) and not replace:
@@ -102,7 +101,7 @@ def publishing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
         elif os.path.lexists(folder):
-            # Renaming a folder replaces an empty one without a word.
+            # A rename would silently replace an empty folder.
             raise _taken(folder)
         try:
             os.rename(partial, folder)
@@ -115,16 +114,16 @@ def publishing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _taken(folder: Path) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "it exists already", str(folder))
+    return FileExistsError(errno.EEXIST, "it already exists", str(folder))
 
 
 def _locked_folder(folder: Path) -> tuple[Path, int]:
-    """A new folder beside `folder`, and the descriptor that holds its lock.
+    """A new folder next to `folder`, and the file descriptor that holds its lock.
 
-    The lock ends with the process, however that ends. A file system without locks does without.
+    The system releases the lock when the process ends. File systems without locks are tolerated.
 
     Raises:
-        OSError: the folder cannot be made, or was taken away each time before it was locked.
+        OSError: the folder cannot be created, or was removed each time before it was locked.
     """
     for _ in range(TRIES):
         partial = folder.with_name(f".{folder.name}.{PARTIAL}-{secrets.token_hex(8)}")
@@ -132,7 +131,7 @@ def _locked_folder(folder: Path) -> tuple[Path, int]:
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
-            continue  # Another process took it for an abandoned one, and has removed it.
+            continue  # Another process considered it abandoned and removed it.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -148,7 +147,7 @@ def _locked_folder(folder: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the folders of processes that ended before they could rename or remove them."""
+    """Remove incomplete folders of processes that have ended."""
     name = re.compile(rf"\.{re.escape(folder.name)}\.{PARTIAL}-[0-9a-f]{{16}}")
     left: list[Path] = []
     with contextlib.suppress(OSError):
@@ -161,7 +160,7 @@ def _remove_abandoned(folder: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            pass  # Its process lives, or nothing can tell.
+            pass  # Its process is alive, or its state is unknown.
         else:
             shutil.rmtree(path, ignore_errors=True)
         finally:

@@ -1,4 +1,4 @@
-"""A command line run to its exit code: mistakes, interruptions and requests to end told apart."""
+"""Runs a command line and maps user mistakes, interruptions and SIGTERM to exit codes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def guarded(
 ) -> int:
     """Run a command line and return its exit code.
 
-    0: done; 2: a mistake of the user's, told in one message; 75: asked to end by SIGTERM, and will
-    resume when started again (143: it `resumes` nothing); 130: interrupted; else what `command`
-    returned. A crash is raised, for Python to print it and exit with 1.
+    0: done; 2: a user mistake, reported in one message; 75: ended by SIGTERM, resumes when started
+    again (143 unless it `resumes`); 130: interrupted; otherwise the result of `command`. A crash is
+    raised, so that Python prints it and exits with 1.
     """
     install()
     shorten()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As on standard error: what the terminal's encoding lacks is no reason to fail.
+        # As on standard error: characters outside the terminal's encoding must not cause a failure.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(argv) or 0
@@ -48,6 +48,6 @@ def guarded(
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
-        # As Python does with a text: it is shown, and the exit code is 1.
+        # As Python does for `SystemExit` with a text: print it, and exit with 1.
         sys.stderr.write(f"{error.code}\n")
         return 1

@@ -1,9 +1,9 @@
-"""Which process works on a run: one at a time, on any number of machines with one file system.
+"""Lock of a run: one process at a time, on any number of machines that share a file system.
 
-The lock of a run is a row of numbered files. Whoever creates the next number holds it; nothing but
-the creation of a file under a name that did not exist needs to be atomic, which holds on network
-file systems too. No clock is read: a holder on another machine counts up in its file, and is dead
-when the count stands still for as long as an observer waits.
+The lock is a sequence of numbered files, and the process that creates the next number holds it.
+Only the creation of a new file needs to be atomic, which holds on network file systems too. No
+clocks are compared: a holder increments a counter in its file, and an observer on another machine
+considers it dead if the counter does not change for `PATIENCE` seconds.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from mixlora_exp.system.untrusted import read_json
 __all__ = ["RunLock", "holder_of"]
 
 BEAT = 5.0
-"""Seconds between two counts of a holder."""
+"""Seconds between heartbeats (increments of the counter) of a holder."""
 PATIENCE = 6 * BEAT
-"""Seconds without a new count after which a holder on another machine is dead."""
+"""Seconds without a heartbeat after which a holder on another machine counts as dead."""
 
 
 KEPT = 8
-"""Earlier lock files that stay: one who found the lock free long ago meets a file that exists."""
+"""Number of earlier lock files kept, so that a slow process that found the lock free cannot create
+an old number again."""
 
 
 def _boot() -> str:
-    """What tells this start of this machine from others, also in containers of one host name."""
+    """Identifier of this boot of the machine, which distinguishes containers with one host name."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return str(psutil.boot_time())
@@ -53,20 +54,20 @@ def _this_process() -> dict[str, Any]:
 
 
 def _namespace() -> str:
-    """Process numbers mean something only within one."""
+    """Identifier of the PID namespace, within which process ids are unique."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _started(pid: int) -> str | None:
-    """What tells a process from a later one of the same number; None if it is dead or hidden.
+    """Start time of a process, which distinguishes reused pids; None if it is dead or hidden.
 
-    Linux counts in ticks since the machine started. As a time of day, which psutil makes of them,
-    it would move with the wall clock.
+    In ticks since boot, as Linux stores it; psutil's conversion to time of day would change with
+    the wall clock.
     """
     with contextlib.suppress(OSError, IndexError):
-        # The name before it, in brackets, may hold anything.
+        # The preceding process name, in parentheses, may contain any characters.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in ("Z", "X") else fields[19]
     if Path("/proc/self/stat").exists():
@@ -77,7 +78,7 @@ def _started(pid: int) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the holder wrote, None where it cannot be read: cut off, say, or not visible yet."""
+    """The content of a lock file; None if it cannot be read (truncated, or not visible yet)."""
     try:
         found = read_json(path)
     except (OSError, ValueError):
@@ -91,8 +92,8 @@ def _newest(folder: Path) -> int:
 
 
 def _dead_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a holder of this machine is dead; None where that cannot be told: another machine's,
-    or a process that the system hides."""
+    """Whether a holder on this machine is dead; None if unknown: on another machine, or hidden by
+    the system."""
     me = _this_process()
     if any(holder.get(key) != me[key] for key in ("host", "boot", "namespace")):
         return None
@@ -108,12 +109,12 @@ def _dead_here(holder: dict[str, Any]) -> bool | None:
         return True
     except (OSError, OverflowError):
         return None
-    # There, and no look at it: hidden, or dead and not yet fetched by its parent.
+    # It exists but is not readable: hidden, or a zombie.
     return True if Path(f"/proc/{pid}/stat").exists() else None
 
 
 def _alive(path: Path, patience: float) -> bool:
-    """Whether the holder of a lock file still works on it."""
+    """Whether the holder of a lock file is alive."""
     before = _read(path)
     if before is not None and before.get("released"):
         return False
@@ -133,7 +134,7 @@ def _alive(path: Path, patience: float) -> bool:
 
 
 def holder_of(folder: Path) -> dict[str, Any] | None:
-    """Who works on the run whose lock is in `folder`, as far as can be told without waiting."""
+    """The holder of the lock in `folder`, as far as known without waiting; None if it is free."""
     number = _newest(folder)
     holder = _read(folder / str(number)) if number else None
     if holder is None or holder.get("released") or _dead_here(holder):
@@ -144,8 +145,9 @@ def holder_of(folder: Path) -> dict[str, Any] | None:
 class RunLock:
     """The lock of one run, in `folder`.
 
-    `acquire` takes it or says who has it; while it is held a thread counts. `lost` is set when
-    another process has taken it over, because this one stood still for too long; `held` looks.
+    `acquire` takes the lock if it is free; while it is held, a thread sends heartbeats. `lost` is
+    set when another process has taken it over, because this one was suspended for too long; `held`
+    checks that.
     """
 
     def __init__(self, folder: Path, *, beat: float = BEAT, patience: float = PATIENCE) -> None:
@@ -156,7 +158,7 @@ class RunLock:
         self.lost = threading.Event()
 
     def acquire(self) -> bool:
-        """Whether the lock was free, or its holder dead, and is now this process's.
+        """Take the lock if it is free or its holder is dead; returns whether this process has it.
 
         Raises:
             UserError: the folder cannot be written.
@@ -165,12 +167,12 @@ class RunLock:
             return self.take()
         except OSError as error:
             raise UserError(
-                f"output_dir={self.folder.parent.parent}: cannot be written ({error.strerror}); "
+                f"output_dir={self.folder.parent.parent} cannot be written ({error.strerror}): "
                 "choose another output_dir"
             ) from error
 
     def take(self) -> bool:
-        """The same for a folder that is not a run's.
+        """As `acquire`, without the `UserError`, for folders that do not belong to a run.
 
         Raises:
             OSError: the folder cannot be written.
@@ -187,7 +189,7 @@ class RunLock:
         return True
 
     def _create(self, number: int) -> bool:
-        """Create the lock file of that number, whole; false where it or a later one exists."""
+        """Create the lock file of a number atomically; false if it or a later one exists."""
         temporary = self._write_temporary(number)
         path = self.folder / str(number)
         try:
@@ -205,7 +207,7 @@ class RunLock:
         finally:
             temporary.unlink(missing_ok=True)
         if _newest(self.folder) > number:
-            # Others came and went meanwhile, and took this number's file away as an old one.
+            # Meanwhile others held and released the lock, and removed this number's old file.
             path.unlink(missing_ok=True)
             return False
         self._number = number
@@ -224,7 +226,7 @@ class RunLock:
         return path
 
     def held(self) -> bool:
-        """Whether this process still holds it, from the folder as it is now."""
+        """Whether this process still holds the lock, according to the folder's current state."""
         if self._number and not self.lost.is_set():
             with contextlib.suppress(OSError):
                 if _newest(self.folder) > self._number:
@@ -234,14 +236,14 @@ class RunLock:
     def _beat_on(self) -> None:
         while not self._stop.wait(self._beat):
             self._count += 1
-            # A full disk or a network that is gone for a while: the next count may get through.
+            # A full disk or an interrupted network may recover until the next heartbeat.
             with contextlib.suppress(OSError):
                 if not self.held():
                     return
                 os.replace(self._write_temporary(self._number), self.folder / str(self._number))
 
     def release(self) -> None:
-        """Let others have it. The file stays: a number is never given twice."""
+        """Release the lock. The file stays, since numbers are never reused."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -251,7 +253,7 @@ class RunLock:
             try:
                 os.replace(self._write_temporary(self._number, released=True), path)
             except OSError:
-                # On a full disk a file can still be written over, in the place that it has.
+                # On a full disk a file can still be overwritten in place.
                 with contextlib.suppress(OSError), path.open("r+") as file:
                     file.write('{"released": true}')
                     file.truncate()

@@ -1,7 +1,7 @@
-"""SIGTERM: what a scheduler sends before it takes a machine away. A run saves and goes.
+"""Handling of SIGTERM, which schedulers send before they take a machine away.
 
-Where nothing is under way that a checkpoint would hold, the process ends at once; in training it
-ends after the step that is being computed, with a checkpoint. Its exit code asks for a new start.
+During training the process ends after the current step, with a checkpoint; otherwise it ends
+immediately. Its exit code requests a restart.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from types import FrameType
 __all__ = ["REQUEUE", "Terminated", "deferred", "heeded", "install", "request", "requested"]
 
 REQUEUE = 75
-"""Exit code after SIGTERM (EX_TEMPFAIL): start the same command again and it resumes."""
+"""Exit code after SIGTERM (EX_TEMPFAIL): the same command resumes."""
 REPEATED = 10.0
-"""Seconds in which a second signal is the same request: a scheduler and a parent process may both
-send one, and the second must not end what the first one has begun to close."""
+"""Seconds within which a second signal counts as the same request: scheduler and parent process may
+both send one, and the second must not interrupt the shutdown."""
 
 
 class Terminated(BaseException):
-    """The process was asked to end; what was done is kept."""
+    """The process received SIGTERM; completed work is kept."""
 
 
 class _State:
@@ -38,12 +38,12 @@ _STATE = _State()
 
 
 def requested() -> bool:
-    """Whether the process was asked to end while that was deferred."""
+    """Whether a stop was requested while handling was deferred."""
     return _STATE.requested.is_set()
 
 
 def request() -> None:
-    """Note a request that reached another process of the same training."""
+    """Set the request, because another process of the same training received a signal."""
     _STATE.requested.set()
 
 
@@ -63,7 +63,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def install(number: int = signal.SIGTERM) -> None:
-    """Handle SIGTERM in this process, or another signal as if it were; only its main thread can."""
+    """Handle SIGTERM (or `number` like SIGTERM) in this process; only possible in the main
+    thread."""
     if threading.current_thread() is threading.main_thread():
         _STATE.requested.clear()
         _STATE.heeded_at = None
@@ -72,11 +73,11 @@ def install(number: int = signal.SIGTERM) -> None:
 
 @contextmanager
 def deferred(tell: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within this context a request is only noted, for `requested` to tell, and passed on to
-    `tell`; at its end it takes effect.
+    """Within this context a signal only sets `requested` and calls `tell`; it takes effect at the
+    end of the context.
 
     Raises:
-        Terminated: at the end, if there was a request.
+        Terminated: at the end, if a stop was requested.
     """
     before = _STATE.tell
     _STATE.tell = tell or before
@@ -92,13 +93,13 @@ def deferred(tell: Callable[[], None] | None = None) -> Iterator[None]:
 
 @contextmanager
 def heeded(*more: int) -> Iterator[None]:
-    """Within this context a request takes effect, in a process that a launcher has started too.
+    """Within this context a signal takes effect, also in a process started by a launcher.
 
-    Outside of it such a process only notes it: between two cells an exception would break the
-    launcher, and with it what its other processes do. `more`: other signals that ask for the same.
+    Outside the context such a process only records it: between two cells an exception would break
+    the launcher, and thus its other processes. `more`: further signals with the same effect.
 
     Raises:
-        Terminated: in the middle, or at once if there was a request before.
+        Terminated: on a signal, or immediately if a stop was requested before.
     """
     for number in (signal.SIGTERM, *more):
         if signal.getsignal(number) is not _handle:

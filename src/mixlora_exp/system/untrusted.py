@@ -1,8 +1,8 @@
-"""Files that anybody may have written: read as data within stated limits, or refused in a clause.
+"""Reads untrusted files as data, within limits.
 
-Every JSON that a command reads comes through here: records, predictions, adapters' and models'
-configurations, rows of data, notes of other processes. What is refused raises `ValueError` with a
-clause that a message can hold ("it is a pipe, no file"); what cannot be opened raises `OSError`.
+All JSON that commands read passes through here: records, predictions, configurations of adapters
+and models, rows of data, files of other processes. Refused content raises `ValueError` with a
+clause for a message ("it is a pipe, not a file"); files that cannot be opened raise `OSError`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 LIMIT = "MIXLORA_EXP_READ_LIMIT"
-"""Environment variable: how many MiB a file may have, unpacked. A line may have a 32nd of it."""
+"""Environment variable: maximum size of a file in MiB, decompressed. For a line: 1/32 of it."""
 DEFAULT_MIB, LINES = 256, 32
 DEPTH = 64
-"""Levels of lists and objects; what is written by anybody's tools has under ten."""
+"""Maximum nesting of lists and objects; real files have fewer than ten levels."""
 LARGEST = 10**40
-"""Whole numbers beyond it cannot be meant; some tools write 10**30 for "no limit"."""
+"""Maximum absolute value of an integer; some tools write 10**30 for "no limit"."""
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -52,24 +52,28 @@ KINDS = {
 
 
 def file_limit() -> int:
-    """Bytes that a file may have, unpacked.
+    """Maximum size of a file in bytes, decompressed.
 
     Raises:
-        UserError: the environment variable is no number of MiB.
+        UserError: the environment variable is not a number of MiB.
     """
     given = os.environ.get(LIMIT, str(DEFAULT_MIB))
     if re.fullmatch(r"0*[1-9][0-9]{0,8}", given) is None:
-        raise UserError(f"{LIMIT}={given} is not valid: give a number of MiB, {DEFAULT_MIB} say")
+        raise UserError(
+            f"{LIMIT}={given} is not valid: give a number of MiB, for example {DEFAULT_MIB}"
+        )
     return int(given) * 2**20
 
 
 def line_limit() -> int:
-    """Bytes that a line of a file may have."""
+    """Maximum size of a line in bytes."""
     return file_limit() // LINES
 
 
 def _too_large(what: str, limit: int) -> ValueError:
-    return ValueError(f"{what} more than {limit / 2**20:g} MiB; {LIMIT}=N (MiB a file) allows more")
+    return ValueError(
+        f"{what} more than {limit / 2**20:g} MiB; {LIMIT}=N (MiB per file) allows more"
+    )
 
 
 def _kind(mode: int) -> str:
@@ -78,15 +82,15 @@ def _kind(mode: int) -> str:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """The file opened for reading; a pipe or a device, on which reading may wait for ever, is not.
+    """Open a regular file for reading; pipes and devices, which may block forever, are refused.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is no regular file.
+        ValueError: it is not a regular file.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
-        # Between the look and the opening another thing may have taken its place.
+        # The file may be replaced between the check and the opening.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(descriptor, "rb") as stream:
             mode = os.fstat(descriptor).st_mode
@@ -95,15 +99,14 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
                 return
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(21, "it is a folder", str(path))
-    raise ValueError(f"it is {_kind(mode)}, no file")
+    raise ValueError(f"it is {_kind(mode)}, not a file")
 
 
 def refuse_links(path: Path, below: Path) -> None:
-    """Refuse a path on which a link stands between the folder `below` (itself included) and its
-    end: it could lead anywhere.
+    """Refuse a path with a symbolic link at `below` or further inside, which could lead anywhere.
 
     Raises:
-        ValueError: it does.
+        ValueError: there is one.
     """
     inner = path.relative_to(below)
     for place in (below, *(below / part for part in reversed(inner.parents)), path):
@@ -116,7 +119,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, or too large.
+        ValueError: it is not a regular file, or too large.
     """
     limit = file_limit() if limit is None else limit
     with open_regular(path) as stream:
@@ -127,21 +130,21 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file in UTF-8, with or without a mark at its beginning.
+    """The text of a regular file in UTF-8, with or without a byte order mark.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, too large, or no UTF-8.
+        ValueError: it is not a regular file, too large, or not UTF-8.
     """
     return _decoded(read_bytes(path))
 
 
 def _decoded(content: bytes, halves: bool = False) -> str:
     try:
-        # Some programs write each half of a character by itself.
+        # Some programs encode each half of a surrogate pair separately.
         return content.decode("utf-8-sig", errors="surrogatepass" if halves else "strict")
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is no UTF-8 text") from error
+        raise ValueError(f"byte {error.start + 1} is not UTF-8 text") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -149,23 +152,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {shown(twice, 80)} stands there twice")
+        raise ValueError(f"the field {shown(twice, 80)} occurs twice")
     return found
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def parse_json(content: bytes | str, *, halves: bool = False, finite: bool = True) -> Any:
-    """The value of a JSON text: of finite numbers, fields that stand there once, and few levels.
+    """The value of a JSON text, with finite numbers, unique fields and limited nesting.
 
-    `halves`: let lone surrogates (halves of characters, as `\\ud800`) through, where the caller
-    tells the field in which they are. `finite=False`: let NaN, infinities, which Python writes
-    and JSON does not have, and whole numbers of any size through, where the caller looks at them.
+    `halves`: accept lone surrogates (`\\ud800`), if the caller reports the field. `finite=False`:
+    accept NaN and infinities, which Python writes although JSON lacks them, and integers of any
+    size, if the caller checks them.
 
     Raises:
-        ValueError: it is no JSON, or has something that no reader here could use.
+        ValueError: it is not JSON, or violates one of these rules.
     """
     text = _decoded(content, halves) if isinstance(content, bytes) else content
     constant = _no_number if finite else float
@@ -184,7 +187,7 @@ def parse_json(content: bytes | str, *, halves: bool = False, finite: bool = Tru
 
 
 def _check(value: Any, halves: bool, finite: bool) -> None:
-    """Look at every value in it; not by recursion, which the value itself could exhaust."""
+    """Check all nested values; iteratively, since deep nesting could exceed the recursion limit."""
     level, depth = [value], 0
     while level:
         if depth > DEPTH:
@@ -212,7 +215,7 @@ def _check_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text {shown(text, 80)} holds half of a character (a lone surrogate)"
+            f"the text {shown(text, 80)} contains half of a character (a lone surrogate)"
         ) from error
 
 
@@ -221,18 +224,18 @@ def read_json(path: Path, *, halves: bool = False, finite: bool = True) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, too large, or no JSON that can be used.
+        ValueError: it is not a regular file, too large, or not valid JSON.
     """
     return parse_json(read_bytes(path), halves=halves, finite=finite)
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, unpacked if its name ends with `.gz`, with their numbers from 1. Never
-    more than one of them is in memory.
+    """The lines of a file with their numbers from 1, decompressed if its name ends with `.gz`; only
+    one line at a time is in memory.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, damaged, or too large; the clause names the line.
+        ValueError: it is not a regular file, damaged, or too large; the clause names the line.
     """
     longest, largest = line_limit(), file_limit()
     number = total = 0
@@ -243,7 +246,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 line = source.readline(longest + 1)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(
-                    f"the gzip file is damaged or cut off after line {number} ({error})"
+                    f"the gzip file is damaged or truncated after line {number} ({error})"
                 ) from error
             if not line:
                 return
@@ -256,12 +259,11 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of a file with one JSON text on each line, and the lines' numbers; blank lines
-    are passed over.
+    """The values of a JSON-lines file, with their line numbers; blank lines are skipped.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: as `raw_lines`, or a line is no JSON; the clause names the line.
+        ValueError: as `raw_lines`, or a line is not JSON; the clause names the line.
     """
     for number, line in raw_lines(path):
         if line.strip():

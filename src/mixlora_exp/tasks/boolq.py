@@ -29,8 +29,8 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
 
 
 def _ask(item: Item) -> Prompt:
-    """The same in both forms: the options are their own labels. Without a passage, only the
-    question is asked."""
+    """The prompt of both forms, since the options are the labels; without a passage, only the
+    question."""
     question = item.question if item.question.endswith("?") else f"{item.question}?"
     asked = f"Question: {question}\nSay true if the answer is yes, false if it is no.\nAnswer:"
     if not item.context:

@@ -1,4 +1,4 @@
-"""Whether the texts of a row are texts: a file can hold half of a character."""
+"""Checks the texts of a row for lone surrogates (halves of characters)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["check_characters"]
 
 
 def check_characters(row: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` that names the first field with half a character (a lone surrogate) in
-    it, at any depth: no tokenizer takes it, and it has no bytes by which a row could be hashed."""
-    # Not by recursion, for a row may be nested more deeply than that goes.
+    """Raise a `ValueError` that names the first field, at any depth, with a lone surrogate, which
+    no tokenizer accepts and which cannot be encoded to hash the row."""
+    # Iteratively, since deep nesting would exceed the recursion limit.
     left: list[tuple[str, Any]] = [("", row)]
     while left:
         where, found = left.pop()
@@ -21,7 +21,8 @@ def check_characters(row: Mapping[str, Any]) -> None:
             except UnicodeEncodeError as error:
                 half = ord(found[error.start])
                 raise ValueError(
-                    f"field '{where}' holds half a character (U+{half:04X}): write it whole"
+                    f"field '{where}' contains half a character (U+{half:04X}): write it as one "
+                    "character"
                 ) from None
         elif isinstance(found, Mapping):
             names = [("(name of a field)", name) for name in found]

@@ -1,4 +1,4 @@
-"""A user's own multiple-choice task: which fields of a row hold what. No code is needed."""
+"""Custom multiple-choice tasks, defined by the names of fields, without code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["ask_label", "ask_text", "custom_task"]
 
 
 def ask_label(item: Item) -> Prompt:
-    """Context, if there is one, question and lettered options."""
+    """The prompt with context (if any), question and lettered options."""
     asked = f"Question: {item.question}\n{lettered(item)}Answer:"
     return Prompt("Text: ", item.context, f"\n{asked}") if item.context else Prompt("", "", asked)
 
 
 def ask_text(item: Item) -> Prompt:
-    """Context, if there is one, and question."""
+    """The prompt with context (if any) and question."""
     asked = f"Question: {item.question}\nAnswer:"
     return Prompt("Text: ", item.context, f"\n{asked}") if item.context else Prompt("", "", asked)
 
@@ -58,9 +58,9 @@ def custom_task(
 ) -> Task:
     """A task whose rows are read by field names.
 
-    `options`: one field with a list of texts, or several fields with a text each. `answer_as`:
-    whether the field `answer` holds an `index` (counted from `count_from`), a `letter` or the
-    `text` of the right option.
+    `options`: one field with a list of texts, or several fields with one text each. `answer_as`:
+    whether the field `answer` contains an `index` (from `count_from`), a `letter` or the `text` of
+    the correct option.
     """
 
     def parse(row: Mapping[str, Any], index: int) -> Item:

@@ -1,4 +1,4 @@
-"""Readers of single fields: each returns a checked value or raises `ValueError` with the reason."""
+"""Reads single fields of a row: returns a checked value, or raises `ValueError` with the reason."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = [
 ]
 
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
-"""What `strip` leaves around a label and nobody sees: byte order mark and zero-width signs."""
+"""Invisible characters that `str.strip` keeps: byte order mark and zero-width characters."""
 
 
 def value(row: Mapping[str, Any], name: str) -> Any:
-    """The field `name`, which must be there and not be null."""
+    """The value of field `name`, which must exist and not be null."""
     if name not in row:
         raise ValueError(f"field '{name}' is missing; the row has {', '.join(row) or 'no field'}")
     found = row[name]
@@ -38,7 +38,7 @@ def text(row: Mapping[str, Any], name: str) -> str:
 
 
 def label(found: str) -> str:
-    """What an option is called, without blanks, line ends and invisible signs around it."""
+    """An option's label, without surrounding whitespace and invisible characters."""
     return found.strip().strip(INVISIBLE).strip()
 
 
@@ -55,7 +55,7 @@ def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
-    """The whole number in field `name` (a number or its digits), from `first` to `last`."""
+    """The integer in field `name` (a number or its digits), from `first` to `last`."""
     found = value(row, name)
     digits = label(found) if isinstance(found, str) else found
     if isinstance(digits, str) and digits.isascii() and digits.isdigit():
@@ -66,7 +66,7 @@ def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
 
 
 def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
-    """The row's own `id`, or one made of the task and the row's index."""
+    """The row's `id`, or one composed of task and row index."""
     found = row.get("id")
     if found is None or found == "":
         return f"{task}-{index}"
@@ -76,7 +76,7 @@ def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
 
 
 def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-    """The options of a `choices` = {text, label} field, and which of them `answerKey` names."""
+    """The options of a field `choices` = {text, label}, and the index of that in `answerKey`."""
     found = value(row, "choices")
     if not isinstance(found, Mapping):
         raise ValueError(f"field 'choices' must be an object, not {type(found).__name__}")

@@ -1,4 +1,4 @@
-"""Training: one loop for one adapter or several, under transformers' Trainer."""
+"""Training of one or several adapters in one loop, based on transformers' Trainer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Checkpoints of one adapter's training: whole or not there, checked when read, newest good first.
+"""Checkpoints of one adapter's training: written atomically, verified by hash when read.
 
-A checkpoint has the adapter, its optimizer's state and what the run has logged. Nothing else
-determines how training resumes: the learning rate is a function of the step, the order of the data
-one of seed and epoch, and dropout one of seed, step and module.
+A checkpoint contains the adapter, the optimizer's state and the log so far. Nothing else is needed
+to resume: the learning rate is a function of the step, the data order of seed and epoch, and
+dropout of seed, step and module.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PREFIX, PARTIAL, DAMAGED = "step-", ".partial-", "damaged-"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that was read whole. `state` is what was given to `Checkpoints.save`."""
+    """A checkpoint that was read and verified. `state` is the one given to `Checkpoints.save`."""
 
     path: Path
     step: int
@@ -46,13 +46,13 @@ class Checkpoint:
 
     @torch.no_grad()
     def restore_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put the weights back; `parameters` are the adapter's by name."""
+        """Copy the weights into `parameters`, the adapter's parameters by name."""
         for name, parameter in parameters.items():
             parameter.copy_(self.adapter[name])
 
     def restore_moments(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Put what the optimizer knew of each weight back; the learning rate is a function of the
-        step."""
+        """Restore the optimizer's state of each parameter (the learning rate follows from the
+        step)."""
         for name, parameter in parameters.items():
             own = {
                 key.rpartition("/")[2]: value
@@ -60,16 +60,18 @@ class Checkpoint:
                 if key.rpartition("/")[0] == name
             }
             if own:
-                # A step counter stays where the optimizer keeps it, on the CPU or not.
+                # Like the optimizer, which keeps all state on the parameter's device when fused.
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device) for key, value in own.items()
                 }
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`; the newest `keep` stay. `identity` says what they
-    are of: another one's are not continued, and with `replace` they are removed. `check_owner`
-    raises where this process may not write."""
+    """The checkpoints of one run in `folder`, of which the newest `keep` are kept.
+
+    `identity` describes the run's inputs: checkpoints with another identity are refused, or removed
+    with `replace`. `check_owner` raises if this process must not write.
+    """
 
     def __init__(
         self,
@@ -89,8 +91,8 @@ class Checkpoints:
         optimizer: Optimizer,
         state: Mapping[str, Any],
     ) -> Path | None:
-        """Write one after optimizer step `step`: under another name first, onto the disk, then
-        renamed. Weights that are not finite are not kept: None.
+        """Write a checkpoint after optimizer step `step`: under a temporary name, synced to disk,
+        then renamed. Returns its path; None if a weight is not finite, which is not saved.
 
         Raises:
             UserError: the disk is full or cannot be written; older checkpoints are kept.
@@ -107,7 +109,7 @@ class Checkpoints:
         }
         weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         try:
-            # Those of processes that were killed, too: one at a time works on a run.
+            # Also those of killed processes: only one process at a time works on a run.
             for left in self.folder.glob(f"{PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -124,39 +126,40 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"output_dir: a checkpoint could not be written to {place} ({error}); the older "
-                "ones are kept. Free space there and start the same command again to resume."
+                f"output_dir: cannot write a checkpoint to {place} ({error}); older checkpoints "
+                "are kept. Free space there and start the same command again to resume."
             ) from error
         for old in self._found()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return place
 
     def _found(self) -> list[Path]:
-        """Newest first, by the step in the name: clocks may go backwards."""
+        """Checkpoint folders, newest first by the step in the name (clocks can go backwards)."""
         if not self.folder.is_dir():
             return []
         return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
 
     def newest(self, micro_batch_size: int | None = None) -> Checkpoint | None:
-        """The newest one that is whole; a damaged one is named, set aside and passed over.
+        """The newest undamaged checkpoint, or None. Damaged ones are reported, renamed and skipped.
 
-        Where a size is given, those of training in micro-batches of another size are removed: the
-        router loss is taken over a micro-batch, and one run has one objective.
+        If `micro_batch_size` is given and the checkpoint was trained with another size, all are
+        removed: the router loss is computed per micro-batch, so the objective would change.
 
         Raises:
-            UserError: it belongs to other data, code or settings, or may not be read.
+            UserError: the checkpoint belongs to other data, code or settings, or this user has no
+                permission to read it.
         """
         for path in self._found():
             try:
                 found = self._read(path)
             except PermissionError as error:
                 raise UserError(
-                    f"{path} is somebody else's and cannot be read ({error.strerror}): have its "
-                    "permissions changed, or choose another output_dir"
+                    f"{path} cannot be read ({error.strerror}): have its owner change the "
+                    "permissions, or choose another output_dir"
                 ) from error
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 aside = self._set_aside(path)
-                what = shown(f"{path} is damaged ({error}); it is left out, as {aside}")
+                what = shown(f"{path} is damaged ({error}); skipped and renamed to {aside}")
                 sys.stderr.write(f"warning: checkpoint {what}\n")
                 continue
             changed = self._changed(found)
@@ -165,24 +168,25 @@ class Checkpoints:
                 if micro_batch_size in (None, then):
                     return found
                 sys.stderr.write(
-                    f"warning: {found.path} was trained in micro-batches of {then}, this run takes "
-                    f"{micro_batch_size}: training begins anew\n"
+                    f"warning: {found.path} was trained with trainer.micro_batch_size={then}, this "
+                    f"run has {micro_batch_size}: training starts from the beginning\n"
                 )
                 self.check_owner()
                 self.clear()
                 return None
             if not self._replace:
                 raise UserError(
-                    f"{found.path} is of a run with other {', '.join(changed)}, though its "
-                    "settings are the same: choose another output_dir, or force=true to begin anew"
+                    f"{found.path} belongs to a run with the same settings but other "
+                    f"{', '.join(changed)}: choose another output_dir, or force=true to start "
+                    "from the beginning"
                 )
             self.clear()
             return None
         return None
 
     def fall_back(self, step: int) -> Checkpoint | None:
-        """The newest that is whole of at most `step` optimizer steps. Later ones are removed: to go
-        on from weights that were broken already would end in the same way."""
+        """The newest undamaged checkpoint of at most `step` optimizer steps. Removes later ones:
+        resuming from weights that already caused non-finite values would fail again."""
         self.check_owner()
         for path in self._found():
             if int(path.name.removeprefix(PREFIX)) > step:
@@ -190,7 +194,7 @@ class Checkpoints:
         return self.newest()
 
     def _set_aside(self, path: Path) -> Path:
-        """Give a damaged one a name under which it does not count; one such is kept."""
+        """Rename a damaged checkpoint so that it is ignored; only the last such one is kept."""
         self.check_owner()
         for older in self.folder.glob(f"{DAMAGED}*"):
             shutil.rmtree(older, ignore_errors=True)
@@ -205,17 +209,17 @@ class Checkpoints:
         manifest = read_json(path / MANIFEST)
         for name in (ADAPTER, OPTIMIZER, STATE):
             if file_sha256(path / name) != manifest[name]:
-                raise ValueError(f"{name} is not what was written")
+                raise ValueError(f"{name} does not match its hash")
         state = read_json(path / STATE, finite=False)
         return Checkpoint(
             path, state["step"], load_file(path / ADAPTER), load_file(path / OPTIMIZER), state
         )
 
     def _changed(self, found: Checkpoint) -> list[str]:
-        """Names of what differs between the run that wrote it and this one."""
+        """Names of the inputs that differ between the run that wrote `found` and this one."""
         then = found.state["identity"]
         return sorted(k for k in {**then, **self.identity} if then.get(k) != self.identity.get(k))
 
     def clear(self) -> None:
-        """Remove them all, and what an interrupted writer left."""
+        """Remove all checkpoints, including partly written ones."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Training runs, each with a summary of what it did: of one adapter, or of several at once."""
+"""Trains one adapter, or several together, and summarises each training."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ __all__ = ["NotEnoughMemory", "TrainSummary", "fit", "fit_jointly"]
 
 
 class NotEnoughMemory(UserError):
-    """A micro-batch does not fit the device's memory."""
+    """A micro-batch does not fit in the device's memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSummary:
-    """What training did. `shortened` examples lost context to the cut-off, those `over_cutoff` had
-    none to lose and stayed longer. `tokens` are real tokens (no padding); `expert_load` (layers, E)
-    is the share of (token, slot) pairs that each expert got."""
+    """Summary of a training run, part of the record.
+
+    `shortened`: examples whose context was truncated; `over_cutoff`: examples without context to
+    truncate, longer than the cut-off. `tokens`: without padding. `expert_load`: (layers, E), share
+    of the (token, slot) pairs routed to each expert.
+    """
 
     examples: int
     shortened: int
@@ -62,12 +65,12 @@ class TrainSummary:
     expert_load: list[list[float]] | None = None
     stability: Stability | None = None
     micro_batch_size: int | None = None
-    """Examples of a forward pass, over which the router loss is taken, as they were in fact."""
+    """Examples per forward pass actually used, over which the router loss is computed."""
     halved_micro_batch: int | None = None
-    """With `trainer.auto_micro_batch`, the size that was used after the configured one did not
-    fit; a step has the same examples and the same normalisation."""
+    """With `trainer.auto_micro_batch`, the size used after the configured one did not fit in
+    memory; the examples of an optimizer step and the normalisation of the loss are unchanged."""
     together: list[str] = field(default_factory=list)
-    """Other runs that shared the base model and the passes."""
+    """Other runs that shared the base model and the forward passes."""
 
 
 def fit(
@@ -85,8 +88,8 @@ def fit(
     """Train the adapter of `model` in place on `examples`; see `Job` for the other arguments.
 
     Raises:
-        UserError: the loss is no longer a finite number, a file cannot be written, or memory does
-            not suffice (`NotEnoughMemory`).
+        UserError: the loss or its gradient is not finite, a file cannot be written, or memory is
+            insufficient (`NotEnoughMemory`).
     """
     job = make_job(
         name=model.active_adapter,
@@ -107,13 +110,13 @@ def fit(
 def fit_jointly(
     *, model: PeftModel, jobs: Sequence[Job], dtype: torch.dtype
 ) -> dict[str, TrainSummary | UserError]:
-    """Train the adapters of `model` that `jobs` name, in place and in the same passes.
+    """Train the adapters of `model` named by `jobs`, in place and in shared forward passes.
 
-    Returns each one's summary or, where it had to be taken out, why. `seconds` counts from the
-    common start to the adapter's own last step, and `peak_memory_bytes` is that of all together.
+    Returns by adapter name its summary, or the error if it failed. `seconds` counts from the common
+    start to the adapter's own last step; `peak_memory_bytes` is that of all adapters together.
 
     Raises:
-        NotEnoughMemory: memory does not suffice.
+        NotEnoughMemory: memory is insufficient.
     """
     for job in jobs:
         job.adopt(model)
@@ -124,11 +127,11 @@ def fit_jointly(
 
 
 def _arguments(jobs: Sequence[Job], dtype: torch.dtype) -> TrainingArguments:
-    """What all adapters have in common; the rest is told by their own configurations."""
+    """The Trainer's arguments, shared by all adapters; each `Job` has the settings that differ."""
     config, count = jobs[0].config, processes().num_processes
     recompute = {}
     if config.trainer.gradient_checkpointing:
-        # Reentrant recomputation would lose the router loss's gradient.
+        # Reentrant checkpointing would lose the gradient of the router loss.
         recompute = {
             "gradient_checkpointing": True,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -150,14 +153,14 @@ def _arguments(jobs: Sequence[Job], dtype: torch.dtype) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         **recompute,
     )
-    # Several visible GPUs without torchrun would be used through nn.DataParallel, which multiplies
-    # the batch and cannot split `logits_to_keep`.
+    # With several visible GPUs and no torchrun, the Trainer would use nn.DataParallel, which
+    # multiplies the batch and cannot split `logits_to_keep`.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def _train(model: PeftModel, jobs: Sequence[Job], dtype: torch.dtype) -> int:
-    """Train those that are not done; returns the peak memory."""
+    """Train the unfinished jobs and return the peak memory in bytes."""
     trainer = MixLoraTrainer(model=model, jobs=jobs, args=_arguments(jobs, dtype), dtype=dtype)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -171,7 +174,7 @@ def _train(model: PeftModel, jobs: Sequence[Job], dtype: torch.dtype) -> int:
         what = f"adapters: {len(jobs)} at once" if len(jobs) > 1 else size
         fewer = "Train fewer together, or set" if len(jobs) > 1 else "Choose"
         raise NotEnoughMemory(
-            f"{what}: the device's memory does not suffice; nothing was recorded. {fewer} a "
+            f"{what}: out of memory on the device; nothing was recorded. {fewer} a "
             "smaller trainer.micro_batch_size, or set trainer.auto_micro_batch=true (one adapter) "
             "or trainer.gradient_checkpointing=true"
         ) from error
@@ -179,7 +182,7 @@ def _train(model: PeftModel, jobs: Sequence[Job], dtype: torch.dtype) -> int:
 
 
 def _callbacks(job: Job, of: int) -> list[TrainerCallback]:
-    """What is told of one adapter's log entries."""
+    """The callbacks that receive one adapter's log entries; `of`: number of adapters."""
     shown = progress_callback(job) if of == 1 else ProgressLines(job, f"{job.folder.name} ")
     found = [shown, LogFile(job)]
     if job.tracker is not None:

@@ -1,4 +1,4 @@
-"""A second try with smaller micro-batches, where the configured ones do not fit the memory."""
+"""A second attempt with half the micro-batch size if the configured one does not fit in memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def fit_halving(
     fit: Callable[[Config], TrainSummary],
     say: Callable[[str], None],
 ) -> TrainSummary:
-    """Train by `fit`, which makes an adapter of its own and takes it off again; with
-    `trainer.auto_micro_batch` once more, from the beginning and with micro-batches of half the
-    size, if they do not fit. `checkpoints` tell an earlier start's size.
+    """Train with `fit`, which attaches an adapter and removes it again. With
+    `trainer.auto_micro_batch`, if memory is insufficient, train again from the beginning with half
+    the micro-batch size. If `checkpoints` have the halved size, start with it.
 
     Raises:
-        NotEnoughMemory: the smaller ones do not fit either, or none are to be tried.
+        NotEnoughMemory: the halved size does not fit either, or `trainer.auto_micro_batch` is off.
     """
     half = _half(config.trainer)
     if half is None:
@@ -36,7 +36,7 @@ def fit_halving(
         except NotEnoughMemory:
             size = config.trainer.micro_batch_size
             say(f"Micro-batches of {size} do not fit; beginning anew with micro-batches of {half}")
-        # Out of the error's reach, the first adapter and its optimizer only refer to one another.
+        # Outside `except`, which holds the traceback: only reference cycles keep the first adapter.
         free_memory()
     smaller = dataclasses.replace(config.trainer, micro_batch_size=half)
     summary = fit(dataclasses.replace(config, trainer=smaller))
@@ -44,8 +44,8 @@ def fit_halving(
 
 
 def _half(trainer: TrainerConfig) -> int | None:
-    """Half of the configured size, or the next smaller one that divides the batch; None where it is
-    not to be halved, or is one example."""
+    """Half of the configured size, or the next smaller size that divides the batch; None if halving
+    is off or the size is 1."""
     if not trainer.auto_micro_batch:
         return None
     sizes = range(trainer.micro_batch_size // 2, 0, -1)

@@ -1,4 +1,4 @@
-"""The loss over the vocabulary computed from hidden states, inside any causal model's forward."""
+"""Computes a causal model's cross-entropy from hidden states, without materialising all logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SumLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def resolve_head(head: Head, device: torch.device) -> Head:
-    """What `auto` stands for on `device`, or `head` itself."""
+    """The head that `auto` selects on `device`; any other `head` unchanged."""
     if head is not Head.auto:
         return head
     fused = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
@@ -36,7 +36,7 @@ def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _can_replace(model: PreTrainedModel) -> bool:
-    """Whether the loss is the plain one of a frozen, plain output projection."""
+    """Whether the output projection is a frozen `nn.Linear` without bias or logit soft cap."""
     head = model.get_output_embeddings()
     return (
         type(head) is nn.Linear
@@ -47,19 +47,18 @@ def _can_replace(model: PreTrainedModel) -> bool:
 
 
 def _next_token_labels(labels: Tensor) -> Tensor:
-    """Label of each position: the next one's token."""
+    """Labels shifted left by one, so that each position's label is the next token."""
     return functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 
 
 @contextmanager
 def loss_from_hidden(model: PreTrainedModel, head: Head) -> Iterator[None]:
-    """Within this context `model(labels=...)` computes its loss without the logits.
+    """Within this context `model(labels=...)` computes its loss without materialising the logits.
 
-    The output projection hands its input through and the model's loss function, given that,
-    computes product and loss together; `logits` of the output are then those hidden states, and
-    are not to be used. Nothing changes for `head=full` or where the output projection is trained,
-    adapted, has a bias or is followed by a soft cap. `model` is the base model, without PEFT
-    around it.
+    The output projection becomes the identity, and the model's loss function computes projection
+    and cross-entropy together; `logits` in the output are then hidden states and must not be used.
+    Nothing changes for `head=full`, or if the output projection is trained, adapted, has a bias or
+    is followed by a soft cap. `model` is the base model, not the `PeftModel`.
     """
     resolved = resolve_head(head, model.device)
     if resolved is Head.full or not _can_replace(model):
@@ -71,7 +70,7 @@ def loss_from_hidden(model: PreTrainedModel, head: Head) -> Iterator[None]:
     def loss_function(
         logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, **kwargs
     ) -> Tensor:
-        # As transformers does: labels that are shifted already go before.
+        # As in transformers: `shift_labels` takes precedence.
         shifted = kwargs.get("shift_labels")
         labels = _next_token_labels(labels) if shifted is None else shifted
         hidden, labels = logits.flatten(0, -2), labels.flatten().to(logits.device)

@@ -1,5 +1,4 @@
-"""One adapter in training: its data, its weights, and how it fares. What several adapters of one
-loop do not share."""
+"""The training state of one adapter: data, weights, progress. Jobs in one loop share none of it."""
 
 from __future__ import annotations
 
@@ -33,10 +32,11 @@ Batch = Mapping[str, Any]
 
 @dataclass(kw_only=True)
 class Job:
-    """One adapter's training. `name` is the adapter's in the model, `folder` its run's.
+    """One adapter's training. `name`: the adapter's name in the model; `folder`: its run's folder.
 
     With `checkpoints` it resumes from the newest one, and writes one every `save_steps`. `watch` is
-    told step and loss of every log entry, without router loss, and may raise to end the training.
+    called with step and loss (without router loss) of every log entry, and may raise to end the
+    training.
     """
 
     name: str
@@ -48,19 +48,19 @@ class Job:
     tracker: Any = None
     watch: Callable[[int, float], None] | None = None
     step: int = 0
-    """Optimizer steps that are done."""
+    """Completed optimizer steps."""
     failure: UserError | None = None
-    """Why it was taken out; the others go on."""
+    """Why this adapter's training failed; the other adapters continue."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    """The trained ones, by names that `plain_parameters_of` gives."""
+    """The trained parameters, by the names of `plain_parameters_of`."""
     batches: list[Batch] = field(default_factory=list)
-    """Of the optimizer step under way."""
+    """Micro-batches of the current optimizer step."""
     last_batches: list[Batch] = field(default_factory=list)
-    """Of the step before, whose loss was a number."""
+    """Micro-batches of the previous optimizer step, whose loss was finite."""
     norm: float = 0.0
-    """Of the gradient before clipping, in the last step."""
+    """Gradient norm before clipping in the last step."""
     expert_load: list[list[float]] | None = None
-    """Share of each expert, per layer, between the last two log entries."""
+    """(layers, E): share of each expert since the previous log entry."""
     plan: list[OptimizerStep] = field(init=False)
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
@@ -81,17 +81,17 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Total optimizer steps of the run."""
         return len(self.plan)
 
     @property
     def running(self) -> bool:
-        """Whether it still takes part."""
+        """Whether this adapter is still training."""
         return self.failure is None and self.step < self.steps
 
     def adopt(self, model: nn.Module) -> None:
-        """Find the adapter's trained parameters in `model`, let its dropout be drawn from its own
-        stream, and take over what the checkpoint that was found has of weights and log."""
+        """Find the adapter's trained parameters in `model`, connect its dropout to its own stream,
+        and restore weights and log from the checkpoint, if there is one."""
         use_dropout_stream(model, self.name, self.stream)
         for name, parameter in parameters_of(model, self.name).items():
             frozen = "lora_magnitude" in name and not self.config.method.train_magnitude
@@ -109,14 +109,14 @@ class Job:
             self.seconds_before = state["seconds"]
 
     def restore_moments(self, optimizer: Optimizer) -> None:
-        """Put the checkpoint's part of the optimizer's state back, if there is one."""
+        """Restore the optimizer's state from the checkpoint, if there is one."""
         if self._resumed is not None:
             self._resumed.restore_moments(self.parameters, optimizer)
             self._resumed = None
 
     def collated(self, step: int, number: int, of: int) -> Batch | None:
-        """Its batch in the pass `number` of the `of` that make up optimizer step `step`, from 0;
-        None where it has none. A step with fewer micro-batches has them in the last passes."""
+        """The micro-batch for pass `number` (from 0) of the `of` passes of optimizer step `step`;
+        None if there is none. A step with fewer micro-batches uses the last passes."""
         if step >= self.steps or step < self.step or self.failure is not None:
             return None
         parts = self.plan[step].micro_batches
@@ -127,10 +127,10 @@ class Job:
         return self.collate([self.examples[i] for i in part.examples], part.first)
 
     def begin_pass(self, step: int, batch: Batch) -> Batch:
-        """Note a batch and place the dropout stream; returns what the model takes of it.
+        """Store a micro-batch and position the dropout stream; returns the model's inputs.
 
-        The masks are drawn a micro-batch at a time: `DropoutStream.rows`, which would draw them by
-        example and position, takes a CPU four to twenty times as long.
+        Masks are drawn per micro-batch: `DropoutStream.rows`, which draws them per example and
+        position, takes four to twenty times as long on a CPU.
         """
         self.stream.step, self.stream.micro_batch = step, len(self.batches)
         self.batches.append(batch)
@@ -139,42 +139,44 @@ class Job:
     def note_pass(
         self, loss: Tensor, report: RouterReport | None, tokens: Tensor, share: Tensor
     ) -> None:
-        """Note one micro-batch, with its share of the label tokens of the optimizer step."""
+        """Add one micro-batch's loss and router statistics. share: its fraction of the optimizer
+        step's label tokens."""
         self._step_loss = self._step_loss + loss.detach()
         self.track.note_pass(report, tokens, share)
 
     def note_step(self, norm: float) -> tuple[float, bool]:
-        """Note the whole step's gradient norm; its loss, and whether both are numbers."""
+        """Store the gradient norm of an optimizer step; returns its loss, and whether both are
+        finite."""
         loss, self._step_loss, self.norm = float(self._step_loss), 0.0, norm
         return loss, self.track.watch.add(loss, norm)
 
     def clear_gradients(self) -> None:
-        """A parameter without gradient is passed over by the optimizer."""
+        """Set all gradients to None, so that the optimizer skips the parameters."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def fail(self, error: UserError) -> None:
-        """Take it out of the batch; the others go on."""
+        """Stop training this adapter because of `error`; the others continue."""
         self.failure = error
         self.batches, self.last_batches = [], []
         self.clear_gradients()
 
     @property
     def logs(self) -> bool:
-        """Whether the step that is done is to be logged."""
+        """Whether to log the last completed step."""
         return self.step % self.track.every == 0
 
     def save_due(self, asked_to_end: bool) -> bool:
-        """Whether a checkpoint is to be written after the step that is done."""
+        """Whether to write a checkpoint after the last completed step."""
         every = self.config.trainer.save_steps
         ends = self.step == self.steps or asked_to_end
         return self.checkpoints is not None and (ends or self.step % every == 0)
 
     def save(self, optimizer: Optimizer, *, first: bool) -> None:
-        """Write a checkpoint; every process adds its part, and the first one writes it.
+        """Write a checkpoint; all processes contribute, and the `first` one writes it.
 
         Raises:
-            UserError: the disk is full, or another process has taken the run over.
+            UserError: the disk is full, or another process has taken over the run.
         """
         state = {
             "track": self.track.state(),
@@ -196,20 +198,20 @@ def make_job(
     tracker: Any = None,
     watch: Callable[[int, float], None] | None = None,
 ) -> Job:
-    """The training of one adapter, as `config` has it; see `Job`.
+    """Create the job that `config` describes; see `Job` for the arguments.
 
     Raises:
-        UserError: there are no examples, or `batch_size` cannot be shared out over the processes.
+        UserError: there are no examples, or `batch_size` cannot be divided among the processes.
     """
     if not examples:
         raise UserError(
-            f"task.train={config.task.train}: there is nothing to train on; choose other data"
+            f"task.train={config.task.train} has no training examples: choose another task or data"
         )
     trainer, count = config.trainer, processes().num_processes
     if trainer.batch_size % (trainer.micro_batch_size * count):
         raise UserError(
             f"trainer.micro_batch_size={trainer.micro_batch_size} on {count} processes does "
-            f"not divide trainer.batch_size={trainer.batch_size}: choose a smaller one"
+            f"not divide trainer.batch_size={trainer.batch_size}: choose a smaller micro-batch"
         )
     collate = Collator(
         tokenizer.pad_token_id, trainer.loss_on, trainer.padding_in_loss, tokenizer.padding_side

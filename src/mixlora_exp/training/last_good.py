@@ -1,4 +1,4 @@
-"""What is left of a training whose numbers broke: the last adapter that is known to be good."""
+"""Saves the last adapter with a finite loss after training diverged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixlora_exp.training.stability import Diverged
 __all__ = ["Kept", "diverged_message", "keep_last_good"]
 
 Kept = tuple[int, Path]
-"""An adapter that is good: after which optimizer step, and where it is."""
+"""Optimizer step and folder of a saved adapter with a finite loss."""
 
 
 def keep_last_good(
@@ -25,8 +25,8 @@ def keep_last_good(
     save: Callable[[Path], Any],
     folder: Path,
 ) -> Kept | None:
-    """Write the last adapter that is known to give numbers to `folder`/last_good: the one of now,
-    or the newest good checkpoint's. None: there is none, or it had not been trained yet."""
+    """Save the last adapter with a finite loss to `folder`/last_good: the current weights, or those
+    of the newest good checkpoint. None: there is no such adapter, or it is untrained."""
     step = error.good
     if not error.usable or not all(weight.isfinite().all() for weight in trained.values()):
         found = None if checkpoints is None else checkpoints.fall_back(step)
@@ -42,18 +42,18 @@ def keep_last_good(
 
 
 def diverged_message(config: Config, error: Diverged, kept: Kept | None) -> str:
-    """What to tell of a run that stopped, and of what was kept of it."""
+    """The error message of a diverged run, with the place of the adapter that was saved."""
     told = ""
     if kept is not None:
-        # Nothing is known of how good it is: a loss may have been bad long before it was none.
+        # Its quality is unknown: the loss may have been high long before it was not finite.
         told = (
-            f" The last adapter with which the loss was a number, that of step {kept[0]}, is in "
-            f"{kept[1]} (model={config.model.name})."
+            f" The last adapter with a finite loss, from step {kept[0]}, is in {kept[1]} "
+            f"(model={config.model.name})."
         )
     elif error.step > 2:
         told = (
-            f" No adapter from before is kept: trainer.save_steps={config.trainer.save_steps} "
-            "wrote none; a smaller one does."
+            f" No earlier adapter was saved, because trainer.save_steps={config.trainer.save_steps}"
+            " is larger than the number of good steps; set a smaller one."
         )
     return (
         f"trainer.learning_rate={config.trainer.learning_rate}: {error}; nothing was recorded."

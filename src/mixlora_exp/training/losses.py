@@ -1,4 +1,4 @@
-"""The loss of each adapter over its own rows: of one adapter alone, or of several in one pass."""
+"""The training loss of one adapter, or of several adapters in one forward pass."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["joint_losses", "label_count", "single_loss", "total_of"]
 
 
 def label_count(batch: Batch) -> Tensor:
-    """Label tokens of a batch, as the loss counts them: the first column predicts nothing."""
+    """Number of label tokens in a batch, a scalar tensor; the first column has no prediction."""
     return (batch["labels"][..., 1:] != -100).sum()
 
 
 def single_loss(
     model: nn.Module, base: nn.Module, batch: Batch, items: Tensor | int, head: Head
 ) -> Tensor:
-    """The loss of the only adapter on a padded batch, by the model's own forward pass.
+    """The loss of a single adapter on a padded batch, by the model's own forward pass.
 
-    model: the PEFT model, maybe wrapped for several processes; base: the base model in it.
-    items: label tokens of the optimizer step, which the loss is divided by.
+    model: the PEFT model, possibly wrapped for several processes; base: its base model.
+    items: label tokens of the optimizer step, by which the summed loss is divided.
     """
     with loss_from_hidden(base, head):
         return model(**batch, num_items_in_batch=items)["loss"]
@@ -41,14 +41,15 @@ def joint_losses(
     head: Head,
     attention: str,
 ) -> dict[str, Tensor]:
-    """The loss of each adapter on its own batch, as a run of its own would compute it.
+    """The loss of each adapter on its own batch, equal to that of a separate run.
 
-    The batches go through the frozen model together; what they share is read-only, so that no
-    gradient, and nothing that is not a number, gets from one adapter to another. items: the number
-    of label tokens of each adapter's optimizer step, which its loss is divided by. With experts,
-    the router loss of its own rows is in it; `model.base_model.router_reports` has it alone.
-    To be called, and its result's gradient taken, within `packed_attention`, which yields
-    `attention`; the tuner's `row_map` is left set for layers that are computed again.
+    The batches pass through the frozen model together. They share only read-only state, so neither
+    gradients nor NaN spread between adapters. items: label tokens of each adapter's optimizer step,
+    by which its summed loss is divided. With experts, the loss includes the router loss of the
+    adapter's rows, which `model.base_model.router_reports` has separately.
+
+    Call this and the backward pass within `packed_attention`, which yields `attention`. The tuner's
+    `row_map` stays set, for layers that gradient checkpointing recomputes.
     """
     tuner = model.base_model
     base = tuner.model
@@ -78,12 +79,12 @@ def joint_losses(
             if name in reports:
                 coefficient = model.peft_config[name].router_loss_coef
                 term = coefficient * reports[name].loss
-                # In this order, as the tuner has it: a share of two counts would be float32.
+                # In the tuner's order: the quotient of the two counts would be float32.
                 loss = loss + term * label_count(batch) / items[name]
             losses[name] = loss
     return losses
 
 
 def total_of(losses: Mapping[str, Tensor]) -> Tensor:
-    """Their sum, whose gradient for each adapter is that of its own loss."""
+    """The sum of the losses; its gradient for each adapter is that of the adapter's own loss."""
     return torch.stack(list(losses.values())).sum()

@@ -1,7 +1,7 @@
-"""Batches of several adapters as one row of tokens, without padding one's to another's length.
+"""Packs batches of several adapters into one row of tokens, without padding to a common length.
 
-Everything but attention works on single tokens, so the batches are laid end to end: (1, tokens).
-Attention takes them apart again, and computes each one as it would alone.
+All layers except attention are token-wise, so the batches are concatenated to (1, tokens).
+Attention splits them again, and computes each batch separately.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One adapter's batch in the row: where it is, its (sequences, tokens), and its mask as the
-    model's own attention takes it."""
+    """One adapter's batch in the row: its slice, its shape (sequences, tokens), and its mask in the
+    form of the model's attention implementation."""
 
     rows: slice
     shape: tuple[int, int]
@@ -36,17 +36,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Batches end to end. `input_ids` and `position_ids`: (1, tokens)."""
+    """Concatenated batches. `input_ids` and `position_ids`: (1, tokens); `parts`: by adapter."""
 
     input_ids: Tensor
     position_ids: Tensor
     parts: dict[str, Part]
     attention: str
-    """The implementation that computes each part."""
+    """The attention implementation that computes each part."""
 
 
 def pack_batches(model: PreTrainedModel, batches: Mapping[str, Batch], attention: str) -> Packed:
-    """Lay the batches of several adapters end to end, in the given order.
+    """Concatenate the batches of several adapters, in the given order.
 
     Each batch has `input_ids`, `attention_mask` and `position_ids`, (sequences, tokens).
     """
@@ -56,7 +56,7 @@ def pack_batches(model: PreTrainedModel, batches: Mapping[str, Batch], attention
             ids = batch["input_ids"]
             rows = slice(start, start + ids.numel())
             start = rows.stop
-            # Only its shape, dtype and device are looked at.
+            # Only its shape, dtype and device are used.
             like = torch.empty(
                 (*ids.shape, 0), dtype=_products_dtype(model, ids.device), device=ids.device
             )
@@ -91,8 +91,8 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[str]:
-    """Within this context the model's attention takes `packed=Packed(...)` batches; yields the
-    implementation that it had, which computes their parts."""
+    """Within this context the model's attention accepts `packed=Packed(...)`; yields the name of
+    its previous implementation, which computes the parts."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     inner = model.config._attn_implementation
     with _implementation(model, NAME):
@@ -109,8 +109,9 @@ def _attend(
     packed: Packed,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of every part by itself. query, key, value: (1, heads, tokens, head size)."""
-    # Plain attention is a function of each model's own file, and in no register.
+    """Attention within each part. query, key, value: (1, heads, tokens, head size); returns
+    (1, tokens, heads, head size)."""
+    # Eager attention is defined in each model's own file and not registered.
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(packed.attention, eager)
     found = []

@@ -1,4 +1,4 @@
-"""What training shows and keeps while it runs: a bar or lines, and a log file."""
+"""Progress output of training: a bar or lines on standard error, and a log file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    # JSON has no NaN.
+    # JSON has no NaN or infinity.
     sound = {
         name: None if isinstance(value, float) and not isfinite(value) else value
         for name, value in entry.items()
@@ -51,42 +51,43 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(
             f"output_dir: cannot write {path} ({error.strerror}); nothing was "
-            "recorded. Free space there or choose another output_dir."
+            "recorded. Free space there, or choose another output_dir."
         ) from error
 
 
 class Pace:
-    """How fast a training goes. `tokens` tells how many there were so far, of all processes."""
+    """Speed and remaining time of training. `tokens()` returns the tokens so far, of all
+    processes."""
 
     def __init__(self, tokens: Callable[[], int]) -> None:
         self.tokens = tokens
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Training resumes after `step`."""
+        """Start measuring; training starts or resumes after `step`."""
         now = time.perf_counter()
         self._from, self._since = step, now
         self._before = (now, self.tokens())
 
     def look(self) -> float:
-        """Tokens per second since the last look."""
+        """Tokens per second since the previous call."""
         (then, tokens), self._before = self._before, (time.perf_counter(), self.tokens())
         return (self._before[1] - tokens) / max(self._before[0] - then, 1e-9)
 
     def left(self, step: int, steps: int) -> float:
-        """Seconds until `steps` are done, if the others take as long as those so far."""
+        """Seconds until `steps` are done, extrapolated from the steps so far."""
         passed = time.perf_counter() - self._since
         return passed / max(step - self._from, 1) * (steps - step)
 
 
 class Tenths:
-    """Picks about ten steps of a run to tell of: the first of each tenth, and the last."""
+    """Selects about ten steps of a run to report: the first of each tenth, and the last."""
 
     def __init__(self) -> None:
         self._told = -1
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether to tell of this step; of a tenth once."""
+        """Whether to report this step; true once per tenth."""
         tenth = 10 * step // max(steps, 1)
         if tenth <= self._told:
             return False
@@ -97,7 +98,7 @@ class Tenths:
 def live_line(
     step: int, steps: int, figures: Mapping[str, float], speed: float, left: float
 ) -> str:
-    """Step, losses, tokens per second and the time left, in one line."""
+    """One line with step, losses, tokens per second and remaining time (`left`, in seconds)."""
     shown = f"step {step}/{steps}, loss {figures['loss']:.3f}"
     if "router_loss" in figures:
         shown += f" with its share of router loss {figures['router_loss']:.3f}"
@@ -111,7 +112,7 @@ def _duration(seconds: float) -> str:
 
 
 class PerAdapter(TrainerCallback):
-    """Hands each log entry to the callbacks of the adapter that it is of, by the adapter's name."""
+    """Forwards each log entry to the callbacks of its adapter, and other events to all."""
 
     def __init__(self, callbacks: Mapping[str, Sequence[TrainerCallback]]) -> None:
         self.callbacks = callbacks
@@ -136,8 +137,8 @@ class PerAdapter(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Tells the job's `watch` the step and the loss of every log entry as it is made, without the
-    share of the router loss; what it raises ends the training."""
+    """Calls the job's `watch` with step and loss (without router loss) of every log entry;
+    exceptions from it end the training."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -149,7 +150,11 @@ class Watch(TrainerCallback):
 
 
 def restart_log(path: Path, step: int) -> None:
-    """Cut a log to the entries up to `step`: what came after is going to be done again."""
+    """Truncate a log to the entries up to `step`, since later steps will be repeated.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
     if not path.is_file():
         return
     kept = []
@@ -159,8 +164,8 @@ def restart_log(path: Path, step: int) -> None:
                 break
             kept.append(json.dumps(entry) + "\n")
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # Cut off by a kill.
-    # Beside it and renamed: a kill here must not cost what is kept.
+        pass  # The last line is incomplete after a kill.
+    # Written to another file and renamed, so that a kill here loses nothing.
     shorter = path.with_name(f".{path.name}.tmp")
     try:
         shorter.write_text("".join(kept))
@@ -173,8 +178,8 @@ def restart_log(path: Path, step: int) -> None:
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' bar (step, time left), with the last losses and tokens per second beside it
-    instead of a printed dictionary."""
+    """transformers' progress bar (step, time left), with the last losses and tokens per second
+    instead of printed dictionaries."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -183,7 +188,7 @@ class ProgressBar(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.pace.begin(self.job.step)
-        # Else the steps of an earlier start would count as done in no time.
+        # Otherwise the bar would count the steps before the resume as done in no time.
         self.current_step = self.job.step
         if self.training_bar is not None:
             self.training_bar.total = self.job.steps
@@ -197,8 +202,7 @@ class ProgressBar(ProgressCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """About ten lines in all, for where there is no terminal to draw a bar on. `label`: what stands
-    before them."""
+    """Prints about ten lines in total, if there is no terminal for a bar. `label` precedes them."""
 
     def __init__(self, job: Job, label: str = "") -> None:
         self.job, self.label = job, label
@@ -215,18 +219,18 @@ class ProgressLines(TrainerCallback):
 
 
 def _tokens(job: Job) -> int:
-    # Every process has about as many.
+    # An estimate: every process has about as many.
     return int(job.track.tokens) * processes().num_processes
 
 
 def progress_callback(job: Job) -> TrainerCallback:
-    """A bar on a terminal, a few lines elsewhere."""
+    """A bar on a terminal, otherwise a few lines."""
     return ProgressBar(job) if sys.stderr.isatty() else ProgressLines(job)
 
 
 class LogFile(TrainerCallback):
-    """Appends every log entry, with the expert load per layer, to the run's JSON-lines file, so
-    that a killed run leaves its curve."""
+    """Appends every log entry, with the expert load per layer, to the run's `train_log.jsonl`, so
+    that a killed run leaves its training curve."""
 
     def __init__(self, job: Job) -> None:
         self.job = job

@@ -1,4 +1,4 @@
-"""Whether training stays stable: gradient norms, spikes, and where numbers stopped being such."""
+"""Training stability: gradient norms, loss spikes, and the layer of the first non-finite value."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["Diverged", "Stability", "StepWatch", "find_layer"]
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """What a record tells of it. Norms are of the whole gradient before clipping; spikes are
-    optimizer steps, the first being 1 (see `spikes`)."""
+    """Stability figures of a record. Norms are of the full gradient before clipping; spikes are
+    optimizer steps, counted from 1 (see `records.spikes`)."""
 
     gradient_norm_median: float
     gradient_norm_max: float
@@ -31,10 +31,10 @@ class Stability:
 
 
 class Diverged(ArithmeticError):
-    """The loss or its gradient is no finite number any more, before the weights were touched.
+    """The loss or its gradient at step `step` is not finite; raised before the optimizer steps.
 
-    `usable`: the weights as they are give numbers, so that step `step` alone is lost; else what the
-    step before did to them is the reason, and only older ones may be good.
+    `usable`: the current weights still give a finite loss, so only step `step` is lost. Otherwise
+    the previous update broke them, and only earlier weights can be good.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Diverged(ArithmeticError):
 
     @property
     def good(self) -> int:
-        """Optimizer steps after which the weights can still have been good."""
+        """Number of the last optimizer step after which the weights may have been good."""
         return self.step - (1 if self.usable else 2)
 
 
@@ -59,13 +59,13 @@ class StepWatch:
     norms: list[float] = field(default_factory=list)
 
     def add(self, loss: float, norm: float) -> bool:
-        """Note one step; whether both are numbers."""
+        """Add one step; returns whether both values are finite."""
         self.losses.append(loss)
         self.norms.append(norm)
         return isfinite(loss) and isfinite(norm)
 
     def summary(self) -> Stability | None:
-        """None before the first step."""
+        """The figures so far; None before the first step."""
         if not self.norms:
             return None
         largest = max(range(len(self.norms)), key=self.norms.__getitem__)
@@ -102,12 +102,12 @@ def find_layer(
     run: Callable[[Mapping[str, Any]], Any] | None = None,
     trained: Mapping[str, nn.Parameter] | None = None,
 ) -> str:
-    """Where numbers stop being numbers, in words.
+    """Describe where the first non-finite value occurs.
 
-    A weight that is none; else the first module whose output is none when `batches` run once more;
-    else, the forward pass being sound, the trained weight nearest to the output whose gradient is
-    none. Random numbers are drawn anew, so that what dropout alone did may not come back. `run`
-    takes a batch through the model, `trained` are the weights to look at (all, if not given).
+    Checks, in order: the weights; the outputs of all modules in another forward pass over
+    `batches`; the gradients, of which the one nearest to the output is named. Dropout masks are
+    redrawn, so an effect of dropout alone may not recur. `run` passes a batch through the model;
+    `trained` are the weights to check (default: all).
     """
     weights = dict(model.named_parameters()) if trained is None else trained
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""Which examples make up each optimizer step of a run, known before it begins."""
+"""Assigns examples to the optimizer steps of a run, in advance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["MicroBatch", "OptimizerStep", "optimizer_steps", "total_steps"]
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Examples of one forward pass, by their numbers in the training set. `first`: how many
-    examples of the optimizer step come before them."""
+    """Examples of one forward pass, as indices into the training set. `first`: number of examples
+    of the same optimizer step before them."""
 
     examples: tuple[int, ...]
     first: int
@@ -24,14 +24,14 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """The micro-batches of one process; `epoch`: epochs that are done after this step."""
+    """The micro-batches of one process; `epoch`: epochs completed after this step (fractional)."""
 
     micro_batches: tuple[MicroBatch, ...]
     epoch: float
 
 
 def total_steps(config: Config, examples: int) -> int:
-    """Optimizer steps of a run: `max_steps`, else whole epochs with their incomplete last batch."""
+    """Optimizer steps of a run: `max_steps`, or all epochs including incomplete last batches."""
     trainer = config.trainer
     if trainer.max_steps is not None:
         return trainer.max_steps
@@ -42,10 +42,10 @@ def total_steps(config: Config, examples: int) -> int:
 def optimizer_steps(
     config: Config, examples: Sequence[Example], process: int = 0, processes: int = 1
 ) -> list[OptimizerStep]:
-    """The steps of a run in their order, a function of its configuration alone.
+    """The optimizer steps of `process`, in order; a function of the configuration and the lengths.
 
-    Several processes get the micro-batches of a step in turn. Each has as many as the others: at
-    the end of an epoch those that are missing are taken from its beginning.
+    The micro-batches of a step are dealt to the `processes` in turn. All get the same number: at
+    the end of an epoch, missing ones are taken from its beginning.
     """
     trainer, found, epoch = config.trainer, [], 0
     size, together = trainer.micro_batch_size, trainer.accumulation_steps

@@ -1,5 +1,5 @@
-"""What a training run did so far: losses, gradient norms, experts. It can be stored and continued,
-so that an interrupted run tells the same as one that was not."""
+"""Statistics of a training run: losses, gradient norms, expert counts. They are stored in
+checkpoints, so that a resumed run reports the same as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ def _alone(values: Tensor) -> Tensor:
 
 @dataclass
 class Track:
-    """Figures of one adapter's training, as far as this process sees it.
+    """Statistics of one adapter's training in this process.
 
-    `counts`: tokens sent to each expert up to the last log entry, (layers, E); None without
-    experts. `tokens`: real ones, without padding. `seconds`: of earlier starts of the same run.
+    `counts`: (layers, E), tokens routed to each expert up to the last log entry; None without
+    experts. `tokens`: without padding. `seconds`: training time, including earlier starts.
     """
 
     every: int
     """Optimizer steps between two log entries."""
     summed: Callable[[Tensor], Tensor] = _alone
-    """The sum over the processes that train the adapter together. All of them have to ask for
-    `entry`, `state`, `total_tokens` and `expert_load` at the same time, which tell of all."""
+    """Sums over the processes that train the adapter. `entry`, `state`, `total_tokens` and
+    `expert_load` cover all processes, which must call them at the same time."""
     watch: StepWatch = field(default_factory=StepWatch)
     curve: list[dict[str, Any]] = field(default_factory=list)
     counts: Tensor | None = None
     tokens: int | Tensor = 0
     seconds: float = 0.0
     _router_loss: Tensor | float = 0.0
-    """Sum over the optimizer steps of the window."""
+    """Sum over the optimizer steps since the last log entry."""
     _window: Tensor | None = None
 
     def note_pass(
         self, report: RouterReport | None, tokens: int | Tensor, share: float | Tensor
     ) -> None:
-        """Note one micro-batch; a tensor of a GPU is not waited for. share: its part of the label
-        tokens of the optimizer step, by which the objective weighs its router loss."""
+        """Add one micro-batch, without synchronising with the GPU. share: its fraction of the
+        optimizer step's label tokens, the weight of its router loss in the objective."""
         self.tokens += tokens
         if report is None:
             return
         self._router_loss = self._router_loss + report.loss.detach() * share
         counts = report.counts.double()
-        # After a restart the figures of before lie on the CPU.
+        # After a resume the earlier counts are on the CPU.
         before = None if self._window is None else self._window.to(counts.device)
         self._window = counts if before is None else before + counts
 
     def entry(self, step: int) -> tuple[dict[str, float], list[list[float]] | None]:
-        """What to log after optimizer step `step`, a multiple of `every`: figures since the last
-        entry, and the share of each expert per layer. Starts a new window.
+        """The log entry after optimizer step `step`, a multiple of `every`: figures since the last
+        entry, and each expert's share (layers, E). Starts a new window.
 
-        `loss` and `router_loss` are means over the optimizer steps, so that `loss` less the router
-        loss times its coefficient is the model's own loss."""
+        `loss` and `router_loss` are means over the optimizer steps: `loss` minus `router_loss`
+        times its coefficient is the cross-entropy."""
         losses = self.watch.losses[-self.every :]
-        # A process's losses are of its own rows, in the scale of the whole.
+        # A process's losses cover its own rows, scaled to the full batch.
         own = torch.tensor([sum(losses) / len(losses), 1.0], dtype=torch.float64)
         total, processes = self.summed(own).tolist()
         figures = {"loss": total / processes}
@@ -84,20 +84,21 @@ class Track:
         self._router_loss, self._window = 0.0, None
 
     def expert_load(self) -> list[list[float]] | None:
-        """Share of each expert in all (token, slot) pairs so far, (layers, E); None without."""
+        """(layers, E): share of each expert in all (token, slot) pairs so far; None without
+        experts."""
         self.fold()
         return None if self.counts is None else _shares(self.summed(self.counts)).tolist()
 
     def total_tokens(self) -> int:
-        """Real tokens so far, of all processes."""
+        """Tokens so far without padding, of all processes."""
         return int(self.summed(torch.as_tensor(self.tokens)))
 
     def _sum_of_losses(self) -> Tensor:
-        # In float32 as it was summed: a sum continued in another precision would end elsewhere.
+        # In float32 as before: continuing the sum in another precision would change the result.
         return torch.as_tensor(self._router_loss, dtype=torch.float32)
 
     def state(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it to the bit."""
+        """All statistics in a form that JSON stores exactly."""
         lists = {
             name: None if value is None else self.summed(value).tolist()
             for name, value in (("counts", self.counts), ("window", self._window))
@@ -112,8 +113,8 @@ class Track:
         }
 
     def load(self, state: dict[str, Any], seconds: float, *, first: bool = True) -> None:
-        """Continue from what `state` returned; `seconds` is the time it took. What it has of all
-        processes goes to the `first` one: each would add it to the sum again."""
+        """Restore the result of `state`; `seconds`: training time so far. Only the `first` process
+        takes the sums over all processes, which would otherwise be counted several times."""
         self.watch = StepWatch(list(state["losses"]), list(state["norms"]))
         own = 1 if first else 0
         self.curve, self.tokens = list(state["curve"]), own * state["tokens"]

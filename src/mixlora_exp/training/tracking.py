@@ -1,6 +1,6 @@
-"""`tracker=tensorboard` and `tracker=wandb`: a run's figures, sent while it trains.
+"""`tracker=tensorboard` and `tracker=wandb`: send a run's figures while it trains.
 
-Whatever a service does, the run goes on: its own files have everything.
+A failing service never stops the run, whose own files contain everything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _TensorBoard:
         self._folder = str(folder / "tensorboard")
 
     def begin(self, step: int) -> TrainerCallback:
-        # Steps that are done again replace those of before.
+        # Repeated steps replace earlier entries.
         return TensorBoardCallback(self._writer(purge_step=step + 1))
 
     def _writer(self, **options: Any) -> Any:
@@ -52,17 +52,17 @@ class _TensorBoard:
 
 
 class _Wandb(TrainerCallback):
-    """A run of W&B's under the run's fingerprint, which one that resumes after a kill continues:
-    steps that W&B has are not taken again. transformers' own callback has one run per process,
-    where several adapters need one each."""
+    """A W&B run whose id is the run's fingerprint, so that a resumed run continues it; W&B ignores
+    steps it already has. transformers' callback supports one W&B run per process, but several
+    adapters need one each."""
 
     def __init__(self, config: Config, folder: Path, identity: str) -> None:
         import wandb
 
-        from mixlora_exp.config import to_dict  # Needs Hydra, which benchmarks do without.
+        from mixlora_exp.config import to_dict  # Needs Hydra, which benchmarks do not install.
 
         self._wandb, self._folder = wandb, folder
-        # Steps of a service's run cannot be taken back: a forced run is another one.
+        # W&B cannot delete logged steps, so a forced run gets a new id.
         suffix = f"-{secrets.token_hex(4)}" if config.force else ""
         self._run = wandb.init(
             project=config.tracker.project,
@@ -81,7 +81,7 @@ class _Wandb(TrainerCallback):
         return self
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        # Under the names that transformers' callbacks give.
+        # With the names that transformers' callbacks use.
         self._run.log({f"train/{name}": value for name, value in logs.items()}, state.global_step)
 
     def end(self, rows: list[list[Any]]) -> None:
@@ -104,8 +104,8 @@ class _Wandb(TrainerCallback):
 
 
 class RunTracker(TrainerCallback):
-    """Hands the entries of one adapter to a service. What the service raises is counted in
-    `failures` and told once."""
+    """Sends the log entries of one adapter to a service. Exceptions of the service are counted in
+    `failures`, and the first one is reported."""
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self.failures, self._name = 0, name
@@ -115,19 +115,19 @@ class RunTracker(TrainerCallback):
         self._try(lambda: setattr(self, "_service", make()))
 
     def follow(self, job: Job) -> RunTracker:
-        """Send the entries of this adapter; called before training."""
+        """Send the log entries of `job`; call before training."""
         self._job, self._pace = job, Pace(lambda: int(job.track.tokens))
         return self
 
     def _try(self, call: Callable[[], Any]) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - whatever it raises, the run goes on
+        except Exception as error:  # noqa: BLE001 - no failure of a service may stop the run
             self.failures += 1
             if self.failures == 1:
                 sys.stderr.write(
-                    f"warning: tracker={self._name} fails: {error}. The run goes on, and its own "
-                    "files have everything\n"
+                    f"warning: tracker={self._name} failed: {error}. The run continues, and its "
+                    "own files contain everything\n"
                 )
 
     def _pass_on(self, event: str, args, state, control, **kwargs: Any) -> None:
@@ -153,18 +153,18 @@ class RunTracker(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._pass_on("on_train_end", args, state, control, **kwargs)
-        # The trainer, which the callback may hold, is not needed while the run is scored.
+        # The callback may reference the trainer, whose memory is needed for scoring.
         self._job = self._callback = None
 
     def close(self, record: Values | None) -> None:
-        """The run has ended, well if it has a record."""
+        """End the service's run: as successful with the run's record, as failed without."""
         if self._service is not None:
             rows = [] if record is None else score_rows(record)
             self._try(lambda: self._service.end(rows))
 
 
 def flat(values: Values) -> dict[str, float]:
-    """Numbers by name; the expert load (layers, E) becomes a number for each layer and expert."""
+    """Numbers by name; the expert load (layers, E) becomes one entry per layer and expert."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list):
@@ -179,7 +179,7 @@ def flat(values: Values) -> dict[str, float]:
 
 
 def score_rows(record: Values) -> list[list[Any]]:
-    """The scores of a record, a row per task and protocol, in the columns `SCORES`."""
+    """The scores of a record: one row per task and protocol, with the columns `SCORES`."""
     before = {(s["task"], s["protocol"]): s["accuracy"] for s in record["scores_before"] or []}
     return [
         [
@@ -193,7 +193,7 @@ def score_rows(record: Values) -> list[list[Any]]:
 
 
 def start_tracker(config: Config, folder: Path, identity: str) -> RunTracker | None:
-    """The tracker that `config` asks for, None without one. `identity`: the run's fingerprint."""
+    """The tracker chosen by `config`, or None. `identity`: the run's fingerprint."""
     made = {Service.wandb: _Wandb, Service.tensorboard: _TensorBoard}.get(config.tracker.name)
     if made is None:
         return None

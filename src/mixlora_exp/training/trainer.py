@@ -1,5 +1,5 @@
-"""One training loop for one adapter or several: the transformers Trainer over passes in which the
-adapters share the frozen model."""
+"""The training loop for one or several adapters: transformers' Trainer over forward passes in which
+the adapters share the frozen model."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ __all__ = ["MixLoraTrainer"]
 
 
 class _Steps(TrainerCallback):
-    """Tells the trainer where the loop is."""
+    """Forwards events of the loop to the trainer."""
 
     def __init__(self, trainer: MixLoraTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        # Steps count from the beginning of the run, of which an earlier start did some.
+        # Steps count from the beginning of the run, including those before a resume.
         state.global_step, state.max_steps = self.trainer.first, self.trainer.steps
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
@@ -54,13 +54,13 @@ class _Steps(TrainerCallback):
 
 
 class MixLoraTrainer(Trainer):
-    """Trains the adapters of a `PeftModel` that `jobs` name, one or several.
+    """Trains the adapters of a `PeftModel` named by `jobs`, one or several.
 
     Every adapter has its own batches, loss, learning rate, schedule, clipping, dropout stream and
-    number of steps, all as in a run of its own. The Trainer's step `n` is the optimizer step `n` of
-    each adapter that has one: an adapter that is done, or further than the others after a restart,
-    has no rows in it and hence no gradient. So has one whose loss or gradient is not finite: it is
-    taken out with a reason (`Job.failure`), and the others do not notice.
+    number of steps, as in a separate run. The Trainer's step `n` is optimizer step `n` of every
+    adapter. An adapter that has finished, or is ahead of the others after a resume, has no rows in
+    a step and hence no gradient. An adapter whose loss or gradient is not finite stops with a
+    reason (`Job.failure`), without affecting the others.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class MixLoraTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.add_callback(_Steps(self))
 
-    # What goes through the model in each pass.
+    # The batches of each forward pass.
 
     def get_train_dataloader(self) -> DataLoader:
-        """One pass after another: the next micro-batch of every adapter that has one."""
+        """A loader that yields, per forward pass, the next micro-batch of every adapter."""
         count = self.args.gradient_accumulation_steps
         loader = DataLoader(
             range(self.first * count, self.steps * count),
@@ -92,7 +92,7 @@ class MixLoraTrainer(Trainer):
             collate_fn=_Collate(list(self.jobs.values()), count),
             pin_memory=self.args.dataloader_pin_memory,
         )
-        # Each process has passes of its own, which accelerate is not to deal out.
+        # Jobs already divide the data among processes, so accelerate must not.
         return prepare_data_loader(
             loader, self.args.device, 1, 0, put_on_device=True, non_blocking=True
         )
@@ -100,7 +100,7 @@ class MixLoraTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Batch]], dict[str, Tensor]]:
-        """The passes of one optimizer step, and the label tokens in it of each adapter."""
+        """The passes of one optimizer step, and each adapter's number of label tokens in it."""
         passes, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items: dict[str, Tensor] = {}
         for name, batch in (pair for batches in passes for pair in batches.items()):
@@ -138,7 +138,7 @@ class MixLoraTrainer(Trainer):
             ((name, batch),) = batches.items()
             base = self.model.base_model.model
             loss = single_loss(model, base, batch, self._items[name], self._head)
-        # Processes take the mean of their gradients, and the loss is divided by the items of all.
+        # DDP averages gradients, but the loss is already divided by the items of all processes.
         return {name: loss * self.args.world_size}
 
     def train(self, *args: Any, **kwargs: Any):
@@ -151,7 +151,7 @@ class MixLoraTrainer(Trainer):
         finally:
             self.model.base_model.row_map.use()
 
-    # One optimizer for all, with groups of each adapter's own.
+    # One optimizer, with separate parameter groups for each adapter.
 
     def create_optimizer(self, model=None) -> Optimizer:
         decayed = set(self.get_decay_parameter_names(self.model))
@@ -182,11 +182,11 @@ class MixLoraTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
-        """Over all adapters together, the Trainer's would spread NaN to each."""
+        """Disabled: a norm over all adapters would spread NaN to each of them."""
 
     def check_gradients(self) -> None:
-        """Before the optimizer steps: note each adapter's loss and norm, clip, and take those out
-        whose numbers are none."""
+        """Before the optimizer steps: store each adapter's loss and gradient norm, clip, and stop
+        adapters with non-finite values."""
         one_process = self.args.world_size == 1
         for job in self.jobs.values():
             if not job.batches:
@@ -194,9 +194,9 @@ class MixLoraTrainer(Trainer):
             own = job.parameters.values()
             norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
             loss, sound = job.note_step(float(norm))
-            # Of several processes all see the same norm, and each a loss of its own.
+            # All processes see the same gradient norm, but each its own loss.
             if not sound and (one_process or not isfinite(job.norm)):
-                # Several processes would have to ask together.
+                # With several processes, `_gives_numbers` would need all of them at once.
                 usable = isfinite(loss) or (one_process and self._gives_numbers(job))
                 where = self._where(job, job.batches)
                 error = Diverged(job.step + 1, loss, job.norm, where, usable=usable)
@@ -208,10 +208,10 @@ class MixLoraTrainer(Trainer):
             job.last_batches, job.batches = job.batches, []
 
     def finish_step(self) -> None:
-        """After the optimizer's step: count it, and say what is due."""
+        """After the optimizer's step: count it, and request logging and checkpoints as due."""
         done = self.state.global_step
         self._stepped = [j for j in self.jobs.values() if j.running and j.step == done - 1]
-        # If one process was asked to end, all stop after the same step.
+        # If one process received a stop signal, all stop after the same step.
         self._asked = bool(summed(torch.tensor(int(requested()))))
         if self._asked and not requested():
             request()
@@ -220,7 +220,7 @@ class MixLoraTrainer(Trainer):
             job.track.seconds = job.seconds_before + time.perf_counter() - self._started
             last = done == job.steps and self.args.world_size == 1
             if last and not self._gives_numbers(job):
-                # No other step looks at what the last one left.
+                # No further step would check the weights after the last update.
                 where = self._where(job, job.last_batches)
                 error = Diverged(done + 1, float("nan"), job.norm, where, usable=False, last=True)
                 self._take_out(job, error)
@@ -233,7 +233,7 @@ class MixLoraTrainer(Trainer):
             self.control.should_training_stop = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what is due of each adapter; callbacks find its name under `adapter`."""
+        """Log the due entries of each adapter; `adapter` in an entry is its name."""
         if "loss" not in logs:
             return  # The Trainer's own summary.
         for job in self._stepped:
@@ -250,16 +250,16 @@ class MixLoraTrainer(Trainer):
             self._try(job, partial(super().log, {**entry, "adapter": job.name}))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """An adapter's checkpoint is its own: it resumes from there alone or among others."""
+        """Write the due checkpoints, one per adapter: each can resume alone or with others."""
         for job in self._stepped:
             if job.failure is None and job.save_due(self._asked):
                 first = self.is_world_process_zero()
                 self._try(job, partial(job.save, self.optimizer, first=first))
 
-    # What goes wrong with one adapter is no concern of the others.
+    # Failures of one adapter do not affect the others.
 
     def _try(self, job: Job, work: Callable[[], Any]) -> None:
-        """A disk that is full, or a run that another process has: the others' may go on."""
+        """Call `work`; a `UserError` (disk full, run taken over) ends only this job."""
         try:
             work()
         except UserError as error:
@@ -273,7 +273,7 @@ class MixLoraTrainer(Trainer):
             self.control.should_training_stop = True
 
     def _take_out(self, job: Job, error: Diverged) -> None:
-        """Keep the last good adapter of one whose numbers broke."""
+        """Stop an adapter with non-finite values, and save its last good weights."""
         kept = None
         save = partial(save_adapter, self.model, adapter=job.name)
         try:
@@ -287,7 +287,7 @@ class MixLoraTrainer(Trainer):
 
     @torch.no_grad()
     def _gives_numbers(self, job: Job) -> bool:
-        """Whether the loss over the step before is a number with the weights of now."""
+        """Whether the current weights give a finite loss on the previous step's batches."""
         found = [self._own_loss(job, batch) for batch in job.last_batches]
         return bool(found) and all(isfinite(loss) for loss in found)
 
@@ -296,16 +296,16 @@ class MixLoraTrainer(Trainer):
         return self._losses(self.model, {job.name: rows})[job.name]
 
     def _where(self, job: Job, batches: Sequence[Batch]) -> str:
-        """The layer in which numbers stop being such, over the rows of one adapter alone."""
+        """Description of the layer with the first non-finite value, on one adapter's rows."""
         try:
             return find_layer(self.model, batches, partial(self._own_loss, job), job.parameters)
         except RuntimeError as error:
-            # Memory may not suffice for it.
+            # The extra forward pass may run out of memory.
             return f"the layer was not found: {str(error).splitlines()[0][:80]}"
 
 
 class _Collate:
-    """From the number of a pass to the batches of the adapters that take part in it."""
+    """Maps the number of a pass to the micro-batches of the adapters that have rows in it."""
 
     def __init__(self, jobs: Sequence[Job], passes: int) -> None:
         self._jobs, self._passes = jobs, passes
@@ -317,13 +317,13 @@ class _Collate:
 
 
 def _schedule(config: Config, steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate after so many optimizer steps."""
+    """The factor of the learning rate as a function of the completed optimizer steps."""
     trainer = config.trainer
     name = trainer.schedule
     if name == "constant" and trainer.warmup_steps:
-        # "constant" takes no notice of warm-up steps.
+        # "constant" ignores warm-up steps.
         name = "constant_with_warmup"
-    # transformers gives it with an optimizer only.
+    # transformers creates schedules only for an optimizer.
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = get_scheduler(name, optimizer, trainer.warmup_steps, steps)
     return scheduler.lr_lambdas[0]

@@ -1,1 +1,1 @@
-"""The tables: each file here that registers one (`registry.table`) is found by itself."""
+"""The tables; files here that register one with `registry.table` are found automatically."""

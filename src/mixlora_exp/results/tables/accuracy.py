@@ -1,4 +1,4 @@
-"""Tables 1, 2, 5, 8 and 9: accuracies of the paper and of the records, side by side."""
+"""Lines and blocks of Tables 1, 2, 5, 8 and 9: accuracies of the paper and of the records."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FURTHER = {
     "log-likelihood of the gold answer": "gold_log_likelihood",
     "unparsed answers": "unparsed",
 }
-"""Further lines, and the fields of a score that they show."""
+"""Title of a further line -> the field of a score that it shows."""
 
 NOTES = (
     "Ours: mean over n seeds; in brackets the 95 % interval, over items (Wilson) or over seeds "
@@ -50,8 +50,8 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One line of a table: a method, a setup (ST: a run for each task; else the mixture's name)
-    and the value that the table varies."""
+    """Identity of a line: method, setup (ST: single-task; otherwise the mixture's name), and the
+    value of the setting that the table varies."""
 
     method: str
     setup: str
@@ -65,16 +65,16 @@ class Variant:
 
 BASE = Variant("none", "-")
 PAPER_PROTOCOL = "label_logits"
-"""How the paper scores; a difference from its figures means nothing under another protocol."""
+"""The paper's protocol; differences from its figures are only meaningful under it."""
 
 
 @dataclass(frozen=True, slots=True)
 class AccuracySpec:
-    """How one of the tables picks runs and lines.
+    """Selection of runs and lines for one of the tables.
 
-    `setups`: name of each setup and whether a mixture (the trained tasks, given the scored one)
-    belongs to it. `varied(run, standards)`: the value by which the table tells runs of a method
-    apart, None for a run that has no place in it.
+    `setups`: name of a setup -> whether trained tasks belong to it, given the scored task.
+    `varied(run, standards)`: the run's value of the setting that the table varies; None for a run
+    that does not belong to the table.
     """
 
     tasks: tuple[str, ...]
@@ -84,7 +84,7 @@ class AccuracySpec:
     models: tuple[str, ...]
     values: tuple[str, ...] = ("",)
     others: bool = True
-    """Whether models that the paper does not have stand in this table."""
+    """Whether the table includes models that are not in the paper."""
     params: Callable[[str, Variant], tuple[float, float] | None] = lambda model, variant: None
 
 
@@ -134,7 +134,8 @@ def _cell(runs: Sequence[RecordedRun], task: str, protocol: str, field: str) -> 
 def _average(
     members: Mapping[str, list[RecordedRun]], tasks: Sequence[str], protocol: str, field: str
 ) -> Entry:
-    """Over all tasks of the table, or a dash: an average of fewer tasks is another figure."""
+    """The average over all tasks of the table; a dash if one is missing, because an average over
+    fewer tasks is not comparable."""
     if any(not members.get(task) for task in tasks):
         return dash
     by_task = {t: {run.seed: run.scores[t, protocol] for run in members[t]} for t in tasks}
@@ -162,8 +163,8 @@ def _line(
 
 
 def _difference(label: tuple[str, ...], first: Row, second: Row) -> Row:
-    """Entry by entry, without the parameter column; `second` is the paper's, whose figures are
-    taken as they are: the interval is that of `first`."""
+    """`first` minus `second` per entry, without the parameter column. `second` is the paper's line
+    and has no interval, so the interval is that of `first`."""
     cells = [dash]
     for a, b in zip(first.cells[1:], second.cells[1:], strict=True):
         if a.value is None or b.value is None:
@@ -183,7 +184,7 @@ def _versus(
     protocol: str,
     field: str = RIGHT,
 ) -> Iterator[Row]:
-    """Paired comparison on the same items and seeds; nothing where none is possible."""
+    """The line of a paired comparison on the same items and seeds; none if it is not possible."""
     cells = [
         difference(members.get(task, ()), baseline.get(task, ()), task, protocol, field)
         for task in spec.tasks
@@ -196,8 +197,8 @@ def _versus(
 def _counted(
     spec: AccuracySpec, model: str, variant: Variant, runs: Iterable[RecordedRun]
 ) -> tuple[float, float] | None:
-    """#Params as (percent in the paper's denominator, percent of all weights): as the records have
-    it, none where they differ; of the shape in conf/model where nothing was run."""
+    """#Params as (percent of the paper's denominator, percent of all weights): from the records,
+    None if they differ; without records, computed from conf/model."""
     counts = [run.parameters for run in runs]
     if None in counts:
         return None
@@ -236,7 +237,7 @@ def _block(
     known: Sequence[Contradiction],
 ) -> Block:
     rows: list[Row] = []
-    # A setup that was run for one method is shown for all, with dashes for the others.
+    # A setup with results for one method is shown for all methods, with dashes.
     setups = {variant.setup for variant in members if variant.method != "none"}
     marked = {(c.line, c.column) for c in known if c.line is not None}
     extra = set(members) - set(_variants(spec)) - {BASE}
@@ -280,7 +281,7 @@ def _further(
     members: Mapping[Variant, Mapping[str, list[RecordedRun]]],
     protocol: str,
 ) -> Iterator[Row]:
-    """Other statistics of a line that was run."""
+    """Further statistics of a line with results."""
     for title, field in FURTHER.items():
         line = _line((*variant.label, title), members[variant], spec, protocol, field)
         if any(cell.value is not None for cell in line.cells):
@@ -305,7 +306,7 @@ def _single_multi(
     members: Mapping[Variant, Mapping[str, list[RecordedRun]]],
     protocol: str,
 ) -> Iterator[Row]:
-    """MT minus ST: as the paper prints it, recomputed from its own figures, and ours."""
+    """Lines for MT minus ST: printed by the paper, recomputed from its figures, and ours."""
     if "MT" not in spec.setups or "ST" not in spec.setups:
         return
     for method in METHODS:
@@ -333,14 +334,14 @@ def _single_multi(
 
 
 def _agree(printed: str, computed: float | None) -> bool:
-    # Each of the two figures may be off by half a unit of its last digit.
+    # Both figures are rounded to half a unit of the last digit.
     return computed is not None and abs(float(printed) - computed) <= TOLERANCE
 
 
 def _baselines(
     spec: AccuracySpec, members: Mapping[Variant, Mapping[str, list[RecordedRun]]], protocol: str
 ) -> Iterator[Row]:
-    """The base model alone, the majority class and chance, from any run of the same items."""
+    """Lines for the base model, the majority class and chance, from any run on the same items."""
     if BASE in members:
         yield _line(("base model", "-", "ours"), members[BASE], spec, protocol, "accuracy")
         likelihood = ("base model", "-", "log-likelihood of the gold answer")
@@ -363,15 +364,15 @@ def _plain(runs: Sequence[RecordedRun] | None, task: str, protocol: str, field: 
 
 
 def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
-    """The paper's models first, each with what was run of it in full; then every other block of
-    runs under its own conditions."""
+    """Build a table: first the paper's models with full runs, then every other block of runs with
+    its conditions."""
     printed, standards = read_paper(PAPER, number), sources.standards
     known = list(contradictions(PAPER, number))
     found: dict[Key, Mapping[Variant, dict[str, list[RecordedRun]]]] = {}
     for key, runs in sources.blocks.runs.items():
         members = _members(spec, runs, standards)
         values = {variant.value for variant in members if variant.method in ("mixlora", "mixdora")}
-        # A table that varies a setting has no place for runs that do not.
+        # A table that varies a setting excludes blocks with only one value of it.
         if members and (spec.values == ("",) or len(values) > 1):
             found[key] = members
     made: list[Block] = []

@@ -1,4 +1,4 @@
-"""Tables 1, 2, 5, 8 and 9: which runs and lines each of them takes."""
+"""Tables 1, 2, 5, 8 and 9: selection of the runs and lines of each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _of_table_3(run: RecordedRun, standards: Standards) -> str | None:
 
 
 def _rank(run: RecordedRun, standards: Standards) -> str | None:
-    """Runs that differ in the rank alone (their alpha stays, or grows with it)."""
+    """Label of a run that differs from Table 3 only in rank (alpha unchanged, or 2 r)."""
     found = deviations(run, standards)
     experts = run.method in ("mixlora", "mixdora")
     if not experts or set(found) - {"rank", "alpha"} or ("alpha" in found and "rank" not in found):
@@ -58,7 +58,7 @@ def _short(value: float) -> str:
 
 
 def _params(sources: Sources) -> Callable[[str, Variant], tuple[float, float] | None]:
-    """(percent in the paper's denominator, percent of all weights), exact."""
+    """A function that computes (percent of the paper's denominator, percent of all weights)."""
     models, defaults = sources.models, sources.defaults["correct"]
 
     def count(model: str, variant: Variant) -> tuple[float, float] | None:
@@ -96,7 +96,7 @@ def _sweep_line(column: str, prefix: str) -> Callable[[str, Variant], dict[str, 
 @table(1, "Accuracy (%) of single-task training")
 def single_task(sources: Sources) -> Made:
     models = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
-    # Mixtures of five stand in Tables 2 and 5.
+    # Mixtures of five tasks are in Tables 2 and 5.
     setups = {"ST": _single, "eight mixed": _eight}
     spec = AccuracySpec(TASKS, setups, _of_table_3, _single_line, models, params=_params(sources))
     return accuracy_table(1, spec, sources)

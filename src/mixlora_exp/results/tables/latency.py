@@ -1,4 +1,4 @@
-"""Tables 6 and 7: time and memory of a step, the paper's beside the benchmarks' records."""
+"""Tables 6 and 7: time and memory of a training step, from the paper and from benchmarks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ ROW_TITLES = {
 
 
 def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut]]:
-    """Records under `results/bench/`, those made with uncommitted changes left out by name."""
+    """Benchmark records in `results/bench/`, and those left out because they are not usable or were
+    measured with uncommitted changes."""
     found, left_out = [], []
     faults = _faults(folder)
     for path in sorted(folder.glob("*.json")):
@@ -49,12 +50,12 @@ def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut
             record = read_record(path)
             git = record["provenance"]["git"]
             if git is None or git["dirty"]:
-                raise UserError("it was made with uncommitted changes")
+                raise UserError("it was measured with uncommitted changes")
             for one in record.get("benchmarks", [record]):
                 if "rows" in one:
                     entry = {**one, "provenance": record["provenance"], "name": path.stem}
                     entry = _without_faults(entry, faults)
-                    _block(entry)  # Complete enough to be shown.
+                    _block(entry)  # Raises if fields are missing.
                     found.append(entry)
         except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
             left_out.append(LeftOut(f"bench/{path.stem}", str(error)))
@@ -62,7 +63,7 @@ def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut
 
 
 def _faults(folder: Path) -> list[Mapping[str, Any]]:
-    """Figures that are known to be wrong, from `faults.yaml`."""
+    """Descriptions of figures that are known to be wrong, from `faults.yaml`."""
     path = folder / "faults.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
 
@@ -70,7 +71,7 @@ def _faults(folder: Path) -> list[Mapping[str, Any]]:
 def _without_faults(
     record: Mapping[str, Any], faults: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any]:
-    """The record without them, and with the reasons as `faults`."""
+    """The record without figures that are known to be wrong; the reasons are in `faults`."""
     commit, rows, reasons = record["provenance"]["git"]["commit"], dict(record["rows"]), []
     for fault in faults:
         if not commit.startswith(fault["commit"]):
@@ -112,15 +113,17 @@ PARTS = {
     "infer_forward": ("infer_forward_s",),
     "train": ("train_forward_s", "train_backward_s"),
 }
-"""Ratios of a record, and the times of a round that they add up."""
+"""Name of a ratio -> the times of a round whose sums it compares."""
 
 
 def _time_ratio(
     row: Mapping[str, Any], base: Mapping[str, Any] | None, name: str
 ) -> tuple[float, float, float] | None:
-    """Lower quartile, median and upper quartile of the ratios to `base` within the same rounds, in
-    percent. As recorded, but for adapters in bf16: records before 2026-11-27 hold the ratio of
-    their time to another row than the one that their memory is compared with."""
+    """Lower quartile, median and upper quartile of the ratios to `base` within rounds, in percent.
+
+    Recomputed for adapters in bf16, because records before 2026-11-27 compare their time and their
+    memory with different rows; otherwise as recorded.
+    """
     ratio = row.get(f"{name}_ratio")
     if ratio is None:
         return None
@@ -134,7 +137,7 @@ def _time_ratio(
     ratios = [100 * sum(a[k] for k in keys) / sum(b[k] for k in keys) for a, b in both]
     if not ratios:
         return None
-    # A single round has no quartiles, but stands for itself.
+    # A single round has no quartiles: all three are its ratio.
     low, middle, high = quantiles(ratios if ratios[1:] else 2 * ratios, n=4, method="inclusive")
     return low, middle, high
 
@@ -207,7 +210,7 @@ TITLE = "Time and memory of a step, "
 
 @table(6, TITLE + MODEL_TITLES["llama2_7b"])
 def of_llama(sources: Sources) -> Made:
-    """Also models that the paper does not have."""
+    """Table 6, with further models that are not in the paper."""
     own = [r for r in sources.benchmarks if r["config"]["model"] == "llama2_7b"]
     others = [r for r in sources.benchmarks if r["config"]["model"] not in MODELS.values()]
     return _made(6, own + others)

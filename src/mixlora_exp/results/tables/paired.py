@@ -1,4 +1,4 @@
-"""Comparisons of runs on the same items and seeds, as entries of a table."""
+"""Table entries for paired comparisons of runs on the same items and seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mixlora_exp.results.statistics import Comparison, compare, compare_average
 from mixlora_exp.results.tables.parts import Entry, dash, versus
 
 RIGHT = "right"
-"""What is compared of each item beside the log-likelihood of its gold answer (`LIKELIHOOD`, in
-nats): whether it was answered rightly."""
+"""Field of an item to compare: whether it was answered correctly. The other field is `LIKELIHOOD`,
+the log-likelihood of the gold answer in nats."""
 
 Side = Mapping[int, Mapping[str, float | None]]
 
@@ -19,7 +19,8 @@ Side = Mapping[int, Mapping[str, float | None]]
 def _sides(
     runs: Sequence[RecordedRun], base: Sequence[RecordedRun], task: str, protocol: str, field: str
 ) -> tuple[Side, Side] | None:
-    """Seed -> item -> figure, of both; a base model without seeds stands for each of them."""
+    """Seed -> item -> value, for both sides; a base model, which has no seed, is used for every
+    seed."""
     sides = [
         {run.seed: read_items(run, task, protocol, field) for run in side} for side in (runs, base)
     ]
@@ -53,10 +54,10 @@ def difference(
     protocol: str,
     field: str = RIGHT,
 ) -> Entry:
-    """`runs` minus `base` on one task; a dash where they share no seed or lack the figure.
+    """`runs` minus `base` on one task; a dash without a common seed or if the field is missing.
 
     Raises:
-        UserError: they were scored on other items.
+        UserError: they were scored on different items.
     """
     sides = _sides(runs, base, task, protocol, field)
     if sides is None:
@@ -75,7 +76,7 @@ def average_difference(
     protocol: str,
     field: str = RIGHT,
 ) -> Entry:
-    """`runs` minus `base`, each by task, averaged over all `tasks`; a dash where one is missing."""
+    """`runs` minus `base` (both by task), averaged over `tasks`; a dash if a task is missing."""
     pairs = []
     for task in tasks:
         sides = _sides(runs.get(task, ()), base.get(task, ()), task, protocol, field)

@@ -1,4 +1,4 @@
-"""What a table is made of; renderers turn it into Markdown, CSV, LaTeX and HTML."""
+"""Data structures of a table, which renderers convert to Markdown, CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from mixlora_exp.results.statistics import Comparison, Estimate
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry. `kind`: paper (printed), ours (from records), difference (of two entries), versus
-    (paired comparison), text; `dash` is what was not run. Accuracies are in percent; `low` and
-    `high` bound the 95 % interval; `records` are the runs that a number comes from."""
+    """One entry of a table.
+
+    `kind`: paper (printed), ours (from records), difference (of two entries), versus (paired
+    comparison), text, or dash (not run). Accuracies are in percent; `low` and `high` bound the 95 %
+    interval; `records`: names of the runs behind a number.
+    """
 
     kind: str
     value: float | None = None
@@ -39,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line: what it is, and its entries, one per column of its block."""
+    """A line: its label, and one entry per column of its block."""
 
     label: tuple[str, ...]
     cells: tuple[Entry, ...]
@@ -47,8 +50,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Lines under one heading; `stub` names the parts of a line's label. `run`: it holds results of
-    this project."""
+    """Lines under one heading; `stub`: column titles of the label's parts. `run`: whether it has
+    results of this project."""
 
     heading: str
     stub: tuple[str, ...]
@@ -59,8 +62,8 @@ class Block:
 
     @property
     def filled(self) -> dict[str, tuple[int, int]]:
-        """By setup: entries of ours that were run, and all of them (averages and parameters
-        apart)."""
+        """By setup: number of entries of ours with a value, and of all (without averages and
+        parameter counts)."""
         found: dict[str, tuple[int, int]] = {}
         for row in self.rows:
             if row.label[-1] != "ours" or "minus" in row.label[1] or row.label[1] == "-":
@@ -74,7 +77,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of the paper, with what was run here."""
+    """A table with the paper's figures and this project's results."""
 
     number: int
     title: str
@@ -86,7 +89,7 @@ class Table:
         return f"table{self.number}"
 
     def records(self) -> set[str]:
-        """Names of the runs that some entry comes from."""
+        """Names of all records used by the table."""
         rows = [row for block in self.blocks for row in block.rows]
         return {name for row in rows for cell in row.cells for name in cell.records}
 
@@ -95,7 +98,7 @@ dash = Entry("dash")
 
 
 def paper(printed: str | None, digits: int | None = None, mark: str = "") -> Entry:
-    """A figure as the paper prints it; `mark` where another of its statements contradicts it."""
+    """A figure as printed in the paper; `mark`: set if another statement contradicts it."""
     if printed is None or printed == "":
         return dash
     decimals = len(printed.partition(".")[2]) if digits is None else digits
@@ -121,7 +124,7 @@ def ours(found: Estimate, records: tuple[str, ...]) -> Entry:
 
 
 def versus(found: Comparison, records: tuple[str, ...]) -> Entry:
-    """A paired difference in percentage points, marked where its interval leaves out zero."""
+    """A paired difference in percentage points, marked if its interval excludes zero."""
     mark = ("better" if found.low > 0 else "worse") if found.clear else ""
     return Entry(
         "versus",

@@ -1,7 +1,7 @@
-"""Which tables there are: each registers itself with its number and its title.
+"""Registry of the tables: each registers itself with number and title.
 
-`build.py` makes them all, `results/tables/README.md` lists them, and the scripts write them; none
-of these names a table.
+`build.py` builds all registered tables, `results/tables/README.md` lists them, and the scripts
+write them, without naming any of them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.parts import Block, Table
 
 PAPER = RESULTS / "paper"
-"""The paper's figures, as `results.paper.read_paper` reads them."""
+"""Folder of the paper's figures, for `results.paper.read_paper`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """All that a table may be made of.
+    """The data from which tables are built.
 
-    runs: those that stand in tables, by name. blocks: the same, those that may be compared with one
-    another together. standards: the defaults that they are compared with. benchmarks: the records
-    in `results/bench`. defaults: by preset (`correct`, `official`) and method, the composed run.
-    models: by name, each model that has a title.
+    runs: usable runs, sorted by name. blocks: the same runs, grouped into comparable ones.
+    standards: the defaults with which runs are compared. benchmarks: the records in
+    `results/bench`. defaults: composed configurations by preset (`correct`, `official`) and method.
+    models: configurations by name, for every model that has a title.
     """
 
     runs: Sequence[RecordedRun]
@@ -53,11 +53,11 @@ _MAKERS: dict[int, tuple[str, Maker]] = {}
 
 
 def table(number: int, title: str) -> Callable[[Maker], Maker]:
-    """Register a function that makes a table; `docs/extending/table.md` has an example. The paper's
-    own have the numbers 1 to 9.
+    """Decorator that registers a function which builds a table; see `docs/extending/table.md`. The
+    paper's tables have the numbers 1 to 9.
 
     Raises:
-        ValueError: another table has the number.
+        ValueError: another table has this number.
     """
 
     def register(make: Maker) -> Maker:
@@ -70,7 +70,7 @@ def table(number: int, title: str) -> Callable[[Maker], Maker]:
 
 
 def registered() -> dict[int, tuple[str, Maker]]:
-    """Title and maker of each table, by number; the files in this folder are imported."""
+    """Title and function of each table, by number; imports the files in this folder."""
     for module in iter_modules(tables.__path__):
         import_module(f"{tables.__name__}.{module.name}")
     return dict(sorted(_MAKERS.items()))

@@ -1,4 +1,4 @@
-"""Tables as Markdown, CSV and LaTeX."""
+"""Renders tables as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ESCAPES = {
 
 
 def plain(text: str) -> str:
-    """A text as Markdown shows it letter by letter: no HTML, code, link or further column."""
+    """A text escaped so that Markdown shows it literally: no HTML, code, link or extra column."""
     escaped = "".join(MARKDOWN.get(letter, letter) for letter in shown(text))
     return escaped.replace("](", "]\\(")
 
@@ -35,12 +35,12 @@ def _shown(cell: Entry) -> str:
 
 
 def seeds(cell: Entry) -> str:
-    """The number of seeds of an accuracy, as it stands behind it."""
+    """The number of seeds of an accuracy as a suffix, or an empty text."""
     return f" (n={cell.seeds})" if cell.kind in ("ours", "versus") and cell.seeds else ""
 
 
 def markdown(table: Table) -> str:
-    """Headings, one table per block, notes."""
+    """The table as Markdown: headings, one table per block, notes."""
     parts = [f"# Table {table.number}: {table.title}\n"]
     for block in table.blocks:
         lines = [_pipe([*block.stub, *block.columns])]
@@ -59,7 +59,7 @@ def _number(value: float | None) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """One line per entry that is not a dash."""
+    """The table as CSV: one line per entry that is not a dash."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -102,7 +102,7 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def latex(table: Table) -> str:
-    """One `table` with booktabs rules per block; needs the packages booktabs and graphicx."""
+    """The table as LaTeX: one `table` environment per block; needs booktabs and graphicx."""
     parts = []
     for index, block in enumerate(table.blocks, start=1):
         columns = "l" * len(block.stub) + "r" * len(block.columns)

@@ -1,4 +1,4 @@
-"""Tables 3 and 4: hyperparameters and data sets, the paper's beside what runs here."""
+"""Tables 3 and 4: hyperparameters and data sets, in the paper and here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _text(value: Any) -> Entry:
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, str]:
-    """The hyperparameters of Table 3, of one composed configuration."""
+    """The hyperparameters of Table 3 in a composed configuration."""
     method, trainer = config["method"], config["trainer"]
     experts = "num_experts" in method
     return {
@@ -72,7 +72,7 @@ def hyperparameters(sources: Sources) -> Made:
 
 @table(4, "Data sets")
 def data_sets(sources: Sources) -> Made:
-    """The paper's sizes, those of the published splits, and those that runs have read."""
+    """Table 4: sizes in the paper, of the published splits, and of the files that runs read."""
     read: dict[tuple[str, str, str], set[int]] = {}
     for run in sources.runs:
         for split, files in run.record["data"].items():

@@ -1,5 +1,5 @@
-"""The #Params column of a model that nothing was run on: the sizes of a Llama or Gemma model follow
-from its configuration alone, so that tables load no torch. Records have counts of their own."""
+"""The #Params column of models without records: parameter counts of Llama and Gemma models from
+their configurations, without torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["percentages"]
 
 
 def percentages(model: ModelConfig, method: LoraMethodConfig) -> tuple[float, float]:
-    """Percent of the adapter (without magnitudes) in the paper's denominator, 0 where it has none,
-    and of all that is trained in all weights of the adapted model."""
+    """(adapter without magnitudes in percent of the paper's denominator, 0 without one; trained
+    parameters in percent of all parameters of the adapted model)."""
     c = model.config
     d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     heads, kv = (c[n] * c["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))

@@ -1,4 +1,4 @@
-"""How stable training was, by the settings that decide it: not a table of the paper."""
+"""Table 11: stability of training by setting; not a table of the paper."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FACTORS = (
     "trainer.warmup_steps", "trainer.max_grad_norm", "method.router_loss_coef",
     "method.router_precision",
 )  # fmt: skip
-"""What is varied; everything else of the training must be equal within a block."""
+"""The varied settings; all other training settings must be equal within a block."""
 COLUMNS = (
     "first loss", "last loss", "gradient norm, median", "largest", "at step", "gradient spikes",
     "loss spikes", "steps", "seeds",
 )  # fmt: skip
 ENDS = 10
-"""First and last loss are means over this many steps."""
+"""Number of steps over which first and last loss are averaged."""
 
 Values = tuple[tuple[str, Any], ...]
 
@@ -39,7 +39,7 @@ def _factors(run: RecordedRun) -> Values:
 
 
 def _rest(run: RecordedRun) -> dict[str, Any]:
-    """What must be equal within a block, by name."""
+    """Settings that must be equal within a block, by name."""
     left = {"trainer.name", *EXCLUDED, *FACTORS}
     groups = ("trainer", "method", "data")
     found = {f"{g}.{n}": v for g in groups for n, v in run.trained[g].items()}
@@ -58,7 +58,7 @@ def _cells(runs: Sequence[RecordedRun]) -> tuple[Entry, ...]:
     names = tuple(run.name for run in runs)
     found = [run.record["train"]["stability"] for run in runs]
     losses = [entry["step_losses"] for entry in found]
-    # Spikes are counted anew: records of before 2026-11-22 left out the first twenty steps.
+    # Spikes are recounted: records before 2026-11-22 omitted the first twenty steps.
     worst = max(found, key=lambda entry: entry["gradient_norm_max"])
     figures = (
         (mean(mean(row[:ENDS]) for row in losses), 2),
@@ -81,15 +81,15 @@ def _label(values: Values, base: Values) -> str:
 
 @table(11, "Stability of training")
 def stability(sources: Sources) -> Made:
-    """One block per group of runs that differ in `FACTORS` alone; a group without a run of the
-    default values has no base and is left out."""
+    """Table 11: one block per group of runs that differ only in `FACTORS`. Groups without a run
+    with the default values are left out."""
     defaults = {name: config for name, config in sources.composed().items() if name != "none"}
     groups: dict[str, dict[Values, dict[int, RecordedRun]]] = defaultdict(lambda: defaultdict(dict))
     for run in sorted(sources.runs, key=lambda run: run.name):
         if run.method not in defaults or run.rescored:
             continue
         if run.record["train"].get("stability"):
-            # Runs that are scored in different ways may have trained alike, to the bit: one counts.
+            # Runs that differ only in scoring have identical training: only one counts.
             rest = json.dumps(_rest(run), sort_keys=True)
             groups[rest][_factors(run)].setdefault(run.seed, run)
     blocks, rests = [], []

@@ -1,7 +1,6 @@
-"""What each switch between this project and the official packages does: not a table of the paper.
+"""Table 10: effect of each switch between this project and the official packages; not in the paper.
 
-Runs that differ in switches alone are compared with the one that has none of them set, on the same
-items and seeds.
+Runs that differ only in switches are compared with runs without them, on the same items and seeds.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from mixlora_exp.results.tables.parts import Block, Row, dash, number, ours
 from mixlora_exp.results.tables.registry import Made, Sources, table
 
 Diff = tuple[tuple[str, Any], ...]
-"""Switches that are not as in `preset=correct`, with their values."""
+"""Switches that differ from `preset=correct`, with their values."""
 
 
 def _values(run: RecordedRun) -> dict[str, Any]:
-    """The switches of a run, those that its method does not have left out."""
+    """The switches of a run, without those that its method lacks."""
     found = {}
     for dotted in SWITCHES.values():
         group, name = dotted.split(".")
@@ -39,8 +38,8 @@ def _values(run: RecordedRun) -> dict[str, Any]:
 
 
 def _matters(name: str, run: RecordedRun, task: str, protocol: str) -> bool:
-    """Whether a switch can change what a run scores on a task at all: if it cannot, a run with it
-    is the run without it once more, and any difference is that of two machines."""
+    """Whether a switch can affect a run's score on a task. If not, a run with the switch only
+    repeats the run without it, and any difference comes from the machine."""
     if name == "evaluation.arc_labels":
         return protocol == "label_logits" and task in ("arc_e", "arc_c")
     return name != "data.boolq_passage" or "boolq" in (task, *run.mix)
@@ -53,14 +52,14 @@ def _deciding(run: RecordedRun, protocol: str) -> set[str]:
 
 
 def _rest(run: RecordedRun, protocol: str) -> dict[str, Any]:
-    """Everything else that must be equal, by name."""
+    """All other settings that must be equal within a block, by name."""
     method = {f"method.{n}": v for n, v in run.trained["method"].items()}
     found = {**run.conditions(protocol), **method}
     return {
         **{n: v for n, v in found.items() if n not in SWITCHES.values() and n != "preset"},
         "model": run.model,
         "tasks": sorted(run.mix),
-        # Blocks keep apart what read other data under equal conditions, but not across switches.
+        # `group_runs` separates different data under equal conditions, but not across switches.
         "rows": short_hash([run.hashes(task) for task in sorted({t for t, _ in run.scores})]),
     }
 
@@ -87,7 +86,7 @@ def _listed(values: Iterable[tuple[str, Any]]) -> str:
 def _label(
     diff: Diff, own: Mapping[str, Any], presets: Mapping[str, Mapping[str, Diff]], method: str
 ) -> str:
-    """The preset's name with what is otherwise, or the switches alone, whichever is shorter."""
+    """The preset's name with deviations, or the list of switches, whichever is shorter."""
     if not diff:
         return "preset=correct"
     values = {**own, **dict(diff)}
@@ -144,7 +143,7 @@ def _plain_first(entry: tuple[Key, Sequence[RecordedRun]]) -> tuple[bool, Key]:
 
 @table(10, "Switches of the official packages, one at a time")
 def switches(sources: Sources) -> Made:
-    """One block per group of runs in which switches alone differ."""
+    """Table 10: one block per group of runs that differ only in switches."""
     correct, official = sources.composed(), sources.composed("official")
     own = {method: _standard(correct, method) for method in METHOD_TITLES if method in correct}
     presets = {
@@ -160,15 +159,15 @@ def switches(sources: Sources) -> Made:
     )
     for (_, protocol, _), runs in sorted(sources.blocks.runs.items(), key=_plain_first):
         for run in runs:
-            # A method of the user's own has no line here, and a value that the official packages
-            # do not have (a sweep over the coefficient) belongs to another table, unless a preset
-            # names it: for the coefficient the paper and the packages' code differ.
+            # Custom methods have no line here. Values that the official packages do not use (a
+            # sweep over the coefficient) belong to another table, unless a preset sets them: the
+            # paper's coefficient differs from that in the packages' code.
             diff = _diff(run, protocol, own[run.method]) if run.method in own else None
             single = str(run.trained["preset"]["name"]).startswith("only_")
             known = single or (diff and set(diff) <= set(presets["official"][run.method]))
             if diff is not None and (known or not diff):
-                # A run whose switch decides nothing here is one of those without it: of each seed
-                # one counts.
+                # A run whose switch has no effect here counts as one without it; only one run per
+                # seed is used.
                 rest = json.dumps(_rest(run, protocol), sort_keys=True)
                 groups[rest, protocol][diff].setdefault(run.seed, run)
     blocks, rests = [], []
