@@ -67,10 +67,7 @@ def test_random_weights_of_a_hub_model_need_no_hub(
     ("error", "words"),
     [
         (hub_error(GatedRepoError), ["access is gated", "accept the licence there"]),
-        (
-            hub_error(RepositoryNotFoundError),
-            ["repository does not exist", "accept the licence there"],
-        ),
+        (hub_error(RepositoryNotFoundError), ["does not exist", "accept the licence there"]),
         (hub_error(RevisionNotFoundError), ["model.revision=v9 does not exist"]),
         (LocalEntryNotFoundError("no network"), ["cannot be reached", "accept the licence there"]),
         (OSError(errno.EROFS, "Read-only file system"), ["Read-only file system"]),

@@ -30,7 +30,7 @@ def load_hub(mirror: str | None, task: str, split: str) -> LoadedSplit:
             items.append(spec.read(row, index))
         except ValueError as error:
             raise UserError(
-                f"{name} row {index + 1} is not a valid row of {task}: {error}"
+                f"{name} row {index + 1}: this is not a row of {task}: {error}"
             ) from None
     if not items:
         raise UserError(f"{name} has no rows: {_way_out(spec)}")

@@ -35,7 +35,7 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
         try:
             items.append(spec.read(row, len(items)))
         except ValueError as error:
-            raise UserError(f"{where} is not a valid row of {task}: {error}") from None
+            raise UserError(f"{where}: this is not a row of {task}: {error}") from None
     if not items:
         raise UserError(
             f"{file} has no rows: write the {split} rows of {task} there, or change data.path"

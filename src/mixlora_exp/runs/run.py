@@ -31,15 +31,14 @@ from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
 from mixlora_exp.plans.plan import first_line, parameters_entry, print_plan
 from mixlora_exp.records.record import finish_record, provenance, read_run, write_json
-from mixlora_exp.records.shape import odd_fields
 from mixlora_exp.records.show import print_record
+from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
     RECORD,
     Inputs,
     adapter_entry,
     check_inputs,
     comparable,
-    differences,
     gather_inputs,
     resolve_config,
     scored_split,
@@ -59,7 +58,6 @@ __all__ = [
     "Run",
     "Scores",
     "finish",
-    "finished",
     "run",
     "score_alone",
     "score_with",
@@ -216,38 +214,6 @@ def write_record(this: Run, record: dict[str, Any]) -> Path:
     this.checkpoints().clear()
     print_record(record)
     say(f"Record: {path}")
-    return path
-
-
-def finished(path: Path, inputs: Inputs, config: Config) -> Path:
-    """Print the finished run of `config` in the record at `path`, and return `path`.
-
-    Raises:
-        UserError: its inputs have changed, its adapter was modified, or its micro-batches were
-            halved and `trainer.auto_micro_batch` is not set.
-    """
-    record = read_run(path)
-    changed = differences(inputs.identity, record)
-    if changed:
-        raise UserError(
-            f"{path} is a finished run with the same settings but other inputs "
-            f"({', '.join(changed)} differ): choose another output_dir, or force=true to replace it"
-        )
-    weights = path.parent / "adapter" / "adapter_model.safetensors"
-    saved = record.get("saved_adapter")
-    if saved is not None and weights.is_file() and file_sha256(weights) != saved["sha256"]:
-        raise UserError(
-            f"{weights} was modified after the run: restore it, or force=true to run it again"
-        )
-    halved = (record["train"] or {}).get("halved_micro_batch")
-    if halved is not None and not config.trainer.auto_micro_batch:
-        raise UserError(
-            f"{path} is a finished run with micro-batches halved to {halved} for lack of memory: "
-            "trainer.auto_micro_batch=true accepts it, force=true runs it again"
-        )
-    say(f"Already finished: {path}. force=true runs it again.")
-    with odd_fields(path):
-        print_record(record)
     return path
 
 

@@ -20,6 +20,7 @@ from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.plans.plan import first_line, print_plan, print_plan_together
+from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
     Inputs,
     adapter_entry,
@@ -33,7 +34,6 @@ from mixlora_exp.runs.run import (
     Run,
     Scores,
     finish,
-    finished,
     run,
     score_alone,
     score_with,

@@ -1,0 +1,42 @@
+"""A run that is finished already: check that its record is what the same command would make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+from mixlora_exp.records.record import read_run
+from mixlora_exp.records.shape import odd_fields
+from mixlora_exp.records.show import print_record
+from mixlora_exp.runs.inputs import Inputs, differences
+from mixlora_exp.system.console import say
+from mixlora_exp.system.hashing import file_sha256
+
+
+def finished(path: Path, inputs: Inputs, config: Config) -> Path:
+    """Print the finished run of `config` in the record at `path`, and return `path`; `UserError` if
+    its inputs or its adapter have changed, or halved micro-batches are not permitted."""
+    record = read_run(path)
+    changed = differences(inputs.identity, record)
+    if changed:
+        raise UserError(
+            f"{path} is a finished run with the same settings but other inputs "
+            f"({', '.join(changed)} differ): choose another output_dir, or force=true to replace it"
+        )
+    weights = path.parent / "adapter" / "adapter_model.safetensors"
+    saved = record.get("saved_adapter")
+    if saved is not None and weights.is_file() and file_sha256(weights) != saved["sha256"]:
+        raise UserError(
+            f"{weights} was modified after the run: restore it, or force=true to run it again"
+        )
+    halved = (record["train"] or {}).get("halved_micro_batch")
+    if halved is not None and not config.trainer.auto_micro_batch:
+        raise UserError(
+            f"{path} is a finished run with micro-batches halved to {halved} for lack of memory: "
+            "trainer.auto_micro_batch=true accepts it, force=true runs it again"
+        )
+    say(f"Already finished: {path}. force=true runs it again.")
+    with odd_fields(path):
+        print_record(record)
+    return path
