@@ -1,6 +1,10 @@
 """Train an adapter, reload it, score it: `python train.py method=mixlora model=... task=multi`."""
 
 import sys
+from pathlib import Path
+
+# The code beside this script, whatever else is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from mixlora_exp.cli.main import main
 

@@ -19,8 +19,8 @@ from pathlib import Path
 # A GPU machine may have PyTorch, transformers and PEFT alone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from mixlora_exp.bench.runner import run_benchmark  # noqa: E402
-from mixlora_exp.system.guarded import guarded  # noqa: E402
+from mixlora_exp.bench.runner import run_benchmark
+from mixlora_exp.system.guarded import guarded
 
 
 def run(arguments: list[str]) -> int:

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
 from mixlora_exp.config.places import ROOT
 
 COMMAND = ["experiment=quickstart", "trainer.max_steps=2", "evaluation.limit=4"]

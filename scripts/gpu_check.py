@@ -25,24 +25,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mixlora_exp.adapters import attach_adapter  # noqa: E402
-from mixlora_exp.cli.parser import Parser  # noqa: E402
-from mixlora_exp.config import Config, compose  # noqa: E402
-from mixlora_exp.config.places import ROOT  # noqa: E402
-from mixlora_exp.data.encoding import Example, encode_examples  # noqa: E402
-from mixlora_exp.data.sources import load_split  # noqa: E402
-from mixlora_exp.errors import UserError  # noqa: E402
-from mixlora_exp.models.parameters import count_parameters  # noqa: E402
-from mixlora_exp.plans.memory import memory_of  # noqa: E402
-from mixlora_exp.records.record import finish_record, provenance, read_record, write_json  # noqa: E402
-from mixlora_exp.runs.run import run  # noqa: E402
-from mixlora_exp.serving.open import open_adapter  # noqa: E402
-from mixlora_exp.serving.text_generation import continuations  # noqa: E402
-from mixlora_exp.system.device import free_memory, hardware_names, resolve_device  # noqa: E402
-from mixlora_exp.system.guarded import guarded  # noqa: E402
-from mixlora_exp.training import fit  # noqa: E402
+from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config import Config, compose
+from mixlora_exp.config.places import ROOT
+from mixlora_exp.data.encoding import Example, encode_examples
+from mixlora_exp.data.sources import load_split
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.parameters import count_parameters
+from mixlora_exp.plans.memory import memory_of
+from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
+from mixlora_exp.runs.run import run
+from mixlora_exp.serving.open import open_adapter
+from mixlora_exp.serving.text_generation import continuations
+from mixlora_exp.system.device import free_memory, hardware_names, resolve_device
+from mixlora_exp.system.guarded import guarded
+from mixlora_exp.training import fit
 
 STEPS, SAVED, FEW, ITEMS, NEW_TOKENS = 20, 10, 5, 16, 16
 OTHERS = ("lora", "dora", "mixdora")

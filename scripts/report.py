@@ -1,6 +1,9 @@
 """`mixlora-exp report` for a checkout."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from mixlora_exp.cli.main import main
 

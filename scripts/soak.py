@@ -14,6 +14,8 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.records.record import finish_record, provenance, write_json
 

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config import compose
 from mixlora_exp.config.places import ROOT

@@ -36,6 +36,36 @@ def test_help_imports_no_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
 
 
+SCRIPTS = [ROOT / f"{name}.py" for name in ("train", "evaluate", "generate")]
+SCRIPTS += [*(ROOT / "scripts").glob("*.py")]
+
+
+FIRST_IMPORT = """
+import runpy, sys
+class Found:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("mixlora_exp", "transformers"):
+            sys.exit(sys.path[0])
+sys.meta_path.insert(0, Found())
+runpy.run_path(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_looks_beside_itself_first(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FIRST_IMPORT, str(script)]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stderr.strip() == str(ROOT / "src")
+
+
+def test_a_checkout_runs_its_own_code(tmp_path: Path) -> None:
+    """Also where another copy is installed, in a virtual environment that two checkouts share."""
+    (tmp_path / "mixlora_exp.py").write_text("raise RuntimeError('another checkout')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "train.py"), "--version"]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+
+
 def test_a_command_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tabels"]) == 2
     assert capsys.readouterr().err == "error: tabels is not a command; did you mean tables?\n"

@@ -24,8 +24,12 @@ SMALL = ["experiment=smoke", "data.train_limit=8", "evaluation.batch_check=0"]
 
 
 def sweep(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """With another `mixlora_exp` installed, which no process may import."""
     command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, f"output_dir={folder}", *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    other = folder / "site-packages"
+    other.mkdir()
+    (other / "mixlora_exp.py").write_text("raise RuntimeError('the code of another checkout')\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(other)}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

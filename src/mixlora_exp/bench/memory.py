@@ -8,6 +8,7 @@ settings as JSON on standard input.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import base_model, model_config, model_of
 from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.config.places import own_code
 from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
 
@@ -32,6 +34,7 @@ def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module],
         input=json.dumps(asked),
+        env={**os.environ, **own_code()},
         capture_output=True,
         text=True,
         check=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from mixlora_exp.config import Plan
+from mixlora_exp.config.places import own_code
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import SWEEP, Failure, Outcome, duration, run_cell, run_one
 from mixlora_exp.sweeps.ledger import Ledger
@@ -52,6 +54,9 @@ def launch_sweep(session: Any, name: str, overrides: list[str], plan: Plan) -> i
         )
     check_inputs([cell.config for cell in plan.cells], elsewhere=elsewhere)
     overrides = [*(overrides if plan.packed is None else plan.packed), "hydra.mode=MULTIRUN"]
+
+    # Launchers of jobs start processes that do not inherit `sys.path`.
+    os.environ.update(own_code())
 
     def multirun(task: Callable[..., Any]) -> Any:
         with _folder_told(plan):
