@@ -46,7 +46,8 @@ def test_what_no_table_could_use_is_refused(write: Write, tmp_path: Path) -> Non
     write(source, "good", SMALL, {"arc_e": 0.5})
     found = collect(source, target)
     assert found.packed == ["good"]
-    assert {entry.name for entry in found.refused} == {"dirty", "cut", "lost", "random"}
+    assert {entry.name for entry in found.refused} == {"dirty", "cut", "lost"}
+    assert found.random == 1
     assert [path.name for path in target.iterdir()] == ["good.zip"]
 
 
@@ -82,7 +83,6 @@ def of_other_code(record: dict) -> None:
         # From before the names were kept.
         (SMALL, {"commit": "c", "dirty": True}, None, "uncommitted changes"),
         (SMALL, None, None, "code in no git checkout"),
-        (("model=tiny", *SMALL[1:]), CLEAN, None, "random weights, whose numbers mean nothing"),
         (SMALL, CLEAN, of_other_code, "an adapter that was trained with uncommitted changes"),
     ],
 )
@@ -113,7 +113,24 @@ def test_force_takes_what_is_refused_and_marks_it(
     forced = results / "runs" / "odd.zip"
     record_alone = {n: read_file(forced, n) for n in ZipFile(forced).namelist() if n != FORCED}
     pack(forced, record_alone)
-    assert bool(gather(results).left_out) == ("random" not in reason)
+    assert gather(results).left_out
+
+
+@pytest.mark.parametrize("git", [CLEAN, CHANGED, None])
+def test_a_trial_on_random_weights_is_passed_over(
+    git: dict | None, write: Write, tmp_path: Path
+) -> None:
+    """It is no mistake: a check of the installation leaves one."""
+    source, results = tmp_path / "outputs", tmp_path / "results"
+    (results / "bench").mkdir(parents=True)
+    write(source, "trial", ("model=tiny", *SMALL[1:], "task=multi"), FIVE, git=git)
+    found = collect(source, results / "runs")
+    assert (found.packed, found.random, found.refused) == ([], 1, [])
+    assert not (results / "runs").exists()
+    assert collect(source, results / "runs", force=True).packed == ["trial"]
+    notes = [note for note in gather(results).tables[2].notes if "trial" in note]
+    assert notes[0].startswith("Collected by force: trial (")
+    assert "random weights, whose numbers mean nothing" in notes[0]
 
 
 def test_a_damaged_record_is_refused_by_force_too(write: Write, tmp_path: Path) -> None:

@@ -43,10 +43,11 @@ def test_it_is_told_in_a_plan_and_in_the_first_line(
     experiment.run(config)
     shown = capsys.readouterr().out.splitlines()
     lines = [line for line in shown if "make collect" in line]
-    expected = [] if told is None else [f"{'record':<12}make collect will refuse it: {told}"]
+    expected = [] if told is None else [f"{'record':<12}make collect will not take it: {told}"]
     assert lines == expected
     first = planning.first_line("NAME", config, None)
-    assert first == "Run NAME" + ("" if told is None else f" (make collect will refuse it: {told})")
+    reason = "" if told is None else f" (make collect will not take it: {told})"
+    assert first == f"Run NAME{reason}"
 
 
 def test_an_adapter_of_other_code_is_told_too(configure: Configure) -> None:
@@ -65,8 +66,7 @@ def test_what_was_told_is_what_comes(
     path = experiment.run(config)
     assert path is not None
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith(f"Run {path.parent.name} (make collect will refuse it: ")
+    assert first.startswith(f"Run {path.parent.name} (make collect will not take it: ")
     found = collect(path.parent.parent, path.parent.parent.parent / "runs")
-    ((entry),) = found.refused
-    reasons = first.partition("refuse it: ")[2].removesuffix(")")
-    assert entry.reason.partition(": only")[0] in reasons
+    assert RANDOM in first
+    assert (found.packed, found.random, found.refused) == ([], 1, [])

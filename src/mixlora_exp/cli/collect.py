@@ -1,8 +1,9 @@
 """Pack finished runs into results/runs/.
 
 Packs the record and the predictions of every finished run of committed code into one file,
-results/runs/NAME.zip; weights stay where they are. A run that was collected before is skipped; a
-different run of the same name is refused. --source=results/runs packs unpacked folders there.
+results/runs/NAME.zip; weights stay where they are. A run that was collected before is skipped, and
+so are runs on random weights; a different run of the same name, and a damaged one, is refused (exit
+code 2). --source=results/runs packs unpacked folders there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"collected: {name}")
     for entry in found.refused:
         print(f"refused: {entry.name}: {entry.reason}")
+    if found.random:
+        print(f"passed over: {found.random} on random weights, whose numbers mean nothing")
     if found == Collected():
         print(f"nothing to collect: no finished run in {args.source or OUTPUTS}")
     else:

@@ -237,14 +237,14 @@ def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> 
 
 
 def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
-    """Message on why `make collect` will refuse the run; empty if it will accept it."""
+    """Message on why `make collect` will not take the run; empty if it will."""
     record = {
         "config": {"model": to_dict(config.model)},
         "provenance": {"git": git_state(CONF_DIR.parent)},
         "adapter": adapter,
     }
     found = objections(record)
-    return f"make collect will refuse it: {'; '.join(found)}" if found else ""
+    return f"make collect will not take it: {'; '.join(found)}" if found else ""
 
 
 def print_plan_together(configs: Sequence[Config]) -> None:

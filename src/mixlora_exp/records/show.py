@@ -137,7 +137,7 @@ def print_record(record: Mapping[str, Any]) -> None:
     if train is None:
         return
     say(
-        f"Trained {train['steps']} steps, {train['tokens']} tokens in {train['seconds']:.0f} s "
+        f"Trained {train['steps']} step{'s' * (train['steps'] != 1)}, {train['tokens']} tokens in {train['seconds']:.0f} s "
         f"({train['tokens_per_second']:.0f} tokens/s), loss {train['final_loss']:.3f}, "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )

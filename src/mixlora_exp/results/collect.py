@@ -12,16 +12,18 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import FORCED, PACKED, RECORD, has_file, name_of, pack, read_file
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.shape import NAME
-from mixlora_exp.results.objections import objections
+from mixlora_exp.results.objections import has_random_weights, objections
 from mixlora_exp.results.runs import LeftOut, RecordedRun, check_run
 
 
 @dataclass(slots=True)
 class Collected:
-    """Names of the packed runs, number of runs packed before, and refused runs with reasons."""
+    """Names of the packed runs, number of runs packed before, number skipped because their weights
+    are random, and refused runs with reasons."""
 
     packed: list[str] = field(default_factory=list)
     known: int = 0
+    random: int = 0
     refused: list[LeftOut] = field(default_factory=list)
 
 
@@ -30,7 +32,8 @@ def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
 
     Refused are damaged records, predictions that contradict the record's accuracies, runs whose
     name has other content in `target`, links, and, without `force`, records with `objections`. With
-    `force`, the objections are stored with the record and noted under the tables.
+    `force`, the objections are stored with the record and noted under the tables. Without `force` a
+    run on random weights (a check of the installation, for example) is skipped.
 
     If `source` and `target` are the same, packed files replace the folders.
 
@@ -42,22 +45,28 @@ def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
     found = Collected()
     for path in sorted(source.glob(f"*/{RECORD}")):
         try:
-            if _collect(path, target, force):
-                found.packed.append(name_of(path))
-            else:
-                found.known += 1
+            match _collect(path, target, force):
+                case None:
+                    found.random += 1
+                case True:
+                    found.packed.append(name_of(path))
+                case False:
+                    found.known += 1
         except UserError as error:
             found.refused.append(LeftOut(name_of(path), str(error)))
     return found
 
 
-def _collect(path: Path, target: Path, force: bool) -> bool:
-    """Pack the run whose record is at `path`; returns False if it was packed before."""
+def _collect(path: Path, target: Path, force: bool) -> bool | None:
+    """Pack the run whose record is at `path`; returns False if it was packed before, None if its
+    weights are random."""
     name, in_place = name_of(path), path.parents[1].resolve() == target.resolve()
     if not fullmatch(NAME, name):
         raise UserError("the folder's name is not a valid name of a run: rename it")
     force = force or (in_place and has_file(path, FORCED))
-    run = check_run(path, force=force)
+    run = check_run(path, force=True)
+    if has_random_weights(run.record) and not force:
+        return None
     reasons = objections(run.record)
     if reasons and not force:
         raise UserError(f"{'; '.join(reasons)}: --force collects it, marked")

@@ -25,10 +25,16 @@ def objections(record: Mapping[str, Any]) -> list[str]:
 
     Uses only `config.model`, `provenance.git` and `adapter`, which are known before a run.
     """
-    found, model = code_objections(record), record["config"]["model"]
-    if model["weights"] == "random" or (model["path"] is None and model["source"] == "random"):
+    found = code_objections(record)
+    if has_random_weights(record):
         found.append("random weights, whose numbers mean nothing")
     return found
+
+
+def has_random_weights(record: Mapping[str, Any]) -> bool:
+    """Whether a run was a trial, on a base model of random weights."""
+    model = record["config"]["model"]
+    return model["weights"] == "random" or (model["path"] is None and model["source"] == "random")
 
 
 def code_objections(record: Mapping[str, Any]) -> list[str]:
