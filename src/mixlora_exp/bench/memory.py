@@ -8,7 +8,6 @@ settings as JSON on standard input.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import base_model, model_config, model_of
 from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.rows import ROWS
-from mixlora_exp.config.places import own_code
+from mixlora_exp.config.places import share_code
 from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
 
@@ -31,10 +30,10 @@ def measure_in_process(config: StepOptions, row: str) -> dict[str, Any]:
 
 def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
     """The JSON that a module prints for the input `asked`, in a new process."""
+    share_code()
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module],
         input=json.dumps(asked),
-        env={**os.environ, **own_code()},
         capture_output=True,
         text=True,
         check=False,

@@ -14,11 +14,9 @@ ROOT = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
 RESULTS = ROOT / "results"
 
 
-def own_code() -> dict[str, str]:
-    """Environment with which another Python process imports the code of this checkout, whatever
-    else is installed; empty where the package itself is installed."""
-    if not (CHECKOUT / "pyproject.toml").is_file():
-        return {}
-    source = str(CHECKOUT / "src")
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return {"PYTHONPATH": os.pathsep.join([source, *(p for p in given if p not in ("", source))])}
+def share_code() -> None:
+    """Let Python processes that are started from here import the code of this checkout, whatever
+    else is installed, also where they do not inherit `sys.path`."""
+    if (CHECKOUT / "pyproject.toml").is_file():
+        own, given = str(CHECKOUT / "src"), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join([own, *(p for p in given if p not in ("", own))])
