@@ -18,7 +18,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
     """Stand in for `mixlora_exp.runs.run`: keep the configurations instead of running them."""
     configs: list[Config] = []
     module = types.ModuleType("mixlora_exp.runs.run")
-    module.run = configs.append
+    module.run = lambda config, **_: configs.append(config)
     monkeypatch.setitem(sys.modules, "mixlora_exp.runs.run", module)
     monkeypatch.chdir(tmp_path)
     return configs

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ Refused = Callable[[list[str]], str]
 def fail_with(error: BaseException, when: int = 1) -> None:
     """Let the stand-in raise `error` for the run with seed `when`."""
 
-    def run(config: Config) -> None:
+    def run(config: Config, **_: Any) -> None:
         calls.append(config.seed)
         if config.seed == when:
             raise error

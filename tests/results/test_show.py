@@ -49,7 +49,8 @@ def record(*, before: bool, experts: int = 8, names: tuple[str, ...] = TASK_NAME
     }  # fmt: skip
     config = to_dict(compose(["model=tiny", "data=embedded", "method=mixlora", "preset=official"]))
     return {
-        "config": config, "scores": scores, "scores_before": earlier if before else None,
+        "name": "RUN", "config": config, "scores": scores,
+        "scores_before": earlier if before else None,
         "train": train,
     }  # fmt: skip
 

@@ -167,7 +167,7 @@ def test_a_process_of_joblib_is_killed(start: Callable[..., Sweep], tmp_path: Pa
     code, told = sweep.end()
     assert code == 0, told[-2000:]
     assert "a process was killed" in told
-    assert "== 3 runs: 3 done, 0 failed" in told
+    assert "== 3 runs: 3 run now, 0 finished before, 0 failed" in told
     assert methods(tmp_path) == ["lora"] * 3
 
 
@@ -191,7 +191,7 @@ def test_a_job_of_submitit_is_killed(start: Callable[..., Sweep], tmp_path: Path
     sweep.signal_the_process_of(sweep.in_training(), signal.SIGKILL)
     code, told = sweep.end()
     assert code == 2
-    assert "== 2 runs: 1 done, 1 failed" in told
+    assert "== 2 runs: 1 run now, 0 finished before, 1 failed" in told
     assert "its job ended without a result" in told
     assert len(methods(tmp_path)) == 1
 

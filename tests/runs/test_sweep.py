@@ -150,20 +150,27 @@ def test_local_files_are_those_in_data(
 def test_the_end_counts_what_is_done_failed_and_left_alone(tmp_path: Path, capsys) -> None:
     argv = ["-m", *SMALL, f"output_dir={tmp_path}", "trainer.max_steps=1"]
     assert execute([*argv, "method=lora,dora"]) == 0
-    assert "== 2 runs: 2 done, 0 failed, 0 skipped, " in capsys.readouterr().err
+    told = "== 2 runs: 2 run now, 0 finished before, 0 failed, 0 skipped, "
+    assert told in capsys.readouterr().err
     (folder,) = (path.parent for path in tmp_path.glob("*-dora-*/record.json"))
     (folder / "record.json").unlink()
     lock = RunLock(folder / "lock")
     assert lock.acquire()
     with lock:
         assert execute([*argv, "method=lora,dora,mixlora", "seed=42"]) == 0
-    assert "== 3 runs: 2 done, 0 failed, 1 skipped, " in capsys.readouterr().err
+    seen = capsys.readouterr()
+    assert "== 3 runs: 1 run now, 1 finished before, 0 failed, 1 skipped, " in seen.err
+    # The results of what was finished are not shown again.
+    assert seen.out.count("Already finished: ") == 1
+    assert [line for line in seen.out.splitlines() if "Results of" in line] == [
+        f"Results of {path.name}" for path in tmp_path.glob("*-mixlora-*")
+    ]
 
 
 def test_a_stopped_sweep_counts_too(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_one(cfg: Any) -> Outcome:
+    def run_one(cfg: Any, earlier: Any) -> Outcome:
         if cfg.seed == 2:
             signal.raise_signal(signal.SIGTERM)
         return Outcome(done=1)
@@ -171,7 +178,7 @@ def test_a_stopped_sweep_counts_too(
     monkeypatch.setattr(jobs, "run_one", run_one)
     assert execute(["-m", *SMALL, f"output_dir={tmp_path}", "seed=1,2,3"]) == 75
     told = capsys.readouterr().err
-    assert "== 3 runs: 1 done, 0 failed, 0 skipped, 2 stopped or not started" in told
+    assert "== 3 runs: 1 run now, 0 finished before, 0 failed, 0 skipped, 2 stopped" in told
     assert "the same command resumes from there" in told
 
 
@@ -220,7 +227,7 @@ def test_jobs_go_on_when_a_process_is_killed(plan: Plan, capsys) -> None:
     assert pool.ran == [0, 2, 3, 1], "each once, the one that was killed at the end, alone"
     told = capsys.readouterr().err
     assert "while it was running: seed=1; the others continue" in told
-    assert "== 4 runs: 4 done, 0 failed" in told
+    assert "== 4 runs: 4 run now, 0 finished before, 0 failed" in told
 
 
 def test_a_job_whose_process_is_killed_twice_has_failed(plan: Plan, capsys) -> None:
@@ -228,7 +235,7 @@ def test_a_job_whose_process_is_killed_twice_has_failed(plan: Plan, capsys) -> N
     assert end_of(pool, plan) == 2
     assert pool.ran == [0, 3, 2]
     told = capsys.readouterr().err
-    assert "== 4 runs: 3 done, 1 failed" in told
+    assert "== 4 runs: 3 run now, 0 finished before, 1 failed" in told
     assert "1 of 4 runs failed:\n  seed=1: its process was killed twice" in told
 
 
@@ -250,7 +257,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def run(number: int, ledger: Ledger | None = None) -> tuple[Outcome | None, list[str]]:
         saved: list[str] = []
 
-        def run_one(cfg: Any) -> Outcome:
+        def run_one(cfg: Any, earlier: Any) -> Outcome:
             with deferred():
                 signal.raise_signal(number)
                 saved.extend(["checkpoint"] if requested() else [])

@@ -126,8 +126,10 @@ def _plain(value: Any) -> Any:
 
 
 def print_record(record: Mapping[str, Any]) -> None:
-    """Print the tables of a record, one per protocol, the expert load, and the cost of training."""
+    """Print the name of a record's run, its tables, one per protocol, the expert load, and the cost of
+    training."""
     record = _plain(record)
+    say(f"Results of {record['name']}")
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):
         _show(scores_table(record, protocol))
     loads = load_table(record)
@@ -136,8 +138,9 @@ def print_record(record: Mapping[str, Any]) -> None:
     train = record["train"]
     if train is None:
         return
+    steps = "1 step" if train["steps"] == 1 else f"{train['steps']} steps"
     say(
-        f"Trained {train['steps']} step{'s' * (train['steps'] != 1)}, {train['tokens']} tokens in {train['seconds']:.0f} s "
+        f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s "
         f"({train['tokens_per_second']:.0f} tokens/s), loss {train['final_loss']:.3f}, "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )

@@ -14,7 +14,9 @@ from mixlora_exp.system.console import say
 from mixlora_exp.system.hashing import file_sha256
 
 
-def finished(path: Path, inputs: Inputs, config: Config) -> Path:
+def finished(
+    path: Path, inputs: Inputs, config: Config, earlier: list[Path] | None = None
+) -> Path:
     """Print the finished run of `config` in the record at `path`, and return `path`; `UserError` if
     its inputs or its adapter have changed, or halved micro-batches are not permitted."""
     record = read_run(path)
@@ -37,6 +39,9 @@ def finished(path: Path, inputs: Inputs, config: Config) -> Path:
             "trainer.auto_micro_batch=true accepts it, force=true runs it again"
         )
     say(f"Already finished: {path}. force=true runs it again.")
-    with odd_fields(path):
-        print_record(record)
+    if earlier is None:
+        with odd_fields(path):
+            print_record(record)
+    else:
+        earlier.append(path)
     return path

@@ -67,7 +67,8 @@ __all__ = [
     "write_record",
 ]
 
-CHECKPOINTS = "checkpoints"
+Watch = Callable[[int, float], None]
+Earlier = list[Path] | None
 Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
 """Scores per task and protocol; and per protocol the number of items and the seconds."""
 
@@ -87,12 +88,12 @@ class Run:
     lock: RunLock = field(init=False)
     """Held from before the first file of the run is written."""
     tracker: RunTracker | None = None
-    watch: Callable[[int, float], None] | None = None
+    watch: Watch | None = None
 
     def checkpoints(self) -> Checkpoints:
         """The checkpoints of this run, identified by its data, code and settings."""
         of = {**self.inputs.identity, "fingerprint": fingerprint(self.config)}
-        folder, keep = self.folder / CHECKPOINTS, self.config.trainer.keep_checkpoints
+        folder, keep = self.folder / "checkpoints", self.config.trainer.keep_checkpoints
         # Through JSON, because it is compared with an identity read from JSON.
         identity = json.loads(json.dumps(comparable(of)))
         # A forced run replaces checkpoints of other inputs, and resumes its own after a kill.
@@ -150,9 +151,10 @@ class Run:
         return _score(self, base)[0]
 
 
-def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Path | None:
+def run(config: Config, watch: Watch | None = None, earlier: Earlier = None) -> Path | None:
     """Execute the run that `config` describes and return the path of its record; None for a dry
-    run, or if another process is executing it.
+    run, or if another process is executing it. If the record exists already, its results are shown
+    or, if `earlier` is given, its path is added there.
 
     `watch` is called with step and loss (without router loss) during training, and may raise
     `GivenUp` to end the run. A finished run of the same fingerprint on the same inputs is not
@@ -171,11 +173,10 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
         return None
     # Inputs first: most mistakes are there, and are found fastest.
     inputs = gather_inputs(config)
-    name = run_name(config, inputs.identity["adapter"])
-    folder = Path(config.output_dir).expanduser() / name
+    folder = Path(config.output_dir).expanduser() / run_name(config, inputs.identity["adapter"])
     record_path = folder / RECORD
     if record_path.exists() and not config.force:
-        return finished(record_path, inputs, config)
+        return finished(record_path, inputs, config, earlier)
     # Before there is a folder: what cannot run leaves nothing.
     this = start(config, folder, inputs)
     this.watch = watch
@@ -184,7 +185,7 @@ def run(config: Config, watch: Callable[[int, float], None] | None = None) -> Pa
             return None
         if record_path.exists() and not config.force:
             # Another process finished it between the check above and the lock.
-            return finished(record_path, inputs, config)
+            return finished(record_path, inputs, config, earlier)
         this.lock = lock
         say(first_line(folder.name, config, inputs.identity["adapter"]))
         with failure_noted(folder, lock), tracked(this):
@@ -309,8 +310,7 @@ def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     memory."""
     examples = training_examples(this)
     say(f"Training {this.config.method.name} on {len(examples)} examples")
-    checkpoints = this.checkpoints()
-    summary = fit_halving(this.config, checkpoints, partial(_fit, this, base, examples), say)
+    summary = fit_halving(this.config, this.checkpoints(), partial(_fit, this, base, examples), say)
     free_memory()
     return summary
 
@@ -359,8 +359,7 @@ def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> S
     config, scores, times = this.config, [], {}
     for protocol in config.evaluation.protocols:
         start = time.perf_counter()
-        scorer = scorer_of()
-        found = score_tests(protocol, scorer, this.tests, config.data, config.evaluation)
+        found = score_tests(protocol, scorer_of(), this.tests, config.data, config.evaluation)
         seconds = time.perf_counter() - start
         times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}
         for score in found:

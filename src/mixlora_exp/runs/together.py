@@ -86,18 +86,18 @@ class _Pack:
         return self.paths
 
 
-def run_together(configs: Sequence[Config]) -> list[Path]:
+def run_together(configs: Sequence[Config], *, earlier: list[Path] | None = None) -> list[Path]:
     """Execute runs that share a base model; returns the paths of their records, none for a dry run.
 
-    Skips finished runs and those that another process is executing. A run that fails, in its data,
-    training or scoring, is reported after the others are recorded.
+    Skips finished runs (see `run` for `earlier`) and those that another process is executing. A run
+    that fails, in its data, training or scoring, is reported after the others are recorded.
 
     Raises:
         UserError: the runs cannot share a base model, or a run failed for a reason that the user
             can fix (`PackError`).
     """
     if len(configs) == 1:
-        path = run(configs[0])
+        path = run(configs[0], earlier=earlier)
         return [] if path is None else [path]
     configs = [resolve_config(config) for config in configs]
     check_together(configs, [run_name(config) for config in configs])
@@ -123,7 +123,7 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
             try:
                 inputs = gather_inputs(config)
                 folder = folder.with_name(run_name(config, inputs.identity["adapter"]))
-                _enter(pack, stack, config, folder, inputs)
+                _enter(pack, stack, config, folder, inputs, earlier)
             except UserError as error:
                 pack.fail(folder, error)
         try:
@@ -137,11 +137,16 @@ def run_together(configs: Sequence[Config]) -> list[Path]:
 
 
 def _enter(
-    pack: _Pack, stack: contextlib.ExitStack, config: Config, folder: Path, inputs: Inputs
+    pack: _Pack,
+    stack: contextlib.ExitStack,
+    config: Config,
+    folder: Path,
+    inputs: Inputs,
+    earlier: list[Path] | None,
 ) -> None:
     """Add a run to the pack, unless it is finished or another process is executing it."""
     if (folder / RECORD).exists() and not config.force:
-        pack.paths.append(finished(folder / RECORD, inputs, config))
+        pack.paths.append(finished(folder / RECORD, inputs, config, earlier))
         return
     this = start(config, folder, inputs)
     lock = stack.enter_context(held(folder))
@@ -149,7 +154,7 @@ def _enter(
         return
     if (folder / RECORD).exists() and not config.force:
         # Another process finished it between the look above and the lock.
-        pack.paths.append(finished(folder / RECORD, inputs, config))
+        pack.paths.append(finished(folder / RECORD, inputs, config, earlier))
         return
     this.lock = lock
     say(first_line(folder.name, config, inputs.identity["adapter"]))

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -40,6 +41,9 @@ class Outcome:
     """Numbers of runs of a job by result; a job has several runs if adapters are packed."""
 
     done: int = 0
+    """Recorded: run now, or finished before."""
+    before: int = 0
+    """Finished before, of those that are done."""
     alone: int = 0
     """Skipped, because another process is executing them."""
     failed: int = 0
@@ -79,18 +83,19 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def run_one(cfg: DictConfig) -> Outcome:
-    """Execute one composed configuration (a Hydra task function)."""
+def run_one(cfg: DictConfig, earlier: list[Path] | None = None) -> Outcome:
+    """Execute one composed configuration (a Hydra task function); see `runs.run` for `earlier`."""
     config = _grouped(to_config(cfg))
     # Imported late, so that a mistake on the command line is reported before torch loads.
     if config.adapters:
         from mixlora_exp.runs.together import run_together
 
-        runs, done = len(config.adapters), len(run_together(_adapters_of(config)))
+        found = run_together(_adapters_of(config), earlier=earlier)
+        runs, done = len(config.adapters), len(found)
     else:
         from mixlora_exp.runs.run import run
 
-        runs, done = 1, int(run(config) is not None)
+        runs, done = 1, int(run(config, earlier=earlier) is not None)
     return Outcome(done=runs) if config.dry_run else Outcome(done=done, alone=runs - done)
 
 
@@ -165,8 +170,9 @@ def run_cell(cfg: DictConfig, ledger: Ledger | None = None) -> Outcome | None:
 
 
 def _carried_out(cfg: DictConfig, overrides: str) -> Outcome:
+    earlier: list[Path] = []
     try:
-        return run_one(cfg)
+        return replace(run_one(cfg, earlier), before=len(earlier))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         failure = Failure(overrides, str(error), crashed=False)
@@ -174,7 +180,7 @@ def _carried_out(cfg: DictConfig, overrides: str) -> Outcome:
         if isinstance(error, PackError):
             done, failed = error.done, error.failed
         alone = max(1, len(cfg.adapters)) - done - failed
-        return Outcome(done=done, alone=alone, failed=failed, failure=failure)
+        return Outcome(done=done, before=len(earlier), alone=alone, failed=failed, failure=failure)
     except Exception as error:
         traceback.print_exc()
         failure = Failure(overrides, f"{type(error).__name__}: {error}", crashed=True)

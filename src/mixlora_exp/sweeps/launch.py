@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from mixlora_exp.config import Plan
-from mixlora_exp.config.places import own_code
+from mixlora_exp.config.places import share_code
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import SWEEP, Failure, Outcome, duration, run_cell, run_one
 from mixlora_exp.sweeps.ledger import Ledger
@@ -55,8 +54,7 @@ def launch_sweep(session: Any, name: str, overrides: list[str], plan: Plan) -> i
     check_inputs([cell.config for cell in plan.cells], elsewhere=elsewhere)
     overrides = [*(overrides if plan.packed is None else plan.packed), "hydra.mode=MULTIRUN"]
 
-    # Launchers of jobs start processes that do not inherit `sys.path`.
-    os.environ.update(own_code())
+    share_code()
 
     def multirun(task: Callable[..., Any]) -> Any:
         with _folder_told(plan):
@@ -98,21 +96,24 @@ def _folder_told(plan: Plan) -> Iterator[None]:
 
 
 def _tell(plan: Plan) -> int:
-    """Print how many runs are done, failed, skipped or stopped, with the reasons of failures;
-    returns the exit code.
+    """Print how many runs were run now, finished before, failed, skipped or stopped, with the
+    reasons of failures; returns the exit code.
 
     Raises:
         Terminated: a stop was requested.
     """
     outcomes, every = SWEEP.outcomes, len(plan.cells)
     done = sum(outcome.done for outcome in outcomes)
+    before = sum(outcome.before for outcome in outcomes)
     failed = sum(outcome.failed for outcome in outcomes)
     alone = sum(outcome.alone for outcome in outcomes)
     rest = every - done - failed - alone
     stopped = f", {rest} stopped or not started" if rest else ""
     took = duration(time.monotonic() - SWEEP.started)
+    now = f"{done - before} {'planned' if plan.cells[0].config.dry_run else 'run now'}"
     sys.stderr.write(
-        f"== {every} runs: {done} done, {failed} failed, {alone} skipped{stopped}, {took}\n"
+        f"== {every} runs: {now}, {before} finished before, {failed} failed, "
+        f"{alone} skipped{stopped}, {took}\n"
     )
     failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
     if failures:
