@@ -75,7 +75,7 @@ def attach_together(
 def attach_adapter(
     model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
-    """Add a new adapter of `method` to `model`, with weights drawn from `seed`."""
+    """Add a new adapter of `method` to `model`; `seed` fixes its initial weights."""
     with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))

@@ -47,8 +47,9 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
 
 
 def is_official(folder: Path) -> bool:
-    """Whether an adapter's folder is in the format of the official packages, judged by the
-    configuration: PEFT also wrote `.bin` files, and an official `.bin` may have been converted.
+    """Whether the official packages wrote an adapter's folder. Mainly the keys of its
+    configuration decide: PEFT wrote `.bin` files too, and an official one may have been converted
+    to safetensors.
 
     Raises:
         UserError: there is no configuration, or it is damaged.

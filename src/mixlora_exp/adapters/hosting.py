@@ -222,7 +222,7 @@ def load_adapters(
 
 
 def not_built(folder: Path, error: BaseException) -> str:
-    """The message for an adapter whose configuration fails to create layers on the base model."""
+    """The error message for an adapter whose configuration matches no layer of the base model."""
     reason = " ".join(str(error).split())[:300].rstrip(".")
     return (
         f"adapter={folder} cannot be loaded: {reason}; give a folder that PEFT wrote, for this "

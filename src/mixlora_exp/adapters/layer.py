@@ -179,7 +179,8 @@ class MixLoraFeedForward(KeepsNorms, BaseTunerLayer):
         return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
     def _parameters_called(self, name: str) -> nn.ParameterDict:
-        """Those of all adapters under a name, which PEFT's methods go through."""
+        """The `ParameterDict` stored as attribute `name`, one entry per adapter; at first use it is
+        created and registered with PEFT."""
         if name not in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
             self.adapter_layer_names = (*self.adapter_layer_names, name)

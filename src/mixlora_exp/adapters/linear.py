@@ -32,7 +32,8 @@ class RowsLinear(stock.Linear):
         raise NotImplementedError
 
     def kind_of(self, adapter: str) -> object:
-        """What adapters must share to run in one batched pass; None: this layer takes one alone."""
+        """A key: adapters with equal keys can run in one batched pass. None: `adapter` must run
+        alone in this layer."""
 
     def biased(self, y: Tensor) -> Tensor:
         """`y` (T, out) with the base layer's bias, if it has one."""

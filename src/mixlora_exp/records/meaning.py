@@ -147,7 +147,7 @@ class _Told:
         before = -1
         while before != (before := len(self.texts) + len(self.uses)):
             for module in self.modules:
-                for expression in self._said(module):
+                for expression in self._message_expressions(module):
                     self._cover(expression)
                 for function in module.functions:
                     function.said = {n for n, at in function.loads.items() if at <= self.uses}
@@ -170,8 +170,8 @@ class _Told:
                 return self.functions.get(name, []) if name in module.known else []
         return []
 
-    def _said(self, module: _Module) -> Iterator[ast.expr]:
-        """Expressions that become part of an exception's text."""
+    def _message_expressions(self, module: _Module) -> Iterator[ast.expr]:
+        """Yield the expressions that become part of an exception's message."""
         for node in module.speaking:
             match node:
                 case ast.Assert(msg=ast.expr() as message):

@@ -152,7 +152,8 @@ def _progress(block: Block) -> str:
 
 
 def _index(results: Results) -> str:
-    """The index of the tables in Markdown: blocks with results, and records not used."""
+    """The content of `tables/README.md`: which tables have results, and which records no table
+    uses."""
     lines = ["# Tables\n\n", "Made by `make tables` from the records; do not edit.\n\n"]
     lines.append("| table | blocks with results of this project |\n| --- | --- |\n")
     for table in results.tables.values():

@@ -161,7 +161,8 @@ def expect(model: PeftModel, dtype: torch.dtype) -> Expected:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A copy in float64 that uses the kernel `peft`, since the fused kernels lack float64."""
+    """A float64 copy of `module` that uses the `peft` kernel: the fused kernels do not support
+    float64."""
     # PEFT's layers keep their constructor arguments, which may contain activations.
     memo = {id(m.kwargs): {} for m in module.modules() if hasattr(m, "kwargs")}
     copied = deepcopy(module, memo).double()
@@ -210,7 +211,8 @@ def _tell_of_losses(layers: Collection[_Layer], dtype: torch.dtype) -> None:
 
 
 def _hashes(model: nn.Module, dtype: torch.dtype, inside: tuple[str, ...]) -> dict[str, str]:
-    """Hashes of the tensors of `model` whose names do not begin with one of `inside`."""
+    """SHA-256 of each tensor of `model`, floating-point ones cast to `dtype` first, by its name;
+    names that begin with one of `inside` are left out."""
     found = {}
     for name, tensor in model.state_dict().items():
         if not name.startswith(inside):

@@ -66,7 +66,8 @@ def _overrides(adapter: Path | None, words: Sequence[str]) -> list[str]:
 
 
 def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
-    """Load the base model and the adapter in `adapter`; None: only the base model.
+    """Load the base model and put `adapter` on it, or return the base model alone if `adapter` is
+    None. `words`: overrides such as `model=NAME`, which choose the base model.
 
     Raises:
         UserError: there is no adapter, it does not fit the model, or the model cannot be loaded.

@@ -66,7 +66,7 @@ def file_limit() -> int:
 
 
 def line_limit() -> int:
-    """Maximum size of a line in bytes."""
+    """The maximum length of one line of an input file, in bytes."""
     return file_limit() // LINES
 
 

@@ -250,7 +250,8 @@ class MixLoraTrainer(Trainer):
             self._try(job, partial(super().log, {**entry, "adapter": job.name}))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write the due checkpoints, one per adapter: each can resume alone or with others."""
+        """Write a checkpoint of each adapter for which one is due. Each has a file of its own, so
+        that it can resume alone or with others."""
         for job in self._stepped:
             if job.failure is None and job.save_due(self._asked):
                 first = self.is_world_process_zero()
