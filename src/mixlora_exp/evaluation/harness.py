@@ -36,7 +36,7 @@ class SharedPrefixLM(HFLM):
     """lm-eval's `HFLM` on top of a `Scorer`: same requests, truncation and sums."""
 
     def __init__(self, scorer: Scorer) -> None:
-        with _weights_left(scorer.model):
+        with _weights_left(scorer.model), _quiet():
             super().__init__(pretrained=scorer.model, tokenizer=scorer.tokenizer, backend="causal")
         self.scorer = scorer
         self._documents: list[tuple[str, int]] | None = None
