@@ -287,8 +287,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--experiment=table3", "invalid choice: 'table3' (choose from"),
-        ("--state=lost", "invalid choice: 'lost' (choose from"),
+        ("--experiment=table3", "--experiment=table3 is unknown; did you mean table2?"),
+        ("--state=lost", "--state=lost is unknown; choose one of done, "),
         ("--breif", "did you mean --brief?"),
         ("brief=true", "brief is an option, write --brief"),
         ("method.rnak=2", "rnak"),

@@ -21,6 +21,14 @@ class Parser(argparse.ArgumentParser):
             **options,
         )
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(name) for name in action.choices]
+            close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+            name = (action.option_strings or [action.dest])[0]
+            raise UserError(f"{name}={value} is unknown; {hint}")
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
