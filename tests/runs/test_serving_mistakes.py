@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.serving import answer
 from mixlora_exp.serving.merge import write_merged
 from mixlora_exp.serving.open import open_adapter
-from mixlora_exp.serving.text_generation import continuations
+from mixlora_exp.serving.text_generation import continuations, harmless
 from mixlora_exp.system.guarded import guarded
 from mixlora_exp.system.signals import Terminated
 
@@ -77,6 +78,22 @@ def test_nothing_asked_at_a_terminal_is_told(
     assert "nothing is asked" in message
     assert "prompts=FILE" in message
     assert "adapter=DIR" in message
+
+
+def test_an_empty_pipe_is_told_before_a_model_is_loaded(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    monkeypatch.setattr(answer, "open_adapter", lambda *_: pytest.fail("a model was loaded"))
+    shown = told(capsys, f"adapter={run}")
+    assert shown == 'error: no prompt was given: give prompt="..." or prompts=FILE'
+
+
+def test_what_is_written_is_harmless_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '{"answer": "\x9b2J\u202e \u00e9"}'
+    assert harmless(text) == text
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert harmless(text) == '{"answer": "\\x9b2J\\u202e \u00e9"}'
 
 
 def test_adapters_of_different_bases_do_not_answer_together(

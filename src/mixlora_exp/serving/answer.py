@@ -12,8 +12,14 @@ import torch
 
 from mixlora_exp.config.schema_commands import GenerateConfig
 from mixlora_exp.serving.open import Opened, labelled, open_adapter, open_adapters
-from mixlora_exp.serving.prompts import Asked, check_adapters, read_prompts, typed_prompts
-from mixlora_exp.serving.text_generation import check_chat, continuations
+from mixlora_exp.serving.prompts import (
+    Asked,
+    check_adapters,
+    piped_prompts,
+    read_prompts,
+    typed_prompts,
+)
+from mixlora_exp.serving.text_generation import check_chat, continuations, harmless
 
 
 def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
@@ -26,6 +32,11 @@ def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
     if settings.prompts is not None:
         asked = read_prompts(Path(settings.prompts).expanduser())
         check_adapters(asked, labelled(settings.adapters))
+    elif settings.prompt is not None:
+        prompts = iter([settings.prompt])
+    else:
+        # From a pipe the first is read before a model is.
+        prompts = typed_prompts() if sys.stdin.isatty() else piped_prompts()
     if settings.adapters:
         opened = open_adapters(settings.adapters, words)
     else:
@@ -38,7 +49,6 @@ def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
     if asked is not None:
         _answer_all(opened, settings, asked)
         return
-    prompts = typed_prompts() if settings.prompt is None else [settings.prompt]
     if not opened.adapters:
         _show(opened, settings, prompts)
         return
@@ -85,5 +95,5 @@ def _answer_all(opened: Opened, settings: GenerateConfig, asked: Sequence[Asked]
         entry = {"prompt": one.prompt, "adapter": one.adapter, "answer": answer}
         if one.adapter is None:
             del entry["adapter"]
-        sys.stdout.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        sys.stdout.write(harmless(json.dumps(entry, ensure_ascii=False)) + "\n")
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -81,6 +82,19 @@ def check_adapters(asked: Iterable[Asked], known: Collection[str]) -> None:
             raise UserError(
                 f"prompts: {one.prompt[:40]!r} names the unknown adapter {one.adapter}: {hint}"
             )
+
+
+def piped_prompts() -> Iterator[str]:
+    """Prompts from a pipe, of which the first is read at once.
+
+    Raises:
+        UserError: there is none.
+    """
+    lines = typed_prompts()
+    first = next(lines, None)
+    if first is None:
+        raise UserError('no prompt was given: give prompt="..." or prompts=FILE')
+    return itertools.chain([first], lines)
 
 
 def typed_prompts() -> Iterator[str]:

@@ -15,7 +15,7 @@ from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.serving.open import Opened
 
-__all__ = ["Prompt", "check_chat", "continuations"]
+__all__ = ["Prompt", "check_chat", "continuations", "harmless"]
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to continue, or the turns of a chat (`role` and `content`)."""
@@ -37,12 +37,16 @@ KEPT = "\n\t\u200c\u200d"
 """Characters that are not escaped: newline, tab, zero-width joiner and non-joiner."""
 
 
+def harmless(text: str) -> str:
+    """`text` for standard output: on a terminal, control characters are escaped."""
+    return shown(text, None, keep=KEPT) if sys.stdout.isatty() else text
+
+
 class _Streamer(TextStreamer):
-    """Prints an answer as it is generated; on a terminal, control characters are escaped."""
+    """Prints an answer as it is generated."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        harmless = shown(text, None, keep=KEPT) if sys.stdout.isatty() else text
-        super().on_finalized_text(harmless, stream_end)
+        super().on_finalized_text(harmless(text), stream_end)
 
 
 def check_chat(opened: Opened) -> None:
