@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mixlora_exp.cli.hydra_command import parse_flags, show, shows
 from mixlora_exp.config import compose, parse_overrides
+from mixlora_exp.config.given_paths import check_folders
 from mixlora_exp.config.recorded import literal, typed_texts
 from mixlora_exp.errors import UserError
 from mixlora_exp.serving.prompts import check_text
@@ -51,6 +52,8 @@ def run(argv: Sequence[str]) -> int:
             "answers them (adapter=DIR, or model=NAME)"
         )
     words = [one.input_line or "" for one in given if one.key_or_group.partition(".")[0] in BASE]
+    folders = [("adapter", settings.adapter), ("model.path", settings.model.path)]
+    check_folders([*folders, *(("adapter", folder) for folder in settings.adapters)])
     # Imported late, so that a mistake on the command line is reported before torch loads.
     from mixlora_exp.serving.answer import answer
 

@@ -25,6 +25,7 @@ from mixlora_exp.config import (
     plan_runs,
     register_schemas,
 )
+from mixlora_exp.config.given_paths import check_given
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import run_one, run_single
@@ -124,4 +125,6 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
         if args.run and args.multirun:
             raise UserError("--run and --multirun cannot be used together: give one of them")
         plan = plan_runs(session, name, overrides, args.multirun)
+        for cell in plan.cells:
+            check_given(cell.config)
         return _launch(session, name, overrides, plan)

@@ -1,0 +1,45 @@
+"""Whether the folders that a command line names are there, before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import UserError
+
+__all__ = ["check_folders", "check_given"]
+
+WAYS = {
+    "adapter": "give one that PEFT or train.py wrote",
+    "model.path": "give one with a model in the transformers format",
+    "data.path": "give one that holds TASK/SPLIT.jsonl, or use data=hub or data=embedded",
+    "data.mirror": "give one with the downloaded repositories, or use `data=local data.path=DIR`",
+}
+
+
+def check_folders(given: Iterable[tuple[str, str | None]]) -> None:
+    """Check pairs of a field and the folder that it names, or None.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    for name, value in given:
+        if value is not None and not Path(value).expanduser().is_dir():
+            raise UserError(f"{name}={value} is no folder: {WAYS[name]}")
+
+
+def check_given(config: Config) -> None:
+    """Check the folders that a run's configuration names.
+
+    Raises:
+        UserError: one is not there.
+    """
+    check_folders(
+        [
+            ("data.path", config.data.path),
+            ("data.mirror", config.data.mirror),
+            ("model.path", config.model.path),
+            ("adapter", config.adapter),
+        ]
+    )
