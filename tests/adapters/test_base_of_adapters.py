@@ -17,11 +17,12 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, load_adapters, save_adapter
+from mixlora_exp.adapters.based import refusal
 from mixlora_exp.adapters.hosting import check_shareable
 from mixlora_exp.adapters.model import MixLoraModel
 from mixlora_exp.config import compose
 from mixlora_exp.errors import UserError
-from mixlora_exp.models import build_hf_config, load_model, load_tokenizer, read_base
+from mixlora_exp.models import BaseIdentity, build_hf_config, load_model, load_tokenizer, read_base
 
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
 TINY = compose(["model=tiny", "method=lora", "method.rank=2", "kernel=exact"])
@@ -340,3 +341,18 @@ def test_what_a_file_names_is_not_opened(
     path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
     with pytest.raises(UserError, match="is refused|is not served here"):
         load(base_of(), folder)
+
+
+def test_accepting_is_offered_only_where_the_sizes_of_layers_may_fit(tmp_path: Path) -> None:
+    def base(model: str, source: str = "hub") -> BaseIdentity:
+        return BaseIdentity(model, source, model)
+
+    told = str(refusal(tmp_path, base("llama2_7b"), base("gemma_2b")))
+    assert told.endswith("whose layers have other sizes: give that model (model=llama2_7b)")
+    for then, now in (
+        (base("llama2_7b"), base("llama2_7b")),
+        (base("llama2_7b"), base("gemma_2b", "path")),
+        # No file is opened by a name that stands beside an adapter.
+        (base("../model/llama2_7b"), base("gemma_2b")),
+    ):
+        assert "base=accept" in str(refusal(tmp_path, then, now))

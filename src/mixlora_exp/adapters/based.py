@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.base_identity import BaseIdentity, base_of, read_base, same_weights
 
-__all__ = ["check_base", "check_same_base", "refusal"]
+__all__ = ["check_base", "check_same_base", "refusal", "shapes_differ"]
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
 
 
 def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
@@ -23,10 +27,24 @@ def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
     differ = "their weights differ"
     if str(then) == str(now):
         differ += ", by their shape or since their files were changed"
+    told = f"adapter={folder} was trained on {then}, not on {now}"
+    if shapes_differ(then, now):
+        return UserError(f"{told}, whose layers have other sizes: give that model ({way})")
     return UserError(
-        f"adapter={folder} was trained on {then}, not on {now}: {differ}; give that model ({way}), "
-        "or base=accept to use this one nevertheless"
+        f"{told}: {differ}; give that model ({way}), or base=accept to use this one nevertheless"
     )
+
+
+def shapes_differ(one: BaseIdentity, other: BaseIdentity) -> bool:
+    """Whether two models of conf/model are known to have layers of other sizes. Of folders nothing
+    is known."""
+    paths = [CONF_DIR / "model" / f"{base.model}.json" for base in (one, other)]
+    # A name may come from a file: it is compared with those that are there, and not followed.
+    known = set((CONF_DIR / "model").glob("*.json"))
+    if "path" in (one.source, other.source) or not known.issuperset(paths):
+        return False
+    first, second = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return any(first.get(name) != second.get(name) for name in SIZES)
 
 
 def check_base(

@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mixlora_exp.errors import UserError, shown
+from mixlora_exp.models.base_identity import read_base
 
 __all__ = ["fill", "read_weights"]
 
 PREFIX = "base_model.model."
 LAYER = re.compile(r"\.layers\.(\d+)\.")
-NAME_IT = "name the model it was trained on, model=NAME or model.path=DIR"
 COPY_IT = "train it again, or take another copy"
 
 
@@ -67,9 +67,17 @@ def fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], folder: Pat
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
-            f"adapter={folder} does not fit this base model: {reason}; {NAME_IT}"
+            f"adapter={folder} does not fit this base model: {reason}; {_name_it(folder)}"
         ) from error
     _check_places(model, name, result.missing_keys, result.unexpected_keys, prefix, folder)
+
+
+def _name_it(folder: Path) -> str:
+    """The way out where an adapter is another model's: its name, where it is noted."""
+    base = read_base(folder)
+    known = base is not None and base.source != "path"
+    way = f"model={shown(base.model, 120)}" if known else "model=NAME or model.path=DIR"
+    return f"name the model it was trained on, {way}"
 
 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -85,7 +93,7 @@ def _check_base_weights(model: PeftModel, others: Mapping[str, Tensor], folder: 
         if own is None:
             raise UserError(
                 f"adapter={folder}: {shown(key, 200)} is neither a tensor of this adapter's "
-                f"configuration nor of this base model; {COPY_IT}, or {NAME_IT}"
+                f"configuration nor of this base model; {COPY_IT}, or {_name_it(folder)}"
             )
         if not _same(own.detach(), others[key]):
             raise UserError(
@@ -130,7 +138,9 @@ def _check_shapes(
                 f"adapter={folder} does not fit its own configuration (rank or experts): {told}; "
                 f"{COPY_IT}"
             )
-        raise UserError(f"adapter={folder} does not fit this base model: {told}; {NAME_IT}")
+        raise UserError(
+            f"adapter={folder} does not fit this base model: {told}; {_name_it(folder)}"
+        )
 
 
 def _layers(keys: Iterable[str]) -> set[str]:
@@ -166,5 +176,5 @@ def _check_places(
         odd = (own or unexpected)[0]
         raise UserError(
             f"adapter={folder} does not fit this base model: {len(own)} tensors are missing and "
-            f"{len(unexpected)} are unexpected, such as {shown(odd, 200)}; {NAME_IT}"
+            f"{len(unexpected)} are unexpected, such as {shown(odd, 200)}; {_name_it(folder)}"
         )

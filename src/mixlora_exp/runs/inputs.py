@@ -146,17 +146,15 @@ def check_known_base(
     Raises:
         UserError: its base model has other weights than `config.model`.
     """
-    if config.base is Base.accept:
-        return
     then = read_base(folder)
     if then is None and trained_by is not None:
         then = of_record(trained_by)
     if then is None:
         return
     now = known_identity(config.model, config.seed)
-    if contradict(then, now):
-        from mixlora_exp.adapters.based import refusal
+    from mixlora_exp.adapters.based import refusal, shapes_differ
 
+    if shapes_differ(then, now) or (config.base is Base.check and contradict(then, now)):
         raise refusal(folder, then, now)
 
 
