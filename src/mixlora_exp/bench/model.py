@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as transformers_initialization
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.adapters.hosting import peft_warnings_held_back
 from mixlora_exp.bench.rows import BUILDERS, ROWS, BenchRow
 from mixlora_exp.config.architecture import read_architecture
 from mixlora_exp.config.places import CONF_DIR
@@ -102,7 +103,8 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
     if row.method in ("base", "floor"):
         return model
     torch.manual_seed(seed)
-    made: PeftModel = get_peft_model(model, peft_config(row, dropout))
+    with peft_warnings_held_back():
+        made: PeftModel = get_peft_model(model, peft_config(row, dropout))
     set_kernel(made, row.kernel)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
