@@ -126,8 +126,8 @@ def _plain(value: Any) -> Any:
 
 
 def print_record(record: Mapping[str, Any]) -> None:
-    """Print the name of a record's run, its tables, one per protocol, the expert load, and the cost of
-    training."""
+    """Print the name of a record's run, its tables, one per protocol, the expert load, and the cost
+    of training."""
     record = _plain(record)
     say(f"Results of {record['name']}")
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):

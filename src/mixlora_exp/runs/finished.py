@@ -14,9 +14,7 @@ from mixlora_exp.system.console import say
 from mixlora_exp.system.hashing import file_sha256
 
 
-def finished(
-    path: Path, inputs: Inputs, config: Config, earlier: list[Path] | None = None
-) -> Path:
+def finished(path: Path, inputs: Inputs, config: Config, earlier: list[Path] | None = None) -> Path:
     """Print the finished run of `config` in the record at `path`, and return `path`; `UserError` if
     its inputs or its adapter have changed, or halved micro-batches are not permitted."""
     record = read_run(path)
