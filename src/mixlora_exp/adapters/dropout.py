@@ -26,13 +26,20 @@ class KeyedDropout(nn.Dropout):
 
 
 def keyed_mask(
-    key: DropoutKey | None, part: str, shape: tuple[int, int], p: float, where: Tensor
+    key: DropoutKey | None,
+    part: str,
+    shape: tuple[int, int],
+    p: float,
+    where: Tensor,
+    *,
+    hashed: bool = False,
 ) -> DropMask | None:
     """The mask of one (rows, width) input of a module, on the device of `where`: from the key or,
-    without one, from torch's default generator. None for p = 0."""
+    without one, from torch's default generator. None for p = 0. hashed: a `HashMask` on a CPU
+    too, for Triton kernels that are interpreted."""
     if key is None:
-        return draw_mask(shape, p, where.device)
-    return key.mask(part, shape, p, where.device)
+        return draw_mask(shape, p, where.device, hashed=hashed)
+    return key.mask(part, shape, p, where.device, hashed=hashed)
 
 
 def input_mask(dropout: nn.Module, rows: Tensor) -> DropMask | None:
@@ -44,9 +51,9 @@ def input_mask(dropout: nn.Module, rows: Tensor) -> DropMask | None:
 def use_dropout_stream(model: nn.Module, adapter: str, stream: DropoutStream) -> None:
     """Let every dropout of `adapter` in `model` be drawn from `stream`.
 
-    A mask then depends on the stream and on the module's place in the base model alone: not on
-    other adapters, nor on what else draws random numbers, nor on how often a layer is run; and once
-    `stream.rows` tells the example and position of each row, not on the batch that a row is in.
+    A row's mask then depends on the stream's seed, the optimizer step, the row's example and
+    position, and the module's place in the base model alone: not on other adapters, other random
+    numbers, the batch or process that a row is in, or how often a layer runs.
     """
     for name, module in model.named_modules():
         # Blocks that wrap another are not part of the base model's names.

@@ -148,10 +148,12 @@ class MixLoraFeedForward(KeepsNorms, BaseTunerLayer):
         p = self.lora_dropout[adapter] if self.training else 0.0
         key = self.dropout_keys.get(adapter)
         weight = self.frozen("gate").weight
-        own_masks = self.kernel_on(weight.device).draws_masks
+        kernel = self.kernel_on(weight.device)
         low = {"input": gate.experts or up.experts, "hidden": down.experts}
+        rates = {part: p if low[part] and not kernel.draws_masks else 0.0 for part in low}
+        hashed = kernel.device is not None
         masks = [
-            keyed_mask(key, part, (rows, width), p if low[part] and not own_masks else 0.0, weight)
+            keyed_mask(key, part, (rows, width), rates[part], weight, hashed=hashed)
             for part, width in (("input", weight.shape[1]), ("hidden", weight.shape[0]))
         ]
         return FeedForward(gate, up, down, self.activation[adapter], p, *masks, key)

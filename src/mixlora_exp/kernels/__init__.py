@@ -13,7 +13,14 @@ import pkgutil
 from mixlora_exp.kernels import mixlora, routers
 from mixlora_exp.kernels.activations import known_activation
 from mixlora_exp.kernels.dora import dora_norms, squared_row_norms
-from mixlora_exp.kernels.dropout import DropMask, DropoutKey, DropoutStream, RowIds, draw_mask
+from mixlora_exp.kernels.dropout import (
+    DropMask,
+    DropoutKey,
+    DropoutStream,
+    HashMask,
+    RowIds,
+    draw_mask,
+)
 from mixlora_exp.kernels.frozen import Frozen, FrozenLinear
 from mixlora_exp.kernels.precision import working_dtype
 from mixlora_exp.kernels.registry import KERNELS, Kernel, kernel, resolve_kernel
@@ -44,6 +51,7 @@ __all__ = [
     "FeedForward",
     "Frozen",
     "FrozenLinear",
+    "HashMask",
     "Kernel",
     "Projection",
     "Router",

@@ -1,14 +1,16 @@
-"""Dropout as an explicit mask: drawn once, applied to values and to their gradients.
+"""Dropout as an explicit mask, a function of (seed, optimizer step, example, position, module,
+part, column) alone: no generator has a state, and no row of a tensor, micro-batch or process
+matters.
 
-A kernel that recomputes in its backward pass needs the same mask again, and two kernels can only be
-compared under dropout when both are given it. On a CPU, where drawing a number per element takes
-longer than the products of a small model, only the dropped elements are drawn: the gaps between
-them are geometric, which gives each element its own independent chance as ever.
+So a kernel that recomputes in its backward pass finds the same mask again, two kernels can be
+compared under dropout, and masks stay the same however examples are packed, batched, halved or
+spread over processes. The two forms draw differently, each from the same key:
 
-In training the numbers come from a `DropoutStream`: a mask is then a function of the adapter's
-seed, the step and the module alone, whatever else runs in the process. Where the batch tells which
-example and position each row is (`RowIds`), each row's mask is a function of these too, and so the
-same however examples are packed, batched or spread over processes.
+- on a CPU, where a number per element would take longer than the products of a small model, only
+  the dropped elements are drawn. The gaps between them are geometric, which gives each element its
+  own independent chance as ever;
+- elsewhere a hash decides about each element (`HashMask`). Triton kernels compute it in place, with
+  nothing in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,36 +27,76 @@ __all__ = [
     "DropMask",
     "DropoutKey",
     "DropoutStream",
+    "HashMask",
     "RowIds",
     "draw_mask",
-    "draw_row_mask",
     "drop",
+    "hash_kept",
 ]
+
+BITS = 24
+"""Of a hash, those that decide: a probability is a multiple of 2^-24."""
+
+
+def mix(numbers: Tensor) -> Tensor:
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014), a bijection of 64 bits after
+    which equal steps in the input show no more. numbers: int64; a new tensor."""
+
+    def folded(h: Tensor, by: int) -> Tensor:
+        # A shift of int64 copies the sign; the mask makes it that of a number without one.
+        return (h >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+    # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB with a sign.
+    h = (numbers ^ folded(numbers, 30)).mul_(-0x40A7B892E31B1A47)
+    h.bitwise_xor_(folded(h, 27)).mul_(-0x6B2FB644ECCEEE15)
+    return h.bitwise_xor_(folded(h, 31))
+
+
+def _digest(data: bytes, size: int) -> int:
+    """`size` bytes of BLAKE2 as an integer with a sign."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=size).digest(), "little", signed=True)
 
 
 @dataclass(frozen=True, slots=True)
 class RowIds:
-    """What the rows of a forward pass are, in the order of the flattened batch.
+    """Which rows a forward pass has, in the order of the flattened batch.
 
-    example: (T,) int64, the number of the row's example in the optimizer step, over all its
-    micro-batches and processes; position: (T,) int64, the row's place in that example.
+    keys: (T,) int64, a hash of (seed, optimizer step, example, position). runs: (N, 4) int64, the
+    rows of one example that follow one another: a hash of (seed, step, example), the position of
+    the first, its row, and how many there are; None but on a CPU.
     """
 
-    example: Tensor
-    position: Tensor
+    keys: Tensor
+    runs: Tensor | None
+
+    @staticmethod
+    def of(seed: int, step: int, example: Tensor, position: Tensor) -> RowIds:
+        """Of rows in an optimizer step. example: (T,) int64, the number of each row's example in
+        the step, over all micro-batches and processes; position: (T,) int64, its place in that
+        example, negative for padding, of which nothing is dropped on a CPU."""
+        examples = mix(example + _digest(struct.pack("<qq", seed, step), 8))
+        keys = mix(examples + position)
+        if keys.device.type != "cpu":
+            return RowIds(keys, None)
+        follows = (example[1:] == example[:-1]) & (position[1:] == position[:-1] + 1)
+        starts = torch.cat([torch.ones(min(1, len(example)), dtype=torch.bool), ~follows])
+        first = starts.nonzero().flatten()
+        counts = torch.cat([first, torch.tensor([len(example)])]).diff()
+        runs = torch.stack([examples[first], position[first], first, counts], dim=1)
+        return RowIds(keys, runs)
 
 
 @dataclass(slots=True)
 class DropoutStream:
-    """State of one adapter's dropout: its seed, the optimizer step, the micro-batch within
-    it and the process. A trainer sets the last three before each forward pass or, better, `rows`:
-    then micro-batch and process play no part. `rows` are those of this adapter alone."""
+    """Where one adapter's dropout is: its seed, and the rows of the current forward pass, which a
+    trainer sets before it with `begin`. Without rows torch's default generator draws."""
 
     seed: int
-    step: int = 0
-    micro_batch: int = 0
-    process: int = 0
     rows: RowIds | None = None
+
+    def begin(self, step: int, example: Tensor, position: Tensor) -> None:
+        """Name the rows of this adapter in the next forward pass; see `RowIds.of`."""
+        self.rows = RowIds.of(self.seed, step, example, position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +105,12 @@ class DropoutKey:
 
     stream: DropoutStream
     place: str
+    _numbers: dict[str, int] = field(default_factory=dict, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Of the usual parts beforehand: a compiled model cannot compute them.
+        for part in ("input", "hidden"):
+            self.number(part)
 
     def mask(
         self,
@@ -71,46 +119,43 @@ class DropoutKey:
         p: float,
         device: torch.device,
         rows: Tensor | None = None,
+        *,
+        hashed: bool = False,
     ) -> DropMask | None:
-        """The mask of one (rows, width) input of this module, the same whenever it is asked for at
-        this point of the stream; None for p = 0.
+        """The mask of one (rows, width) input of this module, the same whenever it is asked for in
+        this forward pass, eager or compiled; None for p = 0.
 
-        part: tells the module's masks apart. rows: the numbers of the pass's rows that the matrix
-        has, None for all. While a graph is compiled or captured, where seeds cannot change, torch's
-        default generator draws.
+        part: names the mask among those of the module. rows: (n,) int64, the rows of the pass that
+        the matrix has, None for all. hashed: give a `HashMask` on a CPU too.
 
         Raises:
-            ValueError: the stream has another number of rows than the matrix.
+            ValueError: the pass has another number of rows than the matrix.
         """
         ids = self.stream.rows
-        if p == 0.0 or _is_captured(device):
-            return draw_mask(shape, p, device)
-        if ids is None:
-            # A CPU's generator takes 32 bits of a seed.
-            seed = self._number(part, self.stream.micro_batch, self.stream.process) & 0xFFFFFFFF
-            return draw_mask(shape, p, device, torch.Generator(device).manual_seed(seed))
-        example, position = ids.example.to(device), ids.position.to(device)
-        if rows is not None:
-            example, position = example[rows], position[rows]
-        if len(example) != shape[0]:
+        if p == 0.0 or ids is None:
+            return draw_mask(shape, p, device, hashed=hashed)
+        count = len(ids.keys) if rows is None else len(rows)
+        if count != shape[0]:
             raise ValueError(
-                f"DropoutStream.rows has {len(example)} rows, and {self.place} has {shape[0]}"
+                f"the dropout stream has {count} rows, and {self.place} has {shape[0]}"
             )
-        keys = mix(mix(example + self._number(part)) + position)
-        return draw_row_mask(keys, shape[1], p)
+        if hashed or ids.runs is None:
+            keys = ids.keys if rows is None else ids.keys[rows]
+            return HashMask.of(keys, self.number(part), p, shape[1])
+        scale, whole = 1.0 / (1.0 - p), (len(ids.keys), shape[1])
+        if torch.compiler.is_compiling():
+            mask = DropMask(_kept(ids.runs, self.number(part), *whole, p), scale, whole)
+        else:
+            mask = DropMask(_dropped(ids.runs, self.number(part), shape[1], p), scale, whole)
+            if p > 0.5:
+                mask = DropMask(mask.kept(), scale, whole)
+        return mask if rows is None else DropMask(mask.kept()[rows], scale, shape)
 
-    def _number(self, part: str, *more: int) -> int:
-        """64 bits, signed, that stand for seed, step, place, part and `more`."""
-        numbers = (self.stream.seed, self.stream.step, *more)
-        text = struct.pack(f"<{len(numbers)}Q", *numbers) + f"{self.place}/{part}".encode()
-        digest = hashlib.blake2b(text, digest_size=8).digest()
-        return int.from_bytes(digest, "little", signed=True)
-
-
-def _is_captured(device: torch.device) -> bool:
-    return torch.compiler.is_compiling() or (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    )
+    def number(self, part: str) -> int:
+        """What stands for module and part in the hash, in the range of int32."""
+        if part not in self._numbers:
+            self._numbers[part] = _digest(f"{self.place}/{part}".encode(), 4)
+        return self._numbers[part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +169,17 @@ class DropMask:
     elements: Tensor
     scale: float
     shape: tuple[int, int]
+
+    @property
+    def described(self) -> tuple:
+        """All but the tensor, for `rebuilt`."""
+        return (self.scale, self.shape)
+
+    @staticmethod
+    def rebuilt(elements: Tensor, described: tuple) -> DropMask:
+        """The mask of which these are `elements` and `described`."""
+        kind = DropMask if len(described) == 2 else HashMask
+        return kind(elements, *described)
 
     @property
     def is_sparse(self) -> bool:
@@ -158,6 +214,68 @@ class DropMask:
         return DropMask(self.elements[first:last] - start * shape[1], self.scale, shape)
 
 
+@dataclass(frozen=True, slots=True)
+class HashMask(DropMask):
+    """A mask that is computed where it is needed: `elements` (rows,) int64 are keys of the rows.
+
+    `place`, in the range of int32, tells the masks of equal keys apart. Triton kernels take
+    `elements`, `place` and `threshold` (see `kernels.triton.hashing`).
+    """
+
+    place: int
+
+    @staticmethod
+    def of(keys: Tensor, place: int, p: float, width: int) -> HashMask:
+        """keys: (rows,) int64; p: the probability to drop an element."""
+        return HashMask(keys, 1.0 / (1.0 - p), (len(keys), width), place)
+
+    @property
+    def described(self) -> tuple:
+        return (self.scale, self.shape, self.place)
+
+    @property
+    def threshold(self) -> int:
+        """An element is kept if the upper bits of its hash are at least this: p 2^24."""
+        return round((1.0 - 1.0 / self.scale) * 2**BITS)
+
+    @property
+    def is_sparse(self) -> bool:
+        return False
+
+    def kept(self) -> Tensor:
+        return hash_kept(self.elements, self.place, self.shape[1], self.threshold)
+
+    def zero(self, x: Tensor) -> Tensor:
+        return torch.where(self.kept(), x, 0.0)
+
+    def slice(self, start: int, end: int) -> HashMask:
+        shape = (end - start, self.shape[1])
+        return HashMask(self.elements[start:end], self.scale, shape, self.place)
+
+
+LOW = 0xFFFFFFFF
+
+
+def _finish(h: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3 (Appleby) on the lower 32 bits of int64, in place."""
+    h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(LOW)
+    h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(LOW)
+    return h.bitwise_xor_(h >> 16)
+
+
+def hash_kept(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
+    """(rows, width) bool, false where dropped: `kernels.triton.hashing` in tensor operations.
+
+    keys: (rows,) int64; place: which mask it is, in the range of int32; threshold: the probability
+    to drop an element, times 2^24.
+    """
+    first = _finish((keys & LOW) ^ (place & LOW))
+    second = _finish(((keys >> 32) & LOW) ^ first)
+    columns = torch.arange(width, device=keys.device) * 0x9E3779B9
+    h = _finish((first.unsqueeze(1) + columns).bitwise_and_(LOW))
+    return _finish(h.bitwise_xor_(second.unsqueeze(1))) >> (32 - BITS) >= threshold
+
+
 def drop(x: Tensor, mask: DropMask | None, rows: Tensor | None = None) -> Tensor:
     """`x` after dropout by `mask` or, where x holds only some rows of the masked matrix, by those
     rows of it."""
@@ -169,92 +287,76 @@ def drop(x: Tensor, mask: DropMask | None, rows: Tensor | None = None) -> Tensor
 
 
 def draw_mask(
-    shape: tuple[int, int],
-    p: float,
-    device: torch.device,
-    generator: torch.Generator | None = None,
+    shape: tuple[int, int], p: float, device: torch.device, *, hashed: bool = False
 ) -> DropMask | None:
-    """Draw the mask of a (rows, width) matrix whose elements are dropped with probability `p`.
-
-    Draws from `generator`, or torch's default one of the device. None for p = 0.
-    """
+    """Draw the mask of a (rows, width) matrix whose elements are dropped with probability `p` from
+    torch's default generator of the device. None for p = 0. hashed: a `HashMask` on a CPU too."""
     if p == 0.0:
         return None
     scale = 1.0 / (1.0 - p)
-    if device.type == "cpu" and p <= 0.5 and not torch.compiler.is_compiling():
-        return DropMask(_draw_dropped(shape[0] * shape[1], p, generator), scale, shape)
-    kept = torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(
-        1.0 - p, generator=generator
-    )
-    return DropMask(kept, scale, shape)
+    if hashed or device.type != "cpu":
+        keys = torch.randint(-(2**63), 2**63 - 1, (shape[0],), device=device)
+        return HashMask.of(keys, 0, p, shape[1])
+    if torch.compiler.is_compiling():
+        return DropMask(torch.empty(shape, dtype=torch.bool).bernoulli_(1.0 - p), scale, shape)
+    seed = torch.randint(2**62, (1,))
+    runs = torch.cat([seed, torch.tensor([0, 0, shape[0]])]).unsqueeze(0)
+    mask = DropMask(_dropped(runs, 0, shape[1], p), scale, shape)
+    return mask if p <= 0.5 else DropMask(mask.kept(), scale, shape)
 
 
-def _draw_dropped(count: int, p: float, generator: torch.Generator | None) -> Tensor:
-    """Flat numbers of the dropped ones of `count` elements, int32 where that holds them.
+def _dropped(runs: Tensor, place: int, width: int, p: float) -> Tensor:
+    """Flat numbers of the dropped elements of a (rows, width) matrix, ascending; int32 where that
+    holds them easily.
 
-    The number of elements between two dropped ones is geometric: floor(log(u) / log(1 - p)).
+    runs: (N, 4) as of `RowIds`. The number of elements between two dropped ones of an example is
+    geometric: floor(log(u) / log(1 - p)). A run draws from position 0, whatever its first position,
+    and more numbers where the first do not reach its end: either way the numbers before are equal.
     """
-    chunks, reached = [], -1
-    while reached < count:
-        expected = (count - reached) * p
-        size = int(expected + 5 * math.sqrt(expected) + 16)
+    listed = runs.tolist()
+    ends = [(position + count) * width for _, position, _, count in listed]
+    last = max((run[2] + run[3] for run in listed), default=0)
+    # The last number drawn may lie beyond the end, by a gap or twice what was expected.
+    kind = torch.int32 if max([last * width, *ends]) < 2**29 else torch.int64
+    if not listed or width == 0:
+        return torch.empty(0, dtype=kind)
+    size = max(ends) * p
+    size = max(1, int(size + 5 * math.sqrt(max(size, 0.0)) + 16))
+    seeds = [_seed(key, place) for key, *_ in listed]
+    limits = torch.tensor(ends, dtype=kind).unsqueeze(1)
+    while True:
+        drawn = torch.empty(len(listed), size)
+        for row, seed in zip(drawn, seeds, strict=True):
+            torch.rand(size, generator=torch.Generator().manual_seed(seed), out=row)
         # `1 - u` is never zero. float32 has steps of 2^-24, so gaps end at 324 for p = 0.05,
         # which a longer gap would have with a chance of 6e-8.
-        drawn = (1.0 - torch.rand(size, generator=generator)).log_()
-        gaps = drawn.mul_(1.0 / math.log1p(-p)).to(torch.int64)
-        numbers = gaps.add_(1).cumsum(0).add_(reached)
-        chunks.append(numbers)
-        reached = int(numbers[-1])
-    numbers = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-    kind = torch.int32 if count < 2**31 else torch.int64
-    return numbers[: int(torch.searchsorted(numbers, count))].to(kind)
+        gaps = drawn.neg_().add_(1.0).log_().mul_(1.0 / math.log1p(-p)).to(kind)
+        numbers = gaps.add_(1).cumsum(1, dtype=kind).sub_(1)
+        if bool((numbers[:, -1:] >= limits).all()):
+            break
+        size *= 2
+    stops = torch.searchsorted(numbers, limits).flatten().tolist()
+    found = []
+    for (_, position, row, _), own, stop in zip(listed, numbers, stops, strict=True):
+        skipped = position * width
+        start = 0 if skipped <= 0 else int(torch.searchsorted(own, skipped))
+        found.append(own[start:stop] + (row * width - skipped))
+    return (torch.cat(found) if len(found) > 1 else found[0]).to(kind)
 
 
-def mix(numbers: Tensor) -> Tensor:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014), a hash of 64 bits: a
-    bijection after which equal steps in the input show no more. numbers: int64; a new tensor."""
-
-    def folded(h: Tensor, by: int) -> Tensor:
-        # A shift of int64 copies the sign; the mask makes it that of a number without one.
-        return (h >> by).bitwise_and_((1 << (64 - by)) - 1)
-
-    # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB with a sign.
-    h = (numbers ^ folded(numbers, 30)).mul_(-0x40A7B892E31B1A47)
-    h.bitwise_xor_(folded(h, 27)).mul_(-0x6B2FB644ECCEEE15)
-    return h.bitwise_xor_(folded(h, 31))
+def _seed(key: int, place: int) -> int:
+    """32 bits, as many as a CPU's generator takes, of a run's key and a mask's place."""
+    h = (key ^ (place * 0x9E3779B97F4A7C15)) & 0xFFFFFFFFFFFFFFFF
+    h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    return (h ^ (h >> 32)) & LOW
 
 
-GOLDEN = -0x61C8864680B583EB
-"""2^64 over the golden ratio, with a sign: how far the counters of a row stand apart."""
+@torch.library.custom_op("mixlora::kept", mutates_args=())
+def _kept(runs: Tensor, place: int, rows: int, width: int, p: float) -> Tensor:
+    """`_dropped` as (rows, width) bool, so that a compiled model has the masks of an eager one."""
+    return DropMask(_dropped(runs, place, width, p), 1.0, (rows, width)).kept()
 
 
-def draw_row_mask(keys: Tensor, width: int, p: float) -> DropMask:
-    """The mask of a (rows, width) matrix of which each row's part depends on its key alone.
-
-    keys: (rows,) int64, as of `mix`. The i-th number of a row is `mix(key + i GOLDEN)`. On a CPU it
-    gives the gap before the row's next dropped element, as in `draw_mask`; elsewhere, and for
-    p > 0.5, whether element i is dropped, so that nothing is read back to the host.
-    """
-    scale, shape = 1.0 / (1.0 - p), (len(keys), width)
-
-    def numbers(first: int, end: int) -> Tensor:
-        """Numbers first to end of every row, of which 24 bits are taken."""
-        counters = torch.arange(first, end, device=keys.device) * GOLDEN
-        return mix(keys.unsqueeze(1) + counters).bitwise_and_(2**24 - 1)
-
-    if keys.device.type != "cpu" or p > 0.5:
-        return DropMask(numbers(0, width) >= round(p * 2**24), scale, shape)
-    size = int(width * p + 5 * math.sqrt(width * p) + 16)
-    # The places of one row after another: with the row's start added, those in the flat matrix.
-    starts = torch.arange(len(keys)).unsqueeze(1) * width
-    chunks, drawn, last = [], 0, starts - 1
-    while len(keys) and bool((last < starts + width).any()):
-        logs = numbers(drawn, drawn + size).float().add_(1.0).mul_(2.0**-24).log_()
-        gaps = logs.mul_(1.0 / math.log1p(-p)).to(torch.int64).add_(1)
-        gaps[:, :1] += last
-        places = gaps.cumsum(1)
-        chunks.append(places)
-        last, drawn = places[:, -1:], drawn + size
-    flat = torch.cat(chunks, dim=1) if len(chunks) > 1 else chunks[0] if chunks else starts
-    kind = torch.int32 if len(keys) * width < 2**31 else torch.int64
-    return DropMask(flat[flat < starts + width].to(kind), scale, shape)
+@_kept.register_fake
+def _(runs: Tensor, place: int, rows: int, width: int, p: float) -> Tensor:
+    return torch.empty((rows, width), dtype=torch.bool)

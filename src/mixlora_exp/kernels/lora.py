@@ -57,11 +57,11 @@ def _flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
 
 
 def _parts(described: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[LowRankPart]:
-    """The inverse; `described` has the scaling of each, and scale and shape of its mask."""
+    """The inverse; `described` has the scaling of each, and what describes its mask."""
     found = []
     for i, (scaling, mask) in enumerate(described):
         a, b, magnitude, norm, elements = tensors[i * PER_PART : (i + 1) * PER_PART]
-        held = None if mask is None else DropMask(elements, *mask)
+        held = None if mask is None else DropMask.rebuilt(elements, mask)
         found.append(LowRankPart(a, b, scaling, magnitude, norm, held))
     return found
 
@@ -151,9 +151,7 @@ def lora_add(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
     DoRA or all without. Returns (M T, out) in the dtype of x. No adapter's values reach another's
     rows or gradients.
     """
-    described = tuple(
-        (p.scaling, None if p.mask is None else (p.mask.scale, p.mask.shape)) for p in parts
-    )
+    described = tuple((p.scaling, None if p.mask is None else p.mask.described) for p in parts)
     return _LoraAdd.apply(described, frozen, x.contiguous(), *_flat(parts))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ class Job:
         state = processes()
         this, count = state.process_index, state.num_processes
         self.plan = optimizer_steps(self.config, self.examples, this, count)
-        self.stream = DropoutStream(self.config.seed, process=this)
+        self.stream = DropoutStream(self.config.seed)
         self.track = Track(self.config.trainer.logging_steps, summed)
         size = self.config.trainer.micro_batch_size
         self._resumed = None if self.checkpoints is None else self.checkpoints.newest(size)
@@ -127,14 +128,21 @@ class Job:
         return self.collate([self.examples[i] for i in part.examples], part.first)
 
     def begin_pass(self, step: int, batch: Batch) -> Batch:
-        """Store a micro-batch and position the dropout stream; returns the model's inputs.
-
-        Masks are drawn per micro-batch: `DropoutStream.rows`, which draws them per example and
-        position, takes four to twenty times as long on a CPU.
-        """
-        self.stream.step, self.stream.micro_batch = step, len(self.batches)
+        """Store a micro-batch and name its rows to the dropout stream; returns the model's inputs."""
+        batch = {**batch, "step": step}
         self.batches.append(batch)
-        return {name: value for name, value in batch.items() if name != "example"}
+        return self.inputs_of(batch)
+
+    def inputs_of(self, batch: Batch) -> Batch:
+        """The model's inputs of a stored batch, whose rows become those of the dropout stream."""
+        example, mask, ids = (batch[n] for n in ("example", "attention_mask", "position_ids"))
+        # Positions that go on through padding: each example's rows are then one run of them.
+        first = mask.argmax(dim=1, keepdim=True)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        position = columns - first + ids.gather(1, first)
+        rows = example.to(mask.device).repeat_interleave(mask.shape[1])
+        self.stream.begin(batch["step"], rows, position.flatten())
+        return {name: value for name, value in batch.items() if name not in ("example", "step")}
 
     def note_pass(
         self, loss: Tensor, report: RouterReport | None, tokens: Tensor, share: Tensor

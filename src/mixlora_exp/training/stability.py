@@ -105,9 +105,8 @@ def find_layer(
     """Describe where the first non-finite value occurs.
 
     Checks, in order: the weights; the outputs of all modules in another forward pass over
-    `batches`; the gradients, of which the one nearest to the output is named. Dropout masks are
-    redrawn, so an effect of dropout alone may not recur. `run` passes a batch through the model;
-    `trained` are the weights to check (default: all).
+    `batches`; the gradients, of which the one nearest to the output is named. `run` passes a batch
+    through the model; `trained` are the weights to check (default: all).
     """
     weights = dict(model.named_parameters()) if trained is None else trained
     for name, weight in weights.items():

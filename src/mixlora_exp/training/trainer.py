@@ -293,8 +293,7 @@ class MixLoraTrainer(Trainer):
         return bool(found) and all(isfinite(loss) for loss in found)
 
     def _own_loss(self, job: Job, batch: Batch) -> Tensor:
-        rows = {name: value for name, value in batch.items() if name != "example"}
-        return self._losses(self.model, {job.name: rows})[job.name]
+        return self._losses(self.model, {job.name: job.inputs_of(batch)})[job.name]
 
     def _where(self, job: Job, batches: Sequence[Batch]) -> str:
         """Description of the layer with the first non-finite value, on one adapter's rows."""

@@ -36,12 +36,12 @@ class _WithBias(Frozen):
 @dataclass(frozen=True, slots=True)
 class Spec:
     """What of a block is no tensor: LoRA scaling by role (None without experts), the frozen
-    projections, the activation, and (scale, shape) of the masks."""
+    projections, the activation, and what describes the masks."""
 
     scalings: tuple[float | None, ...]
     frozen: tuple[Frozen, ...]
     activation: Activation
-    masks: tuple[tuple[float, tuple[int, int]] | None, ...]
+    masks: tuple[tuple | None, ...]
 
 
 def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
@@ -54,7 +54,7 @@ def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
         tensors += [*parts, projection.bias]
     masks = (block.x_mask, block.hidden_mask)
     tensors += [None if mask is None else mask.elements for mask in masks]
-    described = tuple(None if mask is None else (mask.scale, mask.shape) for mask in masks)
+    described = tuple(None if mask is None else mask.described for mask in masks)
     frozen = tuple(projection.frozen for projection in block.projections.values())
     return Spec(tuple(scalings), frozen, block.activation, described), tensors
 
@@ -68,7 +68,7 @@ def unpack(spec: Spec, tensors: Sequence[Tensor | None]) -> FeedForward:
         experts = None if scaling is None else Experts(a, b, scaling, magnitude, norm)
         projections.append(Projection(_WithBias(frozen, bias), experts))
     masks = [
-        None if described is None else DropMask(elements, *described)
+        None if described is None else DropMask.rebuilt(elements, described)
         for elements, described in zip(
             tensors[len(ROLES) * PER_PROJECTION :], spec.masks, strict=True
         )

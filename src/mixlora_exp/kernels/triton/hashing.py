@@ -1,0 +1,46 @@
+"""Dropout inside Triton kernels: whether an element is kept, by a hash of its row's key and column.
+
+The same as `kernels.dropout.hash_kept` in tensor operations, to the bit: a kernel needs no mask in
+memory, and its backward pass finds the mask of its forward pass again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["kept", "row_hash"]
+
+
+@triton.jit
+def _finish(h):
+    """The finalizer of MurmurHash3 (Appleby), a bijection of 32 bits: each input bit flips each
+    output bit in about half of all cases. h: uint32."""
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def row_hash(keys, row, valid, place):
+    """(first, second), uint32 by row: what `kept` needs of each row.
+
+    keys: pointer to int64, one per row of the matrix; row: the rows' numbers; valid: where to read;
+    place: int32, which mask it is. Needed once per program and row.
+    """
+    key = tl.load(keys + row, mask=valid, other=0)
+    low = (key & 0xFFFFFFFF).to(tl.uint32)
+    high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    first = _finish(low ^ place.to(tl.uint32))
+    return first, _finish(high ^ first)
+
+
+@triton.jit
+def kept(first, second, column, threshold):
+    """Whether dropout keeps an element, bool of the shape to which the arguments broadcast.
+
+    first, second: of `row_hash`; column: the element's number in its row; threshold: the
+    probability to drop it, times 2^24.
+    """
+    h = _finish(first + column.to(tl.uint32) * 0x9E3779B9)
+    return (_finish(h ^ second) >> 8) >= threshold.to(tl.uint32)
