@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mixlora_exp.kernels import DropMask, DropoutKey, DropoutStream, RowIds, draw_mask
-from mixlora_exp.kernels.dropout import draw_row_mask, drop, mix
+from mixlora_exp.kernels import DropMask, DropoutKey, DropoutStream, draw_mask
+from mixlora_exp.kernels.dropout import drop, mix
 
 CPU = torch.device("cpu")
 PROBABILITIES = (0.01, 0.05, 0.3, 0.5, 0.7)
@@ -22,26 +22,29 @@ def p(request: pytest.FixtureRequest) -> float:
     return request.param
 
 
-@pytest.fixture(params=["one draw", "many short draws", "by row"])
+@pytest.fixture(params=["default generator", "many short draws", "keyed", "hashed"])
 def draw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """The gaps are drawn at once if they suffice; the seams of several draws must not show. By row,
-    examples of 7 tokens follow one another."""
+    """The ways to draw. The gaps are drawn at once if they suffice; where they do not, more are;
+    keyed, examples of 7 tokens follow one another."""
     if request.param == "many short draws":
-        real = torch.rand
-        monkeypatch.setattr(torch, "rand", lambda size, **given: real(min(size, 20), **given))
-    if request.param != "by row":
+        monkeypatch.setattr("mixlora_exp.kernels.dropout.MARGIN", -5.0)
+    if request.param in ("default generator", "many short draws"):
         return draw_mask
+    hashed = request.param == "hashed"
 
-    def by_row(shape: tuple[int, int], p: float, device: torch.device) -> DropMask:
-        return key_of(shape[0], seed=int(torch.randint(2**31, ()))).mask("x", shape, p, device)
+    def keyed(shape: tuple[int, int], p: float, device: torch.device) -> DropMask:
+        key = key_of(shape[0], seed=int(torch.randint(2**31, ())))
+        return key.mask("x", shape, p, device, hashed=hashed)
 
-    return by_row
+    return keyed
 
 
-def key_of(rows: int, seed: int = 0, step: int = 0) -> DropoutKey:
-    numbers = torch.arange(rows)
-    ids = RowIds(numbers // 7, numbers % 7)
-    return DropoutKey(DropoutStream(seed, step, rows=ids), "layers.3.mlp")
+def key_of(rows: int | torch.Tensor, seed: int = 0, step: int = 0) -> DropoutKey:
+    """Of so many rows, or of those among them, in examples of 7 tokens."""
+    numbers = torch.arange(rows) if isinstance(rows, int) else rows
+    stream = DropoutStream(seed)
+    stream.begin(step, numbers // 7, numbers % 7)
+    return DropoutKey(stream, "layers.3.mlp")
 
 
 def dropped_of(mask: DropMask) -> torch.Tensor:
@@ -156,9 +159,11 @@ def test_small_shapes(fresh_seed, p, shape) -> None:
         assert mask.zero(torch.ones(shape)).shape == shape
 
 
-@pytest.fixture(params=["sparse", "bool"])
+@pytest.fixture(params=["sparse", "bool", "hashed"])
 def mask(request: pytest.FixtureRequest, fresh_seed) -> DropMask:
-    made = draw_mask((11, 7), 0.4, CPU)
+    made = draw_mask((11, 7), 0.4, CPU, hashed=request.param == "hashed")
+    if request.param == "hashed":
+        return made
     return made if request.param == "sparse" else DropMask(made.kept(), made.scale, made.shape)
 
 
@@ -224,59 +229,93 @@ def test_tiny_probability() -> None:
     assert mask.kept().all()
 
 
-def test_a_row_is_dropped_alike_wherever_it_stands(p) -> None:
+@pytest.mark.parametrize("hashed", [False, True], ids=["drawn", "hashed"])
+def test_a_row_is_dropped_alike_wherever_it_is(p, hashed) -> None:
     """Packed, halved, in another order, alone: its example, position, step, seed and place decide,
-    not the row's number, the micro-batch or the process."""
+    not the row's number in a tensor."""
     whole = key_of(40)
-    mask = whole.mask("input", (40, 300), p, CPU).kept()
-    ids = whole.stream.rows
+    mask = whole.mask("input", (40, 300), p, CPU, hashed=hashed).kept()
     for chosen in (torch.arange(20), torch.arange(20, 40), torch.randperm(40), torch.tensor([33])):
-        rows = RowIds(ids.example[chosen], ids.position[chosen])
-        stream = DropoutStream(0, 0, micro_batch=3, process=2, rows=rows)
-        part = DropoutKey(stream, whole.place).mask("input", (len(chosen), 300), p, CPU)
+        shape = (len(chosen), 300)
+        part = key_of(chosen).mask("input", shape, p, CPU, hashed=hashed)
         assert torch.equal(part.kept(), mask[chosen])
-        assert torch.equal(whole.mask("input", part.shape, p, CPU, chosen).kept(), mask[chosen])
-    assert len(mask.unique(dim=0)) == 40
+        own = whole.mask("input", shape, p, CPU, chosen, hashed=hashed)
+        assert torch.equal(own.kept(), mask[chosen])
+    # At p = 0.01 a row in twenty drops nothing.
+    assert len(mask.unique(dim=0)) >= 30
 
 
+@pytest.mark.parametrize("hashed", [False, True], ids=["drawn", "hashed"])
 @pytest.mark.parametrize(
-    "other",
+    ("key", "part"),
     [
-        pytest.param(lambda: key_of(40, seed=1).mask("input", (40, 300), 0.3, CPU), id="seed"),
-        pytest.param(lambda: key_of(40, step=1).mask("input", (40, 300), 0.3, CPU), id="step"),
-        pytest.param(lambda: key_of(40).mask("hidden", (40, 300), 0.3, CPU), id="part"),
+        pytest.param(lambda rows: key_of(rows, seed=1), "input", id="seed"),
+        pytest.param(lambda rows: key_of(rows, step=1), "input", id="step"),
+        pytest.param(lambda rows: key_of(rows + 7), "input", id="example"),
+        pytest.param(lambda rows: key_of(rows // 7 * 7 + (rows + 1) % 7), "input", id="position"),
+        pytest.param(lambda rows: key_of(rows), "hidden", id="part"),
         pytest.param(
-            lambda: DropoutKey(key_of(40).stream, "layers.4.mlp").mask(
-                "input", (40, 300), 0.3, CPU
-            ),
-            id="module",
+            lambda rows: DropoutKey(key_of(rows).stream, "layers.4.mlp"), "input", id="module"
         ),
     ],
 )
-def test_another_key_is_another_mask(other) -> None:
-    """Which shares as many dropped elements with the first as chance has it."""
-    one, two = (~m.kept() for m in (key_of(40).mask("input", (40, 300), 0.3, CPU), other()))
-    both = (one & two).double().mean().item()
-    assert both == pytest.approx(0.09, abs=SIGMAS * 0.3 / 12_000**0.5)
+def test_another_key_is_an_independent_mask(key, part, hashed) -> None:
+    """Chi-square of the four outcomes at a million elements, whatever one part of the key is
+    changed: at p = 0.3 less than 6 sigma from what two independent masks have."""
+    rows, p = torch.arange(2100), 0.3
+    one = ~key_of(rows).mask("input", (2100, 500), p, CPU, hashed=hashed).kept()
+    two = ~key(rows).mask(part, (2100, 500), p, CPU, hashed=hashed).kept()
+    found = torch.stack([(one == a).logical_and(two == b).sum() for a in (0, 1) for b in (0, 1)])
+    chances = torch.tensor([(1 - p) ** 2, (1 - p) * p, p * (1 - p), p * p], dtype=torch.float64)
+    expected = chances * one.numel()
+    # Four cells, no parameter estimated: 4 degrees of freedom less one.
+    assert float(((found - expected) ** 2 / expected).sum()) < 45.0
+
+
+def test_padding_is_not_drawn_for(p) -> None:
+    """Left padding has negative positions; what follows is as without it."""
+    stream = DropoutStream(0)
+    stream.begin(0, torch.zeros(12, dtype=torch.int64), torch.arange(12) - 5)
+    padded = DropoutKey(stream, "layers.3.mlp").mask("input", (12, 300), p, CPU).kept()
+    assert padded[:5].all()
+    assert torch.equal(padded[5:], key_of(7).mask("input", (7, 300), p, CPU).kept())
+
+
+@pytest.mark.parametrize("p", [0.05, 0.7])
+def test_compiled_masks_are_those_of_eager_code(p) -> None:
+    def run(x: torch.Tensor, key: DropoutKey) -> torch.Tensor:
+        return key.mask("input", tuple(x.shape), p, x.device).zero(x)
+
+    x = torch.randn(40, 300)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for step in (0, 1):
+        key = key_of(40, step=step)
+        assert torch.equal(compiled(x, key), run(x, key))
+
+
+def test_a_hash_mask_tells_its_rate(p) -> None:
+    mask = key_of(40).mask("input", (40, 300), p, CPU, hashed=True)
+    assert mask.threshold == round(p * 2**24)
+    assert torch.equal(DropMask.rebuilt(mask.elements, mask.described).kept(), mask.kept())
 
 
 def test_rows_of_the_wrong_number_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"rows has 40 rows, and layers.3.mlp has 39"):
+    with pytest.raises(ValueError, match=r"stream has 40 rows, and layers.3.mlp has 39"):
         key_of(40).mask("input", (39, 8), 0.3, CPU)
 
 
-def test_rows_draw_from_no_generator(p) -> None:
+@pytest.mark.parametrize("hashed", [False, True], ids=["drawn", "hashed"])
+def test_keyed_masks_draw_from_no_generator(p, hashed) -> None:
     state = torch.get_rng_state()
-    key_of(40).mask("input", (40, 30), p, CPU)
+    key_of(40).mask("input", (40, 30), p, CPU, hashed=hashed)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_row_s_gaps_go_on_after_the_first_numbers(monkeypatch) -> None:
+def test_numbers_drawn_later_do_not_change_the_first(monkeypatch) -> None:
     """Where a row's numbers do not reach its end, more are drawn: the mask is the same."""
-    keys = mix(torch.arange(50))
-    expected = draw_row_mask(keys, 300, 0.3).kept()
-    monkeypatch.setattr("mixlora_exp.kernels.dropout.math.sqrt", lambda number: -20.0)
-    assert torch.equal(draw_row_mask(keys, 300, 0.3).kept(), expected)
+    expected = key_of(50).mask("input", (50, 300), 0.3, CPU).kept()
+    monkeypatch.setattr("mixlora_exp.kernels.dropout.MARGIN", -20.0)
+    assert torch.equal(key_of(50).mask("input", (50, 300), 0.3, CPU).kept(), expected)
 
 
 def test_hash_is_that_of_splitmix64() -> None:

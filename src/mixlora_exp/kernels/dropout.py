@@ -19,6 +19,7 @@ import hashlib
 import math
 import struct
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -243,7 +244,11 @@ class HashMask(DropMask):
         return False
 
     def kept(self) -> Tensor:
-        return hash_kept(self.elements, self.place, self.shape[1], self.threshold)
+        made = hash_kept
+        if self.elements.is_cuda and find_spec("triton") is not None:
+            # Not before it is used: Triton is missing on many machines.
+            from mixlora_exp.kernels.triton.hashing import kept_matrix as made
+        return made(self.elements, self.place, self.shape[1], self.threshold)
 
     def zero(self, x: Tensor) -> Tensor:
         return torch.where(self.kept(), x, 0.0)
@@ -305,6 +310,10 @@ def draw_mask(
     return mask if p <= 0.5 else DropMask(mask.kept(), scale, shape)
 
 
+MARGIN = 5.0
+"""Standard deviations by which more numbers are drawn than a run is expected to need."""
+
+
 def _dropped(runs: Tensor, place: int, width: int, p: float) -> Tensor:
     """Flat numbers of the dropped elements of a (rows, width) matrix, ascending; int32 where that
     holds them easily.
@@ -316,12 +325,13 @@ def _dropped(runs: Tensor, place: int, width: int, p: float) -> Tensor:
     listed = runs.tolist()
     ends = [(position + count) * width for _, position, _, count in listed]
     last = max((run[2] + run[3] for run in listed), default=0)
-    # The last number drawn may lie beyond the end, by a gap or twice what was expected.
-    kind = torch.int32 if max([last * width, *ends]) < 2**29 else torch.int64
+    # The numbers drawn go beyond the end: by gaps of up to 17 / p, and twice as far at the worst.
+    most = max([last * width, *(4 * end + 2000 / p for end in ends)])
+    kind = torch.int32 if most < 2**31 else torch.int64
     if not listed or width == 0:
         return torch.empty(0, dtype=kind)
     size = max(ends) * p
-    size = max(1, int(size + 5 * math.sqrt(max(size, 0.0)) + 16))
+    size = max(1, int(size + MARGIN * math.sqrt(max(size, 0.0)) + 16))
     seeds = [_seed(key, place) for key, *_ in listed]
     limits = torch.tensor(ends, dtype=kind).unsqueeze(1)
     while True:

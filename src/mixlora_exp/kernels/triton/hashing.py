@@ -6,10 +6,15 @@ memory, and its backward pass finds the mask of its forward pass again.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
 
-__all__ = ["kept", "row_hash"]
+from mixlora_exp.kernels.triton.operators import operator
+
+__all__ = ["kept", "kept_matrix", "row_hash"]
 
 
 @triton.jit
@@ -44,3 +49,28 @@ def kept(first, second, column, threshold):
     """
     h = _finish(first + column.to(tl.uint32) * 0x9E3779B9)
     return (_finish(h ^ second) >> 8) >= threshold.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["T", "place", "threshold"])
+def _matrix_kernel(keys, out, T, W, place, threshold, BT: tl.constexpr, BW: tl.constexpr):
+    """Grid: (row tiles, column tiles)."""
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    column = tl.program_id(1) * BW + tl.arange(0, BW)
+    first, second = row_hash(keys, row, row < T, place)
+    keep = kept(first[:, None], second[:, None], column[None, :], threshold)
+    inside = (row < T)[:, None] & (column < W)[None, :]
+    offsets = row.to(tl.int64)[:, None] * W + column[None, :]
+    tl.store(out + offsets, keep.to(tl.int1), mask=inside)
+
+
+@operator("hash_kept")
+def kept_matrix(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
+    """`kernels.dropout.hash_kept` in one launch: (rows, width) bool, false where dropped."""
+    out = torch.empty((len(keys), width), dtype=torch.bool, device=keys.device)
+    if out.numel():
+        grid = (triton.cdiv(len(keys), 16), triton.cdiv(width, 256))
+        with torch.cuda.device_of(keys):
+            wrap_triton(_matrix_kernel)[grid](
+                keys, out, len(keys), width, place, threshold, BT=16, BW=256
+            )
+    return out
