@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoded import examples_of
 from safetensors.torch import save_file as write_file
 
 from mixlora_exp.adapters import attach_adapter, attach_together
@@ -19,8 +20,6 @@ from mixlora_exp.adapters.hosting import plain_parameters_of
 from mixlora_exp.adapters.model import RouterReport
 from mixlora_exp.config import Config, compose
 from mixlora_exp.data.collator import Collator
-from mixlora_exp.data.encoding import Example, encode_examples
-from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import fit, fit_jointly, make_job
@@ -49,12 +48,6 @@ METHODS = [
 
 class Killed(BaseException):
     """Stands in for a kill: nothing after it is carried out."""
-
-
-def examples_of(config: Config) -> list[Example]:
-    loaded = load_split(config.data, "arc_e", "train")
-    items = loaded.limited(config.data.train_limit, config.data.seed).items
-    return encode_examples(load_tokenizer(config.model), items, config.data)
 
 
 def train(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoded import examples_of
 
 from mixlora_exp.adapters import attach_adapter, attach_together, linear
 from mixlora_exp.adapters.hosting import parameters_of
 from mixlora_exp.config import Config, compose
-from mixlora_exp.data.encoding import Example, encode_examples
-from mixlora_exp.data.sources import load_split
+from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit, fit_jointly, make_job, stability
@@ -74,12 +74,6 @@ class Result:
 
 def plain(name: str, adapter: str) -> str:
     return name.replace(".base_layer", "").replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
-
-
-def examples_of(config: Config) -> list[Example]:
-    loaded = load_split(config.data, config.task.train[0], "train")
-    items = loaded.limited(config.data.train_limit, config.data.seed).items
-    return encode_examples(load_tokenizer(config.model), items, config.data)
 
 
 def base_of(config: Config, dtype: torch.dtype):

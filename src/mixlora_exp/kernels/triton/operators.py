@@ -13,7 +13,7 @@ from mixlora_exp.kernels.triton.parts import INTERPRETED
 
 __all__ = ["operator"]
 
-# A process may hold the kernels twice, compiled and interpreted: an operator has one implementation.
+# A process may hold the kernels twice, compiled and interpreted: a name has one implementation.
 NAMESPACE = "mixlora_interpreted" if INTERPRETED else "mixlora"
 
 
