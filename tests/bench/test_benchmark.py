@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mixlora_exp.bench.batch import batch_of
 from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
 from mixlora_exp.bench.kinds.steps import _summary, benchmark, check
 from mixlora_exp.bench.measure import saved_bytes
@@ -31,7 +32,7 @@ SMALL = {"model": "tiny", "batch": 2, "length": 8, "dtype": "float32", "memory":
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    rows = ["lora_peft", "lora_peft_again", "dora", "mixlora", "mixlora_head", "mixlora_triton"]
+    rows = ["lora_peft", "lora_peft_again", "dora", "mixlora", "mixlora_triton"]
     config = StepOptions(**SMALL, rounds=2, rows=[*rows, "floor", "base"])
     return benchmark(config, say=lambda text: None)
 
@@ -379,6 +380,7 @@ def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> Non
     shape = model_config(config.model, None)
     base = base_model(shape, torch.float32, "cpu", 0)
     model = adapted(base, ROWS["dora"], 0.0, 0)
+    batch = batch_of(config, shape.config["vocab_size"], "cpu")
     lengths: list[int] = []
     model.base_model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -388,6 +390,6 @@ def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         norms, "dora_norms", lambda *values: (at.append(len(lengths)), real(*values))[1]
     )
-    inference_step(model, torch.zeros(2, 8, dtype=torch.int64))
+    inference_step(model, ROWS["dora"], batch)
     assert lengths == [1, 16]
     assert set(at) == {1}, "all in the pass that is not timed"

@@ -5,14 +5,21 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from itertools import count
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.norms import adapters_changed
+from mixlora_exp.bench.batch import StepBatch
 from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head
+from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.head import loss_from_hidden
+
+_STEPS = count()
+"""Optimizer steps of this process, by which masks of dropout differ."""
 
 
 class Clock:
@@ -24,6 +31,9 @@ class Clock:
 
     def mark(self) -> None:
         if self._cuda:
+            if not self._marks:
+                # What was asked for before is not part of what is measured.
+                torch.cuda.synchronize()
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append(event)
@@ -38,28 +48,39 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model in a PEFT model, or a model without adapters itself."""
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
-def training_step(model: nn.Module, row: BenchRow, ids: Tensor) -> tuple[float, float]:
-    """Seconds of forward pass with loss, and of the backward pass. ids: (batch, length).
+def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
+    """The loss of a training step as transformers' Trainer has it computed: the forward pass under
+    autocast in bf16 and what comes of it in float32, unless `row.autocast` is false."""
+    given = batch.given_to(all_logits=row.all_logits)
+    if row.method in ("base", "floor"):
+        embedded = model.get_input_embeddings()(given.pop("input_ids")).detach()
+        given["inputs_embeds"] = embedded.requires_grad_(row.method == "floor")
+    stream = getattr(model, "dropout_stream", None)
+    if stream is not None:
+        stream.begin(next(_STEPS), batch.example, batch.position)
+    dtype = batch.dtype if row.autocast else torch.float32
+    with autocast(batch.ids.device, dtype), loss_from_hidden(base_of(model), Head(row.head)):
+        output = model(**given)
+    return (convert_to_fp32(output) if row.autocast else output)["loss"]
 
-    Each step counts as an optimizer step, so DoRA's norms are computed anew in each.
+
+def training_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> tuple[float, float]:
+    """Seconds of forward pass with loss, and of the backward pass.
+
+    Each step counts as an optimizer step: what follows from the adapters' weights, DoRA's norms
+    say, is computed anew in each, and its time is part of the forward pass.
     """
     model.train()
+    clock = Clock(batch.ids.device)
+    clock.mark()
     adapters_changed()
-    clock = Clock(ids.device)
-    if row.method in ("base", "floor"):
-        embedded = model.get_input_embeddings()(ids).detach()
-        embedded.requires_grad_(row.method == "floor")
-        inputs = {"inputs_embeds": embedded}
-    else:
-        inputs = {"input_ids": ids}
-    with loss_from_hidden(_base(model), Head(row.head)):
-        clock.mark()
-        loss = model(**inputs, labels=ids).loss
-        clock.mark()
+    loss = step_loss(model, row, batch)
+    clock.mark()
     if row.method != "base":
         loss.backward()
     clock.mark()
@@ -69,7 +90,7 @@ def training_step(model: nn.Module, row: BenchRow, ids: Tensor) -> tuple[float, 
 
 
 @torch.no_grad()
-def inference_step(model: nn.Module, ids: Tensor) -> float:
+def inference_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> float:
     """Seconds of a forward pass over the whole batch with the logits of the last position. What is
     computed once for many passes, the norms of DoRA, is computed before.
 
@@ -78,12 +99,14 @@ def inference_step(model: nn.Module, ids: Tensor) -> float:
     for 8 rows of LLaMA's shape on a CPU).
     """
     model.eval()
-    model(input_ids=ids[:1, :1])
-    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    clock = Clock(ids.device)
-    clock.mark()
-    model(input_ids=ids, logits_to_keep=last)
-    clock.mark()
+    ids = batch.ids
+    with autocast(ids.device, batch.dtype if row.autocast else torch.float32):
+        model(input_ids=ids[:1, :1])
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        clock = Clock(ids.device)
+        clock.mark()
+        model(input_ids=ids, logits_to_keep=last)
+        clock.mark()
     return clock.spans()[0]
 
 
@@ -117,13 +140,22 @@ class _Kept:
         self.tensor = tensor
 
 
-def feed_forward_saved_bytes(model: nn.Module, tokens: int) -> float:
+def feed_forward_saved_bytes(model: nn.Module, row: BenchRow, batch: StepBatch) -> float:
     """Bytes per token that the first feed-forward block keeps for its backward pass, its input
     included. A figure that does not depend on the machine."""
     model.train()
-    block = _base(model).model.layers[0].mlp
-    weight = next(p for name, p in block.named_parameters() if name.endswith("weight"))
+    base, tokens = base_of(model), min(batch.ids.numel(), 1024)
+    block = base.model.layers[0].mlp
     owned = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    x = torch.randn(1, tokens, _base(model).config.hidden_size, device=weight.device)
-    x = x.to(_base(model).dtype).requires_grad_()
-    return saved_bytes(lambda: block(x), owned) / tokens
+    x = torch.randn(1, tokens, base.config.hidden_size, device=batch.ids.device)
+    x = x.to(batch.dtype).requires_grad_()
+    rows = torch.arange(tokens, device=x.device)
+    stream = getattr(model, "dropout_stream", None)
+    if stream is not None:
+        stream.begin(0, torch.zeros_like(rows), rows)
+
+    def run() -> Tensor:
+        with autocast(x.device, batch.dtype if row.autocast else torch.float32):
+            return block(x)
+
+    return saved_bytes(run, owned) / tokens

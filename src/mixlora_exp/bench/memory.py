@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from mixlora_exp.bench.batch import batch_of
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import base_model, model_config, model_of
-from mixlora_exp.bench.options import StepOptions
+from mixlora_exp.bench.options import StepOptions, as_json
 from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.config.choices import LossOn
 from mixlora_exp.config.places import share_code
 from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
 
 def measure_in_process(config: StepOptions, row: str) -> dict[str, Any]:
     """`measure_here` in a fresh process; `{"error": ...}` if it died (e.g. out of memory)."""
-    return in_fresh_process("mixlora_exp.bench.memory", {**asdict(config), "rows": [row]})
+    return in_fresh_process("mixlora_exp.bench.memory", {**as_json(config), "rows": [row]})
 
 
 def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -48,19 +49,18 @@ def measure_here(config: StepOptions, row: str) -> dict[str, int]:
     """Bytes beyond what the process held before the model was built: weights, adapter, activations
     and gradients, without an optimizer."""
     device = torch.device("cpu")
-    ids = torch.zeros(config.batch, config.length, dtype=torch.int64)
     # Libraries allocate their own when they first run.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     reset_peak_memory(device)
     before = peak_memory_bytes(device)
     shape = model_config(config.model, config.layers)
     base = base_model(shape, getattr(torch, config.dtype), "cpu", config.seed)
-    ids = torch.randint(shape.config["vocab_size"], ids.shape)
+    batch = batch_of(config, shape.config["vocab_size"], "cpu")
     model = model_of(row, base, config.dropout, config.seed)
-    inference_step(model, ids)
+    inference_step(model, ROWS[row], batch)
     inference = peak_memory_bytes(device) - before
     reset_peak_memory(device)
-    training_step(model, ROWS[row], ids)
+    training_step(model, ROWS[row], batch)
     return {
         "infer_peak_memory_bytes": inference,
         "train_peak_memory_bytes": peak_memory_bytes(device) - before,
@@ -69,7 +69,8 @@ def measure_here(config: StepOptions, row: str) -> dict[str, int]:
 
 def main() -> None:
     """Measure the one row asked for on standard input and print the result as JSON."""
-    config = StepOptions(**json.loads(sys.stdin.read()))
+    asked = json.loads(sys.stdin.read())
+    config = StepOptions(**{**asked, "loss_on": LossOn(asked["loss_on"])})
     if config.threads:
         torch.set_num_threads(config.threads)
     sys.stdout.write(json.dumps(measure_here(config, config.rows[0])) + "\n")

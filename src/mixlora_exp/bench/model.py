@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as transformers_initialization
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.hosting import peft_warnings_held_back
 from mixlora_exp.bench.rows import BUILDERS, ROWS, BenchRow
 from mixlora_exp.config.architecture import read_architecture
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.models import build_hf_config
 
 CONF = CONF_DIR / "model"
@@ -98,12 +100,14 @@ def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
 
 def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
     """The model of a row on the weights of `base`. B is not left at zero, so that no product of
-    the row is with zeros. Rows `base` and `floor` have no adapter."""
+    the row is with zeros. Rows `base` and `floor` have no adapter. Dropout of this project's
+    methods is drawn as in training, from `dropout_stream` of the model."""
     model = sharing(base)
     if row.method in ("base", "floor"):
         return model
     torch.manual_seed(seed)
-    with peft_warnings_held_back():
+    # Drawn where they stay: a host takes seconds for the adapters of seven billion weights.
+    with peft_warnings_held_back(), base.device:
         made: PeftModel = get_peft_model(model, peft_config(row, dropout))
     set_kernel(made, row.kernel)
     with torch.no_grad():
@@ -114,9 +118,19 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
                 parameter.normal_(0, 0.02)
             if row.adapter_dtype == "base":
                 parameter.data = parameter.data.to(base.dtype)
+    if not row.stock:
+        made.dropout_stream = DropoutStream(seed)
+        use_dropout_stream(made, "default", made.dropout_stream)
+    if row.compiled:
+        for layer in model.model.layers:
+            layer.compile()
     return made
 
 
 def model_of(name: str, base: PreTrainedModel, dropout: float, seed: int) -> nn.Module:
-    """The model of a registered row on the weights of `base`."""
+    """The model of a registered row on the weights of `base`.
+
+    Raises:
+        NotHere: it cannot be made on this machine.
+    """
     return BUILDERS.get(name, adapted)(base, ROWS[name], dropout, seed)

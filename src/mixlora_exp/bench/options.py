@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
 
 from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.config.choices import LossOn
 from mixlora_exp.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,22 +25,35 @@ class BenchOptions:
 
 @dataclass(slots=True, kw_only=True)
 class StepOptions(BenchOptions):
-    """A step of each row. `layers` cuts the depth (null: all); `dtype` is the frozen weights';
-    `rounds`: each row is measured once a round, after a warm-up; `infer_every`: the forward pass
-    without gradients in each n-th round; `memory`: also the peak of each row, on a CPU in a process
-    of its own."""
+    """A step of each row. `layers` cuts the depth (null: all); `loss_on`: the last `answer` tokens
+    of each sequence, whose logits alone are computed then, or `all` of them, as in training;
+    `dtype` is the frozen weights'; `rounds`: each row is measured once a round, after a warm-up;
+    `infer_every`: the forward pass without gradients in each n-th round; `memory`: also the peak of
+    each row, on a CPU in a process of its own; `liger`: liger-kernel's patches of the base model
+    under all rows alike, on a GPU."""
 
     model: str = "smollm2_135m"
     layers: int | None = None
     batch: int = 8
     length: int = 128
+    loss_on: LossOn = LossOn.answer
+    answer: int = 8
     dtype: str = "bfloat16"
     dropout: float = 0.05
     rounds: int = 16
     infer_every: int = 4
     memory: bool = True
+    liger: bool = False
     rows: list[str] = field(default_factory=lambda: list(ROWS))
     seed: int = 0
+
+
+def as_json(options: BenchOptions) -> dict[str, Any]:
+    """The settings as a record has them."""
+    return {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in asdict(options).items()
+    }
 
 
 def require_positive(options: BenchOptions, *names: str) -> None:

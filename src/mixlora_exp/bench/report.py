@@ -33,6 +33,13 @@ HEADER = (
     "paper: fwd %, bwd %, infer %",
 )
 
+EXTRA = {
+    "busy_us": "GPU busy us/token",
+    "kernels": "kernels a step",
+    "launches_per_layer": "launches a layer",
+}
+"""Columns of records that have such figures."""
+
 
 def paper_rows(model: str) -> dict[str, Mapping[str, str]]:
     """The paper's figures by row of the benchmark, empty for a model that it does not have."""
@@ -63,6 +70,8 @@ def _megabytes(value: int | None) -> str:
 def _line(name: str, row: Mapping[str, Any], paper: Mapping[str, str] | None) -> list[str]:
     if "error" in row:
         return [name, row["error"], *["-"] * (len(HEADER) - 2)]
+    if not row.get("rounds"):
+        return [name, "no time left for a round", *["-"] * (len(HEADER) - 2)]
     ratio = "-"
     if row.get("train_ratio") is not None:
         low, high = row["train_ratio_quartiles"]
@@ -88,6 +97,13 @@ def _line(name: str, row: Mapping[str, Any], paper: Mapping[str, str] | None) ->
     ]
 
 
+def _extra(row: Mapping[str, Any], key: str, tokens: int) -> str:
+    value = row.get(key)
+    if key == "busy_us":
+        return _number(value and value / tokens)
+    return _number(value, 0)
+
+
 def markdown(record: Mapping[str, Any]) -> str:
     """The table of one record, with what it was measured on."""
     config, hardware = record["config"], record["provenance"]["hardware"]
@@ -101,7 +117,17 @@ def markdown(record: Mapping[str, Any]) -> str:
         "n rounds, rows interleaved in one process; ratios are taken within rounds. A dash is not "
         "measured.\n\n"
     )
-    paper = paper_rows(config["model"])
-    lines = [HEADER, ["---"] * len(HEADER)]
-    lines += [_line(name, row, paper.get(name)) for name, row in record["rows"].items()]
+    if "loss_on" in config:
+        where = "all tokens"
+        if config["loss_on"] == "answer":
+            where = f"the last {config['answer']} tokens of each sequence"
+        liger = ", with liger-kernel's patches of the base model" if config["liger"] else ""
+        head += f"As a training run has it{liger}: under autocast, loss on {where}.\n\n"
+    paper, rows = paper_rows(config["model"]), record["rows"]
+    extra = [key for key in EXTRA if any(key in row for row in rows.values())]
+    header = [*HEADER, *(EXTRA[key] for key in extra)]
+    lines = [header, ["---"] * len(header)]
+    for name, row in rows.items():
+        line = _line(name, row, paper.get(name))
+        lines.append([*line, *(_extra(row, key, record["tokens"]) for key in extra)])
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -20,7 +20,11 @@ class BenchRow:
     method: lora, dora, mixlora, mixdora; `base` is the frozen model's forward pass alone and
     `floor` that and its input gradient, below which no adapter can get. `adapter_dtype`: float32
     as PEFT sets it up, or `base`, that of the frozen weights. `head`: how the loss is computed
-    (`training.head`). `every`: measured in each n-th round.
+    (`training.head`; `full` is transformers' own). `autocast`: to bf16 beside a base in bf16, as a
+    Trainer with `bf16=True` has it. `all_logits`: computed for every position, as with a collator
+    that knows nothing of `logits_to_keep`, whatever the loss is on. `compiled`: each decoder layer
+    by `torch.compile`, and nothing but the training step is measured. `every`: measured in each
+    n-th round.
     """
 
     method: str
@@ -28,13 +32,25 @@ class BenchRow:
     num_experts: int = 8
     top_k: int = 2
     adapter_dtype: str = "float32"
-    head: str = "full"
+    head: str = "auto"
+    autocast: bool = True
+    all_logits: bool = False
+    compiled: bool = False
     every: int = 1
 
     @property
     def rank(self) -> int:
         """Table 3: 80 for one LoRA, 16 for each of eight experts."""
         return 16 if self.method.startswith("mix") else 80
+
+    @property
+    def stock(self) -> bool:
+        """Whether nothing of this project is in it."""
+        return self.kernel == "peft" and self.method in ("lora", "dora")
+
+
+class NotHere(Exception):
+    """A row cannot be measured here: a package is missing, say."""
 
 
 Builder = Callable[["PreTrainedModel", BenchRow, float, int], "nn.Module"]
@@ -49,9 +65,11 @@ def row(name: str, **fields: Any) -> Callable[[Builder], Builder]:
     As a decorator it also says how the model is made, where `bench.model.adapted` is not what is
     wanted:
 
-        @row("mixlora_compiled", method="mixlora", kernel="exact")
-        def compiled(base, row, dropout, seed):
-            return torch.compile(adapted(base, row, dropout, seed))
+        @row("lora_rival", method="lora", head="full")
+        def rival(base, row, dropout, seed):
+            return rival_package.patch(adapted(base, row, dropout, seed))
+
+    which raises `NotHere` with a reason where it cannot be made.
     """
     ROWS[name] = BenchRow(**fields)
 
@@ -62,26 +80,34 @@ def row(name: str, **fields: Any) -> Callable[[Builder], Builder]:
     return build
 
 
-# `*_peft`: PEFT's own forward pass. `lora_peft` is what the others are compared with,
-# `lora_peft_again` a second copy of it, which shows the noise. `*_bf16` rows hold the adapters in
-# the base's precision. `mixlora_head`: with the loss over the vocabulary in chunks. The others of
-# this project, `lora`, `dora`, `mixlora` and `mixdora`, run the exact kernel.
-row("lora_peft", method="lora")
-row("lora_peft_again", method="lora")
-row("lora", method="lora", kernel="exact", every=2)
-row("dora_peft", method="dora", every=4)
+# `*_peft`: PEFT's own layers as transformers' Trainer runs them. `lora_peft` is what the others are
+# compared with, `lora_peft_again` a second copy of it, which shows the noise; `*_all_logits` is the
+# very Trainer with a stock collator. `*_no_autocast`: PEFT's A and B then multiply in float32.
+# `*_bf16`: adapters in the base's precision. `lora_axolotl`: axolotl's fused functions, added by
+# `bench.rivals`. The others, `lora`, `dora`, `mixlora` and `mixdora`, are this project's as its
+# Trainer runs them, with the exact kernel.
+row("lora_peft", method="lora", head="full")
+row("lora_peft_again", method="lora", head="full")
+row("lora_peft_all_logits", method="lora", head="full", all_logits=True, every=4)
+row("lora_peft_no_autocast", method="lora", head="full", autocast=False, every=4)
+row("lora_peft_bf16", method="lora", head="full", adapter_dtype="base")
+row("lora_peft_compiled", method="lora", head="full", compiled=True)
+row("lora", method="lora", kernel="exact")
+row("lora_triton", method="lora", kernel="triton")
+row("dora_peft", method="dora", head="full", every=4)
+row("dora_peft_no_autocast", method="dora", head="full", autocast=False, every=4)
+row("dora_peft_bf16", method="dora", head="full", adapter_dtype="base", every=4)
 row("dora", method="dora", kernel="exact")
+row("dora_triton", method="dora", kernel="triton")
 row("mixlora_peft", method="mixlora", kernel="peft", every=4)
 row("mixlora_shared", method="mixlora", kernel="shared", every=2)
 row("mixlora", method="mixlora", kernel="exact")
-row("mixlora_head", method="mixlora", kernel="exact", head="auto", every=2)
 row("mixlora_16_experts", method="mixlora", kernel="exact", num_experts=16)
 row("mixlora_4_of_8", method="mixlora", kernel="exact", top_k=4, every=4)
 row("mixlora_triton", method="mixlora", kernel="triton")
 row("mixdora_shared", method="mixdora", kernel="shared", every=2)
 row("mixdora", method="mixdora", kernel="exact")
 row("mixdora_triton", method="mixdora", kernel="triton")
-row("lora_peft_bf16", method="lora", adapter_dtype="base")
 row("mixlora_bf16", method="mixlora", kernel="exact", adapter_dtype="base")
 row("mixlora_triton_bf16", method="mixlora", kernel="triton", adapter_dtype="base", every=2)
 row("floor", method="floor", every=2)

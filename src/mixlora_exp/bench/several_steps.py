@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mixlora_exp.adapters import set_kernel
+from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.norms import adapters_changed
 from mixlora_exp.bench.measure import Clock, saved_bytes
@@ -18,6 +19,8 @@ from mixlora_exp.bench.options import BenchOptions, require_positive
 from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import DropoutStream
+from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.losses import joint_losses, total_of
 from mixlora_exp.training.packed import packed_attention
 
@@ -77,6 +80,12 @@ def together(config: AdapterOptions, base: torch.nn.Module, count: int) -> PeftM
         row = BenchRow(method=method_of(config, number))
         model = add_guest(model, f"adapter{number}", peft_config(row, config.dropout))
     set_kernel(model, "auto")
+    names = [f"adapter{number}" for number in range(count)]
+    model.dropout_streams = {
+        name: DropoutStream(config.seed + number) for number, name in enumerate(names)
+    }
+    for name, stream in model.dropout_streams.items():
+        use_dropout_stream(model, name, stream)
     with torch.no_grad():
         for number in range(count):
             for name, parameter in parameters_of(model, f"adapter{number}").items():
@@ -114,10 +123,17 @@ class Joint:
         }
         self.items = {name: batch["labels"].numel() for name, batch in self.batches.items()}
         self.device, self.dtype = device, getattr(torch, config.dtype)
+        self.steps = 0
 
     def loss(self, attention: str) -> Tensor:
-        # As `bench.measure` has it: no autocast, the base's precision decides.
-        losses = joint_losses(self.model, self.batches, self.items, Head.full, attention)
+        self.steps += 1
+        for name, batch in self.batches.items():
+            rows = torch.arange(len(batch["input_ids"]), device=self.device)
+            example = rows.repeat_interleave(batch["input_ids"].shape[1])
+            position = batch["position_ids"].flatten()
+            self.model.dropout_streams[name].begin(self.steps, example, position)
+        with autocast(self.device, self.dtype):
+            losses = joint_losses(self.model, self.batches, self.items, Head.full, attention)
         return total_of(losses)
 
     def train(self) -> tuple[float, float]:
@@ -142,12 +158,14 @@ class Joint:
         ids = torch.cat([batch["input_ids"] for batch in self.batches.values()])
         names = [name for name, batch in self.batches.items() for _ in batch["input_ids"]]
         each = list(self.batches)
-        self.model(input_ids=ids[: len(each), :1], adapter_names=each)
+        with autocast(self.device, self.dtype):
+            self.model(input_ids=ids[: len(each), :1], adapter_names=each)
         # As an index, for the reason that `bench.measure.inference_step` gives.
         last = torch.tensor([ids.shape[1] - 1], device=self.device)
         clock = Clock(self.device)
         clock.mark()
-        self.model(input_ids=ids, adapter_names=names, logits_to_keep=last)
+        with autocast(self.device, self.dtype):
+            self.model(input_ids=ids, adapter_names=names, logits_to_keep=last)
         clock.mark()
         return clock.spans()[0]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mixlora_exp.bench.batch import step_batch
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.rounds import Sample, interleaved, quartiles, ratios
@@ -17,6 +18,7 @@ from mixlora_exp.bench.runner import Kind, say
 from mixlora_exp.bench.several_memory import account, resident
 from mixlora_exp.bench.several_report import several_markdown
 from mixlora_exp.bench.several_steps import METHODS, AdapterOptions, Joint, check, method_of
+from mixlora_exp.config.choices import LossOn
 
 
 def benchmark_several(
@@ -67,14 +69,23 @@ def _sample(forward: float, backward: float, inference: float) -> Sample:
 
 
 def _steps(config: AdapterOptions, base: torch.nn.Module) -> dict[str, Callable[[int], Sample]]:
-    vocabulary, device = base.config.vocab_size, next(base.parameters()).device
     steps: dict[str, Callable[[int], Sample]] = {}
 
     def alone(sequences: int, method: str) -> Callable[[int], Sample]:
-        row = BenchRow(method=method, kernel="auto")
+        row = BenchRow(method=method, kernel="auto", head="full")
         model = adapted(base, row, config.dropout, config.seed)
-        ids = torch.randint(vocabulary, (sequences, config.length), device=device)
-        return lambda number: _sample(*training_step(model, row, ids), inference_step(model, ids))
+        batch = step_batch(
+            vocabulary=base.config.vocab_size,
+            batch=sequences,
+            length=config.length,
+            loss_on=LossOn.all,
+            dtype=base.dtype,
+            device=base.device.type,
+            seed=config.seed,
+        )
+        return lambda number: _sample(
+            *training_step(model, row, batch), inference_step(model, row, batch)
+        )
 
     def joined(count: int, sequences: int) -> Callable[[int], Sample]:
         joint = Joint(config, base, count, sequences)

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from mixlora_exp.bench.batch import step_batch
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import BenchOptions, require_dtype, require_positive
 from mixlora_exp.bench.rounds import Sample, interleaved, quartiles, ratios
 from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.config.choices import LossOn
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
@@ -104,14 +106,24 @@ def _step(options: PeerOptions, shape: ModelConfig) -> Callable[[], Sample]:
     base = base_model(shape, getattr(torch, options.dtype), "cpu", 0)
     # Eager attention on both sides, which the package recommends and has.
     base.set_attn_implementation("eager")
-    row = BenchRow(method="mixdora" if options.dora else "mixlora", kernel="exact")
+    method = "mixdora" if options.dora else "mixlora"
+    # The package has neither autocast nor logits of a part of the positions.
+    row = BenchRow(method=method, kernel="exact", autocast=False, head="full")
     model = adapted(base, row, options.dropout, 0)
-    ids = torch.randint(shape.config["vocab_size"], (options.batch, options.length))
+    batch = step_batch(
+        vocabulary=shape.config["vocab_size"],
+        batch=options.batch,
+        length=options.length,
+        loss_on=LossOn.all,
+        dtype=base.dtype,
+        device="cpu",
+        seed=0,
+    )
 
     def step() -> Sample:
         if options.package == "mixlora":
-            return {"infer_forward_s": inference_step(model, ids)}
-        forward, backward = training_step(model, row, ids)
+            return {"infer_forward_s": inference_step(model, row, batch)}
+        forward, backward = training_step(model, row, batch)
         return {"train_forward_s": forward, "train_backward_s": backward}
 
     return step

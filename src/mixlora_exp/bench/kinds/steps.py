@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixlora_exp.bench.batch import StepBatch, batch_of
+from mixlora_exp.bench.busy import launches_per_layer, step_profile
 from mixlora_exp.bench.measure import feed_forward_saved_bytes, inference_step, training_step
 from mixlora_exp.bench.memory import measure_in_process
 from mixlora_exp.bench.model import base_model, model_config, model_of
-from mixlora_exp.bench.options import StepOptions, require_dtype, require_positive
+from mixlora_exp.bench.options import StepOptions, as_json, require_dtype, require_positive
 from mixlora_exp.bench.report import markdown
+from mixlora_exp.bench.rivals import check_liger, patch_with_liger
 from mixlora_exp.bench.rounds import Sample, interleaved, quartiles, ratios
-from mixlora_exp.bench.rows import BASELINE, PAIRS, ROWS
+from mixlora_exp.bench.rows import BASELINE, PAIRS, ROWS, BenchRow, NotHere
 from mixlora_exp.bench.runner import Kind, machine_slug, say
 from mixlora_exp.errors import UserError
 
@@ -29,13 +32,15 @@ def check(config: StepOptions) -> None:
     """Raises:
     UserError: a value is out of range or a row is unknown.
     """
-    require_positive(config, "batch", "length", "rounds", "infer_every")
+    require_positive(config, "batch", "length", "answer", "rounds", "infer_every")
     if not 0 <= config.dropout < 1:
         raise UserError(f"dropout={config.dropout} must be in [0, 1)")
     require_dtype(config.dtype)
     unknown = [row for row in config.rows if row not in ROWS]
     if unknown:
         raise UserError(f"rows={unknown[0]} is unknown: choose from {', '.join(ROWS)}")
+    if config.liger:
+        check_liger()
     if BASELINE not in config.rows:
         raise UserError(f"rows={config.rows} lack {BASELINE}, which the others are compared with")
 
@@ -47,25 +52,34 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _why_not(config: StepOptions, row: BenchRow, device: str) -> str | None:
+    """Why a row is not measured on a machine that could."""
+    if row.kernel == "triton" and device == "cpu":
+        return "not measured: needs a GPU"
+    if not row.autocast and config.dtype != "bfloat16":
+        return f"not measured: there is no autocast beside {config.dtype}"
+    return None
+
+
 def _measure(
-    config: StepOptions, model: nn.Module, row: str, ids: torch.Tensor, number: int
+    config: StepOptions, model: nn.Module, row: str, batch: StepBatch, number: int
 ) -> Sample:
-    forward, backward = training_step(model, ROWS[row], ids)
+    forward, backward = training_step(model, ROWS[row], batch)
     sample = {"train_forward_s": forward, "train_backward_s": backward}
-    if number % config.infer_every == 0:
-        sample["infer_forward_s"] = inference_step(model, ids)
+    if number % config.infer_every == 0 and not ROWS[row].compiled:
+        sample["infer_forward_s"] = inference_step(model, ROWS[row], batch)
     return sample
 
 
-def _cuda_memory(config: StepOptions, model: nn.Module, row: str, ids: torch.Tensor) -> dict:
+def _cuda_memory(model: nn.Module, row: BenchRow, batch: StepBatch) -> dict[str, int]:
     """Peak bytes allocated for this row: the weights, its own adapter, and the step."""
-    device = ids.device
+    device = batch.ids.device
     others = torch.cuda.memory_allocated(device)
     own = {p.data_ptr(): p.nbytes for p in model.parameters()}
     found = {}
     for name, step in (
-        ("infer_peak_memory_bytes", lambda: inference_step(model, ids)),
-        ("train_peak_memory_bytes", lambda: training_step(model, ROWS[row], ids)),
+        ("infer_peak_memory_bytes", lambda: inference_step(model, row, batch)),
+        ("train_peak_memory_bytes", lambda: training_step(model, row, batch)),
     ):
         torch.cuda.reset_peak_memory_stats(device)
         step()
@@ -73,87 +87,150 @@ def _cuda_memory(config: StepOptions, model: nn.Module, row: str, ids: torch.Ten
     return found
 
 
+class _Rows:
+    """The rows of one benchmark, on one base."""
+
+    def __init__(
+        self, config: StepOptions, deadline: float | None, say: Callable[[str], None]
+    ) -> None:
+        self.config, self.deadline, self.say = config, deadline, say
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        shape = model_config(config.model, config.layers)
+        self.layers = shape.config["num_hidden_layers"]
+        dtype = getattr(torch, config.dtype)
+        self.base = base_model(shape, dtype, self.device, config.seed)
+        if config.liger:
+            patch_with_liger(self.base)
+        self.batch = batch_of(config, shape.config["vocab_size"], self.device)
+        self.found: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, nn.Module] = {}
+
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def prepare(self) -> None:
+        """Make each row's model and take its first step, which warms it up and shows if it fits."""
+        for name in self.config.rows:
+            self.found[name] = {**asdict(ROWS[name]), "rank": ROWS[name].rank}
+            reason = _why_not(self.config, ROWS[name], self.device)
+            if reason is None and self.late():
+                reason = "not measured: no time left"
+            try:
+                if reason is None:
+                    model = model_of(name, self.base, self.config.dropout, self.config.seed)
+                    _measure(self.config, model, name, self.batch, 0)
+                    self.models[name] = model
+            except NotHere as error:
+                reason = str(error)
+            except Exception as error:
+                if _out_of_memory(error):
+                    reason = "out of memory"
+                elif ROWS[name].compiled:
+                    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                    reason = f"not measured: torch.compile failed: {text}"
+                else:
+                    raise
+            if reason is not None:
+                self.drop(name, reason)
+            else:
+                self.say(f"{name}: ready")
+
+    def drop(self, name: str, reason: str) -> None:
+        self.found[name]["error"] = reason
+        self.models.pop(name, None)
+        gc.collect()
+        self.say(f"{name}: {reason}")
+
+    def lost(self, name: str, number: int, error: Exception) -> bool:
+        """Whether a row that raised is given up: the others go on, and what it has measured so far
+        says nothing."""
+        if not _out_of_memory(error):
+            return False
+        self.drop(name, f"out of memory in round {number + 1}")
+        return True
+
+    def rounds(self) -> None:
+        """Measure all rows in turns."""
+        config, models = self.config, self.models
+        samples = interleaved(
+            {r: lambda number, r=r: _measure(config, models[r], r, self.batch, number)
+             for r in models},
+            config.rounds, config.seed, every={r: ROWS[r].every for r in models},
+            deadline=self.deadline, lost=self.lost, say=self.say,
+        )  # fmt: skip
+        for row, taken in samples.items():
+            reference = samples.get(BASELINE, [])
+            self.found[row] |= _summary(taken, reference, config.batch * config.length)
+            if row in PAIRS and PAIRS[row] in samples and taken:
+                self.found[row]["train_ratio_to"] = _pair(taken, samples[PAIRS[row]], PAIRS[row])
+
+    def details(self) -> None:
+        """Of each row: kept bytes, launches, on a GPU busy time and memory."""
+        for name, model in self.models.items():
+            row, found = ROWS[name], self.found[name]
+            if self.late():
+                self.say(f"{name}: no time left for its launches and memory")
+                continue
+            if self.device == "cuda":
+                found |= step_profile(model, row, self.batch, top=25)
+                if self.config.memory and not row.compiled:
+                    found |= _cuda_memory(model, row, self.batch)
+            if row.compiled or row.method == "base":
+                continue
+            found["launches_per_layer"] = launches_per_layer(model, row, self.batch)
+            if row.method != "floor":
+                kept = feed_forward_saved_bytes(model, row, self.batch)
+                found["feed_forward_saved_bytes_per_token"] = round(kept, 1)
+
+    def memory_in_processes(self) -> None:
+        """Of each row, one after another, with nothing of this process left in memory."""
+        names = [name for name in self.models if not ROWS[name].compiled]
+        self.models.clear()
+        del self.base
+        gc.collect()
+        for name in names:
+            self.found[name] |= measure_in_process(self.config, name)
+            self.say(f"memory of {name}")
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "config": as_json(self.config),
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            "tokens": self.config.batch * self.config.length,
+            "layers": self.layers,
+            "rows": self.found,
+        }
+
+
+def benchmark_parts(
+    config: StepOptions, *, deadline: float | None = None, say: Callable[[str], None] = say
+) -> Iterator[dict[str, Any]]:
+    """Measure `config.rows`; `deadline` (of `time.monotonic`) ends each part early. Yields the
+    record once with times, and again with launches, kept bytes and memory.
+
+    Times are per token (microseconds, medians with quartiles), with ratios to the baseline taken
+    round by round. A row that runs out of memory or cannot be measured here has `error` in place of
+    figures. `busy_us` and `kernels` are those of one step on a GPU, of which `by_kernel` names the
+    longest.
+    """
+    check(config)
+    rows = _Rows(config, deadline, say)
+    rows.prepare()
+    rows.rounds()
+    yield rows.record()
+    rows.details()
+    if config.memory and rows.device == "cpu":
+        rows.memory_in_processes()
+    yield rows.record()
+
+
 def benchmark(
     config: StepOptions, *, deadline: float | None = None, say: Callable[[str], None] = say
 ) -> dict[str, Any]:
-    """Measure `config.rows`; `deadline` (of `time.monotonic`) ends the rounds early.
-
-    Returns times per token (microseconds, medians with quartiles), ratios to the baseline taken
-    round by round, saved bytes of a feed-forward block per token, and peak memory. A row that runs
-    out of memory has `error` in place of figures.
-    """
-    check(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = model_config(config.model, config.layers)
-    base = base_model(shape, getattr(torch, config.dtype), device, config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    size = (config.batch, config.length)
-    ids = torch.randint(shape.config["vocab_size"], size, generator=generator)
-    ids = ids.to(device)
-    rows: dict[str, dict[str, Any]] = {}
-    models: dict[str, nn.Module] = {}
-    for row in config.rows:
-        if ROWS[row].kernel == "triton" and device == "cpu":
-            rows[row] = {**asdict(ROWS[row]), "error": "not measured: needs a GPU"}
-            continue
-        if deadline is not None and time.monotonic() > deadline:
-            rows[row] = {**asdict(ROWS[row]), "error": "not measured: no time left"}
-            continue
-        # The first step of a row is its warm-up and shows whether it fits.
-        try:
-            model = model_of(row, base, config.dropout, config.seed)
-            _measure(config, model, row, ids, 0)
-            rows[row] = {**asdict(ROWS[row]), "rank": ROWS[row].rank}
-            if ROWS[row].method not in ("base", "floor"):
-                tokens = min(config.batch * config.length, 1024)
-                rows[row]["feed_forward_saved_bytes_per_token"] = round(
-                    feed_forward_saved_bytes(model, tokens), 1
-                )
-            if config.memory and device == "cuda":
-                rows[row] |= _cuda_memory(config, model, row, ids)
-            models[row] = model
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            rows[row] = {**asdict(ROWS[row]), "error": "out of memory"}
-            gc.collect()
-        say(f"{row}: {rows[row].get('error', 'ready')}")
-
-    def lost(row: str, number: int, error: Exception) -> bool:
-        if not _out_of_memory(error):
-            return False
-        # The other rows go on; what this one has measured so far says nothing.
-        rows[row]["error"] = f"out of memory in round {number + 1}"
-        del models[row]
-        gc.collect()
-        say(f"{row}: {rows[row]['error']}")
-        return True
-
-    samples = interleaved(
-        {r: lambda number, r=r: _measure(config, models[r], r, ids, number) for r in models},
-        config.rounds, config.seed, every={r: ROWS[r].every for r in models},
-        deadline=deadline, lost=lost, say=say,
-    )  # fmt: skip
-    for row, taken in samples.items():
-        reference = samples.get(BASELINE, [])
-        rows[row] |= _summary(taken, reference, config.batch * config.length)
-        if row in PAIRS and PAIRS[row] in samples:
-            rows[row]["train_ratio_to"] = _pair(taken, samples[PAIRS[row]], PAIRS[row])
-    models.clear()
-    if config.memory and device == "cpu":
-        del base
-        gc.collect()
-        for row in samples:
-            rows[row] |= measure_in_process(config, row)
-            say(f"memory of {row}")
-    return {
-        "config": asdict(config),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "tokens": config.batch * config.length,
-        "layers": shape.config["num_hidden_layers"],
-        "rows": rows,
-    }
+    """The last record of `benchmark_parts`."""
+    *_, last = benchmark_parts(config, deadline=deadline, say=say)
+    return last
 
 
 def _summary(taken: Sequence[Sample], reference: Sequence[Sample], tokens: int) -> dict[str, Any]:
@@ -197,7 +274,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def measure(config: StepOptions) -> Iterator[dict[str, Any]]:
-    yield benchmark(config)
+    yield from benchmark_parts(config)
 
 
 KIND = Kind(options=StepOptions, measure=measure, name=_name, markdown=markdown)
