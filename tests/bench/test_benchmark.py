@@ -13,13 +13,12 @@ import torch
 from torch.nn import functional
 
 from mixlora_exp.bench.batch import batch_of
-from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
-from mixlora_exp.bench.kinds.steps import _summary, benchmark, check
+from mixlora_exp.bench.kinds.steps import benchmark, check
 from mixlora_exp.bench.measure import saved_bytes
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.report import markdown, paper_rows
-from mixlora_exp.bench.rounds import interleaved
+from mixlora_exp.bench.rounds import interleaved, summary
 from mixlora_exp.bench.rows import BUILDERS, ROWS
 from mixlora_exp.bench.rows import row as register
 from mixlora_exp.bench.runner import Kind, kind_of, measure, run_benchmark
@@ -117,7 +116,7 @@ def test_ratios_are_taken_within_rounds() -> None:
         {"round": n, "train_forward_s": s, "train_backward_s": 2 * s}
         for n, s in enumerate((1.0, 100.0, 4.0))
     ]
-    found = _summary(mine, baseline, tokens=1_000_000)
+    found = summary(mine, baseline, tokens=1_000_000)
     assert found["train_ratio"] == 2.0
     assert found["train_ratio_quartiles"] == [2.0, 2.0]
     assert found["train_forward_us_per_token"] == 5.0
@@ -281,53 +280,6 @@ def test_peers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert record["times_as_fast"] <= max(expected) * 1.001
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the suite takes minutes")
-def test_the_gpu_suite_says_that_it_needs_a_gpu_and_needs_no_hydra() -> None:
-    """It runs on machines that have PyTorch, transformers and PEFT alone."""
-    block = (
-        "import sys, runpy\n"
-        "class Without:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('hydra', 'omegaconf', 'lm_eval'):\n"
-        "            raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Without())\n"
-        "sys.argv[1:] = ['kind=gpu']\n"
-        "runpy.run_path('scripts/bench.py', run_name='__main__')\n"
-    )
-    result = _run("-c", block)
-    assert result.returncode == 2, result.stderr
-    assert "needs a CUDA GPU" in result.stderr
-
-
-@pytest.mark.parametrize("name", ["paper's setting", "MixDoRA, biases", "K=1"])
-def test_the_gpu_suites_check_accepts_a_right_kernel_and_no_wrong_one(name, monkeypatch) -> None:
-    case = CASES[name]
-    assert kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]
-    from mixlora_exp.bench import checks
-
-    right = checks.KERNELS["exact"]
-    monkeypatch.setitem(checks.KERNELS, "exact", lambda *inputs: right(*inputs) * (1 + 1e-4))
-    assert not kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_gpu_suites_check_of_routers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[name]
-    assert router_errors("exact", case, torch.float32, "cpu")["passed"]
-    from mixlora_exp.bench import checks
-
-    def other_expert(x: torch.Tensor, router: torch.Tensor, top_k: int):
-        found = checks.route(x, router, top_k)
-        return dataclasses.replace(found, experts=(found.experts + 1) % case.experts)
-
-    right = checks.router_of
-    chosen = {"exact": other_expert}
-    monkeypatch.setattr(checks, "router_of", lambda kernel: chosen.get(kernel, right(kernel)))
-    # The one token lies near a tie, and nothing is asked of it.
-    if case.top_k < case.experts and case.tokens > 1:
-        assert not router_errors("exact", case, torch.float32, "cpu")["passed"]
-
-
 def test_a_row_that_runs_out_of_memory_in_a_round_loses_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -368,7 +320,7 @@ def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
         {"round": n, "train_forward_s": s, "train_backward_s": s}
         for n, s in enumerate((1.0, 1.1, 0.9, 5.0))
     ]
-    assert _summary(taken, taken, tokens=1)["disturbed_rounds"] == 1
+    assert summary(taken, taken, tokens=1)["disturbed_rounds"] == 1
 
 
 def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> None:

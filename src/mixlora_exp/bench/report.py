@@ -131,3 +131,21 @@ def markdown(record: Mapping[str, Any]) -> str:
         line = _line(name, row, paper.get(name))
         lines.append([*line, *(_extra(row, key, record["tokens"]) for key in extra)])
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def kernel_table(record: Mapping[str, Any], name: str) -> str:
+    """The longest kernels of a row's step, or nothing."""
+    row = record["rows"].get(name, {})
+    if not row.get("by_kernel"):
+        return ""
+    lines = [("kernel", "launches", "us", "% of busy"), ("---",) * 4]
+    for one in row["by_kernel"]:
+        # Names of templates are long, and a bar would end the cell.
+        short = one["name"][:100].replace("|", "/")
+        share = 100 * one["us"] / row["busy_us"]
+        lines.append((short, str(one["count"]), f"{one['us']:,.0f}", f"{share:.1f}"))
+    head = (
+        f"A step of {name}: {row['kernels']:,} kernels, {row['busy_us']:,.0f} us of the GPU; "
+        f"the {len(row['by_kernel'])} longest:\n\n"
+    )
+    return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)

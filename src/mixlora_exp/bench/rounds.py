@@ -6,9 +6,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 Sample = dict[str, float]
 """Seconds by part, and the `round`."""
+TRAIN = ("train_forward_s", "train_backward_s")
 
 
 def interleaved(
@@ -61,3 +63,36 @@ def ratios(taken: Sequence[Sample], others: Sequence[Sample], parts: Sequence[st
     pairs = [(s, by_round[s["round"]]) for s in taken if s["round"] in by_round]
     both = [(a, b) for a, b in pairs if all(part in a and part in b for part in parts)]
     return [sum(a[p] for p in parts) / sum(b[p] for p in parts) for a, b in both]
+
+
+def summary(taken: Sequence[Sample], reference: Sequence[Sample], tokens: int) -> dict[str, Any]:
+    """Medians and quartiles per token, and of the ratios within the same rounds."""
+    if not taken:
+        return {"rounds": 0}
+    found: dict[str, Any] = {"rounds": len(taken)}
+    timed = [key for key in taken[0] if key.endswith("_s")]
+    for key in timed:
+        low, middle, high = quartiles([s[key] for s in taken if key in s])
+        name = key.removesuffix("_s") + "_us_per_token"
+        found[name] = round(middle * 1e6 / tokens, 3)
+        found[name + "_quartiles"] = [round(v * 1e6 / tokens, 3) for v in (low, high)]
+    parts = {key.removesuffix("_s"): (key,) for key in timed}
+    for name, keys in {**parts, "train": TRAIN}.items():
+        own = ratios(taken, reference, keys)
+        if own:
+            low, middle, high = quartiles(own)
+            found[f"{name}_ratio"] = round(middle, 4)
+            found[f"{name}_ratio_quartiles"] = [round(low, 4), round(high, 4)]
+    totals = [s["train_forward_s"] + s["train_backward_s"] for s in taken]
+    # Something else ran then: medians bear a few of them.
+    found["disturbed_rounds"] = sum(t > 2 * statistics.median(totals) for t in totals)
+    found["samples"] = taken
+    return found
+
+
+def pair(taken: Sequence[Sample], others: Sequence[Sample], name: str) -> dict[str, Any]:
+    """Ratio of a row's training step to another row's within the same rounds."""
+    own = ratios(taken, others, TRAIN)
+    low, middle, high = quartiles(own)
+    both = [round(low, 4), round(high, 4)]
+    return {"row": name, "median": round(middle, 4), "quartiles": both, "rounds": len(own)}

@@ -1,131 +1,195 @@
-"""`kind=gpu`: everything that needs a GPU, in one command and at most eight minutes.
+"""`kind=gpu`: everything that needs a GPU, in one command and at most four minutes.
 
 Checks each kernel against float64 and in a CUDA graph, then measures Tables 6 and 7 at full depth
-on random weights. Needs nothing but PyTorch, Triton, transformers, PEFT and the files of this
-repository.
+on random weights, what matters most first: of each model times, then kernels and memory. Needs
+nothing but PyTorch, Triton, transformers, PEFT and the files of this repository.
 """
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mixlora_exp.bench.checks import CASES, capture_error, kernel_errors, router_errors
-from mixlora_exp.bench.kinds.steps import benchmark
+from mixlora_exp.bench.check_pool import all_checks, failure, results
+from mixlora_exp.bench.kinds.steps import benchmark_parts, check
 from mixlora_exp.bench.options import BenchOptions, StepOptions
-from mixlora_exp.bench.report import markdown
-from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.bench.report import kernel_table, markdown
 from mixlora_exp.bench.runner import Kind, machine_slug, say
+from mixlora_exp.config.places import ROOT
 from mixlora_exp.errors import UserError
+from mixlora_exp.system.device import hardware_names
 
-LIMIT_S = 8 * 60
-# Share of the limit by which each model's rounds end. Its warm-up is not cut short.
-MODELS = (
-    ("llama2_7b", 4, 512, 0.45),
-    ("gemma_2b", 4, 512, 0.65),
-    ("smollm2_135m", 8, 128, 0.78),
-    ("llama3_8b", 4, 512, 0.95),
-)
-
-
-# The rows that the bars are about come first, so that they have the memory if not all fit.
-FIRST = (
-    "lora_peft",
-    "lora_peft_again",
-    "mixlora_triton",
-    "mixdora_triton",
-    "dora",
-    "mixlora",
-    "mixdora",
-)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _guarded(what: dict[str, Any], check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a check, or why it could not be carried out: one failure hides no other."""
-    try:
-        return {**what, **check()}
-    except Exception as error:  # Triton's own errors have no common class.
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return {**what, "passed": False, "error": reason}
-
-
-def _checks() -> list[dict[str, Any]]:
-    found = []
-    for dtype in DTYPES:
-        for name, case in CASES.items():
-            for kernel in ("triton", "exact"):
-                what = {"case": name, "kernel": kernel, "dtype": str(dtype)}
-                found.append(
-                    _guarded(
-                        what, lambda k=kernel, c=case, d=dtype: kernel_errors(k, c, d, "cuda", 1)
-                    )
-                )
-            what = {"case": name, "kernel": "triton router", "dtype": str(dtype)}
-            found.append(_guarded(what, partial(router_errors, "triton", case, dtype, "cuda")))
-    for kernel in ("exact", "triton"):
-        for dora in (False, True):
-            error = capture_error(kernel, dora)
-            what = {"case": "CUDA graph", "kernel": kernel, "dora": dora}
-            found.append({**what, "error": error, "passed": error is None})
-    return found
+CHECKS_UNTIL = 0.22
+"""Share of the time by which the checks end."""
+MODELS = {
+    "llama2_7b": (4, 512, 0.50, 0.64),
+    "gemma_2b": (4, 512, 0.74, 0.79),
+    "smollm2_135m": (8, 128, 0.87, 0.90),
+    "llama3_8b": (4, 512, 0.97, 1.0),
+}
+"""Batch, length, and the shares of the time by which a model's rounds and its details end. A row's
+first step is not cut short."""
+GOAL_ROWS = (
+    "lora_peft", "mixlora_triton", "floor", "mixdora_triton", "lora_triton", "dora_triton",
+    "lora_peft_again", "dora_peft", "mixlora", "lora", "lora_peft_bf16", "lora_peft_no_autocast",
+    "lora_axolotl", "lora_peft_compiled",
+)  # fmt: skip
+"""The rows that the goals are about come first; a compiler's minute comes last."""
 
 
 @dataclass(slots=True, kw_only=True)
 class GpuOptions(BenchOptions):
-    models: list[str] = field(default_factory=lambda: [name for name, *_ in MODELS])
+    """`minutes`: what does not fit is left out with a line that says so. `checks`: the kernels
+    against float64. `rows`, `liger`: as in `kind=steps`. `tests`: afterwards pytest on the tests of
+    the Triton kernels, for as long again; its log lies beside the record, which names the tests
+    that failed."""
+
+    minutes: float = 4
+    checks: bool = True
+    models: list[str] = field(default_factory=lambda: list(MODELS))
+    rows: list[str] = field(default_factory=lambda: list(GOAL_ROWS))
+    liger: bool = False
+    tests: bool = False
+
+
+def steps_of(options: GpuOptions, model: str) -> StepOptions:
+    """What is measured of a model."""
+    batch, length, *_ = MODELS[model]
+    rows = [name for name in options.rows if model == "llama2_7b" or name != "lora_peft_compiled"]
+    return StepOptions(
+        model=model, batch=batch, length=length, rounds=20, rows=rows, liger=options.liger
+    )
 
 
 def measure(options: GpuOptions) -> Iterator[dict[str, Any]]:
     """The checks first, then model by model; what does not fit into the time is named."""
-    known = [name for name, *_ in MODELS]
     for name in options.models:
-        if name not in known:
-            raise UserError(f"models={name} is not in this suite: choose from {', '.join(known)}")
+        if name not in MODELS:
+            raise UserError(f"models={name} is not in this suite: choose from {', '.join(MODELS)}")
+    if options.minutes <= 0:
+        raise UserError(f"minutes={options.minutes} must be above 0")
     if not torch.cuda.is_available():
         raise UserError(
             "kind=gpu needs a CUDA GPU and this machine has none; the Triton kernels are checked "
             "by their interpreter in `make test`, and `make bench` measures the CPU"
         )
-    start = time.monotonic()
-    record: dict[str, Any] = {"checks": _checks(), "benchmarks": [], "skipped": {}}
-    for check in record["checks"]:
-        if not check["passed"]:
-            say(f"FAILED {check}")
+    for name in options.models:
+        check(steps_of(options, name))
+    yield from suite(options)
 
-    def so_far() -> dict[str, Any]:
-        return {**record, "seconds": round(time.monotonic() - start, 1)}
 
-    yield so_far()
-    rows = [*FIRST, *(row for row in ROWS if row not in FIRST)]
-    for model, batch, length, share in MODELS:
-        if model not in options.models:
-            continue
-        if time.monotonic() - start > share * LIMIT_S:
-            record["skipped"][model] = "no time left"
+def suite(options: GpuOptions) -> Iterator[dict[str, Any]]:
+    """The record after each part."""
+    start, limit = time.monotonic(), 60 * options.minutes
+    record: dict[str, Any] = {
+        "minutes": options.minutes, "checks": [], "failed": [], "benchmarks": [], "skipped": {},
+    }  # fmt: skip
+
+    def so_far(*benchmarks: Mapping[str, Any]) -> dict[str, Any]:
+        seconds = round(time.monotonic() - start, 1)
+        return {**record, "benchmarks": [*record["benchmarks"], *benchmarks], "seconds": seconds}
+
+    if options.checks:
+        carry_out_checks(record, start + CHECKS_UNTIL * limit)
+        yield so_far()
+    for model in options.models:
+        *_, rounds_until, details_until = MODELS[model]
+        if time.monotonic() > start + rounds_until * limit:
+            skip(record, model, "no time left")
             continue
         say(model)
-        config = StepOptions(model=model, batch=batch, length=length, rounds=20, rows=rows)
+        parts = benchmark_parts(
+            steps_of(options, model),
+            deadline=start + rounds_until * limit,
+            details_until=start + details_until * limit,
+        )
+        found = None
         try:
-            record["benchmarks"].append(benchmark(config, deadline=start + share * LIMIT_S))
+            for found in parts:
+                yield so_far(found)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            record["skipped"][model] = reason
-        yield so_far()
+            text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            skip(record, model if found is None else f"{model}, details", text)
+        if found is not None:
+            record["benchmarks"].append(found)
+        del parts
+        gc.collect()
         torch.cuda.empty_cache()
-    for model, reason in record["skipped"].items():
-        say(f"not measured: {model}: {reason}")
+    if options.tests:
+        run_tests(record, options, 60 * options.minutes)
     yield so_far()
+
+
+def skip(record: dict[str, Any], what: str, reason: str) -> None:
+    """Note and tell that something was not measured."""
+    record["skipped"][what] = reason
+    say(f"not measured: {what}: {reason}")
+
+
+def carry_out_checks(record: dict[str, Any], deadline: float) -> None:
+    """Fill `checks`, and the names of those that fail into `failed`."""
+    tasks = all_checks()
+    for found in results(tasks, max(1, min(12, (os.cpu_count() or 2) - 2)), deadline):
+        record["checks"].append(found)
+        if not found["passed"]:
+            record["failed"].append(failure(found))
+            say(f"FAILED {record['failed'][-1]}")
+    done = {(c["case"], c["kernel"], c["dtype"]) for c in record["checks"]}
+    left = [t.described() for t in tasks if tuple(t.described().values()) not in done]
+    say(f"{len(done) - len(record['failed'])} of {len(tasks)} checks passed")
+    if left:
+        names = "; ".join(", ".join(one.values()) for one in left)
+        skip(record, "checks", f"{len(left)} of {len(tasks)}, no time left: {names}")
+
+
+def run_tests(record: dict[str, Any], options: GpuOptions, limit: float) -> None:
+    """The tests of the Triton kernels by pytest: `tests` names the log and those that failed."""
+    name = options.name or machine_slug({"provenance": {"hardware": hardware_names()}})
+    log = ROOT / options.output / f"{name}-tests.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    files = sorted(str(p) for p in (ROOT / "tests" / "kernels").glob("test_triton*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *files]
+    with log.open("w") as stream:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=stream, stderr=stream, timeout=limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+            skip(record, "tests", "not finished: no time left")
+    failed = failed_tests(log)
+    record["tests"] = {"log": log.name, "exit_code": code, "failed": failed}
+    record["failed"] += failed or ([f"pytest: exit code {code}, see {log.name}"] if code else [])
+
+
+def failed_tests(log: Path) -> list[str]:
+    """The names in pytest's summary."""
+    lines = log.read_text(errors="replace").splitlines()
+    words = [line.split(" - ")[0].split(" ", 1) for line in lines]
+    return [word[1] for word in words if word[0] in ("FAILED", "ERROR") and len(word) == 2]
 
 
 def _markdown(record: Mapping[str, Any]) -> str:
-    origin = record["provenance"]
-    return "\n".join(markdown({**one, "provenance": origin}) for one in record["benchmarks"])
+    origin, parts = record["provenance"], []
+    if "failed" in record:
+        passed = sum(one["passed"] for one in record["checks"])
+        parts.append(f"{passed} of {len(record['checks'])} checks passed.\n")
+        parts.append("".join(f"- failed: {name}\n" for name in record["failed"]))
+        skipped = record["skipped"].items()
+        parts.append("".join(f"- not measured: {what}: {why}\n" for what, why in skipped))
+    for one in record["benchmarks"]:
+        parts.append(markdown({**one, "provenance": origin}))
+        parts.append(kernel_table(one, "mixlora_triton"))
+    return "\n".join(part for part in parts if part)
 
 
 KIND = Kind(options=GpuOptions, measure=measure, name=machine_slug, markdown=_markdown)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,12 +19,10 @@ from mixlora_exp.bench.model import base_model, model_config, model_of
 from mixlora_exp.bench.options import StepOptions, as_json, require_dtype, require_positive
 from mixlora_exp.bench.report import markdown
 from mixlora_exp.bench.rivals import check_liger, patch_with_liger
-from mixlora_exp.bench.rounds import Sample, interleaved, quartiles, ratios
+from mixlora_exp.bench.rounds import Sample, interleaved, pair, summary
 from mixlora_exp.bench.rows import BASELINE, PAIRS, ROWS, BenchRow, NotHere
 from mixlora_exp.bench.runner import Kind, machine_slug, say
 from mixlora_exp.errors import UserError
-
-TRAIN = ("train_forward_s", "train_backward_s")
 
 
 def check(config: StepOptions) -> None:
@@ -87,13 +84,15 @@ def _cuda_memory(model: nn.Module, row: BenchRow, batch: StepBatch) -> dict[str,
     return found
 
 
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
+
+
 class _Rows:
     """The rows of one benchmark, on one base."""
 
-    def __init__(
-        self, config: StepOptions, deadline: float | None, say: Callable[[str], None]
-    ) -> None:
-        self.config, self.deadline, self.say = config, deadline, say
+    def __init__(self, config: StepOptions, say: Callable[[str], None]) -> None:
+        self.config, self.say = config, say
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         shape = model_config(config.model, config.layers)
         self.layers = shape.config["num_hidden_layers"]
@@ -105,15 +104,12 @@ class _Rows:
         self.found: dict[str, dict[str, Any]] = {}
         self.models: dict[str, nn.Module] = {}
 
-    def late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-    def prepare(self) -> None:
+    def prepare(self, deadline: float | None) -> None:
         """Make each row's model and take its first step, which warms it up and shows if it fits."""
         for name in self.config.rows:
             self.found[name] = {**asdict(ROWS[name]), "rank": ROWS[name].rank}
             reason = _why_not(self.config, ROWS[name], self.device)
-            if reason is None and self.late():
+            if reason is None and _late(deadline):
                 reason = "not measured: no time left"
             try:
                 if reason is None:
@@ -149,26 +145,26 @@ class _Rows:
         self.drop(name, f"out of memory in round {number + 1}")
         return True
 
-    def rounds(self) -> None:
+    def rounds(self, deadline: float | None) -> None:
         """Measure all rows in turns."""
         config, models = self.config, self.models
         samples = interleaved(
             {r: lambda number, r=r: _measure(config, models[r], r, self.batch, number)
              for r in models},
             config.rounds, config.seed, every={r: ROWS[r].every for r in models},
-            deadline=self.deadline, lost=self.lost, say=self.say,
+            deadline=deadline, lost=self.lost, say=self.say,
         )  # fmt: skip
         for row, taken in samples.items():
             reference = samples.get(BASELINE, [])
-            self.found[row] |= _summary(taken, reference, config.batch * config.length)
+            self.found[row] |= summary(taken, reference, config.batch * config.length)
             if row in PAIRS and PAIRS[row] in samples and taken:
-                self.found[row]["train_ratio_to"] = _pair(taken, samples[PAIRS[row]], PAIRS[row])
+                self.found[row]["train_ratio_to"] = pair(taken, samples[PAIRS[row]], PAIRS[row])
 
-    def details(self) -> None:
+    def details(self, deadline: float | None) -> None:
         """Of each row: kept bytes, launches, on a GPU busy time and memory."""
         for name, model in self.models.items():
             row, found = ROWS[name], self.found[name]
-            if self.late():
+            if _late(deadline):
                 self.say(f"{name}: no time left for its launches and memory")
                 continue
             if self.device == "cuda":
@@ -199,15 +195,20 @@ class _Rows:
             "threads": torch.get_num_threads(),
             "tokens": self.config.batch * self.config.length,
             "layers": self.layers,
-            "rows": self.found,
+            "rows": {name: dict(row) for name, row in self.found.items()},
         }
 
 
 def benchmark_parts(
-    config: StepOptions, *, deadline: float | None = None, say: Callable[[str], None] = say
+    config: StepOptions,
+    *,
+    deadline: float | None = None,
+    details_until: float | None = None,
+    say: Callable[[str], None] = say,
 ) -> Iterator[dict[str, Any]]:
-    """Measure `config.rows`; `deadline` (of `time.monotonic`) ends each part early. Yields the
-    record once with times, and again with launches, kept bytes and memory.
+    """Measure `config.rows`. Yields the record with times, and again with launches, kept bytes and
+    memory. `deadline` (of `time.monotonic`) ends the first part early, half of whose time is the
+    most that rows take to be ready, `details_until` the second.
 
     Times are per token (microseconds, medians with quartiles), with ratios to the baseline taken
     round by round. A row that runs out of memory or cannot be measured here has `error` in place of
@@ -215,55 +216,21 @@ def benchmark_parts(
     longest.
     """
     check(config)
-    rows = _Rows(config, deadline, say)
-    rows.prepare()
-    rows.rounds()
+    rows = _Rows(config, say)
+    now = time.monotonic()
+    rows.prepare(None if deadline is None else (now + deadline) / 2)
+    rows.rounds(deadline)
     yield rows.record()
-    rows.details()
+    rows.details(details_until)
     if config.memory and rows.device == "cpu":
         rows.memory_in_processes()
     yield rows.record()
 
 
-def benchmark(
-    config: StepOptions, *, deadline: float | None = None, say: Callable[[str], None] = say
-) -> dict[str, Any]:
-    """The last record of `benchmark_parts`."""
-    *_, last = benchmark_parts(config, deadline=deadline, say=say)
+def benchmark(config: StepOptions, *, say: Callable[[str], None] = say) -> dict[str, Any]:
+    """The last record of `benchmark_parts`, without a limit of time."""
+    *_, last = benchmark_parts(config, say=say)
     return last
-
-
-def _summary(taken: Sequence[Sample], reference: Sequence[Sample], tokens: int) -> dict[str, Any]:
-    """Medians and quartiles per token, and of the ratios within the same rounds."""
-    if not taken:
-        return {"rounds": 0}
-    found: dict[str, Any] = {"rounds": len(taken)}
-    timed = [key for key in taken[0] if key.endswith("_s")]
-    for key in timed:
-        low, middle, high = quartiles([s[key] for s in taken if key in s])
-        name = key.removesuffix("_s") + "_us_per_token"
-        found[name] = round(middle * 1e6 / tokens, 3)
-        found[name + "_quartiles"] = [round(v * 1e6 / tokens, 3) for v in (low, high)]
-    parts = {key.removesuffix("_s"): (key,) for key in timed}
-    for name, keys in {**parts, "train": TRAIN}.items():
-        own = ratios(taken, reference, keys)
-        if own:
-            low, middle, high = quartiles(own)
-            found[f"{name}_ratio"] = round(middle, 4)
-            found[f"{name}_ratio_quartiles"] = [round(low, 4), round(high, 4)]
-    totals = [s["train_forward_s"] + s["train_backward_s"] for s in taken]
-    # Something else ran then: medians bear a few of them.
-    found["disturbed_rounds"] = sum(t > 2 * statistics.median(totals) for t in totals)
-    found["samples"] = taken
-    return found
-
-
-def _pair(taken: Sequence[Sample], others: Sequence[Sample], name: str) -> dict[str, Any]:
-    """Ratio of a row's training step to another row's within the same rounds."""
-    own = ratios(taken, others, TRAIN)
-    low, middle, high = quartiles(own)
-    both = [round(low, 4), round(high, 4)]
-    return {"row": name, "median": round(middle, 4), "quartiles": both, "rounds": len(own)}
 
 
 def _name(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,85 @@
+"""The checks of `bench.checks` by several processes at once: most of their time is compilation."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mixlora_exp.bench.checks import CASES, capture_error, kernel_errors, router_errors
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckTask:
+    """One check. what: `block`, `router`, or `graph` for the capture of a CUDA graph; case: a name
+    in `CASES`, of a graph only whether it is `MixDoRA`."""
+
+    what: str
+    kernel: str
+    case: str
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+
+    def described(self) -> dict[str, Any]:
+        """As a record names it."""
+        kernel = f"{self.kernel} {self.what}" if self.what != "block" else self.kernel
+        return {"case": self.case, "kernel": kernel, "dtype": self.dtype}
+
+
+def all_checks() -> list[CheckTask]:
+    """Those that a training run in bf16 depends on come first."""
+    blocks = [
+        CheckTask(what, kernel, case, dtype)
+        for dtype in DTYPES
+        for case in CASES
+        for what, kernel in (("block", "triton"), ("router", "triton"), ("block", "exact"))
+    ]
+    both = ("paper's setting", "MixDoRA")
+    graphs = [CheckTask("graph", kernel, case) for kernel in ("triton", "exact") for case in both]
+    return [*blocks[: len(blocks) // len(DTYPES)], *graphs, *blocks[len(blocks) // len(DTYPES) :]]
+
+
+def carry_out(task: CheckTask) -> dict[str, Any]:
+    """Its result, or why there is none: one failure hides no other."""
+    case, dtype = CASES[task.case], getattr(torch, task.dtype)
+    try:
+        if task.what == "block":
+            found = kernel_errors(task.kernel, case, dtype, task.device, 1)
+        elif task.what == "router":
+            found = router_errors(task.kernel, case, dtype, task.device)
+        else:
+            error = capture_error(task.kernel, case.dora)
+            found = {"error": error, "passed": error is None}
+    except Exception as error:  # Triton's own errors have no common class.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        found = {"passed": False, "error": reason}
+    return {**found, **task.described()}
+
+
+def failure(check: Mapping[str, Any]) -> str:
+    """A check that did not pass, in a line: the tensor that is furthest off, and how far."""
+    name = f"{check['case']}, {check['kernel']}, {check['dtype']}"
+    if check.get("error"):
+        return f"{name}: {check['error']}"
+    if "worst_ratio" in check:
+        return f"{name}: {check['worst']} at {check['worst_ratio']} of the reference's error"
+    return f"{name}: {check['experts_wrong']} experts wrong, errors {check['errors']}"
+
+
+def results(tasks: Sequence[CheckTask], processes: int, deadline: float) -> Iterator[dict]:
+    """The results as they come, until `deadline` (of `time.monotonic`); then, or when a process has
+    died and took its check with it, the rest is left out."""
+    # Not forked: CUDA cannot be used in a copy of a process that has used it.
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(tasks))) as pool:
+        coming = pool.imap_unordered(carry_out, tasks)
+        for _ in tasks:
+            try:
+                yield coming.next(timeout=max(0.0, deadline - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                return

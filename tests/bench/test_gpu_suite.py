@@ -1,0 +1,187 @@
+"""The suite for a GPU, as far as a CPU can tell: its checks, its order, and what it leaves out."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixlora_exp.bench.check_pool import CheckTask, all_checks, carry_out, failure, results
+from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
+from mixlora_exp.bench.kinds import gpu
+from mixlora_exp.bench.options import StepOptions
+from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.bench.runner import run_benchmark
+from mixlora_exp.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_each_kernel_is_checked_in_each_precision_bf16_first() -> None:
+    tasks = all_checks()
+    assert len(set(tasks)) == len(tasks) == 3 * len(CASES) * 3 + 4
+    assert {t.dtype for t in tasks[: 3 * len(CASES) + 4]} == {"bfloat16"}
+    assert {(t.what, t.kernel) for t in tasks} == {
+        ("block", "triton"), ("block", "exact"), ("router", "triton"),
+        ("graph", "triton"), ("graph", "exact"),
+    }  # fmt: skip
+
+
+def test_checks_run_in_processes_and_end_in_time() -> None:
+    tasks = [CheckTask("block", "exact", name, "float32", "cpu") for name in ("K=1", "one token")]
+    tasks.append(CheckTask("block", "no such kernel", "K=1", "float32", "cpu"))
+    found = {(r["case"], r["kernel"]): r for r in results(tasks, 2, time.monotonic() + 300)}
+    assert found["K=1", "exact"]["passed"]
+    assert found["one token", "exact"]["passed"]
+    wrong = found["K=1", "no such kernel"]
+    assert not wrong["passed"]
+    assert failure(wrong) == "K=1, no such kernel, float32: KeyError: 'no such kernel'"
+    assert list(results(tasks, 2, time.monotonic())) == []
+
+
+def test_a_failure_names_the_tensor_and_how_far_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixlora_exp.bench import checks
+
+    right = checks.KERNELS["exact"]
+    monkeypatch.setitem(checks.KERNELS, "exact", lambda *inputs: right(*inputs) * 1.25)
+    found = carry_out(CheckTask("block", "exact", "K=1", "float32", "cpu"))
+    assert not found["passed"]
+    start = f"K=1, exact, float32: {found['worst']} at {found['worst_ratio']} of"
+    assert failure(found).startswith(start)
+
+
+class Cut:
+    """The suite on a CPU: two checks and a tiny model in place of four."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *checks: CheckTask) -> None:
+        models = {"tiny": (2, 8, 0.8, 1.0), "other": (2, 8, 0.9, 1.0)}
+        patch.setattr(gpu, "MODELS", models)
+        patch.setattr(gpu, "all_checks", lambda: list(checks))
+        patch.setattr(
+            gpu, "results", lambda tasks, processes, until: (carry_out(t) for t in checks[:1])
+        )
+        patch.setattr(gpu, "steps_of", self.steps)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def steps(self, options: gpu.GpuOptions, model: str) -> StepOptions:
+        return StepOptions(
+            model=model, batch=2, length=8, dtype="float32", memory=False, rounds=2,
+            rows=["lora_peft", "mixlora"],
+        )  # fmt: skip
+
+
+def test_the_suite_tells_what_failed_and_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [CheckTask("block", k, "K=1", "float32", "cpu") for k in ("no such", "exact")]
+    Cut(monkeypatch, *checks)
+    parts = list(gpu.suite(gpu.GpuOptions(models=["tiny", "other"])))
+    assert [len(part["benchmarks"]) for part in parts] == [0, 1, 1, 1]
+    assert "launches_per_layer" not in parts[1]["benchmarks"][0]["rows"]["mixlora"]
+    last = parts[-1]
+    assert last["failed"] == ["K=1, no such, float32: KeyError: 'no such'"]
+    assert last["skipped"]["checks"] == "1 of 2, no time left: K=1, exact, float32"
+    assert last["skipped"]["other"].startswith("UserError: model=other is unknown")
+    assert last["benchmarks"][0]["rows"]["mixlora"]["launches_per_layer"] > 0
+    origin = {"hardware": {"cpu": "c", "gpus": ["G"]}, "packages": {"torch": "t"}}
+    text = gpu._markdown({**last, "provenance": origin})
+    assert "0 of 1 checks passed" in text
+    assert "- failed: K=1, no such" in text
+    assert "- not measured: other: UserError" in text
+    assert "| mixlora |" in text
+
+
+def test_no_model_is_begun_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cut(monkeypatch)
+    options = gpu.GpuOptions(models=["tiny", "other"], checks=False, minutes=1e-9)
+    *_, last = gpu.suite(options)
+    assert last["skipped"] == dict.fromkeys(("tiny", "other"), "no time left")
+    assert last["benchmarks"] == []
+
+
+def test_the_goals_rows_are_registered_and_the_compiler_comes_last() -> None:
+    assert set(gpu.GOAL_ROWS) <= set(ROWS)
+    options = gpu.GpuOptions()
+    assert gpu.steps_of(options, "llama2_7b").rows[0] == "lora_peft"
+    assert gpu.steps_of(options, "llama2_7b").rows[-1] == "lora_peft_compiled"
+    assert "lora_peft_compiled" not in gpu.steps_of(options, "gemma_2b").rows
+
+
+def test_failing_tests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = tmp_path / "tests" / "kernels"
+    kernels.mkdir(parents=True)
+    lines = "def test_good(): pass\ndef test_bad(): assert 1 == 2, 'why - so'\n"
+    (kernels / "test_triton_case.py").write_text(lines)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    record = {"failed": [], "skipped": {}}
+    gpu.run_tests(record, gpu.GpuOptions(output="here", name="card"), 120)
+    expected = ["tests/kernels/test_triton_case.py::test_bad"]
+    assert record["failed"] == record["tests"]["failed"] == expected
+    assert record["tests"]["exit_code"] == 1
+    assert "1 failed, 1 passed" in (tmp_path / "here" / record["tests"]["log"]).read_text()
+    gpu.run_tests(record, gpu.GpuOptions(output="here", name="card"), 0.01)
+    assert record["skipped"] == {"tests": "not finished: no time left"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["models=[llama9]"], "models=llama9 is not in this suite: choose from llama2_7b"),
+        (["minutes=0"], "minutes=0.0 must be above 0"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_benchmark(["kind=gpu", *words])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the suite takes minutes")
+def test_the_gpu_suite_says_that_it_needs_a_gpu_and_needs_no_hydra() -> None:
+    """It runs on machines that have PyTorch, transformers and PEFT alone."""
+    block = (
+        "import sys, runpy\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('hydra', 'omegaconf', 'lm_eval'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "sys.argv[1:] = ['kind=gpu']\n"
+        "runpy.run_path('scripts/bench.py', run_name='__main__')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", block], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert "needs a CUDA GPU" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["paper's setting", "MixDoRA, biases", "K=1"])
+def test_the_gpu_suites_check_accepts_a_right_kernel_and_no_wrong_one(name, monkeypatch) -> None:
+    case = CASES[name]
+    assert kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]
+    from mixlora_exp.bench import checks
+
+    right = checks.KERNELS["exact"]
+    monkeypatch.setitem(checks.KERNELS, "exact", lambda *inputs: right(*inputs) * (1 + 1e-4))
+    assert not kernel_errors("exact", case, torch.float32, "cpu", seeds=1)["passed"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gpu_suites_check_of_routers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    assert router_errors("exact", case, torch.float32, "cpu")["passed"]
+    from mixlora_exp.bench import checks
+
+    def other_expert(x: torch.Tensor, router: torch.Tensor, top_k: int):
+        found = checks.route(x, router, top_k)
+        return dataclasses.replace(found, experts=(found.experts + 1) % case.experts)
+
+    right = checks.router_of
+    chosen = {"exact": other_expert}
+    monkeypatch.setattr(checks, "router_of", lambda kernel: chosen.get(kernel, right(kernel)))
+    # The one token lies near a tie, and nothing is asked of it.
+    if case.top_k < case.experts and case.tokens > 1:
+        assert not router_errors("exact", case, torch.float32, "cpu")["passed"]
