@@ -54,8 +54,8 @@ bench: $(STAMP)  ## measure time and memory of a step of each method on this mac
 	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m
 	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m method=mixed
 
-bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most eight minutes
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench.py kind=gpu
+bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most four minutes (OPTIONS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench.py kind=gpu $(OPTIONS)
 
 gpu-check:  ## try everything at the size of LLaMA-2 7B on a CUDA GPU, in at most three minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/gpu_check.py $(OPTIONS)

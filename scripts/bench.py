@@ -1,12 +1,14 @@
 """Measure what things cost here: `python scripts/bench.py kind=steps model=llama2_7b layers=2`.
 
-kind=steps     a training step and a forward pass of each method, rows=[lora_peft,mixlora] of a few
+kind=steps     a training step and a forward pass of each method, rows=[lora_peft,mixlora] of a few;
+               loss_on=all, liger=true on a GPU
 kind=adapters  several adapters on one base, in time and memory: method=mixdora, or mixed
 kind=together  several adapters in one run against one run after another: data.path=DIR
 kind=peers     MixLoRA here and in the packages moe-peft and mixlora, in turns
 kind=eval      items per second of scoring, here and in lm-eval's own loop
 kind=forms     the exact kernel's two forms, by which it chooses on a CPU
-kind=gpu       kernels against float64, then kind=steps of four models, in at most eight minutes
+kind=gpu       kernels against float64, then kind=steps of four models, in minutes=4; tests=true
+               runs the tests of the Triton kernels afterwards
 
 Writes `results/bench/<name>.json`, and tables beside it as `.md`. Further words are `name=value`.
 """

@@ -89,3 +89,17 @@ def test_figure_4c_takes_a_record_that_has_lora(add: Write, results: Path) -> No
         results / "bench", "z", rows_of("lora", "mixlora", slower=30.0), gpus=("NVIDIA H100",)
     )
     assert latencies(results) == pytest.approx({"LoRA": 30.0, "MixLoRA": 45.0})
+
+
+def test_records_from_before_autocast_say_so(results: Path) -> None:
+    rows = {"lora_peft": bench_row("lora", "peft", "float32", times(10.0), 4e9)}
+    rows["mixlora"] = {**bench_row("mixlora", "exact", "float32", times(5.0), 1e9), "head": "auto"}
+    bench_record(results / "bench", "before", rows)
+    before = gather(results).tables[6].blocks[1]
+    assert [row.label[0] for row in before.rows][1] == "MixLoRA (exact kernel), loss in chunks"
+    assert any(note.startswith("Without autocast") for note in before.notes)
+    rows = {name: {**row, "autocast": True} for name, row in rows.items()}
+    bench_record(results / "bench", "before", rows, loss_on="answer", answer=8)
+    after = gather(results).tables[6].blocks[1]
+    assert [row.label[0] for row in after.rows][1] == "MixLoRA (exact kernel)"
+    assert not any(note.startswith("Without autocast") for note in after.notes)

@@ -128,5 +128,6 @@ PAIRS = {
     "mixdora_shared": "mixdora",
     "mixlora_bf16": "lora_peft_bf16",
     "mixlora_triton_bf16": "lora_peft_bf16",
+    **{f"{method}_triton": "floor" for method in ("lora", "dora", "mixlora", "mixdora")},
 }
 """Rows whose ratio to a second row is recorded too."""

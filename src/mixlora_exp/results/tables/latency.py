@@ -30,11 +30,18 @@ COLUMNS = (
     "forward + backward, % of LoRA", "feed-forward bytes saved/token",
 )  # fmt: skip
 MODELS = {6: "llama2_7b", 7: "gemma_2b"}
+BEFORE_AUTOCAST = "Without autocast: PEFT's float32 adapters multiply in float32. Loss on all tokens."
 ROW_TITLES = {
     "lora_peft": "LoRA (PEFT)",
     "lora_peft_again": "LoRA (PEFT), a second copy",
+    "lora_peft_all_logits": "LoRA (PEFT), logits of all positions",
+    "lora_peft_no_autocast": "LoRA (PEFT), no autocast",
     "lora_peft_bf16": "LoRA (PEFT), bf16 adapters",
+    "lora_peft_compiled": "LoRA (PEFT), layers compiled",
+    "lora_axolotl": "LoRA (axolotl's functions)",
     "dora_peft": "DoRA (PEFT)",
+    "dora_peft_no_autocast": "DoRA (PEFT), no autocast",
+    "dora_peft_bf16": "DoRA (PEFT), bf16 adapters",
     "base": "base model, forward only",
     "floor": "base model, forward and input gradient",
 }
@@ -92,7 +99,8 @@ def _title(name: str, row: Mapping[str, Any]) -> str:
         extra.append(f"E={row['num_experts']}, K={row['top_k']}")
     if row["adapter_dtype"] == "base":
         extra.append("bf16 adapters")
-    if row["head"] != "full":
+    # Rows that tell of autocast all have the loss as in training.
+    if row["head"] != "full" and "autocast" not in row:
         extra.append("loss in chunks")
     return ", ".join([title, *extra])
 
@@ -201,7 +209,8 @@ def _block(record: Mapping[str, Any]) -> Block:
         rows.append(Row((_title(name, row), "1 model"), tuple(cells)))
     faults = (f"Dashes stand for figures that are known to be wrong: {why}."
               for why in record.get("faults", ()))  # fmt: skip
-    notes = (f"Record: results/{source[0]}", *faults)
+    before = () if "loss_on" in config else (BEFORE_AUTOCAST,)
+    notes = (f"Record: results/{source[0]}", *before, *faults)
     return Block(heading, ("method", "models"), COLUMNS, tuple(rows), run=True, notes=notes)
 
 
