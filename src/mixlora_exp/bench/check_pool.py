@@ -50,7 +50,10 @@ def carry_out(task: CheckTask) -> dict[str, Any]:
     case, dtype = CASES[task.case], getattr(torch, task.dtype)
     try:
         if task.what == "block":
-            found = kernel_errors(task.kernel, case, dtype, task.device, 1)
+            # With one token the router's gradient is one number, whose rounding is chance: of two
+            # right kernels one is twice as far off as the other every tenth time.
+            seeds = max(1, 16 // case.tokens)
+            found = kernel_errors(task.kernel, case, dtype, task.device, seeds) | {"seeds": seeds}
         elif task.what == "router":
             found = router_errors(task.kernel, case, dtype, task.device)
         else:

@@ -30,7 +30,9 @@ COLUMNS = (
     "forward + backward, % of LoRA", "feed-forward bytes saved/token",
 )  # fmt: skip
 MODELS = {6: "llama2_7b", 7: "gemma_2b"}
-BEFORE_AUTOCAST = "Without autocast: PEFT's float32 adapters multiply in float32. Loss on all tokens."
+BEFORE_AUTOCAST = (
+    "Without autocast: PEFT's float32 adapters multiply in float32. Loss on all tokens."
+)
 ROW_TITLES = {
     "lora_peft": "LoRA (PEFT)",
     "lora_peft_again": "LoRA (PEFT), a second copy",
