@@ -114,7 +114,7 @@ def double_kernel(x, y, WIDTH: tl.constexpr):
     tl.store(y + at, 2 * tl.load(x + at))
 
 
-@triton_op("mixlora::test_double", mutates_args={})
+@triton_op("mixlora_interpreted::test_double", mutates_args={})
 def double(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x)
     wrap_triton(double_kernel)[(1,)](x, y, WIDTH=8)

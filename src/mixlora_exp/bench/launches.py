@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-OWN = "mixlora"
-"""The namespace of this project's operators, which count as what they launch."""
+OWN = ("mixlora", "mixlora_interpreted")
+"""Namespaces of this project's operators, which count as what they launch."""
 NOTHING = frozenset(
     (
         *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty"),
@@ -78,7 +78,7 @@ class LaunchCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, OpOverload) or self._inside_kernel:
             return func(*args, **kwargs)
-        if func.namespace == OWN:
+        if func.namespace in OWN:
             with self:
                 return _implementation(func, args, kwargs)(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
