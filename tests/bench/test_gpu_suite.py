@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from mixlora_exp.bench.check_pool import CheckTask, all_checks, carry_out, failure, results
 from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
 from mixlora_exp.bench.kinds import gpu
-from mixlora_exp.bench.options import StepOptions
+from mixlora_exp.bench.options import StepOptions, as_json
+from mixlora_exp.bench.report import kernel_table, markdown
 from mixlora_exp.bench.rows import ROWS
 from mixlora_exp.bench.runner import run_benchmark
 from mixlora_exp.errors import UserError
@@ -101,6 +103,24 @@ def test_the_suite_tells_what_failed_and_what_it_left_out(monkeypatch: pytest.Mo
     assert "- failed: K=1, no such" in text
     assert "- not measured: other: UserError" in text
     assert "| mixlora |" in text
+
+
+def test_the_longest_kernels_of_a_step_are_shown() -> None:
+    kernels = [{"name": "gemm<a|b>", "count": 3, "us": 75.0}, {"name": "add", "count": 9, "us": 5}]
+    row = {**asdict(ROWS["mixlora_triton"]), "rounds": 1, "by_kernel": kernels}
+    row |= {"busy_us": 100.0, "kernels": 1200, "launches_per_layer": 45}
+    options = StepOptions(model="tiny", batch=1, length=10, rounds=1)
+    record = {"config": as_json(options), "layers": 2, "threads": 1, "tokens": 10}
+    record["rows"] = {"lora_peft": {"error": "out of memory"}, "mixlora_triton": row}
+    text = kernel_table(record, "mixlora_triton")
+    assert "1,200 kernels, 100 us of the GPU; the 2 longest" in text
+    assert "| gemm<a/b> | 3 | 75 | 75.0 |" in text
+    assert kernel_table(record, "lora_peft") == kernel_table(record, "dora") == ""
+    origin = {"hardware": {"cpu": "c", "gpus": ["G"]}, "packages": {"torch": "t"}}
+    table = markdown({**record, "provenance": origin})
+    assert "| GPU busy us/token | kernels a step | launches a layer |" in table
+    assert "| 10.0 | 1,200 | 45 |" in table
+    assert "loss on the last 8 tokens of each sequence" in table
 
 
 def test_no_model_is_begun_without_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,8 @@ def results(tasks: Sequence[CheckTask], processes: int, deadline: float) -> Iter
     """The results as they come, until `deadline` (of `time.monotonic`); then, or when a process has
     died and took its check with it, the rest is left out."""
     # Not forked: CUDA cannot be used in a copy of a process that has used it.
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(tasks))) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(processes, len(tasks)), torch.set_num_threads, (1,)) as pool:
         coming = pool.imap_unordered(carry_out, tasks)
         for _ in tasks:
             try:
