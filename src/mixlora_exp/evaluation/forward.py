@@ -204,8 +204,11 @@ class Scorer:
             by_group["" if groups is None else groups[row]].append(route)
         for group, routes in by_group.items():
             layers = [torch.cat(parts).flatten() for parts in zip(*routes, strict=True)]
-            chosen = (layer[layer >= 0] for layer in layers)
-            counts = torch.stack([layer.bincount(minlength=experts) for layer in chosen]).double()
+            # `bincount`, or a choice of those that are filled, would make a GPU wait for the host.
+            numbers = torch.stack(layers) + 1
+            counts = torch.zeros(len(layers), experts + 1, dtype=torch.float64, device=self.device)
+            ones = torch.ones((), dtype=counts.dtype, device=self.device).expand_as(numbers)
+            counts = counts.scatter_add_(1, numbers, ones)[:, 1:]
             self._counts[group] = self._counts.get(group, 0) + counts
 
     def take_expert_load(self, group: str = "") -> list[list[float]] | None:

@@ -30,10 +30,18 @@ class _Forward(nn.Module):
         return self.own(*args, **kwargs)
 
 
-def _plain(linear: nn.Linear, hidden: Tensor) -> Tensor:
-    # In chunks: a float32 copy of the whole vocabulary matrix may not fit in memory.
-    parts = [hidden @ part.to(hidden.dtype).T for part in linear.weight.split(HEAD_CHUNK)]
-    logits = torch.cat(parts, dim=-1)
+def _plain(linear: nn.Linear, hidden: Tensor, given: torch.dtype) -> Tensor:
+    """hidden: float32, of values that `given` holds."""
+    if hidden.is_cuda and given is linear.weight.dtype:
+        # Products of narrow numbers summed in float32: nothing is cast, which for each generated
+        # token would take several times as long as the product.
+        rows = hidden.to(given).flatten(0, -2)
+        logits = torch.mm(rows, linear.weight.T, out_dtype=hidden.dtype)
+        logits = logits.unflatten(0, hidden.shape[:-1])
+    else:
+        # In chunks: a float32 copy of the whole vocabulary matrix may not fit in memory.
+        parts = [hidden @ part.to(hidden.dtype).T for part in linear.weight.split(HEAD_CHUNK)]
+        logits = torch.cat(parts, dim=-1)
     return logits if linear.bias is None else logits + linear.bias.to(hidden.dtype)
 
 
@@ -51,13 +59,14 @@ def full_precision_head(model: nn.Module) -> Iterator[nn.Module]:
     own = head.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        given = hidden.dtype
+        hidden = hidden.to(torch.promote_types(given, torch.float32))
         with torch.autocast(hidden.device.type, enabled=False):
             narrow = {name: p for name, p in head.named_parameters() if p.dtype in NARROW}
             if not narrow:
                 return own(hidden, *args, **kwargs)
             if type(head) is nn.Linear:
-                return _plain(head, hidden)
+                return _plain(head, hidden, given)
             for layer in head.modules():
                 if isinstance(layer, BaseTunerLayer) and layer.merged and layer.disable_adapters:
                     # Otherwise the forward pass would unmerge only the copies.

@@ -8,6 +8,7 @@ likelihoods of whole answers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -38,17 +39,39 @@ def _label_ids(item: Item, encoded: Encoded) -> list[int]:
     return [ids[0] for ids in encoded.answers]
 
 
-def _item_score(item: Item, logits: Tensor, labels: list[int], others: list[int]) -> ItemScore:
-    """Score of an item from its next-token logits (vocabulary,). Ties go to the first label. If a
-    token of `others` has a higher logit than all labels, the prediction is None."""
-    scores = logits[labels]
-    found = others and logits[others].max() > scores.max()
+def _batch_scores(
+    items: Sequence[Item], logits: Tensor, labels: Sequence[list[int]], others: Sequence[list[int]]
+) -> list[ItemScore]:
+    """logits: (items, vocabulary); labels: tokens of each item's labels; others: tokens of labels
+    that it does not have. Ties go to the first label; one of `others` that leads them all is an
+    answer that the item does not have."""
+    asked = [
+        [*own, *more, own[item.answer]]
+        for item, own, more in zip(items, labels, others, strict=True)
+    ]
+    width = max(map(len, asked))
+    ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in asked])
+    found = logits.gather(1, ids.to(logits.device))
+    gold = found[:, -1:] - logits.logsumexp(dim=-1, keepdim=True)
+    # One copy to the host for the whole batch.
+    values = torch.cat([found, gold], dim=1).tolist()
+    return [
+        _item_score(item, row[: len(own)], row[len(own) : len(own) + len(more)], row[-1])
+        for item, row, own, more in zip(items, values, labels, others, strict=True)
+    ]
+
+
+def _item_score(
+    item: Item, scores: list[float], others: list[float], likelihood: float
+) -> ItemScore:
+    # NaN counts as the largest, as in torch.
+    best = max(range(len(scores)), key=lambda i: (isnan(scores[i]), scores[i]))
     return ItemScore(
         id=item.id,
         answer=item.answer,
-        prediction=None if found else int(scores.argmax()),
-        scores=scores.tolist(),
-        gold_log_likelihood=float(logits.log_softmax(dim=-1)[labels[item.answer]]),
+        prediction=None if others and max(others) > scores[best] else best,
+        scores=scores,
+        gold_log_likelihood=likelihood,
     )
 
 
@@ -137,8 +160,11 @@ def score_label_logits(
     scores: list[ItemScore | None] = [None] * len(items)
     for batch in batches([len(prompt) for prompt in prompts], keys, scorer.batch_tokens):
         logits = scorer.logits([prompts[i] for i in batch], 1, [groups[i] for i in batch])[:, 0]
-        for i, row in zip(batch, logits, strict=True):
-            scores[i] = _item_score(items[i], row, labels[i], others[i])
+        parts = ([whole[i] for i in batch] for whole in (items, labels, others))
+        own, own_labels, own_others = parts
+        found = _batch_scores(own, logits, own_labels, own_others)
+        for i, score in zip(batch, found, strict=True):
+            scores[i] = score
     results = []
     for task, test in tests.items():
         mine = [i for i, group in enumerate(groups) if group == task]

@@ -98,7 +98,9 @@ class Checkpoints:
             UserError: the disk is full or cannot be written; older checkpoints are kept.
         """
         self.check_owner()
-        if not all(parameter.isfinite().all() for parameter in parameters.values()):
+        finite = [parameter.detach().isfinite().all() for parameter in parameters.values()]
+        # The host asks the device once, not once per parameter.
+        if not torch.stack(finite).all():
             return None
         place = self.folder / f"{PREFIX}{step:08d}"
         partial = self.folder / f"{PARTIAL}{os.getpid()}"

@@ -151,6 +151,8 @@ def _arguments(jobs: Sequence[Job], dtype: torch.dtype) -> TrainingArguments:
         remove_unused_columns=False,
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Every parameter of an adapter that trains has a gradient in every pass.
+        ddp_find_unused_parameters=False,
         **recompute,
     )
     # With several visible GPUs and no torchrun, the Trainer would use nn.DataParallel, which

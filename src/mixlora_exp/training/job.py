@@ -128,7 +128,7 @@ class Job:
         return self.collate([self.examples[i] for i in part.examples], part.first)
 
     def begin_pass(self, step: int, batch: Batch) -> Batch:
-        """Store a micro-batch and name its rows to the dropout stream; returns the model's inputs."""
+        """Store a micro-batch and name its rows to the dropout stream; the model's inputs."""
         batch = {**batch, "step": step}
         self.batches.append(batch)
         return self.inputs_of(batch)
@@ -152,11 +152,15 @@ class Job:
         self._step_loss = self._step_loss + loss.detach()
         self.track.note_pass(report, tokens, share)
 
-    def note_step(self, norm: float) -> tuple[float, bool]:
-        """Store the gradient norm of an optimizer step; returns its loss, and whether both are
-        finite."""
-        loss, self._step_loss, self.norm = float(self._step_loss), 0.0, norm
-        return loss, self.track.watch.add(loss, norm)
+    def take_step_loss(self) -> Tensor:
+        """The loss of the whole optimizer step, on the device; the next one's starts from 0."""
+        loss, self._step_loss = torch.as_tensor(self._step_loss), 0.0
+        return loss
+
+    def note_step(self, loss: float, norm: float) -> bool:
+        """Note the whole step's loss and gradient norm; whether both are finite."""
+        self.norm = norm
+        return self.track.watch.add(loss, norm)
 
     def clear_gradients(self) -> None:
         """Set all gradients to None, so that the optimizer skips the parameters."""

@@ -188,12 +188,16 @@ class MixLoraTrainer(Trainer):
         """Before the optimizer steps: store each adapter's loss and gradient norm, clip, and stop
         adapters with non-finite values."""
         one_process = self.args.world_size == 1
-        for job in self.jobs.values():
-            if not job.batches:
-                continue
-            own = job.parameters.values()
-            norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
-            loss, sound = job.note_step(float(norm))
+        jobs = [job for job in self.jobs.values() if job.batches]
+        norms = [_gradient_norm(job) for job in jobs]
+        losses = [
+            job.take_step_loss().to(norm.device) for job, norm in zip(jobs, norms, strict=True)
+        ]
+        # The host waits for the device once, whatever the number of adapters.
+        numbers = torch.stack([*losses, *norms]).tolist() if jobs else []
+        for i, (job, norm) in enumerate(zip(jobs, norms, strict=True)):
+            loss = numbers[i]
+            sound = job.note_step(loss, numbers[len(jobs) + i])
             # All processes see the same gradient norm, but each its own loss.
             if not sound and (one_process or not isfinite(job.norm)):
                 # With several processes, `_gives_numbers` would need all of them at once.
@@ -204,7 +208,7 @@ class MixLoraTrainer(Trainer):
                 continue
             limit = job.config.trainer.max_grad_norm
             if limit:
-                nn.utils.clip_grads_with_norm_(own, limit, norm)
+                nn.utils.clip_grads_with_norm_(job.parameters.values(), limit, norm)
             job.last_batches, job.batches = job.batches, []
 
     def finish_step(self) -> None:
@@ -302,6 +306,12 @@ class MixLoraTrainer(Trainer):
         except RuntimeError as error:
             # The extra forward pass may run out of memory.
             return f"the layer was not found: {str(error).splitlines()[0][:80]}"
+
+
+def _gradient_norm(job: Job) -> Tensor:
+    """Of all gradients of an adapter together, float32."""
+    own = [p.grad for p in job.parameters.values() if p.grad is not None]
+    return nn.utils.get_total_norm(own).float()
 
 
 class _Collate:
