@@ -42,10 +42,11 @@ def keyed_mask(
     return key.mask(part, shape, p, where.device, hashed=hashed)
 
 
-def input_mask(dropout: nn.Module, rows: Tensor) -> DropMask | None:
+def input_mask(dropout: nn.Module, rows: Tensor, *, hashed: bool = False) -> DropMask | None:
     """The mask that a LoRA layer's dropout module draws for its rows (T, in), None for none."""
     p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
-    return keyed_mask(getattr(dropout, "key", None), "input", tuple(rows.shape), p, rows)
+    key = getattr(dropout, "key", None)
+    return keyed_mask(key, "input", tuple(rows.shape), p, rows, hashed=hashed)
 
 
 def use_dropout_stream(model: nn.Module, adapter: str, stream: DropoutStream) -> None:

@@ -11,11 +11,13 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.dropout import input_mask
+from mixlora_exp.adapters.frozen import frozen_linear
 from mixlora_exp.adapters.norms import KeepsNorms, adapter_norms
 from mixlora_exp.adapters.rows import RowMap
 from mixlora_exp.adapters.several import several_linear
-from mixlora_exp.kernels import working_dtype
-from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference
+from mixlora_exp.adapters.siblings import Siblings, find_siblings
+from mixlora_exp.kernels import Frozen, working_dtype
+from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference, triton_linears
 
 __all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 
@@ -34,6 +36,10 @@ class RowsLinear(stock.Linear):
     def kind_of(self, adapter: str) -> object:
         """A key: adapters with equal keys can run in one batched pass. None: `adapter` must run
         alone in this layer."""
+
+    def frozen(self, dtype: torch.dtype) -> Frozen:
+        """The base layer's product in a dtype."""
+        return frozen_linear(self.base_layer, dtype)
 
     def biased(self, y: Tensor) -> Tensor:
         """`y` (T, out) with the base layer's bias, if it has one."""
@@ -73,6 +79,9 @@ class FusedLinear(KeepsNorms, RowsLinear):
     """
 
     kernel = staticmethod(lora_add)
+    on_gpu = staticmethod(triton_linears)
+    siblings: tuple[Siblings, str] | None = None
+    """The layers that share its input, and its name among them, where it has any."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.row_map:
@@ -80,12 +89,42 @@ class FusedLinear(KeepsNorms, RowsLinear):
         name = None if args else self._fused_adapter(kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        dtype = working_dtype(x)
+        # On a CPU one function for several layers saves nothing.
+        if self.siblings is None or self.on_gpu(x.device) is None:
+            (y,) = self.compute(x, [self], name)
+        else:
+            siblings, own = self.siblings
+            y = siblings.output(own, self, x, name)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def compute(self, x: Tensor, layers: Sequence[FusedLinear], adapter: str) -> list[Tensor]:
+        """What layers that share the input x (..., in) make of it with an adapter, each (T, out)
+        and with its bias; dropout drawn anew."""
+        dtype, gpu = working_dtype(x), self.on_gpu(x.device)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            frozen = nn.functional.linear(rows, self.base_layer.weight.to(dtype))
-            y = self.adapt(frozen, rows, [name])
-        return y.view(*x.shape[:-1], y.shape[-1])
+            frozen = [layer.frozen(dtype) for layer in layers]
+            parts = [layer._part(adapter, rows, hashed=gpu is not None) for layer in layers]
+            if gpu is not None and gpu.supports(rows, frozen, parts):
+                ys = gpu.linears(rows, frozen, parts)
+            else:
+                products = zip(frozen, parts, strict=True)
+                ys = [self.kernel(base.linear(rows), rows, part) for base, part in products]
+            return [layer.biased(y) for layer, y in zip(layers, ys, strict=True)]
+
+    def joins(self, other: FusedLinear, adapter: str) -> bool:
+        """Whether it can be computed when `other` is called, for the same input and adapter: what
+        happens before its own call must not matter."""
+        base, others = self.base_layer, other.base_layer
+        return (
+            type(self) is type(other)
+            and not self.row_map
+            and self._fused_adapter({}) == adapter
+            and base.in_features == others.in_features
+            and base.weight.device == others.weight.device
+            and not self._forward_pre_hooks
+            and "forward" not in vars(self)
+        )
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
         if adapters[0] in self.lora_A:
@@ -97,15 +136,15 @@ class FusedLinear(KeepsNorms, RowsLinear):
     def kind_of(self, adapter: str) -> object:
         return (self.r[adapter], adapter in self.lora_variant) if adapter in self.lora_A else None
 
-    def _part(self, name: str, rows: Tensor) -> LowRankPart:
-        """The adapter for its rows (T, in), dropout drawn anew."""
+    def _part(self, name: str, rows: Tensor, *, hashed: bool = False) -> LowRankPart:
+        """The adapter for its rows (T, in), dropout drawn anew, as a `HashMask` if so asked."""
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         scaling, magnitude, norm = self.scaling[name], None, None
         if name in self.lora_variant:
             magnitude = self.lora_magnitude_vector[name].weight
             weight = self.base_layer.weight
             norm = adapter_norms(self.norms, ("W", name), weight, a, b, scaling)
-        mask = input_mask(self.lora_dropout[name], rows)
+        mask = input_mask(self.lora_dropout[name], rows, hashed=hashed)
         return LowRankPart(a, b, scaling, magnitude, norm, mask)
 
     def _fused_adapter(self, kwargs: dict[str, Any]) -> str | None:
@@ -126,6 +165,7 @@ class ReferenceLinear(FusedLinear):
     """The same by plain operations."""
 
     kernel = staticmethod(lora_add_reference)
+    on_gpu = staticmethod(lambda device: None)
 
     def kind_of(self, adapter: str) -> object:
         return None
@@ -140,3 +180,4 @@ def use_linear_kernel(model: nn.Module, form: str) -> None:
         if type(module) in (stock.Linear, StockLinear, FusedLinear, ReferenceLinear):
             mixed = wanted is stock.Linear and getattr(module, "row_map", None) is not None
             module.__class__ = StockLinear if mixed else wanted
+    find_siblings(model, FusedLinear)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from mixlora_exp.adapters.frozen import frozen_linear
 from mixlora_exp.adapters.rows import Segment, join, take
 from mixlora_exp.kernels import working_dtype
 from mixlora_exp.kernels.activations import activate
@@ -35,9 +35,9 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
 
     with torch.autocast(x.device.type, enabled=False):
         inputs = rows.to(dtype)
-        weights = [layer.frozen(role).weight.to(dtype) for role in ("gate", "up", "down")]
+        bases = [frozen_linear(layer.frozen(role), dtype) for role in ("gate", "up", "down")]
         needed = not all(map(is_whole, segments))
-        gates, ups = (functional.linear(inputs, w) if needed else None for w in weights[:2])
+        gates, ups = (base.linear(inputs) if needed else None for base in bases[:2])
         outputs: list[Tensor | None] = []
         hiddens, finishes = [], []
         for segment in segments:
@@ -57,7 +57,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
             finishes.append(finish)
         if hiddens:
             joined = hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens)
-            products = functional.linear(joined, weights[2]).split([len(h) for h in hiddens])
+            products = bases[2].linear(joined).split([len(h) for h in hiddens])
             made = iter([f(part) for f, part in zip(finishes, products, strict=True)])
             outputs = [next(made) if y is None else y for y in outputs]
         y = join(outputs, segments)
@@ -85,7 +85,7 @@ def several_linear(layer: RowsLinear, x: Tensor) -> Tensor:
     segments, dtype = layer.row_map.of(x), working_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        frozen = functional.linear(rows, layer.base_layer.weight.to(dtype))
+        frozen = layer.frozen(dtype).linear(rows)
         parts = []
         for group in _groups(layer, segments):
             span = group[0]

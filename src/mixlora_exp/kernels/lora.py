@@ -13,8 +13,10 @@ as fast on a CPU, and one launch instead of M on a GPU. One adapter is a batch o
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,14 +24,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mixlora_exp.kernels.dropout import DropMask, drop
+from mixlora_exp.kernels.shapes import Low
 
-__all__ = ["LowRankPart", "lora_add", "lora_add_reference", "lora_linear"]
+__all__ = [
+    "LowRankPart",
+    "lora_add",
+    "lora_add_reference",
+    "lora_linear",
+    "triton_linears",
+]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True)
 class LowRankPart:
     """One adapter of a layer: a (R, in), b (out, R), the LoRA scaling s; DoRA's magnitude and norm
-    (out,), both or none; and the dropout mask of its rows, if any."""
+    (out,), both or none; the dropout mask of its rows, if any; and what is at hand of it in the
+    dtype of the products."""
 
     a: Tensor
     b: Tensor
@@ -37,32 +49,58 @@ class LowRankPart:
     magnitude: Tensor | None = None
     norm: Tensor | None = None
     mask: DropMask | None = None
+    low: Low | None = None
 
     @property
     def factor(self) -> float:
         """LoRA's scaling times what dropout multiplies kept elements by."""
         return self.scaling * (1.0 if self.mask is None else self.mask.scale)
 
+    def nearest(self, dtype: torch.dtype) -> Low:
+        """a, b and scale in a dtype where they are at hand, else the parameters as they are."""
+        if self.low is not None and self.low.a.dtype == dtype:
+            return self.low
+        return Low(self.a, self.b)
 
-PER_PART = 5
+    def a_in(self, dtype: torch.dtype) -> Tensor:
+        return self.nearest(dtype).a.to(dtype)
+
+    def b_in(self, dtype: torch.dtype) -> Tensor:
+        return self.nearest(dtype).b.to(dtype)
+
+    def scale_in(self, dtype: torch.dtype) -> Tensor:
+        """DoRA's `m / ||W + s B A||`, (out,)."""
+        scale = self.nearest(dtype).scale
+        return (self.magnitude / self.norm).to(dtype) if scale is None else scale
 
 
-def _flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
-    """What of the parts are tensors, so that autograd keeps them and may let go of them."""
-    return [
-        tensor
-        for p in parts
-        for tensor in (p.a, p.b, p.magnitude, p.norm, None if p.mask is None else p.mask.elements)
-    ]
+PER_PART = 8
 
 
-def _parts(described: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[LowRankPart]:
-    """The inverse; `described` has the scaling of each, and what describes its mask."""
+def flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
+    """What of the parts are tensors, so that autograd keeps them and may let go of them; those
+    that have a gradient, a, b and magnitude, come first of each part's `PER_PART`."""
+    tensors: list[Tensor | None] = []
+    for p in parts:
+        tensors += [p.a, p.b, p.magnitude, p.norm, None if p.mask is None else p.mask.elements]
+        tensors += [None] * 3 if p.low is None else [p.low.a, p.low.b, p.low.scale]
+    return tensors
+
+
+def described(parts: Sequence[LowRankPart]) -> tuple[tuple, ...]:
+    """The rest of each: its scaling, and what describes its mask."""
+    return tuple((p.scaling, None if p.mask is None else p.mask.described) for p in parts)
+
+
+def rebuilt(spec: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[LowRankPart]:
+    """The parts of which these are `described` and `flat`."""
     found = []
-    for i, (scaling, mask) in enumerate(described):
-        a, b, magnitude, norm, elements = tensors[i * PER_PART : (i + 1) * PER_PART]
+    for i, (scaling, mask) in enumerate(spec):
+        own = tensors[i * PER_PART : (i + 1) * PER_PART]
+        a, b, magnitude, norm, elements, low_a, low_b, scale = own
         held = None if mask is None else DropMask.rebuilt(elements, mask)
-        found.append(LowRankPart(a, b, scaling, magnitude, norm, held))
+        low = None if low_a is None else Low(low_a, low_b, scale)
+        found.append(LowRankPart(a, b, scaling, magnitude, norm, held, low))
     return found
 
 
@@ -90,15 +128,15 @@ def _times(low: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
 
 def _scales(parts: Sequence[LowRankPart], dtype: torch.dtype) -> Tensor:
     """DoRA's `m / ||W + s B A||`, (M, 1, out)."""
-    return _stack([(p.magnitude / p.norm).to(dtype) for p in parts]).unsqueeze(1)
+    return _stack([p.scale_in(dtype) for p in parts]).unsqueeze(1)
 
 
 class _LoraAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, described, frozen, x, *tensors):
-        parts, count = _parts(described, tensors), len(described)
-        a = _stack([part.a.to(x.dtype) for part in parts])
-        b = _stack([part.b.to(x.dtype) for part in parts])
+    def forward(ctx, spec, frozen, x, *tensors):
+        parts, count = rebuilt(spec, tensors), len(spec)
+        a = _stack([part.a_in(x.dtype) for part in parts])
+        b = _stack([part.b_in(x.dtype) for part in parts])
         rows = x.view(count, len(x) // count, x.shape[1])
         low = torch.bmm(_dropped(rows, parts), a.transpose(1, 2))
         y = frozen.reshape(count, rows.shape[1], frozen.shape[1])
@@ -106,7 +144,7 @@ class _LoraAdd(torch.autograd.Function):
         unscaled = None
         if parts[0].magnitude is not None:
             unscaled, y = y, y * _scales(parts, y.dtype)
-        ctx.described = described
+        ctx.spec = spec
         ctx.save_for_backward(x, low, unscaled, *tensors)
         return y.flatten(0, 1)
 
@@ -119,9 +157,9 @@ class _LoraAdd(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, dy):
         x, low, unscaled, *tensors = ctx.saved_tensors
-        parts, count = _parts(ctx.described, tensors), len(ctx.described)
-        a = _stack([part.a.to(x.dtype) for part in parts])
-        b = _stack([part.b.to(x.dtype) for part in parts])
+        parts, count = rebuilt(ctx.spec, tensors), len(ctx.spec)
+        a = _stack([part.a_in(x.dtype) for part in parts])
+        b = _stack([part.b_in(x.dtype) for part in parts])
         dy = dy.reshape(count, len(x) // count, dy.shape[1])
         rows = x.view(count, dy.shape[1], x.shape[1])
         dmagnitudes: list[Tensor | None] = [None] * count
@@ -137,11 +175,11 @@ class _LoraAdd(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[2]:
             dx = _dropped(torch.bmm(dlow, a), parts).flatten(0, 1)
-        own = [
-            (one_a.to(p.a.dtype), one_b.to(p.b.dtype), magnitude, None, None)
-            for one_a, one_b, magnitude, p in zip(da, db, dmagnitudes, parts, strict=True)
-        ]
-        return None, dy.flatten(0, 1), dx, *(gradient for each in own for gradient in each)
+        own: list[Tensor | None] = []
+        for one_a, one_b, magnitude, p in zip(da, db, dmagnitudes, parts, strict=True):
+            own += [one_a.to(p.a.dtype), one_b.to(p.b.dtype), magnitude]
+            own += [None] * (PER_PART - 3)
+        return None, dy.flatten(0, 1), dx, *own
 
 
 def lora_add(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
@@ -151,13 +189,21 @@ def lora_add(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
     DoRA or all without. Returns (M T, out) in the dtype of x. No adapter's values reach another's
     rows or gradients.
     """
-    described = tuple((p.scaling, None if p.mask is None else p.mask.described) for p in parts)
-    return _LoraAdd.apply(described, frozen, x.contiguous(), *_flat(parts))
+    return _LoraAdd.apply(described(parts), frozen, x.contiguous(), *flat(parts))
 
 
 def lora_linear(x: Tensor, weight: Tensor, part: LowRankPart) -> Tensor:
     """`scale (W x + s B A drop(x))`. x: (T, in); weight: (out, in), frozen; returns (T, out)."""
     return lora_add(functional.linear(x, weight), x, part)
+
+
+def triton_linears(device: torch.device) -> ModuleType | None:
+    """`kernels.triton.linear_group`, whose kernels take several layers at once, on a GPU."""
+    if device.type != "cuda" or not HAS_TRITON:
+        return None
+    from mixlora_exp.kernels.triton import linear_group
+
+    return linear_group
 
 
 def lora_add_reference(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:

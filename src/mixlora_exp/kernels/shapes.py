@@ -16,9 +16,31 @@ from mixlora_exp.kernels.activations import Activation
 from mixlora_exp.kernels.dropout import DropMask, DropoutKey
 from mixlora_exp.kernels.frozen import Frozen
 
-__all__ = ["Experts", "FeedForward", "Gradients", "LowRank", "Projection", "Routing", "low_ranks"]
+__all__ = [
+    "Experts",
+    "FeedForward",
+    "Gradients",
+    "Low",
+    "LowRank",
+    "Projection",
+    "Routing",
+    "low_ranks",
+]
 
 ROLES = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Low:
+    """Adapter weights in the dtype of the products, copies of the parameters without a gradient.
+
+    a, b: (E, R, in) and (E, out, R), of a linear layer (R, in) and (out, R); scale: DoRA's
+    magnitude / norm (E, out) or (out,), None for LoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

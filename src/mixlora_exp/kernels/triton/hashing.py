@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from mixlora_exp.kernels.triton.operators import operator
+from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
 
 __all__ = ["kept", "kept_matrix", "row_hash"]
 
@@ -69,8 +68,8 @@ def kept_matrix(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
     out = torch.empty((len(keys), width), dtype=torch.bool, device=keys.device)
     if out.numel():
         grid = (triton.cdiv(len(keys), 16), triton.cdiv(width, 256))
-        with torch.cuda.device_of(keys):
-            wrap_triton(_matrix_kernel)[grid](
-                keys, out, len(keys), width, place, threshold, BT=16, BW=256
+        with on_device_of(keys):
+            start(
+                _matrix_kernel, grid, keys, out, len(keys), width, place, threshold, BT=16, BW=256
             )
     return out

@@ -1,0 +1,16 @@
+"""The base model's own projections as the kernels take them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mixlora_exp.kernels import Frozen, FrozenLinear
+
+__all__ = ["frozen_linear"]
+
+
+def frozen_linear(base: nn.Linear, dtype: torch.dtype) -> Frozen:
+    """A projection of the base model, its products in `dtype`, with its bias."""
+    weight, bias = base.weight.to(dtype), base.bias
+    return FrozenLinear(weight, None if bias is None else bias.to(dtype))

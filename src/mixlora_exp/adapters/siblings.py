@@ -1,0 +1,115 @@
+"""Projections of one block that are called with the same input, one by one: computed at once.
+
+The model calls q, k and v (or gate and up) one by one. The first that is called with some input
+computes all, in one function with one gradient for that input, and the others hand out what is
+theirs when they are called with the same tensor. Nothing is told to the model: which projections
+belong together is known by their names, and a block that does otherwise computes one by one from
+then on.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mixlora_exp.kernels import working_dtype
+
+if TYPE_CHECKING:
+    from mixlora_exp.adapters.linear import FusedLinear
+
+__all__ = ["Siblings", "find_siblings"]
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of projections that share their input, in the order in which models call them."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Outputs by name that were computed and not yet asked for, of one call's input and state."""
+
+    siblings: Siblings
+    x: Tensor
+    state: tuple
+    outputs: dict[str, Tensor]
+
+
+class _Pending(threading.local):
+    """At most one group's outputs wait in a thread, whatever happens in between."""
+
+    waiting: _Waiting | None = None
+
+
+PENDING = _Pending()
+
+
+class Siblings:
+    """The layers of one block that share their input, in the order in which they are called.
+
+    It knows them by weak references. A copy of the block, or one read from a file, finds its own
+    when they are called.
+    """
+
+    def __init__(self, layers: Mapping[str, FusedLinear]) -> None:
+        self.names = tuple(layers)
+        self.shares = True
+        self._layers = {name: weakref.ref(layer) for name, layer in layers.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "shares": self.shares, "_layers": {}}
+
+    def output(self, name: str, layer: FusedLinear, x: Tensor, adapter: str) -> Tensor:
+        """What `layer`, of this name, makes of x (..., in) with its active adapter, as
+        `FusedLinear.compute` does for it alone: (T, out)."""
+        if torch.compiler.is_compiling() or getattr(layer, "_is_replica", False):
+            return layer.compute(x, [layer], adapter)[0]
+        waiting, PENDING.waiting = PENDING.waiting, None
+        version = 0 if x.is_inference() else x._version
+        state = version, torch.is_grad_enabled(), working_dtype(x), adapter
+        if waiting is not None:
+            same = waiting.siblings is self and waiting.x is x and waiting.state == state
+            if same and name in waiting.outputs:
+                y = waiting.outputs.pop(name)
+                PENDING.waiting = waiting if waiting.outputs else None
+                return y
+            # Some were made for nothing.
+            waiting.siblings.shares = False
+        group = {name: layer, **self._followers(name, layer, adapter)}
+        made = layer.compute(x, list(group.values()), adapter)
+        outputs = dict(zip(group, made, strict=True))
+        y = outputs.pop(name)
+        if outputs:
+            PENDING.waiting = _Waiting(self, x, state, outputs)
+        return y
+
+    def _followers(self, name: str, layer: FusedLinear, adapter: str) -> dict[str, FusedLinear]:
+        """Those that are about to be called with the same input, as far as known."""
+        known = self._layers.get(name)
+        if known is None or known() is not layer:
+            self._layers[name] = weakref.ref(layer)
+        found = {}
+        for other in self.names[self.names.index(name) + 1 :] if self.shares else ():
+            there = self._layers[other]() if other in self._layers else None
+            if there is not None and there.joins(layer, adapter):
+                found[other] = there
+        return found
+
+
+def find_siblings(model: nn.Module, kind: type[FusedLinear]) -> None:
+    """Let layers of this exact type that share their input know of each other, and no others."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.siblings = None
+    for block in model.modules():
+        for names in GROUPS:
+            children = {name: block._modules.get(name) for name in names}
+            layers = {name: child for name, child in children.items() if type(child) is kind}
+            if len(layers) > 1:
+                siblings = Siblings(layers)
+                for name, layer in layers.items():
+                    layer.siblings = siblings, name

@@ -1,0 +1,237 @@
+"""Launchers of the Triton kernels of linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mixlora_exp.kernels.triton.linear import low_kernel, scaled_kernel
+from mixlora_exp.kernels.triton.linear_backward import (
+    a_kernel,
+    input_kernel,
+    scaled_backward_kernel,
+)
+from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
+from mixlora_exp.kernels.triton.parts import INTERPRETED
+from mixlora_exp.kernels.triton.tiles import padded
+
+__all__ = ["MAX_GROUP", "gradients_of_a", "input_gradient", "low", "max_rank", "scaled", "unscaled"]
+
+MAX_GROUP = 3
+"""Projections that a launch takes."""
+
+# Tokens, columns, warps and stages by kernel and padded rank: of half precision, and of float32,
+# whose products run outside the tensor cores and hold whole rows in registers. A program's sums
+# take at most 64 registers of a thread. Compiled for compute capabilities 8.0, 8.9 and 9.0 none
+# spills more than 8 registers, and shared memory stays below the 99 KB of a consumer card.
+HALF_TILES = {
+    "low": {64: (32, 64, 4, 3), 128: (32, 64, 4, 3), 256: (32, 32, 4, 2)},
+    "a": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
+    "input": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
+    "scaled": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
+    "unscaled": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
+}
+FULL_TILES = {64: (16, 16, 4, 1), 128: (16, 16, 4, 1)}
+SMALL_TILES = (16, 16, 4, 1)
+"""The interpreter's, so that small tests have several."""
+
+
+def max_rank(dtype: torch.dtype) -> int:
+    """The largest rank that the kernels take."""
+    return max(FULL_TILES if dtype == torch.float32 else HALF_TILES["low"])
+
+
+def tiles(kernel: str, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Of a kernel, for a padded rank."""
+    if INTERPRETED:
+        return SMALL_TILES
+    table = FULL_TILES if dtype == torch.float32 else HALF_TILES[kernel]
+    return table[max(64, rank)]
+
+
+def _options(kernel: str, ranks: list[int], dtype: torch.dtype, width: str) -> dict[str, int]:
+    rank = padded(max(ranks))
+    tokens, columns, warps, stages = tiles(kernel, rank, dtype)
+    return {"PADDED": rank, "BT": tokens, width: columns, "num_warps": warps, "num_stages": stages}
+
+
+def _numbered(values: list[Any], name: str, absent: Any = None) -> dict[str, Any]:
+    """Arguments `name0` to `name2`."""
+    values = [*values, *[absent] * (MAX_GROUP - len(values))]
+    return {f"{name}{i}": value for i, value in enumerate(values)}
+
+
+def _masks(
+    keys: list[Tensor | None], places: list[int], thresholds: list[int], factors: list[float]
+) -> dict[str, Any]:
+    return {
+        **_numbered(keys, "keys"),
+        **_numbered(places, "place", 0),
+        **_numbered(thresholds, "threshold", 0),
+        **_numbered(factors, "factor", 0.0),
+        **_numbered([key is not None for key in keys], "MASKED", False),
+        "G": len(keys),
+    }
+
+
+@operator("lora_low")
+def low(
+    x: Tensor,
+    a: list[Tensor],
+    keys: list[Tensor | None],
+    places: list[int],
+    thresholds: list[int],
+    factors: list[float],
+) -> list[Tensor]:
+    """`f_g A_g drop_g(x)`, each (T, R_g) in the dtype of x. x: (T, D); a: (R_g, D); keys: (T,), or
+    None without dropout."""
+    ranks = [one.shape[0] for one in a]
+    made = [x.new_empty(x.shape[0], rank) for rank in ranks]
+    options = _options("low", ranks, x.dtype, "BD")
+    grid = (triton.cdiv(x.shape[0], options["BT"]), len(a))
+    with on_device_of(x):
+        start(
+            low_kernel,
+            grid,
+            x=x,
+            **_numbered(a, "a"),
+            **_numbered(made, "low"),
+            **_masks(keys, places, thresholds, factors),
+            T=x.shape[0],
+            D=x.shape[1],
+            **_numbered(ranks, "R", 0),
+            **options,
+        )
+    return made
+
+
+@operator("dora_scaled")
+def scaled(frozen: Tensor, low: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """`magnitude / norm (frozen + low B^T)`, (T, F)."""
+    tokens, width = frozen.shape
+    y = torch.empty_like(frozen)
+    options = _options("scaled", [low.shape[1]], low.dtype, "BF")
+    grid = triton.cdiv(tokens, options["BT"]), triton.cdiv(width, options["BF"])
+    with on_device_of(frozen):
+        start(
+            scaled_kernel,
+            grid,
+            frozen=frozen,
+            low=low,
+            b=b,
+            magnitude=magnitude,
+            norm=norm,
+            y=y,
+            T=tokens,
+            F=width,
+            R=low.shape[1],
+            **options,
+        )
+    return y
+
+
+@operator("dora_unscaled")
+def unscaled(
+    dy: Tensor,
+    frozen: Tensor,
+    low: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    b_dtype: torch.dtype,
+) -> list[Tensor]:
+    """The gradients of `scaled`: of what it scales (T, F), of B in a dtype, of the magnitude."""
+    tokens, width = dy.shape
+    rank = low.shape[1]
+    draw = torch.empty_like(frozen)
+    db = torch.empty((width, rank), dtype=b_dtype, device=dy.device)
+    dmagnitude = torch.empty_like(magnitude)
+    options = _options("unscaled", [rank], low.dtype, "BF")
+    grid = (triton.cdiv(width, options["BF"]),)
+    with on_device_of(dy):
+        start(
+            scaled_backward_kernel,
+            grid,
+            dy=dy,
+            frozen=frozen,
+            low=low,
+            b=b,
+            magnitude=magnitude,
+            norm=norm,
+            draw=draw,
+            db=db,
+            dmagnitude=dmagnitude,
+            T=tokens,
+            F=width,
+            R=rank,
+            **options,
+        )
+    return [draw, db, dmagnitude]
+
+
+@operator("lora_a_gradients")
+def gradients_of_a(
+    x: Tensor,
+    dlow: list[Tensor],
+    a: list[Tensor],
+    keys: list[Tensor | None],
+    places: list[int],
+    thresholds: list[int],
+    factors: list[float],
+) -> list[Tensor]:
+    """`f_g dlow_g^T drop_g(x)`, each as the parameter a, (R_g, D). dlow: (T, R_g)."""
+    tokens, width = x.shape
+    ranks = [one.shape[0] for one in a]
+    made = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in a]
+    options = _options("a", ranks, x.dtype, "BD")
+    grid = (triton.cdiv(width, options["BD"]), len(dlow))
+    with on_device_of(x):
+        start(
+            a_kernel,
+            grid,
+            x=x,
+            **_numbered(dlow, "dlow"),
+            **_numbered(made, "da"),
+            **_masks(keys, places, thresholds, factors),
+            T=tokens,
+            D=width,
+            **_numbered(ranks, "R", 0),
+            **options,
+        )
+    return made
+
+
+@operator("lora_input_gradient")
+def input_gradient(
+    frozen: list[Tensor],
+    dlow: list[Tensor],
+    a: list[Tensor],
+    keys: list[Tensor | None],
+    places: list[int],
+    thresholds: list[int],
+    factors: list[float],
+) -> Tensor:
+    """`sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen products."""
+    tokens, width = frozen[0].shape
+    dx = torch.empty_like(frozen[0])
+    ranks = [one.shape[1] for one in dlow]
+    options = _options("input", ranks, dx.dtype, "BD")
+    grid = triton.cdiv(tokens, options["BT"]), triton.cdiv(width, options["BD"])
+    with on_device_of(dx):
+        start(
+            input_kernel,
+            grid,
+            **_numbered(frozen, "frozen"),
+            **_numbered(dlow, "dlow"),
+            **_numbered(a, "a"),
+            **_masks(keys, places, thresholds, factors),
+            dx=dx,
+            T=tokens,
+            D=width,
+            **_numbered(ranks, "R", 0),
+            **options,
+        )
+    return dx
