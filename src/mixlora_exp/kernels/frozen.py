@@ -69,7 +69,8 @@ class FrozenLinear(Frozen):
 
     @property
     def requires_grad(self) -> bool:
-        return self._weight.requires_grad or super().requires_grad
+        # Not `super()`, which `torch.compile` cannot follow to a property.
+        return self._weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def linear(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weight)

@@ -109,7 +109,7 @@ def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) 
     `max_rank`; masks made by a hash; and at least one token.
     """
     if INTERPRETED:
-        known = not torch.compiler.is_compiling() and x.dtype in (torch.float32, torch.float16)
+        known = x.dtype in (torch.float32, torch.float16)
     else:
         known = (
             x.is_cuda

@@ -34,22 +34,29 @@ HALF_TILES = {
     "scaled": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
     "unscaled": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
 }
-FULL_TILES = {64: (16, 16, 4, 1), 128: (16, 16, 4, 1)}
+FULL_TILES = {
+    "low": (16, 16, 4, 1),
+    "a": (16, 16, 4, 1),
+    "input": (16, 16, 4, 1),
+    "scaled": (16, 32, 4, 1),
+    "unscaled": (16, 16, 4, 1),
+}
 SMALL_TILES = (16, 16, 4, 1)
 """The interpreter's, so that small tests have several."""
 
 
 def max_rank(dtype: torch.dtype) -> int:
     """The largest rank that the kernels take."""
-    return max(FULL_TILES if dtype == torch.float32 else HALF_TILES["low"])
+    return 128 if dtype == torch.float32 else max(HALF_TILES["low"])
 
 
 def tiles(kernel: str, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Of a kernel, for a padded rank."""
     if INTERPRETED:
         return SMALL_TILES
-    table = FULL_TILES if dtype == torch.float32 else HALF_TILES[kernel]
-    return table[max(64, rank)]
+    if dtype == torch.float32:
+        return FULL_TILES[kernel]
+    return HALF_TILES[kernel][max(64, rank)]
 
 
 def _options(kernel: str, ranks: list[int], dtype: torch.dtype, width: str) -> dict[str, int]:
@@ -97,7 +104,7 @@ def low(
             low_kernel,
             grid,
             x=x,
-            **_numbered(a, "a"),
+            **_numbered([one.contiguous() for one in a], "a"),
             **_numbered(made, "low"),
             **_masks(keys, places, thresholds, factors),
             T=x.shape[0],
@@ -121,7 +128,7 @@ def scaled(frozen: Tensor, low: Tensor, b: Tensor, magnitude: Tensor, norm: Tens
             grid,
             frozen=frozen,
             low=low,
-            b=b,
+            b=b.contiguous(),
             magnitude=magnitude,
             norm=norm,
             y=y,
@@ -158,7 +165,7 @@ def unscaled(
             dy=dy,
             frozen=frozen,
             low=low,
-            b=b,
+            b=b.contiguous(),
             magnitude=magnitude,
             norm=norm,
             draw=draw,
@@ -226,7 +233,7 @@ def input_gradient(
             grid,
             **_numbered(frozen, "frozen"),
             **_numbered(dlow, "dlow"),
-            **_numbered(a, "a"),
+            **_numbered([one.contiguous() for one in a], "a"),
             **_masks(keys, places, thresholds, factors),
             dx=dx,
             T=tokens,
