@@ -32,7 +32,7 @@ from mixlora_exp.kernels.routing import (
     router_fractions,
     router_loss,
 )
-from mixlora_exp.kernels.shapes import Experts, FeedForward, Projection, Routing
+from mixlora_exp.kernels.shapes import Experts, FeedForward, Low, Projection, Routing
 
 # Whatever stands in these folders registers itself.
 for _package in (mixlora, routers):
@@ -53,6 +53,7 @@ __all__ = [
     "FrozenLinear",
     "HashMask",
     "Kernel",
+    "Low",
     "Projection",
     "Router",
     "Routing",

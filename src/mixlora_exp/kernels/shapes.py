@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mixlora_exp.kernels.activations import Activation
 from mixlora_exp.kernels.dropout import DropMask, DropoutKey
@@ -25,6 +26,7 @@ __all__ = [
     "Projection",
     "Routing",
     "low_ranks",
+    "scale_of",
 ]
 
 ROLES = ("gate", "up", "down")
@@ -48,7 +50,8 @@ class Experts:
     """The LoRA experts of one projection.
 
     `a`: (E, R, in), `b`: (E, out, R). With DoRA, `magnitude` (E, out) is trained and `norm`
-    (E, out) is the row norm of `W + scaling B A`, a constant in the backward pass.
+    (E, out) is the row norm of `W + scaling B A`, a constant in the backward pass. These get the
+    gradients; `low` may hold them in the dtype of the products.
     """
 
     a: Tensor
@@ -56,6 +59,7 @@ class Experts:
     scaling: float
     magnitude: Tensor | None = None
     norm: Tensor | None = None
+    low: Low | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +136,64 @@ class LowRank:
     scale: Tensor | None
 
 
+class _InPlaceOf(torch.autograd.Function):
+    """`low`, which was made of a parameter by a cast, or by division through `norm` and a cast;
+    differentiable as if it were made here."""
+
+    @staticmethod
+    def forward(ctx, parameter, low, norm):
+        ctx.dtype = parameter.dtype
+        ctx.save_for_backward(norm)
+        return low.view_as(low)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (norm,) = ctx.saved_tensors
+        gradient = gradient.to(ctx.dtype)
+        return gradient if norm is None else gradient / norm, None, None
+
+
+def _low(parameter: Tensor, low: Tensor, norm: Tensor | None = None) -> Tensor:
+    """`low`, with a gradient where one is wanted."""
+    if torch.is_grad_enabled() and parameter.requires_grad:
+        return _InPlaceOf.apply(parameter, low, norm)
+    return low
+
+
+def _held(experts: Experts, dtype: torch.dtype) -> Low | None:
+    low = experts.low
+    return low if low is not None and low.a.dtype == dtype else None
+
+
+def scale_of(experts: Experts, dtype: torch.dtype) -> Tensor | None:
+    """DoRA's `m / ||W + s B A||` (E, out) in `dtype`, differentiable in the magnitude; None for
+    LoRA."""
+    if experts.magnitude is None:
+        return None
+    assert experts.norm is not None
+    held = _held(experts, dtype)
+    if held is None:
+        return (experts.magnitude / experts.norm).to(dtype)
+    return _low(experts.magnitude, held.scale, experts.norm)
+
+
 def low_ranks(block: FeedForward, dtype: torch.dtype) -> dict[str, LowRank | None]:
-    """By role, None for a projection without experts."""
+    """By role, None for a projection without experts; differentiable in the parameters."""
     made: dict[str, LowRank | None] = {}
     for role, projection in block.projections.items():
         experts = projection.experts
         if experts is None:
             made[role] = None
             continue
+        held = _held(experts, dtype)
+        if held is None:
+            a, b = experts.a.to(dtype), experts.b.to(dtype)
+        else:
+            a, b = _low(experts.a, held.a), _low(experts.b, held.b)
         mask = block.hidden_mask if role == "down" else block.x_mask
-        scale = None
-        if experts.magnitude is not None:
-            assert experts.norm is not None
-            scale = (experts.magnitude / experts.norm).to(dtype)
         factor = experts.scaling * (1.0 if mask is None else mask.scale)
-        made[role] = LowRank(experts.a.to(dtype), experts.b.to(dtype), factor, scale)
+        made[role] = LowRank(a, b, factor, scale_of(experts, dtype))
     return made
 
 

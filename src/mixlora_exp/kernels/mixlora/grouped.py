@@ -18,7 +18,14 @@ from mixlora_exp.kernels.activations import activate, activation_gradient
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
 from mixlora_exp.kernels.mixlora.rows import Rows, blocks, sort_rows, sum_by_token
 from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
-from mixlora_exp.kernels.shapes import FeedForward, Gradients, LowRank, Routing, low_ranks
+from mixlora_exp.kernels.shapes import (
+    FeedForward,
+    Gradients,
+    LowRank,
+    Routing,
+    low_ranks,
+    scale_of,
+)
 
 __all__ = ["grouped_stage"]
 
@@ -271,7 +278,7 @@ def grouped_stage(
     def finish(y: Tensor) -> Tensor:
         y = y if added is None else y + added
         if block.down.has_scale:
-            scale = low_ranks(block, y.dtype)["down"].scale
+            scale = scale_of(block.down.experts, y.dtype)
             y = _ScaledSum.apply(y, experts, weights, scale)
         return add_down_bias(y, weights, block)
 

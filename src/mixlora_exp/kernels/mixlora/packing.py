@@ -10,7 +10,7 @@ from torch import Tensor
 from mixlora_exp.kernels.activations import Activation
 from mixlora_exp.kernels.dropout import DropMask
 from mixlora_exp.kernels.frozen import Frozen
-from mixlora_exp.kernels.shapes import ROLES, Experts, FeedForward, Projection
+from mixlora_exp.kernels.shapes import ROLES, Experts, FeedForward, Low, Projection
 
 __all__ = ["Spec", "pack", "unpack"]
 
@@ -35,10 +35,12 @@ class _WithBias(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What of a block is no tensor: LoRA scaling by role (None without experts), the frozen
-    projections, the activation, and what describes the masks."""
+    """What of a block autograd need not see: LoRA scaling and weights in the products' dtype by
+    role (None without experts), the frozen projections, the activation, and what describes the
+    masks."""
 
     scalings: tuple[float | None, ...]
+    lows: tuple[Low | None, ...]
     frozen: tuple[Frozen, ...]
     activation: Activation
     masks: tuple[tuple | None, ...]
@@ -46,26 +48,28 @@ class Spec:
 
 def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
     """(spec, tensors): a, b, magnitude, norm, bias of gate, up and down, then the masks."""
-    scalings, tensors = [], []
+    scalings, lows, tensors = [], [], []
     for projection in block.projections.values():
         e = projection.experts
         scalings.append(None if e is None else e.scaling)
+        lows.append(None if e is None else e.low)
         parts = (None,) * 4 if e is None else (e.a, e.b, e.magnitude, e.norm)
         tensors += [*parts, projection.bias]
     masks = (block.x_mask, block.hidden_mask)
     tensors += [None if mask is None else mask.elements for mask in masks]
     described = tuple(None if mask is None else mask.described for mask in masks)
     frozen = tuple(projection.frozen for projection in block.projections.values())
-    return Spec(tuple(scalings), frozen, block.activation, described), tensors
+    return Spec(tuple(scalings), tuple(lows), frozen, block.activation, described), tensors
 
 
 def unpack(spec: Spec, tensors: Sequence[Tensor | None]) -> FeedForward:
     """The block that `pack` made these of."""
     projections = []
-    for i, (scaling, frozen) in enumerate(zip(spec.scalings, spec.frozen, strict=True)):
+    described = zip(spec.scalings, spec.lows, spec.frozen, strict=True)
+    for i, (scaling, low, frozen) in enumerate(described):
         first = i * PER_PROJECTION
         a, b, magnitude, norm, bias = tensors[first : first + PER_PROJECTION]
-        experts = None if scaling is None else Experts(a, b, scaling, magnitude, norm)
+        experts = None if scaling is None else Experts(a, b, scaling, magnitude, norm, low)
         projections.append(Projection(_WithBias(frozen, bias), experts))
     masks = [
         None if described is None else DropMask.rebuilt(elements, described)
