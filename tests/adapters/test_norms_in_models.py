@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mixlora_exp.adapters import MixLoraFeedForward, norms, set_kernel
+from mixlora_exp.adapters import MixLoraFeedForward, norms, set_kernel, shadow
 from mixlora_exp.adapters.linear import FusedLinear
 
 EXPERTS, PLAIN = 6, 8
@@ -22,14 +22,15 @@ EXPERTS, PLAIN = 6, 8
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each computation: "norm", and "frozen" for ||W||^2."""
     calls: list[str] = []
-    for name, label in (("dora_norms", "norm"), ("squared_row_norms", "frozen")):
-        real = getattr(norms, name)
+    counted_names = (norms, "dora_norms", "norm"), (shadow, "squared_row_norms", "frozen")
+    for module, name, label in counted_names:
+        real = getattr(module, name)
 
         def counted(*args: Any, real: Callable = real, label: str = label) -> Tensor:
             calls.append(label)
             return real(*args)
 
-        monkeypatch.setattr(norms, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return calls
 
 
@@ -57,11 +58,9 @@ def check_norms(model: nn.Module) -> None:
                 torch.testing.assert_close(projection.experts.norm, expected)
                 seen += 1
         elif isinstance(module, FusedLinear):
-            weight = module.base_layer.weight
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            scaling = module.scaling["default"]
-            found = norms.adapter_norms(module.norms, ("W", "default"), weight, a, b, scaling)
-            torch.testing.assert_close(found, expected_norm(weight, a, b, scaling))
+            source, made = shadow.shadow_of(module, "default", torch.float32)
+            expected = expected_norm(source.weight, source.a, source.b, source.scaling)
+            torch.testing.assert_close(made.norm, expected)
             seen += 1
     assert seen == EXPERTS + PLAIN
 

@@ -12,9 +12,10 @@ from transformers.activations import ACT2FN
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.initial import initial_weights
-from mixlora_exp.adapters.norms import KeepsNorms, adapter_norms
 from mixlora_exp.adapters.rows import RowMap
 from mixlora_exp.adapters.several import several_feed_forward
+from mixlora_exp.adapters.shadow import KeepsShadow, shadow_of
+from mixlora_exp.adapters.sources import Source
 from mixlora_exp.kernels import (
     KERNELS,
     DropoutKey,
@@ -35,7 +36,7 @@ __all__ = ["MixLoraFeedForward"]
 ROLES = ("gate", "up", "down")
 
 
-class MixLoraFeedForward(KeepsNorms, BaseTunerLayer):
+class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` over frozen shared weights (paper, Section 3.2).
 
     Parameters of an adapter, each a `ParameterDict` entry under its name: `lora_router` (E, D) and
@@ -89,8 +90,6 @@ class MixLoraFeedForward(KeepsNorms, BaseTunerLayer):
                 f"feed_forward_targets={config.feed_forward_targets} differ from those of the "
                 f"adapters already there, {list(self.projection_names.values())}"
             )
-        # A new adapter may lie where a deleted one of its name lay.
-        self.norms.clear(frozen=True)
         lora, router = config.experts, config.make_router()
         self.r[adapter_name], self.lora_alpha[adapter_name] = lora.r, lora.lora_alpha
         self.scaling[adapter_name] = lora.scaling
@@ -163,13 +162,22 @@ class MixLoraFeedForward(KeepsNorms, BaseTunerLayer):
         frozen = FrozenLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
         if adapter not in getattr(self, f"lora_A_{role}"):
             return Projection(frozen)
-        a = getattr(self, f"lora_A_{role}")[adapter]
-        b = getattr(self, f"lora_B_{role}")[adapter]
-        scaling, magnitude, norm = self.scaling[adapter], None, None
-        if self.use_dora[adapter]:
-            magnitude = getattr(self, f"lora_magnitude_{role}")[adapter]
-            norm = adapter_norms(self.norms, (role, adapter), weight, a, b, scaling)
-        return Projection(frozen, Experts(a, b, scaling, magnitude, norm))
+        own, made = shadow_of(self, adapter, dtype, role)
+        experts = Experts(own.a, own.b, own.scaling, own.magnitude, made.norm, made.low)
+        return Projection(frozen, experts)
+
+    def shadow_sources(self, adapter: str) -> dict[str, Source]:
+        """The experts of an adapter by role."""
+        found = {}
+        for role in ROLES:
+            a, b, magnitude = (
+                getattr(self, f"lora_{part}_{role}") for part in ("A", "B", "magnitude")
+            )
+            if adapter in a:
+                own = magnitude[adapter] if self.use_dora[adapter] else None
+                weight = self.frozen(role).weight
+                found[role] = Source(weight, a[adapter], b[adapter], self.scaling[adapter], own)
+        return found
 
     def projection_layer(self, role: str) -> nn.Module:
         """The projection as it stands in the base block, maybe under a plain LoRA."""

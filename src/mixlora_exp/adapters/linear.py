@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from mixlora_exp.adapters.dropout import input_mask
 from mixlora_exp.adapters.frozen import frozen_linear
-from mixlora_exp.adapters.norms import KeepsNorms, adapter_norms
 from mixlora_exp.adapters.rows import RowMap
 from mixlora_exp.adapters.several import several_linear
+from mixlora_exp.adapters.shadow import KeepsShadow, shadow_of, share_shadow
 from mixlora_exp.adapters.siblings import Siblings, find_siblings
+from mixlora_exp.adapters.sources import Source
 from mixlora_exp.kernels import Frozen, working_dtype
 from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference, triton_linears
 
@@ -70,7 +71,7 @@ class StockLinear(RowsLinear):
         return several_linear(self, x) if self.row_map else super().forward(x, *args, **kwargs)
 
 
-class FusedLinear(KeepsNorms, RowsLinear):
+class FusedLinear(KeepsShadow, RowsLinear):
     """`peft.tuners.lora.Linear` whose LoRA and DoRA run through `kernels.lora.lora_add`.
 
     What the fused form does not have (several active adapters, `adapter_names`, merged weights,
@@ -138,14 +139,18 @@ class FusedLinear(KeepsNorms, RowsLinear):
 
     def _part(self, name: str, rows: Tensor, *, hashed: bool = False) -> LowRankPart:
         """The adapter for its rows (T, in), dropout drawn anew, as a `HashMask` if so asked."""
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        scaling, magnitude, norm = self.scaling[name], None, None
-        if name in self.lora_variant:
-            magnitude = self.lora_magnitude_vector[name].weight
-            weight = self.base_layer.weight
-            norm = adapter_norms(self.norms, ("W", name), weight, a, b, scaling)
+        own, made = shadow_of(self, name, rows.dtype)
         mask = input_mask(self.lora_dropout[name], rows, hashed=hashed)
-        return LowRankPart(a, b, scaling, magnitude, norm, mask)
+        return LowRankPart(own.a, own.b, own.scaling, own.magnitude, made.norm, mask)
+
+    def shadow_sources(self, adapter: str) -> dict[str, Source]:
+        """What this layer has of an adapter."""
+        if adapter not in self.lora_A:
+            return {}
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        dora = adapter in self.lora_variant
+        magnitude = self.lora_magnitude_vector[adapter].weight if dora else None
+        return {"W": Source(self.base_layer.weight, a, b, self.scaling[adapter], magnitude)}
 
     def _fused_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """The adapter to run fused, None if PEFT's own forward pass is needed."""
@@ -181,3 +186,4 @@ def use_linear_kernel(model: nn.Module, form: str) -> None:
             mixed = wanted is stock.Linear and getattr(module, "row_map", None) is not None
             module.__class__ = StockLinear if mixed else wanted
     find_siblings(model, FusedLinear)
+    share_shadow(model)

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
-from mixlora_exp.adapters.norms import adapters_changed
+from mixlora_exp.adapters.sources import adapters_changed
 from mixlora_exp.bench.batch import StepBatch
 from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head

@@ -12,7 +12,7 @@ from torch import Tensor
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
-from mixlora_exp.adapters.norms import adapters_changed
+from mixlora_exp.adapters.sources import adapters_changed
 from mixlora_exp.bench.measure import Clock, saved_bytes
 from mixlora_exp.bench.model import peft_config, sharing
 from mixlora_exp.bench.options import BenchOptions, require_positive

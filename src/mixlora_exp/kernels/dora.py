@@ -1,6 +1,8 @@
-"""Row norms of `W + s B A` for DoRA experts, without forming `B A`."""
+"""Row norms of `W + s B A` for DoRA, without forming `B A`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,30 +26,68 @@ def squared_row_norms(weight: Tensor) -> Tensor:
     return torch.cat([rows.to(dtype).square().sum(dim=-1) for rows in _row_chunks(weight)])
 
 
+def bf16_parts(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bf16 tensors whose sum is `values` (float32) exactly: its upper, middle and lower eight
+    bits. Each is a view of a float32 tensor's upper halves."""
+    parts, rest = [], values.contiguous()
+    for _ in range(3):
+        # Little-endian: of the two halves of a float32 the second is the number cut to bf16.
+        parts.append(rest.view(torch.bfloat16)[..., 1::2])
+        if len(parts) < 3:
+            rest = rest - parts[-1]
+    return tuple(parts)
+
+
+EXACT = ("cuda", "meta")
+"""Devices with a product of bf16 matrices in float32: `meta` computes nothing, but has it."""
+
+
+def _multiply(weight: Tensor, columns: Tensor, out: Tensor) -> None:
+    """`weight columns^T` of bf16 matrices, added up and left in float32."""
+    torch.mm(weight, columns.T, out_dtype=torch.float32, out=out)
+
+
+def _products(weights: Sequence[Tensor], columns: Tensor) -> Tensor:
+    """`W_n columns_n^T` in the dtype of the columns, float32 or better: (N, out, C).
+
+    weights: N of (out, in); columns: (N, C, in).
+    """
+    first, dtype = weights[0], columns.dtype
+    if first.dtype != torch.bfloat16 or dtype != torch.float32 or first.device.type not in EXACT:
+        return torch.stack(
+            [
+                torch.cat([rows.to(dtype) @ own.T for rows in _row_chunks(weight)])
+                for weight, own in zip(weights, columns, strict=True)
+            ]
+        )
+    parts = torch.cat(bf16_parts(columns), dim=1)
+    made = columns.new_empty(len(weights), len(first), parts.shape[1])
+    for weight, part, out in zip(weights, parts, made, strict=True):
+        _multiply(weight, part, out)
+    return made.unflatten(2, (3, -1)).sum(dim=2)
+
+
 @torch.no_grad()
 def dora_norms(
-    weight: Tensor, squared_norms: Tensor, a: Tensor, b: Tensor, scaling: float
+    weights: Sequence[Tensor], squared_norms: Tensor, a: Tensor, b: Tensor, scaling: float
 ) -> Tensor:
-    """||W + s B_e A_e|| per output row of each expert, (E, out).
+    """||W_n + s B_ne A_ne|| per output row of each expert of N projections, (N, E, out).
 
-    weight: (out, in); squared_norms: (out,) as of `squared_row_norms`; a: (E, R, in);
-    b: (E, out, R). By the identity
+    weights: N of (out, in); squared_norms: (N, out) as of `squared_row_norms`; a: (N, E, R, in);
+    b: (N, E, out, R). By the identity
 
         ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B>_row + s^2 <B (A A^T), B>_row
 
-    so W is read once, for `W A^T` of all experts in one product of E R columns. The products run
-    in float32 or better: the squares of bf16 numbers would lose the small difference.
-    No gradient flows through the norm (DoRA, Section 4.3).
+    so each W is read once, for `W A^T` of all its experts in one product. Products are added up in
+    float32 or better: the squares of bf16 numbers would lose the small difference. No gradient
+    flows through the norm (DoRA, Section 4.3).
     """
-    num_experts, rank, _ = a.shape
     dtype = squared_norms.dtype
     a, b = a.to(dtype), b.to(dtype)
-    with torch.autocast(weight.device.type, enabled=False):
-        columns = a.flatten(0, 1).T
-        cross = torch.cat([rows.to(dtype) @ columns for rows in _row_chunks(weight)])
-        cross = cross.unflatten(1, (num_experts, rank))
-        cross = (cross.transpose(0, 1) * b).sum(dim=-1)
-        gram = a @ a.transpose(1, 2)
-        squared = squared_norms + 2 * scaling * cross + scaling**2 * ((b @ gram) * b).sum(dim=-1)
+    with torch.autocast(a.device.type, enabled=False):
+        cross = _products(weights, a.flatten(1, 2)).unflatten(2, a.shape[1:3])
+        cross = (cross.transpose(1, 2) * b).sum(dim=-1)
+        gram = ((b @ (a @ a.mT)) * b).sum(dim=-1)
+        squared = squared_norms.unsqueeze(1) + 2 * scaling * cross + scaling**2 * gram
     # Rounding can push a norm that is zero below it.
-    return squared.clamp(min=0).sqrt()
+    return squared.clamp_(min=0).sqrt_()

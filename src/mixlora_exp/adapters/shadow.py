@@ -1,0 +1,304 @@
+"""Adapter weights in the precision of the products, made once per optimizer step.
+
+Parameters are trained in float32 and multiplied in bf16. Cast where they are used, they cost a
+launch for each tensor in each pass; here those of a whole model are cast together, into memory that
+keeps its address. DoRA's norms, and its scale `m / ||W + s B A||`, are made at the same time.
+
+The parameters stay PEFT's own. As views of one buffer a single copy would cast them, but PEFT, `to`
+and `load_state_dict(assign=True)` put others in their place, and each one saved by itself would
+bring the whole buffer along.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixlora_exp.adapters.norms import norms_of, norms_of_one_shape
+from mixlora_exp.adapters.sources import Source
+from mixlora_exp.kernels import Low, squared_row_norms
+
+__all__ = ["KeepsShadow", "Shadow", "Shadowed", "shadow_of", "share_shadow"]
+
+ALIGNED = 64
+"""Elements to which a tensor's start is aligned in a buffer: 128 bytes in 16 bits."""
+
+Key = tuple[str, str, torch.dtype]
+"""(which projection of the layer, adapter, dtype of the products)"""
+
+
+class Shadowed(NamedTuple):
+    """What is made of a source. `low`: None where products take the parameters as they are;
+    `norm`: with DoRA the row norms of `W + s B A` in float32 or better. No gradient reaches them.
+    """
+
+    low: Low | None
+    norm: Tensor | None
+
+
+class _Shadow:
+    """Of one source: memory that keeps its address, and the state of the source when it was filled.
+
+    `memory` has `a`, `b` and `scale` in the dtype of the products and `norm`, as far as there are
+    any.
+    """
+
+    def __init__(self, memory: dict[str, Tensor]) -> None:
+        self.memory = memory
+        self.shadowed = Shadowed(None, None)
+        self._state: tuple = ()
+        self._refs: tuple[weakref.ref, ...] = ()
+
+    def holds(self, source: Source, changes: int) -> bool:
+        """Whether the source is as it was."""
+        # The same tensors too: others may have been given the memory of deleted ones.
+        return self._state == source.state(changes) and all(
+            ref() is tensor for ref, tensor in zip(self._refs, source.tensors, strict=True)
+        )
+
+    def fits(self, source: Source, dtype: torch.dtype) -> bool:
+        """Whether its memory serves the source as it is now."""
+        return _needs(source, dtype) == {
+            name: (t.shape, t.dtype, t.device) for name, t in self.memory.items()
+        }
+
+    def filled(self, source: Source, changes: int) -> None:
+        """Note that it was made of the source."""
+        memory = self.memory
+        low = None
+        if memory.keys() - {"norm"}:
+            # Parameters that have the dtype already are shared, not copied.
+            a, b = memory.get("a", source.a.detach()), memory.get("b", source.b.detach())
+            low = Low(a, b, memory.get("scale"))
+        self.shadowed = Shadowed(low, memory.get("norm"))
+        self._state = source.state(changes)
+        self._refs = tuple(map(weakref.ref, source.tensors))
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What one layer has: shadows, and ||W||^2 by projection with W's state when it was taken."""
+
+    shadows: dict[Key, _Shadow] = field(default_factory=dict)
+    squares: dict[str, tuple[tuple, weakref.ref, Tensor]] = field(default_factory=dict)
+
+    def squared(self, part: str, weight: Tensor) -> Tensor:
+        state = weight.data_ptr(), weight._version, weight.dtype
+        found = self.squares.get(part)
+        if found is None or found[0] != state or found[1]() is not weight:
+            found = self.squares[part] = (state, weakref.ref(weight), squared_row_norms(weight))
+        return found[2]
+
+
+class Shadow:
+    """The shadows of a model's layers. The first layer that finds its own out of date has those of
+    all layers made anew: a few launches for all weights, and a product for each of DoRA's norms.
+
+    At each use a layer looks whether its parameters were written to, moved or replaced, or any
+    optimizer stepped (fused ones write past the tensors' versions). What is written through
+    `weight.data`, outside of any optimizer, leaves no trace: call `adapters_changed()` then, or
+    `eval()` on the model. Parameters without versions (inference tensors) have no shadow, and none
+    is used while a graph is compiled or recorded, which would see the values of that moment for
+    ever. Copies of a model, through pickle too, start without.
+    """
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakKeyDictionary[KeepsShadow, _Layer] = weakref.WeakKeyDictionary()
+        self._changes = 0
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Shadow, ()
+
+    def join(self, layer: KeepsShadow) -> None:
+        """Let a layer's shadows be made together with those of the others."""
+        before = layer.__dict__.get("_shadow")
+        held = None if before is None else before._layers.pop(layer, None)
+        self._layers[layer] = held or _Layer()
+        layer.__dict__["_shadow"] = self
+
+    def changed(self, *, frozen: bool = False) -> None:
+        """Let all be made anew before their next use; `frozen`: ||W||^2 too."""
+        self._changes += 1
+        if frozen:
+            for held in self._layers.values():
+                held.squares.clear()
+
+    def forget(self, layer: KeepsShadow, adapter: str) -> None:
+        """Give back the memory of a deleted adapter."""
+        held = self._layers[layer]
+        held.shadows = {key: found for key, found in held.shadows.items() if key[1] != adapter}
+
+    def of(
+        self, layer: KeepsShadow, part: str, adapter: str, source: Source, dtype: torch.dtype
+    ) -> Shadowed:
+        """What is made of a layer's source, up to date."""
+        # A replica of DataParallel has the shadow of its model without having joined.
+        if torch.compiler.is_compiling() or not _lasts(source) or layer not in self._layers:
+            return _made_now(source)
+        key, held = (part, adapter, dtype), self._layers[layer]
+        found = held.shadows.get(key)
+        if found is None or not found.holds(source, self._changes):
+            # Made in inference mode, a value could not be used in training later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._make(adapter, dtype)
+            found = held.shadows[key]
+        return found.shadowed
+
+    def _make(self, adapter: str, dtype: torch.dtype) -> None:
+        """Bring all shadows of an adapter up to date."""
+        stale = list(self._stale(adapter, dtype))
+        new = [(held, key, source) for held, key, source in stale if key not in held.shadows]
+        for (held, key, _), memory in zip(new, _allocated(new), strict=True):
+            held.shadows[key] = _Shadow(memory)
+        made = [(source, held.shadows[key]) for held, key, source in stale]
+        for name in ("a", "b"):
+            pairs = [(s.memory[name], getattr(own, name)) for own, s in made if name in s.memory]
+            _copy(pairs)
+        dora = [(held, key, source) for held, key, source in stale if source.magnitude is not None]
+        if dora:
+            squares = [held.squared(key[0], source.weight) for held, key, source in dora]
+            norms = norms_of([source for _, _, source in dora], squares)
+            scales = torch._foreach_div([source.magnitude for _, _, source in dora], norms)
+            own = [held.shadows[key].memory for held, key, _ in dora]
+            _copy([(memory["norm"], norm) for memory, norm in zip(own, norms, strict=True)])
+            _copy([(memory["scale"], scale) for memory, scale in zip(own, scales, strict=True)])
+        for source, shadow in made:
+            shadow.filled(source, self._changes)
+
+    def _stale(self, adapter: str, dtype: torch.dtype) -> Iterator[tuple[_Layer, Key, Source]]:
+        for layer, held in self._layers.items():
+            # `use_linear_kernel` may have given a layer back to PEFT.
+            if not isinstance(layer, KeepsShadow):
+                continue
+            for part, source in layer.shadow_sources(adapter).items():
+                key: Key = (part, adapter, dtype)
+                found = held.shadows.get(key)
+                if not _lasts(source) or (found and found.holds(source, self._changes)):
+                    continue
+                if found and not found.fits(source, dtype):
+                    del held.shadows[key]
+                yield held, key, source
+
+
+class KeepsShadow(nn.Module):
+    """A layer whose adapters have shadows."""
+
+    def shadow_sources(self, adapter: str) -> dict[str, Source]:
+        """What an adapter has in this layer, by projection."""
+        raise NotImplementedError
+
+    @property
+    def shadow(self) -> Shadow:
+        """The model's, or until `share_shadow` the layer's own."""
+        if "_shadow" not in self.__dict__:
+            Shadow().join(self)
+        return self.__dict__["_shadow"]
+
+    def train(self, mode: bool = True) -> KeepsShadow:
+        # A trainer calls `train()` before every micro-batch: that alone changes nothing.
+        if not (mode and self.training):
+            self.shadow.changed()
+        return super().train(mode)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT writes the frozen weight through `data`.
+        super().merge(*args, **kwargs)
+        self.shadow.changed(frozen=True)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.shadow.changed(frozen=True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.shadow.forget(self, adapter_name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> KeepsShadow:
+        # `to`, `float` and the like may round the weights and give them their old memory back.
+        self.shadow.changed(frozen=True)
+        return super()._apply(*args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy; its shadow is the one that the copies of the model's other layers have.
+        super().__setstate__(state)
+        self.shadow.join(self)
+
+
+def share_shadow(model: nn.Module) -> None:
+    """Let the layers of a model have their shadows made together."""
+    layers = [module for module in model.modules() if isinstance(module, KeepsShadow)]
+    for layer in layers:
+        layers[0].shadow.join(layer)
+
+
+def shadow_of(
+    layer: KeepsShadow, adapter: str, dtype: torch.dtype, part: str = "W"
+) -> tuple[Source, Shadowed]:
+    """A layer's adapter, of its projection `part`, and what is made of it for products in
+    `dtype`."""
+    source = layer.shadow_sources(adapter)[part]
+    return source, layer.shadow.of(layer, part, adapter, source, dtype)
+
+
+def _lasts(source: Source) -> bool:
+    """Whether a shadow of the source can be kept: a change will be seen, and the weights are whole
+    (not partitioned over processes, nor packed)."""
+    recorded = source.a.is_cuda and torch.cuda.is_current_stream_capturing()
+    whole = source.weight.shape == (source.b.shape[-2], source.a.shape[-1])
+    return whole and not recorded and not any(one.is_inference() for one in source.tensors)
+
+
+def _made_now(source: Source) -> Shadowed:
+    """For this use alone; the kernels cast the parameters."""
+    if source.magnitude is None:
+        return Shadowed(None, None)
+    with torch.no_grad():
+        return Shadowed(None, norms_of_one_shape([source], [squared_row_norms(source.weight)])[0])
+
+
+def _needs(source: Source, dtype: torch.dtype) -> dict[str, tuple]:
+    """(shape, dtype, device) of what a shadow of the source has of its own, by name."""
+    needed = {
+        name: (tensor.shape, dtype, tensor.device)
+        for name, tensor in (("a", source.a), ("b", source.b), ("scale", source.magnitude))
+        if tensor is not None and (name == "scale" or tensor.dtype != dtype)
+    }
+    if source.magnitude is not None:
+        precise = torch.promote_types(source.weight.dtype, torch.float32)
+        needed["norm"] = (source.magnitude.shape, precise, source.magnitude.device)
+    return needed
+
+
+def _allocated(new: Sequence[tuple[_Layer, Key, Source]]) -> list[dict[str, Tensor]]:
+    """Memory for shadows. In one buffer for each dtype and device lie all A, then all B, then what
+    DoRA has, each in the order of the layers: A of projections with one input are neighbours."""
+    memories: list[dict[str, Tensor]] = [{} for _ in new]
+    needed = [_needs(source, key[2]) for _, key, source in new]
+    buffers: dict[tuple, list[tuple[int, str, torch.Size]]] = {}
+    for name in ("a", "b", "scale", "norm"):
+        for i, wanted in enumerate(needed):
+            if name in wanted:
+                shape, dtype, device = wanted[name]
+                buffers.setdefault((dtype, device), []).append((i, name, shape))
+    for (dtype, device), places in buffers.items():
+        sizes = [-(-shape.numel() // ALIGNED) * ALIGNED for _, _, shape in places]
+        parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        for (i, name, shape), part in zip(places, parts, strict=True):
+            memories[i][name] = part[: shape.numel()].view(shape)
+    return memories
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write the second of each pair into the first, all in few launches.
+
+    Through `data`, which leaves the version as it is: the graph of a pass holds the memory, and may
+    be run backward after an evaluation that made the same values again.
+    """
+    pairs = list(pairs)
+    if pairs:
+        torch._foreach_copy_([own.data for own, _ in pairs], [value for _, value in pairs])

@@ -1,0 +1,57 @@
+"""The weights that others are made from, and how a change of them is noticed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["STEPS", "Source", "adapters_changed"]
+
+
+class _Steps:
+    """Counts the steps of all optimizers in this process.
+
+    Tensor versions alone do not tell of every change: fused AdamW writes past them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer, args, kwargs) -> None:
+        self.count += 1
+
+
+STEPS = _Steps()
+
+
+def adapters_changed() -> None:
+    """Tell that adapter weights were written in a way that leaves no trace, through `weight.data`:
+    what is made from them is made anew before its next use, as after an optimizer step."""
+    STEPS.count += 1
+
+
+class Source(NamedTuple):
+    """An adapter of one projection: the frozen weight (out, in); a (R, in), b (out, R), with DoRA
+    the magnitude (out,); of E experts a (E, R, in), b (E, out, R) and (E, out)."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that a shadow depends on; with DoRA also the frozen weight, for its norm."""
+        if self.magnitude is None:
+            return self.a, self.b
+        return self.weight, self.a, self.b, self.magnitude
+
+    def state(self, changes: int) -> tuple:
+        """Differs from an earlier one if a tensor was written to or moved, an optimizer stepped or
+        `changes` grew."""
+        seen = tuple((t.data_ptr(), t._version, t.dtype) for t in self.tensors)
+        return STEPS.count, changes, self.scaling, seen
