@@ -14,7 +14,7 @@ from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.initial import initial_weights
 from mixlora_exp.adapters.rows import RowMap
 from mixlora_exp.adapters.several import several_feed_forward
-from mixlora_exp.adapters.shadow import KeepsShadow, shadow_of
+from mixlora_exp.adapters.shadow import KeepsShadow
 from mixlora_exp.adapters.sources import Source
 from mixlora_exp.kernels import (
     KERNELS,
@@ -51,6 +51,7 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
             once for the same rows (a router cannot be shared by two sets of experts).
     """
 
+    shadow_parts = ROLES
     other_param_names = (
         "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "activation", "router",
     )  # fmt: skip
@@ -160,24 +161,23 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
     def _projection(self, role: str, adapter: str, dtype: torch.dtype) -> Projection:
         weight, bias = self.frozen(role).weight, self.frozen(role).bias
         frozen = FrozenLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
-        if adapter not in getattr(self, f"lora_A_{role}"):
+        own = self.source_of(role, adapter)
+        if own is None:
             return Projection(frozen)
-        own, made = shadow_of(self, adapter, dtype, role)
+        taken = own.a.dtype if self.kernel_on(weight.device).casts else dtype
+        made = self.shadow.of(self, role, adapter, own, taken)
         experts = Experts(own.a, own.b, own.scaling, own.magnitude, made.norm, made.low)
         return Projection(frozen, experts)
 
-    def shadow_sources(self, adapter: str) -> dict[str, Source]:
-        """The experts of an adapter by role."""
-        found = {}
-        for role in ROLES:
-            a, b, magnitude = (
-                getattr(self, f"lora_{part}_{role}") for part in ("A", "B", "magnitude")
-            )
-            if adapter in a:
-                own = magnitude[adapter] if self.use_dora[adapter] else None
-                weight = self.frozen(role).weight
-                found[role] = Source(weight, a[adapter], b[adapter], self.scaling[adapter], own)
-        return found
+    def source_of(self, part: str, adapter: str) -> Source | None:
+        a = getattr(self, f"lora_A_{part}")
+        if adapter not in a:
+            return None
+        b, magnitude = getattr(self, f"lora_B_{part}")[adapter], None
+        if self.use_dora[adapter]:
+            magnitude = getattr(self, f"lora_magnitude_{part}")[adapter]
+        weight = self.frozen(part).weight
+        return Source(weight, a[adapter], b, self.scaling[adapter], magnitude)
 
     def projection_layer(self, role: str) -> nn.Module:
         """The projection as it stands in the base block, maybe under a plain LoRA."""

@@ -143,14 +143,13 @@ class FusedLinear(KeepsShadow, RowsLinear):
         mask = input_mask(self.lora_dropout[name], rows, hashed=hashed)
         return LowRankPart(own.a, own.b, own.scaling, own.magnitude, made.norm, mask)
 
-    def shadow_sources(self, adapter: str) -> dict[str, Source]:
-        """What this layer has of an adapter."""
+    def source_of(self, part: str, adapter: str) -> Source | None:
         if adapter not in self.lora_A:
-            return {}
+            return None
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         dora = adapter in self.lora_variant
         magnitude = self.lora_magnitude_vector[adapter].weight if dora else None
-        return {"W": Source(self.base_layer.weight, a, b, self.scaling[adapter], magnitude)}
+        return Source(self.base_layer.weight, a, b, self.scaling[adapter], magnitude)
 
     def _fused_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """The adapter to run fused, None if PEFT's own forward pass is needed."""

@@ -188,9 +188,17 @@ class Shadow:
 class KeepsShadow(nn.Module):
     """A layer whose adapters have shadows."""
 
+    shadow_parts: tuple[str, ...] = ("W",)
+    """Its projections."""
+
+    def source_of(self, part: str, adapter: str) -> Source | None:
+        """What an adapter has of a projection, if anything."""
+        raise NotImplementedError
+
     def shadow_sources(self, adapter: str) -> dict[str, Source]:
         """What an adapter has in this layer, by projection."""
-        raise NotImplementedError
+        found = {part: self.source_of(part, adapter) for part in self.shadow_parts}
+        return {part: source for part, source in found.items() if source is not None}
 
     @property
     def shadow(self) -> Shadow:
@@ -239,9 +247,10 @@ def share_shadow(model: nn.Module) -> None:
 def shadow_of(
     layer: KeepsShadow, adapter: str, dtype: torch.dtype, part: str = "W"
 ) -> tuple[Source, Shadowed]:
-    """A layer's adapter, of its projection `part`, and what is made of it for products in
-    `dtype`."""
-    source = layer.shadow_sources(adapter)[part]
+    """An adapter of a layer's projection, which must be there, and what is made of it for products
+    in `dtype`."""
+    source = layer.source_of(part, adapter)
+    assert source is not None
     return source, layer.shadow.of(layer, part, adapter, source, dtype)
 
 

@@ -25,7 +25,8 @@ class Kernel:
     stage: its part between the frozen products, where these can run over the rows of several
     adapters (`mixlora.stage`); None: each adapter's rows run on their own. linear: how LoRA and
     DoRA layers outside of the block run with it: `fused`, `plain` or `peft`. draws_masks: whether
-    it draws its own dropout from `FeedForward.dropout` instead of taking the block's masks.
+    it draws its own dropout from `FeedForward.dropout` instead of taking the block's masks. casts:
+    whether it casts adapter weights by itself, instead of taking `Experts.low`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Kernel:
     stage: Callable[..., Any] | None = None
     linear: str = "fused"
     draws_masks: bool = False
+    casts: bool = False
 
     def __call__(self, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         return self.run(x, routing, block)

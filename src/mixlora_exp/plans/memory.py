@@ -64,8 +64,9 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
 
 def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     """Estimated memory of a run in bytes, by item: frozen weights; the float32 adapter with its
-    gradient and AdamW's two moments; tensors saved for the backward pass of one micro-batch.
-    `packed`: as one of several adapters on one base model."""
+    gradient, AdamW's two moments and, in 16 bits, its weights in that precision (but for
+    `kernel=peft`); tensors saved for the backward pass of one micro-batch. `packed`: as one of
+    several adapters on one base model."""
     model, method, longest = config.model, config.method, config.data.cutoff_length
     parameters = count_parameters(model, method)
     # `auto` counts as bf16, since plans are often for another machine.
@@ -85,9 +86,10 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     logits = config.trainer.micro_batch_size * answers * shape.vocab_size * 8
     if config.trainer.head is not Head.full:
         logits = min(logits, 2 * chunk)
+    shadow = 2 if width == 2 and config.kernel.name is not Kernel.peft else 0
     return {
         "weights": parameters.base * width,
-        "adapter_and_optimizer": parameters.trainable * 16,
+        "adapter_and_optimizer": parameters.trainable * (16 + shadow),
         "activations": round(tokens * kept + logits),
     }
 

@@ -59,7 +59,7 @@ def shared_stage(
     return torch.cat(hiddens), finish
 
 
-@kernel("shared", stage=shared_stage)
+@kernel("shared", stage=shared_stage, casts=True)
 def mixlora_shared(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """The paper's Algorithm 1: gate and up once per token, down once per slot.
 
