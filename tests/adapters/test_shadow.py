@@ -344,6 +344,34 @@ def test_all_weights_are_cast_together(model, batch, dora) -> None:
     assert counted.seen.total() == 0
 
 
+class CastFrom(TorchDispatchMode):
+    """Notes what is cast within, of some tensors."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.pointers = {tensor.data_ptr() for tensor in tensors}
+        self.seen = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        if function is torch.ops.aten._to_copy.default:
+            self.seen += args[0].data_ptr() in self.pointers
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_pass_casts_them(model, batch) -> None:
+    """Neither forward nor backward, once they are made."""
+    model.train()(**batch)
+    weights = [p for n, p in model.named_parameters() if "lora_" in n and "router" not in n]
+    with CastFrom(weights) as counted:
+        model(**batch).loss.backward()
+    assert counted.seen == 0
+    for layer in layers_of(model):
+        layer.shadow._layers.clear()  # As a replica, which has none.
+    with CastFrom(weights) as counted:
+        model(**batch)
+    assert counted.seen > 0
+
+
 def test_norms_on_a_gpu_take_a_product_each(monkeypatch) -> None:
     """Counted with tensors that have no values: those of a model of 32 layers, four projections of
     one shape and a feed-forward block with experts each."""

@@ -141,7 +141,7 @@ class FusedLinear(KeepsShadow, RowsLinear):
         """The adapter for its rows (T, in), dropout drawn anew, as a `HashMask` if so asked."""
         own, made = shadow_of(self, name, rows.dtype)
         mask = input_mask(self.lora_dropout[name], rows, hashed=hashed)
-        return LowRankPart(own.a, own.b, own.scaling, own.magnitude, made.norm, mask)
+        return LowRankPart(own.a, own.b, own.scaling, own.magnitude, made.norm, mask, made.low)
 
     def source_of(self, part: str, adapter: str) -> Source | None:
         if adapter not in self.lora_A:

@@ -284,16 +284,21 @@ def _needs(source: Source, dtype: torch.dtype) -> dict[str, tuple]:
 
 
 def _allocated(new: Sequence[tuple[_Layer, Key, Source]]) -> list[dict[str, Tensor]]:
-    """Memory for shadows. In one buffer for each dtype and device lie all A, then all B, then what
-    DoRA has, each in the order of the layers: A of projections with one input are neighbours."""
+    """Memory for shadows. In one buffer for each dtype and device lie all A, then all B, in the
+    order of the layers: A of projections with one input are neighbours. What DoRA has is small, and
+    a graph that keeps one layer's is not to keep that of all."""
     memories: list[dict[str, Tensor]] = [{} for _ in new]
-    needed = [_needs(source, key[2]) for _, key, source in new]
     buffers: dict[tuple, list[tuple[int, str, torch.Size]]] = {}
+    needed = [_needs(source, key[2]) for _, key, source in new]
     for name in ("a", "b", "scale", "norm"):
         for i, wanted in enumerate(needed):
-            if name in wanted:
-                shape, dtype, device = wanted[name]
+            if name not in wanted:
+                continue
+            shape, dtype, device = wanted[name]
+            if name in ("a", "b"):
                 buffers.setdefault((dtype, device), []).append((i, name, shape))
+            else:
+                memories[i][name] = torch.empty(shape, dtype=dtype, device=device)
     for (dtype, device), places in buffers.items():
         sizes = [-(-shape.numel() // ALIGNED) * ALIGNED for _, _, shape in places]
         parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)

@@ -74,7 +74,7 @@ class LowRankPart:
         return (self.magnitude / self.norm).to(dtype) if scale is None else scale
 
 
-PER_PART = 8
+PER_PART = 5
 
 
 def flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
@@ -83,23 +83,21 @@ def flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
     tensors: list[Tensor | None] = []
     for p in parts:
         tensors += [p.a, p.b, p.magnitude, p.norm, None if p.mask is None else p.mask.elements]
-        tensors += [None] * 3 if p.low is None else [p.low.a, p.low.b, p.low.scale]
     return tensors
 
 
 def described(parts: Sequence[LowRankPart]) -> tuple[tuple, ...]:
-    """The rest of each: its scaling, and what describes its mask."""
-    return tuple((p.scaling, None if p.mask is None else p.mask.described) for p in parts)
+    """The rest of each: its scaling, what describes its mask, and what autograd need not keep,
+    since it lasts as long as the adapter."""
+    return tuple((p.scaling, None if p.mask is None else p.mask.described, p.low) for p in parts)
 
 
 def rebuilt(spec: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[LowRankPart]:
     """The parts of which these are `described` and `flat`."""
     found = []
-    for i, (scaling, mask) in enumerate(spec):
-        own = tensors[i * PER_PART : (i + 1) * PER_PART]
-        a, b, magnitude, norm, elements, low_a, low_b, scale = own
+    for i, (scaling, mask, low) in enumerate(spec):
+        a, b, magnitude, norm, elements = tensors[i * PER_PART : (i + 1) * PER_PART]
         held = None if mask is None else DropMask.rebuilt(elements, mask)
-        low = None if low_a is None else Low(low_a, low_b, scale)
         found.append(LowRankPart(a, b, scaling, magnitude, norm, held, low))
     return found
 
