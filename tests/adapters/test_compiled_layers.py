@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._inductor.utils import run_and_get_code
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mixlora_exp.adapters import set_kernel
 
@@ -70,3 +74,37 @@ def test_compiled_dropout(model_of, dora, name) -> None:
     assert not torch.allclose(compiled(x), compiled(x))
     layer.eval()
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_lora_has_fewer_kernels_than_peft_s() -> None:
+    """In a decoder layer, forward and backward on a CPU under autocast, dropout drawn inside."""
+    launched = {}
+    for kernel in ("exact", "peft"):
+        torch.compiler.reset()
+        config = LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+        )
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model
+        lora = LoraConfig(r=8, lora_dropout=0.05, target_modules="all-linear")
+        model = get_peft_model(base, lora).train()
+        set_kernel(model, kernel)
+        layer = torch.compile(base.layers[0], fullgraph=True)
+        h = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
+        positions = base.rotary_emb(h, torch.arange(16).unsqueeze(0))
+
+        def step(layer=layer, h=h, positions=positions) -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(h, attention_mask=None, position_embeddings=positions)
+            y.sum().backward()
+
+        _, sources = run_and_get_code(step)
+        calls = re.compile(
+            r"^\s+(?:[\w, ]+ = )?(?:extern_kernels|aten|torch\.ops|cpp_fused)[\w.]*\("
+        )
+        launched[kernel] = sum(
+            bool(calls.match(line))
+            for source in sources
+            for line in source[source.index("def call") :].splitlines()
+        )
+    assert 7 * 8 < launched["exact"] < launched["peft"], launched

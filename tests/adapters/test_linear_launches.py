@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.linear import FusedLinear
+from mixlora_exp.kernels import linears
 
-linear_group = pytest.importorskip("mixlora_exp.kernels.triton.linear_group")
 linear_launch = pytest.importorskip("mixlora_exp.kernels.triton.linear_launch")
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,8 +52,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return layer.given_part
 
     monkeypatch.setattr(linear_launch, "start", lambda *args, **named: None)
-    monkeypatch.setattr(linear_group, "supports", lambda *args: True)
-    monkeypatch.setattr(FusedLinear, "on_gpu", staticmethod(lambda device: linear_group))
+    monkeypatch.setattr(linear_launch, "supports", lambda *args: True)
+    monkeypatch.setattr(linears, "steps_on", lambda device: linear_launch)
     monkeypatch.setattr(FusedLinear, "_part", given)
 
 

@@ -6,7 +6,7 @@ import gc
 import pickle
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -21,9 +21,10 @@ from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.adapters.siblings import PENDING
-from mixlora_exp.kernels import DropoutStream
+from mixlora_exp.kernels import DropoutStream, linears
+from mixlora_exp.kernels.lora import LowRankPart
 
-linear_group, linear_launch = load("linear_group", "linear_launch")
+(linear_launch,) = load("linear_launch")
 NAMES = ("q_proj", "k_proj", "v_proj")
 
 
@@ -33,12 +34,12 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     called: list[int] = []
     low = linear_launch.low
 
-    def counted(x: Tensor, a: list[Tensor], *rest: Any) -> list[Tensor]:
-        called.append(len(a))
-        return low(x, a, *rest)
+    def counted(x: Tensor, parts: Sequence[LowRankPart]) -> list[Tensor]:
+        called.append(len(parts))
+        return low(x, parts)
 
     monkeypatch.setattr(linear_launch, "low", counted)
-    monkeypatch.setattr(FusedLinear, "on_gpu", staticmethod(lambda device: linear_group))
+    monkeypatch.setattr(linears, "steps_on", lambda device: linear_launch)
     return called
 
 
@@ -129,7 +130,7 @@ def test_a_group_is_its_projections(sizes, use_dora) -> None:
 def test_equals_the_pass_of_a_cpu(monkeypatch) -> None:
     block = make(lora_dropout=0.0)
     found = results(block)
-    monkeypatch.setattr(FusedLinear, "on_gpu", staticmethod(lambda device: None))
+    monkeypatch.setattr(linears, "steps_on", lambda device: None)
     check(found, results(block))
 
 
@@ -188,8 +189,8 @@ def test_no_gradients(sizes) -> None:
 def test_compiled_as_one_graph(sizes, monkeypatch) -> None:
     """Each projection by itself."""
     block = make(lora_dropout=0.0)
-    for module in (linear_group, linear_launch):  # the compiler finds modules by their names
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    # The compiler finds modules by their names.
+    monkeypatch.setitem(sys.modules, linear_launch.__name__, linear_launch)
     torch.compiler.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     expected = results(block)

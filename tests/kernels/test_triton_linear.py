@@ -1,29 +1,45 @@
-"""The Triton kernels of linear layers: compiled on a GPU, elsewhere by Triton's interpreter."""
+"""LoRA and DoRA of linear layers that share their input: by Triton kernels, compiled on a GPU and
+elsewhere interpreted, and by the steps that are written for `torch.compile`."""
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 from triton_cases import DEVICE, GPU, load
 
-from mixlora_exp.kernels import FrozenLinear, draw_mask
+from mixlora_exp.kernels import FrozenLinear, draw_mask, linears, plain_linear
 from mixlora_exp.kernels.dropout import HashMask
 from mixlora_exp.kernels.lora import LowRankPart, lora_add_reference
 from mixlora_exp.kernels.shapes import Low
 
-linear_group, linear_launch = load("linear_group", "linear_launch")
+(linear_launch,) = load("linear_launch")
 
 # The interpreter's bf16 products are wrong on a CPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 NAMES = ("a", "b", "magnitude", "norm")
+
+
+@pytest.fixture(autouse=True)
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What `linears` takes, whatever the device: the kernels unless a test asks for others."""
+    chosen = getattr(request, "param", linear_launch)
+    monkeypatch.setattr(linears, "steps_on", lambda device: chosen)
+    return chosen
+
+
+BOTH = pytest.mark.parametrize(
+    "steps", [linear_launch, plain_linear], ids=["Triton", "plain"], indirect=True
+)
 
 
 @dataclass(frozen=True)
@@ -117,8 +133,8 @@ def run(
     compute: Callable, group: Group, dtype: torch.dtype, adapters: torch.dtype
 ) -> dict[str, Tensor]:
     own = group.leaves(dtype, adapters)
-    if compute is linear_group.linears:
-        assert linear_group.supports(own.x, own.frozen, own.parts)
+    if compute is linears.linears:
+        assert linears.steps_on(DEVICE).supports(own.x, own.frozen, own.parts)
     ys = compute(own.x, own.frozen, own.parts)
     assert all(y.dtype == dtype for y in ys)
     return own.results(ys)
@@ -155,11 +171,12 @@ CASES = [
 ]
 
 
+@BOTH
 @pytest.mark.parametrize("shape", CASES)
-def test_equals_the_definition(fresh_seed, shape) -> None:
+def test_equals_the_definition(fresh_seed, steps, shape) -> None:
     """Outputs and every gradient, for new inputs each time."""
     group = draw(shape, fresh_seed)
-    check_close(run(linear_group.linears, group, torch.float32, torch.float32), exact(group))
+    check_close(run(linears.linears, group, torch.float32, torch.float32), exact(group))
 
 
 @pytest.mark.parametrize("dora", [(), (0, 1, 2)], ids=["LoRA", "DoRA"])
@@ -177,8 +194,7 @@ def test_is_as_precise_as_the_definition(dtype, dora) -> None:
         )
         truth = exact(rounded)
         found, plain = (
-            run(compute, rounded, dtype, torch.float32)
-            for compute in (linear_group.linears, definition)
+            run(compute, rounded, dtype, torch.float32) for compute in (linears.linears, definition)
         )
         for name, value in truth.items():
             pair = relative(found[name], value), relative(plain[name], value)
@@ -191,7 +207,7 @@ def test_is_as_precise_as_the_definition(dtype, dora) -> None:
 
 def test_same_input_same_bits() -> None:
     group = draw(Case(dora=(1,)), 0)
-    first, second = (run(linear_group.linears, group, DTYPES[-1], torch.float32) for _ in range(2))
+    first, second = (run(linears.linears, group, DTYPES[-1], torch.float32) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -205,28 +221,28 @@ def test_copies_in_the_products_dtype_stand_for_the_parameters() -> None:
     ]
     lows = [Low(p.a.to(DEVICE, torch.float16), p.b.to(DEVICE, torch.float16)) for p in other.parts]
     parts = [replace(part, low=low) for part, low in zip(own.parts, lows, strict=True)]
-    found = own.results(linear_group.linears(own.x, own.frozen, parts))
-    expected = run(linear_group.linears, replace(group, parts=mixed), torch.float16, torch.float32)
+    found = own.results(linears.linears(own.x, own.frozen, parts))
+    expected = run(linears.linears, replace(group, parts=mixed), torch.float16, torch.float32)
     for name, value in found.items():
         assert relative(value, expected[name]) < 2e-3, name
     # A copy in another dtype is none of these products'.
     again = group.leaves(torch.float32, torch.float32)
     parts = [replace(part, low=low) for part, low in zip(again.parts, lows, strict=True)]
-    check_close(again.results(linear_group.linears(again.x, again.frozen, parts)), exact(group))
+    check_close(again.results(linears.linears(again.x, again.frozen, parts)), exact(group))
 
 
 @pytest.mark.parametrize("dora", [(), (0, 1, 2)], ids=["LoRA", "DoRA"])
 def test_input_that_needs_no_gradient(dora) -> None:
     """As in the first layer: the frozen weights are then not multiplied with again."""
     group = draw(Case(dora=dora), 0)
-    expected = run(linear_group.linears, group, torch.float32, torch.float32)
+    expected = run(linears.linears, group, torch.float32, torch.float32)
     own = group.leaves(torch.float32, torch.float32)
 
     class Forward(FrozenLinear):
         def input_gradient(self, dy: Tensor) -> Tensor:
             raise AssertionError
 
-    ys = linear_group.linears(own.x.detach(), [Forward(w) for w in own.weights], own.parts)
+    ys = linears.linears(own.x.detach(), [Forward(w) for w in own.weights], own.parts)
     torch.autograd.backward(ys, own.upstream)
     for i, part in enumerate(own.parts):
         for name in NAMES[:3]:
@@ -239,7 +255,7 @@ def test_strided_input_and_upstream_gradient(fresh_seed) -> None:
     group = draw(Case(dora=(1,)), fresh_seed)
     upstream = [torch.ones(1, 1, dtype=torch.float64).expand_as(dy) for dy in group.upstream]
     strided = replace(group, x=group.x.T.contiguous().T, upstream=upstream)
-    found = run(linear_group.linears, strided, torch.float32, torch.float32)
+    found = run(linears.linears, strided, torch.float32, torch.float32)
     check_close(found, exact(strided))
 
 
@@ -249,7 +265,7 @@ def test_an_output_that_is_not_used(fresh_seed) -> None:
     upstream = [group.upstream[0], *(torch.zeros_like(dy) for dy in group.upstream[1:])]
     truth = exact(replace(group, upstream=upstream))
     own = group.leaves(torch.float32, torch.float32)
-    y, *_ = linear_group.linears(own.x, own.frozen, own.parts)
+    y, *_ = linears.linears(own.x, own.frozen, own.parts)
     y.backward(own.upstream[0])
     assert relative(own.x.grad.cpu().double(), truth["x"]) < 1e-5
     assert not own.parts[1].a.grad.any()
@@ -277,28 +293,49 @@ def test_what_is_left_to_others(change) -> None:
         parts = [replace(parts[0], mask=listed), *parts[1:]]
     if change == "trained":
         own.weights[1].requires_grad_()
-    assert not linear_group.supports(own.x, frozen, parts)
+    assert not linear_launch.supports(own.x, frozen, parts)
 
 
 @pytest.mark.parametrize("sizes", [(32, 16), (16, 64), (64, 32)], ids=str)
 def test_block_sizes_do_not_matter(fresh_seed, monkeypatch, sizes) -> None:
     monkeypatch.setattr(linear_launch, "tiles", lambda *_: (*sizes, 4, 1))
     group = draw(Case(dora=(1,)), fresh_seed)
-    check_close(run(linear_group.linears, group, torch.float32, torch.float32), exact(group))
+    check_close(run(linears.linears, group, torch.float32, torch.float32), exact(group))
 
 
+@BOTH
 @pytest.mark.parametrize("dora", [(), (0,)], ids=["LoRA", "DoRA"])
-def test_compiled_as_one_graph(fresh_seed, dora) -> None:
+def test_compiled_as_one_graph(fresh_seed, steps, dora) -> None:
     """Outputs and gradients as without the compiler."""
     group = draw(Case(**ONE, dora=dora, masked=(0,)), fresh_seed)
     torch.compiler.reset()
 
     def compiled(*args):
-        return torch.compile(linear_group.linears, backend="aot_eager", fullgraph=True)(*args)
+        return torch.compile(linears.linears, backend="aot_eager", fullgraph=True)(*args)
 
-    expected = run(linear_group.linears, group, torch.float32, torch.float32)
+    expected = run(linears.linears, group, torch.float32, torch.float32)
     found = run(compiled, group, torch.float32, torch.float32)
     check_close(found, expected)
+
+
+def run_script(name: str, *args: str) -> str:
+    """What a script of `tests/support` prints, in a process where Triton does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "support" / name
+    done = subprocess.run(
+        [sys.executable, str(script), *args], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_compiler_sees_the_kernels() -> None:
+    """Not the interpreter's closed operators: their launches are part of its graphs."""
+    graphs = [ast.literal_eval(line) for line in run_script("triton_trace_linear.py").splitlines()]
+    launches = [graph["triton_kernel_wrapper_functional"] for graph in graphs]
+    assert launches == [1, 2, 2, 3], "LoRA forward, backward, DoRA forward, backward"
+    # Of a kernel's arguments those are read again that it writes to: nothing is copied for it.
+    assert [graph["<built-in function getitem>"] for graph in graphs] == [1, 2, 2, 5]
 
 
 @pytest.mark.parametrize(
@@ -308,16 +345,9 @@ def test_compiled_as_one_graph(fresh_seed, dora) -> None:
         pytest.param(["8.0", "8.9", "9.0", "all"], id="every table", marks=pytest.mark.slow),
     ],
 )
-def test_launches_compile_within_a_card(cards, tmp_path) -> None:
+def test_launches_compile_within_a_card(cards, tmp_path, monkeypatch) -> None:
     """Without a GPU: shared memory fits, and no thread spills more than a few registers."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "support" / "triton_compile_linear.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *cards],
-        capture_output=True,
-        text=True,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "refused" not in done.stdout, done.stdout
-    assert "fits" in done.stdout
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = run_script("triton_compile_linear.py", *cards)
+    assert "refused" not in found, found
+    assert "fits" in found

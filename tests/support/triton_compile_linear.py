@@ -12,6 +12,9 @@ import torch
 import triton
 from triton_cards import recorder
 
+from mixlora_exp.kernels.dropout import HashMask
+from mixlora_exp.kernels.lora import LowRankPart
+from mixlora_exp.kernels.shapes import Low
 from mixlora_exp.kernels.triton import linear_launch as launch
 
 KERNELS = {
@@ -32,17 +35,15 @@ def compile_group(
     for name, kernel in KERNELS.items():
         setattr(launch, name, recorder(kernel, card, title))
     x = torch.empty(256, 1024, dtype=dtype)
-    a = [torch.empty(rank, 1024, dtype=adapters or dtype)] * group
-    keys = [torch.empty(256, dtype=torch.int64) if masked else None] * group
-    masks = keys, [3] * group, [800000] * group, [2.0] * group
-    (low, *_) = launch.low(x, a, *masks)
-    b = torch.empty(1024, rank, dtype=adapters or dtype)
-    magnitude, norm = torch.empty(1024), torch.empty(1024)
-    launch.scaled(x, low, b, magnitude, norm)
-    launch.unscaled(x, x, low, b, magnitude, norm, torch.float32)
-    parameters = [one.float() for one in a]
-    launch.gradients_of_a(x, [low] * group, parameters, *masks)
-    launch.input_gradient([x] * group, [low] * group, a, *masks)
+    a, b = torch.empty(rank, 1024), torch.empty(1024, rank)
+    copies = None if adapters == torch.float32 else Low(a.to(dtype), b.to(dtype))
+    mask = HashMask.of(torch.empty(256, dtype=torch.int64), 3, 0.05, 1024) if masked else None
+    part = LowRankPart(a, b, 2.0, torch.empty(1024), torch.empty(1024), mask, copies)
+    low, *_ = lows = launch.low(x, [part] * group)
+    launch.scaled(x, low, part)
+    launch.unscaled(x, x, low, part)
+    launch.gradients_of_a(x, lows, [part] * group)
+    launch.input_gradient([x] * group, lows, [part] * group)
 
 
 def main(cards: list[str], everything: bool) -> None:

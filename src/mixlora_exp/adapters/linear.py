@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from mixlora_exp.adapters.several import several_linear
 from mixlora_exp.adapters.shadow import KeepsShadow, shadow_of, share_shadow
 from mixlora_exp.adapters.siblings import Siblings, find_siblings
 from mixlora_exp.adapters.sources import Source
-from mixlora_exp.kernels import Frozen, working_dtype
-from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference, triton_linears
+from mixlora_exp.kernels import Frozen, linears, working_dtype
+from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference
 
 __all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 
@@ -80,7 +81,8 @@ class FusedLinear(KeepsShadow, RowsLinear):
     """
 
     kernel = staticmethod(lora_add)
-    on_gpu = staticmethod(triton_linears)
+    at_once = True
+    """Whether its low-rank products run as steps of `kernels.linears` where there are any."""
     siblings: tuple[Siblings, str] | None = None
     """The layers that share its input, and its name among them, where it has any."""
 
@@ -91,7 +93,7 @@ class FusedLinear(KeepsShadow, RowsLinear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         # On a CPU one function for several layers saves nothing.
-        if self.siblings is None or self.on_gpu(x.device) is None:
+        if self.siblings is None or self.steps_on(x.device) is None:
             (y,) = self.compute(x, [self], name)
         else:
             siblings, own = self.siblings
@@ -101,17 +103,21 @@ class FusedLinear(KeepsShadow, RowsLinear):
     def compute(self, x: Tensor, layers: Sequence[FusedLinear], adapter: str) -> list[Tensor]:
         """What layers that share the input x (..., in) make of it with an adapter, each (T, out)
         and with its bias; dropout drawn anew."""
-        dtype, gpu = working_dtype(x), self.on_gpu(x.device)
+        dtype, steps = working_dtype(x), self.steps_on(x.device)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             frozen = [layer.frozen(dtype) for layer in layers]
-            parts = [layer._part(adapter, rows, hashed=gpu is not None) for layer in layers]
-            if gpu is not None and gpu.supports(rows, frozen, parts):
-                ys = gpu.linears(rows, frozen, parts)
+            hashed = steps is not None and steps.HASHED
+            parts = [layer._part(adapter, rows, hashed=hashed) for layer in layers]
+            if steps is not None and steps.supports(rows, frozen, parts):
+                ys = linears.linears(rows, frozen, parts)
             else:
                 products = zip(frozen, parts, strict=True)
                 ys = [self.kernel(base.linear(rows), rows, part) for base, part in products]
             return [layer.biased(y) for layer, y in zip(layers, ys, strict=True)]
+
+    def steps_on(self, device: torch.device) -> ModuleType | None:
+        return linears.steps_on(device) if self.at_once else None
 
     def joins(self, other: FusedLinear, adapter: str) -> bool:
         """Whether it can be computed when `other` is called, for the same input and adapter: what
@@ -169,7 +175,7 @@ class ReferenceLinear(FusedLinear):
     """The same by plain operations."""
 
     kernel = staticmethod(lora_add_reference)
-    on_gpu = staticmethod(lambda device: None)
+    at_once = False
 
     def kind_of(self, adapter: str) -> object:
         return None

@@ -303,7 +303,8 @@ def draw_mask(
         keys = torch.randint(-(2**63), 2**63 - 1, (shape[0],), device=device)
         return HashMask.of(keys, 0, p, shape[1])
     if torch.compiler.is_compiling():
-        return DropMask(torch.empty(shape, dtype=torch.bool).bernoulli_(1.0 - p), scale, shape)
+        # Not `bernoulli_`, which the compiler does not fuse.
+        return DropMask(torch.rand(shape) >= p, scale, shape)
     seed = torch.randint(2**62, (1,))
     runs = torch.cat([seed, torch.tensor([0, 0, shape[0]])]).unsqueeze(0)
     mask = DropMask(_dropped(runs, 0, shape[1], p), scale, shape)

@@ -13,10 +13,8 @@ as fast on a CPU, and one launch instead of M on a GPU. One adapter is a batch o
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,10 +29,7 @@ __all__ = [
     "lora_add",
     "lora_add_reference",
     "lora_linear",
-    "triton_linears",
 ]
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,15 +188,6 @@ def lora_add(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
 def lora_linear(x: Tensor, weight: Tensor, part: LowRankPart) -> Tensor:
     """`scale (W x + s B A drop(x))`. x: (T, in); weight: (out, in), frozen; returns (T, out)."""
     return lora_add(functional.linear(x, weight), x, part)
-
-
-def triton_linears(device: torch.device) -> ModuleType | None:
-    """`kernels.triton.linear_group`, whose kernels take several layers at once, on a GPU."""
-    if device.type != "cuda" or not HAS_TRITON:
-        return None
-    from mixlora_exp.kernels.triton import linear_group
-
-    return linear_group
 
 
 def lora_add_reference(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:

@@ -1,13 +1,17 @@
-"""Launchers of the Triton kernels of linear layers."""
+"""The steps of `kernels.linears` by Triton kernels, and their launches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from mixlora_exp.kernels.dropout import HashMask
+from mixlora_exp.kernels.frozen import Frozen
+from mixlora_exp.kernels.lora import LowRankPart
 from mixlora_exp.kernels.triton.linear import low_kernel, scaled_kernel
 from mixlora_exp.kernels.triton.linear_backward import (
     a_kernel,
@@ -18,8 +22,10 @@ from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
 from mixlora_exp.kernels.triton.parts import INTERPRETED
 from mixlora_exp.kernels.triton.tiles import padded
 
-__all__ = ["MAX_GROUP", "gradients_of_a", "input_gradient", "low", "max_rank", "scaled", "unscaled"]
+__all__ = ["gradients_of_a", "input_gradient", "low", "scaled", "supports", "unscaled"]
 
+HASHED = True
+"""Whether masks have to be made by a hash."""
 MAX_GROUP = 3
 """Projections that a launch takes."""
 
@@ -45,7 +51,7 @@ SMALL_TILES = (16, 16, 4, 1)
 """The interpreter's, so that small tests have several."""
 
 
-def max_rank(dtype: torch.dtype) -> int:
+def _max_rank(dtype: torch.dtype) -> int:
     """The largest rank that the kernels take."""
     return 128 if dtype == torch.float32 else max(HALF_TILES["low"])
 
@@ -85,7 +91,7 @@ def _masks(
 
 
 @operator("lora_low")
-def low(
+def _low(
     x: Tensor,
     a: list[Tensor],
     keys: list[Tensor | None],
@@ -116,7 +122,7 @@ def low(
 
 
 @operator("dora_scaled")
-def scaled(frozen: Tensor, low: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+def _scaled(frozen: Tensor, low: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
     """`magnitude / norm (frozen + low B^T)`, (T, F)."""
     tokens, width = frozen.shape
     y = torch.empty_like(frozen)
@@ -141,7 +147,7 @@ def scaled(frozen: Tensor, low: Tensor, b: Tensor, magnitude: Tensor, norm: Tens
 
 
 @operator("dora_unscaled")
-def unscaled(
+def _unscaled(
     dy: Tensor,
     frozen: Tensor,
     low: Tensor,
@@ -150,7 +156,7 @@ def unscaled(
     norm: Tensor,
     b_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The gradients of `scaled`: of what it scales (T, F), of B in a dtype, of the magnitude."""
+    """The gradients of `_scaled`: of what it scales (T, F), of B in a dtype, of the magnitude."""
     tokens, width = dy.shape
     rank = low.shape[1]
     draw = torch.empty_like(frozen)
@@ -180,7 +186,7 @@ def unscaled(
 
 
 @operator("lora_a_gradients")
-def gradients_of_a(
+def _gradients_of_a(
     x: Tensor,
     dlow: list[Tensor],
     a: list[Tensor],
@@ -212,7 +218,7 @@ def gradients_of_a(
 
 
 @operator("lora_input_gradient")
-def input_gradient(
+def _input_gradient(
     frozen: list[Tensor],
     dlow: list[Tensor],
     a: list[Tensor],
@@ -242,3 +248,71 @@ def input_gradient(
             **options,
         )
     return dx
+
+
+def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) -> bool:
+    """Whether the kernels serve projections of x (T, D).
+
+    They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
+    interpreter float32 and float16; frozen weights that ask for no gradient; ranks up to 256, in
+    float32 128; masks made by a hash; and at least one token.
+    """
+    if INTERPRETED:
+        known = x.dtype in (torch.float32, torch.float16)
+    else:
+        known = (
+            x.is_cuda
+            and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and torch.cuda.get_device_properties(x.device).major >= 8
+        )
+    return (
+        known
+        and x.shape[0] > 0
+        and len(parts) <= MAX_GROUP
+        and all(
+            part.a.shape[0] <= _max_rank(x.dtype)
+            and (part.mask is None or isinstance(part.mask, HashMask))
+            and not base.requires_grad
+            for base, part in zip(frozen, parts, strict=True)
+        )
+    )
+
+
+def _of_masks(parts: Sequence[LowRankPart]) -> tuple[list, list, list, list]:
+    """What the kernels take of the masks: keys, places, thresholds; and the factors."""
+    masks = [part.mask for part in parts]
+    return (
+        [None if mask is None else mask.elements for mask in masks],
+        [0 if mask is None else mask.place for mask in masks],
+        [0 if mask is None else mask.threshold for mask in masks],
+        [part.factor for part in parts],
+    )
+
+
+def low(x: Tensor, parts: Sequence[LowRankPart]) -> list[Tensor]:
+    """`f_g A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
+    return _low(x, [part.nearest(x.dtype).a for part in parts], *_of_masks(parts))
+
+
+def scaled(raw: Tensor, low: Tensor, part: LowRankPart) -> Tensor:
+    """`magnitude / norm (raw + low B^T)`, (T, F)."""
+    return _scaled(raw, low, part.nearest(raw.dtype).b, part.magnitude, part.norm)
+
+
+def unscaled(dy: Tensor, raw: Tensor, low: Tensor, part: LowRankPart) -> list[Tensor]:
+    """The gradients of `scaled`: of what it scales (T, F), of B, of the magnitude."""
+    b = part.nearest(raw.dtype).b
+    return _unscaled(dy, raw, low, b, part.magnitude, part.norm, part.b.dtype)
+
+
+def gradients_of_a(x: Tensor, dlow: Sequence[Tensor], parts: Sequence[LowRankPart]) -> list[Tensor]:
+    """`f_g dlow_g^T drop_g(x)`, each (R_g, D). dlow: (T, R_g)."""
+    return _gradients_of_a(x, list(dlow), [part.a for part in parts], *_of_masks(parts))
+
+
+def input_gradient(
+    frozen: Sequence[Tensor], dlow: Sequence[Tensor], parts: Sequence[LowRankPart]
+) -> Tensor:
+    """`sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen products."""
+    a = [part.nearest(frozen[0].dtype).a for part in parts]
+    return _input_gradient(list(frozen), list(dlow), a, *_of_masks(parts))
