@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from triton_cases import load
 
+from mixlora_exp.adapters import linear as linear_module
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.adapters.siblings import PENDING
-from mixlora_exp.kernels import DropoutStream, linears
+from mixlora_exp.kernels import DropoutStream, Frozen, linears
 from mixlora_exp.kernels.lora import LowRankPart
 
 (linear_launch,) = load("linear_launch")
@@ -125,6 +126,34 @@ def test_a_group_is_its_projections(sizes, use_dora) -> None:
     sizes.clear()
     check(results(block), expected)
     assert sizes == [3, 1]
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("at_once", [False, True], ids=["each by itself", "at once"])
+def test_the_base_s_weights_are_multiplied_with_as_they_are_held(
+    monkeypatch, at_once, use_dora
+) -> None:
+    """Not read as matrices: a quantised base may hold them otherwise."""
+
+    class Doubled(Frozen):
+        """Holds half of the weight."""
+
+        def __init__(self, half: Tensor) -> None:
+            self.half = half
+
+        def weight(self) -> Tensor:
+            return 2 * self.half
+
+    block = make(use_dora=use_dora, lora_dropout=0.0)
+    if not at_once:
+        monkeypatch.setattr(linears, "steps_on", lambda device: None)
+    expected = results(block)
+
+    def held(base: nn.Linear, dtype: torch.dtype) -> Frozen:
+        return Doubled(base.weight.detach().to(dtype) / 2)
+
+    monkeypatch.setattr(linear_module, "frozen_linear", held)
+    check(results(block), expected)
 
 
 def test_equals_the_pass_of_a_cpu(monkeypatch) -> None:

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # What a program may have of a multiprocessor's shared memory, in bytes.
@@ -57,12 +58,14 @@ def compiled(
 def spilled(ptx: str) -> int:
     """Registers that the assembler lays aside in memory."""
     architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-    ptxas = triton.knobs.nvidia.ptxas.path
+    ptxas = get_ptxas(int(architecture[3:5])).path
     with tempfile.TemporaryDirectory() as folder:
         source = f"{folder}/kernel.ptx"
         with open(source, "w") as file:
             file.write(ptx)
-        command = [ptxas, "-v", f"--gpu-name={architecture}", source, "-o", f"{folder}/kernel"]
+        # As Triton calls it.
+        options = ["-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}"]
+        command = [ptxas, *options, source, "-o", f"{folder}/kernel"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return int(re.search(r"(\d+) bytes spill stores", said)[1]) // 4
 

@@ -11,6 +11,5 @@ __all__ = ["frozen_linear"]
 
 
 def frozen_linear(base: nn.Linear, dtype: torch.dtype) -> Frozen:
-    """A projection of the base model, its products in `dtype`, with its bias."""
-    weight, bias = base.weight.to(dtype), base.bias
-    return FrozenLinear(weight, None if bias is None else bias.to(dtype))
+    """The weight of a projection of the base model, its products in `dtype`; without the bias."""
+    return FrozenLinear(base.weight.to(dtype))

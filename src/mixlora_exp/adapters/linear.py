@@ -40,7 +40,7 @@ class RowsLinear(stock.Linear):
         alone in this layer."""
 
     def frozen(self, dtype: torch.dtype) -> Frozen:
-        """The base layer's product in a dtype."""
+        """The base layer's weight in a dtype."""
         return frozen_linear(self.base_layer, dtype)
 
     def biased(self, y: Tensor) -> Tensor:
