@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mixlora_exp.kernels.dropout import HashMask
@@ -20,7 +19,6 @@ from mixlora_exp.kernels.triton.linear_backward import (
 )
 from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
 from mixlora_exp.kernels.triton.parts import INTERPRETED
-from mixlora_exp.kernels.triton.tiles import padded
 
 __all__ = ["gradients_of_a", "input_gradient", "low", "scaled", "supports", "unscaled"]
 
@@ -65,8 +63,14 @@ def tiles(kernel: str, rank: int, dtype: torch.dtype) -> tuple[int, int, int, in
     return HALF_TILES[kernel][max(64, rank)]
 
 
+def _count(size: int, tile: int) -> int:
+    """Tiles that hold `size`; Triton's own function takes as long as a launch."""
+    return -(-size // tile)
+
+
 def _options(kernel: str, ranks: list[int], dtype: torch.dtype, width: str) -> dict[str, int]:
-    rank = padded(max(ranks))
+    """PADDED, the block sizes BT and `width`, warps and stages."""
+    rank = max(16, 1 << (max(ranks) - 1).bit_length())
     tokens, columns, warps, stages = tiles(kernel, rank, dtype)
     return {"PADDED": rank, "BT": tokens, width: columns, "num_warps": warps, "num_stages": stages}
 
@@ -104,7 +108,7 @@ def _low(
     ranks = [one.shape[0] for one in a]
     made = [x.new_empty(x.shape[0], rank) for rank in ranks]
     options = _options("low", ranks, x.dtype, "BD")
-    grid = (triton.cdiv(x.shape[0], options["BT"]), len(a))
+    grid = (_count(x.shape[0], options["BT"]), len(a))
     with on_device_of(x):
         start(
             low_kernel,
@@ -127,7 +131,7 @@ def _scaled(frozen: Tensor, low: Tensor, b: Tensor, magnitude: Tensor, norm: Ten
     tokens, width = frozen.shape
     y = torch.empty_like(frozen)
     options = _options("scaled", [low.shape[1]], low.dtype, "BF")
-    grid = triton.cdiv(tokens, options["BT"]), triton.cdiv(width, options["BF"])
+    grid = _count(tokens, options["BT"]), _count(width, options["BF"])
     with on_device_of(frozen):
         start(
             scaled_kernel,
@@ -163,7 +167,7 @@ def _unscaled(
     db = torch.empty((width, rank), dtype=b_dtype, device=dy.device)
     dmagnitude = torch.empty_like(magnitude)
     options = _options("unscaled", [rank], low.dtype, "BF")
-    grid = (triton.cdiv(width, options["BF"]),)
+    grid = (_count(width, options["BF"]),)
     with on_device_of(dy):
         start(
             scaled_backward_kernel,
@@ -200,7 +204,7 @@ def _gradients_of_a(
     ranks = [one.shape[0] for one in a]
     made = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in a]
     options = _options("a", ranks, x.dtype, "BD")
-    grid = (triton.cdiv(width, options["BD"]), len(dlow))
+    grid = (_count(width, options["BD"]), len(dlow))
     with on_device_of(x):
         start(
             a_kernel,
@@ -232,7 +236,7 @@ def _input_gradient(
     dx = torch.empty_like(frozen[0])
     ranks = [one.shape[1] for one in dlow]
     options = _options("input", ranks, dx.dtype, "BD")
-    grid = triton.cdiv(tokens, options["BT"]), triton.cdiv(width, options["BD"])
+    grid = _count(tokens, options["BT"]), _count(width, options["BD"])
     with on_device_of(dx):
         start(
             input_kernel,
