@@ -159,10 +159,12 @@ class Block:
         masks = masks or Masks()
         return FeedForward(*projections, self.case.activation, dropout, masks.x, masks.hidden)
 
-    def masks(self, p: float) -> Masks:
-        """Masks of this block's shapes from the default generator."""
+    def masks(self, p: float, *, hashed: bool = False) -> Masks:
+        """Masks of this block's shapes from the default generator, in the form of Triton's kernels
+        if `hashed`."""
         shapes = (self.case.tokens, self.case.hidden), (self.case.tokens, self.case.inner)
-        return Masks(*(draw_mask(shape, p, torch.device("cpu")) for shape in shapes))
+        cpu = torch.device("cpu")
+        return Masks(*(draw_mask(shape, p, cpu, hashed=hashed) for shape in shapes))
 
 
 def make_block(case: Case, seed: int, dtype: torch.dtype = torch.float64) -> Block:

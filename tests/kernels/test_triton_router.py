@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, triton_router
+from triton_cases import DEVICE, GPU, triton_router
 
 from mixlora_exp.kernels import Routing, route, router_fractions, router_loss
 
@@ -69,7 +69,8 @@ def test_values_and_gradients(
             assert torch.equal(found, truth)
             continue
         assert found.dtype == (dtype if name == "x" else torch.float32)
-        tolerance = 1e-5 if found.dtype == torch.float32 else 2**-8
+        # The interpreter cuts numbers off on their way to bf16, where a GPU rounds them.
+        tolerance = 1e-5 if found.dtype == torch.float32 else 2**-8 if GPU else 2**-7
         error = (found.double() - truth).abs().max()
         assert error <= tolerance * truth.abs().max().clamp(min=1.0), name
 

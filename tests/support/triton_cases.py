@@ -62,13 +62,13 @@ def forget() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in found}
 
 
-triton_block, triton_launch, triton_router, triton_tiles = load(
-    "block", "launch", "router", "tiles"
+triton_block, triton_columns, triton_hidden, triton_order, triton_router, triton_tiles = load(
+    "block", "columns", "hidden", "order", "router", "tiles"
 )
 
 
 def on_device(block: FeedForward) -> FeedForward:
-    """The block on the GPU if there is one, its masks as bool and its activation by name."""
+    """The block on the GPU if there is one, its activation by name."""
     made = {}
     for role, projection in block.projections.items():
         experts, bias = projection.experts, projection.bias
@@ -82,7 +82,7 @@ def on_device(block: FeedForward) -> FeedForward:
         made[role] = replace(projection, frozen=frozen, experts=experts)
     for name in ("x_mask", "hidden_mask"):
         mask = getattr(block, name)
-        made[name] = mask and DropMask(mask.kept().to(DEVICE), mask.scale, mask.shape)
+        made[name] = mask and DropMask.rebuilt(mask.elements.to(DEVICE), mask.described)
     return replace(block, activation=known_activation(block.activation), **made)
 
 
@@ -91,5 +91,6 @@ def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     block = on_device(block)
     parts = (routing.logits, routing.probabilities, routing.experts, routing.weights)
     x = x.to(DEVICE)
-    assert triton_block.supports(x, block)
-    return triton_block.mixlora_triton(x, Routing(*(p.to(DEVICE) for p in parts)), block).cpu()
+    routing = Routing(*(p.to(DEVICE) for p in parts))
+    assert triton_block.supports(x, routing, block)
+    return triton_block.mixlora_triton(x, routing, block).cpu()

@@ -1,149 +1,126 @@
-"""Compiles the Triton kernels for given cards, on a machine without any, as their launchers would.
+"""Compiles the kernels of the block and the router for given cards, as their operators launch them.
 
 `python triton_compile.py 8.0 9.0` takes the usual block in bf16, with `all` every table of block
-sizes. Prints a line per launch: `fits` or `refused`, and its shared memory.
+sizes. Prints a line per launch: `fits` or `refused`, its spilled registers and shared memory.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_cards import SHARED, SPILLED, compiled
 
-from mixlora_exp.kernels.triton import launch, router, tiles
-
-KERNELS: dict[str, Any] = {
-    name: value
-    for module in (launch, router)
-    for name, value in vars(module).items()
-    if isinstance(value, triton.JITFunction)
-}
-
-# What a program may have of a multiprocessor's shared memory, in bytes.
-SHARED = {"8.0": 163 * 1024, "8.9": 99 * 1024, "9.0": 227 * 1024, "12.0": 99 * 1024}
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-}
+from mixlora_exp.kernels.triton import columns, hidden, order, router
 
 
-def compiled(kernel: Any, card: str, arguments: dict[str, Any], options: dict[str, int]) -> int:
-    """Shared memory of the kernel as a launch with these arguments would compile it."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = arguments[name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    major, minor = card.split(".")
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", int(major) * 10 + int(minor), 32)
-    return triton.compile(source, target=target, options=options).metadata.shared
+class Compile:
+    """Stands in for `operators.start`: compiles instead of launching, each launch once."""
 
+    def __init__(self, card: str, title: str) -> None:
+        self.card, self.title = card, title
+        self.seen: set[str] = set()
 
-def recorder(kernel: Any, card: str, title: str) -> Any:
-    """Stands in for a kernel: compiles instead of launching."""
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def start(*args: Any, **kwargs: Any) -> None:
-                options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
-                arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-                try:
-                    shared = compiled(kernel, card, arguments, options)
-                    verdict = "fits" if shared <= SHARED[card] else "refused"
-                except Exception as error:  # what the compiler raises has many types
-                    shared, verdict = None, f"refused ({error!r:.300})"
-                name = kernel.fn.__name__
-                print(f"{verdict}: {name}, {card}, {title}, {shared} bytes")  # noqa: T201
-
-            return start
-
-    return Recorder()
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        named |= dict(zip(kernel.arg_names, arguments, strict=False))
+        shapes = {n: v.dtype if isinstance(v, Tensor) else v for n, v in named.items()}
+        key = f"{kernel.fn.__name__} {shapes} {options}"
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        try:
+            shared, spilled = compiled(kernel, self.card, named, options)
+            fits = shared <= SHARED[self.card] and spilled <= SPILLED
+            told = f"{spilled} registers spilled, {shared} bytes"
+        except Exception as error:  # what the compiler raises has many types
+            fits, told = False, f"{error!r:.500}"
+        verdict = "fits" if fits else "refused"
+        print(f"{verdict}: {kernel.fn.__name__}, {self.card}, {self.title}, {told}")  # noqa: T201
 
 
 def compile_block(
-    card: str,
     dtype: torch.dtype,
     rank: int,
-    slots: int = 2,
+    top_k: int = 2,
+    *,
     dora: bool = False,
     masked: bool = True,
     biased: bool = False,
 ) -> None:
-    """One forward and backward pass of 256 tokens, F = 1024, E = 8."""
-    title = f"{dtype}, E R = {8 * rank}, K = {slots}, DoRA {dora}, bias {biased}"
-    tokens, inner, columns = 256, 1024, 8 * rank
-    for name, kernel in KERNELS.items():
-        setattr(launch, name, recorder(kernel, card, title))
-    low = torch.empty(inner, columns, dtype=dtype)
-    wide = torch.empty(tokens, inner, dtype=dtype)
-    scale = torch.empty(8, inner, dtype=dtype) if dora else None
-    bias = torch.empty(inner, dtype=dtype) if biased else None
-    operands = launch.Operands(
-        wide,
-        wide,
-        torch.empty(tokens, 2 * columns, dtype=dtype),
-        low,
-        low,
-        low,
-        scale,
-        scale,
-        bias,
-        bias,
-        torch.empty(tokens, slots, dtype=torch.int64),
-        torch.empty(tokens, slots),
-        torch.empty(tokens, inner, dtype=torch.uint8) if masked else None,
-        2.0,
-        2.0,
-        8,
-        rank,
-        "silu" if slots > 1 else "gelu",
-        dora,
+    """Every launch of one forward and backward pass of 256 tokens, D = 512, F = 1024, E = 8."""
+    tokens, width, inner, experts, full = 256, 512, 1024, 8, torch.float32
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    chosen = make(tokens, top_k, dtype=torch.int64)
+    way = order.order(chosen, make(tokens, top_k, dtype=full), experts)
+    keys = make(tokens, dtype=torch.int64) if masked else None
+    x, a, b = make(tokens, width), make(experts, rank, width), make(experts, inner, rank)
+    a2, b2, scale2 = make(experts, rank, inner), make(experts, width, rank), make(experts, width)
+    scale = make(experts, inner) if dora else None
+    norm = make(experts, inner, dtype=full) if dora else None
+    bias = make(inner) if biased else None
+    p1, p3 = columns.to_columns(x, a, a, keys, way.tokens, way.experts, 0, 1, 1.0, True)
+    wide = make(tokens, inner)
+    held = hidden.Operands(
+        wide, wide, p1, p3, b, b, a2, scale, scale, bias, bias, keys, way.tokens, way.weights
     )
-    launch.forward(operands)
-    shape = (tokens, slots, inner) if dora else (tokens, inner)
-    q = torch.empty(tokens, columns, dtype=dtype)
-    launch.backward_inner(operands, torch.empty(shape, dtype=dtype), q)
-    launch.backward_tokens(operands, torch.empty(shape, dtype=dtype), q)
+    settings = (0, 1, 2.0, 2.0, "silu" if top_k > 1 else "gelu", dora)
+    state, parts = hidden.hidden_forward(held, way.experts, *settings)
+    at = way.tokens, way.weights, way.rows, way.starts
+    if dora:
+        raw = make(tokens * top_k, width)
+        where = way.tokens, way.experts, way.weights
+        y, raw, low = columns.scaled_from_columns(raw, parts, b2, scale2, *where, 2.0)
+        q, raw, _ = columns.scaled_to_columns(y, b2, scale2, raw, *where, way.slots, 2.0)
+        over = make(experts, width, dtype=full)
+        columns.scaled_matrix_gradients(raw, low, y, raw, over, *at, full, 2.0)
+    else:
+        where = way.tokens, way.experts, way.slots
+        y, low, _, _ = columns.from_columns(
+            x, None, parts, None, b2, None, None, *where, None, 0, 1, 2.0, False
+        )
+        q, _ = columns.to_columns(y, b2, None, None, *where[:2], 0, 1, 2.0, False)
+        columns.matrix_gradients(y, low, None, None, *at, full, 0, 1, 2.0, False)
+    hidden.hidden_backward_inner(held, *at[2:], q, state, norm, norm, full, *settings)
+    _, dp1, dp3, dweights = hidden.hidden_backward_tokens(
+        held, way.experts, q, state, wide, *settings
+    )
+    where = way.tokens, way.experts, way.slots
+    _, low1, low3, _ = columns.from_columns(
+        x, x, dp1, dp3, a, a, keys, *where, None if dora else dweights, 0, 1, 1.0, True
+    )
+    columns.matrix_gradients(x, low1, low3, keys, *at, full, 0, 1, 1.0, True)
 
 
 def main(cards: list[str], everything: bool) -> None:
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=100)
+    half = torch.bfloat16
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("the usual block", {"dtype": half, "rank": 16}),
+        ("DoRA, bias", {"dtype": half, "rank": 16, "dora": True, "biased": True}),
+    ]
+    if everything:
+        half_sizes = ((16, 1), (32, 2), (16, 8), (64, 2), (128, 1), (128, 2), (256, 1))
+        full_sizes = ((16, 2), (64, 1), (16, 8), (128, 1))
+        cases += [
+            (f"{dtype}, rank {rank}, K = {top_k}", {"dtype": dtype, "rank": rank, "top_k": top_k})
+            for dtype, sizes in ((half, half_sizes), (torch.float32, full_sizes))
+            for rank, top_k in sizes
+        ]
+        cases += [
+            ("float16, no mask", {"dtype": torch.float16, "rank": 16, "masked": False}),
+            ("DoRA, rank 64", {"dtype": half, "rank": 64, "dora": True}),
+        ]
     for card in cards:
-        capability = tuple(int(part) for part in card.split("."))
-        torch.cuda.get_device_capability = lambda device, known=capability: known
-        router._router_kernel = recorder(KERNELS["_router_kernel"], card, "E = 8")
-        router._Route.apply(torch.empty(64, 256).bfloat16(), torch.empty(8, 256), 2)
-        compile_block(card, torch.bfloat16, 16)
-        compile_block(card, torch.bfloat16, 16, dora=True, biased=True)
-        if not everything:
-            continue
-        compile_block(card, torch.bfloat16, 16, dora=True)
-        for width in sorted(tiles.HALF_TILES["forward"].keys() - {128}):
-            compile_block(card, torch.bfloat16, width // 8)
-        for slots in (1, 3, 8):
-            compile_block(card, torch.float16, 16, slots, masked=False)
-        for width in tiles.FULL_TILES:
-            compile_block(card, torch.float32, width // 8)
+        for title, options in cases:
+            instead = Compile(card, title)
+            for module in (columns, hidden, order, router):
+                module.start = instead
+            compile_block(**options)
 
 
 if __name__ == "__main__":

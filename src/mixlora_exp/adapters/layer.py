@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         """The block of one adapter for its rows (T, D), frozen projections included."""
         kernel = self.kernel_on(rows.device)
         routing = self.route(rows, adapter, kernel)
+        rows = rows if routing.rows is None else routing.rows
         block = self.block(adapter, len(rows), dtype)
         with torch.autocast(rows.device.type, enabled=False):
             return kernel(rows.to(dtype), routing, block)
@@ -138,8 +140,11 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
             if name.startswith("lora_router") and adapter in getattr(self, name)
         }
         fused = kernel.device is not None
-        self.routings[adapter] = router.route(rows, held, training=self.training, fused=fused)
-        return self.routings[adapter]
+        mask = self.row_map.real(adapter, len(rows), rows.device)
+        routing = router.route_masked(rows, held, mask, training=self.training, fused=fused)
+        # Without its rows, which the report does not need.
+        self.routings[adapter] = replace(routing, rows=None)
+        return routing
 
     def block(self, adapter: str, rows: int, dtype: torch.dtype) -> FeedForward:
         """What the kernels take for `rows` tokens in `dtype` with this adapter, dropout masks

@@ -166,10 +166,9 @@ class MixLoraModel(LoraModel):
         """The MixLoRA blocks, first layer first."""
         return [m for m in self.model.modules() if isinstance(m, MixLoraFeedForward)]
 
-    def collect_reports(self, masks: dict[str, Tensor | None]) -> dict[str, RouterReport]:
-        """Router statistics of each adapter in the last pass, with the graph of the loss.
-
-        masks: by adapter, (T,), true for its rows without padding; None: no padding.
+    def collect_reports(self) -> dict[str, RouterReport]:
+        """Router statistics of each adapter in the last pass, with the graph of the loss. Rows that
+        are padding are those that `row_map.tell` was told of before the pass.
 
         Raises:
             ValueError: in training, the loss would have no gradient.
@@ -178,21 +177,14 @@ class MixLoraModel(LoraModel):
         self._check_gradients_reach_routers(blocks)
         found = {}
         for adapter in blocks[0].routings if blocks else ():
-            mask = masks.get(adapter)
-            router = blocks[0].router[adapter]
-            each = [
-                router.statistics(
-                    block.routings[adapter],
-                    None if mask is None else mask.to(block.routings[adapter].experts.device),
-                )
-                for block in blocks
-            ]
-            device = each[0]["counts"].device
-            stacked = {
-                name: torch.stack([statistics[name].to(device) for statistics in each])
-                for name in each[0]
-            }
-            loss, counts = router.auxiliary_loss(stacked), stacked["counts"]
+            router, each = blocks[0].router[adapter], []
+            for block in blocks:
+                routing = block.routings[adapter]
+                experts = routing.experts
+                mask = self.row_map.real(adapter, len(experts), experts.device)
+                each.append(router.statistics(routing, mask))
+            gathered = router.gathered(each)
+            loss, counts = router.auxiliary_loss(gathered), gathered["counts"]
             found[adapter] = RouterReport(loss, counts.detach())
         for block in blocks:
             # Detached: the graph would keep the pass's memory, and cannot be copied.
@@ -222,31 +214,24 @@ class MixLoraModel(LoraModel):
                     "checkpoint(..., use_reentrant=False), or train without router loss"
                 )
 
-    def _report(self, mask: Tensor | None) -> RouterReport | None:
-        """The report of the only adapter that ran. mask: (sequences, tokens)."""
+    def _report(self) -> RouterReport | None:
+        """The report of the only adapter that ran."""
         block = next((block for block in self.feed_forwards() if block.routings), None)
         if block is None or len(block.routings) > 1:
             self.router_reports = {}
             return None
-        ((adapter, routing),) = block.routings.items()
-        rows = routing.experts.shape[0]
-        if mask is not None and mask.shape[0] <= rows and not self.row_map:
-            # With a KV cache the mask includes past tokens; the last columns belong to this pass.
-            mask = mask[:, -(rows // mask.shape[0]) :].reshape(-1).bool()
-        else:
-            mask = None
-        return self.collect_reports({adapter: mask})[adapter]
+        return next(iter(self.collect_reports().values()))
 
     def forward(self, *args: Any, **kwargs: Any):
         """The base model's forward pass; see the class for the router loss."""
         if kwargs.get("output_router_logits"):
             # The base model is not a mixture; this class adds the router loss instead.
             kwargs["output_router_logits"] = False
-        output = self.model(*args, **kwargs)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            mask = None
-        report = self._report(mask)
+        told = isinstance(mask, Tensor) and mask.dim() == 2 and not self.row_map
+        self.row_map.tell(dict.fromkeys(self.active_adapters, mask) if told else {})
+        output = self.model(*args, **kwargs)
+        report = self._report()
         if report is not None and "aux_loss" in getattr(output, "__dataclass_fields__", ()):
             # An output class with this field, such as TRL's, which adds it to its own loss.
             output.aux_loss = report.loss

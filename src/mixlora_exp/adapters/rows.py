@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,11 +27,15 @@ class RowMap:
     """Shared by all adapter layers of a model. Empty: the active adapter has every row.
 
     `segments` cover the rows of a packed batch one after another; `names` has an adapter for each
-    sequence of an ordinary batch, in any order (PEFT's `adapter_names`).
+    sequence of an ordinary batch, in any order (PEFT's `adapter_names`). `masks`: by adapter, true
+    for the real ones of its rows in the pass, (rows,), or of a batch (sequences, tokens), which may
+    begin with tokens of earlier passes; an adapter without one has real rows alone.
     """
 
     segments: tuple[Segment, ...] = ()
     names: tuple[str, ...] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    _real: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _resolved: dict[torch.Size, tuple[Segment, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -40,6 +44,25 @@ class RowMap:
     def use(self, *, segments: Sequence[Segment] = (), names: Sequence[str] = ()) -> None:
         """Set the assignment for the following passes; without arguments, clear it."""
         self.segments, self.names, self._resolved = tuple(segments), tuple(names), {}
+
+    def tell(self, masks: Mapping[str, Tensor]) -> None:
+        """Which rows of the coming pass are real."""
+        self.masks, self._real = dict(masks), {}
+        for adapter, mask in masks.items():
+            # Before the pass, which may be compiled.
+            self._real[adapter, mask.numel()] = mask.reshape(-1).bool()
+
+    def real(self, adapter: str, rows: int, device: torch.device) -> Tensor | None:
+        """(rows,) bool of an adapter's rows, None if all are; made once for all layers."""
+        mask = self.masks.get(adapter)
+        if mask is None:
+            return None
+        if (adapter, rows) not in self._real:
+            width, rest = divmod(rows, mask.shape[0])
+            if mask.dim() == 1 or rest or not 0 < width <= mask.shape[1]:
+                return None  # of another pass
+            self._real[adapter, rows] = mask[:, -width:].reshape(-1).bool()
+        return self._real[adapter, rows].to(device)
 
     def of(self, x: Tensor) -> tuple[Segment, ...]:
         """The segments of the rows of x (..., width), flattened.

@@ -48,6 +48,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
             sides = take(gates, segment), take(ups, segment)
             if adapter in layer.lora_router:
                 routing = layer.route(own, adapter, kernel)
+                own = own if routing.rows is None else routing.rows
                 block = layer.block(adapter, len(own), dtype)
                 hidden, finish = kernel.stage(own.to(dtype), *sides, routing, block)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -64,20 +64,39 @@ class Router(ABC):
         Runs in float32 or better, since near ties decide which expert a row gets.
         """
 
+    def route_masked(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        mask: Tensor | None,
+        *,
+        training: bool = False,
+        fused: bool = False,
+    ) -> Routing:
+        """`route`, told which rows are real, as `statistics` is later: for a router that counts on
+        the way. mask: (T,) bool, None for all."""
+        return self.route(x, weights, training=training, fused=fused)
+
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
         """What the loss needs of one module's decision, with its graph; padding left out.
 
-        mask: (T,), true for real rows, or None. `counts` (E,), the rows sent to each expert, must
-        be among them; means over rows and not sums, so that modules count alike.
+        mask: (T,), true for real rows, or None, as `route_masked` had it. `counts` (E,), the rows
+        sent to each expert, must be among them, or come of them in `gathered`; means over rows and
+        not sums, so that modules count alike.
         """
         fractions, probabilities, counts = router_fractions(
             routing, mask, count_all=self.loss == "topk"
         )
         return {"fractions": fractions, "probabilities": probabilities, "counts": counts}
 
+    def gathered(self, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The statistics of all modules, stacked: (modules, ...)."""
+        device = next(iter(each[0].values())).device
+        return {name: torch.stack([one[name].to(device) for one in each]) for name in each[0]}
+
     def auxiliary_loss(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        """The loss without its coefficient, a scalar. statistics: those of all modules, stacked:
-        (modules, ...). Here the load-balance loss, Eq. (8)."""
+        """The loss without its coefficient, a scalar. statistics: as of `gathered`. Here the
+        load-balance loss, Eq. (8)."""
         return router_loss(
             statistics["fractions"],
             statistics["probabilities"],

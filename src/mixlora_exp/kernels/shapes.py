@@ -245,7 +245,9 @@ class Routing:
     A row may have fewer than K experts: a slot of weight 0 is empty. No kernel reads anything for
     it, its weight has no gradient, and its number in `experts` is any of 0 to E - 1.
 
-    `extra`: what else, by name and row (T, ...), the router's loss is made from.
+    `extra`: what else, by name, the router's loss is made from. `rows`: the rows (T, in) as a fused
+    router hands them on; where a block takes these, the router adds to their gradient in place of
+    autograd.
     """
 
     logits: Tensor
@@ -253,6 +255,7 @@ class Routing:
     experts: Tensor
     weights: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:

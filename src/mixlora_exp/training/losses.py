@@ -55,14 +55,15 @@ def joint_losses(
     base = tuner.model
     packed = pack_batches(base, batches, attention)
     tuner.row_map.use(segments=[Segment(n, part.rows) for n, part in packed.parts.items()])
+    masks = {name: batch["attention_mask"].flatten().bool() for name, batch in batches.items()}
+    tuner.row_map.tell(masks)
     hidden = base.model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         packed=packed,
         use_cache=False,
     ).last_hidden_state[0]
-    masks = {name: batch["attention_mask"].flatten().bool() for name, batch in batches.items()}
-    reports = tuner.collect_reports(masks)
+    reports = tuner.collect_reports()
     losses = {}
     with loss_from_hidden(base, head):
         for name, batch in batches.items():

@@ -1,8 +1,8 @@
 """The exact kernel with the experts' part fused by Triton: the frozen products stay with torch.
 
-Kept for the backward pass are x, W1 x, W3 x and small things of E R columns; DoRA on the down
-projection also keeps its K outputs. Nothing is read back to the host and no shape depends on the
-data, so it can be captured in a CUDA graph.
+Kept for the backward pass are x, W1 x, W3 x, the routing's order and R columns per row; DoRA on the
+down projection also keeps its K outputs. Nothing is read back to the host and no shape depends on
+the data, so it can be captured in a CUDA graph and compiled.
 """
 
 from __future__ import annotations
@@ -10,112 +10,124 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from mixlora_exp.kernels.activations import NAMES
-from mixlora_exp.kernels.dropout import DropMask
+from mixlora_exp.kernels.dropout import HashMask
 from mixlora_exp.kernels.mixlora.dense import dense_stage
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
 from mixlora_exp.kernels.mixlora.stage import add_down_bias, run_stage
-from mixlora_exp.kernels.shapes import FeedForward, LowRank, Routing, low_ranks
-from mixlora_exp.kernels.triton import launch
+from mixlora_exp.kernels.shapes import ROLES, FeedForward, Low, LowRank, Routing, low_ranks
+from mixlora_exp.kernels.triton.columns import (
+    from_columns,
+    matrix_gradients,
+    scaled_from_columns,
+    scaled_matrix_gradients,
+    scaled_to_columns,
+    to_columns,
+)
+from mixlora_exp.kernels.triton.hidden import (
+    Operands,
+    hidden_backward_inner,
+    hidden_backward_tokens,
+    hidden_forward,
+)
+from mixlora_exp.kernels.triton.order import Order, order
 from mixlora_exp.kernels.triton.parts import INTERPRETED
-from mixlora_exp.kernels.triton.tiles import max_columns
+from mixlora_exp.kernels.triton.tiles import most_columns, padded
 
 __all__ = ["mixlora_triton", "supports"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Stacked:
-    """A projection's experts side by side: a (E R, in), b (out, E R), scale (E, out) or None."""
+class _Side:
+    """A projection's experts as operators take them, all None or 1 where it has none."""
 
-    a: Tensor
-    b: Tensor
-    factor: float
-    scale: Tensor | None
-
-
-def _stack(low: LowRank) -> _Stacked:
-    b = low.b.transpose(0, 1).flatten(1, 2).contiguous()
-    return _Stacked(low.a.flatten(0, 1), b, low.factor, low.scale)
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: Tensor | None = None
+    norm: Tensor | None = None
+    factor: float = 1.0
 
 
-class _Prepared:
-    """What both passes need, made anew in each from the parameters: it is cheap to make, and would
-    be kept for every layer of a model.
+def _side(low: LowRank | None, norm: Tensor | None) -> _Side:
+    if low is None:
+        return _Side()
+    scale = None if low.scale is None else low.scale.contiguous()
+    norm = None if scale is None else norm
+    return _Side(low.a.contiguous(), low.b.contiguous(), scale, norm, low.factor)
 
-    stacked: by role, without the roles that have no experts. a: (E R of gate, then of up, D), None
-    without experts on both. filled: (T, K) bool; weights: (T, K) float32, the router's.
-    """
 
-    def __init__(self, block: FeedForward, x: Tensor, experts: Tensor, weights: Tensor) -> None:
-        lows = low_ranks(block, x.dtype)
-        self.stacked = {role: _stack(low) for role, low in lows.items() if low is not None}
-        sides = [self.stacked[role].a for role in ("gate", "up") if role in self.stacked]
-        self.a = torch.cat(sides) if sides else None
-        self.x_low = x if block.x_mask is None else block.x_mask.zero(x)
-        self.num_experts = block.num_experts
-        self.filled = weights != 0
-        self.weights = weights.float().contiguous()
+class _Sides:
+    """What both passes need of a block."""
+
+    def __init__(self, block: FeedForward, dtype: torch.dtype) -> None:
+        made = {
+            role: _side(low, None if low is None else block.projections[role].experts.norm)
+            for role, low in low_ranks(block, dtype).items()
+        }
+        self.gate, self.up, self.down = (made[role] for role in ROLES)
+        self.per_slot = block.down.has_scale
+        self.x_drop = _drop(block.x_mask if self.has_low_input else None)
+        self.hidden_drop = _drop(block.hidden_mask if self.down.a is not None else None)
+
+    @property
+    def has_low_input(self) -> bool:
+        """Whether gate or up has experts."""
+        return self.gate.a is not None or self.up.a is not None
 
     def operands(
-        self, gate: Tensor, up: Tensor, p: Tensor | None, experts: Tensor, block: FeedForward
-    ) -> launch.Operands:
-        sides = [self.stacked.get(role) for role in ("gate", "up")]
-        a2 = None
-        if "down" in self.stacked:
-            a2 = self.stacked["down"].a.T.contiguous()
-        mask = block.hidden_mask if a2 is not None else None
-        any_side = next(iter(self.stacked.values()))
-        return launch.Operands(
+        self, gate: Tensor, up: Tensor, p1: Tensor, p3: Tensor, way: Order, block: FeedForward
+    ) -> Operands:
+        return Operands(
             gate,
             up,
-            p,
-            *(None if side is None else side.b for side in sides),
-            a2,
-            *(None if side is None else side.scale for side in sides),
+            p1 if self.gate.a is not None else None,
+            p3 if self.up.a is not None else None,
+            self.gate.b,
+            self.up.b,
+            self.down.a,
+            self.gate.scale,
+            self.up.scale,
             block.gate.bias,
             block.up.bias,
-            experts,
-            self.weights,
-            None if mask is None else mask.elements.view(torch.uint8),
-            *(0.0 if side is None else side.factor for side in sides),
-            self.num_experts,
-            any_side.b.shape[1] // self.num_experts,
-            block.activation,
-            block.down.has_scale,
+            self.hidden_drop[0],
+            way.tokens,
+            way.weights,
         )
 
-    def own_columns(self, columns: Tensor, experts: Tensor) -> Tensor:
-        """(T, K, E R): of the columns, (T, K, E R) or (T, 1, E R), those of each slot's expert."""
-        chosen = functional.one_hot(experts, self.num_experts).bool() & self.filled.unsqueeze(-1)
-        grouped = columns.unflatten(-1, (self.num_experts, -1))
-        return torch.where(chosen.unsqueeze(-1), grouped, 0.0).flatten(2)
+    def settings(self, block: FeedForward) -> tuple:
+        """What the operators of `hidden` take after their tensors."""
+        factors = self.gate.factor, self.up.factor
+        return (*self.hidden_drop[1:], *factors, block.activation, self.per_slot)
 
-    def down_scale(self, experts: Tensor) -> Tensor:
-        """(T, K, D): DoRA's scale of each slot's expert, 0 of an empty slot."""
-        scale = functional.embedding(experts, self.stacked["down"].scale)
-        return torch.where(self.filled.unsqueeze(-1), scale, 0.0)
+
+def _drop(mask: HashMask | None) -> tuple[Tensor | None, int, int]:
+    """(keys, place, threshold) of a mask."""
+    return (None, 0, 0) if mask is None else (mask.elements, mask.place, mask.threshold)
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, weights, experts, *tensors):
         with torch.autocast(x.device.type, enabled=False):
-            block = unpack(spec, tensors)
-            made = _Prepared(block, x, experts, weights)
+            block = _unpack(spec, tensors)
+            sides = _Sides(block, x.dtype)
+            way = order(experts, weights, block.num_experts)
+            p1 = p3 = x.new_empty(0)
+            if sides.has_low_input:
+                keys, *place = sides.x_drop
+                p1, p3 = to_columns(
+                    x, sides.gate.a, sides.up.a, keys, way.tokens, way.experts, *place, 1.0, True
+                )
             gate = block.gate.frozen.linear(x)
             up = block.up.frozen.linear(x)
-            p = None if made.a is None else functional.linear(made.x_low, made.a)
-            operands = made.operands(gate, up, p, experts, block)
-            hidden, reduced = launch.forward(operands)
-            reduced = None if reduced is None else reduced.to(x.dtype)
-            y, raw = _project_down(hidden, reduced, experts, made, block)
+            operands = sides.operands(gate, up, p1, p3, way, block)
+            hidden, reduced = hidden_forward(operands, way.experts, *sides.settings(block))
+            y, low, output = _project_down(hidden, reduced, way, sides, block)
         ctx.spec = spec
-        ctx.save_for_backward(x, weights, experts, gate, up, p, reduced, raw, *tensors)
+        ctx.save_for_backward(x, weights, gate, up, p1, p3, low, output, *way, *tensors)
         return y
 
     @staticmethod
@@ -126,128 +138,176 @@ class _Block(torch.autograd.Function):
 
 
 def _project_down(
-    hidden: Tensor, reduced: Tensor | None, experts: Tensor, made: _Prepared, block: FeedForward
-) -> tuple[Tensor, Tensor | None]:
-    """(y (T, D), with DoRA the outputs of the slots before its scale (T, K, D)).
+    hidden: Tensor, reduced: Tensor, way: Order, sides: _Sides, block: FeedForward
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y (T, D), the experts' `A h` (T K, R), with DoRA the rows' outputs before its scale).
 
-    hidden, reduced: as `launch.forward` returns them.
+    hidden, reduced: as of `hidden_forward`.
     """
-    if reduced is None:
-        return block.down.frozen.linear(hidden), None
-    down = made.stacked["down"]
-    if down.scale is None:
-        y = block.down.frozen.linear(hidden)
-        return y.addmm_(reduced, down.b.T, alpha=down.factor), None
-    raw = block.down.frozen.linear(hidden)
-    own = made.own_columns(reduced.unsqueeze(1), experts)
-    raw.flatten(0, 1).addmm_(own.flatten(0, 1), down.b.T, alpha=down.factor)
-    scaled = raw * made.down_scale(experts)
-    return (made.weights.to(raw.dtype).unsqueeze(-1) * scaled).sum(dim=1), raw
+    y, down = block.down.frozen.linear(hidden), sides.down
+    if down.b is None:
+        return y, None, None
+    if sides.per_slot:
+        parts = (y, reduced, down.b, down.scale, way.tokens, way.experts, way.weights)
+        y, output, low = scaled_from_columns(*parts, down.factor)
+        return y, low, output
+    where = way.tokens, way.experts, way.slots
+    y, low, _, _ = from_columns(
+        y, None, reduced, None, down.b, None, None, *where, None, 0, 0, down.factor, False
+    )
+    return y, low, None
 
 
 @dataclass(frozen=True, slots=True)
 class _DownGradients:
-    """dhidden, q: as the kernels take them; dweights (T, K) None where the kernel makes it; of the
-    experts: db (D, E R) and dscale (D, E)."""
+    """dhidden, q: as the kernels take them; dweights (T, K), with DoRA alone; of the experts: db,
+    dmagnitude."""
 
     dhidden: Tensor
-    q: Tensor | None
-    dweights: Tensor | None
-    db: Tensor | None
-    dscale: Tensor | None
+    q: Tensor | None = None
+    dweights: Tensor | None = None
+    db: Tensor | None = None
+    dmagnitude: Tensor | None = None
 
 
 def _down_backward(
     dy: Tensor,
-    experts: Tensor,
-    reduced: Tensor | None,
-    raw: Tensor | None,
-    made: _Prepared,
+    low: Tensor | None,
+    output: Tensor | None,
+    way: Order,
+    sides: _Sides,
     block: FeedForward,
 ) -> _DownGradients:
     """The backward pass of `_project_down`."""
-    down, frozen = made.stacked.get("down"), block.down.frozen
-    if down is None:
-        return _DownGradients(frozen.input_gradient(dy), None, None, None, None)
-    if down.scale is None:
-        q = (dy @ down.b).mul_(down.factor)
-        db = (dy.T @ reduced).mul_(down.factor)
-        return _DownGradients(frozen.input_gradient(dy), q, None, db, None)
-    weighted = made.weights.to(dy.dtype).unsqueeze(-1) * dy.unsqueeze(1)
-    scale = made.down_scale(experts)
-    dweights = (dy.unsqueeze(1) * scale * raw).sum(dim=-1, dtype=torch.float32)
-    chosen = functional.one_hot(experts.flatten(), made.num_experts).to(dy.dtype)
-    dscale = (weighted * raw).flatten(0, 1).T @ chosen
-    draw = weighted.mul_(scale)
-    q = made.own_columns(draw @ down.b, experts).sum(dim=1).mul_(down.factor)
-    own = made.own_columns(reduced.unsqueeze(1), experts)
-    db = (draw.flatten(0, 1).T @ own.flatten(0, 1)).mul_(down.factor)
-    return _DownGradients(frozen.input_gradient(draw), q, dweights, db, dscale)
+    down, frozen = sides.down, block.down.frozen
+    if down.b is None:
+        return _DownGradients(frozen.input_gradient(dy))
+    dtype, at = block.down.experts.b.dtype, (way.tokens, way.weights, way.rows, way.starts)
+    if not sides.per_slot:
+        where = way.tokens, way.experts
+        q, _ = to_columns(dy, down.b, None, None, *where, 0, 0, down.factor, False)
+        db, _ = matrix_gradients(dy, low, None, None, *at, dtype, 0, 0, down.factor, False)
+        return _DownGradients(frozen.input_gradient(dy), q, None, db)
+    where = way.tokens, way.experts, way.weights, way.slots
+    q, doutput, dweights = scaled_to_columns(dy, down.b, down.scale, output, *where, down.factor)
+    db, dmagnitude = scaled_matrix_gradients(
+        doutput, low, dy, output, down.norm, *at, dtype, down.factor
+    )
+    return _DownGradients(frozen.input_gradient(doutput), q, dweights, db, dmagnitude)
 
 
-def _backward(spec, dy, x, weights, experts, gate, up, p, reduced, raw, *tensors):
+def _backward(spec, dy, x, weights, gate, up, p1, p3, low, output, *rest):
     """The gradients of `_Block.forward`'s arguments."""
-    block = unpack(spec, tensors)
-    made = _Prepared(block, x, experts, weights)
-    operands = made.operands(gate, up, p, experts, block)
-    down = _down_backward(dy, experts, reduced, raw, made, block)
-    # Before `backward_tokens`, which writes over dhidden.
-    sums = launch.backward_inner(operands, down.dhidden, down.q)
-    dgate, dup, dp, dweights = launch.backward_tokens(operands, down.dhidden, down.q)
-    dweights = down.dweights if dweights is None else dweights
-    dx = block.gate.frozen.input_gradient(dgate)
-    dx += block.up.frozen.input_gradient(dup)
-    das = {}
-    if dp is not None:
-        dp = dp.to(x.dtype)
-        if block.x_mask is None:
-            dx.addmm_(dp, made.a)
-        else:
-            dx += block.x_mask.zero(dp @ made.a)
-        parts = (dp.T @ made.x_low).unflatten(0, (operands.sides, made.num_experts, -1))
-        das = dict(
-            zip([role for role in ("gate", "up") if role in made.stacked], parts, strict=True)
+    way, tensors = Order(*rest[: len(Order._fields)]), rest[len(Order._fields) :]
+    block = _unpack(spec, tensors)
+    sides = _Sides(block, x.dtype)
+    operands = sides.operands(gate, up, p1, p3, way, block)
+    settings = sides.settings(block)
+    down = _down_backward(dy, low, output, way, sides, block)
+    kinds = {p.experts.b.dtype for p in block.projections.values() if p.experts is not None}
+    dtype = kinds.pop()
+    norms = sides.gate.norm, sides.up.norm
+    # Before `hidden_backward_tokens`, which may write over dhidden.
+    db1, db3, da2, dmagnitude1, dmagnitude3 = hidden_backward_inner(
+        operands, way.rows, way.starts, down.q, down.dhidden, *norms, dtype, *settings
+    )
+    # A large tensor less at the peak: a tile of `dhidden` is read where its gradient is written.
+    dgate = torch.empty_like(gate) if sides.per_slot else down.dhidden
+    dup, dp1, dp3, dweights = hidden_backward_tokens(
+        operands, way.experts, down.q, down.dhidden, dgate, *settings
+    )
+    keys, *place = sides.x_drop
+    dx, low1, low3, summed = from_columns(
+        block.gate.frozen.input_gradient(dgate),
+        block.up.frozen.input_gradient(dup),
+        dp1 if sides.gate.a is not None else None,
+        dp3 if sides.up.a is not None else None,
+        sides.gate.a,
+        sides.up.a,
+        keys,
+        way.tokens,
+        way.experts,
+        way.slots,
+        None if sides.per_slot else dweights,
+        *place,
+        1.0,
+        True,
+    )
+    da1 = da3 = None
+    if sides.has_low_input:
+        at = way.tokens, way.weights, way.rows, way.starts
+        lows = (
+            (low1 if sides.gate.a is not None else None),
+            (low3 if sides.up.a is not None else None),
         )
-    dbs = {"gate": sums["b1"], "up": sums["b3"], "down": down.db}
-    dscales = {"gate": sums["scale1"], "up": sums["scale3"], "down": down.dscale}
-    if sums["a2"] is not None:
-        das["down"] = sums["a2"].T.unflatten(0, (made.num_experts, -1))
-    found = []
+        da1, da3 = matrix_gradients(x, *lows, keys, *at, dtype, *place, 1.0, True)
+    dweights = summed if down.dweights is None else down.dweights
+    found = {
+        "gate": (da1, db1, dmagnitude1),
+        "up": (da3, db3, dmagnitude3),
+        "down": (da2, down.db, down.dmagnitude),
+    }
+    gradients = []
     for role, projection in block.projections.items():
         own = projection.experts
         if own is None:
-            found += [None] * 5
+            gradients += [None] * 5
             continue
-        db = dbs[role].unflatten(1, (made.num_experts, -1)).transpose(0, 1).to(own.b.dtype)
-        dmagnitude = None
-        if own.magnitude is not None:
-            dmagnitude = (dscales[role].T / own.norm).to(own.magnitude.dtype)
-        found += [das[role].to(own.a.dtype), db, dmagnitude, None, None]
-    return None, dx, dweights.to(weights.dtype), None, *found, None, None
+        da, db, dmagnitude = found[role]
+        if own.magnitude is None:
+            dmagnitude = None
+        gradients += [da, db, dmagnitude, None, None]
+    none = [None] * (len(tensors) - len(gradients))
+    return None, dx, dweights.to(weights.dtype), None, *gradients, *none
 
 
-def supports(x: Tensor, block: FeedForward) -> bool:
+def _pack(block: FeedForward) -> tuple[tuple, list[Tensor | None]]:
+    """`pack`, and the experts' forms in the dtype of the products."""
+    spec, tensors = pack(block)
+    for projection in block.projections.values():
+        low = None if projection.experts is None else projection.experts.low
+        tensors += (None,) * 3 if low is None else (low.a, low.b, low.scale)
+    return spec, tensors
+
+
+def _unpack(spec: tuple, tensors: list[Tensor | None]) -> FeedForward:
+    """The block that `_pack` made these of."""
+    block, lows, made = unpack(spec, tensors[:-9]), tensors[-9:], {}
+    for i, (role, projection) in enumerate(block.projections.items()):
+        a, b, scale = lows[3 * i : 3 * i + 3]
+        if a is not None:
+            experts = replace(projection.experts, low=Low(a, b, scale))
+            projection = replace(projection, experts=experts)
+        made[role] = projection
+    return replace(block, **made)
+
+
+def supports(x: Tensor, routing: Routing, block: FeedForward) -> bool:
     """Whether the Triton kernels compute this block for x (T, D).
 
     They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
-    interpreter float32 and float16 on a CPU; a known activation; frozen weights, and biases in the
-    dtype of x, that ask for no gradient; experts of one number and rank, up to `max_columns`
-    columns of all together; and at least one token.
+    interpreter float32 and float16 on a CPU; a known activation; dropout masks that are hashes;
+    frozen weights, and biases in the dtype of x, that ask for no gradient; experts of one number,
+    rank and dtype, with matrices of less than 2^31 elements; at most `most_columns` for K times the
+    padded rank; and at least one token.
     """
     present = [p.experts for p in block.projections.values() if p.experts is not None]
     dtypes = {torch.float32, torch.float16}
-    if INTERPRETED:
-        on_device = True
-    else:
+    on_device = True
+    if not INTERPRETED:
         dtypes.add(torch.bfloat16)
-        on_device = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        on_device = x.is_cuda and (
+            not torch.cuda.is_available() or torch.cuda.get_device_capability(x.device) >= (8, 0)
+        )
     return (
         on_device
         and x.dtype in dtypes
         and len(x) > 0
         and bool(present)
-        and len({experts.a.shape[:2] for experts in present}) == 1
-        and triton.next_power_of_2(present[0].a.shape[:2].numel()) <= max_columns(x.dtype)
+        and len({(*e.a.shape[:2], e.a.dtype, e.b.dtype) for e in present}) == 1
+        and routing.experts.shape[1] * padded(present[0].a.shape[1]) <= most_columns(x.dtype)
+        and all(max(e.a.numel(), e.b.numel()) < 2**31 for e in present)
+        and all(m is None or isinstance(m, HashMask) for m in (block.x_mask, block.hidden_mask))
         and isinstance(block.activation, str)
         and block.activation in NAMES
         and all(
@@ -258,22 +318,13 @@ def supports(x: Tensor, block: FeedForward) -> bool:
     )
 
 
-def _as_kept(mask: DropMask | None) -> DropMask | None:
-    """The mask as (rows, width) bool, which both passes read."""
-    if mask is None:
-        return None
-    return DropMask(mask.kept().contiguous(), mask.scale, mask.shape)
-
-
 def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` by fused kernels. x: (T, D); returns (T, D).
 
-    What they do not support, `exact`'s dense form computes; so it does under `torch.compile`, where
-    the compiler fuses by itself.
+    What they do not support, `exact`'s dense form computes.
     """
-    if torch.compiler.is_compiling() or not supports(x, block):
+    if not supports(x, routing, block):
         return run_stage(dense_stage, x, routing, block)
-    block = replace(block, x_mask=_as_kept(block.x_mask), hidden_mask=_as_kept(block.hidden_mask))
-    spec, tensors = pack(block)
-    y = _Block.apply(spec, x.contiguous(), routing.weights, routing.experts.contiguous(), *tensors)
+    spec, tensors = _pack(block)
+    y = _Block.apply(spec, x.contiguous(), routing.weights, routing.experts, *tensors)
     return add_down_bias(y, routing.weights, block)

@@ -2,22 +2,20 @@
 
 A row is a token t and one of its K slots; e is the slot's expert, w its weight:
 
-    g = scale1_e (G_t + f1 P1 B1^T) + bias1    u = scale3_e (U_t + f3 P3 B3^T) + bias3
+    g = scale1_e (G_t + f1 B1_e P1) + bias1    u = scale3_e (U_t + f3 B3_e P3) + bias3
     h = act(g) u
 
-`G`, `U` (T, F) are the frozen products; `P1`, `P3` (T, E R) are `A x` of all experts, of which a
-row keeps its own expert's columns. A slot of weight 0 is empty: expert -1, no columns. Rows exist
-in registers only: a token's rows lie side by side in one program, which reads and writes (T, F)
-tensors once.
+`G`, `U` (T, F) are the frozen products, by token; `P1`, `P3` (T K, R) are `A_e x` by row. Rows and
+the sorted positions of tokens are those of `order`: a program handles neighbours in that order,
+slot by slot, and multiplies with the matrices of the experts that the slot meets there, which are
+few. Sums are float32, operands of products in the dtype of the tensors. What a program sums over
+its part of F it stores on its own, to be added by the next kernel: no atomics, so the same input
+gives the same bits. An empty slot has weight 0, and nothing is read for it.
 
-The experts' low-rank matrices come stacked as (F, E R): B of gate and up, A of down transposed. In
-the kernels E R is padded to a power of two, K to SLOTS. Sums are float32, operands of products in
-the dtype of the tensors. What a program sums over its part of F (or T) it stores on its own, to be
-added afterwards: no atomics, so the same input gives the same bits.
-
-Flags: `LOW1`, `LOW3`, `LOW2`: gate, up, down have experts. `SCALE1`, `SCALE3`: gate, up have
-DoRA's scale (E, F). `PER_SLOT`: so has down, which then takes a hidden state per slot. `BIAS1`,
-`BIAS3`: gate, up have a bias (F,). `DROPPED`: `kept` (T, F) is a dropout mask of the hidden state.
+In the kernels R is padded to RANKS. Flags: `LOW1`, `LOW3`, `LOW2`: gate, up, down have experts.
+`SCALE1`, `SCALE3`: gate, up have DoRA's scale (E, F). `PER_SLOT`: so has down, which then takes a
+hidden state per row. `BIAS1`, `BIAS3`: gate, up have a bias (F,). `DROPPED`: dropout takes elements
+of the hidden state from the low-rank branch (`keys`, `place`, `threshold`: see `hashing`).
 Block sizes: `BT` tokens, `BF` of the F columns.
 """
 
@@ -26,24 +24,71 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixlora_exp.kernels.triton.hashing import kept, row_hash
 from mixlora_exp.kernels.triton.parts import (
     activate,
-    add_slots,
     dot,
-    load_columns,
-    own,
-    spread,
-    store_columns,
+    is_met,
+    load_low,
+    load_matrix,
+    slot_of,
+    store_low,
 )
 
-__all__ = ["forward_kernel"]
+__all__ = ["forward_kernel", "side"]
 
 
-@triton.jit(do_not_specialize=["T", "steps"])
+@triton.jit
+def side(
+    frozen,
+    p,
+    b,
+    scale,
+    bias,
+    factor,
+    row,
+    real,
+    expert,
+    first,
+    end,
+    inner,
+    within,
+    F,
+    E: tl.constexpr,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    LOW: tl.constexpr,
+    SCALE: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """(g, s): gate or up of a slot's rows, and DoRA's scale of them or 1. frozen: (BT, BF)."""
+    g = frozen
+    s = 1.0
+    if LOW:
+        columns = load_low(p, row, real & (expert < E), R, RANKS)
+        low = tl.zeros(g.shape, tl.float32)
+        for e in range(first, end):
+            mine = expert == e
+            if is_met(mine):
+                tile = load_matrix(b, e, inner, within, F, R, RANKS, False)
+                low = dot(tl.where(mine[:, None], columns, 0.0), tl.trans(tile), low)
+        g += factor * low
+    if SCALE:
+        inside = (real & (expert < E))[:, None] & within[None, :]
+        s = tl.load(scale + expert[:, None] * F + inner[None, :], mask=inside, other=0.0)
+        s = s.to(tl.float32)
+        g *= s
+    if BIAS:
+        g += tl.load(bias + inner, mask=within, other=0.0).to(tl.float32)[None, :]
+    return g, s
+
+
+@triton.jit(do_not_specialize=["T", "steps", "place", "threshold"])
 def forward_kernel(
     gate,
     up,
-    p,
+    p1,
+    p3,
     b1,
     b3,
     a2,
@@ -51,21 +96,23 @@ def forward_kernel(
     scale3,
     bias1,
     bias3,
+    keys,
+    tokens,
     experts,
     weights,
-    kept,
     hidden,
     reduced,
     T,
     F,
     steps,
+    place,
+    threshold,
     factor1,
     factor3,
     K: tl.constexpr,
-    SLOTS: tl.constexpr,
+    E: tl.constexpr,
     R: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr,
+    RANKS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LOW1: tl.constexpr,
     LOW3: tl.constexpr,
@@ -81,75 +128,68 @@ def forward_kernel(
 ):
     """The hidden state for the down projection, and its experts' `A h`.
 
-    p: (T, E R of gate, then of up). `hidden`: `sum_k w_k h_k` (T, F), or with PER_SLOT `h_k`
-    (T, K, F). `reduced` (splits, T, E R) float32: each program's part of `A2 drop(h_k)` in the
-    columns of slot k's expert, times w_k unless PER_SLOT. A token's experts are distinct, so its
-    slots fit side by side.
-
-    Grid: (token tiles, splits of F), `steps` F tiles a split.
+    `hidden`: `sum_k w_k h_k` (T, F) by token, or with PER_SLOT `h` (T K, F) by row, 0 in an empty
+    slot. `reduced` (splits, T K, R) float32: each program's part of `A2_e drop(h)`, times w unless
+    PER_SLOT. Grid: (token tiles, splits of F), `steps` F tiles a split.
     """
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    real = token < T
-    row = tl.arange(0, BT * SLOTS)
-    row_token = tl.program_id(0) * BT + row // SLOTS
-    pair = row_token.to(tl.int64) * K + row % SLOTS
-    valid = (row_token < T) & (row % SLOTS < K)
-    weight = tl.load(weights + pair, mask=valid, other=0.0)
-    filled = valid & (weight != 0.0)
-    expert = tl.load(experts + pair, mask=filled, other=-1).to(tl.int32)
+    position = tl.program_id(0) * BT + tl.arange(0, BT)
+    real = position < T
+    token = tl.load(tokens + position, mask=real, other=0)
     dtype = gate.dtype.element_ty
-    STRIDE: tl.constexpr = (LOW1 + LOW3) * COLUMNS
-    if LOW1:
-        p1 = load_columns(p, token, real, STRIDE, COLUMNS, PADDED)
-        p1 = own(spread(p1, BT, SLOTS, PADDED), expert, R, PADDED)
-    if LOW3:
-        p3 = load_columns(p + LOW1 * COLUMNS, token, real, STRIDE, COLUMNS, PADDED)
-        p3 = own(spread(p3, BT, SLOTS, PADDED), expert, R, PADDED)
-    if LOW2:
-        sums = tl.zeros((BT * SLOTS, PADDED), tl.float32)
+    if DROPPED:
+        hash1, hash2 = row_hash(keys, token, real, place)
+    sums = ()
+    for _ in tl.static_range(K):
+        sums = sums + (tl.zeros((BT, RANKS), tl.float32),)
     for step in range(steps):
         inner = (tl.program_id(1) * steps + step) * BF + tl.arange(0, BF)
         within = inner < F
         inside = real[:, None] & within[None, :]
         offsets = token.to(tl.int64)[:, None] * F + inner[None, :]
-        row_inside = filled[:, None] & within[None, :]
-        g = tl.load(gate + offsets, mask=inside, other=0.0)
-        g = spread(g, BT, SLOTS, BF).to(tl.float32)
-        if LOW1:
-            tile = load_columns(b1, inner, within, COLUMNS, COLUMNS, PADDED)
-            g += factor1 * dot(p1, tl.trans(tile), None)
-        if SCALE1:
-            s1 = tl.load(scale1 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
-            g *= s1
-        if BIAS1:
-            g += tl.load(bias1 + inner, mask=within, other=0.0)[None, :]
-        u = tl.load(up + offsets, mask=inside, other=0.0)
-        u = spread(u, BT, SLOTS, BF).to(tl.float32)
-        if LOW3:
-            tile = load_columns(b3, inner, within, COLUMNS, COLUMNS, PADDED)
-            u += factor3 * dot(p3, tl.trans(tile), None)
-        if SCALE3:
-            s3 = tl.load(scale3 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
-            u *= s3
-        if BIAS3:
-            u += tl.load(bias3 + inner, mask=within, other=0.0)[None, :]
-        h = activate(g, ACTIVATION)[0] * u
-        if PER_SLOT:
-            h = tl.where(filled[:, None], h, 0.0)
-            own_row = valid[:, None] & within[None, :]
-            tl.store(hidden + pair[:, None] * F + inner[None, :], h.to(dtype), mask=own_row)
-        else:
-            mixed = add_slots(weight[:, None] * h, BT, SLOTS, BF)
-            tl.store(hidden + offsets, mixed.to(dtype), mask=inside)
-        if LOW2:
-            if DROPPED:
-                keep = tl.load(kept + offsets, mask=inside, other=0)
-                h = tl.where(spread(keep, BT, SLOTS, BF) != 0, h, 0.0)
-            tile = load_columns(a2, inner, within, COLUMNS, COLUMNS, PADDED)
-            sums = dot(h.to(dtype), tile, sums)
-    if LOW2:
+        frozen1 = tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
+        frozen3 = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
+        if DROPPED:
+            keep = kept(hash1[:, None], hash2[:, None], inner[None, :], threshold)
+        mixed = tl.zeros((BT, BF), tl.float32)
+        parts = ()
+        for k in tl.static_range(K):
+            expert, first, end = slot_of(experts, position, real, k, K, E)
+            row = position * K + k
+            filled = real & (expert < E)
+            g, _s = side(
+                frozen1, p1, b1, scale1, bias1, factor1, row, real, expert, first, end, inner,
+                within, F, E, R, RANKS, LOW1, SCALE1, BIAS1,
+            )  # fmt: skip
+            u, _s = side(
+                frozen3, p3, b3, scale3, bias3, factor3, row, real, expert, first, end, inner,
+                within, F, E, R, RANKS, LOW3, SCALE3, BIAS3,
+            )  # fmt: skip
+            h = activate(g, ACTIVATION)[0] * u
+            weight = tl.load(weights + row, mask=real, other=0.0)
+            if PER_SLOT:
+                h = tl.where(filled[:, None], h, 0.0)
+                to = hidden + row.to(tl.int64)[:, None] * F + inner[None, :]
+                tl.store(to, h.to(dtype), mask=inside)
+            else:
+                mixed += weight[:, None] * h
+            part = sums[k]
+            if LOW2:
+                if DROPPED:
+                    h = tl.where(keep, h, 0.0)
+                for e in range(first, end):
+                    mine = expert == e
+                    if is_met(mine):
+                        tile = load_matrix(a2, e, inner, within, F, R, RANKS, True)
+                        part += tl.where(mine[:, None], dot(h.to(dtype), tile, None), 0.0)
+            parts = parts + (part,)
+        sums = parts
         if not PER_SLOT:
-            sums *= weight[:, None]
-        sums = add_slots(own(sums, expert, R, PADDED), BT, SLOTS, PADDED)
-        part = reduced + tl.program_id(1).to(tl.int64) * T * COLUMNS
-        store_columns(part, sums, token, real, COLUMNS, COLUMNS, PADDED)
+            tl.store(hidden + offsets, mixed.to(dtype), mask=inside)
+    if LOW2:
+        reduced += tl.program_id(1).to(tl.int64) * T * K * R
+        for k in tl.static_range(K):
+            part = sums[k]
+            row = position * K + k
+            if not PER_SLOT:
+                part *= tl.load(weights + row, mask=real, other=0.0)[:, None]
+            store_low(reduced, part, row, real, R, RANKS)

@@ -1,7 +1,7 @@
 """Triton kernels of the backward pass of `ffn`: its words, flags and block sizes hold here.
 
-One kernel sums over the slots of a token, one over the tokens; both compute gate, up and hidden
-state again.
+One kernel sums over the slots of a token, one over the rows of an expert; both compute gate, up and
+hidden state again.
 """
 
 from __future__ import annotations
@@ -9,26 +9,53 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixlora_exp.kernels.triton.ffn import side
+from mixlora_exp.kernels.triton.hashing import kept, row_hash
 from mixlora_exp.kernels.triton.parts import (
     activate,
-    add_slots,
     dot,
-    load_columns,
-    own,
-    spread,
-    spread_columns,
-    store_columns,
+    is_met,
+    load_low,
+    load_matrix,
+    slot_of,
+    store_low,
 )
 
 __all__ = ["backward_inner_kernel", "backward_tokens_kernel"]
 
 
-@triton.jit(do_not_specialize=["T", "steps"])
+@triton.jit
+def _back(
+    total,
+    gradient,
+    b,
+    expert,
+    first,
+    end,
+    inner,
+    within,
+    F,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """`total` and the gradient of `A_e x` of a slot's rows through the tile's part of B."""
+    if LOW:
+        for e in range(first, end):
+            mine = expert == e
+            if is_met(mine):
+                tile = load_matrix(b, e, inner, within, F, R, RANKS, False)
+                part = dot(gradient.to(tile.dtype), tile, None)
+                total += tl.where(mine[:, None], part, 0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "steps", "place", "threshold"])
 def backward_tokens_kernel(
     gate,
     up,
-    p,
-    q,
+    p1,
+    p3,
     b1,
     b3,
     a2,
@@ -36,24 +63,28 @@ def backward_tokens_kernel(
     scale3,
     bias1,
     bias3,
+    keys,
+    tokens,
     experts,
     weights,
-    kept,
+    q,
     dhidden,
     dgate,
     dup,
-    dp,
+    dp1,
+    dp3,
     dweights,
     T,
     F,
     steps,
+    place,
+    threshold,
     factor1,
     factor3,
     K: tl.constexpr,
-    SLOTS: tl.constexpr,
+    E: tl.constexpr,
     R: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr,
+    RANKS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LOW1: tl.constexpr,
     LOW3: tl.constexpr,
@@ -69,112 +100,108 @@ def backward_tokens_kernel(
 ):
     """What the backward pass sums over the slots of a token.
 
-    dhidden: the gradient of the frozen down product's input, (T, F), or with PER_SLOT (T, K, F),
-    then with the slot's weight in it. q (T, E R): what times A2 is the other part of that gradient,
-    for any expert in its columns; with PER_SLOT for slot k, weighted, in those of its expert.
-    Results: dgate, dup (T, F), summed over the slots; dp (splits, T, E R of gate, then of up)
-    float32, each program's part of the gradient of p; dweights (splits, T, K) float32, its part
-    of `sum_f h_k dh_k`, unless PER_SLOT. dgate may be dhidden unless PER_SLOT: a tile is read and
-    written by one program.
+    dhidden: the gradient of the frozen down product's input, (T, F) by token, or with PER_SLOT
+    (T K, F) by row, then with the row's weight in it. q (T K, R): what times A2_e is the other part
+    of that gradient, with PER_SLOT weighted too. Results: dgate, dup (T, F), summed over the slots;
+    dp1, dp3 (splits, T K, R) float32, each program's part of the gradients of p1, p3; dweights
+    (splits, T K) float32, its part of `sum_f h dh`, unless PER_SLOT.
 
     Grid: (token tiles, splits of F), `steps` F tiles a split.
     """
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    real = token < T
-    row = tl.arange(0, BT * SLOTS)
-    row_token = tl.program_id(0) * BT + row // SLOTS
-    pair = row_token.to(tl.int64) * K + row % SLOTS
-    valid = (row_token < T) & (row % SLOTS < K)
-    weight = tl.load(weights + pair, mask=valid, other=0.0)
-    filled = valid & (weight != 0.0)
-    expert = tl.load(experts + pair, mask=filled, other=-1).to(tl.int32)
+    position = tl.program_id(0) * BT + tl.arange(0, BT)
+    real = position < T
+    token = tl.load(tokens + position, mask=real, other=0)
     dtype = gate.dtype.element_ty
-    STRIDE: tl.constexpr = (LOW1 + LOW3) * COLUMNS
-    if LOW1:
-        p1 = load_columns(p, token, real, STRIDE, COLUMNS, PADDED)
-        p1 = own(spread(p1, BT, SLOTS, PADDED), expert, R, PADDED)
-        dp1 = tl.zeros((BT * SLOTS, PADDED), tl.float32)
-    if LOW3:
-        p3 = load_columns(p + LOW1 * COLUMNS, token, real, STRIDE, COLUMNS, PADDED)
-        p3 = own(spread(p3, BT, SLOTS, PADDED), expert, R, PADDED)
-        dp3 = tl.zeros((BT * SLOTS, PADDED), tl.float32)
-    if LOW2:
-        q2 = load_columns(q, token, real, COLUMNS, COLUMNS, PADDED)
-        q2 = own(spread(q2, BT, SLOTS, PADDED), expert, R, PADDED)
-    dweight = tl.zeros((BT * SLOTS,), tl.float32)
+    if DROPPED:
+        hash1, hash2 = row_hash(keys, token, real, place)
+    sums1 = ()
+    sums3 = ()
+    sums_w = ()
+    for _ in tl.static_range(K):
+        sums1 = sums1 + (tl.zeros((BT, RANKS), tl.float32),)
+        sums3 = sums3 + (tl.zeros((BT, RANKS), tl.float32),)
+        sums_w = sums_w + (tl.zeros((BT,), tl.float32),)
     for step in range(steps):
         inner = (tl.program_id(1) * steps + step) * BF + tl.arange(0, BF)
         within = inner < F
         inside = real[:, None] & within[None, :]
         offsets = token.to(tl.int64)[:, None] * F + inner[None, :]
-        row_inside = filled[:, None] & within[None, :]
-        g = tl.load(gate + offsets, mask=inside, other=0.0)
-        g = spread(g, BT, SLOTS, BF).to(tl.float32)
-        if LOW1:
-            b1_tile = load_columns(b1, inner, within, COLUMNS, COLUMNS, PADDED)
-            g += factor1 * dot(p1, tl.trans(b1_tile), None)
-        if SCALE1:
-            s1 = tl.load(scale1 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
-            g *= s1
-        if BIAS1:
-            g += tl.load(bias1 + inner, mask=within, other=0.0)[None, :]
-        u = tl.load(up + offsets, mask=inside, other=0.0)
-        u = spread(u, BT, SLOTS, BF).to(tl.float32)
-        if LOW3:
-            b3_tile = load_columns(b3, inner, within, COLUMNS, COLUMNS, PADDED)
-            u += factor3 * dot(p3, tl.trans(b3_tile), None)
-        if SCALE3:
-            s3 = tl.load(scale3 + expert[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
-            u *= s3
-        if BIAS3:
-            u += tl.load(bias3 + inner, mask=within, other=0.0)[None, :]
-        active, slope = activate(g, ACTIVATION)
-        if PER_SLOT:
-            dh = tl.load(dhidden + pair[:, None] * F + inner[None, :], mask=row_inside, other=0.0)
-        else:
-            dh = spread(tl.load(dhidden + offsets, mask=inside, other=0.0), BT, SLOTS, BF)
-        dh = dh.to(tl.float32)
-        if LOW2:
-            tile = load_columns(a2, inner, within, COLUMNS, COLUMNS, PADDED)
-            low = dot(q2, tl.trans(tile), None)
-            if DROPPED:
-                keep = tl.load(kept + offsets, mask=inside, other=0)
-                low = tl.where(spread(keep, BT, SLOTS, BF) != 0, low, 0.0)
-            dh += low
+        frozen1 = tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
+        frozen3 = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
+        if DROPPED:
+            keep = kept(hash1[:, None], hash2[:, None], inner[None, :], threshold)
         if not PER_SLOT:
-            dweight += tl.sum(active * u * dh, axis=1)
-            dh *= weight[:, None]
-        dg = dh * u * slope
-        du = dh * active
-        if SCALE1:
-            dg *= s1
-        if SCALE3:
-            du *= s3
-        tl.store(dgate + offsets, add_slots(dg, BT, SLOTS, BF).to(dtype), mask=inside)
-        tl.store(dup + offsets, add_slots(du, BT, SLOTS, BF).to(dtype), mask=inside)
+            shared = tl.load(dhidden + offsets, mask=inside, other=0.0).to(tl.float32)
+        sum_g = tl.zeros((BT, BF), tl.float32)
+        sum_u = tl.zeros((BT, BF), tl.float32)
+        parts1 = ()
+        parts3 = ()
+        parts_w = ()
+        for k in tl.static_range(K):
+            expert, first, end = slot_of(experts, position, real, k, K, E)
+            row = position * K + k
+            filled = real & (expert < E)
+            weight = tl.load(weights + row, mask=real, other=0.0)
+            g, s1 = side(
+                frozen1, p1, b1, scale1, bias1, factor1, row, real, expert, first, end, inner,
+                within, F, E, R, RANKS, LOW1, SCALE1, BIAS1,
+            )  # fmt: skip
+            u, s3 = side(
+                frozen3, p3, b3, scale3, bias3, factor3, row, real, expert, first, end, inner,
+                within, F, E, R, RANKS, LOW3, SCALE3, BIAS3,
+            )  # fmt: skip
+            active, slope = activate(g, ACTIVATION)
+            if PER_SLOT:
+                place_of = dhidden + row.to(tl.int64)[:, None] * F + inner[None, :]
+                own = filled[:, None] & within[None, :]
+                dh = tl.load(place_of, mask=own, other=0.0).to(tl.float32)
+            else:
+                dh = shared
+            if LOW2:
+                columns = load_low(q, row, filled, R, RANKS)
+                low = tl.zeros((BT, BF), tl.float32)
+                for e in range(first, end):
+                    mine = expert == e
+                    if is_met(mine):
+                        tile = load_matrix(a2, e, inner, within, F, R, RANKS, True)
+                        low = dot(tl.where(mine[:, None], columns, 0.0), tl.trans(tile), low)
+                if DROPPED:
+                    low = tl.where(keep, low, 0.0)
+                dh += low
+            part_w = sums_w[k]
+            if not PER_SLOT:
+                part_w += tl.sum(active * u * dh, axis=1)
+                dh *= weight[:, None]
+            parts_w = parts_w + (part_w,)
+            dg = dh * u * slope * s1
+            du = dh * active * s3
+            sum_g += dg
+            sum_u += du
+            part1 = _back(sums1[k], dg, b1, expert, first, end, inner, within, F, R, RANKS, LOW1)
+            part3 = _back(sums3[k], du, b3, expert, first, end, inner, within, F, R, RANKS, LOW3)
+            parts1 = parts1 + (part1,)
+            parts3 = parts3 + (part3,)
+        sums1, sums3, sums_w = parts1, parts3, parts_w
+        tl.store(dgate + offsets, sum_g.to(dtype), mask=inside)
+        tl.store(dup + offsets, sum_u.to(dtype), mask=inside)
+    split = tl.program_id(1).to(tl.int64) * T * K
+    for k in tl.static_range(K):
+        row = position * K + k
         if LOW1:
-            dp1 = dot(dg.to(dtype), b1_tile, dp1)
+            store_low(dp1 + split * R, factor1 * sums1[k], row, real, R, RANKS)
         if LOW3:
-            dp3 = dot(du.to(dtype), b3_tile, dp3)
-    split = tl.program_id(1).to(tl.int64)
-    if LOW1:
-        dp1 = add_slots(own(factor1 * dp1, expert, R, PADDED), BT, SLOTS, PADDED)
-        store_columns(dp + split * T * STRIDE, dp1, token, real, STRIDE, COLUMNS, PADDED)
-    if LOW3:
-        dp3 = add_slots(own(factor3 * dp3, expert, R, PADDED), BT, SLOTS, PADDED)
-        part = dp + split * T * STRIDE + LOW1 * COLUMNS
-        store_columns(part, dp3, token, real, STRIDE, COLUMNS, PADDED)
-    if not PER_SLOT:
-        dweight = tl.where(filled, dweight, 0.0)
-        tl.store(dweights + split * T * K + pair, dweight, mask=valid)
+            store_low(dp3 + split * R, factor3 * sums3[k], row, real, R, RANKS)
+        if not PER_SLOT:
+            expert = tl.load(experts + row, mask=real, other=E)
+            tl.store(dweights + split + row, tl.where(expert < E, sums_w[k], 0.0), mask=real)
 
 
-@triton.jit(do_not_specialize=["T", "steps"])
+@triton.jit(do_not_specialize=["T", "place", "threshold"])
 def backward_inner_kernel(
     gate,
     up,
-    p,
-    q,
+    p1,
+    p3,
     b1,
     b3,
     a2,
@@ -182,27 +209,29 @@ def backward_inner_kernel(
     scale3,
     bias1,
     bias3,
-    experts,
+    keys,
+    tokens,
     weights,
-    kept,
+    rows,
+    starts,
+    q,
     dhidden,
+    norm1,
+    norm3,
     db1,
     db3,
     da2,
-    dscale1,
-    dscale3,
+    dmagnitude1,
+    dmagnitude3,
     T,
     F,
-    steps,
+    place,
+    threshold,
     factor1,
     factor3,
-    E: tl.constexpr,
-    EXPERTS: tl.constexpr,
     K: tl.constexpr,
-    SLOTS: tl.constexpr,
     R: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr,
+    RANKS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LOW1: tl.constexpr,
     LOW3: tl.constexpr,
@@ -216,116 +245,103 @@ def backward_inner_kernel(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """What the backward pass sums over the tokens: the gradients of the stacked matrices.
+    """What the backward pass sums over the rows of an expert: the gradients of its parameters.
 
-    p, q, dhidden: as `backward_tokens_kernel` takes them. Results, each program's part in float32:
-    db1, db3, da2 (splits, F, E R); dscale1, dscale3 (splits, F, E), of DoRA's scale.
+    q, dhidden: as `backward_tokens_kernel` takes them. norm1, norm3 (E, F): what the magnitudes
+    stand over in DoRA's scale. Results, in the dtype and layout of the parameters: db1, db3
+    (E, F, R); da2 (E, R, F); dmagnitude1, dmagnitude3 (E, F).
 
     Tiles stand as (BF, rows), so that gradients leave the activation in the layout in which the
-    next product takes its left operand. EXPERTS is E padded.
-    Grid: (F tiles, splits of T), `steps` token tiles a split.
+    next product takes its left operand. Grid: (F tiles, E).
     """
     inner = tl.program_id(0) * BF + tl.arange(0, BF)
     within = inner < F
+    expert = tl.program_id(1)
     dtype = gate.dtype.element_ty
-    STRIDE: tl.constexpr = (LOW1 + LOW3) * COLUMNS
     if LOW1:
-        b1_tile = load_columns(b1, inner, within, COLUMNS, COLUMNS, PADDED)
-        db1_tile = tl.zeros((BF, PADDED), tl.float32)
+        b1_tile = load_matrix(b1, expert, inner, within, F, R, RANKS, False)
     if LOW3:
-        b3_tile = load_columns(b3, inner, within, COLUMNS, COLUMNS, PADDED)
-        db3_tile = tl.zeros((BF, PADDED), tl.float32)
+        b3_tile = load_matrix(b3, expert, inner, within, F, R, RANKS, False)
     if LOW2:
-        a2_tile = load_columns(a2, inner, within, COLUMNS, COLUMNS, PADDED)
-        da2_tile = tl.zeros((BF, PADDED), tl.float32)
+        a2_tile = load_matrix(a2, expert, inner, within, F, R, RANKS, True)
+    s1 = 1.0
+    s3 = 1.0
     if SCALE1:
-        dscale1_tile = tl.zeros((BF, EXPERTS), tl.float32)
+        s1 = tl.load(scale1 + expert * F + inner, mask=within, other=0.0).to(tl.float32)[:, None]
     if SCALE3:
-        dscale3_tile = tl.zeros((BF, EXPERTS), tl.float32)
-    for step in range(steps):
-        first = (tl.program_id(1) * steps + step) * BT
-        token = first + tl.arange(0, BT)
-        real = token < T
-        row = tl.arange(0, BT * SLOTS)
-        row_token = first + row // SLOTS
-        pair = row_token.to(tl.int64) * K + row % SLOTS
-        valid = (row_token < T) & (row % SLOTS < K)
-        weight = tl.load(weights + pair, mask=valid, other=0.0)
-        filled = valid & (weight != 0.0)
-        expert = tl.load(experts + pair, mask=filled, other=-1).to(tl.int32)
-        inside = within[:, None] & real[None, :]
+        s3 = tl.load(scale3 + expert * F + inner, mask=within, other=0.0).to(tl.float32)[:, None]
+    db1_tile = tl.zeros((BF, RANKS), tl.float32)
+    db3_tile = tl.zeros((BF, RANKS), tl.float32)
+    da2_tile = tl.zeros((BF, RANKS), tl.float32)
+    dscale1 = tl.zeros((BF,), tl.float32)
+    dscale3 = tl.zeros((BF,), tl.float32)
+    end = tl.load(starts + expert + 1)
+    for first in range(tl.load(starts + expert), end, BT):
+        index = first + tl.arange(0, BT)
+        valid = index < end
+        row = tl.load(rows + index, mask=valid, other=0)
+        token = tl.load(tokens + row // K, mask=valid, other=0)
+        weight = tl.load(weights + row, mask=valid, other=0.0)
+        inside = within[:, None] & valid[None, :]
         offsets = token.to(tl.int64)[None, :] * F + inner[:, None]
-        row_inside = within[:, None] & filled[None, :]
-        raw1 = tl.load(gate + offsets, mask=inside, other=0.0)
-        raw1 = spread_columns(raw1, BT, SLOTS, BF).to(tl.float32)
+        raw1 = tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
         if LOW1:
-            p1 = load_columns(p, token, real, STRIDE, COLUMNS, PADDED)
-            p1 = own(spread(p1, BT, SLOTS, PADDED), expert, R, PADDED)
-            raw1 += factor1 * dot(b1_tile, tl.trans(p1), None)
-        g = raw1
-        if SCALE1:
-            s1 = tl.load(scale1 + expert[None, :] * F + inner[:, None], mask=row_inside, other=0.0)
-            g = raw1 * s1
+            columns1 = load_low(p1, row, valid, R, RANKS)
+            raw1 += factor1 * dot(b1_tile, tl.trans(columns1), None)
+        g = raw1 * s1
         if BIAS1:
-            g = g + tl.load(bias1 + inner, mask=within, other=0.0)[:, None]
-        raw3 = tl.load(up + offsets, mask=inside, other=0.0)
-        raw3 = spread_columns(raw3, BT, SLOTS, BF).to(tl.float32)
+            g += tl.load(bias1 + inner, mask=within, other=0.0).to(tl.float32)[:, None]
+        raw3 = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
         if LOW3:
-            p3 = load_columns(p + LOW1 * COLUMNS, token, real, STRIDE, COLUMNS, PADDED)
-            p3 = own(spread(p3, BT, SLOTS, PADDED), expert, R, PADDED)
-            raw3 += factor3 * dot(b3_tile, tl.trans(p3), None)
-        u = raw3
-        if SCALE3:
-            s3 = tl.load(scale3 + expert[None, :] * F + inner[:, None], mask=row_inside, other=0.0)
-            u = raw3 * s3
+            columns3 = load_low(p3, row, valid, R, RANKS)
+            raw3 += factor3 * dot(b3_tile, tl.trans(columns3), None)
+        u = raw3 * s3
         if BIAS3:
-            u = u + tl.load(bias3 + inner, mask=within, other=0.0)[:, None]
+            u += tl.load(bias3 + inner, mask=within, other=0.0).to(tl.float32)[:, None]
         active, slope = activate(g, ACTIVATION)
         if PER_SLOT:
-            dh = tl.load(dhidden + pair[None, :] * F + inner[:, None], mask=row_inside, other=0.0)
+            own = dhidden + row.to(tl.int64)[None, :] * F + inner[:, None]
+            dh = tl.load(own, mask=inside, other=0.0).to(tl.float32)
         else:
-            dh = tl.load(dhidden + offsets, mask=inside, other=0.0)
-            dh = spread_columns(dh, BT, SLOTS, BF)
-        dh = dh.to(tl.float32)
+            dh = tl.load(dhidden + offsets, mask=inside, other=0.0).to(tl.float32)
         if LOW2:
-            q2 = load_columns(q, token, real, COLUMNS, COLUMNS, PADDED)
-            q2 = own(spread(q2, BT, SLOTS, PADDED), expert, R, PADDED)
-            low = dot(a2_tile, tl.trans(q2), None)
+            columns2 = load_low(q, row, valid, R, RANKS)
+            low = dot(a2_tile, tl.trans(columns2), None)
             h = active * u
             if not PER_SLOT:
                 h *= weight[None, :]
             if DROPPED:
-                keep = tl.load(kept + offsets, mask=inside, other=0)
-                keep = spread_columns(keep, BT, SLOTS, BF) != 0
+                hash1, hash2 = row_hash(keys, token, valid, place)
+                keep = kept(hash1[None, :], hash2[None, :], inner[:, None], threshold)
                 low = tl.where(keep, low, 0.0)
                 h = tl.where(keep, h, 0.0)
             dh += low
-            da2_tile = dot(h.to(dtype), q2, da2_tile)
+            da2_tile = dot(h.to(dtype), columns2, da2_tile)
         if not PER_SLOT:
             dh *= weight[None, :]
         dg = dh * u * slope
         du = dh * active
-        if SCALE1 or SCALE3:
-            chosen = (expert[:, None] == tl.arange(0, EXPERTS)[None, :]).to(dtype)
         if SCALE1:
-            dscale1_tile = dot((dg * raw1).to(dtype), chosen, dscale1_tile)
-            dg *= s1
+            dscale1 += tl.sum(dg * raw1, axis=1)
         if SCALE3:
-            dscale3_tile = dot((du * raw3).to(dtype), chosen, dscale3_tile)
-            du *= s3
+            dscale3 += tl.sum(du * raw3, axis=1)
         if LOW1:
-            db1_tile = dot(dg.to(dtype), p1, db1_tile)
+            db1_tile = dot((dg * s1).to(dtype), columns1, db1_tile)
         if LOW3:
-            db3_tile = dot(du.to(dtype), p3, db3_tile)
-    split = tl.program_id(1).to(tl.int64)
-    part = split * F * COLUMNS
+            db3_tile = dot((du * s3).to(dtype), columns3, db3_tile)
+    rank = tl.arange(0, RANKS)
+    inside = within[:, None] & (rank < R)[None, :]
+    along = expert * R * F + inner[:, None] * R + rank[None, :]
     if LOW1:
-        store_columns(db1 + part, factor1 * db1_tile, inner, within, COLUMNS, COLUMNS, PADDED)
+        tl.store(db1 + along, factor1 * db1_tile, mask=inside)
     if LOW3:
-        store_columns(db3 + part, factor3 * db3_tile, inner, within, COLUMNS, COLUMNS, PADDED)
+        tl.store(db3 + along, factor3 * db3_tile, mask=inside)
     if LOW2:
-        store_columns(da2 + part, da2_tile, inner, within, COLUMNS, COLUMNS, PADDED)
+        across = expert * R * F + rank[None, :] * F + inner[:, None]
+        tl.store(da2 + across, da2_tile, mask=inside)
     if SCALE1:
-        store_columns(dscale1 + split * F * E, dscale1_tile, inner, within, E, E, EXPERTS)
+        norm = tl.load(norm1 + expert * F + inner, mask=within, other=1.0)
+        tl.store(dmagnitude1 + expert * F + inner, dscale1 / norm, mask=within)
     if SCALE3:
-        store_columns(dscale3 + split * F * E, dscale3_tile, inner, within, E, E, EXPERTS)
+        norm = tl.load(norm3 + expert * F + inner, mask=within, other=1.0)
+        tl.store(dmagnitude3 + expert * F + inner, dscale3 / norm, mask=within)

@@ -8,13 +8,12 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "activate",
-    "add_slots",
     "dot",
-    "load_columns",
-    "own",
-    "spread",
-    "spread_columns",
-    "store_columns",
+    "is_met",
+    "load_low",
+    "load_matrix",
+    "slot_of",
+    "store_low",
 ]
 
 # Triton takes globals as constants only. In products they stand right of the tensor: left of it
@@ -62,60 +61,61 @@ def dot(a, b, total):
 
 
 @triton.jit
-def load_columns(
-    pointer, row, valid, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
-):
-    """(rows, PADDED): rows of a matrix of WIDTH columns, 0 where there is none."""
-    column = tl.arange(0, PADDED)
-    offsets = row.to(tl.int64)[:, None] * STRIDE + column[None, :]
-    return tl.load(pointer + offsets, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
+def slot_of(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
+    """(expert, first, end): the experts of slot k by row, E for none, and the range they are in.
 
-
-@triton.jit
-def store_columns(
-    pointer, values, row, valid, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
-):
-    """The opposite of `load_columns`."""
-    column = tl.arange(0, PADDED)
-    offsets = row.to(tl.int64)[:, None] * STRIDE + column[None, :]
-    tl.store(pointer + offsets, values, mask=valid[:, None] & (column < WIDTH)[None, :])
-
-
-@triton.jit
-def own(values, expert, R: tl.constexpr, PADDED: tl.constexpr):
-    """`values` (rows, PADDED) with the columns of other experts zero. expert: (rows,), -1 for none.
-
-    By `where`, never by a product: 0 * NaN would let in what stands in another expert's columns.
-    A column of the padding belongs to expert E or above, so to nobody.
+    experts: (T, K) int32 by sorted position (see `order`).
     """
-    owner = tl.arange(0, PADDED) // R
-    return tl.where(expert[:, None] == owner[None, :], values, 0.0)
+    expert = tl.load(experts + position * K + k, mask=real, other=E)
+    first = tl.min(expert, axis=0)
+    end = tl.max(tl.where(expert < E, expert, -1), axis=0) + 1
+    return expert, first, end
 
 
 @triton.jit
-def spread(values, BT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """(BT SLOTS, WIDTH): each token's values for all its rows. values: (BT, WIDTH)."""
-    if SLOTS == 1:
-        return values
-    copies = tl.broadcast_to(tl.reshape(values, (BT, 1, WIDTH)), (BT, SLOTS, WIDTH))
-    return tl.reshape(copies, (BT * SLOTS, WIDTH))
+def is_met(mine):
+    """Whether any of these is true."""
+    return tl.max(mine.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
-def spread_columns(values, BT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """(WIDTH, BT SLOTS): the same with a token's values in a column. values: (WIDTH, BT)."""
-    if SLOTS == 1:
-        return values
-    copies = tl.broadcast_to(tl.reshape(values, (WIDTH, BT, 1)), (WIDTH, BT, SLOTS))
-    return tl.reshape(copies, (WIDTH, BT * SLOTS))
+def load_matrix(
+    matrix,
+    expert,
+    inner,
+    within,
+    SIZE,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """(inner, RANKS): some of the SIZE places of an expert's matrix, its rank padded with zeros.
+
+    matrix: (E, SIZE, R), or with ACROSS (E, R, SIZE).
+    """
+    rank = tl.arange(0, RANKS)
+    if ACROSS:
+        offsets = rank[None, :] * SIZE + inner[:, None]
+    else:
+        offsets = inner[:, None] * R + rank[None, :]
+    mask = within[:, None] & (rank < R)[None, :]
+    return tl.load(matrix + expert * R * SIZE + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def add_slots(values, BT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """(BT, WIDTH): the sum over each token's rows. values: (BT SLOTS, WIDTH)."""
-    if SLOTS == 1:
-        return values
-    return tl.sum(tl.reshape(values, (BT, SLOTS, WIDTH)), axis=1)
+def load_low(low, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
+    """(rows, RANKS): rows of a matrix of R columns, padded with zeros."""
+    rank = tl.arange(0, RANKS)
+    offsets = row.to(tl.int64)[:, None] * R + rank[None, :]
+    return tl.load(low + offsets, mask=valid[:, None] & (rank < R)[None, :], other=0.0)
+
+
+@triton.jit
+def store_low(low, values, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
+    """The opposite of `load_low`."""
+    rank = tl.arange(0, RANKS)
+    offsets = row.to(tl.int64)[:, None] * R + rank[None, :]
+    tl.store(low + offsets, values, mask=valid[:, None] & (rank < R)[None, :])
 
 
 INTERPRETED = not isinstance(dot, triton.JITFunction)

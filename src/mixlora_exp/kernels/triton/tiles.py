@@ -9,74 +9,44 @@ import triton
 
 from mixlora_exp.kernels.triton.parts import INTERPRETED
 
-__all__ = ["Tiles", "default_tiles", "max_columns", "padded"]
+__all__ = ["Tiles", "most_columns", "padded", "splits_of", "tiles_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Block sizes of a launch: `tokens` and `inner`, of the F columns, in a tile, powers of two
-    with at least 16 inner columns and 16 rows, of which a token has one per slot (K padded);
-    `splits` of the loop over the tiles of F or, in `backward_inner`, of T; warps of a program;
-    stages of its loop."""
+    """Block sizes of a launch: `rows` (tokens, or rows of an expert) and `inner` of the wide
+    columns in a tile, powers of two from 16 on; warps of a program, stages of its loop."""
 
-    tokens: int
+    rows: int
     inner: int
-    splits: int
-    warps: int
-    stages: int
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# Rows, inner, warps and stages, by the padded E R.
-#
-# A program holds sums of rows * E R (`forward`; twice that in `tokens`) or 3 * inner * E R
-# (`inner`) float32 numbers, and the left operands of its products beside them: about half of the
-# 255 registers that a thread may have, so tiles shrink as E R grows. Shared memory holds the stages
-# of three tiles of inner * E R (in `inner`: rows * E R) and stays below the 99 KB that a program
-# may have on a 24 GB consumer card. Compiled for compute capabilities 8.0, 8.9 and 9.0 none of them
-# spills more than a few registers.
+# By kernel and padded columns: those of a row's rank or, for the kernels that sum over F for all
+# slots of a token, of K such. They were compiled for compute capabilities 8.0, 8.9 and 9.0, where
+# none spills more than 8 registers or takes more shared memory than a consumer card has, not timed.
+# More rows read the matrices less often, fewer meet fewer experts.
 HALF_TILES = {
-    "forward": {
-        16: (64, 64, 4, 2),
-        32: (64, 64, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (64, 32, 4, 2),
-        256: (32, 32, 8, 2),
-        512: (16, 16, 4, 1),
-    },
-    "tokens": {
-        16: (64, 32, 4, 2),
-        32: (64, 32, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (32, 32, 4, 2),
-        256: (16, 32, 8, 2),
-        512: (16, 16, 8, 1),
-    },
-    "inner": {
-        16: (32, 64, 4, 2),
-        32: (32, 64, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (32, 32, 4, 2),
-        256: (16, 16, 8, 2),
-        512: (16, 16, 8, 1),
-    },
-}
-
-# Data-centre cards from Hopper on have 227 KB of shared memory for a program and products that want
-# 64 rows; more rows read the experts' matrices less often.
-LARGE_CARDS = {(9, 0), (10, 0), (10, 3)}
-LARGE_TILES = {
-    "forward": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2)},
-    "tokens": {128: (64, 32, 4, 2)},
-    "inner": {},
+    "forward": {32: Tiles(32, 64), 64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 32)},
+    "tokens": {32: Tiles(32, 64, 8), 64: Tiles(32, 32), 128: Tiles(32, 32), 256: Tiles(16, 32)},
+    "inner": {32: Tiles(32, 64), 64: Tiles(32, 32), 128: Tiles(32, 32), 256: Tiles(16, 16)},
+    "narrow": {32: Tiles(16, 256), 64: Tiles(16, 128), 128: Tiles(16, 64), 256: Tiles(16, 32)},
+    "wide": {32: Tiles(32, 128), 64: Tiles(32, 64), 128: Tiles(32, 64), 256: Tiles(16, 32)},
+    "matrices": {32: Tiles(64, 64), 64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16)},
 }
 
 # float32 products that are not cut to tf32 run outside the tensor cores, each thread with whole
 # rows of both operands in registers: small tiles, and no more than 128 columns.
-FULL_TILES = {width: (16, 16, 4, 1) for width in (16, 32, 64, 128)}
+FULL_TILES = {width: Tiles(16, 16, 4, 1) for width in (32, 64, 128)}
 
-# Programs per multiprocessor that the loops are split for, so that the last wave is a small part of
-# the whole. The sums of `inner` are small beside what it reads, so it can afford more splits.
-WAVES = {"forward": 4, "tokens": 4, "inner": 8}
+# Programs per multiprocessor that the loops over F are split for, so that the last wave is a small
+# part of the whole.
+WAVES = 4
 
 
 def padded(size: int) -> int:
@@ -84,40 +54,30 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def max_columns(dtype: torch.dtype) -> int:
-    """The largest E R that the kernels take."""
+def most_columns(dtype: torch.dtype) -> int:
+    """The most columns, K times the padded rank, that the kernels take."""
     return max(FULL_TILES if dtype == torch.float32 else HALF_TILES["forward"])
 
 
-def default_tiles(
-    kernel: str,
-    *,
-    tokens: int,
-    inner: int,
-    columns: int,
-    top_k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tiles:
-    """The block sizes of `forward`, `tokens` (`backward_tokens`) or `inner` (`backward_inner`) for
-    T, F, E R and K.
-
-    Few tokens (generation) make few programs, so their loops are split until the GPU is full.
-    """
-    slots = triton.next_power_of_2(top_k)
+def tiles_of(kernel: str, columns: int, dtype: torch.dtype) -> Tiles:
+    """The block sizes of a kernel: `forward`, `tokens`, `inner`, or of the kernels of `narrow` to
+    columns, from them and of the matrices' gradients. columns: padded."""
     if INTERPRETED:
-        # Small, so that small tests have several tiles and splits.
-        return Tiles(max(1, 16 // slots), 32, 2, 4, 1)
-    table = FULL_TILES
-    if dtype != torch.float32:
-        table = HALF_TILES[kernel]
-        if torch.cuda.get_device_capability(device) in LARGE_CARDS:
-            table = {**table, **LARGE_TILES[kernel]}
-    rows, width, warps, stages = table[padded(columns)]
-    rows = min(rows, max(16, slots * triton.next_power_of_2(tokens)))
-    height = max(1, rows // slots)
-    programs, loop = triton.cdiv(tokens, height), triton.cdiv(inner, width)
-    if kernel == "inner":
-        programs, loop = loop, programs
-    wanted = WAVES[kernel] * torch.cuda.get_device_properties(device).multi_processor_count
-    return Tiles(height, width, min(loop, triton.cdiv(wanted, programs)), warps, stages)
+        # Small, so that small tests have several tiles.
+        return Tiles(16, 32, 4, 1)
+    table = FULL_TILES if dtype == torch.float32 else HALF_TILES[kernel]
+    return table[max(32, triton.next_power_of_2(columns))]
+
+
+def splits_of(tiles: Tiles, rows: int, inner: int, device: torch.device) -> tuple[int, int]:
+    """(steps, splits) of the loop over `inner`, so that the programs of few rows fill the device:
+    tiles of a split, and splits, none of them empty."""
+    programs, loop = triton.cdiv(rows, tiles.rows), triton.cdiv(inner, tiles.inner)
+    wanted = 2 * programs
+    if not INTERPRETED:
+        # A machine that compiles for a device it does not have knows no better.
+        there = device.type == "cuda" and torch.cuda.is_available()
+        count = torch.cuda.get_device_properties(device).multi_processor_count if there else 132
+        wanted = WAVES * count
+    steps = triton.cdiv(loop, min(loop, triton.cdiv(wanted, programs)))
+    return steps, triton.cdiv(loop, steps)
