@@ -83,7 +83,9 @@ def on_device(block: FeedForward) -> FeedForward:
     for name in ("x_mask", "hidden_mask"):
         mask = getattr(block, name)
         made[name] = mask and DropMask.rebuilt(mask.elements.to(DEVICE), mask.described)
-    return replace(block, activation=known_activation(block.activation), **made)
+    if callable(block.activation):
+        made["activation"] = known_activation(block.activation)
+    return replace(block, **made)
 
 
 def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:

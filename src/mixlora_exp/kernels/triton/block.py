@@ -7,6 +7,7 @@ the data, so it can be captured in a CUDA graph and compiled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from mixlora_exp.kernels.activations import NAMES
 from mixlora_exp.kernels.dropout import HashMask
 from mixlora_exp.kernels.mixlora.dense import dense_stage
-from mixlora_exp.kernels.mixlora.packing import pack, unpack
+from mixlora_exp.kernels.mixlora.packing import Spec, pack, unpack
 from mixlora_exp.kernels.mixlora.stage import add_down_bias, run_stage
 from mixlora_exp.kernels.shapes import ROLES, FeedForward, Low, LowRank, Routing, low_ranks
 from mixlora_exp.kernels.triton.columns import (
@@ -35,7 +36,7 @@ from mixlora_exp.kernels.triton.hidden import (
 )
 from mixlora_exp.kernels.triton.order import Order, order
 from mixlora_exp.kernels.triton.parts import INTERPRETED
-from mixlora_exp.kernels.triton.tiles import most_columns, padded
+from mixlora_exp.kernels.triton.tiles import takes
 
 __all__ = ["mixlora_triton", "supports"]
 
@@ -261,18 +262,23 @@ def _backward(spec, dy, x, weights, gate, up, p1, p3, low, output, *rest):
     return None, dx, dweights.to(weights.dtype), None, *gradients, *none
 
 
-def _pack(block: FeedForward) -> tuple[tuple, list[Tensor | None]]:
-    """`pack`, and the experts' forms in the dtype of the products."""
+def _pack(block: FeedForward) -> tuple[tuple[Spec, bool], list[Tensor | None]]:
+    """`pack`, and the experts' forms in the dtype of the products; whether both masks have the same
+    keys, which then stand there once: a compiler refuses a tensor that stands twice."""
     spec, tensors = pack(block)
+    shared = tensors[-1] is not None and tensors[-1] is tensors[-2]
+    if shared:
+        tensors[-1] = None
     for projection in block.projections.values():
         low = None if projection.experts is None else projection.experts.low
         tensors += (None,) * 3 if low is None else (low.a, low.b, low.scale)
-    return spec, tensors
+    return (spec, shared), tensors
 
 
-def _unpack(spec: tuple, tensors: list[Tensor | None]) -> FeedForward:
+def _unpack(packed: tuple[Spec, bool], tensors: Sequence[Tensor | None]) -> FeedForward:
     """The block that `_pack` made these of."""
-    block, lows, made = unpack(spec, tensors[:-9]), tensors[-9:], {}
+    (spec, shared), (*own, hidden_keys), lows = packed, tensors[:-9], tensors[-9:]
+    block, made = unpack(spec, [*own, own[-1] if shared else hidden_keys]), {}
     for i, (role, projection) in enumerate(block.projections.items()):
         a, b, scale = lows[3 * i : 3 * i + 3]
         if a is not None:
@@ -288,8 +294,8 @@ def supports(x: Tensor, routing: Routing, block: FeedForward) -> bool:
     They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
     interpreter float32 and float16 on a CPU; a known activation; dropout masks that are hashes;
     frozen weights, and biases in the dtype of x, that ask for no gradient; experts of one number,
-    rank and dtype, with matrices of less than 2^31 elements; at most `most_columns` for K times the
-    padded rank; and at least one token.
+    rank and dtype, with matrices of less than 2^31 elements; a rank and K that `tiles.takes`; and
+    at least one token.
     """
     present = [p.experts for p in block.projections.values() if p.experts is not None]
     dtypes = {torch.float32, torch.float16}
@@ -305,7 +311,7 @@ def supports(x: Tensor, routing: Routing, block: FeedForward) -> bool:
         and len(x) > 0
         and bool(present)
         and len({(*e.a.shape[:2], e.a.dtype, e.b.dtype) for e in present}) == 1
-        and routing.experts.shape[1] * padded(present[0].a.shape[1]) <= most_columns(x.dtype)
+        and takes(present[0].a.shape[1], routing.experts.shape[1], x.dtype)
         and all(max(e.a.numel(), e.b.numel()) < 2**31 for e in present)
         and all(m is None or isinstance(m, HashMask) for m in (block.x_mask, block.hidden_mask))
         and isinstance(block.activation, str)

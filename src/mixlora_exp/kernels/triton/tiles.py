@@ -9,7 +9,7 @@ import triton
 
 from mixlora_exp.kernels.triton.parts import INTERPRETED
 
-__all__ = ["Tiles", "most_columns", "padded", "splits_of", "tiles_of"]
+__all__ = ["Tiles", "padded", "splits_of", "takes", "tiles_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,13 @@ class Tiles:
 
 
 # By kernel and padded columns: those of a row's rank or, for the kernels that sum over F for all
-# slots of a token, of K such. They were compiled for compute capabilities 8.0, 8.9 and 9.0, where
-# none spills more than 8 registers or takes more shared memory than a consumer card has, not timed.
-# More rows read the matrices less often, fewer meet fewer experts.
+# slots of a token, of K such. They were compiled for compute capabilities 8.0, 8.9 and 9.0, not
+# timed: none takes more shared memory than a consumer card has or spills more than 8 registers, but
+# for those of more than 3 slots, whose sums are too many for the registers. More rows read the
+# matrices less often, fewer meet fewer experts.
 HALF_TILES = {
     "forward": {32: Tiles(32, 64), 64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 32)},
-    "tokens": {32: Tiles(32, 64, 8), 64: Tiles(32, 32), 128: Tiles(32, 32), 256: Tiles(16, 32)},
+    "tokens": {32: Tiles(32, 64, 8), 64: Tiles(32, 32), 128: Tiles(16, 32), 256: Tiles(16, 32, 8)},
     "inner": {32: Tiles(32, 64), 64: Tiles(32, 32), 128: Tiles(32, 32), 256: Tiles(16, 16)},
     "narrow": {32: Tiles(16, 256), 64: Tiles(16, 128), 128: Tiles(16, 64), 256: Tiles(16, 32)},
     "wide": {32: Tiles(32, 128), 64: Tiles(32, 64), 128: Tiles(32, 64), 256: Tiles(16, 32)},
@@ -41,8 +42,9 @@ HALF_TILES = {
 }
 
 # float32 products that are not cut to tf32 run outside the tensor cores, each thread with whole
-# rows of both operands in registers: small tiles, and no more than 128 columns.
+# rows of both operands in registers: small tiles, and ranks of no more than 64.
 FULL_TILES = {width: Tiles(16, 16, 4, 1) for width in (32, 64, 128)}
+FULL_RANK = 64
 
 # Programs per multiprocessor that the loops over F are split for, so that the last wave is a small
 # part of the whole.
@@ -54,9 +56,12 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def most_columns(dtype: torch.dtype) -> int:
-    """The most columns, K times the padded rank, that the kernels take."""
-    return max(FULL_TILES if dtype == torch.float32 else HALF_TILES["forward"])
+def takes(rank: int, top_k: int, dtype: torch.dtype) -> bool:
+    """Whether there are tiles for R and K: up to 256 columns, K times the padded rank, or half as
+    many in float32, and there a rank of 64."""
+    full = dtype == torch.float32
+    most = max(FULL_TILES if full else HALF_TILES["forward"])
+    return top_k * padded(rank) <= most and not (full and rank > FULL_RANK)
 
 
 def tiles_of(kernel: str, columns: int, dtype: torch.dtype) -> Tiles:

@@ -1,0 +1,108 @@
+"""The Triton kernels under `torch.compile`: they are in the graph, with the results of eager mode.
+
+Interpreted the operators are closed, so that the compiler leaves them as they are; on a GPU it
+looks into them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import DEVICE, GPU, on_device, triton_block, triton_router
+
+NAMES = "mixlora" if GPU else "mixlora_interpreted"
+BACKENDS = ["eager", "aot_eager", *(["inductor"] if GPU else [])]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_one_graph_with_the_operators_in_it(block_of, plain, backend, dora) -> None:
+    """Router and block, output and gradients, to the bit; fullgraph=True raises where the graph
+    would break."""
+    block = block_of(replace(plain, activation="silu", dora=dora), 0, torch.float32)
+    masks = block.masks(0.3, hashed=True)
+    moved = {
+        name: {role: value.to(DEVICE) for role, value in getattr(block, name).items()}
+        for name in ("frozen", "norms", "biases")
+    }
+    block = replace(block, **moved)
+    held = on_device(block.block(block.values, torch.float32, torch.float32, masks=masks))
+    masks = type(masks)(held.x_mask, held.hidden_mask)
+    upstream = block.upstream.to(DEVICE, torch.float32)
+    real = torch.arange(9, device=DEVICE) != 2
+    seen: Counter[str] = Counter()
+
+    def look(module, inputs):
+        graphs = [part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+        for node in (node for graph in graphs for node in graph.nodes):
+            seen[str(node.target).removeprefix(f"{NAMES}.").removesuffix(".default")] += 1
+        return torch._dynamo.lookup_backend(backend)(module, inputs)
+
+    def step(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        made = block.block(leaves, torch.float32, torch.float32, masks=masks)
+        routing = triton_router.route_triton(leaves["x"], leaves["router"], 2, real)
+        y = triton_block.mixlora_triton(routing.rows, routing, made)
+        return y, routing.extra["report"].sum(dim=0)
+
+    found = []
+    for run in (step, torch.compile(step, backend=look, fullgraph=True)):
+        leaves = {n: v.to(DEVICE, torch.float32).requires_grad_() for n, v in block.values.items()}
+        y, report = run(leaves)
+        wanted = list(leaves.values())
+        gradients = torch.autograd.grad([y, report[2]], wanted, [upstream, torch.ones(4)])
+        found.append([y, report, *gradients])
+    assert {"route", "order", "hidden_forward", "from_columns"} <= set(seen)
+    assert not seen["one_hot"]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["MixLoRA", "MixDoRA"])
+def test_a_decoder_layer_keeps_the_kernels(dora, tmp_path) -> None:
+    """As compiled for a GPU: each kernel is in the graph as often as a pass launches it, and
+    nothing of the dense form is."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "support" / "triton_graph.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *(["dora"] if dora else [])],
+        capture_output=True,
+        text=True,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    graphs = json.loads(done.stdout.splitlines()[-1])
+    down = ["scaled_kernel"] if dora else ["from_columns_kernel"]
+    ours = ["router", "count", "place", "to_columns", "forward"]
+    kernels = {
+        "forward": [*(f"{name}_kernel" for name in ours), *down],
+        "backward": [
+            "to_columns_kernel",
+            "matrices_kernel",
+            "backward_inner_kernel",
+            "backward_tokens_kernel",
+            "from_columns_kernel",
+            "matrices_kernel",
+            "router_backward_kernel",
+        ],
+    }
+    for part, names in kernels.items():
+        found = {n: c for n, c in graphs[part].items() if n.endswith("_kernel")}
+        assert found == Counter(names)
+        assert not {"aten.topk.default", "aten.sort.stable", "aten.where.self"} & set(graphs[part])
