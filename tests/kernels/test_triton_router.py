@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICE, GPU, triton_router
 
-from mixlora_exp.kernels import Routing, route, router_fractions, router_loss
+from mixlora_exp.kernels import Routing, make_router, route
 
 route_triton = triton_router.route_triton
 FIELDS = ("logits", "probabilities", "experts", "weights")
@@ -86,22 +86,39 @@ def test_gradient_through_one_output_alone(fresh_seed, field) -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_of_the_load_balance_loss(fresh_seed) -> None:
-    x, router = inputs(20, 12, 4, torch.float32)
+@pytest.mark.parametrize("loss", ["argmax", "topk"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "with padding"])
+def test_the_report_that_is_counted_on_the_way(fresh_seed, loss, masked) -> None:
+    """Loss, its gradient and counts of two modules, as from the routing itself."""
+    top_k = make_router("top_k", {"num_experts": 5, "top_k": 2, "router_loss": loss}, {})
+    mask = torch.arange(37, device=DEVICE) % 3 != 1 if masked else None
+    x, _ = inputs(37, 12, 5, torch.float32)
+    routers = [torch.randn(5, 12, device=DEVICE) for _ in range(2)]
+    if masked:
+        x[1] = float("nan")
     found = []
-    for function in (route_triton, route):
-        leaf = router.clone().requires_grad_()
-        statistics = router_fractions(function(x, leaf, 2), None, count_all=True)[:2]
-        loss = router_loss(*(s.unsqueeze(0) for s in statistics), pooled=False)
-        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for function in (lambda *args: route_triton(*args, mask), route):
+        leaves = [router.clone().requires_grad_() for router in routers]
+        each = [top_k.statistics(function(x, leaf, 2), mask) for leaf in leaves]
+        assert ("report" in each[0]) == (function is not route)
+        gathered = top_k.gathered(each)
+        value = top_k.auxiliary_loss(gathered)
+        grads = torch.autograd.grad(value, leaves) if not masked else []
+        found.append((value.detach(), gathered["counts"], *grads))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_equal_probabilities_go_to_the_lowest_expert() -> None:
-    x, router = inputs(9, 12, 6, torch.float32)
-    routing = route_triton(x, torch.zeros_like(router), 3)
-    assert (routing.experts == torch.arange(3, device=DEVICE)).all()
-    torch.testing.assert_close(routing.weights, torch.full((9, 3), 1 / 3, device=DEVICE))
+def test_the_router_adds_its_gradient_to_that_of_the_rows_it_hands_on(fresh_seed) -> None:
+    x, router = inputs(37, 12, 4, torch.float32)
+    found = []
+    for function in (route_triton, route):
+        leaf = x.clone().requires_grad_()
+        routing = function(leaf, router, 2)
+        rows = leaf if routing.rows is None else routing.rows
+        assert (rows is leaf) == (function is route)
+        y = torch.cos(rows).sum() + torch.sin(routing.weights).sum()
+        found.append(torch.autograd.grad(y, leaf)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")], ids=["NaN", "infinity"])
