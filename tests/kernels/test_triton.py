@@ -20,6 +20,7 @@ from triton_cases import (
     triton_columns,
     triton_hidden,
     triton_router,
+    triton_scaled,
     triton_tiles,
 )
 
@@ -135,7 +136,7 @@ def test_block_sizes_do_not_matter(
     block_of, plain, monkeypatch, fresh_seed, rows, inner, dora
 ) -> None:
     chosen = triton_tiles.Tiles(rows, inner)
-    for module in (triton_columns, triton_hidden):
+    for module in (triton_columns, triton_hidden, triton_scaled):
         monkeypatch.setattr(module, "tiles_of", lambda kernel, *_: chosen)
     block = block_of(replace(plain, tokens=20, inner=40, dora=dora), fresh_seed, torch.float32)
     check_close(block, block.masks(0.3, hashed=True))

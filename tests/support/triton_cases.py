@@ -62,9 +62,15 @@ def forget() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in found}
 
 
-triton_block, triton_columns, triton_hidden, triton_order, triton_router, triton_tiles = load(
-    "block", "columns", "hidden", "order", "router", "tiles"
-)
+(
+    triton_block,
+    triton_columns,
+    triton_hidden,
+    triton_order,
+    triton_router,
+    triton_scaled,
+    triton_tiles,
+) = load("block", "columns", "hidden", "order", "router", "scaled", "tiles")
 
 
 def on_device(block: FeedForward) -> FeedForward:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton_cards import SHARED, SPILLED, compiled
 
-from mixlora_exp.kernels.triton import columns, hidden, order, router
+from mixlora_exp.kernels.triton import columns, hidden, order, router, scaled
 
 MOST_SLOTS = 3
 """Of a token, whose sums the registers hold."""
@@ -79,10 +79,10 @@ def compile_block(
     if dora:
         raw = make(tokens * top_k, width)
         where = way.tokens, way.experts, way.weights
-        y, raw, low = columns.scaled_from_columns(raw, parts, b2, scale2, *where, 2.0)
-        q, raw, _ = columns.scaled_to_columns(y, b2, scale2, raw, *where, way.slots, 2.0)
+        y, raw, low = scaled.scaled_from_columns(raw, parts, b2, scale2, *where, 2.0)
+        q, raw, _ = scaled.scaled_to_columns(y, b2, scale2, raw, *where, way.slots, 2.0)
         over = make(experts, width, dtype=full)
-        columns.scaled_matrix_gradients(raw, low, y, raw, over, *at, full, 2.0)
+        scaled.scaled_matrix_gradients(raw, low, y, raw, over, *at, full, 2.0)
     else:
         where = way.tokens, way.experts, way.slots
         y, low, _, _ = columns.from_columns(
@@ -122,7 +122,7 @@ def main(cards: list[str], everything: bool) -> None:
     for card in cards:
         for title, options in cases:
             instead = Compile(card, title)
-            for module in (columns, hidden, order, router):
+            for module in (columns, hidden, order, router, scaled):
                 module.start = instead
             compile_block(**options)
 

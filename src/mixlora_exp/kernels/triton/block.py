@@ -20,22 +20,20 @@ from mixlora_exp.kernels.mixlora.dense import dense_stage
 from mixlora_exp.kernels.mixlora.packing import Spec, pack, unpack
 from mixlora_exp.kernels.mixlora.stage import add_down_bias, run_stage
 from mixlora_exp.kernels.shapes import ROLES, FeedForward, Low, LowRank, Routing, low_ranks
-from mixlora_exp.kernels.triton.columns import (
-    from_columns,
-    matrix_gradients,
-    scaled_from_columns,
-    scaled_matrix_gradients,
-    scaled_to_columns,
-    to_columns,
-)
+from mixlora_exp.kernels.triton.columns import from_columns, matrix_gradients, to_columns
 from mixlora_exp.kernels.triton.hidden import (
     Operands,
     hidden_backward_inner,
     hidden_backward_tokens,
     hidden_forward,
 )
-from mixlora_exp.kernels.triton.order import Order, order
+from mixlora_exp.kernels.triton.order import SlotOrder, order
 from mixlora_exp.kernels.triton.parts import INTERPRETED
+from mixlora_exp.kernels.triton.scaled import (
+    scaled_from_columns,
+    scaled_matrix_gradients,
+    scaled_to_columns,
+)
 from mixlora_exp.kernels.triton.tiles import takes
 
 __all__ = ["mixlora_triton", "supports"]
@@ -79,7 +77,7 @@ class _Sides:
         return self.gate.a is not None or self.up.a is not None
 
     def operands(
-        self, gate: Tensor, up: Tensor, p1: Tensor, p3: Tensor, way: Order, block: FeedForward
+        self, gate: Tensor, up: Tensor, p1: Tensor, p3: Tensor, way: SlotOrder, block: FeedForward
     ) -> Operands:
         return Operands(
             gate,
@@ -139,7 +137,7 @@ class _Block(torch.autograd.Function):
 
 
 def _project_down(
-    hidden: Tensor, reduced: Tensor, way: Order, sides: _Sides, block: FeedForward
+    hidden: Tensor, reduced: Tensor, way: SlotOrder, sides: _Sides, block: FeedForward
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y (T, D), the experts' `A h` (T K, R), with DoRA the rows' outputs before its scale).
 
@@ -175,7 +173,7 @@ def _down_backward(
     dy: Tensor,
     low: Tensor | None,
     output: Tensor | None,
-    way: Order,
+    way: SlotOrder,
     sides: _Sides,
     block: FeedForward,
 ) -> _DownGradients:
@@ -199,7 +197,7 @@ def _down_backward(
 
 def _backward(spec, dy, x, weights, gate, up, p1, p3, low, output, *rest):
     """The gradients of `_Block.forward`'s arguments."""
-    way, tensors = Order(*rest[: len(Order._fields)]), rest[len(Order._fields) :]
+    way, tensors = SlotOrder(*rest[: len(SlotOrder._fields)]), rest[len(SlotOrder._fields) :]
     block = _unpack(spec, tensors)
     sides = _Sides(block, x.dtype)
     operands = sides.operands(gate, up, p1, p3, way, block)

@@ -1,8 +1,8 @@
 """Operators of the kernels of `narrow`: the experts' low-rank products beside the frozen ones.
 
-`tokens`, `experts`, `weights`, `slots`, `rows` and `starts` are those of `order.Order`; keys, place
-and threshold those of a dropout mask on the wide tensor, keys None for none. What a pair has of the
-gate stands before what it has of the up projection, empty or None without experts there.
+`tokens`, `experts`, `weights`, `slots`, `rows` and `starts` are those of `order.SlotOrder`; keys,
+place and threshold those of a dropout mask on the wide tensor, keys None for none. What a pair has
+of the gate stands before what it has of the up projection, empty or None without experts there.
 """
 
 from __future__ import annotations
@@ -13,23 +13,16 @@ import triton
 from mixlora_exp.kernels.triton.narrow import (
     from_columns_kernel,
     matrices_kernel,
-    scaled_kernel,
     to_columns_kernel,
 )
 from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
 from mixlora_exp.kernels.triton.tiles import padded, tiles_of
 
-__all__ = [
-    "from_columns",
-    "matrix_gradients",
-    "scaled_from_columns",
-    "scaled_matrix_gradients",
-    "scaled_to_columns",
-    "to_columns",
-]
+__all__ = ["empty", "from_columns", "matrix_gradients", "to_columns"]
 
 
-def _empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A fresh tensor on the device of another and, but for `dtype`, of its dtype."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
@@ -52,8 +45,7 @@ def to_columns(
     matrix = matrix1 if matrix1 is not None else matrix3
     rank = matrix.shape[1 if across else 2]
     lows = [
-        _empty(x, count * top_k, rank) if m is not None else _empty(x, 0)
-        for m in (matrix1, matrix3)
+        empty(x, count * top_k, rank) if m is not None else empty(x, 0) for m in (matrix1, matrix3)
     ]
     tiles = tiles_of("narrow", padded(rank), x.dtype)
     with on_device_of(x):
@@ -95,67 +87,6 @@ def to_columns(
     return lows[0], lows[1]
 
 
-@operator("scaled_to_columns")
-def scaled_to_columns(
-    dy: torch.Tensor,
-    matrix: torch.Tensor,
-    scale: torch.Tensor,
-    output: torch.Tensor,
-    tokens: torch.Tensor,
-    experts: torch.Tensor,
-    weights: torch.Tensor,
-    slots: torch.Tensor,
-    factor: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(low, doutput, dweights), the backward pass of `scaled_from_columns`: `factor B_e doutput`
-    (T K, R), `w scale_e dy` (T K, width) by row, and by token (T, K) float32.
-
-    dy: (T, width); matrix: (E, width, R); scale: (E, width); output: (T K, width) by row.
-    """
-    (count, width), top_k = dy.shape, experts.shape[1]
-    rank = matrix.shape[2]
-    low, doutput = _empty(dy, count * top_k, rank), torch.empty_like(output)
-    dweights = _empty(dy, count, top_k, dtype=torch.float32)
-    tiles = tiles_of("narrow", padded(rank), dy.dtype)
-    with on_device_of(dy):
-        start(
-            to_columns_kernel,
-            (triton.cdiv(count, tiles.rows), top_k),
-            x=dy,
-            matrix1=matrix,
-            matrix3=None,
-            scale=scale,
-            raw=output,
-            keys=None,
-            tokens=tokens,
-            experts=experts,
-            weights=weights,
-            slots=slots,
-            low1=low,
-            low3=None,
-            draw=doutput,
-            dweights=dweights,
-            T=count,
-            width=width,
-            place=0,
-            threshold=0,
-            factor=factor,
-            K=top_k,
-            E=matrix.shape[0],
-            R=rank,
-            RANKS=padded(rank),
-            LOW1=True,
-            LOW3=False,
-            ACROSS=False,
-            SCALED=True,
-            DROPPED=False,
-            BT=tiles.rows,
-            BD=tiles.inner,
-            **tiles.options,
-        )
-    return low, doutput, dweights
-
-
 @operator("from_columns")
 def from_columns(
     base1: torch.Tensor,
@@ -184,11 +115,11 @@ def from_columns(
         num_experts, rank = matrix.shape[0], matrix.shape[1 if across else 2]
     out = torch.empty_like(base1)
     lows = [
-        _empty(out, count * top_k, rank) if m is not None else _empty(out, 0)
+        empty(out, count * top_k, rank) if m is not None else empty(out, 0)
         for m in (matrix1, matrix3)
     ]
     shape = (count, top_k) if dweights is not None else (0,)
-    total = _empty(out, *shape, dtype=torch.float32)
+    total = empty(out, *shape, dtype=torch.float32)
     parts = next((p for p in (parts1, parts3, dweights) if p is not None), None)
     tiles = tiles_of("wide", padded(rank), out.dtype)
     with on_device_of(out):
@@ -233,56 +164,6 @@ def from_columns(
     return out, lows[0], lows[1], total
 
 
-@operator("scaled_from_columns")
-def scaled_from_columns(
-    raw: torch.Tensor,
-    parts: torch.Tensor,
-    matrix: torch.Tensor,
-    scale: torch.Tensor,
-    tokens: torch.Tensor,
-    experts: torch.Tensor,
-    weights: torch.Tensor,
-    factor: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, output, low): DoRA's down projection, `y = sum_k w scale_e output` (T, width) with, by
-    row, `output = raw + factor B_e low` (T K, width); low (T K, R) as in `from_columns`.
-
-    raw: (T K, width) by row; matrix: (E, width, R); scale: (E, width).
-    """
-    (count, top_k), width = experts.shape, raw.shape[1]
-    num_experts, _, rank = matrix.shape
-    out, output = _empty(raw, count, width), torch.empty_like(raw)
-    low = _empty(raw, count * top_k, rank)
-    tiles = tiles_of("wide", padded(rank), raw.dtype)
-    with on_device_of(raw):
-        start(
-            scaled_kernel,
-            (triton.cdiv(count, tiles.rows), triton.cdiv(width, tiles.inner)),
-            raw=raw,
-            parts=parts,
-            matrix=matrix,
-            scale=scale,
-            tokens=tokens,
-            experts=experts,
-            weights=weights,
-            low=low,
-            output=output,
-            out=out,
-            T=count,
-            width=width,
-            splits=parts.shape[0],
-            factor=factor,
-            K=top_k,
-            E=num_experts,
-            R=rank,
-            RANKS=padded(rank),
-            BT=tiles.rows,
-            BD=tiles.inner,
-            **tiles.options,
-        )
-    return out, output, low
-
-
 @operator("matrix_gradients")
 def matrix_gradients(
     x: torch.Tensor,
@@ -304,7 +185,7 @@ def matrix_gradients(
     width, top_k, num_experts = x.shape[1], weights.shape[1], starts.shape[0] - 1
     rank = (low1 if low1 is not None else low3).shape[1]
     shape = (num_experts, rank, width) if across else (num_experts, width, rank)
-    made = [_empty(x, *(shape if low is not None else (0,)), dtype=dtype) for low in (low1, low3)]
+    made = [empty(x, *(shape if low is not None else (0,)), dtype=dtype) for low in (low1, low3)]
     tiles = tiles_of("matrices", padded(rank), x.dtype)
     with on_device_of(x):
         start(
@@ -341,61 +222,3 @@ def matrix_gradients(
             **tiles.options,
         )
     return made[0], made[1]
-
-
-@operator("scaled_matrix_gradients")
-def scaled_matrix_gradients(
-    doutput: torch.Tensor,
-    low: torch.Tensor,
-    dy: torch.Tensor,
-    output: torch.Tensor,
-    norm: torch.Tensor,
-    tokens: torch.Tensor,
-    weights: torch.Tensor,
-    rows: torch.Tensor,
-    starts: torch.Tensor,
-    dtype: torch.dtype,
-    factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the matrix (E, width, R) and the magnitude (E, width) of DoRA's down
-    projection; doutput, output (T K, width) and low (T K, R) by row, dy (T, width)."""
-    width, rank = dy.shape[1], low.shape[1]
-    num_experts = starts.shape[0] - 1
-    dmatrix = _empty(dy, num_experts, width, rank, dtype=dtype)
-    dmagnitude = _empty(dy, num_experts, width, dtype=dtype)
-    tiles = tiles_of("matrices", padded(rank), dy.dtype)
-    with on_device_of(dy):
-        start(
-            matrices_kernel,
-            (triton.cdiv(width, tiles.inner), num_experts),
-            x=doutput,
-            low1=low,
-            low3=None,
-            dy=dy,
-            raw=output,
-            norm=norm,
-            keys=None,
-            tokens=tokens,
-            weights=weights,
-            rows=rows,
-            starts=starts,
-            dmatrix1=dmatrix,
-            dmatrix3=None,
-            dmagnitude=dmagnitude,
-            width=width,
-            place=0,
-            threshold=0,
-            factor=factor,
-            K=weights.shape[1],
-            R=rank,
-            RANKS=padded(rank),
-            LOW1=True,
-            LOW3=False,
-            ACROSS=False,
-            SCALED=True,
-            DROPPED=False,
-            BT=tiles.rows,
-            BD=tiles.inner,
-            **tiles.options,
-        )
-    return dmatrix, dmagnitude

@@ -23,7 +23,7 @@ class Operands(NamedTuple):
     gate, up: (T, F), the frozen products. p1, p3: (T K, R) by row, `A x`; b1, b3: (E, F, R); a2:
     (E, R, F); scale1, scale3: (E, F), DoRA's, of gate, up and down, None without experts or DoRA.
     bias1, bias3: (F,) or None. keys: (T,), of the hidden state's dropout mask, or None. The rest is
-    of `order.Order`.
+    of `order.SlotOrder`.
     """
 
     gate: torch.Tensor

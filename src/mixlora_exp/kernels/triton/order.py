@@ -16,13 +16,13 @@ import triton.language as tl
 
 from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
 
-__all__ = ["Order", "order"]
+__all__ = ["SlotOrder", "order"]
 
 TILE = 64
 MOST_KEYS = 1024
 
 
-class Order(NamedTuple):
+class SlotOrder(NamedTuple):
     """A routing of T tokens to K of E experts in sorted order. Position i of the order is a token;
     its slots ascend by expert, empty ones last; row `i K + k` is slot k of position i.
 
@@ -137,7 +137,7 @@ def place_kernel(
     BT: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """The parts of `Order` from the routing and the counts of `count_kernel`.
+    """The parts of `SlotOrder` from the routing and the counts of `count_kernel`.
     Grid: (token tiles,)."""
     tile = tl.program_id(0)
     index = tl.arange(0, BT)
@@ -184,7 +184,7 @@ def _order(
         return torch.empty(shape, dtype=dtype, device=experts.device)
 
     shape = (count, top_k)
-    made = Order(
+    made = SlotOrder(
         make(count),
         make(*shape),
         make(*shape, dtype=torch.float32),
@@ -210,6 +210,6 @@ def _order(
     return tuple(made)
 
 
-def order(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Order:
+def order(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> SlotOrder:
     """The order of a routing. experts: (T, K) int64; weights: (T, K), 0 in an empty slot."""
-    return Order(*_order(experts.contiguous(), weights.contiguous(), num_experts))
+    return SlotOrder(*_order(experts.contiguous(), weights.contiguous(), num_experts))

@@ -43,7 +43,7 @@ HALF_TILES = {
 
 # float32 products that are not cut to tf32 run outside the tensor cores, each thread with whole
 # rows of both operands in registers: small tiles, and ranks of no more than 64.
-FULL_TILES = {width: Tiles(16, 16, 4, 1) for width in (32, 64, 128)}
+FULL_TILES = {width: Tiles(16, 16, 8, 1) for width in (32, 64, 128)}
 FULL_RANK = 64
 
 # Programs per multiprocessor that the loops over F are split for, so that the last wave is a small
