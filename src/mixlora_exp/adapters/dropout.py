@@ -56,9 +56,10 @@ def use_dropout_stream(model: nn.Module, adapter: str, stream: DropoutStream) ->
     position, and the module's place in the base model alone: not on other adapters, other random
     numbers, the batch or process that a row is in, or how often a layer runs.
     """
+    device = next(model.parameters()).device
     for name, module in model.named_modules():
         # Blocks that wrap another are not part of the base model's names.
-        key = DropoutKey(stream, name.replace(".base_layer", ""))
+        key = DropoutKey(stream, name.replace(".base_layer", ""), device)
         if hasattr(module, "dropout_keys") and adapter in module.lora_router:
             module.dropout_keys[adapter] = key
         elif isinstance(module, LoraLayer) and adapter in module.lora_dropout:

@@ -125,6 +125,14 @@ class Protocol(Enum):
     generate = "generate"
 
 
+class Compile(Enum):
+    """Whether decoder layers are compiled for training, and their kernels recorded in graphs."""
+
+    off = "off"
+    layer = "layer"
+    graph = "graph"
+
+
 class Head(Enum):
     """How the cross-entropy over the vocabulary is computed from the last hidden states."""
 

@@ -59,6 +59,7 @@ counts: the weights are not hashed, and two folders may contain different models
 LATER = {
     ("data", "train_limits"): {},
     ("method", "router"): "top_k",
+    ("trainer", "compile"): "off",
     ("method", "router_options"): {},
 }
 """Fields added later, by group and name, with the value that keeps the earlier behaviour: older

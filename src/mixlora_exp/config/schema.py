@@ -15,6 +15,7 @@ from mixlora_exp.config.choices import (
     AnswerKind,
     ArcLabels,
     Base,
+    Compile,
     DataSource,
     Head,
     Kernel,
@@ -106,6 +107,9 @@ class TrainerConfig:
     head: Head = Head.auto
     """How the cross-entropy over the vocabulary is computed; all choices agree up to rounding."""
     precision: Precision = Precision.auto
+    compile: Compile = Compile.off
+    """off, layer (each decoder layer compiled for itself) or graph (and, on a GPU, its kernels
+    recorded in CUDA graphs); the choices agree up to rounding."""
     gradient_checkpointing: bool = False
     auto_micro_batch: bool = False
     """If a micro-batch does not fit in memory, halve it once and continue."""

@@ -23,9 +23,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tens
     return pad(rows, pad_id, "left")
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
-    """As `pad_left`, with padding on `side`: left or right."""
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: str, multiple: int = 1
+) -> dict[str, torch.Tensor]:
+    """As `pad_left`, with padding on `side`, left or right, to a length that `multiple` divides."""
     length = max(len(row) for row in rows)
+    length += -length % multiple
     ids, mask = [], []
     for row in rows:
         fill = length - len(row)
@@ -48,6 +51,8 @@ class Collator:
     as there. (If all padding had one position, the model could not distinguish padding tokens, and
     their loss would differ.)
 
+    `multiple`: lengths are padded to a multiple of it.
+
     `example` (rows,): number of each example within the optimizer step, across micro-batches and
     processes; `first`: the number of this batch's first example.
     """
@@ -56,6 +61,7 @@ class Collator:
     loss_on: LossOn
     padding: bool = False
     padding_side: str = "left"
+    multiple: int = 1
 
     def __call__(self, examples: Sequence[Example], first: int = 0) -> dict[str, Any]:
         numbers = torch.arange(first, first + len(examples))
@@ -63,11 +69,13 @@ class Collator:
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Any]:
         if self.padding:
-            batch = pad([e.input_ids for e in examples], self.pad_id, self.padding_side)
+            rows = [e.input_ids for e in examples]
+            batch = pad(rows, self.pad_id, self.padding_side, self.multiple)
             ids = batch["input_ids"]
             columns = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
             return {**batch, "position_ids": columns, "labels": ids.clone()}
-        batch: dict[str, Any] = pad_left([e.input_ids for e in examples], self.pad_id)
+        tokens = [e.input_ids for e in examples]
+        batch: dict[str, Any] = pad(tokens, self.pad_id, "left", self.multiple)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         labels = ids.masked_fill(mask == 0, -100)
         if self.loss_on is LossOn.all:

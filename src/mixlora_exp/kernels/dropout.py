@@ -39,6 +39,9 @@ BITS = 24
 """Of a hash, those that decide: a probability is a multiple of 2^-24."""
 
 
+LOW = 0xFFFFFFFF
+
+
 def mix(numbers: Tensor) -> Tensor:
     """The output function of SplitMix64 (Steele, Lea and Flood, 2014), a bijection of 64 bits after
     which equal steps in the input show no more. numbers: int64; a new tensor."""
@@ -106,12 +109,16 @@ class DropoutKey:
 
     stream: DropoutStream
     place: str
+    device: torch.device | str = "cpu"
+    """Where compiled models draw masks."""
     _numbers: dict[str, int] = field(default_factory=dict, init=False, compare=False)
+    _held: dict[str, Tensor] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Of the usual parts beforehand: a compiled model cannot compute them.
+        # Tensors of the usual parts: as numbers they would be part of a compiled layer's code, and
+        # each layer would be compiled for itself.
         for part in ("input", "hidden"):
-            self.number(part)
+            self._held[part] = torch.tensor(self.number(part) & LOW, device=self.device)
 
     def mask(
         self,
@@ -140,12 +147,16 @@ class DropoutKey:
             raise ValueError(
                 f"the dropout stream has {count} rows, and {self.place} has {shape[0]}"
             )
+        compiling = torch.compiler.is_compiling()
         if hashed or ids.runs is None:
             keys = ids.keys if rows is None else ids.keys[rows]
+            if compiling:
+                # As `hash_kept` begins.
+                return HashMask.of(keys ^ self._held[part], 0, p, shape[1])
             return HashMask.of(keys, self.number(part), p, shape[1])
         scale, whole = 1.0 / (1.0 - p), (len(ids.keys), shape[1])
-        if torch.compiler.is_compiling():
-            mask = DropMask(_kept(ids.runs, self.number(part), *whole, p), scale, whole)
+        if compiling:
+            mask = DropMask(_kept(ids.runs, self._held[part], *whole, p), scale, whole)
         else:
             mask = DropMask(_dropped(ids.runs, self.number(part), shape[1], p), scale, whole)
             if p > 0.5:
@@ -258,9 +269,6 @@ class HashMask(DropMask):
         return HashMask(self.elements[start:end], self.scale, shape, self.place)
 
 
-LOW = 0xFFFFFFFF
-
-
 def _finish(h: Tensor) -> Tensor:
     """The finalizer of MurmurHash3 (Appleby) on the lower 32 bits of int64, in place."""
     h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(LOW)
@@ -363,11 +371,13 @@ def _seed(key: int, place: int) -> int:
 
 
 @torch.library.custom_op("mixlora::kept", mutates_args=())
-def _kept(runs: Tensor, place: int, rows: int, width: int, p: float) -> Tensor:
+def _kept(runs: Tensor, place: Tensor, rows: int, width: int, p: float) -> Tensor:
     """`_dropped` as (rows, width) bool, so that a compiled model has the masks of an eager one."""
-    return DropMask(_dropped(runs, place, width, p), 1.0, (rows, width)).kept()
+    number = int(place)
+    number -= (number & (LOW + 1) // 2) * 2
+    return DropMask(_dropped(runs, number, width, p), 1.0, (rows, width)).kept()
 
 
 @_kept.register_fake
-def _(runs: Tensor, place: int, rows: int, width: int, p: float) -> Tensor:
+def _(runs: Tensor, place: Tensor, rows: int, width: int, p: float) -> Tensor:
     return torch.empty((rows, width), dtype=torch.bool)

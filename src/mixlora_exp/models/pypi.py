@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from transformers import GgufConfig, PreTrainedTokenizerBase
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
+from mixlora_exp.system.caches import cache_folder
 from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.untrusted import read_json
@@ -95,12 +95,7 @@ def is_cached(config: ModelConfig) -> bool:
 
 
 def _folder_for(config: ModelConfig, gguf: Path) -> Path:
-    return _cache_root() / f"{config.name}-{file_sha256(gguf)[:12]}"
-
-
-def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mixlora_exp"
+    return cache_folder() / f"{config.name}-{file_sha256(gguf)[:12]}"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.system.device import processes, summed
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
+from mixlora_exp.training.compiled import pad_to
 from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
 from mixlora_exp.training.track import Track
 
@@ -226,7 +227,11 @@ def make_job(
             f"not divide trainer.batch_size={trainer.batch_size}: choose a smaller micro-batch"
         )
     collate = Collator(
-        tokenizer.pad_token_id, trainer.loss_on, trainer.padding_in_loss, tokenizer.padding_side
+        tokenizer.pad_token_id,
+        trainer.loss_on,
+        trainer.padding_in_loss,
+        tokenizer.padding_side,
+        pad_to(config),
     )
     return Job(
         name=name,

@@ -27,6 +27,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
+from mixlora_exp.training.compiled import compiled_layers
 from mixlora_exp.training.job import Batch, Job
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
@@ -72,6 +73,7 @@ class MixLoraTrainer(Trainer):
         self.steps = max(job.steps for job in under_way)
         args.max_steps = self.steps - self.first
         self._dtype, self._head = dtype, jobs[0].config.trainer.head
+        self._compile = jobs[0].config.trainer.compile
         self._schedules = {job.name: _schedule(job.config, job.steps) for job in jobs}
         self._items: dict[str, Tensor] = {}
         self._stepped: list[Job] = []
@@ -142,11 +144,17 @@ class MixLoraTrainer(Trainer):
         return {name: loss * self.args.world_size}
 
     def train(self, *args: Any, **kwargs: Any):
-        if len(self.jobs) == 1:
+        base, count = self.model.base_model.model, len(self.jobs)
+        if count == 1:
             self._attention = None
-            return super().train(*args, **kwargs)
+            checkpointing = self.args.gradient_checkpointing
+            with compiled_layers(base, self._compile, checkpointing=checkpointing):
+                return super().train(*args, **kwargs)
         try:
-            with packed_attention(self.model.base_model.model) as self._attention:
+            with (
+                compiled_layers(base, self._compile, adapters=count),
+                packed_attention(base) as self._attention,
+            ):
                 return super().train(*args, **kwargs)
         finally:
             self.model.base_model.row_map.use()

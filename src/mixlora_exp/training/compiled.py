@@ -1,0 +1,138 @@
+"""Training with compiled decoder layers (`trainer.compile`).
+
+Each decoder layer is compiled for itself, by `torch.compile(fullgraph=True)` and for static shapes:
+batches are padded to multiples of `BUCKET` tokens, so that few lengths are compiled, and all layers
+of a model share the code. Nothing within a micro-batch is read by the host.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mixlora_exp.config.choices import Compile
+from mixlora_exp.config.schema import Config
+from mixlora_exp.system.caches import cache_folder
+
+__all__ = ["BUCKET", "compiled_layers", "pad_to"]
+
+BUCKET = 64
+"""Lengths of compiled batches are multiples of this: up to 512 tokens, eight of them."""
+STATIC = "sdpa_static"
+
+
+def pad_to(config: Config) -> int:
+    """The number of tokens that a batch's length is padded to a multiple of."""
+    return 1 if config.trainer.compile is Compile.off else BUCKET
+
+
+def _static_mask(*args: Any, **kwargs: Any) -> Any:
+    """transformers' mask for SDPA, always made: whether it can be left out would be read back."""
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+@contextmanager
+def _static_attention(base: PreTrainedModel) -> Iterator[None]:
+    """Within this context no mask of `base` depends on what the host reads of the batch."""
+    before = base.config._attn_implementation
+    if before == "sdpa":
+        ALL_ATTENTION_FUNCTIONS.register(STATIC, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        ALL_MASK_ATTENTION_FUNCTIONS.register(STATIC, _static_mask)
+        base.config._attn_implementation = STATIC
+    try:
+        yield
+    finally:
+        base.config._attn_implementation = before
+
+
+class _Compiled:
+    """A decoder layer's call: compiled, or as it is after one line that says why."""
+
+    failed: str | None = None
+
+    def __init__(self, layer: nn.Module, options: dict[str, Any]) -> None:
+        self._eager = layer._call_impl
+        self._call = torch.compile(self._eager, fullgraph=True, dynamic=False, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _Compiled.failed is not None:
+            return self._eager(*args, **kwargs)
+        try:
+            return self._call(*args, **kwargs)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            # Of the compiler alone, before anything of the layer has run.
+            reason = str(error).strip().splitlines()[0]
+            _Compiled.failed = reason
+            sys.stderr.write(
+                f"trainer.compile: the decoder layers run as they are, for the compiler refuses "
+                f"them: {type(error).__name__}: {reason}\n"
+            )
+            return self._eager(*args, **kwargs)
+
+
+@contextmanager
+def compiled_layers(
+    base: PreTrainedModel, how: Compile, *, adapters: int = 1, checkpointing: bool = False
+) -> Iterator[None]:
+    """Within this context the decoder layers of `base` run compiled, as `how` says; with gradient
+    checkpointing their attention and feed-forward do.
+
+    `graph` leaves it to torch to record each layer's kernels in CUDA graphs and replay them; on a
+    CPU it runs as `layer`. Several adapters in one pass, whose packed lengths are as many as their
+    batches' combinations, run without. What is compiled is kept in the user's cache folder.
+    """
+    if how is Compile.off:
+        yield
+        return
+    if adapters > 1:
+        sys.stderr.write(
+            f"trainer.compile={how.value}: {adapters} adapters train together without it, since "
+            "their packed batches have too many lengths\n"
+        )
+        yield
+        return
+    options: dict[str, Any] = {}
+    if how is Compile.graph and base.device.type == "cuda":
+        options["mode"] = "reduce-overhead"
+    elif how is Compile.graph:
+        sys.stderr.write("trainer.compile=graph: a CPU has no graphs to record: it runs as layer\n")
+    cache = cache_folder() / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_made(cache)))
+    layers: list[nn.Module] = _decoder_layers(base)
+    if checkpointing:
+        # A layer checkpoints inside its call, where the compiler allows no note of what experts
+        # were chosen: its parts are compiled instead.
+        layers = [part for layer in layers for part in layer.children()]
+    _Compiled.failed = None
+    for layer in layers:
+        layer._compiled_call_impl = _Compiled(layer, options)
+    try:
+        with _static_attention(base):
+            yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
+    """The modules that transformers' model repeats, in their order."""
+    (longest,) = sorted(
+        (m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len, reverse=True
+    )[:1]
+    return list(longest)

@@ -1,0 +1,127 @@
+"""Training with compiled decoder layers: the numbers of eager training, and nothing read back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from host_reads import host_reads
+
+from mixlora_exp.training import compiled
+from mixlora_exp.training.trainer import MixLoraTrainer
+
+FEW = ["trainer.max_steps=3", "trainer.logging_steps=1", "method.dropout=0.1"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch):
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers are traced with their backward pass and not compiled further, which takes long; a
+    number for each graph."""
+    graphs: list[int] = []
+    own = torch.compile
+
+    def backend(module, inputs):
+        graphs.append(len(graphs))
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: own(model, **{**options, "backend": backend})
+    )
+    return graphs
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+def test_losses_are_those_of_eager_training(train, traced, capsys, method) -> None:
+    words = [f"method={method}", *FEW, "+model.config.num_hidden_layers=5"]
+    eager = train(*words)
+    found = train(*words, "trainer.compile=layer")
+    assert "trainer.compile" not in capsys.readouterr().err
+    assert found.losses == pytest.approx(eager.losses, rel=1e-5)
+    # Shared by the layers but for the first, whose input needs no gradient; the last step is looked
+    # at without gradients. All batches have one length.
+    assert len(traced) == 3
+    for name, weight in eager.after.items():
+        torch.testing.assert_close(found.after[name], weight, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_checkpointing_and_accumulation_too(train, traced, method) -> None:
+    words = [f"method={method}", *FEW, "trainer.gradient_checkpointing=true",
+             "trainer.batch_size=4", "trainer.micro_batch_size=2"]  # fmt: skip
+    eager = train(*words)
+    assert train(*words, "trainer.compile=layer").losses == pytest.approx(eager.losses, rel=1e-5)
+    assert traced
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+def test_fifty_steps_compiled_to_the_end(train, method) -> None:
+    words = [f"method={method}", "trainer.max_steps=50", "trainer.logging_steps=1"]
+    eager = train(*words)
+    found = train(*words, "trainer.compile=layer")
+    assert found.losses == pytest.approx(eager.losses, rel=1e-5)
+
+
+def test_a_cpu_runs_graph_as_layer_and_says_so(train, traced, capsys) -> None:
+    train("method=lora", "trainer.max_steps=1", "trainer.compile=graph")
+    assert "trainer.compile=graph: a CPU has no graphs to record: it runs as layer" in (
+        capsys.readouterr().err
+    )
+    assert traced
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(train, monkeypatch, capsys) -> None:
+    """One line says why, and the numbers are those of eager training."""
+    eager = train("method=lora", *FEW)
+
+    def refuse(module, inputs):
+        raise torch._dynamo.exc.Unsupported("no such thing")
+
+    own = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: own(model, **{**options, "backend": refuse})
+    )
+    found = train("method=lora", *FEW, "trainer.compile=layer")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "trainer.compile" in line]
+    assert len(lines) == 1
+    assert "run as they are, for the compiler refuses them" in lines[0]
+    assert found.losses == pytest.approx(eager.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_nothing_is_read_within_a_micro_batch(train, traced, monkeypatch, method) -> None:
+    """From the batch to its gradients; the first step compiles."""
+    seen = []
+    own = MixLoraTrainer.training_step
+
+    def watched(self, *args, **kwargs):
+        with host_reads() as reads:
+            loss = own(self, *args, **kwargs)
+        seen.append(dict(reads))
+        return loss
+
+    monkeypatch.setattr(MixLoraTrainer, "training_step", watched)
+    train(f"method={method}", "trainer.max_steps=3", "trainer.compile=layer", "method.dropout=0")
+    # A CPU, whose masks are drawn as lists, looks for the rows of each example.
+    assert seen[1:] == [{"nonzero": 1}, {"nonzero": 1}]
+
+
+def test_layers_are_as_before_afterwards(train, traced) -> None:
+    found = train("method=lora", "trainer.max_steps=1", "trainer.compile=layer")
+    base = found.trainer.model.base_model.model
+    assert all(layer._compiled_call_impl is None for layer in base.model.layers)
+    assert base.config._attn_implementation == "eager"
+
+
+def test_lengths_are_multiples(train, traced) -> None:
+    found = train("method=lora", "trainer.max_steps=1", "trainer.compile=layer")
+    (job,) = found.trainer.jobs.values()
+    batch = job.collate(found.examples)
+    assert batch["input_ids"].shape[1] % compiled.BUCKET == 0
+    assert batch["attention_mask"].sum() == sum(len(e.input_ids) for e in found.examples)
