@@ -101,6 +101,18 @@ def compile_block(
     columns.matrix_gradients(x, low1, low3, keys, *at, full, 0, 1, 1.0, True)
 
 
+def compile_router(dtype: torch.dtype, experts: int, top_k: int) -> None:
+    """Every launch of the router, with a gradient for each of its outputs."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, mask = make(256, 512, dtype=dtype), make(experts, 512), make(256, dtype=torch.bool)
+    logits, shares, chosen, weights, report = router._route(x, weight, mask, top_k)
+    gradients = logits, shares, weights, report, x
+    router._route_backward(x, weight, mask, shares, chosen, *gradients)
+
+
 def main(cards: list[str], everything: bool) -> None:
     half = torch.bfloat16
     cases: list[tuple[str, dict[str, Any]]] = [
@@ -125,6 +137,7 @@ def main(cards: list[str], everything: bool) -> None:
             for module in (columns, hidden, order, router, scaled):
                 module.start = instead
             compile_block(**options)
+            compile_router(options["dtype"], 8, options.get("top_k", 2))
 
 
 if __name__ == "__main__":

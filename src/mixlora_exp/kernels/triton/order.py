@@ -203,6 +203,7 @@ def _order(
         "KEYS": keys,
         "BT": TILE,
         "BINS": 64,
+        "num_warps": 8,
     }
     with on_device_of(experts):
         start(count_kernel, (tiles,), experts, weights, counts, **constants)

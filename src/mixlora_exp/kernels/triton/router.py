@@ -302,7 +302,7 @@ def _route_backward(
             BASE=base is not None,
             BT=BACK_ROWS,
             BD=inner,
-            num_warps=4,
+            num_warps=4 if experts <= 16 else 8,
             num_stages=1,
         )
     return dx, parts

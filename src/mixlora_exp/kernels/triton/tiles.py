@@ -44,6 +44,7 @@ HALF_TILES = {
 # float32 products that are not cut to tf32 run outside the tensor cores, each thread with whole
 # rows of both operands in registers: small tiles, and ranks of no more than 64.
 FULL_TILES = {width: Tiles(16, 16, 8, 1) for width in (32, 64, 128)}
+FULL_INNER = {32: Tiles(16, 32, 8, 1)}
 FULL_RANK = 64
 
 # Programs per multiprocessor that the loops over F are split for, so that the last wave is a small
@@ -70,7 +71,9 @@ def tiles_of(kernel: str, columns: int, dtype: torch.dtype) -> Tiles:
     if INTERPRETED:
         # Small, so that small tests have several tiles.
         return Tiles(16, 32, 4, 1)
-    table = FULL_TILES if dtype == torch.float32 else HALF_TILES[kernel]
+    table = HALF_TILES[kernel]
+    if dtype == torch.float32:
+        table = FULL_TILES | FULL_INNER if kernel == "inner" else FULL_TILES
     return table[max(32, triton.next_power_of_2(columns))]
 
 
