@@ -187,6 +187,8 @@ def test_environment_is_read_in_few_places() -> None:
         # Which code other processes import: this.
         f"{PACKAGE}/config/places.py",
         f"{PACKAGE}/records/checkout.py",
+        # Where caches are.
+        f"{PACKAGE}/system/caches.py",
         f"{PACKAGE}/system/device.py",
         # How much may be read; more is refused.
         f"{PACKAGE}/system/untrusted.py",

@@ -109,7 +109,8 @@ def test_nothing_is_read_within_a_micro_batch(train, traced, monkeypatch, method
     monkeypatch.setattr(MixLoraTrainer, "training_step", watched)
     train(f"method={method}", "trainer.max_steps=3", "trainer.compile=layer", "method.dropout=0")
     # A CPU, whose masks are drawn as lists, looks for the rows of each example.
-    assert seen[1:] == [{"nonzero": 1}, {"nonzero": 1}]
+    assert len(seen) > 2
+    assert all(reads == {"nonzero": 1} for reads in seen[1:]), seen
 
 
 def test_layers_are_as_before_afterwards(train, traced) -> None:

@@ -7,11 +7,9 @@ of a model share the code. Nothing within a micro-batch is read by the host.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
-from mixlora_exp.system.caches import cache_folder
+from mixlora_exp.system.caches import keep_compiled_code
 
 __all__ = ["BUCKET", "compiled_layers", "pad_to"]
 
@@ -107,8 +105,7 @@ def compiled_layers(
         options["mode"] = "reduce-overhead"
     elif how is Compile.graph:
         sys.stderr.write("trainer.compile=graph: a CPU has no graphs to record: it runs as layer\n")
-    cache = cache_folder() / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_made(cache)))
+    keep_compiled_code()
     layers: list[nn.Module] = _decoder_layers(base)
     if checkpointing:
         # A layer checkpoints inside its call, where the compiler allows no note of what experts
@@ -123,11 +120,6 @@ def compiled_layers(
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
