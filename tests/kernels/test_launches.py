@@ -1,0 +1,125 @@
+"""Launches of a decoder layer in training on a GPU, counted without one: all operators of torch and
+all Triton kernels of a layer, forward and backward, are dispatched as there; kernels do nothing.
+
+What a model of two layers takes beyond one of one layer, under autocast, with the adapter's weights
+of the optimizer step at hand, beyond what the frozen layer with its input gradient takes by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.adapters.dropout import use_dropout_stream
+from mixlora_exp.bench.launches import LaunchCounter
+from mixlora_exp.config.choices import Head
+from mixlora_exp.kernels import DropoutStream, linears, resolve_kernel
+from mixlora_exp.training.head import loss_from_hidden
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from mixlora_exp.kernels.triton import block, linear_launch, router  # noqa: E402
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = (2, 16)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
+    """The kernels as on a GPU; what they launch goes into the last counter of this list."""
+    found: list[Counter[str]] = []
+
+    def start(kernel: Any, grid: Any, *arguments: Any, **named: Any) -> None:
+        if found:
+            found[-1][f"triton:{kernel.fn.__name__}"] += 1
+
+    def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+        # On a GPU one product with a result in float32.
+        if found:
+            found[-1]["mm"] += 1
+        return torch.empty(one.shape[0], other.shape[1], dtype=dtype)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mixlora_exp.kernels.triton.") and hasattr(module, "start"):
+            monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(linears, "_product", product)
+    monkeypatch.setattr(linears, "steps_on", lambda device: linear_launch)
+    monkeypatch.setattr(linear_launch, "supports", lambda *arguments: True)
+    monkeypatch.setattr(block, "supports", lambda *arguments: True)
+    monkeypatch.setattr(router, "INTERPRETED", True)
+    return found
+
+
+def pass_of(method: str, layers: int, counted: list[Counter[str]]) -> Counter:
+    """Of the second micro-batch of a run's first step: the first has what a step needs once."""
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=64, use_cache=False,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+    stream = DropoutStream(1)
+    if method == "frozen":
+        base.model.embed_tokens.weight.requires_grad_(True)
+        model = base
+    else:
+        mixture = method.startswith("mix")
+        common = {"r": 16 if mixture else 80, "lora_alpha": 32, "lora_dropout": 0.05,
+                  "use_dora": method.endswith("dora"), "target_modules": TARGETS}  # fmt: skip
+        settings = MixLoraConfig(**common, num_experts=8, top_k=2) if mixture else (
+            LoraConfig(**common, task_type="CAUSAL_LM")
+        )  # fmt: skip
+        model = get_peft_model(base, settings)
+        set_kernel(model, "triton" if mixture else resolve_kernel("auto", "cuda"))
+        use_dropout_stream(model, "default", stream)
+    model.train()
+    ids = torch.randint(0, 60, TOKENS)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    positions = torch.arange(TOKENS[0] * TOKENS[1])
+    for number in range(2):
+        stream.begin(number, positions // TOKENS[1], positions % TOKENS[1])
+        for parameter in model.parameters():
+            parameter.grad = None
+        counter = LaunchCounter()
+        counted.append(counter.launches)
+        with counter, torch.autocast("cpu", torch.bfloat16), loss_from_hidden(base, Head.chunked):
+            loss = model(
+                input_ids=ids, attention_mask=mask, labels=labels,
+                num_items_in_batch=torch.tensor(29),
+            ).loss  # fmt: skip
+        with counter:
+            loss.backward()
+    return counted.pop()
+
+
+def layer_of(method: str, counted: list[Counter[str]]) -> Counter[str]:
+    one, two = (pass_of(method, layers, counted) for layers in (1, 2))
+    found = Counter(two)
+    found.subtract(one)
+    return Counter({name: count for name, count in found.items() if count})
+
+
+def test_the_frozen_layer(counted) -> None:
+    """What the figures are beyond: the number that is compared with."""
+    assert layer_of("frozen", counted).total() == 101
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"), [("lora", 40), ("dora", 45), ("mixlora", 45), ("mixdora", 60)]
+)
+def test_budget(counted, method, budget) -> None:
+    frozen, found = layer_of("frozen", counted), layer_of(method, counted)
+    more = Counter(found)
+    more.subtract(frozen)
+    seen = {name: count for name, count in sorted(more.items()) if count}
+    assert found.total() - frozen.total() <= budget, seen
+    assert any(name.startswith("triton:") for name in found)
