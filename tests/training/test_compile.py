@@ -123,6 +123,7 @@ def test_layers_are_as_before_afterwards(train, traced) -> None:
 def test_lengths_are_multiples(train, traced) -> None:
     found = train("method=lora", "trainer.max_steps=1", "trainer.compile=layer")
     (job,) = found.trainer.jobs.values()
+    assert 0 < found.summary.first_step_seconds <= found.summary.seconds
     batch = job.collate(found.examples)
     assert batch["input_ids"].shape[1] % compiled.BUCKET == 0
     assert batch["attention_mask"].sum() == sum(len(e.input_ids) for e in found.examples)

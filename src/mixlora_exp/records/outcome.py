@@ -10,7 +10,13 @@ from mixlora_exp.records.files import RECORD
 from mixlora_exp.system.untrusted import read_json
 
 CIRCUMSTANCES = ("provenance", "seconds", "scoring", "content_sha256")
-OF_TRAINING = ("seconds", "tokens_per_second", "peak_memory_bytes", "together")
+OF_TRAINING = (
+    "seconds",
+    "tokens_per_second",
+    "first_step_seconds",
+    "peak_memory_bytes",
+    "together",
+)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -20,7 +26,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     for name in CIRCUMSTANCES:
         record.pop(name)
     for name in OF_TRAINING if record["train"] else ():
-        record["train"].pop(name)
+        record["train"].pop(name, None)
     record["config"].pop("output_dir")
     files = [folder / "train_log.jsonl", folder / "adapter" / "adapter_model.safetensors"]
     files += sorted((folder / "predictions").glob("*"))

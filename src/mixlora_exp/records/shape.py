@@ -42,7 +42,8 @@ STABILITY = {
 }  # fmt: skip
 TRAIN = {
     "steps": int, "examples?": int, "tokens?": int, "seconds?": NUMBER,
-    "final_loss?": FIGURE, "tokens_per_second?": NUMBER, "peak_memory_bytes?": int,
+    "final_loss?": FIGURE, "tokens_per_second?": NUMBER, "first_step_seconds?": (NUMBER, None),
+    "peak_memory_bytes?": int,
     "expert_load": LOADS, "curve": [{"step": int, "loss": FIGURE}], "stability?": (STABILITY, None),
 }  # fmt: skip
 RECORD = {

@@ -139,8 +139,10 @@ def print_record(record: Mapping[str, Any]) -> None:
     if train is None:
         return
     steps = "1 step" if train["steps"] == 1 else f"{train['steps']} steps"
+    first = train.get("first_step_seconds")
+    compiled = "" if first is None else f"; {first:.0f} s of them for the first step, compiled"
     say(
-        f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s "
+        f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s{compiled} "
         f"({train['tokens_per_second']:.0f} tokens/s), loss {train['final_loss']:.3f}, "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )

@@ -66,6 +66,8 @@ class TrainSummary:
     stability: Stability | None = None
     micro_batch_size: int | None = None
     """Examples per forward pass actually used, over which the router loss is computed."""
+    first_step_seconds: float | None = None
+    """With `trainer.compile`, how long the first optimizer step took, compilation included."""
     halved_micro_batch: int | None = None
     """With `trainer.auto_micro_batch`, the size used after the configured one did not fit in
     memory; the examples of an optimizer step and the normalisation of the loss are unchanged."""
@@ -211,4 +213,5 @@ def _summary(job: Job, peak: int) -> TrainSummary:
         expert_load=track.expert_load(),
         stability=track.watch.summary(),
         micro_batch_size=job.config.trainer.micro_batch_size,
+        first_step_seconds=job.first_step_seconds,
     )

@@ -67,6 +67,8 @@ class Job:
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
     seconds_before: float = field(init=False, default=0.0)
+    first_step_seconds: float | None = field(init=False, default=None)
+    """With `trainer.compile`: of the first step of this process, compilation included."""
     _resumed: Checkpoint | None = field(init=False, default=None)
     _step_loss: Tensor | float = field(init=False, default=0.0)
 

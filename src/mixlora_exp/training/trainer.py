@@ -22,6 +22,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.adapters import save_adapter
 from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.precision import autocast
@@ -228,8 +229,10 @@ class MixLoraTrainer(Trainer):
         if self._asked and not requested():
             request()
         for job in self._stepped:
-            job.step = done
-            job.track.seconds = job.seconds_before + time.perf_counter() - self._started
+            job.step, taken = done, time.perf_counter() - self._started
+            job.track.seconds = job.seconds_before + taken
+            if self._compile is not Compile.off and job.first_step_seconds is None:
+                job.first_step_seconds = round(taken, 3)
             last = done == job.steps and self.args.world_size == 1
             if last and not self._gives_numbers(job):
                 # No further step would check the weights after the last update.
