@@ -65,7 +65,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it is a pipe, not a file"):
         read_json(pipe)
     (tmp_path / "link").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match="it is a device, no file"):
+    with pytest.raises(ValueError, match="it is a device, not a file"):
         read_text(tmp_path / "link")
     with pytest.raises(OSError, match="a folder"):
         read_text(tmp_path)

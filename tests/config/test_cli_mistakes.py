@@ -56,9 +56,9 @@ BAD = [
     (["data=local", "data.path=null"], ["data.path=null", "data.path=DIR"]),
     # folders that are not there, before torch is loaded
     (["data=local", "data.path=/no/such"], ["data.path=/no/such", "TASK/SPLIT.jsonl"]),
-    (["data.mirror=/no/such"], ["data.mirror=/no/such is no folder"]),
-    (["model.path=/no/such"], ["model.path=/no/such is no folder", "a model"]),
-    (["method=none", "adapter=/no/such"], ["adapter=/no/such is no folder"]),
+    (["data.mirror=/no/such"], ["data.mirror=/no/such is not a folder"]),
+    (["model.path=/no/such"], ["model.path=/no/such is not a folder", "a model"]),
+    (["method=none", "adapter=/no/such"], ["adapter=/no/such is not a folder"]),
     (["model.name=???"], ["model.name=???", "set model.name=VALUE"]),
     (["output_dir=${foo}"], ["output_dir=${foo}", "'foo' not found"]),
     (["trainer.max_steps=${trainer.epochs}"], ["trainer.max_steps=${trainer.epochs}", "2.0"]),

@@ -30,6 +30,7 @@ from mixlora_exp.config.architecture import OLD_NAMES, current_model
 from mixlora_exp.config.command import compose_cell
 from mixlora_exp.config.recorded import check_recorded, recorded
 from mixlora_exp.errors import UserError
+from mixlora_exp.sweeps.by_group import ByGroup
 
 NAMED = {
     "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m", "tiny"],
@@ -81,10 +82,11 @@ def test_option_composes_and_is_named_as_its_file(path: Path) -> None:
 
 
 def test_every_experiment_is_valid() -> None:
+    by_group = ByGroup()
     with open_session() as hydra:
         for path in EXPERIMENTS:
-            name = path.relative_to("experiment").with_suffix("").as_posix()
-            assert plan_runs(hydra, "config", [f"experiment={name}"], multirun=False).cells
+            words = [f"experiment={path.relative_to('experiment').with_suffix('').as_posix()}"]
+            assert plan_runs(hydra, "config", words, False, by_group).cells
 
 
 def test_a_size_for_a_cpu_goes_with_any_model() -> None:

@@ -108,7 +108,7 @@ def test_tiny_tokenizer_is_fixed_and_knows_the_labels(tiny: Tiny) -> None:
 
 
 def test_tokenizer_must_fit_the_vocabulary(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"512 tokens, and .* 100 rows.*config={vocab_size: N}"):
+    with pytest.raises(UserError, match=r"512 tokens, but .* 100 rows.*config={vocab_size: N}"):
         load_tokenizer(tiny(vocab_size=100))
 
 

@@ -57,7 +57,7 @@ def test_a_vocabulary_that_is_too_small_is_told(tiny: Tiny) -> None:
     config = tiny(**SOURCES["hub"], vocab_size=511)
     with pytest.raises(
         UserError,
-        match=r"has 512 tokens, and the model's embedding 511 rows.*config={vocab_size: N}",
+        match=r"has 512 tokens, but the model's embedding has 511 rows.*config={vocab_size: N}",
     ):
         load_tokenizer(config)
 

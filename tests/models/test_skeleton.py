@@ -18,7 +18,7 @@ from mixlora_exp.models.skeleton import projections, skeleton
 SMALL = {"num_hidden_layers": 2}
 REFUSED = {
     "phi3": "2 layers have 0 q_proj, 0 k_proj, 0 v_proj, 2 o_proj as nn.Linear, and also gate_up",
-    "gpt2": "beside c_attn (Conv1D)",
+    "gpt2": "and also c_attn (Conv1D)",
     "starcoder2": "2 layers have 0 gate_proj, 0 up_proj, 0 down_proj as nn.Linear, and also c_fc",
     "falcon_h1": "2 layers have 0 feed-forward blocks named mlp",
     "seed_oss": "its mlp(x) is dropout(down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))",

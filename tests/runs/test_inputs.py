@@ -101,7 +101,7 @@ def test_each_input_is_read_once(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("adapter=nowhere", "method=none"), "adapter=nowhere has no adapter_config.json"),
+        (("adapter=nowhere", "method=none"), "adapter=nowhere is not a folder"),
         (("adapter=nowhere", "method=lora"), "add method=none"),
         (("tracker=tensorboard", "method=none"), "use tracker=none"),
         (("data=embedded", "data.path=nowhere"), "data.path=nowhere"),

@@ -268,7 +268,7 @@ def test_what_is_typed_must_be_text(
     typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", typed)
     assert command(*WORDS, "max_new_tokens=1") == 2
-    assert "no UTF-8" in capsys.readouterr().err
+    assert "the input is not UTF-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])
@@ -285,7 +285,7 @@ def test_a_mixture_says_why_it_cannot_be_merged(
     ("words", "message"),
     [
         (["adapter=absent"], "adapter=absent is not a folder"),
-        (["prompt=a", "prompts=b"], "name one of them"),
+        (["prompt=a", "prompts=b"], "prompt is also given: give one of them"),
         (["prompts=absent.txt"], "absent.txt cannot be read"),
         (["prompt= "], "it is empty"),
         (["max_new_tokens=0"], "max_new_tokens=0"),

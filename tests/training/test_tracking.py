@@ -83,7 +83,7 @@ def test_nothing_it_does_stops_a_run(
     monkeypatch.setattr(Service, "fails", where)
     assert execute([*SMALL, "tracker=wandb", f"output_dir={tmp_path}"]) == 0
     told = capsys.readouterr().err
-    assert told.count("warning: tracker=wandb fails: no route to host") == 1
+    assert told.count("warning: tracker=wandb failed: no route to host") == 1
     (path,) = tmp_path.glob("*/record.json")
     assert read_record(path)["status"] == "finished"
 

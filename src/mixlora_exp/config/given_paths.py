@@ -26,7 +26,7 @@ def check_folders(given: Iterable[tuple[str, str | None]]) -> None:
     """
     for name, value in given:
         if value is not None and not Path(value).expanduser().is_dir():
-            raise UserError(f"{name}={value} is no folder: {WAYS[name]}")
+            raise UserError(f"{name}={value} is not a folder: {WAYS[name]}")
 
 
 def check_given(config: Config) -> None:
