@@ -297,7 +297,7 @@ def test_a_mixture_says_why_it_cannot_be_merged(
         (["tempo=1"], "tempo"),
         (["adapter=a", "adapters=[b,c]"], "adapter is also given: give one of them"),
         (["adapters=[absent,gone]"], "adapter=absent is not a folder"),
-        (["adapters=[docs,docs]"], "both called docs"),
+        (["adapters=[docs,docs]", "prompt=a"], "both called docs"),
         (["adapters=[docs,conf]", "chat=true"], "chat=True is not valid: it works with one"),
         (["model=llama9"], "llama9"),
         (["chat=true", "prompt=a"], "no chat template"),
