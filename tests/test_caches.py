@@ -12,7 +12,7 @@ import pytest
 import torch
 from caches import ELSEWHERE, OWN
 
-from mixlora_exp.models import pypi
+from mixlora_exp.system.caches import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def test_libraries_have_taken_them_over() -> None:
         "huggingface_hub": huggingface_hub.constants.HF_HUB_CACHE,
         "token": huggingface_hub.constants.HF_TOKEN_PATH,
         "torch": torch.hub.get_dir(),
-        "converted weights": pypi._cache_root(),
+        "converted weights": cache_folder(),
         "home": Path("~").expanduser(),
     }
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")

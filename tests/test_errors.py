@@ -46,6 +46,8 @@ def test_a_hub_that_does_not_answer_is_told_in_one_line(
         log.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
 
     before = list(log.filters)
+    # An earlier command of this process may have told it.
+    log.filters[:] = []
     try:
         assert guarded(command, []) == 0
         assert guarded(lambda _: None, []) == 0

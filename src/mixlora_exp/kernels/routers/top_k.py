@@ -22,7 +22,9 @@ def route(x: Tensor, weight: Tensor, top_k: int, dtype: torch.dtype | None = Non
     """
     logits = router_logits(x, weight, dtype)
     probabilities = logits.softmax(dim=-1)
-    experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    experts = (
+        logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    )
     chosen = probabilities.gather(1, experts)
     return Routing(logits, probabilities, experts, chosen / chosen.sum(dim=-1, keepdim=True))
 
