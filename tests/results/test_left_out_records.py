@@ -28,6 +28,20 @@ def test_runs_that_no_table_has_a_place_for_are_listed(
     assert all("no table has" in entry.reason for entry in found.left_out)
 
 
+def test_a_method_of_one_s_own_is_listed_and_stops_nothing(add: Write, results: Path) -> None:
+    """As the walk of a router makes one."""
+
+    def other(record: dict) -> None:
+        record["config"]["method"]["name"] = "mixlora_above"
+
+    add("own", 0.4, "method=mixlora", change=other)
+    add("usual", 0.4, "method=lora")
+    found = gather(results)
+    assert [run.name for run in found.runs] == ["usual"]
+    ((entry),) = found.left_out
+    assert entry.reason.startswith("method=mixlora_above is not in the paper's tables (lora, dora")
+
+
 def test_predictions_edited_without_a_trace_are_noticed(add: Write, results: Path) -> None:
     """A right and a wrong answer exchanged leave the accuracy as it was."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mixlora_exp.adapters.sources import Source
 from mixlora_exp.kernels import dora_norms
+from mixlora_exp.kernels.shapes import stacked
 
 __all__ = ["norms_of", "norms_of_one_shape"]
 
@@ -43,15 +43,10 @@ def norms_of(sources: Sequence[Source], squares: Sequence[Tensor]) -> list[Tenso
 def norms_of_one_shape(sources: Sequence[Source], squares: Sequence[Tensor]) -> Sequence[Tensor]:
     """The same of sources of one shape."""
     first = sources[0]
-    a, b = _stack([one.a for one in sources]), _stack([one.b for one in sources])
+    a, b = stacked([one.a for one in sources]), stacked([one.b for one in sources])
     experts = a.dim() == 4
     if not experts:
         a, b = a.unsqueeze(1), b.unsqueeze(1)
     weights = [one.weight for one in sources]
-    norms = dora_norms(weights, _stack(squares), a, b, first.scaling)
+    norms = dora_norms(weights, stacked(squares), a, b, first.scaling)
     return norms if experts else norms.squeeze(1)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(N, ...); of one tensor a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

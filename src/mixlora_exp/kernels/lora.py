@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mixlora_exp.kernels.dropout import DropMask, drop
-from mixlora_exp.kernels.shapes import Low
+from mixlora_exp.kernels.shapes import Low, stacked
 
 __all__ = [
     "LowRankPart",
@@ -97,16 +97,11 @@ def rebuilt(spec: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[Low
     return found
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(M, ...); of one tensor a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
 def _dropped(rows: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
     """(M, T, in) with each adapter's dropped elements zero."""
     if all(part.mask is None for part in parts):
         return rows
-    return _stack(
+    return stacked(
         [row if p.mask is None else p.mask.zero(row) for row, p in zip(rows, parts, strict=True)]
     )
 
@@ -121,15 +116,15 @@ def _times(low: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
 
 def _scales(parts: Sequence[LowRankPart], dtype: torch.dtype) -> Tensor:
     """DoRA's `m / ||W + s B A||`, (M, 1, out)."""
-    return _stack([p.scale_in(dtype) for p in parts]).unsqueeze(1)
+    return stacked([p.scale_in(dtype) for p in parts]).unsqueeze(1)
 
 
 class _LoraAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, frozen, x, *tensors):
         parts, count = rebuilt(spec, tensors), len(spec)
-        a = _stack([part.a_in(x.dtype) for part in parts])
-        b = _stack([part.b_in(x.dtype) for part in parts])
+        a = stacked([part.a_in(x.dtype) for part in parts])
+        b = stacked([part.b_in(x.dtype) for part in parts])
         rows = x.view(count, len(x) // count, x.shape[1])
         low = torch.bmm(_dropped(rows, parts), a.transpose(1, 2))
         y = frozen.reshape(count, rows.shape[1], frozen.shape[1])
@@ -151,8 +146,8 @@ class _LoraAdd(torch.autograd.Function):
     def _gradients(ctx, dy):
         x, low, unscaled, *tensors = ctx.saved_tensors
         parts, count = rebuilt(ctx.spec, tensors), len(ctx.spec)
-        a = _stack([part.a_in(x.dtype) for part in parts])
-        b = _stack([part.b_in(x.dtype) for part in parts])
+        a = stacked([part.a_in(x.dtype) for part in parts])
+        b = stacked([part.b_in(x.dtype) for part in parts])
         dy = dy.reshape(count, len(x) // count, dy.shape[1])
         rows = x.view(count, dy.shape[1], x.shape[1])
         dmagnitudes: list[Tensor | None] = [None] * count

@@ -6,7 +6,7 @@ Shape letters, used throughout this package: `T` tokens, `D` hidden size, `F` fe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "Routing",
     "low_ranks",
     "scale_of",
+    "stacked",
 ]
 
 ROLES = ("gate", "up", "down")
@@ -271,3 +272,8 @@ class Routing:
         parts = (self.logits, self.probabilities, self.experts, self.weights)
         extra = {name: value.detach() for name, value in self.extra.items()}
         return Routing(*(part.detach() for part in parts), extra)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """N tensors of one shape as (N, ...); a single one as a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

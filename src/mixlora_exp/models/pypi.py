@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import GgufConfig, PreTrainedTokenizerBase
 
@@ -174,6 +173,9 @@ def _convert(gguf: Path, target: Path, config: ModelConfig, folder: Path) -> Non
 
 def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
     """Split digits as SmolLM's tokenizer does, which the conversion from GGUF omits."""
+    # Imported late: whoever installs the adapters alone does not have it.
+    from gguf import GGUFReader
+
     field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

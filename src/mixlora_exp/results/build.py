@@ -22,7 +22,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import write_text
 from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
 from mixlora_exp.results.objections import objections
-from mixlora_exp.results.paper import METHODS, MODEL_TITLES
+from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
     EVALUATION_FIELDS,
@@ -107,6 +107,16 @@ def _chosen(
     return chosen
 
 
+def _of_other_methods(runs: Sequence[RecordedRun]) -> dict[str, LeftOut]:
+    """Runs, by name, of methods that the paper does not have, such as one with another router."""
+    known = ", ".join(METHODS)
+    return {
+        run.name: LeftOut(run.name, f"method={run.method} is not in the paper's tables ({known})")
+        for run in runs
+        if run.method not in METHOD_TITLES
+    }
+
+
 def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Results:
     """Read `folder` (with `runs/` and `bench/`) and build the tables.
 
@@ -116,9 +126,9 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     presets, models = _defaults()
     standards = _standards(presets, models)
     runs, left_out = load_runs(folder / "runs")
-    copied = copies(runs)
-    left_out = [*left_out, *copied.values()]
-    chosen = _chosen([run for run in runs if run.name not in copied], left_out, names)
+    dropped = {**_of_other_methods(runs), **copies(runs)}
+    left_out = [*left_out, *dropped.values()]
+    chosen = _chosen([run for run in runs if run.name not in dropped], left_out, names)
     blocks = group_runs(chosen)
     benchmarks, unusable = load_benchmarks(folder / "bench")
     sources = Sources(chosen, blocks, standards, benchmarks, presets, models)
