@@ -172,7 +172,8 @@ def test_lm_eval_s_command_line_tells_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Read when the library is imported: its environment variable would come too late.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if "BASE" in words[-1]:
         base_of().save_pretrained(tmp_path)
         load_tokenizer(compose(["model=tiny"]).model).save_pretrained(tmp_path)

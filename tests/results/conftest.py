@@ -16,6 +16,7 @@ from table_cells import SMALL, five
 from mixlora_exp.config import Config, compose, to_dict
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.records.record import finish_record, write_json, write_jsonl
+from mixlora_exp.results.build import Results, gather
 from mixlora_exp.tasks import TASKS
 
 GIT = {"commit": "c" * 40, "dirty": False}
@@ -120,3 +121,9 @@ def add(results: Path) -> Callable[..., Path]:
         return write_run(results / "runs", name, [*SMALL, *words], five(value), **more)
 
     return added
+
+
+@pytest.fixture(scope="session")
+def committed() -> Results:
+    """All committed records and the tables made from them."""
+    return gather()

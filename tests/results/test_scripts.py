@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mixlora_exp.cli import figures, report, tables
 from mixlora_exp.cli.main import main
 from mixlora_exp.config.places import RESULTS
+from mixlora_exp.results.build import Results
 
 
 @dataclass
@@ -30,6 +32,14 @@ def script(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     return run
 
 
+@pytest.fixture
+def read_once(committed: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that would each read all committed records take what was read before."""
+    for command in (tables, figures, report):
+        monkeypatch.setattr(command, "gather", lambda names=None: committed)
+
+
+@pytest.mark.usefixtures("read_once")
 def test_tables(script: Callable[..., Done], tmp_path: Path) -> None:
     done = script("tables", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -43,6 +53,7 @@ def test_tables(script: Callable[..., Done], tmp_path: Path) -> None:
     assert (tmp_path / "table1.csv").read_text() == "other\n"
 
 
+@pytest.mark.usefixtures("read_once")
 def test_figures_and_report(script: Callable[..., Done], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     done = script("report", f"--output={tmp_path}")

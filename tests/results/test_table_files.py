@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from table_cells import bench_record
 
-from mixlora_exp.results.build import RESULTS, gather, table_files, write_files
+from mixlora_exp.results.build import RESULTS, Results, gather, table_files, write_files
 
 Write = Callable[..., Path]
 
@@ -85,8 +85,8 @@ def test_writing_is_idempotent_and_a_change_is_seen(add: Write, results: Path) -
     assert any("90.0" in line for line in write_files(folder, files, check=True))
 
 
-def test_committed_tables_are_those_of_the_records() -> None:
-    assert write_files(RESULTS / "tables", table_files(gather()), check=True) == []
+def test_committed_tables_are_those_of_the_records(committed: Results) -> None:
+    assert write_files(RESULTS / "tables", table_files(committed), check=True) == []
 
 
 def test_tables_need_no_torch() -> None:

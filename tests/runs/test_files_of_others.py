@@ -323,7 +323,8 @@ def test_what_a_model_s_folder_asks_for_is_not_done(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Read when the library is imported: its environment variable would come too late.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = shutil.copytree(base, tmp_path / "base")
     name, change = MODELS[kind]
     path = folder / name
