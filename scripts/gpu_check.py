@@ -29,8 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config import Config, compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.outcome import outcomes

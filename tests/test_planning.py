@@ -14,9 +14,10 @@ import transformers
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.bench.measure import saved_bytes
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import CONF_DIR, Config, compose, open_session
-from mixlora_exp.config.command import compose_cell
-from mixlora_exp.config.schema import LoraMethodConfig
+from mixlora_exp.config.command import compose, compose_cell
+from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.resolve import open_session
+from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import load_model, load_tokenizer

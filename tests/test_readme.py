@@ -18,7 +18,8 @@ from official_format import as_official
 
 from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import compose, schema
+from mixlora_exp.config import schema
+from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
 from mixlora_exp.system.guarded import guarded
@@ -259,7 +260,7 @@ def test_python_block_loads_an_adapter(tmp_path: Path) -> None:
     assert "load_adapters" in several, "tested in tests/adapters/test_several.py"
     import torch
 
-    from mixlora_exp.config import compose
+    from mixlora_exp.config.command import compose
     from mixlora_exp.models import load_model
 
     base = load_model(compose(["model=tiny"]).model, torch.float32, seed=42)

@@ -6,8 +6,6 @@ import importlib
 import importlib.abc
 import sys
 
-__all__ = ["install"]
-
 
 def _register() -> None:
     importlib.import_module("mixlora_exp.adapters")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 
-__all__ = ["PackError", "UserError", "shown"]
-
 SCREEN = 1900
 """Maximum number of characters of a message: what a terminal of 24 lines and 80 columns shows."""
 ODD = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}

@@ -20,7 +20,7 @@ from mixlora_exp.adapters import attach_adapter, load_adapter, load_adapters, sa
 from mixlora_exp.adapters.based import refusal
 from mixlora_exp.adapters.hosting import check_shareable
 from mixlora_exp.adapters.model import MixLoraModel
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import BaseIdentity, build_hf_config, load_model, load_tokenizer, read_base
 

@@ -19,7 +19,7 @@ from mixlora_exp.adapters import MixLoraFeedForward, load_adapters, set_kernel
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.rows import Segment
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model, load_tokenizer
 
 KERNELS = ("exact", "shared", "peft", "reference")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli import lm_eval
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.system.guarded import guarded
 

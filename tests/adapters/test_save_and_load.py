@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from mixlora_exp.adapters import MixLoraFeedForward, attach_adapter, load_adapter, save_adapter
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 

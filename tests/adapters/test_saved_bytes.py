@@ -20,7 +20,7 @@ from mixlora_exp.adapters import (
     set_kernel,
 )
 from mixlora_exp.adapters.hosting import add_guest
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 
 METHODS = ["lora", "dora", "mixlora", "mixdora"]
 SAVE = """
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 import torch
 from mixlora_exp.adapters import attach_adapter, save_adapter
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model
 
 for method in sys.argv[2:]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import Config
+from mixlora_exp.config.schema import Config
 
 
 @pytest.fixture

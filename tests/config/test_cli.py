@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import Config
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.config import Config, options
+from mixlora_exp.config.arguments import options
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
 Refused = Callable[[list[str]], str]

@@ -12,23 +12,21 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import (
-    CONF_DIR,
+from mixlora_exp.config import schema as s
+from mixlora_exp.config.architecture import OLD_NAMES, current_model
+from mixlora_exp.config.command import compose, compose_cell, plan_runs
+from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.recorded import check_recorded, recorded
+from mixlora_exp.config.resolve import (
     EXCLUDED,
-    Config,
-    compose,
     fingerprint,
     open_session,
-    plan_runs,
     register_schemas,
     run_name,
     to_config,
     to_dict,
 )
-from mixlora_exp.config import schema as s
-from mixlora_exp.config.architecture import OLD_NAMES, current_model
-from mixlora_exp.config.command import compose_cell
-from mixlora_exp.config.recorded import check_recorded, recorded
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.by_group import ByGroup
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.config import compose, fingerprint, switches, to_dict
+from mixlora_exp.config import switches
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import fingerprint, to_dict
 from mixlora_exp.config.schema import PresetConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import count_parameters

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import LossOn
 from mixlora_exp.data.collator import Collator, pad_left
 from mixlora_exp.data.encoding import Example, encode_examples

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import AnswerForm, DataConfig, DataSource
 from mixlora_exp.data.encoding import encode_examples, encode_questions
 from mixlora_exp.data.sources import load_split

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mixlora_exp.config import compose, fingerprint, to_dict
-from mixlora_exp.config.resolve import fingerprint_of
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import fingerprint, fingerprint_of, to_dict
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.plans.plan import plan

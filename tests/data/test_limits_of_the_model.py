@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import (
     AnswerForm,
     ArcLabels,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import set_kernel
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import DataConfig, EvaluationConfig
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.evaluation import score_tests

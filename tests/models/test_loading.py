@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError

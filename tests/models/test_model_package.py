@@ -13,7 +13,7 @@ import torch
 from converting_processes import Converting
 from transformers import PreTrainedModel
 
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import identify, load_model, load_tokenizer, pypi

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from table_cells import SMALL, five
 
-from mixlora_exp.config import Config, compose, to_dict
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import to_dict
+from mixlora_exp.config.schema import Config
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.records.record import finish_record, write_json, write_jsonl
 from mixlora_exp.results.build import Results, gather

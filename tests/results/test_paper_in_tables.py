@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 from table_cells import PAPER, block, row
 
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.results.build import gather
 from mixlora_exp.results.paper import METHODS, TASK_TITLES, contradictions, read_paper

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mixlora_exp.config import compose, to_dict
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import TASK_NAMES
 from mixlora_exp.records import show
 

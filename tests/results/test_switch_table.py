@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.config import compose, to_dict
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.build import gather
 from mixlora_exp.results.tables.parts import Block, Entry

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixlora_exp.config import Config, compose
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.schema import Config
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
 

@@ -16,7 +16,8 @@ from mixlora_exp.cli import generate as generation
 from mixlora_exp.cli.evaluate import overrides_of
 from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.cli.train import execute, with_base
-from mixlora_exp.config import compose, fingerprint
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import fingerprint
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record

@@ -12,7 +12,8 @@ import pytest
 
 from mixlora_exp.cli.evaluate import overrides_of, run
 from mixlora_exp.cli.main import main
-from mixlora_exp.config import compose, to_dict
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import in_lockstep
 from mixlora_exp.records.record import read_record

@@ -18,7 +18,7 @@ from forked import CONTEXT
 from safetensors.torch import load_file, save_file
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.runs import inputs

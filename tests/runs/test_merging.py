@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixlora_exp.adapters import set_kernel
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.models import load_model, load_tokenizer

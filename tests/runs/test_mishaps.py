@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from mixlora_exp.config import Config
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.runs import run as experiment
 

@@ -14,7 +14,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from mixlora_exp.config import Config, compose, fingerprint, run_name, to_dict
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import fingerprint, run_name, to_dict
+from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli import generate as generation
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 from mixlora_exp.serving import answer

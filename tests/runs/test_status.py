@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from mixlora_exp.cli.main import main
-from mixlora_exp.config import Config, compose, open_session, plan_runs, run_name, to_dict
-from mixlora_exp.config.command import compose_cell
+from mixlora_exp.config.command import compose, compose_cell, plan_runs
+from mixlora_exp.config.resolve import open_session, run_name, to_dict
+from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import build_hf_config
 from mixlora_exp.plans.hours import gpu_hours

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import compose
-from mixlora_exp.config.command import Cell, Plan
+from mixlora_exp.config.command import Cell, Plan, compose
 from mixlora_exp.sweeps import jobs
 from mixlora_exp.sweeps import launch as sweep
 from mixlora_exp.sweeps.jobs import SWEEP, Outcome

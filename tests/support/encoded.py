@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixlora_exp.config import Config
+from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import load_tokenizer

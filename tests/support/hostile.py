@@ -11,8 +11,6 @@ from typing import Any
 
 from mixlora_exp.records.record import finish_record, read_record, write_json
 
-__all__ = ["HOSTILE", "changed", "place", "set_field"]
-
 ESCAPE = "\x1b[2J\u202e"
 BYTES = {
     "deep": b'{"a":' * 100_000,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.system.guarded import MISTAKE
 from mixlora_exp.tasks import custom_task

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.config import Config, compose
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import load_model, load_tokenizer

@@ -12,7 +12,8 @@ from encoded import examples_of
 
 from mixlora_exp.adapters import attach_adapter, attach_together, linear
 from mixlora_exp.adapters.hosting import parameters_of
-from mixlora_exp.config import Config, compose
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer

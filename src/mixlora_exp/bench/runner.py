@@ -97,7 +97,7 @@ def _parsed(kind: Kind) -> Callable[[Sequence[str]], BenchOptions]:
         if not words:
             return kind.options()
         # Late: a GPU machine may have neither Hydra nor OmegaConf.
-        from mixlora_exp.config import options
+        from mixlora_exp.config.arguments import options
 
         return options(kind.options, words)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.cli.hydra_command import dispatch, parse_flags
-from mixlora_exp.config import compose, parse_overrides
+from mixlora_exp.config.command import compose, parse_overrides
 from mixlora_exp.config.recorded import literal, recorded, typed_texts
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import UserError

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mixlora_exp.cli.hydra_command import parse_flags, show, shows
-from mixlora_exp.config import compose, parse_overrides
+from mixlora_exp.config.command import compose, parse_overrides
 from mixlora_exp.config.given_paths import check_folders
 from mixlora_exp.config.recorded import literal, typed_texts
 from mixlora_exp.errors import UserError

@@ -20,9 +20,6 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.models.base_identity import identity_at
 from mixlora_exp.system.guarded import guarded
 
-__all__ = ["main", "run"]
-
-
 KNOWN = (
     (
         "Tasks not found",

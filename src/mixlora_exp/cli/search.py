@@ -14,7 +14,8 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mixlora_exp.config import Config, options
+from mixlora_exp.config.arguments import options
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
 

@@ -11,8 +11,6 @@ from typing import Any
 from mixlora_exp.config.schema_model import ModelConfig
 from mixlora_exp.errors import UserError
 
-__all__ = ["complete", "current_model", "old_name", "read_architecture"]
-
 OLD_NAMES = {
     "family": "model_type", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
     "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",

@@ -14,8 +14,6 @@ from yaml import YAMLError
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["options"]
-
 Schema = TypeVar("Schema")
 KINDS = {
     "int": "a whole number",

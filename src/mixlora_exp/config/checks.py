@@ -8,8 +8,6 @@ from typing import Any
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["MISSING", "require", "require_name", "require_positive"]
-
 MISSING: Any = "???"
 """OmegaConf's marker of a mandatory value, copied so that this file need not import OmegaConf."""
 

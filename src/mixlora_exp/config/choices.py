@@ -6,27 +6,6 @@ import re
 from enum import Enum
 from pathlib import Path
 
-__all__ = [
-    "AnswerForm",
-    "AnswerKind",
-    "ArcLabels",
-    "Base",
-    "DataSource",
-    "Head",
-    "Kernel",
-    "LossOn",
-    "ModelSource",
-    "Order",
-    "Precision",
-    "Protocol",
-    "Router",
-    "RouterLoss",
-    "RouterLossPooling",
-    "RouterPrecision",
-    "Tracker",
-    "Weights",
-]
-
 
 class ModelSource(Enum):
     """Where a model's weights come from if neither `path` nor `weights=random` is given."""

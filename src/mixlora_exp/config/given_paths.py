@@ -8,8 +8,6 @@ from pathlib import Path
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
-__all__ = ["check_folders", "check_given"]
-
 WAYS = {
     "adapter": "give one that PEFT or train.py wrote",
     "model.path": "give one with a model in the transformers format",

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from mixlora_exp.config.checks import MISSING, require, require_name
 from mixlora_exp.config.choices import AnswerForm, AnswerKind, DataSource
 
-__all__ = ["TASK_NAMES", "CustomTask", "DataConfig", "TaskConfig"]
-
 TASK_NAMES = ("arc_e", "arc_c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "winogrande")
 
 

@@ -10,15 +10,6 @@ from typing import Any
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import Router, RouterLoss, RouterLossPooling, RouterPrecision
 
-__all__ = [
-    "ATTENTION_TARGETS",
-    "FEED_FORWARD_TARGETS",
-    "LoraMethodConfig",
-    "MethodConfig",
-    "MixLoraMethodConfig",
-    "MixtureSettings",
-]
-
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
 

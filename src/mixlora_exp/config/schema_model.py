@@ -9,8 +9,6 @@ from typing import Any
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import ModelSource, Weights
 
-__all__ = ["ModelConfig"]
-
 PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(==[A-Za-z0-9][A-Za-z0-9.+!_-]*)?")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 

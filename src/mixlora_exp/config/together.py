@@ -12,8 +12,6 @@ from typing import Any
 from mixlora_exp.config.schema import Config, LoraMethodConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 
-__all__ = ["check_together", "entry_overrides", "expand", "packs_of", "shared_settings"]
-
 
 def _literal(value: Any) -> str:
     """A value in the syntax of Hydra's command line."""

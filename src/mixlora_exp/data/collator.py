@@ -11,8 +11,6 @@ import torch
 from mixlora_exp.config.schema import LossOn
 from mixlora_exp.data.encoding import Example
 
-__all__ = ["Collator", "pad_left"]
-
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
     """Left-padded `input_ids`, `attention_mask` and `position_ids`, each (rows, length).

@@ -12,16 +12,6 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Item, Prompt
 from mixlora_exp.tasks.custom import ask_label, ask_text
 
-__all__ = [
-    "Encoded",
-    "Example",
-    "ask",
-    "check_labels",
-    "encode",
-    "encode_examples",
-    "encode_questions",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Encoded:

@@ -12,8 +12,6 @@ from mixlora_exp.data.local import json_rows
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Task, check_characters
 
-__all__ = ["load_hub"]
-
 
 def load_hub(mirror: str | None, task: str, split: str) -> LoadedSplit:
     """Load one split with `datasets`, at the pinned revision or from `mirror`.

@@ -11,8 +11,6 @@ from typing import Any
 
 from mixlora_exp.tasks import Item
 
-__all__ = ["DataFile", "LoadedSplit", "hash_rows", "undecodable"]
-
 
 @dataclass(frozen=True, slots=True)
 class DataFile:

@@ -12,8 +12,6 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.system.untrusted import LIMIT, file_limit, open_regular, parse_json, raw_lines
 from mixlora_exp.tasks import TASKS, Task
 
-__all__ = ["json_rows", "load_local"]
-
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 BATCH = 256
 """Number of rows of a parquet file that are decoded at once."""

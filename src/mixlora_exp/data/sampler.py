@@ -9,8 +9,6 @@ from torch.utils.data import Sampler
 
 from mixlora_exp.config.choices import Order
 
-__all__ = ["BucketSampler", "FixedSampler", "sampler_of"]
-
 WINDOW = 32
 """Number of batches whose examples are sorted together: more reduces padding, fewer mixes lengths
 better."""

@@ -16,8 +16,6 @@ from mixlora_exp.evaluation.packing import Request
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["score_answer_text"]
-
 
 def _item_score(item: Item, likelihoods: Sequence[float]) -> ItemScore:
     normalized = [s / len(o) for s, o in zip(likelihoods, item.options, strict=True)]

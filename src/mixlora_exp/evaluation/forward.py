@@ -16,8 +16,6 @@ from mixlora_exp.data.collator import pad_left
 from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.evaluation.packing import PackedQuestion, Request, pack, pad_packed
 
-__all__ = ["Scorer", "batches"]
-
 LOGIT_ROWS = 256
 """Number of positions whose logits over the vocabulary are in memory at once."""
 

@@ -18,8 +18,6 @@ from mixlora_exp.evaluation.forward import Scorer, batches
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["encode_prompts", "parse_answer", "score_generate"]
-
 PREAMBLE = re.compile(r"\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?answer\s*(?:is\b|:)\W*)?", re.I)
 
 

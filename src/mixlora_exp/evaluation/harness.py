@@ -27,8 +27,6 @@ from mixlora_exp.evaluation.packing import Request
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["SharedPrefixLM", "evaluate_files", "evaluate_tasks", "score_lm_eval", "task_scores"]
-
 OURS = {spec.name: task for task, spec in HARNESS_TASKS.items()}
 
 

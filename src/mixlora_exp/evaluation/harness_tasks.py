@@ -22,8 +22,6 @@ from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks.base import Item, Prompt
 
-__all__ = ["HARNESS_TASKS", "HarnessTask", "check_harness", "harness_rows", "write_tasks"]
-
 Row = Mapping[str, Any]
 
 

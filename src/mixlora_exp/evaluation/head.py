@@ -11,8 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["full_precision_head"]
-
 NARROW = (torch.bfloat16, torch.float16)
 HEAD_CHUNK = 2**14
 """Number of rows of the vocabulary matrix that are in float32 at once."""

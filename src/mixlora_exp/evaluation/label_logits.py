@@ -22,9 +22,6 @@ from mixlora_exp.evaluation.forward import Scorer, batches
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["encode_labels", "score_label_logits"]
-
-
 NINE = ("1", "2", "3", "4", "A", "B", "C", "D", "E")
 """Labels among which the official packages choose for every item of ARC."""
 

@@ -21,8 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from mixlora_exp.evaluation.forward import Scorer
 from mixlora_exp.evaluation.packing import PackedQuestion
 
-__all__ = ["Lockstep", "LockstepScorer", "in_lockstep"]
-
 Result = TypeVar("Result")
 GRACE = 60.0
 """Seconds that an interruption waits for the current pass."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PackedQuestion", "Request", "pack", "pad_packed"]
-
 TRUNK, PADDING = 0, -1
 
 

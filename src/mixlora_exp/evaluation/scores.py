@@ -11,8 +11,6 @@ from typing import Any
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks.base import Item
 
-__all__ = ["ItemScore", "TaskScore", "summarize"]
-
 
 @dataclass(frozen=True, slots=True)
 class ItemScore:

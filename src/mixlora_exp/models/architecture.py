@@ -17,16 +17,6 @@ from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.folder import check_settings
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = [
-    "architecture_of",
-    "build_hf_config",
-    "check_shape",
-    "has_builtin_tokenizer",
-    "positions_of",
-    "read_hf_config",
-    "with_folder_shape",
-]
-
 COMPARED = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",

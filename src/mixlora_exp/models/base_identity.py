@@ -28,21 +28,6 @@ from mixlora_exp.models.pypi import cached_folder, is_cached
 from mixlora_exp.models.weight_files import fingerprint
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = [
-    "BASE_FILE",
-    "BaseIdentity",
-    "base_of",
-    "contradict",
-    "hub_snapshot",
-    "identified",
-    "identity_at",
-    "known_identity",
-    "of_record",
-    "read_base",
-    "same_weights",
-    "write_base",
-]
-
 BASE_FILE = "base_model.json"
 """File next to an adapter; PEFT ignores it."""
 FORM = re.compile(r"(files-1|random-2):[0-9a-f]{64}(:[a-z]{1,16})?")

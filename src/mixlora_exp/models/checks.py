@@ -17,8 +17,6 @@ from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
 from mixlora_exp.models.skeleton import skeleton
 from mixlora_exp.models.weight_files import stored_tensors
 
-__all__ = ["check_model"]
-
 
 def _check_weights(folder: Path, found: PreTrainedConfig, config: ModelConfig, origin: str) -> None:
     stored = stored_tensors(folder)

@@ -12,8 +12,6 @@ from typing import Any
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.untrusted import open_regular, read_json
 
-__all__ = ["ATTENTION", "check_folder", "check_settings"]
-
 INDEX, ADAPTER, TOKENIZER = "*.index.json", "adapter_config.json", "tokenizer.json"
 NOT_OBEYED = ("quantization_config", "transformers_weights", "kernel_config", "distributed_config")
 """Settings of a `config.json` that make transformers load other code or files."""

@@ -16,8 +16,6 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.models.architecture import architecture_of
 from mixlora_exp.models.skeleton import projections, skeleton
 
-__all__ = ["Parameters", "count_parameters", "widths"]
-
 
 @dataclass(frozen=True, slots=True)
 class Parameters:

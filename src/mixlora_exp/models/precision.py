@@ -8,8 +8,6 @@ import torch
 
 from mixlora_exp.config.schema import Precision
 
-__all__ = ["autocast", "resolve_dtype"]
-
 
 def _fast_bfloat16(device: torch.device) -> bool:
     """Whether bf16 matrix products run in hardware (on a CPU: AVX-512 bf16 or AMX)."""

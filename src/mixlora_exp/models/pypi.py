@@ -28,8 +28,6 @@ from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["cached_folder", "find_gguf", "is_cached"]
-
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "conversion.json"
 """File names and sizes of a finished cache folder; written last."""

@@ -41,17 +41,6 @@ from mixlora_exp.models.folder import ATTENTION, check_folder, check_settings
 from mixlora_exp.models.special_tokens import settle_special_tokens
 from mixlora_exp.models.vocabulary import pad_with_a_known_token
 
-__all__ = [
-    "CPU",
-    "finish_tokenizer",
-    "one_error",
-    "quiet",
-    "read_config",
-    "read_model",
-    "read_tokenizer",
-    "resolve_commit",
-]
-
 CPU = torch.device("cpu")
 # Exceptions for broken or unreachable files; any other exception is a bug.
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, HTTPError)

@@ -15,8 +15,6 @@ from transformers import initialization as transformers_initialization
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError, shown
 
-__all__ = ["projections", "skeleton"]
-
 BLOCK = "mlp"
 """Module name of a feed-forward block, which the tuner replaces."""
 FORMULA = "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))"

@@ -15,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["settle_special_tokens", "special_tokens_entry", "special_tokens_line"]
-
 _FLAGS = ("add_bos_token", "add_eos_token")
 
 

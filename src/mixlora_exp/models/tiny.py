@@ -9,8 +9,6 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["LABEL_TOKENS", "TOKENIZER_SIZE", "build_tokenizer"]
-
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 """Special tokens with ids 0, 1 and 2, on which `architecture.build_hf_config` relies."""
 

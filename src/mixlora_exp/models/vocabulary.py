@@ -9,8 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["fit_vocabulary", "pad_with_a_known_token"]
-
 
 def fit_vocabulary(
     tokenizer: PreTrainedTokenizerBase,

@@ -15,8 +15,6 @@ from typing import BinaryIO
 from mixlora_exp.errors import UserError
 from mixlora_exp.system.untrusted import parse_json, read_json
 
-__all__ = ["StoredTensor", "fingerprint", "stored_tensors", "weight_files"]
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The limit of the safetensors library.
 HEADER_LIMIT = 100_000_000

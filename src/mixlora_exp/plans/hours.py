@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 
-from mixlora_exp.config import Config
-from mixlora_exp.config.schema import LoraMethodConfig
+from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.plan import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN
 from mixlora_exp.tasks import TASKS
-
-__all__ = ["gpu_hours"]
-
 
 FLOPS_PER_SECOND = 1e14
 """FLOP/s of one GPU in bf16, about a third of an A100's peak: an assumption, not a measurement."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mixlora_exp.config import Config
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
+    Config,
     Head,
     Kernel,
     LoraMethodConfig,
@@ -14,8 +14,6 @@ from mixlora_exp.config.schema import (
 )
 from mixlora_exp.models import architecture_of
 from mixlora_exp.models.parameters import count_parameters, widths
-
-__all__ = ["kept_per_token", "many_that_fit", "memory_of"]
 
 USABLE = 0.94
 """Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""

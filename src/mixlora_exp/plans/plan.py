@@ -8,22 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixlora_exp.config import CONF_DIR, Config, run_name, to_dict
-from mixlora_exp.config.schema import AnswerForm, DataSource, LoraMethodConfig, TrainerConfig
+from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.resolve import run_name, to_dict
+from mixlora_exp.config.schema import (
+    AnswerForm,
+    Config,
+    DataSource,
+    LoraMethodConfig,
+    TrainerConfig,
+)
 from mixlora_exp.models import architecture_of, has_local_tokenizer, load_tokenizer
 from mixlora_exp.models.parameters import Parameters, count_parameters
 from mixlora_exp.plans.memory import many_that_fit, memory_of
 from mixlora_exp.records.checkout import git_state
 from mixlora_exp.results.objections import objections
 from mixlora_exp.tasks import TASKS
-
-__all__ = [
-    "RunPlan",
-    "first_line",
-    "plan",
-    "print_plan",
-    "print_plan_together",
-]
 
 # Mean characters of prompt and answer per training row, by form (label, text), over the training
 # splits (HellaSwag: over 6,477 rows). Used without a local tokenizer or without data.

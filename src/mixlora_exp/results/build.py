@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mixlora_exp.config import compose, to_dict
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import write_text

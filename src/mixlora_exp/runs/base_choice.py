@@ -13,13 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from mixlora_exp.config import CONF_DIR
+from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.recorded import recorded
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
-
-__all__ = ["base_words", "matched"]
 
 CACHED = re.compile(r"(.+)-[0-9a-f]{12}")
 """Name of a folder with a package's converted weights: model name and hash."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config import Config, to_dict
-from mixlora_exp.config.schema import Base, DataSource, Head, LoraMethodConfig, Tracker
+from mixlora_exp.config.resolve import to_dict
+from mixlora_exp.config.schema import Base, Config, DataSource, Head, LoraMethodConfig, Tracker
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import check_tests
@@ -33,19 +33,6 @@ from mixlora_exp.records.record import read_run
 from mixlora_exp.records.shape import odd_fields
 from mixlora_exp.system.device import processes, resolve_device
 from mixlora_exp.system.hashing import file_sha256
-
-__all__ = [
-    "Inputs",
-    "adapter_entry",
-    "check_inputs",
-    "check_known_base",
-    "comparable",
-    "differences",
-    "gather_inputs",
-    "resolve_config",
-    "scored_split",
-]
-
 
 SIGN = "fingerprint"
 

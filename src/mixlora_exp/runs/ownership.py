@@ -15,16 +15,6 @@ from mixlora_exp.system.console import say
 from mixlora_exp.system.device import processes
 from mixlora_exp.system.runlock import RunLock, holder_of
 
-__all__ = [
-    "GivenUp",
-    "LostRun",
-    "check_lock",
-    "failure_noted",
-    "forget_failure",
-    "held",
-    "note_failure",
-]
-
 LOCK, FAILURE = "lock", "failure.json"
 
 

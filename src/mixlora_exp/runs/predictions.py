@@ -11,8 +11,6 @@ from mixlora_exp.evaluation import TaskScore
 from mixlora_exp.records.record import write_jsonl
 from mixlora_exp.records.shape import predictions_name
 
-__all__ = ["score_entry", "write_predictions"]
-
 
 def score_entry(score: TaskScore) -> dict[str, Any]:
     entry = dataclasses.asdict(dataclasses.replace(score, items=[]))

@@ -19,9 +19,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
-from mixlora_exp.config import Config, fingerprint, run_name, to_dict
 from mixlora_exp.config.places import ROOT
-from mixlora_exp.config.schema import Base, LoraMethodConfig
+from mixlora_exp.config.resolve import fingerprint, run_name, to_dict
+from mixlora_exp.config.schema import Base, Config, LoraMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError

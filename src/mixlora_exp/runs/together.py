@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
 from mixlora_exp.adapters.hosting import check_shareable
-from mixlora_exp.config import Config, run_name
-from mixlora_exp.config.schema import Base, LoraMethodConfig, Protocol
+from mixlora_exp.config.resolve import run_name
+from mixlora_exp.config.schema import Base, Config, LoraMethodConfig, Protocol
 from mixlora_exp.config.together import check_together
 from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
@@ -45,8 +45,6 @@ from mixlora_exp.runs.run import (
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import free_memory, processes
 from mixlora_exp.training import Job, TrainSummary, fit_jointly, make_job
-
-__all__ = ["run_together", "score_together"]
 
 
 class _Pack:

@@ -24,8 +24,6 @@ from mixlora_exp.serving.merge_check import check, expect, merged_by_peft
 from mixlora_exp.serving.open import Opened
 from mixlora_exp.system.durable import publishing
 
-__all__ = ["merge", "write_merged"]
-
 
 def _untie(base: PreTrainedModel) -> bool:
     """Copy the output projection's weight if it is tied to the embedding and one of the two has an

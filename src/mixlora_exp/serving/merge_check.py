@@ -27,8 +27,6 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.models.precision import autocast
 
-__all__ = ["Expected", "check", "expect", "merged_by_peft"]
-
 _LOG = logging.getLogger(__name__)
 
 SHAPE = (2, 16)

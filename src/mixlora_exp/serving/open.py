@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
-from mixlora_exp.config import compose
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Base, Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import (
@@ -31,8 +31,6 @@ from mixlora_exp.records.record import read_run
 from mixlora_exp.runs.base_choice import base_words
 from mixlora_exp.runs.inputs import RECORD, check_known_base, resolve_config
 from mixlora_exp.system.device import resolve_device
-
-__all__ = ["Opened", "labelled", "open_adapter", "open_adapters", "split_words"]
 
 GROUPS = ("model", "kernel", "seed", "trainer.precision", "base")
 

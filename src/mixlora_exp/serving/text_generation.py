@@ -15,8 +15,6 @@ from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.serving.open import Opened
 
-__all__ = ["Prompt", "check_chat", "continuations", "harmless"]
-
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to continue, or the turns of a chat (`role` and `content`)."""
 

@@ -10,8 +10,6 @@ from mixlora_exp.config.command import compose_cell
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
-__all__ = ["ByGroup"]
-
 FIELDS = tuple(Config.__dataclass_fields__)
 
 

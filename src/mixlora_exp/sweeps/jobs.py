@@ -15,12 +15,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mixlora_exp.config import Config, compose_adapters, open_session, to_config
+from mixlora_exp.config.command import compose_adapters
+from mixlora_exp.config.resolve import open_session, to_config
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.sweeps.ledger import Ledger
 from mixlora_exp.system.signals import Terminated, heeded
-
-__all__ = ["SWEEP", "Failure", "Outcome", "duration", "run_cell", "run_one", "run_single"]
 
 NOT_FOR_A_CELL = ("hydra.mode", "hydra.sweep", "hydra.job")
 """Overrides that Hydra adds to those of a sweep's job."""

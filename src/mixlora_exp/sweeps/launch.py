@@ -16,15 +16,13 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from mixlora_exp.config import Plan
+from mixlora_exp.config.command import Plan
 from mixlora_exp.config.places import share_code
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import SWEEP, Failure, Outcome, duration, run_cell, run_one
 from mixlora_exp.sweeps.ledger import Ledger
 from mixlora_exp.system.guarded import MISTAKE
 from mixlora_exp.system.signals import Terminated, deferred, requested
-
-__all__ = ["launch_sweep"]
 
 CRASH = 1
 FRUITLESS = 3

@@ -16,8 +16,6 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Ledger"]
-
 STOP = "stop"
 
 

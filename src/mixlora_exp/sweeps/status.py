@@ -12,15 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config import (
-    Config,
-    fingerprint,
-    fingerprint_of,
-    open_session,
-    plan_runs,
-    run_name,
-)
-from mixlora_exp.config.schema import DataSource
+from mixlora_exp.config.command import plan_runs
+from mixlora_exp.config.resolve import fingerprint, fingerprint_of, open_session, run_name
+from mixlora_exp.config.schema import Config, DataSource
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.plans.hours import gpu_hours
 from mixlora_exp.plans.memory import memory_of
@@ -32,8 +26,6 @@ from mixlora_exp.results.runs import filled
 from mixlora_exp.sweeps.by_group import ByGroup
 from mixlora_exp.system.runlock import BEAT, holder_of
 from mixlora_exp.system.untrusted import read_json
-
-__all__ = ["FINISHED", "LOCAL", "STATES", "SWEEPS", "CellState", "find_cells"]
 
 FINISHED = ("done", "recorded")
 STATES = (*FINISHED, "running", "stopped", "interrupted", "failed", "refused", "missing")

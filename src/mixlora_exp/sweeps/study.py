@@ -18,16 +18,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mixlora_exp.errors import UserError
 
-__all__ = [
-    "REASON",
-    "STORAGE_ERRORS",
-    "ended",
-    "enqueue_cut_off",
-    "open_study",
-    "require_same",
-    "storage_told",
-]
-
 MADE_WITH, REASON = "made_with", "reason"
 """Attributes: the common settings of a study's trials; the reason of a failed trial (a failed trial
 without one was interrupted)."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_folder", "keep_compiled_code"]
-
 
 def cache_folder() -> Path:
     """The user's cache folder for this program; `XDG_CACHE_HOME` moves it. It need not exist."""

@@ -6,9 +6,6 @@ from rich.console import Console
 
 from mixlora_exp.errors import shown
 
-__all__ = ["be_quiet", "console", "say"]
-
-
 console = Console(soft_wrap=True, highlight=False)
 
 

@@ -18,17 +18,6 @@ from torch import Tensor
 
 from mixlora_exp.errors import UserError
 
-__all__ = [
-    "PLAIN",
-    "free_memory",
-    "hardware_names",
-    "peak_memory_bytes",
-    "processes",
-    "reset_peak_memory",
-    "resolve_device",
-    "summed",
-]
-
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Process groups in which every process has the whole model and all gradients."""
 SHARDED = {

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["publishing", "settle", "sync", "write_whole"]
-
 PARTIAL = "partial"
 """Part of the name of an incomplete folder: `.NAME.partial-0123456789abcdef`."""
 TRIES = 100

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from mixlora_exp.system.untrusted import open_regular
 
-__all__ = ["file_sha256"]
-
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["shorten"]
-
-
 TRIES = (" thrown while requesting ", "Retrying in ")
 """What stands in its lines about one try after another, about a dozen of them. What else it says
 is told as it is: that requests were too many, say, which may take minutes."""

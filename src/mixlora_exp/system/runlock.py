@@ -23,8 +23,6 @@ import psutil
 from mixlora_exp.errors import UserError
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["RunLock", "holder_of"]
-
 BEAT = 5.0
 """Seconds between heartbeats (increments of the counter) of a holder."""
 PATIENCE = 6 * BEAT

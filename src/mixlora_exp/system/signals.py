@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["REQUEUE", "Terminated", "deferred", "heeded", "install", "request", "requested"]
-
 REQUEUE = 75
 """Exit code after SIGTERM (EX_TEMPFAIL): the same command resumes."""
 REPEATED = 10.0

@@ -21,20 +21,6 @@ from typing import Any, BinaryIO
 
 from mixlora_exp.errors import UserError, shown
 
-__all__ = [
-    "LIMIT",
-    "file_limit",
-    "json_lines",
-    "line_limit",
-    "open_regular",
-    "parse_json",
-    "raw_lines",
-    "read_bytes",
-    "read_json",
-    "read_text",
-    "refuse_links",
-]
-
 LIMIT = "MIXLORA_EXP_READ_LIMIT"
 """Environment variable: maximum size of a file in MiB, decompressed. For a line: 1/32 of it."""
 DEFAULT_MIB, LINES = 256, 32

@@ -13,8 +13,6 @@ from typing import Any
 
 from mixlora_exp.tasks.characters import check_characters
 
-__all__ = ["Item", "Prompt", "Task", "lettered"]
-
 LETTERS = "ABCDEFGH"
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from mixlora_exp.tasks import rows
 from mixlora_exp.tasks.base import Item, Prompt, Task
 
-__all__ = ["BOOLQ"]
-
 ANSWERS = ("true", "false")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["check_characters"]
-
 
 def check_characters(row: Mapping[str, Any]) -> None:
     """Raise a `ValueError` that names the first field, at any depth, with a lone surrogate, which

@@ -8,8 +8,6 @@ from typing import Any
 from mixlora_exp.tasks import rows
 from mixlora_exp.tasks.base import LETTERS, Item, Prompt, Task, lettered
 
-__all__ = ["ask_label", "ask_text", "custom_task"]
-
 
 def ask_label(item: Item) -> Prompt:
     """The prompt with context (if any), question and lettered options."""

@@ -9,8 +9,6 @@ from typing import Any
 from mixlora_exp.tasks import rows
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
-__all__ = ["HELLASWAG"]
-
 
 def _clean(text: str) -> str:
     """The text without WikiHow's marks ("[header]", "[step]"): "[title]" becomes the end of a

@@ -8,8 +8,6 @@ from typing import Any
 from mixlora_exp.tasks import rows
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
-__all__ = ["PIQA"]
-
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
     options = (rows.text(row, "sol1"), rows.text(row, "sol2"))

@@ -7,17 +7,6 @@ from typing import Any
 
 from mixlora_exp.tasks.base import LETTERS
 
-__all__ = [
-    "choices",
-    "label",
-    "letters",
-    "number",
-    "row_id",
-    "text",
-    "texts",
-    "value",
-]
-
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
 """Invisible characters that `str.strip` keeps: byte order mark and zero-width characters."""
 

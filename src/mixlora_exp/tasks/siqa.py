@@ -8,8 +8,6 @@ from typing import Any
 from mixlora_exp.tasks import rows
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
-__all__ = ["SIQA"]
-
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
     options = tuple(rows.text(row, name) for name in ("answerA", "answerB", "answerC"))

@@ -27,8 +27,6 @@ from mixlora_exp.system.durable import settle, sync
 from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["Checkpoint", "Checkpoints"]
-
 MANIFEST, STATE = "manifest.json", "state.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 PREFIX, PARTIAL, DAMAGED = "step-", ".partial-", "damaged-"

@@ -22,8 +22,6 @@ from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
 from mixlora_exp.system.caches import keep_compiled_code
 
-__all__ = ["BUCKET", "compiled_layers", "pad_to"]
-
 BUCKET = 64
 """Lengths of compiled batches are multiples of this: up to 512 tokens, eight of them."""
 STATIC = "sdpa_static"

@@ -36,8 +36,6 @@ from mixlora_exp.training.stability import Stability
 from mixlora_exp.training.tracking import RunTracker
 from mixlora_exp.training.trainer import MixLoraTrainer
 
-__all__ = ["NotEnoughMemory", "TrainSummary", "fit", "fit_jointly"]
-
 
 class NotEnoughMemory(UserError):
     """A micro-batch does not fit in the device's memory."""

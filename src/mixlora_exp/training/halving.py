@@ -10,8 +10,6 @@ from mixlora_exp.system.device import free_memory
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.fit import NotEnoughMemory, TrainSummary
 
-__all__ = ["fit_halving"]
-
 
 def fit_halving(
     config: Config,

@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from mixlora_exp.config.choices import Head
 from mixlora_exp.kernels.loss import IGNORED, linear_cross_entropy
 
-__all__ = ["loss_from_hidden", "resolve_head"]
-
 SumLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

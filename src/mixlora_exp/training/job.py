@@ -27,8 +27,6 @@ from mixlora_exp.training.compiled import pad_to
 from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
 from mixlora_exp.training.track import Track
 
-__all__ = ["Job", "make_job"]
-
 Batch = Mapping[str, Any]
 
 

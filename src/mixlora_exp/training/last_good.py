@@ -12,8 +12,6 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.stability import Diverged
 
-__all__ = ["Kept", "diverged_message", "keep_last_good"]
-
 Kept = tuple[int, Path]
 """Optimizer step and folder of a saved adapter with a finite loss."""
 

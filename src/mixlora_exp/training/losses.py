@@ -14,8 +14,6 @@ from mixlora_exp.config.choices import Head
 from mixlora_exp.training.head import loss_from_hidden
 from mixlora_exp.training.packed import Batch, pack_batches
 
-__all__ = ["joint_losses", "label_count", "single_loss", "total_of"]
-
 
 def label_count(batch: Batch) -> Tensor:
     """Number of label tokens in a batch, a scalar tensor; the first column has no prediction."""

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Packed", "pack_batches", "packed_attention"]
-
 NAME = "packed"
 Batch = Mapping[str, Any]
 

@@ -19,20 +19,6 @@ from mixlora_exp.system.device import processes
 from mixlora_exp.system.untrusted import json_lines
 from mixlora_exp.training.job import Job
 
-__all__ = [
-    "LogFile",
-    "Pace",
-    "PerAdapter",
-    "ProgressBar",
-    "ProgressLines",
-    "Tenths",
-    "Watch",
-    "append_log",
-    "live_line",
-    "progress_callback",
-    "restart_log",
-]
-
 
 def append_log(path: Path, entry: dict[str, Any]) -> None:
     """Append one entry to a JSON-lines file.

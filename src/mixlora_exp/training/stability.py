@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from mixlora_exp.records.spikes import spikes
 
-__all__ = ["Diverged", "Stability", "StepWatch", "find_layer"]
-
 
 @dataclass(frozen=True, slots=True)
 class Stability:

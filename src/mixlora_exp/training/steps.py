@@ -10,8 +10,6 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.data.sampler import sampler_of
 
-__all__ = ["MicroBatch", "OptimizerStep", "optimizer_steps", "total_steps"]
-
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:

@@ -13,8 +13,6 @@ from torch import Tensor
 from mixlora_exp.adapters.model import RouterReport
 from mixlora_exp.training.stability import StepWatch
 
-__all__ = ["Track"]
-
 
 def _alone(values: Tensor) -> Tensor:
     return values

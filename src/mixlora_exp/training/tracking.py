@@ -20,8 +20,6 @@ from mixlora_exp.system.device import peak_memory_bytes
 from mixlora_exp.training.job import Job
 from mixlora_exp.training.progress import Pace
 
-__all__ = ["RunTracker", "flat", "group_of", "start_tracker"]
-
 SCORES = ("task", "protocol", "accuracy_before", "accuracy", "accuracy_normalized", "stderr",
           "majority_class", "chance", "gold_log_likelihood", "n")  # fmt: skip
 
@@ -59,7 +57,7 @@ class _Wandb(TrainerCallback):
     def __init__(self, config: Config, folder: Path, identity: str) -> None:
         import wandb
 
-        from mixlora_exp.config import to_dict  # Needs Hydra, which benchmarks do not install.
+        from mixlora_exp.config.resolve import to_dict
 
         self._wandb, self._folder = wandb, folder
         # W&B cannot delete logged steps, so a forced run gets a new id.

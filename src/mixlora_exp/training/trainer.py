@@ -35,8 +35,6 @@ from mixlora_exp.training.losses import joint_losses, label_count, single_loss, 
 from mixlora_exp.training.packed import packed_attention
 from mixlora_exp.training.stability import Diverged, find_layer
 
-__all__ = ["MixLoraTrainer"]
-
 
 class _Steps(TrainerCallback):
     """Forwards events of the loop to the trainer."""

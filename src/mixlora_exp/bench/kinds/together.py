@@ -20,7 +20,8 @@ from typing import Any
 
 from mixlora_exp.bench.options import BenchOptions
 from mixlora_exp.bench.runner import Kind, say
-from mixlora_exp.config import compose, options
+from mixlora_exp.config.arguments import options
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.together import entry_overrides
 from mixlora_exp.errors import UserError

@@ -10,8 +10,6 @@ from mixlora_exp.config.schema import (
     ModelConfig,
 )
 
-__all__ = ["percentages"]
-
 
 def percentages(model: ModelConfig, method: LoraMethodConfig) -> tuple[float, float]:
     """(adapter without magnitudes in percent of the paper's denominator, 0 without one; trained

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from mixlora_exp.config import EXCLUDED
+from mixlora_exp.config.resolve import EXCLUDED
 from mixlora_exp.records.spikes import spikes
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
