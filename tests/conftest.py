@@ -8,8 +8,10 @@ starts them, so that packaged weights are converted once for all of them.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,29 @@ def streams_of_warnings() -> None:
     from transformers.utils.logging import disable_default_handler  # Reads where the caches are.
 
     disable_default_handler()
+
+
+def loggers() -> Iterator[logging.Logger]:
+    yield logging.getLogger()
+    known = list(logging.Logger.manager.loggerDict.values())
+    yield from (logger for logger in known if isinstance(logger, logging.Logger))
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_this_test_alone() -> Iterator[None]:
+    """What a test's command adds to the loggers goes with it.
+
+    Hydra and lm-eval set up the root logger with the stream that the test captures. It is closed
+    afterwards, and a later test that logs anything would find Python's complaint in its output.
+    """
+    before = {id(handler) for logger in loggers() for handler in logger.handlers}
+    level = logging.getLogger().level
+    yield
+    for logger in loggers():
+        added = [handler for handler in logger.handlers if id(handler) not in before]
+        for handler in added:
+            logger.removeHandler(handler)
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")
