@@ -62,6 +62,7 @@ def test_a_study_that_cannot_be_read(tmp_path: Path, capfd, spoil) -> None:
         (["coef_low=0.0"], "coef_low=0.0 is not valid: it must be above 0"),
         (["rate_low=1.0"], "it must be above 0 and below rate_high=0.001"),
         (["coef_high=inf"], "coef_high=inf is not valid: it must be finite"),
+        (["ranges=[method.dropout=0.3:0.2]"], "ranges: method.dropout=0.3:0.2 is not valid"),
         (["trials=0"], "trials=0 is not valid: it must be >= 1"),
         (["prune_after=-1"], "prune_after=-1 is not valid: it must be >= 0"),
         (["method=lora"], "method=lora has no router-loss coefficient to search"),
