@@ -90,7 +90,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(train, monkeypatch, capsys) -> No
     found = train("method=lora", *FEW, "trainer.compile=layer")
     lines = [line for line in capsys.readouterr().err.splitlines() if "trainer.compile" in line]
     assert len(lines) == 1
-    assert "run as they are, for the compiler refuses them" in lines[0]
+    assert "run eagerly, because the compiler refuses them" in lines[0]
     assert found.losses == pytest.approx(eager.losses, rel=1e-5)
 
 

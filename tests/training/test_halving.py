@@ -92,7 +92,7 @@ def test_a_run_has_one_size(tmp_path: Path, steps, capsys: pytest.CaptureFixture
     assert execute([*WORDS, "trainer.micro_batch_size=2", f"output_dir={tmp_path / 'two'}"]) == 0
     seen = steps(fits=2, good=2, see=lambda _: None)
     assert execute([*WORDS, AUTO, f"output_dir={tmp_path / 'auto'}"]) == 0
-    assert "beginning anew with micro-batches of 2" in capsys.readouterr().out.replace("\n", " ")
+    assert "restarting with micro-batches of 2" in capsys.readouterr().out.replace("\n", " ")
     assert [rows for step, rows in seen if rows == 2] == [2] * 16
     halved, two = record_of(tmp_path / "auto"), record_of(tmp_path / "two")
     assert halved["train"]["micro_batch_size"] == two["train"]["micro_batch_size"] == 2

@@ -62,7 +62,7 @@ def read_official(folder: Path) -> AdapterFiles:
             f"{folder}: {BIN} and {SAFETENSORS} are not of one adapter ({different[0]}): "
             "remove one of them"
         )
-    note = f"the magnitudes are those of {SAFETENSORS} beside {BIN}, which has none"
+    note = f"the magnitudes are those of {SAFETENSORS} next to {BIN}, which has none"
     return AdapterFiles(config, more, (note,) if extra else ())
 
 
@@ -93,8 +93,8 @@ def write_peft(folder: Path, files: AdapterFiles) -> None:
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each in memory of its own, as safetensors asks: a file of torch.save may give one tensor two
-    names."""
+    """Copies of tensors that share memory: safetensors refuses them, and a file of `torch.save` may
+    hold one tensor under two names."""
     seen, found = set(), {}
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()

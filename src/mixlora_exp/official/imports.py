@@ -81,7 +81,7 @@ def _check_names(entries: Mapping[str, Any], known: set[str], where: str = "") -
     if unknown:
         raise UserError(
             f"adapter_config.json: {where}{shown(', '.join(unknown), 200)} is not supported: it is "
-            "none of the format's entries that are known; remove what plays no part"
+            "no known entry of the format; remove entries without effect"
         )
 
 
@@ -103,7 +103,7 @@ def _check_others(config: Mapping[str, Any]) -> None:
 def _magnitudes(
     group: str, parts: Parts, settings: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    """The settings of attention or experts with what their magnitudes make of `use_dora`."""
+    """The settings of attention or experts, with `use_dora` off where no magnitude was saved."""
     if parts.has_magnitudes(group) and not settings["use_dora"]:
         raise UserError("there are magnitudes, but use_dora is not set where they are")
     if not settings["use_dora"] or parts.has_magnitudes(group) or not getattr(parts, group):
@@ -169,7 +169,8 @@ def import_official(files: AdapterFiles) -> AdapterFiles:
 def _mixture(
     config: Mapping[str, Any], common: Mapping[str, Any], experts: Mapping[str, Any]
 ) -> MixLoraConfig:
-    """With routers and experts; `experts`: their LoRA, where attention's stands in `common`."""
+    """The configuration of an adapter with experts. common: attention's LoRA settings; experts:
+    those of the experts, written as `expert_lora` where they differ."""
     coefficient = finite(config, "router_aux_loss_coef", 1e-3)
     same = all(common[name] == found for name, found in experts.items())
     try:

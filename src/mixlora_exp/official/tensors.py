@@ -1,4 +1,4 @@
-"""Names of an adapter's tensors, in the official format and in PEFT's, and what they stand for.
+"""Tensor names of an adapter in the official format and in PEFT's, and their meaning.
 
 `{i}` is a layer, `{p}` a projection, `{e}` an expert. PEFT with this project's tuner holds the
 experts of a projection in one tensor; the official format has a tensor for each.
@@ -36,7 +36,7 @@ SUFFIXES = {short: long for long, short in PARTS.items()}
 
 @dataclass(slots=True)
 class Parts:
-    """The tensors of an adapter by what they are.
+    """The tensors of an adapter by kind.
 
     `single[layer, projection, part]` and, stacked over the experts, `experts[layer, projection,
     part]`; part is `A` (r, in), `B` (out, r) or `magnitude` (out,). `routers[layer]` (E, hidden).
@@ -47,7 +47,7 @@ class Parts:
     routers: dict[int, Tensor] = field(default_factory=dict)
 
     def has_magnitudes(self, group: str) -> bool:
-        """Of `single` or `experts`."""
+        """Whether `group`, `single` or `experts`, has DoRA magnitudes."""
         return any(key[2] == "magnitude" for key in getattr(self, group))
 
 
@@ -120,8 +120,12 @@ def to_peft(parts: Parts) -> dict[str, Tensor]:
 
 
 def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts: int) -> None:
-    """Every layer has every projection, A (r, in), B (out, r) and, where a group of them has any,
-    magnitudes (out,), with the experts in front."""
+    """Check that every layer has every projection with A (r, in), B (out, r) and, if any of its
+    group has one, a magnitude (out,); experts' tensors have a leading dimension E.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape.
+    """
     layers = {key[0] for key in (*parts.single, *parts.experts)} | set(parts.routers)
     if layers != set(range(len(layers))):
         raise UserError(

@@ -33,14 +33,14 @@ def pad_to(config: Config) -> int:
 
 
 def _static_mask(*args: Any, **kwargs: Any) -> Any:
-    """transformers' mask for SDPA, always made: whether it can be left out would be read back."""
+    """transformers' mask for SDPA, always made: deciding to leave it out needs a host read."""
     kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(*args, **kwargs)
 
 
 @contextmanager
 def _static_attention(base: PreTrainedModel) -> Iterator[None]:
-    """Within this context no mask of `base` depends on what the host reads of the batch."""
+    """Within this context the attention masks of `base` need no host read of the batch."""
     before = base.config._attn_implementation
     if before == "sdpa":
         ALL_ATTENTION_FUNCTIONS.register(STATIC, ALL_ATTENTION_FUNCTIONS["sdpa"])
@@ -53,7 +53,7 @@ def _static_attention(base: PreTrainedModel) -> Iterator[None]:
 
 
 class _Compiled:
-    """A decoder layer's call: compiled, or as it is after one line that says why."""
+    """A decoder layer's call: compiled, or eager after a line with the compiler's reason."""
 
     failed: str | None = None
 
@@ -67,11 +67,11 @@ class _Compiled:
         try:
             return self._call(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            # Of the compiler alone, before anything of the layer has run.
+            # Only the compiler's errors, which come before the layer runs.
             reason = str(error).strip().splitlines()[0]
             _Compiled.failed = reason
             sys.stderr.write(
-                f"trainer.compile: the decoder layers run as they are, for the compiler refuses "
+                f"trainer.compile: the decoder layers run eagerly, because the compiler refuses "
                 f"them: {type(error).__name__}: {reason}\n"
             )
             return self._eager(*args, **kwargs)
@@ -85,8 +85,8 @@ def compiled_layers(
     checkpointing their attention and feed-forward do.
 
     `graph` leaves it to torch to record each layer's kernels in CUDA graphs and replay them; on a
-    CPU it runs as `layer`. Several adapters in one pass, whose packed lengths are as many as their
-    batches' combinations, run without. What is compiled is kept in the user's cache folder.
+    CPU it runs as `layer`. Several adapters in one pass run eagerly: their packed batches
+    have too many different lengths. Compiled code is kept in the user's cache folder.
     """
     if how is Compile.off:
         yield
@@ -106,8 +106,8 @@ def compiled_layers(
     keep_compiled_code()
     layers: list[nn.Module] = _decoder_layers(base)
     if checkpointing:
-        # A layer checkpoints inside its call, where the compiler allows no note of what experts
-        # were chosen: its parts are compiled instead.
+        # A layer checkpoints inside its call, where a compiled layer could not store its routing:
+        # its parts are compiled instead.
         layers = [part for layer in layers for part in layer.children()]
     _Compiled.failed = None
     for layer in layers:
@@ -121,7 +121,7 @@ def compiled_layers(
 
 
 def _decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
-    """The modules that transformers' model repeats, in their order."""
+    """The decoder layers: the longest `ModuleList` of transformers' model."""
     (longest,) = sorted(
         (m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len, reverse=True
     )[:1]

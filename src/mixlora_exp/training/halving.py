@@ -33,7 +33,7 @@ def fit_halving(
             return fit(config)
         except NotEnoughMemory:
             size = config.trainer.micro_batch_size
-            say(f"Micro-batches of {size} do not fit; beginning anew with micro-batches of {half}")
+            say(f"Micro-batches of {size} do not fit; restarting with micro-batches of {half}")
         # Outside `except`, which holds the traceback: only reference cycles keep the first adapter.
         free_memory()
     smaller = dataclasses.replace(config.trainer, micro_batch_size=half)

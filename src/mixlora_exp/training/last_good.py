@@ -41,19 +41,19 @@ def keep_last_good(
 
 def diverged_message(config: Config, error: Diverged, kept: Kept | None) -> str:
     """The error message of a diverged run, with the place of the adapter that was saved."""
-    told = ""
+    saved = ""
     if kept is not None:
         # Its quality is unknown: the loss may have been high long before it was not finite.
-        told = (
+        saved = (
             f" The last adapter with a finite loss, from step {kept[0]}, is in {kept[1]} "
             f"(model={config.model.name})."
         )
     elif error.step > 2:
-        told = (
+        saved = (
             f" No earlier adapter was saved, because trainer.save_steps={config.trainer.save_steps}"
             " is larger than the number of good steps; set a smaller one."
         )
     return (
         f"trainer.learning_rate={config.trainer.learning_rate}: {error}; nothing was recorded."
-        f"{told} Lower the rate, or see docs/stability.md"
+        f"{saved} Lower the rate, or see docs/stability.md"
     )
