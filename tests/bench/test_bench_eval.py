@@ -36,5 +36,5 @@ def test_every_way_scores_the_same_items(tmp_path: Path) -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="dtype=int8 is not valid"):
         run_benchmark(["kind=eval", "dtype=int8"])
-    with pytest.raises(UserError, match="did you mean limit.*The fields are threads, output"):
+    with pytest.raises(UserError, match=r"did you mean limit\?.*there are: threads, output"):
         run_benchmark(["kind=eval", "limits=3"])

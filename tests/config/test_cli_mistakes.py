@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.config.arguments import options
+from mixlora_exp.config.command import compose_settings
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
@@ -163,28 +163,38 @@ def test_a_bad_cell_stops_the_sweep(
     assert not list(Path.cwd().iterdir())
 
 
-def test_text_of_a_script_s_field_is_taken_as_it_is() -> None:
-    @dataclasses.dataclass(slots=True, kw_only=True)
-    class Fields:
-        prompt: str | None = None
-        name: str = "n"
-        count: int = 1
-        share: float | None = None
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Fields:
+    text: str | None = None
+    count: int = 1
+    share: float | None = None
+    rows: list[str] = dataclasses.field(default_factory=list)
 
-    for text in ("Question: why?", "{a: b}", "[1, 2]", "${x}", "3", "a=b", "", "'q'"):
-        assert options(Fields, [f"prompt={text}", "count=2"]) == Fields(prompt=text, count=2)
-    assert options(Fields, ["prompt=null", "share=null"]) == Fields()
-    assert options(Fields, ["name=null"]).name == "null"
-    for word in ("count=two", "count=[", "count={"):
-        with pytest.raises(UserError, match=r"count=.* is not valid: it must be a whole number"):
-            options(Fields, ["share=1", word])
-    with pytest.raises(UserError, match="share=much is not valid: it must be a number, or null"):
-        options(Fields, ["share=much"])
-    with pytest.raises(UserError, match="name= is not valid: give a value"):
-        options(Fields, ["name="])
-    with pytest.raises(
-        UserError, match=r"no field absent; the fields are prompt, name, count, share, model"
-    ):
-        options(Fields, ["absent=1"], also=["model"])
-    with pytest.raises(UserError, match=r"did you mean prompt\? The fields are prompt, name"):
-        options(Fields, ["prompts=x"])
+
+def test_settings_of_a_command_that_are_not_in_conf() -> None:
+    words = ["text='a=b'", "count=2", "share=0", "rows=[lora,mixlora]"]
+    made = compose_settings(Fields, words)
+    assert made == Fields(text="a=b", count=2, share=0.0, rows=["lora", "mixlora"])
+    assert compose_settings(Fields, ["text=null", "share=null", "rows=[]"]) == Fields()
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("count=two", ["count=two is not valid: expected a whole number"]),
+        ("count=null", ["count=null is not valid: null is not allowed"]),
+        ("count=[", ["'count=['", "cannot be read"]),
+        ("count=1,2", ["count=1,2 is not valid", "a list as name=[a,b]"]),
+        ("~count", ["~count is not valid: write name=value"]),
+        ("share=much", ["share=much is not valid: expected a number"]),
+        ("rows=lora", ["rows=lora is not valid: expected a list, as in rows=[a,b]"]),
+        ("rows.x=1", ["rows.x is not a setting"]),
+        ("absent=1", ["absent is not a setting", "(there are: text, count, share, rows)"]),
+        ("texts=x", ["texts is not a setting", "did you mean text?"]),
+        ("text", ["'text'", "cannot be read"]),
+    ],
+)
+def test_mistakes_in_such_settings(word: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as told:
+        compose_settings(Fields, ["share=1", word])
+    assert all(part in str(told.value) for part in parts)

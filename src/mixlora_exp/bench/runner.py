@@ -59,16 +59,22 @@ def kind_of(name: str) -> Kind:
     return import_module(f"{kinds.__name__}.{name}").KIND
 
 
+def split_kind(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The kind that a command line names (`steps` if none), and its other words."""
+    chosen = [word.removeprefix("kind=") for word in arguments if word.startswith("kind=")]
+    rest = [word for word in arguments if not word.startswith("kind=")]
+    return (chosen[-1] if chosen else "steps"), rest
+
+
 def run_benchmark(arguments: Sequence[str]) -> Written:
     """Carry out `kind=NAME` (`steps` if none is given) with the settings of that kind.
 
     Raises:
         UserError: a setting is unknown or not valid, or the benchmark cannot be carried out here.
     """
-    chosen = [word.removeprefix("kind=") for word in arguments if word.startswith("kind=")]
-    rest = [word for word in arguments if not word.startswith("kind=")]
-    kind = kind_of(chosen[-1] if chosen else "steps")
-    return measure(kind, (kind.parse or _parsed(kind))(rest))
+    name, words = split_kind(arguments)
+    kind = kind_of(name)
+    return measure(kind, (kind.parse or _parsed(kind))(words))
 
 
 def measure(kind: Kind, options: BenchOptions) -> Written:
@@ -97,9 +103,9 @@ def _parsed(kind: Kind) -> Callable[[Sequence[str]], BenchOptions]:
         if not words:
             return kind.options()
         # Late: a GPU machine may have neither Hydra nor OmegaConf.
-        from mixlora_exp.config.arguments import options
+        from mixlora_exp.config.command import compose_settings
 
-        return options(kind.options, words)
+        return compose_settings(kind.options, words)
 
     return parse
 

@@ -14,7 +14,8 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mixlora_exp.config.arguments import options
+from mixlora_exp.config.command import compose_settings
+from mixlora_exp.config.recorded import literal, typed_texts
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
@@ -32,17 +33,26 @@ def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
     return path
 
 
+def _quoted(word: str) -> str:
+    """The entries of `ranges` as texts: Hydra's grammar has no `=` within a value."""
+    name, _, value = word.partition("=")
+    return f"{name}={literal(typed_texts(value))}" if name == "ranges" else word
+
+
 def run(arguments: Sequence[str]) -> int:
     """Execute one command line and return the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print((__doc__ or "").strip())
+        return 0
     if importlib.util.find_spec("optuna") is None:
         raise UserError("the package optuna is not installed: run `pip install optuna`")
     from mixlora_exp.sweeps.search import SearchSettings, search
     from mixlora_exp.sweeps.study import ended
 
     # `seed` is the seed of the runs; the sampler keeps its default seed.
-    names = {*SearchSettings.__dataclass_fields__, "-h", "--help"} - {"seed"}
+    names = SearchSettings.__dataclass_fields__.keys() - {"seed"}
     own = [a for a in arguments if a.partition("=")[0] in names]
-    settings = options(SearchSettings, own)
+    settings = compose_settings(SearchSettings, [_quoted(word) for word in own])
     study = search(settings, [a for a in arguments if a not in own], _train)
     best = study.best_trial
     states = [trial.state.name for trial in ended(study)]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -14,10 +14,10 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config.explain import explain, suggest
@@ -26,6 +26,8 @@ from mixlora_exp.config.resolve import fingerprint, open_session, to_config
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.together import check_together, expand, packs_of
 from mixlora_exp.errors import UserError
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,23 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
     """
     with _explained(words):
         return OverridesParser.create().parse_overrides(list(words))
+
+
+def compose_settings(schema: type[Settings], words: Sequence[str]) -> Settings:
+    """An instance of the dataclass `schema` with the values given as `name=value`, in Hydra's
+    grammar. For commands whose settings are not in `conf/`.
+
+    Raises:
+        UserError: a field is unknown, or a value has the wrong type.
+    """
+    with _explained(words):
+        made = OmegaConf.structured(schema)
+        for override in parse_overrides(words):
+            if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+                line = override.input_line
+                raise UserError(f"{line} is not valid: write name=value, a list as name=[a,b]")
+            made[override.get_key_element()] = override.value()
+        return OmegaConf.to_object(made)
 
 
 def compose_adapters(

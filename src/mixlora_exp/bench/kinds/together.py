@@ -20,19 +20,16 @@ from typing import Any
 
 from mixlora_exp.bench.options import BenchOptions
 from mixlora_exp.bench.runner import Kind, say
-from mixlora_exp.config.arguments import options
-from mixlora_exp.config.command import compose
+from mixlora_exp.config.command import compose, compose_settings
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.together import entry_overrides
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.outcome import outcomes
 
-EXPERIMENT = "experiment=multi_adapter/four_methods"
-
 
 @dataclass(slots=True, kw_only=True)
 class TogetherOptions(BenchOptions):
-    experiment: str = EXPERIMENT
+    experiment: str = "multi_adapter/four_methods"
     overrides: list[str] = field(default_factory=list)
 
 
@@ -106,22 +103,15 @@ def _markdown(record: Mapping[str, Any]) -> str:
 
 
 def _parse(words: Sequence[str]) -> TogetherOptions:
-    if any(word in ("-h", "--help") for word in words):
-        options(TogetherOptions, words)
-    fields, rest = {}, []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in ("output", "name"):
-            fields[name] = value
-        elif name == "experiment":
-            fields[name] = word
-        else:
-            rest.append(word)
-    return TogetherOptions(overrides=rest, **fields)
+    names = TogetherOptions.__dataclass_fields__.keys() - {"overrides"}
+    own = [word for word in words if word.partition("=")[0] in names]
+    options = compose_settings(TogetherOptions, own)
+    options.overrides = [word for word in words if word not in own]
+    return options
 
 
 def measure(asked: TogetherOptions) -> Iterator[dict[str, Any]]:
-    experiment, words = asked.experiment, asked.overrides
+    experiment, words = f"experiment={asked.experiment}", asked.overrides
     config = compose([experiment, *words])
     if not config.adapters:
         raise UserError(f"{experiment} has no adapters: name one of conf/experiment/multi_adapter/")
