@@ -29,7 +29,7 @@ quickstart: $(STAMP)  ## train and score a small model on this machine
 	$(BIN)/python train.py experiment=quickstart
 
 cold-start: $(STAMP)  ## the quickstart, cut short, as on a machine that has seen nothing
-	$(BIN)/python scripts/cold_start.py
+	$(BIN)/python tests/checks/cold_start.py
 
 test: lint  ## lint, and run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -38,10 +38,10 @@ test-slow: $(STAMP)  ## run the tests that take longer: real weights, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 soak: $(STAMP)  ## kill, starve and damage runs at full length, and record how it ended
-	$(BIN)/python scripts/soak.py
+	$(BIN)/python tests/checks/soak.py
 
 soak-sweep: $(STAMP)  ## kill a sweep of SmolLM2 again and again, and compare (DATA_PATH=DIR)
-	$(BIN)/python scripts/soak_sweep.py data.path=$(or $(DATA_PATH),data)
+	$(BIN)/python tests/checks/soak_sweep.py data.path=$(or $(DATA_PATH),data)
 
 # Two to three hours on two cores; LLaMA-2 7B is cut to two layers.
 bench: $(STAMP)  ## measure time and memory of a step of each method on this machine

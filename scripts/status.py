@@ -1,11 +1,6 @@
 """`mixlora-exp status` for a checkout."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
-from mixlora_exp.cli.main import main
+from checkout import run
 
 if __name__ == "__main__":
-    sys.exit(main(["status", *sys.argv[1:]]))
+    run("status")

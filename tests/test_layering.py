@@ -51,8 +51,9 @@ ROOMS: dict[str, set[str]] = {
     },
     # Floor 8: the commands. No room imports this one.
     "cli": {
-        *("__init__", "adapters", "config", "errors", "models", "official", "records", "results"),
-        *("runs", "serving", "sweeps", "system", "tasks"),
+        *("__init__", "adapters", "bench", "config", "data", "errors", "models", "official"),
+        *("plans", "records", "results", "runs", "serving", "sweeps", "system", "tasks"),
+        "training",
     },
     # The package itself makes the tuner known to PEFT, and does nothing else.
     "__init__": {"_peft_hook"},
@@ -134,7 +135,9 @@ def test_the_root_holds_no_other_module() -> None:
 
 
 def test_few_rooms_know_most_of_the_others() -> None:
-    most = {room for room, allowed in ROOMS.items() if len(allowed) > len(ROOMS) / 2}
+    """Of the folders: the modules beside them are no rooms."""
+    folders = set(ROOMS) - {"__init__", "_peft_hook", "errors"}
+    most = {room for room in folders if len(ROOMS[room] & folders) > len(folders) / 2}
     assert most <= {"cli", "runs"}
 
 

@@ -159,6 +159,7 @@ def run_script(
             words = [re.sub(r"^model=.*", "model=tiny_gemma", word) for word in words]
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mixlora_exp.bench.rounds import interleaved, summary
 from mixlora_exp.bench.rows import BUILDERS, ROWS
 from mixlora_exp.bench.rows import row as register
 from mixlora_exp.bench.runner import Kind, kind_of, measure, run_benchmark
+from mixlora_exp.cli.main import main
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_record
 
@@ -201,28 +201,18 @@ def test_unknown_model_is_told() -> None:
         model_config("llama9", None)
 
 
-def _run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *command], cwd=ROOT, capture_output=True, text=True
-    )
-
-
-def test_command_line(tmp_path: Path) -> None:
-    result = _run(
-        "scripts/bench.py",
-        "model=tiny",
-        "batch=1",
-        "length=4",
-        "rounds=1",
-        "dtype=float32",
-        "rows=[lora_peft,mixlora]",
-        f"output={tmp_path}",
-        "name=one",
-    )
-    assert result.returncode == 0, result.stderr
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=tiny", "batch=1", "length=4", "rounds=1", "dtype=float32"]
+    words += ["rows=[lora_peft]", f"output={tmp_path}", "name=one"]
+    assert main(["bench", *words]) == 0
     record = json.loads((tmp_path / "one.json").read_text())
-    assert record["rows"]["mixlora"]["train_peak_memory_bytes"] > 0, "measured in its own process"
-    assert "| mixlora |" in result.stdout
+    assert record["rows"]["lora_peft"]["train_peak_memory_bytes"] > 0, "measured in its own process"
+    assert "| lora_peft |" in capsys.readouterr().out
+
+
+def test_help_of_a_kind_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kind=forms", "--help"]) == 0
+    assert {"threads=None", "rank=16"} <= set(capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize(

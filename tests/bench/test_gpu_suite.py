@@ -177,6 +177,7 @@ def test_the_gpu_suite_says_that_it_needs_a_gpu_and_needs_no_hydra() -> None:
         "        if name.split('.')[0] in ('hydra', 'omegaconf', 'lm_eval'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Without())\n"
+        "sys.path.insert(0, 'scripts')\n"
         "sys.argv[1:] = ['kind=gpu']\n"
         "runpy.run_path('scripts/bench.py', run_name='__main__')\n"
     )

@@ -115,8 +115,9 @@ def test_a_sweep_started_by_several_runs_each_cell_once(start, contents, tmp_pat
 def test_a_sweep_of_its_own_processes(tmp_path: Path) -> None:
     """The script that does the same with real weights, here with tiny ones."""
     words = ["model=tiny", "data=embedded", "method.rank=2", "trainer.precision=float32",
-             "kills=2", "least=2", "most=4", f"record={tmp_path / 'record.json'}"]  # fmt: skip
-    command = [sys.executable, str(ROOT / "scripts" / "soak_sweep.py"), *words]
+             "--kills=2", "--least=2", "--most=4"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests" / "checks" / "soak_sweep.py"), *words]
+    command.append(f"--record={tmp_path / 'record.json'}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     record = json.loads((tmp_path / "record.json").read_text())
     assert len(record["same"]) == 2, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixlora_exp.cli.main import main
 from mixlora_exp.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,9 +44,7 @@ def test_a_killed_run_goes_on_and_all_methods_train(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_cpu_is_told_that_it_is_none(tmp_path: Path, capsys) -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "gpu_check.py"))
-    words = [f"--record={tmp_path / 'check.json'}"]
-    assert script["guarded"](script["main"], words, resumes=False) == 2
+    assert main(["gpu-check", f"--record={tmp_path / 'check.json'}"]) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("error: model=llama2_7b needs a CUDA GPU")
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,8 @@ COMMANDS = {
     "tables": "build the tables from the records",
     "figures": "draw the figures from the records",
     "report": "build the report from the records",
+    "bench": "measure time and memory of training steps, kernels and scoring",
+    "gpu-check": "try everything at the size of LLaMA-2 7B on a CUDA GPU",
     "power": "the smallest difference that a comparison of two methods detects",
 }
 GO_ON = ("train", "evaluate", "search")
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported late, so that a command loads only what it needs.
         from mixlora_exp.system.guarded import guarded
 
-        module = importlib.import_module(f"mixlora_exp.cli.{command}")
+        module = importlib.import_module(f"mixlora_exp.cli.{command.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mixlora_exp"):
             raise

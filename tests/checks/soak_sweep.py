@@ -1,5 +1,5 @@
 """A sweep of a real model that is killed again and again, against one that is not:
-`python scripts/soak_sweep.py data.path=DIR`.
+`python tests/checks/soak_sweep.py data.path=DIR`.
 
 SmolLM2 135M, ranks 2, 4 and 8 of MixLoRA and MixDoRA, a few steps each. The same command runs in
 two folders at once, in one of them undisturbed; in the other it is killed at random moments and
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.command import compose

@@ -1,4 +1,4 @@
-"""What a newcomer does, on a machine that has seen nothing: `python scripts/cold_start.py`.
+"""What a newcomer does, on a machine that has seen nothing: `python tests/checks/cold_start.py`.
 
 The quickstart, cut to two steps and four items a task, with every cache and the output in an empty
 temporary folder: the packaged weights are converted, a model is trained and scored. Then the same
@@ -16,10 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
-from mixlora_exp.config.places import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ["experiment=quickstart", "trainer.max_steps=2", "evaluation.limit=4"]
 CACHES = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 

@@ -1,4 +1,4 @@
-"""Run every fault test at full length and record the outcome: `python scripts/soak.py`.
+"""Run every fault test at full length and record the outcome: `python tests/checks/soak.py`.
 
 Thirty kills instead of five, eight processes on a sweep of sixteen cells instead of three on four.
 Writes `results/soak.json`: what was run, on what, and how it ended.
@@ -14,7 +14,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.records.record import finish_record, provenance, write_json
