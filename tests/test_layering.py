@@ -26,10 +26,10 @@ ROOMS: dict[str, set[str]] = {
     # Floor 4
     "adapters": {"config", "errors", "kernels", "models", "system"},
     "evaluation": {"config", "data", "errors", "tasks"},
+    "plans": {"config", "data", "models", "records", "system", "tasks"},
     "results": {"config", "errors", "records", "system", "tasks"},
     # Floor 5
     "official": {"adapters", "errors", "system"},
-    "plans": {"config", "data", "models", "records", "results", "system", "tasks"},
     "training": {"adapters", "config", "data", "errors", "kernels", "models", "records", "system"},
     # Floor 6: one run, which brings everything below together; and measurements.
     "bench": {
@@ -42,18 +42,15 @@ ROOMS: dict[str, set[str]] = {
     },
     # Floor 7
     "serving": {
-        *("adapters", "config", "data", "errors", "evaluation", "models", "records", "runs"),
-        "system",
+        *("adapters", "config", "data", "errors", "evaluation", "models", "runs", "system"),
     },
     "sweeps": {
         *("config", "data", "errors", "plans", "records", "results", "runs", "system"),
-        "training",
     },
     # Floor 8: the commands. No room imports this one.
     "cli": {
-        *("__init__", "adapters", "bench", "config", "data", "errors", "models", "official"),
-        *("plans", "records", "results", "runs", "serving", "sweeps", "system", "tasks"),
-        "training",
+        *("__init__", "adapters", "bench", "config", "errors", "models", "official"),
+        *("plans", "records", "results", "runs", "serving", "sweeps", "system", "training"),
     },
     # The package itself makes the tuner known to PEFT, and does nothing else.
     "__init__": {"_peft_hook"},

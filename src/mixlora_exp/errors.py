@@ -49,6 +49,10 @@ class UserError(Exception):
         super().__init__(shown(str(message)))
 
 
+class NotEnoughMemory(UserError):
+    """A micro-batch does not fit in the device's memory."""
+
+
 class PackError(UserError):
     """Some runs of a pack (adapters trained together) failed.
 

@@ -17,13 +17,12 @@ from safetensors import SafetensorError  # noqa: E402
 
 from mixlora_exp.config.resolve import run_name  # noqa: E402
 from mixlora_exp.config.schema import Config  # noqa: E402
-from mixlora_exp.errors import UserError  # noqa: E402
+from mixlora_exp.errors import NotEnoughMemory, UserError  # noqa: E402
 from mixlora_exp.records.record import finish_record, write_json  # noqa: E402
 from mixlora_exp.sweeps import search as searching  # noqa: E402
 from mixlora_exp.sweeps.search import Postponed, SearchSettings, search  # noqa: E402
 from mixlora_exp.system.runlock import RunLock  # noqa: E402
 from mixlora_exp.system.signals import Terminated  # noqa: E402
-from mixlora_exp.training import NotEnoughMemory  # noqa: E402
 
 SMALL = ["experiment=smoke", "data.train_limit=16"]
 

@@ -29,13 +29,13 @@ from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.schema import Config
-from mixlora_exp.data.encoding import Example, encode_examples
-from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
+from mixlora_exp.runs.inputs import gather_inputs
 from mixlora_exp.runs.run import run as run_once
+from mixlora_exp.runs.run import start, training_examples
 from mixlora_exp.serving.open import open_adapter
 from mixlora_exp.serving.text_generation import continuations
 from mixlora_exp.system.device import free_memory, hardware_names, resolve_device
@@ -96,15 +96,13 @@ def _kill_a_run(config: Config, seconds: float) -> None:
         raise UserError(f"training ended with exit code {process.exitcode} before it was killed")
 
 
-def _examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    data, items = config.data, []
-    for task in config.task.train:
-        items += load_split(data, task, "train").limited(data.train_limit, data.seed).items
-    return encode_examples(tokenizer, items, data)
+def _examples(config: Config, folder: Path) -> list[Any]:
+    """The encoded examples that a run in `folder` trains on."""
+    return training_examples(start(config, folder, gather_inputs(config)))
 
 
 def _measured(
-    config: Config, train: dict[str, Any], steps: Steps, examples: Sequence[Example]
+    config: Config, train: dict[str, Any], steps: Steps, examples: Sequence[Any]
 ) -> dict[str, Any]:
     """Speed and memory of a training, beside the plan for examples of their true length."""
     longest = max(16, *(len(example.input_ids) for example in examples))
@@ -131,7 +129,7 @@ def _train_another(
     folder: Path,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True)
-    examples, steps = _examples(config, tokenizer), Steps()
+    examples, steps = _examples(config, folder), Steps()
     model = attach_adapter(base, config.method, config.kernel, config.seed)
     summary = fit(
         config=config, model=model, tokenizer=tokenizer, examples=examples, folder=folder,
@@ -169,7 +167,7 @@ def check(settings: argparse.Namespace, words: Sequence[str], place: Path) -> di
         "answered", lambda: list(continuations(opened, [PROMPT], max_new_tokens=NEW_TOKENS))
     )
     tokenizer, base = opened.tokenizer, opened.model.unload()
-    examples = _examples(config, tokenizer)
+    examples = _examples(config, place)
     trainings, skipped = [_measured(config, record["train"], steps, examples)], []
     for method in OTHERS:
         if time.monotonic() - begun > settings.seconds:

@@ -10,23 +10,15 @@ from collections.abc import Sequence
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.places import RESULTS
-from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import PACKED
-from mixlora_exp.results.power import average_item_error, seed_spread, smallest_detectable
-from mixlora_exp.results.runs import RecordedRun, check_run, read_rows
-from mixlora_exp.tasks import TASKS
-
-
-def _right(run: RecordedRun, task: str) -> dict[str, bool]:
-    rows = read_rows(run, task, "answer_text")
-    return {key: row["prediction_normalized"] == row["answer"] for key, row in rows.items()}
-
-
-def _discordant(a: RecordedRun, b: RecordedRun, task: str) -> float:
-    first, second = _right(a, task), _right(b, task)
-    if first.keys() != second.keys():
-        raise UserError(f"{a.name} and {b.name} were scored on different items of {task}")
-    return sum(first[key] != second[key] for key in first) / len(first)
+from mixlora_exp.results.power import (
+    average_item_error,
+    discordant_share,
+    full_test_sets,
+    seed_spread,
+    smallest_detectable,
+)
+from mixlora_exp.results.runs import check_run
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,10 +36,8 @@ def run(argv: Sequence[str]) -> int:
     tasks = args.tasks or sorted(
         {task for task, protocol in a.scores.keys() & b.scores.keys() if protocol == "answer_text"}
     )
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise UserError(f"--tasks={unknown[0]} is unknown: choose from {', '.join(TASKS)}")
-    items = {task: TASKS[task].sizes["test"] for task in tasks}
-    shares = {task: args.factor * _discordant(a, b, task) for task in tasks}
+    items = full_test_sets(tasks)
+    shares = {task: args.factor * discordant_share(a, b, task) for task in tasks}
     for task in tasks:
         print(f"{task:12}{items[task]:6,} items, {100 * shares[task]:.1f} % right in only one run")
     error, spread = (

@@ -21,7 +21,7 @@ from mixlora_exp.models import architecture_of, has_local_tokenizer, load_tokeni
 from mixlora_exp.models.parameters import Parameters, count_parameters
 from mixlora_exp.plans.memory import many_that_fit, memory_of
 from mixlora_exp.records.checkout import git_state
-from mixlora_exp.results.objections import objections
+from mixlora_exp.records.objections import objections
 from mixlora_exp.tasks import TASKS
 
 # Mean characters of prompt and answer per training row, by form (label, text), over the training

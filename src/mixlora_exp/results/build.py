@@ -20,9 +20,9 @@ from mixlora_exp.config.places import RESULTS
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.objections import objections
 from mixlora_exp.records.record import write_text
 from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
-from mixlora_exp.results.objections import objections
 from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES
 from mixlora_exp.results.runs import (
     DATA_FIELDS,

@@ -10,9 +10,9 @@ from re import fullmatch
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import FORCED, PACKED, RECORD, has_file, name_of, pack, read_file
+from mixlora_exp.records.objections import has_random_weights, objections
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.shape import NAME
-from mixlora_exp.results.objections import has_random_weights, objections
 from mixlora_exp.results.runs import LeftOut, RecordedRun, check_run
 
 

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
 
+from mixlora_exp.errors import UserError
+from mixlora_exp.results.runs import RecordedRun, read_rows
+from mixlora_exp.tasks import TASKS
+
 DRAWS = 20_000
+
+
+def full_test_sets(tasks: Sequence[str]) -> dict[str, int]:
+    """Task -> number of items of its test set.
+
+    Raises:
+        UserError: a task is not one of the paper's.
+    """
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise UserError(f"the task {unknown[0]} is unknown: choose from {', '.join(TASKS)}")
+    return {task: TASKS[task].sizes["test"] for task in tasks}
+
+
+def _right(run: RecordedRun, task: str) -> dict[str, bool]:
+    rows = read_rows(run, task, "answer_text")
+    return {key: row["prediction_normalized"] == row["answer"] for key, row in rows.items()}
+
+
+def discordant_share(a: RecordedRun, b: RecordedRun, task: str) -> float:
+    """Share of the items that exactly one of two runs answers correctly (answer_text,
+    length-normalised).
+
+    Raises:
+        UserError: the runs were scored on different items.
+    """
+    first, second = _right(a, task), _right(b, task)
+    if first.keys() != second.keys():
+        raise UserError(f"{a.name} and {b.name} were scored on different items of {task}")
+    return sum(first[key] != second[key] for key in first) / len(first)
 
 
 def average_item_error(discordant: Mapping[str, float], items: Mapping[str, int]) -> float:

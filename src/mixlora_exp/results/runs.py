@@ -16,9 +16,9 @@ from typing import Any
 from mixlora_exp.config.architecture import current_model
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import FORCED, PACKED, has_file, name_of, read_file, record_paths
+from mixlora_exp.records.objections import UNPLACED, code_objections
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.shape import odd_fields, predictions_name
-from mixlora_exp.results.objections import UNPLACED, code_objections
 from mixlora_exp.system.untrusted import parse_json, refuse_links
 from mixlora_exp.tasks import TASKS
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -18,6 +19,9 @@ from mixlora_exp.config.recorded import recorded
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
+
+if TYPE_CHECKING:
+    from mixlora_exp.models import BaseIdentity
 
 CACHED = re.compile(r"(.+)-[0-9a-f]{12}")
 """Name of a folder with a package's converted weights: model name and hash."""
@@ -65,6 +69,15 @@ def matched(name: str) -> str | None:
             ):
                 return known.option
     return None
+
+
+def noted_base(folder: Path) -> BaseIdentity | None:
+    """The identity of the base model that the adapter in `folder` was trained on: the one saved
+    with it, or that in the record of its run; None if there is neither."""
+    from mixlora_exp.models import of_record, read_base
+
+    base, path = read_base(folder), folder.parent / RECORD
+    return of_record(read_run(path)) if base is None and path.exists() else base
 
 
 def base_words(folder: Path, given: Collection[str], *, precision: bool = False) -> list[str]:

@@ -23,13 +23,10 @@ from mixlora_exp.models import (
     contradict,
     load_model,
     load_tokenizer,
-    of_record,
-    read_base,
 )
 from mixlora_exp.models.precision import resolve_dtype
-from mixlora_exp.records.record import read_run
-from mixlora_exp.runs.base_choice import base_words
-from mixlora_exp.runs.inputs import RECORD, check_known_base, resolve_config
+from mixlora_exp.runs.base_choice import base_words, noted_base
+from mixlora_exp.runs.inputs import check_known_base, resolve_config
 from mixlora_exp.system.device import resolve_device
 
 GROUPS = ("model", "kernel", "seed", "trainer.precision", "base")
@@ -124,9 +121,7 @@ def _check_one_base(folders: Sequence[Path]) -> None:
     """Refuse adapters with different base models, as far as the files next to them show."""
     seen: tuple[Path, BaseIdentity] | None = None
     for folder in folders:
-        base, path = read_base(folder), folder.parent / RECORD
-        if base is None and path.exists():
-            base = of_record(read_run(path))
+        base = noted_base(folder)
         if base is None:
             continue
         if seen is not None and contradict(seen[1], base):

@@ -24,7 +24,7 @@ from mixlora_exp.config.checks import require_name
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import determining, to_dict
 from mixlora_exp.config.schema import Config, MixLoraMethodConfig, Protocol
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import NotEnoughMemory, UserError
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs.inputs import comparable, gather_inputs, resolve_config
 from mixlora_exp.runs.ownership import GivenUp
@@ -40,7 +40,6 @@ from mixlora_exp.sweeps.study import (
 from mixlora_exp.system.console import say
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.signals import Terminated, requested
-from mixlora_exp.training import NotEnoughMemory
 
 COEFFICIENT, RATE = "method.router_loss_coef", "trainer.learning_rate"
 OWN = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixlora_exp.training.fit import NotEnoughMemory, TrainSummary, fit, fit_jointly
+from mixlora_exp.training.fit import TrainSummary, fit, fit_jointly
 from mixlora_exp.training.halving import fit_halving
 from mixlora_exp.training.job import Job, make_job
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -10,7 +10,6 @@ from mixlora_exp.training.trainer import MixLoraTrainer
 __all__ = [
     "Job",
     "MixLoraTrainer",
-    "NotEnoughMemory",
     "TrainSummary",
     "fit",
     "fit_halving",

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import NotEnoughMemory, UserError
 from mixlora_exp.system.device import (
     peak_memory_bytes,
     processes,
@@ -35,10 +35,6 @@ from mixlora_exp.training.progress import (
 from mixlora_exp.training.stability import Stability
 from mixlora_exp.training.tracking import RunTracker
 from mixlora_exp.training.trainer import MixLoraTrainer
-
-
-class NotEnoughMemory(UserError):
-    """A micro-batch does not fit in the device's memory."""
 
 
 @dataclass(frozen=True, slots=True)

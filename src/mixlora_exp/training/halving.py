@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable
 
 from mixlora_exp.config.schema import Config, TrainerConfig
+from mixlora_exp.errors import NotEnoughMemory
 from mixlora_exp.system.device import free_memory
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.fit import NotEnoughMemory, TrainSummary
+from mixlora_exp.training.fit import TrainSummary
 
 
 def fit_halving(
