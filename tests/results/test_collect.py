@@ -9,7 +9,7 @@ from zipfile import ZipFile
 import pytest
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.records.files import FORCED, pack, read_file
+from mixlora_exp.records.files import FORCED, RunFiles, pack
 from mixlora_exp.results.build import gather
 from mixlora_exp.results.collect import collect
 from mixlora_exp.results.runs import load_runs
@@ -111,7 +111,7 @@ def test_force_takes_what_is_refused_and_marks_it(
     assert notes[0].startswith(f"Collected by force: odd ({reason}")
     # Without the mark a record of other code counts nowhere.
     forced = results / "runs" / "odd.zip"
-    record_alone = {n: read_file(forced, n) for n in ZipFile(forced).namelist() if n != FORCED}
+    record_alone = {n: RunFiles(forced).read(n) for n in ZipFile(forced).namelist() if n != FORCED}
     pack(forced, record_alone)
     assert gather(results).left_out
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from opens import opens_below
 
 from mixlora_exp.errors import SCREEN, UserError
-from mixlora_exp.records.files import FORCED, RECORD, has_file, pack, read_file, record_paths
+from mixlora_exp.records.files import FORCED, RECORD, RunFiles, pack, record_paths
 from mixlora_exp.records.record import read_record
 from mixlora_exp.results.build import gather, table_files
 from mixlora_exp.results.collect import collect
@@ -53,11 +54,23 @@ def rewritten(path: Path, change: Callable[[zipfile.ZipFile, dict[str, bytes]], 
     return path
 
 
+def test_each_file_is_read_once(folder: Path, tmp_path: Path, write: Write) -> None:
+    """By packing a run, and by building the tables, which compare its items many times."""
+    with opens_below(folder) as found:
+        assert collect(tmp_path / "out", tmp_path / "runs").packed == ["a"]
+    assert found == {RECORD: 1, PREDICTIONS: 1}
+    write(tmp_path / "runs", "b", (*SMALL, "seed=7"), {"arc_e": 0.6})
+    with opens_below(tmp_path / "runs") as found:
+        results = gather(tmp_path)
+    assert [run.name for run in results.runs] == ["a", "b"]
+    assert found == {"a.zip": 1, f"b/{RECORD}": 1, f"b/{PREDICTIONS}": 1}
+
+
 def test_bytes_come_back_and_the_same_run_is_the_same_file(
     folder: Path, packed: Path, tmp_path: Path
 ) -> None:
     for name in (RECORD, PREDICTIONS):
-        assert read_file(packed, name) == (folder / name).read_bytes()
+        assert RunFiles(packed).read(name) == (folder / name).read_bytes()
     assert read_record(packed) == read_record(folder / RECORD)
     first = packed.read_bytes()
     packed.unlink()
@@ -97,7 +110,7 @@ def test_folders_that_lie_among_the_packed_are_packed(write: Write, tmp_path: Pa
     assert (found.packed, found.known) == (["forced"], 1)
     assert [entry.name for entry in found.refused] == ["dirty"]
     assert {path.name for path in runs.iterdir()} == {"a.zip", "forced.zip", "dirty"}
-    assert has_file(runs / "forced.zip", FORCED)
+    assert RunFiles(runs / "forced.zip").has(FORCED)
     assert [run.name for run in load_runs(runs)[0]] == ["a", "forced"]
 
 
@@ -220,7 +233,7 @@ def test_links_and_names_from_inside_lead_nowhere(packed: Path, tmp_path: Path) 
         files["../../escaped"] = files["/escaped"] = b"x"
 
     rewritten(packed, climbing)
-    check_run(packed)
+    check_run(RunFiles(packed))
     assert not list(tmp_path.rglob("escaped"))
     packed.rename(tmp_path / "elsewhere.zip")
     packed.symlink_to(tmp_path / "elsewhere.zip")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.places import RESULTS
-from mixlora_exp.records.files import PACKED
+from mixlora_exp.records.files import PACKED, RunFiles
 from mixlora_exp.results.power import (
     average_item_error,
     discordant_share,
@@ -32,7 +32,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--changed", type=float, default=0.03, help=differently)
     parser.add_argument("--factor", type=float, default=1.0, help="multiply both shares by this")
     args = parser.parse(argv)
-    a, b = (check_run(RESULTS / "runs" / f"{name}{PACKED}") for name in (args.a, args.b))
+    paths = (RESULTS / "runs" / f"{name}{PACKED}" for name in (args.a, args.b))
+    a, b = (check_run(RunFiles(path)) for path in paths)
     tasks = args.tasks or sorted(
         {task for task, protocol in a.scores.keys() & b.scores.keys() if protocol == "answer_text"}
     )

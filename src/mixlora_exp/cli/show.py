@@ -13,7 +13,7 @@ from pathlib import Path
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.places import RESULTS
 from mixlora_exp.errors import UserError
-from mixlora_exp.records.files import PACKED, RECORD, read_file
+from mixlora_exp.records.files import PACKED, RECORD, RunFiles
 from mixlora_exp.records.record import read_record
 from mixlora_exp.system.untrusted import parse_json
 
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(read_record(path), indent=2))
         return 0
     try:
-        items = [parse_json(line) for line in read_file(path, args.file).splitlines()]
+        items = [parse_json(line) for line in RunFiles(path).read(args.file).splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--file={args.file} of {path} cannot be read: {error}") from error
     for item in items:

@@ -19,6 +19,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from mixlora_exp.errors import shown
@@ -53,34 +54,49 @@ def name_of(path: Path) -> str:
     return path.stem if path.suffix == PACKED else path.parent.name
 
 
-def read_file(path: Path, name: str) -> bytes:
-    """Content of a file of the run whose record is at `path`, by its name in the run's folder.
+class RunFiles:
+    """The files of the run whose record is at `path`, by their names in the run's folder. Each file
+    is read from disk once, a packed run as a whole, and stays in memory as long as this object."""
 
-    Raises:
-        OSError: it cannot be read or does not exist.
-        ValueError: it is a link or in a linked folder, is not a regular file, is too large, or the
-            packed run is damaged.
-    """
-    if path.suffix != PACKED:
-        refuse_links(path.parent / name, path.parent)
-        return read_bytes(path.parent / name)
-    refuse_links(path, path)
-    try:
-        with _opened(path) as archive:
-            return _unpacked(archive, name)
-    except DAMAGED as error:
-        raise ValueError(f"the packed file is damaged ({shown(str(error), 100)})") from error
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._contents: dict[str, bytes] = {}
 
+    def read(self, name: str) -> bytes:
+        """Content of a file.
 
-def has_file(path: Path, name: str) -> bool:
-    """Whether the run whose record is at `path` has a file of this name."""
-    if path.suffix != PACKED:
-        return (path.parent / name).is_file()
-    try:
-        with _opened(path) as archive:
-            return name in archive.namelist()
-    except (OSError, ValueError, *DAMAGED):
-        return False
+        Raises:
+            OSError: it cannot be read or does not exist.
+            ValueError: it is a link or in a linked folder, is not a regular file, is too large, or
+                the packed run is damaged.
+        """
+        if name not in self._contents:
+            self._contents[name] = self._read(name)
+        return self._contents[name]
+
+    def has(self, name: str) -> bool:
+        """Whether the run has a file of this name."""
+        if self.path.suffix != PACKED:
+            return (self.path.parent / name).is_file()
+        try:
+            return name in self._archive.namelist()
+        except (OSError, ValueError, *DAMAGED):
+            return False
+
+    def _read(self, name: str) -> bytes:
+        folder = self.path.parent
+        if self.path.suffix != PACKED:
+            refuse_links(folder / name, folder)
+            return read_bytes(folder / name)
+        refuse_links(self.path, self.path)
+        try:
+            return _unpacked(self._archive, name)
+        except DAMAGED as error:
+            raise ValueError(f"the packed file is damaged ({shown(str(error), 100)})") from error
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile:
+        return _opened(self.path)
 
 
 def pack(path: Path, files: Mapping[str, bytes]) -> None:

@@ -21,7 +21,7 @@ import psutil
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.checkout import git_state
-from mixlora_exp.records.files import PACKED, RECORD, read_file
+from mixlora_exp.records.files import PACKED, RECORD, RunFiles
 from mixlora_exp.records.shape import check_shape
 from mixlora_exp.system.durable import write_whole
 from mixlora_exp.system.untrusted import parse_json, read_bytes
@@ -82,15 +82,18 @@ def finish_record(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, _HASH: _content_hash(content)}
 
 
-def read_record(path: Path | str) -> dict[str, Any]:
-    """Return the record in a JSON file or a packed run.
+def read_record(source: Path | str | RunFiles) -> dict[str, Any]:
+    """Return the record in a JSON file, a packed run, or the opened files of a run.
 
     Raises:
         UserError: the file cannot be read, has another schema version, or was changed.
     """
-    path = Path(path)
+    path = source.path if isinstance(source, RunFiles) else Path(source)
     try:
-        content = read_file(path, RECORD) if path.suffix == PACKED else read_bytes(path)
+        if isinstance(source, RunFiles):
+            content = source.read(RECORD)
+        else:
+            content = RunFiles(path).read(RECORD) if path.suffix == PACKED else read_bytes(path)
         # Paths may contain bytes that are not UTF-8, which Python represents as lone surrogates.
         record = parse_json(content, halves=True)
     except OSError as error:
@@ -120,16 +123,17 @@ def read_record(path: Path | str) -> dict[str, Any]:
     return record
 
 
-def read_run(path: Path | str) -> dict[str, Any]:
-    """Return the record of a run, with fields checked against `records.shape`.
+def read_run(source: Path | str | RunFiles) -> dict[str, Any]:
+    """Return the record of a run as `read_record`, with fields checked against `records.shape`.
 
     Raises:
         UserError: the file was changed, or a field is missing or has the wrong type.
     """
-    record = read_record(path)
+    record = read_record(source)
     try:
         check_shape(record)
     except UserError as error:
+        path = source.path if isinstance(source, RunFiles) else source
         raise UserError(f"{path} is not the record of a run: {error}") from error
     return record
 

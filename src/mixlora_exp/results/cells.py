@@ -15,7 +15,7 @@ from typing import Any
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.headings import word
-from mixlora_exp.results.runs import LeftOut, RecordedRun, predictions_sha256
+from mixlora_exp.results.runs import LeftOut, RecordedRun
 
 USUAL = {
     "data.seed": 0, "train.data.seed": 0, "preset": "correct", "precision": "bfloat16",
@@ -118,13 +118,14 @@ def copies(runs: Iterable[RecordedRun]) -> dict[str, LeftOut]:
     """Runs, by name, with predictions identical to those of a run with another seed, in every digit
     of every score: a record that was copied and edited is not a second seed."""
     found: dict[str, LeftOut] = {}
-    seen: dict[str, list[tuple[RecordedRun, dict[tuple[str, str], str]]]] = defaultdict(list)
+    seen: dict[str, list[RecordedRun]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.rescored, run.name)):
         if run.method == "none":
             continue
         alike = seen[json.dumps((run.model, run.method, sorted(run.mix)))]
-        own = predictions_sha256(run)
-        for other, theirs in alike:
+        own = run.predictions
+        for other in alike:
+            theirs = other.predictions
             shared = own.keys() & theirs.keys()
             if other.seed != run.seed and shared and all(own[k] == theirs[k] for k in shared):
                 reason = (
@@ -133,7 +134,7 @@ def copies(runs: Iterable[RecordedRun]) -> dict[str, LeftOut]:
                 found[run.name] = LeftOut(run.name, reason)
                 break
         else:
-            alike.append((run, own))
+            alike.append(run)
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from re import fullmatch
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.records.files import FORCED, PACKED, RECORD, has_file, name_of, pack, read_file
+from mixlora_exp.records.files import FORCED, PACKED, RECORD, RunFiles, name_of, pack
 from mixlora_exp.records.objections import has_random_weights, objections
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.shape import NAME
@@ -63,34 +63,35 @@ def _collect(path: Path, target: Path, force: bool) -> bool | None:
     name, in_place = name_of(path), path.parents[1].resolve() == target.resolve()
     if not fullmatch(NAME, name):
         raise UserError("the folder's name is not a valid name of a run: rename it")
-    force = force or (in_place and has_file(path, FORCED))
-    run = check_run(path, force=True)
+    files = RunFiles(path)
+    force = force or (in_place and files.has(FORCED))
+    run = check_run(files, force=True)
     if has_random_weights(run.record) and not force:
         return None
     reasons = objections(run.record)
     if reasons and not force:
         raise UserError(f"{'; '.join(reasons)}: --force collects it, marked")
     packed = target / f"{name}{PACKED}"
-    held = packed if in_place or packed.exists() else target / name / RECORD
-    new = not held.exists()
+    held = RunFiles(packed if in_place or packed.exists() else target / name / RECORD)
+    new = not held.path.exists()
     if new:
-        pack(packed, _files(run, reasons))
+        pack(packed, _files(run, files, reasons))
     elif read_record(held)["content_sha256"] != run.record["content_sha256"]:
-        raise UserError(f"{held} has another result: delete one of the two")
+        raise UserError(f"{held.path} has another result: delete one of the two")
     if in_place:
         # Check also the predictions before removing the folder.
-        check_run(packed, force=True)
+        check_run(held, force=True)
         shutil.rmtree(path.parent)
     return new
 
 
-def _files(run: RecordedRun, reasons: list[str]) -> dict[str, bytes]:
+def _files(run: RecordedRun, files: RunFiles, reasons: list[str]) -> dict[str, bytes]:
     """The files to pack, by name: record, predictions, and the objections if there are any."""
     names = [RECORD, *run.record["predictions"].values()]
     try:
-        files = {name: read_file(run.path, name) for name in names}
+        kept = {name: files.read(name) for name in names}
     except (OSError, ValueError) as error:
         raise UserError(f"{run.name}: {error}") from error
     if reasons:
-        files[FORCED] = (json.dumps({"reasons": reasons}, indent=2) + "\n").encode()
-    return files
+        kept[FORCED] = (json.dumps({"reasons": reasons}, indent=2) + "\n").encode()
+    return kept

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.runs import RecordedRun, read_rows
+from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.tasks import TASKS
 
 DRAWS = 20_000
@@ -27,7 +27,7 @@ def full_test_sets(tasks: Sequence[str]) -> dict[str, int]:
 
 
 def _right(run: RecordedRun, task: str) -> dict[str, bool]:
-    rows = read_rows(run, task, "answer_text")
+    rows = run.predictions[task, "answer_text"]
     return {key: row["prediction_normalized"] == row["answer"] for key, row in rows.items()}
 
 

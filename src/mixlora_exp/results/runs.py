@@ -5,8 +5,8 @@ A record that cannot be trusted or assigned to a cell is left out by name, never
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from typing import Any
 
 from mixlora_exp.config.architecture import current_model
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.records.files import FORCED, PACKED, has_file, name_of, read_file, record_paths
+from mixlora_exp.records.files import FORCED, PACKED, RunFiles, name_of, record_paths
 from mixlora_exp.records.objections import UNPLACED, code_objections
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.shape import odd_fields, predictions_name
@@ -23,6 +23,7 @@ from mixlora_exp.system.untrusted import parse_json, refuse_links
 from mixlora_exp.tasks import TASKS
 
 LIKELIHOOD = "gold_log_likelihood"
+Rows = Mapping[str, Mapping[str, Any]]
 # Conditions of training and scoring. The implementation of the loss only affects rounding, so it is
 # not a condition. The micro-batch size is, because the router loss is computed per micro-batch.
 MODEL_FIELDS = (
@@ -84,7 +85,9 @@ class RecordedRun:
     """The record at `path`.
 
     `trained`: configuration of the training run (that of another record if an adapter was
-    rescored); `scored`: configuration of the scoring. `scores`: by (task, protocol).
+    rescored); `scored`: configuration of the scoring. `scores`: by (task, protocol);
+    `predictions`: by the same, item id -> its line of the predictions, where repeated ids have a
+    suffix.
     """
 
     name: str
@@ -93,6 +96,7 @@ class RecordedRun:
     trained: Mapping[str, Any] = field(repr=False)
     scored: Mapping[str, Any] = field(repr=False)
     scores: Mapping[tuple[str, str], Mapping[str, Any]] = field(repr=False)
+    predictions: Mapping[tuple[str, str], Rows] = field(repr=False, default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -222,20 +226,20 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"preset": {"name": "correct"}, **config, **later, "model": model}
 
 
-def _placed(path: Path, force: bool) -> RecordedRun:
-    record = read_run(path)
+def _placed(files: RunFiles, force: bool) -> RecordedRun:
+    record = read_run(files)
     if record.get("status") != "finished":
         raise UserError(f"status={record.get('status')}: the run is not finished")
     reasons = code_objections(record)
     if UNPLACED in reasons:
         raise UserError(UNPLACED)
-    if reasons and not (force or has_file(path, FORCED)):
+    if reasons and not (force or files.has(FORCED)):
         raise UserError(f"{'; '.join(reasons)}: collect --force collects it, marked")
     trained = scored = filled(record["config"])
     if record.get("adapter") is not None:
         trained = filled(record["adapter"]["trained_by"]["config"])
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
-    return RecordedRun(name_of(path), path, record, trained, scored, scores)
+    return RecordedRun(name_of(files.path), files.path, record, trained, scored, scores)
 
 
 def load_runs(folder: Path) -> tuple[list[RecordedRun], list[LeftOut]]:
@@ -252,49 +256,38 @@ def load_runs(folder: Path) -> tuple[list[RecordedRun], list[LeftOut]]:
             if name in seen:
                 raise UserError("it exists twice, as a folder and packed: delete one of the two")
             seen.add(name)
-            runs.append(check_run(path))
+            runs.append(check_run(RunFiles(path)))
         except UserError as error:
             left_out.append(LeftOut(name, str(error)))
     return runs, left_out
 
 
-def check_run(path: Path, *, force: bool = False) -> RecordedRun:
+def check_run(files: RunFiles, *, force: bool = False) -> RecordedRun:
     """Read and check one record with its predictions. `force`: ignore objections to its code.
 
     Raises:
         UserError: no table can use it; the message has the reason.
     """
+    path = files.path
     try:
         if path.suffix != PACKED:
             refuse_links(path, path.parent)
     except ValueError as error:
         raise UserError(str(error)) from error
     with odd_fields(path):
-        run = _placed(path, force)
-        for task, protocol in run.scores:
-            read_predictions(run, task, protocol)
+        run = _placed(files, force)
+        for _, protocol in run.scores:
             run.conditions(protocol)
-    return run
-
-
-def read_predictions(run: RecordedRun, task: str, protocol: str) -> dict[str, bool]:
-    """Item id -> whether it was answered correctly. Raises as `read_rows`."""
-    rows = read_rows(run, task, protocol)
-    return {key: row["prediction"] == row["answer"] for key, row in rows.items()}
+        predictions = {key: _read_rows(run, files, *key) for key in run.scores}
+    return dataclasses.replace(run, predictions=predictions)
 
 
 def read_items(run: RecordedRun, task: str, protocol: str, field: str) -> dict[str, float | None]:
     """Item id -> the value of `field`: `right` (1.0 or 0.0), or a field of the predictions."""
+    rows = run.predictions[task, protocol]
     if field == "right":
-        return {k: float(right) for k, right in read_predictions(run, task, protocol).items()}
-    return {key: row.get(field) for key, row in read_rows(run, task, protocol).items()}
-
-
-def predictions_sha256(run: RecordedRun) -> dict[tuple[str, str], str]:
-    """SHA-256 of the predictions, with scores, of each (task, protocol), independent of JSON
-    layout."""
-    texts = {key: json.dumps(read_rows(run, *key), sort_keys=True) for key in run.scores}
-    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
+        return {key: float(row["prediction"] == row["answer"]) for key, row in rows.items()}
+    return {key: row.get(field) for key, row in rows.items()}
 
 
 def _row(row: Any) -> dict[str, Any]:
@@ -314,8 +307,8 @@ def _row(row: Any) -> dict[str, Any]:
     return row
 
 
-def read_rows(run: RecordedRun, task: str, protocol: str) -> dict[str, dict[str, Any]]:
-    """Item id -> its line of the predictions; repeated ids get a suffix.
+def _read_rows(run: RecordedRun, files: RunFiles, task: str, protocol: str) -> Rows:
+    """The predictions for a task under a protocol.
 
     Raises:
         UserError: the file is missing or truncated, or contradicts the record's accuracy or hash.
@@ -324,7 +317,7 @@ def read_rows(run: RecordedRun, task: str, protocol: str) -> dict[str, dict[str,
     if f"{task}/{protocol}" not in run.record["predictions"]:
         raise UserError(f"{run.name} has no predictions of {task} under {protocol}")
     try:
-        content = read_file(run.path, name)
+        content = files.read(name)
         rows = [_row(parse_json(line)) for line in content.splitlines()]
         found = {}
         for row in rows:

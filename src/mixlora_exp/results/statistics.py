@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-RESAMPLES = 2000
+RESAMPLES, PORTION = 2000, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,10 @@ def _compared(tasks: Sequence[np.ndarray]) -> Comparison:
     for task in tasks:
         by_item = task.mean(axis=0)
         n = len(by_item)
-        drawn += [by_item[generator.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
+        # In portions, because all draws of a large test set would take hundreds of MB.
+        for start in range(0, RESAMPLES, PORTION):
+            chosen = generator.integers(n, size=(PORTION, n))
+            drawn[start : start + PORTION] += by_item[chosen].mean(axis=1)
     low, high = map(float, np.quantile(drawn / len(tasks), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     by_seed = np.mean([task.mean(axis=1) for task in tasks], axis=0)
     middle = float(by_seed.mean())
