@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hostile import HOSTILE, place
+from opens import opens_below
 
 from mixlora_exp.config.schema import TASK_NAMES, AnswerKind, CustomTask, DataConfig, DataSource
 from mixlora_exp.data.sources import load_split
@@ -50,10 +52,13 @@ def test_local_files_of_each_kind_give_the_same_items(tmp_path: Path, suffix: st
         pandas.DataFrame([GOOD, GOOD]).to_parquet(file)
     else:
         write_lines(file, GOOD, "", GOOD)
-    loaded = load_split(local(tmp_path), "piqa", "train")
+    with opens_below(tmp_path) as opened:
+        loaded = load_split(local(tmp_path), "piqa", "train")
+    assert opened == {f"piqa/train{suffix}": 1}
     assert [item.id for item in loaded.items] == ["piqa-0", "piqa-1"]
     assert loaded.items[0].answer == 1
-    assert [(Path(f.path), f.rows, len(f.sha256)) for f in loaded.files] == [(file, 2, 64)]
+    expected = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert [(Path(f.path), f.rows, f.sha256) for f in loaded.files] == [(file, 2, expected)]
 
 
 def test_nested_parquet_columns_are_read(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from mixlora_exp.system.untrusted import LIMIT, file_limit, open_regular, parse_
 from mixlora_exp.tasks import TASKS, Task
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-BATCH = 256
-"""Number of rows of a parquet file that are decoded at once."""
+BATCH, PIECE = 256, 2**20
+"""Rows of a parquet file that are decoded at once; bytes that are hashed at once."""
+Seen = Callable[[bytes], object]
 
 
 def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
@@ -26,9 +27,10 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
     """
     task = spec.name
     file = _find(Path(root).expanduser(), task, split)
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
+    digest = hashlib.sha256()
+    read = _parquet_rows if file.suffix == ".parquet" else json_rows
     items, kept = [], []
-    for where, row in rows:
+    for where, row in read(file, digest.update):
         kept.append(row)
         try:
             items.append(spec.read(row, len(items)))
@@ -38,9 +40,7 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
         raise UserError(
             f"{file} has no rows: write the {split} rows of {task} there, or change data.path"
         )
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return LoadedSplit(items, [DataFile(str(file), len(items), sha256)], kept)
+    return LoadedSplit(items, [DataFile(str(file), len(items), digest.hexdigest())], kept)
 
 
 def _find(root: Path, task: str, split: str) -> Path:
@@ -75,10 +75,11 @@ def _find(root: Path, task: str, split: str) -> Path:
     return found[0]
 
 
-def json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSON-lines file with its `file:line`; blank lines are skipped."""
+def json_rows(file: Path, seen: Seen = lambda _: None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a JSON-lines file with its `file:line`; blank lines are skipped. `seen` as in
+    `raw_lines`."""
     try:
-        for line, raw in raw_lines(file):
+        for line, raw in raw_lines(file, seen):
             if raw.strip():
                 yield f"{file}:{line}", _object(raw, f"{file}:{line}")
     except ValueError as error:
@@ -101,25 +102,29 @@ def _object(raw: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a parquet file with its 1-based number."""
+def _parquet_rows(file: Path, seen: Seen) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a parquet file with its 1-based number; `seen` as in `raw_lines`."""
     import pyarrow
     import pyarrow.parquet
 
     row, unpacked = 0, 0
     try:
-        with open_regular(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
-            # Few rows at a time: a page of a few bytes can expand to any number of rows.
-            for batch in table.iter_batches(batch_size=BATCH):
-                unpacked += batch.nbytes
-                if unpacked > file_limit():
-                    raise ValueError(
-                        f"rows up to {row + batch.num_rows} have more than "
-                        f"{file_limit() / 2**20:g} MiB; {LIMIT}=N (MiB per file) allows more"
-                    )
-                for content in _contents(batch, file, row):
-                    row += 1
-                    yield f"{file} row {row}", content
+        with open_regular(file) as stream:
+            # Parquet is not read in order, so its bytes are seen first, of the same open file.
+            while piece := stream.read(PIECE):
+                seen(piece)
+            with pyarrow.parquet.ParquetFile(stream) as table:
+                # Few rows at a time: a page of a few bytes can expand to any number of rows.
+                for batch in table.iter_batches(batch_size=BATCH):
+                    unpacked += batch.nbytes
+                    if unpacked > file_limit():
+                        raise ValueError(
+                            f"rows up to {row + batch.num_rows} have more than "
+                            f"{file_limit() / 2**20:g} MiB; {LIMIT}=N (MiB per file) allows more"
+                        )
+                    for content in _contents(batch, file, row):
+                        row += 1
+                        yield f"{file} row {row}", content
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read as parquet ({error}): copy it to data.path again"

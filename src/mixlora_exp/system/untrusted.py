@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -215,9 +215,29 @@ def read_json(path: Path, *, halves: bool = False, finite: bool = True) -> Any:
     return parse_json(read_bytes(path), halves=halves, finite=finite)
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+class _Seen:
+    """A stream that gives the bytes that are read from it to a function, too."""
+
+    def __init__(self, stream: BinaryIO, seen: Callable[[bytes], object]) -> None:
+        self._stream, self._seen = stream, seen
+
+    def read(self, size: int = -1) -> bytes:
+        return self._noted(self._stream.read(size))
+
+    def readline(self, size: int = -1) -> bytes:
+        return self._noted(self._stream.readline(size))
+
+    def _noted(self, content: bytes) -> bytes:
+        self._seen(content)
+        return content
+
+
+def raw_lines(
+    path: Path, seen: Callable[[bytes], object] = lambda _: None
+) -> Iterator[tuple[int, bytes]]:
     """The lines of a file with their numbers from 1, decompressed if its name ends with `.gz`; only
-    one line at a time is in memory.
+    one line at a time is in memory. `seen` is called with the file's own bytes, piece by piece: all
+    of them, once the lines are exhausted.
 
     Raises:
         OSError: it cannot be read.
@@ -225,7 +245,8 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     longest, largest = line_limit(), file_limit()
     number = total = 0
-    with open_regular(path) as stream:
+    with open_regular(path) as opened:
+        stream: Any = _Seen(opened, seen)
         source = gzip.GzipFile(fileobj=stream) if path.suffix == ".gz" else stream
         while True:
             try:
