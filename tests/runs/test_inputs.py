@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 from forked import CONTEXT
+from opens import opens_below
 from safetensors.torch import load_file, save_file
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.models.unchanged import SETTLED
 from mixlora_exp.runs import inputs
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.tasks.embedded import rows as embedded_rows
 
 SCORE = ("method=none", "evaluation.limit=8")
 
@@ -95,6 +100,35 @@ def test_each_input_is_read_once(
         "check_model tiny": 1,
         "load_tokenizer tiny": 1,
         "load_model tiny": 1,
+    }
+
+
+def test_each_file_is_opened_once(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Of a model's folder and of local data, by a run from its checks to its record."""
+    config = compose(["model=tiny"])
+    load_model(config.model, torch.float32).save_pretrained(tmp_path / "model")
+    load_tokenizer(config.model).save_pretrained(tmp_path / "model")
+    (tmp_path / "data" / "arc_e").mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = embedded_rows("arc_e", split, 0)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data" / "arc_e" / f"{split}.jsonl").write_text(text)
+    time.sleep(2 * SETTLED / 1e9)  # Files that were written just now are not remembered.
+    places = (f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data'}")
+    with opens_below(tmp_path) as opened:
+        run("method=lora", "task=arc_e", "data=local", *places)
+    read = {name: n for name, n in opened.items() if name.startswith(("model/", "data/"))}
+    assert read == {
+        "data/arc_e/train.jsonl": 1,
+        "data/arc_e/test.jsonl": 1,
+        # Once here and once by transformers' `AutoConfig`, which reads it for the weights itself.
+        "model/config.json": 2,
+        "model/generation_config.json": 2,
+        # Its header, then samples for the fingerprint. The safetensors library does not count.
+        "model/model.safetensors": 2,
+        "model/tokenizer.json": 2,
+        # Three times by `AutoTokenizer`, which cannot be given its content.
+        "model/tokenizer_config.json": 4,
     }
 
 

@@ -15,7 +15,8 @@ from transformers.utils import CONFIG_NAME
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.folder import check_settings
-from mixlora_exp.system.untrusted import read_json
+from mixlora_exp.models.unchanged import content
+from mixlora_exp.system.untrusted import parse_json
 
 COMPARED = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -111,7 +112,7 @@ def with_folder_shape(config: ModelConfig) -> ModelConfig:
         return config
     folder = Path(config.path).expanduser()
     try:
-        made, found = architecture_of(config), read_json(folder / CONFIG_NAME)
+        made, found = architecture_of(config), parse_json(content(folder / CONFIG_NAME))
     except (UserError, OSError, ValueError):
         return config
     # Records contain the fields of the class, not those of every model, such as label names.
@@ -140,7 +141,7 @@ def read_hf_config(folder: Path, origin: str) -> PreTrainedConfig:
         UserError: it is missing or damaged, or requests other code.
     """
     try:
-        found = read_json(folder / CONFIG_NAME)
+        found = parse_json(content(folder / CONFIG_NAME))
         if not isinstance(found, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:

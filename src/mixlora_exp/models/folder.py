@@ -6,11 +6,13 @@ hub, from an index to weights elsewhere, from a configuration to kernels that it
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.system.untrusted import open_regular, read_json
+from mixlora_exp.models.unchanged import Stamp, content, stamp
+from mixlora_exp.system.untrusted import open_regular, parse_json
 
 INDEX, ADAPTER, TOKENIZER = "*.index.json", "adapter_config.json", "tokenizer.json"
 NOT_OBEYED = ("quantization_config", "transformers_weights", "kernel_config", "distributed_config")
@@ -42,21 +44,29 @@ def check_folder(folder: Path, origin: str) -> None:
     """Check the JSON files of a model's folder, weights' index and tokenizer included, before
     transformers reads them.
 
+    Files that were checked before and did not change are not opened again.
+
     Raises:
         UserError: a file is not regular, damaged, too large, or names files outside the folder.
     """
+    paths = tuple(sorted(folder.glob("*.json")))
+    _check(folder, origin, paths, tuple(map(stamp, paths)))
+
+
+@lru_cache(maxsize=8)
+def _check(folder: Path, origin: str, paths: tuple[Path, ...], _: tuple[Stamp, ...]) -> None:
     if (folder / ADAPTER).exists():
         raise UserError(
             f"{origin} contains {ADAPTER}, which names another base model: give a folder with "
             "only a model, and the adapter as adapter=DIR"
         )
-    for path in sorted(folder.glob("*.json")):
+    for path in paths:
         try:
             if path.name == TOKENIZER:
                 # Its own parser limits it; the file can be large.
                 with open_regular(path):
                     continue
-            found = read_json(path, finite=False)
+            found = parse_json(content(path), finite=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{origin}: {path.name} cannot be used ({error}): copy the model again"

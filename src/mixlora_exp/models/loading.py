@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from mixlora_exp.models.reading import (
 )
 from mixlora_exp.models.skeleton import skeleton
 from mixlora_exp.models.tiny import build_tokenizer
+from mixlora_exp.models.unchanged import content
 from mixlora_exp.models.vocabulary import fit_vocabulary
 from mixlora_exp.models.weight_files import fingerprint
 from mixlora_exp.system.hashing import file_sha256
@@ -152,7 +154,7 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
             "id": str(folder),
             **common,
             "fingerprint": f"files-1:{fingerprint(folder)}",
-            "config_sha256": file_sha256(folder / "config.json"),
+            "config_sha256": hashlib.sha256(content(folder / "config.json")).hexdigest(),
         }
     if config.draws_weights:
         return {"source": "random", "id": config.name, **common}

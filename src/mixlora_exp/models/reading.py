@@ -31,15 +31,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.architecture import read_hf_config
 from mixlora_exp.models.folder import ATTENTION, check_folder, check_settings
 from mixlora_exp.models.special_tokens import settle_special_tokens
+from mixlora_exp.models.unchanged import content
 from mixlora_exp.models.vocabulary import pad_with_a_known_token
+from mixlora_exp.system.untrusted import parse_json
 
 CPU = torch.device("cpu")
 # Exceptions for broken or unreachable files; any other exception is a bug.
@@ -153,7 +157,7 @@ def read_model(
         options["device_map"] = {"": device}
     with one_error("weights", origin, config), quiet():
         if "gguf_file" not in options:
-            options |= _padding_left_out(location, options)
+            options["config"] = _with_usable_padding(location, options)
         model, report = AutoModelForCausalLM.from_pretrained(
             location,
             dtype=dtype,
@@ -172,13 +176,15 @@ def read_model(
     return model.eval()
 
 
-def _padding_left_out(location: str, options: Mapping[str, Any]) -> dict[str, None]:
-    """Options that drop a `pad_token_id` outside the embedding, with which transformers could not
-    build the model; the tokenizer determines the padding token."""
+def _with_usable_padding(location: str, options: Mapping[str, Any]) -> PreTrainedConfig:
+    """The model's configuration without a `pad_token_id` outside the embedding, with which
+    transformers could not build the model; the tokenizer determines the padding token."""
     kept = {name: options[name] for name in ("revision",) if name in options}
     found = AutoConfig.from_pretrained(location, trust_remote_code=False, **kept)
     pad, rows = getattr(found, "pad_token_id", None), getattr(found, "vocab_size", None)
-    return {"pad_token_id": None} if pad is not None and rows is not None and pad >= rows else {}
+    if pad is not None and rows is not None and pad >= rows:
+        found.pad_token_id = None
+    return found
 
 
 def read_tokenizer(
@@ -202,11 +208,12 @@ def read_tokenizer(
     has_files = any(folder.glob("*token*")) or any(folder.glob("vocab*"))
     if folder.is_dir() and gguf_file is None and not has_files:
         raise none
+    known = {} if gguf_file is not None else _known_config(folder)
     with one_error("tokenizer", origin, config), quiet():
         tokenizer = AutoTokenizer.from_pretrained(
-            location, gguf_file=gguf_file, trust_remote_code=False, **options
+            location, gguf_file=gguf_file, trust_remote_code=False, **options, **known
         )
-        stated = get_tokenizer_config(location, revision=options.get("revision"))
+        stated = _tokenizer_settings(location, options.get("revision"))
     if not tokenizer.is_fast:
         raise UserError(
             f"model={config.name}: {origin} has no fast tokenizer: add its tokenizer.json, or "
@@ -217,6 +224,27 @@ def read_tokenizer(
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise none
     return finish_tokenizer(tokenizer, config, origin, stated)
+
+
+def _known_config(folder: Path) -> dict[str, PreTrainedConfig]:
+    """The option that spares transformers reading the `config.json` of a folder again, from which
+    it takes the tokenizer's class. Empty on the hub, and if transformers is to judge the file."""
+    if not (folder / CONFIG_NAME).is_file():
+        return {}
+    try:
+        found = read_hf_config(folder, str(folder))
+    except UserError:
+        return {}
+    found.name_or_path = str(folder)
+    return {"config": found}
+
+
+def _tokenizer_settings(location: str, revision: str | None) -> Mapping[str, Any]:
+    """The content of `tokenizer_config.json` in a folder or on the hub, empty if there is none."""
+    path = Path(location) / TOKENIZER_CONFIG_FILE
+    if not path.parent.is_dir():
+        return get_tokenizer_config(location, revision=revision)
+    return parse_json(content(path), finite=False) if path.is_file() else {}
 
 
 def finish_tokenizer(

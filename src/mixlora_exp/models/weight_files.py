@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.system.untrusted import parse_json, read_json
+from mixlora_exp.models.unchanged import Stamp, content, stamp
+from mixlora_exp.system.untrusted import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The limit of the safetensors library.
@@ -59,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{folder} has no weights (*.safetensors): give a folder with a model")
         return [present[name] for name in sorted(present)]
     try:
-        named = set(read_json(folder / INDEX)["weight_map"].values())
+        named = set(parse_json(content(folder / INDEX))["weight_map"].values())
         absent = sorted(map(str, named - present.keys()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -108,13 +110,20 @@ def _header(path: Path, stream: BinaryIO) -> Iterator[StoredTensor]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors in a model's folder, by name; only headers are read.
+    """The tensors in a model's folder, by name; only headers are read, and those once, unless a
+    file changed.
 
     Raises:
         UserError: a file is missing, truncated or damaged.
     """
+    paths = tuple(weight_files(folder))
+    return dict(_stored(paths, tuple(map(stamp, paths))))
+
+
+@lru_cache(maxsize=8)
+def _stored(paths: tuple[Path, ...], _: tuple[Stamp, ...]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
+    for path in paths:
         try:
             with path.open("rb", buffering=0) as stream:
                 found.update((tensor.name, tensor) for tensor in _header(path, stream))
@@ -143,13 +152,20 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 of the names, shapes, dtypes and a sample of the elements of all tensors.
 
     It does not depend on the distribution of tensors over files. About 300 bytes per tensor are
-    read, so weights that differ in only a few elements may have the same fingerprint.
+    read, so weights that differ in only a few elements may have the same fingerprint. They are read
+    once, unless a file changed.
 
     Raises:
         UserError: a file is missing, truncated or damaged.
     """
+    paths = tuple(weight_files(folder))
+    return _fingerprint(folder, paths, tuple(map(stamp, paths)))
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(folder: Path, paths: tuple[Path, ...], stamps: tuple[Stamp, ...]) -> str:
     digest = hashlib.sha256()
-    stored = stored_tensors(folder)
+    stored = _stored(paths, stamps)
     streams: dict[Path, BinaryIO] = {}
     try:
         for name in sorted(stored):
