@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import yaml
@@ -85,9 +86,15 @@ def _parse(hydra: Any, overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create(hydra.config_loader).parse_overrides(list(overrides))
 
 
+@lru_cache(maxsize=1)
+def _groups(hydra: Any) -> list[str]:
+    """The groups of a session, for which Hydra copies its whole repository of files."""
+    return hydra.config_loader.list_groups("")
+
+
 def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> None:
     """Refuse overrides that Hydra accepts or reports unclearly."""
-    groups = hydra.config_loader.list_groups("")
+    groups = _groups(hydra)
     for override in overrides:
         key, line = override.key_or_group, override.input_line or ""
         if not key:

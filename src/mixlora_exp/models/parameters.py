@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torch import nn
 
@@ -35,15 +36,34 @@ class Parameters:
     percent_paper: float | None
 
 
-def _of(model: ModelConfig) -> nn.Module:
-    origin = f"model={model.name}" if model.path is None else f"model.path={model.path}"
-    return skeleton(architecture_of(model), origin)
+@dataclass(frozen=True)
+class _Asked:
+    text: str
+    model: ModelConfig = field(compare=False)
+
+
+def skeleton_of(model: ModelConfig) -> nn.Module:
+    """The model on the meta device, to be read only; its `config` is the transformers
+    configuration.
+
+    Raises:
+        UserError: the model's configuration is not valid, or its architecture is not supported.
+    """
+    if model.path is not None and not model.draws_weights:
+        # The folder decides, which may change.
+        return skeleton(architecture_of(model), f"model.path={model.path}")
+    return _of(_Asked(repr(model), model))
+
+
+@lru_cache(maxsize=32)
+def _of(asked: _Asked) -> nn.Module:
+    return skeleton(architecture_of(asked.model), f"model={asked.model.name}")
 
 
 def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each projection in the first layer, by name."""
     found: dict[str, tuple[int, int]] = {}
-    for name, linear in projections(_of(model)):
+    for name, linear in projections(skeleton_of(model)):
         found.setdefault(name, (linear.in_features, linear.out_features))
     return found
 
@@ -54,7 +74,7 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
     Raises:
         UserError: the model's configuration is not valid, or its architecture is not supported.
     """
-    built = _of(model)
+    built = skeleton_of(model)
     base = sum(parameter.numel() for parameter in built.parameters())
     low_rank = router = magnitude = 0
     if isinstance(method, LoraMethodConfig):

@@ -12,8 +12,7 @@ from mixlora_exp.config.schema import (
     MixLoraMethodConfig,
     Precision,
 )
-from mixlora_exp.models import architecture_of
-from mixlora_exp.models.parameters import count_parameters, widths
+from mixlora_exp.models.parameters import count_parameters, skeleton_of, widths
 
 USABLE = 0.94
 """Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""
@@ -57,7 +56,9 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     dropped = masks if method.dropout else 0
     router = 4 * d if mixed and width == 2 else 0
     # One float32 number per head (attention's log-sum-exp) and per norm.
-    return numbers * width + router + dropped + 4 * (architecture_of(model).num_attention_heads + 2)
+    return (
+        numbers * width + router + dropped + 4 * (skeleton_of(model).config.num_attention_heads + 2)
+    )
 
 
 def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
@@ -73,7 +74,7 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
         return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
     tokens = config.trainer.micro_batch_size * longest
     layer = kept_per_token(config, width, packed)
-    shape = architecture_of(model)
+    shape = skeleton_of(model).config
     kept = layer * shape.num_hidden_layers
     if config.trainer.gradient_checkpointing:
         # The input of each layer, and all saved tensors of one layer at a time.
