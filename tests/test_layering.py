@@ -17,7 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "tasks": set(),
     # Floor 2
-    "config": {"errors"},
+    "config": {"errors", "tasks"},
     "system": {"errors"},
     # Floor 3
     "data": {"config", "errors", "system", "tasks"},

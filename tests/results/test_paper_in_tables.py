@@ -12,7 +12,9 @@ from table_cells import PAPER, block, row
 from mixlora_exp.config.command import compose
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.results.build import gather
-from mixlora_exp.results.paper import METHODS, TASK_TITLES, contradictions, read_paper
+from mixlora_exp.results.paper import METHODS, MIXTURES, TASK_TITLES, contradictions, read_paper
+from mixlora_exp.results.tables.accuracy_tables import ABLATION, MULTI, SINGLE
+from mixlora_exp.tasks import TASKS
 
 Write = Callable[..., Path]
 
@@ -146,4 +148,13 @@ def test_paper_s_averages_are_those_of_its_cells_elsewhere() -> None:
             computed = mean(float(line[task]) for task in table.tasks)
             if abs(computed - float(line["avg"])) > 0.1:
                 assert f"its cells give {computed:.2f}" in reported
-    assert {line["method"] for line in read_paper(PAPER, 1).lines} == set(METHODS)
+
+
+def test_columns_and_lines_are_those_of_the_paper() -> None:
+    columns = {1: SINGLE, 2: MULTI, 5: MULTI, 8: ABLATION, 9: ABLATION}
+    methods = {1: METHODS, 2: METHODS, 5: METHODS, 8: MIXTURES, 9: MIXTURES}
+    for number, tasks in columns.items():
+        printed = read_paper(PAPER, number)
+        assert printed.tasks == tasks
+        assert set(tasks) <= set(TASKS)
+        assert tuple(dict.fromkeys(line["method"] for line in printed.lines)) == methods[number]

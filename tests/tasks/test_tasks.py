@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.config.schema import TASK_NAMES
+from mixlora_exp.config.schema import TASK_NAMES, AnswerForm
+from mixlora_exp.evaluation.harness_tasks import HARNESS_TASKS
 from mixlora_exp.tasks import TASKS
+from mixlora_exp.tasks.embedded.make import ASKED, MAKERS
 
 LETTERED = {"text": ["rain", "a rock", "glass", "dust"], "label": ["A", "B", "C", "D"]}
 
@@ -77,9 +79,12 @@ def parse(task: str, row: dict[str, Any] | None = None, index: int = 4):
     return TASKS[task].parse(ROWS[task] if row is None else row, index)
 
 
-def test_every_configurable_task_is_there() -> None:
-    assert tuple(TASKS) == TASK_NAMES
+def test_tasks_are_known_by_their_names_everywhere() -> None:
     assert all(name == task.name for name, task in TASKS.items())
+    assert list(HARNESS_TASKS) == list(TASKS)
+    assert {*ASKED, *MAKERS} == set(TASKS)
+    forms = {form.value for form in AnswerForm}
+    assert all(set(task.characters) == forms for task in TASKS.values())
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)

@@ -19,11 +19,10 @@ from mixlora_exp.config.architecture import current_model
 from mixlora_exp.config.checks import require_name
 from mixlora_exp.config.schema import (
     Config,
-    LoraMethodConfig,
     MethodConfig,
-    MixLoraMethodConfig,
     ModelConfig,
 )
+from mixlora_exp.config.schema_method import method_class
 from mixlora_exp.errors import UserError, shown
 
 LONGEST = 4096
@@ -47,13 +46,6 @@ def check_recorded(config: Any) -> None:
 @cache
 def _types(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner)
-
-
-def _method_of(value: Mapping[str, Any]) -> type:
-    """The schema class of a recorded method, inferred from its fields."""
-    if value.get("name") == "none":
-        return MethodConfig
-    return MixLoraMethodConfig if "num_experts" in value else LoraMethodConfig
 
 
 def _check_fields(value: Mapping[str, Any], owner: type, where: str) -> None:
@@ -99,7 +91,7 @@ def _check(value: Any, kind: Any, where: str) -> None:
             _check(entry, arguments[1], f"{where}.{key}")
     elif is_dataclass(kind):
         _require(isinstance(value, dict), where, value, "an object")
-        owner = _method_of(value) if kind is MethodConfig else kind
+        owner = method_class(value) if kind is MethodConfig else kind
         _check_fields(value, owner, where)
     elif kind is Any:
         _check_plain(value, where)

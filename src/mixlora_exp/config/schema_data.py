@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from mixlora_exp.config.checks import MISSING, require, require_name
 from mixlora_exp.config.choices import AnswerForm, AnswerKind, DataSource
+from mixlora_exp.tasks import TASKS
 
-TASK_NAMES = ("arc_e", "arc_c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "winogrande")
+TASK_NAMES = tuple(TASKS)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any
@@ -123,3 +123,10 @@ class MixLoraMethodConfig(MixtureSettings, LoraMethodConfig):
             "method.targets", self.targets,
             "experts need at least one of gate_proj, up_proj, down_proj (else use method=lora)",
         )  # fmt: skip
+
+
+def method_class(recorded: Mapping[str, Any]) -> type[MethodConfig]:
+    """The schema of a method that is given as plain fields, as in a record."""
+    if recorded.get("name") == "none":
+        return MethodConfig
+    return MixLoraMethodConfig if "num_experts" in recorded else LoraMethodConfig

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 
-from mixlora_exp.config.schema import Config, LoraMethodConfig
+from mixlora_exp.config.schema import AnswerForm, Config, LoraMethodConfig
 from mixlora_exp.models.parameters import count_parameters
-from mixlora_exp.plans.plan import BOOLQ_PASSAGE, CHARACTERS, CHARACTERS_PER_TOKEN
+from mixlora_exp.plans.plan import CHARACTERS_PER_TOKEN, known_characters
 from mixlora_exp.tasks import TASKS
 
 FLOPS_PER_SECOND = 1e14
 """FLOP/s of one GPU in bf16, about a third of an A100's peak: an assumption, not a measurement."""
 
 
-def _example_tokens(config: Config, task: str, form: str) -> float:
-    if task not in CHARACTERS:
+def _example_tokens(config: Config, task: str, form: AnswerForm) -> float:
+    if task not in TASKS:
         return config.data.cutoff_length / 2
-    characters = CHARACTERS[task][0 if form == "label" else 1]
-    if task == "boolq" and not config.data.boolq_passage:
-        characters -= BOOLQ_PASSAGE
+    characters = known_characters(config, task, form)
     return min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
 
 
@@ -37,7 +35,7 @@ def gpu_hours(config: Config) -> float:
     if isinstance(config.method, LoraMethodConfig):
         rows = {t: _rows(t, "train", config.data.train_limit_of(t)) for t in config.task.train}
         epoch = sum(
-            n * _example_tokens(config, task, form.value)
+            n * _example_tokens(config, task, form)
             for task, n in rows.items()
             for form in config.data.forms
         )
@@ -49,5 +47,6 @@ def gpu_hours(config: Config) -> float:
         tokens += 2 * passes * epoch
     for task in config.task.evaluate:
         items = _rows(task, "test", config.evaluation.limit)
-        tokens += items * len(config.evaluation.protocols) * _example_tokens(config, task, "label")
+        passes = len(config.evaluation.protocols)
+        tokens += items * passes * _example_tokens(config, task, AnswerForm.label)
     return 2 * size * tokens / FLOPS_PER_SECOND / 3600

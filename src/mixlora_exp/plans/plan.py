@@ -24,13 +24,8 @@ from mixlora_exp.records.checkout import git_state
 from mixlora_exp.records.objections import objections
 from mixlora_exp.tasks import TASKS
 
-# Mean characters of prompt and answer per training row, by form (label, text), over the training
-# splits (HellaSwag: over 6,477 rows). Used without a local tokenizer or without data.
-CHARACTERS = {
-    "arc_e": (269, 157), "arc_c": (307, 179), "boolq": (694, 694), "obqa": (181, 103),
-    "piqa": (284, 168), "siqa": (218, 144), "hellaswag": (465, 190), "winogrande": (175, 163),
-}  # fmt: skip
 BOOLQ_PASSAGE = 576
+"""Mean characters of BoolQ's passages, which `data.boolq_passage=false` leaves out."""
 CHARACTERS_PER_TOKEN = 4.0
 CARD_GIB = (24, 48)
 
@@ -83,12 +78,16 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
     return rows, tests, items
 
 
+def known_characters(config: Config, task: str, form: AnswerForm) -> float:
+    """Mean characters of prompt and answer of one of the paper's tasks."""
+    without = task == "boolq" and not config.data.boolq_passage
+    return TASKS[task].characters[form.value] - (BOOLQ_PASSAGE if without else 0)
+
+
 def _characters(config: Config, task: str, form: AnswerForm, items: list) -> float:
     """Mean characters of an example: known for the paper's data sets, otherwise counted."""
-    if task in CHARACTERS:
-        mean = CHARACTERS[task][0 if form is AnswerForm.label else 1]
-        without = task == "boolq" and not config.data.boolq_passage
-        return mean - (BOOLQ_PASSAGE if without else 0)
+    if task in TASKS:
+        return known_characters(config, task, form)
     from mixlora_exp.data.encoding import ask
 
     asked = [(ask(item, form), item.answer) for item in items]

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.series import Curve, Load, Point, SweptLine
 
 COLORS = {
@@ -24,7 +25,6 @@ COLORS = {
     "MixDoRA": "#CC79A7",
 }
 MARKERS = {"LoRA": "o", "DoRA": "s", "MixLoRA": "^", "MixDoRA": "D"}
-TITLES = {"lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA", "mixdora": "MixDoRA"}
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "font.size": 10,
@@ -172,7 +172,7 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
     for ax, panel in zip(axes, panels, strict=False):
         seen: dict[str, int] = {}
         for curve in (c for c in curves if c.panel == panel):
-            title = TITLES[curve.method]
+            title = METHOD_TITLES[curve.method]
             number = seen[title] = seen.get(title, -1) + 1
             ax.plot(
                 curve.steps, curve.losses, color=COLORS[title], marker=MARKERS[title],

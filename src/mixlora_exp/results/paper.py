@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-METHODS = ("lora", "dora", "mixlora", "mixdora")
+from mixlora_exp.tasks import TASKS
+
 METHOD_TITLES = {
     "none": "base model",
     "lora": "LoRA",
@@ -15,6 +16,10 @@ METHOD_TITLES = {
     "mixlora": "MixLoRA",
     "mixdora": "MixDoRA",
 }
+METHODS = tuple(name for name in METHOD_TITLES if name != "none")
+"""The paper's methods, in the order of its tables."""
+MIXTURES = ("mixlora", "mixdora")
+"""Those with experts: the only ones whose settings Tables 8 and 9 vary."""
 MODEL_TITLES = {
     "gemma_2b": "Gemma 2B",
     "llama2_7b": "LLaMA-2 7B",
@@ -22,17 +27,7 @@ MODEL_TITLES = {
     "llama3_8b": "LLaMA-3 8B",
     "smollm2_135m": "SmolLM2 135M",
 }
-TASK_TITLES = {
-    "arc_e": "ARC-e",
-    "arc_c": "ARC-c",
-    "boolq": "BoolQ",
-    "obqa": "OBQA",
-    "piqa": "PIQA",
-    "siqa": "SIQA",
-    "hellaswag": "HellaSwag",
-    "winogrande": "WinoGrande",
-}
-TASKS = tuple(TASK_TITLES)
+TASK_TITLES = {task.name: task.title for task in TASKS.values()}
 TOLERANCE = 0.1 + 1e-9
 """Rounding of an average printed to one decimal: half a unit for it, and half for its figures."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config.architecture import current_model
+from mixlora_exp.config.schema_method import MethodConfig, MixLoraMethodConfig, method_class
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import FORCED, PACKED, RunFiles, name_of, record_paths
 from mixlora_exp.records.objections import UNPLACED, code_objections
@@ -105,6 +106,11 @@ class RecordedRun:
     @property
     def method(self) -> str:
         return self.trained["method"]["name"]
+
+    @property
+    def mixture(self) -> bool:
+        """Whether the method has experts behind a router."""
+        return method_class(self.trained["method"]) is MixLoraMethodConfig
 
     @property
     def seed(self) -> int:
@@ -218,9 +224,10 @@ MIXTURE_LATER = {"router_precision": "float32", "router": "top_k", "router_optio
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A record's configuration, completed with fields that were added later."""
     later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
-    if config["method"]["name"] == "none":
+    kind = method_class(config["method"])
+    if kind is MethodConfig:
         later["method"] = config["method"]
-    elif "num_experts" in config["method"]:
+    elif kind is MixLoraMethodConfig:
         later["method"] = {**MIXTURE_LATER, **later["method"]}
     model = current_model(config["model"])
     return {"preset": {"name": "correct"}, **config, **later, "model": model}

@@ -9,7 +9,7 @@ from statistics import mean, pstdev
 from typing import Any
 
 from mixlora_exp.results.cells import Blocks, Standards, block_title, deviations
-from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES, read_paper
+from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES, TASK_TITLES, read_paper
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.parts import Entry, Table
 
@@ -64,7 +64,7 @@ def _times(record: Mapping[str, Any]) -> dict[str, float]:
     rows = record["rows"]
     return {
         METHOD_TITLES[method]: rows[method]["infer_forward_us_per_token"]
-        for method in ("lora", "dora", "mixlora", "mixdora")
+        for method in METHODS
         if "infer_forward_us_per_token" in rows.get(method, ())
     }
 
@@ -171,8 +171,7 @@ def loads(blocks: Blocks, standards: Standards) -> list[Load]:
     for key, runs in blocks.runs.items():
         first: dict[str, RecordedRun] = {}
         for run in sorted(runs, key=lambda run: (run.seed, run.name)):
-            experts = run.method in ("mixlora", "mixdora")
-            if experts and len(run.mix) >= MIXED and not deviations(run, standards):
+            if run.mixture and len(run.mix) >= MIXED and not deviations(run, standards):
                 first.setdefault(run.method, run)
         for run in first.values():
             mix = "+".join(run.mix)

@@ -42,7 +42,9 @@ def _ask_text(item: Item) -> Prompt:
     return Prompt(f"Science quiz: {item.question}\n", item.context, "Answer:")
 
 
-def _task(name: str, title: str, hub_config: str, train: int, test: int) -> Task:
+def _task(
+    name: str, title: str, hub_config: str, sizes: Mapping[str, int], characters: Mapping[str, int]
+) -> Task:
     return Task(
         name=name,
         title=title,
@@ -51,12 +53,21 @@ def _task(name: str, title: str, hub_config: str, train: int, test: int) -> Task
         hub_config=hub_config,
         revision="210d026faf9955653af8916fad021475a3f00453",
         splits={"train": "train", "test": "test"},
-        sizes={"train": train, "test": test},
+        sizes=sizes,
+        characters=characters,
         parse=_parse_easy if name == "arc_e" else _parse_challenge,
         ask_label=_ask_label,
         ask_text=_ask_text,
     )
 
 
-ARC_E = _task("arc_e", "ARC-e", "ARC-Easy", train=2251, test=2376)
-ARC_C = _task("arc_c", "ARC-c", "ARC-Challenge", train=1119, test=1172)
+ARC_E = _task(
+    "arc_e", "ARC-e", "ARC-Easy",
+    sizes={"train": 2251, "test": 2376},
+    characters={"label": 269, "text": 157},
+)  # fmt: skip
+ARC_C = _task(
+    "arc_c", "ARC-c", "ARC-Challenge",
+    sizes={"train": 1119, "test": 1172},
+    characters={"label": 307, "text": 179},
+)  # fmt: skip

@@ -51,9 +51,10 @@ class Task:
     """A data set: its location on the hub, its row format and its prompts.
 
     `splits` maps `train` and `test` (the scored split) to the hub's split names; `sizes`: official
-    row counts of the two. `parse(row, index)` returns the item of a row in the official schema, or
-    raises `ValueError` with the error, without the file's name. `ask_label` and `ask_text` build
-    the prompts.
+    row counts of the two. `characters`: by form, the mean length of prompt and answer over the
+    training split, for plans without data. `parse(row, index)` returns the item of a row in the
+    official schema, or raises `ValueError` with the error, without the file's name. `ask_label` and
+    `ask_text` build the prompts.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task:
     revision: str
     splits: Mapping[str, str]
     sizes: Mapping[str, int]
+    characters: Mapping[str, int]
     parse: Callable[[Mapping[str, Any], int], Item]
     ask_label: Callable[[Item], Prompt]
     ask_text: Callable[[Item], Prompt]

@@ -45,6 +45,7 @@ BOOLQ = Task(
     revision="35b264d03638db9f4ce671b711558bf7ff0f80d5",
     splits={"train": "train", "test": "validation"},
     sizes={"train": 9427, "test": 3270},
+    characters={"label": 694, "text": 694},
     parse=_parse,
     ask_label=_ask,
     ask_text=_ask,

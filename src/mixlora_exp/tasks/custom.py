@@ -82,6 +82,7 @@ def custom_task(
         revision="",
         splits={},
         sizes={},
+        characters={},
         parse=parse,
         ask_label=ask_label,
         ask_text=ask_text,

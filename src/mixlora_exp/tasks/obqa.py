@@ -42,6 +42,7 @@ OBQA = Task(
     revision="388097ea7776314e93a529163e0fea805b8a6454",
     splits={"train": "train", "test": "test"},
     sizes={"train": 4957, "test": 500},
+    characters={"label": 181, "text": 103},
     parse=_parse,
     ask_label=_ask_label,
     ask_text=_ask_text,

@@ -42,6 +42,7 @@ PIQA = Task(
     revision="142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
     splits={"train": "train", "test": "validation"},
     sizes={"train": 16113, "test": 1838},
+    characters={"label": 284, "text": 168},
     parse=_parse,
     ask_label=_ask_label,
     ask_text=_ask_text,

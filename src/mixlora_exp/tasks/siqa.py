@@ -43,6 +43,7 @@ SIQA = Task(
     revision="54c6a1f8cb6daf4f5abf24a601852612fb35eb25",
     splits={"train": "train", "test": "validation"},
     sizes={"train": 33410, "test": 1954},
+    characters={"label": 218, "text": 144},
     parse=_parse,
     ask_label=_ask_label,
     ask_text=_ask_text,

@@ -49,6 +49,7 @@ WINOGRANDE = Task(
     revision="01e74176c63542e6b0bcb004dcdea22d94fb67b5",
     splits={"train": "train", "test": "validation"},
     sizes={"train": 9248, "test": 1267},
+    characters={"label": 175, "text": 163},
     parse=_parse,
     ask_label=_ask_label,
     ask_text=_ask_text,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean
 
 from mixlora_exp.results.cells import Key, Standards, block_title
@@ -83,17 +84,15 @@ class AccuracySpec:
     paper_key: Callable[[str, Variant], dict[str, str] | None]
     models: tuple[str, ...]
     values: tuple[str, ...] = ("",)
+    methods: tuple[str, ...] = METHODS
     others: bool = True
     """Whether the table includes models that are not in the paper."""
     params: Callable[[str, Variant], tuple[float, float] | None] = lambda model, variant: None
 
 
 def _variants(spec: AccuracySpec) -> Iterator[Variant]:
-    for method in METHODS:
-        for value in spec.values:
-            if value == "" or method in ("mixlora", "mixdora"):
-                for setup in spec.setups:
-                    yield Variant(method, setup, value)
+    for method, value, setup in product(spec.methods, spec.values, spec.setups):
+        yield Variant(method, setup, value)
 
 
 def _members(
@@ -371,7 +370,7 @@ def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
     found: dict[Key, Mapping[Variant, dict[str, list[RecordedRun]]]] = {}
     for key, runs in sources.blocks.runs.items():
         members = _members(spec, runs, standards)
-        values = {variant.value for variant in members if variant.method in ("mixlora", "mixdora")}
+        values = {variant.value for variant in members if variant != BASE}
         # A table that varies a setting excludes blocks with only one value of it.
         if members and (spec.values == ("",) or len(values) > 1):
             found[key] = members

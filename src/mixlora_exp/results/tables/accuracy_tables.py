@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Callable
 
 from mixlora_exp.results.cells import Standards, deviations
-from mixlora_exp.results.paper import TASKS
+from mixlora_exp.results.paper import MIXTURES
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.accuracy import AccuracySpec, Variant, accuracy_table
 from mixlora_exp.results.tables.registry import Made, Sources, table
 from mixlora_exp.results.tables.sizes import percentages
+from mixlora_exp.tasks import TASKS
 
+# The columns of the paper's tables, which are facts of the paper; Table 1 has every task.
+SINGLE = tuple(TASKS)
 MULTI = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
 ABLATION = ("arc_e", "arc_c", "boolq", "obqa")
 RANKS = ("2", "4", "8", "16", "32")
@@ -37,8 +40,7 @@ def _of_table_3(run: RecordedRun, standards: Standards) -> str | None:
 def _rank(run: RecordedRun, standards: Standards) -> str | None:
     """Label of a run that differs from Table 3 only in rank (alpha unchanged, or 2 r)."""
     found = deviations(run, standards)
-    experts = run.method in ("mixlora", "mixdora")
-    if not experts or set(found) - {"rank", "alpha"} or ("alpha" in found and "rank" not in found):
+    if not run.mixture or set(found) not in (set(), {"rank"}, {"rank", "alpha"}):
         return None
     rank = run.trained["method"]["rank"]
     if "alpha" in found and found["alpha"] != 2 * rank:
@@ -48,7 +50,7 @@ def _rank(run: RecordedRun, standards: Standards) -> str | None:
 
 def _coefficient(run: RecordedRun, standards: Standards) -> str | None:
     found = deviations(run, standards)
-    if run.method not in ("mixlora", "mixdora") or set(found) - {"router_loss_coef"}:
+    if not run.mixture or set(found) - {"router_loss_coef"}:
         return None
     return f"coef={_short(run.trained['method']['router_loss_coef'])}"
 
@@ -85,7 +87,7 @@ def _single_line(model: str, variant: Variant) -> dict[str, str] | None:
 
 def _sweep_line(column: str, prefix: str) -> Callable[[str, Variant], dict[str, str] | None]:
     def key(model: str, variant: Variant) -> dict[str, str] | None:
-        if variant.setup != "ST" or variant.method not in ("mixlora", "mixdora"):
+        if variant.setup != "ST":
             return None
         value = variant.value.removeprefix(prefix)
         return {"model": model, "method": variant.method, column: value}
@@ -98,7 +100,7 @@ def single_task(sources: Sources) -> Made:
     models = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
     # Mixtures of five tasks are in Tables 2 and 5.
     setups = {"ST": _single, "eight mixed": _eight}
-    spec = AccuracySpec(TASKS, setups, _of_table_3, _single_line, models, params=_params(sources))
+    spec = AccuracySpec(SINGLE, setups, _of_table_3, _single_line, models, params=_params(sources))
     return accuracy_table(1, spec, sources)
 
 
@@ -125,7 +127,7 @@ EITHER = {"ST": _single, "five mixed": _five, "eight mixed": _eight}
 def ranks(sources: Sources) -> Made:
     values, line = tuple(f"r={rank}" for rank in RANKS), _sweep_line("rank", "r=")
     spec = AccuracySpec(
-        ABLATION, EITHER, _rank, line, ("llama2_7b",), values, params=_params(sources)
+        ABLATION, EITHER, _rank, line, ("llama2_7b",), values, MIXTURES, params=_params(sources)
     )  # fmt: skip
     return accuracy_table(8, spec, sources)
 
@@ -135,6 +137,7 @@ def coefficients(sources: Sources) -> Made:
     values = tuple(f"coef={value}" for value in COEFFICIENTS)
     line = _sweep_line("router_loss_coef", "coef=")
     spec = AccuracySpec(
-        ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, params=_params(sources)
+        ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, MIXTURES,
+        params=_params(sources),
     )  # fmt: skip
     return accuracy_table(9, spec, sources)

@@ -10,9 +10,6 @@ from mixlora_exp.results.tables.parts import Block, Entry, Row, dash
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources, table
 from mixlora_exp.tasks import TASKS
 
-SHORT = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
-         "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # fmt: skip
-
 
 def _text(value: Any) -> Entry:
     return dash if value in (None, "") else Entry("text", text=str(value))
@@ -30,7 +27,7 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, str]:
         "accumulation_steps": str(trainer["batch_size"] // trainer["micro_batch_size"]),
         "dropout": f"{method['dropout']:g}",
         "epochs": f"{trainer['epochs']:g}",
-        "targets": ",".join(SHORT[target] for target in method["targets"]),
+        "targets": ",".join(target.removesuffix("_proj") for target in method["targets"]),
         "lora_rank": str(method["rank"]),
         "lora_alpha": f"{method['alpha']:g}",
         "num_experts": str(method["num_experts"]) if experts else "",
