@@ -29,7 +29,7 @@ def no_chance() -> Iterator[None]:
     [["method=mixdora"], ["tracker=tensorboard"], ["adapters=[mixlora,lora]"]],
     ids=["one", "tracked", "two"],
 )
-def test_trainer_and_optimizer_are_gone_before_scoring(
+def test_trainer_optimizer_and_jobs_are_gone_before_scoring(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: dict[str, weakref.ref] = {}
@@ -41,6 +41,7 @@ def test_trainer_and_optimizer_are_gone_before_scoring(
         moments = self.optimizer.optimizer.state
         tensors = [value for state in moments.values() for value in state.values()]
         left.update(trainer=weakref.ref(self), optimizer=weakref.ref(self.optimizer.optimizer))
+        left.update({f"job {name}": weakref.ref(job) for name, job in self.jobs.items()})
         left.update({f"moment {i}": weakref.ref(value) for i, value in enumerate(tensors)})
         return found
 

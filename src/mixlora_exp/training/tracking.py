@@ -110,6 +110,7 @@ class RunTracker(TrainerCallback):
         self._service: Any = None
         self._callback: Any = None
         self._job: Job | None = None
+        self._pace: Pace | None = None
         self._try(lambda: setattr(self, "_service", make()))
 
     def follow(self, job: Job) -> RunTracker:
@@ -151,8 +152,8 @@ class RunTracker(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._pass_on("on_train_end", args, state, control, **kwargs)
-        # The callback may reference the trainer, whose memory is needed for scoring.
-        self._job = self._callback = None
+        # They reference the trainer and the job, whose memory is needed for scoring.
+        self._job = self._callback = self._pace = None
 
     def close(self, record: Values | None) -> None:
         """End the service's run: as successful with the run's record, as failed without."""
