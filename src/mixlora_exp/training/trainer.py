@@ -14,7 +14,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -73,7 +73,7 @@ class MixLoraTrainer(Trainer):
         args.max_steps = self.steps - self.first
         self._dtype, self._head = dtype, jobs[0].config.trainer.head
         self._compile = jobs[0].config.trainer.compile
-        self._schedules = {job.name: _schedule(job.config, job.steps) for job in jobs}
+        self._schedules: dict[str, Callable[[int], float]] = {}
         self._items: dict[str, Tensor] = {}
         self._stepped: list[Job] = []
         self._asked = False
@@ -184,6 +184,8 @@ class MixLoraTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        for job in self.jobs.values():
+            self._schedules[job.name] = _schedule(job.config, job.steps, self.optimizer)
         factors = [self._schedules[group["adapter"]] for group in self.optimizer.param_groups]
         self.lr_scheduler = LambdaLR(self.optimizer, factors, last_epoch=self.first - 1)
         return self.lr_scheduler
@@ -263,8 +265,8 @@ class MixLoraTrainer(Trainer):
             self._try(job, partial(super().log, {**entry, "adapter": job.name}))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint of each adapter for which one is due. Each has a file of its own, so
-        that it can resume alone or with others."""
+        """Write a checkpoint of each adapter for which one is due. The Trainer would write one of
+        them all; each has a file of its own, so that it can resume alone or with others."""
         for job in self._stepped:
             if job.failure is None and job.save_due(self._asked):
                 first = self.is_world_process_zero()
@@ -335,14 +337,13 @@ class _Collate:
         return {name: batch for name, batch in found.items() if batch is not None}
 
 
-def _schedule(config: Config, steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate as a function of the completed optimizer steps."""
+def _schedule(config: Config, steps: int, optimizer: Optimizer) -> Callable[[int], float]:
+    """The factor of the learning rate as a function of the completed optimizer steps. `optimizer`:
+    whose groups have their `initial_lr`; transformers makes a schedule for one as a whole, of which
+    only the factor is taken."""
     trainer = config.trainer
     name = trainer.schedule
     if name == "constant" and trainer.warmup_steps:
         # "constant" ignores warm-up steps.
         name = "constant_with_warmup"
-    # transformers creates schedules only for an optimizer.
-    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = get_scheduler(name, optimizer, trainer.warmup_steps, steps)
-    return scheduler.lr_lambdas[0]
+    return get_scheduler(name, optimizer, trainer.warmup_steps, steps).lr_lambdas[0]
