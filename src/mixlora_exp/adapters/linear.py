@@ -189,6 +189,8 @@ def use_linear_kernel(model: nn.Module, form: str) -> None:
         # Exact types: quantised and other special layers keep their own.
         if type(module) in (stock.Linear, StockLinear, FusedLinear, ReferenceLinear):
             mixed = wanted is stock.Linear and getattr(module, "row_map", None) is not None
+            # A layer that PEFT has made cannot change its forward pass otherwise, and a new one
+            # would lose its hooks and its place in others' lists.
             module.__class__ = StockLinear if mixed else wanted
     find_siblings(model, FusedLinear)
     share_shadow(model)

@@ -10,14 +10,12 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import yaml
-
-# The sweeper's own function, so that the cells checked here are the cells it runs.
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -263,7 +261,8 @@ def plan_runs(
                 "write key=1,2 or key=range(1,4)"
             )
     with _explained(overrides):
-        batches = BasicSweeper.split_arguments(swept, None)
+        # The sweeper's own function, so that the cells checked here are the cells it runs.
+        batches = get_class(sweeper._target_).split_arguments(swept, None)
     cells = []
     for lines in batches[0]:
         try:

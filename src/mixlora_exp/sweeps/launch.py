@@ -148,7 +148,8 @@ def _lost(plan: Plan, number: int, why: str) -> Outcome:
 @contextmanager
 def _lost_jobs_returned() -> Iterator[None]:
     """Within this context a submitit job without a result returns a message instead of raising;
-    Hydra's launcher would raise at the first one, without reading the results of the others."""
+    Hydra's launcher would raise at the first one, without reading the results of the others. It
+    creates and reads the jobs itself and hands them to nobody, so their class is changed."""
     from submitit.core.core import Job
     from submitit.core.utils import UncompletedJobError
 
