@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig
 
@@ -340,6 +341,17 @@ def test_a_record_of_before_is_read_as_one_of_today(cut: int | None) -> None:
     drawn = {**before, "layers": cut, "weights": "random"}
     again = compose(["model=tiny", *recorded({"model": drawn}, set())])
     assert to_dict(again.model) == {**found, "weights": "random"}
+
+
+def test_evaluation_composes_the_groups_of_training() -> None:
+    """One Hydra file cannot take its defaults list from another."""
+
+    def groups(root: str) -> dict[str, str]:
+        entries = yaml.safe_load((CONF_DIR / root).read_text(encoding="utf-8"))["defaults"]
+        return {key: value for entry in entries if isinstance(entry, dict)
+                for key, value in entry.items()}  # fmt: skip
+
+    assert groups("evaluate.yaml") == {**groups("config.yaml"), "method": "none"}
 
 
 def test_kernels_and_routers_are_chosen_by_the_names_that_they_register() -> None:

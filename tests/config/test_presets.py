@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 import pytest
+import yaml
 
 from mixlora_exp.config import switches
 from mixlora_exp.config.command import compose
+from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.resolve import fingerprint, to_dict
 from mixlora_exp.config.schema import PresetConfig
 from mixlora_exp.errors import UserError
@@ -38,6 +40,10 @@ def test_every_switch_is_listed() -> None:
     fields = {field.name for field in dataclasses.fields(PresetConfig)} - {"name"}
     assert fields == SWITCHES.keys()
     assert {name: where for name, (where, *_) in SWITCHES.items()} == switches.SWITCHES
+    assert switches.SWITCHES.keys() == switches.ONLY.keys()
+    sweep = yaml.safe_load((CONF_DIR / "experiment" / "switches.yaml").read_text(encoding="utf-8"))
+    swept = sweep["hydra"]["sweeper"]["params"]["preset"].split(",")
+    assert swept == ["correct", "official", *(f"only_{name}" for name in switches.ONLY)]
 
 
 @pytest.mark.parametrize("method", ["none", "lora", "dora", "mixlora", "mixdora"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import ast
 from enum import Enum
 from pathlib import Path
 
@@ -128,13 +128,15 @@ class Head(Enum):
 def _registered(folder: str, decorator: str) -> list[str]:
     """The names under which the files of a folder of `kernels` register implementations.
 
-    Read from the source text, since importing the files loads torch, and a mistake on the command
+    Read from their decorators, since importing the files loads torch, and a mistake on the command
     line is reported before that."""
-    found = []
-    for path in sorted((Path(__file__).parents[1] / "kernels" / folder).glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        found += re.findall(rf'^@{decorator}\("(\w+)"', text, re.MULTILINE)
-    return found
+    return [
+        ast.literal_eval(call.args[0])
+        for path in sorted((Path(__file__).parents[1] / "kernels" / folder).glob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for call in getattr(node, "decorator_list", ())
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == decorator
+    ]
 
 
 Kernel = Enum("Kernel", {name: name for name in ("auto", *_registered("mixlora", "kernel"))})
