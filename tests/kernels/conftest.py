@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mixlora_exp.kernels import (
     KERNELS,
+    ROLES,
     DropMask,
     Experts,
     FeedForward,
@@ -23,8 +24,6 @@ from mixlora_exp.kernels import (
 from mixlora_exp.kernels.mixlora.dense import dense_stage
 from mixlora_exp.kernels.mixlora.grouped import grouped_stage
 from mixlora_exp.kernels.mixlora.stage import run_stage
-
-ROLES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)

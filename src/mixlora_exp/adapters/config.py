@@ -12,7 +12,11 @@ from peft import LoraConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
-from mixlora_exp.config.schema_method import MixtureSettings
+from mixlora_exp.config.schema_method import (
+    ATTENTION_TARGETS,
+    FEED_FORWARD_TARGETS,
+    MixtureSettings,
+)
 from mixlora_exp.kernels import Router, make_router
 
 __all__ = ["MixLoraConfig", "in_order", "saved_config"]
@@ -69,7 +73,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
     )
     feed_forward: str = field(default="mlp", metadata={"help": "Name of the feed-forward block."})
     feed_forward_targets: list[str] = field(
-        default_factory=lambda: ["gate_proj", "up_proj", "down_proj"],
+        default_factory=lambda: list(FEED_FORWARD_TARGETS),
         metadata={"help": "Names of its gate, up and down projection, in this order."},
     )
 
@@ -77,13 +81,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.MIXLORA
         if self.target_modules is None:
-            self.target_modules = {
-                "q_proj",
-                "k_proj",
-                "v_proj",
-                "o_proj",
-                *self.feed_forward_targets,
-            }
+            self.target_modules = {*ATTENTION_TARGETS, *self.feed_forward_targets}
         for name in _UNSUPPORTED:
             value = getattr(self, name, None)
             # Not only truthiness: `layers_to_transform=0` means the first layer.

@@ -24,6 +24,7 @@ from mixlora_exp.adapters.based import check_base
 from mixlora_exp.adapters.config import MixLoraConfig, in_order
 from mixlora_exp.adapters.filling import fill, read_weights
 from mixlora_exp.adapters.saved import saved_settings
+from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError
 
 __all__ = [
@@ -44,7 +45,7 @@ class GuestConfig(LoraConfig):
     """A LoRA (or DoRA) without experts, hosted by the MixLoRA tuner; saved as plain LoRA."""
 
     feed_forward: ClassVar[str] = "mlp"
-    feed_forward_targets: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
+    feed_forward_targets: ClassVar[tuple[str, ...]] = FEED_FORWARD_TARGETS
     router_loss_coef: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ UNSERVED = (
     "eva_config", "corda_config", "loftq_config", "lora_ga_config", "use_bdlora", "velora_config",
     "monteclora_config", "kasa_config", "use_qalora", "fan_in_fan_out",
 )  # fmt: skip
-SERVED_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+SERVED_TARGETS = {*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS}
 
 
 def _check_guest(config: LoraConfig) -> None:

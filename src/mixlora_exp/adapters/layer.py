@@ -19,6 +19,7 @@ from mixlora_exp.adapters.shadow import KeepsShadow
 from mixlora_exp.adapters.sources import Source
 from mixlora_exp.kernels import (
     KERNELS,
+    ROLES,
     DropoutKey,
     Experts,
     FeedForward,
@@ -33,8 +34,6 @@ from mixlora_exp.kernels import (
 )
 
 __all__ = ["MixLoraFeedForward"]
-
-ROLES = ("gate", "up", "down")
 
 
 class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixlora_exp.kernels import (
     KERNELS,
+    ROLES,
     Experts,
     FeedForward,
     FrozenLinear,
@@ -20,8 +21,6 @@ from mixlora_exp.kernels import (
     make_router,
     route,
 )
-
-ROLES = ("gate", "up", "down")
 
 
 def router_of(kernel: str) -> Callable[[Tensor, Tensor, int], Routing]:

@@ -89,11 +89,11 @@ def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
         "r": row.rank,
         "lora_alpha": 2 * row.rank,
         "lora_dropout": dropout,
-        "use_dora": row.method.endswith("dora"),
+        "use_dora": row.dora,
         "target_modules": [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS],
         "task_type": "CAUSAL_LM",
     }
-    if row.method.startswith("mix"):
+    if row.mixture:
         return MixLoraConfig(**common, num_experts=row.num_experts, top_k=row.top_k)
     return LoraConfig(**common)
 

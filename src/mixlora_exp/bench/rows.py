@@ -41,7 +41,15 @@ class BenchRow:
     @property
     def rank(self) -> int:
         """Table 3: 80 for one LoRA, 16 for each of eight experts."""
-        return 16 if self.method.startswith("mix") else 80
+        return 16 if self.mixture else 80
+
+    @property
+    def mixture(self) -> bool:
+        return self.method.startswith("mix")
+
+    @property
+    def dora(self) -> bool:
+        return self.method.endswith("dora")
 
     @property
     def stock(self) -> bool:
@@ -119,6 +127,10 @@ for _kernel in Kernel:
     if _kernel.value not in UNMEASURED:
         row(f"mixlora_{_kernel.value}", method="mixlora", kernel=_kernel.value, every=4)
 
+METHODS = tuple(
+    name for name, each in ROWS.items() if name == each.method and each.kernel != "peft"
+)
+"""The methods: each has a row of its name, this project's."""
 BASELINE = "lora_peft"
 """Row to which the time and memory of all others are compared."""
 PAIRS = {
@@ -128,6 +140,6 @@ PAIRS = {
     "mixdora_shared": "mixdora",
     "mixlora_bf16": "lora_peft_bf16",
     "mixlora_triton_bf16": "lora_peft_bf16",
-    **{f"{method}_triton": "floor" for method in ("lora", "dora", "mixlora", "mixdora")},
+    **{f"{method}_triton": "floor" for method in METHODS},
 }
 """Rows whose ratio to a second row is recorded too."""

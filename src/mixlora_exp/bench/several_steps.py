@@ -16,15 +16,13 @@ from mixlora_exp.adapters.sources import adapters_changed
 from mixlora_exp.bench.measure import Clock, saved_bytes
 from mixlora_exp.bench.model import peft_config, sharing
 from mixlora_exp.bench.options import BenchOptions, require_positive
-from mixlora_exp.bench.rows import BenchRow
+from mixlora_exp.bench.rows import METHODS, BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.losses import joint_losses, total_of
 from mixlora_exp.training.packed import packed_attention
-
-METHODS = ("lora", "dora", "mixlora", "mixdora")
 
 
 @dataclass(slots=True, kw_only=True)

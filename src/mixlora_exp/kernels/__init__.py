@@ -32,7 +32,7 @@ from mixlora_exp.kernels.routing import (
     router_fractions,
     router_loss,
 )
-from mixlora_exp.kernels.shapes import Experts, FeedForward, Low, Projection, Routing
+from mixlora_exp.kernels.shapes import ROLES, Experts, FeedForward, Low, Projection, Routing
 
 # Whatever stands in these folders registers itself.
 for _package in (mixlora, routers):
@@ -43,6 +43,7 @@ from mixlora_exp.kernels.routers.top_k import route  # noqa: E402
 
 __all__ = [
     "KERNELS",
+    "ROLES",
     "ROUTERS",
     "DropMask",
     "DropoutKey",

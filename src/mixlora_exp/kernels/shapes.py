@@ -18,6 +18,7 @@ from mixlora_exp.kernels.dropout import DropMask, DropoutKey
 from mixlora_exp.kernels.frozen import Frozen
 
 __all__ = [
+    "ROLES",
     "Experts",
     "FeedForward",
     "Gradients",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 ROLES = ("gate", "up", "down")
+"""The projections of a feed-forward block."""
 
 
 @dataclass(frozen=True, slots=True)
