@@ -20,6 +20,7 @@ from mixlora_exp.kernels import (
     router,
     router_loss,
 )
+from mixlora_exp.kernels.lora import LowRankPart, lora_add
 from mixlora_exp.kernels.routing import ROUTERS as REGISTERED
 
 ROUTERS = [
@@ -108,6 +109,52 @@ def test_task_loss_reaches_the_router(name, options) -> None:
         found.append([x.grad, *(weight.grad for weight in weights.values())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(("name", "options"), ROUTERS)
+def test_a_router_serves_a_single_projection(name, options, dora) -> None:
+    """sum_k w_k scale_e (W x + s B_e A_e x) of a layer that is not square, by its definition and by
+    the kernel of linear layers with the experts as its adapters; float64, with all gradients."""
+    own, rows, width, out = made(name, options), 11, 7, 10
+    torch.manual_seed(0)
+    frozen = torch.randn(out, width, dtype=torch.float64)
+    a, b = (torch.randn(EXPERTS, *s, dtype=torch.float64) for s in ((2, width), (out, 2)))
+    norms = (frozen + 0.5 * b @ a).norm(dim=-1)
+    drawn = {"x": torch.randn(rows, width), "a": a, "b": b, "magnitude": norms * 1.3}
+    drawn |= {f"router {name}": 5 * weight for name, weight in own.initial(width).items()}
+    upstream = torch.randn(rows, out, dtype=torch.float64)
+
+    def by_definition(x, a, b, magnitude, routing) -> Tensor:
+        y = [torch.zeros(out, dtype=torch.float64) for _ in range(rows)]
+        for token, slot in routing.filled.nonzero().tolist():
+            e = int(routing.experts[token, slot])
+            term = frozen @ x[token] + 0.5 * b[e] @ (a[e] @ x[token])
+            scale = magnitude[e] / norms[e] if dora else 1.0
+            y[token] = y[token] + routing.weights[token, slot] * scale * term
+        return torch.stack(y)
+
+    def by_kernel(x, a, b, magnitude, routing) -> Tensor:
+        scales = zip(magnitude, norms, strict=True) if dora else [(None, None)] * EXPERTS
+        parts = [LowRankPart(a[e], b[e], 0.5, *scale) for e, scale in enumerate(scales)]
+        every = x.repeat(EXPERTS, 1)
+        y = lora_add(every @ frozen.T, every, *parts).view(EXPERTS, rows, out)
+        shares = torch.zeros(rows, EXPERTS, dtype=torch.float64)
+        shares = shares.scatter_add(1, routing.experts, routing.weights.double())
+        return torch.einsum("te,eto->to", shares, y)
+
+    found = []
+    for compute in (by_definition, by_kernel):
+        leaves = {n: v.detach().double().requires_grad_() for n, v in drawn.items()}
+        weights = {n.removeprefix("router "): v for n, v in leaves.items() if "router" in n}
+        routing = own.route(leaves["x"], weights)
+        y = compute(*(leaves[n] for n in ("x", "a", "b", "magnitude")), routing)
+        y.backward(upstream)
+        grads = [leaf.grad for n, leaf in leaves.items() if dora or n != "magnitude"]
+        assert all(grad.abs().max() > 0 for grad in grads)
+        found.append([y.detach(), *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_settings_come_from_the_adapter_and_options_from_their_own_place() -> None:
