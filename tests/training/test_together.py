@@ -214,9 +214,11 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
         for rate in (1e-4, 1e-3, 1e-2)
     }
     found = together(configs, torch.float64)
-    # After the last step each is looked at by itself: whether its loss is finite.
-    assert set(calls[: calls.index(1)]) == {3}
-    assert set(calls[calls.index(1) :]) == {1}
+    # Each is checked by itself before the first step, for its gradients, and after the last one,
+    # for its loss.
+    first, last = calls.index(3), len(calls) - calls[::-1].index(3)
+    assert set(calls[first:last]) == {3}
+    assert set(calls[:first]) == set(calls[last:]) == {1}
     for name, config in configs.items():
         expected = alone(config, torch.float64)
         for key, weight in expected.weights.items():

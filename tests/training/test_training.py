@@ -331,5 +331,5 @@ def test_dora_norms_are_computed_once_per_optimizer_step(
     trained = train("method=dora", *sizes)
     layers = 7 * trained.config.model.config["num_hidden_layers"]
     assert trained.config.trainer.accumulation_steps == 4
-    # And once more for the look at what the last step left.
-    assert len(calls) == (3 + 1) * layers
+    # And once more before the first step, with noise in B, and for the look at what the last left.
+    assert len(calls) == (1 + 3 + 1) * layers

@@ -31,6 +31,7 @@ __all__ = [
     "GuestConfig",
     "add_guest",
     "check_shareable",
+    "expert_parameters_of",
     "guest_config",
     "load_adapters",
     "not_built",
@@ -159,12 +160,24 @@ def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 def plain_parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The parameters of one adapter, by names independent of its name and of other adapters."""
+    found = parameters_of(model, adapter)
+    return {_plain(name, adapter): parameter for name, parameter in found.items()}
 
-    def plain(name: str) -> str:
-        parts = [part for part in name.split(".") if part not in (adapter, "base_layer")]
-        return ".".join(parts)
 
-    return {plain(name): found for name, found in parameters_of(model, adapter).items()}
+def _plain(name: str, adapter: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in (adapter, "base_layer"))
+
+
+def expert_parameters_of(model: nn.Module, adapter: str) -> dict[str, int]:
+    """By the names of `plain_parameters_of`, the number E of experts of each parameter that holds
+    a slice for each (E, ...)."""
+    found = {}
+    for name, module in model.named_modules():
+        for part in getattr(module, "expert_parts", ()):
+            if adapter in getattr(module, part, {}):
+                experts = module.router[adapter].num_experts
+                found[_plain(f"{name}.{part}", adapter)] = experts
+    return found
 
 
 @contextmanager

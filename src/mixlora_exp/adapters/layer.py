@@ -52,6 +52,10 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
     """
 
     shadow_parts = ROLES
+    expert_parts = tuple(
+        f"lora_{part}_{role}" for role in ROLES for part in ("A", "B", "magnitude")
+    )
+    """Parameters with a slice for each expert."""
     other_param_names = (
         "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "activation", "router",
     )  # fmt: skip
@@ -70,8 +74,7 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
                     f"found {type(projection).__name__}"
                 )
         self.adapter_layer_names: tuple[str, ...] = ()
-        parts = (f"lora_{part}_{role}" for role in ROLES for part in ("A", "B", "magnitude"))
-        for name in ("lora_router", *parts):
+        for name in ("lora_router", *self.expert_parts):
             self._parameters_called(name)
         for name in self.other_param_names:
             setattr(self, name, {})

@@ -44,6 +44,12 @@ class Router(ABC):
     loss: str = "argmax"
     loss_pooling: str = "layer"
 
+    @property
+    def learns_from_task(self) -> bool:
+        """Whether the task's loss has a gradient for its weights. One normalised weight is always
+        1, so a router with one expert per row has none: it learns from its own loss alone."""
+        return self.top_k > 1
+
     def initial(self, width: int) -> dict[str, Tensor]:
         """New weights by name, drawn from torch's default generator, for rows of `width` elements.
         The one called "" is stored as `lora_router`, others as `lora_router_NAME`."""

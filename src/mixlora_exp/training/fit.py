@@ -58,6 +58,9 @@ class TrainSummary:
     curve: list[dict[str, Any]] = field(default_factory=list)
     expert_load: list[list[float]] | None = None
     stability: Stability | None = None
+    not_chosen: dict[str, list[int]] | None = None
+    """By module, the experts without a gradient on the first micro-batch; every other trained
+    parameter had one. None: not looked at."""
     micro_batch_size: int | None = None
     """Examples per forward pass actually used, over which the router loss is computed."""
     first_step_seconds: float | None = None
@@ -206,6 +209,7 @@ def _summary(job: Job, peak: int) -> TrainSummary:
         curve=track.curve,
         expert_load=track.expert_load(),
         stability=track.watch.summary(),
+        not_chosen=job.not_chosen,
         micro_batch_size=job.config.trainer.micro_batch_size,
         first_step_seconds=job.first_step_seconds,
     )

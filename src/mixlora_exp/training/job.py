@@ -65,6 +65,8 @@ class Job:
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
     seconds_before: float = field(init=False, default=0.0)
+    not_chosen: dict[str, list[int]] | None = field(init=False, default=None)
+    """What `proof.check_gradients_flow` found before the first step; None until then."""
     first_step_seconds: float | None = field(init=False, default=None)
     """With `trainer.compile`: of the first step of this process, compilation included."""
     _resumed: Checkpoint | None = field(init=False, default=None)
@@ -109,6 +111,7 @@ class Job:
             state = self._resumed.state
             self.track.load(state["track"], state["seconds"], first=first)
             self.seconds_before = state["seconds"]
+            self.not_chosen = state.get("not_chosen")
 
     def restore_moments(self, optimizer: Optimizer) -> None:
         """Restore the optimizer's state from the checkpoint, if there is one."""
@@ -195,6 +198,7 @@ class Job:
             "track": self.track.state(),
             "seconds": self.track.seconds,
             "micro_batch_size": self.config.trainer.micro_batch_size,
+            "not_chosen": self.not_chosen,
         }
         if first and self.checkpoints is not None:
             self.checkpoints.save(self.step, self.parameters, optimizer, state)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.adapters import save_adapter
-from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.adapters.hosting import expert_parameters_of, parameters_of
 from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
@@ -33,6 +33,7 @@ from mixlora_exp.training.job import Batch, Job
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
 from mixlora_exp.training.packed import packed_attention
+from mixlora_exp.training.proof import check_gradients_flow, task_loss_alone
 from mixlora_exp.training.stability import Diverged, find_layer
 
 
@@ -76,7 +77,7 @@ class MixLoraTrainer(Trainer):
         self._schedules: dict[str, Callable[[int], float]] = {}
         self._items: dict[str, Tensor] = {}
         self._stepped: list[Job] = []
-        self._asked = False
+        self._asked = self._proven = False
         self._started = time.perf_counter()
         super().__init__(model=model, args=args)
         self.loss_is_scaled_for_ga = True
@@ -113,10 +114,27 @@ class MixLoraTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         running = {name: batch for name, batch in inputs.items() if self.jobs[name].running}
+        if self.state.global_step == 0 and not self._proven:
+            self._items = num_items_in_batch
+            for name, batch in running.items():
+                self._prove(self.jobs[name], batch)
+            self._proven = True
+            running = {name: batch for name, batch in running.items() if self.jobs[name].running}
         if not running:
             # At the end of an epoch a step may have fewer micro-batches.
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, running, num_items_in_batch)
+
+    def _prove(self, job: Job, batch: Batch) -> None:
+        """Stop an adapter that has parameters without a gradient, before its first step."""
+        self.model.train()
+        experts = expert_parameters_of(self.model, job.name)
+        loss = partial(self._own_loss, job, {**batch, "step": 0})
+        try:
+            with task_loss_alone(self.model, job.name):
+                job.not_chosen = check_gradients_flow(job.parameters, experts, loss, summed)
+        except UserError as error:
+            self._fail(job, error)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._items = num_items_in_batch

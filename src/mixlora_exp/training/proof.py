@@ -1,0 +1,127 @@
+"""Checks before the first optimizer step that every trained parameter takes part in the loss.
+
+A method whose forward pass is never called trains without an error, and its scores are those of
+another method. Here its parameters are found without a gradient, and the run stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from mixlora_exp.errors import UserError
+
+NOISE = 1e-2
+"""Standard deviation of what stands in for matrices that begin at zero, such as B: A has no
+gradient behind a B of zeros."""
+
+
+def check_gradients_flow(
+    parameters: Mapping[str, nn.Parameter],
+    experts: Mapping[str, int],
+    loss: Callable[[], Tensor],
+    summed: Callable[[Tensor], Tensor] = lambda values: values,
+) -> dict[str, list[int]] | None:
+    """One forward and backward pass in which every trained parameter must have a gradient.
+
+    Parameters that are zero are filled with noise for it; afterwards all are as before, to the
+    bit, and no `grad` is written. Nothing else that a run draws from is used.
+
+    parameters: the trained ones by name. experts: of those that hold a slice for each of E experts
+    (E, ...), the number E by name; the part of the name before the last dot is the module's.
+    loss: computes the loss of one micro-batch. summed: sums a tensor over the processes.
+
+    Returns by module the experts without any gradient, which no token with an effect on the loss
+    was sent to. None if the loss is not finite, which the training loop reports better.
+
+    Raises:
+        UserError: a parameter has no gradient, one of zeros alone, or one that is not finite; or an
+            expert has gradients in some of its module's parameters and none in others.
+    """
+    names, own = list(parameters), list(parameters.values())
+    device = own[0].device
+    with _zeros_filled(own), torch.enable_grad():
+        value = loss()
+        if not bool(summed((~value.detach().isfinite()).int().reshape(1)).eq(0)):
+            return None
+        found = torch.autograd.grad(value, own, allow_unused=True)
+    sizes = [torch.zeros(1, device=device) if g is None else _sizes(g, experts.get(n, 0)).to(device)
+             for n, g in zip(names, found, strict=True)]  # fmt: skip
+    counts = [len(size) for size in sizes]
+    totals = dict(zip(names, summed(torch.cat(sizes)).cpu().split(counts), strict=True))
+    for name, total in totals.items():
+        if not total.isfinite().all():
+            raise UserError(_message(name, "a gradient that is not finite"))
+        if not total.any():
+            raise UserError(_message(name, "no gradient"))
+    return _not_chosen({n: t for n, t in totals.items() if experts.get(n, 0) and len(t) > 1})
+
+
+def _sizes(gradient: Tensor, experts: int) -> Tensor:
+    """Largest absolute value of a gradient, (1,), or of each expert's slice of it, (E,); NaN stays
+    NaN."""
+    rows = gradient.detach().float().abs().reshape(max(experts, 1), -1)
+    return rows.amax(dim=1)
+
+
+def _not_chosen(totals: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, total in totals.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = total
+    found = {}
+    for module, parts in modules.items():
+        idle = torch.stack([total == 0 for total in parts.values()])
+        for name, own in zip(parts, idle & ~idle.all(dim=0), strict=True):
+            if own.any():
+                expert = int(own.nonzero()[0])
+                raise UserError(_message(name, f"no gradient for expert {expert}, which runs"))
+        if idle.any():
+            found[module] = idle.all(dim=0).nonzero().flatten().tolist()
+    return found
+
+
+def _message(name: str, what: str) -> str:
+    return (
+        f"method: {name} has {what} on the first micro-batch: the forward pass does not use it, or "
+        "cuts it off from the loss, so nothing was trained. Mend the method's forward pass, or set "
+        "requires_grad to False for what is meant to stay as it is"
+    )
+
+
+@contextmanager
+def task_loss_alone(model: PeftModel, adapter: str) -> Iterator[None]:
+    """Within this context an adapter's loss is without its router's loss, which reaches a router
+    that is cut off from the task; unless the router learns from nothing else."""
+    routers = (module.router for module in model.modules() if hasattr(module, "expert_parts"))
+    router = next((held[adapter] for held in routers if adapter in held), None)
+    config = model.peft_config[adapter]
+    if router is None or not router.learns_from_task:
+        yield
+        return
+    before, config.router_loss_coef = config.router_loss_coef, 0.0
+    try:
+        yield
+    finally:
+        config.router_loss_coef = before
+
+
+@contextmanager
+def _zeros_filled(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within this context parameters of zeros hold noise, the same in each run."""
+    generator = torch.Generator().manual_seed(0)
+    filled = [p for p in parameters if not p.detach().any()]
+    before = [p.detach().clone() for p in filled]
+    with torch.no_grad():
+        for parameter in filled:
+            noise = torch.randn(parameter.shape, generator=generator) * NOISE
+            parameter.copy_(noise)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(filled, before, strict=True):
+                parameter.copy_(values)

@@ -1,0 +1,154 @@
+"""Before the first step every trained parameter must take part in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from encoded import examples_of
+from torch import Tensor, nn
+
+from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.adapters.hosting import plain_parameters_of
+from mixlora_exp.adapters.layer import MixLoraFeedForward
+from mixlora_exp.adapters.linear import FusedLinear
+from mixlora_exp.config.command import compose
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.training import TrainSummary, fit
+from mixlora_exp.training.proof import check_gradients_flow
+
+METHODS = ["lora", "dora", "mixlora", "mixdora"]
+SMALL = ["experiment=smoke", "data.train_limit=8", "trainer.max_steps=1", "trainer.batch_size=8"]
+Start = Callable[..., TrainSummary]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Trains one step, `change` applied to the model before."""
+
+    def run(*words: str, change: Callable[[nn.Module], None] | None = None) -> TrainSummary:
+        config = compose([*SMALL, *words])
+        base = load_model(config.model, torch.float32)
+        model = attach_adapter(base, config.method, config.kernel, config.seed)
+        if change is not None:
+            change(model)
+        return fit(
+            config=config, model=model, tokenizer=load_tokenizer(config.model),
+            examples=examples_of(config), folder=tmp_path, dtype=torch.float32,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_passes(start: Start, method: str) -> None:
+    found = start(f"method={method}")
+    assert found.steps == 1
+    assert found.not_chosen is not None
+
+
+def test_a_layer_whose_forward_is_never_called_is_named(start: Start) -> None:
+    def bypass(model: nn.Module) -> None:
+        layer = model.base_model.model.model.layers[1].self_attn.v_proj
+        assert isinstance(layer, FusedLinear)
+        layer.forward = layer.base_layer.forward
+
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.lora_A\S* has no gradient"):
+        start("method=lora", change=bypass)
+
+
+def test_an_unused_matrix_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MixLoraFeedForward.block
+
+    def without_up(self: MixLoraFeedForward, *args: object) -> object:
+        block = real(self, *args)
+        return replace(block, up=replace(block.up, experts=None))
+
+    monkeypatch.setattr(MixLoraFeedForward, "block", without_up)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.lora_A_up has no gradient"):
+        start("method=mixlora", "kernel=exact")
+
+
+def detached_weights(self, rows, adapter, kernel, real=MixLoraFeedForward.route):
+    routing = real(self, rows, adapter, kernel)
+    return replace(routing, weights=routing.weights.detach())
+
+
+def test_a_detached_router_is_named_even_where_its_loss_trains_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MixLoraFeedForward, "route", detached_weights)
+    for coefficient in ("0", "0.01"):
+        with pytest.raises(UserError, match=r"layers\.0\.mlp\.lora_router has no gradient"):
+            start("method=mixlora", f"method.router_loss_coef={coefficient}")
+
+
+def test_a_router_with_one_expert_a_token_learns_from_its_loss_alone(start: Start) -> None:
+    """One weight, normalised, is always 1."""
+    assert start("method=mixlora", "method.top_k=1").steps == 1
+
+
+class Toy(nn.Module):
+    """`x A B` behind experts of which some are chosen."""
+
+    def __init__(self, chosen: list[int]) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.a = nn.Parameter(torch.ones(4, 2, 3))
+        self.b = nn.Parameter(torch.zeros(4, 3, 2))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def loss(self) -> Tensor:
+        return sum((self.b[e] @ self.a[e]).sum() for e in self.chosen) / len(self.chosen)
+
+
+def named(toy: Toy, *names: str) -> dict[str, nn.Parameter]:
+    return {f"block.{name}": getattr(toy, name) for name in names}
+
+
+def test_experts_without_tokens_are_listed_and_weights_stay() -> None:
+    toy = Toy([0, 2])
+    with torch.no_grad():
+        toy.b[0, 0, 0] = -0.0
+    before = {name: p.detach().clone() for name, p in toy.named_parameters()}
+    state = torch.get_rng_state()
+    found = check_gradients_flow(named(toy, "a", "b"), {"block.a": 4, "block.b": 4}, toy.loss)
+    assert found == {"block": [1, 3]}
+    for name, parameter in toy.named_parameters():
+        assert parameter.grad is None
+        # Bits, the sign of zero too.
+        assert torch.equal(parameter.view(torch.int32), before[name].view(torch.int32))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_faults_of_single_parameters_and_experts() -> None:
+    toy, experts = Toy([0, 1]), {"block.a": 4, "block.b": 4}
+    with pytest.raises(UserError, match=r"block\.unused has no gradient"):
+        check_gradients_flow(named(toy, "a", "b", "unused"), {}, toy.loss)
+    with pytest.raises(UserError, match=r"block\.b has no gradient for expert 1, which runs"):
+        check_gradients_flow(
+            named(toy, "a", "b"), experts,
+            lambda: (toy.b[0] @ toy.a[0]).sum() + (toy.b[1].detach() @ toy.a[1]).sum(),
+        )  # fmt: skip
+    with pytest.raises(UserError, match=r"block\.a has a gradient that is not finite"):
+        check_gradients_flow(named(toy, "a"), {}, lambda: (toy.a - 1).sqrt().sum())
+    assert check_gradients_flow(named(toy, "a"), {}, lambda: toy.a.sum() * torch.nan) is None
+
+
+def test_nothing_of_a_run_changes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(*, checked: bool) -> dict[str, Tensor]:
+        models = []
+        if not checked:
+            monkeypatch.setattr(
+                "mixlora_exp.training.trainer.check_gradients_flow", lambda *values: None
+            )
+        start("method=mixdora", "trainer.max_steps=3", "method.dropout=0.2", change=models.append)
+        return {n: p.detach().clone() for n, p in plain_parameters_of(models[0], "default").items()}
+
+    with_check, without = trained(checked=True), trained(checked=False)
+    for name, weight in without.items():
+        assert torch.equal(with_check[name], weight), name
