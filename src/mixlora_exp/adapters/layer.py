@@ -107,24 +107,33 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (..., D); returns the same shape."""
+    def forward(self, x: Tensor, *args: Any, kept: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """x: (..., D); returns the same shape or, of the flattened rows with the numbers `kept`
+        alone, (n, D). The router decides about all rows either way, and its report has them."""
         self.routings, self.ran_with_gradients = {}, torch.is_grad_enabled()
         if self.row_map:
+            assert kept is None, "the rows of several adapters are computed together"
             return several_feed_forward(self, x)
         active = [name for name in self.active_adapters if name in self.lora_router]
         if self.disable_adapters or not active:
+            x = x if kept is None else x.flatten(0, -2)[kept]
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
             raise ValueError(f"MixLoRA runs one adapter at a time, active are {active}")
         rows = x.reshape(-1, x.shape[-1])
-        return self.run(rows, active[0], working_dtype(x)).view(x.shape)
+        y = self.run(rows, active[0], working_dtype(x), kept)
+        return y.view(x.shape) if kept is None else y
 
-    def run(self, rows: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
-        """The block of one adapter for its rows (T, D), frozen projections included."""
+    def run(
+        self, rows: Tensor, adapter: str, dtype: torch.dtype, kept: Tensor | None = None
+    ) -> Tensor:
+        """The block of one adapter for its rows (T, D), or those numbered `kept`, frozen
+        projections included."""
         kernel = self.kernel_on(rows.device)
         routing = self.route(rows, adapter, kernel)
         rows = rows if routing.rows is None else routing.rows
+        if kept is not None:
+            rows, routing = rows[kept], routing.at(kept)
         block = self.block(adapter, len(rows), dtype)
         with torch.autocast(rows.device.type, enabled=False):
             return kernel(rows.to(dtype), routing, block)

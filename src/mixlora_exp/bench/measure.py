@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import count
 
 import torch
@@ -17,6 +18,7 @@ from mixlora_exp.bench.rows import BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.head import loss_from_hidden
+from mixlora_exp.training.kept import last_layer_at_kept_rows
 
 _STEPS = count()
 """Optimizer steps of this process, by which masks of dropout differ."""
@@ -60,11 +62,15 @@ def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
     if row.method in ("base", "floor"):
         embedded = model.get_input_embeddings()(given.pop("input_ids")).detach()
         given["inputs_embeds"] = embedded.requires_grad_(row.method == "floor")
+    dtype, base = batch.dtype if row.autocast else torch.float32, base_of(model)
     stream = getattr(model, "dropout_stream", None)
-    if stream is not None:
-        stream.begin(next(_STEPS), batch.example, batch.position)
-    dtype = batch.dtype if row.autocast else torch.float32
-    with autocast(batch.ids.device, dtype), loss_from_hidden(base_of(model), Head(row.head)):
+    with ExitStack() as stack:
+        if stream is not None:
+            kept = stack.enter_context(last_layer_at_kept_rows(base))
+            rows = kept.use(batch.ids.shape, given.get("logits_to_keep"))
+            stream.begin(next(_STEPS), batch.example, batch.position, rows)
+        stack.enter_context(autocast(batch.ids.device, dtype))
+        stack.enter_context(loss_from_hidden(base, Head(row.head)))
         output = model(**given)
     return (convert_to_fp32(output) if row.autocast else output)["loss"]
 

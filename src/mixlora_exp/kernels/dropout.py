@@ -97,10 +97,24 @@ class DropoutStream:
 
     seed: int
     rows: RowIds | None = None
+    kept: RowIds | None = None
+    """Those rows that a layer may compute alone."""
 
-    def begin(self, step: int, example: Tensor, position: Tensor) -> None:
-        """Name the rows of this adapter in the next forward pass; see `RowIds.of`."""
+    def begin(
+        self, step: int, example: Tensor, position: Tensor, kept: Tensor | None = None
+    ) -> None:
+        """Name the rows of this adapter in the next forward pass; see `RowIds.of`. kept: (n,)
+        int64, the numbers of those that a layer may compute alone."""
         self.rows = RowIds.of(self.seed, step, example, position)
+        self.kept = None
+        if kept is not None:
+            self.kept = RowIds.of(self.seed, step, example[kept], position[kept])
+
+    def of(self, count: int) -> RowIds | None:
+        """The rows of a matrix with as many: all or, if there are fewer, the kept ones."""
+        if self.kept is not None and count == len(self.kept.keys):
+            return self.kept
+        return self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +153,7 @@ class DropoutKey:
         Raises:
             ValueError: the pass has another number of rows than the matrix.
         """
-        ids = self.stream.rows
+        ids = self.stream.of(shape[0]) if rows is None else self.stream.rows
         if p == 0.0 or ids is None:
             return draw_mask(shape, p, device, hashed=hashed)
         count = len(ids.keys) if rows is None else len(rows)

@@ -269,6 +269,12 @@ class Routing:
         """(tokens, slots) that an expert has."""
         return ((self.experts == expert) & self.filled).nonzero(as_tuple=True)
 
+    def at(self, rows: Tensor) -> Routing:
+        """The decision for some rows alone, by number; without what the router's loss is made of
+        beside it."""
+        parts = (self.logits, self.probabilities, self.experts, self.weights)
+        return Routing(*(part[rows] for part in parts))
+
     def detached(self) -> Routing:
         """The same decision without gradients."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)

@@ -104,7 +104,7 @@ def compiled_layers(
     elif how is Compile.graph:
         sys.stderr.write("trainer.compile=graph: a CPU has no graphs to record: it runs as layer\n")
     keep_compiled_code()
-    layers: list[nn.Module] = _decoder_layers(base)
+    layers: list[nn.Module] = decoder_layers(base)
     if checkpointing:
         # A layer checkpoints inside its call, where a compiled layer could not store its routing:
         # its parts are compiled instead.
@@ -120,7 +120,7 @@ def compiled_layers(
             layer._compiled_call_impl = None
 
 
-def _decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers: the longest `ModuleList` of transformers' model."""
     (longest,) = sorted(
         (m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len, reverse=True

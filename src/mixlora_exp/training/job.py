@@ -24,6 +24,7 @@ from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.system.device import processes, summed
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.compiled import pad_to
+from mixlora_exp.training.kept import KeptRows
 from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
 from mixlora_exp.training.track import Track
 
@@ -61,6 +62,8 @@ class Job:
     """Gradient norm before clipping in the last step."""
     expert_load: list[list[float]] | None = None
     """(layers, E): share of each expert since the previous log entry."""
+    kept: KeptRows | None = None
+    """Where the last layer computes some rows alone: it is told which."""
     plan: list[OptimizerStep] = field(init=False)
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
@@ -145,7 +148,8 @@ class Job:
         columns = torch.arange(mask.shape[1], device=mask.device)
         position = columns - first + ids.gather(1, first)
         rows = example.to(mask.device).repeat_interleave(mask.shape[1])
-        self.stream.begin(batch["step"], rows, position.flatten())
+        kept = self.kept and self.kept.use(mask.shape, batch.get("logits_to_keep"))
+        self.stream.begin(batch["step"], rows, position.flatten(), kept)
         return {name: value for name, value in batch.items() if name not in ("example", "step")}
 
     def note_pass(

@@ -30,6 +30,7 @@ from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
 from mixlora_exp.training.job import Batch, Job
+from mixlora_exp.training.kept import last_layer_at_kept_rows
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
 from mixlora_exp.training.packed import packed_attention
@@ -164,6 +165,11 @@ class MixLoraTrainer(Trainer):
         base, count = self.model.base_model.model, len(self.jobs)
         if count == 1:
             self._attention = None
+            (job,) = self.jobs.values()
+            if self._compile is Compile.off:
+                with last_layer_at_kept_rows(base) as job.kept:
+                    return super().train(*args, **kwargs)
+            # Compiled, each number of kept rows would be another code.
             checkpointing = self.args.gradient_checkpointing
             with compiled_layers(base, self._compile, checkpointing=checkpointing):
                 return super().train(*args, **kwargs)
