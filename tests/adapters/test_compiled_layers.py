@@ -13,6 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mixlora_exp.adapters import set_kernel
+from mixlora_exp.adapters.shadow import shadows_at_hand
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,33 @@ def test_compiled_norms_follow_the_optimizer(model_of, name) -> None:
         y.square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@LAYERS
+def test_norms_at_hand_are_read_and_followed(model_of, monkeypatch, name) -> None:
+    """Made before the pass, none is made in it; a step of the optimizer needs no new graph."""
+    layer = layer_of(model_of, name, use_dora=True).train()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(layer, backend=count, fullgraph=True)
+    x = torch.randn(2, 9, 64)
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
+    for _ in range(3):
+        shadows_at_hand(layer, torch.float32)
+        wanted = layer(x)
+        with monkeypatch.context() as patch:
+            patch.setattr("mixlora_exp.adapters.shadow._made_now", None)
+            y = compiled(x)
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+        y.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(graphs) == 1
 
 
 @LAYERS

@@ -12,7 +12,7 @@ bring the whole buffer along.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from mixlora_exp.adapters.norms import norms_of, norms_of_one_shape
 from mixlora_exp.adapters.sources import Source
 from mixlora_exp.kernels import Low, squared_row_norms
 
-__all__ = ["KeepsShadow", "Shadow", "Shadowed", "shadow_of", "share_shadow"]
+__all__ = ["KeepsShadow", "Shadow", "Shadowed", "shadow_of", "shadows_at_hand", "share_shadow"]
 
 ALIGNED = 64
 """Elements to which a tensor's start is aligned in a buffer: 128 bytes in 16 bits."""
@@ -138,7 +138,10 @@ class Shadow:
     ) -> Shadowed:
         """What is made of a layer's source, up to date."""
         # A replica of DataParallel has the shadow of its model without having joined.
-        if torch.compiler.is_compiling() or not _lasts(source) or layer not in self._layers:
+        if torch.compiler.is_compiling():
+            found = layer.at_hand.get(f"{part}/{adapter}")
+            return _made_now(source) if found is None else found
+        if not _lasts(source) or layer not in self._layers:
             return _made_now(source)
         key, held = (part, adapter, dtype), self._layers[layer]
         found = held.shadows.get(key)
@@ -190,6 +193,8 @@ class KeepsShadow(nn.Module):
 
     shadow_parts: tuple[str, ...] = ("W",)
     """Its projections."""
+    at_hand: Mapping[str, Shadowed] = {}
+    """By `PART/ADAPTER` what compiled code reads, as of `shadows_at_hand`."""
 
     def source_of(self, part: str, adapter: str) -> Source | None:
         """What an adapter has of a projection, if anything."""
@@ -242,6 +247,17 @@ def share_shadow(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, KeepsShadow)]
     for layer in layers:
         layers[0].shadow.join(layer)
+
+
+def shadows_at_hand(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Bring up to date what compiled layers read in the coming pass, for products in `dtype`; None:
+    they make it themselves, in every pass."""
+    for layer in (module for module in model.modules() if isinstance(module, KeepsShadow)):
+        layer.at_hand = {}
+        for adapter in layer.active_adapters if dtype is not None else ():
+            for part, source in layer.shadow_sources(adapter).items():
+                made = layer.shadow.of(layer, part, adapter, source, dtype)
+                layer.at_hand[f"{part}/{adapter}"] = made
 
 
 def shadow_of(

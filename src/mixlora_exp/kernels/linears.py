@@ -52,7 +52,7 @@ class _Linears(torch.autograd.Function):
         for base, part, low in zip(frozen, parts, lows, strict=True):
             raw = base.linear(x)
             if part.magnitude is None:
-                ys.append(raw.addmm_(low, part.b_in(x.dtype).T))
+                ys.append(raw.addmm_(low, part.b_in(x.dtype).T, alpha=steps.missing(part)))
                 raws.append(None)
             else:
                 ys.append(steps.scaled(raw, low, part))
@@ -80,6 +80,7 @@ def _gradients(ctx, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         if raw is None:
             draw = dy.contiguous()
             db = _product(draw.T, low, part.b.dtype)
+            db = db if steps.missing(part) == 1 else db * steps.missing(part)
         else:
             draw, db, dmagnitude = steps.unscaled(dy.contiguous(), raw, low, part)
         draws.append(draw)

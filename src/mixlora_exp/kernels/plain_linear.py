@@ -1,7 +1,7 @@
 """The steps of `linears` by tensor operations, written for `torch.compile`, which fuses them.
 
-LoRA's factor goes into the cast of A, and the mask comes after the sum that the compiler makes one
-product with an addend, so that neither is a pass of its own.
+LoRA's factor goes into products with an addend, and the mask comes after their sum, so that neither
+is a pass of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from mixlora_exp.kernels.frozen import Frozen
 from mixlora_exp.kernels.lora import LowRankPart
 
-__all__ = ["gradients_of_a", "input_gradient", "low", "scaled", "supports", "unscaled"]
+__all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]
 
 HASHED = False
 """Whether masks have to be made by a hash."""
@@ -29,28 +29,33 @@ def _dropped(x: Tensor, part: LowRankPart) -> Tensor:
     return x if part.mask is None else torch.where(part.mask.kept(), x, 0.0)
 
 
-def _scaled_a(part: LowRankPart, dtype: torch.dtype) -> Tensor:
-    return (part.nearest(dtype).a * part.factor).to(dtype)
+def missing(part: LowRankPart) -> float:
+    """The factor that `low` does not have yet."""
+    return part.factor
 
 
 def low(x: Tensor, parts: Sequence[LowRankPart]) -> list[Tensor]:
-    """`f_g A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
-    return [_dropped(x, part) @ _scaled_a(part, x.dtype).T for part in parts]
+    """`A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
+    return [_dropped(x, part) @ part.a_in(x.dtype).T for part in parts]
 
 
 def scaled(raw: Tensor, low: Tensor, part: LowRankPart) -> Tensor:
-    """`magnitude / norm (raw + low B^T)`, (T, F)."""
-    return torch.addmm(raw, low, part.b_in(raw.dtype).T) * part.scale_in(raw.dtype)
+    """`magnitude / norm (raw + f low B^T)`, (T, F)."""
+    return _whole(raw, low, part) * part.scale_in(raw.dtype)
+
+
+def _whole(raw: Tensor, low: Tensor, part: LowRankPart) -> Tensor:
+    return torch.addmm(raw, low, part.b_in(raw.dtype).T, alpha=part.factor)
 
 
 def unscaled(
     dy: Tensor, raw: Tensor, low: Tensor, part: LowRankPart
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `scaled`: of what it scales (T, F), of B, of the magnitude."""
-    whole = torch.addmm(raw, low, part.b_in(raw.dtype).T)
+    whole = _whole(raw, low, part)
     draw = dy * part.scale_in(dy.dtype)
     dmagnitude = (dy * whole).sum(dim=0, dtype=part.norm.dtype) / part.norm
-    return draw, (draw.T @ low).to(part.b.dtype), dmagnitude.to(part.magnitude.dtype)
+    return draw, (draw.T @ low).to(part.b.dtype) * part.factor, dmagnitude.to(part.magnitude.dtype)
 
 
 def gradients_of_a(x: Tensor, dlow: Sequence[Tensor], parts: Sequence[LowRankPart]) -> list[Tensor]:
@@ -67,6 +72,6 @@ def input_gradient(
     """`sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen products."""
     found = []
     for own, one, part in zip(frozen, dlow, parts, strict=True):
-        both = torch.addmm(own, one, _scaled_a(part, own.dtype))
+        both = torch.addmm(own, one, part.a_in(own.dtype), alpha=part.factor)
         found.append(both if part.mask is None else torch.where(part.mask.kept(), both, own))
     return sum(found[1:], start=found[0])

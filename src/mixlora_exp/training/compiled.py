@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mixlora_exp.adapters.shadow import shadows_at_hand
 from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
+from mixlora_exp.kernels import working_dtype
 from mixlora_exp.system.caches import keep_compiled_code
 
 BUCKET = 64
@@ -112,12 +114,20 @@ def compiled_layers(
     _Compiled.failed = None
     for layer in layers:
         layer._compiled_call_impl = _Compiled(layer, options)
+    # What is made of the adapters' weights once per optimizer step, as eager layers have it.
+    hook = base.register_forward_pre_hook(_bring_up_to_date)
     try:
         with _static_attention(base):
             yield
     finally:
+        hook.remove()
+        shadows_at_hand(base, None)
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def _bring_up_to_date(base: PreTrainedModel, inputs: Any) -> None:
+    shadows_at_hand(base, working_dtype(base.get_input_embeddings().weight))
 
 
 def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:

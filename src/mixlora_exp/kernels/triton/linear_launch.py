@@ -20,7 +20,7 @@ from mixlora_exp.kernels.triton.linear_backward import (
 from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
 from mixlora_exp.kernels.triton.parts import INTERPRETED
 
-__all__ = ["gradients_of_a", "input_gradient", "low", "scaled", "supports", "unscaled"]
+__all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]
 
 HASHED = True
 """Whether masks have to be made by a hash."""
@@ -47,6 +47,11 @@ FULL_TILES = {
 }
 SMALL_TILES = (16, 16, 4, 1)
 """The interpreter's, so that small tests have several."""
+
+
+def missing(part: LowRankPart) -> float:
+    """The factor that `low` does not have yet: none."""
+    return 1.0
 
 
 def _max_rank(dtype: torch.dtype) -> int:
