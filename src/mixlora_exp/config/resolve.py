@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mixlora_exp.config import schema
 from mixlora_exp.config.architecture import complete, read_architecture
 from mixlora_exp.config.explain import explain, unknown_field
+from mixlora_exp.config.files import Repository
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
@@ -66,8 +68,9 @@ LATER = {
 runs keep their fingerprints, and thus their names."""
 
 
+@cache
 def register_schemas() -> None:
-    """Register the dataclasses with Hydra; idempotent."""
+    """Register the dataclasses with Hydra, once in a process."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="evaluate_schema", node=EvaluateConfig)
@@ -97,7 +100,10 @@ def open_session(config_dir: Path | str = CONF_DIR) -> Iterator[Any]:
     with initialize_config_dir(
         config_dir=str(Path(config_dir).resolve()), job_name="train", version_base="1.3"
     ):
-        yield GlobalHydra.instance().hydra
+        hydra = GlobalHydra.instance().hydra
+        loader = hydra.config_loader
+        loader.repository = Repository(loader.config_search_path)
+        yield hydra
 
 
 def _check_fields(node: DictConfig, path: str) -> None:
