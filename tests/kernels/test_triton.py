@@ -60,7 +60,7 @@ CASES = [
     pytest.param({"dora": True, "roles": ("down",)}, id="DoRA on down only, h per slot"),
     pytest.param({"dora": True, "roles": ("gate", "up")}, id="DoRA without down, h mixed"),
     pytest.param(
-        {"dora": True, "experts": 5, "top_k": 3, "tokens": 37, "hidden": 40, "inner": 40},
+        {"dora": True, "experts": 5, "top_k": 3, "tokens": 20, "hidden": 40, "inner": 40},
         id="DoRA, E and K no powers of two, several tiles",
     ),
     pytest.param({"dora": True, "pushed": {2: -60.0}}, id="DoRA, an expert without tokens"),
@@ -104,8 +104,15 @@ PRECISE = [
 ]
 
 
-@pytest.mark.parametrize("options", PRECISE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# In float32, `test_fresh_inputs` bounds the error of every case: one is enough here.
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param(*case.values, dtype, id=f"{dtype}-{case.id}")
+        for dtype in DTYPES
+        for case in (PRECISE[-1:] if dtype is torch.float32 else PRECISE)
+    ],
+)
 def test_as_precise_as_the_reference(block_of, plain, options, dtype) -> None:
     """Output and every gradient under dropout: the error is at most twice that of the definition in
     the same precision.

@@ -38,13 +38,12 @@ def test_same_bits_each_time_whatever_buffers_hold(
     case = replace(plain, tokens=19, inner=33, experts=5, top_k=3, dora=dora)
     block = block_of(case, fresh_seed, torch.float32)
     masks = block.masks(0.3, hashed=True)
-    first, second = (block.run(fused, torch.float32, masks=masks) for _ in range(2))
+    first = block.run(fused, torch.float32, masks=masks)
     made = poison(monkeypatch)
-    third = block.run(fused, torch.float32, masks=masks)
+    second = block.run(fused, torch.float32, masks=masks)
     assert len(made) >= 5
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
-        assert torch.equal(result, third[name]), name
 
 
 def broken_run(block, experts: Tensor, upstream: Tensor | None = None, **changed: Tensor):

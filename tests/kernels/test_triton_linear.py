@@ -179,8 +179,12 @@ def test_equals_the_definition(fresh_seed, steps, shape) -> None:
     check_close(run(linears.linears, group, torch.float32, torch.float32), exact(group))
 
 
-@pytest.mark.parametrize("dora", [(), (0, 1, 2)], ids=["LoRA", "DoRA"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# In float32, `test_equals_the_definition` bounds the error of every case: one is enough here.
+@pytest.mark.parametrize(
+    ("dtype", "dora"),
+    [(torch.float32, (0, 1, 2)), *((d, dora) for d in DTYPES[1:] for dora in ((), (0, 1, 2)))],
+    ids=str,
+)
 def test_is_as_precise_as_the_definition(dtype, dora) -> None:
     """Its error is at most twice the definition's in the same precision, in the mean."""
     errors: dict[str, list[tuple[float, float]]] = {}

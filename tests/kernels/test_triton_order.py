@@ -47,6 +47,3 @@ def test_as_python_sorts(fresh_seed, tokens, top_k, experts, empty) -> None:
     for e in range(experts):
         own = sorted((t, row) for row, (other, _, t) in enumerate(rows) if other == e)
         assert lists[starts[e] : starts[e + 1]] == [row for _, row in own]
-    again = triton_order.order(chosen.to(DEVICE), weights.to(DEVICE), experts)
-    for one, other in zip(made[:4], again[:4], strict=True):
-        assert torch.equal(one, other.cpu())

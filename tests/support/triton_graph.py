@@ -1,5 +1,6 @@
 """Compiles a decoder layer with experts as for an H100, on a machine without one, and prints which
-Triton kernels and which other operations are in its two graphs, as JSON. `dora` for MixDoRA.
+Triton kernels and which other operations are in its two graphs: a line of JSON for MixLoRA, then
+one for MixDoRA.
 
 The graphs are not run. Tensors lie on the CPU, where the compiler cannot tell the difference.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections import Counter
 from typing import Any
 
@@ -64,11 +64,8 @@ def counted(found: dict[str, int], module: torch.fx.GraphModule, inputs: Any) ->
     return zeros
 
 
-def main(dora: bool) -> None:
-    triton.runtime.driver.set_active(Hopper())
-    block.supports = lambda *_: True
-    router.INTERPRETED = True
-    dropout.draw_mask = functools.partial(dropout.draw_mask, hashed=True)
+def show(dora: bool) -> None:
+    torch.compiler.reset()
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2, vocab_size=32)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -101,5 +98,14 @@ def main(dora: bool) -> None:
     print(json.dumps(graphs))  # noqa: T201
 
 
+def main() -> None:
+    triton.runtime.driver.set_active(Hopper())
+    block.supports = lambda *_: True
+    router.INTERPRETED = True
+    dropout.draw_mask = functools.partial(dropout.draw_mask, hashed=True)
+    for dora in (False, True):
+        show(dora)
+
+
 if __name__ == "__main__":
-    main("dora" in sys.argv)
+    main()
