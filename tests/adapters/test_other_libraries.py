@@ -7,17 +7,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli import lm_eval
-from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.system.guarded import guarded
 
@@ -155,6 +157,21 @@ def test_lm_eval_refuses_an_adapter_of_other_weights(
     assert "base=accept" not in ran[1]
 
 
+@cache
+def tasks_in(paths: tuple[Path, ...]) -> dict[str, Any]:
+    from lm_eval.tasks._index import TaskIndex
+
+    return TaskIndex.build(paths)
+
+
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval reads the thousands of files of its tasks, which takes seconds, once."""
+    manager = pytest.importorskip("lm_eval.tasks.manager", reason="lm-eval is not installed")
+    index = SimpleNamespace(build=lambda paths: dict(tasks_in(tuple(paths))))
+    monkeypatch.setattr(manager, "TaskIndex", lambda: index)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -166,12 +183,12 @@ def test_lm_eval_refuses_an_adapter_of_other_weights(
 def test_lm_eval_s_command_line_tells_mistakes(
     words: list[str],
     message: str,
+    read_once: None,
     base_of: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     # Read when the library is imported: its environment variable would come too late.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if "BASE" in words[-1]:

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import saved_adapters
 import torch
+from composed import compose
 from peft import LoraConfig, get_peft_model
+from saved_adapters import METHODS, save_all
 
 from mixlora_exp.adapters import (
     attach_adapter,
@@ -20,24 +23,6 @@ from mixlora_exp.adapters import (
     set_kernel,
 )
 from mixlora_exp.adapters.hosting import add_guest
-from mixlora_exp.config.command import compose
-
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
-SAVE = """
-import sys
-from pathlib import Path
-import torch
-from mixlora_exp.adapters import attach_adapter, save_adapter
-from mixlora_exp.config.command import compose
-from mixlora_exp.models import load_model
-
-for method in sys.argv[2:]:
-    config = compose(["model=tiny", f"method={method}", "method.rank=2"])
-    base = load_model(config.model, torch.float32, seed=1)
-    model = attach_adapter(base, config.method, config.kernel, 0)
-    save_adapter(model, Path(sys.argv[1]) / method)
-    model.save_pretrained(Path(sys.argv[1]) / f"{method}-by-peft", save_embedding_layers=False)
-"""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -81,14 +66,14 @@ def test_experts_added_to_a_model_tell_their_activation(
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     """Sets of names have another order under another hash seed, in the files of each kind."""
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run(
-            [sys.executable, "-c", SAVE, str(tmp_path / seed), *METHODS],
-            env=environment,
-            check=True,
-            capture_output=True,
-        )
+    save_all(tmp_path / "1")
+    other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    subprocess.run(
+        [sys.executable, saved_adapters.__file__, str(tmp_path / "2")],
+        env={**os.environ, "PYTHONHASHSEED": other},
+        check=True,
+        capture_output=True,
+    )
     for method in METHODS:
         assert contents(tmp_path / "1" / method) == contents(tmp_path / "2" / method), method
         saved = json.loads((tmp_path / "1" / method / "adapter_config.json").read_text())

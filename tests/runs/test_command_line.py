@@ -26,15 +26,19 @@ def records(folder: Path) -> list[Path]:
     return sorted(folder.rglob("record.json"))
 
 
-def test_a_smoke_run(tmp_path: Path) -> None:
-    done = train(*SMOKE, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_smoke_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; `test_launchers.py` starts a whole run as a user does."""
+    monkeypatch.chdir(tmp_path)
+    assert execute(SMOKE) == 0
+    told = capsys.readouterr()
     (path,) = records(tmp_path / "outputs")
     record = read_record(path)
     assert record["config"]["method"]["name"] == "mixlora"
-    assert f"Record: outputs/{record['name']}/record.json" in done.stdout
-    assert "generated tasks, not the benchmarks" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert f"Record: outputs/{record['name']}/record.json" in told.out
+    assert "generated tasks, not the benchmarks" in told.out
+    assert "Traceback" not in told.err
     written = {file.relative_to(path.parent).as_posix() for file in path.parent.rglob("*")}
     assert {
         "record.json",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from safetensors.torch import load_file
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
@@ -100,12 +100,12 @@ def test_records_are_those_of_the_runs_alone(alone, tmp_path) -> None:
 
 
 def test_a_packed_sweep_gives_the_records_of_an_unpacked_one(tmp_path) -> None:
-    sweep = ["-m", *SMALL, "method=lora,mixlora", "method.rank=2,4,8"]
+    sweep = ["-m", *SMALL, "method=lora,mixlora", "method.rank=2,4"]
     assert execute([*sweep, f"output_dir={tmp_path / 'one'}"]) == 0
-    assert execute([*sweep, f"output_dir={tmp_path / 'four'}", "trainer.pack_adapters=4"]) == 0
-    assert_same(tmp_path / "four", tmp_path / "one")
-    together = sorted(len(r["train"]["together"]) for r in records(tmp_path / "four").values())
-    assert together == [1, 1, 3, 3, 3, 3]
+    assert execute([*sweep, f"output_dir={tmp_path / 'three'}", "trainer.pack_adapters=3"]) == 0
+    assert_same(tmp_path / "three", tmp_path / "one")
+    together = sorted(len(r["train"]["together"]) for r in records(tmp_path / "three").values())
+    assert together == [0, 2, 2, 2]
 
 
 def test_an_experiment_file_with_a_list(tmp_path, capsys) -> None:

@@ -1,6 +1,10 @@
-"""Imported last: garbage collections pass over what is imported by then."""
+"""Imported last: what every forked run needs is there by then, and garbage collections pass it
+over."""
 
 import gc
 
+from mixlora_exp.records.code import code_sha256
+
+code_sha256()  # A second for each run otherwise.
 gc.collect()
 gc.freeze()
