@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from composed import compose
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import compose
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import load_split

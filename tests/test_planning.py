@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from composed import compose
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.bench.measure import saved_bytes
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import compose, compose_cell
+from mixlora_exp.config.command import compose_cell
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.resolve import open_session
 from mixlora_exp.config.schema import Config, LoraMethodConfig

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import MixLoraConfig, MixLoraFeedForward
-from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

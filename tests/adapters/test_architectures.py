@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter, set_kernel
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.models import load_model
 from mixlora_exp.models.parameters import count_parameters

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,7 +21,6 @@ from mixlora_exp.adapters import attach_adapter, load_adapter, load_adapters, sa
 from mixlora_exp.adapters.based import refusal
 from mixlora_exp.adapters.hosting import check_shareable
 from mixlora_exp.adapters.model import MixLoraModel
-from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import BaseIdentity, build_hf_config, load_model, load_tokenizer, read_base
 

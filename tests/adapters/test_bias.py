@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,7 +20,6 @@ from mixlora_exp.adapters import MixLoraFeedForward, load_adapters, set_kernel
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.rows import Segment
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model, load_tokenizer
 
 KERNELS = ("exact", "shared", "peft", "reference")

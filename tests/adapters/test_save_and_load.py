@@ -9,10 +9,10 @@ from pathlib import Path
 import peft.peft_model
 import pytest
 import torch
+from composed import compose
 from safetensors import SafetensorError
 
 from mixlora_exp.adapters import MixLoraFeedForward, attach_adapter, load_adapter, save_adapter
-from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from composed import compose
 
 from mixlora_exp.bench.kinds.adapters import benchmark_several
 from mixlora_exp.bench.model import base_model, model_config
 from mixlora_exp.bench.several_memory import account, resident
 from mixlora_exp.bench.several_report import several_markdown
 from mixlora_exp.bench.several_steps import AdapterOptions, Joint
-from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.memory import kept_per_token

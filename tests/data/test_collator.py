@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from composed import compose
 from transformers import PreTrainedModel
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import LossOn
 from mixlora_exp.data.collator import Collator, pad_left
 from mixlora_exp.data.encoding import Example, encode_examples

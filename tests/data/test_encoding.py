@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from composed import compose
 from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import AnswerForm, DataConfig, DataSource
 from mixlora_exp.data.encoding import encode_examples, encode_questions
 from mixlora_exp.data.sources import load_split

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from composed import compose
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import fingerprint, fingerprint_of, to_dict
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from composed import compose
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import (
     AnswerForm,
     ArcLabels,

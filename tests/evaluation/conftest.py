@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from composed import compose
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import DataConfig, DataSource
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.evaluation import Scorer

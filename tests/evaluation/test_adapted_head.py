@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer as stock
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import set_kernel
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import DataConfig, EvaluationConfig
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.evaluation import score_tests

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from tokenizers import processors
 
 from mixlora_exp.cli.lm_eval import _settled
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import DataConfig, DataSource, EvaluationConfig, Protocol
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.data.sources import load_split

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from transformers import PreTrainedModel
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import small_gguf
 import torch
+from composed import compose
 from converting_processes import Converting
 from transformers import PreTrainedModel
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import identify, load_model, load_tokenizer, pypi

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as transformers_initialization
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import ModelConfig, ModelSource, Weights
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import build_hf_config, has_local_tokenizer, load_model, load_tokenizer

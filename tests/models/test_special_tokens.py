@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import AnswerForm, DataConfig, DataSource, ModelConfig
 from mixlora_exp.data.encoding import encode_examples, encode_questions
 from mixlora_exp.errors import UserError

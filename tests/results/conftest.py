@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composed import compose
 from table_cells import SMALL, five
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.models.parameters import count_parameters

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from composed import compose
 from table_cells import PAPER, block, row
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.results.build import gather
 from mixlora_exp.results.paper import METHODS, MIXTURES, TASK_TITLES, contradictions, read_paper

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composed import compose
 from rich.console import Console
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import TASK_NAMES
 from mixlora_exp.records import show

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from composed import compose
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.build import gather

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composed import compose
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
@@ -25,7 +25,7 @@ SMALL = [
 
 
 def config_for(folder: Path, *overrides: str) -> Config:
-    return compose([*SMALL, f"output_dir={folder}", *overrides])
+    return replace(compose([*SMALL, *overrides]), output_dir=str(folder))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from forked import CONTEXT
 from opens import opens_below
 from safetensors.torch import load_file, save_file
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.models.unchanged import SETTLED

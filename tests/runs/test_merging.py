@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
@@ -15,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixlora_exp.adapters import set_kernel
-from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.models import load_model, load_tokenizer

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import fingerprint, run_name, to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split

@@ -13,8 +13,9 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="the package optuna is not installed")
 
+from composed import compose  # noqa: E402
+
 from mixlora_exp.cli.search import run as search  # noqa: E402
-from mixlora_exp.config.command import compose  # noqa: E402
 from mixlora_exp.data.sources import load_split  # noqa: E402
 from mixlora_exp.errors import UserError  # noqa: E402
 from mixlora_exp.runs.ownership import GivenUp  # noqa: E402

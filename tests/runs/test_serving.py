@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli import generate as generation
-from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 from mixlora_exp.serving import answer

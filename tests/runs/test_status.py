@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composed import compose
 
 from mixlora_exp.cli.main import main
-from mixlora_exp.config.command import compose, compose_cell, plan_runs
+from mixlora_exp.config.command import compose_cell, plan_runs
 from mixlora_exp.config.resolve import open_session, run_name, to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import Cell, Plan, compose
+from mixlora_exp.config.command import Cell, Plan
 from mixlora_exp.sweeps import jobs
 from mixlora_exp.sweeps import launch as sweep
 from mixlora_exp.sweeps.jobs import SWEEP, Outcome

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import load_split

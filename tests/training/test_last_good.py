@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 from safetensors.torch import load_file
 
 from mixlora_exp.adapters import load_adapter
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Kernel, KernelConfig
 from mixlora_exp.models import load_model
 

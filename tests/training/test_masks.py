@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from composed import compose
 from encoded import examples_of
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.kernels import DropoutKey
 from mixlora_exp.models import load_tokenizer
 from mixlora_exp.training.job import make_job

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 from encoded import examples_of
 from safetensors.torch import save_file as write_file
 
 from mixlora_exp.adapters import attach_adapter, attach_together
 from mixlora_exp.adapters.hosting import plain_parameters_of
 from mixlora_exp.adapters.model import RouterReport
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.errors import UserError

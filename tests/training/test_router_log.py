@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose
 
 from mixlora_exp.adapters import attach_adapter, attach_together
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.models import load_model, load_tokenizer

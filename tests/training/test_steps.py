@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from composed import compose
 
-from mixlora_exp.config.command import compose
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.training.steps import optimizer_steps, total_steps
 

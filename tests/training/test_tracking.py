@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composed import compose
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import fingerprint
 from mixlora_exp.records.record import read_record
 from mixlora_exp.training import MixLoraTrainer, tracking

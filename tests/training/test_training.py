@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from composed import compose
 
 from mixlora_exp.config.choices import Order
-from mixlora_exp.config.command import compose
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.data.sampler import sampler_of
 from mixlora_exp.errors import UserError
