@@ -105,15 +105,15 @@ def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k, em
     own = experts[filled]
     assert torch.equal(made.tokens[made.position], token)
     assert torch.equal(made.weights[made.position].squeeze(-1), weights[filled].to(dtype))
-    assert torch.equal(made.table[filled], made.position)
-    assert (made.table[~filled] == len(made.tokens)).all()
+    assert torch.equal(made.order[made.position], torch.arange(len(own)))
     assert made.position.unique().numel() == len(own)
     covered = 0
-    for expert, first, end in made.segments:
+    for expert, first, last, end in made.segments:
         assert first == covered
         covered = end
         count = int((own == expert).sum())
         assert count > 0
+        assert last == first + count
         rounded = step if len(own) > rows.ROUND_ROWS else 1
         assert end - first == -(-count // rounded) * rounded
         inside = (made.position >= first) & (made.position < end)
@@ -128,17 +128,37 @@ def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k, em
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bf16"])
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "bool"])
-def test_rows_are_zeroed_by_their_tokens_mask(fresh_seed, dtype, sparse) -> None:
-    """In a new tensor: the frozen path goes on with the rows as they are."""
-    mask = draw_mask((11, 7), 0.4, torch.device("cpu"))
+@pytest.mark.parametrize("size", [3, 64, 10_000])
+def test_pieces_drop_by_their_tokens_mask(fresh_seed, monkeypatch, dtype, sparse, size) -> None:
+    monkeypatch.setattr(rows, "PIECE_ELEMENTS", 0)
+    monkeypatch.setattr(rows, "PIECE_ROWS", size)
+    mask = draw_mask((110, 7), 0.4, torch.device("cpu"))
     if not sparse:
         mask = DropMask(mask.kept(), mask.scale, mask.shape)
-    weights = torch.rand(11, 2) * (torch.rand(11, 2) > 0.2)
-    made = rows.sort_rows(torch.randint(0, 4, (11, 2)), weights, 4, dtype)
-    values = torch.randn(len(made.tokens), 7).to(dtype)
-    before = values.clone()
-    zeroed = made.zero(values, mask)
-    pairs = made.position.flatten()
-    expected = torch.where(mask.kept()[made.tokens], before, 0.0)
-    assert torch.equal(zeroed[pairs], expected[pairs])
-    assert torch.equal(values, before), "the rows themselves were changed"
+    weights = torch.rand(110, 2) * (torch.rand(110, 2) > 0.2)
+    made = rows.sort_rows(torch.randint(0, 4, (110, 2)), weights, 4, dtype)
+    low, b = torch.randn(len(made.tokens), 3).to(dtype), torch.randn(4, 3, 7).to(dtype)
+    before, covered, found = torch.randn(len(made.tokens), 7).to(dtype), 0, []
+    for piece in made.pieces(7, mask):
+        own = piece.span
+        assert own.start == covered
+        covered = own.stop
+        assert covered - own.start <= size + size // 2
+        assert torch.equal(piece.tokens, made.tokens[own])
+        kept = mask.kept()[piece.tokens]
+        zeroed = piece.zero_(before[own].clone())
+        assert torch.equal(zeroed, torch.where(kept, before[own], 0.0))
+        added, plain = before[own].clone(), before[own].clone()
+        piece.add_kept_product(added, low[own], b)
+        piece.add_product(plain, low[own], b)
+        # The dense form rounds the product before it adds it.
+        close = {"rtol": 0.0, "atol": 0.1} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(added, torch.where(kept, plain, before[own]), **close)
+        by_pair = piece.by_pair(torch.ones(len(made.pairs), 1))
+        assert torch.equal(by_pair != 0, piece.weights != 0)
+        found += [(e, s + own.start, f + own.start, z + own.start) for e, s, f, z in piece.segments]
+    assert covered == len(made.tokens)
+    for expert, first, last, end in made.segments:
+        own = [piece for piece in found if piece[0] == expert]
+        assert own[0][1] == first and own[-1][3] == end
+        assert sum(f - s for _, s, f, _ in own) == last - first

@@ -39,15 +39,19 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return functional.gelu(x, approximate=_approximation(activation))
 
 
-def activation_gradient(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
-    """`grad * activation'(x)`."""
+def activation_gradient(
+    grad: Tensor, x: Tensor, activation: Activation, out: Tensor | None = None
+) -> Tensor:
+    """`grad * activation'(x)`, in `out` where it is given."""
     if callable(activation):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            return torch.autograd.grad(activation(leaf), leaf, grad)[0]
+            made = torch.autograd.grad(activation(leaf), leaf, grad)[0]
+        return made if out is None else out.copy_(made)
+    given = {} if out is None else {"grad_input": out}
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, x)
-    return torch.ops.aten.gelu_backward(grad, x, approximate=_approximation(activation))
+        return torch.ops.aten.silu_backward(grad, x, **given)
+    return torch.ops.aten.gelu_backward(grad, x, approximate=_approximation(activation), **given)
 
 
 def _approximation(name: str) -> str:

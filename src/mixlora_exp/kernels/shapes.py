@@ -207,7 +207,7 @@ class Gradients:
     """
 
     def __init__(self, block: FeedForward, dtype: torch.dtype) -> None:
-        dtype = torch.promote_types(dtype, torch.float32)
+        self.dtype = dtype = torch.promote_types(dtype, torch.float32)
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
         self.magnitude: dict[str, Tensor] = {}

@@ -2,7 +2,7 @@
 
 Each expert's low-rank products run over its own rows alone, so they cost K R columns per token
 whatever E is. Sorting reads the experts' counts on the host. Tokens go through in blocks, which
-bounds the memory of what lies between. Kept for the backward pass are x, the frozen products and
+bounds the memory of what lies between, and their rows in pieces that a cache holds. Kept for the backward pass are x, the frozen products and
 the routing; the rest is computed again from them.
 """
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mixlora_exp.kernels.activations import activate, activation_gradient
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
-from mixlora_exp.kernels.mixlora.rows import Rows, blocks, sort_rows, sum_by_token
+from mixlora_exp.kernels.mixlora.rows import Piece, blocks, sort_rows, sum_by_token
 from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
 from mixlora_exp.kernels.shapes import (
     FeedForward,
@@ -34,14 +34,12 @@ Lows = dict[str, LowRank | None]
 
 @dataclass(slots=True)
 class _Hidden:
-    """Gate, up and hidden state of a block's rows, (rows, F) each, and what led to them.
+    """Gate, up and hidden state of a piece's rows, (rows, F) each, and what led to them.
 
-    `raw_*` are gate and up before DoRA's scale; `low_*` (rows, R) are `A x`; `a` (E, R or 2 R, D)
-    is A of gate and up together, since both read the same x.
+    `raw_*` are gate and up before DoRA's scale; `low_*` (rows, R) are `A x`.
     """
 
     x: Tensor
-    a: Tensor | None
     low_gate: Tensor | None
     low_up: Tensor | None
     gate: Tensor
@@ -50,46 +48,54 @@ class _Hidden:
     raw_up: Tensor
     active: Tensor
     hidden: Tensor
-    hidden_low: Tensor
+
+
+def _input_a(lows: Lows) -> Tensor | None:
+    """A of gate and up together (E, R or 2 R, D), since both read the same x."""
+    present = [lows[role].a for role in ("gate", "up") if lows[role] is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+    return torch.cat(present, dim=1)
 
 
 def _adapt(
-    rows: Rows,
+    piece: Piece,
     frozen: Tensor,
     low: Tensor | None,
     projection: LowRank | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(value, value before DoRA's scale, if there is one) of the rows. frozen: (tokens, F)."""
-    value = raw = frozen.index_select(0, rows.tokens)
+    value = raw = piece.by_token(frozen)
     if projection is not None and low is not None:
-        rows.add_product(raw, low, projection.b.transpose(1, 2), projection.factor)
+        piece.add_product(raw, low, projection.b.transpose(1, 2), projection.factor)
         if projection.scale is not None:
-            value = rows.scaled(raw, projection.scale)
+            value = piece.scaled(raw, projection.scale)
     if bias is not None:
         value += bias
     return value, raw
 
 
 def _hidden_of(
-    rows: Rows, x_low: Tensor, gate: Tensor, up: Tensor, block: FeedForward, lows: Lows
+    piece: Piece,
+    x_low: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    block: FeedForward,
+    lows: Lows,
+    a: Tensor | None,
 ) -> _Hidden:
-    """x_low, gate, up: of the block's tokens; block: with its masks cut to them."""
+    """x_low, gate, up: of the block's tokens; a: as of `_input_a`."""
     sides = [lows["gate"], lows["up"]]
-    x = x_low.index_select(0, rows.tokens)
-    present = [side.a for side in sides if side is not None]
-    a, reduced = None, [None, None]
-    if present:
-        a = present[0] if len(present) == 1 else torch.cat(present, dim=1)
-        parts = iter(rows.multiply(x, a.transpose(1, 2)).split([p.shape[1] for p in present], 1))
+    x, reduced = piece.by_token(x_low), [None, None]
+    if a is not None:
+        sizes = [side.a.shape[1] for side in sides if side is not None]
+        parts = iter(piece.multiply(x, a.transpose(1, 2)).split(sizes, 1))
         reduced = [None if side is None else next(parts) for side in sides]
-    gate, raw_gate = _adapt(rows, gate, reduced[0], sides[0], block.gate.bias)
-    up, raw_up = _adapt(rows, up, reduced[1], sides[1], block.up.bias)
+    gate, raw_gate = _adapt(piece, gate, reduced[0], sides[0], block.gate.bias)
+    up, raw_up = _adapt(piece, up, reduced[1], sides[1], block.up.bias)
     active = activate(gate, block.activation)
-    hidden = active * up
-    mask = block.hidden_mask
-    hidden_low = hidden if mask is None else rows.zero(hidden, mask)
-    return _Hidden(x, a, *reduced, gate, raw_gate, up, raw_up, active, hidden, hidden_low)
+    return _Hidden(x, *reduced, gate, raw_gate, up, raw_up, active, active * up)
 
 
 def _forward(
@@ -102,32 +108,36 @@ def _forward(
     filled slot, (P, F) and (P, D), before its scale. `added` is None where it has no experts.
     """
     lows = low_ranks(block, x.dtype)
-    down = lows["down"]
+    a, down = _input_a(lows), lows["down"]
     per_slot = block.down.has_scale
-    count = int((weights != 0).sum()) if per_slot else len(x)
-    hidden = x.new_empty(count, gate.shape[1])
-    added = None if down is None else x.new_empty(count, x.shape[1])
     x_low = x if block.x_mask is None else block.x_mask.zero(x)
-    done = 0
+    hidden, added = [], []
     for first, end in blocks(*experts.shape):
-        rows = sort_rows(experts[first:end], weights[first:end], block.num_experts, x.dtype)
+        span = slice(first, end)
+        rows = sort_rows(experts[span], weights[span], block.num_experts, x.dtype)
         part = block.slice(first, end)
-        h = _hidden_of(rows, x_low[first:end], gate[first:end], up[first:end], part, lows)
-        span = slice(done, done + (len(rows.pairs) if per_slot else end - first))
-        done = span.stop
+        states = x.new_empty(len(rows.tokens), gate.shape[1])
+        adds = None if down is None else x.new_empty(len(rows.tokens), x.shape[1])
+        for piece in rows.pieces(gate.shape[1], part.hidden_mask):
+            h = _hidden_of(piece, x_low[span], gate[span], up[span], part, lows, a)
+            states[piece.span] = h.hidden
+            if down is not None:
+                low = piece.multiply(piece.zero_(h.hidden), down.a.transpose(1, 2))
+                low *= down.factor
+                piece.multiply(low, down.b.transpose(1, 2), adds[piece.span])
+        for found, values in ((hidden, states), (added, adds)):
+            if values is not None:
+                mixed = values[rows.position] if per_slot else rows.combine(values, weighted=True)
+                found.append(mixed)
+    return _joined(hidden), _joined(added) if added else None
 
-        def mixed(values: Tensor, rows: Rows = rows) -> Tensor:
-            return values[rows.position] if per_slot else rows.combine(values, weighted=True)
 
-        hidden[span] = mixed(h.hidden)
-        if down is not None:
-            low = rows.multiply(h.hidden_low, down.a.transpose(1, 2)).mul_(down.factor)
-            added[span] = mixed(rows.multiply(low, down.b.transpose(1, 2)))
-    return hidden, added
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _down_backward(
-    rows: Rows,
+    piece: Piece,
     dhidden: Tensor,
     dadded: Tensor | None,
     h: _Hidden,
@@ -136,60 +146,57 @@ def _down_backward(
     gradients: Gradients,
 ) -> tuple[Tensor, Tensor | None]:
     """(gradient of the rows' hidden states, of the router's weights by row: None per slot, where
-    they are applied later)."""
+    they are applied later). Dropped elements of `h.hidden` are zero afterwards."""
     down, per_slot, dweights = lows["down"], block.down.has_scale, None
-
-    def by_row(values: Tensor) -> Tensor:
-        return rows.of_pairs(values) if per_slot else values.index_select(0, rows.tokens)
-
+    by_row = piece.by_pair if per_slot else piece.by_token
     dhidden = by_row(dhidden)
     if not per_slot:
         dweights = (dhidden * h.hidden).sum(dim=-1)
-        dhidden *= rows.weights
+        dhidden *= piece.weights
     if down is None:
         return dhidden, dweights
-    dout = by_row(dadded)
-    low = rows.multiply(h.hidden_low, down.a.transpose(1, 2))
-    dlow = rows.multiply(dout, down.b)
+    dout, hidden = by_row(dadded), piece.zero_(h.hidden)
+    low = piece.multiply(hidden, down.a.transpose(1, 2))
+    dlow = piece.multiply(dout, down.b)
     factor = down.factor
     if not per_slot:
         dweights = dweights + down.factor * (dlow * low).sum(dim=-1)
-        factor = rows.weights * down.factor
+        factor = piece.weights * down.factor
     dlow = dlow * factor
-    rows.add_outer(gradients.b["down"], dout, low * factor)
-    rows.add_outer(gradients.a["down"], dlow, h.hidden_low)
-    if block.hidden_mask is None:
-        rows.add_product(dhidden, dlow, down.a)
-    else:
-        dhidden += rows.zero(rows.multiply(dlow, down.a), block.hidden_mask)
+    piece.add_outer(gradients.b["down"], dout, low * factor)
+    piece.add_outer(gradients.a["down"], dlow, hidden)
+    piece.add_kept_product(dhidden, dlow, down.a)
     return dhidden, dweights
 
 
 def _sides_backward(
-    rows: Rows, dgate: Tensor, dup: Tensor, h: _Hidden, lows: Lows, gradients: Gradients
-) -> tuple[list[Tensor], Tensor | None]:
-    """(gradients of the frozen products of gate and up, (tokens, F) each; dx through the experts,
-    (tokens, D), None without any)."""
-    frozen, dlows, sizes = [], [], []
-    sides = (("gate", dgate, h.raw_gate, h.low_gate), ("up", dup, h.raw_up, h.low_up))
+    piece: Piece,
+    grads: tuple[Tensor, Tensor],
+    dx: Tensor,
+    h: _Hidden,
+    lows: Lows,
+    gradients: Gradients,
+    a: Tensor | None,
+    da: Tensor | None,
+) -> None:
+    """grads: of gate and up of the rows, (rows, F) each, here made those of the frozen products.
+    dx: (rows, D), gets the gradient of x through the experts. a: as of `_input_a`; da: its
+    gradient, added to."""
+    dlows = []
+    sides = (("gate", grads[0], h.raw_gate, h.low_gate), ("up", grads[1], h.raw_up, h.low_up))
     for role, grad, raw, low in sides:
         adapter = lows[role]
-        if adapter is not None:
-            if adapter.scale is not None:
-                rows.add_sums(gradients.magnitude[role], grad * raw)
-                grad = rows.scaled(grad, adapter.scale)
-            rows.add_outer(gradients.b[role], grad, low * adapter.factor)
-            dlows.append((role, rows.multiply(grad, adapter.b) * adapter.factor))
-            sizes.append(adapter.a.shape[1])
-        frozen.append(rows.combine(grad))
-    if not dlows:
-        return frozen, None
-    dlow = dlows[0][1] if len(dlows) == 1 else torch.cat([part for _, part in dlows], dim=1)
-    da = gradients.a[dlows[0][0]].new_zeros(h.a.shape)
-    rows.add_outer(da, dlow, h.x)
-    for (role, _), part in zip(dlows, da.split(sizes, dim=1), strict=True):
-        gradients.a[role] += part
-    return frozen, rows.combine(rows.multiply(dlow, h.a))
+        if adapter is None:
+            continue
+        if adapter.scale is not None:
+            piece.add_sums(gradients.magnitude[role], raw.mul_(grad))
+            piece.scaled(grad, adapter.scale, grad)
+        piece.add_outer(gradients.b[role], grad, low * adapter.factor)
+        dlows.append(piece.multiply(grad, adapter.b) * adapter.factor)
+    if a is not None:
+        dlow = dlows[0] if len(dlows) == 1 else torch.cat(dlows, dim=1)
+        piece.add_outer(da, dlow, h.x)
+        piece.multiply(dlow, a, dx)
 
 
 class _GroupedHidden(torch.autograd.Function):
@@ -202,39 +209,53 @@ class _GroupedHidden(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dhidden, dadded):
-        x, gate, up, weights, experts, *tensors = ctx.saved_tensors
-        block = unpack(ctx.spec, tensors)
-        per_slot = block.down.has_scale
-        x_low = x if block.x_mask is None else block.x_mask.zero(x)
-        dx = torch.zeros_like(x)
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        dweights = torch.zeros_like(weights)
-        lows, gradients, done = low_ranks(block, x.dtype), Gradients(block, x.dtype), 0
-        with torch.autocast(x.device.type, enabled=False):
-            for first, end in blocks(*experts.shape):
-                span = slice(first, end)
-                rows = sort_rows(experts[span], weights[span], block.num_experts, x.dtype)
-                part = block.slice(first, end)
-                h = _hidden_of(rows, x_low[span], gate[span], up[span], part, lows)
-                made = slice(done, done + (len(rows.pairs) if per_slot else end - first))
-                done = made.stop
-                part_dadded = None if dadded is None else dadded[made]
-                dh, dpairs = _down_backward(
-                    rows, dhidden[made], part_dadded, h, part, lows, gradients
-                )
-                if dpairs is not None:
-                    dweights[span].view(-1)[rows.pairs] = dpairs[rows.position].to(dweights.dtype)
-                side_up = dh * h.active
-                side_gate = activation_gradient(dh.mul_(h.up), h.gate, block.activation)
-                (dgate[span], dup[span]), dx_low = _sides_backward(
-                    rows, side_gate, side_up, h, lows, gradients
-                )
-                if dx_low is not None:
-                    mask = part.x_mask
-                    dx[span] = dx_low if mask is None else mask.zero(dx_low)
-        # Of the down projection's magnitude `_ScaledSum` has the gradient.
-        flat = gradients.flat(block)
-        return None, dx, dgate, dup, dweights, None, *flat
+        with torch.autocast(dhidden.device.type, enabled=False):
+            return _gradients(ctx, dhidden, dadded)
+
+
+def _gradients(ctx, dhidden: Tensor, dadded: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of `_GroupedHidden.forward`'s arguments."""
+    x, gate, up, weights, experts, *tensors = ctx.saved_tensors
+    block = unpack(ctx.spec, tensors)
+    per_slot, width = block.down.has_scale, gate.shape[1]
+    x_low = x if block.x_mask is None else block.x_mask.zero(x)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    dx, dweights = torch.zeros_like(x), torch.zeros_like(weights)
+    lows, gradients, done = low_ranks(block, x.dtype), Gradients(block, x.dtype), 0
+    a = _input_a(lows)
+    da = None if a is None else torch.zeros_like(a, dtype=gradients.dtype)
+    for first, end in blocks(*experts.shape):
+        span = slice(first, end)
+        rows = sort_rows(experts[span], weights[span], block.num_experts, x.dtype)
+        part = block.slice(first, end)
+        made = slice(done, done + (len(rows.pairs) if per_slot else end - first))
+        done = made.stop
+        count = len(rows.tokens)
+        row_gate, row_up = x.new_empty(count, width), x.new_empty(count, width)
+        row_x, row_weights = x.new_empty(count, x.shape[1]), x.new_empty(count)
+        for piece in rows.pieces(width, part.hidden_mask):
+            own = piece.span
+            h = _hidden_of(piece, x_low[span], gate[span], up[span], part, lows, a)
+            part_dadded = None if dadded is None else dadded[made]
+            dh, dpairs = _down_backward(piece, dhidden[made], part_dadded, h, part, lows, gradients)
+            if dpairs is not None:
+                row_weights[own] = dpairs
+            sides = row_gate[own], row_up[own]
+            torch.mul(dh, h.active, out=sides[1])
+            activation_gradient(dh.mul_(h.up), h.gate, block.activation, sides[0])
+            _sides_backward(piece, sides, row_x[own], h, lows, gradients, a, da)
+        dgate[span], dup[span] = rows.combine(row_gate), rows.combine(row_up)
+        if not per_slot:
+            dweights[span].view(-1)[rows.pairs] = row_weights[rows.position].to(weights.dtype)
+        if a is not None:
+            dx_low, mask = rows.combine(row_x), part.x_mask
+            dx[span] = dx_low if mask is None else mask.zero(dx_low)
+    if da is not None:
+        roles = [role for role in ("gate", "up") if lows[role] is not None]
+        sizes = [lows[role].a.shape[1] for role in roles]
+        gradients.a.update(zip(roles, da.split(sizes, dim=1), strict=True))
+    # Of the down projection's magnitude `_ScaledSum` has the gradient.
+    return None, dx, dgate, dup, dweights, None, *gradients.flat(block)
 
 
 class _ScaledSum(torch.autograd.Function):

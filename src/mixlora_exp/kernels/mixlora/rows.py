@@ -11,12 +11,20 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.dropout import DropMask
 
-__all__ = ["Rows", "blocks", "sort_rows", "sum_by_token"]
+__all__ = ["Piece", "Rows", "blocks", "sort_rows", "sum_by_token"]
 
 BLOCK_ROWS = 2048
 # oneDNN, which computes bf16 products, compiles a kernel for each new shape: rounded to this many
 # rows, an expert's share has few shapes (7 times faster than without at D = 576).
 ROUND_ROWS = 32
+# What is done to a piece of the rows, one operation after another, should find it in a core's
+# cache: an operation on matrices of 2,048 rows from memory takes up to five times as long.
+PIECE_ELEMENTS = 2**19
+PIECE_ROWS = 128
+"""A piece has at least as many, where there are: products of fewer rows are slow."""
+
+Segment = tuple[int, int, int, int]
+"""(expert, first row, end of the filled rows, end)."""
 
 
 def sum_by_token(
@@ -34,77 +42,167 @@ def sum_by_token(
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Some of the rows of `Rows`, one after another, few enough for a cache.
+
+    span: which rows. pairs, tokens: (rows,), of which of the filled pairs and of which token each
+    is. weights: (rows, 1), zero of what fills up. segments: their rows count from the piece's
+    first. dropped: flat numbers of the elements of (rows, F) that dropout zeroes, or (rows, F)
+    bool, true where it does not, or None for no dropout.
+    """
+
+    span: slice
+    pairs: Tensor
+    tokens: Tensor
+    weights: Tensor
+    segments: list[Segment]
+    dropped: Tensor | None
+
+    def by_pair(self, values: Tensor) -> Tensor:
+        """(rows, width) of what is by filled pair, (P, width); rows that fill up are zero."""
+        out = values.index_select(0, self.pairs)
+        for _, _, filled, end in self.segments:
+            if filled < end:
+                out[filled:end].zero_()
+        return out
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """(rows, width) of what is by token."""
+        return values.index_select(0, self.tokens)
+
+    def multiply(self, rows: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
+        """Each row times its expert's matrix. rows: (rows, in); matrices: (E, in, out)."""
+        out = rows.new_empty(rows.shape[0], matrices.shape[-1]) if out is None else out
+        for expert, first, _, end in self.segments:
+            torch.mm(rows[first:end], matrices[expert], out=out[first:end])
+        return out
+
+    def add_product(self, out: Tensor, rows: Tensor, matrices: Tensor, factor: float = 1) -> None:
+        """`out += factor * rows @ matrix of the row's expert`, in place."""
+        for expert, first, _, end in self.segments:
+            out[first:end].addmm_(rows[first:end], matrices[expert], alpha=factor)
+
+    def add_outer(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """`out[e] += left^T right` over the rows of each expert. out: (E, l, r)."""
+        for expert, first, _, end in self.segments:
+            one, other = left[first:end], right[first:end]
+            if one.shape[1] > other.shape[1]:
+                # Of the two forms of the product the faster.
+                out[expert].T.add_(torch.mm(other.T, one))
+            else:
+                out[expert].add_(torch.mm(one.T, other))
+
+    def scaled(self, rows: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
+        """Each row times its expert's row of `factors` (E, width), elementwise."""
+        out = torch.empty_like(rows) if out is None else out
+        for expert, first, _, end in self.segments:
+            torch.mul(rows[first:end], factors[expert], out=out[first:end])
+        return out
+
+    def add_sums(self, out: Tensor, rows: Tensor) -> None:
+        """`out[e] +=` the sum of the rows of each expert. out: (E, width)."""
+        for expert, first, _, end in self.segments:
+            out[expert].add_(rows[first:end].sum(dim=0, dtype=out.dtype))
+
+    def zero_(self, rows: Tensor) -> Tensor:
+        """`rows` (rows, F) with the dropped elements zero, in place."""
+        if self.dropped is None:
+            return rows
+        if self.dropped.dim() == 2:
+            return rows.mul_(self.dropped)
+        rows.view(-1).index_fill_(0, self.dropped, 0.0)
+        return rows
+
+    def add_kept_product(self, out: Tensor, rows: Tensor, matrices: Tensor) -> None:
+        """`add_product` to the elements of `out` (rows, F) that dropout keeps."""
+        if self.dropped is None:
+            self.add_product(out, rows, matrices)
+        elif self.dropped.dim() == 2:
+            out += self.zero_(self.multiply(rows, matrices))
+        else:
+            # Put back what is dropped, a twentieth: quicker than to add a second matrix.
+            flat = out.view(-1)
+            before = flat.index_select(0, self.dropped)
+            self.add_product(out, rows, matrices)
+            flat.index_copy_(0, self.dropped, before)
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The filled (token, slot) pairs of one block, sorted by expert.
 
     pairs (P,): their numbers `token K + slot`, ascending; counts (tokens,): how many a token has;
-    position (P,): where a pair's row is; shares (P,): the pairs' weights; table (tokens, K): the
-    row of each slot, for an empty one the number of rows. tokens (rows,): row to token; weights
-    (rows, 1); segments: (expert, first row, end). Rows that fill up a segment repeat one of its
-    tokens with weight 0.
+    position (P,): where a pair's row is; shares (P,): the pairs' weights. Of each row: order
+    (rows,), of which of the pairs it is; tokens (rows,), of which token; weights (rows, 1). Rows
+    that fill up a segment repeat one of its tokens with weight 0.
     """
 
     pairs: Tensor
     counts: Tensor
     position: Tensor
     shares: Tensor
-    table: Tensor
+    order: Tensor
     tokens: Tensor
     weights: Tensor
-    segments: list[tuple[int, int, int]]
+    segments: list[Segment]
 
     def combine(self, rows: Tensor, *, weighted: bool = False) -> Tensor:
         """Sum over the slots of each token, with or without their weights: (tokens, width)."""
         return sum_by_token(rows, self.position, self.counts, self.shares if weighted else None)
 
-    def of_pairs(self, values: Tensor) -> Tensor:
-        """(rows, width) of what is by pair, (P, width); rows that fill up are zero."""
-        out = values.new_zeros(len(self.tokens), values.shape[-1])
-        out[self.position] = values
-        return out
+    def pieces(self, width: int, mask: DropMask | None) -> Iterator[Piece]:
+        """All rows in pieces; width: F; mask: of the block's hidden states, (tokens, F)."""
+        most = max(PIECE_ROWS, PIECE_ELEMENTS // width // ROUND_ROWS * ROUND_ROWS)
+        cuts: list[list[Segment]] = []
+        size = most
+        for expert, first, filled, end in self.segments:
+            while first < end:
+                if size >= most or size + end - first > most + most // 2:
+                    cuts.append([])
+                    size = 0
+                stop = end if size + end - first <= most + most // 2 else first + most
+                cuts[-1].append((expert, first, max(first, min(filled, stop)), stop))
+                size += stop - first
+                first = stop
+        dropped = _Dropped(mask)
+        for own in cuts:
+            start, end = own[0][1], own[-1][3]
+            segments = [(e, s - start, f - start, z - start) for e, s, f, z in own]
+            pairs, tokens, weights = (v[start:end] for v in (self.order, self.tokens, self.weights))
+            yield Piece(slice(start, end), pairs, tokens, weights, segments, dropped.of(tokens))
 
-    def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        """Each row times its expert's matrix. rows: (rows, in); matrices: (E, in, out)."""
-        out = rows.new_empty(rows.shape[0], matrices.shape[-1])
-        for expert, first, end in self.segments:
-            torch.mm(rows[first:end], matrices[expert], out=out[first:end])
-        return out
 
-    def add_product(self, out: Tensor, rows: Tensor, matrices: Tensor, factor: float = 1) -> None:
-        """`out += factor * rows @ matrix of the row's expert`, in place."""
-        for expert, first, end in self.segments:
-            out[first:end].addmm_(rows[first:end], matrices[expert], alpha=factor)
+class _Dropped:
+    """`Piece.dropped`, by a mask of the block's hidden states, (tokens, F)."""
 
-    def add_outer(self, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """`out[e] += left^T right` over the rows of each expert. out: (E, l, r)."""
-        for expert, first, end in self.segments:
-            out[expert].add_(torch.mm(left[first:end].T, right[first:end]))
+    def __init__(self, mask: DropMask | None) -> None:
+        self.mask = mask
+        if mask is None:
+            return
+        if mask.is_sparse:
+            self.elements = mask.elements.long()
+            # Where each token's elements begin and end.
+            starts = torch.arange(mask.shape[0] + 1) * mask.shape[1]
+            self.limits = torch.searchsorted(self.elements, starts)
+        else:
+            self.kept = mask.kept()
 
-    def scaled(self, rows: Tensor, factors: Tensor) -> Tensor:
-        """Each row times its expert's row of `factors` (E, width), elementwise: a new tensor."""
-        out = torch.empty_like(rows)
-        for expert, first, end in self.segments:
-            torch.mul(rows[first:end], factors[expert], out=out[first:end])
-        return out
-
-    def add_sums(self, out: Tensor, rows: Tensor) -> None:
-        """`out[e] +=` the sum of the rows of each expert. out: (E, width)."""
-        for expert, first, end in self.segments:
-            out[expert].add_(rows[first:end].sum(dim=0, dtype=out.dtype))
-
-    def zero(self, rows: Tensor, mask: DropMask) -> Tensor:
-        """`rows` with the elements zero that `mask`, over the block's tokens, drops."""
-        if not mask.is_sparse:
-            return torch.where(mask.elements[self.tokens], rows, 0.0)
-        width = mask.shape[1]
-        token = torch.div(mask.elements, width, rounding_mode="floor")
-        column = mask.elements - token * width
-        elements = (self.table[token] * width + column.unsqueeze(1)).flatten()
-        # One row more, for what empty slots name.
-        out = rows.new_empty(len(rows) + 1, width)
-        out[:-1] = rows
-        out.view(-1).index_fill_(0, elements, 0.0)
-        return out[:-1]
+    def of(self, tokens: Tensor) -> Tensor | None:
+        """tokens: (rows,), the token of each row."""
+        if self.mask is None:
+            return None
+        if not self.mask.is_sparse:
+            return self.kept[tokens]
+        first = self.limits[tokens]
+        each = self.limits[tokens + 1] - first
+        ends = each.cumsum(0)
+        total = int(ends[-1])
+        # The elements of a row's token, moved to the row.
+        source = (first - ends + each).repeat_interleave(each, output_size=total)
+        source += torch.arange(total)
+        shift = (torch.arange(len(tokens)) - tokens) * self.mask.shape[1]
+        moved = shift.repeat_interleave(each, output_size=total)
+        return moved.add_(self.elements.index_select(0, source))
 
 
 def sort_rows(experts: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> Rows:
@@ -129,18 +227,18 @@ def sort_rows(experts: Tensor, weights: Tensor, num_experts: int, dtype: torch.d
     row_weights[places] = shares[order]
     position = torch.empty_like(order)
     position[order] = places
-    ends = rounded.cumsum(0).tolist()
-    starts = [0, *ends]
-    segments = [(e, s, z) for e, (s, z) in enumerate(zip(starts, ends, strict=False)) if s < z]
+    ends = rounded.cumsum(0)
+    starts = ends - rounded
+    limits = zip(*(each.tolist() for each in (starts, starts + numbers, ends)), strict=True)
+    segments = [(e, s, f, z) for e, (s, f, z) in enumerate(limits) if s < z]
     tokens = torch.div(pairs[chosen], top_k, rounding_mode="floor")
-    table = torch.full(experts.shape, len(chosen)).masked_scatter_(filled, position)
     weights = row_weights.unsqueeze(1)
-    return Rows(pairs, filled.sum(dim=1), position, shares, table, tokens, weights, segments)
+    return Rows(pairs, filled.sum(dim=1), position, shares, chosen, tokens, weights, segments)
 
 
 def blocks(tokens: int, top_k: int) -> Iterator[tuple[int, int]]:
     """Token ranges of equal size whose pairs number about `BLOCK_ROWS` at most."""
     count = max(1, -(-tokens * top_k // BLOCK_ROWS))
     size = max(1, -(-tokens // count))
-    for start in range(0, tokens, size):
+    for start in range(0, max(tokens, 1), size):
         yield start, min(start + size, tokens)
