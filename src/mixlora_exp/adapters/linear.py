@@ -92,7 +92,6 @@ class FusedLinear(KeepsShadow, RowsLinear):
         name = None if args else self._fused_adapter(kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        # On a CPU one function for several layers saves nothing.
         if self.siblings is None or self.steps_on(x.device) is None:
             (y,) = self.compute(x, [self], name)
         else:

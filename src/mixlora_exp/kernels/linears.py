@@ -1,10 +1,11 @@
 """LoRA and DoRA of linear layers that share their input, as one function of it.
 
-What is not a plain product takes five steps, which `steps_on` a device gives: Triton kernels, or
-tensor operations for the compiler to fuse. Beside the frozen products a group of G projections
-takes on a GPU, forward, one launch for all `A x` and one per projection; backward, two per
-projection, one for all gradients of A and one for that of x. Kept for the backward pass are x,
-`A x` and, for DoRA, the frozen product.
+What is not a plain product takes five steps, which `steps_on` a device gives: Triton kernels,
+tensor operations for the compiler to fuse, or operations in place for eager code on a CPU. Beside
+the frozen products a group of G projections takes on a GPU, forward, one launch for all `A x` and
+one per projection; backward, two per projection, one for all gradients of A and one for that of x.
+Kept for the backward pass are x, `A x` and, for DoRA, the frozen product, on a CPU with what A and
+B add to it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixlora_exp.kernels import plain_linear
+from mixlora_exp.kernels import eager_linear, plain_linear
 from mixlora_exp.kernels.frozen import Frozen
 from mixlora_exp.kernels.lora import PER_PART, LowRankPart, described, flat, rebuilt
 
@@ -27,13 +28,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def steps_on(device: torch.device) -> ModuleType | None:
-    """The steps of `linears` on a device; None where `lora_add` serves better, as on a CPU that
-    runs eager code."""
+    """The steps of `linears` on a device; None on a GPU without Triton, where `lora_add` serves."""
     if device.type == "cuda" and HAS_TRITON:
         from mixlora_exp.kernels.triton import linear_launch
 
         return linear_launch
-    return plain_linear if torch.compiler.is_compiling() else None
+    if torch.compiler.is_compiling():
+        return plain_linear
+    return eager_linear if device.type == "cpu" else None
 
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,8 @@
 
 Each expert's low-rank products run over its own rows alone, so they cost K R columns per token
 whatever E is. Sorting reads the experts' counts on the host. Tokens go through in blocks, which
-bounds the memory of what lies between, and their rows in pieces that a cache holds. Kept for the backward pass are x, the frozen products and
-the routing; the rest is computed again from them.
+bounds the memory of what lies between, and their rows in pieces that a cache holds. Kept for the
+backward pass are x, the frozen products and the routing; the rest is computed again from them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mixlora_exp.kernels.activations import activate, activation_gradient
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
-from mixlora_exp.kernels.mixlora.rows import Piece, blocks, sort_rows, sum_by_token
+from mixlora_exp.kernels.mixlora.rows import Piece, Rows, blocks, sort_rows, sum_by_token
 from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
 from mixlora_exp.kernels.shapes import (
     FeedForward,
@@ -111,7 +111,8 @@ def _forward(
     a, down = _input_a(lows), lows["down"]
     per_slot = block.down.has_scale
     x_low = x if block.x_mask is None else block.x_mask.zero(x)
-    hidden, added = [], []
+    count = int((weights != 0).sum()) if per_slot else len(x)
+    hidden, added, done = None, None, 0
     for first, end in blocks(*experts.shape):
         span = slice(first, end)
         rows = sort_rows(experts[span], weights[span], block.num_experts, x.dtype)
@@ -125,15 +126,27 @@ def _forward(
                 low = piece.multiply(piece.zero_(h.hidden), down.a.transpose(1, 2))
                 low *= down.factor
                 piece.multiply(low, down.b.transpose(1, 2), adds[piece.span])
-        for found, values in ((hidden, states), (added, adds)):
-            if values is not None:
-                mixed = values[rows.position] if per_slot else rows.combine(values, weighted=True)
-                found.append(mixed)
-    return _joined(hidden), _joined(added) if added else None
+
+        def mixed(values: Tensor, rows: Rows = rows) -> Tensor:
+            return values[rows.position] if per_slot else rows.combine(values, weighted=True)
+
+        made = slice(done, done + (len(rows.pairs) if per_slot else end - first))
+        done = made.stop
+        hidden = _placed(hidden, made, mixed(states), count)
+        if adds is not None:
+            added = _placed(added, made, mixed(adds), count)
+    return hidden, added
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _placed(whole: Tensor | None, span: slice, values: Tensor, count: int) -> Tensor:
+    """`values` in the rows `span` of `whole` (count, width), which is made at the first; itself
+    where it is all of them."""
+    if len(values) == count:
+        return values
+    if whole is None:
+        whole = values.new_empty(count, *values.shape[1:])
+    whole[span] = values
+    return whole
 
 
 def _down_backward(
@@ -219,8 +232,7 @@ def _gradients(ctx, dhidden: Tensor, dadded: Tensor | None) -> tuple[Tensor | No
     block = unpack(ctx.spec, tensors)
     per_slot, width = block.down.has_scale, gate.shape[1]
     x_low = x if block.x_mask is None else block.x_mask.zero(x)
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    dx, dweights = torch.zeros_like(x), torch.zeros_like(weights)
+    dgate, dup, dx, dweights = None, None, None, torch.zeros_like(weights)
     lows, gradients, done = low_ranks(block, x.dtype), Gradients(block, x.dtype), 0
     a = _input_a(lows)
     da = None if a is None else torch.zeros_like(a, dtype=gradients.dtype)
@@ -244,12 +256,13 @@ def _gradients(ctx, dhidden: Tensor, dadded: Tensor | None) -> tuple[Tensor | No
             torch.mul(dh, h.active, out=sides[1])
             activation_gradient(dh.mul_(h.up), h.gate, block.activation, sides[0])
             _sides_backward(piece, sides, row_x[own], h, lows, gradients, a, da)
-        dgate[span], dup[span] = rows.combine(row_gate), rows.combine(row_up)
+        dgate = _placed(dgate, span, rows.combine(row_gate), len(x))
+        dup = _placed(dup, span, rows.combine(row_up), len(x))
         if not per_slot:
             dweights[span].view(-1)[rows.pairs] = row_weights[rows.position].to(weights.dtype)
         if a is not None:
             dx_low, mask = rows.combine(row_x), part.x_mask
-            dx[span] = dx_low if mask is None else mask.zero(dx_low)
+            dx = _placed(dx, span, dx_low if mask is None else mask.zero(dx_low), len(x))
     if da is not None:
         roles = [role for role in ("gate", "up") if lows[role] is not None]
         sizes = [lows[role].a.shape[1] for role in roles]
