@@ -13,7 +13,7 @@ from torch import Tensor
 from mixlora_exp.kernels.lora import LowRankPart
 from mixlora_exp.kernels.plain_linear import supports
 
-__all__ = ["gradients_of_a", "input_gradient", "low", "scaled", "supports", "unscaled"]
+__all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]
 
 HASHED = False
 """Whether masks have to be made by a hash."""
@@ -21,6 +21,11 @@ HASHED = False
 
 def _dropped(x: Tensor, part: LowRankPart) -> Tensor:
     return x if part.mask is None else part.mask.zero(x)
+
+
+def missing(part: LowRankPart) -> float:
+    """The factor that `low` does not have yet: none."""
+    return 1.0
 
 
 def low(x: Tensor, parts: Sequence[LowRankPart]) -> list[Tensor]:
