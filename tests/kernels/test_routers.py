@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,8 +15,6 @@ from mixlora_exp.kernels import (
     Router,
     Routing,
     make_router,
-    router,
-    router_loss,
 )
 from mixlora_exp.kernels.lora import LowRankPart, lora_add
 from mixlora_exp.kernels.routing import ROUTERS as REGISTERED
@@ -26,6 +22,10 @@ from mixlora_exp.kernels.routing import ROUTERS as REGISTERED
 ROUTERS = [
     pytest.param("top_k", {}, id="top_k"),
     pytest.param("top_k", {"precision": "bfloat16"}, id="top_k, rounded"),
+    pytest.param("top_k", {"z_loss": 0.01, "temperature": 3}, id="top_k, z-loss"),
+    pytest.param("dense", {}, id="dense"),
+    pytest.param("threshold", {"shifted_loss": True}, id="threshold"),
+    pytest.param("threshold", {"t_max": 0.9, "shifted_loss": True}, id="threshold, high"),
 ]
 """Name and options."""
 
@@ -164,40 +164,3 @@ def test_settings_come_from_the_adapter_and_options_from_their_own_place() -> No
         made("top_k", {"p": 0.3})
     with pytest.raises(ValueError, match="router='best' is unknown: choose from .*top_k"):
         made("best", {})
-
-
-def test_a_router_may_hold_more_weights_and_a_loss_of_its_own(monkeypatch) -> None:
-    """As one with a learnt threshold (AdaMoLE) does: some rows have one expert, some all."""
-    monkeypatch.setattr("mixlora_exp.kernels.routing.ROUTERS", {})
-
-    @router("threshold")
-    @dataclass(frozen=True, kw_only=True)
-    class Threshold(Router):
-        highest: float = 0.2
-
-        def initial(self, width: int) -> dict[str, Tensor]:
-            return {**super().initial(width), "threshold": torch.randn(1, width)}
-
-        def route(self, x, weights, *, training=False, fused=False) -> Routing:
-            logits = x @ weights[""].T
-            shares = logits.softmax(dim=-1)
-            above = shares - self.highest * (x @ weights["threshold"].T).sigmoid()
-            kept, experts = above.clamp(min=0).sort(dim=-1, descending=True)
-            total = kept.sum(dim=-1, keepdim=True)
-            return Routing(logits, shares, experts, kept / total, {"above": above})
-
-        def statistics(self, routing, mask) -> dict[str, Tensor]:
-            found = super().statistics(routing, mask)
-            return {**found, "above": routing.extra["above"].mean(dim=0)}
-
-        def auxiliary_loss(self, statistics) -> Tensor:
-            return router_loss(statistics["fractions"], statistics["above"], pooled=False)
-
-    own = make_router("threshold", {"num_experts": 5, "top_k": 5}, {"highest": 0.15})
-    routing, weights, _ = decide(own)
-    assert len(routing.filled.sum(dim=1).unique()) > 1
-    found = own.statistics(routing.detached(), None)
-    assert not found["above"].requires_grad
-    each = own.statistics(routing, None)
-    own.auxiliary_loss({name: value[None] for name, value in each.items()}).backward()
-    assert all(weight.grad.abs().max() > 0 for weight in weights.values())

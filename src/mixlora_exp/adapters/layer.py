@@ -104,6 +104,9 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         projections = {role: self.frozen(role) for role in ROLES}
         for name, weight in initial_weights(config, router, projections).items():
             self._parameters_called(name)[adapter_name] = nn.Parameter(weight)
+        if not router.trained:
+            names = tuple(n for n in self.adapter_layer_names if n.startswith("lora_router"))
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: names}
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -114,7 +117,7 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         if self.row_map:
             assert kept is None, "the rows of several adapters are computed together"
             return several_feed_forward(self, x)
-        active = [name for name in self.active_adapters if name in self.lora_router]
+        active = [name for name in self.active_adapters if name in self.router]
         if self.disable_adapters or not active:
             x = x if kept is None else x.flatten(0, -2)[kept]
             return self.base_layer(x, *args, **kwargs)
@@ -152,7 +155,10 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         }
         fused = kernel.device is not None
         mask = self.row_map.real(adapter, len(rows), rows.device)
-        routing = router.route_masked(rows, held, mask, training=self.training, fused=fused)
+        routing = router.route_masked(
+            rows, held, mask, training=self.training, fused=fused,
+            key=self.dropout_keys.get(adapter),
+        )  # fmt: skip
         # Without its rows, which the report does not need.
         self.routings[adapter] = replace(routing, rows=None)
         return routing

@@ -31,7 +31,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
 
     def is_whole(segment: Segment) -> bool:
         """Whether the segment's kernel computes the frozen products itself."""
-        return kernel.stage is None and segment.adapter in layer.lora_router
+        return kernel.stage is None and segment.adapter in layer.router
 
     with torch.autocast(x.device.type, enabled=False):
         inputs = rows.to(dtype)
@@ -46,11 +46,11 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
                 outputs.append(layer.run(own, adapter, dtype))
                 continue
             sides = take(gates, segment), take(ups, segment)
-            if adapter in layer.lora_router:
+            if adapter in layer.router:
                 routing = layer.route(own, adapter, kernel)
                 own = own if routing.rows is None else routing.rows
                 block = layer.block(adapter, len(own), dtype)
-                hidden, finish = kernel.stage(own.to(dtype), *sides, routing, block)
+                hidden, finish = kernel.staged(own.to(dtype), *sides, routing, block)
             else:
                 hidden, finish = _plain_stage(layer, own.to(dtype), *sides, adapter)
             outputs.append(None)

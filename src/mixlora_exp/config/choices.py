@@ -34,6 +34,11 @@ class RouterLossPooling(Enum):
     all = "all"
 
 
+class RouterLossReduction(Enum):
+    mean = "mean"
+    sum = "sum"
+
+
 class RouterPrecision(Enum):
     """Precision of the router logits (router times hidden state). Near ties, it decides which
     expert a token gets."""

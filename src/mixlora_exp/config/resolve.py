@@ -63,6 +63,7 @@ LATER = {
     ("method", "router"): "top_k",
     ("trainer", "compile"): "off",
     ("method", "router_options"): {},
+    ("method", "router_loss_reduction"): "mean",
 }
 """Fields added later, by group and name, with the value that keeps the earlier behaviour: older
 runs keep their fingerprints, and thus their names."""

@@ -8,7 +8,13 @@ from math import isfinite
 from typing import Any
 
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
-from mixlora_exp.config.choices import Router, RouterLoss, RouterLossPooling, RouterPrecision
+from mixlora_exp.config.choices import (
+    Router,
+    RouterLoss,
+    RouterLossPooling,
+    RouterLossReduction,
+    RouterPrecision,
+)
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -58,6 +64,11 @@ def _setting(default: Any, help: str, rule: str = "", valid: Callable[..., bool]
     return field(**kind, metadata={"help": help, "rule": rule, "valid": valid})
 
 
+def _word(value: Any) -> Any:
+    """An enumeration's value, which files have in its place."""
+    return getattr(value, "value", value)
+
+
 @dataclass(kw_only=True)
 class MixtureSettings:
     """Settings of MixLoRA in addition to LoRA's: the single definition of names, defaults, help and
@@ -68,13 +79,13 @@ class MixtureSettings:
     )
     top_k: int = _setting(
         2,
-        "Experts per token (K).",
+        "Experts per token (K); routers that choose their number do not read it.",
         "must be in [1, num_experts={num_experts}]",
         lambda value, all: 1 <= value <= all.num_experts,
     )
     router: Router = _setting(Router.top_k, "How experts are chosen.")
-    router_options: dict[str, float] = _setting(
-        {}, "Numbers that this router alone has, by name; see its file in kernels/routers/."
+    router_options: dict[str, Any] = _setting(
+        {}, "What this router alone has, by name; see its file in kernels/routers/."
     )
     router_loss_coef: float = _setting(
         1e-3,
@@ -88,6 +99,12 @@ class MixtureSettings:
     router_loss_pooling: RouterLossPooling = _setting(
         RouterLossPooling.layer,
         "'layer': loss per layer, averaged; 'all': statistics of all layers.",
+    )
+    router_loss_reduction: RouterLossReduction = _setting(
+        RouterLossReduction.mean,
+        "Of the routers' losses: 'mean', or 'sum' for parity with an original.",
+        "needs router_loss_pooling=layer",
+        lambda value, all: _word(value) == "mean" or _word(all.router_loss_pooling) == "layer",
     )
     router_init_std: float = _setting(
         0.02,

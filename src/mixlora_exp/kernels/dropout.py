@@ -131,7 +131,7 @@ class DropoutKey:
     def __post_init__(self) -> None:
         # Tensors of the usual parts: as numbers they would be part of a compiled layer's code, and
         # each layer would be compiled for itself.
-        for part in ("input", "hidden"):
+        for part in ("input", "hidden", "router"):
             self._held[part] = torch.tensor(self.number(part) & LOW, device=self.device)
 
     def mask(
@@ -176,6 +176,14 @@ class DropoutKey:
             if p > 0.5:
                 mask = DropMask(mask.kept(), scale, whole)
         return mask if rows is None else DropMask(mask.kept()[rows], scale, shape)
+
+    def uniform(self, part: str, width: int) -> Tensor | None:
+        """Numbers of [0, 1) for the rows of the pass, (rows, width) float32, a function of what
+        masks are a function of; None where the rows have no names."""
+        ids = self.stream.rows
+        if ids is None:
+            return None
+        return _hash_bits(ids.keys ^ self._held[part], 0, width).float() / 2**BITS
 
     def number(self, part: str) -> int:
         """What stands for module and part in the hash, in the range of int32."""
@@ -296,11 +304,16 @@ def hash_kept(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
     keys: (rows,) int64; place: which mask it is, in the range of int32; threshold: the probability
     to drop an element, times 2^24.
     """
+    return _hash_bits(keys, place, width) >= threshold
+
+
+def _hash_bits(keys: Tensor, place: int, width: int) -> Tensor:
+    """(rows, width) int64 of `BITS` bits."""
     first = _finish((keys & LOW) ^ (place & LOW))
     second = _finish(((keys >> 32) & LOW) ^ first)
     columns = torch.arange(width, device=keys.device) * 0x9E3779B9
     h = _finish((first.unsqueeze(1) + columns).bitwise_and_(LOW))
-    return _finish(h.bitwise_xor_(second.unsqueeze(1))) >> (32 - BITS) >= threshold
+    return _finish(h.bitwise_xor_(second.unsqueeze(1))) >> (32 - BITS)
 
 
 def drop(x: Tensor, mask: DropMask | None, rows: Tensor | None = None) -> Tensor:

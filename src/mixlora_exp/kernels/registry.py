@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mixlora_exp.kernels.mixlora.stage import Finish, with_base
 from mixlora_exp.kernels.shapes import FeedForward, Routing
 
 __all__ = ["KERNELS", "Kernel", "kernel", "resolve_kernel"]
@@ -39,7 +40,14 @@ class Kernel:
     casts: bool = False
 
     def __call__(self, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-        return self.run(x, routing, block)
+        return with_base(self.run(x, routing, block), x, routing, block)
+
+    def staged(
+        self, x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
+    ) -> tuple[Tensor, Finish]:
+        """`stage`, with the rows that the router gives to the block without experts."""
+        hidden, finish = self.stage(x, gate, up, routing, block)
+        return hidden, lambda y: with_base(finish(y), x, routing, block)
 
     def runs_on(self, device: str) -> bool:
         """Whether it can run on a device type, with the packages that are installed."""

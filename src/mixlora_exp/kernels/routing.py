@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from enum import Enum
+from math import isfinite
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mixlora_exp.kernels.dropout import DropoutKey
 from mixlora_exp.kernels.shapes import Routing
 
 __all__ = [
@@ -18,6 +21,7 @@ __all__ = [
     "Router",
     "make_router",
     "normalised",
+    "ranked",
     "router",
     "router_fractions",
     "router_logits",
@@ -34,15 +38,26 @@ class Router(ABC):
     settings, by name those of the adapter with or without `router_` before them; what the adapter
     has no setting for is taken from `router_options`.
 
-    num_experts: E. top_k: K, at most how many experts a row gets. init_std: of the initial weights.
-    loss: what F_i of Eq. (9) counts, `argmax` or `topk`. loss_pooling: `layer` or `all`.
+    num_experts: E. top_k: K, at most how many experts a row gets where the router does not choose
+    their number itself. init_std: of the initial weights. loss: what F_i of Eq. (9) counts,
+    `argmax` or `topk`. loss_pooling: `layer` or `all`. loss_reduction: of the modules' losses,
+    `mean` or `sum`.
     """
+
+    trained: ClassVar[bool] = True
+    """Whether its weights are trained."""
 
     num_experts: int
     top_k: int
     init_std: float = 0.02
     loss: str = "argmax"
     loss_pooling: str = "layer"
+    loss_reduction: str = "mean"
+
+    @property
+    def slots(self) -> int:
+        """How many experts a row gets at most."""
+        return self.top_k
 
     @property
     def learns_from_task(self) -> bool:
@@ -78,9 +93,10 @@ class Router(ABC):
         *,
         training: bool = False,
         fused: bool = False,
+        key: DropoutKey | None = None,
     ) -> Routing:
         """`route`, told which rows are real, as `statistics` is later: for a router that counts on
-        the way. mask: (T,) bool, None for all."""
+        the way. mask: (T,) bool, None for all. key: of the module that asks, for noise."""
         return self.route(x, weights, training=training, fused=fused)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
@@ -103,11 +119,9 @@ class Router(ABC):
     def auxiliary_loss(self, statistics: Mapping[str, Tensor]) -> Tensor:
         """The loss without its coefficient, a scalar. statistics: as of `gathered`. Here the
         load-balance loss, Eq. (8)."""
-        return router_loss(
-            statistics["fractions"],
-            statistics["probabilities"],
-            pooled=self.loss_pooling == "all",
-        )
+        fractions, probabilities = statistics["fractions"], statistics["probabilities"]
+        loss = router_loss(fractions, probabilities, pooled=self.loss_pooling == "all")
+        return loss * len(fractions) if self.loss_reduction == "sum" else loss
 
 
 ROUTERS: dict[str, type[Router]] = {}
@@ -134,19 +148,39 @@ def make_router(name: str, settings: Mapping[str, Any], options: Mapping[str, An
     """The router `name` with an adapter's settings and its own options.
 
     Raises:
-        ValueError: there is no such router, or it does not have an option.
+        ValueError: there is no such router, or it does not have an option or refuses its value.
     """
     if name not in ROUTERS:
         raise ValueError(f"router={name!r} is unknown: choose from {', '.join(ROUTERS)}")
-    names = [item.name for item in fields(ROUTERS[name])]
-    pairs = [(own, key) for own in names for key in (own, f"router_{own}")]
+    defaults = {item.name: item.default for item in fields(ROUTERS[name])}
+    pairs = [(own, key) for own in defaults for key in (own, f"router_{own}")]
     taken = {own: settings[key] for own, key in pairs if key in settings}
-    free = [own for own in names if own not in taken]
+    taken = {own: value.value if isinstance(value, Enum) else value for own, value in taken.items()}
+    free = [own for own in defaults if own not in taken]
     unknown = sorted(set(options) - set(free))
     if unknown:
         has = f"it has {', '.join(free)}" if free else "it has none"
         raise ValueError(f"router_options.{unknown[0]} is not an option of router={name}: {has}")
-    return ROUTERS[name](**taken, **options)
+    own = {option: _option(option, value, defaults[option]) for option, value in options.items()}
+    return ROUTERS[name](**taken, **own)
+
+
+def _option(name: str, value: Any, default: Any) -> Any:
+    """An option's value as a bool or an integer where its default is one, else as a float."""
+    if isinstance(default, str):
+        return value
+    number = isinstance(value, int | float) and isfinite(value)
+    if isinstance(default, bool):
+        if number and value in (0, 1):
+            return bool(value)
+        raise ValueError(f"router_options.{name}={value} must be true or false")
+    if not number or isinstance(value, bool):
+        raise ValueError(f"router_options.{name}={value} must be a finite number")
+    if isinstance(default, int):
+        if value != int(value):
+            raise ValueError(f"router_options.{name}={value} must be an integer")
+        return int(value)
+    return float(value)
 
 
 def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -156,6 +190,12 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
     with torch.autocast(x.device.type, enabled=False):
         logits = functional.linear(x.to(dtype or wide), weight.to(dtype or wide))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def ranked(logits: Tensor) -> Tensor:
+    """All experts (T, E), the most probable first and of equal logits the lowest, everywhere:
+    `topk` promises no order."""
+    return logits.detach().sort(dim=-1, descending=True, stable=True).indices
 
 
 def normalised(weights: Tensor) -> Tensor:

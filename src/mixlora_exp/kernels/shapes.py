@@ -248,6 +248,9 @@ class Routing:
     A row may have fewer than K experts: a slot of weight 0 is empty. No kernel reads anything for
     it, its weight has no gradient, and its number in `experts` is any of 0 to E - 1.
 
+    `base` (T,): what the frozen block without experts is multiplied by, to be added to the experts'
+    sum; None: it is not. Kernels do not read it, `with_base` does.
+
     `extra`: what else, by name, the router's loss is made from. `rows`: the rows (T, in) as a fused
     router hands them on; where a block takes these, the router adds to their gradient in place of
     autograd.
@@ -259,6 +262,7 @@ class Routing:
     weights: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
+    base: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:
@@ -279,7 +283,8 @@ class Routing:
         """The same decision without gradients."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)
         extra = {name: value.detach() for name, value in self.extra.items()}
-        return Routing(*(part.detach() for part in parts), extra)
+        base = None if self.base is None else self.base.detach()
+        return Routing(*(part.detach() for part in parts), extra, base=base)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -218,7 +218,12 @@ class RecordedRun:
         return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
 
-MIXTURE_LATER = {"router_precision": "float32", "router": "top_k", "router_options": {}}
+MIXTURE_LATER = {
+    "router_precision": "float32",
+    "router": "top_k",
+    "router_options": {},
+    "router_loss_reduction": "mean",
+}
 
 
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:

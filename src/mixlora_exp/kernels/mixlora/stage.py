@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels.shapes import FeedForward, Routing
+from mixlora_exp.kernels.activations import activate
+from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
 
-__all__ = ["Finish", "Stage", "add_down_bias", "run_stage"]
+__all__ = ["Finish", "Stage", "add_down_bias", "run_stage", "with_base"]
 
 Finish = Callable[[Tensor], Tensor]
 Stage = Callable[[Tensor, Tensor, Tensor, Routing, FeedForward], tuple[Tensor, Finish]]
@@ -39,3 +40,26 @@ def add_down_bias(y: Tensor, weights: Tensor, block: FeedForward) -> Tensor:
     if block.down.bias is None:
         return y
     return torch.addcmul(y, weights.sum(dim=-1, keepdim=True).to(y.dtype), block.down.bias)
+
+
+def with_base(y: Tensor, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+    """The experts' sum y (T, D) plus, for the rows that the router gives to it, the frozen block
+    without experts, times `routing.base`. x: (T, D)."""
+    if routing.base is None:
+        return y
+
+    def frozen(rows: Tensor) -> Tensor:
+        gate, up = _project(rows, block.gate), _project(rows, block.up)
+        return _project(activate(gate, block.activation) * up, block.down)
+
+    weights = routing.base.to(y.dtype).unsqueeze(-1)
+    if torch.compiler.is_compiling():
+        # All rows, since no shape may depend on the data.
+        return torch.addcmul(y, weights, frozen(x))
+    rows = routing.base.detach().nonzero().flatten()
+    return y.index_add(0, rows, weights[rows] * frozen(x[rows]))
+
+
+def _project(x: Tensor, projection: Projection) -> Tensor:
+    y = projection.frozen.linear(x)
+    return y if projection.bias is None else y + projection.bias

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels.routing import Router, router, router_logits
+from mixlora_exp.kernels.dropout import DropoutKey
+from mixlora_exp.kernels.routing import normalised, ranked, router, router_logits
 from mixlora_exp.kernels.shapes import Routing
+from mixlora_exp.kernels.softmax_router import SoftmaxRouter
 
 __all__ = ["TopK", "route"]
 
@@ -17,38 +19,42 @@ __all__ = ["TopK", "route"]
 def route(x: Tensor, weight: Tensor, top_k: int, dtype: torch.dtype | None = None) -> Routing:
     """softmax(x weight^T), top-k, normalised over the k (paper, Section 3.2).
 
-    x: (T, D); weight: (E, D), no bias; dtype: of the product, see `router_logits`. Of equal logits
-    the lowest expert comes first, everywhere: `topk` promises no order.
+    x: (T, D); weight: (E, D), no bias; dtype: of the product, see `router_logits`.
     """
     logits = router_logits(x, weight, dtype)
-    probabilities = logits.softmax(dim=-1)
-    experts = (
-        logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
-    )
-    chosen = probabilities.gather(1, experts)
-    return Routing(logits, probabilities, experts, chosen / chosen.sum(dim=-1, keepdim=True))
+    routing = _most_probable(logits, logits.softmax(dim=-1), top_k)
+    return replace(routing, weights=normalised(routing.weights))
+
+
+def _most_probable(logits: Tensor, probabilities: Tensor, top_k: int) -> Routing:
+    experts = ranked(logits)[:, :top_k].contiguous()
+    return Routing(logits, probabilities, experts, probabilities.gather(1, experts))
 
 
 @router("top_k")
 @dataclass(frozen=True, kw_only=True)
-class TopK(Router):
+class TopK(SoftmaxRouter):
     """K experts per token, the most probable ones, with the load-balance loss of Eq. (8).
 
     precision: `float32`, or `bfloat16`: the router's product rounds to it, as in models of bf16
-    whose router is a layer like any other; only to show what that costs.
+    whose router is a layer like any other; only to show what that costs. Kernels of a GPU may
+    decide in one launch, unless an option of `SoftmaxRouter` is set.
     """
 
     precision: str = "float32"
 
-    def route(
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        return router_logits(x, weight, torch.bfloat16 if self.precision == "bfloat16" else None)
+
+    def choose(
         self,
+        logits: Tensor,
+        probabilities: Tensor,
         x: Tensor,
         weights: Mapping[str, Tensor],
-        *,
-        training: bool = False,
-        fused: bool = False,
+        mask: Tensor | None,
     ) -> Routing:
-        return self.route_masked(x, weights, None, training=training, fused=fused)
+        return _most_probable(logits, probabilities, self.top_k)
 
     def route_masked(
         self,
@@ -58,11 +64,11 @@ class TopK(Router):
         *,
         training: bool = False,
         fused: bool = False,
+        key: DropoutKey | None = None,
     ) -> Routing:
-        if self.precision == "bfloat16":
-            return route(x, weights[""], self.top_k, torch.bfloat16)
-        if not fused:
-            return route(x, weights[""], self.top_k)
+        options = (self.precision, self.temperature, self.jitter, self.z_loss, self.normalise)
+        if not fused or options != ("float32", 1.0, 0.0, 0.0, True):
+            return super().route_masked(x, weights, mask, training=training, key=key)
         # One launch. Not before it is used: Triton is missing on many machines.
         from mixlora_exp.kernels.triton.router import route_triton
 

@@ -1,0 +1,73 @@
+"""AdaMoLE's router: the experts above a threshold that is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixlora_exp.kernels.routing import ranked, router, router_logits
+from mixlora_exp.kernels.shapes import Routing
+from mixlora_exp.kernels.softmax_router import SoftmaxRouter, varying_fractions
+
+__all__ = ["Threshold"]
+
+
+@router("threshold")
+@dataclass(frozen=True, kw_only=True)
+class Threshold(SoftmaxRouter):
+    """The experts whose probability is above a threshold of the row, weighted by what is above it:
+
+        t = t_max sigmoid(v x + c),   a_e = p_e - t,   w_e = max(a_e, 0) / sum_i max(a_i, 0)
+
+    v (1, in) is stored as `lora_router_threshold`, c (1,), 0 at first, as
+    `lora_router_threshold_bias`. `top_k` is not read.
+
+    t_max: None is 1/E, up to which a row has at least one expert. Above that a row may have none:
+    a feed-forward block then computes it without experts. Loss: `varying_fractions`; shifted_loss:
+    with the mean of a_e as P_e, as in AdaMoLE's code, and not of p_e; it may then be negative.
+    """
+
+    t_max: float | None = None
+    shifted_loss: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.t_max is None or 0 < self.t_max <= 1, "t_max", "must be in (0, 1]")
+
+    @property
+    def slots(self) -> int:
+        return self.num_experts
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        threshold = torch.randn(1, width) * self.init_std
+        return {
+            **super().initial(width),
+            "threshold": threshold,
+            "threshold_bias": torch.zeros(1),
+        }
+
+    def choose(
+        self,
+        logits: Tensor,
+        probabilities: Tensor,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        mask: Tensor | None,
+    ) -> Routing:
+        lowest = 1 / self.num_experts
+        highest = lowest if self.t_max is None else self.t_max
+        level = router_logits(x, weights["threshold"]) + weights["threshold_bias"]
+        above = probabilities - highest * level.sigmoid()
+        experts = ranked(logits)
+        kept = above.gather(1, experts).clamp(min=0)
+        base = (kept == 0).all(dim=-1).to(kept.dtype) if highest > lowest else None
+        return Routing(logits, probabilities, experts, kept, {"above": above}, base=base)
+
+    def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        found = varying_fractions(super().statistics(routing, mask), self.loss)
+        if self.shifted_loss:
+            found["probabilities"] = self.mean_of_real(routing.extra["above"], mask)
+        return found

@@ -1,0 +1,180 @@
+"""Each router with a block behind it against its formula, token by token in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mixlora_exp.kernels import (
+    KERNELS,
+    Experts,
+    FeedForward,
+    FrozenLinear,
+    Kernel,
+    Projection,
+    make_router,
+)
+from mixlora_exp.kernels.mixlora.dense import dense_stage
+from mixlora_exp.kernels.mixlora.stage import run_stage
+
+T, D, F, E, R, K = 17, 6, 8, 5, 2, 2
+REAL = torch.tensor([t % 4 != 1 for t in range(T)])
+REAL_ROWS = [t for t in range(T) if REAL[t]]
+BLOCKS = {
+    **{name: kernel for name, kernel in KERNELS.items() if kernel.device is None},
+    "dense form": Kernel("dense form", partial(run_stage, dense_stage)),
+}
+
+
+def best(logits: Tensor) -> list[int]:
+    """Experts of one token, the most probable first, the lower index where they tie."""
+    return sorted(range(E), key=lambda e: -float(logits[e]))
+
+
+def of_chosen(p: Tensor, chosen: list[list[int]]) -> Tensor:
+    """(T, E): p of the chosen experts, else 0."""
+    return p * torch.tensor([[float(e in own) for e in range(E)] for own in chosen])
+
+
+def balance(p: Tensor, chosen: list[list[int]], slots: float | None = None) -> Tensor:
+    """E sum_e F_e P_e over the real tokens; F_e: how often e is chosen, over their number or over
+    `slots`."""
+    named = [e for t in REAL_ROWS for e in chosen[t]]
+    total = len(REAL_ROWS) if slots is None else slots
+    shares = torch.tensor([named.count(e) for e in range(E)]).double() / total
+    return E * (shares * p[REAL].mean(dim=0)).sum()
+
+
+def dense(z: Tensor, p: Tensor, x: Tensor, weights: dict[str, Tensor]):
+    return p, None, E * p[REAL].mean(dim=0).square().sum()
+
+
+def threshold(z, p, x, weights, t_max: float = 1 / E, *, shifted: bool = False, raw: bool = False):
+    level = t_max / (1 + (-(x @ weights["threshold"].T + weights["threshold_bias"])).exp())
+    above = p - level
+    chosen = [[e for e in range(E) if above[t, e] > 0] for t in range(T)]
+    kept = of_chosen(above, chosen)
+    total = kept.sum(dim=1, keepdim=True)
+    made = kept if raw else kept / torch.where(total == 0, 1.0, total)
+    base = torch.tensor([float(not own) for own in chosen])
+    slots = sum(len(chosen[t]) for t in REAL_ROWS)
+    return made, base, balance(above if shifted else p, chosen, slots)
+
+
+FORMULAS = [
+    pytest.param("dense", {}, dense, id="dense"),
+    pytest.param("dense", {"temperature": 2}, dense, id="dense, temperature"),
+    pytest.param("threshold", {}, threshold, id="threshold"),
+    pytest.param(
+        "threshold", {"t_max": 0.9, "shifted_loss": True},
+        partial(threshold, t_max=0.9, shifted=True), id="threshold, some rows without any",
+    ),
+    pytest.param(
+        "threshold", {"normalise": False}, partial(threshold, raw=True),
+        id="threshold, not normalised",
+    ),
+]  # fmt: skip
+"""Name, options and (logits, probabilities, x, weights) -> (weights (T, E), of the block without
+experts (T,) or None, the loss)."""
+
+
+def whole(number: int, *shape: int) -> Tensor:
+    """Small whole numbers, of which logits are exact and often equal."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(-1, 2, shape, generator=generator).double()
+
+
+def leaves_of(own) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    found = {"x": whole(1, T, D)}
+    found["x"][3] = 0
+    for name, weight in own.initial(D).items():
+        found[f"router {name}"] = whole(2 + len(name), *weight.shape)
+    for role, width, out in (("gate", D, F), ("up", D, F), ("down", F, D)):
+        found[f"A {role}"], found[f"B {role}"] = draw(E, R, width), draw(E, out, R)
+    return {name: value.requires_grad_() for name, value in found.items()}
+
+
+FROZEN = {
+    role: torch.randn(out, width, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    for role, width, out in (("gate", D, F), ("up", D, F), ("down", F, D))
+}
+
+
+def by_formula(formula: Callable, options: dict, leaves: dict[str, Tensor]) -> list[Tensor]:
+    """(the block's output (T, D), the router's loss)."""
+    x = leaves["x"]
+    held = {name[7:]: value for name, value in leaves.items() if name.startswith("router ")}
+    z = x @ held[""].T / options.get("temperature", 1) if held else x.new_zeros(T, E)
+    p = z.exp() / z.exp().sum(dim=1, keepdim=True)
+    weights, base, loss = formula(z, p, x, held)
+
+    def feed_forward(row: Tensor, e: int | None) -> Tensor:
+        gate, up, down = (
+            FROZEN[role]
+            if e is None
+            else FROZEN[role] + 0.5 * leaves[f"B {role}"][e] @ leaves[f"A {role}"][e]
+            for role in ("gate", "up", "down")
+        )
+        return down @ (functional.silu(gate @ row) * (up @ row))
+
+    rows = []
+    for t in range(T):
+        y = sum(weights[t, e] * feed_forward(x[t], e) for e in range(E) if weights[t, e] != 0)
+        rows.append(y if base is None else y + base[t] * feed_forward(x[t], None))
+    loss = loss + options.get("z_loss", 0) / 1e-3 * z.exp().sum(dim=1).log().square()[REAL].mean()
+    return [torch.stack(rows), loss]
+
+
+def by_router(kernel: Kernel, own, leaves: dict[str, Tensor]) -> list[Tensor]:
+    x = leaves["x"]
+    held = {name[7:]: value for name, value in leaves.items() if name.startswith("router ")}
+    routing = own.route_masked(x, held, REAL)
+    block = FeedForward(
+        *(
+            Projection(FrozenLinear(FROZEN[r]), Experts(leaves[f"A {r}"], leaves[f"B {r}"], 0.5))
+            for r in ("gate", "up", "down")
+        ),
+        "silu",
+    )
+    loss = own.auxiliary_loss(own.gathered([own.statistics(routing, REAL)]))
+    return [kernel(x, routing, block), loss]
+
+
+@pytest.mark.parametrize("kernel", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize(("name", "options", "formula"), FORMULAS)
+def test_output_loss_and_all_gradients(name, options, formula, kernel) -> None:
+    own = make_router(name, {"num_experts": E, "top_k": K}, options)
+    found = []
+    for made_by in (partial(by_formula, formula, options), partial(by_router, kernel, own)):
+        leaves = leaves_of(own)
+        y, loss = made_by(leaves)
+        objective = (y * torch.cos(torch.arange(T * D)).view(T, D)).sum() + 3 * loss
+        grads = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+        found.append([y.detach(), loss.detach(), *grads])
+    for what, one, other in zip(["y", "loss", *leaves], *found, strict=True):
+        one, other = (torch.zeros(()) if g is None else g for g in (one, other))
+        error = (one - other).abs().max() / one.abs().max().clamp(min=1)
+        assert error < 1e-10, what
+
+
+@pytest.mark.parametrize(("name", "options", "formula"), FORMULAS)
+def test_the_sum_over_modules_is_their_number_times_the_mean(name, options, formula) -> None:
+    found = []
+    for reduction in ("mean", "sum"):
+        settings = {"num_experts": E, "top_k": K, "router_loss_reduction": reduction}
+        own = make_router(name, settings, options)
+        leaves = leaves_of(own)
+        held = {n[7:]: v for n, v in leaves.items() if n.startswith("router ")}
+        each = [own.statistics(own.route(x, held), None) for x in (leaves["x"], whole(8, 9, D))]
+        found.append(own.auxiliary_loss(own.gathered(each)))
+    torch.testing.assert_close(found[1], 2 * found[0])
