@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +18,7 @@ from mixlora_exp.kernels import (
     FrozenLinear,
     Kernel,
     Projection,
+    Router,
     make_router,
 )
 from mixlora_exp.kernels.mixlora.dense import dense_stage
@@ -50,6 +52,46 @@ def balance(p: Tensor, chosen: list[list[int]], slots: float | None = None) -> T
     return E * (shares * p[REAL].mean(dim=0)).sum()
 
 
+def top_k(z: Tensor, p: Tensor, x: Tensor, weights: dict[str, Tensor], *, raw: bool = False):
+    chosen = [best(row)[:K] for row in z]
+    kept = of_chosen(p, chosen)
+    made = kept if raw else kept / kept.sum(dim=1, keepdim=True)
+    return made, None, balance(p, [own[:1] for own in chosen])
+
+
+def top_p(z, p, x, weights, share: float, limit: int = E, *, raw: bool = False, topk: bool = False):
+    chosen = []
+    for t in range(T):
+        own, mass = [], 0.0
+        for e in best(z[t])[:limit]:
+            if mass < share:
+                own.append(e)
+            mass += float(p[t, e])
+        chosen.append(own)
+    kept = of_chosen(p, chosen)
+    made = kept if raw else kept / kept.sum(dim=1, keepdim=True)
+    slots = None if topk else sum(len(chosen[t]) for t in REAL_ROWS)
+    return made, None, balance(p, chosen, slots)
+
+
+def switch(z, p, x, weights, factor: float = 1.25, *, ones: bool = False):
+    first = [best(row)[0] for row in z]
+    room = [math.ceil(factor * len(REAL_ROWS) / E)] * E
+    kept, left = [], []
+    for t in range(T):
+        takes = t in REAL_ROWS and room[first[t]] > 0
+        room[first[t]] -= takes
+        kept.append([first[t]] if takes else [])
+        left.append(0.0 if takes else 1.0)
+    most = torch.ones(T) if ones else torch.stack([p[t, first[t]] for t in range(T)])
+    made = of_chosen(torch.ones_like(p) if ones else p, kept)
+    return made, most * torch.tensor(left), balance(p, [[e] for e in first])
+
+
+def uniform(z: Tensor, p: Tensor, x: Tensor, weights: dict[str, Tensor]):
+    return torch.full((T, E), 1 / E, dtype=torch.float64), None, torch.zeros(())
+
+
 def dense(z: Tensor, p: Tensor, x: Tensor, weights: dict[str, Tensor]):
     return p, None, E * p[REAL].mean(dim=0).square().sum()
 
@@ -67,6 +109,33 @@ def threshold(z, p, x, weights, t_max: float = 1 / E, *, shifted: bool = False, 
 
 
 FORMULAS = [
+    pytest.param("top_k", {}, top_k, id="top_k"),
+    pytest.param(
+        "top_k", {"normalise": False, "z_loss": 0.2, "temperature": 4}, partial(top_k, raw=True),
+        id="top_k, with options",
+    ),
+    pytest.param("random_frozen", {}, top_k, id="random_frozen"),
+    pytest.param("top_p", {"p": 0.7}, partial(top_p, share=0.7), id="top_p"),
+    pytest.param("top_p", {}, partial(top_p, share=0.8), id="top_p, by default"),
+    pytest.param("top_p", {"p": 1, "limit": 0}, partial(top_p, share=9), id="top_p, all"),
+    pytest.param(
+        "top_p", {"p": 0.9, "limit": 2, "normalise": False, "temperature": 2},
+        partial(top_p, share=0.9, limit=2, raw=True), id="top_p, with options",
+    ),
+    pytest.param(
+        "top_p", {"p": 0.7, "router_loss": "topk"}, partial(top_p, share=0.7, topk=True),
+        id="top_p, loss by the share of rows",
+    ),
+    pytest.param("switch", {"z_loss": 1e-3}, switch, id="switch"),
+    pytest.param(
+        "switch", {"capacity_factor": 0.5, "z_loss": 0}, partial(switch, factor=0.5),
+        id="switch, some rows left over",
+    ),
+    pytest.param(
+        "switch", {"capacity_factor": 0.5, "normalise": True, "z_loss": 0},
+        partial(switch, factor=0.5, ones=True), id="switch, normalised",
+    ),
+    pytest.param("uniform", {}, uniform, id="uniform"),
     pytest.param("dense", {}, dense, id="dense"),
     pytest.param("dense", {"temperature": 2}, dense, id="dense, temperature"),
     pytest.param("threshold", {}, threshold, id="threshold"),
@@ -79,8 +148,15 @@ FORMULAS = [
         id="threshold, not normalised",
     ),
 ]  # fmt: skip
-"""Name, options and (logits, probabilities, x, weights) -> (weights (T, E), of the block without
-experts (T,) or None, the loss)."""
+"""Name, options or settings, and (logits, probabilities, x, weights) -> (weights (T, E), those of
+the block without experts (T,) or None, the loss)."""
+
+
+def router_of(name: str, options: dict, **settings) -> Router:
+    settings |= {"num_experts": E, "top_k": K}
+    settings |= {key: value for key, value in options.items() if key.startswith("router_")}
+    own = {key: value for key, value in options.items() if key not in settings}
+    return make_router(name, settings, own)
 
 
 def whole(number: int, *shape: int) -> Tensor:
@@ -153,7 +229,7 @@ def by_router(kernel: Kernel, own, leaves: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("kernel", BLOCKS.values(), ids=BLOCKS.keys())
 @pytest.mark.parametrize(("name", "options", "formula"), FORMULAS)
 def test_output_loss_and_all_gradients(name, options, formula, kernel) -> None:
-    own = make_router(name, {"num_experts": E, "top_k": K}, options)
+    own = router_of(name, options)
     found = []
     for made_by in (partial(by_formula, formula, options), partial(by_router, kernel, own)):
         leaves = leaves_of(own)
@@ -171,10 +247,17 @@ def test_output_loss_and_all_gradients(name, options, formula, kernel) -> None:
 def test_the_sum_over_modules_is_their_number_times_the_mean(name, options, formula) -> None:
     found = []
     for reduction in ("mean", "sum"):
-        settings = {"num_experts": E, "top_k": K, "router_loss_reduction": reduction}
-        own = make_router(name, settings, options)
+        own = router_of(name, options, router_loss_reduction=reduction)
         leaves = leaves_of(own)
         held = {n[7:]: v for n, v in leaves.items() if n.startswith("router ")}
         each = [own.statistics(own.route(x, held), None) for x in (leaves["x"], whole(8, 9, D))]
         found.append(own.auxiliary_loss(own.gathered(each)))
     torch.testing.assert_close(found[1], 2 * found[0])
+
+
+def test_compiled_blocks_have_the_rows_without_experts_too() -> None:
+    own = router_of("switch", {"capacity_factor": 0.5})
+    leaves = leaves_of(own)
+    function = partial(by_router, BLOCKS["dense form"], own)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(leaves), function(leaves))

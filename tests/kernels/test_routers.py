@@ -23,6 +23,12 @@ ROUTERS = [
     pytest.param("top_k", {}, id="top_k"),
     pytest.param("top_k", {"precision": "bfloat16"}, id="top_k, rounded"),
     pytest.param("top_k", {"z_loss": 0.01, "temperature": 3}, id="top_k, z-loss"),
+    pytest.param("top_p", {"p": 0.7}, id="top_p"),
+    pytest.param("top_p", {"p": 1, "limit": 2}, id="top_p, limited"),
+    pytest.param("switch", {}, id="switch"),
+    pytest.param("switch", {"capacity_factor": 0.5, "normalise": True}, id="switch, crowded"),
+    pytest.param("random_frozen", {}, id="random_frozen"),
+    pytest.param("uniform", {}, id="uniform"),
     pytest.param("dense", {}, id="dense"),
     pytest.param("threshold", {"shifted_loss": True}, id="threshold"),
     pytest.param("threshold", {"t_max": 0.9, "shifted_loss": True}, id="threshold, high"),
@@ -76,11 +82,13 @@ def test_loss_has_gradients_and_leaves_padding_out(name, options) -> None:
     each = [own.statistics(routing, mask) for routing, _, _ in routings]
     loss = own.auxiliary_loss({n: torch.stack([s[n] for s in each]) for n in each[0]})
     assert loss.shape == ()
-    loss.backward()
+    if own.initial(7):
+        loss.backward()
     for routing, weights, x in routings:
         assert all(weight.grad.abs().max() > 0 for weight in weights.values())
-        assert x.grad[:8].abs().max() > 0
-        assert (x.grad[8:] == 0).all()
+        if weights:
+            assert x.grad[:8].abs().max() > 0
+            assert (x.grad[8:] == 0).all()
         counts = own.statistics(routing, mask)["counts"]
         expected = routing.experts[:8][routing.filled[:8]].bincount(minlength=EXPERTS)
         assert counts.tolist() == expected.tolist()

@@ -1,0 +1,56 @@
+"""The smallest set of experts whose probability reaches p: more for a row that is unsure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixlora_exp.kernels.routing import ranked, router
+from mixlora_exp.kernels.shapes import Routing
+from mixlora_exp.kernels.softmax_router import SoftmaxRouter, varying_fractions
+
+__all__ = ["TopP"]
+
+
+@router("top_p")
+@dataclass(frozen=True, kw_only=True)
+class TopP(SoftmaxRouter):
+    """The most probable experts, one after another, until their probabilities add up to p.
+
+    limit: at most so many of them, 0: up to E; `top_k` is not read. Loss: `varying_fractions`.
+    """
+
+    p: float = 0.8
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.p <= 1, "p", "must be in (0, 1]")
+        rule = f"must be in [0, num_experts={self.num_experts}]"
+        self.require(0 <= self.limit <= self.num_experts, "limit", rule)
+
+    @property
+    def slots(self) -> int:
+        return self.limit or self.num_experts
+
+    def choose(
+        self,
+        logits: Tensor,
+        probabilities: Tensor,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        mask: Tensor | None,
+    ) -> Routing:
+        experts = ranked(logits)[:, : self.slots]
+        found = probabilities.gather(1, experts)
+        # Of the experts before each: the first stays in any case.
+        before = found.detach().cumsum(dim=-1)[:, :-1]
+        before = torch.cat([torch.zeros_like(found[:, :1]), before], dim=-1)
+        kept = torch.where(before < self.p, found, 0.0)
+        return Routing(logits, probabilities, experts, kept)
+
+    def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        return varying_fractions(super().statistics(routing, mask), self.loss)
