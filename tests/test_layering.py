@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "system": {"errors"},
     # Floor 3
     "data": {"config", "errors", "system", "tasks"},
-    "models": {"config", "errors", "system"},
+    "models": {"config", "errors", "kernels", "system"},
     "records": {"config", "errors", "system"},
     # Floor 4
     "adapters": {"config", "errors", "kernels", "models", "system"},

@@ -117,6 +117,23 @@ def test_published_ranks(rank: int, expected: int, percent: str) -> None:
     assert counts.percent_true == pytest.approx(100 * expected / (6_738_415_616 + expected))
 
 
+@pytest.mark.parametrize(
+    ("router", "expected"),
+    [
+        # Low rank 202,375,168; the matrices 32 x 8 x 4,096; a threshold 32 x (4,096 + 1).
+        ("top_p", 203_423_744),
+        ("switch", 203_423_744),
+        ("dense", 203_423_744),
+        ("threshold", 203_554_848),
+        ("random_frozen", 202_375_168),
+        ("uniform", 202_375_168),
+    ],
+)
+def test_sizes_with_other_routers(router: str, expected: int) -> None:
+    config = compose(["model=llama2_7b", "method=mixlora", f"method.router={router}"])
+    assert count_parameters(config.model, config.method).trainable == expected
+
+
 def test_no_denominator_means_no_published_percentage() -> None:
     cut = compose(["model=llama2_7b", "model.weights=random", "model.config.num_hidden_layers=2"])
     assert count_parameters(cut.model, cut.method).percent_paper is None

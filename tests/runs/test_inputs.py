@@ -59,6 +59,38 @@ def test_another_adapter_in_the_same_folder_is_no_finished_run(
         run(*SCORE, f"adapter={folder}")
 
 
+@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("router=top_p +router_options.p=1.5", r"router_options.p=1.5 must be in \(0, 1\]"),
+        ("router=top_p +router_options.p=0", r"router_options.p=0.0 must be in \(0, 1\]"),
+        ("router=top_p +router_options.limit=9", r"limit=9 must be in \[0, num_experts=8\]"),
+        ("router=top_p +router_options.limit=1.5", "limit=1.5 must be an integer"),
+        ("router=switch +router_options.capacity_factor=0", "capacity_factor=0.0 must be > 0"),
+        ("router=threshold +router_options.t_max=2", r"t_max=2.0 must be in \(0, 1\]"),
+        ("router=dense +router_options.temperature=0", "temperature=0.0 must be > 0"),
+        ("+router_options.jitter=1", r"jitter=1.0 must be in \[0, 1\)"),
+        ("+router_options.z_loss=-1", "z_loss=-1.0 must be >= 0"),
+        ("+router_options.z_loss=1 router_loss_coef=0", "which router_loss_coef=0 switches off"),
+        ("+router_options.normalise=2", "normalise=2 must be true or false"),
+        ("+router_options.temperature=hot", "temperature=hot must be a finite number"),
+        ("+router_options.p=0.5", "p is not an option of router=top_k: it has temperature,"),
+        ("router=uniform +router_options.p=1", "not an option of router=uniform: it has none"),
+    ],
+)
+def test_a_router_s_options_are_checked_before_weights_are_read(
+    words: str, told: str, dry_run: bool, configure: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(experiment, "load_model", None)
+    own = [f"+method.{w[1:]}" if w[0] == "+" else f"method.{w}" for w in words.split()]
+    config = configure("method=mixlora", *own, f"dry_run={str(dry_run).lower()}")
+    with pytest.raises(UserError, match=told) as raised:
+        experiment.run(config)
+    assert "\n" not in str(raised.value)
+
+
 def test_what_cannot_run_leaves_nothing(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

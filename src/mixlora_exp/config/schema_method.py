@@ -122,7 +122,7 @@ class MixtureSettings:
         for item in fields(MixtureSettings):
             value, valid = getattr(self, item.name), item.metadata["valid"]
             if valid is not None and not valid(value, self):
-                return item.name, value, item.metadata["rule"].format(**vars(self))
+                return item.name, _word(value), item.metadata["rule"].format(**vars(self))
         return None
 
 

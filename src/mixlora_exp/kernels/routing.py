@@ -152,6 +152,8 @@ def make_router(name: str, settings: Mapping[str, Any], options: Mapping[str, An
     """
     if name not in ROUTERS:
         raise ValueError(f"router={name!r} is unknown: choose from {', '.join(ROUTERS)}")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"router_options={options!r:.80} must be options by name")
     defaults = {item.name: item.default for item in fields(ROUTERS[name])}
     pairs = [(own, key) for own in defaults for key in (own, f"router_{own}")]
     taken = {own: settings[key] for own, key in pairs if key in settings}

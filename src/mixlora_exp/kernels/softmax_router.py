@@ -34,9 +34,10 @@ class SoftmaxRouter(Router):
     temperature: above 1 it makes the experts more alike. jitter: in training x' = u x elementwise,
     u uniform in 1 +- jitter, which the router alone sees, not the experts; u depends on the seed,
     the optimizer step, the row's example and position and the module, as dropout does, and on no
-    generator. z_loss: coefficient of the mean over real rows of (log sum_e exp logit_e)^2 (ST-MoE),
-    which is added to `router_loss_coef` times the router's loss. normalise: whether the weights of
-    a row are divided by their sum.
+    generator. Scoring has no noise, with evaluation.dropout=true neither. z_loss: coefficient of
+    the mean over real rows of (log sum_e exp logit_e)^2 (ST-MoE), which is added to
+    `router_loss_coef` times the router's loss. normalise: whether the weights of a row are divided
+    by their sum.
     """
 
     temperature: float = 1.0
@@ -113,6 +114,8 @@ class SoftmaxRouter(Router):
     def _with_noise(self, x: Tensor, key: DropoutKey | None) -> Tensor:
         uniform = None if key is None else key.uniform("router", x.shape[1])
         if uniform is None:
+            if not torch.is_grad_enabled():
+                return x
             raise ValueError(
                 f"router_options.jitter={self.jitter} needs rows with names, so that noise is the "
                 "same again after a pause: this project's trainer gives them, another calls "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 from mixlora_exp.config.schema import (
@@ -14,6 +15,9 @@ from mixlora_exp.config.schema import (
     MixLoraMethodConfig,
     ModelConfig,
 )
+from mixlora_exp.config.schema_method import MixtureSettings
+from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import Router, make_router
 from mixlora_exp.models.architecture import architecture_of
 from mixlora_exp.models.skeleton import projections, skeleton
 
@@ -68,11 +72,25 @@ def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
     return found
 
 
+def router_of(method: MixLoraMethodConfig) -> Router:
+    """The router of a mixture in feed-forward blocks.
+
+    Raises:
+        UserError: it does not have one of `method.router_options`, or refuses its value.
+    """
+    settings = {item.name: getattr(method, item.name) for item in fields(MixtureSettings)}
+    try:
+        return make_router(method.router.value, settings, method.router_options)
+    except ValueError as error:
+        raise UserError(f"method: {error}") from error
+
+
 def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
     """Exact parameter counts of a method on a model.
 
     Raises:
-        UserError: the model's configuration is not valid, or its architecture is not supported.
+        UserError: the model's configuration is not valid, or its architecture is not supported, or
+            the method's router refuses an option.
     """
     built = skeleton_of(model)
     base = sum(parameter.numel() for parameter in built.parameters())
@@ -85,7 +103,10 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
                 low_rank += copies * method.rank * (linear.in_features + linear.out_features)
                 magnitude += copies * linear.out_features if method.dora else 0
             if name == "gate_proj" and isinstance(method, MixLoraMethodConfig):
-                router += experts * linear.in_features
+                chosen = router_of(method)
+                with torch.device("meta"):
+                    held = chosen.initial(linear.in_features).values()
+                router += chosen.trained * sum(weight.numel() for weight in held)
     adapter = low_rank + router
     trained = isinstance(method, LoraMethodConfig) and method.train_magnitude
     trainable = adapter + (magnitude if trained else 0)

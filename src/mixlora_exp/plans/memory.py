@@ -12,7 +12,7 @@ from mixlora_exp.config.schema import (
     MixLoraMethodConfig,
     Precision,
 )
-from mixlora_exp.models.parameters import count_parameters, skeleton_of, widths
+from mixlora_exp.models.parameters import count_parameters, router_of, skeleton_of, widths
 
 USABLE = 0.94
 """Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""
@@ -40,7 +40,7 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     if experts:
         masks += d * any(t != "down_proj" for t in experts) + f * ("down_proj" in experts)
     stock = config.kernel.name in (Kernel.peft, Kernel.reference)
-    slots = method.top_k if mixed else 1
+    slots = router_of(method).slots if mixed else 1
     norms = 6 if width == 2 else 4
     numbers = norms * d + (3 if packed else 2) * heads + 2 * kv + 2 * f
     numbers += method.rank * len(plain)

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config.resolve import to_dict
-from mixlora_exp.config.schema import Base, Config, DataSource, Head, LoraMethodConfig, Tracker
+from mixlora_exp.config.schema import (
+    Base,
+    Config,
+    DataSource,
+    Head,
+    LoraMethodConfig,
+    MixLoraMethodConfig,
+    Tracker,
+)
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import check_tests
@@ -26,6 +34,7 @@ from mixlora_exp.models import (
     read_base,
     with_folder_shape,
 )
+from mixlora_exp.models.parameters import router_of
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.records.code import code_sha256
 from mixlora_exp.records.files import RECORD
@@ -169,6 +178,11 @@ def _check_head(config: Config) -> None:
         )
 
 
+def _check_router(config: Config) -> None:
+    if isinstance(config.method, MixLoraMethodConfig):
+        router_of(config.method)
+
+
 def _check_processes(config: Config) -> None:
     count = processes().num_processes
     if config.trainer.auto_micro_batch and count > 1:
@@ -197,6 +211,7 @@ def gather_inputs(config: Config) -> Inputs:
     _check_tracker(config)
     _check_processes(config)
     _check_head(config)
+    _check_router(config)
     check_model(config.model)
     splits = _splits(config)
     adapter = adapter_entry(config)
@@ -228,6 +243,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
     checked: set[str] = set()
     for config in map(resolve_config, configs):
         _check_tracker(config)
+        _check_router(config)
         adapter = adapter_entry(config)
         if not (elsewhere or config.dry_run):
             _check_head(config)

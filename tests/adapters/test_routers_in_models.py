@@ -1,0 +1,145 @@
+"""Routers in models: what files hold, what is trained, rows of several adapters, noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
+from mixlora_exp.config.command import compose
+from mixlora_exp.kernels import DropoutKey, DropoutStream, make_router
+from mixlora_exp.models import load_model
+from mixlora_exp.models.parameters import count_parameters
+
+ROUTERS = [
+    "router=top_k router_options={temperature:2.0,normalise:false}",
+    "router=random_frozen",
+    "router=top_p router_options={p:0.6,limit:3,z_loss:0.01}",
+    "router=switch router_options={capacity_factor:0.5}",
+    "router=dense",
+    "router=threshold router_options={t_max:0.9,shifted_loss:true}",
+    "router=uniform router_loss_reduction=sum",
+]
+
+
+def attach(words: str, seed: int = 0):
+    own = [f"{'+' * ('={' in word)}method.{word}" for word in words.split()]
+    config = compose(["model=tiny", "method=mixlora", "method.rank=2", "kernel=exact", *own])
+    base = load_model(config.model, torch.float32, seed=1)
+    return attach_adapter(base, config.method, config.kernel, seed), config
+
+
+@torch.no_grad()
+def spread(model) -> None:
+    """Routers that decide, and experts that differ."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            size = 0.5 if "lora_router" in name else 0.1
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def logits(model, batch, **given) -> torch.Tensor:
+    return model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **given
+    ).logits
+
+
+@pytest.mark.parametrize("words", ROUTERS)
+def test_saved_and_loaded(words, batch, tmp_path: Path) -> None:
+    model, config = attach(words)
+    counted = count_parameters(config.model, config.method)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == counted.trainable
+    spread(model)
+    expected = logits(model.eval(), batch)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(load_model(config.model, torch.float32, seed=1), tmp_path, config.kernel)
+    assert torch.equal(logits(loaded, batch), expected)
+
+
+@pytest.mark.parametrize("words", ROUTERS)
+def test_what_is_trained(words, batch) -> None:
+    model, _ = attach(words)
+    spread(model)
+    model.set_adapter("default")
+    model.train()(**batch).loss.backward()
+    frozen = "random_frozen" in words
+    routers = {n: p for n, p in model.named_parameters() if "lora_router" in n}
+    assert len(routers) == 2 * (0 if "uniform" in words else 3 if "threshold" in words else 1)
+    for parameter in routers.values():
+        assert parameter.requires_grad is not frozen
+        assert (parameter.grad is None) if frozen else parameter.grad.abs().max() > 0
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kernel", ["exact", "reference"])
+def test_rows_of_several_adapters(kernel, batch, tmp_path: Path) -> None:
+    """Each decides about its own rows, padding left out, as if it were alone."""
+    chosen = [ROUTERS[3], ROUTERS[5], "router=top_k"]
+    alone, names = [], []
+    for number, words in enumerate(chosen):
+        model, config = attach(words, number)
+        spread(model)
+        save_adapter(model, tmp_path / str(number))
+        model.eval()
+        rows = {key: value[number : number + 1] for key, value in triple(batch).items()}
+        alone.append(logits(model, rows))
+        names.append(f"of{number}")
+    base = load_model(config.model, torch.float32, seed=1)
+    config.kernel.name = type(config.kernel.name)[kernel]
+    model = load_adapter(base, tmp_path / "0", config.kernel)
+    for number, name in enumerate(names):
+        model.load_adapter(str(tmp_path / str(number)), name)
+    found = logits(model.eval(), triple(batch), adapter_names=names)
+    real = triple(batch)["attention_mask"].bool()
+    for one, other, keep in zip(found, alone, real, strict=True):
+        torch.testing.assert_close(one[keep], other[0][keep], rtol=1e-4, atol=1e-5)
+
+
+def triple(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([value, value[1:]]) for key, value in batch.items()}
+
+
+class TestNoise:
+    EXPERTS, WIDTH = 4, 9
+
+    def router(self, jitter: float = 0.1):
+        return make_router("top_k", {"num_experts": self.EXPERTS, "top_k": 2}, {"jitter": jitter})
+
+    def logits(self, rows: list[int], step: int = 5, place: str = "a", **given) -> torch.Tensor:
+        stream = DropoutStream(seed=7)
+        examples = torch.tensor(rows)
+        stream.begin(step, examples // 4, examples % 4)
+        x = torch.randn(12, self.WIDTH, generator=torch.Generator().manual_seed(1))
+        weight = torch.randn(self.EXPERTS, self.WIDTH, generator=torch.Generator().manual_seed(2))
+        self.bound = 0.1 * x.abs() @ weight.abs().T
+        given = {"training": True, "key": DropoutKey(stream, place), **given}
+        return self.router().route_masked(x[rows], {"": weight}, None, **given).logits
+
+    def test_it_depends_on_names_and_not_on_the_batch(self) -> None:
+        before = torch.get_rng_state()
+        whole = self.logits(list(range(12)))
+        parts = [self.logits([7, 3, 8]), self.logits([0, 11])]
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.testing.assert_close(torch.cat(parts), whole[[7, 3, 8, 0, 11]])
+        plain = self.logits(list(range(12)), training=False)
+        others = [self.logits(list(range(12)), **c) for c in ({"step": 6}, {"place": "b"})]
+        for found in (whole, *others):
+            difference = (found - plain).abs()
+            assert (difference > 0).all()
+            assert (difference <= self.bound).all()
+        assert not torch.equal(whole, others[0])
+        assert not torch.equal(whole, others[1])
+
+    def test_rows_without_names_have_none(self) -> None:
+        with pytest.raises(ValueError, match=r"router_options.jitter=0.1 needs rows with names"):
+            self.logits([0, 1], key=None)
+        with torch.no_grad():
+            scored = self.logits([0, 1], key=None)
+        assert torch.equal(scored, self.logits([0, 1], training=False))
