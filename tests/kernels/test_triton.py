@@ -45,6 +45,7 @@ CASES = [
     pytest.param({"experts": 1, "top_k": 1}, id="one expert"),
     pytest.param({"experts": 9, "top_k": 3, "rank": 8}, id="E and K no powers of two, rank 8"),
     pytest.param({"experts": 3, "top_k": 3}, id="K=E, no expert is left out"),
+    pytest.param({"experts": 8, "top_k": 8, "rank": 16}, id="all of eight, as in a soft mixture"),
     pytest.param({"top_k": 1, "tokens": 20, "rank": 16}, id="K=1, rank 16 needs no padding"),
     pytest.param({"pushed": {2: -60.0}}, id="an expert without tokens"),
     pytest.param({"pushed": {1: 60.0}, "top_k": 1}, id="all tokens to one expert"),
@@ -291,6 +292,17 @@ def test_the_rest_is_left_to_the_dense_form(
         results.append([y, *grads, *([weight.grad] if change == "trained" else [])])
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_what_is_slower_for_its_size_is_told_once(block_of, plain, caplog) -> None:
+    block = block_of(replace(plain, rank=60, activation="silu"), 0, torch.float32)
+    made = on_device(block.block(block.values, torch.float32, torch.float32))
+    x, router = (block.values[name].to(DEVICE) for name in ("x", "router"))
+    triton_block._tell_slower.cache_clear()
+    for top_k in (1, 3, 3):
+        triton_block.mixlora_triton(x.float(), route(x.float(), router.float(), top_k), made)
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith("kernel=triton is not made for 3 experts per token of rank 60 in torch.")
 
 
 @pytest.mark.skipif(GPU, reason="compiled kernels take bf16")

@@ -7,8 +7,10 @@ the data, so it can be captured in a CUDA graph and compiled.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ from mixlora_exp.kernels.triton.scaled import (
 from mixlora_exp.kernels.triton.tiles import takes
 
 __all__ = ["mixlora_triton", "supports"]
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,12 +326,24 @@ def supports(x: Tensor, routing: Routing, block: FeedForward) -> bool:
     )
 
 
+@cache
+def _tell_slower(rank: int, slots: int, dtype: torch.dtype) -> None:
+    if not takes(rank, slots, dtype):
+        LOG.warning(
+            f"kernel=triton is not made for {slots} experts per token of rank {rank} in {dtype}: "
+            "these blocks run as with kernel=exact, which gives the same results"
+        )
+
+
 def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` by fused kernels. x: (T, D); returns (T, D).
 
     What they do not support, `exact`'s dense form computes.
     """
     if not supports(x, routing, block):
+        rank = max(p.experts.a.shape[1] for p in block.projections.values() if p.experts)
+        if not torch.compiler.is_compiling():
+            _tell_slower(rank, routing.experts.shape[1], x.dtype)
         return run_stage(dense_stage, x, routing, block)
     spec, tensors = _pack(block)
     y = _Block.apply(spec, x.contiguous(), routing.weights, routing.experts, *tensors)
