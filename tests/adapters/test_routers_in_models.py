@@ -9,6 +9,7 @@ import torch
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.config.command import compose
+from mixlora_exp.evaluation.packing import Request, pack, pad_packed
 from mixlora_exp.kernels import DropoutKey, DropoutStream, make_router
 from mixlora_exp.models import load_model
 from mixlora_exp.models.parameters import count_parameters
@@ -104,6 +105,21 @@ def test_rows_of_several_adapters(kernel, batch, tmp_path: Path) -> None:
 
 def triple(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: torch.cat([value, value[1:]]) for key, value in batch.items()}
+
+
+def test_padding_takes_no_place_where_questions_are_packed() -> None:
+    """An expert of `switch` holds so many rows: others beside them would change the output."""
+    model, _ = attach(ROUTERS[3])
+    spread(model)
+    model.eval()
+    rows = [list(range(5, 16)), [7, 3, 9, 4]]
+    packed = pad_packed([pack([Request([*row, 0], 1)]) for row in rows], 0, torch.float32)
+    mask = torch.tensor([[0] * (11 - len(row)) + [1] * len(row) for row in rows])
+    found = [
+        model(**{**packed, "attention_mask": own}).logits[mask.bool()]
+        for own in (packed["attention_mask"], mask)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 class TestNoise:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixlora_exp.adapters.rows import RowMap
+from mixlora_exp.evaluation.packing import Request, pack, pad_packed
 
 CPU = torch.device("cpu")
 MASK = torch.tensor([[0, 1, 1], [1, 1, 1]])
@@ -40,3 +41,23 @@ def test_a_mask_is_made_once_and_forgotten_with_the_next() -> None:
     assert rows_map.real("a", 2, CPU) is rows_map.real("a", 2, CPU)
     rows_map.tell({})
     assert rows_map.real("a", 6, CPU) is None
+
+
+def test_rows_of_several_adapters_have_their_own_masks() -> None:
+    rows_map = RowMap()
+    rows_map.use(names=["a", "b"])
+    mask = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 0]])
+    rows_map.tell(rows_map.masks_of(mask, ["c"]))
+    assert rows_map.real("a", 4, CPU).tolist() == [False, True, True, True]
+    assert rows_map.real("b", 4, CPU).tolist() == [True, False, False, False]
+    assert rows_map.real("c", 4, CPU) is None
+
+
+def test_padding_of_packed_questions() -> None:
+    """Trunk and branches, left-padded to one length, as scoring packs them."""
+    questions = [[Request([5, 6, 7], 1), Request([5, 6, 8, 9], 2)], [Request([5, 6], 1)] * 2]
+    packed = pad_packed([pack(question) for question in questions], 0, torch.float32)
+    assert packed["input_ids"].tolist() == [[5, 6, 8], [0, 0, 5]]
+    found = RowMap().masks_of(packed["attention_mask"], ["a"])["a"]
+    assert found[0].tolist() == [True, True, True]
+    assert found[1].tolist() == [False, False, True]

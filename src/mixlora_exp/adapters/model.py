@@ -228,8 +228,7 @@ class MixLoraModel(LoraModel):
             # The base model is not a mixture; this class adds the router loss instead.
             kwargs["output_router_logits"] = False
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        told = isinstance(mask, Tensor) and mask.dim() == 2 and not self.row_map
-        self.row_map.tell(dict.fromkeys(self.active_adapters, mask) if told else {})
+        self.row_map.tell(self.row_map.masks_of(mask, self.active_adapters))
         output = self.model(*args, **kwargs)
         report = self._report()
         if report is not None and "aux_loss" in getattr(output, "__dataclass_fields__", ()):

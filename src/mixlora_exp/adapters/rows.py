@@ -52,6 +52,28 @@ class RowMap:
             # Before the pass, which may be compiled.
             self._real[adapter, mask.numel()] = mask.reshape(-1).bool()
 
+    def masks_of(self, mask: object, active: Sequence[str]) -> dict[str, Tensor]:
+        """What `tell` takes, of a model's `attention_mask`: (sequences, tokens), or (sequences, 1,
+        tokens, tokens) of packed questions; empty for other masks and for segments, whose masks the
+        caller tells. active: the adapters of all rows where `names` has none."""
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == mask.shape[-1]:
+            seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+            # Padding attends to itself alone, and nothing else to it.
+            mask = (seen.sum(dim=-1) > 1) | (seen.sum(dim=-2) > 1)
+            # A question of one token, behind its padding.
+            mask[:, -1] |= ~mask.any(dim=-1)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or self.segments:
+            return {}
+        if not self.names:
+            return dict.fromkeys(active, mask)
+        # Of another number of sequences, `of` tells.
+        copies = len(mask) // len(self.names)
+        names = [name for name in self.names for _ in range(copies)]
+        return {
+            name: mask[[i for i, other in enumerate(names) if other == name]]
+            for name in dict.fromkeys(names)
+        }
+
     def real(self, adapter: str, rows: int, device: torch.device) -> Tensor | None:
         """(rows,) bool of an adapter's rows, None if all are; made once for all layers."""
         mask = self.masks.get(adapter)

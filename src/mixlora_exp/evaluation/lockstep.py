@@ -123,7 +123,10 @@ class Lockstep:
         if not routings:
             return [[] for _ in rows], 0
         lengths = [len(row.tokens if isinstance(row, PackedQuestion) else row) for row in rows]
-        layers = [r.experts.view(len(rows), -1, r.experts.shape[-1]) for r in routings]
+        layers = [
+            r.experts.masked_fill(~r.filled, -1).view(len(rows), -1, r.experts.shape[-1])
+            for r in routings
+        ]
         routes = [
             [layer[i, layer.shape[1] - length :] for layer in layers]
             for i, length in enumerate(lengths)
