@@ -136,7 +136,10 @@ class TestNoise:
         weight = torch.randn(self.EXPERTS, self.WIDTH, generator=torch.Generator().manual_seed(2))
         self.bound = 0.1 * x.abs() @ weight.abs().T
         given = {"training": True, "key": DropoutKey(stream, place), **given}
-        return self.router().route_masked(x[rows], {"": weight}, None, **given).logits
+        route = self.router().route_masked
+        if given.pop("compiled", False):
+            route = torch.compile(route, backend="aot_eager", fullgraph=True)
+        return route(x[rows], {"": weight}, None, **given).logits
 
     def test_it_depends_on_names_and_not_on_the_batch(self) -> None:
         before = torch.get_rng_state()
@@ -144,6 +147,7 @@ class TestNoise:
         parts = [self.logits([7, 3, 8]), self.logits([0, 11])]
         assert torch.equal(torch.get_rng_state(), before)
         torch.testing.assert_close(torch.cat(parts), whole[[7, 3, 8, 0, 11]])
+        torch.testing.assert_close(self.logits(list(range(12)), compiled=True), whole)
         plain = self.logits(list(range(12)), training=False)
         others = [self.logits(list(range(12)), **c) for c in ({"step": 6}, {"place": "b"})]
         for found in (whole, *others):

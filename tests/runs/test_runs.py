@@ -62,6 +62,13 @@ def test_what_is_longer_than_the_model_is_refused_before_training(
         experiment.run(config)
 
 
+def test_a_run_whose_tokens_have_no_expert_is_recorded_with_loads_of_0(run: Start) -> None:
+    done = run("method=mixlora", "method.router=threshold", "+method.router_options.t_max=0.9")
+    (score,) = done.record["scores"]
+    for load in (done.record["train"]["expert_load"], score["expert_load"]):
+        assert load == [[0.0] * 8] * 2
+
+
 @pytest.mark.parametrize("overrides", VARIANTS, ids=" ".join)
 def test_record_is_complete(overrides: tuple[str, ...], finished: Start) -> None:
     run = finished(*overrides)

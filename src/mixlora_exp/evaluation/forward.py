@@ -215,7 +215,8 @@ class Scorer:
         counts = self._counts.pop(group, None)
         if counts is None:
             return None
-        return (counts / counts.sum(dim=-1, keepdim=True)).tolist()
+        # Where no row has an expert, all are 0.
+        return (counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
 
 
 def _likelihoods(

@@ -125,4 +125,5 @@ class Track:
 
 
 def _shares(counts: Tensor) -> Tensor:
-    return counts / counts.sum(dim=-1, keepdim=True)
+    """By layer, of the counts (layers, E); 0 where no token has an expert."""
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
