@@ -40,10 +40,12 @@ SMALL = [
     "trainer.warmup_steps=2",
     "method.dropout=0.2",
 ]
-# One method has every part; the others run with the slow tests.
+OTHERS = ("lora", "dora", "mixlora", "mixlora method.router=random_frozen")
+# One method has every part, one has noise beside dropout; the others run with the slow tests.
 METHODS = [
     "mixdora",
-    *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "dora", "mixlora")),
+    "mixlora_switch +method.router_options.jitter=0.1",
+    *(pytest.param(method, marks=pytest.mark.slow) for method in OTHERS),
 ]
 
 
@@ -83,7 +85,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple]:
     @functools.cache
     def run(method: str) -> tuple:
         folder = tmp_path_factory.mktemp("whole")
-        weights, summary = train(compose([*SMALL, f"method={method}"]), folder)
+        weights, summary = train(compose([*SMALL, *f"method={method}".split()]), folder)
         return weights, summary, (folder / "train_log.jsonl").read_text()
 
     return run
@@ -102,7 +104,7 @@ def killed_late(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("killed", [[5], [20], [33, 14], [53]], ids=str)
 def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
     """In the first step, in the second epoch, twice, and in the last step."""
-    config = compose([*SMALL, f"method={method}"])
+    config = compose([*SMALL, *f"method={method}".split()])
     expected, truth, log = whole(method)
     for after in killed:
         with pytest.raises(Killed):
