@@ -54,6 +54,12 @@ BAD = [
     (["data.forms=[lable]"], ["data.forms=[lable]", "label, text"]),
     (["kernel.name=fast"], ["kernel.name=fast", "auto, exact, peft, reference, shared, triton"]),
     (["trainer.max_steps=0"], ["trainer.max_steps=0", ">= 1"]),
+    (["method=mixlora", "method.top_k=9"], ["method.top_k=9", "num_experts=8"]),
+    (["method=mixlora", "method.router=best"], ["method.router=best", "switch, threshold, top_k"]),
+    (
+        ["method=mixlora", "method.router_loss_pooling=all", "method.router_loss_reduction=sum"],
+        ["method.router_loss_reduction=sum", "router_loss_pooling=layer"],
+    ),
     (["data=local", "data.path=null"], ["data.path=null", "data.path=DIR"]),
     # folders that are not there, before torch is loaded
     (["data=local", "data.path=/no/such"], ["data.path=/no/such", "TASK/SPLIT.jsonl"]),
