@@ -211,19 +211,22 @@ def by_formula(formula: Callable, options: dict, leaves: dict[str, Tensor]) -> l
     return [torch.stack(rows), loss]
 
 
-def by_router(kernel: Kernel, own, leaves: dict[str, Tensor]) -> list[Tensor]:
-    x = leaves["x"]
-    held = {name[7:]: value for name, value in leaves.items() if name.startswith("router ")}
-    routing = own.route_masked(x, held, REAL)
-    block = FeedForward(
+def block_of(leaves: dict[str, Tensor]) -> FeedForward:
+    return FeedForward(
         *(
             Projection(FrozenLinear(FROZEN[r]), Experts(leaves[f"A {r}"], leaves[f"B {r}"], 0.5))
             for r in ("gate", "up", "down")
         ),
         "silu",
     )
+
+
+def by_router(kernel: Kernel, own, leaves: dict[str, Tensor]) -> list[Tensor]:
+    x = leaves["x"]
+    held = {name[7:]: value for name, value in leaves.items() if name.startswith("router ")}
+    routing = own.route_masked(x, held, REAL)
     loss = own.auxiliary_loss(own.gathered([own.statistics(routing, REAL)]))
-    return [kernel(x, routing, block), loss]
+    return [kernel(x, routing, block_of(leaves)), loss]
 
 
 @pytest.mark.parametrize("kernel", BLOCKS.values(), ids=BLOCKS.keys())
@@ -261,3 +264,14 @@ def test_compiled_blocks_have_the_rows_without_experts_too() -> None:
     function = partial(by_router, BLOCKS["dense form"], own)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(leaves), function(leaves))
+
+
+def test_some_rows_alone_are_given_to_the_block_without_experts_too() -> None:
+    own = router_of("switch", {"capacity_factor": 0.5})
+    leaves, rows = leaves_of(own), torch.arange(3, T, 2)
+    x = leaves["x"]
+    routing = own.route_masked(x, {"": leaves["router "]}, REAL)
+    block, kernel = block_of(leaves), BLOCKS["exact"]
+    some = kernel(x[rows], routing.at(rows), block)
+    torch.testing.assert_close(some, kernel(x, routing, block)[rows])
+    assert routing.base[rows].count_nonzero() > 2

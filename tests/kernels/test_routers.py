@@ -26,12 +26,14 @@ ROUTERS = [
     pytest.param("top_p", {"p": 0.7}, id="top_p"),
     pytest.param("top_p", {"p": 1, "limit": 2}, id="top_p, limited"),
     pytest.param("switch", {}, id="switch"),
-    pytest.param("switch", {"capacity_factor": 0.5, "normalise": True}, id="switch, crowded"),
+    pytest.param("switch", {"capacity_factor": 0.5}, id="switch, crowded"),
     pytest.param("random_frozen", {}, id="random_frozen"),
     pytest.param("uniform", {}, id="uniform"),
     pytest.param("dense", {}, id="dense"),
     pytest.param("threshold", {"shifted_loss": True}, id="threshold"),
-    pytest.param("threshold", {"t_max": 0.9, "shifted_loss": True}, id="threshold, high"),
+    pytest.param(
+        "threshold", {"t_max": 0.3, "normalise": False, "shifted_loss": True}, id="threshold, high"
+    ),
 ]
 """Name and options."""
 

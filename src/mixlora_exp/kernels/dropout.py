@@ -24,6 +24,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mixlora_exp.kernels.hashing import BITS, LOW, hash_bits, hash_kept
+
 __all__ = [
     "DropMask",
     "DropoutKey",
@@ -34,12 +36,6 @@ __all__ = [
     "drop",
     "hash_kept",
 ]
-
-BITS = 24
-"""Of a hash, those that decide: a probability is a multiple of 2^-24."""
-
-
-LOW = 0xFFFFFFFF
 
 
 def mix(numbers: Tensor) -> Tensor:
@@ -183,7 +179,7 @@ class DropoutKey:
         ids = self.stream.rows
         if ids is None:
             return None
-        return _hash_bits(ids.keys ^ self._held[part], 0, width).float() / 2**BITS
+        return hash_bits(ids.keys ^ self._held[part], 0, width).float() / 2**BITS
 
     def number(self, part: str) -> int:
         """What stands for module and part in the hash, in the range of int32."""
@@ -289,31 +285,6 @@ class HashMask(DropMask):
     def slice(self, start: int, end: int) -> HashMask:
         shape = (end - start, self.shape[1])
         return HashMask(self.elements[start:end], self.scale, shape, self.place)
-
-
-def _finish(h: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3 (Appleby) on the lower 32 bits of int64, in place."""
-    h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(LOW)
-    h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(LOW)
-    return h.bitwise_xor_(h >> 16)
-
-
-def hash_kept(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
-    """(rows, width) bool, false where dropped: `kernels.triton.hashing` in tensor operations.
-
-    keys: (rows,) int64; place: which mask it is, in the range of int32; threshold: the probability
-    to drop an element, times 2^24.
-    """
-    return _hash_bits(keys, place, width) >= threshold
-
-
-def _hash_bits(keys: Tensor, place: int, width: int) -> Tensor:
-    """(rows, width) int64 of `BITS` bits."""
-    first = _finish((keys & LOW) ^ (place & LOW))
-    second = _finish(((keys >> 32) & LOW) ^ first)
-    columns = torch.arange(width, device=keys.device) * 0x9E3779B9
-    h = _finish((first.unsqueeze(1) + columns).bitwise_and_(LOW))
-    return _finish(h.bitwise_xor_(second.unsqueeze(1))) >> (32 - BITS)
 
 
 def drop(x: Tensor, mask: DropMask | None, rows: Tensor | None = None) -> Tensor:

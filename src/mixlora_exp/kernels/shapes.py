@@ -277,7 +277,8 @@ class Routing:
         """The decision for some rows alone, by number; without what the router's loss is made of
         beside it."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)
-        return Routing(*(part[rows] for part in parts))
+        base = None if self.base is None else self.base[rows]
+        return Routing(*(part[rows] for part in parts), base=base)
 
     def detached(self) -> Routing:
         """The same decision without gradients."""
