@@ -209,7 +209,7 @@ def test_reentrant_checkpointing_is_refused(model_of, batch, checkpointed, froze
 def test_the_way_out_works_after_the_refusal(model_of, batch) -> None:
     model = model_of(router_loss_coef=COEFFICIENT).train()
     checkpoint_all(model)
-    with pytest.raises(ValueError, match="from 2 of 2 feed-forward blocks"):
+    with pytest.raises(ValueError, match="from 2 of 2 layers with routers"):
         model(**batch, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model(**batch, use_cache=False).loss.backward()

@@ -110,7 +110,7 @@ def test_interrupt(flags: list[str], ran: list[Config], capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--help"], ["method: dora, lora, mixdora", "experiment=smoke", "learning_rate: 0.0002"]),
+        (["--help"], ["method: ", "mixdora, mixlora", "experiment=smoke", "learning_rate: 0.0002"]),
         (["--help", "method=lora"], ["rank: 80"]),
         (["--cfg", "job", "seed=7"], ["seed: 7", "name: mixlora"]),
         (["seed=7", "--cfg", "job"], ["seed: 7"]),

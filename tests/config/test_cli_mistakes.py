@@ -150,7 +150,7 @@ def test_mistake_in_a_file(
         (["method.rank=4,0"], ["cell 2 of 2 (method.rank=0)", "method.rank=0 is not valid"]),
         (["trainer.max_step=1,2"], ["cell 1 of 2 (trainer.max_step=1)", "trainer.max_steps"]),
         (["seed=range(-1,2)"], ["cell 1 of 3 (seed=-1)"]),
-        (["method=glob(*lora)", "method.num_experts=4"], ["cell 1 of 2 (method=lora"]),
+        (["method=glob(?ora)", "method.num_experts=4"], ["cell 1 of 2 (method=dora"]),
         (["seed=1,2", "+foo=3"], ["foo=3", "not a setting"]),
         (["seed=1,2", "trainer.max_steps=abc"], ["trainer.max_steps=abc"]),
         (["seed=interval(0,1)"], ["interval"]),

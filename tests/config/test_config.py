@@ -138,7 +138,7 @@ def check_table_3(config: Config, model: str, method: str, task: str) -> None:
 def test_model_method_task(model: str) -> None:
     """Each two of model, method and task meet: no group reads another, so pairs suffice."""
     first = GROUPS["model"].index(model)
-    methods = GROUPS["method"]
+    methods = NAMED["method"]
     with open_session() as hydra:
         for second, task in enumerate(GROUPS["task"]):
             method = methods[(first + second) % len(methods)]

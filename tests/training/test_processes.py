@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 
-from mixlora_exp.adapters.model import RouterReport
+from mixlora_exp.adapters.reports import RouterReport
 from mixlora_exp.cli.train import execute
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment

@@ -18,7 +18,7 @@ from safetensors.torch import save_file as write_file
 
 from mixlora_exp.adapters import attach_adapter, attach_together
 from mixlora_exp.adapters.hosting import plain_parameters_of
-from mixlora_exp.adapters.model import RouterReport
+from mixlora_exp.adapters.reports import RouterReport
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.errors import UserError

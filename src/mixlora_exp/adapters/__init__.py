@@ -1,4 +1,4 @@
-"""PEFT adapters: the MixLoRA/MixDoRA tuner, and the four methods built from configuration."""
+"""PEFT adapters: the tuner of mixtures, and the methods built from configuration."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from mixlora_exp.adapters.build import attach_adapter, attach_together, load_ada
 from mixlora_exp.adapters.config import MixLoraConfig  # noqa: E402
 from mixlora_exp.adapters.hosting import load_adapters  # noqa: E402
 from mixlora_exp.adapters.layer import MixLoraFeedForward  # noqa: E402
-from mixlora_exp.adapters.model import MixLoraModel, RouterReport, set_kernel  # noqa: E402
+from mixlora_exp.adapters.mixtures.config import MixtureConfig  # noqa: E402
+from mixlora_exp.adapters.model import MixLoraModel, set_kernel  # noqa: E402
+from mixlora_exp.adapters.reports import RouterReport  # noqa: E402
 
 __all__ = [
     "MixLoraConfig",
     "MixLoraFeedForward",
     "MixLoraModel",
+    "MixtureConfig",
     "RouterReport",
     "attach_adapter",
     "attach_together",

@@ -1,4 +1,4 @@
-"""Creates, saves and loads adapters of the four methods."""
+"""Creates, saves and loads adapters of all methods."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.files import CONFIG
 from mixlora_exp.adapters.filling import fill, read_weights
 from mixlora_exp.adapters.hosting import add_guest, not_built, peft_warnings_held_back
+from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
 from mixlora_exp.config.schema_method import MixtureSettings
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig, LinearMixtureSettings
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 from mixlora_exp.models.base_identity import base_of, write_base
@@ -36,7 +38,7 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
     """The PEFT configuration of a method.
 
     Raises:
-        UserError: its router does not know one of `method.router_options`.
+        UserError: its router or mixture does not know one of its options.
     """
     common = {
         "r": method.rank,
@@ -46,11 +48,17 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
         "target_modules": list(method.targets),
         "task_type": "CAUSAL_LM",
     }
-    if not isinstance(method, MixLoraMethodConfig):
+    kinds = (
+        (LinearMixtureMethodConfig, LinearMixtureSettings, MixtureConfig),
+        (MixLoraMethodConfig, MixtureSettings, MixLoraConfig),
+    )
+    found = next((kind for kind in kinds if isinstance(method, kind[0])), None)
+    if found is None:
         return LoraConfig(**common)
-    mixture = {item.name: getattr(method, item.name) for item in fields(MixtureSettings)}
+    _, settings, config = found
+    mixture = {item.name: getattr(method, item.name) for item in fields(settings)}
     try:
-        return MixLoraConfig(**common, **mixture)
+        return config(**common, **mixture)
     except ValueError as error:
         raise UserError(f"method: {error}") from error
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from peft import LoraConfig
 from peft.utils import PeftType
@@ -19,7 +19,7 @@ from mixlora_exp.config.schema_method import (
 )
 from mixlora_exp.kernels import Router, make_router
 
-__all__ = ["MixLoraConfig", "in_order", "saved_config"]
+__all__ = ["MixLoraConfig", "check_settings", "check_supported", "in_order", "saved_config"]
 
 # Options of LoraConfig that experts do not support; they must be refused, not ignored.
 _UNSUPPORTED = (
@@ -82,28 +82,14 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         self.peft_type = PeftType.MIXLORA
         if self.target_modules is None:
             self.target_modules = {*ATTENTION_TARGETS, *self.feed_forward_targets}
-        for name in _UNSUPPORTED:
-            value = getattr(self, name, None)
-            # Not only truthiness: `layers_to_transform=0` means the first layer.
-            if value or (value == 0 and value is not False):
-                raise ValueError(f"MixLoraConfig does not support {name}={value!r}")
-        if self.bias != "none":
-            raise ValueError(f"MixLoraConfig does not support bias={self.bias!r}, only 'none'")
-        if not isinstance(self.init_lora_weights, bool):
-            raise ValueError(
-                "MixLoraConfig supports init_lora_weights True and False, "
-                f"not {self.init_lora_weights!r}"
-            )
-        if isinstance(self.target_modules, str):
-            raise ValueError(
-                f"MixLoraConfig needs target_modules as a list, not {self.target_modules!r}"
-            )
+        check_supported(self)
         if not self.expert_targets:
             raise ValueError(
                 f"target_modules={sorted(self.target_modules)} names none of "
                 f"{self.feed_forward_targets}: without experts this is LoRA, use LoraConfig"
             )
-        self._check_mixture()
+        check_settings(self, MixtureSettings)
+        self.make_router()
         unknown = set(self.expert_lora or ()) - set(ExpertLora.__dataclass_fields__)
         if unknown:
             raise ValueError(f"expert_lora has the unknown fields {', '.join(sorted(unknown))}")
@@ -114,22 +100,6 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
                 raise ValueError(f"{where}lora_dropout={lora.lora_dropout} must be in [0, 1)")
         if self.act_fn is not None and self.act_fn not in ACT2FN:
             raise ValueError(f"act_fn={self.act_fn!r} is not an activation of transformers")
-
-    def _check_mixture(self) -> None:
-        """Check the fields of `MixtureSettings`; enumerations are stored by value, as in the
-        file."""
-        kinds = get_type_hints(MixtureSettings)
-        for item in fields(MixtureSettings):
-            value, kind = getattr(self, item.name), kinds[item.name]
-            if isinstance(kind, type) and issubclass(kind, Enum):
-                words = [choice.value for choice in kind]
-                word = value.value if isinstance(value, Enum) else value
-                if word not in words:
-                    raise ValueError(f"{item.name}={word!r} is not {' or '.join(map(repr, words))}")
-                setattr(self, item.name, word)
-        if (fault := self.fault()) is not None:
-            raise ValueError("{}={} {}".format(*fault))
-        self.make_router()
 
     def make_router(self) -> Router:
         """The router with these settings.
@@ -157,6 +127,56 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
     def expert_targets(self) -> list[str]:
         """The feed-forward projections that get experts, in the order gate, up, down."""
         return [name for name in self.feed_forward_targets if name in self.target_modules]
+
+
+def check_supported(
+    config: LoraConfig,
+    unsupported: tuple[str, ...] = (),
+    init: tuple[bool, ...] = (True, False),
+) -> None:
+    """Refuse options of LoraConfig that experts do not support, these and `unsupported`; init:
+    values of `init_lora_weights`.
+
+    Raises:
+        ValueError: one is set.
+    """
+    owner = type(config).__name__
+    for name in (*_UNSUPPORTED, *unsupported):
+        value = getattr(config, name, None)
+        # Not only truthiness: `layers_to_transform=0` means the first layer.
+        if value or (value == 0 and value is not False):
+            raise ValueError(f"{owner} does not support {name}={value!r}")
+    if config.bias != "none":
+        raise ValueError(f"{owner} does not support bias={config.bias!r}, only 'none'")
+    if not any(config.init_lora_weights is value for value in init):
+        raise ValueError(
+            f"{owner} supports init_lora_weights {' and '.join(map(str, init))}, "
+            f"not {config.init_lora_weights!r}"
+        )
+    if isinstance(config.target_modules, str):
+        raise ValueError(f"{owner} needs target_modules as a list, not {config.target_modules!r}")
+
+
+def check_settings(config: MixtureSettings, owner: type[MixtureSettings]) -> None:
+    """Check the fields of `owner` in a configuration; enumerations are stored by value, as in the
+    file.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    kinds = get_type_hints(owner)
+    for item in fields(owner):
+        value = getattr(config, item.name)
+        for kind in (kinds[item.name], *get_args(kinds[item.name])):
+            if value is None or not (isinstance(kind, type) and issubclass(kind, Enum)):
+                continue
+            words = [choice.value for choice in kind]
+            word = value.value if isinstance(value, Enum) else value
+            if word not in words:
+                raise ValueError(f"{item.name}={word!r} is not {' or '.join(map(repr, words))}")
+            setattr(config, item.name, word)
+    if (fault := config.fault()) is not None:
+        raise ValueError("{}={} {}".format(*fault))
 
 
 def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def use_dropout_stream(model: nn.Module, adapter: str, stream: DropoutStream) ->
     for name, module in model.named_modules():
         # Blocks that wrap another are not part of the base model's names.
         key = DropoutKey(stream, name.replace(".base_layer", ""), device)
-        if hasattr(module, "dropout_keys") and adapter in module.router:
+        if hasattr(module, "dropout_keys") and adapter in module.r:
             module.dropout_keys[adapter] = key
         elif isinstance(module, LoraLayer) and adapter in module.lora_dropout:
             p = getattr(module.lora_dropout[adapter], "p", 0.0)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters.based import check_base
 from mixlora_exp.adapters.config import MixLoraConfig, in_order
 from mixlora_exp.adapters.filling import fill, read_weights
+from mixlora_exp.adapters.mixtures.config import MIXTURE_TYPE, MixtureConfig
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError
@@ -113,7 +114,7 @@ def guest_config(config: LoraConfig) -> LoraConfig:
         ValueError: it has a setting that several adapters on one base model cannot have.
     """
     _check_targets(config)
-    if isinstance(config, (MixLoraConfig, GuestConfig)):
+    if isinstance(config, (MixLoraConfig, MixtureConfig, GuestConfig)):
         return config
     _check_guest(config)
     values = {item.name: getattr(config, item.name) for item in fields(config) if item.init}
@@ -121,7 +122,7 @@ def guest_config(config: LoraConfig) -> LoraConfig:
 
 
 def add_guest(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> PeftModel:
-    """Add an adapter of any of the four methods to a model that may already have others.
+    """Add an adapter of any method to a model that may already have others.
 
     The first one turns the base model into a `PeftModel` with this tuner.
 
@@ -140,14 +141,15 @@ def add_guest(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig)
 
 
 def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter, by their names in the model."""
+    """The parameters of one adapter that can be trained, by their names in the model."""
     owned = {}
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         for part in module.adapter_layer_names:
             held = getattr(module, part, {})
-            if adapter not in held:
+            fixed = module.frozen_peft_weight_names.get(adapter, ())
+            if adapter not in held or part in fixed:
                 continue
             found = held[adapter]
             if isinstance(found, nn.Parameter):
@@ -221,9 +223,10 @@ def load_adapters(
         check_base(base, folder, settings, accept)
         weights = read_weights(folder)
         try:
-            kinds = {"MIXLORA": MixLoraConfig, "LORA": LoraConfig}
+            kinds = {"MIXLORA": MixLoraConfig, MIXTURE_TYPE: MixtureConfig, "LORA": LoraConfig}
             if settings["peft_type"] not in kinds:
-                raise ValueError(f"peft_type={settings['peft_type']} is not LORA or MIXLORA")
+                known = ", ".join(kinds)
+                raise ValueError(f"peft_type={settings['peft_type']} is not one of {known}")
             config = kinds[settings["peft_type"]].from_pretrained(str(folder))
             config.inference_mode, config.base_model_name_or_path = True, None
             with torch.random.fork_rng(devices=[]), peft_warnings_held_back():

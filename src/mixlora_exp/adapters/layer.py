@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +218,14 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
             self.adapter_layer_names = (*self.adapter_layer_names, name)
         return getattr(self, name)
+
+    def statistics(
+        self, adapter: str, mask: Tensor | None, types: Tensor | None
+    ) -> dict[str, Tensor]:
+        return self.router[adapter].statistics(self.routings[adapter], mask)
+
+    def auxiliary_loss(self, adapter: str, statistics: Mapping[str, Tensor]) -> Tensor:
+        return self.router[adapter].auxiliary_loss(statistics)
 
     @property
     def routing(self) -> Routing | None:

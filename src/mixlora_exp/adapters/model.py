@@ -1,47 +1,35 @@
-"""The PEFT tuner of MixLoRA and MixDoRA."""
+"""The PEFT tuner of MixLoRA and MixDoRA, and of mixtures in linear layers."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.hosting import GuestConfig
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.linear import use_linear_kernel
+from mixlora_exp.adapters.mixtures.config import MixtureConfig
+from mixlora_exp.adapters.mixtures.layer import MixtureLinear
+from mixlora_exp.adapters.reports import RouterReport, collect
 from mixlora_exp.adapters.rows import BASE, RowMap
 from mixlora_exp.kernels import KERNELS, resolve_kernel
 
-__all__ = ["MixLoraModel", "RouterReport", "set_kernel"]
+__all__ = ["MixLoraModel", "set_kernel"]
 
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Activation of the kernels -> its name in transformers."""
 
 
-@dataclass(frozen=True, slots=True)
-class RouterReport:
-    """Router statistics of one forward pass.
-
-    `loss`: the router loss without its coefficient, Eq. (8) for most routers; `counts` (layers, E):
-    tokens, without padding, routed to each expert.
-    """
-
-    loss: Tensor
-    counts: Tensor
-
-    def detached(self) -> RouterReport:
-        """A copy whose loss has no autograd graph."""
-        return RouterReport(self.loss.detach(), self.counts)
-
-
 class MixLoraModel(LoraModel):
-    """Adds LoRA to attention, and LoRA experts with a router to each feed-forward block.
+    """Adds LoRA to attention, and LoRA experts with a router to each feed-forward block; with a
+    `MixtureConfig`, experts to each of the target projections instead.
 
     In training mode the router loss, times `router_loss_coef`, is added to the model's loss, and is
     also in the output as `aux_loss`. If the trainer divides by the number of label tokens of a
@@ -56,7 +44,7 @@ class MixLoraModel(LoraModel):
             gradient checkpointing.
     """
 
-    tuner_layer_cls = (LoraLayer, MixLoraFeedForward)
+    tuner_layer_cls = (LoraLayer, MixLoraFeedForward, MixtureLinear)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["row_map"] = RowMap()
@@ -78,16 +66,37 @@ class MixLoraModel(LoraModel):
             return any(target in config.target_modules for target in config.feed_forward_targets)
         return LoraModel._check_target_module_exists(config, key)
 
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        shape = getattr(self.model, "config", None)
+        if isinstance(config, MixtureConfig) and hasattr(shape, "num_hidden_layers"):
+            config.settle(shape.num_hidden_layers)
+
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
-        if isinstance(config, GuestConfig) and target_name == config.feed_forward:
+        mixture, guest = isinstance(config, MixtureConfig), isinstance(config, GuestConfig)
+        if (mixture or guest) and target_name == config.feed_forward:
             block = target.base_layer if isinstance(target, MixLoraFeedForward) else target
             for name, child in list(block.named_children()):
                 if name in config.target_modules:
-                    super()._create_and_replace(
+                    self._create_and_replace(
                         config, adapter_name, child, name, block, f"{current_key}.{name}", **kwargs
                     )
+        elif mixture:
+            if isinstance(target, MixtureLinear):
+                target.update_layer(adapter_name, config, current_key)
+                return
+            layer = MixtureLinear(target, adapter_name, config, current_key)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            setattr(parent, target_name, layer)
+        elif isinstance(target, MixtureLinear):
+            # A LoRA stands below it, whichever came first.
+            inner = target.base_layer
+            super()._create_and_replace(
+                config, adapter_name, inner, "base_layer", target, current_key, **kwargs
+            )
         elif target_name == config.feed_forward:
             if isinstance(target, MixLoraFeedForward):
                 layer = target
@@ -115,18 +124,18 @@ class MixLoraModel(LoraModel):
         # PEFT creates new attention layers, also when loading an adapter, and new blocks have not
         # been set by `set_kernel`.
         for module in self.model.modules():
-            if isinstance(module, (MixLoraFeedForward, LoraLayer)):
+            if isinstance(module, self.tuner_layer_cls):
                 module.row_map = self.row_map
         set_kernel(self.model, next((block.kernel for block in self.feed_forwards()), "auto"))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # A plain LoRA inside a block with experts is one level deeper than in its own model.
+        # A LoRA below experts is one level deeper than in its own model.
         return super()._remove_adapter_name_from_key(key, adapter_name).replace(".base_layer", "")
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         nested = any(
-            isinstance(module, LoraLayer)
+            isinstance(module, (LoraLayer, MixtureLinear))
             for block in self.feed_forwards()
             for module in block.base_layer.modules()
         )
@@ -134,9 +143,14 @@ class MixLoraModel(LoraModel):
         return super()._unload_and_optionally_merge(*args, **kwargs) if nested else model
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(
-            "MixLoRA cannot be merged into the base weights: the router chooses experts per token"
-        )
+        for config in self.peft_config.values():
+            if not getattr(config, "mergeable", False):
+                name = getattr(config, "mixture", "MixLoRA")
+                raise ValueError(
+                    f"{name} cannot be merged into the base weights: the router chooses experts "
+                    "per token"
+                )
+        super()._check_merge_allowed()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("MixLoRA adapters cannot be combined into one: each has its own router")
@@ -173,42 +187,39 @@ class MixLoraModel(LoraModel):
         Raises:
             ValueError: in training, the loss would have no gradient.
         """
-        blocks = [block for block in self.feed_forwards() if block.routings]
-        self._check_gradients_reach_routers(blocks)
-        found = {}
-        for adapter in blocks[0].routings if blocks else ():
-            router, each = blocks[0].router[adapter], []
-            for block in blocks:
-                routing = block.routings[adapter]
-                experts = routing.experts
-                mask = self.row_map.real(adapter, len(experts), experts.device)
-                each.append(router.statistics(routing, mask))
-            gathered = router.gathered(each)
-            loss, counts = router.auxiliary_loss(gathered), gathered["counts"]
-            found[adapter] = RouterReport(loss, counts.detach())
-        for block in blocks:
+        layers = self._routed()
+        self._check_gradients_reach_routers(layers)
+        found = collect(layers, self.row_map)
+        for layer in layers:
             # Detached: the graph would keep the pass's memory, and cannot be copied.
-            block.routings = {name: r.detached() for name, r in block.routings.items()}
+            layer.routings = {name: r.detached() for name, r in layer.routings.items()}
         self.router_reports = {name: report.detached() for name, report in found.items()}
         return found
 
-    def _check_gradients_reach_routers(self, blocks: list[MixLoraFeedForward]) -> None:
-        """Refuse blocks that ran without gradients inside a pass with gradients.
+    def _routed(self) -> list[MixLoraFeedForward | MixtureLinear]:
+        """The layers whose routers decided in the last pass, in the model's order."""
+        layers = (MixLoraFeedForward, MixtureLinear)
+        return [m for m in self.model.modules() if isinstance(m, layers) and m.routings]
 
-        Re-entrant checkpointing runs a block first without gradients, and again in the backward
+    def _check_gradients_reach_routers(
+        self, layers: list[MixLoraFeedForward | MixtureLinear]
+    ) -> None:
+        """Refuse layers that ran without gradients inside a pass with gradients.
+
+        Re-entrant checkpointing runs a layer first without gradients, and again in the backward
         pass for its output's gradient. The router loss, taken from the first run, has no gradient
         for the routers or any earlier layer. A pass entirely without gradients is an evaluation, in
         any module mode.
         """
-        lost = [block for block in blocks if not block.ran_with_gradients]
+        lost = [layer for layer in layers if not layer.ran_with_gradients]
         if not (lost and self.training and torch.is_grad_enabled()):
             return
-        for adapter in blocks[0].routings:
+        for adapter in dict.fromkeys(name for layer in lost for name in layer.routings):
             coefficient = self.peft_config[adapter].router_loss_coef
             if coefficient and any(p.requires_grad for p in self.model.parameters()):
                 raise ValueError(
                     f"router_loss_coef={coefficient} of adapter {adapter!r} would have no gradient "
-                    f"from {len(lost)} of {len(blocks)} feed-forward blocks, which ran without "
+                    f"from {len(lost)} of {len(layers)} layers with routers, which ran without "
                     "gradients, as re-entrant gradient checkpointing runs them: use "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}, in your own loop "
                     "checkpoint(..., use_reentrant=False), or train without router loss"
@@ -216,8 +227,8 @@ class MixLoraModel(LoraModel):
 
     def _report(self) -> RouterReport | None:
         """The report of the only adapter that ran."""
-        block = next((block for block in self.feed_forwards() if block.routings), None)
-        if block is None or len(block.routings) > 1:
+        layers = self._routed()
+        if len({name for layer in layers for name in layer.routings}) != 1:
             self.router_reports = {}
             return None
         return next(iter(self.collect_reports().values()))
@@ -228,7 +239,11 @@ class MixLoraModel(LoraModel):
             # The base model is not a mixture; this class adds the router loss instead.
             kwargs["output_router_logits"] = False
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.row_map.tell(self.row_map.masks_of(mask, self.active_adapters))
+        types = kwargs.pop("task_types", None)
+        self.row_map.tell(
+            self.row_map.masks_of(mask, self.active_adapters),
+            {} if types is None else dict.fromkeys(self.active_adapters, types),
+        )
         output = self.model(*args, **kwargs)
         report = self._report()
         if report is not None and "aux_loss" in getattr(output, "__dataclass_fields__", ()):

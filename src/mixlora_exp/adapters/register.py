@@ -1,4 +1,4 @@
-"""Adds `MIXLORA` to PEFT's types, so that PEFT itself builds, saves and loads these adapters.
+"""Adds two types to PEFT's, so that PEFT itself builds, saves and loads these adapters.
 
 PEFT stores its types in an enum without a public way to add one; only this file modifies it.
 """
@@ -10,27 +10,32 @@ from peft.utils import PeftType
 
 __all__ = ["register"]
 
-NAME = "MIXLORA"
+NAMES = ("MIXLORA", "LORA_MIXTURE")
 
 
-def _extend_enum() -> None:
-    if NAME in PeftType.__members__:
+def _extend_enum(name: str) -> None:
+    if name in PeftType.__members__:
         return
-    member = str.__new__(PeftType, NAME)
-    member._name_ = member._value_ = NAME
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
     # `type.__setattr__` bypasses the enum's guard; needed before the member is in its maps.
-    type.__setattr__(PeftType, NAME, member)
-    PeftType._member_map_[NAME] = member
-    PeftType._value2member_map_[NAME] = member
-    PeftType._member_names_.append(NAME)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
 
 
 def register() -> None:
-    """Register the configuration and the tuner as `PeftType.MIXLORA`; idempotent."""
-    _extend_enum()
+    """Register the configurations and the tuner as `PeftType.MIXLORA` and `LORA_MIXTURE`;
+    idempotent."""
+    for name in NAMES:
+        _extend_enum(name)
     from mixlora_exp.adapters.config import MixLoraConfig
+    from mixlora_exp.adapters.mixtures.config import MixtureConfig
     from mixlora_exp.adapters.model import MixLoraModel
 
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.MIXLORA] = MixLoraConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.MIXLORA] = MixLoraModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.MIXLORA] = MixLoraModel.prefix
+    for name, config in zip(NAMES, (MixLoraConfig, MixtureConfig), strict=True):
+        kind = PeftType(name)
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = MixLoraModel
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = MixLoraModel.prefix

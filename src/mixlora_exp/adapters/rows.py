@@ -29,12 +29,14 @@ class RowMap:
     `segments` cover the rows of a packed batch one after another; `names` has an adapter for each
     sequence of an ordinary batch, in any order (PEFT's `adapter_names`). `masks`: by adapter, true
     for the real ones of its rows in the pass, (rows,), or of a batch (sequences, tokens), which may
-    begin with tokens of earlier passes; an adapter without one has real rows alone.
+    begin with tokens of earlier passes; an adapter without one has real rows alone. `types`: by
+    adapter, the kind of the task of each of its sequences (0 or 1), where the batch tells.
     """
 
     segments: tuple[Segment, ...] = ()
     names: tuple[str, ...] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    types: Mapping[str, Tensor] = field(default_factory=dict)
     _real: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _resolved: dict[torch.Size, tuple[Segment, ...]] = field(default_factory=dict)
 
@@ -45,9 +47,9 @@ class RowMap:
         """Set the assignment for the following passes; without arguments, clear it."""
         self.segments, self.names, self._resolved = tuple(segments), tuple(names), {}
 
-    def tell(self, masks: Mapping[str, Tensor]) -> None:
-        """Which rows of the coming pass are real."""
-        self.masks, self._real = dict(masks), {}
+    def tell(self, masks: Mapping[str, Tensor], types: Mapping[str, Tensor] | None = None) -> None:
+        """Which rows of the coming pass are real, and the kinds of its sequences' tasks."""
+        self.masks, self.types, self._real = dict(masks), dict(types or {}), {}
         for adapter, mask in masks.items():
             # Before the pass, which may be compiled.
             self._real[adapter, mask.numel()] = mask.reshape(-1).bool()

@@ -18,7 +18,7 @@ from mixlora_exp.errors import UserError, shown
 
 __all__ = ["saved_settings"]
 
-KINDS = ("LORA", "MIXLORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
+KINDS = ("LORA", "MIXLORA", "LORA_MIXTURE", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 """Supported PEFT types, which only add weights. Other types load tokenizers and further adapters
 named in their configuration, or compile code."""
 REACHING = (
@@ -168,8 +168,24 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
         if size is not None and not isinstance(size, list):
             if type(size) is not int or size < 1:
                 _refuse(folder, name, size, "must be an integer above 0")
-            if config["peft_type"] in ("LORA", "MIXLORA") and name != "init_r" and size > largest:
+            ranked = config["peft_type"] in ("LORA", "MIXLORA", "LORA_MIXTURE")
+            if ranked and name != "init_r" and size > largest:
                 _refuse(folder, name, size, f"is larger than in any tensor of {SAFETENSORS}")
     experts = config.get("num_experts")
-    if experts is not None and (type(experts) is not int or not 1 <= experts <= len(shapes)):
+    limit = len(shapes)
+    if config["peft_type"] == "LORA_MIXTURE":
+        # All experts of a layer are one tensor.
+        limit = max((shape[0] for shape in shapes if len(shape) == 3), default=0)
+        _check_per_layer(folder, config)
+        experts = max(experts) if isinstance(experts, list) else experts
+    if experts is not None and (type(experts) is not int or not 1 <= experts <= limit):
         _refuse(folder, "num_experts", experts, f"does not match the tensors in {SAFETENSORS}")
+
+
+def _check_per_layer(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what is no number for all layers and no list of one for each."""
+    for name in ("num_experts", "top_k"):
+        value = config.get(name, 1)
+        listed = value if isinstance(value, list) else [value]
+        if not listed or not all(type(one) is int and one >= 1 for one in listed):
+            _refuse(folder, name, value, "must be an integer above 0, or a list of them")

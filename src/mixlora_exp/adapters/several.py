@@ -26,6 +26,10 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
     """The feed-forward block, each segment of rows with its adapter: experts, plain LoRA, or only
     the base. x: (..., D); returns the same shape."""
     segments, dtype = layer.row_map.of(x), working_dtype(x)
+    for inner in layer.base_layer.children():
+        # Their own forward passes, which begin with this, are not called here.
+        if hasattr(inner, "routings"):
+            inner.routings = {}
     rows = x.reshape(-1, x.shape[-1])
     kernel = layer.kernel_on(x.device)
 

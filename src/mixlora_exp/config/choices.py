@@ -151,6 +151,10 @@ with `@kernel("NAME")`, and `auto`, the fastest on the device."""
 Router = Enum("Router", {name: name for name in _registered("routers", "router")})
 """How experts are chosen: one router per file of `kernels/routers/` with `@router("NAME")`."""
 
+Mixture = Enum("Mixture", {name: name for name in _registered("mixtures", "mixture")})
+"""Mixtures of experts in linear layers: one per file of `kernels/mixtures/` with
+`@mixture("NAME")`."""
+
 
 class Tracker(Enum):
     none = "none"

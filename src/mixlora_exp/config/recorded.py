@@ -22,7 +22,7 @@ from mixlora_exp.config.schema import (
     MethodConfig,
     ModelConfig,
 )
-from mixlora_exp.config.schema_method import method_class
+from mixlora_exp.config.schema_mixture import method_class
 from mixlora_exp.errors import UserError, shown
 
 LONGEST = 4096

@@ -27,6 +27,7 @@ from mixlora_exp.config.files import Repository
 from mixlora_exp.config.places import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.config.switches import ONLY
 from mixlora_exp.errors import UserError
 
@@ -84,6 +85,7 @@ def register_schemas() -> None:
     store.store(name="none_schema", node=schema.MethodConfig)
     store.store(name="lora_schema", node=schema.LoraMethodConfig)
     store.store(name="mixlora_schema", node=schema.MixLoraMethodConfig)
+    store.store(name="linear_mixture_schema", node=LinearMixtureMethodConfig)
     # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
     for kernel in schema.Kernel:
         store.store(group="kernel", name=kernel.name, node={"name": kernel.name})

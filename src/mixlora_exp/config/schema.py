@@ -277,6 +277,11 @@ class Config:
             self.adapter,
             "an existing adapter is scored, not trained: add method=none",
         )
+        for task in getattr(self.method, "type1_tasks", ()):
+            require(
+                task in self.task.train,
+                "method.type1_tasks", task, f"the run trains on {', '.join(self.task.train)}",
+            )  # fmt: skip
         known = (*self.task.train, *self.task.evaluate)
         for task in self.data.train_limits:
             require(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any
@@ -58,13 +58,13 @@ class LoraMethodConfig(MethodConfig):
         )  # fmt: skip
 
 
-def _setting(default: Any, help: str, rule: str = "", valid: Callable[..., bool] | None = None):
+def setting(default: Any, help: str, rule: str = "", valid: Callable[..., bool] | None = None):
     """A field with its help and valid range. `valid(value, settings)` checks the value."""
     kind = {"default_factory": dict} if default == {} else {"default": default}
     return field(**kind, metadata={"help": help, "rule": rule, "valid": valid})
 
 
-def _word(value: Any) -> Any:
+def word(value: Any) -> Any:
     """An enumeration's value, which files have in its place."""
     return getattr(value, "value", value)
 
@@ -74,55 +74,56 @@ class MixtureSettings:
     """Settings of MixLoRA in addition to LoRA's: the single definition of names, defaults, help and
     ranges, shared by Hydra (`MixLoraMethodConfig`) and PEFT (`MixLoraConfig`)."""
 
-    num_experts: int = _setting(
+    num_experts: int = setting(
         8, "Experts per feed-forward block (E).", "must be >= 1", lambda value, _: value >= 1
     )
-    top_k: int = _setting(
+    top_k: int = setting(
         2,
         "Experts per token (K); routers that choose their number do not read it.",
         "must be in [1, num_experts={num_experts}]",
         lambda value, all: 1 <= value <= all.num_experts,
     )
-    router: Router = _setting(Router.top_k, "How experts are chosen.")
-    router_options: dict[str, Any] = _setting(
+    router: Router = setting(Router.top_k, "How experts are chosen.")
+    router_options: dict[str, Any] = setting(
         {}, "What this router alone has, by name; see its file in kernels/routers/."
     )
-    router_loss_coef: float = _setting(
+    router_loss_coef: float = setting(
         1e-3,
         "Coefficient of the router's loss, Eq. (8).",
         "must be >= 0 and finite",
         lambda value, _: isfinite(value) and value >= 0,
     )
-    router_loss: RouterLoss = _setting(
+    router_loss: RouterLoss = setting(
         RouterLoss.argmax, "What F_i of Eq. (9) counts: 'argmax', or 'topk' (all K chosen)."
     )
-    router_loss_pooling: RouterLossPooling = _setting(
+    router_loss_pooling: RouterLossPooling = setting(
         RouterLossPooling.layer,
         "'layer': loss per layer, averaged; 'all': statistics of all layers.",
     )
-    router_loss_reduction: RouterLossReduction = _setting(
+    router_loss_reduction: RouterLossReduction = setting(
         RouterLossReduction.mean,
         "Of the routers' losses: 'mean', or 'sum' for parity with an original.",
         "needs router_loss_pooling=layer",
-        lambda value, all: _word(value) == "mean" or _word(all.router_loss_pooling) == "layer",
+        lambda value, all: word(value) == "mean" or word(all.router_loss_pooling) == "layer",
     )
-    router_init_std: float = _setting(
+    router_init_std: float = setting(
         0.02,
         "Standard deviation of the router's initial weights.",
         "must be >= 0 and finite",
         lambda value, _: isfinite(value) and value >= 0,
     )
-    router_precision: RouterPrecision = _setting(
+    router_precision: RouterPrecision = setting(
         RouterPrecision.float32,
         "router=top_k: 'float32', or 'bfloat16': the router's product rounds to it.",
     )
 
     def fault(self) -> tuple[str, Any, str] | None:
         """Name, value and violated rule of the first setting out of its range; None if all hold."""
-        for item in fields(MixtureSettings):
-            value, valid = getattr(self, item.name), item.metadata["valid"]
+        for item in fields(self):
+            # PEFT's own fields have no rule.
+            value, valid = getattr(self, item.name), item.metadata.get("valid")
             if valid is not None and not valid(value, self):
-                return item.name, _word(value), item.metadata["rule"].format(**vars(self))
+                return item.name, word(value), item.metadata["rule"].format(**vars(self))
         return None
 
 
@@ -140,10 +141,3 @@ class MixLoraMethodConfig(MixtureSettings, LoraMethodConfig):
             "method.targets", self.targets,
             "experts need at least one of gate_proj, up_proj, down_proj (else use method=lora)",
         )  # fmt: skip
-
-
-def method_class(recorded: Mapping[str, Any]) -> type[MethodConfig]:
-    """The schema of a method that is given as plain fields, as in a record."""
-    if recorded.get("name") == "none":
-        return MethodConfig
-    return MixLoraMethodConfig if "num_experts" in recorded else LoraMethodConfig

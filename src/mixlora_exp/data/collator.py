@@ -49,7 +49,8 @@ class Collator:
     as there. (If all padding had one position, the model could not distinguish padding tokens, and
     their loss would differ.)
 
-    `multiple`: lengths are padded to a multiple of it.
+    `multiple`: lengths are padded to a multiple of it. `type1`: with it a batch has `task_types`
+    (rows,), 1 for examples of these tasks and 0 for the others.
 
     `example` (rows,): number of each example within the optimizer step, across micro-batches and
     processes; `first`: the number of this batch's first example.
@@ -60,10 +61,14 @@ class Collator:
     padding: bool = False
     padding_side: str = "left"
     multiple: int = 1
+    type1: Sequence[str] = ()
 
     def __call__(self, examples: Sequence[Example], first: int = 0) -> dict[str, Any]:
         numbers = torch.arange(first, first + len(examples))
-        return {**self._padded(examples), "example": numbers}
+        batch = {**self._padded(examples), "example": numbers}
+        if self.type1:
+            batch["task_types"] = torch.tensor([int(e.task in self.type1) for e in examples])
+        return batch
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Any]:
         if self.padding:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.data.collator import pad_left
@@ -174,18 +175,10 @@ class Scorer:
         ]
 
     def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
-        """Experts chosen in the last pass: per row and layer a tensor (tokens, K) without padding,
-        -1 for an empty slot. No layers without experts. lengths: tokens of each row."""
+        """Experts chosen in the last pass: per row and router a tensor (tokens, K) without padding,
+        -1 for an empty slot. No routers without experts. lengths: tokens of each row."""
         routings = (getattr(module, "routing", None) for module in self.model.modules())
-        layers = [
-            r.experts.masked_fill(~r.filled, -1).view(len(lengths), -1, r.experts.shape[-1])
-            for r in routings
-            if r is not None
-        ]
-        return [
-            [layer[row, layer.shape[1] - length :] for layer in layers]
-            for row, length in enumerate(lengths)
-        ]
+        return chosen([routing for routing in routings if routing is not None], lengths)
 
     def _experts(self) -> int:
         """Number of experts E in the last pass; 0 without experts."""
@@ -217,6 +210,21 @@ class Scorer:
             return None
         # Where no row has an expert, all are 0.
         return (counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
+
+
+def chosen(routings: Sequence[Any], lengths: Sequence[int]) -> list[list[Tensor]]:
+    """Experts of each row and router, (tokens, K) with the largest K of all, -1 for an empty slot;
+    rows are padded on the left and have these lengths."""
+    slots = max((routing.experts.shape[-1] for routing in routings), default=0)
+    layers = []
+    for routing in routings:
+        experts = routing.experts.masked_fill(~routing.filled, -1)
+        experts = functional.pad(experts, (0, slots - experts.shape[-1]), value=-1)
+        layers.append(experts.view(len(lengths), -1, slots))
+    return [
+        [layer[row, layer.shape[1] - length :] for layer in layers]
+        for row, length in enumerate(lengths)
+    ]
 
 
 def _likelihoods(

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.evaluation.forward import Scorer
+from mixlora_exp.evaluation.forward import Scorer, chosen
 from mixlora_exp.evaluation.packing import PackedQuestion
 
 Result = TypeVar("Result")
@@ -123,15 +123,8 @@ class Lockstep:
         if not routings:
             return [[] for _ in rows], 0
         lengths = [len(row.tokens if isinstance(row, PackedQuestion) else row) for row in rows]
-        layers = [
-            r.experts.masked_fill(~r.filled, -1).view(len(rows), -1, r.experts.shape[-1])
-            for r in routings
-        ]
-        routes = [
-            [layer[i, layer.shape[1] - length :] for layer in layers]
-            for i, length in enumerate(lengths)
-        ]
-        return routes, routings[0].probabilities.shape[-1]
+        experts = max(routing.probabilities.shape[-1] for routing in routings)
+        return chosen(routings, lengths), experts
 
 
 class LockstepScorer(Scorer):

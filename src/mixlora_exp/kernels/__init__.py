@@ -2,7 +2,8 @@
 
 A kernel takes `x` (T, D), a `Routing` and a `FeedForward` and returns (T, D); it is a file of
 `mixlora/` (docs/extending/kernel.md). A router makes the `Routing`; it is a file of `routers/`
-(docs/extending/router.md). `KERNELS` and `ROUTERS` have them by name.
+(docs/extending/router.md). A mixture of experts in one linear layer is a file of `mixtures/`.
+`KERNELS`, `ROUTERS` and `MIXTURES` have them by name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from mixlora_exp.kernels import mixlora, routers
+from mixlora_exp.kernels import mixlora, mixtures, routers
 from mixlora_exp.kernels.activations import known_activation
 from mixlora_exp.kernels.dora import dora_norms, squared_row_norms
 from mixlora_exp.kernels.dropout import (
@@ -22,6 +23,7 @@ from mixlora_exp.kernels.dropout import (
     draw_mask,
 )
 from mixlora_exp.kernels.frozen import Frozen, FrozenLinear
+from mixlora_exp.kernels.mixing import MIXTURES, Mixture, Sizes, make_mixture
 from mixlora_exp.kernels.precision import working_dtype
 from mixlora_exp.kernels.registry import KERNELS, Kernel, kernel, resolve_kernel
 from mixlora_exp.kernels.routing import (
@@ -35,7 +37,7 @@ from mixlora_exp.kernels.routing import (
 from mixlora_exp.kernels.shapes import ROLES, Experts, FeedForward, Low, Projection, Routing
 
 # Whatever stands in these folders registers itself.
-for _package in (mixlora, routers):
+for _package in (mixlora, mixtures, routers):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 
@@ -43,6 +45,7 @@ from mixlora_exp.kernels.routers.top_k import route  # noqa: E402
 
 __all__ = [
     "KERNELS",
+    "MIXTURES",
     "ROLES",
     "ROUTERS",
     "DropMask",
@@ -55,14 +58,17 @@ __all__ = [
     "HashMask",
     "Kernel",
     "Low",
+    "Mixture",
     "Projection",
     "Router",
     "Routing",
     "RowIds",
+    "Sizes",
     "dora_norms",
     "draw_mask",
     "kernel",
     "known_activation",
+    "make_mixture",
     "make_router",
     "resolve_kernel",
     "route",

@@ -16,9 +16,11 @@ from mixlora_exp.config.schema import (
     ModelConfig,
 )
 from mixlora_exp.config.schema_method import MixtureSettings
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import Router, make_router
 from mixlora_exp.models.architecture import architecture_of
+from mixlora_exp.models.mixtures import mixture_parameters
 from mixlora_exp.models.skeleton import projections, skeleton
 
 
@@ -90,12 +92,14 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
 
     Raises:
         UserError: the model's configuration is not valid, or its architecture is not supported, or
-            the method's router refuses an option.
+            the method does not fit it or refuses an option.
     """
     built = skeleton_of(model)
     base = sum(parameter.numel() for parameter in built.parameters())
     low_rank = router = magnitude = 0
-    if isinstance(method, LoraMethodConfig):
+    if isinstance(method, LinearMixtureMethodConfig):
+        low_rank, router, _ = mixture_parameters(built, method)
+    elif isinstance(method, LoraMethodConfig):
         experts = method.num_experts if isinstance(method, MixLoraMethodConfig) else 1
         for name, linear in projections(built):
             copies = experts if name in FEED_FORWARD_TARGETS else 1

@@ -12,6 +12,8 @@ from mixlora_exp.config.schema import (
     MixLoraMethodConfig,
     Precision,
 )
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.models.mixtures import fixed_parameters, kept_by_mixture
 from mixlora_exp.models.parameters import count_parameters, router_of, skeleton_of, widths
 
 USABLE = 0.94
@@ -26,7 +28,8 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     attention output, which several adapters in one pass (`packed`) save twice; the frozen outputs
     of gate and up. LoRA also saves the activation and the product, DoRA the unscaled output of each
     adapted projection, a mixture its router's input in float32 and, with DoRA, the K outputs of the
-    down projection. A dropout mask has one byte per element.
+    down projection; for mixtures in linear layers see `kept_by_mixture`. A dropout mask has one
+    byte per element.
     """
     model, method = config.model, config.method
     assert isinstance(method, LoraMethodConfig)
@@ -34,8 +37,10 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     d, f = inputs["gate_proj"], outputs["gate_proj"]
     heads, kv = outputs["q_proj"], outputs["k_proj"]
     mixed = isinstance(method, MixLoraMethodConfig)
-    plain = [t for t in method.targets if not (mixed and t in FEED_FORWARD_TARGETS)]
-    experts = [t for t in method.targets if t not in plain]
+    linear = isinstance(method, LinearMixtureMethodConfig)
+    targets = [] if linear else method.targets
+    plain = [t for t in targets if not (mixed and t in FEED_FORWARD_TARGETS)]
+    experts = [t for t in targets if t not in plain]
     masks = sum(inputs[target] for target in plain)
     if experts:
         masks += d * any(t != "down_proj" for t in experts) + f * ("down_proj" in experts)
@@ -46,6 +51,7 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     numbers += method.rank * len(plain)
     if not mixed or stock:
         numbers += 2 * f * slots
+    stock = stock and not linear
     if method.dora:
         numbers += sum(outputs[target] for target in plain)
         numbers += slots * d if "down_proj" in experts else 0
@@ -56,6 +62,8 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     dropped = masks if method.dropout else 0
     router = 4 * d if mixed and width == 2 else 0
     # One float32 number per head (attention's log-sum-exp) and per norm.
+    if linear:
+        router += kept_by_mixture(model, method, width)
     return (
         numbers * width + router + dropped + 4 * (skeleton_of(model).config.num_attention_heads + 2)
     )
@@ -88,7 +96,8 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     shadow = 2 if width == 2 and config.kernel.name is not Kernel.peft else 0
     return {
         "weights": parameters.base * width,
-        "adapter_and_optimizer": parameters.trainable * (16 + shadow),
+        "adapter_and_optimizer": parameters.trainable * (16 + shadow)
+        + fixed_parameters(model, method) * (4 + shadow),
         "activations": round(tokens * kept + logits),
     }
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config.architecture import current_model
-from mixlora_exp.config.schema_method import MethodConfig, MixLoraMethodConfig, method_class
+from mixlora_exp.config.schema_method import MethodConfig, MixLoraMethodConfig
+from mixlora_exp.config.schema_mixture import method_class
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import FORCED, PACKED, RunFiles, name_of, record_paths
 from mixlora_exp.records.objections import UNPLACED, code_objections

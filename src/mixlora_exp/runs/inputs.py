@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixlora_exp.config.choices import Mixture
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import (
     Base,
@@ -34,6 +35,7 @@ from mixlora_exp.models import (
     read_base,
     with_folder_shape,
 )
+from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import router_of
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.records.code import code_sha256
@@ -93,15 +95,18 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
     return {
         "path": config.adapter,
         "peft_type": peft_type,
-        "method": _method(peft_type, bool(settings.get("use_dora"))),
+        "method": _method(settings),
         "sha256": sha256,
         "trained_by": _trained_by(folder.parent / RECORD, sha256),
     }
 
 
-def _method(peft_type: str, dora: bool) -> str:
+def _method(settings: dict[str, Any]) -> str:
     """What a run that trains such an adapter is called; other types go by PEFT's name."""
-    return peft_type.lower().replace("lora", "dora") if dora else peft_type.lower()
+    kind = settings["peft_type"].lower()
+    if kind == "lora_mixture" and settings.get("mixture") in Mixture.__members__:
+        return settings["mixture"]
+    return kind.replace("lora", "dora") if settings.get("use_dora") else kind
 
 
 def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
@@ -213,6 +218,7 @@ def gather_inputs(config: Config) -> Inputs:
     _check_head(config)
     _check_router(config)
     check_model(config.model)
+    check_mixture(config.model, config.method)
     splits = _splits(config)
     adapter = adapter_entry(config)
     identity = {
@@ -253,6 +259,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
             if has_local_tokenizer(config.model):
                 load_tokenizer(config.model)
             checked.add(model)
+        check_mixture(config.model, config.method)
         _check_base(config, adapter)
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue

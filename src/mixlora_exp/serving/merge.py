@@ -70,9 +70,11 @@ def _mergeable(opened: Opened) -> PeftModel:
     model = opened.model
     if not isinstance(model, PeftModel):
         raise UserError("adapter=null: there is nothing to merge; give an adapter's folder")
-    if model.peft_config[model.active_adapter].peft_type == "MIXLORA":
+    config = model.peft_config[model.active_adapter]
+    if not getattr(config, "mergeable", config.peft_type != "MIXLORA"):
+        kind = getattr(config, "mixture", "MixLoRA or MixDoRA")
         raise UserError(
-            "a MixLoRA or MixDoRA adapter cannot be merged: its router chooses experts for each "
+            f"a {kind} adapter cannot be merged: its router chooses experts for each "
             "token, which no single weight can represent. Load it with "
             "PeftModel.from_pretrained instead"
         )

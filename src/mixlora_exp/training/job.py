@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.hosting import parameters_of, plain_parameters_of
-from mixlora_exp.adapters.model import RouterReport
+from mixlora_exp.adapters.reports import RouterReport
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
@@ -240,6 +240,7 @@ def make_job(
         trainer.padding_in_loss,
         tokenizer.padding_side,
         pad_to(config),
+        tuple(getattr(config.method, "type1_tasks", ())),
     )
     return Job(
         name=name,

@@ -54,7 +54,8 @@ def joint_losses(
     packed = pack_batches(base, batches, attention)
     tuner.row_map.use(segments=[Segment(n, part.rows) for n, part in packed.parts.items()])
     masks = {name: batch["attention_mask"].flatten().bool() for name, batch in batches.items()}
-    tuner.row_map.tell(masks)
+    types = {n: batch["task_types"] for n, batch in batches.items() if "task_types" in batch}
+    tuner.row_map.tell(masks, types)
     hidden = base.model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,

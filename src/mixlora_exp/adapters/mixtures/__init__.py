@@ -1,0 +1,1 @@
+"""Mixtures of LoRA experts in single linear layers, as PEFT adapters."""

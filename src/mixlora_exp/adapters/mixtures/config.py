@@ -1,0 +1,102 @@
+"""PEFT configuration of the mixtures in linear layers, stored in `adapter_config.json`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+from peft.utils import PeftType
+
+from mixlora_exp.adapters.config import check_settings, check_supported, in_order
+from mixlora_exp.config.schema_mixture import LinearMixtureSettings
+from mixlora_exp.kernels import Mixture, Router, make_mixture, make_router
+
+__all__ = ["MIXTURE_TYPE", "MixtureConfig"]
+
+MIXTURE_TYPE = "LORA_MIXTURE"
+"""Name of the PEFT type in files. In memory adapters have the type of the MixLoRA tuner, which
+serves both, since PEFT refuses several types on one base model."""
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass
+class MixtureConfig(LinearMixtureSettings, LoraConfig):
+    """LoRA experts in each projection that `target_modules` names, by one of the methods of
+    kernels/mixtures/; `r` is the rank of each expert.
+
+    Raises:
+        ValueError: a value is out of range, or an option of LoraConfig is set that experts do not
+            support.
+    """
+
+    feed_forward: ClassVar[str] = "mlp"
+    feed_forward_targets: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MIXLORA
+        if self.target_modules is None:
+            self.target_modules = {"q_proj", "k_proj", "v_proj", "o_proj"}
+            self.target_modules |= set(self.feed_forward_targets)
+        check_supported(self, unsupported=("use_dora",), init=(True,))
+        check_settings(self, LinearMixtureSettings)
+        if self.r < 1:
+            raise ValueError(f"r={self.r} must be >= 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        self.check_router(self.make_mixture().router)
+
+    def settle(self, layers: int) -> None:
+        """Replace text by lists of one number for each layer of the model.
+
+        Raises:
+            ValueError: a list has another length, or K > E in a layer.
+        """
+        pairs = self.experts_by_layer(layers)
+        for name, own in zip(("num_experts", "top_k"), zip(*pairs, strict=True), strict=True):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, list(own))
+
+    def experts_at(self, module: str) -> tuple[int, int]:
+        """(E, K) at a module's name in the model, whose first number is the layer."""
+        found = LAYER.search(module)
+        layer = int(found[1]) if found else 0
+        experts, chosen = (
+            value if isinstance(value, int) else value[layer]
+            for value in (self.num_experts, self.top_k)
+        )
+        return experts, chosen
+
+    def make_mixture(self) -> Mixture:
+        """The method with its options.
+
+        Raises:
+            ValueError: an entry of `mixture_options` is unknown to the method or out of range.
+        """
+        return make_mixture(self.mixture, self.mixture_options)
+
+    def make_router(self, experts: int, chosen: int, width: int) -> Router:
+        """The router of a layer with E and K, for rows of `width` elements.
+
+        Raises:
+            ValueError: an entry of `router_options` is unknown to the router or out of range.
+        """
+        name = self.router_name(str(self.make_mixture().router))
+        settings = self.router_settings(experts, chosen, width)
+        return make_router(name, settings, self.router_options)
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's own, which a method may replace: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether one matrix represents the adapter for all inputs."""
+        return self.make_mixture().mergeable
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**in_order(super().to_dict()), "peft_type": MIXTURE_TYPE}

@@ -1,0 +1,225 @@
+"""A linear layer with a mixture of LoRA experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from mixlora_exp.adapters.dropout import keyed_mask
+from mixlora_exp.adapters.frozen import frozen_linear
+from mixlora_exp.adapters.mixtures.config import MixtureConfig
+from mixlora_exp.adapters.rows import RowMap
+from mixlora_exp.adapters.several import several_linear
+from mixlora_exp.kernels import DropoutKey, Frozen, Mixture, Router, Routing, Sizes, working_dtype
+from mixlora_exp.kernels.dropout import drop
+from mixlora_exp.kernels.mixing import dense_weights
+
+__all__ = ["MixtureLinear"]
+
+
+class MixtureLinear(nn.Module, BaseTunerLayer):
+    """`y = W x + b + branch(drop(x))`, see `kernels.mixing.Mixture`; one dropout mask for all
+    experts, which the router does not see.
+
+    Parameters of an adapter, each a `ParameterDict` entry under its name: `lora_NAME` for those
+    that its method names (`lora_A` (E, R, in), `lora_B` (E, out, R), ...), `lora_router` and what
+    else its router holds. The base layer is an `nn.Linear`, or a LoRA layer on one, whose adapters
+    this layer serves as well.
+
+    After each forward pass `routings` holds the router's decision of each adapter that ran, for its
+    rows of that pass, and `ran_with_gradients` whether autograd followed it.
+
+    Raises:
+        ValueError: the base is no `nn.Linear`, or several adapters are active at once.
+    """
+
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "mixture", "router")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: MixtureConfig, name: str
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        if type(self.get_base_layer()) is not nn.Linear:
+            raise ValueError(
+                f"mixture={config.mixture} needs {name} to be an nn.Linear, found "
+                f"{type(self.get_base_layer()).__name__}"
+            )
+        self.merged_adapters: list[str] = []
+        self.adapter_layer_names: tuple[str, ...] = ()
+        for kind in ("lora_A", "lora_B", "lora_router"):
+            self._parameters_called(kind)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.mixture: dict[str, Mixture] = {}
+        self.router: dict[str, Router] = {}
+        self.dropout_keys: dict[str, DropoutKey] = {}
+        self.routings: dict[str, Routing] = {}
+        self.ran_with_gradients = False
+        self.row_map = RowMap()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
+
+    def update_layer(self, adapter_name: str, config: MixtureConfig, name: str) -> None:
+        """Add an adapter with fresh weights. name: of this layer in the model."""
+        experts, chosen = config.experts_at(name)
+        base, method = self.get_base_layer(), config.make_mixture()
+        sizes = Sizes(experts, config.r, base.in_features, base.out_features)
+        scaling = method.scaling(sizes, config.scaling)
+        self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
+        self.scaling[adapter_name], self.mixture[adapter_name] = scaling, method
+        self.lora_dropout[adapter_name] = config.lora_dropout
+        if config.inference_mode:
+            # A file's weights come next.
+            made = {part: torch.zeros(shape) for part, shape in method.shapes(sizes).items()}
+        else:
+            made = method.initial(sizes, base.weight, scaling)
+        fixed = [f"lora_{part}" for part in method.fixed]
+        if method.router is not None:
+            router = config.make_router(experts, chosen, base.in_features)
+            self.router[adapter_name] = router
+            held = {
+                f"router_{part}" if part else "router": weight
+                for part, weight in router.initial(base.in_features).items()
+            }
+            made |= held
+            fixed += [] if router.trained else [f"lora_{part}" for part in held]
+        for part, weight in made.items():
+            self._parameters_called(f"lora_{part}")[adapter_name] = nn.Parameter(weight)
+        if fixed:
+            self.frozen_peft_weight_names = {
+                **self.frozen_peft_weight_names, adapter_name: tuple(fixed)
+            }  # fmt: skip
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., in); returns (..., out)."""
+        self.routings = {}
+        if self.row_map:
+            return several_linear(self, x)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.r]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) > 1:
+            raise ValueError(f"a mixture runs one adapter at a time, active are {active}")
+        dtype = working_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            y = self.adapt(self.frozen(dtype).linear(rows), rows, active)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
+        """As `RowsLinear.adapt`: for one adapter of this layer, or those of the one below."""
+        adapter = adapters[0]
+        if adapter not in self.r:
+            if hasattr(self.base_layer, "adapt"):
+                return self.base_layer.adapt(frozen, rows, adapters)
+            return self._biased(frozen)
+        self.ran_with_gradients = torch.is_grad_enabled()
+        weights = None
+        if adapter in self.router:
+            weights = dense_weights(self._route(rows, adapter))
+        p = self.lora_dropout[adapter] if self.training else 0.0
+        mask = keyed_mask(self.dropout_keys.get(adapter), "input", tuple(rows.shape), p, rows)
+        parts = {part: own.to(rows.dtype) for part, own in self._parts(adapter).items()}
+        method, scaling = self.mixture[adapter], self.scaling[adapter]
+        return self._biased(frozen + method.branch(drop(rows, mask), weights, parts, scaling))
+
+    def kind_of(self, adapter: str) -> object:
+        """As `RowsLinear.kind_of`: an adapter of this layer runs alone."""
+        if adapter in self.r or not hasattr(self.base_layer, "kind_of"):
+            return None
+        return self.base_layer.kind_of(adapter)
+
+    def frozen(self, dtype: torch.dtype) -> Frozen:
+        """The base layer's weight in a dtype."""
+        return frozen_linear(self.get_base_layer(), dtype)
+
+    def _biased(self, y: Tensor) -> Tensor:
+        bias = self.get_base_layer().bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _route(self, rows: Tensor, adapter: str) -> Routing:
+        held = {
+            name.removeprefix("lora_router").removeprefix("_"): getattr(self, name)[adapter]
+            for name in self.adapter_layer_names
+            if name.startswith("lora_router") and adapter in getattr(self, name)
+        }
+        mask = self.row_map.real(adapter, len(rows), rows.device)
+        key = self.dropout_keys.get(adapter)
+        routing = self.router[adapter].route_masked(
+            rows, held, mask, training=self.training, key=key
+        )
+        self.routings[adapter] = replace(routing, rows=None)
+        return routing
+
+    def _parts(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's weights by their names in its method, the router's apart."""
+        names = [n for n in self.adapter_layer_names if not n.startswith("lora_router")]
+        held = {name.removeprefix("lora_"): getattr(self, name) for name in names}
+        return {part: own[adapter] for part, own in held.items() if adapter in own}
+
+    def statistics(
+        self, adapter: str, mask: Tensor | None, types: Tensor | None
+    ) -> dict[str, Tensor]:
+        router, routing = self.router[adapter], self.routings[adapter]
+        return self.mixture[adapter].statistics(router, routing, mask, types)
+
+    def auxiliary_loss(self, adapter: str, statistics: Mapping[str, Tensor]) -> Tensor:
+        return self.mixture[adapter].auxiliary_loss(self.router[adapter], statistics)
+
+    @property
+    def routing(self) -> Routing | None:
+        """The router's decision in the last pass, if one adapter ran in it."""
+        found = list(self.routings.values())
+        return found[0] if len(found) == 1 else None
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter as a matrix (out, in), for a method that can be merged."""
+        return self.mixture[adapter].delta(self._parts(adapter), self.scaling[adapter])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight; see PEFT.
+
+        Raises:
+            ValueError: with `safe_merge`, the result would not be finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.r:
+                continue
+            weight = self.get_base_layer().weight
+            merged = weight + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"the weights of adapter {name!r} are not finite")
+            weight.data = merged.detach()
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract the adapters that were added; see PEFT."""
+        while self.merged_adapters:
+            weight = self.get_base_layer().weight
+            weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+
+    def _parameters_called(self, name: str) -> nn.ParameterDict:
+        """The `ParameterDict` stored as attribute `name`, one entry per adapter; at first use it is
+        created and registered with PEFT."""
+        if name not in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, name)
+        return getattr(self, name)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+        """Where the base is, and float32 or better, as experts and routers are trained."""
+        weight = self.get_base_layer().weight
+        return weight.device, torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,156 @@
+"""What a mixture of LoRA experts in one linear layer is: its weights and its products, in one class
+that registers itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mixlora_exp.kernels.routing import Router
+from mixlora_exp.kernels.shapes import Routing
+
+__all__ = [
+    "MIXTURES",
+    "Mixture",
+    "Sizes",
+    "dense_weights",
+    "make_mixture",
+    "mixture",
+    "stacked_product",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a linear layer W (outputs, inputs) and its LoRA experts."""
+
+    experts: int
+    rank: int
+    inputs: int
+    outputs: int
+
+
+def uniform(shape: Sequence[int], width: int) -> Tensor:
+    """Uniform in +-1/sqrt(width), as PyTorch fills a linear layer of `width` inputs."""
+    return torch.empty(*shape).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """y = W x + b + branch(drop(x)), by default with
+    `branch(x) = s sum_e w_e B_e A_e x` and w the router's weights for the undropped x.
+
+    A subclass is a frozen dataclass; its fields are the method's own options, numbers all, which
+    `mixture_options` sets by name. The router is chosen for the adapter, `router` is its default.
+    """
+
+    router: ClassVar[str | None] = "top_k"
+    """None: the method has one expert and no router."""
+    mergeable: ClassVar[bool] = False
+    """Whether the branch is one matrix for all inputs (see `delta`)."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Names of the weights that are stored but not trained."""
+
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Of the weights by name, the router's apart: A (E, R, in) and B (E, out, R).
+
+        Raises:
+            ValueError: the method cannot have these sizes.
+        """
+        return {
+            "A": (sizes.experts, sizes.rank, sizes.inputs),
+            "B": (sizes.experts, sizes.outputs, sizes.rank),
+        }
+
+    def scaling(self, sizes: Sizes, usual: float) -> float:
+        """s. usual: alpha / R, as LoRA has it."""
+        return usual
+
+    def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
+        """New weights by name, drawn from torch's default generator on the CPU; weight: W."""
+        shapes = self.shapes(sizes)
+        return {"A": uniform(shapes["A"], sizes.inputs), "B": torch.zeros(shapes["B"])}
+
+    def branch(
+        self, x: Tensor, weights: Tensor | None, parts: Mapping[str, Tensor], scaling: float
+    ) -> Tensor:
+        """(T, out) of rows x (T, in) after dropout. weights: (T, E), 0 for an expert that a row
+        does not have, None without a router; parts: by name, in the dtype of x."""
+        return scaling * stacked_product(x, parts["A"], parts["B"], weights)
+
+    def delta(self, parts: Mapping[str, Tensor], scaling: float) -> Tensor:
+        """The branch as a matrix (out, in), for a method that is `mergeable`."""
+        raise NotImplementedError
+
+    def statistics(
+        self, router: Router, routing: Routing, mask: Tensor | None, types: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the loss needs of one layer's decision, as `Router.statistics`. types: (sequences,),
+        0 or 1 by the kind of a sequence's task, where the batch tells; sequences are equally long
+        and follow one another in the rows."""
+        return router.statistics(routing, mask)
+
+    def auxiliary_loss(self, router: Router, statistics: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss of the layers in `statistics`, without its coefficient."""
+        return router.auxiliary_loss(statistics)
+
+
+MIXTURES: dict[str, type[Mixture]] = {}
+"""By name. The configuration's choices are the same names, read from the files as text."""
+
+
+def mixture(name: str) -> Callable[[type[Mixture]], type[Mixture]]:
+    """Register the decorated class, a frozen dataclass.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(cls: type[Mixture]) -> type[Mixture]:
+        if name in MIXTURES:
+            raise ValueError(f"mixture {name!r} is registered twice")
+        MIXTURES[name] = cls
+        return cls
+
+    return register
+
+
+def make_mixture(name: str, options: Mapping[str, Any]) -> Mixture:
+    """The mixture `name` with its options.
+
+    Raises:
+        ValueError: there is no such mixture, or it does not have an option, or not with this value.
+    """
+    if name not in MIXTURES:
+        raise ValueError(f"mixture={name!r} is unknown: choose from {', '.join(MIXTURES)}")
+    known = [item.name for item in fields(MIXTURES[name])]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"mixture_options.{unknown[0]} is not an option of {name}: {has}")
+    return MIXTURES[name](**options)
+
+
+def dense_weights(routing: Routing) -> Tensor:
+    """The routing's weights (T, K) as (T, E), 0 for an expert that a row does not have."""
+    empty = torch.zeros_like(routing.probabilities, dtype=routing.weights.dtype)
+    return empty.scatter_add(1, routing.experts, routing.weights)
+
+
+def stacked_product(x: Tensor, a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
+    """`sum_e w_e B_e A_e x` for rows x (T, in), as two products over all experts: (T, out).
+
+    a: (E, R, in), or (1, R, in) for one A that all experts share; b: (E, out, R); weights: (T, E),
+    None for 1 everywhere.
+    """
+    z = functional.linear(x, a.flatten(0, 1)).unflatten(1, a.shape[:2])
+    if weights is not None:
+        z = z * weights.to(z.dtype).unsqueeze(2)
+    z = z.expand(-1, b.shape[0], -1)
+    return functional.linear(z.flatten(1), b.permute(1, 0, 2).flatten(1))

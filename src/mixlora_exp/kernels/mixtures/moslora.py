@@ -1,0 +1,38 @@
+"""MoSLoRA (Wu et al. 2024): LoRA with a trained matrix between A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from mixlora_exp.kernels.mixing import Mixture, Sizes, mixture, uniform
+
+__all__ = ["MosLora"]
+
+
+@mixture("moslora")
+@dataclass(frozen=True, kw_only=True)
+class MosLora(Mixture):
+    """`s B M A x` with a mixer M (R, R), drawn uniformly in +-1/sqrt(R): one expert, no router."""
+
+    router = None
+    mergeable = True
+
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes(sizes), "mixer": (sizes.rank, sizes.rank)}
+
+    def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
+        mixer = uniform(self.shapes(sizes)["mixer"], sizes.rank)
+        return {**super().initial(sizes, weight, scaling), "mixer": mixer}
+
+    def branch(
+        self, x: Tensor, weights: Tensor | None, parts: Mapping[str, Tensor], scaling: float
+    ) -> Tensor:
+        mixed = functional.linear(functional.linear(x, parts["A"][0]), parts["mixer"])
+        return scaling * functional.linear(mixed, parts["B"][0])
+
+    def delta(self, parts: Mapping[str, Tensor], scaling: float) -> Tensor:
+        return scaling * parts["B"][0] @ parts["mixer"] @ parts["A"][0]

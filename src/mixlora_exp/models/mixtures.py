@@ -1,0 +1,113 @@
+"""How a mixture in linear layers fits a model: its experts in each layer, and their parameters."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mixlora_exp.config.schema import MethodConfig, ModelConfig
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import Sizes, make_mixture, make_router
+from mixlora_exp.models.architecture import architecture_of
+from mixlora_exp.models.skeleton import projections, skeleton
+
+__all__ = ["check_mixture", "fixed_parameters", "kept_by_mixture", "mixture_parameters"]
+
+
+def _skeleton(model: ModelConfig) -> nn.Module:
+    origin = f"model={model.name}" if model.path is None else f"model.path={model.path}"
+    return skeleton(architecture_of(model), origin)
+
+
+def check_mixture(model: ModelConfig, method: MethodConfig) -> None:
+    """Refuse a mixture in linear layers that does not fit the model; nothing for other methods.
+
+    Raises:
+        UserError: it does not.
+    """
+    if isinstance(method, LinearMixtureMethodConfig):
+        mixture_parameters(_skeleton(model), method)
+
+
+class MixtureSize(NamedTuple):
+    """Numbers of parameters: trained ones of the experts and of the routers; stored fixed ones."""
+
+    low_rank: int
+    routers: int
+    fixed: int
+
+
+def mixture_parameters(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize:
+    """What the adapters of a model have.
+
+    Raises:
+        UserError: a list has no number for each layer, K > E in one, the weights of a projection
+            are too small, or mixture or router refuse an option.
+    """
+    try:
+        return _counted(model, method)
+    except ValueError as error:
+        raise UserError(f"method.{error}") from error
+
+
+def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize:
+    experts = method.experts_by_layer(model.config.num_hidden_layers)
+    mixture = make_mixture(method.mixture.value, method.mixture_options)
+    method.check_router(mixture.router)
+    seen: dict[str, int] = {}
+    low_rank = routers = fixed = 0
+    for name, linear in projections(model):
+        layer = seen[name] = seen.get(name, -1) + 1
+        if name not in method.targets:
+            continue
+        count, chosen = experts[layer]
+        sizes = Sizes(count, method.rank, linear.in_features, linear.out_features)
+        shapes = mixture.shapes(sizes)
+        low_rank += sum(prod(s) for part, s in shapes.items() if part not in mixture.fixed)
+        fixed += sum(prod(shapes[part]) for part in mixture.fixed)
+        if mixture.router is None:
+            continue
+        settings = method.router_settings(count, chosen, linear.in_features)
+        router = make_router(method.router_name(mixture.router), settings, method.router_options)
+        with torch.device("meta"):
+            held = router.initial(linear.in_features).values()
+        size = sum(weight.numel() for weight in held)
+        routers, fixed = routers + size * router.trained, fixed + size * (not router.trained)
+    return MixtureSize(low_rank, routers, fixed)
+
+
+def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
+    """Parameters that an adapter stores but does not train."""
+    if isinstance(method, LinearMixtureMethodConfig):
+        return mixture_parameters(_skeleton(model), method).fixed
+    return 0
+
+
+def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width: int) -> float:
+    """Bytes that the adapters of a layer, on average over the layers, save per token for the
+    backward pass, with `width` bytes per number: z before and after its product with the router's
+    weights, the dropped input and the mask; in float32 the router's input, probabilities and
+    weights."""
+    built = _skeleton(model)
+    layers = built.config.num_hidden_layers
+    experts = method.experts_by_layer(layers)
+    mixture, seen, total = make_mixture(method.mixture.value, method.mixture_options), {}, 0
+    for name, linear in projections(built):
+        layer = seen[name] = seen.get(name, -1) + 1
+        if name not in method.targets:
+            continue
+        count, chosen = experts[layer]
+        sizes = Sizes(count, method.rank, linear.in_features, linear.out_features)
+        copies = mixture.shapes(sizes)["A"][0]
+        total += width * method.rank * (copies + count)
+        if method.dropout:
+            total += (width + 1) * linear.in_features
+        if mixture.router is not None:
+            # Per slot an index of 8 bytes and numbers that differ by router.
+            total += 8 * count + 14 * chosen
+            total += 4 * linear.in_features if width == 2 else 0
+    return total / layers
