@@ -64,28 +64,29 @@ def _report(layers: Sequence[Routed], adapter: str, row_map: RowMap) -> RouterRe
     for number, layer in enumerate(layers):
         router = layer.router[adapter]
         groups.setdefault((router.num_experts, router.top_k), []).append(number)
+    found = [_of_group([layers[n] for n in own], adapter, row_map) for own in groups.values()]
+    if len(found) == 1:
+        return found[0]
+    device = found[0].counts.device
+    total, counts = torch.zeros((), device=device), {}
     widest = max(experts for experts, _ in groups)
-    losses, counts = [], {}
-    for numbers in groups.values():
-        each = []
-        for number in numbers:
-            experts = layers[number].routings[adapter].experts
-            mask = row_map.real(adapter, len(experts), experts.device)
-            types = row_map.types.get(adapter)
-            each.append(layers[number].statistics(adapter, mask, types))
-        first = layers[numbers[0]]
-        router = first.router[adapter]
-        gathered = router.gathered(each)
-        loss = first.auxiliary_loss(adapter, gathered)
-        summed = router.loss_reduction == "sum"
-        # The mean over all routers, of means over those of a group.
-        share = 1.0 if summed or len(groups) == 1 else len(numbers) / len(layers)
-        losses.append(loss if share == 1.0 else share * loss)
-        for number, row in zip(numbers, gathered["counts"].detach(), strict=True):
-            counts[number] = functional.pad(row, (0, widest - len(row)))
-    total = losses[0]
-    for loss in losses[1:]:
-        total = total + loss.to(total.device)
-    device = counts[0].device
-    rows = [counts[number].to(device) for number in range(len(layers))]
-    return RouterReport(total, torch.stack(rows))
+    for numbers, report in zip(groups.values(), found, strict=True):
+        # The mean over all routers is one of the groups' means, by their sizes.
+        summed = layers[0].router[adapter].loss_reduction == "sum"
+        share = 1.0 if summed else len(numbers) / len(layers)
+        total = total + share * report.loss.to(device)
+        padded = functional.pad(report.counts, (0, widest - report.counts.shape[1])).to(device)
+        counts |= dict(zip(numbers, padded, strict=True))
+    return RouterReport(total, torch.stack([counts[number] for number in range(len(layers))]))
+
+
+def _of_group(layers: Sequence[Routed], adapter: str, row_map: RowMap) -> RouterReport:
+    """The report of routers that have the same E and K."""
+    each, types = [], row_map.types.get(adapter)
+    for layer in layers:
+        experts = layer.routings[adapter].experts
+        mask = row_map.real(adapter, len(experts), experts.device)
+        each.append(layer.statistics(adapter, mask, types))
+    gathered = layers[0].router[adapter].gathered(each)
+    loss = layers[0].auxiliary_loss(adapter, gathered)
+    return RouterReport(loss, gathered["counts"].detach())

@@ -17,6 +17,7 @@ from mixlora_exp.adapters import MixtureConfig, load_adapter, load_adapters, sav
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.config.schema import Kernel, KernelConfig
+from mixlora_exp.config.schema_mixture import by_layer
 from mixlora_exp.errors import UserError
 
 KERNEL = KernelConfig(name=Kernel.exact)
@@ -262,3 +263,34 @@ def test_type_of_the_adapter(base_of) -> None:
     add_guest(model, "mixed", make_settings("mola", target_modules=["q_proj"]))
     kinds = [m for m in model.modules() if isinstance(m, MixtureLinear)]
     assert len(kinds) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_products_are_in_the_working_precision(mixed_of, method: str) -> None:
+    """Of a base in bf16, and under autocast; gradients of the weights are float32."""
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = mixed_of(method, dtype).get_submodule(name)
+        truth = copy.deepcopy(layer).double()(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
+            y = layer(x.to(dtype))
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert {p.grad.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
+        assert float((y.double() - truth).norm() / truth.norm()) < 0.05
+
+
+def test_ties_go_to_the_lower_index(mixed_of) -> None:
+    layer = mixed_of("mola").get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    layer.lora_router["default"].data.zero_()
+    layer(torch.randn(6, 64))
+    assert layer.routing.experts.tolist() == [[0, 1]] * 6
+
+
+def test_uneven_groups_of_layers() -> None:
+    assert by_layer("num_experts", "2/4/6/8", 32) == [2] * 8 + [4] * 8 + [6] * 8 + [8] * 8
+    assert by_layer("num_experts", "2/4", 5) == [2, 2, 2, 4, 4]
+    assert by_layer("num_experts", "2/4/6/8", 2) == [2, 6]
+    assert by_layer("num_experts", [1, 2], 2) == [1, 2]
+    assert by_layer("num_experts", 3, 2) == [3, 3]
