@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters.layer import MixLoraFeedForward
+from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.config.schema import FEED_FORWARD_TARGETS
 from mixlora_exp.training.compiled import decoder_layers
 
@@ -63,7 +64,11 @@ def _modules(base: PreTrainedModel) -> list[nn.Module]:
         return [] if block.kernel_on(base.device).draws_masks else [block]
     output = getattr(getattr(last, "self_attn", None), "o_proj", None)
     plain = all(hasattr(block, name) for name in FEED_FORWARD_TARGETS)
-    return [output, block] if plain and output is not None else []
+    if not plain or output is None:
+        return []
+    # Routers of single projections would see, and report on, the kept rows alone.
+    routed = any(isinstance(m, MixtureLinear) for one in (output, block) for m in one.modules())
+    return [] if routed else [output, block]
 
 
 @contextmanager
