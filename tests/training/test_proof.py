@@ -21,7 +21,11 @@ from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit
 from mixlora_exp.training.proof import check_gradients_flow
 
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
+METHODS = [
+    *("lora", "dora", "mixlora", "mixdora", "mixlora_top_p", "mixlora_switch"),
+    *("mola", "loramoe", "hydralora", "adamole", "goat", "moslora"),
+]
+ROUTERS = ["dense", "threshold", "random_frozen", "uniform"]
 SMALL = ["experiment=smoke", "data.train_limit=8", "trainer.max_steps=1", "trainer.batch_size=8"]
 Start = Callable[..., TrainSummary]
 
@@ -49,6 +53,11 @@ def test_every_method_passes(start: Start, method: str) -> None:
     found = start(f"method={method}")
     assert found.steps == 1
     assert found.not_chosen is not None
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_passes(start: Start, router: str) -> None:
+    assert start("method=mixlora", f"method.router={router}").not_chosen is not None
 
 
 def test_a_layer_whose_forward_is_never_called_is_named(start: Start) -> None:

@@ -176,9 +176,10 @@ def expert_parameters_of(model: nn.Module, adapter: str) -> dict[str, int]:
     found = {}
     for name, module in model.named_modules():
         for part in getattr(module, "expert_parts", ()):
-            if adapter in getattr(module, part, {}):
-                experts = module.router[adapter].num_experts
-                found[_plain(f"{name}.{part}", adapter)] = experts
+            held, router = getattr(module, part, {}), module.router.get(adapter)
+            # One that the experts share has no slices.
+            if adapter in held and router and len(held[adapter]) == router.num_experts:
+                found[_plain(f"{name}.{part}", adapter)] = router.num_experts
     return found
 
 

@@ -63,7 +63,7 @@ class Router(ABC):
     def learns_from_task(self) -> bool:
         """Whether the task's loss has a gradient for its weights. One normalised weight is always
         1, so a router with one expert per row has none: it learns from its own loss alone."""
-        return self.top_k > 1
+        return self.slots > 1
 
     def initial(self, width: int) -> dict[str, Tensor]:
         """New weights by name, drawn from torch's default generator, for rows of `width` elements.

@@ -38,6 +38,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         ValueError: the base is no `nn.Linear`, or several adapters are active at once.
     """
 
+    expert_parts = ("lora_A", "lora_B")
+    """Parameters with a slice for each expert, unless the experts share one."""
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "mixture", "router")
 
     def __init__(
