@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from peft.tuners.lora import layer as stock
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mixlora_exp.adapters import linear as linear_module
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.linear import FusedLinear, ReferenceLinear
 
@@ -53,14 +52,15 @@ def layers(model: nn.Module) -> list[LoraLayer]:
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows with each call of the fused kernel."""
+    """Grows with each layer that is computed fused."""
     calls: list[str] = []
+    real = FusedLinear.compute
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append("fused")
-        return linear_module.lora_add(*args, **kwargs)
+    def counted(self: FusedLinear, x: Tensor, layers: Sequence[FusedLinear], adapter: str):
+        calls.extend("fused" for _ in layers)
+        return real(self, x, layers, adapter)
 
-    monkeypatch.setattr(FusedLinear, "kernel", staticmethod(counted))
+    monkeypatch.setattr(FusedLinear, "compute", counted)
     return calls
 
 
