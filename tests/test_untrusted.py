@@ -33,7 +33,7 @@ from mixlora_exp.system.untrusted import (
         (b"[" * 70 + b"]" * 70, "nested deeper than 64 levels"),
         (b'{"a":' * 500 + b"1" + b"}" * 500, "nested deeper than 64 levels"),
         (b"1" * 5000, "a whole number has thousands of digits"),
-        (b"1" * 50, "a whole number has more than 40 digits"),
+        (b"1" * 50, "an integer has more than 40 digits"),
         (b"1e999", "a number is too large"),
         (b'{"a": NaN}', "NaN is not a number in JSON"),
         (b'{"a": -Infinity}', "-Infinity is not a number in JSON"),

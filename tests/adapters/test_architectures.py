@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import compose
+from cpu_kernels import CPU_KERNELS
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -38,7 +39,6 @@ KINDS = {
         "mlp_bias": True,
     },
 }  # fmt: skip
-KERNELS = ("exact", "shared", "peft", "reference")
 SMALL = ["method.rank=2", "method.alpha=4"]
 METHODS = ("lora", "dora", "mixlora", "mixdora")
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -88,7 +88,7 @@ def test_a_block_is_its_definition(config_of, draw, literal, kind, dora) -> None
     block = model.double().eval().base_model.feed_forwards()[1]
     x = torch.randn(2, 5, 48, dtype=torch.float64)
     expected = literal(block, x)
-    for kernel in KERNELS:
+    for kernel in CPU_KERNELS:
         set_kernel(model, kernel)
         torch.testing.assert_close(block(x), expected, rtol=1e-6, atol=1e-6, msg=kernel)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from composed import compose
+from cpu_kernels import CPU_KERNELS
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +23,6 @@ from mixlora_exp.adapters.rows import Segment
 from mixlora_exp.cli.train import execute
 from mixlora_exp.models import load_model, load_tokenizer
 
-KERNELS = ("exact", "shared", "peft", "reference")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = {
     "lora": {"kind": "lora", "r": 3},
@@ -71,7 +71,7 @@ def alone(base: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 @torch.no_grad()
 def test_experts_are_their_definition(config_of, draw, literal, kernel, dora) -> None:
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_experts_are_their_definition(config_of, draw, literal, kernel, dora) ->
     torch.testing.assert_close(block(x), literal(block, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_one_adapter(folders, batch, method, kernel) -> None:
     expected = logits(alone(biased(), folders[method]), batch)
@@ -93,7 +93,7 @@ def test_one_adapter(folders, batch, method, kernel) -> None:
 
 
 @pytest.mark.parametrize("where", ["layers", "self_attn", "mlp"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_rows_by_adapter_names(folders, batch_of, kernel, where) -> None:
     """In one pass with rows of the base model, each row as if its adapter were alone."""
     batch = batch_of(rows=6, length=14)
@@ -122,7 +122,7 @@ def test_merged(folders, batch, method) -> None:
     )
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_training_together_is_training_alone(config_of, draw, kernel) -> None:
     """Gradients of all adapters where each has a share of the rows: equal shares of one kind and
     rank are computed in batches."""
@@ -191,7 +191,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_shared_dora_on_bias(cases, kernel) -> None:
     folder, place = cases / "models" / "attention_bias", cases / "adapters" / "dora_on_bias"
     ids = torch.arange(20).view(2, 10) + 30

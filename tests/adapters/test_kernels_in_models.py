@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
+from cpu_kernels import CPU_KERNELS
 from peft.tuners.lora import LoraLayer
 
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.linear import FusedLinear, ReferenceLinear, StockLinear
-
-KERNELS = ("reference", "peft", "shared", "exact")
 
 
 @torch.no_grad()
@@ -19,7 +18,7 @@ def logits(model, batch) -> torch.Tensor:
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_dropout_acts_in_training_and_not_in_evaluation(model_of, batch, dora, kernel) -> None:
     model = model_of(use_dora=dora, lora_dropout=0.3)
     set_kernel(model, kernel)
@@ -95,7 +94,7 @@ def test_kernel_stays_when_an_adapter_is_added(model_of, config_of, kernel, atte
 def test_training_under_autocast(model_of, batch, dora) -> None:
     """All kernels run on float32 weights where autocast makes the products bf16."""
     losses = []
-    for kernel in KERNELS:
+    for kernel in CPU_KERNELS:
         model = model_of(use_dora=dora).train()
         set_kernel(model, kernel)
         with torch.autocast("cpu", torch.bfloat16):

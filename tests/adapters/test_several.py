@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_kernels import CPU_KERNELS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -21,7 +22,6 @@ KINDS = {
     "plain": {"kind": "lora", "r": 3},
     "dora": {"kind": "dora"},
 }
-KERNELS = ("exact", "shared", "peft", "reference")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def run(model, batch, **kwargs) -> torch.Tensor:
     return model(**inputs, **kwargs).logits
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_rows_are_those_of_the_adapter_alone(kit, base_of, folders, batch_of, kernel) -> None:
     """In any order, repeated, and beside rows of the base model; padding and all."""
     batch = batch_of(rows=6, length=14)

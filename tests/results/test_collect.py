@@ -130,7 +130,7 @@ def test_a_trial_on_random_weights_is_passed_over(
     assert collect(source, results / "runs", force=True).packed == ["trial"]
     notes = [note for note in gather(results).tables[2].notes if "trial" in note]
     assert notes[0].startswith("Collected by force: trial (")
-    assert "random weights, whose numbers mean nothing" in notes[0]
+    assert "random weights: its scores mean nothing" in notes[0]
 
 
 def test_a_damaged_record_is_refused_by_force_too(write: Write, tmp_path: Path) -> None:

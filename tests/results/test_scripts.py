@@ -79,7 +79,7 @@ def test_collect(script: Callable[..., Done], write: Callable[..., Path], tmp_pa
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "collected: a")
     write(tmp_path / "out", "trial", ("model=tiny", *overrides[1:]), {"arc_e": 0.5})
     done = script("collect", *words)
-    told = "passed over: 1 on random weights, whose numbers mean nothing"
+    told = "skipped: 1 on random weights, whose scores mean nothing"
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, told)
     (tmp_path / "out" / "a" / "record.json").write_text("{}")
     assert script("collect", *words).returncode == 2

@@ -13,7 +13,7 @@ from mixlora_exp.results.collect import collect
 from mixlora_exp.runs import run as experiment
 
 Configure = Callable[..., Config]
-RANDOM = "random weights, whose numbers mean nothing"
+RANDOM = "random weights: its scores mean nothing"
 CHANGED = {"commit": "c", "dirty": True, "changed": [f"src/{n}.py" for n in "abcde"], "diff": "+"}
 CLEAN = {"commit": "c", "dirty": False}
 
@@ -53,7 +53,7 @@ def test_it_is_told_in_a_plan_and_in_the_first_line(
 def test_an_adapter_of_other_code_is_told_too(configure: Configure) -> None:
     config = configure("model=smollm2_135m")
     for adapter, told in (
-        ({"trained_by": None}, "no record with the hash of its adapter tells what trained it"),
+        ({"trained_by": None}, "origin unknown: no record has the hash of its adapter"),
         ({"trained_by": {"git": CHANGED}}, "an adapter that was trained with uncommitted changes"),
     ):
         assert told in planning.first_line("NAME", config, adapter)

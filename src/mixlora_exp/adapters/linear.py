@@ -31,8 +31,8 @@ class RowsLinear(stock.Linear):
     """Shared by the layers of a model of the MixLoRA tuner, None in a model of PEFT's own."""
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
-        """What adapters of one kind make of equal shares of the rows (T, in), given `W x`
-        (T, out): with the bias, which DoRA's scale leaves alone."""
+        """Outputs (T, out) of adapters of one kind on equal shares of the rows (T, in), given `W x`
+        (T, out). The bias is added after DoRA's scale."""
         raise NotImplementedError
 
     def kind_of(self, adapter: str) -> object:
@@ -100,8 +100,8 @@ class FusedLinear(KeepsShadow, RowsLinear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def compute(self, x: Tensor, layers: Sequence[FusedLinear], adapter: str) -> list[Tensor]:
-        """What layers that share the input x (..., in) make of it with an adapter, each (T, out)
-        and with its bias; dropout drawn anew."""
+        """Outputs, each (T, out), of layers that share the input x (..., in), with one adapter and
+        new dropout masks; biases included."""
         dtype, steps = working_dtype(x), self.steps_on(x.device)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -171,7 +171,7 @@ class FusedLinear(KeepsShadow, RowsLinear):
 
 
 class ReferenceLinear(FusedLinear):
-    """The same by plain operations."""
+    """LoRA and DoRA by plain tensor operations: the reference for `FusedLinear`."""
 
     kernel = staticmethod(lora_add_reference)
     at_once = False

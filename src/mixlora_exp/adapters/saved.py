@@ -183,7 +183,7 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_per_layer(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what is no number for all layers and no list of one for each."""
+    """Refuse a value that is neither a positive integer nor a list of them, one per layer."""
     for name in ("num_experts", "top_k"):
         value = config.get(name, 1)
         listed = value if isinstance(value, list) else [value]

@@ -68,7 +68,7 @@ class _Shadow:
         }
 
     def filled(self, source: Source, changes: int) -> None:
-        """Note that it was made of the source."""
+        """Record the state of the source after its copies were updated."""
         memory = self.memory
         low = None
         if memory.keys() - {"norm"}:
@@ -279,7 +279,7 @@ def _lasts(source: Source) -> bool:
 
 
 def _made_now(source: Source) -> Shadowed:
-    """For this use alone; the kernels cast the parameters."""
+    """Uncached norms for one call; the kernels cast the parameters themselves."""
     if source.magnitude is None:
         return Shadowed(None, None)
     with torch.no_grad():

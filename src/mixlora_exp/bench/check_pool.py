@@ -33,7 +33,7 @@ class CheckTask:
 
 
 def all_checks() -> list[CheckTask]:
-    """Those that a training run in bf16 depends on come first."""
+    """All checks; first those that a training run in bf16 depends on."""
     blocks = [
         CheckTask(what, kernel, case, dtype)
         for dtype in DTYPES
@@ -46,7 +46,7 @@ def all_checks() -> list[CheckTask]:
 
 
 def carry_out(task: CheckTask) -> dict[str, Any]:
-    """Its result, or why there is none: one failure hides no other."""
+    """Run one check; an exception becomes its result, so that one failure hides no other."""
     case, dtype = CASES[task.case], getattr(torch, task.dtype)
     try:
         if task.what == "block":

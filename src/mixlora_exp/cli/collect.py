@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     for entry in found.refused:
         print(f"refused: {entry.name}: {entry.reason}")
     if found.random:
-        print(f"passed over: {found.random} on random weights, whose numbers mean nothing")
+        print(f"skipped: {found.random} on random weights, whose scores mean nothing")
     if found == Collected():
         print(f"nothing to collect: no finished run in {args.source or OUTPUTS}")
     else:

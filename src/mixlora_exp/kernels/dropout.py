@@ -71,9 +71,9 @@ class RowIds:
 
     @staticmethod
     def of(seed: int, step: int, example: Tensor, position: Tensor) -> RowIds:
-        """Of rows in an optimizer step. example: (T,) int64, the number of each row's example in
-        the step, over all micro-batches and processes; position: (T,) int64, its place in that
-        example, negative for padding, of which nothing is dropped on a CPU."""
+        """Identities of the rows of an optimizer step. example: (T,) int64, the number of each
+        row's example in the step, over all micro-batches and processes; position: (T,) int64, its
+        place in that example, negative for padding, of which nothing is dropped on a CPU."""
         examples = mix(example + _digest(struct.pack("<qq", seed, step), 8))
         keys = mix(examples + position)
         if keys.device.type != "cpu":
@@ -182,7 +182,7 @@ class DropoutKey:
         return hash_bits(ids.keys ^ self._held[part], 0, width).float() / 2**BITS
 
     def number(self, part: str) -> int:
-        """What stands for module and part in the hash, in the range of int32."""
+        """The hash seed of a part of this module, int32."""
         if part not in self._numbers:
             self._numbers[part] = _digest(f"{self.place}/{part}".encode(), 4)
         return self._numbers[part]

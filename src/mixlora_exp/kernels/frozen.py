@@ -40,7 +40,7 @@ class Frozen(ABC):
 
 
 class _Product(torch.autograd.Function):
-    """Keeps nothing: W is at hand."""
+    """Saves no tensor for the backward pass: W stays in memory anyway."""
 
     @staticmethod
     def forward(ctx, x, frozen):

@@ -27,7 +27,7 @@ def hash_kept(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
 
 
 def hash_bits(keys: Tensor, place: int, width: int) -> Tensor:
-    """(rows, width) int64 of `BITS` bits."""
+    """Random bits from a hash: (rows, width) int64 below 2^`BITS`. keys: (rows,) int64."""
     first = _finish((keys & LOW) ^ (place & LOW))
     second = _finish(((keys >> 32) & LOW) ^ first)
     columns = torch.arange(width, device=keys.device) * 0x9E3779B9

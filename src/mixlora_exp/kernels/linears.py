@@ -71,7 +71,7 @@ class _Linears(torch.autograd.Function):
 
 
 def _gradients(ctx, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Of `_Linears.forward`'s arguments."""
+    """The gradients of the arguments of `_Linears.forward`."""
     count = len(dys)
     x, *rest = ctx.saved_tensors
     lows, raws, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]

@@ -35,8 +35,8 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class LowRankPart:
     """One adapter of a layer: a (R, in), b (out, R), the LoRA scaling s; DoRA's magnitude and norm
-    (out,), both or none; the dropout mask of its rows, if any; and what is at hand of it in the
-    dtype of the products."""
+    (out,), both or none; the dropout mask of its rows, if any; and copies of a, b and scale in
+    the dtype of the products, where they are cached."""
 
     a: Tensor
     b: Tensor
@@ -52,7 +52,7 @@ class LowRankPart:
         return self.scaling * (1.0 if self.mask is None else self.mask.scale)
 
     def nearest(self, dtype: torch.dtype) -> Low:
-        """a, b and scale in a dtype where they are at hand, else the parameters as they are."""
+        """a, b and scale in a dtype where they are cached, else the parameters as they are."""
         if self.low is not None and self.low.a.dtype == dtype:
             return self.low
         return Low(self.a, self.b)
@@ -73,8 +73,8 @@ PER_PART = 5
 
 
 def flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
-    """What of the parts are tensors, so that autograd keeps them and may let go of them; those
-    that have a gradient, a, b and magnitude, come first of each part's `PER_PART`."""
+    """The tensors of the parts in the order in which autograd saves them: `PER_PART` each, first
+    those with a gradient: a, b and magnitude."""
     tensors: list[Tensor | None] = []
     for p in parts:
         tensors += [p.a, p.b, p.magnitude, p.norm, None if p.mask is None else p.mask.elements]

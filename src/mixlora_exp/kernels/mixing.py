@@ -1,5 +1,4 @@
-"""What a mixture of LoRA experts in one linear layer is: its weights and its products, in one class
-that registers itself."""
+"""Base class and registry of mixtures of LoRA experts in one linear layer."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class MixtureSize(NamedTuple):
 
 
 def mixture_parameters(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize:
-    """What the adapters of a model have.
+    """Parameter counts of a mixture's adapters on a model.
 
     Raises:
         UserError: a list has no number for each layer, K > E in one, the weights of a projection

@@ -160,7 +160,8 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
         hidden = sizes.get(("gate_proj", "in"), sizes.get(("up_proj", "in"), router.shape[-1]))
         if tuple(router.shape) != (experts, hidden):
             raise UserError(
-                f"the router of layer {layer} is {tuple(router.shape)}, not {(experts, hidden)}"
+                f"the router of layer {layer} has shape {tuple(router.shape)}, "
+                f"not {(experts, hidden)}"
             )
     if experts and set(parts.routers) != layers:
         raise UserError(f"a router is missing: {len(parts.routers)} for {len(layers)} layers")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SHOWN = 3
-UNPLACED = "no record with the hash of its adapter tells what trained it"
+UNPLACED = "origin unknown: no record has the hash of its adapter"
 """Objection that --force cannot override: no table has a cell for such a run."""
 
 
@@ -27,7 +27,7 @@ def objections(record: Mapping[str, Any]) -> list[str]:
     """
     found = code_objections(record)
     if has_random_weights(record):
-        found.append("random weights, whose numbers mean nothing")
+        found.append("random weights: its scores mean nothing")
     return found
 
 

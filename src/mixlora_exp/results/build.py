@@ -16,14 +16,14 @@ from typing import Any
 from urllib.parse import quote
 
 from mixlora_exp.config.command import compose
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.places import CONF_DIR, RESULTS
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.objections import objections
 from mixlora_exp.records.record import write_text
 from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
-from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES
+from mixlora_exp.results.paper import METHOD_TITLES, METHODS
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
     EVALUATION_FIELDS,
@@ -66,7 +66,8 @@ def _defaults() -> tuple[dict[str, dict[str, Config]], dict[str, ModelConfig]]:
         }
         for preset in PRESETS
     }
-    models = {name: compose([f"model={name}"]).model for name in MODEL_TITLES}
+    names = sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml"))
+    models = {name: compose([f"model={name}"]).model for name in names}
     return by_method, models
 
 

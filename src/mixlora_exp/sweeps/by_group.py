@@ -1,4 +1,4 @@
-"""The cells of sweeps composed group by group, for who only looks at them."""
+"""Composes the cells of a sweep for display, reusing what configuration groups share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ByGroup:
         return dataclasses.replace(config, **changes)
 
     def _changed(self, hydra: Any, key: tuple[str, ...], head: str, lines: list[str]) -> Any:
-        """What the field `head` is under these overrides, None where it is not separable."""
+        """The value of field `head` under these overrides; None if it cannot be composed apart."""
         choice = (key, head, *lines)
         if choice not in self._alone:
             first, config = self._first[key]

@@ -190,9 +190,9 @@ def _check(value: Any, halves: bool, finite: bool) -> None:
                     _check_characters(entry)
             elif isinstance(entry, float):
                 if finite and not math.isfinite(entry):
-                    raise ValueError("a number is too large to be one")
+                    raise ValueError("a number is too large for float64")
             elif finite and isinstance(entry, int) and abs(entry) > LARGEST:
-                raise ValueError("a whole number has more than 40 digits")
+                raise ValueError("an integer has more than 40 digits")
         level, depth = inner, depth + 1
 
 

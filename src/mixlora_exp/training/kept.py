@@ -56,7 +56,7 @@ def _at_rows(module: nn.Module, kept: KeptRows) -> Callable[..., Tensor]:
 
 
 def _modules(base: PreTrainedModel) -> list[nn.Module]:
-    """Those of the last layer that can leave rows out; none in a layer of another form."""
+    """Modules of the last layer that can skip rows; none in a layer of another form."""
     last = decoder_layers(base)[-1]
     block = getattr(last, "mlp", None)
     if isinstance(block, MixLoraFeedForward):

@@ -233,8 +233,8 @@ class MixLoraTrainer(Trainer):
             sound = job.note_step(loss, numbers[len(jobs) + i])
             # All processes see the same gradient norm, but each its own loss.
             if not sound and (one_process or not isfinite(job.norm)):
-                # With several processes, `_gives_numbers` would need all of them at once.
-                usable = isfinite(loss) or (one_process and self._gives_numbers(job))
+                # With several processes, `_loss_is_finite` would need all of them at once.
+                usable = isfinite(loss) or (one_process and self._loss_is_finite(job))
                 where = self._where(job, job.batches)
                 error = Diverged(job.step + 1, loss, job.norm, where, usable=usable)
                 self._take_out(job, error)
@@ -258,7 +258,7 @@ class MixLoraTrainer(Trainer):
             if self._compile is not Compile.off and job.first_step_seconds is None:
                 job.first_step_seconds = round(taken, 3)
             last = done == job.steps and self.args.world_size == 1
-            if last and not self._gives_numbers(job):
+            if last and not self._loss_is_finite(job):
                 # No further step would check the weights after the last update.
                 where = self._where(job, job.last_batches)
                 error = Diverged(done + 1, float("nan"), job.norm, where, usable=False, last=True)
@@ -326,7 +326,7 @@ class MixLoraTrainer(Trainer):
         self._fail(job, told)
 
     @torch.no_grad()
-    def _gives_numbers(self, job: Job) -> bool:
+    def _loss_is_finite(self, job: Job) -> bool:
         """Whether the current weights give a finite loss on the previous step's batches."""
         found = [self._own_loss(job, batch) for batch in job.last_batches]
         return bool(found) and all(isfinite(loss) for loss in found)
@@ -344,7 +344,7 @@ class MixLoraTrainer(Trainer):
 
 
 def _gradient_norm(job: Job) -> Tensor:
-    """Of all gradients of an adapter together, float32."""
+    """The L2 norm of all gradients of an adapter together, float32."""
     own = [p.grad for p in job.parameters.values() if p.grad is not None]
     return nn.utils.get_total_norm(own).float()
 

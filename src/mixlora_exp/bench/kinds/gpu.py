@@ -62,7 +62,7 @@ class GpuOptions(BenchOptions):
 
 
 def steps_of(options: GpuOptions, model: str) -> StepOptions:
-    """What is measured of a model."""
+    """Settings of the step benchmark of one model."""
     batch, length, *_ = MODELS[model]
     rows = [name for name in options.rows if model == "llama2_7b" or name != "lora_peft_compiled"]
     return StepOptions(

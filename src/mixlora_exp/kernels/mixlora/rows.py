@@ -59,7 +59,8 @@ class Piece:
     dropped: Tensor | None
 
     def by_pair(self, values: Tensor) -> Tensor:
-        """(rows, width) of what is by filled pair, (P, width); rows that fill up are zero."""
+        """Gather values (P, width) of filled (token, slot) pairs into padded rows (rows, width);
+        padding rows are zero."""
         out = values.index_select(0, self.pairs)
         for _, _, filled, end in self.segments:
             if filled < end:
