@@ -114,7 +114,7 @@ def test_the_frozen_layer(counted) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "budget"), [("lora", 40), ("dora", 45), ("mixlora", 45), ("mixdora", 60)]
+    ("method", "budget"), [("lora", 30), ("dora", 30), ("mixlora", 24), ("mixdora", 24)]
 )
 def test_budget(counted, method, budget) -> None:
     frozen, found = layer_of("frozen", counted), layer_of(method, counted)

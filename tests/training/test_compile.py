@@ -59,6 +59,30 @@ def test_checkpointing_and_accumulation_too(train, traced, method) -> None:
     assert traced
 
 
+VARIED = ["trainer.batch_size=1", "trainer.micro_batch_size=1", "trainer.max_steps=8",
+          "trainer.logging_steps=1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_batches_of_many_lengths(train, traced, monkeypatch, capsys, checkpointing) -> None:
+    """More graphs than the eight after which torch refuses."""
+    monkeypatch.setattr(compiled, "BUCKET", 1)
+    words = ["method=mixlora", *VARIED, f"trainer.gradient_checkpointing={checkpointing}"]
+    eager = train(*words)
+    assert train(*words, "trainer.compile=layer").losses == pytest.approx(eager.losses, rel=1e-5)
+    assert len(traced) > 8
+    assert "the compiler refuses" not in capsys.readouterr().err
+
+
+def test_more_graphs_than_allowed_run_eagerly(train, traced, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(compiled, "BUCKET", 1)
+    monkeypatch.setattr(compiled, "GRAPHS", 2)
+    words = ["method=lora", *VARIED]
+    eager = train(*words)
+    assert train(*words, "trainer.compile=layer").losses == pytest.approx(eager.losses, rel=1e-5)
+    assert capsys.readouterr().err.count("the compiler refuses them") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
 def test_fifty_steps_compiled_to_the_end(train, method) -> None:

@@ -26,6 +26,10 @@ from mixlora_exp.system.caches import keep_compiled_code
 
 BUCKET = 64
 """Lengths of compiled batches are multiples of this: up to 512 tokens, eight of them."""
+GRAPHS = 128
+"""Most graphs that the layers, which share their code, are compiled to: one for each length, with
+and without the first layer's frozen input, gradients, and a layer's parts under checkpointing.
+torch stops at 8."""
 STATIC = "sdpa_static"
 
 
@@ -54,6 +58,14 @@ def _static_attention(base: PreTrainedModel) -> Iterator[None]:
         base.config._attn_implementation = before
 
 
+REFUSALS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+    torch._inductor.exc.InductorError,
+)
+"""Errors of the compiler alone, which come before a layer runs."""
+
+
 class _Compiled:
     """A decoder layer's call: compiled, or eager after a line with the compiler's reason."""
 
@@ -68,8 +80,7 @@ class _Compiled:
             return self._eager(*args, **kwargs)
         try:
             return self._call(*args, **kwargs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            # Only the compiler's errors, which come before the layer runs.
+        except REFUSALS as error:
             reason = str(error).strip().splitlines()[0]
             _Compiled.failed = reason
             sys.stderr.write(
@@ -117,7 +128,7 @@ def compiled_layers(
     # What is made of the adapters' weights once per optimizer step, as eager layers have it.
     hook = base.register_forward_pre_hook(_bring_up_to_date)
     try:
-        with _static_attention(base):
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS), _static_attention(base):
             yield
     finally:
         hook.remove()
