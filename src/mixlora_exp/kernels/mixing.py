@@ -101,7 +101,7 @@ class Mixture:
 
 
 MIXTURES: dict[str, type[Mixture]] = {}
-"""By name. The configuration's choices are the same names, read from the files as text."""
+"""By name. The configuration reads the same names from the decorators in the files."""
 
 
 def mixture(name: str) -> Callable[[type[Mixture]], type[Mixture]]:

@@ -61,7 +61,7 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {}
-"""By name. The configuration's choices are the same names, read from the files as text."""
+"""By name. The configuration reads the same names from the decorators in the files."""
 
 FASTEST = {"cuda": "triton"}
 """What `auto` stands for by device type where it can run there, else `exact`."""

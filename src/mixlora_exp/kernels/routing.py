@@ -125,7 +125,7 @@ class Router(ABC):
 
 
 ROUTERS: dict[str, type[Router]] = {}
-"""By name. The configuration's choices are the same names, read from the files as text."""
+"""By name. The configuration reads the same names from the decorators in the files."""
 
 
 def router(name: str) -> Callable[[type[Router]], type[Router]]:

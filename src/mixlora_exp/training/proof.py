@@ -49,8 +49,12 @@ def check_gradients_flow(
         if not bool(summed((~value.detach().isfinite()).int().reshape(1)).eq(0)):
             return None
         found = torch.autograd.grad(value, own, allow_unused=True)
-    sizes = [torch.zeros(1, device=device) if g is None else _sizes(g, experts.get(n, 0)).to(device)
-             for n, g in zip(names, found, strict=True)]  # fmt: skip
+    sizes = []
+    for name, gradient in zip(names, found, strict=True):
+        slices = max(experts.get(name, 1), 1)
+        # As many in each process, where one may have no gradient and another has.
+        none = torch.zeros(slices, device=device)
+        sizes.append(none if gradient is None else _sizes(gradient, slices).to(device))
     counts = [len(size) for size in sizes]
     totals = dict(zip(names, summed(torch.cat(sizes)).cpu().split(counts), strict=True))
     for name, total in totals.items():
@@ -61,11 +65,9 @@ def check_gradients_flow(
     return _not_chosen({n: t for n, t in totals.items() if experts.get(n, 0) and len(t) > 1})
 
 
-def _sizes(gradient: Tensor, experts: int) -> Tensor:
-    """Largest absolute value of a gradient, (1,), or of each expert's slice of it, (E,); NaN stays
-    NaN."""
-    rows = gradient.detach().float().abs().reshape(max(experts, 1), -1)
-    return rows.amax(dim=1)
+def _sizes(gradient: Tensor, slices: int) -> Tensor:
+    """Largest absolute value in equal slices of a gradient, (slices,); NaN stays NaN."""
+    return gradient.detach().float().abs().reshape(slices, -1).amax(dim=1)
 
 
 def _not_chosen(totals: Mapping[str, Tensor]) -> dict[str, list[int]]:
