@@ -88,6 +88,37 @@ def switch(z, p, x, weights, factor: float = 1.25, *, ones: bool = False):
     return made, most * torch.tensor(left), balance(p, [[e] for e in first])
 
 
+def of_all_rows(p: Tensor, chosen: list[list[int]]) -> Tensor:
+    """`balance` with padding, and every chosen expert."""
+    named = [e for own in chosen for e in own]
+    shares = torch.tensor([named.count(e) for e in range(E)]).double() / T
+    return E * (shares * p.mean(dim=0)).sum()
+
+
+def official_top_p(z, p, x, weights, share: float, divisor: float = 1.0):
+    chosen = []
+    for t in range(T):
+        own, mass = [], 0.0
+        for e in best(z[t]):
+            own.append(e)
+            mass += float(p[t, e] / divisor)
+            if mass > share:
+                break
+        chosen.append(own)
+    return of_chosen(p / divisor, chosen), None, of_all_rows(p, chosen)
+
+
+def official_switch(z, p, x, weights, capacity: int):
+    taken, kept = [0] * E, []
+    first = [best(row)[0] for row in z]
+    for e in first:
+        taken[e] += 1
+        kept.append([e] if taken[e] <= capacity else [])
+    most = torch.stack([p[t, first[t]] for t in range(T)])
+    left = torch.tensor([float(not own) for own in kept])
+    return of_chosen(p, kept), most * left, of_all_rows(p, [[e] for e in first])
+
+
 def uniform(z: Tensor, p: Tensor, x: Tensor, weights: dict[str, Tensor]):
     return torch.full((T, E), 1 / E, dtype=torch.float64), None, torch.zeros(())
 
@@ -134,6 +165,20 @@ FORMULAS = [
     pytest.param(
         "switch", {"capacity_factor": 0.5, "normalise": True, "z_loss": 0},
         partial(switch, factor=0.5, ones=True), id="switch, normalised",
+    ),
+    pytest.param(
+        "top_p", {"p": 0.2, "exceed": True, "normalise": False, "padding_in_loss": True,
+                  "router_loss": "topk"},
+        partial(official_top_p, share=0.2), id="top_p, more than p",
+    ),
+    pytest.param(
+        "top_p", {"p": 0.8, "exceed": True, "divisor": 0.7, "normalise": False,
+                  "padding_in_loss": True, "router_loss": "topk"},
+        partial(official_top_p, share=0.8, divisor=0.7), id="top_p, divided",
+    ),
+    pytest.param(
+        "switch", {"capacity": 2, "skip": True, "z_loss": 0.01, "padding_in_loss": True},
+        partial(official_switch, capacity=2), id="switch, as moe-peft",
     ),
     pytest.param("uniform", {}, uniform, id="uniform"),
     pytest.param("dense", {}, dense, id="dense"),
@@ -206,8 +251,10 @@ def by_formula(formula: Callable, options: dict, leaves: dict[str, Tensor]) -> l
     rows = []
     for t in range(T):
         y = sum(weights[t, e] * feed_forward(x[t], e) for e in range(E) if weights[t, e] != 0)
-        rows.append(y if base is None else y + base[t] * feed_forward(x[t], None))
-    loss = loss + options.get("z_loss", 0) / 1e-3 * z.exp().sum(dim=1).log().square()[REAL].mean()
+        rest = x[t] if options.get("skip") else feed_forward(x[t], None)
+        rows.append(y if base is None else y + base[t] * rest)
+    seen = slice(None) if options.get("padding_in_loss") else REAL
+    loss = loss + options.get("z_loss", 0) / 1e-3 * z.exp().sum(dim=1).log().square()[seen].mean()
     return [torch.stack(rows), loss]
 
 

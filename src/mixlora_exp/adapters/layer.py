@@ -155,7 +155,7 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
             if name.startswith("lora_router") and adapter in getattr(self, name)
         }
         fused = kernel.device is not None
-        mask = self.row_map.real(adapter, len(rows), rows.device)
+        mask = self.row_map.seen_by(router, adapter, len(rows), rows.device)
         routing = router.route_masked(
             rows, held, mask, training=self.training, fused=fused,
             key=self.dropout_keys.get(adapter),

@@ -240,9 +240,12 @@ class MixLoraModel(LoraModel):
             kwargs["output_router_logits"] = False
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         types = kwargs.pop("task_types", None)
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         self.row_map.tell(
             self.row_map.masks_of(mask, self.active_adapters),
             {} if types is None else dict.fromkeys(self.active_adapters, types),
+            0 if inputs is None or self.row_map else len(inputs),
         )
         output = self.model(*args, **kwargs)
         report = self._report()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mixlora_exp.kernels import Router
+
 __all__ = ["BASE", "RowMap", "Segment", "join", "take"]
 
 BASE = "__base__"
@@ -29,13 +31,15 @@ class RowMap:
     `segments` cover the rows of a packed batch one after another; `names` has an adapter for each
     sequence of an ordinary batch, in any order (PEFT's `adapter_names`). `masks`: by adapter, true
     for the real ones of its rows in the pass, (rows,), or of a batch (sequences, tokens), which may
-    begin with tokens of earlier passes; an adapter without one has real rows alone. `types`: by
-    adapter, the kind of the task of each of its sequences (0 or 1), where the batch tells.
+    begin with tokens of earlier passes; an adapter without one has real rows alone. `sequences`: of
+    the pass, where it is known. `types`: by adapter, the kind of the task of each of its sequences
+    (0 or 1), where the batch tells.
     """
 
     segments: tuple[Segment, ...] = ()
     names: tuple[str, ...] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    sequences: int = 0
     types: Mapping[str, Tensor] = field(default_factory=dict)
     _real: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _resolved: dict[torch.Size, tuple[Segment, ...]] = field(default_factory=dict)
@@ -47,9 +51,16 @@ class RowMap:
         """Set the assignment for the following passes; without arguments, clear it."""
         self.segments, self.names, self._resolved = tuple(segments), tuple(names), {}
 
-    def tell(self, masks: Mapping[str, Tensor], types: Mapping[str, Tensor] | None = None) -> None:
-        """Which rows of the coming pass are real, and the kinds of its sequences' tasks."""
+    def tell(
+        self,
+        masks: Mapping[str, Tensor],
+        types: Mapping[str, Tensor] | None = None,
+        sequences: int = 0,
+    ) -> None:
+        """Which rows of the coming pass are real, the kinds of its sequences' tasks, and how many
+        sequences there are."""
         self.masks, self.types, self._real = dict(masks), dict(types or {}), {}
+        self.sequences = sequences
         for adapter, mask in masks.items():
             # Before the pass, which may be compiled.
             self._real[adapter, mask.numel()] = mask.reshape(-1).bool()
@@ -87,6 +98,28 @@ class RowMap:
                 return None  # of another pass
             self._real[adapter, rows] = mask[:, -width:].reshape(-1).bool()
         return self._real[adapter, rows].to(device)
+
+    def seen_by(
+        self, router: Router, adapter: str, rows: int, device: torch.device
+    ) -> Tensor | None:
+        """What `Router.route_masked` takes as the mask of an adapter's rows.
+
+        Raises:
+            ValueError: it needs to know where each sequence ends, which is not known.
+        """
+        mask, told = self.real(adapter, rows, device), self.masks.get(adapter)
+        if not router.by_sequence:
+            return mask
+        count = self.sequences
+        if told is not None:
+            count = len(told) if told.dim() > 1 else 0
+        if not count or rows % count:
+            raise ValueError(
+                "router_options.capacity counts by sequence, and where one ends is not known in "
+                "this pass: give the model an attention_mask (sequences, tokens)"
+            )
+        mask = torch.ones(rows, dtype=torch.bool, device=device) if mask is None else mask
+        return mask.view(count, -1)
 
     def of(self, x: Tensor) -> tuple[Segment, ...]:
         """The segments of the rows of x (..., width), flattened.

@@ -65,6 +65,11 @@ class Router(ABC):
         1, so a router with one expert per row has none: it learns from its own loss alone."""
         return self.slots > 1
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether `route_masked` is to be told where each sequence of the batch ends."""
+        return False
+
     def initial(self, width: int) -> dict[str, Tensor]:
         """New weights by name, drawn from torch's default generator, for rows of `width` elements.
         The one called "" is stored as `lora_router`, others as `lora_router_NAME`."""
@@ -96,7 +101,8 @@ class Router(ABC):
         key: DropoutKey | None = None,
     ) -> Routing:
         """`route`, told which rows are real, as `statistics` is later: for a router that counts on
-        the way. mask: (T,) bool, None for all. key: of the module that asks, for noise."""
+        the way. mask: (T,) bool, None for all; (sequences, tokens) for one that is `by_sequence`.
+        key: of the module that asks, for noise."""
         return self.route(x, weights, training=training, fused=fused)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:

@@ -249,7 +249,8 @@ class Routing:
     it, its weight has no gradient, and its number in `experts` is any of 0 to E - 1.
 
     `base` (T,): what the frozen block without experts is multiplied by, to be added to the experts'
-    sum; None: it is not. Kernels do not read it, `with_base` does.
+    sum; None: it is not. With `skips` it multiplies the block's input in place of the frozen block.
+    Kernels do not read the two, `with_base` does.
 
     `extra`: what else, by name, the router's loss is made from. `rows`: the rows (T, in) as a fused
     router hands them on; where a block takes these, the router adds to their gradient in place of
@@ -263,6 +264,7 @@ class Routing:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
     base: Tensor | None = None
+    skips: bool = False
 
     @property
     def filled(self) -> Tensor:
@@ -278,14 +280,14 @@ class Routing:
         beside it."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)
         base = None if self.base is None else self.base[rows]
-        return Routing(*(part[rows] for part in parts), base=base)
+        return Routing(*(part[rows] for part in parts), base=base, skips=self.skips)
 
     def detached(self) -> Routing:
         """The same decision without gradients."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)
         extra = {name: value.detach() for name, value in self.extra.items()}
         base = None if self.base is None else self.base.detach()
-        return Routing(*(part.detach() for part in parts), extra, base=base)
+        return Routing(*(part.detach() for part in parts), extra, base=base, skips=self.skips)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels.dropout import DropoutKey
-from mixlora_exp.kernels.routing import Router, router_logits
+from mixlora_exp.kernels.routing import Router, router_fractions, router_logits
 from mixlora_exp.kernels.shapes import Routing
 
-__all__ = ["SoftmaxRouter", "varying_fractions"]
+__all__ = ["SoftmaxRouter", "real_counts", "varying_fractions"]
 
 
 def varying_fractions(statistics: Mapping[str, Tensor], loss: str) -> dict[str, Tensor]:
@@ -25,6 +25,13 @@ def varying_fractions(statistics: Mapping[str, Tensor], loss: str) -> dict[str, 
         return dict(statistics)
     counts = statistics["counts"]
     return {**statistics, "fractions": counts / counts.sum().clamp(min=1)}
+
+
+def real_counts(
+    statistics: Mapping[str, Tensor], routing: Routing, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """`Router.statistics` that padding is part of, with the counts of real rows for reports."""
+    return {**statistics, "counts": router_fractions(routing, mask, count_all=True)[2]}
 
 
 @dataclass(frozen=True, kw_only=True)

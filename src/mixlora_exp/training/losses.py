@@ -53,7 +53,7 @@ def joint_losses(
     base = tuner.model
     packed = pack_batches(base, batches, attention)
     tuner.row_map.use(segments=[Segment(n, part.rows) for n, part in packed.parts.items()])
-    masks = {name: batch["attention_mask"].flatten().bool() for name, batch in batches.items()}
+    masks = {name: batch["attention_mask"] for name, batch in batches.items()}
     types = {n: batch["task_types"] for n, batch in batches.items() if "task_types" in batch}
     tuner.row_map.tell(masks, types)
     hidden = base.model(

@@ -157,11 +157,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             for name in self.adapter_layer_names
             if name.startswith("lora_router") and adapter in getattr(self, name)
         }
-        mask = self.row_map.real(adapter, len(rows), rows.device)
-        key = self.dropout_keys.get(adapter)
-        routing = self.router[adapter].route_masked(
-            rows, held, mask, training=self.training, key=key
-        )
+        router, key = self.router[adapter], self.dropout_keys.get(adapter)
+        mask = self.row_map.seen_by(router, adapter, len(rows), rows.device)
+        routing = router.route_masked(rows, held, mask, training=self.training, key=key)
         self.routings[adapter] = replace(routing, rows=None)
         return routing
 

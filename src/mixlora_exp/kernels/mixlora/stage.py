@@ -44,11 +44,13 @@ def add_down_bias(y: Tensor, weights: Tensor, block: FeedForward) -> Tensor:
 
 def with_base(y: Tensor, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """The experts' sum y (T, D) plus, for the rows that the router gives to it, the frozen block
-    without experts, times `routing.base`. x: (T, D)."""
+    without experts, times `routing.base`, or the row itself (`Routing.skips`). x: (T, D)."""
     if routing.base is None:
         return y
 
     def frozen(rows: Tensor) -> Tensor:
+        if routing.skips:
+            return rows
         gate, up = _project(rows, block.gate), _project(rows, block.up)
         return _project(activate(gate, block.activation) * up, block.down)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.routing import ranked, router
 from mixlora_exp.kernels.shapes import Routing
-from mixlora_exp.kernels.softmax_router import SoftmaxRouter
+from mixlora_exp.kernels.softmax_router import SoftmaxRouter, real_counts
 
 __all__ = ["Switch"]
 
@@ -30,15 +30,27 @@ class Switch(SoftmaxRouter):
 
     Loss: E sum_e F_e P_e with the share F_e of rows that prefer e, before any is dropped; 1 at
     balance. `top_k` and `router_loss` are not read.
+
+    What moe-peft trains: `capacity` above 0: C, of each expert in each sequence of the batch and
+    not of all of it, in which padding takes places; skip: rows without a place get p_e x in place
+    of the feed-forward block, x its input; padding_in_loss: padding counts in both losses.
     """
 
     normalise: bool = False
     z_loss: float = 1e-3
     capacity_factor: float = 1.25
+    capacity: int = 0
+    skip: bool = False
+    padding_in_loss: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.capacity_factor > 0, "capacity_factor", "must be > 0")
+        self.require(self.capacity >= 0, "capacity", "must be >= 0")
+
+    @property
+    def by_sequence(self) -> bool:
+        return self.capacity > 0
 
     @property
     def slots(self) -> int:
@@ -55,17 +67,24 @@ class Switch(SoftmaxRouter):
         experts = ranked(logits)[:, :1].contiguous()
         most = probabilities.gather(1, experts)
         wanted = functional.one_hot(experts[:, 0], self.num_experts)
-        if mask is not None:
-            wanted = wanted * mask.unsqueeze(-1)
-        # In float64, as the formula in a person's hands.
-        real = wanted.sum().double()
-        capacity = (self.capacity_factor * real / self.num_experts).ceil()
-        place = (wanted.cumsum(dim=0) * wanted).sum(dim=-1, keepdim=True)
+        if self.capacity:
+            capacity = self.capacity
+            whole = mask is None or mask.dim() == 1
+            wanted = wanted.view(1 if whole else len(mask), -1, self.num_experts)
+        else:
+            if mask is not None:
+                wanted = wanted * mask.unsqueeze(-1)
+            # In float64, as the formula in a person's hands.
+            real = wanted.sum().double()
+            capacity = (self.capacity_factor * real / self.num_experts).ceil()
+        place = (wanted.cumsum(dim=-2) * wanted).sum(dim=-1).view(-1, 1)
         held = (place > 0) & (place <= capacity)
-        base = torch.where(held, 0.0, most)[:, 0]
-        return Routing(logits, probabilities, experts, torch.where(held, most, 0.0), base=base)
+        base, kept = torch.where(held, 0.0, most)[:, 0], torch.where(held, most, 0.0)
+        return Routing(logits, probabilities, experts, kept, base=base, skips=self.skip)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        seen = None if self.padding_in_loss else mask
         preferred = replace(routing, weights=torch.ones_like(routing.weights))
-        found = super().statistics(routing, mask)
-        return {**found, "fractions": super().statistics(preferred, mask)["fractions"]}
+        found = super().statistics(routing, seen)
+        found["fractions"] = super().statistics(preferred, seen)["fractions"]
+        return real_counts(found, routing, mask) if self.padding_in_loss else found
