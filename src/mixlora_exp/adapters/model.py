@@ -76,6 +76,8 @@ class MixLoraModel(LoraModel):
         self, config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
         mixture, guest = isinstance(config, MixtureConfig), isinstance(config, GuestConfig)
+        if mixture and target_name in config.lora_targets:
+            mixture = False
         if (mixture or guest) and target_name == config.feed_forward:
             block = target.base_layer if isinstance(target, MixLoraFeedForward) else target
             for name, child in list(block.named_children()):

@@ -96,9 +96,12 @@ class LinearMixtureSettings(MixtureSettings):
     router: Router | None = setting(None, "How experts are chosen; null: as the method does.")
     router_loss_pooling: RouterLossPooling = setting(
         RouterLossPooling.layer,
-        "Loss per router ('layer'): those of single layers have no statistics in common.",
-        "must be layer",
-        lambda value, _: value in (RouterLossPooling.layer, "layer"),
+        "'layer': loss per router, averaged; 'all': statistics of all routers, of equally many "
+        "experts.",
+        "must be layer, or num_experts and top_k a number each, the same in all layers",
+        lambda value, all: (
+            word(value) == "layer" or type(all.num_experts) is type(all.top_k) is int
+        ),
     )
     router_init_std: float | None = setting(
         None,

@@ -198,7 +198,10 @@ def test_mask_serves_all_experts_and_not_the_router(mixed_of, method: str) -> No
         ({"mixture": "moslora"}, "num_experts=8: mixture=moslora has 1 expert"),
         ({"mixture": "moslora", "router": "top_k"}, "mixture=moslora has no router"),
         ({"use_dora": True}, "does not support use_dora"),
-        ({"router_loss_pooling": "all"}, "router_loss_pooling=all must be layer"),
+        (
+            {"router_loss_pooling": "all", "num_experts": [2, 4]},
+            "router_loss_pooling=all must be layer, or num_experts and top_k a number each",
+        ),
         ({"num_experts": [2, 2, 2]}, "num_experts has 3 entries, and the model has 2 layers"),
         ({"top_k": "1/4", "num_experts": "4/2"}, "top_k=1/4 must be"),
     ],

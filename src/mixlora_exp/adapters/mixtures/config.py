@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -25,7 +25,8 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 @dataclass
 class MixtureConfig(LinearMixtureSettings, LoraConfig):
     """LoRA experts in each projection that `target_modules` names, by one of the methods of
-    kernels/mixtures/; `r` is the rank of each expert.
+    kernels/mixtures/, but for those in `lora_targets`, which get one LoRA without a router; `r` is
+    the rank of each expert and LoRA.
 
     Raises:
         ValueError: a value is out of range, or an option of LoraConfig is set that experts do not
@@ -34,6 +35,10 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
 
     feed_forward: ClassVar[str] = "mlp"
     feed_forward_targets: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
+    lora_targets: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Those of target_modules that get a LoRA in place of experts."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +48,12 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
             self.target_modules |= set(self.feed_forward_targets)
         check_supported(self, unsupported=("use_dora",), init=(True,))
         check_settings(self, LinearMixtureSettings)
+        plain = self.lora_targets
+        if not isinstance(plain, list) or not set(map(str, plain)) < set(self.target_modules):
+            raise ValueError(
+                f"lora_targets={plain!r:.200} must be a list of some of target_modules="
+                f"{sorted(self.target_modules)}, which leaves one for the experts"
+            )
         if self.r < 1:
             raise ValueError(f"r={self.r} must be >= 1")
         if not 0 <= self.lora_dropout < 1:
