@@ -1,7 +1,7 @@
 """Convert an adapter of the official packages (moe-peft, mixlora) to PEFT's format.
 
-IN is a folder that one of them wrote; OUT, which must not exist yet, will load in PEFT and give the
-same logits as the official packages. No code in the files is executed.
+IN is a folder that one of them wrote; OUT, which must not exist yet, will load in PEFT and compute
+what the official packages train. No code in the files is executed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Scaling is alpha / r, or alpha / sqrt(r) with rsLoRA, in both. The official format does not store
 DoRA's magnitude: loading sets it to the row norms of W + s B A, so that a loaded adapter computes
-plain LoRA. The router loss of the official packages counts all chosen experts and pools
-the tokens of all layers.
+plain LoRA; experts of single projections compute plain LoRA in any case.
 """
 
 from __future__ import annotations
@@ -14,17 +13,25 @@ from typing import Any
 from peft import LoraConfig
 
 from mixlora_exp.adapters.config import MixLoraConfig, saved_config
+from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.official.fields import (
     check_activation,
     count,
-    finite,
     lora_settings,
     name_list,
     value,
 )
 from mixlora_exp.official.folders import AdapterFiles
-from mixlora_exp.official.tensors import PROJECTIONS, Parts, check_shapes, from_official, to_peft
+from mixlora_exp.official.routing import FIELDS, KINDS, router_settings, strategy_of
+from mixlora_exp.official.tensors import (
+    LAYOUTS,
+    PROJECTIONS,
+    Parts,
+    check_shapes,
+    from_official,
+    to_peft,
+)
 
 LORA_FIELDS = {
     "peft_type", "bias", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora",
@@ -33,10 +40,6 @@ LORA_FIELDS = {
 IGNORED = {"name", "task_name", "mixlora_exp"}
 """Fields that do not affect the computation; the last one was written by earlier versions of this
 project."""
-MIXLORA_FIELDS = LORA_FIELDS | {
-    "routing_strategy", "num_experts", "top_k", "act_fn", "expert_lora", "router_init_range",
-    "jitter_noise", "router_loss", "router_aux_loss_coef",
-}  # fmt: skip
 
 
 def _targets(config: Mapping[str, Any], notes: list[str]) -> list[str]:
@@ -53,27 +56,12 @@ def _peft_type(config: Mapping[str, Any]) -> str:
     if kind is None:
         strategy = config.get("routing_strategy")
         kind = "LORA" if strategy is None else str(strategy).split("-")[0].upper()
-    if kind not in ("LORA", "MIXLORA"):
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise UserError(
-            f"peft_type={kind!s:.80} is not supported: LORA and MIXLORA can be converted"
+            f"peft_type={shown(str(kind), 80)} is not supported: {', '.join(LAYOUTS)} can be "
+            "converted"
         )
     return kind
-
-
-def _check_routing(config: Mapping[str, Any]) -> None:
-    strategy = value(config, "routing_strategy", str)
-    if strategy != "mixlora":
-        reasons = {
-            "mixlora-dynamic": "it chooses as many experts as reach top_p",
-            "mixlora-switch": "it drops tokens above a capacity",
-        }
-        raise UserError(
-            f"routing_strategy={strategy} is not supported "
-            f"({reasons.get(strategy, 'it is unknown')}): only mixlora, top-k routing, is"
-        )
-    jitter = finite(config, "jitter_noise", 0.0)
-    if jitter:
-        raise UserError(f"jitter_noise={jitter} is not supported: routers here take no noise")
 
 
 def _check_names(entries: Mapping[str, Any], known: set[str], where: str = "") -> None:
@@ -104,6 +92,11 @@ def _magnitudes(
     group: str, parts: Parts, settings: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
     """The settings of attention or experts, with `use_dora` off where no magnitude was saved."""
+    if parts.layout.linear and parts.has_magnitudes(group):
+        raise UserError(
+            f"magnitudes are not supported in an adapter of {parts.layout.prefix.rstrip('.')}, "
+            "whose experts have none: remove the file that holds them"
+        )
     if parts.has_magnitudes(group) and not settings["use_dora"]:
         raise UserError("there are magnitudes, but use_dora is not set where they are")
     if not settings["use_dora"] or parts.has_magnitudes(group) or not getattr(parts, group):
@@ -130,18 +123,18 @@ def import_official(files: AdapterFiles) -> AdapterFiles:
     """
     config, notes = files.config, list(files.notes)
     kind = _peft_type(config)
-    if kind == "MIXLORA":
-        _check_routing(config)
-    _check_names(config, LORA_FIELDS if kind == "LORA" else MIXLORA_FIELDS)
+    strategy = strategy_of(config, kind) if kind in KINDS else None
+    _check_names(config, LORA_FIELDS | FIELDS.get(strategy, set()))
     _check_others(config)
     settings, targets = lora_settings(config), _targets(config, notes)
-    experts, experts_settings = None, settings
-    if kind == "MIXLORA":
+    experts, experts_settings, router, told = None, settings, {}, []
+    if strategy is not None:
         experts = count(config, "num_experts")
         block = value(config, "expert_lora", dict, {})
         _check_names(block, LORA_FIELDS, "expert_lora.")
         experts_settings = lora_settings({**config, **block})
-    parts = from_official(files.tensors, experts)
+        router = router_settings(config, strategy, experts, told)
+    parts = from_official(files.tensors, LAYOUTS[kind], experts)
     ranks = {"single": settings["r"], "experts": experts_settings["r"]}
     check_shapes(parts, targets, ranks, experts or 0)
     settings = _magnitudes("single", parts, settings, notes)
@@ -160,31 +153,42 @@ def import_official(files: AdapterFiles) -> AdapterFiles:
         )
     if experts is not None and not parts.experts:
         # A router over experts that do nothing: the feed-forward block is the base model's.
-        notes.append("no expert has weights, so the routers do nothing: imported as LoRA")
+        told = ["no expert has weights, so the routers do nothing: imported as LoRA"]
         parts, experts = Parts(single=parts.single), None
-    made = LoraConfig(**common) if experts is None else _mixture(config, common, experts_settings)
-    return AdapterFiles(saved_config(made), to_peft(parts), tuple(notes))
+    if experts is None:
+        made = LoraConfig(**common)
+    elif parts.layout.linear:
+        made = _in_linears(common, router, parts)
+    else:
+        made = _in_blocks(config, common, experts_settings, router)
+    return AdapterFiles(saved_config(made), to_peft(parts), (*notes, *told))
 
 
-def _mixture(
-    config: Mapping[str, Any], common: Mapping[str, Any], experts: Mapping[str, Any]
+def _in_blocks(
+    config: Mapping[str, Any],
+    common: Mapping[str, Any],
+    experts: Mapping[str, Any],
+    router: Mapping[str, Any],
 ) -> MixLoraConfig:
-    """The configuration of an adapter with experts. common: attention's LoRA settings; experts:
-    those of the experts, written as `expert_lora` where they differ."""
-    coefficient = finite(config, "router_aux_loss_coef", 1e-3)
+    """The configuration of an adapter with experts in feed-forward blocks. common: attention's LoRA
+    settings; experts: those of the experts, written as `expert_lora` where they differ."""
     same = all(common[name] == found for name, found in experts.items())
+    own = None if same else dict(experts)
+    return _checked(MixLoraConfig, **common, **router, act_fn=config.get("act_fn"), expert_lora=own)
+
+
+def _in_linears(
+    common: Mapping[str, Any], router: Mapping[str, Any], parts: Parts
+) -> MixtureConfig:
+    """The configuration of an adapter with experts in single projections, and LoRA in others."""
+    plain = sorted({projection for _, projection, _ in parts.single})
+    common = {**common, "use_dora": False}
+    return _checked(MixtureConfig, **common, **router, lora_targets=plain)
+
+
+def _checked(kind: type[LoraConfig], **settings: Any) -> Any:
     try:
-        return MixLoraConfig(
-            **common,
-            num_experts=config["num_experts"],
-            top_k=value(config, "top_k", int, 2),
-            act_fn=config.get("act_fn"),
-            expert_lora=None if same else dict(experts),
-            router_loss_coef=coefficient if value(config, "router_loss", bool, True) else 0.0,
-            router_loss="topk",
-            router_loss_pooling="all",
-            router_init_std=finite(config, "router_init_range", 0.02, least=0),
-        )
+        return kind(**settings)
     except ValueError as error:
         raise UserError(
             f"adapter_config.json: {error}: correct the entry, or use another copy"

@@ -1,7 +1,7 @@
 """Tensor names of an adapter in the official format and in PEFT's, and their meaning.
 
-`{i}` is a layer, `{p}` a projection, `{e}` an expert. PEFT with this project's tuner holds the
-experts of a projection in one tensor; the official format has a tensor for each.
+PEFT with this project's tuner holds the experts of a projection in one tensor; the official format
+has a tensor for each.
 """
 
 from __future__ import annotations
@@ -25,13 +25,35 @@ PROJECTIONS = {
 PREFIX = "base_model.model.model."
 NUMBER = "(0|[1-9][0-9]{0,5})"
 # Without leading zeros: two names would be one layer.
-PLAIN = re.compile(rf"layers\.{NUMBER}\.(self_attn|mlp)\.(\w+)\.lora_(A\.weight|B\.weight|"
-                   r"magnitude_vector)")  # fmt: skip
-ROUTER = re.compile(rf"layers\.{NUMBER}\.mlp\.moe_gate\.weight")
-EXPERT = re.compile(rf"layers\.{NUMBER}\.mlp\.(\w+)\.experts\.{NUMBER}\.lora_(A\.weight|"
-                    r"B\.weight|magnitude_vector)")  # fmt: skip
+BLOCK = rf"layers\.{NUMBER}\.(self_attn|mlp)"
+PLAIN = re.compile(rf"{BLOCK}\.(\w+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
+ROUTER = re.compile(rf"{BLOCK}(?:\.(\w+))?\.moe_gate\.weight")
+EXPERT = re.compile(rf"{BLOCK}\.(\w+)\.experts\.{NUMBER}\.lora_(A\.weight|B\.weight|"
+                    r"magnitude_vector)")  # fmt: skip
 PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "magnitude"}
 SUFFIXES = {short: long for long, short in PARTS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a type of adapter has experts and routers.
+
+    prefix: of all names. experts: projections with experts, if they are adapted; the others have a
+    LoRA. linear: there is a router at each of these, else one at each feed-forward block.
+    """
+
+    prefix: str
+    experts: tuple[str, ...] = ()
+    linear: bool = False
+
+
+LAYOUTS = {
+    "LORA": Layout(PREFIX),
+    "MIXLORA": Layout("mixlora.", tuple(ROLES)),
+    "MOLA": Layout("mola.", tuple(PROJECTIONS), linear=True),
+    "LORAMOE": Layout("loramoe.", tuple(ROLES), linear=True),
+}
+"""By `peft_type`."""
 
 
 @dataclass(slots=True)
@@ -39,12 +61,14 @@ class Parts:
     """The tensors of an adapter by kind.
 
     `single[layer, projection, part]` and, stacked over the experts, `experts[layer, projection,
-    part]`; part is `A` (r, in), `B` (out, r) or `magnitude` (out,). `routers[layer]` (E, hidden).
+    part]`; part is `A` (r, in), `B` (out, r) or `magnitude` (out,). `routers[layer, projection]`
+    (E, in), with an empty name for the feed-forward block's.
     """
 
+    layout: Layout = LAYOUTS["LORA"]
     single: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     experts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
-    routers: dict[int, Tensor] = field(default_factory=dict)
+    routers: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def has_magnitudes(self, group: str) -> bool:
         """Whether `group`, `single` or `experts`, has DoRA magnitudes."""
@@ -76,27 +100,27 @@ def _stack(found: dict[tuple[int, str, str], dict[int, Tensor]], experts: int) -
     return stacked
 
 
-def from_official(tensors: Mapping[str, Tensor], experts: int | None) -> Parts:
+def from_official(tensors: Mapping[str, Tensor], layout: Layout, experts: int | None) -> Parts:
     """Sort tensors with the official names; `experts`: how many there must be, None for LoRA.
 
     Raises:
         UserError: a tensor has an unknown name, or an expert is missing.
     """
-    parts = Parts()
-    prefix = PREFIX if experts is None else "mixlora."
+    parts, prefix = Parts(layout), layout.prefix
     found: dict[tuple[int, str, str], dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         rest = name.removeprefix(prefix) if name.startswith(prefix) else ""
         if match := EXPERT.fullmatch(rest):
-            layer, projection, expert, part = match.groups()
-            _known(name, projection, "mlp")
+            layer, block, projection, expert, part = match.groups()
+            _known(name, projection, block)
             entry = found.setdefault((int(layer), projection, PARTS[part]), {})
             entry[int(expert)] = tensor
         elif match := PLAIN.fullmatch(rest):
             layer, block, projection, part = match.groups()
             parts.single[int(layer), _known(name, projection, block), PARTS[part]] = tensor
-        elif match := ROUTER.fullmatch(rest):
-            parts.routers[int(match[1])] = tensor
+        elif (match := ROUTER.fullmatch(rest)) and (match[3] or match[2] == "mlp"):
+            projection = _known(name, match[3], match[2]) if match[3] else ""
+            parts.routers[int(match[1]), projection] = tensor
         else:
             raise UserError(f"tensor {shown(name, 200)} is unknown: it cannot be imported")
     if experts is not None:
@@ -113,20 +137,25 @@ def to_peft(parts: Parts) -> dict[str, Tensor]:
         for (layer, p, part), tensor in parts.single.items()
     }
     for (layer, p, part), tensor in parts.experts.items():
-        named[f"{PREFIX}layers.{layer}.mlp.lora_{part}_{ROLES[p]}"] = tensor
-    for layer, tensor in parts.routers.items():
-        named[f"{PREFIX}layers.{layer}.mlp.lora_router"] = tensor
+        block = f"{PREFIX}layers.{layer}.{PROJECTIONS[p]}"
+        own = f"{p}.lora_{part}" if parts.layout.linear else f"lora_{part}_{ROLES[p]}"
+        named[f"{block}.{own}"] = tensor
+    for (layer, p), tensor in parts.routers.items():
+        home = f"{PROJECTIONS[p]}.{p}" if p else "mlp"
+        named[f"{PREFIX}layers.{layer}.{home}.lora_router"] = tensor
     return named
 
 
 def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts: int) -> None:
     """Check that every layer has every projection with A (r, in), B (out, r) and, if any of its
-    group has one, a magnitude (out,); experts' tensors have a leading dimension E.
+    group has one, a magnitude (out,); experts' tensors have a leading dimension E. Every router
+    is there and (E, in).
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape.
     """
-    layers = {key[0] for key in (*parts.single, *parts.experts)} | set(parts.routers)
+    with_experts = [t for t in targets if t in parts.layout.experts]
+    layers = {key[0] for key in (*parts.single, *parts.experts, *parts.routers)}
     if layers != set(range(len(layers))):
         raise UserError(
             f"the tensors are of layers {sorted(layers)[:8]}, not of 0 to {len(layers) - 1}: the "
@@ -134,8 +163,8 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
         )
     sizes: dict[tuple[str, str], int] = {}
     for group, front, names in (
-        (parts.experts, (experts,), [t for t in targets if t in ROLES and experts]),
-        (parts.single, (), [t for t in targets if t not in ROLES or not experts]),
+        (parts.experts, (experts,), with_experts),
+        (parts.single, (), [t for t in targets if t not in with_experts]),
     ):
         kind = "experts" if front else "single"
         r = rank[kind]
@@ -156,12 +185,19 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
                     + (f", num_experts={experts}" if front else "")
                     + " and the other layers"
                 )
-    for layer, router in parts.routers.items():
-        hidden = sizes.get(("gate_proj", "in"), sizes.get(("up_proj", "in"), router.shape[-1]))
-        if tuple(router.shape) != (experts, hidden):
-            raise UserError(
-                f"the router of layer {layer} has shape {tuple(router.shape)}, "
-                f"not {(experts, hidden)}"
-            )
-    if experts and set(parts.routers) != layers:
-        raise UserError(f"a router is missing: {len(parts.routers)} for {len(layers)} layers")
+    if not experts:
+        return
+    homes = with_experts if parts.layout.linear else [""]
+    needed = {(layer, name) for layer in layers for name in homes}
+    if missing := sorted(needed - set(parts.routers)):
+        raise UserError(f"a router is missing: {len(missing)} of {len(needed)}, the first of layer "
+                        f"{missing[0][0]}{missing[0][1] and ', '}{missing[0][1]}")  # fmt: skip
+    for (layer, name), router in parts.routers.items():
+        where = f"the router of layer {layer}{name and ', '}{name}"
+        if (layer, name) not in needed:
+            raise UserError(f"{where} is not among those of target_modules")
+        known = [name] if name else ["gate_proj", "up_proj"]
+        widths = [sizes[side] for p in known if (side := (p, "in")) in sizes]
+        shape = (experts, *(widths or router.shape[-1:])[:1])
+        if tuple(router.shape) != shape:
+            raise UserError(f"{where} has shape {tuple(router.shape)}, not {shape}")
