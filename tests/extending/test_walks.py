@@ -37,20 +37,24 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def execute(command: str, place: Path) -> str:
+    """Run a command in a copy of the repository; returns what it told."""
+    environment = {**os.environ, "PYTHONPATH": str(place / "src"), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
 def follow(walk: str, place: Path) -> list[str]:
     """Write the walk's files into a copy and run its commands there; returns what these told."""
     told = []
-    environment = {**os.environ, "PYTHONPATH": str(place / "src"), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for block in BLOCK.finditer((ROOT / "docs" / "extending" / walk).read_text(encoding="utf-8")):
         if block["kind"] == "bash":
-            for command in block["text"].splitlines():
-                done = subprocess.run(
-                    ["bash", "-c", command], cwd=place, env=environment, capture_output=True,
-                    text=True, timeout=400,
-                )  # fmt: skip
-                assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-                told.append(done.stdout)
+            told += [execute(command, place) for command in block["text"].splitlines()]
             continue
         path = place / block["path"]
         if block["line"] is None:
@@ -85,3 +89,20 @@ def test_router(copy: Path) -> None:
     assert made["status"] == "finished"
     assert made["config"]["method"]["router"] == "above"
     assert made["config"]["method"]["router_options"] == {"share": 0.13}
+
+
+def test_method(copy: Path) -> None:
+    """Noisy top-k routing, as its formula has it, in fewer than 60 lines."""
+    code = "".join(
+        block["text"]
+        for block in BLOCK.finditer((ROOT / "docs/extending/method.md").read_text("utf-8"))
+        if block["kind"] == "python"
+    )
+    assert len(code.splitlines()) < 60
+    judged, _ = follow("method.md", copy)
+    assert "7 passed" in judged
+    formula = Path(__file__).with_name("noisy_top_k_formula.py")
+    execute(f"python {formula}", copy)
+    made = record(copy)
+    assert made["status"] == "finished"
+    assert made["config"]["method"]["router"] == "noisy_top_k"
