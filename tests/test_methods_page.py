@@ -1,0 +1,37 @@
+"""docs/methods.md has every method and router, and the sizes that a plan counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from composed import compose
+
+from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.kernels.routing import ROUTERS
+from mixlora_exp.models.parameters import count_parameters
+
+PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
+
+
+def rows(heading: str) -> dict[str, list[str]]:
+    """The table whose head begins with a heading, by the name in its first column."""
+    table = PAGE.split(f"| {heading} |")[1].split("\n\n")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return {row[0].strip("`"): row for row in cells}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_size_of_a_method(method: str) -> None:
+    config = compose(["model=llama2_7b", f"method={method}"])
+    counted = count_parameters(config.model, config.method).trainable
+    assert rows("`method=`")[method][-1] == f"{counted:,}"
+
+
+def test_every_router_has_a_row() -> None:
+    assert set(rows("`method.router=`")) == set(ROUTERS)
+
+
+def test_the_table_has_nothing_else() -> None:
+    assert sorted(rows("`method=`")) == METHODS
