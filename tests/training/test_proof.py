@@ -24,6 +24,7 @@ from mixlora_exp.training.proof import check_gradients_flow
 METHODS = [
     *("lora", "dora", "mixlora", "mixdora", "mixlora_top_p", "mixlora_switch"),
     *("mola", "loramoe", "hydralora", "adamole", "goat", "moslora"),
+    *("lora_r32", "lora_r128", "mixlora_one_expert"),
 ]
 ROUTERS = ["dense", "threshold", "random_frozen", "uniform"]
 SMALL = ["experiment=smoke", "data.train_limit=8", "trainer.max_steps=1", "trainer.batch_size=8"]
@@ -99,6 +100,20 @@ def test_a_detached_router_is_named_even_where_its_loss_trains_it(
 def test_a_router_with_one_expert_a_token_learns_from_its_loss_alone(start: Start) -> None:
     """One weight, normalised, is always 1."""
     assert start("method=mixlora", "method.top_k=1").steps == 1
+
+
+@pytest.mark.parametrize("method", ["mixlora", "mixdora", "mola"])
+@pytest.mark.parametrize("router", ["top_k", "top_p", "switch", "dense", "threshold"])
+def test_a_router_of_one_expert_is_not_trained(start: Start, method: str, router: str) -> None:
+    """It has no gradient. With one expert in the first layer alone, the others' are trained."""
+    experts = "1/2" if method == "mola" else "1"
+    models: list[nn.Module] = []
+    words = [f"method.num_experts={experts}", "method.top_k=1", f"method.router={router}"]
+    words.append("method.router_loss_coef=0.001")  # All that trains a router of one expert a token.
+    start(f"method={method}", *words, change=models.append)
+    trained = plain_parameters_of(models[0], "default")
+    found = {name.split(".layers.")[1][0] for name in trained if "lora_router" in name}
+    assert found == ({"1"} if method == "mola" else set())
 
 
 class Toy(nn.Module):

@@ -44,8 +44,8 @@ class Router(ABC):
     `mean` or `sum`.
     """
 
-    trained: ClassVar[bool] = True
-    """Whether its weights are trained."""
+    frozen: ClassVar[bool] = False
+    """Whether its weights keep their initial values."""
 
     num_experts: int
     top_k: int
@@ -58,6 +58,12 @@ class Router(ABC):
     def slots(self) -> int:
         """How many experts a row gets at most."""
         return self.top_k
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are trained: with one expert they have nothing to decide, and no
+        gradient."""
+        return not self.frozen and self.num_experts > 1
 
     @property
     def learns_from_task(self) -> bool:

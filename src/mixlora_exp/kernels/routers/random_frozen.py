@@ -17,4 +17,4 @@ class RandomFrozen(TopK):
     """`top_k`, whose matrix keeps its initial values; the adapter's file has them. The load-balance
     loss still reaches what comes before the router."""
 
-    trained: ClassVar[bool] = False
+    frozen: ClassVar[bool] = True
