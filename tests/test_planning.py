@@ -13,7 +13,6 @@ import transformers
 from composed import compose
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.bench.measure import saved_bytes
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose_cell
 from mixlora_exp.config.places import CONF_DIR
@@ -28,6 +27,7 @@ from mixlora_exp.plans.plan import count_steps, plan
 from mixlora_exp.results.paper import MODEL_TITLES
 from mixlora_exp.results.tables.sizes import percentages
 from mixlora_exp.training import fit
+from mixlora_exp.training.saved_bytes import saved_bytes
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from mixlora_exp.bench.batch import batch_of
 from mixlora_exp.bench.kinds.steps import benchmark, check
-from mixlora_exp.bench.measure import saved_bytes
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.report import markdown, paper_rows
@@ -24,6 +23,7 @@ from mixlora_exp.bench.runner import Kind, kind_of, measure, run_benchmark
 from mixlora_exp.cli.main import main
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_record
+from mixlora_exp.training.saved_bytes import saved_bytes
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"model": "tiny", "batch": 2, "length": 8, "dtype": "float32", "memory": False}

@@ -57,6 +57,9 @@ def peft_config(method: LoraMethodConfig) -> LoraConfig:
         return LoraConfig(**common)
     _, settings, config = found
     mixture = {item.name: getattr(method, item.name) for item in fields(settings)}
+    if method.rank_of_experts != method.rank:
+        own = {"r": method.rank_of_experts, "lora_alpha": method.alpha_of_experts}
+        common |= {"expert_lora": own} if config is MixLoraConfig else own
     try:
         return config(**common, **mixture)
     except ValueError as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
 
@@ -19,6 +17,7 @@ from mixlora_exp.config.choices import Head
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.head import loss_from_hidden
 from mixlora_exp.training.kept import last_layer_at_kept_rows
+from mixlora_exp.training.saved_bytes import saved_bytes
 
 _STEPS = count()
 """Optimizer steps of this process, by which masks of dropout differ."""
@@ -114,36 +113,6 @@ def inference_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> float:
         model(input_ids=ids, logits_to_keep=last)
         clock.mark()
     return clock.spans()[0]
-
-
-def saved_bytes(run: Callable[[], Tensor], owned: set[int]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run()`, each storage once; `owned` are
-    the data pointers of storages that exist anyway (parameters)."""
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Kept:
-        found = _Kept(tensor)
-        kept.add(found)
-        return found
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
-        result = run()
-        # Only now: what a part of the graph kept that is gone again does not count, and its memory
-        # may have been given to others.
-        storages = [found.tensor.untyped_storage() for found in kept]
-        sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in owned}
-        total = sum(sizes.values())
-    del result
-    return total
-
-
-class _Kept:
-    """A tensor that autograd keeps, for as long as it does."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
 
 def feed_forward_saved_bytes(model: nn.Module, row: BenchRow, batch: StepBatch) -> float:

@@ -13,7 +13,7 @@ from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.hosting import add_guest, parameters_of
 from mixlora_exp.adapters.sources import adapters_changed
-from mixlora_exp.bench.measure import Clock, saved_bytes
+from mixlora_exp.bench.measure import Clock
 from mixlora_exp.bench.model import peft_config, sharing
 from mixlora_exp.bench.options import BenchOptions, require_positive
 from mixlora_exp.bench.rows import METHODS, BenchRow
@@ -23,6 +23,7 @@ from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.losses import joint_losses, total_of
 from mixlora_exp.training.packed import packed_attention
+from mixlora_exp.training.saved_bytes import saved_bytes
 
 
 @dataclass(slots=True, kw_only=True)

@@ -64,6 +64,8 @@ LATER = {
     ("method", "router"): "top_k",
     ("trainer", "compile"): "off",
     ("method", "router_options"): {},
+    ("method", "expert_rank"): None,
+    ("method", "match_params"): None,
     ("method", "router_loss_reduction"): "mean",
 }
 """Fields added later, by group and name, with the value that keeps the earlier behaviour: older
@@ -200,7 +202,7 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a configuration (from `to_dict`) that determine the result.
 
     Drops the fields in `EXCLUDED`, whether present or not, and those of `LATER` that have the value
-    of earlier versions.
+    of earlier versions; of the rank of experts, how it was chosen.
     """
     tree = copy.deepcopy(settings)
     for dotted in EXCLUDED:
@@ -209,9 +211,14 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node[parent]
         node.pop(name, None)
+    method = tree["method"]
+    if method.get("expert_rank") is not None:
+        method.pop("match_params", None)
+        if method["expert_rank"] == method["rank"]:
+            del method["expert_rank"]
     for (group, name), before in LATER.items():
         if tree[group].get(name) == before:
-            del tree[group][name]
+            tree[group].pop(name, None)
     return tree
 
 

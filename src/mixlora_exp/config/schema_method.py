@@ -15,6 +15,7 @@ from mixlora_exp.config.choices import (
     RouterLossReduction,
     RouterPrecision,
 )
+from mixlora_exp.config.schema_rank import ExpertRank
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -128,11 +129,12 @@ class MixtureSettings:
 
 
 @dataclass(kw_only=True)
-class MixLoraMethodConfig(MixtureSettings, LoraMethodConfig):
+class MixLoraMethodConfig(MixtureSettings, ExpertRank, LoraMethodConfig):
     """MixLoRA: LoRA experts behind a router in the feed-forward block (Section 3.2)."""
 
     def __post_init__(self) -> None:
         LoraMethodConfig.__post_init__(self)
+        self.check_rank()
         if (fault := self.fault()) is not None:
             name, value, rule = fault
             require(False, f"method.{name}", value, rule)

@@ -17,6 +17,7 @@ from mixlora_exp.config.schema_method import (
     setting,
     word,
 )
+from mixlora_exp.config.schema_rank import ExpertRank
 
 PER_LAYER = "a whole number >= 1, a list of one for each layer, or text as 2/4/6/8 for equal groups"
 
@@ -156,7 +157,7 @@ class LinearMixtureSettings(MixtureSettings):
 
 
 @dataclass(kw_only=True)
-class LinearMixtureMethodConfig(LinearMixtureSettings, LoraMethodConfig):
+class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodConfig):
     """A mixture of LoRA experts in each of the target projections."""
 
     type1_tasks: list[str] = field(default_factory=list)
@@ -165,6 +166,7 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, LoraMethodConfig):
 
     def __post_init__(self) -> None:
         LoraMethodConfig.__post_init__(self)
+        self.check_rank()
         typed = self.mixture.value == "loramoe"
         require(
             typed or not self.type1_tasks,

@@ -34,11 +34,13 @@ def check_mixture(model: ModelConfig, method: MethodConfig) -> None:
 
 
 class MixtureSize(NamedTuple):
-    """Numbers of parameters: trained ones of the experts and of the routers; stored fixed ones."""
+    """Numbers of parameters: trained ones of the experts and of the routers; stored fixed ones; and
+    of all of them those in matrices, with which every token is multiplied."""
 
     low_rank: int
     routers: int
     fixed: int
+    matrices: int
 
 
 def mixture_parameters(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize:
@@ -54,30 +56,36 @@ def mixture_parameters(model: nn.Module, method: LinearMixtureMethodConfig) -> M
         raise UserError(f"method.{error}") from error
 
 
+def _sizes(method: LinearMixtureMethodConfig, experts: int, linear: nn.Linear) -> Sizes:
+    return Sizes(experts, method.rank_of_experts, linear.in_features, linear.out_features)
+
+
 def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize:
     experts = method.experts_by_layer(model.config.num_hidden_layers)
     mixture = make_mixture(method.mixture.value, method.mixture_options)
     method.check_router(mixture.router)
     seen: dict[str, int] = {}
-    low_rank = routers = fixed = 0
+    low_rank = routers = fixed = matrices = 0
     for name, linear in projections(model):
         layer = seen[name] = seen.get(name, -1) + 1
         if name not in method.targets:
             continue
         count, chosen = experts[layer]
-        sizes = Sizes(count, method.rank, linear.in_features, linear.out_features)
+        sizes = _sizes(method, count, linear)
         shapes = mixture.shapes(sizes)
         low_rank += sum(prod(s) for part, s in shapes.items() if part not in mixture.fixed)
         fixed += sum(prod(shapes[part]) for part in mixture.fixed)
+        matrices += sum(map(prod, shapes.values()))
         if mixture.router is None:
             continue
         settings = method.router_settings(count, chosen, linear.in_features)
         router = make_router(method.router_name(mixture.router), settings, method.router_options)
         with torch.device("meta"):
             held = router.initial(linear.in_features).values()
+        matrices += sum(weight.numel() for weight in held if weight.dim() > 1)
         size = sum(weight.numel() for weight in held)
         routers, fixed = routers + size * router.trained, fixed + size * (not router.trained)
-    return MixtureSize(low_rank, routers, fixed)
+    return MixtureSize(low_rank, routers, fixed, matrices)
 
 
 def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
@@ -101,9 +109,9 @@ def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width
         if name not in method.targets:
             continue
         count, chosen = experts[layer]
-        sizes = Sizes(count, method.rank, linear.in_features, linear.out_features)
+        sizes = _sizes(method, count, linear)
         copies = mixture.shapes(sizes)["A"][0]
-        total += width * method.rank * (copies + count)
+        total += width * sizes.rank * (copies + count)
         if method.dropout:
             total += (width + 1) * linear.in_features
         if mixture.router is not None:

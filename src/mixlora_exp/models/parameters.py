@@ -30,7 +30,8 @@ class Parameters:
 
     `trainable`: all that the optimizer updates. `adapter`: without DoRA's magnitudes, as in the
     paper's #Params column. `percent_paper`: 100 `adapter` / the paper's denominator, if there is
-    one. `percent_true`: 100 `trainable` / all parameters of the adapted model.
+    one. `percent_true`: 100 `trainable` / all parameters of the adapted model. `components`:
+    `trainable` by `COMPONENTS`.
     """
 
     base: int
@@ -40,6 +41,12 @@ class Parameters:
     magnitude: int
     percent_true: float
     percent_paper: float | None
+    components: dict[str, int] = field(default_factory=dict)
+
+
+COMPONENTS = ("attention", "experts", "router", "magnitude", "other")
+"""LoRA of the attention's projections; the matrices of all mixtures, wherever they are; routers;
+DoRA's magnitudes; and what is left, LoRA of feed-forward projections."""
 
 
 @dataclass(frozen=True)
@@ -96,31 +103,37 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
     """
     built = skeleton_of(model)
     base = sum(parameter.numel() for parameter in built.parameters())
-    low_rank = router = magnitude = 0
+    parts, magnitude = dict.fromkeys(COMPONENTS, 0), 0
     if isinstance(method, LinearMixtureMethodConfig):
-        low_rank, router, _ = mixture_parameters(built, method)
+        size = mixture_parameters(built, method)
+        parts |= {"experts": size.low_rank, "router": size.routers}
     elif isinstance(method, LoraMethodConfig):
-        experts = method.num_experts if isinstance(method, MixLoraMethodConfig) else 1
+        mixed = isinstance(method, MixLoraMethodConfig)
         for name, linear in projections(built):
-            copies = experts if name in FEED_FORWARD_TARGETS else 1
+            within = name in FEED_FORWARD_TARGETS
+            copies, rank, part = 1, method.rank, "other" if within else "attention"
+            if within and mixed:
+                copies, rank, part = method.num_experts, method.rank_of_experts, "experts"
             if name in method.targets:
-                low_rank += copies * method.rank * (linear.in_features + linear.out_features)
+                parts[part] += copies * rank * (linear.in_features + linear.out_features)
                 magnitude += copies * linear.out_features if method.dora else 0
-            if name == "gate_proj" and isinstance(method, MixLoraMethodConfig):
+            if name == "gate_proj" and mixed:
                 chosen = router_of(method)
                 with torch.device("meta"):
                     held = chosen.initial(linear.in_features).values()
-                router += chosen.trained * sum(weight.numel() for weight in held)
-    adapter = low_rank + router
+                parts["router"] += chosen.trained * sum(weight.numel() for weight in held)
+    adapter = sum(parts.values())
     trained = isinstance(method, LoraMethodConfig) and method.train_magnitude
-    trainable = adapter + (magnitude if trained else 0)
+    parts["magnitude"] = magnitude if trained else 0
+    trainable = sum(parts.values())
     nominal = model.nominal_parameters
     return Parameters(
         base=base,
         trainable=trainable,
         adapter=adapter,
-        router=router,
+        router=parts["router"],
         magnitude=magnitude,
         percent_true=100 * trainable / (base + adapter + magnitude),
         percent_paper=None if nominal is None else 100 * adapter / nominal,
+        components=parts,
     )

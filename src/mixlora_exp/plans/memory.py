@@ -69,6 +69,15 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     )
 
 
+def kept_by_all_layers(config: Config, width: int, packed: bool = False) -> float:
+    """Bytes per token of all layers together; see `kept_per_token`."""
+    layer, shape = kept_per_token(config, width, packed), skeleton_of(config.model).config
+    if config.trainer.gradient_checkpointing:
+        # The input of each layer, and all saved tensors of one layer at a time.
+        return layer + shape.num_hidden_layers * shape.hidden_size * width
+    return layer * shape.num_hidden_layers
+
+
 def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     """Estimated memory of a run in bytes, by item: frozen weights; the float32 adapter with its
     gradient, AdamW's two moments and, in 16 bits, its weights in that precision (but for
@@ -81,16 +90,11 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     if not isinstance(method, LoraMethodConfig):
         return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
     tokens = config.trainer.micro_batch_size * longest
-    layer = kept_per_token(config, width, packed)
-    shape = skeleton_of(model).config
-    kept = layer * shape.num_hidden_layers
-    if config.trainer.gradient_checkpointing:
-        # The input of each layer, and all saved tensors of one layer at a time.
-        kept = layer + shape.num_hidden_layers * shape.hidden_size * width
+    kept = kept_by_all_layers(config, width, packed)
     # The loss keeps a few rows of logits at a time, in float32.
     chunk = 2**23 * 4
     answers = longest if config.trainer.loss_on is LossOn.all else 4
-    logits = config.trainer.micro_batch_size * answers * shape.vocab_size * 8
+    logits = config.trainer.micro_batch_size * answers * skeleton_of(model).config.vocab_size * 8
     if config.trainer.head is not Head.full:
         logits = min(logits, 2 * chunk)
     shadow = 2 if width == 2 and config.kernel.name is not Kernel.peft else 0

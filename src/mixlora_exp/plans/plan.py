@@ -18,8 +18,10 @@ from mixlora_exp.config.schema import (
     TrainerConfig,
 )
 from mixlora_exp.models import architecture_of, has_local_tokenizer, load_tokenizer
+from mixlora_exp.models.budget import budget_line
+from mixlora_exp.models.flops import count_flops
 from mixlora_exp.models.parameters import Parameters, count_parameters
-from mixlora_exp.plans.memory import many_that_fit, memory_of
+from mixlora_exp.plans.memory import kept_by_all_layers, many_that_fit, memory_of
 from mixlora_exp.records.checkout import git_state
 from mixlora_exp.records.objections import objections
 from mixlora_exp.tasks import TASKS
@@ -205,6 +207,7 @@ def describe(config: Config, found: RunPlan) -> list[tuple[str, str]]:
             f"low rank {p.adapter - p.router:,}, router {p.router:,}, magnitude {p.magnitude:,}"
             + (" (not trained)" if frozen else ""),
         ),
+        *([("budget", line)] if (line := budget_line(config)) else []),
         ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
         ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
         *(training if found.examples else [("training", "none: the model is scored as it is")]),
@@ -228,10 +231,11 @@ def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
 
 
 def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
-    """The first line that a run prints: its name, and objections to its use in tables. `adapter`:
-    see `runs.inputs.adapter_entry`."""
-    against = _against(config, adapter)
-    return f"Run {name}" + (f" ({against})" if against else "")
+    """The first line that a run prints: its name, and objections to its use in tables; with
+    `method.match_params` a second one. `adapter`: see `runs.inputs.adapter_entry`."""
+    against, budget = _against(config, adapter), budget_line(config)
+    first = f"Run {name}" + (f" ({against})" if against else "")
+    return f"{first}\n{budget}" if budget else first
 
 
 def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
@@ -262,3 +266,17 @@ def print_plan_together(configs: Sequence[Config]) -> None:
 def parameters_entry(config: Config) -> dict[str, Any]:
     """The parameter counts in the format of a record."""
     return dataclasses.asdict(count_parameters(config.model, config.method))
+
+
+def cost_entry(config: Config, width: int) -> dict[str, Any] | None:
+    """What a token costs by formulas, in the format of a record; for what was measured see `train`.
+    None where an existing adapter is scored. width: bytes per number of the run."""
+    if config.adapter is not None:
+        return None
+    trains = isinstance(config.method, LoraMethodConfig)
+    return {
+        "forward_flops_per_token": count_flops(config.model, config.method)._asdict(),
+        "estimated_kept_bytes_per_token": (
+            round(kept_by_all_layers(config, width), 1) if trains else None
+        ),
+    }

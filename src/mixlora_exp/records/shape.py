@@ -34,8 +34,14 @@ CONFIG = {
 SOURCE = {
     "name": str, "fingerprint": str, "config": CONFIG, "data": FILES, "model": {"source": str},
     "kernel?": TEXT, "dtype?": TEXT,
-    "parameters?": ({"percent_paper?": FIGURE, "percent_true?": FIGURE}, None),
+    "parameters?": (
+        {"percent_paper?": FIGURE, "percent_true?": FIGURE, "components?": {"*": int}}, None,
+    ),
 }  # fmt: skip
+COST = {
+    "forward_flops_per_token": {"base": int, "adapter": int},
+    "estimated_kept_bytes_per_token": FIGURE,
+}
 STABILITY = {
     "gradient_norm_median": FIGURE, "gradient_norm_max": FIGURE, "gradient_norm_max_step": FIGURE,
     "step_losses": [FIGURE], "step_gradient_norms": [FIGURE],
@@ -44,6 +50,7 @@ TRAIN = {
     "steps": int, "examples?": int, "tokens?": int, "seconds?": NUMBER,
     "final_loss?": FIGURE, "tokens_per_second?": NUMBER, "first_step_seconds?": (NUMBER, None),
     "peak_memory_bytes?": int, "not_chosen?": ({"*": [int]}, None),
+    "kept_bytes_per_token?": FIGURE,
     "expert_load": LOADS, "curve": [{"step": int, "loss": FIGURE}], "stability?": (STABILITY, None),
 }  # fmt: skip
 RECORD = {
@@ -53,6 +60,7 @@ RECORD = {
         {"path": TEXT, "sha256": str, "trained_by?": ({**SOURCE, "git": GIT}, None)}, None,
     ),
     "saved_adapter?": ({"sha256": str}, None),
+    "cost?": (COST, None),
     "train?": (TRAIN, None),
     "scores": [SCORE],
     "scores_before?": ([SCORE], None),

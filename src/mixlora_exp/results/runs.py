@@ -224,6 +224,8 @@ MIXTURE_LATER = {
     "router": "top_k",
     "router_options": {},
     "router_loss_reduction": "mean",
+    "expert_rank": None,
+    "match_params": None,
 }
 
 

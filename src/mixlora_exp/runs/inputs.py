@@ -35,6 +35,7 @@ from mixlora_exp.models import (
     read_base,
     with_folder_shape,
 )
+from mixlora_exp.models.budget import with_matched_rank
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import router_of
 from mixlora_exp.models.precision import resolve_dtype
@@ -58,8 +59,13 @@ class Inputs:
 
 
 def resolve_config(config: Config) -> Config:
-    """The configuration, completed with the architecture of the model in `model.path`."""
-    return dataclasses.replace(config, model=with_folder_shape(config.model))
+    """The configuration, completed with the architecture of the model in `model.path` and the rank
+    that `method.match_params` asks for.
+
+    Raises:
+        UserError: no rank does it.
+    """
+    return with_matched_rank(dataclasses.replace(config, model=with_folder_shape(config.model)))
 
 
 def _wanted(config: Config) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ from mixlora_exp.evaluation import Scorer, TaskScore, check_tests, score_tests
 from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
-from mixlora_exp.plans.plan import first_line, parameters_entry, print_plan
+from mixlora_exp.plans.plan import cost_entry, first_line, parameters_entry, print_plan
 from mixlora_exp.records.record import finish_record, provenance, read_run, write_json
 from mixlora_exp.records.show import print_record
 from mixlora_exp.runs.finished import finished
@@ -284,6 +284,7 @@ def finish(
         "special_tokens": special_tokens_entry(this.tokenizer),
         "attention": base.config._attn_implementation,
         "parameters": parameters_entry(config),
+        "cost": cost_entry(config, this.dtype.itemsize),
         "train": None if summary is None else dataclasses.asdict(summary),
         "saved_adapter": saved,
         "scores": [score_entry(score) for score in after],

@@ -61,6 +61,9 @@ class TrainSummary:
     not_chosen: dict[str, list[int]] | None = None
     """By module, the experts without a gradient on the first micro-batch; every other trained
     parameter had one. None: not looked at."""
+    kept_bytes_per_token: float | None = None
+    """What autograd kept for the backward pass on the first micro-batch, for the whole model and
+    the loss, without weights; per position, padding too. None with `trainer.compile`."""
     micro_batch_size: int | None = None
     """Examples per forward pass actually used, over which the router loss is computed."""
     first_step_seconds: float | None = None
@@ -210,6 +213,7 @@ def _summary(job: Job, peak: int) -> TrainSummary:
         expert_load=track.expert_load(),
         stability=track.watch.summary(),
         not_chosen=job.not_chosen,
+        kept_bytes_per_token=job.kept_bytes_per_token,
         micro_batch_size=job.config.trainer.micro_batch_size,
         first_step_seconds=job.first_step_seconds,
     )

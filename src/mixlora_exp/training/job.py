@@ -70,6 +70,8 @@ class Job:
     seconds_before: float = field(init=False, default=0.0)
     not_chosen: dict[str, list[int]] | None = field(init=False, default=None)
     """What `proof.check_gradients_flow` found before the first step; None until then."""
+    kept_bytes_per_token: float | None = field(init=False, default=None)
+    """What autograd kept then for the backward pass."""
     first_step_seconds: float | None = field(init=False, default=None)
     """With `trainer.compile`: of the first step of this process, compilation included."""
     _resumed: Checkpoint | None = field(init=False, default=None)
@@ -115,6 +117,7 @@ class Job:
             self.track.load(state["track"], state["seconds"], first=first)
             self.seconds_before = state["seconds"]
             self.not_chosen = state.get("not_chosen")
+            self.kept_bytes_per_token = state.get("kept_bytes_per_token")
 
     def restore_moments(self, optimizer: Optimizer) -> None:
         """Restore the optimizer's state from the checkpoint, if there is one."""
@@ -203,6 +206,7 @@ class Job:
             "seconds": self.track.seconds,
             "micro_batch_size": self.config.trainer.micro_batch_size,
             "not_chosen": self.not_chosen,
+            "kept_bytes_per_token": self.kept_bytes_per_token,
         }
         if first and self.checkpoints is not None:
             self.checkpoints.save(self.step, self.parameters, optimizer, state)

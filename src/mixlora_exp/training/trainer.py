@@ -35,6 +35,7 @@ from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
 from mixlora_exp.training.packed import packed_attention
 from mixlora_exp.training.proof import check_gradients_flow, task_loss_alone
+from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 from mixlora_exp.training.stability import Diverged, find_layer
 
 
@@ -131,11 +132,21 @@ class MixLoraTrainer(Trainer):
         self.model.train()
         experts = expert_parameters_of(self.model, job.name)
         loss = partial(self._own_loss, job, {**batch, "step": 0})
+        if self._compile is Compile.off:
+            # Hooks would be compiled into the layers, which are compiled again without them.
+            loss = partial(self._with_saved_bytes, job, loss, batch["input_ids"].numel())
         try:
             with task_loss_alone(self.model, job.name):
                 job.not_chosen = check_gradients_flow(job.parameters, experts, loss, summed)
         except UserError as error:
             self._fail(job, error)
+
+    def _with_saved_bytes(self, job: Job, loss: Callable[[], Tensor], positions: int) -> Tensor:
+        """The loss; the job notes what autograd keeps for it."""
+        with counting_saved(storages_of(self.model)) as total:
+            value = loss()
+            job.kept_bytes_per_token = round(total() / positions, 1)
+        return value
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._items = num_items_in_batch

@@ -1,0 +1,45 @@
+"""The rank of experts where it is not that of the method: given, or found for a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from re import fullmatch
+
+from mixlora_exp.config.checks import require
+
+BUDGET = r"(?P<method>[A-Za-z0-9][A-Za-z0-9_.-]*)_r(?P<rank>[1-9][0-9]*)"
+"""A method with a rank, as `lora_r80`."""
+
+
+@dataclass(kw_only=True)
+class ExpertRank:
+    """Part of the group `method` for methods with experts, which have `rank` as well."""
+
+    expert_rank: int | None = None
+    """Rank of each expert, which keeps the scaling alpha / rank; null: `rank`."""
+    match_params: str | None = None
+    """A method with a rank, as lora_r80: `expert_rank` becomes the one whose trainable parameters
+    come closest to that method's. LoRA beside the experts keeps `rank`."""
+
+    def check_rank(self) -> None:
+        """Raise a `UserError` that names the field unless both values are valid."""
+        rank, budget = self.expert_rank, self.match_params
+        require(rank is None or rank >= 1, "method.expert_rank", rank, "must be >= 1")
+        require(
+            budget is None or fullmatch(BUDGET, budget) is not None,
+            "method.match_params", budget, "write a method and its rank, as lora_r80",
+        )  # fmt: skip
+
+    @property
+    def rank_of_experts(self) -> int:
+        return self.rank if self.expert_rank is None else self.expert_rank
+
+    @property
+    def alpha_of_experts(self) -> float:
+        """With which alpha / rank of the experts is that of the method."""
+        return self.alpha * self.rank_of_experts / self.rank
+
+    def budget(self) -> tuple[str, int] | None:
+        """Method and rank in `match_params`."""
+        found = fullmatch(BUDGET, self.match_params or "")
+        return None if found is None else (found["method"], int(found["rank"]))

@@ -1,0 +1,68 @@
+"""Floating-point operations of one token's forward pass, from shapes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mixlora_exp.config.schema import (
+    FEED_FORWARD_TARGETS,
+    LoraMethodConfig,
+    MethodConfig,
+    MixLoraMethodConfig,
+    ModelConfig,
+)
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.models.mixtures import mixture_parameters
+from mixlora_exp.models.parameters import router_of, skeleton_of
+from mixlora_exp.models.skeleton import projections
+
+__all__ = ["Flops", "count_flops"]
+
+
+class Flops(NamedTuple):
+    """Two per multiplied pair of numbers. `base`: all linear layers of the model alone, the output
+    projection among them; `adapter`: what the method adds."""
+
+    base: int
+    adapter: int
+
+
+def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None = None) -> Flops:
+    """What matrix products cost a token in the kernels that share the frozen products (all but
+    `reference`, `peft` and `shared`). The products of attention are not in it, which grow with the
+    number of tokens and are the same for every method; nor are norms of DoRA, computed once per
+    optimizer step.
+
+    A mixture in linear layers multiplies with all of its experts, MixLoRA with those that a token
+    has. experts: how many these are, None for as many as the router allows.
+
+    Raises:
+        UserError: as `count_parameters`.
+    """
+    built = skeleton_of(model)
+    linears = [m for m in built.modules() if isinstance(m, torch.nn.Linear)]
+    base = 2 * sum(linear.in_features * linear.out_features for linear in linears)
+    if isinstance(method, LinearMixtureMethodConfig):
+        return Flops(base, 2 * mixture_parameters(built, method).matrices)
+    if not isinstance(method, LoraMethodConfig):
+        return Flops(base, 0)
+    mixed = isinstance(method, MixLoraMethodConfig)
+    router = router_of(method) if mixed else None
+    slots = experts if experts is not None or router is None else router.slots
+    multiplied = 0.0
+    for name, linear in projections(built):
+        sides = linear.in_features + linear.out_features
+        has_experts = mixed and name in FEED_FORWARD_TARGETS
+        if name in method.targets:
+            rank = slots * method.rank_of_experts if has_experts else method.rank
+            multiplied += rank * sides
+        if name == "down_proj" and has_experts and method.dora and name in method.targets:
+            # Each expert scales its own product.
+            multiplied += (slots - 1) * linear.in_features * linear.out_features
+        if name == "gate_proj" and router is not None:
+            with torch.device("meta"):
+                held = router.initial(linear.in_features).values()
+            multiplied += sum(weight.numel() for weight in held if weight.dim() > 1)
+    return Flops(base, round(2 * multiplied))
