@@ -56,6 +56,18 @@ def test_held_out_rows_are_no_test_set(add: Write, results: Path) -> None:
     assert sum("evaluation.held_out=true" in heading for heading in blocks) == 1
 
 
+def test_shuffled_experts_have_a_block_of_their_own(add: Write, results: Path) -> None:
+    add("plain", 0.6, "method=mixlora", "seed=1")
+    add("shuffled", 0.2, "method=mixlora", "seed=2", "evaluation.shuffle_experts=3")
+    found = gather(results)
+    assert not found.left_out
+    blocks = {b.heading: row(b, "MixLoRA", "MT", "ours") for b in found.tables[2].blocks if b.run}
+    assert len(blocks) == 2
+    for heading, cells in blocks.items():
+        shuffled = "evaluation.shuffle_experts=3" in heading
+        assert cells["ARC-e"].value == pytest.approx(20.0 if shuffled else 60.0)
+
+
 def test_parameters_are_those_of_the_models_that_ran(add: Write, results: Path) -> None:
     """Not of the shape in conf/model, which `model.path` leaves behind."""
 

@@ -66,6 +66,7 @@ LATER = {
     ("method", "router_options"): {},
     ("method", "expert_rank"): None,
     ("method", "match_params"): None,
+    ("evaluation", "shuffle_experts"): None,
     ("method", "router_loss_reduction"): "mean",
 }
 """Fields added later, by group and name, with the value that keeps the earlier behaviour: older

@@ -179,6 +179,8 @@ class EvaluationConfig:
     """Score training rows that `data.train_limit` excludes from training, to tune settings on."""
     dropout: bool = False
     """Apply the adapter's dropout while scoring, drawn from `seed`."""
+    shuffle_experts: int | None = None
+    """A seed: score with the experts permuted at random, so that tokens get those of others."""
     arc_labels: ArcLabels = ArcLabels.own
 
     def __post_init__(self) -> None:
@@ -188,6 +190,9 @@ class EvaluationConfig:
         for name, least in (("batch_tokens", 1), ("max_new_tokens", 1), ("batch_check", 0)):
             value = getattr(self, name)
             require(value >= least, f"evaluation.{name}", value, f"must be >= {least}")
+        shuffle = self.shuffle_experts
+        valid = shuffle is None or 0 <= shuffle < 2**63
+        require(valid, "evaluation.shuffle_experts", shuffle, "must be in [0, 2**63), or null")
         require(
             not self.dropout or Protocol.lm_eval not in self.protocols,
             "evaluation.dropout", self.dropout,

@@ -160,6 +160,9 @@ class RecordedRun:
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
         found["evaluation.limit"] = limit
         found["evaluation.dropout"] = self.scored["evaluation"]["dropout"]
+        if self.scored["evaluation"].get("shuffle_experts") is not None:
+            # A control: never to be mixed with the scores of the adapter as it was trained.
+            found["evaluation.shuffle_experts"] = self.scored["evaluation"]["shuffle_experts"]
         if self.held_out:
             # Results on held-out rows, used for tuning, must not be mixed with test results.
             found["evaluation.held_out"] = True

@@ -20,6 +20,7 @@ from mixlora_exp.config.schema import (
     MixLoraMethodConfig,
     Tracker,
 )
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import check_tests
@@ -194,6 +195,26 @@ def _check_router(config: Config) -> None:
         router_of(config.method)
 
 
+def _check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
+    if config.evaluation.shuffle_experts is None:
+        return
+    # Imported late, as in `adapter_entry`.
+    from mixlora_exp.adapters.shuffled import has_routers
+
+    method = config.method
+    if adapter is not None:
+        name, routed = adapter["method"], has_routers(adapter["peft_type"], adapter["method"])
+    else:
+        mixture = isinstance(method, LinearMixtureMethodConfig) and method.mixture.value
+        mixed = isinstance(method, MixLoraMethodConfig)
+        name, routed = method.name, mixed or has_routers("", mixture or "")
+    if not routed:
+        raise UserError(
+            f"evaluation.shuffle_experts={config.evaluation.shuffle_experts}: {name} has no router "
+            "that chooses experts: leave it out"
+        )
+
+
 def _check_processes(config: Config) -> None:
     count = processes().num_processes
     if config.trainer.auto_micro_batch and count > 1:
@@ -238,6 +259,7 @@ def gather_inputs(config: Config) -> Inputs:
         "kernel": _kernel(config, adapter),
         "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
     }
+    _check_shuffle(config, adapter)
     _check_base(config, adapter)
     return Inputs(splits, identity)
 
@@ -257,6 +279,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
         _check_tracker(config)
         _check_router(config)
         adapter = adapter_entry(config)
+        _check_shuffle(config, adapter)
         if not (elsewhere or config.dry_run):
             _check_head(config)
             _kernel(config, adapter)

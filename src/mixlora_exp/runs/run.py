@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
+from mixlora_exp.adapters.shuffled import shuffle_experts
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.resolve import fingerprint, run_name, to_dict
 from mixlora_exp.config.schema import Base, Config, LoraMethodConfig
@@ -234,8 +236,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
     model: torch.nn.Module = base
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
-        accept = config.base is Base.accept
-        model = load_adapter(base, Path(adapter).expanduser(), config.kernel, accept=accept)
+        model = _load(this, base)
     return finish(this, base, summary, before, _score(this, model))
 
 
@@ -338,10 +339,18 @@ def _fit(this: Run, base: PreTrainedModel, examples: list[Example], config: Conf
     return summary
 
 
-def score_alone(this: Run, base: PreTrainedModel) -> Scores:
-    """Score the adapter of a run, loaded back from disk, and remove it from `base`."""
+def _load(this: Run, base: PreTrainedModel) -> PeftModel:
+    """The adapter of a run on its base model, as it is to be scored."""
     accept = this.config.base is Base.accept
     model = load_adapter(base, this.adapter_folder, this.config.kernel, accept=accept)
+    if this.config.evaluation.shuffle_experts is not None:
+        shuffle_experts(model, "default", this.config.evaluation.shuffle_experts)
+    return model
+
+
+def score_alone(this: Run, base: PreTrainedModel) -> Scores:
+    """Score the adapter of a run, loaded back from disk, and remove it from `base`."""
+    model = _load(this, base)
     found = _score(this, model)
     model.unload()
     return found

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
 from mixlora_exp.adapters.hosting import check_shareable
+from mixlora_exp.adapters.shuffled import shuffle_experts
 from mixlora_exp.config.resolve import run_name
 from mixlora_exp.config.schema import Base, Config, LoraMethodConfig, Protocol
 from mixlora_exp.config.together import check_together
@@ -261,6 +262,9 @@ def score_together(
             accept=all(this.config.base is Base.accept for this in shared.values()),
         )
         set_kernel(model, runs[0].config.kernel.name.value)
+        for name, this in shared.items():
+            if this.config.evaluation.shuffle_experts is not None:
+                shuffle_experts(model, name, this.config.evaluation.shuffle_experts)
         results = in_lockstep(
             model,
             runs[0].tokenizer,
