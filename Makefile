@@ -18,11 +18,11 @@ OURS := src scripts tests train.py evaluate.py generate.py
 # half of the files, so that what a file's tests share is mostly made once.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: help install quickstart cold-start test test-slow soak soak-sweep bench bench-gpu gpu-check bench-eval \
-	collect tables check-tables figures report sweep study status lint format clean
+.PHONY: help install quickstart cold-start test test-slow soak soak-sweep bench bench-methods bench-gpu gpu-check \
+	bench-eval collect tables check-tables figures report sweep study status lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with the pinned versions of everything
 
@@ -54,6 +54,13 @@ bench: $(STAMP)  ## measure time and memory of a step of each method on this mac
 	$(BIN)/python scripts/bench.py kind=adapters model=llama2_7b layers=2 length=64
 	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m
 	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m method=mixed
+
+# Beside the rows of `bench`, which would take twice as long with them.
+METHOD_ROWS := lora_peft,lora,mixlora,mixlora_dense,mixlora_random_frozen,mixlora_switch,mixlora_threshold,$\
+	mixlora_top_p,mixlora_uniform,mola,loramoe,hydralora,adamole,goat,moslora
+bench-methods: $(STAMP)  ## measure a step of every mixture and of MixLoRA with every router
+	$(BIN)/python scripts/bench.py model=smollm2_135m name=methods-smollm2_135m 'rows=[$(METHOD_ROWS)]' \
+		$(OPTIONS)
 
 bench-gpu:  ## check and measure the kernels on a CUDA GPU, in at most four minutes (OPTIONS)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/bench.py kind=gpu $(OPTIONS)

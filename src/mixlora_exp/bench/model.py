@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as transformers_initialization
 
-from mixlora_exp.adapters import MixLoraConfig, set_kernel
+from mixlora_exp.adapters import MixLoraConfig, MixtureConfig, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.hosting import peft_warnings_held_back
 from mixlora_exp.bench.rows import BUILDERS, ROWS, BenchRow
@@ -93,8 +93,14 @@ def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
         "target_modules": [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS],
         "task_type": "CAUSAL_LM",
     }
+    experts = {"num_experts": row.num_experts, "top_k": row.top_k}
     if row.mixture:
-        return MixLoraConfig(**common, num_experts=row.num_experts, top_k=row.top_k)
+        return MixLoraConfig(**common, **experts, router=row.router)
+    if row.linear_mixture:
+        router = None if row.num_experts == 1 else row.router
+        # Not its initial weights: of GOAT's singular values large weights take minutes.
+        blank = {"inference_mode": row.method == "goat"}
+        return MixtureConfig(mixture=row.method, router=router, **blank, **experts, **common)
     return LoraConfig(**common)
 
 
@@ -111,6 +117,12 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
         made: PeftModel = get_peft_model(model, peft_config(row, dropout))
     set_kernel(made, row.kernel)
     with torch.no_grad():
+        if made.peft_config["default"].inference_mode:
+            made.peft_config["default"].inference_mode = False
+            for name, parameter in made.named_parameters():
+                if "lora_A" in name or "lora_B" in name:
+                    parameter.normal_(0, 0.02)
+            made.set_adapter("default")
         for name, parameter in made.named_parameters():
             if not parameter.requires_grad:
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixlora_exp.config.choices import Kernel
+from mixlora_exp.config.choices import Kernel, Mixture, Router
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,31 +17,39 @@ if TYPE_CHECKING:
 class BenchRow:
     """One row of the table.
 
-    method: lora, dora, mixlora, mixdora; `base` is the frozen model's forward pass alone and
-    `floor` that and its input gradient, below which no adapter can get. `adapter_dtype`: float32
-    as PEFT sets it up, or `base`, that of the frozen weights. `head`: how the loss is computed
-    (`training.head`; `full` is transformers' own). `autocast`: to bf16 beside a base in bf16, as a
-    Trainer with `bf16=True` has it. `all_logits`: computed for every position, as with a collator
-    that knows nothing of `logits_to_keep`, whatever the loss is on. `compiled`: each decoder layer
-    by `torch.compile`, and nothing but the training step is measured. `every`: measured in each
-    n-th round.
+    method: lora, dora, mixlora, mixdora or a mixture in linear layers; `base` is the frozen model's
+    forward pass alone and `floor` that and its input gradient, below which no adapter can get.
+    `adapter_dtype`: float32 as PEFT sets it up, or `base`, that of the frozen weights. `head`: how
+    the loss is computed (`training.head`; `full` is transformers' own). `autocast`: to bf16 beside
+    a base in bf16, as a Trainer with `bf16=True` has it. `all_logits`: computed for every position,
+    as with a collator that knows nothing of `logits_to_keep`, whatever the loss is on. `compiled`:
+    each decoder layer by `torch.compile`, and nothing but the training step is measured. `every`:
+    measured in each n-th round. `if_named`: only where `rows` names it.
     """
 
     method: str
     kernel: str = "peft"
     num_experts: int = 8
     top_k: int = 2
+    router: str = "top_k"
     adapter_dtype: str = "float32"
     head: str = "auto"
     autocast: bool = True
     all_logits: bool = False
     compiled: bool = False
     every: int = 1
+    if_named: bool = False
 
     @property
     def rank(self) -> int:
         """Table 3: 80 for one LoRA, 16 for each of eight experts."""
-        return 16 if self.mixture else 80
+        several = self.mixture or self.linear_mixture
+        return 16 if several and self.num_experts > 1 else 80
+
+    @property
+    def linear_mixture(self) -> bool:
+        """Whether each projection has experts of its own."""
+        return self.method in Mixture.__members__
 
     @property
     def mixture(self) -> bool:
@@ -127,10 +135,24 @@ for _kernel in Kernel:
     if _kernel.value not in UNMEASURED:
         row(f"mixlora_{_kernel.value}", method="mixlora", kernel=_kernel.value, every=4)
 
+# MixLoRA with each other router, and the mixtures in linear layers with MixLoRA's ranks, experts
+# and projections, not their authors': what differs is the method.
+for _router in Router:
+    if _router.value != "top_k":
+        row(f"mixlora_{_router.value}", method="mixlora", kernel="exact", router=_router.value,
+            if_named=True)  # fmt: skip
+for _mixture in ("mola", "goat"):
+    row(_mixture, method=_mixture, kernel="exact", if_named=True)
+for _mixture, _own in (("loramoe", "dense"), ("hydralora", "dense"), ("adamole", "threshold")):
+    row(_mixture, method=_mixture, kernel="exact", top_k=8, router=_own, if_named=True)
+row("moslora", method="moslora", kernel="exact", num_experts=1, top_k=1, if_named=True)
+
 METHODS = tuple(
-    name for name, each in ROWS.items() if name == each.method and each.kernel != "peft"
+    name
+    for name, each in ROWS.items()
+    if name == each.method and each.kernel != "peft" and not each.if_named
 )
-"""The methods: each has a row of its name, this project's."""
+"""The paper's methods: each has a row of its name, this project's."""
 BASELINE = "lora_peft"
 """Row to which the time and memory of all others are compared."""
 PAIRS = {

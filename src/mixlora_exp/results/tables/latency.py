@@ -95,10 +95,12 @@ def _without_faults(
 def _title(name: str, row: Mapping[str, Any]) -> str:
     if name in ROW_TITLES:
         return ROW_TITLES[name]
-    title = f"{METHOD_TITLES[row['method']]} ({row['kernel']} kernel)"
+    title = f"{METHOD_TITLES.get(row['method'], row['method'])} ({row['kernel']} kernel)"
     extra = []
     if row["method"].startswith("mix") and (row["num_experts"], row["top_k"]) != (8, 2):
         extra.append(f"E={row['num_experts']}, K={row['top_k']}")
+    if row.get("router", "top_k") != "top_k":
+        extra.append(f"router {row['router']}")
     if row["adapter_dtype"] == "base":
         extra.append("bf16 adapters")
     # Rows that tell of autocast all have the loss as in training.
