@@ -13,8 +13,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamole": {"num_experts": 4, "top_k": 4},
     "goat": {"num_experts": 4, "top_k": 2},
     "moslora": {"num_experts": 1, "top_k": 1},
+    "pissa": {"num_experts": 1, "top_k": 1},
+    "lora_ga": {"num_experts": 1, "top_k": 1},
 }
-ROUTED = [name for name in METHODS if name != "moslora"]
+ROUTED = [name for name, settings in METHODS.items() if settings["num_experts"] != 1]
 
 
 def make_settings(method: str, **changes: Any) -> MixtureConfig:

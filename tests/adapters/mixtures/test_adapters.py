@@ -135,8 +135,9 @@ def test_an_adapter_can_be_deleted(base_of, folders, batch) -> None:
     assert torch.equal(run(model, batch), run(alone, batch))
 
 
-def test_moslora_merges(mixed_of, base_of, batch) -> None:
-    model = mixed_of("moslora")
+@pytest.mark.parametrize("method", ["moslora", "pissa"])
+def test_what_is_one_matrix_merges(mixed_of, base_of, batch, method: str) -> None:
+    model = mixed_of(method)
     expected = run(model, batch)
     model.merge_adapter()
     torch.testing.assert_close(run(model, batch), expected, rtol=1e-4, atol=1e-5)
@@ -175,7 +176,7 @@ def test_mask_serves_all_experts_and_not_the_router(mixed_of, method: str) -> No
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").train()
     x = torch.randn(3, 64, dtype=torch.float64)
     torch.testing.assert_close(layer(x), layer.get_base_layer()(x))
-    if method != "moslora":
+    if method in ROUTED:
         logits = x.float() @ layer.lora_router["default"].float().T
         torch.testing.assert_close(layer.routing.logits.float(), logits)
 
@@ -195,6 +196,9 @@ def test_mask_serves_all_experts_and_not_the_router(mixed_of, method: str) -> No
         ({"mixture": "loramoe", "mixture_options": {"d": 1.0}}, "d=1.0 must be in"),
         ({"mixture": "goat", "mixture_options": {"eta": 0.0}}, "eta=0.0 must be > 0"),
         ({"mixture": "goat", "r": 20}, "rank=20: each of 8 experts"),
+        ({"mixture": "pissa", "r": 40, "num_experts": 1, "top_k": 1}, "rank=40: a weight of 32 x"),
+        ({"mixture": "lora_ga", "r": 20, "num_experts": 1, "top_k": 1}, "twice as many singular"),
+        ({"mixture": "lora_ga", "mixture_options": {"gamma": 0.0}}, "gamma=0.0 must be > 0"),
         ({"mixture": "moslora"}, "num_experts=8: mixture=moslora has 1 expert"),
         ({"mixture": "moslora", "router": "top_k"}, "mixture=moslora has no router"),
         ({"use_dora": True}, "does not support use_dora"),

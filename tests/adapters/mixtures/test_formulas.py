@@ -38,6 +38,10 @@ def by_formula(method: str, layer: MixtureLinear, x: Tensor) -> Tensor:
         if method == "moslora":
             rows.append(y + 2 * b[0] @ layer.lora_mixer["default"] @ a[0] @ row)
             continue
+        if method in ("pissa", "lora_ga"):
+            a0, b0 = layer.lora_A0["default"], layer.lora_B0["default"]
+            rows.append(y + 2 * (b[0] @ a[0] - b0[0] @ a0[0]) @ row)
+            continue
         s = math.sqrt(3 * base.in_features / 3) if method == "goat" else 2.0
         for e, w in enumerate(weights_of(method, layer, row)):
             y = y + w * s * b[e] @ (a[0 if method == "hydralora" else e] @ row)
