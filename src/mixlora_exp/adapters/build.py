@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,28 +23,39 @@ from mixlora_exp.adapters.hosting import add_guest, not_built, peft_warnings_hel
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.saved import saved_settings
-from mixlora_exp.config.schema import KernelConfig, LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.config.schema import (
+    KernelConfig,
+    LoraMethodConfig,
+    MixLoraMethodConfig,
+    PeftMethodConfig,
+    TrainedMethodConfig,
+)
 from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig, LinearMixtureSettings
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 from mixlora_exp.models.base_identity import base_of, write_base
+from mixlora_exp.models.peft_types import config_of
 from mixlora_exp.system.durable import publishing
 
 __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
 
 
-def peft_config(method: LoraMethodConfig) -> LoraConfig:
+def peft_config(method: TrainedMethodConfig) -> PeftConfig:
     """The PEFT configuration of a method.
 
     Raises:
-        UserError: its router or mixture does not know one of its options.
+        UserError: its router, mixture or PEFT does not know one of its options.
     """
+    if isinstance(method, PeftMethodConfig):
+        return config_of(method)
+    assert isinstance(method, LoraMethodConfig)
     common = {
         "r": method.rank,
         "lora_alpha": method.alpha,
         "lora_dropout": method.dropout,
         "use_dora": method.dora,
+        "use_rslora": method.rslora,
         "target_modules": list(method.targets),
         "task_type": "CAUSAL_LM",
     }
@@ -84,16 +95,18 @@ def attach_together(
 
 
 def attach_adapter(
-    model: PreTrainedModel, method: LoraMethodConfig, kernel: KernelConfig, seed: int
+    model: PreTrainedModel, method: TrainedMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
     """Add a new adapter of `method` to `model`; `seed` fixes its initial weights."""
     with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
     _exact_magnitudes(adapted)
-    if not method.train_magnitude:
+    if isinstance(method, LoraMethodConfig):
+        frozen = [] if method.train_magnitude else ["lora_magnitude"]
+        frozen += ["lora_A"] if method.lora_fa else []
         for name, parameter in adapted.named_parameters():
-            if "lora_magnitude" in name:
+            if any(part in name for part in frozen):
                 parameter.requires_grad_(False)
     set_kernel(adapted, kernel.name.value)
     return adapted
@@ -124,7 +137,7 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
     """
     try:
         # Only one process at a time works on a run, so replacing is safe.
-        with publishing(folder, replace=True) as new:
+        with publishing(folder, replace=True) as new, peft_warnings_held_back():
             # `save_embedding_layers=False`: the base is frozen, and "auto" would ask the hub.
             model.save_pretrained(
                 new, safe_serialization=True, save_embedding_layers=False,
@@ -188,7 +201,8 @@ def load_adapter(
         _take_off(base)
         raise UserError(not_built(folder, error)) from error
     try:
-        fill(model, "default", weights, folder)
+        with peft_warnings_held_back():
+            fill(model, "default", weights, folder)
     except UserError:
         # The caller keeps the base model without this adapter.
         model.unload()

@@ -188,6 +188,9 @@ def peft_warnings_held_back() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers for an attribute by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        # AdaLoRA may take all ranks of a projection, and has its own use of `rank_pattern`.
+        warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         yield
 
 

@@ -15,10 +15,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from mixlora_exp.adapters.files import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
 from mixlora_exp.adapters.weights import load_shapes
 from mixlora_exp.errors import UserError, shown
+from mixlora_exp.models.peft_types import SERVED
 
 __all__ = ["saved_settings"]
 
-KINDS = ("LORA", "MIXLORA", "LORA_MIXTURE", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
+KINDS = ("LORA", "MIXLORA", "LORA_MIXTURE", *(kind for kind in SERVED if kind != "LORA"))
 """Supported PEFT types, which only add weights. Other types load tokenizers and further adapters
 named in their configuration, or compile code."""
 REACHING = (
@@ -168,7 +169,7 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
         if size is not None and not isinstance(size, list):
             if type(size) is not int or size < 1:
                 _refuse(folder, name, size, "must be an integer above 0")
-            ranked = config["peft_type"] in ("LORA", "MIXLORA", "LORA_MIXTURE")
+            ranked = config["peft_type"] in ("LORA", "MIXLORA", "LORA_MIXTURE", "HIRA")
             if ranked and name != "init_r" and size > largest:
                 _refuse(folder, name, size, f"is larger than in any tensor of {SAFETENSORS}")
     experts = config.get("num_experts")

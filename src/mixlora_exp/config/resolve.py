@@ -68,6 +68,9 @@ LATER = {
     ("method", "match_params"): None,
     ("evaluation", "shuffle_experts"): None,
     ("method", "router_loss_reduction"): "mean",
+    ("method", "rslora"): False,
+    ("method", "lora_fa"): False,
+    ("method", "lora_plus_ratio"): 1.0,
 }
 """Fields added later, by group and name, with the value that keeps the earlier behaviour: older
 runs keep their fingerprints, and thus their names."""
@@ -89,6 +92,7 @@ def register_schemas() -> None:
     store.store(name="lora_schema", node=schema.LoraMethodConfig)
     store.store(name="mixlora_schema", node=schema.MixLoraMethodConfig)
     store.store(name="linear_mixture_schema", node=LinearMixtureMethodConfig)
+    store.store(name="peft_schema", node=schema.PeftMethodConfig)
     # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
     for kernel in schema.Kernel:
         store.store(group="kernel", name=kernel.name, node={"name": kernel.name})

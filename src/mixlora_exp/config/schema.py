@@ -36,6 +36,8 @@ from mixlora_exp.config.schema_method import (
     LoraMethodConfig,
     MethodConfig,
     MixLoraMethodConfig,
+    PeftMethodConfig,
+    TrainedMethodConfig,
 )
 from mixlora_exp.config.schema_model import ModelConfig
 
@@ -62,6 +64,7 @@ __all__ = [
     "ModelConfig",
     "ModelSource",
     "Order",
+    "PeftMethodConfig",
     "Precision",
     "PresetConfig",
     "Protocol",
@@ -70,6 +73,7 @@ __all__ = [
     "TaskConfig",
     "Tracker",
     "TrackerConfig",
+    "TrainedMethodConfig",
     "TrainerConfig",
     "Weights",
 ]
@@ -275,7 +279,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
-        trains = isinstance(self.method, LoraMethodConfig)
+        trains = isinstance(self.method, TrainedMethodConfig)
         require(
             self.adapter is None or not trains,
             "adapter",

@@ -8,7 +8,7 @@ from typing import Any
 from mixlora_exp.config.checks import MISSING, require
 from mixlora_exp.config.choices import Base, Precision, Protocol
 from mixlora_exp.config.schema import Config, KernelConfig
-from mixlora_exp.config.schema_method import LoraMethodConfig
+from mixlora_exp.config.schema_method import TrainedMethodConfig
 from mixlora_exp.config.schema_model import ModelConfig
 
 
@@ -25,7 +25,7 @@ class EvaluateConfig(Config):
         if self.protocol:
             self.evaluation = replace(self.evaluation, protocols=self.protocol)
         require(
-            not isinstance(self.method, LoraMethodConfig),
+            not isinstance(self.method, TrainedMethodConfig),
             "method", self.method.name,
             "evaluate.py trains nothing; leave it out, or use train.py",
         )  # fmt: skip

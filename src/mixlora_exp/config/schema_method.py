@@ -1,4 +1,5 @@
-"""Fields of the group `method`: the base model alone, LoRA and DoRA, MixLoRA and MixDoRA."""
+"""Fields of the group `method`: the base model alone, LoRA and DoRA, MixLoRA and MixDoRA, and any
+other adapter of PEFT."""
 
 from __future__ import annotations
 
@@ -32,23 +33,18 @@ class MethodConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class LoraMethodConfig(MethodConfig):
-    """LoRA, or DoRA with `dora=true`, on the target projections (Table 3)."""
+class TrainedMethodConfig(MethodConfig):
+    """The parent of all methods that train an adapter."""
 
-    rank: int = MISSING
-    alpha: float = MISSING
-    dropout: float = 0.05
-    dora: bool = False
-    train_magnitude: bool = True
-    """With `dora`: whether the magnitude is trained."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: how many times `trainer.learning_rate` the rate of B is (`models/roles.py` says which
+    parameters go with B); 1: all parameters have one rate."""
     targets: list[str] = field(default_factory=lambda: [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS])
 
     def __post_init__(self) -> None:
         # `super()` without arguments fails in a dataclass with slots, which replaces the class.
         MethodConfig.__post_init__(self)
-        require(self.rank >= 1, "method.rank", self.rank, "must be >= 1")
-        require_positive("method.alpha", self.alpha)
-        require(0 <= self.dropout < 1, "method.dropout", self.dropout, "must be in [0, 1)")
+        require_positive("method.lora_plus_ratio", self.lora_plus_ratio)
         known = (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS)
         require(bool(self.targets), "method.targets", self.targets, "name at least one projection")
         for target in self.targets:
@@ -57,6 +53,47 @@ class LoraMethodConfig(MethodConfig):
             len(set(self.targets)) == len(self.targets),
             "method.targets", self.targets, "a projection is named twice",
         )  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class LoraMethodConfig(TrainedMethodConfig):
+    """LoRA, or DoRA with `dora=true`, on the target projections (Table 3)."""
+
+    rank: int = MISSING
+    alpha: float = MISSING
+    dropout: float = 0.05
+    rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank) in place of alpha / rank."""
+    lora_fa: bool = False
+    """LoRA-FA: A is not trained, and B's gradient is corrected for it; LoRA alone."""
+    dora: bool = False
+    train_magnitude: bool = True
+    """With `dora`: whether the magnitude is trained."""
+
+    def __post_init__(self) -> None:
+        TrainedMethodConfig.__post_init__(self)
+        require(self.rank >= 1, "method.rank", self.rank, "must be >= 1")
+        require_positive("method.alpha", self.alpha)
+        require(0 <= self.dropout < 1, "method.dropout", self.dropout, "must be in [0, 1)")
+        plain = type(self) is LoraMethodConfig and not self.dora
+        require(plain or not self.lora_fa, "method.lora_fa", self.lora_fa, "only LoRA has it")
+
+
+@dataclass(slots=True, kw_only=True)
+class PeftMethodConfig(TrainedMethodConfig):
+    """An adapter of PEFT by its type and fields; see `models/peft_types.py` for what is served."""
+
+    peft_type: str = MISSING
+    """PEFT's name of the type, such as VERA, ADALORA, LOHA, LOKR, HIRA."""
+    peft: Any = None
+    """Fields of PEFT's configuration of this type; those left out have PEFT's defaults."""
+
+    def __post_init__(self) -> None:
+        TrainedMethodConfig.__post_init__(self)
+        self.peft = {} if self.peft is None else self.peft
+        # A field of type dict would take no further entries on the command line.
+        named = isinstance(self.peft, dict) and all(isinstance(name, str) for name in self.peft)
+        require(named, "method.peft", self.peft, "give fields by name, as {r: 8}")
 
 
 def setting(default: Any, help: str, rule: str = "", valid: Callable[..., bool] | None = None):

@@ -14,6 +14,7 @@ from mixlora_exp.config.schema_method import (
     MethodConfig,
     MixLoraMethodConfig,
     MixtureSettings,
+    PeftMethodConfig,
     setting,
     word,
 )
@@ -178,6 +179,10 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodCon
             "loramoe's loss needs the types of tasks: set method.type1_tasks=[...], or 0",
         )  # fmt: skip
         require(not self.dora, "method.dora", self.dora, "mixtures in linear layers have LoRA only")
+        require(
+            not self.rslora or self.mixture.value != "goat",
+            "method.rslora", self.rslora, "mixture=goat has a scale of its own",
+        )  # fmt: skip
         if (fault := self.fault()) is not None:
             name, value, rule = fault
             require(False, f"method.{name}", value, rule)
@@ -187,6 +192,8 @@ def method_class(recorded: Mapping[str, Any]) -> type[MethodConfig]:
     """The schema of a method that is given as plain fields, as in a record."""
     if recorded.get("name") == "none":
         return MethodConfig
+    if "peft_type" in recorded:
+        return PeftMethodConfig
     if "mixture" in recorded:
         return LinearMixtureMethodConfig
     return MixLoraMethodConfig if "num_experts" in recorded else LoraMethodConfig

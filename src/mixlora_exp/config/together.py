@@ -9,7 +9,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mixlora_exp.config.schema import Config, LoraMethodConfig, ModelSource, Weights
+from mixlora_exp.config.choices import Mixture
+from mixlora_exp.config.schema import (
+    Config,
+    LoraMethodConfig,
+    MethodConfig,
+    ModelSource,
+    TrainedMethodConfig,
+    Weights,
+)
 from mixlora_exp.errors import UserError
 
 
@@ -88,6 +96,13 @@ def shared_settings(config: Config) -> dict[str, Any]:
     }
 
 
+def _shares(method: MethodConfig) -> bool:
+    """Whether adapters of a method can be trained with others on one base model. PEFT's own types
+    cannot, nor LoRA-GA, which needs a pass without any adapter."""
+    starts_alone = getattr(method, "mixture", None) is Mixture.lora_ga
+    return isinstance(method, LoraMethodConfig) and not starts_alone
+
+
 def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
     """Check that runs can share one base model; `names` are their fingerprints.
 
@@ -96,6 +111,11 @@ def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
     """
     first = shared_settings(configs[0])
     for number, config in enumerate(configs, start=1):
+        if isinstance(config.method, TrainedMethodConfig) and not _shares(config.method):
+            raise UserError(
+                f"adapters: entry {number} has method={config.method.name}, which cannot share a "
+                "base model with others: train it alone"
+            )
         if not isinstance(config.method, LoraMethodConfig) and config.adapter is None:
             raise UserError(
                 f"adapters: entry {number} has method={config.method.name} and no adapter: choose "
@@ -144,10 +164,10 @@ def packs_of(configs: Sequence[Config], size: int) -> list[list[int]]:
     model; each pack keeps the sweep's order."""
     packs: list[list[int]] = []
     for i, config in enumerate(configs):
-        trains = isinstance(config.method, LoraMethodConfig)
+        shares = _shares(config.method)
         for pack in packs:
             other = configs[pack[0]]
-            fits = trains and isinstance(other.method, LoraMethodConfig)
+            fits = shares and _shares(other.method)
             if fits and len(pack) < size and shared_settings(config) == shared_settings(other):
                 pack.append(i)
                 break

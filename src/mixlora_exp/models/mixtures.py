@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mixlora_exp.config.schema import MethodConfig, ModelConfig
+from mixlora_exp.config.schema import MethodConfig, ModelConfig, PeftMethodConfig
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import Sizes, make_mixture, make_router
@@ -90,8 +90,15 @@ def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize
 
 def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
     """Parameters that an adapter stores but does not train."""
+    if getattr(method, "lora_fa", False):
+        inputs = (m.in_features for n, m in projections(_skeleton(model)) if n in method.targets)
+        return method.rank * sum(inputs)
     if isinstance(method, LinearMixtureMethodConfig):
         return mixture_parameters(_skeleton(model), method).fixed
+    if isinstance(method, PeftMethodConfig):
+        from mixlora_exp.models.peft_types import peft_size
+
+        return peft_size(_skeleton(model), method).fixed
     return 0
 
 

@@ -14,6 +14,7 @@ from mixlora_exp.config.schema import (
     MethodConfig,
     MixLoraMethodConfig,
     ModelConfig,
+    PeftMethodConfig,
 )
 from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
@@ -46,7 +47,7 @@ class Parameters:
 
 COMPONENTS = ("attention", "experts", "router", "magnitude", "other")
 """LoRA of the attention's projections; the matrices of all mixtures, wherever they are; routers;
-DoRA's magnitudes; and what is left, LoRA of feed-forward projections."""
+DoRA's magnitudes; and what is left, LoRA of feed-forward projections and PEFT's own types."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,11 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
     if isinstance(method, LinearMixtureMethodConfig):
         size = mixture_parameters(built, method)
         parts |= {"experts": size.low_rank, "router": size.routers}
+    elif isinstance(method, PeftMethodConfig):
+        # PEFT takes a second to load, and most plans do not need it.
+        from mixlora_exp.models.peft_types import peft_size
+
+        parts["other"] = peft_size(built, method).trained
     elif isinstance(method, LoraMethodConfig):
         mixed = isinstance(method, MixLoraMethodConfig)
         for name, linear in projections(built):
@@ -115,7 +121,8 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
             if within and mixed:
                 copies, rank, part = method.num_experts, method.rank_of_experts, "experts"
             if name in method.targets:
-                parts[part] += copies * rank * (linear.in_features + linear.out_features)
+                inputs = 0 if method.lora_fa else linear.in_features
+                parts[part] += copies * rank * (inputs + linear.out_features)
                 magnitude += copies * linear.out_features if method.dora else 0
             if name == "gate_proj" and mixed:
                 chosen = router_of(method)

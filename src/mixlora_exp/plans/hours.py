@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mixlora_exp.config.schema import AnswerForm, Config, LoraMethodConfig
+from mixlora_exp.config.schema import AnswerForm, Config, TrainedMethodConfig
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.plan import CHARACTERS_PER_TOKEN, known_characters
 from mixlora_exp.tasks import TASKS
@@ -32,7 +32,7 @@ def gpu_hours(config: Config) -> float:
     counted = count_parameters(config.model, config.method)
     size = counted.base + counted.trainable
     tokens = 0.0
-    if isinstance(config.method, LoraMethodConfig):
+    if isinstance(config.method, TrainedMethodConfig):
         rows = {t: _rows(t, "train", config.data.train_limit_of(t)) for t in config.task.train}
         epoch = sum(
             n * _example_tokens(config, task, form)

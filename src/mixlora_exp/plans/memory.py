@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
     Config,
@@ -10,7 +12,9 @@ from mixlora_exp.config.schema import (
     LoraMethodConfig,
     LossOn,
     MixLoraMethodConfig,
+    PeftMethodConfig,
     Precision,
+    TrainedMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.models.mixtures import fixed_parameters, kept_by_mixture
@@ -29,10 +33,15 @@ def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
     of gate and up. LoRA also saves the activation and the product, DoRA the unscaled output of each
     adapted projection, a mixture its router's input in float32 and, with DoRA, the K outputs of the
     down projection; for mixtures in linear layers see `kept_by_mixture`. A dropout mask has one
-    byte per element.
+    byte per element. What PEFT's other types keep differs and is not known: input and output of
+    each target stand for it.
     """
     model, method = config.model, config.method
-    assert isinstance(method, LoraMethodConfig)
+    assert isinstance(method, (LoraMethodConfig, PeftMethodConfig))
+    if isinstance(method, PeftMethodConfig):
+        alike = LoraMethodConfig(name="lora", rank=1, alpha=1.0, targets=method.targets)
+        extra = width * sum(sum(widths(model)[target]) for target in method.targets)
+        return extra + kept_per_token(replace(config, method=alike), width)
     inputs, outputs = ({t: w[side] for t, w in widths(model).items()} for side in (0, 1))
     d, f = inputs["gate_proj"], outputs["gate_proj"]
     heads, kv = outputs["q_proj"], outputs["k_proj"]
@@ -87,7 +96,7 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     parameters = count_parameters(model, method)
     # `auto` counts as bf16, since plans are often for another machine.
     width = 4 if config.trainer.precision is Precision.float32 else 2
-    if not isinstance(method, LoraMethodConfig):
+    if not isinstance(method, TrainedMethodConfig):
         return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
     tokens = config.trainer.micro_batch_size * longest
     kept = kept_by_all_layers(config, width, packed)

@@ -14,7 +14,7 @@ from mixlora_exp.config.schema import (
     AnswerForm,
     Config,
     DataSource,
-    LoraMethodConfig,
+    TrainedMethodConfig,
     TrainerConfig,
 )
 from mixlora_exp.models import architecture_of, has_local_tokenizer, load_tokenizer
@@ -52,7 +52,7 @@ class RunPlan:
 
 def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, list]]:
     """Training and test rows per task, and the training items if the data are local."""
-    trains = config.task.train if isinstance(config.method, LoraMethodConfig) else []
+    trains = config.task.train if isinstance(config.method, TrainedMethodConfig) else []
     items: dict[str, list] = {}
     if config.data.name is DataSource.hub and config.data.mirror is None:
         rows = {task: TASKS[task].sizes["train"] for task in trains}

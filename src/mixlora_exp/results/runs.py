@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config.architecture import current_model
-from mixlora_exp.config.schema_method import MethodConfig, MixLoraMethodConfig
+from mixlora_exp.config.schema_method import (
+    MethodConfig,
+    MixLoraMethodConfig,
+    PeftMethodConfig,
+)
 from mixlora_exp.config.schema_mixture import method_class
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import FORCED, PACKED, RunFiles, name_of, record_paths
@@ -40,7 +44,12 @@ TRAINER_FIELDS = (
 EVALUATION_FIELDS = ("limit", "max_new_tokens", "dropout", "arc_labels")
 LATER = {
     "data": {"train_limits": {}},
-    "method": {"train_magnitude": True},
+    "method": {
+        "train_magnitude": True,
+        "rslora": False,
+        "lora_fa": False,
+        "lora_plus_ratio": 1.0,
+    },
     "trainer": {"padding_in_loss": False, "order": "bucketed"},
     "evaluation": {"dropout": False, "arc_labels": "own", "held_out": False},
 }
@@ -236,7 +245,7 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A record's configuration, completed with fields that were added later."""
     later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
     kind = method_class(config["method"])
-    if kind is MethodConfig:
+    if kind in (MethodConfig, PeftMethodConfig):
         later["method"] = config["method"]
     elif kind is MixLoraMethodConfig:
         later["method"] = {**MIXTURE_LATER, **later["method"]}

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config.choices import Mixture
+from mixlora_exp.config.choices import Compile, Mixture
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import (
     Base,
     Config,
     DataSource,
     Head,
-    LoraMethodConfig,
     MixLoraMethodConfig,
+    PeftMethodConfig,
     Tracker,
+    TrainedMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.data.sources import LoadedSplit, load_split
@@ -38,7 +39,7 @@ from mixlora_exp.models import (
 )
 from mixlora_exp.models.budget import with_matched_rank
 from mixlora_exp.models.mixtures import check_mixture
-from mixlora_exp.models.parameters import router_of
+from mixlora_exp.models.parameters import count_parameters, router_of
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.records.code import code_sha256
 from mixlora_exp.records.files import RECORD
@@ -73,7 +74,7 @@ def _wanted(config: Config) -> list[tuple[str, str]]:
     """(task, split) pairs that a run reads."""
     scored = "train" if config.evaluation.held_out else "test"
     wanted = [(task, scored) for task in config.task.evaluate]
-    if isinstance(config.method, LoraMethodConfig):
+    if isinstance(config.method, TrainedMethodConfig):
         wanted = [(task, "train") for task in config.task.train] + wanted
     return wanted
 
@@ -168,7 +169,7 @@ def check_known_base(
 
 def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
     """The kernel that computes the adapter, or None without an adapter."""
-    if adapter is None and not isinstance(config.method, LoraMethodConfig):
+    if adapter is None and not isinstance(config.method, TrainedMethodConfig):
         return None
     device = resolve_device().type
     name = resolve_kernel(config.kernel.name.value, device)
@@ -181,7 +182,7 @@ def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
 
 
 def _check_head(config: Config) -> None:
-    if config.trainer.head is not Head.liger or not isinstance(config.method, LoraMethodConfig):
+    if config.trainer.head is not Head.liger or not isinstance(config.method, TrainedMethodConfig):
         return
     if resolve_device().type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
@@ -190,9 +191,26 @@ def _check_head(config: Config) -> None:
         )
 
 
-def _check_router(config: Config) -> None:
-    if isinstance(config.method, MixLoraMethodConfig):
-        router_of(config.method)
+def _check_method(config: Config) -> None:
+    """Refuse a method that does not fit the model or does not know one of its options."""
+    method = config.method
+    if isinstance(method, MixLoraMethodConfig):
+        router_of(method)
+    elif isinstance(method, PeftMethodConfig):
+        from mixlora_exp.models.peft_types import check_schedule
+
+        if config.trainer.max_steps is not None:
+            check_schedule(method, config.trainer.max_steps)
+        count_parameters(config.model, method)
+    check_mixture(config.model, method)
+    own = (
+        isinstance(method, PeftMethodConfig) or getattr(method, "mixture", None) is Mixture.lora_ga
+    )
+    if own and config.trainer.compile is not Compile.off:
+        raise UserError(
+            f"trainer.compile={config.trainer.compile.value} was not tried with "
+            f"method={method.name}: leave it off"
+        )
 
 
 def _check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
@@ -243,9 +261,8 @@ def gather_inputs(config: Config) -> Inputs:
     _check_tracker(config)
     _check_processes(config)
     _check_head(config)
-    _check_router(config)
     check_model(config.model)
-    check_mixture(config.model, config.method)
+    _check_method(config)
     splits = _splits(config)
     adapter = adapter_entry(config)
     identity = {
@@ -277,7 +294,6 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
     checked: set[str] = set()
     for config in map(resolve_config, configs):
         _check_tracker(config)
-        _check_router(config)
         adapter = adapter_entry(config)
         _check_shuffle(config, adapter)
         if not (elsewhere or config.dry_run):
@@ -288,7 +304,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
             if has_local_tokenizer(config.model):
                 load_tokenizer(config.model)
             checked.add(model)
-        check_mixture(config.model, config.method)
+        _check_method(config)
         _check_base(config, adapter)
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue

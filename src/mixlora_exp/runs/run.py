@@ -23,7 +23,7 @@ from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.adapters.shuffled import shuffle_experts
 from mixlora_exp.config.places import ROOT
 from mixlora_exp.config.resolve import fingerprint, run_name, to_dict
-from mixlora_exp.config.schema import Base, Config, LoraMethodConfig
+from mixlora_exp.config.schema import Base, Config, TrainedMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
@@ -225,7 +225,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
     base, before, summary, adapter = this.load_base(), None, None, config.adapter
     if config.evaluation.before_training and processes().is_main_process:
         before = this.score_base(base)
-    if isinstance(config.method, LoraMethodConfig):
+    if isinstance(config.method, TrainedMethodConfig):
         if processes().is_main_process:
             this.begin()
         processes().wait_for_everyone()

@@ -1,0 +1,183 @@
+"""PEFT's own adapters as methods (`method=peft`): which are served, and what they add."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from mixlora_exp.config.schema import PeftMethodConfig
+from mixlora_exp.errors import UserError, shown
+from mixlora_exp.models.roles import rate_factor
+
+SERVED = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "HIRA")
+"""Types that add weights to linear layers and need nothing else. Others learn prompts, read further
+adapters or data, compile code, or were not tried here."""
+SET_BY_THE_RUN = {
+    "target_modules": "set method.targets",
+    "total_step": "it is the run's number of steps",
+    **dict.fromkeys(("peft_type", "task_type", "inference_mode", "base_model_name_or_path",
+                     "revision", "auto_mapping", "peft_version"), "the run sets it"),
+}  # fmt: skip
+CLOSED = (
+    "modules_to_save", "bias", "trainable_token_indices", "layer_replication", "target_parameters",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "arrow_config", "alora_invocation_tokens", "use_bdlora", "use_qalora",
+    "qalora_group_size", "velora_config", "monteclora_config", "kasa_config", "runtime_config",
+    "ensure_weight_tying", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+"""Fields that change the base model or its forward pass, or read files or data of their own; with
+AdaLoRA `rank_pattern` is what training finds."""
+INITIAL = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights`. The others write a residual into the base weights, so that neither
+the adapter's file nor the model without it would be what they say."""
+REFUSED = (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, OSError)
+
+
+class PeftSize(NamedTuple):
+    """Numbers of an adapter's elements: trained ones, and others that it holds, such as VeRA's
+    projections."""
+
+    trained: int
+    fixed: int
+
+
+def config_of(method: PeftMethodConfig) -> PeftConfig:
+    """PEFT's configuration of a method. AdaLoRA's `total_step` stands for any number of steps that
+    its schedule allows; training sets it.
+
+    Raises:
+        UserError: PEFT does not have the type or a field, or it is not served, or PEFT refuses a
+            value.
+    """
+    kind, given = method.peft_type, method.peft
+    owner = _class_of(kind)
+    _check_fields(kind, owner, given)
+    own: dict[str, Any] = {"target_modules": list(method.targets), "task_type": "CAUSAL_LM"}
+    if kind == "ADALORA":
+        own["total_step"] = _schedule_length(given)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            config = owner(**given, **own)
+    except (*REFUSED, Warning) as error:
+        raise _not_valid(kind, error) from error
+    if kind == "ADALORA" and config.init_r <= config.target_r:
+        raise UserError(
+            f"method.peft.init_r={config.init_r} must be above target_r={config.target_r}: AdaLoRA "
+            "takes ranks away"
+        )
+    return config
+
+
+def peft_size(model: nn.Module, method: PeftMethodConfig) -> PeftSize:
+    """What the adapter of a model has, whose weights are not read: PEFT builds it on the meta
+    device.
+
+    Raises:
+        UserError: as `config_of`, or PEFT cannot build it; or with LoRA+ a parameter has no role.
+    """
+    return _size(_Asked(f"{model.config.to_json_string(use_diff=False)} {method}", model, method))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    text: str
+    model: nn.Module = field(compare=False)
+    method: PeftMethodConfig = field(compare=False)
+
+
+@lru_cache(maxsize=32)
+def _size(asked: _Asked) -> PeftSize:
+    method, config = asked.method, config_of(asked.method)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = copy.deepcopy(asked.model)
+            before = _elements(base)
+            built = get_peft_model(base, config, low_cpu_mem_usage=True)
+    except REFUSED as error:
+        raise _not_valid(method.peft_type, error) from error
+    named = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
+    # On the meta device PEFT leaves it trainable that AdaLoRA's count of ranks is a constant.
+    trained = {name: p.numel() for name, p in named if "ranknum" not in name}
+    for name in trained:
+        rate_factor(name, method.lora_plus_ratio)
+    count = sum(trained.values())
+    return PeftSize(count, _elements(built) - before - count)
+
+
+def _elements(model: nn.Module | PeftModel) -> int:
+    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+
+
+def _class_of(kind: str) -> type[PeftConfig]:
+    if kind in SERVED:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = kind in set(PEFT_TYPE_TO_CONFIG_MAPPING)
+    why = "is not trained here" if known else f"is no type of PEFT {peft.__version__}"
+    raise UserError(f"method.peft_type={shown(kind, 80)} {why}: choose from {', '.join(SERVED)}")
+
+
+def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) -> None:
+    known = [item.name for item in fields(owner)]
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"see {owner.__name__}"
+            raise UserError(f"method.peft.{name} is not a field of {owner.__name__}: {hint}")
+        if name in SET_BY_THE_RUN:
+            raise UserError(f"method.peft.{name}={value}: {SET_BY_THE_RUN[name]}; leave it out")
+        if name in CLOSED:
+            raise UserError(
+                f"method.peft.{name}={value} is not served: it would change the base model or its "
+                "forward pass, or read other files or data; leave it out"
+            )
+    start = given.get("init_lora_weights", True)
+    if not any(start is value or start == value for value in INITIAL):
+        raise UserError(
+            f"method.peft.init_lora_weights={start} is not served: it changes the base weights, "
+            f"which stay as they are here; choose from {', '.join(map(str, INITIAL))}, or use "
+            "method=pissa or method=lora_ga"
+        )
+    if kind == "ADALORA" and "r" in given:
+        raise UserError(f"method.peft.r={given['r']}: AdaLoRA starts from init_r; set that")
+
+
+def _schedule_length(given: Mapping[str, Any]) -> int:
+    """Fewest steps with which AdaLoRA takes ranks away, after one that measures importance."""
+    first, last = given.get("tinit", 0), given.get("tfinal", 0)
+    if not all(type(number) is int and number >= 0 for number in (first, last)):
+        raise UserError(f"method.peft: tinit={first} and tfinal={last} must be whole numbers >= 0")
+    return max(first, 1) + last + 1
+
+
+def check_schedule(method: PeftMethodConfig, steps: int) -> None:
+    """Refuse AdaLoRA for a run that is too short for its schedule.
+
+    Raises:
+        UserError: it is.
+    """
+    given = method.peft
+    if method.peft_type != "ADALORA" or steps >= (needed := _schedule_length(given)):
+        return
+    raise UserError(
+        f"method.peft: AdaLoRA with tinit={given.get('tinit', 0)} and "
+        f"tfinal={given.get('tfinal', 0)} needs at least {needed} optimizer steps, and the run has "
+        f"{steps}: choose smaller ones, or more steps"
+    )
+
+
+def _not_valid(kind: str, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    return UserError(f"method.peft: PEFT cannot build {kind} from these fields: {reason}")

@@ -1,0 +1,41 @@
+"""Which parameters of an adapter are trained at LoRA+'s higher rate.
+
+LoRA+ trains B at a multiple of A's learning rate. Its authors' rule goes by names and shapes:
+`lora_B` and every one-dimensional parameter. Here each parameter has a declared role, so that one
+of a new method does not silently get the wrong rate.
+"""
+
+from __future__ import annotations
+
+from mixlora_exp.errors import UserError
+
+ROLES = {
+    **dict.fromkeys(("lora_A", "lora_A_gate", "lora_A_up", "lora_A_down", "hira_A"), "A"),
+    # Between A and B, or singular values: matrices that are not B.
+    **dict.fromkeys(("lora_mixer", "lora_E"), "A"),
+    **dict.fromkeys(("lora_router", "lora_router_threshold"), "A"),
+    **dict.fromkeys(("lora_B", "lora_B_gate", "lora_B_up", "lora_B_down", "hira_B"), "B"),
+    # Of one dimension, which the authors' rule puts beside B.
+    "lora_magnitude_vector": "B",
+    **dict.fromkeys(("lora_magnitude_gate", "lora_magnitude_up", "lora_magnitude_down"), "B"),
+    "lora_router_threshold_bias": "B",
+}
+"""By the part of a parameter's name that says what it is: A, with the learning rate itself, or B,
+with `method.lora_plus_ratio` times as much. A method with parameters of other names adds them."""
+
+
+def rate_factor(name: str, ratio: float) -> float:
+    """The multiple of the learning rate for the parameter `name`; 1 for all if the ratio is 1.
+
+    Raises:
+        UserError: the parameter has no role.
+    """
+    if ratio == 1:
+        return 1.0
+    role = next((ROLES[part] for part in reversed(name.split(".")) if part in ROLES), None)
+    if role is None:
+        raise UserError(
+            f"method.lora_plus_ratio={ratio:g}: {name} has no role in LoRA+ (models/roles.py names "
+            "A and B): leave the ratio at 1"
+        )
+    return ratio if role == "B" else 1.0

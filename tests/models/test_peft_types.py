@@ -1,0 +1,153 @@
+"""PEFT's own types as methods: what they count, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from composed import compose
+
+from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.adapters.saved import KINDS
+from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model
+from mixlora_exp.models.mixtures import fixed_parameters
+from mixlora_exp.models.parameters import count_parameters
+from mixlora_exp.models.peft_types import SERVED, config_of
+from mixlora_exp.models.roles import rate_factor
+from mixlora_exp.plans.memory import memory_of
+from mixlora_exp.runs import run as experiment
+
+IN, OUT, LAYERS = 35_584, 42_496, 32
+"""Of LLaMA-2 7B: inputs and outputs of a layer's seven projections, summed up."""
+TRAINED = {
+    "rslora": LAYERS * 80 * (IN + OUT),
+    "lora_plus": LAYERS * 80 * (IN + OUT),
+    "lora_fa": LAYERS * 80 * OUT,
+    "pissa": LAYERS * 16 * (IN + OUT),
+    "lora_ga": LAYERS * 16 * (IN + OUT),
+    # A scale for each of the 256 rows of A and of the outputs.
+    "vera": LAYERS * (7 * 256 + OUT),
+    # With a singular value for each rank.
+    "adalora": LAYERS * 12 * (IN + OUT + 7),
+    # Two low-rank products.
+    "fedpara": LAYERS * 2 * 16 * (IN + OUT),
+    "hira": LAYERS * 32 * (IN + OUT),
+}
+WRITTEN = {
+    "rslora": 199_884_800, "lora_plus": 199_884_800, "lora_fa": 108_789_760,
+    "pissa": 39_976_960, "lora_ga": 39_976_960, "vera": 1_417_216, "adalora": 29_985_408,
+    "fedpara": 79_953_920, "hira": 79_953_920,
+}  # fmt: skip
+Configure = Callable[..., Any]
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_counts_for_llama2_7b(method: str) -> None:
+    config = compose(["model=llama2_7b", f"method={method}"])
+    counts = count_parameters(config.model, config.method)
+    assert counts.trainable == counts.adapter == TRAINED[method] == WRITTEN[method]
+    assert (counts.router, counts.magnitude) == (0, 0)
+    fixed = {
+        "lora_fa": LAYERS * 80 * IN,
+        **dict.fromkeys(("pissa", "lora_ga"), WRITTEN["pissa"]),
+        # The two projections, which all layers share; one number per projection.
+        "vera": 256 * (11_008 + 11_008),
+        "adalora": LAYERS * 7,
+    }
+    assert fixed_parameters(config.model, config.method) == fixed.get(method, 0)
+    assert all(size > 0 for size in memory_of(config).values())
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_counts_equal_those_of_built_models(method: str) -> None:
+    changed = ["method.rank=4"] if "rank" in vars_of(method) else []
+    config = compose(
+        ["model=tiny", f"method={method}", "method.targets=[q_proj,up_proj]", *changed]
+    )
+    counts = count_parameters(config.model, config.method)
+    built = load_model(config.model, torch.float32)
+    before = sum(t.numel() for t in (*built.parameters(), *built.buffers()))
+    model = attach_adapter(built, config.method, config.kernel, seed=0)
+    assert model.get_nb_trainable_parameters()[0] == counts.trainable
+    held = sum(t.numel() for t in (*model.parameters(), *model.buffers())) - before
+    assert held == counts.trainable + fixed_parameters(config.model, config.method)
+
+
+def vars_of(method: str) -> set[str]:
+    fields = type(compose([f"method={method}"]).method).__dataclass_fields__
+    return set(fields)
+
+
+def test_what_is_trained_can_be_loaded() -> None:
+    assert set(SERVED) <= set(KINDS)
+
+
+REFUSED = [
+    ("peft_type=VERO", r"method.peft_type=VERO is no type of PEFT 0\.\d+\.\d+: choose"),
+    ("peft_type=XLORA", "method.peft_type=XLORA is not trained here: choose from LORA"),
+    ("peft_type=PROMPT_TUNING", "PROMPT_TUNING is not trained here"),
+    ("peft_type=VERA peft={rank:8}", "method.peft.rank is not a field of VeraConfig"),
+    ("peft_type=VERA peft={vera_dropuot:0.1}", "did you mean vera_dropout"),
+    ("peft_type=VERA peft={target_modules:[q_proj]}", "target_modules=.*set method.targets"),
+    ("peft_type=VERA peft={bias:all}", "method.peft.bias=all is not served"),
+    ("peft_type=VERA peft={r:-1}", "PEFT cannot build VERA from these fields: "),
+    ("peft_type=VERA peft={r:x}", "PEFT cannot build VERA from these fields: "),
+    ("peft_type=LORA peft={init_lora_weights:pissa}", "init_lora_weights=pissa is not served"),
+    ("peft_type=LORA peft={modules_to_save:[lm_head]}", "modules_to_save=.*is not served"),
+    ("peft_type=ADALORA peft={total_step:9}", "total_step=9: it is the run's number of steps"),
+    ("peft_type=ADALORA peft={r:4}", "method.peft.r=4: AdaLoRA starts from init_r"),
+    ("peft_type=ADALORA peft={init_r:4,target_r:4}", "init_r=4 must be above target_r=4"),
+    ("peft_type=ADALORA peft={tinit:-1}", "tinit=-1 and tfinal=0 must be whole numbers"),
+    ("peft_type=ADALORA peft={tinit:3}", "needs at least 4 optimizer steps, and the run has 2"),
+    ("peft_type=LORA trainer.compile=layer", "compile=layer was not tried with method=peft"),
+    ("peft_type=VERA lora_plus_ratio=4", "vera_lambda_\\S+ has no role in LoRA"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+@pytest.mark.parametrize(("words", "told"), REFUSED)
+def test_mistakes_are_told_before_weights_are_read(
+    words: str, told: str, dry_run: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "load_model", None)
+    own = [word if "compile" in word else f"method.{word}" for word in words.split()]
+    config = compose(
+        ["experiment=smoke", "method=peft", *own, f"dry_run={dry_run}", f"output_dir={tmp_path}"]
+    )
+    with pytest.raises(UserError, match=told) as raised:
+        experiment.run(config)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("method=peft", "method.peft_type"),
+        ("method=lora method.lora_plus_ratio=0", "method.lora_plus_ratio=0.0 is not valid"),
+        ("method=vera method.targets=[lm_head]", "method.targets=lm_head is not valid"),
+        ("method=dora method.lora_fa=true", "method.lora_fa=True is not valid: only LoRA"),
+        ("method=mixlora method.lora_fa=true", "method.lora_fa=True is not valid: only LoRA"),
+        ("method=goat method.rslora=true", "method.rslora=True is not valid: mixture=goat"),
+        ("method=vera method.rank=4", "method.rank"),
+    ],
+)
+def test_values_are_checked(words: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        compose(words.split())
+
+
+def test_a_configuration_of_pefts() -> None:
+    config = compose(["method=peft", "method.peft_type=LORA", "method.peft={r:4}"])
+    assert (config_of(config.method).r, config_of(config.method).task_type) == (4, "CAUSAL_LM")
+
+
+def test_roles() -> None:
+    assert rate_factor("layers.0.q_proj.lora_B.weight", 4.0) == 4
+    assert rate_factor("layers.0.q_proj.lora_A.weight", 4.0) == 1
+    assert rate_factor("layers.0.mlp.lora_router_threshold_bias", 4.0) == 4
+    assert rate_factor("layers.0.mlp.lora_router_noise", 1.0) == 1
+    with pytest.raises(UserError, match="lora_router_noise has no role in LoRA+"):
+        rate_factor("layers.0.mlp.lora_router_noise", 4.0)
