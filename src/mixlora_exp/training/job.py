@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.hosting import parameters_of, plain_parameters_of
 from mixlora_exp.adapters.reports import RouterReport
-from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
@@ -24,6 +25,7 @@ from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.system.device import processes, summed
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.compiled import pad_to
+from mixlora_exp.training.hooks import Hook, hook_of
 from mixlora_exp.training.kept import KeptRows
 from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
 from mixlora_exp.training.track import Track
@@ -64,6 +66,7 @@ class Job:
     """(layers, E): share of each expert since the previous log entry."""
     kept: KeptRows | None = None
     """Where the last layer computes some rows alone: it is told which."""
+    hook: Hook = field(default_factory=Hook)
     plan: list[OptimizerStep] = field(init=False)
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
@@ -102,17 +105,21 @@ class Job:
         """Find the adapter's trained parameters in `model`, connect its dropout to its own stream,
         and restore weights and log from the checkpoint, if there is one."""
         use_dropout_stream(model, self.name, self.stream)
-        for name, parameter in parameters_of(model, self.name).items():
-            frozen = "lora_magnitude" in name and not self.config.method.train_magnitude
-            parameter.requires_grad_(not frozen)
+        if isinstance(self.config.method, LoraMethodConfig):
+            for name, parameter in parameters_of(model, self.name).items():
+                frozen = "lora_magnitude" in name and not self.config.method.train_magnitude
+                frozen |= "lora_A" in name and self.config.method.lora_fa
+                parameter.requires_grad_(not frozen)
         owned = plain_parameters_of(model, self.name)
         self.parameters = {name: p for name, p in owned.items() if p.requires_grad}
+        self.hook = hook_of(model, self.name, self.config, self.steps)
         if self._resumed is not None:
             first = processes().is_main_process
             if first and self.running:
                 told = f"resuming after step {self.step} of {self.steps}"
                 sys.stderr.write(f"  {self.folder.name}: {told}\n")
             self._resumed.restore_weights(self.parameters)
+            self.hook.resume(self.parameters, self._resumed.moments)
             state = self._resumed.state
             self.track.load(state["track"], state["seconds"], first=first)
             self.seconds_before = state["seconds"]
@@ -153,7 +160,14 @@ class Job:
         rows = example.to(mask.device).repeat_interleave(mask.shape[1])
         kept = self.kept and self.kept.use(mask.shape, batch.get("logits_to_keep"))
         self.stream.begin(batch["step"], rows, position.flatten(), kept)
+        if not isinstance(self.config.method, LoraMethodConfig):
+            # PEFT's other types draw from torch's generator, which a resumed run must find alike.
+            torch.manual_seed(self._seed_of(batch["step"], int(example[0])))
         return {name: value for name, value in batch.items() if name not in ("example", "step")}
+
+    def _seed_of(self, step: int, example: int) -> int:
+        text = f"{self.config.seed} {step} {example}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
     def note_pass(
         self, loss: Tensor, report: RouterReport | None, tokens: Tensor, share: Tensor

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -21,14 +22,15 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.adapters import save_adapter
-from mixlora_exp.adapters.hosting import expert_parameters_of, parameters_of
+from mixlora_exp.adapters.hosting import expert_parameters_of
 from mixlora_exp.config.choices import Compile
-from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
+from mixlora_exp.training.groups import parameter_groups
 from mixlora_exp.training.job import Batch, Job
 from mixlora_exp.training.kept import last_layer_at_kept_rows
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
@@ -51,6 +53,9 @@ class _Steps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
         self.trainer.check_gradients()
+
+    def on_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
+        self.trainer.after_optimizer()
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         self.trainer.finish_step()
@@ -119,7 +124,9 @@ class MixLoraTrainer(Trainer):
         if self.state.global_step == 0 and not self._proven:
             self._items = num_items_in_batch
             for name, batch in running.items():
-                self._prove(self.jobs[name], batch)
+                job = self.jobs[name]
+                job.hook.begin(partial(self._first_losses, job))
+                self._prove(job, batch)
             self._proven = True
             running = {name: batch for name, batch in running.items() if self.jobs[name].running}
         if not running:
@@ -127,9 +134,17 @@ class MixLoraTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, running, num_items_in_batch)
 
+    def _first_losses(self, job: Job) -> Iterator[Tensor]:
+        """The losses of the micro-batches of a job's first step."""
+        count = len(job.plan[0].micro_batches)
+        for number in range(count):
+            batch = self._prepare_inputs(job.collated(0, number, count))
+            yield self._own_loss(job, {**batch, "step": 0})
+
     def _prove(self, job: Job, batch: Batch) -> None:
         """Stop an adapter that has parameters without a gradient, before its first step."""
-        self.model.train()
+        # What PEFT's own types drop can be a whole layer, which then has no gradient.
+        self.model.train(isinstance(job.config.method, LoraMethodConfig))
         experts = expert_parameters_of(self.model, job.name)
         loss = partial(self._own_loss, job, {**batch, "step": 0})
         if self._compile is Compile.off:
@@ -154,7 +169,11 @@ class MixLoraTrainer(Trainer):
             name: self.jobs[name].begin_pass(self.state.global_step, batch)
             for name, batch in inputs.items()
         }
-        losses = self._losses(model, batches)
+        with ExitStack() as stack:
+            for job in map(self.jobs.__getitem__, batches):
+                parts = len(job.plan[job.step].micro_batches) * self.args.world_size
+                stack.enter_context(job.hook.passing(1 / parts))
+            losses = self._losses(model, batches)
         reports = getattr(self.model.base_model, "router_reports", {})
         for name, loss in losses.items():
             tokens = batches[name]["attention_mask"].sum()
@@ -197,19 +216,8 @@ class MixLoraTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> Optimizer:
         decayed = set(self.get_decay_parameter_names(self.model))
-        groups = []
-        for job in self.jobs.values():
-            names = {id(p): name for name, p in parameters_of(self.model, job.name).items()}
-            for decay in (True, False):
-                own = job.parameters.values()
-                groups.append(
-                    {
-                        "params": [p for p in own if (names[id(p)] in decayed) is decay],
-                        "lr": job.config.trainer.learning_rate,
-                        "weight_decay": job.config.trainer.weight_decay if decay else 0.0,
-                        "adapter": job.name,
-                    }
-                )
+        jobs = self.jobs.values()
+        groups = [group for job in jobs for group in parameter_groups(self.model, job, decayed)]
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = kind(groups, **options)
         for job in self.jobs.values():
@@ -253,7 +261,15 @@ class MixLoraTrainer(Trainer):
             limit = job.config.trainer.max_grad_norm
             if limit:
                 nn.utils.clip_grads_with_norm_(job.parameters.values(), limit, norm)
+            job.hook.before_step()
             job.last_batches, job.batches = job.batches, []
+
+    def after_optimizer(self) -> None:
+        """After the optimizer's step, before gradients are cleared: what a method does there."""
+        done = self.state.global_step
+        for job in self.jobs.values():
+            if job.running and job.step == done:
+                job.hook.after_step(self.optimizer, done + 1)
 
     def finish_step(self) -> None:
         """After the optimizer's step: count it, and request logging and checkpoints as due."""
@@ -343,7 +359,8 @@ class MixLoraTrainer(Trainer):
         return bool(found) and all(isfinite(loss) for loss in found)
 
     def _own_loss(self, job: Job, batch: Batch) -> Tensor:
-        return self._losses(self.model, {job.name: job.inputs_of(batch)})[job.name]
+        with job.hook.passing(0.0):
+            return self._losses(self.model, {job.name: job.inputs_of(batch)})[job.name]
 
     def _where(self, job: Job, batches: Sequence[Batch]) -> str:
         """Description of the layer with the first non-finite value, on one adapter's rows."""

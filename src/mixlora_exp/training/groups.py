@@ -1,0 +1,36 @@
+"""The optimizer's parameter groups: learning rates and weight decay by kind of parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.models.roles import rate_factor
+from mixlora_exp.training.job import Job
+
+
+def parameter_groups(model: nn.Module, job: Job, decayed: Collection[str]) -> list[dict[str, Any]]:
+    """The groups of one job's parameters; `adapter` in a group is the job's name. decayed: names in
+    the model of parameters with weight decay.
+
+    Raises:
+        UserError: with LoRA+, a parameter has no role.
+    """
+    method, trainer = job.config.method, job.config.trainer
+    names = {id(p): name for name, p in parameters_of(model, job.name).items()}
+    alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in job.parameters.items():
+        factor = rate_factor(name, method.lora_plus_ratio)
+        alike.setdefault((factor, names[id(parameter)] in decayed), []).append(parameter)
+    return [
+        {
+            "params": own,
+            "lr": factor * trainer.learning_rate,
+            "weight_decay": trainer.weight_decay if decay else 0.0,
+            "adapter": job.name,
+        }
+        for (factor, decay), own in alike.items()
+    ]

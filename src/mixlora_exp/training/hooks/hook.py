@@ -1,0 +1,32 @@
+"""The points of the training loop at which a method can act; by default nothing happens there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Hook:
+    """One adapter's. What it stores in `optimizer.state[parameter]` is part of checkpoints."""
+
+    def resume(self, parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor]) -> None:
+        """Continue from a checkpoint. parameters: the trained ones by name; stored: the optimizer's
+        state by `NAME/KEY`."""
+
+    def begin(self, losses: Callable[[], Iterator[Tensor]]) -> None:
+        """Before the first step. losses: computes those of its micro-batches, which sum up to the
+        step's."""
+
+    def passing(self, share: float) -> AbstractContextManager[None]:
+        """A context for a forward pass. share: its fraction of the optimizer step, over which a
+        loss of the method's own is spread; 0: without that loss."""
+        return nullcontext()
+
+    def before_step(self) -> None:
+        """Between the gradients, clipped, and the optimizer's step."""
+
+    def after_step(self, optimizer: Optimizer, step: int) -> None:
+        """After the optimizer's step number `step`, from 1, while there are gradients."""

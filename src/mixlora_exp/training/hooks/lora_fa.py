@@ -1,0 +1,35 @@
+"""LoRA-FA (Zhang et al. 2023): A stays as it was drawn, and B's gradient is corrected for it."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from mixlora_exp.training.hooks.hook import Hook
+
+RIDGE = 1e-8
+"""Added to the diagonal of A A^T before it is inverted, as PEFT does."""
+
+
+class LoraFa(Hook):
+    """Before each step B's gradient G becomes `G (A A^T)^-1 / s^2`, with which a step of B changes
+    W + s B A most like a step of full fine-tuning would.
+
+    AdamW then runs as ever. PEFT's `create_lorafa_optimizer` computes the same, but rounds the new
+    gradient to bfloat16 and keeps its moments where checkpoints do not find them.
+    """
+
+    def __init__(self, model: PeftModel, adapter: str) -> None:
+        self.layers = [
+            (m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter])
+            for m in model.modules()
+            if isinstance(m, LoraLayer) and adapter in m.lora_A
+        ]
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        for a, b, scaling in self.layers:
+            if b.grad is not None:
+                ridge = RIDGE * torch.eye(len(a), dtype=a.dtype, device=a.device)
+                b.grad = b.grad @ torch.linalg.pinv(a @ a.T + ridge) / scaling**2
