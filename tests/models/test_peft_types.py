@@ -11,11 +11,12 @@ from composed import compose
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.adapters.saved import KINDS
+from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 from mixlora_exp.models.mixtures import fixed_parameters
 from mixlora_exp.models.parameters import count_parameters
-from mixlora_exp.models.peft_types import SERVED, config_of
+from mixlora_exp.models.peft_types import config_of
 from mixlora_exp.models.roles import rate_factor
 from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.runs import run as experiment
@@ -82,7 +83,7 @@ def vars_of(method: str) -> set[str]:
 
 
 def test_what_is_trained_can_be_loaded() -> None:
-    assert set(SERVED) <= set(KINDS)
+    assert set(PEFT_TYPES) <= set(KINDS)
 
 
 REFUSED = [

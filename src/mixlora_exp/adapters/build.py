@@ -35,7 +35,6 @@ from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig, LinearM
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import squared_row_norms
 from mixlora_exp.models.base_identity import base_of, write_base
-from mixlora_exp.models.peft_types import config_of
 from mixlora_exp.system.durable import publishing
 
 __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
@@ -48,6 +47,9 @@ def peft_config(method: TrainedMethodConfig) -> PeftConfig:
         UserError: its router, mixture or PEFT does not know one of its options.
     """
     if isinstance(method, PeftMethodConfig):
+        # Importing PEFT imports this module, and that one imports PEFT.
+        from mixlora_exp.models.peft_types import config_of
+
         return config_of(method)
     assert isinstance(method, LoraMethodConfig)
     common = {

@@ -14,12 +14,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mixlora_exp.adapters.files import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
 from mixlora_exp.adapters.weights import load_shapes
+from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.models.peft_types import SERVED
 
 __all__ = ["saved_settings"]
 
-KINDS = ("LORA", "MIXLORA", "LORA_MIXTURE", *(kind for kind in SERVED if kind != "LORA"))
+KINDS = ("LORA", "MIXLORA", "LORA_MIXTURE", *(kind for kind in PEFT_TYPES if kind != "LORA"))
 """Supported PEFT types, which only add weights. Other types load tokenizers and further adapters
 named in their configuration, or compile code."""
 REACHING = (

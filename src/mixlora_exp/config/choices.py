@@ -160,3 +160,8 @@ class Tracker(Enum):
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"
+
+
+PEFT_TYPES = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "HIRA")
+"""PEFT's own types that are trained here: those that add weights to linear layers and need nothing
+else. Others learn prompts, read further adapters or data, compile code, or were not tried here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 from re import fullmatch
 
 from mixlora_exp.config.checks import require
@@ -16,7 +17,7 @@ class ExpertRank:
     """Part of the group `method` for methods with experts, which have `rank` as well."""
 
     expert_rank: int | None = None
-    """Rank of each expert, which keeps the scaling alpha / rank; null: `rank`."""
+    """Rank of each expert, which keeps the scaling of `rank`; null: `rank`."""
     match_params: str | None = None
     """A method with a rank, as lora_r80: `expert_rank` becomes the one whose trainable parameters
     come closest to that method's. LoRA beside the experts keeps `rank`."""
@@ -36,8 +37,10 @@ class ExpertRank:
 
     @property
     def alpha_of_experts(self) -> float:
-        """With which alpha / rank of the experts is that of the method."""
-        return self.alpha * self.rank_of_experts / self.rank
+        """The alpha with which experts have the method's scaling: alpha / rank, or
+        alpha / sqrt(rank) with rsLoRA."""
+        ratio = self.rank_of_experts / self.rank
+        return self.alpha * (sqrt(ratio) if self.rslora else ratio)
 
     def budget(self) -> tuple[str, int] | None:
         """Method and rank in `match_params`."""

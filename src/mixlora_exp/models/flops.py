@@ -12,21 +12,21 @@ from mixlora_exp.config.schema import (
     MethodConfig,
     MixLoraMethodConfig,
     ModelConfig,
+    PeftMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.models.mixtures import mixture_parameters
 from mixlora_exp.models.parameters import router_of, skeleton_of
 from mixlora_exp.models.skeleton import projections
 
-__all__ = ["Flops", "count_flops"]
-
 
 class Flops(NamedTuple):
     """Two per multiplied pair of numbers. `base`: all linear layers of the model alone, the output
-    projection among them; `adapter`: what the method adds."""
+    projection among them; `adapter`: what the method adds, None for PEFT's own types, some of which
+    build a whole weight."""
 
     base: int
-    adapter: int
+    adapter: int | None
 
 
 def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None = None) -> Flops:
@@ -47,7 +47,7 @@ def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None 
     if isinstance(method, LinearMixtureMethodConfig):
         return Flops(base, 2 * mixture_parameters(built, method).matrices)
     if not isinstance(method, LoraMethodConfig):
-        return Flops(base, 0)
+        return Flops(base, None if isinstance(method, PeftMethodConfig) else 0)
     mixed = isinstance(method, MixLoraMethodConfig)
     router = router_of(method) if mixed else None
     slots = experts if experts is not None or router is None else router.slots

@@ -16,13 +16,11 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.config.schema import PeftMethodConfig
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.roles import rate_factor
 
-SERVED = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "HIRA")
-"""Types that add weights to linear layers and need nothing else. Others learn prompts, read further
-adapters or data, compile code, or were not tried here."""
 SET_BY_THE_RUN = {
     "target_modules": "set method.targets",
     "total_step": "it is the run's number of steps",
@@ -122,11 +120,13 @@ def _elements(model: nn.Module | PeftModel) -> int:
 
 
 def _class_of(kind: str) -> type[PeftConfig]:
-    if kind in SERVED:
+    if kind in PEFT_TYPES:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = kind in set(PEFT_TYPE_TO_CONFIG_MAPPING)
     why = "is not trained here" if known else f"is no type of PEFT {peft.__version__}"
-    raise UserError(f"method.peft_type={shown(kind, 80)} {why}: choose from {', '.join(SERVED)}")
+    raise UserError(
+        f"method.peft_type={shown(kind, 80)} {why}: choose from {', '.join(PEFT_TYPES)}"
+    )
 
 
 def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) -> None:

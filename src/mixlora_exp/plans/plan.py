@@ -273,7 +273,7 @@ def cost_entry(config: Config, width: int) -> dict[str, Any] | None:
     None where an existing adapter is scored. width: bytes per number of the run."""
     if config.adapter is not None:
         return None
-    trains = isinstance(config.method, LoraMethodConfig)
+    trains = isinstance(config.method, TrainedMethodConfig)
     return {
         "forward_flops_per_token": count_flops(config.model, config.method)._asdict(),
         "estimated_kept_bytes_per_token": (

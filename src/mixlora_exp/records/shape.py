@@ -39,7 +39,7 @@ SOURCE = {
     ),
 }  # fmt: skip
 COST = {
-    "forward_flops_per_token": {"base": int, "adapter": int},
+    "forward_flops_per_token": {"base": int, "adapter": (int, None)},
     "estimated_kept_bytes_per_token": FIGURE,
 }
 STABILITY = {

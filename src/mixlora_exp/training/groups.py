@@ -1,13 +1,17 @@
-"""The optimizer's parameter groups: learning rates and weight decay by kind of parameter."""
+"""The optimizer's parameter groups: learning rates and weight decay by kind of parameter, and the
+learning rate's schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from transformers import get_scheduler
 
 from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.config.schema import Config
 from mixlora_exp.models.roles import rate_factor
 from mixlora_exp.training.job import Job
 
@@ -34,3 +38,15 @@ def parameter_groups(model: nn.Module, job: Job, decayed: Collection[str]) -> li
         }
         for (factor, decay), own in alike.items()
     ]
+
+
+def schedule_of(config: Config, steps: int, optimizer: Optimizer) -> Callable[[int], float]:
+    """The factor of the learning rate as a function of the completed optimizer steps. `optimizer`:
+    whose groups have their `initial_lr`; transformers makes a schedule for one as a whole, of which
+    only the factor is taken."""
+    trainer = config.trainer
+    name = trainer.schedule
+    if name == "constant" and trainer.warmup_steps:
+        # "constant" ignores warm-up steps.
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimizer, trainer.warmup_steps, steps).lr_lambdas[0]

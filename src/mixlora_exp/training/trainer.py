@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.adapters import save_adapter
 from mixlora_exp.adapters.hosting import expert_parameters_of
 from mixlora_exp.config.choices import Compile
-from mixlora_exp.config.schema import Config, LoraMethodConfig
+from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
-from mixlora_exp.training.groups import parameter_groups
+from mixlora_exp.training.groups import parameter_groups, schedule_of
 from mixlora_exp.training.job import Batch, Job
 from mixlora_exp.training.kept import last_layer_at_kept_rows
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
@@ -228,7 +228,7 @@ class MixLoraTrainer(Trainer):
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         for job in self.jobs.values():
-            self._schedules[job.name] = _schedule(job.config, job.steps, self.optimizer)
+            self._schedules[job.name] = schedule_of(job.config, job.steps, self.optimizer)
         factors = [self._schedules[group["adapter"]] for group in self.optimizer.param_groups]
         self.lr_scheduler = LambdaLR(self.optimizer, factors, last_epoch=self.first - 1)
         return self.lr_scheduler
@@ -387,15 +387,3 @@ class _Collate:
         step, number = divmod(numbers[0], self._passes)
         found = {job.name: job.collated(step, number, self._passes) for job in self._jobs}
         return {name: batch for name, batch in found.items() if batch is not None}
-
-
-def _schedule(config: Config, steps: int, optimizer: Optimizer) -> Callable[[int], float]:
-    """The factor of the learning rate as a function of the completed optimizer steps. `optimizer`:
-    whose groups have their `initial_lr`; transformers makes a schedule for one as a whole, of which
-    only the factor is taken."""
-    trainer = config.trainer
-    name = trainer.schedule
-    if name == "constant" and trainer.warmup_steps:
-        # "constant" ignores warm-up steps.
-        name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, trainer.warmup_steps, steps).lr_lambdas[0]
