@@ -22,7 +22,8 @@ def rows(heading: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row for row in cells}
 
 
-@pytest.mark.parametrize("method", METHODS)
+# `peft` has no size without a type.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "peft"])
 def test_size_of_a_method(method: str) -> None:
     config = compose(["model=llama2_7b", f"method={method}"])
     counted = count_parameters(config.model, config.method).trainable
