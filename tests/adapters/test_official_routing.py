@@ -269,7 +269,7 @@ def cut(part: str) -> Callable[[dict[str, Tensor]], None]:
         ("mola", renamed("mola.layers.0", "mixlora.layers.0"), "unknown: it cannot be imported"),
         ("mola", renamed("v_proj.moe_gate", "w_proj.moe_gate"), "w_proj is not a projection"),
         ("mola", renamed("mlp.up_proj.moe_gate", "self_attn.up_proj.moe_gate"), "not a projection"),
-        ("mola", cut("v_proj.moe_gate"), r"router of layer 0, v_proj is \(4, 63\), not \(4, 64\)"),
+        ("mola", cut("v_proj.moe_gate"), r"layer 0, v_proj has shape \(4, 63\), not \(4, 64\)"),
         ("loramoe", renamed("q_proj.lora_A", "q_proj.experts.0.lora_A"), "there are experts"),
         ("loramoe", renamed("self_attn.q_proj.lora_A", "mlp.up_proj.lora_A"), "lora_A of layer 0"),
         ("loramoe", gone("up_proj.moe_gate"), "router is missing: 1 of 6"),
