@@ -58,12 +58,13 @@ def test_a_row_for_each_mixture_and_router_if_it_is_named() -> None:
     assert set(names) <= set(ROWS)
     assert not set(names) & set(StepOptions().rows)
     config = StepOptions(**{**SMALL, "model": "smollm2_135m", "layers": 1, "length": 4}, rounds=1,
-                         rows=["lora_peft", *names])  # fmt: skip
+                         rows=["lora_peft", "methods"])  # fmt: skip
+    assert config.rows == ["lora_peft", *names]
     found = benchmark(config, say=lambda text: None)["rows"]
     for name in names:
         assert found[name]["train_forward_us_per_token"] > 0
         assert found[name]["feed_forward_saved_bytes_per_token"] > 0
-        assert found[name]["rank"] == (80 if name == "moslora" else 16)
+        assert found[name]["rank"] == (80 if name in ("moslora", "pissa", "lora_ga") else 16)
 
 
 def test_every_step_has_its_turn_in_each_round_in_another_order() -> None:

@@ -98,8 +98,8 @@ def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
         return MixLoraConfig(**common, **experts, router=row.router)
     if row.linear_mixture:
         router = None if row.num_experts == 1 else row.router
-        # Not its initial weights: of GOAT's singular values large weights take minutes.
-        blank = {"inference_mode": row.method == "goat"}
+        # Not their initial weights: the singular values of large weights take minutes.
+        blank = {"inference_mode": row.method in ("goat", "pissa")}
         return MixtureConfig(mixture=row.method, router=router, **blank, **experts, **common)
     return LoraConfig(**common)
 

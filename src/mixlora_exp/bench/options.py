@@ -14,8 +14,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def usual_rows() -> list[str]:
-    """Those that are measured where none are named."""
+    """Rows that are measured where none are named."""
     return [name for name, row in ROWS.items() if not row.if_named]
+
+
+METHODS = "methods"
+"""Stands in `rows` for every mixture in linear layers and MixLoRA with every other router."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,7 +39,7 @@ class StepOptions(BenchOptions):
     `dtype` is the frozen weights'; `rounds`: each row is measured once a round, after a warm-up;
     `infer_every`: the forward pass without gradients in each n-th round; `memory`: also the peak of
     each row, on a CPU in a process of its own; `liger`: liger-kernel's patches of the base model
-    under all rows alike, on a GPU."""
+    under all rows alike, on a GPU; `rows`: names, and `methods` for all that have to be named."""
 
     model: str = "smollm2_135m"
     layers: int | None = None
@@ -51,6 +55,11 @@ class StepOptions(BenchOptions):
     liger: bool = False
     rows: list[str] = field(default_factory=usual_rows)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        named = [name for name, row in ROWS.items() if row.if_named]
+        given = [each for name in self.rows for each in (named if name == METHODS else [name])]
+        self.rows = list(dict.fromkeys(given))
 
 
 def as_json(options: BenchOptions) -> dict[str, Any]:

@@ -141,11 +141,15 @@ for _router in Router:
     if _router.value != "top_k":
         row(f"mixlora_{_router.value}", method="mixlora", kernel="exact", router=_router.value,
             if_named=True)  # fmt: skip
-for _mixture in ("mola", "goat"):
-    row(_mixture, method=_mixture, kernel="exact", if_named=True)
-for _mixture, _own in (("loramoe", "dense"), ("hydralora", "dense"), ("adamole", "threshold")):
-    row(_mixture, method=_mixture, kernel="exact", top_k=8, router=_own, if_named=True)
-row("moslora", method="moslora", kernel="exact", num_experts=1, top_k=1, if_named=True)
+_ONE = {"num_experts": 1, "top_k": 1}
+_OWN = {
+    "loramoe": {"top_k": 8, "router": "dense"},
+    "hydralora": {"top_k": 8, "router": "dense"},
+    "adamole": {"top_k": 8, "router": "threshold"},
+    "moslora": _ONE, "pissa": _ONE, "lora_ga": _ONE,
+}  # fmt: skip
+for _mixture in Mixture.__members__:
+    row(_mixture, method=_mixture, kernel="exact", if_named=True, **_OWN.get(_mixture, {}))
 
 METHODS = tuple(
     name
