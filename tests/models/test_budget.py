@@ -9,6 +9,7 @@ import torch
 from composed import compose
 
 from mixlora_exp.adapters import MixLoraFeedForward, attach_adapter
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config.resolve import fingerprint, run_name
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
@@ -120,3 +121,10 @@ def test_out_of_reach(words: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as raised:
         matched(f"method={method}", *(f"method.{change}" for change in changes))
     assert "\n" not in str(raised.value)
+
+
+def test_the_command_line_prints_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["dry_run=true", "model=tiny", "method=mixlora", "method.match_params=lora_r20"]
+    assert execute(given) == 0
+    chosen = budget_line(matched("method=mixlora", "method.match_params=lora_r20", model="tiny"))
+    assert f"budget      {chosen}" in capsys.readouterr().out

@@ -107,13 +107,19 @@ def open_session(config_dir: Path | str = CONF_DIR) -> Iterator[Any]:
             f"the configuration folder {config_dir} does not exist: install the repository with "
             "`pip install -e .` and run from it, or pass --config-path=DIR"
         )
-    with initialize_config_dir(
-        config_dir=str(Path(config_dir).resolve()), job_name="train", version_base="1.3"
-    ):
-        hydra = GlobalHydra.instance().hydra
-        loader = hydra.config_loader
-        loader.repository = Repository(loader.config_search_path)
-        yield hydra
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(
+            config_dir=str(Path(config_dir).resolve()), job_name="train", version_base="1.3"
+        ):
+            hydra = GlobalHydra.instance().hydra
+            loader = hydra.config_loader
+            loader.repository = Repository(loader.config_search_path)
+            yield hydra
+    finally:
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)
 
 
 def _check_fields(node: DictConfig, path: str) -> None:
