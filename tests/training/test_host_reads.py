@@ -86,3 +86,21 @@ def test_a_generated_token_casts_no_vocabulary() -> None:
     assert counter.launches["mm"] == 1
     # The other is a copy of the hidden states.
     assert counter.total <= 2, counter.launches
+
+
+def test_what_waits_is_seen_whoever_asks() -> None:
+    x, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+    with host_reads() as reads:
+        torch.equal(x, x)
+        x[mask]
+        x[mask] = 0.0
+        x.masked_select(mask)
+        if x.sum() > 0:
+            x.add_(1)
+    assert reads == {
+        "equal": 1, "index by a mask": 1, "index_put_ by a mask": 1, "masked_select": 1,
+        "__bool__": 1,
+    }  # fmt: skip
+    with host_reads() as reads:
+        x[torch.tensor([0, 2, 1, 3])] + x.where(mask, 1.0)
+    assert not reads

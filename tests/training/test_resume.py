@@ -117,6 +117,23 @@ def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
     assert (tmp_path / "run" / "train_log.jsonl").read_text() == log
 
 
+@pytest.mark.parametrize("how", ["layer", "graph"])
+def test_a_compiled_run_is_resumed(tmp_path, monkeypatch, how) -> None:
+    """As one that was not interrupted, to the bit."""
+    own = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda layer, **options: own(layer, **{**options, "backend": "aot_eager"})
+    )
+    config = compose([*SMALL, "method=mixlora", f"trainer.compile={how}"])
+    expected, truth = train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        interrupted(config, tmp_path / "run", 33)
+    found, summary = train(config, tmp_path / "run")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert summary.stability.step_losses == truth.stability.step_losses
+    torch.compiler.reset()
+
+
 def interrupted(config: Config, folder: Path, after: int) -> None:
     """A start that is killed by the n-th batch row that is collated."""
     real, left = Collator.__call__, [after]

@@ -19,6 +19,7 @@ from mixlora_exp.kernels.shapes import Routing
 __all__ = [
     "ROUTERS",
     "Router",
+    "is_expert",
     "make_router",
     "normalised",
     "ranked",
@@ -212,6 +213,12 @@ def ranked(logits: Tensor) -> Tensor:
     return logits.detach().sort(dim=-1, descending=True, stable=True).indices
 
 
+def is_expert(experts: Tensor, num_experts: int) -> Tensor:
+    """(..., E) bool: whether an entry of `experts` (...) is expert e. On a CPU `one_hot` reads the
+    smallest and the largest entry first."""
+    return experts.unsqueeze(-1) == torch.arange(num_experts, device=experts.device)
+
+
 def normalised(weights: Tensor) -> Tensor:
     """Weights (T, K) over their sum, 0 for a row without any."""
     total = weights.sum(dim=-1, keepdim=True)
@@ -229,7 +236,7 @@ def router_fractions(
     counts the tokens that were sent to each expert, whatever F counts.
     """
     num_experts = routing.probabilities.shape[-1]
-    chosen = functional.one_hot(routing.experts, num_experts).to(routing.probabilities.dtype)
+    chosen = is_expert(routing.experts, num_experts).to(routing.probabilities.dtype)
     chosen = chosen * routing.filled.unsqueeze(-1)
     probabilities = routing.probabilities
     if mask is not None:

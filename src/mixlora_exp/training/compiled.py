@@ -23,6 +23,7 @@ from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
 from mixlora_exp.kernels import working_dtype
 from mixlora_exp.system.caches import keep_compiled_code
+from mixlora_exp.training.captured import StaticGradients
 
 BUCKET = 64
 """Lengths of compiled batches are multiples of this: up to 512 tokens, eight of them."""
@@ -126,12 +127,15 @@ def compiled_layers(
     for layer in layers:
         layer._compiled_call_impl = _Compiled(layer, options)
     # What is made of the adapters' weights once per optimizer step, as eager layers have it.
-    hook = base.register_forward_pre_hook(_bring_up_to_date)
+    hooks = [base.register_forward_pre_hook(_bring_up_to_date)]
+    if how is Compile.graph:
+        hooks.append(base.register_forward_pre_hook(StaticGradients()))
     try:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS), _static_attention(base):
             yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         shadows_at_hand(base, None)
         for layer in layers:
             layer._compiled_call_impl = None

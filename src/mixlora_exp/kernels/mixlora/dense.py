@@ -15,6 +15,7 @@ from torch.nn import functional
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
 from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
+from mixlora_exp.kernels.routing import is_expert
 from mixlora_exp.kernels.shapes import FeedForward, LowRank, Routing, low_ranks
 
 __all__ = ["dense_stage"]
@@ -38,7 +39,7 @@ def _keep(columns: Tensor, chosen: Tensor) -> Tensor:
 
 def _chosen(experts: Tensor, filled: Tensor, num_experts: int) -> Tensor:
     """(T, K, E) bool: each slot's expert; none of an empty slot."""
-    return functional.one_hot(experts, num_experts).bool() & filled.unsqueeze(-1)
+    return is_expert(experts, num_experts) & filled.unsqueeze(-1)
 
 
 def _scale(low: LowRank, experts: Tensor, filled: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from mixlora_exp.kernels.routing import ranked, router
+from mixlora_exp.kernels.routing import is_expert, ranked, router
 from mixlora_exp.kernels.shapes import Routing
 from mixlora_exp.kernels.softmax_router import SoftmaxRouter, real_counts
 
@@ -66,7 +65,7 @@ class Switch(SoftmaxRouter):
     ) -> Routing:
         experts = ranked(logits)[:, :1].contiguous()
         most = probabilities.gather(1, experts)
-        wanted = functional.one_hot(experts[:, 0], self.num_experts)
+        wanted = is_expert(experts[:, 0], self.num_experts).long()
         if self.capacity:
             capacity = self.capacity
             whole = mask is None or mask.dim() == 1
