@@ -44,7 +44,10 @@ def _chosen(experts: Tensor, filled: Tensor, num_experts: int) -> Tensor:
 
 def _scale(low: LowRank, experts: Tensor, filled: Tensor) -> Tensor:
     """DoRA's scale of each slot's expert, (T, ..., out), 0 of an empty slot."""
-    return torch.where(filled.unsqueeze(-1), functional.embedding(experts, low.scale), 0.0)
+    # Its gradient is a sum over tokens: in float32 at least.
+    wide = low.scale.to(torch.promote_types(low.scale.dtype, torch.float32))
+    scale = functional.embedding(experts, wide).to(low.scale.dtype)
+    return torch.where(filled.unsqueeze(-1), scale, 0.0)
 
 
 def _hidden_states(
