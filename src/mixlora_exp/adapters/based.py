@@ -36,8 +36,8 @@ def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
 
 
 def shapes_differ(one: BaseIdentity, other: BaseIdentity) -> bool:
-    """Whether two models of conf/model are known to have layers of other sizes. Of folders nothing
-    is known."""
+    """Return whether two models of conf/model are known to have layers of other sizes. Of folders
+    nothing is known."""
     paths = [CONF_DIR / "model" / f"{base.model}.json" for base in (one, other)]
     # A name may come from a file: it is compared with those that are there, and not followed.
     known = set((CONF_DIR / "model").glob("*.json"))
@@ -65,8 +65,8 @@ def check_base(
 def check_same_base(
     folder: Path, now: BaseIdentity | None, *, accept: bool = False, named: str | None = None
 ) -> None:
-    """As `check_base`, for a base model that is not loaded; `named`: the name of the base model in
-    the adapter's configuration.
+    """Do what `check_base` does, for a base model that is not loaded; `named`: the name of the
+    base model in the adapter's configuration.
 
     Raises:
         UserError: the weights differ, and `accept` is not set.

@@ -47,7 +47,7 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
 
 
 def is_official(folder: Path) -> bool:
-    """Whether the official packages wrote an adapter's folder. Mainly the keys of its
+    """Return whether the official packages wrote an adapter's folder. Mainly the keys of its
     configuration decide: PEFT wrote `.bin` files too, and an official one may have been converted
     to safetensors.
 

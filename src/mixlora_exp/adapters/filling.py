@@ -104,7 +104,7 @@ def _check_base_weights(model: PeftModel, others: Mapping[str, Tensor], folder: 
 
 
 def _same(own: Tensor, stored: Tensor) -> bool:
-    """Whether two tensors are equal in the lower precision of the two."""
+    """Return whether two tensors are equal in the lower precision of the two."""
     if own.shape != stored.shape:
         return False
     dtype = min((own.dtype, stored.dtype), key=lambda found: found.itemsize)

@@ -171,8 +171,8 @@ def _plain(name: str, adapter: str) -> str:
 
 
 def expert_parameters_of(model: nn.Module, adapter: str) -> dict[str, int]:
-    """By the names of `plain_parameters_of`, the number E of experts of each parameter that holds
-    a slice for each (E, ...)."""
+    """Return the number E of experts of each parameter that holds a slice for each (E, ...), by
+    the names of `plain_parameters_of`."""
     found = {}
     for name, module in model.named_modules():
         for part in getattr(module, "expert_parts", ()):

@@ -165,8 +165,8 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         return routing
 
     def block(self, adapter: str, rows: int, dtype: torch.dtype) -> FeedForward:
-        """What the kernels take for `rows` tokens in `dtype` with this adapter, dropout masks
-        drawn anew; dropout only in training mode."""
+        """Return the kernels' description of this block for `rows` tokens in `dtype` with this
+        adapter. Draws new dropout masks in training mode."""
         gate, up, down = (self._projection(role, adapter, dtype) for role in ROLES)
         p = self.lora_dropout[adapter] if self.training else 0.0
         key = self.dropout_keys.get(adapter)
@@ -234,7 +234,7 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         return found[0] if len(found) == 1 else None
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        """Where the base is, and float32 or better: experts, router and above all magnitudes must
-        not be rounded to the base's bf16 on their way into the optimizer."""
+        """Return the base's device, and float32 or better: experts, router and above all magnitudes
+        must not be rounded to the base's bf16 on their way into the optimizer."""
         weight = self.frozen("gate").weight
         return weight.device, torch.promote_types(weight.dtype, torch.float32)

@@ -82,7 +82,7 @@ class FusedLinear(KeepsShadow, RowsLinear):
 
     kernel = staticmethod(lora_add)
     at_once = True
-    """Whether its low-rank products run as steps of `kernels.linears` where there are any."""
+    """True if the low-rank products run as steps of `kernels.linears` on devices that have them."""
     siblings: tuple[Siblings, str] | None = None
     """The layers that share its input, and its name among them, where it has any."""
 
@@ -119,8 +119,8 @@ class FusedLinear(KeepsShadow, RowsLinear):
         return linears.steps_on(device) if self.at_once else None
 
     def joins(self, other: FusedLinear, adapter: str) -> bool:
-        """Whether it can be computed when `other` is called, for the same input and adapter: what
-        happens before its own call must not matter."""
+        """Return whether this layer can be computed when `other` is called, for the same input and
+        adapter: nothing that happens before its own call may matter."""
         base, others = self.base_layer, other.base_layer
         return (
             type(self) is type(other)

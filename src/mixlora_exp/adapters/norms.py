@@ -41,7 +41,10 @@ def norms_of(sources: Sequence[Source], squares: Sequence[Tensor]) -> list[Tenso
 
 
 def norms_of_one_shape(sources: Sequence[Source], squares: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The same of sources of one shape."""
+    """Row norms ||W + s B A|| of sources of one shape, each (out,) or, of experts, (E, out).
+
+    squares: ||W||^2 by rows of each, (out,).
+    """
     first = sources[0]
     a, b = stacked([one.a for one in sources]), stacked([one.b for one in sources])
     experts = a.dim() == 4

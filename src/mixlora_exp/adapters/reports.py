@@ -1,4 +1,4 @@
-"""What the routers of a model did in its last pass, and their loss."""
+"""Statistics and loss of a model's routers in its last forward pass."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Routed(Protocol):
 
     router: dict[str, Router]
     routings: dict[str, Routing]
-    """By adapter, of the last pass."""
+    """The decision of each adapter in the last forward pass, by adapter name."""
 
     def statistics(
         self, adapter: str, mask: Tensor | None, types: Tensor | None
     ) -> dict[str, Tensor]:
-        """As `Router.statistics`, of `routings[adapter]`."""
+        """Return `Router.statistics` of `routings[adapter]`."""
 
     def auxiliary_loss(self, adapter: str, statistics: Mapping[str, Tensor]) -> Tensor:
-        """As `Router.auxiliary_loss`."""
+        """Return `Router.auxiliary_loss` of the adapter's router."""
 
 
 def collect(layers: Sequence[Routed], row_map: RowMap) -> dict[str, RouterReport]:

@@ -57,8 +57,8 @@ class RowMap:
         types: Mapping[str, Tensor] | None = None,
         sequences: int = 0,
     ) -> None:
-        """Which rows of the coming pass are real, the kinds of its sequences' tasks, and how many
-        sequences there are."""
+        """Set which rows of the next pass are real (not padding), the kinds of its sequences'
+        tasks, and the number of sequences."""
         self.masks, self.types, self._real = dict(masks), dict(types or {}), {}
         self.sequences = sequences
         for adapter, mask in masks.items():
@@ -66,9 +66,10 @@ class RowMap:
             self._real[adapter, mask.numel()] = mask.reshape(-1).bool()
 
     def masks_of(self, mask: object, active: Sequence[str]) -> dict[str, Tensor]:
-        """What `tell` takes, of a model's `attention_mask`: (sequences, tokens), or (sequences, 1,
-        tokens, tokens) of packed questions; empty for other masks and for segments, whose masks the
-        caller tells. active: the adapters of all rows where `names` has none."""
+        """Return the masks for `tell`, made from a model's `attention_mask`: (sequences, tokens),
+        or (sequences, 1, tokens, tokens) of packed questions; empty for other masks and for
+        segments, whose masks the caller sets. active: the adapters of all rows where `names` has
+        none."""
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == mask.shape[-1]:
             seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
             # Padding attends to itself alone, and nothing else to it.
@@ -102,7 +103,7 @@ class RowMap:
     def seen_by(
         self, router: Router, adapter: str, rows: int, device: torch.device
     ) -> Tensor | None:
-        """What `Router.route_masked` takes as the mask of an adapter's rows.
+        """Return the mask of an adapter's rows for `Router.route_masked`.
 
         Raises:
             ValueError: it needs to know where each sequence ends, which is not known.

@@ -34,7 +34,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
     kernel = layer.kernel_on(x.device)
 
     def is_whole(segment: Segment) -> bool:
-        """Whether the segment's kernel computes the frozen products itself."""
+        """Return whether the segment's kernel computes the frozen products itself."""
         return kernel.stage is None and segment.adapter in layer.router
 
     with torch.autocast(x.device.type, enabled=False):

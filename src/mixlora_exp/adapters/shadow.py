@@ -33,7 +33,7 @@ Key = tuple[str, str, torch.dtype]
 
 
 class Shadowed(NamedTuple):
-    """What is made of a source. `low`: None where products take the parameters as they are;
+    """Copies made from a source. `low`: None where products take the parameters as they are;
     `norm`: with DoRA the row norms of `W + s B A` in float32 or better. No gradient reaches them.
     """
 
@@ -42,7 +42,8 @@ class Shadowed(NamedTuple):
 
 
 class _Shadow:
-    """Of one source: memory that keeps its address, and the state of the source when it was filled.
+    """The copies of one source in memory that keeps its address, and the source's state when they
+    were made.
 
     `memory` has `a`, `b` and `scale` in the dtype of the products and `norm`, as far as there are
     any.
@@ -55,14 +56,14 @@ class _Shadow:
         self._refs: tuple[weakref.ref, ...] = ()
 
     def holds(self, source: Source, changes: int) -> bool:
-        """Whether the source is as it was."""
+        """Return whether the source is unchanged since the copies were made."""
         # The same tensors too: others may have been given the memory of deleted ones.
         return self._state == source.state(changes) and all(
             ref() is tensor for ref, tensor in zip(self._refs, source.tensors, strict=True)
         )
 
     def fits(self, source: Source, dtype: torch.dtype) -> bool:
-        """Whether its memory serves the source as it is now."""
+        """Return whether the memory has the shapes, dtypes and device that the source needs."""
         return _needs(source, dtype) == {
             name: (t.shape, t.dtype, t.device) for name, t in self.memory.items()
         }
@@ -82,7 +83,7 @@ class _Shadow:
 
 @dataclass(slots=True)
 class _Layer:
-    """What one layer has: shadows, and ||W||^2 by projection with W's state when it was taken."""
+    """One layer's shadows, and ||W||^2 by projection with the state of W when it was computed."""
 
     shadows: dict[Key, _Shadow] = field(default_factory=dict)
     squares: dict[str, tuple[tuple, weakref.ref, Tensor]] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class Shadow:
     def of(
         self, layer: KeepsShadow, part: str, adapter: str, source: Source, dtype: torch.dtype
     ) -> Shadowed:
-        """What is made of a layer's source, up to date."""
+        """Return the up-to-date copies of a layer's source."""
         # A replica of DataParallel has the shadow of its model without having joined.
         if torch.compiler.is_compiling():
             found = layer.at_hand.get(f"{part}/{adapter}")
@@ -192,16 +193,16 @@ class KeepsShadow(nn.Module):
     """A layer whose adapters have shadows."""
 
     shadow_parts: tuple[str, ...] = ("W",)
-    """Its projections."""
+    """Names of the layer's projections."""
     at_hand: Mapping[str, Shadowed] = {}
-    """By `PART/ADAPTER` what compiled code reads, as of `shadows_at_hand`."""
+    """Copies that compiled code reads, by `PART/ADAPTER`, set by `shadows_at_hand`."""
 
     def source_of(self, part: str, adapter: str) -> Source | None:
-        """What an adapter has of a projection, if anything."""
+        """Return an adapter's weights for a projection, None if it has none."""
         raise NotImplementedError
 
     def shadow_sources(self, adapter: str) -> dict[str, Source]:
-        """What an adapter has in this layer, by projection."""
+        """Return an adapter's weights in this layer by projection."""
         found = {part: self.source_of(part, adapter) for part in self.shadow_parts}
         return {part: source for part, source in found.items() if source is not None}
 
@@ -271,8 +272,8 @@ def shadow_of(
 
 
 def _lasts(source: Source) -> bool:
-    """Whether a shadow of the source can be kept: a change will be seen, and the weights are whole
-    (not partitioned over processes, nor packed)."""
+    """Return whether a shadow of the source can be kept: a change will be seen, and the weights are
+    whole (not partitioned over processes, nor packed)."""
     recorded = source.a.is_cuda and torch.cuda.is_current_stream_capturing()
     whole = source.weight.shape == (source.b.shape[-2], source.a.shape[-1])
     return whole and not recorded and not any(one.is_inference() for one in source.tensors)

@@ -15,7 +15,8 @@ __all__ = ["has_routers", "shuffle_experts"]
 
 
 def has_routers(kind: str, method: str) -> bool:
-    """Whether a saved adapter of a PEFT type has routers; method: the mixture, if it is one."""
+    """Return whether a saved adapter of a PEFT type has routers; method: the mixture, if it is
+    one."""
     return kind == "MIXLORA" or (method in MIXTURES and MIXTURES[method].router is not None)
 
 

@@ -40,7 +40,7 @@ class _Waiting:
 
 
 class _Pending(threading.local):
-    """At most one group's outputs wait in a thread, whatever happens in between."""
+    """The outputs that wait to be taken, at most one group's in a thread."""
 
     waiting: _Waiting | None = None
 
@@ -88,7 +88,7 @@ class Siblings:
         return y
 
     def _followers(self, name: str, layer: FusedLinear, adapter: str) -> dict[str, FusedLinear]:
-        """Those that are about to be called with the same input, as far as known."""
+        """Return the layers that will be called next with the same input, as far as known."""
         known = self._layers.get(name)
         if known is None or known() is not layer:
             self._layers[name] = weakref.ref(layer)

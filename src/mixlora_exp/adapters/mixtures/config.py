@@ -106,7 +106,7 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
 
     @property
     def mergeable(self) -> bool:
-        """Whether one matrix represents the adapter for all inputs."""
+        """True if one matrix represents the adapter for all inputs."""
         return self.make_mixture().mergeable
 
     def to_dict(self) -> dict[str, Any]:

@@ -121,7 +121,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
-        """As `RowsLinear.adapt`: for one adapter of this layer, or those of the one below."""
+        """Return what `RowsLinear.adapt` does: for one adapter of this layer, or those of the LoRA
+        layer below."""
         adapter = adapters[0]
         if adapter not in self.r:
             if hasattr(self.base_layer, "adapt"):
@@ -138,7 +139,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return self._biased(frozen + method.branch(drop(rows, mask), weights, parts, scaling))
 
     def kind_of(self, adapter: str) -> object:
-        """As `RowsLinear.kind_of`: an adapter of this layer runs alone."""
+        """Return None for an adapter of this layer, which runs alone; see `RowsLinear.kind_of`."""
         if adapter in self.r or not hasattr(self.base_layer, "kind_of"):
             return None
         return self.base_layer.kind_of(adapter)
@@ -220,6 +221,6 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return getattr(self, name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        """Where the base is, and float32 or better, as experts and routers are trained."""
+        """Return the base's device, and float32 or better, as experts and routers are trained."""
         weight = self.get_base_layer().weight
         return weight.device, torch.promote_types(weight.dtype, torch.float32)
