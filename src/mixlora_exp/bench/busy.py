@@ -1,4 +1,4 @@
-"""What a step is made of: its kernels with their times, and how many launches a layer takes."""
+"""Profile of a step: its kernels with their times, and the number of launches per layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class KernelTime:
 
 
 def kernel_times(run: Callable[[], Any], device: torch.device) -> list[KernelTime]:
-    """What `run()` does on the device, the longest first; nothing where CUPTI may not be used."""
+    """Return the kernels that `run()` starts, the longest first; none where CUPTI may not be
+    used."""
     cuda = device.type == "cuda"
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     kind = DeviceType.CUDA if cuda else DeviceType.CPU

@@ -27,7 +27,7 @@ class CheckTask:
     device: str = "cuda"
 
     def described(self) -> dict[str, Any]:
-        """As a record names it."""
+        """The check's settings as a record names them."""
         kernel = f"{self.kernel} {self.what}" if self.what != "block" else self.kernel
         return {"case": self.case, "kernel": kernel, "dtype": self.dtype}
 

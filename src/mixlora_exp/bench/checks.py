@@ -24,8 +24,8 @@ from mixlora_exp.kernels import (
 
 
 def router_of(kernel: str) -> Callable[[Tensor, Tensor, int], Routing]:
-    """How tokens x (T, D) are routed by a router (E, D) beside a kernel: in one launch for one
-    that is made for a device."""
+    """Return the function that routes tokens x (T, D) by a router (E, D) for a kernel: fused in one
+    launch for a kernel that is made for a device."""
 
     def run(x: Tensor, router: Tensor, top_k: int) -> Routing:
         made = make_router("top_k", {"num_experts": len(router), "top_k": top_k}, {})

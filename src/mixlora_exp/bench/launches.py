@@ -1,4 +1,4 @@
-"""How many operations a computation gives to its device, counted on any machine.
+"""Counts the operations that a computation gives to its device, on any machine.
 
 On a GPU each of them is a kernel launch, of which a step may have too many. Views and allocations
 launch nothing. An operation that is one here may be several kernels there: LLaMA's step has 2 to

@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def usual_rows() -> list[str]:
-    """Rows that are measured where none are named."""
+    """Return the names of the rows that are measured by default."""
     return [name for name, row in ROWS.items() if not row.if_named]
 
 
@@ -24,8 +24,9 @@ METHODS = "methods"
 
 @dataclass(slots=True, kw_only=True)
 class BenchOptions:
-    """What every kind takes. `threads`: null is torch's choice; `output`: a folder, from the
-    repository's root; `name`: of the files, instead of the one that tells what was measured."""
+    """Options of every kind of benchmark. `threads`: null is torch's choice; `output`: a folder,
+    from the repository's root; `name`: of the files, instead of the one that tells what was
+    measured."""
 
     threads: int | None = None
     output: str = "results/bench"

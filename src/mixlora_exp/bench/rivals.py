@@ -1,4 +1,4 @@
-"""What others offer for the same step: liger-kernel's model patches, axolotl's fused functions."""
+"""The same step in other libraries: liger-kernel's model patches, axolotl's fused functions."""
 
 from __future__ import annotations
 

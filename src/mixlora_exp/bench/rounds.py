@@ -23,8 +23,8 @@ def interleaved(
     lost: Callable[[str, int, Exception], bool] = lambda name, number, error: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Sample]]:
-    """What each step measures in each round, all steps of a round in an order of its own, so that
-    none always follows the same one.
+    """Return each step's measurements in each round. The steps of a round run in a random order, so
+    that none always follows the same one.
 
     `every`: a step is taken in each n-th round. `deadline` (of `time.monotonic`) ends the rounds
     early. `lost(name, number, error)`: whether a step that raised is given up, with what it has

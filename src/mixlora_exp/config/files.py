@@ -16,7 +16,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.config_source import ConfigResult
 
 _PARSED: dict[tuple[str, int, int], ConfigResult] = {}
-"""By path, time of the last change in ns, and size in bytes."""
+"""Parsed files by path, time of the last change in ns, and size in bytes."""
 
 
 class ParsedFiles(FileConfigSource):

@@ -1,4 +1,4 @@
-"""Whether the folders that a command line names are there, before torch is loaded."""
+"""Checks that the folders named on a command line exist, before torch is loaded."""
 
 from __future__ import annotations
 

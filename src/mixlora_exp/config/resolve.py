@@ -1,4 +1,4 @@
-"""From Hydra's `DictConfig` to a plain, checked `Config`, and its fingerprint."""
+"""Turns Hydra's `DictConfig` into a plain, checked `Config`, and computes its fingerprint."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ __all__ = [
 
 @dataclass(slots=True, kw_only=True)
 class KernelConfig:
-    """Which implementation computes LoRA and DoRA layers and the MixLoRA block."""
+    """Implementation of LoRA and DoRA layers and the MixLoRA block."""
 
     name: Kernel = MISSING
 
@@ -109,7 +109,7 @@ class TrainerConfig:
     """loss_on=all: include padding tokens in the loss."""
     order: Order = Order.bucketed
     head: Head = Head.auto
-    """How the cross-entropy over the vocabulary is computed; all choices agree up to rounding."""
+    """Way to compute the cross-entropy over the vocabulary; all choices agree up to rounding."""
     precision: Precision = Precision.auto
     compile: Compile = Compile.off
     """off, layer (each decoder layer compiled for itself) or graph (and, on a GPU, its kernels
@@ -165,7 +165,7 @@ class TrainerConfig:
 
 @dataclass(slots=True, kw_only=True)
 class EvaluationConfig:
-    """Which protocols score the tasks, and on how many items."""
+    """Protocols that score the tasks, and the number of items."""
 
     name: str = "full"
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.label_logits])
@@ -214,7 +214,7 @@ class EvaluationConfig:
 
 @dataclass(slots=True, kw_only=True)
 class TrackerConfig:
-    """Where training progress is sent, in addition to the run's folder."""
+    """Destinations of training progress in addition to the run's folder."""
 
     name: Tracker = Tracker.none
     project: str = "mixlora-exp"

@@ -32,7 +32,7 @@ class EvaluateConfig(Config):
         Config.__post_init__(self)
 
     def settled(self) -> Config:
-        """The same run as a plain `Config`, as `train.py` composes it."""
+        """Return the run as a plain `Config`, as `train.py` composes it."""
         return Config(**{item.name: getattr(self, item.name) for item in fields(Config)})
 
 

@@ -31,7 +31,7 @@ class CustomTask:
 
 @dataclass(slots=True, kw_only=True)
 class TaskConfig:
-    """Which tasks to train on (mixed) and which to score."""
+    """Tasks to train on (mixed) and tasks to score."""
 
     name: str = MISSING
     train: list[str] = MISSING
@@ -60,7 +60,7 @@ class TaskConfig:
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    """Where the data sets come from and how an item becomes tokens."""
+    """Sources of the data sets and how an item becomes tokens."""
 
     name: DataSource = MISSING
     path: str | None = None
@@ -72,7 +72,7 @@ class DataConfig:
     train_limit: int | None = None
     """Maximum number of training rows per task: the first of a shuffle seeded by `data.seed`."""
     train_limits: dict[str, int] = field(default_factory=dict)
-    """The same for single tasks by name; takes precedence over `train_limit`."""
+    """Limits of training rows for single tasks by name; take precedence over `train_limit`."""
     cutoff_length: int = 512
     """Maximum tokens per example; only context is truncated, never question, options or answer."""
     boolq_passage: bool = True

@@ -68,7 +68,7 @@ class LoraMethodConfig(TrainedMethodConfig):
     """LoRA-FA: A is not trained, and B's gradient is corrected for it; LoRA alone."""
     dora: bool = False
     train_magnitude: bool = True
-    """With `dora`: whether the magnitude is trained."""
+    """With `dora`: train the magnitude."""
 
     def __post_init__(self) -> None:
         TrainedMethodConfig.__post_init__(self)

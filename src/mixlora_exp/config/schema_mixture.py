@@ -63,7 +63,7 @@ def _is_per_layer(value: Any, _: Any) -> bool:
 
 
 def _is_chosen(value: Any, all: LinearMixtureSettings) -> bool:
-    """Whether K <= E, as far as that is known without the number of layers."""
+    """Return whether K <= E, as far as that is known without the number of layers."""
     chosen, experts = _counts(value), _counts(all.num_experts)
     if chosen is None or experts is None:
         return chosen is not None
@@ -73,13 +73,13 @@ def _is_chosen(value: Any, all: LinearMixtureSettings) -> bool:
 
 
 def all_below(chosen: Sequence[int], experts: Sequence[int]) -> bool:
-    """Whether no K is above its E."""
+    """Return whether no K is above its E."""
     return all(k <= e for k, e in zip(chosen, experts, strict=True))
 
 
 @dataclass(kw_only=True)
 class LinearMixtureSettings(MixtureSettings):
-    """What a mixture in each linear layer has in addition to LoRA: shared by Hydra
+    """Settings of a mixture in each linear layer in addition to LoRA's: shared by Hydra
     (`LinearMixtureMethodConfig`) and PEFT (`MixtureConfig`)."""
 
     mixture: Mixture = setting(Mixture.mola, "The method; see its file in kernels/mixtures/.")
@@ -133,7 +133,7 @@ class LinearMixtureSettings(MixtureSettings):
         return own if self.router is None else word(self.router)
 
     def router_settings(self, experts: int, chosen: int, width: int) -> dict[str, Any]:
-        """What a layer's router is made from, with E, K and rows of `width` elements."""
+        """Return the settings of a layer's router with E, K and rows of `width` elements."""
         settings = {item.name: getattr(self, item.name) for item in fields(MixtureSettings)}
         settings |= {"num_experts": experts, "top_k": chosen}
         if self.router_init_std is None:

@@ -54,7 +54,7 @@ class ModelConfig:
 
     @property
     def draws_weights(self) -> bool:
-        """Whether the weights are drawn at random in the shape given by `config`."""
+        """True if the weights are drawn at random in the shape given by `config`."""
         if self.weights is Weights.random:
             return True
         return self.source is ModelSource.random and self.path is None

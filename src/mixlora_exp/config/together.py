@@ -97,8 +97,8 @@ def shared_settings(config: Config) -> dict[str, Any]:
 
 
 def _shares(method: MethodConfig) -> bool:
-    """Whether adapters of a method can be trained with others on one base model. PEFT's own types
-    cannot, nor LoRA-GA, which needs a pass without any adapter."""
+    """Return whether adapters of a method can be trained with others on one base model. PEFT's own
+    types cannot, nor LoRA-GA, which needs a pass without any adapter."""
     starts_alone = getattr(method, "mixture", None) is Mixture.lora_ga
     return isinstance(method, LoraMethodConfig) and not starts_alone
 

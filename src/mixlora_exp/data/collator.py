@@ -24,7 +24,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tens
 def pad(
     rows: Sequence[Sequence[int]], pad_id: int, side: str, multiple: int = 1
 ) -> dict[str, torch.Tensor]:
-    """As `pad_left`, with padding on `side`, left or right, to a length that `multiple` divides."""
+    """Pad rows on `side`, left or right, to a length that `multiple` divides; see `pad_left`."""
     length = max(len(row) for row in rows)
     length += -length % multiple
     ids, mask = [], []

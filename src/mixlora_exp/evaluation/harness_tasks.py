@@ -106,7 +106,7 @@ HARNESS_TASKS: dict[str, HarnessTask] = {
     "hellaswag": HarnessTask("hellaswag", "hellaswag/hellaswag.yaml", _hellaswag),
     "winogrande": HarnessTask("winogrande", "winogrande/default.yaml", _winogrande),
 }
-"""This project's task name -> the harness's task."""
+"""The harness's task by this project's task name."""
 
 
 def _package_tasks() -> Path:

@@ -15,7 +15,7 @@ CHUNK_ELEMENTS = 2**22
 
 
 def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
-    """Some rows of W at a time: W in float32 would be twice the size of a bf16 model's."""
+    """Split W into blocks of rows: W in float32 would be twice the size of a bf16 model's."""
     return weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
 
 

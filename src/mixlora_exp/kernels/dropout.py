@@ -59,7 +59,7 @@ def _digest(data: bytes, size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RowIds:
-    """Which rows a forward pass has, in the order of the flattened batch.
+    """The rows of a forward pass, in the order of the flattened batch.
 
     keys: (T,) int64, a hash of (seed, optimizer step, example, position). runs: (N, 4) int64, the
     rows of one example that follow one another: a hash of (seed, step, example), the position of
@@ -88,13 +88,13 @@ class RowIds:
 
 @dataclass(slots=True)
 class DropoutStream:
-    """Where one adapter's dropout is: its seed, and the rows of the current forward pass, which a
+    """State of one adapter's dropout: its seed, and the rows of the current forward pass, which a
     trainer sets before it with `begin`. Without rows torch's default generator draws."""
 
     seed: int
     rows: RowIds | None = None
     kept: RowIds | None = None
-    """Those rows that a layer may compute alone."""
+    """The rows of the current pass that a layer may compute alone; None: all."""
 
     def begin(
         self, step: int, example: Tensor, position: Tensor, kept: Tensor | None = None
@@ -120,7 +120,7 @@ class DropoutKey:
     stream: DropoutStream
     place: str
     device: torch.device | str = "cpu"
-    """Where compiled models draw masks."""
+    """The device on which compiled models draw masks."""
     _numbers: dict[str, int] = field(default_factory=dict, init=False, compare=False)
     _held: dict[str, Tensor] = field(default_factory=dict, init=False, compare=False)
 
@@ -190,7 +190,7 @@ class DropoutKey:
 
 @dataclass(frozen=True, slots=True)
 class DropMask:
-    """Which elements of a (rows, width) matrix dropout zeroes, and the factor for the others.
+    """The elements of a (rows, width) matrix that dropout zeroes, and the factor for the others.
 
     `elements` is either `kept`, (rows, width) bool, or the flat int32 numbers of the dropped ones
     in ascending order: at p = 0.05 that is 0.2 bytes per element of the matrix, where `kept` is 1.

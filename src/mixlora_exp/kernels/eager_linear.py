@@ -16,7 +16,7 @@ from mixlora_exp.kernels.plain_linear import supports
 __all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]
 
 HASHED = False
-"""Whether masks have to be made by a hash."""
+"""True if masks have to be made by a hash."""
 
 
 def _dropped(x: Tensor, part: LowRankPart) -> Tensor:

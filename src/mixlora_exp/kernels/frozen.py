@@ -27,7 +27,7 @@ class Frozen(ABC):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether weight or bias is trained after all."""
+        """True if weight or bias is trained after all."""
         return self.bias is not None and self.bias.requires_grad
 
     def linear(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BITS = 24
-"""Of a hash, those that decide: a probability is a multiple of 2^-24."""
+"""Number of bits of a hash that decide: a probability is a multiple of 2^-24."""
 LOW = 0xFFFFFFFF
 
 

@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a linear layer W (outputs, inputs) and its LoRA experts."""
+    """Sizes of a linear layer W (outputs, inputs) and its LoRA experts."""
 
     experts: int
     rank: int
@@ -52,12 +52,13 @@ class Mixture:
     router: ClassVar[str | None] = "top_k"
     """None: the method has one expert and no router."""
     mergeable: ClassVar[bool] = False
-    """Whether the branch is one matrix for all inputs (see `delta`)."""
+    """True if the branch is one matrix for all inputs (see `delta`)."""
     fixed: ClassVar[tuple[str, ...]] = ()
     """Names of the weights that are stored but not trained."""
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-        """Of the weights by name, the router's apart: A (E, R, in) and B (E, out, R).
+        """Return the shapes of the weights by name, without the router's: A (E, R, in), B (E, out,
+        R).
 
         Raises:
             ValueError: the method cannot have these sizes.
@@ -90,9 +91,11 @@ class Mixture:
     def statistics(
         self, router: Router, routing: Routing, mask: Tensor | None, types: Tensor | None
     ) -> dict[str, Tensor]:
-        """What the loss needs of one layer's decision, as `Router.statistics`. types: (sequences,),
-        0 or 1 by the kind of a sequence's task, where the batch tells; sequences are equally long
-        and follow one another in the rows."""
+        """Return what the loss needs of one layer's decision; see `Router.statistics`.
+
+        types: (sequences,), 0 or 1 by the kind of a sequence's task, None where the batch does not
+        say; sequences are equally long and follow one another in the rows.
+        """
         return router.statistics(routing, mask)
 
     def auxiliary_loss(self, router: Router, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -101,7 +104,7 @@ class Mixture:
 
 
 MIXTURES: dict[str, type[Mixture]] = {}
-"""By name. The configuration reads the same names from the decorators in the files."""
+"""All mixtures by name. The configuration reads the same names from the decorators."""
 
 
 def mixture(name: str) -> Callable[[type[Mixture]], type[Mixture]]:

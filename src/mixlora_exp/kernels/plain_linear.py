@@ -17,11 +17,11 @@ from mixlora_exp.kernels.lora import LowRankPart
 __all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]
 
 HASHED = False
-"""Whether masks have to be made by a hash."""
+"""True if masks have to be made by a hash."""
 
 
 def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) -> bool:
-    """Whether these steps serve: the base is frozen."""
+    """Return whether these steps can run: the base must be frozen."""
     return not any(base.requires_grad for base in frozen)
 
 

@@ -9,7 +9,7 @@ __all__ = ["working_dtype"]
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """That of autocast where it is on (but float64 stays), else the dtype of `x`.
+    """Return autocast's dtype where it is on (float64 stays), else the dtype of `x`.
 
     Kernels run with autocast off: their functions hold products that it would not reach, and cast
     what they need themselves.

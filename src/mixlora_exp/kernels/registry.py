@@ -50,7 +50,7 @@ class Kernel:
         return hidden, lambda y: with_base(finish(y), x, routing, block)
 
     def runs_on(self, device: str) -> bool:
-        """Whether it can run on a device type, with the packages that are installed."""
+        """Return whether the kernel can run on a device type with the packages installed."""
         there = self.needs is None or importlib.util.find_spec(self.needs) is not None
         return there and self.device in (None, device)
 
@@ -61,10 +61,10 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {}
-"""By name. The configuration reads the same names from the decorators in the files."""
+"""All kernels by name. The configuration reads the same names from the decorators."""
 
 FASTEST = {"cuda": "triton"}
-"""What `auto` stands for by device type where it can run there, else `exact`."""
+"""The kernel that `auto` chooses, by device type; `exact` elsewhere or where it cannot run."""
 
 
 def kernel(name: str, **properties: Any) -> Callable[[Block], Block]:

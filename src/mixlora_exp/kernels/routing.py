@@ -1,4 +1,4 @@
-"""What a router is: its weights, its decision and its loss, in one class that registers itself."""
+"""Base class of routers: weights, decision and loss in one class that registers itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Router(ABC):
     """
 
     frozen: ClassVar[bool] = False
-    """Whether its weights keep their initial values."""
+    """True if the weights keep their initial values."""
 
     num_experts: int
     top_k: int
@@ -57,24 +57,24 @@ class Router(ABC):
 
     @property
     def slots(self) -> int:
-        """How many experts a row gets at most."""
+        """Largest number of experts that a row can get, K."""
         return self.top_k
 
     @property
     def trained(self) -> bool:
-        """Whether its weights are trained: with one expert they have nothing to decide, and no
+        """True if the weights are trained: with one expert they have nothing to decide, and no
         gradient."""
         return not self.frozen and self.num_experts > 1
 
     @property
     def learns_from_task(self) -> bool:
-        """Whether the task's loss has a gradient for its weights. One normalised weight is always
+        """True if the task's loss has a gradient for its weights. One normalised weight is always
         1, so a router with one expert per row has none: it learns from its own loss alone."""
         return self.slots > 1
 
     @property
     def by_sequence(self) -> bool:
-        """Whether `route_masked` is to be told where each sequence of the batch ends."""
+        """True if `route_masked` needs to know where each sequence of the batch ends."""
         return False
 
     def initial(self, width: int) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class Router(ABC):
         return self.route(x, weights, training=training, fused=fused)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
-        """What the loss needs of one module's decision, with its graph; padding left out.
+        """Return what the loss needs of one module's decision, with its graph; padding left out.
 
         mask: (T,), true for real rows, or None, as `route_masked` had it. `counts` (E,), the rows
         sent to each expert, must be among them, or come of them in `gathered`; means over rows and
@@ -138,7 +138,7 @@ class Router(ABC):
 
 
 ROUTERS: dict[str, type[Router]] = {}
-"""By name. The configuration reads the same names from the decorators in the files."""
+"""All routers by name. The configuration reads the same names from the decorators."""
 
 
 def router(name: str) -> Callable[[type[Router]], type[Router]]:

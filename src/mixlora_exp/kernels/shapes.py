@@ -1,4 +1,4 @@
-"""What the kernels take: the frozen feed-forward block, its LoRA experts and the routing.
+"""Arguments of the kernels: the frozen feed-forward block, its LoRA experts and the routing.
 
 Shape letters, used throughout this package: `T` tokens, `D` hidden size, `F` feed-forward size,
 `E` experts, `K` experts per token, `R` rank.
@@ -84,7 +84,7 @@ class Projection:
 
     @property
     def has_scale(self) -> bool:
-        """Whether each expert scales its whole output per row (DoRA)."""
+        """True if each expert scales its whole output per row (DoRA)."""
         return self.experts is not None and self.experts.magnitude is not None
 
 
@@ -114,7 +114,7 @@ class FeedForward:
 
     @property
     def projections(self) -> dict[str, Projection]:
-        """By role."""
+        """The three projections by role."""
         return {"gate": self.gate, "up": self.up, "down": self.down}
 
     def slice(self, first: int, end: int) -> FeedForward:
@@ -182,7 +182,8 @@ def scale_of(experts: Experts, dtype: torch.dtype) -> Tensor | None:
 
 
 def low_ranks(block: FeedForward, dtype: torch.dtype) -> dict[str, LowRank | None]:
-    """By role, None for a projection without experts; differentiable in the parameters."""
+    """Return each projection's `LowRank` in `dtype` by role, None for one without experts;
+    differentiable in the parameters."""
     made: dict[str, LowRank | None] = {}
     for role, projection in block.projections.items():
         experts = projection.experts
@@ -221,8 +222,8 @@ class Gradients:
                 self.magnitude[role] = torch.zeros_like(experts.magnitude, dtype=dtype)
 
     def flat(self, block: FeedForward) -> list[Tensor | None]:
-        """In the order of `packing.pack` and the dtypes of the parameters; None for what has
-        no gradient: norms, biases and masks."""
+        """Return the gradients in the order of `packing.pack` and the dtypes of the parameters;
+        None for tensors without one: norms, biases and masks."""
         found: list[Tensor | None] = []
         for role, projection in block.projections.items():
             experts = projection.experts
@@ -283,7 +284,7 @@ class Routing:
         return Routing(*(part[rows] for part in parts), base=base, skips=self.skips)
 
     def detached(self) -> Routing:
-        """The same decision without gradients."""
+        """Return a copy of the decision without gradients."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)
         extra = {name: value.detach() for name, value in self.extra.items()}
         base = None if self.base is None else self.base.detach()

@@ -1,4 +1,4 @@
-"""What the routers that take a softmax over all experts share: their options, noise and z-loss."""
+"""Common base of routers with a softmax over all experts: options, noise and z-loss."""
 
 from __future__ import annotations
 

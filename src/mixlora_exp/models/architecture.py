@@ -34,7 +34,7 @@ PASSED_OVER = {"architectures", "transformers_version", "auto_map"}
 
 
 def has_builtin_tokenizer(config: ModelConfig) -> bool:
-    """Whether the tokenizer is `tiny.build_tokenizer`: for random weights without `path`."""
+    """Return whether the tokenizer is `tiny.build_tokenizer`: for random weights without `path`."""
     return config.draws_weights and config.path is None
 
 

@@ -145,7 +145,7 @@ def base_of(model: nn.Module) -> BaseIdentity | None:
 
 
 def same_weights(one: BaseIdentity | None, other: BaseIdentity | None) -> bool | None:
-    """Whether two base models have the same weights; None if unknown."""
+    """Return whether two base models have the same weights; None if unknown."""
     if one is None or other is None or one.fingerprint is None or other.fingerprint is None:
         return None
     first, second = (found.fingerprint.split(":") for found in (one, other))
@@ -156,8 +156,8 @@ def same_weights(one: BaseIdentity | None, other: BaseIdentity | None) -> bool |
 
 
 def contradict(one: BaseIdentity, other: BaseIdentity) -> bool:
-    """Whether two base models are known to differ. Without fingerprints, only random weights are
-    known to differ from loaded ones: hub names may be mirrors, and folders may be moved."""
+    """Return whether two base models are known to differ. Without fingerprints, only random weights
+    are known to differ from loaded ones: hub names may be mirrors, and folders may be moved."""
     same = same_weights(one, other)
     if same is not None:
         return not same

@@ -48,7 +48,7 @@ def with_matched_rank(config: Config) -> Config:
 
 
 def budget_line(config: Config) -> str:
-    """What `with_matched_rank` chose, in a line; empty where it had nothing to choose."""
+    """Return the choice of `with_matched_rank` in one line; empty where it had none."""
     method = config.method
     if not isinstance(method, ExpertRank) or method.match_params is None:
         return ""
@@ -95,7 +95,7 @@ def _closest(count: Callable[[int], int], wanted: int) -> int:
 
 
 def _reference(config: Config) -> Parameters:
-    """What the method in `match_params` has on the same model.
+    """Return the parameter counts of the method in `match_params` on the same model.
 
     Raises:
         UserError: there is no such method, or it has no rank.

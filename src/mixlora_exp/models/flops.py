@@ -30,16 +30,16 @@ class Flops(NamedTuple):
 
 
 def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None = None) -> Flops:
-    """What matrix products cost a token in the kernels that share the frozen products (all but
-    `reference`, `peft` and `shared`). The products of attention are not in it, which grow with the
-    number of tokens and are the same for every method; nor are norms of DoRA, computed once per
-    optimizer step.
+    """Return the FLOPs of matrix products per token in the kernels that share the frozen products
+    (all but `reference`, `peft` and `shared`). The products of attention are not in it, which grow
+    with the number of tokens and are the same for every method; nor are norms of DoRA, computed
+    once per optimizer step.
 
     A mixture in linear layers multiplies with all of its experts, MixLoRA with those that a token
     has. experts: how many these are, None for as many as the router allows.
 
     Raises:
-        UserError: as `count_parameters`.
+        UserError: `count_parameters` does.
     """
     built = skeleton_of(model)
     linears = [m for m in built.modules() if isinstance(m, torch.nn.Linear)]

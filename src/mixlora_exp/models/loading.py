@@ -125,7 +125,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def has_local_tokenizer(config: ModelConfig) -> bool:
-    """Whether `load_tokenizer` needs neither the network nor a conversion of weights."""
+    """Return whether `load_tokenizer` needs neither the network nor a conversion of weights."""
     if config.path is not None:
         return Path(config.path).expanduser().is_dir()
     if has_builtin_tokenizer(config):

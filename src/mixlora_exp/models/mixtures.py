@@ -1,4 +1,4 @@
-"""How a mixture in linear layers fits a model: its experts in each layer, and their parameters."""
+"""Experts of a mixture in each linear layer of a model, and their parameters."""
 
 from __future__ import annotations
 

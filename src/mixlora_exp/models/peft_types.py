@@ -79,8 +79,8 @@ def config_of(method: PeftMethodConfig) -> PeftConfig:
 
 
 def peft_size(model: nn.Module, method: PeftMethodConfig) -> PeftSize:
-    """What the adapter of a model has, whose weights are not read: PEFT builds it on the meta
-    device.
+    """Return the size of a method's adapter on a model: PEFT builds it on the meta device, so that
+    no weights are read.
 
     Raises:
         UserError: as `config_of`, or PEFT cannot build it; or with LoRA+ a parameter has no role.

@@ -10,7 +10,7 @@ from mixlora_exp.config.schema import Precision
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware (on a CPU: AVX-512 bf16 or AMX)."""
+    """Return whether bf16 matrix products run in hardware (on a CPU: AVX-512 bf16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # torch has no public query for a CPU.

@@ -84,7 +84,7 @@ def cached_folder(config: ModelConfig) -> Path:
 
 
 def is_cached(config: ModelConfig) -> bool:
-    """Whether the package's file has already been converted."""
+    """Return whether the package's file has already been converted."""
     try:
         return _is_complete(_folder_for(config, find_gguf(config)))
     except UserError:

@@ -1,4 +1,4 @@
-"""Which parameters of an adapter are trained at LoRA+'s higher rate.
+"""Roles of adapter parameters, which say what LoRA+ trains at its higher rate.
 
 LoRA+ trains B at a multiple of A's learning rate. Its authors' rule goes by names and shapes:
 `lora_B` and every one-dimensional parameter. Here each parameter has a declared role, so that one
@@ -20,8 +20,9 @@ ROLES = {
     **dict.fromkeys(("lora_magnitude_gate", "lora_magnitude_up", "lora_magnitude_down"), "B"),
     "lora_router_threshold_bias": "B",
 }
-"""By the part of a parameter's name that says what it is: A, with the learning rate itself, or B,
-with `method.lora_plus_ratio` times as much. A method with parameters of other names adds them."""
+"""Role by the part of a parameter's name that says what it is: A, with the learning rate itself, or
+B, with `method.lora_plus_ratio` times as much. A method with parameters of other names adds
+them."""
 
 
 def rate_factor(name: str, ratio: float) -> float:

@@ -1,4 +1,4 @@
-"""What the official packages' routers are here: settings of this project by those of the file.
+"""Translates router settings of the official packages' files into this project's.
 
 Their load-balance losses count every chosen expert and pool the tokens of all routers; those of the
 dynamic and the switch routing count padding as well.

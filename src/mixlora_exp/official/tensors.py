@@ -36,7 +36,7 @@ SUFFIXES = {short: long for long, short in PARTS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a type of adapter has experts and routers.
+    """Places of experts and routers in a type of adapter.
 
     prefix: of all names. experts: projections with experts, if they are adapted; the others have a
     LoRA. linear: there is a router at each of these, else one at each feed-forward block.
@@ -53,7 +53,7 @@ LAYOUTS = {
     "MOLA": Layout("mola.", tuple(PROJECTIONS), linear=True),
     "LORAMOE": Layout("loramoe.", tuple(ROLES), linear=True),
 }
-"""By `peft_type`."""
+"""Layout of each type of adapter by `peft_type`."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Parts:
     routers: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def has_magnitudes(self, group: str) -> bool:
-        """Whether `group`, `single` or `experts`, has DoRA magnitudes."""
+        """Return whether `group`, `single` or `experts`, has DoRA magnitudes."""
         return any(key[2] == "magnitude" for key in getattr(self, group))
 
 

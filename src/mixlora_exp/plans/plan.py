@@ -269,7 +269,7 @@ def parameters_entry(config: Config) -> dict[str, Any]:
 
 
 def cost_entry(config: Config, width: int) -> dict[str, Any] | None:
-    """What a token costs by formulas, in the format of a record; for what was measured see `train`.
+    """Return the calculated cost of a token in the format of a record; `train` has measured values.
     None where an existing adapter is scored. width: bytes per number of the run."""
     if config.adapter is not None:
         return None

@@ -75,7 +75,7 @@ class RunFiles:
         return self._contents[name]
 
     def has(self, name: str) -> bool:
-        """Whether the run has a file of this name."""
+        """Return whether the run has a file of this name."""
         if self.path.suffix != PACKED:
             return (self.path.parent / name).is_file()
         try:

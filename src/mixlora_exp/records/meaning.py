@@ -16,7 +16,7 @@ TEXT_METHODS = frozenset(("join", "format", "strip", "removeprefix", "removesuff
 
 
 def _is_text(node: ast.AST | None) -> bool:
-    """Whether an expression evaluates to a string, judged by its syntax."""
+    """Return whether an expression evaluates to a string, judged by its syntax."""
     match node:
         case ast.JoinedStr() | ast.Constant(value=str()):
             return True
@@ -58,7 +58,7 @@ class _Function:
     values: list[tuple[str | None, ast.expr]]
     """(variable, assigned expression); the variable is None for a returned expression."""
     said: set[str] = field(default_factory=set)
-    """Its variables and parameters that are used only in texts of exceptions."""
+    """Variables and parameters that are used only in texts of exceptions."""
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> _Function:
@@ -241,7 +241,7 @@ def _dump(node: object, texts: frozenset[int] | set[int] = frozenset()) -> str:
 
 
 def _says_nothing(node: object) -> bool:
-    """Whether a statement is a docstring or `pass`."""
+    """Return whether a statement is a docstring or `pass`."""
     match node:
         case ast.Pass() | ast.Expr(ast.Constant(value=str())):
             return True

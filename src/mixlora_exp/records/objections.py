@@ -32,7 +32,7 @@ def objections(record: Mapping[str, Any]) -> list[str]:
 
 
 def has_random_weights(record: Mapping[str, Any]) -> bool:
-    """Whether a run was a trial, on a base model of random weights."""
+    """Return whether a run was a trial, on a base model of random weights."""
     model = record["config"]["model"]
     return model["weights"] == "random" or (model["path"] is None and model["source"] == "random")
 

@@ -139,7 +139,7 @@ def copies(runs: Iterable[RecordedRun]) -> dict[str, LeftOut]:
 
 
 def _fits(base: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
-    """Whether a base model was scored under the conditions of a block."""
+    """Return whether a base model was scored under the conditions of a block."""
     rows = {name for name in conditions if name.startswith("rows.") and name.endswith("/test")}
     return rows <= base.keys() and all(conditions.get(n) == value for n, value in base.items())
 

@@ -19,7 +19,7 @@ METHOD_TITLES = {
 METHODS = tuple(name for name in METHOD_TITLES if name != "none")
 """The paper's methods, in the order of its tables."""
 MIXTURES = ("mixlora", "mixdora")
-"""Those with experts: the only ones whose settings Tables 8 and 9 vary."""
+"""The methods with experts: the only ones whose settings Tables 8 and 9 vary."""
 MODEL_TITLES = {
     "gemma_2b": "Gemma 2B",
     "llama2_7b": "LLaMA-2 7B",

@@ -119,7 +119,7 @@ class RecordedRun:
 
     @property
     def mixture(self) -> bool:
-        """Whether the method has experts behind a router."""
+        """True if the method has experts behind a router."""
         return method_class(self.trained["method"]) is MixLoraMethodConfig
 
     @property
@@ -138,12 +138,12 @@ class RecordedRun:
 
     @property
     def held_out(self) -> bool:
-        """Whether held-out training rows were scored instead of the test set."""
+        """True if held-out training rows were scored instead of the test set."""
         return self.scored["evaluation"]["held_out"]
 
     @property
     def rescored(self) -> bool:
-        """Whether the record scores an adapter of another run."""
+        """True if the record scores an adapter of another run."""
         return self.record.get("adapter") is not None
 
     @property

@@ -53,8 +53,8 @@ SIGN = "fingerprint"
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run reads. `identity` goes into the record, and distinguishes finished runs with the
-    same settings but other inputs."""
+    """Everything that a run reads. `identity` goes into the record, and distinguishes finished runs
+    with the same settings but other inputs."""
 
     splits: dict[tuple[str, str], LoadedSplit]
     identity: dict[str, Any]
@@ -110,7 +110,7 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
 
 
 def _method(settings: dict[str, Any]) -> str:
-    """What a run that trains such an adapter is called; other types go by PEFT's name."""
+    """Return the method name of a saved adapter; types without one go by PEFT's name."""
     kind = settings["peft_type"].lower()
     if kind == "lora_mixture" and settings.get("mixture") in Mixture.__members__:
         return settings["mixture"]

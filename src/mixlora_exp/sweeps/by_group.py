@@ -24,7 +24,7 @@ class ByGroup:
         self._alone: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, hydra: Any, name: str, overrides: Sequence[str]) -> Config:
-        """As `compose_cell`.
+        """Compose a cell of the sweep as `compose_cell` does.
 
         Raises:
             UserError: there is a mistake in the overrides.

@@ -49,7 +49,7 @@ class Outcome:
     failed: int = 0
     failure: Failure | None = None
     stopped: bool = False
-    """Whether a signal stopped the job before its end."""
+    """True if a signal stopped the job before its end."""
 
 
 @dataclass(slots=True)
@@ -188,8 +188,8 @@ def _carried_out(cfg: DictConfig, overrides: str) -> Outcome:
 
 
 def _signals_of_submitit() -> dict[int, Callable[[int, None], None]]:
-    """In a submitit job: the signals on which submitit would requeue the job and exit immediately,
-    without a checkpoint, and the handlers that do so."""
+    """Return, in a submitit job, the signals on which submitit would requeue the job and exit at
+    once, without a checkpoint, and the handlers that do so."""
     found = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     name = "checkpoint_and_try_requeue"
     return {n: f for n, f in found.items() if callable(f) and getattr(f, "__name__", "") == name}

@@ -28,7 +28,7 @@ class Ledger:
     """The job that may start again although a process was killed while executing it."""
 
     def may_begin(self, number: int) -> bool:
-        """Whether a job may start: if its process was killed, only as `alone`."""
+        """Return whether a job may start: if its process was killed, only as `alone`."""
         return number == self.alone or not self.starts(number)
 
     def begin(self, number: int) -> None:
@@ -46,7 +46,7 @@ class Ledger:
         return pickle.loads(path.read_bytes()) if path.exists() else None
 
     def starts(self, number: int) -> int:
-        """How often the job was started."""
+        """Return the number of times that the job was started."""
         return len(list(self.folder.glob(f"begun-{number}-*")))
 
     def under_way(self) -> list[int]:

@@ -297,7 +297,7 @@ def _carry_out(
 
 
 def _by_its_settings(error: UserError) -> bool:
-    """Whether a trial may have failed because of its searched values. Insufficient memory, file
-    errors and runs of other processes affect any trial, and can be fixed."""
+    """Return whether a trial may have failed because of its searched values. Insufficient memory,
+    file errors and runs of other processes affect any trial, and can be fixed."""
     elsewhere = isinstance(error, (Postponed, NotEnoughMemory))
     return not elsewhere and not isinstance(error.__cause__, (OSError, SafetensorError))

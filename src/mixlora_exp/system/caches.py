@@ -1,4 +1,4 @@
-"""Where this program keeps what it can make again."""
+"""The folder of this program's caches."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _leave_at_exit() -> None:
 
 
 def resolve_device() -> torch.device:
-    """This process's CUDA device, or the CPU if there is none."""
+    """Return this process's CUDA device, or the CPU if there is none."""
     return processes().device
 
 

@@ -1,12 +1,12 @@
-"""What the hub's client says of its own retries, in one line."""
+"""Shortens the hub client's messages about its retries to one line."""
 
 from __future__ import annotations
 
 import logging
 
 TRIES = (" thrown while requesting ", "Retrying in ")
-"""What stands in its lines about one try after another, about a dozen of them. What else it says
-is told as it is: that requests were too many, say, which may take minutes."""
+"""Parts of the client's messages about single retries, about a dozen per failure. Its other
+messages are passed on: that requests were too many, say, which may take minutes."""
 
 
 class _OneLine(logging.Filter):
@@ -26,7 +26,7 @@ class _OneLine(logging.Filter):
 
 
 def shorten() -> None:
-    """From now on; calling it again changes nothing."""
+    """Shorten these messages from now on; calling it again changes nothing."""
     logger = logging.getLogger("huggingface_hub.utils._http")
     if not any(isinstance(one, _OneLine) for one in logger.filters):
         logger.addFilter(_OneLine())

@@ -90,8 +90,8 @@ def _newest(folder: Path) -> int:
 
 
 def _dead_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a holder on this machine is dead; None if unknown: on another machine, or hidden by
-    the system."""
+    """Return whether a holder on this machine is dead; None if unknown: on another machine, or
+    hidden by the system."""
     me = _this_process()
     if any(holder.get(key) != me[key] for key in ("host", "boot", "namespace")):
         return None
@@ -112,7 +112,7 @@ def _dead_here(holder: dict[str, Any]) -> bool | None:
 
 
 def _alive(path: Path, patience: float) -> bool:
-    """Whether the holder of a lock file is alive."""
+    """Return whether the holder of a lock file is alive."""
     before = _read(path)
     if before is not None and before.get("released"):
         return False
@@ -170,7 +170,7 @@ class RunLock:
             ) from error
 
     def take(self) -> bool:
-        """As `acquire`, without the `UserError`, for folders that do not belong to a run.
+        """Acquire the lock as `acquire` does, without its `UserError`: for folders of no run.
 
         Raises:
             OSError: the folder cannot be written.
@@ -224,7 +224,8 @@ class RunLock:
         return path
 
     def held(self) -> bool:
-        """Whether this process still holds the lock, according to the folder's current state."""
+        """Return whether this process still holds the lock, according to the folder's current
+        state."""
         if self._number and not self.lost.is_set():
             with contextlib.suppress(OSError):
                 if _newest(self.folder) > self._number:

@@ -36,7 +36,7 @@ _STATE = _State()
 
 
 def requested() -> bool:
-    """Whether a stop was requested while handling was deferred."""
+    """Return whether a stop was requested while handling was deferred."""
     return _STATE.requested.is_set()
 
 

@@ -59,17 +59,17 @@ class TrainSummary:
     expert_load: list[list[float]] | None = None
     stability: Stability | None = None
     not_chosen: dict[str, list[int]] | None = None
-    """By module, the experts without a gradient on the first micro-batch; every other trained
-    parameter had one. None: not looked at."""
+    """The experts without a gradient on the first micro-batch, by module; every other trained
+    parameter had one. None: not checked."""
     kept_bytes_per_token: float | None = None
-    """What autograd kept for the backward pass on the first micro-batch, for the whole model and
-    the loss, without weights; per position, padding too. None with `trainer.compile`."""
+    """Bytes that autograd kept for the backward pass on the first micro-batch, for the whole model
+    and the loss, without weights; per position, padding too. None with `trainer.compile`."""
     micro_batch_size: int | None = None
     """Examples per forward pass actually used, over which the router loss is computed."""
     first_step_seconds: float | None = None
-    """With `trainer.compile`, how long the first optimizer step took, compilation included."""
+    """Seconds of the first optimizer step with `trainer.compile`, compilation included."""
     halved_micro_batch: int | None = None
-    """With `trainer.auto_micro_batch`, the size used after the configured one did not fit in
+    """Micro-batch size used by `trainer.auto_micro_batch` after the configured one did not fit in
     memory; the examples of an optimizer step and the normalisation of the loss are unchanged."""
     together: list[str] = field(default_factory=list)
     """Other runs that shared the base model and the forward passes."""

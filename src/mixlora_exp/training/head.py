@@ -34,7 +34,8 @@ def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _can_replace(model: PreTrainedModel) -> bool:
-    """Whether the output projection is a frozen `nn.Linear` without bias or logit soft cap."""
+    """Return whether the output projection is a frozen `nn.Linear` without bias or logit soft
+    cap."""
     head = model.get_output_embeddings()
     return (
         type(head) is nn.Linear

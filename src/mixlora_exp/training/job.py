@@ -65,18 +65,18 @@ class Job:
     expert_load: list[list[float]] | None = None
     """(layers, E): share of each expert since the previous log entry."""
     kept: KeptRows | None = None
-    """Where the last layer computes some rows alone: it is told which."""
+    """The rows that the last layer computes alone, if it does so."""
     hook: Hook = field(default_factory=Hook)
     plan: list[OptimizerStep] = field(init=False)
     stream: DropoutStream = field(init=False)
     track: Track = field(init=False)
     seconds_before: float = field(init=False, default=0.0)
     not_chosen: dict[str, list[int]] | None = field(init=False, default=None)
-    """What `proof.check_gradients_flow` found before the first step; None until then."""
+    """Result of `proof.check_gradients_flow` before the first step; None until then."""
     kept_bytes_per_token: float | None = field(init=False, default=None)
-    """What autograd kept then for the backward pass."""
+    """Bytes that autograd kept then for the backward pass, per position."""
     first_step_seconds: float | None = field(init=False, default=None)
-    """With `trainer.compile`: of the first step of this process, compilation included."""
+    """Seconds of this process's first step with `trainer.compile`, compilation included."""
     _resumed: Checkpoint | None = field(init=False, default=None)
     _step_loss: Tensor | float = field(init=False, default=0.0)
 
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether this adapter is still training."""
+        """True if this adapter is still training."""
         return self.failure is None and self.step < self.steps
 
     def adopt(self, model: nn.Module) -> None:
@@ -200,11 +200,11 @@ class Job:
 
     @property
     def logs(self) -> bool:
-        """Whether to log the last completed step."""
+        """Return whether to log the last completed step."""
         return self.step % self.track.every == 0
 
     def save_due(self, asked_to_end: bool) -> bool:
-        """Whether to write a checkpoint after the last completed step."""
+        """Return whether to write a checkpoint after the last completed step."""
         every = self.config.trainer.save_steps
         ends = self.step == self.steps or asked_to_end
         return self.checkpoints is not None and (ends or self.step % every == 0)

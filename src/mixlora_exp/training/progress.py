@@ -73,7 +73,7 @@ class Tenths:
         self._told = -1
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether to report this step; true once per tenth."""
+        """Return whether to report this step; true once per tenth."""
         tenth = 10 * step // max(steps, 1)
         if tenth <= self._told:
             return False

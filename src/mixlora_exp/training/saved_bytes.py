@@ -1,4 +1,4 @@
-"""How many bytes autograd keeps for a backward pass."""
+"""Counts the bytes that autograd keeps for a backward pass."""
 
 from __future__ import annotations
 

@@ -125,5 +125,6 @@ class Track:
 
 
 def _shares(counts: Tensor) -> Tensor:
-    """By layer, of the counts (layers, E); 0 where no token has an expert."""
+    """Return each expert's share of its layer's counts (layers, E); 0 for a layer without
+    tokens."""
     return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)

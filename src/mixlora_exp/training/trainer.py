@@ -237,8 +237,8 @@ class MixLoraTrainer(Trainer):
         """Disabled: a norm over all adapters would spread NaN to each of them."""
 
     def check_gradients(self) -> None:
-        """Before the optimizer steps: store each adapter's loss and gradient norm, clip, and stop
-        adapters with non-finite values."""
+        """Store each adapter's loss and gradient norm, clip, and stop adapters with non-finite
+        values, before the optimizer's step."""
         one_process = self.args.world_size == 1
         jobs = [job for job in self.jobs.values() if job.batches]
         norms = [_gradient_norm(job) for job in jobs]
@@ -265,14 +265,14 @@ class MixLoraTrainer(Trainer):
             job.last_batches, job.batches = job.batches, []
 
     def after_optimizer(self) -> None:
-        """After the optimizer's step, before gradients are cleared: what a method does there."""
+        """Run the methods' hooks after the optimizer's step, before gradients are cleared."""
         done = self.state.global_step
         for job in self.jobs.values():
             if job.running and job.step == done:
                 job.hook.after_step(self.optimizer, done + 1)
 
     def finish_step(self) -> None:
-        """After the optimizer's step: count it, and request logging and checkpoints as due."""
+        """Count the optimizer's step, and request logging and checkpoints as due."""
         done = self.state.global_step
         self._stepped = [j for j in self.jobs.values() if j.running and j.step == done - 1]
         # If one process received a stop signal, all stop after the same step.
@@ -354,7 +354,7 @@ class MixLoraTrainer(Trainer):
 
     @torch.no_grad()
     def _loss_is_finite(self, job: Job) -> bool:
-        """Whether the current weights give a finite loss on the previous step's batches."""
+        """Return whether the current weights give a finite loss on the previous step's batches."""
         found = [self._own_loss(job, batch) for batch in job.last_batches]
         return bool(found) and all(isfinite(loss) for loss in found)
 

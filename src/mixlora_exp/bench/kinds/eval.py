@@ -119,7 +119,7 @@ Way = Callable[[], dict[str, float]]
 def _ways(
     config: Config, options: EvalOptions, tests: dict[str, LoadedSplit]
 ) -> dict[tuple[str, str], Way]:
-    """By protocol and name."""
+    """Return the ways to score that are measured, by protocol and name."""
     dtype, device = getattr(torch, options.dtype), resolve_device()
     tokenizer = load_tokenizer(config.model)
     model: Any = load_model(config.model, dtype, 0, device)

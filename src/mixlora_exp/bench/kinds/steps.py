@@ -138,8 +138,8 @@ class _Rows:
         self.say(f"{name}: {reason}")
 
     def lost(self, name: str, number: int, error: Exception) -> bool:
-        """Whether a row that raised is given up: the others go on, and what it has measured so far
-        says nothing."""
+        """Return whether to give up a row that raised: the others go on, and its measurements so
+        far are dropped."""
         if not _out_of_memory(error):
             return False
         self.drop(name, f"out of memory in round {number + 1}")
@@ -161,7 +161,7 @@ class _Rows:
                 self.found[row]["train_ratio_to"] = pair(taken, samples[PAIRS[row]], PAIRS[row])
 
     def details(self, deadline: float | None) -> None:
-        """Of each row: kept bytes, launches, on a GPU busy time and memory."""
+        """Measure kept bytes and launches of each row, on a GPU also busy time and memory."""
         for name, model in self.models.items():
             row, found = ROWS[name], self.found[name]
             if _late(deadline):
@@ -179,7 +179,7 @@ class _Rows:
                 found["feed_forward_saved_bytes_per_token"] = round(kept, 1)
 
     def memory_in_processes(self) -> None:
-        """Of each row, one after another, with nothing of this process left in memory."""
+        """Measure the memory of each row in a process of its own, one after another."""
         names = [name for name in self.models if not ROWS[name].compiled]
         self.models.clear()
         del self.base

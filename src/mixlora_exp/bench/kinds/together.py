@@ -49,7 +49,7 @@ def _run(words: list[str], log: Path) -> dict[str, float]:
 
 
 def _pair(together: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
-    """What became of one adapter in both ways."""
+    """Return one adapter's results, trained together and alone, and their differences."""
     records = together["record"], alone["record"]
     curves = [[entry["loss"] for entry in record["train"]["curve"]] for record in records]
     scores = [

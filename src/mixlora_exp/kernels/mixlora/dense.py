@@ -32,7 +32,7 @@ def _rows(low: LowRank) -> Tensor:
 
 
 def _keep(columns: Tensor, chosen: Tensor) -> Tensor:
-    """Of the columns (..., E R) those of the slot's expert. chosen: (..., E) bool."""
+    """Return columns (..., E R) with zeros but for the slot's expert. chosen: (..., E) bool."""
     grouped = columns.unflatten(-1, (chosen.shape[-1], -1))
     return torch.where(chosen.unsqueeze(-1), grouped, 0.0).flatten(-2)
 

@@ -24,9 +24,10 @@ __all__ = ["exact_stage", "mixlora_exact"]
 
 
 def _grouped_fits(x: Tensor, block: FeedForward) -> bool:
-    """By `results/bench/forms-cpu.json` grouped is faster on a CPU, but for MixDoRA's K hidden
-    states per token in bf16 at large widths. Compiled or on a GPU nothing may depend on the data;
-    and it has no gradient for biases of gate and up."""
+    """Return whether to use the grouped form: on a CPU it is faster
+    (`results/bench/forms-cpu.json`) but for MixDoRA's K hidden states per token in bf16 at large
+    widths. Compiled or on a GPU nothing may depend on the data; and it has no gradient for biases
+    of gate and up."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) == 0:
         return False
     if any(p.bias is not None and p.bias.requires_grad for p in (block.gate, block.up)):
@@ -38,7 +39,8 @@ def _grouped_fits(x: Tensor, block: FeedForward) -> bool:
 def exact_stage(
     x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
 ) -> tuple[Tensor, Finish]:
-    """In the form that is faster for this device and shape."""
+    """Return the block's hidden state and how to finish it, in the form that is faster for this
+    device and shape; see `kernels.mixlora.stage`."""
     stage = grouped_stage if _grouped_fits(x, block) else dense_stage
     return stage(x, gate, up, routing, block)
 

@@ -227,7 +227,7 @@ class _GroupedHidden(torch.autograd.Function):
 
 
 def _gradients(ctx, dhidden: Tensor, dadded: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of `_GroupedHidden.forward`'s arguments."""
+    """Return the gradients of `_GroupedHidden.forward`'s arguments, in their order."""
     x, gate, up, weights, experts, *tensors = ctx.saved_tensors
     block = unpack(ctx.spec, tensors)
     per_slot, width = block.down.has_scale, gate.shape[1]

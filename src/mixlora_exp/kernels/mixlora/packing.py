@@ -35,9 +35,9 @@ class _WithBias(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What of a block autograd need not see: LoRA scaling and weights in the products' dtype by
-    role (None without experts), the frozen projections, the activation, and what describes the
-    masks."""
+    """The parts of a block that autograd need not see: by role the LoRA scaling and weights in the
+    products' dtype (None without experts), the frozen projections, the activation, and the
+    description of the masks."""
 
     scalings: tuple[float | None, ...]
     lows: tuple[Low | None, ...]

@@ -43,7 +43,7 @@ def sum_by_token(
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some of the rows of `Rows`, one after another, few enough for a cache.
+    """Consecutive rows of `Rows`, few enough for a cache.
 
     span: which rows. pairs, tokens: (rows,), of which of the filled pairs and of which token each
     is. weights: (rows, 1), zero of what fills up. segments: their rows count from the piece's

@@ -50,7 +50,7 @@ class Goat(Mixture):
 
     @staticmethod
     def _run(sizes: Sizes) -> int:
-        """How many singular values an expert chooses from."""
+        """Number of singular values from which an expert chooses."""
         run = min(sizes.inputs, sizes.outputs) // sizes.experts
         if sizes.rank > run:
             raise ValueError(

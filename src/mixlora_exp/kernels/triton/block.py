@@ -63,7 +63,7 @@ def _side(low: LowRank | None, norm: Tensor | None) -> _Side:
 
 
 class _Sides:
-    """What both passes need of a block."""
+    """The tensors of a block that both the forward and the backward pass need."""
 
     def __init__(self, block: FeedForward, dtype: torch.dtype) -> None:
         made = {
@@ -77,7 +77,7 @@ class _Sides:
 
     @property
     def has_low_input(self) -> bool:
-        """Whether gate or up has experts."""
+        """True if gate or up has experts."""
         return self.gate.a is not None or self.up.a is not None
 
     def operands(
@@ -101,7 +101,7 @@ class _Sides:
         )
 
     def settings(self, block: FeedForward) -> tuple:
-        """What the operators of `hidden` take after their tensors."""
+        """Return the arguments of the operators of `hidden` that follow their tensors."""
         factors = self.gate.factor, self.up.factor
         return (*self.hidden_drop[1:], *factors, block.activation, self.per_slot)
 
@@ -291,7 +291,7 @@ def _unpack(packed: tuple[Spec, bool], tensors: Sequence[Tensor | None]) -> Feed
 
 
 def supports(x: Tensor, routing: Routing, block: FeedForward) -> bool:
-    """Whether the Triton kernels compute this block for x (T, D).
+    """Return whether the Triton kernels compute this block for x (T, D).
 
     They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
     interpreter float32 and float16 on a CPU; a known activation; dropout masks that are hashes;

@@ -98,7 +98,7 @@ def backward_tokens_kernel(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """What the backward pass sums over the slots of a token.
+    """Backward sums over the slots of each token: gradients of the frozen products and of A x.
 
     dhidden: the gradient of the frozen down product's input, (T, F) by token, or with PER_SLOT
     (T K, F) by row, then with the row's weight in it. q (T K, R): what times A2_e is the other part
@@ -245,7 +245,7 @@ def backward_inner_kernel(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """What the backward pass sums over the rows of an expert: the gradients of its parameters.
+    """Backward sums over the rows of each expert: the gradients of its parameters.
 
     q, dhidden: as `backward_tokens_kernel` takes them. norm1, norm3 (E, F): what the magnitudes
     stand over in DoRA's scale. Results, in the dtype and layout of the parameters: db1, db3

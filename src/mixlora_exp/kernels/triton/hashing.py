@@ -41,7 +41,7 @@ def row_hash(keys, row, valid, place):
 
 @triton.jit
 def kept(first, second, column, threshold):
-    """Whether dropout keeps an element, bool of the shape to which the arguments broadcast.
+    """Return whether dropout keeps each element, bool in the shape that the arguments broadcast to.
 
     first, second: of `row_hash`; column: the element's number in its row; threshold: the
     probability to drop it, times 2^24.

@@ -51,11 +51,11 @@ class Operands(NamedTuple):
 
     @property
     def low(self) -> tuple[bool, bool, bool]:
-        """Whether gate, up and down have experts."""
+        """True for each of gate, up and down that has experts."""
         return self.b1 is not None, self.b3 is not None, self.a2 is not None
 
     def constants(self) -> dict[str, Any]:
-        """Of the kernels, but for what differs between them."""
+        """The compile-time constants that all kernels of this block share."""
         low1, low3, low2 = self.low
         rank = self.experts_and_rank[1]
         return {

@@ -23,7 +23,7 @@ from mixlora_exp.kernels.triton.parts import INTERPRETED
 __all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]
 
 HASHED = True
-"""Whether masks have to be made by a hash."""
+"""True if masks have to be made by a hash."""
 MAX_GROUP = 3
 """Projections that a launch takes."""
 
@@ -60,7 +60,7 @@ def _max_rank(dtype: torch.dtype) -> int:
 
 
 def tiles(kernel: str, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Of a kernel, for a padded rank."""
+    """Return the tile sizes of a kernel, its warps and stages, for a padded rank."""
     if INTERPRETED:
         return SMALL_TILES
     if dtype == torch.float32:
@@ -260,7 +260,7 @@ def _input_gradient(
 
 
 def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) -> bool:
-    """Whether the kernels serve projections of x (T, D).
+    """Return whether the kernels serve projections of x (T, D).
 
     They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
     interpreter float32 and float16; frozen weights that ask for no gradient; ranks up to 256, in
@@ -288,7 +288,7 @@ def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) 
 
 
 def _of_masks(parts: Sequence[LowRankPart]) -> tuple[list, list, list, list]:
-    """What the kernels take of the masks: keys, places, thresholds; and the factors."""
+    """Return the masks as the kernels take them: keys, places, thresholds; and the factors."""
     masks = [part.mask for part in parts]
     return (
         [None if mask is None else mask.elements for mask in masks],

@@ -18,7 +18,7 @@ __all__ = ["on_device_of", "operator", "start"]
 
 
 def _is_watched() -> bool:
-    """Whether something else than the device sees the operators: a compiler, a counter."""
+    """Return whether a compiler or a dispatch mode such as a counter sees the operators."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the feed-forward block share: activations, rows, stacked columns."""
+"""Functions shared by the feed-forward block's Triton kernels: activations, rows, columns."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def slot_of(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def is_met(mine):
-    """Whether any of these is true."""
+    """Return whether any element of a bool tile is true."""
     return tl.max(mine.to(tl.int32), axis=0) > 0
 
 
@@ -119,4 +119,4 @@ def store_low(low, values, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
 
 
 INTERPRETED = not isinstance(dot, triton.JITFunction)
-"""Whether Triton's interpreter runs the kernels, for a machine without a GPU."""
+"""True if Triton's interpreter runs the kernels, for a machine without a GPU."""

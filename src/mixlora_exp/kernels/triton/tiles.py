@@ -58,8 +58,8 @@ def padded(size: int) -> int:
 
 
 def takes(rank: int, top_k: int, dtype: torch.dtype) -> bool:
-    """Whether there are tiles for R and K: up to 256 columns, K times the padded rank, or half as
-    many in float32, and there a rank of 64."""
+    """Return whether there are tiles for R and K: up to 256 columns, K times the padded rank, or
+    half as many in float32, and there a rank of 64."""
     full = dtype == torch.float32
     most = max(FULL_TILES if full else HALF_TILES["forward"])
     return top_k * padded(rank) <= most and not (full and rank > FULL_RANK)

@@ -86,7 +86,7 @@ class AccuracySpec:
     values: tuple[str, ...] = ("",)
     methods: tuple[str, ...] = METHODS
     others: bool = True
-    """Whether the table includes models that are not in the paper."""
+    """True if the table includes models that are not in the paper."""
     params: Callable[[str, Variant], tuple[float, float] | None] = lambda model, variant: None
 
 

@@ -62,8 +62,8 @@ class Block:
 
     @property
     def filled(self) -> dict[str, tuple[int, int]]:
-        """By setup: number of entries of ours with a value, and of all (without averages and
-        parameter counts)."""
+        """Number of our entries with a value, and of all (without averages and parameter counts),
+        by setup."""
         found: dict[str, tuple[int, int]] = {}
         for row in self.rows:
             if row.label[-1] != "ours" or "minus" in row.label[1] or row.label[1] == "-":

@@ -38,8 +38,8 @@ def _values(run: RecordedRun) -> dict[str, Any]:
 
 
 def _matters(name: str, run: RecordedRun, task: str, protocol: str) -> bool:
-    """Whether a switch can affect a run's score on a task. If not, a run with the switch only
-    repeats the run without it, and any difference comes from the machine."""
+    """Return whether a switch can affect a run's score on a task. If not, a run with the switch
+    only repeats the run without it, and any difference comes from the machine."""
     if name == "evaluation.arc_labels":
         return protocol == "label_logits" and task in ("arc_e", "arc_c")
     return name != "data.boolq_passage" or "boolq" in (task, *run.mix)

@@ -129,7 +129,7 @@ def _split_into_groups(left: list[Fact], size: int) -> list[tuple[Fact, ...]]:
 
 
 def positions(rows: int, options: int, rng: Random) -> list[int]:
-    """Where the right option stands in each row: every place equally often, in random order."""
+    """Return the right option's place in each row: every place equally often, in random order."""
     places = [index % options for index in range(rows)]
     rng.shuffle(places)
     return places

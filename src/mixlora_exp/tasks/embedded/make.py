@@ -148,7 +148,8 @@ def multiple_choice(task: str, split: str, seed: int, rng: Random) -> Iterator[R
 
 
 def siqa(task: str, split: str, seed: int, rng: Random) -> Iterator[Row]:
-    """What somebody feels, does next or had in mind; the other replies suit other events."""
+    """Yield questions on what somebody feels, does next or had in mind; wrong replies suit other
+    events."""
     names = names_of(split, seed)
     for drawn in _draw(task, split, seed, 3, rng):
         name, fact = rng.choice(names), drawn.fact

@@ -1,4 +1,4 @@
-"""What single methods need of the training loop, a file each."""
+"""Additions to the training loop for single methods, a file each."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ class Hook:
         state by `NAME/KEY`."""
 
     def begin(self, losses: Callable[[], Iterator[Tensor]]) -> None:
-        """Before the first step. losses: computes those of its micro-batches, which sum up to the
-        step's."""
+        """Run before the first step. losses: computes the losses of its micro-batches, which sum up
+        to the step's."""
 
     def passing(self, share: float) -> AbstractContextManager[None]:
         """A context for a forward pass. share: its fraction of the optimizer step, over which a
@@ -29,4 +29,4 @@ class Hook:
         """Between the gradients, clipped, and the optimizer's step."""
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
-        """After the optimizer's step number `step`, from 1, while there are gradients."""
+        """Run after the optimizer's step number `step`, from 1, while there are gradients."""

@@ -13,8 +13,8 @@ RIDGE = 1e-8
 
 
 class LoraFa(Hook):
-    """Before each step B's gradient G becomes `G (A A^T)^-1 / s^2`, with which a step of B changes
-    W + s B A most like a step of full fine-tuning would.
+    """LoRA-FA: before each step B's gradient G becomes `G (A A^T)^-1 / s^2`, with which a step of B
+    changes W + s B A most like a step of full fine-tuning would.
 
     AdamW then runs as ever. PEFT's `create_lorafa_optimizer` computes the same, but rounds the new
     gradient to bfloat16 and keeps its moments where checkpoints do not find them.
