@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 
 @pytest.mark.parametrize(

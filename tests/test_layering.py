@@ -191,7 +191,7 @@ def test_environment_is_read_in_few_places() -> None:
     }
     assert {name_of(path) for path in readers if room_of(path) != "models"} <= {
         # Which code other processes import: this.
-        f"{PACKAGE}/config/places.py",
+        f"{PACKAGE}/config/paths.py",
         f"{PACKAGE}/records/checkout.py",
         # Where caches are.
         f"{PACKAGE}/system/caches.py",

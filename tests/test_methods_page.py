@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from composed import compose
 
-from mixlora_exp.config.places import CONF_DIR
-from mixlora_exp.kernels.routing import ROUTERS
+from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.kernels.router_base import ROUTERS
 from mixlora_exp.models.parameters import count_parameters
 
 PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from composed import compose
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose_cell
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import open_session
 from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.data.encoding import encode_examples

@@ -22,7 +22,7 @@ from mixlora_exp.config import schema
 from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.tasks import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +258,7 @@ def test_python_block_loads_an_adapter(tmp_path: Path) -> None:
     assert execute(["experiment=smoke", f"output_dir={tmp_path}"]) == 0
     (folder,) = tmp_path.glob("*/adapter")
     block, several = blocks("python")
-    assert "load_adapters" in several, "tested in tests/adapters/test_several.py"
+    assert "load_adapters" in several, "tested in tests/adapters/test_several_adapters.py"
     import torch
 
     from mixlora_exp.config.command import compose

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.errors import SCREEN, UserError, shown
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.system.untrusted import (
     LIMIT,
     json_lines,

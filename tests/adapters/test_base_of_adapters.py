@@ -18,8 +18,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, load_adapters, save_adapter
-from mixlora_exp.adapters.based import refusal
-from mixlora_exp.adapters.hosting import check_shareable
+from mixlora_exp.adapters.base_check import refusal
+from mixlora_exp.adapters.mixed_adapters import check_shareable
 from mixlora_exp.adapters.model import MixLoraModel
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import BaseIdentity, build_hf_config, load_model, load_tokenizer, read_base

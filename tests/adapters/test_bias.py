@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixlora_exp.adapters import MixLoraFeedForward, load_adapters, set_kernel
-from mixlora_exp.adapters.hosting import add_guest, parameters_of
-from mixlora_exp.adapters.rows import Segment
+from mixlora_exp.adapters.mixed_adapters import add_guest, parameters_of
+from mixlora_exp.adapters.row_map import Segment
 from mixlora_exp.cli.train import execute
 from mixlora_exp.models import load_model, load_tokenizer
 

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mixlora_exp.adapters import set_kernel
-from mixlora_exp.adapters.shadow import shadows_at_hand
+from mixlora_exp.adapters.weight_cache import shadows_at_hand
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_norms_at_hand_are_read_and_followed(model_of, monkeypatch, name) -> Non
         shadows_at_hand(layer, torch.float32)
         wanted = layer(x)
         with monkeypatch.context() as patch:
-            patch.setattr("mixlora_exp.adapters.shadow._made_now", None)
+            patch.setattr("mixlora_exp.adapters.weight_cache._made_now", None)
             y = compiled(x)
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
         y.square().sum().backward()

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from mixlora_exp.cli.convert import run
 from mixlora_exp.cli.generate import run as generate
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCHES = ("single", "right", "left")

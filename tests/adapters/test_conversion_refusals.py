@@ -24,7 +24,7 @@ from mixlora_exp.cli.convert import run
 from mixlora_exp.errors import UserError
 from mixlora_exp.official.folders import AdapterFiles, read_official
 from mixlora_exp.official.imports import import_official
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mixlora_exp.adapters import MixLoraFeedForward, norms, set_kernel, shadow
+from mixlora_exp.adapters import MixLoraFeedForward, dora_norms, set_kernel, weight_cache
 from mixlora_exp.adapters.linear import FusedLinear
 
 EXPERTS, PLAIN = 6, 8
@@ -22,7 +22,10 @@ EXPERTS, PLAIN = 6, 8
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each computation: "norm", and "frozen" for ||W||^2."""
     calls: list[str] = []
-    counted_names = (norms, "dora_norms", "norm"), (shadow, "squared_row_norms", "frozen")
+    counted_names = (
+        (dora_norms, "dora_norms", "norm"),
+        (weight_cache, "squared_row_norms", "frozen"),
+    )
     for module, name, label in counted_names:
         real = getattr(module, name)
 
@@ -58,7 +61,7 @@ def check_norms(model: nn.Module) -> None:
                 torch.testing.assert_close(projection.experts.norm, expected)
                 seen += 1
         elif isinstance(module, FusedLinear):
-            source, made = shadow.shadow_of(module, "default", torch.float32)
+            source, made = weight_cache.shadow_of(module, "default", torch.float32)
             expected = expected_norm(source.weight, source.a, source.b, source.scaling)
             torch.testing.assert_close(made.norm, expected)
             seen += 1

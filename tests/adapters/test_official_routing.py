@@ -21,7 +21,7 @@ from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.official.folders import AdapterFiles
 from mixlora_exp.official.imports import import_official
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 CASES = {
     "mola": ("mola", {}),

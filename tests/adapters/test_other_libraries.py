@@ -21,7 +21,7 @@ from torch import Tensor
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli import lm_eval
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 ROWS = [
     {"prompt": f"Question: Which of these is number {i}?\nAnswer:", "completion": f" the {i}"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixlora_exp.adapters.rows import RowMap
+from mixlora_exp.adapters.row_map import RowMap
 from mixlora_exp.evaluation.packing import Request, pack, pad_packed
 
 CPU = torch.device("cpu")

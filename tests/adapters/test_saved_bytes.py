@@ -22,7 +22,7 @@ from mixlora_exp.adapters import (
     save_adapter,
     set_kernel,
 )
-from mixlora_exp.adapters.hosting import add_guest
+from mixlora_exp.adapters.mixed_adapters import add_guest
 
 
 def contents(folder: Path) -> dict[str, bytes]:

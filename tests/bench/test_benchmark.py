@@ -12,13 +12,13 @@ import torch
 from torch.nn import functional
 
 from mixlora_exp.bench.batch import batch_of
+from mixlora_exp.bench.interleaved import interleaved, summary
 from mixlora_exp.bench.kinds.steps import benchmark, check
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.report import markdown, paper_rows
-from mixlora_exp.bench.rounds import interleaved, summary
-from mixlora_exp.bench.rows import BUILDERS, ROWS
-from mixlora_exp.bench.rows import row as register
+from mixlora_exp.bench.row_registry import BUILDERS, ROWS
+from mixlora_exp.bench.row_registry import row as register
 from mixlora_exp.bench.runner import Kind, kind_of, measure, run_benchmark
 from mixlora_exp.cli.main import main
 from mixlora_exp.config.choices import Mixture, Router
@@ -331,7 +331,7 @@ def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
 
 def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are computed once for many passes, before the clock starts."""
-    from mixlora_exp.adapters import norms
+    from mixlora_exp.adapters import dora_norms
     from mixlora_exp.bench.measure import inference_step
 
     config = StepOptions(**SMALL, rows=["lora_peft"])
@@ -344,9 +344,9 @@ def test_norms_are_not_part_of_inference(monkeypatch: pytest.MonkeyPatch) -> Non
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     at: list[int] = []
-    real = norms.dora_norms
+    real = dora_norms.dora_norms
     monkeypatch.setattr(
-        norms, "dora_norms", lambda *values: (at.append(len(lengths)), real(*values))[1]
+        dora_norms, "dora_norms", lambda *values: (at.append(len(lengths)), real(*values))[1]
     )
     inference_step(model, ROWS["dora"], batch)
     assert lengths == [1, 16]

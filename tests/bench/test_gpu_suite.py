@@ -17,7 +17,7 @@ from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
 from mixlora_exp.bench.kinds import gpu
 from mixlora_exp.bench.options import StepOptions, as_json
 from mixlora_exp.bench.report import kernel_table, markdown
-from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.bench.row_registry import ROWS
 from mixlora_exp.bench.runner import run_benchmark
 from mixlora_exp.errors import UserError
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from mixlora_exp.bench.baselines import patch_with_liger, use_axolotl
 from mixlora_exp.bench.batch import StepBatch, batch_of
-from mixlora_exp.bench.busy import kernel_times, launches_per_layer, step_profile
 from mixlora_exp.bench.kinds.steps import benchmark, check
 from mixlora_exp.bench.measure import step_loss, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config, model_of
 from mixlora_exp.bench.options import StepOptions
-from mixlora_exp.bench.rivals import patch_with_liger, use_axolotl
-from mixlora_exp.bench.rows import ROWS, NotHere
+from mixlora_exp.bench.row_registry import ROWS, NotHere
+from mixlora_exp.bench.step_profile import kernel_times, launches_per_layer, step_profile
 from mixlora_exp.config.choices import LossOn
 from mixlora_exp.errors import UserError
 
@@ -172,7 +172,7 @@ def test_liger_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match="liger=true needs a CUDA GPU"):
         check(StepOptions(liger=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("mixlora_exp.bench.rivals.find_spec", lambda name: None)
+    monkeypatch.setattr("mixlora_exp.bench.baselines.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install liger-kernel"):
         check(StepOptions(liger=True))
 

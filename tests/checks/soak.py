@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.records.record import finish_record, provenance, write_json
 
 KILLS = "30"

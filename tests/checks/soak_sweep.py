@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.command import compose
-from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.outcome import outcomes
 from mixlora_exp.records.record import finish_record, provenance, write_json
 from mixlora_exp.runs.inputs import check_inputs
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 SWEEP = (
     "-m", "model=smollm2_135m", "method=mixlora,mixdora", "method.rank=2,4,8", "task=arc_e",

@@ -16,7 +16,7 @@ from mixlora_exp.cli.train import execute
 from mixlora_exp.config import schema as s
 from mixlora_exp.config.architecture import OLD_NAMES, current_model
 from mixlora_exp.config.command import compose, compose_cell, plan_runs
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.recorded import check_recorded, recorded
 from mixlora_exp.config.resolve import (
     EXCLUDED,
@@ -29,7 +29,7 @@ from mixlora_exp.config.resolve import (
 )
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
-from mixlora_exp.sweeps.by_group import ByGroup
+from mixlora_exp.sweeps.compose_cells import ByGroup
 
 NAMED = {
     "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m", "tiny"],
@@ -359,7 +359,7 @@ def test_kernels_and_routers_are_chosen_by_the_names_that_they_register() -> Non
     """Which the configuration reads from their files without importing them."""
     from mixlora_exp.config.choices import Kernel, Router
     from mixlora_exp.kernels import KERNELS
-    from mixlora_exp.kernels.routing import ROUTERS
+    from mixlora_exp.kernels.router_base import ROUTERS
 
     assert {choice.value for choice in Kernel} == {"auto", *KERNELS}
     assert {choice.value for choice in Router} == set(ROUTERS)

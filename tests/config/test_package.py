@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import sys
 from mixlora_exp.cli.main import main
-from mixlora_exp.config.places import CONF_DIR, ROOT
+from mixlora_exp.config.paths import CONF_DIR, ROOT
 from mixlora_exp.tasks.embedded import rows
 assert str(CONF_DIR).startswith(sys.argv[1]), CONF_DIR
 assert str(ROOT) == sys.argv[2], ROOT

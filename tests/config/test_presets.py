@@ -10,7 +10,7 @@ import yaml
 
 from mixlora_exp.config import switches
 from mixlora_exp.config.command import compose
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import fingerprint, to_dict
 from mixlora_exp.config.schema import PresetConfig
 from mixlora_exp.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.config.places import RESULTS, ROOT
+from mixlora_exp.config.paths import RESULTS, ROOT
 from mixlora_exp.results import tables
 from mixlora_exp.results.build import gather, table_files
 from mixlora_exp.results.tables import registry

@@ -369,6 +369,6 @@ def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many (token, slot) pairs the grouped form takes at a time."""
 
     def set_rows(count: int) -> None:
-        monkeypatch.setattr("mixlora_exp.kernels.mixlora.rows.BLOCK_ROWS", count)
+        monkeypatch.setattr("mixlora_exp.kernels.mixlora.expert_segments.BLOCK_ROWS", count)
 
     return set_rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixlora_exp.kernels import DropMask, draw_mask
-from mixlora_exp.kernels.mixlora import rows
+from mixlora_exp.kernels.mixlora import expert_segments
 
 BLOCKS = [
     pytest.param({}, 8, id="five blocks, the last one smaller"),
@@ -35,7 +35,7 @@ def test_several_blocks_equal_reference(
 ) -> None:
     case = replace(plain, tokens=19, **changes)
     tiny_blocks(count)
-    assert len(list(rows.blocks(19, case.top_k))) >= 4
+    assert len(list(expert_segments.blocks(19, case.top_k))) >= 4
     block = block_of(case, fresh_seed)
     masks = block.masks(dropout)
     results = block.run(exact_forms["exact, grouped"], torch.float64, masks=masks)
@@ -72,7 +72,7 @@ def case_without_router_gradient(changes: dict, name: str) -> bool:
 )
 def test_blocks_cover_the_tokens_once(tiny_blocks, tokens, top_k, limit, expected) -> None:
     tiny_blocks(limit)
-    assert list(rows.blocks(tokens, top_k)) == expected
+    assert list(expert_segments.blocks(tokens, top_k)) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k, em
     weights = torch.rand(tokens, top_k) + 0.1
     weights[torch.rand(tokens, top_k) < empty] = 0.0
     filled = weights != 0
-    made = rows.sort_rows(experts, weights, 8, dtype)
+    made = expert_segments.sort_rows(experts, weights, 8, dtype)
     # A filled slot's row holds its token and weight and lies in its expert's segment.
     token = torch.arange(tokens).unsqueeze(1).expand(-1, top_k)[filled]
     own = experts[filled]
@@ -114,7 +114,7 @@ def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k, em
         count = int((own == expert).sum())
         assert count > 0
         assert last == first + count
-        rounded = step if len(own) > rows.ROUND_ROWS else 1
+        rounded = step if len(own) > expert_segments.ROUND_ROWS else 1
         assert end - first == -(-count // rounded) * rounded
         inside = (made.position >= first) & (made.position < end)
         assert torch.equal(inside, own == expert)
@@ -130,13 +130,13 @@ def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k, em
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "bool"])
 @pytest.mark.parametrize("size", [3, 64, 10_000])
 def test_pieces_drop_by_their_tokens_mask(fresh_seed, monkeypatch, dtype, sparse, size) -> None:
-    monkeypatch.setattr(rows, "PIECE_ELEMENTS", 0)
-    monkeypatch.setattr(rows, "PIECE_ROWS", size)
+    monkeypatch.setattr(expert_segments, "PIECE_ELEMENTS", 0)
+    monkeypatch.setattr(expert_segments, "PIECE_ROWS", size)
     mask = draw_mask((110, 7), 0.4, torch.device("cpu"))
     if not sparse:
         mask = DropMask(mask.kept(), mask.scale, mask.shape)
     weights = torch.rand(110, 2) * (torch.rand(110, 2) > 0.2)
-    made = rows.sort_rows(torch.randint(0, 4, (110, 2)), weights, 4, dtype)
+    made = expert_segments.sort_rows(torch.randint(0, 4, (110, 2)), weights, 4, dtype)
     low, b = torch.randn(len(made.tokens), 3).to(dtype), torch.randn(4, 3, 7).to(dtype)
     before, covered, found = torch.randn(len(made.tokens), 7).to(dtype), 0, []
     for piece in made.pieces(7, mask):

@@ -17,7 +17,7 @@ from mixlora_exp.kernels import (
     make_router,
 )
 from mixlora_exp.kernels.lora import LowRankPart, lora_add
-from mixlora_exp.kernels.routing import ROUTERS as REGISTERED
+from mixlora_exp.kernels.router_base import ROUTERS as REGISTERED
 
 ROUTERS = [
     pytest.param("top_k", {}, id="top_k"),

@@ -15,9 +15,9 @@ from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 from mixlora_exp.models.mixtures import fixed_parameters
+from mixlora_exp.models.parameter_roles import rate_factor
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.models.peft_types import config_of
-from mixlora_exp.models.roles import rate_factor
 from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.runs import run as experiment
 

@@ -216,5 +216,5 @@ def test_json_is_read_in_one_place() -> None:
         "bench/kinds/peers.py", "bench/peers_worker.py", "results/tables/stability.py",
         "results/tables/switches.py", "adapters/build.py", "models/special_tokens.py",
         "models/vocabulary.py", "cli/lm_eval.py", "config/architecture.py",
-        "adapters/based.py",
+        "adapters/base_check.py",
     }  # fmt: skip

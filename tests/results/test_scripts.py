@@ -11,7 +11,7 @@ import pytest
 
 from mixlora_exp.cli import figures, report, tables
 from mixlora_exp.cli.main import main
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.results.build import Results
 
 

@@ -24,7 +24,7 @@ from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import base_choice as basechoice
 from mixlora_exp.runs.base_choice import base_words, matched
 from mixlora_exp.serving.open import open_adapter, open_adapters
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 TINY = compose(["model=tiny"]).model
 SCORE = ("data=embedded", "task=arc_e", "evaluation.limit=2", "trainer.precision=float32")

@@ -19,7 +19,7 @@ from mixlora_exp.evaluation import in_lockstep
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.show import scores_table
 from mixlora_exp.runs import together
-from mixlora_exp.system.guarded import MISTAKE, guarded
+from mixlora_exp.system.exit_codes import MISTAKE, guarded
 
 
 def composed(*words: str) -> Any:

@@ -26,7 +26,7 @@ from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_run
 from mixlora_exp.results.runs import load_runs
 from mixlora_exp.serving.open import open_adapter
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.system.runlock import holder_of
 from mixlora_exp.system.untrusted import LIMIT
 from mixlora_exp.training.progress import restart_log

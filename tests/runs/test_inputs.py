@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.models.unchanged import SETTLED
+from mixlora_exp.models.file_cache import SETTLED
 from mixlora_exp.runs import inputs
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.tasks.embedded import rows as embedded_rows

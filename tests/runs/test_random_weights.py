@@ -13,7 +13,7 @@ from mixlora_exp.cli.train import execute
 from mixlora_exp.records.record import read_record
 from mixlora_exp.serving.merge import write_merged
 from mixlora_exp.serving.open import open_adapter
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 # LLaMA-2 7B in all but its size.

@@ -21,7 +21,7 @@ from mixlora_exp.errors import UserError  # noqa: E402
 from mixlora_exp.runs.ownership import GivenUp  # noqa: E402
 from mixlora_exp.runs.run import run  # noqa: E402
 from mixlora_exp.sweeps.search import score_of  # noqa: E402
-from mixlora_exp.system.guarded import guarded  # noqa: E402
+from mixlora_exp.system.exit_codes import guarded  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=smoke", "data.train_limit=16"]

@@ -24,7 +24,7 @@ from mixlora_exp.serving import answer
 from mixlora_exp.serving.merge import merge, write_merged
 from mixlora_exp.serving.open import Opened, open_adapter
 from mixlora_exp.serving.text_generation import continuations
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 WORDS = ["model=tiny", "trainer.precision=float32"]
 METHODS = ["lora", "dora", "mixlora", "mixdora"]

@@ -23,7 +23,7 @@ from mixlora_exp.serving import answer
 from mixlora_exp.serving.merge import write_merged
 from mixlora_exp.serving.open import open_adapter
 from mixlora_exp.serving.text_generation import continuations, harmless
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.system.signals import Terminated
 
 ROOT = Path(__file__).resolve().parents[2]

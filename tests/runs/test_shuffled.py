@@ -11,7 +11,7 @@ from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 Start = Callable[..., Any]
 

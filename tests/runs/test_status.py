@@ -19,10 +19,10 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import build_hf_config
 from mixlora_exp.plans.hours import gpu_hours
-from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.runs.inputs import resolve_config
-from mixlora_exp.sweeps import by_group
+from mixlora_exp.sweeps import compose_cells
 from mixlora_exp.sweeps.status import SWEEPS, CellState, find_cells
 from mixlora_exp.system.runlock import RunLock
 
@@ -239,8 +239,8 @@ def test_cells_by_group_are_those_composed_whole(
     given = [*TINY, *swept]
     with open_session() as session:
         expected = plan_runs(session, "config", given, True).cells
-        monkeypatch.setattr(by_group, "compose_cell", counted)
-        found = plan_runs(session, "config", given, True, by_group.ByGroup()).cells
+        monkeypatch.setattr(compose_cells, "compose_cell", counted)
+        found = plan_runs(session, "config", given, True, compose_cells.ByGroup()).cells
     assert found == expected
     assert len(composed) == compositions
 

@@ -3,7 +3,7 @@ over."""
 
 import gc
 
-from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.code_hash import code_sha256
 
 code_sha256()  # A second for each run otherwise.
 gc.collect()

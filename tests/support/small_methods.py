@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.adapters.hosting import plain_parameters_of
+from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.config.schema import Config
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit

@@ -12,7 +12,7 @@ import pytest
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
-from mixlora_exp.system.guarded import MISTAKE
+from mixlora_exp.system.exit_codes import MISTAKE
 from mixlora_exp.tasks import custom_task
 from mixlora_exp.tasks.custom import ask_label, ask_text
 

@@ -10,7 +10,7 @@ import torch
 from encoded import examples_of
 
 from mixlora_exp.adapters import attach_adapter, attach_together
-from mixlora_exp.adapters.hosting import plain_parameters_of
+from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator

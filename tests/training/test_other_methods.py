@@ -11,7 +11,7 @@ from encoded import examples_of
 from small_methods import METHODS, OWN_TYPE, base_of, config_of, new_model, run, train, weights_of
 
 from mixlora_exp.adapters import attach_adapter, attach_together, load_adapter, save_adapter
-from mixlora_exp.adapters.hosting import plain_parameters_of
+from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.models import load_tokenizer
 from mixlora_exp.training import fit_jointly, make_job

@@ -15,13 +15,13 @@ import pytest
 import torch
 from accelerate import DistributedType
 
-from mixlora_exp.adapters.reports import RouterReport
+from mixlora_exp.adapters.router_report import RouterReport
 from mixlora_exp.cli.train import execute
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.system import device as runtime
 from mixlora_exp.system.device import SHARDED
-from mixlora_exp.training.track import Track
+from mixlora_exp.training.run_statistics import Track
 
 SMALL = [
     "experiment=smoke", "method=mixlora", "data.train_limit=24", "trainer.precision=float32",

@@ -17,15 +17,15 @@ from encoded import examples_of
 from safetensors.torch import save_file as write_file
 
 from mixlora_exp.adapters import attach_adapter, attach_together
-from mixlora_exp.adapters.hosting import plain_parameters_of
-from mixlora_exp.adapters.reports import RouterReport
+from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
+from mixlora_exp.adapters.router_report import RouterReport
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import fit, fit_jointly, make_job
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.track import Track
+from mixlora_exp.training.run_statistics import Track
 
 SMALL = [
     "experiment=smoke",

@@ -12,7 +12,7 @@ from composed import compose
 from encoded import examples_of
 
 from mixlora_exp.adapters import attach_adapter, attach_together, linear
-from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.adapters.mixed_adapters import parameters_of
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError

@@ -322,11 +322,13 @@ def test_dora_norms_are_computed_once_per_optimizer_step(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Trainer calls `train()` before each of the accumulated micro-batches."""
-    from mixlora_exp.adapters import norms
+    from mixlora_exp.adapters import dora_norms
 
     calls: list[int] = []
-    real = norms.dora_norms
-    monkeypatch.setattr(norms, "dora_norms", lambda *values: (calls.append(1), real(*values))[1])
+    real = dora_norms.dora_norms
+    monkeypatch.setattr(
+        dora_norms, "dora_norms", lambda *values: (calls.append(1), real(*values))[1]
+    )
     sizes = ("trainer.batch_size=8", "trainer.micro_batch_size=2", "trainer.max_steps=3")
     trained = train("method=dora", *sizes)
     layers = 7 * trained.config.model.config["num_hidden_layers"]

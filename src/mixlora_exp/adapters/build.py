@@ -15,11 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from mixlora_exp.adapters.based import check_base
+from mixlora_exp.adapters.base_check import check_base
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.files import CONFIG
-from mixlora_exp.adapters.filling import fill, read_weights
-from mixlora_exp.adapters.hosting import add_guest, not_built, peft_warnings_held_back
+from mixlora_exp.adapters.load_weights import fill, read_weights
+from mixlora_exp.adapters.mixed_adapters import add_guest, not_built, peft_warnings_held_back
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.saved import saved_settings

@@ -11,13 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from mixlora_exp.adapters.cache_source import Source
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.initial import initial_weights
-from mixlora_exp.adapters.rows import RowMap
-from mixlora_exp.adapters.several import several_feed_forward
-from mixlora_exp.adapters.shadow import KeepsShadow
-from mixlora_exp.adapters.sources import Source
+from mixlora_exp.adapters.row_map import RowMap
+from mixlora_exp.adapters.several_adapters import several_feed_forward
+from mixlora_exp.adapters.weight_cache import KeepsShadow
 from mixlora_exp.kernels import (
     KERNELS,
     ROLES,

@@ -11,13 +11,13 @@ from peft.tuners.lora import layer as stock
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from mixlora_exp.adapters.cache_source import Source
 from mixlora_exp.adapters.dropout import input_mask
 from mixlora_exp.adapters.frozen import frozen_linear
-from mixlora_exp.adapters.rows import RowMap
-from mixlora_exp.adapters.several import several_linear
-from mixlora_exp.adapters.shadow import KeepsShadow, shadow_of, share_shadow
-from mixlora_exp.adapters.siblings import Siblings, find_siblings
-from mixlora_exp.adapters.sources import Source
+from mixlora_exp.adapters.row_map import RowMap
+from mixlora_exp.adapters.several_adapters import several_linear
+from mixlora_exp.adapters.shared_input import Siblings, find_siblings
+from mixlora_exp.adapters.weight_cache import KeepsShadow, shadow_of, share_shadow
 from mixlora_exp.kernels import Frozen, linears, working_dtype
 from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference
 

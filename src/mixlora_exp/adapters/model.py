@@ -12,13 +12,13 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from mixlora_exp.adapters.config import MixLoraConfig
-from mixlora_exp.adapters.hosting import GuestConfig
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.linear import use_linear_kernel
+from mixlora_exp.adapters.mixed_adapters import GuestConfig
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
-from mixlora_exp.adapters.reports import RouterReport, collect
-from mixlora_exp.adapters.rows import BASE, RowMap
+from mixlora_exp.adapters.router_report import RouterReport, collect
+from mixlora_exp.adapters.row_map import BASE, RowMap
 from mixlora_exp.kernels import KERNELS, resolve_kernel
 
 __all__ = ["MixLoraModel", "set_kernel"]

@@ -13,7 +13,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mixlora_exp.adapters.files import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
-from mixlora_exp.adapters.weights import load_shapes
+from mixlora_exp.adapters.tensor_shapes import load_shapes
 from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.errors import UserError, shown
 

@@ -10,13 +10,13 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
-from mixlora_exp.adapters.sources import adapters_changed
+from mixlora_exp.adapters.cache_source import adapters_changed
 from mixlora_exp.bench.batch import StepBatch
-from mixlora_exp.bench.rows import BenchRow
+from mixlora_exp.bench.row_registry import BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.head import loss_from_hidden
-from mixlora_exp.training.kept import last_layer_at_kept_rows
+from mixlora_exp.training.last_layer import last_layer_at_kept_rows
 from mixlora_exp.training.saved_bytes import saved_bytes
 
 _STEPS = count()

@@ -18,9 +18,9 @@ from mixlora_exp.bench.batch import batch_of
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import base_model, model_config, model_of
 from mixlora_exp.bench.options import StepOptions, as_json
-from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.bench.row_registry import ROWS
 from mixlora_exp.config.choices import LossOn
-from mixlora_exp.config.places import share_code
+from mixlora_exp.config.paths import share_code
 from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
 

@@ -15,10 +15,10 @@ from transformers import initialization as transformers_initialization
 
 from mixlora_exp.adapters import MixLoraConfig, MixtureConfig, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
-from mixlora_exp.adapters.hosting import peft_warnings_held_back
-from mixlora_exp.bench.rows import BUILDERS, ROWS, BenchRow
+from mixlora_exp.adapters.mixed_adapters import peft_warnings_held_back
+from mixlora_exp.bench.row_registry import BUILDERS, ROWS, BenchRow
 from mixlora_exp.config.architecture import read_architecture
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import DropoutStream

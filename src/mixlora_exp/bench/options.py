@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from mixlora_exp.bench.rows import ROWS
+from mixlora_exp.bench.row_registry import ROWS
 from mixlora_exp.config.choices import LossOn
 from mixlora_exp.errors import UserError
 

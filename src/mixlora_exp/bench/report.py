@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 
 PAPER = RESULTS / "paper"
 PAPER_TABLES = {"llama2_7b": "table6.csv", "gemma_2b": "table7.csv"}

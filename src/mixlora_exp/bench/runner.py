@@ -15,7 +15,7 @@ import torch
 
 from mixlora_exp.bench import kinds
 from mixlora_exp.bench.options import BenchOptions
-from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import finish_record, provenance, write_json, write_text
 from mixlora_exp.system.device import hardware_names

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.adapters.mixed_adapters import parameters_of
 from mixlora_exp.bench.memory import in_fresh_process
 from mixlora_exp.bench.model import base_model, model_config
 from mixlora_exp.bench.several_steps import AdapterOptions, Joint

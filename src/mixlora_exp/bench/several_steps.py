@@ -10,13 +10,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from mixlora_exp.adapters import set_kernel
+from mixlora_exp.adapters.cache_source import adapters_changed
 from mixlora_exp.adapters.dropout import use_dropout_stream
-from mixlora_exp.adapters.hosting import add_guest, parameters_of
-from mixlora_exp.adapters.sources import adapters_changed
+from mixlora_exp.adapters.mixed_adapters import add_guest, parameters_of
 from mixlora_exp.bench.measure import Clock
 from mixlora_exp.bench.model import peft_config, sharing
 from mixlora_exp.bench.options import BenchOptions, require_positive
-from mixlora_exp.bench.rows import METHODS, BenchRow
+from mixlora_exp.bench.row_registry import METHODS, BenchRow
 from mixlora_exp.config.choices import Head
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import DropoutStream

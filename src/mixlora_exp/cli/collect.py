@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.results.collect import Collected, collect
-from mixlora_exp.system.guarded import MISTAKE
+from mixlora_exp.system.exit_codes import MISTAKE
 
 OUTPUTS = Path("outputs")
 """Default folder of runs."""

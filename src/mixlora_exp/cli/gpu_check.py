@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.command import compose
-from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import count_parameters

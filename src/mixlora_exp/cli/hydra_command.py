@@ -18,7 +18,7 @@ from hydra._internal.utils import get_args_parser
 from mixlora_exp import __version__
 from mixlora_exp.config.command import Plan, check_composition, opened, plan_runs
 from mixlora_exp.config.given_paths import check_given
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import open_session, register_schemas
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mixlora_exp.adapters.based import check_same_base
+from mixlora_exp.adapters.base_check import check_same_base
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.base_identity import identity_at
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 KNOWN = (
     (

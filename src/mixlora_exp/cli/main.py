@@ -40,7 +40,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Execute one command line and return the exit code (see `system.guarded`)."""
+    """Execute one command line and return the exit code (see `system.exit_codes`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(usage())
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         # Imported late, so that a command loads only what it needs.
-        from mixlora_exp.system.guarded import guarded
+        from mixlora_exp.system.exit_codes import guarded
 
         module = importlib.import_module(f"mixlora_exp.cli.{command.replace('-', '_')}")
     except ModuleNotFoundError as error:

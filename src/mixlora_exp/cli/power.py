@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.records.files import PACKED, RunFiles
 from mixlora_exp.results.power import (
     average_item_error,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import PACKED, RECORD, RunFiles
 from mixlora_exp.records.record import read_record

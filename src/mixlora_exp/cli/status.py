@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.sweeps.status import FINISHED, LOCAL, STATES, SWEEPS, CellState, find_cells
 
 SHADES = {

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.build import gather, table_files, write_files
-from mixlora_exp.system.guarded import MISTAKE
+from mixlora_exp.system.exit_codes import MISTAKE
 
 
 def run(argv: Sequence[str]) -> int:

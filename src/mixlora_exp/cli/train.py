@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixlora_exp.cli.hydra_command import dispatch
-from mixlora_exp.system.guarded import guarded
+from mixlora_exp.system.exit_codes import guarded
 
 
 def with_base(overrides: Sequence[str]) -> list[str]:

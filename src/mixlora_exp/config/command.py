@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config.explain import explain, suggest
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import fingerprint, open_session, to_config
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.together import check_together, expand, packs_of

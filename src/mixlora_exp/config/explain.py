@@ -18,7 +18,7 @@ from omegaconf.errors import (
 )
 
 from mixlora_exp.config.architecture import old_name
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import Config, MixLoraMethodConfig
 from mixlora_exp.errors import UserError
 

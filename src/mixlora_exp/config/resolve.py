@@ -24,7 +24,7 @@ from mixlora_exp.config import schema
 from mixlora_exp.config.architecture import complete, read_architecture
 from mixlora_exp.config.explain import explain, unknown_field
 from mixlora_exp.config.files import Repository
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig

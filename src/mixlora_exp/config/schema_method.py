@@ -37,8 +37,8 @@ class TrainedMethodConfig(MethodConfig):
     """The parent of all methods that train an adapter."""
 
     lora_plus_ratio: float = 1.0
-    """LoRA+: how many times `trainer.learning_rate` the rate of B is (`models/roles.py` says which
-    parameters go with B); 1: all parameters have one rate."""
+    """LoRA+: how many times `trainer.learning_rate` the rate of B is (`models/parameter_roles.py`
+    says which parameters go with B); 1: all parameters have one rate."""
     targets: list[str] = field(default_factory=lambda: [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS])
 
     def __post_init__(self) -> None:

@@ -23,10 +23,10 @@ from mixlora_exp.kernels.dropout import (
     draw_mask,
 )
 from mixlora_exp.kernels.frozen import Frozen, FrozenLinear
-from mixlora_exp.kernels.mixing import MIXTURES, Mixture, Sizes, make_mixture
+from mixlora_exp.kernels.mixture_base import MIXTURES, Mixture, Sizes, make_mixture
 from mixlora_exp.kernels.precision import working_dtype
 from mixlora_exp.kernels.registry import KERNELS, Kernel, kernel, resolve_kernel
-from mixlora_exp.kernels.routing import (
+from mixlora_exp.kernels.router_base import (
     ROUTERS,
     Router,
     make_router,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels.dropout import DropoutKey
-from mixlora_exp.kernels.routing import Router, router_fractions, router_logits
+from mixlora_exp.kernels.router_base import Router, router_fractions, router_logits
 from mixlora_exp.kernels.shapes import Routing
 
 __all__ = ["SoftmaxRouter", "real_counts", "varying_fractions"]

@@ -14,8 +14,8 @@ from transformers.utils import CONFIG_NAME
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError, shown
+from mixlora_exp.models.file_cache import content
 from mixlora_exp.models.folder import check_settings
-from mixlora_exp.models.unchanged import content
 from mixlora_exp.system.untrusted import parse_json
 
 COMPARED = (

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.models.unchanged import Stamp, content, stamp
+from mixlora_exp.models.file_cache import Stamp, content, stamp
 from mixlora_exp.system.untrusted import open_regular, parse_json
 
 INDEX, ADAPTER, TOKENIZER = "*.index.json", "adapter_config.json", "tokenizer.json"

@@ -27,6 +27,7 @@ from mixlora_exp.models.architecture import (
     read_hf_config,
 )
 from mixlora_exp.models.base_identity import base_of, identified
+from mixlora_exp.models.file_cache import content
 from mixlora_exp.models.folder import check_folder
 from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
 from mixlora_exp.models.reading import (
@@ -39,7 +40,6 @@ from mixlora_exp.models.reading import (
 )
 from mixlora_exp.models.skeleton import skeleton
 from mixlora_exp.models.tiny import build_tokenizer
-from mixlora_exp.models.unchanged import content
 from mixlora_exp.models.vocabulary import fit_vocabulary
 from mixlora_exp.models.weight_files import fingerprint
 from mixlora_exp.system.hashing import file_sha256

@@ -19,7 +19,7 @@ from torch import nn
 from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.config.schema import PeftMethodConfig
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.models.roles import rate_factor
+from mixlora_exp.models.parameter_roles import rate_factor
 
 SET_BY_THE_RUN = {
     "target_modules": "set method.targets",

@@ -39,9 +39,9 @@ from transformers.utils.hub import extract_commit_hash
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.architecture import read_hf_config
+from mixlora_exp.models.file_cache import content
 from mixlora_exp.models.folder import ATTENTION, check_folder, check_settings
 from mixlora_exp.models.special_tokens import settle_special_tokens
-from mixlora_exp.models.unchanged import content
 from mixlora_exp.models.vocabulary import pad_with_a_known_token
 from mixlora_exp.system.untrusted import parse_json
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.models.unchanged import Stamp, content, stamp
+from mixlora_exp.models.file_cache import Stamp, content, stamp
 from mixlora_exp.system.untrusted import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -22,7 +22,7 @@ import psutil
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.checkout import git_state
 from mixlora_exp.records.files import PACKED, RECORD, RunFiles
-from mixlora_exp.records.shape import check_shape
+from mixlora_exp.records.required_fields import check_shape
 from mixlora_exp.system.durable import write_whole
 from mixlora_exp.system.untrusted import parse_json, read_bytes
 
@@ -124,7 +124,8 @@ def read_record(source: Path | str | RunFiles) -> dict[str, Any]:
 
 
 def read_run(source: Path | str | RunFiles) -> dict[str, Any]:
-    """Return the record of a run as `read_record`, with fields checked against `records.shape`.
+    """Return the record of a run as `read_record`, with fields checked against
+    `records.required_fields`.
 
     Raises:
         UserError: the file was changed, or a field is missing or has the wrong type.

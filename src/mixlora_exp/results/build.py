@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mixlora_exp.config.command import compose
-from mixlora_exp.config.places import CONF_DIR, RESULTS
+from mixlora_exp.config.paths import CONF_DIR, RESULTS
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.errors import UserError

@@ -12,7 +12,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import FORCED, PACKED, RECORD, RunFiles, name_of, pack
 from mixlora_exp.records.objections import has_random_weights, objections
 from mixlora_exp.records.record import read_record
-from mixlora_exp.records.shape import NAME
+from mixlora_exp.records.required_fields import NAME
 from mixlora_exp.results.runs import LeftOut, RecordedRun, check_run
 
 

@@ -24,7 +24,7 @@ from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import FORCED, PACKED, RunFiles, name_of, record_paths
 from mixlora_exp.records.objections import UNPLACED, code_objections
 from mixlora_exp.records.record import read_run
-from mixlora_exp.records.shape import odd_fields, predictions_name
+from mixlora_exp.records.required_fields import odd_fields, predictions_name
 from mixlora_exp.system.untrusted import parse_json, refuse_links
 from mixlora_exp.tasks import TASKS
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.recorded import recorded
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import RECORD

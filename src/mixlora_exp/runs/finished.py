@@ -7,7 +7,7 @@ from pathlib import Path
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_run
-from mixlora_exp.records.shape import odd_fields
+from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.records.show import print_record
 from mixlora_exp.runs.inputs import Inputs, differences
 from mixlora_exp.system.console import say

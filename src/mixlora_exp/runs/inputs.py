@@ -41,10 +41,10 @@ from mixlora_exp.models.budget import with_matched_rank
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import count_parameters, router_of
 from mixlora_exp.models.precision import resolve_dtype
-from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
-from mixlora_exp.records.shape import odd_fields
+from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.system.device import processes, resolve_device
 from mixlora_exp.system.hashing import file_sha256
 
@@ -161,7 +161,7 @@ def check_known_base(
     if then is None:
         return
     now = known_identity(config.model, config.seed)
-    from mixlora_exp.adapters.based import refusal, shapes_differ
+    from mixlora_exp.adapters.base_check import refusal, shapes_differ
 
     if shapes_differ(then, now) or (config.base is Base.check and contradict(then, now)):
         raise refusal(folder, then, now)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mixlora_exp.evaluation import TaskScore
 from mixlora_exp.records.record import write_jsonl
-from mixlora_exp.records.shape import predictions_name
+from mixlora_exp.records.required_fields import predictions_name
 
 
 def score_entry(score: TaskScore) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
-from mixlora_exp.adapters.hosting import check_shareable
+from mixlora_exp.adapters.mixed_adapters import check_shareable
 from mixlora_exp.adapters.shuffled import shuffle_experts
 from mixlora_exp.config.resolve import run_name
 from mixlora_exp.config.schema import Base, Config, LoraMethodConfig, Protocol

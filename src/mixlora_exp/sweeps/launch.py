@@ -17,11 +17,11 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from mixlora_exp.config.command import Plan
-from mixlora_exp.config.places import share_code
+from mixlora_exp.config.paths import share_code
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import SWEEP, Failure, Outcome, duration, run_cell, run_one
 from mixlora_exp.sweeps.ledger import Ledger
-from mixlora_exp.system.guarded import MISTAKE
+from mixlora_exp.system.exit_codes import MISTAKE
 from mixlora_exp.system.signals import Terminated, deferred, requested
 
 CRASH = 1

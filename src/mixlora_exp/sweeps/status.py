@@ -18,12 +18,12 @@ from mixlora_exp.config.schema import Config, DataSource
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.plans.hours import gpu_hours
 from mixlora_exp.plans.memory import memory_of
-from mixlora_exp.records.code import code_sha256
+from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD, record_paths
 from mixlora_exp.records.record import read_record
-from mixlora_exp.records.shape import odd_fields
+from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.results.runs import filled
-from mixlora_exp.sweeps.by_group import ByGroup
+from mixlora_exp.sweeps.compose_cells import ByGroup
 from mixlora_exp.system.runlock import BEAT, holder_of
 from mixlora_exp.system.untrusted import read_json
 

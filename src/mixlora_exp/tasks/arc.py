@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
 
 def _parse(task: str, row: Mapping[str, Any], index: int) -> Item:
-    options, answer = rows.choices(row)
+    options, answer = row_fields.choices(row)
     return Item(
         task=task,
-        id=rows.row_id(row, task, index),
-        question=rows.text(row, "question"),
+        id=row_fields.row_id(row, task, index),
+        question=row_fields.text(row, "question"),
         options=options,
         answer=answer,
         # Some rows number their options; every item is asked with letters.
-        labels=rows.letters(options),
+        labels=row_fields.letters(options),
     )
 
 

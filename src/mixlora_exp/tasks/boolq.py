@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item, Prompt, Task
 
 ANSWERS = ("true", "false")
 
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
-    answer = rows.value(row, "answer")
+    answer = row_fields.value(row, "answer")
     if not isinstance(answer, bool):
         raise ValueError(f"field 'answer' must be true or false, not {answer!r}")
     return Item(
         task="boolq",
-        id=rows.row_id(row, "boolq", index),
-        question=rows.text(row, "question"),
+        id=row_fields.row_id(row, "boolq", index),
+        question=row_fields.text(row, "question"),
         options=ANSWERS,
         answer=0 if answer else 1,
         labels=ANSWERS,
-        context=rows.text(row, "passage"),
+        context=row_fields.text(row, "passage"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import LETTERS, Item, Prompt, Task, lettered
 
 
@@ -23,18 +23,18 @@ def ask_text(item: Item) -> Prompt:
 
 def _options(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
     if len(fields) == 1:
-        return rows.texts(row, fields[0])
-    return tuple(rows.text(row, name) for name in fields)
+        return row_fields.texts(row, fields[0])
+    return tuple(row_fields.text(row, name) for name in fields)
 
 
 def _answer(
     row: Mapping[str, Any], name: str, options: Sequence[str], answer_as: str, count_from: int
 ) -> int:
     if answer_as == "index":
-        return rows.number(row, name, count_from, count_from + len(options) - 1) - count_from
-    given = rows.label(rows.text(row, name))
+        return row_fields.number(row, name, count_from, count_from + len(options) - 1) - count_from
+    given = row_fields.label(row_fields.text(row, name))
     if answer_as == "text":
-        named = [rows.label(option) for option in options]
+        named = [row_fields.label(option) for option in options]
         if named.count(given) != 1:
             raise ValueError(f"{name} {given!r} is the text of {named.count(given)} of the options")
         return named.index(given)
@@ -65,12 +65,12 @@ def custom_task(
         found = _options(row, options)
         return Item(
             task=name,
-            id=rows.row_id(row, name, index),
-            question=rows.text(row, question),
+            id=row_fields.row_id(row, name, index),
+            question=row_fields.text(row, question),
             options=found,
             answer=_answer(row, answer, found, answer_as, count_from),
-            labels=rows.letters(found),
-            context="" if context is None else rows.text(row, context),
+            labels=row_fields.letters(found),
+            context="" if context is None else row_fields.text(row, context),
         )
 
     return Task(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
 
@@ -27,15 +27,15 @@ def _clean(text: str) -> str:
 
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
-    options = tuple(map(_clean, rows.texts(row, "endings")))
+    options = tuple(map(_clean, row_fields.texts(row, "endings")))
     return Item(
         task="hellaswag",
-        id=rows.row_id(row, "hellaswag", index),
+        id=row_fields.row_id(row, "hellaswag", index),
         question="",
         options=options,
-        answer=rows.number(row, "label", 0, len(options) - 1),
-        labels=rows.letters(options),
-        context=_clean(rows.text(row, "ctx")),
+        answer=row_fields.number(row, "label", 0, len(options) - 1),
+        labels=row_fields.letters(options),
+        context=_clean(row_fields.text(row, "ctx")),
     )
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
-    options, answer = rows.choices(row)
+    options, answer = row_fields.choices(row)
     return Item(
         task="obqa",
-        id=rows.row_id(row, "obqa", index),
-        question=rows.text(row, "question_stem"),
+        id=row_fields.row_id(row, "obqa", index),
+        question=row_fields.text(row, "question_stem"),
         options=options,
         answer=answer,
-        labels=rows.letters(options),
+        labels=row_fields.letters(options),
     )
 
 

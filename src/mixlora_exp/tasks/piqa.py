@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
-    options = (rows.text(row, "sol1"), rows.text(row, "sol2"))
+    options = (row_fields.text(row, "sol1"), row_fields.text(row, "sol2"))
     return Item(
         task="piqa",
-        id=rows.row_id(row, "piqa", index),
-        question=rows.text(row, "goal"),
+        id=row_fields.row_id(row, "piqa", index),
+        question=row_fields.text(row, "goal"),
         options=options,
-        answer=rows.number(row, "label", 0, 1),
-        labels=rows.letters(options),
+        answer=row_fields.number(row, "label", 0, 1),
+        labels=row_fields.letters(options),
     )
 
 

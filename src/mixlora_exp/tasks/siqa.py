@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
-    options = tuple(rows.text(row, name) for name in ("answerA", "answerB", "answerC"))
+    options = tuple(row_fields.text(row, name) for name in ("answerA", "answerB", "answerC"))
     return Item(
         task="siqa",
-        id=rows.row_id(row, "siqa", index),
-        question=rows.text(row, "question"),
+        id=row_fields.row_id(row, "siqa", index),
+        question=row_fields.text(row, "question"),
         options=options,
-        answer=rows.number(row, "label", 1, 3) - 1,
-        labels=rows.letters(options),
-        context=rows.text(row, "context"),
+        answer=row_fields.number(row, "label", 1, 3) - 1,
+        labels=row_fields.letters(options),
+        context=row_fields.text(row, "context"),
     )
 
 

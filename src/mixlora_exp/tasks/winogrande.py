@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
 
 def _parse(row: Mapping[str, Any], index: int) -> Item:
-    sentence = rows.text(row, "sentence")
+    sentence = row_fields.text(row, "sentence")
     if "_" not in sentence:
         raise ValueError("field 'sentence' has no blank '_'")
-    options = (rows.text(row, "option1"), rows.text(row, "option2"))
+    options = (row_fields.text(row, "option1"), row_fields.text(row, "option2"))
     return Item(
         task="winogrande",
-        id=rows.row_id(row, "winogrande", index),
+        id=row_fields.row_id(row, "winogrande", index),
         question=sentence,
         options=options,
-        answer=rows.number(row, "answer", 1, 2) - 1,
-        labels=rows.letters(options),
+        answer=row_fields.number(row, "answer", 1, 2) - 1,
+        labels=row_fields.letters(options),
     )
 
 

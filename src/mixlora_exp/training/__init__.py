@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixlora_exp.training.fit import TrainSummary, fit, fit_jointly
-from mixlora_exp.training.halving import fit_halving
+from mixlora_exp.training.halve_micro_batch import fit_halving
 from mixlora_exp.training.job import Job, make_job
 from mixlora_exp.training.trainer import MixLoraTrainer
 

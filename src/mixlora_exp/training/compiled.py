@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mixlora_exp.adapters.shadow import shadows_at_hand
+from mixlora_exp.adapters.weight_cache import shadows_at_hand
 from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
 from mixlora_exp.kernels import working_dtype

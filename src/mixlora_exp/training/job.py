@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.adapters.dropout import use_dropout_stream
-from mixlora_exp.adapters.hosting import parameters_of, plain_parameters_of
-from mixlora_exp.adapters.reports import RouterReport
+from mixlora_exp.adapters.mixed_adapters import parameters_of, plain_parameters_of
+from mixlora_exp.adapters.router_report import RouterReport
 from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
@@ -26,9 +26,9 @@ from mixlora_exp.system.device import processes, summed
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.compiled import pad_to
 from mixlora_exp.training.hooks import Hook, hook_of
-from mixlora_exp.training.kept import KeptRows
+from mixlora_exp.training.last_layer import KeptRows
+from mixlora_exp.training.run_statistics import Track
 from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
-from mixlora_exp.training.track import Track
 
 Batch = Mapping[str, Any]
 
@@ -72,7 +72,7 @@ class Job:
     track: Track = field(init=False)
     seconds_before: float = field(init=False, default=0.0)
     not_chosen: dict[str, list[int]] | None = field(init=False, default=None)
-    """Result of `proof.check_gradients_flow` before the first step; None until then."""
+    """Result of `gradient_check.check_gradients_flow` before the first step; None until then."""
     kept_bytes_per_token: float | None = field(init=False, default=None)
     """Bytes that autograd kept then for the backward pass, per position."""
     first_step_seconds: float | None = field(init=False, default=None)

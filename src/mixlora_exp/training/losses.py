@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mixlora_exp.adapters.rows import Segment
+from mixlora_exp.adapters.row_map import Segment
 from mixlora_exp.config.choices import Head
 from mixlora_exp.training.head import loss_from_hidden
 from mixlora_exp.training.packed import Batch, pack_batches

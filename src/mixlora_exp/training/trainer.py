@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.adapters import save_adapter
-from mixlora_exp.adapters.hosting import expert_parameters_of
+from mixlora_exp.adapters.mixed_adapters import expert_parameters_of
 from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.errors import UserError
@@ -30,13 +30,13 @@ from mixlora_exp.models.precision import autocast
 from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
-from mixlora_exp.training.groups import parameter_groups, schedule_of
+from mixlora_exp.training.gradient_check import check_gradients_flow, task_loss_alone
 from mixlora_exp.training.job import Batch, Job
-from mixlora_exp.training.kept import last_layer_at_kept_rows
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
+from mixlora_exp.training.last_layer import last_layer_at_kept_rows
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
 from mixlora_exp.training.packed import packed_attention
-from mixlora_exp.training.proof import check_gradients_flow, task_loss_alone
+from mixlora_exp.training.parameter_groups import parameter_groups, schedule_of
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 from mixlora_exp.training.stability import Diverged, find_layer
 

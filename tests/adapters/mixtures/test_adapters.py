@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_mixtures import METHODS, ROUTED, make_settings
 
 from mixlora_exp.adapters import MixtureConfig, load_adapter, load_adapters, save_adapter
-from mixlora_exp.adapters.hosting import add_guest, parameters_of
+from mixlora_exp.adapters.mixed_adapters import add_guest, parameters_of
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.config.schema import Kernel, KernelConfig
 from mixlora_exp.config.schema_mixture import by_layer

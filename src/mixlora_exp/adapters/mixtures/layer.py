@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.frozen import frozen_linear
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
-from mixlora_exp.adapters.rows import RowMap
-from mixlora_exp.adapters.several import several_linear
+from mixlora_exp.adapters.row_map import RowMap
+from mixlora_exp.adapters.several_adapters import several_linear
 from mixlora_exp.kernels import DropoutKey, Frozen, Mixture, Router, Routing, Sizes, working_dtype
 from mixlora_exp.kernels.dropout import drop
-from mixlora_exp.kernels.mixing import dense_weights
+from mixlora_exp.kernels.mixture_base import dense_weights
 
 __all__ = ["MixtureLinear"]
 
 
 class MixtureLinear(nn.Module, BaseTunerLayer):
-    """`y = W x + b + branch(drop(x))`, see `kernels.mixing.Mixture`; one dropout mask for all
+    """`y = W x + b + branch(drop(x))`, see `kernels.mixture_base.Mixture`; one dropout mask for all
     experts, which the router does not see.
 
     Parameters of an adapter, each a `ParameterDict` entry under its name: `lora_NAME` for those

@@ -25,8 +25,8 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 
 from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.bench.interleaved import interleaved
 from mixlora_exp.bench.options import BenchOptions, require_dtype
-from mixlora_exp.bench.rounds import interleaved
 from mixlora_exp.bench.runner import Kind, say
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import TASK_NAMES, AnswerForm, Config, LoraMethodConfig

@@ -24,7 +24,7 @@ from mixlora_exp.bench.kinds.steps import benchmark_parts, check
 from mixlora_exp.bench.options import BenchOptions, StepOptions
 from mixlora_exp.bench.report import kernel_table, markdown
 from mixlora_exp.bench.runner import Kind, machine_slug, say
-from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.errors import UserError
 from mixlora_exp.system.device import hardware_names
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from mixlora_exp.bench.batch import step_batch
+from mixlora_exp.bench.interleaved import Sample, interleaved, quartiles, ratios
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import BenchOptions, require_dtype, require_positive
-from mixlora_exp.bench.rounds import Sample, interleaved, quartiles, ratios
-from mixlora_exp.bench.rows import BenchRow
+from mixlora_exp.bench.row_registry import BenchRow
 from mixlora_exp.bench.runner import Kind, say
 from mixlora_exp.config.choices import LossOn
-from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixlora_exp.bench.baselines import check_liger, patch_with_liger
 from mixlora_exp.bench.batch import StepBatch, batch_of
-from mixlora_exp.bench.busy import launches_per_layer, step_profile
+from mixlora_exp.bench.interleaved import Sample, interleaved, pair, summary
 from mixlora_exp.bench.measure import feed_forward_saved_bytes, inference_step, training_step
 from mixlora_exp.bench.memory import measure_in_process
 from mixlora_exp.bench.model import base_model, model_config, model_of
 from mixlora_exp.bench.options import StepOptions, as_json, require_dtype, require_positive
 from mixlora_exp.bench.report import markdown
-from mixlora_exp.bench.rivals import check_liger, patch_with_liger
-from mixlora_exp.bench.rounds import Sample, interleaved, pair, summary
-from mixlora_exp.bench.rows import BASELINE, PAIRS, ROWS, BenchRow, NotHere
+from mixlora_exp.bench.row_registry import BASELINE, PAIRS, ROWS, BenchRow, NotHere
 from mixlora_exp.bench.runner import Kind, machine_slug, say
+from mixlora_exp.bench.step_profile import launches_per_layer, step_profile
 from mixlora_exp.errors import UserError
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from mixlora_exp.bench.options import BenchOptions
 from mixlora_exp.bench.runner import Kind, say
 from mixlora_exp.config.command import compose, compose_settings
-from mixlora_exp.config.places import ROOT
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.together import entry_overrides
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.outcome import outcomes

@@ -15,7 +15,7 @@ from torch.nn import functional
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
 from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
-from mixlora_exp.kernels.routing import is_expert
+from mixlora_exp.kernels.router_base import is_expert
 from mixlora_exp.kernels.shapes import FeedForward, LowRank, Routing, low_ranks
 
 __all__ = ["dense_stage"]

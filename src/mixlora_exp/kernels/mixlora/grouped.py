@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixlora_exp.kernels.activations import activate, activation_gradient
+from mixlora_exp.kernels.mixlora.expert_segments import Piece, Rows, blocks, sort_rows, sum_by_token
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
-from mixlora_exp.kernels.mixlora.rows import Piece, Rows, blocks, sort_rows, sum_by_token
 from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
 from mixlora_exp.kernels.shapes import (
     FeedForward,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mixlora_exp.kernels.mixing import Mixture, Sizes, mixture
+from mixlora_exp.kernels.mixture_base import Mixture, Sizes, mixture
 from mixlora_exp.kernels.mixtures.pissa import Pissa, decomposed, twice
 
 __all__ = ["LoraGa"]

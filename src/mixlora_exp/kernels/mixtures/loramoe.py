@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels.mixing import Mixture, mixture
-from mixlora_exp.kernels.routing import Router
+from mixlora_exp.kernels.mixture_base import Mixture, mixture
+from mixlora_exp.kernels.router_base import Router
 from mixlora_exp.kernels.shapes import Routing
 
 __all__ = ["LoraMoe"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixlora_exp.kernels.mixing import Mixture, mixture
+from mixlora_exp.kernels.mixture_base import Mixture, mixture
 
 __all__ = ["Mola"]
 

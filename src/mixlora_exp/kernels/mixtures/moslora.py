@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from mixlora_exp.kernels.mixing import Mixture, Sizes, mixture, uniform
+from mixlora_exp.kernels.mixture_base import Mixture, Sizes, mixture, uniform
 
 __all__ = ["MosLora"]
 

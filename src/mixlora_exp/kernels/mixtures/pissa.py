@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels.mixing import Mixture, Sizes, mixture, stacked_product
+from mixlora_exp.kernels.mixture_base import Mixture, Sizes, mixture, stacked_product
 
 __all__ = ["Pissa", "decomposed", "twice"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mixlora_exp.kernels.routing import ranked, router
+from mixlora_exp.kernels.router_base import ranked, router
 from mixlora_exp.kernels.shapes import Routing
 from mixlora_exp.kernels.softmax_router import SoftmaxRouter
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mixlora_exp.kernels.router_base import router
 from mixlora_exp.kernels.routers.top_k import TopK
-from mixlora_exp.kernels.routing import router
 
 __all__ = ["RandomFrozen"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels.routing import is_expert, ranked, router
+from mixlora_exp.kernels.router_base import is_expert, ranked, router
 from mixlora_exp.kernels.shapes import Routing
 from mixlora_exp.kernels.softmax_router import SoftmaxRouter, real_counts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels.dropout import DropoutKey
-from mixlora_exp.kernels.routing import normalised, ranked, router, router_logits
+from mixlora_exp.kernels.router_base import normalised, ranked, router, router_logits
 from mixlora_exp.kernels.shapes import Routing
 from mixlora_exp.kernels.softmax_router import SoftmaxRouter
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels.routing import Router, router
+from mixlora_exp.kernels.router_base import Router, router
 from mixlora_exp.kernels.shapes import Routing
 
 __all__ = ["Uniform"]

@@ -12,7 +12,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.results import tables

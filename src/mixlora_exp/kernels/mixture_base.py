@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mixlora_exp.kernels.routing import Router
+from mixlora_exp.kernels.router_base import Router
 from mixlora_exp.kernels.shapes import Routing
 
 __all__ = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from opens import opens_below
 
-from mixlora_exp.models.unchanged import LARGE, SETTLED, content
+from mixlora_exp.models.file_cache import LARGE, SETTLED, content
 
 
 @pytest.fixture

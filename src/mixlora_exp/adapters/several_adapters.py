@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.adapters.frozen import frozen_linear
-from mixlora_exp.adapters.rows import Segment, join, take
+from mixlora_exp.adapters.row_map import Segment, join, take
 from mixlora_exp.kernels import working_dtype
 from mixlora_exp.kernels.activations import activate
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from mixlora_exp.records.meaning import meanings
+from mixlora_exp.records.canonical_code import meanings
 
 PACKAGE = Path(__file__).parents[1]
 ROOMS = (
@@ -51,5 +51,5 @@ def _hash(sources: Mapping[str, str]) -> str:
 @cache
 def code_sha256() -> str:
     """SHA-256 of the code that determines results, independent of layout, comments, docstrings and
-    the texts of exceptions (see `meaning.meanings`)."""
+    the texts of exceptions (see `canonical_code.meanings`)."""
     return _hash({name: path.read_text(encoding="utf-8") for name, path in _determining()})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mixlora_exp.adapters.sources import Source
+from mixlora_exp.adapters.cache_source import Source
 from mixlora_exp.kernels import dora_norms
 from mixlora_exp.kernels.shapes import stacked
 

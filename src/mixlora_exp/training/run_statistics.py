@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixlora_exp.adapters.reports import RouterReport
+from mixlora_exp.adapters.router_report import RouterReport
 from mixlora_exp.training.stability import StepWatch
 
 

@@ -12,14 +12,14 @@ from encoded import examples_of
 from torch import Tensor, nn
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.adapters.hosting import plain_parameters_of
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.linear import FusedLinear
+from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit
-from mixlora_exp.training.proof import check_gradients_flow
+from mixlora_exp.training.gradient_check import check_gradients_flow
 
 METHODS = [
     *("lora", "dora", "mixlora", "mixdora", "mixlora_top_p", "mixlora_switch"),

@@ -20,9 +20,9 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixlora_exp.adapters.based import check_base
+from mixlora_exp.adapters.base_check import check_base
 from mixlora_exp.adapters.config import MixLoraConfig, in_order
-from mixlora_exp.adapters.filling import fill, read_weights
+from mixlora_exp.adapters.load_weights import fill, read_weights
 from mixlora_exp.adapters.mixtures.config import MIXTURE_TYPE, MixtureConfig
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS

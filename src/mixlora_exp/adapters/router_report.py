@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mixlora_exp.adapters.rows import RowMap
+from mixlora_exp.adapters.row_map import RowMap
 from mixlora_exp.kernels import Router, Routing
 
 __all__ = ["Routed", "RouterReport", "collect"]

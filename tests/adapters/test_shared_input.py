@@ -21,7 +21,7 @@ from mixlora_exp.adapters import linear as linear_module
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.linear import FusedLinear
-from mixlora_exp.adapters.siblings import PENDING
+from mixlora_exp.adapters.shared_input import PENDING
 from mixlora_exp.kernels import DropoutStream, Frozen, linears
 from mixlora_exp.kernels.lora import LowRankPart
 

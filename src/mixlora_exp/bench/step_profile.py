@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from mixlora_exp.bench.batch import StepBatch
 from mixlora_exp.bench.launches import LaunchCounter
 from mixlora_exp.bench.measure import base_of, training_step
-from mixlora_exp.bench.rows import BenchRow
+from mixlora_exp.bench.row_registry import BenchRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mixlora_exp.config.places import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.base_identity import BaseIdentity, base_of, read_base, same_weights
 

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from mixlora_exp.records import meaning
+from mixlora_exp.records import canonical_code
 
 PROGRAM = '''"""Limits."""
 
@@ -56,7 +56,7 @@ def require(ok, name, rule):
 
 
 def meant(program: str, checks: str = CHECKS) -> dict[str, str]:
-    return meaning.meanings({"limits.py": program, "checks.py": checks})
+    return canonical_code.meanings({"limits.py": program, "checks.py": checks})
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def ask(n):
 
 def test_fields_that_a_python_does_not_know_yet_change_nothing() -> None:
     tree = ast.parse("def f(a): return [None, 0, 'x']")
-    before = meaning._dump(tree)
+    before = canonical_code._dump(tree)
     for node in ast.walk(tree):
         node._fields = (*node._fields, "of_a_later_python")
         node.of_a_later_python = []
-    assert meaning._dump(tree) == before
+    assert canonical_code._dump(tree) == before

@@ -36,7 +36,7 @@ def rate_factor(name: str, ratio: float) -> float:
     role = next((ROLES[part] for part in reversed(name.split(".")) if part in ROLES), None)
     if role is None:
         raise UserError(
-            f"method.lora_plus_ratio={ratio:g}: {name} has no role in LoRA+ (models/roles.py names "
-            "A and B): leave the ratio at 1"
+            f"method.lora_plus_ratio={ratio:g}: {name} has no role in LoRA+ "
+            "(models/parameter_roles.py names A and B): leave the ratio at 1"
         )
     return ratio if role == "B" else 1.0

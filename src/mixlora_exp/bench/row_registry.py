@@ -100,7 +100,7 @@ def row(name: str, **fields: Any) -> Callable[[Builder], Builder]:
 # compared with, `lora_peft_again` a second copy of it, which shows the noise; `*_all_logits` is the
 # very Trainer with a stock collator. `*_no_autocast`: PEFT's A and B then multiply in float32.
 # `*_bf16`: adapters in the base's precision. `lora_axolotl`: axolotl's fused functions, added by
-# `bench.rivals`. The others, `lora`, `dora`, `mixlora` and `mixdora`, are this project's as its
+# `bench.baselines`. The others, `lora`, `dora`, `mixlora` and `mixdora`, are this project's as its
 # Trainer runs them, with the exact kernel.
 row("lora_peft", method="lora", head="full")
 row("lora_peft_again", method="lora", head="full")

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
-from mixlora_exp.adapters.hosting import parameters_of
+from mixlora_exp.adapters.mixed_adapters import parameters_of
 from mixlora_exp.config.schema import Config
-from mixlora_exp.models.roles import rate_factor
+from mixlora_exp.models.parameter_roles import rate_factor
 from mixlora_exp.training.job import Job
 
 

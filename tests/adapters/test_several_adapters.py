@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mixlora_exp.adapters import load_adapters, set_kernel
 from mixlora_exp.adapters.build import save_adapter
-from mixlora_exp.adapters.hosting import add_guest, parameters_of
+from mixlora_exp.adapters.mixed_adapters import add_guest, parameters_of
 from mixlora_exp.errors import UserError
 
 KINDS = {

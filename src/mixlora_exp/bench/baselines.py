@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.bench.model import adapted
-from mixlora_exp.bench.rows import BenchRow, NotHere, row
+from mixlora_exp.bench.row_registry import BenchRow, NotHere, row
 from mixlora_exp.errors import UserError
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
-from mixlora_exp.adapters.norms import norms_of
-from mixlora_exp.adapters.shadow import KeepsShadow, shadow_of
-from mixlora_exp.adapters.sources import Source, adapters_changed
+from mixlora_exp.adapters.cache_source import Source, adapters_changed
+from mixlora_exp.adapters.dora_norms import norms_of
+from mixlora_exp.adapters.weight_cache import KeepsShadow, shadow_of
 
 BF16 = torch.bfloat16
 LAYERS = 10

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixlora_exp.adapters.norms import norms_of, norms_of_one_shape
-from mixlora_exp.adapters.sources import Source
+from mixlora_exp.adapters.cache_source import Source
+from mixlora_exp.adapters.dora_norms import norms_of, norms_of_one_shape
 from mixlora_exp.kernels import Low, squared_row_norms
 
 __all__ = ["KeepsShadow", "Shadow", "Shadowed", "shadow_of", "shadows_at_hand", "share_shadow"]

@@ -13,8 +13,8 @@ from mixlora_exp.adapters import MixLoraConfig, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.config.choices import Head
 from mixlora_exp.kernels import DropoutKey, DropoutStream
-from mixlora_exp.training import kept
-from mixlora_exp.training.kept import last_layer_at_kept_rows
+from mixlora_exp.training import last_layer
+from mixlora_exp.training.last_layer import last_layer_at_kept_rows
 from mixlora_exp.training.losses import single_loss
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
@@ -158,7 +158,7 @@ def test_training_is_the_same(train, monkeypatch, method) -> None:
     assert job.kept.rows is not None
     base = narrow.trainer.model.base_model.model
     assert not any("forward" in vars(module) for module in base.modules())
-    monkeypatch.setattr(kept, "_modules", lambda base: [])
+    monkeypatch.setattr(last_layer, "_modules", lambda base: [])
     full = train(*words)
     assert narrow.losses == pytest.approx(full.losses, rel=1e-6)
     for name, weight in full.after.items():
