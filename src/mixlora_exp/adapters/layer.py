@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,20 +13,17 @@ from mixlora_exp.adapters.cache_source import Source
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.initial import initial_weights
-from mixlora_exp.adapters.row_map import RowMap
+from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.several_adapters import several_feed_forward
 from mixlora_exp.adapters.weight_cache import KeepsShadow
 from mixlora_exp.kernels import (
     KERNELS,
     ROLES,
-    DropoutKey,
     Experts,
     FeedForward,
     FrozenLinear,
     Kernel,
     Projection,
-    Router,
-    Routing,
     known_activation,
     resolve_kernel,
     working_dtype,
@@ -37,15 +32,14 @@ from mixlora_exp.kernels import (
 __all__ = ["MixLoraFeedForward"]
 
 
-class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
+class MixLoraFeedForward(KeepsShadow, RoutedLayer):
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` over frozen shared weights (paper, Section 3.2).
 
     Parameters of an adapter, each a `ParameterDict` entry under its name: `lora_router` (E, D) and
     what else its router holds, and per adapted projection p of gate, up, down `lora_A_p`
     (E, R, in), `lora_B_p` (E, out, R) and with DoRA `lora_magnitude_p` (E, out).
 
-    After each forward pass `routings` holds the router's decision of each adapter that ran, for
-    its rows of that pass, and `ran_with_gradients` whether autograd followed it.
+    See `RoutedLayer` for what it holds after a forward pass.
 
     Raises:
         ValueError: the block is not made of three `nn.Linear`, or several adapters are active at
@@ -64,7 +58,6 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.merged_adapters: list[str] = []
         self.projection_names = dict(zip(ROLES, config.feed_forward_targets, strict=True))
         for role, name in self.projection_names.items():
             projection = self.frozen(role) if hasattr(base_layer, name) else None
@@ -74,18 +67,13 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
                     f"MixLoRA needs {name} of {type(base_layer).__name__} to be an nn.Linear, "
                     f"found {type(projection).__name__}"
                 )
-        self.adapter_layer_names: tuple[str, ...] = ()
+        self._start_without_adapters(adapter_name)
         for name in ("lora_router", *self.expert_parts):
             self._parameters_called(name)
         for name in self.other_param_names:
             setattr(self, name, {})
         self.kernel = "auto"
-        self.dropout_keys: dict[str, DropoutKey] = {}
         self.base_activation = known_activation(base_layer.act_fn)
-        self.routings: dict[str, Routing] = {}
-        self.ran_with_gradients = False
-        self.row_map = RowMap()
-        self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: MixLoraConfig) -> None:
@@ -103,13 +91,9 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         own = None if config.act_fn is None else known_activation(ACT2FN[config.act_fn])
         self.activation[adapter_name] = own or self.base_activation
         projections = {role: self.frozen(role) for role in ROLES}
-        for name, weight in initial_weights(config, router, projections).items():
-            self._parameters_called(name)[adapter_name] = nn.Parameter(weight)
-        if not router.trained:
-            names = tuple(n for n in self.adapter_layer_names if n.startswith("lora_router"))
-            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: names}
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        weights = initial_weights(config, router, projections)
+        fixed = [] if router.trained else [n for n in weights if n.startswith("lora_router")]
+        self._add_weights(adapter_name, weights, fixed, trained=not config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, kept: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x: (..., D); returns the same shape or, of the flattened rows with the numbers `kept`
@@ -134,7 +118,7 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         """The block of one adapter for its rows (T, D), or those numbered `kept`, frozen
         projections included."""
         kernel = self.kernel_on(rows.device)
-        routing = self.route(rows, adapter, kernel)
+        routing = self.route(rows, adapter, fused=kernel.device is not None)
         rows = rows if routing.rows is None else routing.rows
         if kept is not None:
             rows, routing = rows[kept], routing.at(kept)
@@ -145,24 +129,6 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
     def kernel_on(self, device: torch.device) -> Kernel:
         """The chosen kernel; `auto` is resolved where the block then is."""
         return KERNELS[resolve_kernel(self.kernel, device.type)]
-
-    def route(self, rows: Tensor, adapter: str, kernel: Kernel) -> Routing:
-        """The router's decision for rows (T, D), which is kept for the report on this pass."""
-        router: Router = self.router[adapter]
-        held = {
-            name.removeprefix("lora_router").removeprefix("_"): getattr(self, name)[adapter]
-            for name in self.adapter_layer_names
-            if name.startswith("lora_router") and adapter in getattr(self, name)
-        }
-        fused = kernel.device is not None
-        mask = self.row_map.seen_by(router, adapter, len(rows), rows.device)
-        routing = router.route_masked(
-            rows, held, mask, training=self.training, fused=fused,
-            key=self.dropout_keys.get(adapter),
-        )  # fmt: skip
-        # Without its rows, which the report does not need.
-        self.routings[adapter] = replace(routing, rows=None)
-        return routing
 
     def block(self, adapter: str, rows: int, dtype: torch.dtype) -> FeedForward:
         """Return the kernels' description of this block for `rows` tokens in `dtype` with this
@@ -211,30 +177,5 @@ class MixLoraFeedForward(KeepsShadow, BaseTunerLayer):
         layer = self.projection_layer(role)
         return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
-    def _parameters_called(self, name: str) -> nn.ParameterDict:
-        """The `ParameterDict` stored as attribute `name`, one entry per adapter; at first use it is
-        created and registered with PEFT."""
-        if name not in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
-            self.adapter_layer_names = (*self.adapter_layer_names, name)
-        return getattr(self, name)
-
-    def statistics(
-        self, adapter: str, mask: Tensor | None, types: Tensor | None
-    ) -> dict[str, Tensor]:
-        return self.router[adapter].statistics(self.routings[adapter], mask)
-
-    def auxiliary_loss(self, adapter: str, statistics: Mapping[str, Tensor]) -> Tensor:
-        return self.router[adapter].auxiliary_loss(statistics)
-
-    @property
-    def routing(self) -> Routing | None:
-        """The router's decision in the last pass, if one adapter ran in it."""
-        found = list(self.routings.values())
-        return found[0] if len(found) == 1 else None
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        """Return the base's device, and float32 or better: experts, router and above all magnitudes
-        must not be rounded to the base's bf16 on their way into the optimizer."""
-        weight = self.frozen("gate").weight
-        return weight.device, torch.promote_types(weight.dtype, torch.float32)
+    def _base_weight(self) -> Tensor:
+        return self.frozen("gate").weight

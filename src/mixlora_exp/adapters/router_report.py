@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.row_map import RowMap
-from mixlora_exp.kernels import Router, Routing
 
-__all__ = ["Routed", "RouterReport", "collect"]
+__all__ = ["RouterReport", "collect"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +32,7 @@ class RouterReport:
         return RouterReport(self.loss.detach(), self.counts)
 
 
-class Routed(Protocol):
-    """A layer with a router per adapter."""
-
-    router: dict[str, Router]
-    routings: dict[str, Routing]
-    """The decision of each adapter in the last forward pass, by adapter name."""
-
-    def statistics(
-        self, adapter: str, mask: Tensor | None, types: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Return `Router.statistics` of `routings[adapter]`."""
-
-    def auxiliary_loss(self, adapter: str, statistics: Mapping[str, Tensor]) -> Tensor:
-        """Return `Router.auxiliary_loss` of the adapter's router."""
-
-
-def collect(layers: Sequence[Routed], row_map: RowMap) -> dict[str, RouterReport]:
+def collect(layers: Sequence[RoutedLayer], row_map: RowMap) -> dict[str, RouterReport]:
     """The report of each adapter in the last pass, with the graph of its loss."""
     adapters = dict.fromkeys(name for layer in layers for name in layer.routings)
     return {
@@ -58,7 +41,7 @@ def collect(layers: Sequence[Routed], row_map: RowMap) -> dict[str, RouterReport
     }
 
 
-def _report(layers: Sequence[Routed], adapter: str, row_map: RowMap) -> RouterReport:
+def _report(layers: Sequence[RoutedLayer], adapter: str, row_map: RowMap) -> RouterReport:
     # Statistics can be stacked for routers of equal shape only.
     groups: dict[tuple[int, int], list[int]] = {}
     for number, layer in enumerate(layers):
@@ -80,7 +63,7 @@ def _report(layers: Sequence[Routed], adapter: str, row_map: RowMap) -> RouterRe
     return RouterReport(total, torch.stack([counts[number] for number in range(len(layers))]))
 
 
-def _of_group(layers: Sequence[Routed], adapter: str, row_map: RowMap) -> RouterReport:
+def _of_group(layers: Sequence[RoutedLayer], adapter: str, row_map: RowMap) -> RouterReport:
     """The report of routers that have the same E and K."""
     each, types = [], row_map.types.get(adapter)
     for layer in layers:

@@ -51,7 +51,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
                 continue
             sides = take(gates, segment), take(ups, segment)
             if adapter in layer.router:
-                routing = layer.route(own, adapter, kernel)
+                routing = layer.route(own, adapter, fused=kernel.device is not None)
                 own = own if routing.rows is None else routing.rows
                 block = layer.block(adapter, len(own), dtype)
                 hidden, finish = kernel.staged(own.to(dtype), *sides, routing, block)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.frozen import frozen_linear
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
-from mixlora_exp.adapters.row_map import RowMap
+from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.several_adapters import several_linear
-from mixlora_exp.kernels import DropoutKey, Frozen, Mixture, Router, Routing, Sizes, working_dtype
+from mixlora_exp.kernels import Frozen, Mixture, Sizes, working_dtype
 from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.mixture_base import dense_weights
 
 __all__ = ["MixtureLinear"]
 
 
-class MixtureLinear(nn.Module, BaseTunerLayer):
+class MixtureLinear(nn.Module, RoutedLayer):
     """`y = W x + b + branch(drop(x))`, see `kernels.mixture_base.Mixture`; one dropout mask for all
     experts, which the router does not see.
 
@@ -31,8 +30,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     else its router holds. The base layer is an `nn.Linear`, or a LoRA layer on one, whose adapters
     this layer serves as well.
 
-    After each forward pass `routings` holds the router's decision of each adapter that ran, for its
-    rows of that pass, and `ran_with_gradients` whether autograd followed it.
+    See `RoutedLayer` for what it holds after a forward pass.
 
     Raises:
         ValueError: the base is no `nn.Linear`, or several adapters are active at once.
@@ -52,8 +50,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
                 f"mixture={config.mixture} needs {name} to be an nn.Linear, found "
                 f"{type(self.get_base_layer()).__name__}"
             )
-        self.merged_adapters: list[str] = []
-        self.adapter_layer_names: tuple[str, ...] = ()
+        self._start_without_adapters(adapter_name)
         for kind in ("lora_A", "lora_B", "lora_router"):
             self._parameters_called(kind)
         self.r: dict[str, int] = {}
@@ -61,12 +58,6 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.mixture: dict[str, Mixture] = {}
-        self.router: dict[str, Router] = {}
-        self.dropout_keys: dict[str, DropoutKey] = {}
-        self.routings: dict[str, Routing] = {}
-        self.ran_with_gradients = False
-        self.row_map = RowMap()
-        self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: MixtureConfig, name: str) -> None:
@@ -93,14 +84,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             }
             made |= held
             fixed += [] if router.trained else [f"lora_{part}" for part in held]
-        for part, weight in made.items():
-            self._parameters_called(f"lora_{part}")[adapter_name] = nn.Parameter(weight)
-        if fixed:
-            self.frozen_peft_weight_names = {
-                **self.frozen_peft_weight_names, adapter_name: tuple(fixed)
-            }  # fmt: skip
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        weights = {f"lora_{part}": weight for part, weight in made.items()}
+        self._add_weights(adapter_name, weights, fixed, trained=not config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., in); returns (..., out)."""
@@ -131,7 +116,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.ran_with_gradients = torch.is_grad_enabled()
         weights = None
         if adapter in self.router:
-            weights = dense_weights(self._route(rows, adapter))
+            weights = dense_weights(self.route(rows, adapter))
         p = self.lora_dropout[adapter] if self.training else 0.0
         mask = keyed_mask(self.dropout_keys.get(adapter), "input", tuple(rows.shape), p, rows)
         parts = {part: own.to(rows.dtype) for part, own in self._parts(adapter).items()}
@@ -152,18 +137,6 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         bias = self.get_base_layer().bias
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _route(self, rows: Tensor, adapter: str) -> Routing:
-        held = {
-            name.removeprefix("lora_router").removeprefix("_"): getattr(self, name)[adapter]
-            for name in self.adapter_layer_names
-            if name.startswith("lora_router") and adapter in getattr(self, name)
-        }
-        router, key = self.router[adapter], self.dropout_keys.get(adapter)
-        mask = self.row_map.seen_by(router, adapter, len(rows), rows.device)
-        routing = router.route_masked(rows, held, mask, training=self.training, key=key)
-        self.routings[adapter] = replace(routing, rows=None)
-        return routing
-
     def _parts(self, adapter: str) -> dict[str, Tensor]:
         """The adapter's weights by their names in its method, the router's apart."""
         names = [n for n in self.adapter_layer_names if not n.startswith("lora_router")]
@@ -178,12 +151,6 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def auxiliary_loss(self, adapter: str, statistics: Mapping[str, Tensor]) -> Tensor:
         return self.mixture[adapter].auxiliary_loss(self.router[adapter], statistics)
-
-    @property
-    def routing(self) -> Routing | None:
-        """The router's decision in the last pass, if one adapter ran in it."""
-        found = list(self.routings.values())
-        return found[0] if len(found) == 1 else None
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -211,16 +178,3 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             weight = self.get_base_layer().weight
             weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-
-    def _parameters_called(self, name: str) -> nn.ParameterDict:
-        """The `ParameterDict` stored as attribute `name`, one entry per adapter; at first use it is
-        created and registered with PEFT."""
-        if name not in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
-            self.adapter_layer_names = (*self.adapter_layer_names, name)
-        return getattr(self, name)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        """Return the base's device, and float32 or better, as experts and routers are trained."""
-        weight = self.get_base_layer().weight
-        return weight.device, torch.promote_types(weight.dtype, torch.float32)
