@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.linear import FusedLinear
-from mixlora_exp.kernels import linears
+from mixlora_exp.kernels import lora
 
 linear_launch = pytest.importorskip("mixlora_exp.kernels.triton.linear_launch")
 
@@ -53,7 +53,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(linear_launch, "start", lambda *args, **named: None)
     monkeypatch.setattr(linear_launch, "supports", lambda *args: True)
-    monkeypatch.setattr(linears, "steps_on", lambda device: linear_launch)
+    monkeypatch.setattr(lora, "steps_on", lambda device: linear_launch)
     monkeypatch.setattr(FusedLinear, "_part", given)
 
 

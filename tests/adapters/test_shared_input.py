@@ -22,8 +22,8 @@ from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.adapters.shared_input import PENDING
-from mixlora_exp.kernels import DropoutStream, Frozen, linears
-from mixlora_exp.kernels.lora import LowRankPart
+from mixlora_exp.kernels import DropoutStream, Frozen, lora, plain_linear
+from mixlora_exp.kernels.low_rank import LowRankPart
 
 (linear_launch,) = load("linear_launch")
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -40,7 +40,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return low(x, parts)
 
     monkeypatch.setattr(linear_launch, "low", counted)
-    monkeypatch.setattr(linears, "steps_on", lambda device: linear_launch)
+    monkeypatch.setattr(lora, "steps_on", lambda device: linear_launch)
     return called
 
 
@@ -146,7 +146,7 @@ def test_the_base_s_weights_are_multiplied_with_as_they_are_held(
 
     block = make(use_dora=use_dora, lora_dropout=0.0)
     if not at_once:
-        monkeypatch.setattr(linears, "steps_on", lambda device: None)
+        monkeypatch.setattr(lora, "steps_on", lambda device: plain_linear)
     expected = results(block)
 
     def held(base: nn.Linear, dtype: torch.dtype) -> Frozen:
@@ -159,7 +159,7 @@ def test_the_base_s_weights_are_multiplied_with_as_they_are_held(
 def test_equals_the_pass_of_a_cpu(monkeypatch) -> None:
     block = make(lora_dropout=0.0)
     found = results(block)
-    monkeypatch.setattr(linears, "steps_on", lambda device: None)
+    monkeypatch.setattr(lora, "steps_on", lambda device: plain_linear)
     check(found, results(block))
 
 

@@ -10,7 +10,8 @@ import torch
 
 from mixlora_exp.kernels import draw_mask
 from mixlora_exp.kernels.dropout import drop
-from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference
+from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
+from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.mixlora.exact import mixlora_exact
 
 BACKENDS = [

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from one_lora import among_several, by_itself
 
 from mixlora_exp.kernels import DropMask, Routing, draw_mask
-from mixlora_exp.kernels.lora import LowRankPart, lora_linear
+from mixlora_exp.kernels.low_rank import LowRankPart
 
 CASES = [
     pytest.param({}, id="LoRA"),
@@ -47,7 +48,8 @@ def test_block(block_of, plain, exact_form, tiny_blocks, fresh_seed, changes, dr
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA, the norm a constant"])
 @pytest.mark.parametrize("held", ["no mask", "sparse", "bool"])
-def test_linear(fresh_seed, dora, held) -> None:
+@pytest.mark.parametrize("linear", [by_itself, among_several])
+def test_linear(fresh_seed, dora, held, linear) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float64)
 
@@ -59,6 +61,6 @@ def test_linear(fresh_seed, dora, held) -> None:
 
     def compute(x, a, b, magnitude=None):
         given = None if magnitude is None else norm
-        return lora_linear(x, weight, LowRankPart(a, b, 1.7, magnitude, given, mask))
+        return linear(x, weight, LowRankPart(a, b, 1.7, magnitude, given, mask))
 
     assert torch.autograd.gradcheck(compute, [tensor.requires_grad_() for tensor in inputs])

@@ -21,7 +21,7 @@ from mixlora_exp.adapters import MixLoraConfig, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.bench.launches import LaunchCounter
 from mixlora_exp.config.choices import Head
-from mixlora_exp.kernels import DropoutStream, linears, resolve_kernel
+from mixlora_exp.kernels import DropoutStream, lora, resolve_kernel
 from mixlora_exp.training.head import loss_from_hidden
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -50,8 +50,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
     for name, module in list(sys.modules.items()):
         if name.startswith("mixlora_exp.kernels.triton.") and hasattr(module, "start"):
             monkeypatch.setattr(module, "start", start)
-    monkeypatch.setattr(linears, "_product", product)
-    monkeypatch.setattr(linears, "steps_on", lambda device: linear_launch)
+    monkeypatch.setattr(lora, "_product", product)
+    monkeypatch.setattr(lora, "steps_on", lambda device: linear_launch)
     monkeypatch.setattr(linear_launch, "supports", lambda *arguments: True)
     monkeypatch.setattr(block, "supports", lambda *arguments: True)
     monkeypatch.setattr(router, "INTERPRETED", True)

@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from one_lora import by_itself
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mixlora_exp.kernels import DropMask, draw_mask
-from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference, lora_linear
+from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
+from mixlora_exp.kernels.low_rank import LowRankPart
 
 SCALING = 1.7
 NAMES = ("x", "a", "b", "magnitude")
@@ -85,7 +87,7 @@ def test_equals_the_definition(fresh_seed, tokens, size, rank, dora, held) -> No
     if held == "bool":
         mask = DropMask(mask.kept(), mask.scale, mask.shape)
     dtypes = torch.float64, torch.float64
-    found = run(lora_linear, values, *dtypes, mask)
+    found = run(by_itself, values, *dtypes, mask)
     truth = run(definition, values, *dtypes, mask)
     assert found.keys() == truth.keys() == {"y", *NAMES[: 3 + dora]}
     for name, value in found.items():
@@ -126,8 +128,7 @@ def test_is_as_precise_as_the_definition(dtype, adapter_dtype, dora, p) -> None:
         mask = draw_mask((40, 24), p, torch.device("cpu"))
         truth = run(definition, values, torch.float64, torch.float64, mask)
         made = [
-            run(compute, values, dtype, adapter_dtype, mask)
-            for compute in (lora_linear, definition)
+            run(compute, values, dtype, adapter_dtype, mask) for compute in (by_itself, definition)
         ]
         for name, exact in truth.items():
             pair = [(results[name] - exact).norm() / exact.norm() for results in made]
@@ -141,10 +142,10 @@ def test_is_as_precise_as_the_definition(dtype, adapter_dtype, dora, p) -> None:
 def test_input_that_needs_no_gradient(fresh_seed, dora) -> None:
     """As in the first layer: the adapters' gradients are the same."""
     values = draw(9, (12, 20), 3, dora)
-    whole = run(lora_linear, values, torch.float64, torch.float64, None)
+    whole = run(by_itself, values, torch.float64, torch.float64, None)
     leaves = {name: values[name].clone().requires_grad_() for name in NAMES[1:] if name in values}
     own = (leaves["a"], leaves["b"], SCALING, leaves.get("magnitude"), values.get("norm"))
-    y = lora_linear(values["x"], values["weight"], LowRankPart(*own))
+    y = by_itself(values["x"], values["weight"], LowRankPart(*own))
     y.backward(values["upstream"])
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, whole[name], rtol=1e-12, atol=1e-12)

@@ -8,10 +8,12 @@ from itertools import combinations
 
 import pytest
 import torch
+from one_lora import by_itself
 from torch import Tensor
 
 from mixlora_exp.kernels import KERNELS, draw_mask
-from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference, lora_linear
+from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
+from mixlora_exp.kernels.low_rank import LowRankPart
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -128,7 +130,7 @@ def test_linear_layers(fresh_seed, dora, p) -> None:
         return made
 
     check(
-        lambda leaves: lora_linear(leaves["x"], weight, part(leaves, 0)),
+        lambda leaves: by_itself(leaves["x"], weight, part(leaves, 0)),
         lambda leaves: lora_add_reference(leaves["x"] @ weight.T, leaves["x"], part(leaves, 0)),
         {"x": draw(3, 6), **values(0)},
         every,

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from one_lora import among_several, by_itself
 from torch import Tensor
 
 from mixlora_exp.kernels import draw_mask
-from mixlora_exp.kernels.lora import LowRankPart, lora_linear
+from mixlora_exp.kernels.low_rank import LowRankPart
 
 
 def poison(buffer: Tensor) -> Tensor:
@@ -89,13 +90,14 @@ def test_bf16_where_rows_fill_segments_up(block_of, plain, exact_forms, poisoned
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids="p={}".format)
-def test_linear(poisoned, dropout) -> None:
+@pytest.mark.parametrize("compute", [by_itself, among_several])
+def test_linear(poisoned, dropout, compute) -> None:
     x, a, b, magnitude = (
         torch.randn(shape).requires_grad_() for shape in ((9, 7), (2, 7), (5, 2), (5,))
     )
     mask = draw_mask((9, 7), dropout, torch.device("cpu"))
     norm = torch.rand(5) + 1
-    y = lora_linear(x, torch.randn(5, 7), LowRankPart(a, b, 2.0, magnitude, norm, mask))
+    y = compute(x, torch.randn(5, 7), LowRankPart(a, b, 2.0, magnitude, norm, mask))
     y.sum().backward()
     for tensor in (y, x.grad, a.grad, b.grad, magnitude.grad):
         assert tensor.isfinite().all()

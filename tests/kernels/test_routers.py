@@ -16,7 +16,8 @@ from mixlora_exp.kernels import (
     Routing,
     make_router,
 )
-from mixlora_exp.kernels.lora import LowRankPart, lora_add
+from mixlora_exp.kernels.lora_many import lora_add
+from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.router_base import ROUTERS as REGISTERED
 
 ROUTERS = [

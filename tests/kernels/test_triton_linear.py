@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICE, GPU, load
 
-from mixlora_exp.kernels import FrozenLinear, draw_mask, linears, plain_linear
+from mixlora_exp.kernels import FrozenLinear, draw_mask, lora, plain_linear
 from mixlora_exp.kernels.dropout import HashMask
-from mixlora_exp.kernels.lora import LowRankPart, lora_add_reference
+from mixlora_exp.kernels.lora_many import lora_add_reference
+from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.shapes import Low
 
 (linear_launch,) = load("linear_launch")
@@ -31,9 +32,9 @@ NAMES = ("a", "b", "magnitude", "norm")
 
 @pytest.fixture(autouse=True)
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """What `linears` takes, whatever the device: the kernels unless a test asks for others."""
+    """What `lora_linears` takes, whatever the device: the kernels unless a test asks for others."""
     chosen = getattr(request, "param", linear_launch)
-    monkeypatch.setattr(linears, "steps_on", lambda device: chosen)
+    monkeypatch.setattr(lora, "steps_on", lambda device: chosen)
     return chosen
 
 
@@ -133,8 +134,8 @@ def run(
     compute: Callable, group: Group, dtype: torch.dtype, adapters: torch.dtype
 ) -> dict[str, Tensor]:
     own = group.leaves(dtype, adapters)
-    if compute is linears.linears:
-        assert linears.steps_on(DEVICE).supports(own.x, own.frozen, own.parts)
+    if compute is lora.lora_linears:
+        assert lora.steps_on(DEVICE).supports(own.x, own.parts)
     ys = compute(own.x, own.frozen, own.parts)
     assert all(y.dtype == dtype for y in ys)
     return own.results(ys)
@@ -176,7 +177,7 @@ CASES = [
 def test_equals_the_definition(fresh_seed, steps, shape) -> None:
     """Outputs and every gradient, for new inputs each time."""
     group = draw(shape, fresh_seed)
-    check_close(run(linears.linears, group, torch.float32, torch.float32), exact(group))
+    check_close(run(lora.lora_linears, group, torch.float32, torch.float32), exact(group))
 
 
 # In float32, `test_equals_the_definition` bounds the error of every case: one is enough here.
@@ -198,7 +199,8 @@ def test_is_as_precise_as_the_definition(dtype, dora) -> None:
         )
         truth = exact(rounded)
         found, plain = (
-            run(compute, rounded, dtype, torch.float32) for compute in (linears.linears, definition)
+            run(compute, rounded, dtype, torch.float32)
+            for compute in (lora.lora_linears, definition)
         )
         for name, value in truth.items():
             pair = relative(found[name], value), relative(plain[name], value)
@@ -211,7 +213,7 @@ def test_is_as_precise_as_the_definition(dtype, dora) -> None:
 
 def test_same_input_same_bits() -> None:
     group = draw(Case(dora=(1,)), 0)
-    first, second = (run(linears.linears, group, DTYPES[-1], torch.float32) for _ in range(2))
+    first, second = (run(lora.lora_linears, group, DTYPES[-1], torch.float32) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -225,28 +227,28 @@ def test_copies_in_the_products_dtype_stand_for_the_parameters() -> None:
     ]
     lows = [Low(p.a.to(DEVICE, torch.float16), p.b.to(DEVICE, torch.float16)) for p in other.parts]
     parts = [replace(part, low=low) for part, low in zip(own.parts, lows, strict=True)]
-    found = own.results(linears.linears(own.x, own.frozen, parts))
-    expected = run(linears.linears, replace(group, parts=mixed), torch.float16, torch.float32)
+    found = own.results(lora.lora_linears(own.x, own.frozen, parts))
+    expected = run(lora.lora_linears, replace(group, parts=mixed), torch.float16, torch.float32)
     for name, value in found.items():
         assert relative(value, expected[name]) < 2e-3, name
     # A copy in another dtype is none of these products'.
     again = group.leaves(torch.float32, torch.float32)
     parts = [replace(part, low=low) for part, low in zip(again.parts, lows, strict=True)]
-    check_close(again.results(linears.linears(again.x, again.frozen, parts)), exact(group))
+    check_close(again.results(lora.lora_linears(again.x, again.frozen, parts)), exact(group))
 
 
 @pytest.mark.parametrize("dora", [(), (0, 1, 2)], ids=["LoRA", "DoRA"])
 def test_input_that_needs_no_gradient(dora) -> None:
     """As in the first layer: the frozen weights are then not multiplied with again."""
     group = draw(Case(dora=dora), 0)
-    expected = run(linears.linears, group, torch.float32, torch.float32)
+    expected = run(lora.lora_linears, group, torch.float32, torch.float32)
     own = group.leaves(torch.float32, torch.float32)
 
     class Forward(FrozenLinear):
         def input_gradient(self, dy: Tensor) -> Tensor:
             raise AssertionError
 
-    ys = linears.linears(own.x.detach(), [Forward(w) for w in own.weights], own.parts)
+    ys = lora.lora_linears(own.x.detach(), [Forward(w) for w in own.weights], own.parts)
     torch.autograd.backward(ys, own.upstream)
     for i, part in enumerate(own.parts):
         for name in NAMES[:3]:
@@ -259,7 +261,7 @@ def test_strided_input_and_upstream_gradient(fresh_seed) -> None:
     group = draw(Case(dora=(1,)), fresh_seed)
     upstream = [torch.ones(1, 1, dtype=torch.float64).expand_as(dy) for dy in group.upstream]
     strided = replace(group, x=group.x.T.contiguous().T, upstream=upstream)
-    found = run(linears.linears, strided, torch.float32, torch.float32)
+    found = run(lora.lora_linears, strided, torch.float32, torch.float32)
     check_close(found, exact(strided))
 
 
@@ -269,7 +271,7 @@ def test_an_output_that_is_not_used(fresh_seed) -> None:
     upstream = [group.upstream[0], *(torch.zeros_like(dy) for dy in group.upstream[1:])]
     truth = exact(replace(group, upstream=upstream))
     own = group.leaves(torch.float32, torch.float32)
-    y, *_ = linears.linears(own.x, own.frozen, own.parts)
+    y, *_ = lora.lora_linears(own.x, own.frozen, own.parts)
     y.backward(own.upstream[0])
     assert relative(own.x.grad.cpu().double(), truth["x"]) < 1e-5
     assert not own.parts[1].a.grad.any()
@@ -280,7 +282,6 @@ UNSUPPORTED = [
     pytest.param("rank", id="a rank above what registers hold"),
     pytest.param("tokens", id="no tokens"),
     pytest.param("mask", id="a mask that is a list"),
-    pytest.param("trained", id="a base weight that is trained"),
     pytest.param("four", id="four projections"),
 ]
 
@@ -291,20 +292,28 @@ def test_what_is_left_to_others(change) -> None:
     changes["four"] = {"widths": (8,) * 4, "ranks": (2,) * 4}
     dtype = torch.float64 if change == "float64" else torch.float32
     own = draw(Case(**changes.get(change, {})), 0).leaves(dtype, torch.float32)
-    parts, frozen = own.parts, own.frozen
+    parts = own.parts
     if change == "mask":
         listed = draw_mask((20, 40), 0.3, torch.device("cpu"))
         parts = [replace(parts[0], mask=listed), *parts[1:]]
-    if change == "trained":
-        own.weights[1].requires_grad_()
-    assert not linear_launch.supports(own.x, frozen, parts)
+    assert not linear_launch.supports(own.x, parts)
+    if change != "mask":  # which is drawn on a CPU alone
+        ys = lora.lora_linears(own.x, own.frozen, parts)
+        torch.testing.assert_close(list(ys), definition(own.x, own.frozen, parts))
+
+
+def test_a_base_weight_that_is_trained_is_refused() -> None:
+    own = draw(Case(), 0).leaves(torch.float32, torch.float32)
+    own.weights[1].requires_grad_()
+    with pytest.raises(ValueError, match="must be frozen"):
+        lora.lora_linears(own.x, own.frozen, own.parts)
 
 
 @pytest.mark.parametrize("sizes", [(32, 16), (16, 64), (64, 32)], ids=str)
 def test_block_sizes_do_not_matter(fresh_seed, monkeypatch, sizes) -> None:
     monkeypatch.setattr(linear_launch, "tiles", lambda *_: (*sizes, 4, 1))
     group = draw(Case(dora=(1,)), fresh_seed)
-    check_close(run(linears.linears, group, torch.float32, torch.float32), exact(group))
+    check_close(run(lora.lora_linears, group, torch.float32, torch.float32), exact(group))
 
 
 @BOTH
@@ -315,9 +324,9 @@ def test_compiled_as_one_graph(fresh_seed, steps, dora) -> None:
     torch.compiler.reset()
 
     def compiled(*args):
-        return torch.compile(linears.linears, backend="aot_eager", fullgraph=True)(*args)
+        return torch.compile(lora.lora_linears, backend="aot_eager", fullgraph=True)(*args)
 
-    expected = run(linears.linears, group, torch.float32, torch.float32)
+    expected = run(lora.lora_linears, group, torch.float32, torch.float32)
     found = run(compiled, group, torch.float32, torch.float32)
     check_close(found, expected)
 

@@ -13,7 +13,7 @@ import triton
 from triton_cards import recorder
 
 from mixlora_exp.kernels.dropout import HashMask
-from mixlora_exp.kernels.lora import LowRankPart
+from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.shapes import Low
 from mixlora_exp.kernels.triton import linear_launch as launch
 

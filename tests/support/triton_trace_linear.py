@@ -14,9 +14,9 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 
-from mixlora_exp.kernels import FrozenLinear, linears
+from mixlora_exp.kernels import FrozenLinear, lora
 from mixlora_exp.kernels.dropout import HashMask
-from mixlora_exp.kernels.lora import LowRankPart
+from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.triton import linear_launch
 
 
@@ -41,7 +41,7 @@ def show(graph: torch.fx.GraphModule, inputs: list) -> Any:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    linears.steps_on = lambda device: linear_launch
+    lora.steps_on = lambda device: linear_launch
     linear_launch.supports = lambda *args: True
     backend = aot_autograd(
         fw_compiler=show, bw_compiler=show, partition_fn=min_cut_rematerialization_partition
@@ -54,7 +54,7 @@ def main() -> None:
         norm = None if magnitude is None else torch.rand(32)
         part = LowRankPart(a, b, 2.0, magnitude, norm, mask)
         torch.compiler.reset()
-        compiled = torch.compile(linears.linears, backend=backend, fullgraph=True)
+        compiled = torch.compile(lora.lora_linears, backend=backend, fullgraph=True)
         compiled(x, [frozen], [part])[0].sum().backward()
 
 

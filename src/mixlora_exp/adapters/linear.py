@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from mixlora_exp.adapters.row_map import RowMap
 from mixlora_exp.adapters.several_adapters import several_linear
 from mixlora_exp.adapters.shared_input import Siblings, find_siblings
 from mixlora_exp.adapters.weight_cache import KeepsShadow, shadow_of, share_shadow
-from mixlora_exp.kernels import Frozen, linears, working_dtype
-from mixlora_exp.kernels.lora import LowRankPart, lora_add, lora_add_reference
+from mixlora_exp.kernels import Frozen, lora, working_dtype
+from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
+from mixlora_exp.kernels.low_rank import LowRankPart
 
 __all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 
@@ -73,16 +73,15 @@ class StockLinear(RowsLinear):
 
 
 class FusedLinear(KeepsShadow, RowsLinear):
-    """`peft.tuners.lora.Linear` whose LoRA and DoRA run through `kernels.lora.lora_add`.
+    """`peft.tuners.lora.Linear` whose LoRA and DoRA run through `kernels.lora`.
 
     What the fused form does not have (several active adapters, `adapter_names`, merged weights,
     other variants, LoRA with bias, layers that are no `nn.Linear`) runs as PEFT does it. Made by
     `use_linear_kernel`, which changes the class of PEFT's layers in place.
     """
 
-    kernel = staticmethod(lora_add)
-    at_once = True
-    """True if the low-rank products run as steps of `kernels.linears` on devices that have them."""
+    add = staticmethod(lora_add)
+    """Adds adapters of one shape to the frozen product; see `lora_add`."""
     siblings: tuple[Siblings, str] | None = None
     """The layers that share its input, and its name among them, where it has any."""
 
@@ -92,7 +91,7 @@ class FusedLinear(KeepsShadow, RowsLinear):
         name = None if args else self._fused_adapter(kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        if self.siblings is None or self.steps_on(x.device) is None:
+        if self.siblings is None:
             (y,) = self.compute(x, [self], name)
         else:
             siblings, own = self.siblings
@@ -102,21 +101,13 @@ class FusedLinear(KeepsShadow, RowsLinear):
     def compute(self, x: Tensor, layers: Sequence[FusedLinear], adapter: str) -> list[Tensor]:
         """Outputs, each (T, out), of layers that share the input x (..., in), with one adapter and
         new dropout masks; biases included."""
-        dtype, steps = working_dtype(x), self.steps_on(x.device)
+        dtype, hashed = working_dtype(x), lora.steps_on(x.device).HASHED
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             frozen = [layer.frozen(dtype) for layer in layers]
-            hashed = steps is not None and steps.HASHED
             parts = [layer._part(adapter, rows, hashed=hashed) for layer in layers]
-            if steps is not None and steps.supports(rows, frozen, parts):
-                ys = linears.linears(rows, frozen, parts)
-            else:
-                products = zip(frozen, parts, strict=True)
-                ys = [self.kernel(base.linear(rows), rows, part) for base, part in products]
+            ys = lora.lora_linears(rows, frozen, parts)
             return [layer.biased(y) for layer, y in zip(layers, ys, strict=True)]
-
-    def steps_on(self, device: torch.device) -> ModuleType | None:
-        return linears.steps_on(device) if self.at_once else None
 
     def joins(self, other: FusedLinear, adapter: str) -> bool:
         """Return whether this layer can be computed when `other` is called, for the same input and
@@ -136,7 +127,7 @@ class FusedLinear(KeepsShadow, RowsLinear):
         if adapters[0] in self.lora_A:
             shares = rows.tensor_split(len(adapters))
             parts = [self._part(name, own) for name, own in zip(adapters, shares, strict=True)]
-            frozen = self.kernel(frozen, rows, *parts)
+            frozen = self.add(frozen, rows, *parts)
         return self.biased(frozen)
 
     def kind_of(self, adapter: str) -> object:
@@ -173,8 +164,12 @@ class FusedLinear(KeepsShadow, RowsLinear):
 class ReferenceLinear(FusedLinear):
     """LoRA and DoRA by plain tensor operations: the reference for `FusedLinear`."""
 
-    kernel = staticmethod(lora_add_reference)
-    at_once = False
+    add = staticmethod(lora_add_reference)
+
+    def compute(self, x: Tensor, layers: Sequence[FusedLinear], adapter: str) -> list[Tensor]:
+        rows = x.reshape(-1, x.shape[-1]).to(working_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return [self.adapt(self.frozen(rows.dtype).linear(rows), rows, [adapter])]
 
     def kind_of(self, adapter: str) -> object:
         return None

@@ -1,4 +1,4 @@
-"""The steps of `linears` on a CPU that runs eager code: few passes over a matrix, most in place.
+"""The steps of `lora_linears` for eager code on a CPU: few passes over a matrix, most in place.
 
 A low-rank product is added to a frozen one where that lies, and what dropout keeps out of it is put
 back: a twentieth of the elements, where a second matrix would be zeroed and added.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mixlora_exp.kernels.lora import LowRankPart
+from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.plain_linear import supports
 
 __all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]

@@ -1,197 +1,124 @@
-"""LoRA and DoRA of one linear layer, added to its frozen product: no matrix of the weight's shape.
+"""LoRA and DoRA of linear layers that share their input, as one function of it.
 
-    y = scale * (W x + s B A drop(x)),   scale = m / ||W + s B A||  (1 for LoRA)
+    y_g = scale_g (W_g x + s_g B_g A_g drop_g(x)),   scale = m / ||W + s B A||  (1 for LoRA)
 
-PEFT's DoRA forms `B A` through an identity matrix in each forward pass, takes the norm of
-`W + s B A` and, with dropout, runs a second frozen product on the dropped input; here the norm is
-given (`dora_norms`) and dropout acts on the low-rank branch alone, as it does in LoRA. The layer's
-bias comes after this.
+No matrix of a weight's shape is made. PEFT's DoRA forms `B A` through an identity matrix in each
+forward pass, takes the norm of `W + s B A` and, with dropout, runs a second frozen product on the
+dropped input; here the norm is given (`dora_norms`) and dropout acts on the low-rank branch alone,
+as it does in LoRA. The layer's bias comes after this.
 
-Several adapters of one shape on equal shares of the rows are one batched product: up to three times
-as fast on a CPU, and one launch instead of M on a GPU. One adapter is a batch of one.
+What is not a plain product takes five steps, which `steps_on` a device gives: Triton kernels,
+tensor operations for the compiler to fuse, or operations in place for eager code on a CPU. Beside
+the frozen products a group of G projections takes on a GPU, forward, one launch for all `A x` and
+one per projection; backward, two per projection, one for all gradients of A and one for that of x.
+Kept for the backward pass are x, `A x` and, for DoRA, the frozen product, on a CPU with what A and
+B add to it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from mixlora_exp.kernels.dropout import DropMask, drop
-from mixlora_exp.kernels.shapes import Low, stacked
+from mixlora_exp.kernels import eager_linear, plain_linear
+from mixlora_exp.kernels.frozen import Frozen
+from mixlora_exp.kernels.low_rank import PER_PART, LowRankPart, described, flat, rebuilt
 
-__all__ = [
-    "LowRankPart",
-    "lora_add",
-    "lora_add_reference",
-    "lora_linear",
-]
+__all__ = ["lora_linears", "steps_on"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-@dataclass(frozen=True, slots=True)
-class LowRankPart:
-    """One adapter of a layer: a (R, in), b (out, R), the LoRA scaling s; DoRA's magnitude and norm
-    (out,), both or none; the dropout mask of its rows, if any; and copies of a, b and scale in
-    the dtype of the products, where they are cached."""
+def steps_on(device: torch.device) -> ModuleType:
+    """Return the module with the steps of `lora_linears` for a device."""
+    if device.type == "cuda" and HAS_TRITON:
+        from mixlora_exp.kernels.triton import linear_launch
 
-    a: Tensor
-    b: Tensor
-    scaling: float
-    magnitude: Tensor | None = None
-    norm: Tensor | None = None
-    mask: DropMask | None = None
-    low: Low | None = None
-
-    @property
-    def factor(self) -> float:
-        """LoRA's scaling times what dropout multiplies kept elements by."""
-        return self.scaling * (1.0 if self.mask is None else self.mask.scale)
-
-    def nearest(self, dtype: torch.dtype) -> Low:
-        """a, b and scale in a dtype where they are cached, else the parameters as they are."""
-        if self.low is not None and self.low.a.dtype == dtype:
-            return self.low
-        return Low(self.a, self.b)
-
-    def a_in(self, dtype: torch.dtype) -> Tensor:
-        return self.nearest(dtype).a.to(dtype)
-
-    def b_in(self, dtype: torch.dtype) -> Tensor:
-        return self.nearest(dtype).b.to(dtype)
-
-    def scale_in(self, dtype: torch.dtype) -> Tensor:
-        """DoRA's `m / ||W + s B A||`, (out,)."""
-        scale = self.nearest(dtype).scale
-        return (self.magnitude / self.norm).to(dtype) if scale is None else scale
+        return linear_launch
+    if torch.compiler.is_compiling():
+        return plain_linear
+    return eager_linear if device.type == "cpu" else plain_linear
 
 
-PER_PART = 5
+def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """`one other` in a dtype, on a GPU without a copy in another."""
+    if one.is_cuda and dtype == torch.float32 != one.dtype:
+        return torch.mm(one, other, out_dtype=dtype)
+    return (one @ other).to(dtype)
 
 
-def flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
-    """The tensors of the parts in the order in which autograd saves them: `PER_PART` each, first
-    those with a gradient: a, b and magnitude."""
-    tensors: list[Tensor | None] = []
-    for p in parts:
-        tensors += [p.a, p.b, p.magnitude, p.norm, None if p.mask is None else p.mask.elements]
-    return tensors
-
-
-def described(parts: Sequence[LowRankPart]) -> tuple[tuple, ...]:
-    """The rest of each: its scaling, what describes its mask, and what autograd need not keep,
-    since it lasts as long as the adapter."""
-    return tuple((p.scaling, None if p.mask is None else p.mask.described, p.low) for p in parts)
-
-
-def rebuilt(spec: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[LowRankPart]:
-    """The parts of which these are `described` and `flat`."""
-    found = []
-    for i, (scaling, mask, low) in enumerate(spec):
-        a, b, magnitude, norm, elements = tensors[i * PER_PART : (i + 1) * PER_PART]
-        held = None if mask is None else DropMask.rebuilt(elements, mask)
-        found.append(LowRankPart(a, b, scaling, magnitude, norm, held, low))
-    return found
-
-
-def _dropped(rows: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
-    """(M, T, in) with each adapter's dropped elements zero."""
-    if all(part.mask is None for part in parts):
-        return rows
-    return stacked(
-        [row if p.mask is None else p.mask.zero(row) for row, p in zip(rows, parts, strict=True)]
-    )
-
-
-def _times(low: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
-    """Each adapter's (T, R) times its factor."""
-    factors = [part.factor for part in parts]
-    if len(factors) == 1:
-        return low * factors[0]
-    return low * torch.tensor(factors, dtype=low.dtype, device=low.device).view(-1, 1, 1)
-
-
-def _scales(parts: Sequence[LowRankPart], dtype: torch.dtype) -> Tensor:
-    """DoRA's `m / ||W + s B A||`, (M, 1, out)."""
-    return stacked([p.scale_in(dtype) for p in parts]).unsqueeze(1)
-
-
-class _LoraAdd(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spec, frozen, x, *tensors):
-        parts, count = rebuilt(spec, tensors), len(spec)
-        a = stacked([part.a_in(x.dtype) for part in parts])
-        b = stacked([part.b_in(x.dtype) for part in parts])
-        rows = x.view(count, len(x) // count, x.shape[1])
-        low = torch.bmm(_dropped(rows, parts), a.transpose(1, 2))
-        y = frozen.reshape(count, rows.shape[1], frozen.shape[1])
-        y = torch.baddbmm(y, _times(low, parts), b.transpose(1, 2))
-        unscaled = None
-        if parts[0].magnitude is not None:
-            unscaled, y = y, y * _scales(parts, y.dtype)
-        ctx.spec = spec
-        ctx.save_for_backward(x, low, unscaled, *tensors)
-        return y.flatten(0, 1)
+    def forward(ctx, frozen, spec, plain, x, *tensors):
+        parts, steps = rebuilt(spec, tensors), plain_linear if plain else steps_on(x.device)
+        lows = steps.low(x, parts)
+        ys, raws = [], []
+        for base, part, low in zip(frozen, parts, lows, strict=True):
+            raw = base.linear(x)
+            if part.magnitude is None:
+                ys.append(raw.addmm_(low, part.b_in(x.dtype).T, alpha=steps.missing(part)))
+                raws.append(None)
+            else:
+                ys.append(steps.scaled(raw, low, part))
+                raws.append(raw)
+        ctx.frozen, ctx.spec, ctx.plain = frozen, spec, plain
+        ctx.save_for_backward(x, *lows, *raws, *tensors)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        with torch.autocast(dy.device.type, enabled=False):
-            return _LoraAdd._gradients(ctx, dy)
-
-    @staticmethod
-    def _gradients(ctx, dy):
-        x, low, unscaled, *tensors = ctx.saved_tensors
-        parts, count = rebuilt(ctx.spec, tensors), len(ctx.spec)
-        a = stacked([part.a_in(x.dtype) for part in parts])
-        b = stacked([part.b_in(x.dtype) for part in parts])
-        dy = dy.reshape(count, len(x) // count, dy.shape[1])
-        rows = x.view(count, dy.shape[1], x.shape[1])
-        dmagnitudes: list[Tensor | None] = [None] * count
-        if unscaled is not None:
-            sums = (dy * unscaled).sum(dim=1, dtype=parts[0].norm.dtype)
-            dmagnitudes = [
-                (s / p.norm).to(p.magnitude.dtype) for s, p in zip(sums, parts, strict=True)
-            ]
-            dy = dy * _scales(parts, dy.dtype)
-        dlow = _times(torch.bmm(dy, b), parts)
-        db = _times(torch.bmm(dy.transpose(1, 2), low), parts)
-        da = torch.bmm(dlow.transpose(1, 2), _dropped(rows, parts))
-        dx = None
-        if ctx.needs_input_grad[2]:
-            dx = _dropped(torch.bmm(dlow, a), parts).flatten(0, 1)
-        own: list[Tensor | None] = []
-        for one_a, one_b, magnitude, p in zip(da, db, dmagnitudes, parts, strict=True):
-            own += [one_a.to(p.a.dtype), one_b.to(p.b.dtype), magnitude]
-            own += [None] * (PER_PART - 3)
-        return None, dy.flatten(0, 1), dx, *own
+    def backward(ctx, *dys):
+        with torch.autocast(dys[0].device.type, enabled=False):
+            return _gradients(ctx, dys)
 
 
-def lora_add(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
-    """`scale_m (frozen_m + s_m B_m A_m drop_m(x_m))` for the m-th of M equal shares of the rows.
+def _gradients(ctx, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of `_LoraLinears.forward`."""
+    count = len(dys)
+    x, *rest = ctx.saved_tensors
+    lows, raws, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    parts, steps = rebuilt(ctx.spec, tensors), plain_linear if ctx.plain else steps_on(x.device)
+    draws, dlows, dbs, dmagnitudes = [], [], [], []
+    for dy, low, raw, part in zip(dys, lows, raws, parts, strict=True):
+        dmagnitude = None
+        if raw is None:
+            draw = dy.contiguous()
+            db = _product(draw.T, low, part.b.dtype)
+            db = db if steps.missing(part) == 1 else db * steps.missing(part)
+        else:
+            draw, db, dmagnitude = steps.unscaled(dy.contiguous(), raw, low, part)
+        draws.append(draw)
+        dlows.append(draw @ part.b_in(x.dtype))
+        dbs.append(db)
+        dmagnitudes.append(dmagnitude)
+    das = steps.gradients_of_a(x, dlows, parts)
+    dx = None
+    if ctx.needs_input_grad[3]:
+        through = [base.input_gradient(dy) for base, dy in zip(ctx.frozen, draws, strict=True)]
+        dx = steps.input_gradient(through, dlows, parts)
+    own = []
+    for da, db, dmagnitude in zip(das, dbs, dmagnitudes, strict=True):
+        own += [da, db, dmagnitude, *[None] * (PER_PART - 3)]
+    return None, None, None, dx, *own
 
-    frozen: (M T, out), the base product; x: (M T, in); parts: M adapters, all of one rank, all with
-    DoRA or all without. Returns (M T, out) in the dtype of x. No adapter's values reach another's
-    rows or gradients.
+
+def lora_linears(
+    x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]
+) -> tuple[Tensor, ...]:
+    """Return `scale_g (W_g x + s_g B_g A_g drop_g(x))` of each projection, without bias.
+
+    x: (T, D); frozen: W_g (F_g, D); parts: one adapter per projection. Each result is (T, F_g) in
+    the dtype of x.
+
+    Raises:
+        ValueError: a frozen weight asks for a gradient, which this function does not compute.
     """
-    return _LoraAdd.apply(described(parts), frozen, x.contiguous(), *flat(parts))
-
-
-def lora_linear(x: Tensor, weight: Tensor, part: LowRankPart) -> Tensor:
-    """`scale (W x + s B A drop(x))`. x: (T, in); weight: (out, in), frozen; returns (T, out)."""
-    return lora_add(functional.linear(x, weight), x, part)
-
-
-def lora_add_reference(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
-    """`lora_add` by plain operations: the definition."""
-    made = []
-    shares = zip(frozen.tensor_split(len(parts)), x.tensor_split(len(parts)), parts, strict=True)
-    for y, rows, part in shares:
-        y = y + part.scaling * (drop(rows, part.mask) @ part.a.to(x.dtype).T @ part.b.to(x.dtype).T)
-        if part.magnitude is not None:
-            y = y * (part.magnitude / part.norm).to(y.dtype)
-        made.append(y)
-    return torch.cat(made)
+    if any(base.requires_grad for base in frozen):
+        raise ValueError("the weight below a fused LoRA must be frozen")
+    plain = not steps_on(x.device).supports(x, parts)
+    return _LoraLinears.apply(tuple(frozen), described(parts), plain, x.contiguous(), *flat(parts))

@@ -1,4 +1,4 @@
-"""The steps of `linears` by tensor operations, written for `torch.compile`, which fuses them.
+"""The steps of `lora_linears` by tensor operations, which `torch.compile` fuses.
 
 LoRA's factor goes into products with an addend, and the mask comes after their sum, so that neither
 is a pass of its own.
@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixlora_exp.kernels.frozen import Frozen
-from mixlora_exp.kernels.lora import LowRankPart
+from mixlora_exp.kernels.low_rank import LowRankPart
 
 __all__ = ["gradients_of_a", "input_gradient", "low", "missing", "scaled", "supports", "unscaled"]
 
@@ -20,9 +19,9 @@ HASHED = False
 """True if masks have to be made by a hash."""
 
 
-def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) -> bool:
-    """Return whether these steps can run: the base must be frozen."""
-    return not any(base.requires_grad for base in frozen)
+def supports(x: Tensor, parts: Sequence[LowRankPart]) -> bool:
+    """Return True: these steps run anywhere."""
+    return True
 
 
 def _dropped(x: Tensor, part: LowRankPart) -> Tensor:

@@ -1,4 +1,4 @@
-"""The steps of `kernels.linears` by Triton kernels, and their launches."""
+"""The steps of `kernels.lora` by Triton kernels, and their launches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.kernels.dropout import HashMask
-from mixlora_exp.kernels.frozen import Frozen
-from mixlora_exp.kernels.lora import LowRankPart
+from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.triton.linear import low_kernel, scaled_kernel
 from mixlora_exp.kernels.triton.linear_backward import (
     a_kernel,
@@ -259,12 +258,12 @@ def _input_gradient(
     return dx
 
 
-def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) -> bool:
+def supports(x: Tensor, parts: Sequence[LowRankPart]) -> bool:
     """Return whether the kernels serve projections of x (T, D).
 
     They take float32, float16 and bfloat16 on a GPU of compute capability 8.0 or above, in the
-    interpreter float32 and float16; frozen weights that ask for no gradient; ranks up to 256, in
-    float32 128; masks made by a hash; and at least one token.
+    interpreter float32 and float16; up to 3 projections; ranks up to 256, in float32 128; masks
+    made by a hash; and at least one token.
     """
     if INTERPRETED:
         known = x.dtype in (torch.float32, torch.float16)
@@ -281,8 +280,7 @@ def supports(x: Tensor, frozen: Sequence[Frozen], parts: Sequence[LowRankPart]) 
         and all(
             part.a.shape[0] <= _max_rank(x.dtype)
             and (part.mask is None or isinstance(part.mask, HashMask))
-            and not base.requires_grad
-            for base, part in zip(frozen, parts, strict=True)
+            for part in parts
         )
     )
 
