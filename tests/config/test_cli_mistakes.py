@@ -60,6 +60,10 @@ BAD = [
         ["method=mixlora", "method.router_loss_pooling=all", "method.router_loss_reduction=sum"],
         ["method.router_loss_reduction=sum", "router_loss_pooling=layer"],
     ),
+    (
+        ["method=mixlora", "method.router=switch", "method.router_precision=bfloat16"],
+        ["method.router_precision=bfloat16", "router=top_k"],
+    ),
     (["data=local", "data.path=null"], ["data.path=null", "data.path=DIR"]),
     # folders that are not there, before torch is loaded
     (["data=local", "data.path=/no/such"], ["data.path=/no/such", "TASK/SPLIT.jsonl"]),

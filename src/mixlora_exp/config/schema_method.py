@@ -153,6 +153,8 @@ class MixtureSettings:
     router_precision: RouterPrecision = setting(
         RouterPrecision.float32,
         "router=top_k: 'float32', or 'bfloat16': the router's product rounds to it.",
+        "needs router=top_k, which alone reads it",
+        lambda value, all: word(value) == "float32" or word(all.router) in (None, "top_k"),
     )
 
     def fault(self) -> tuple[str, Any, str] | None:
