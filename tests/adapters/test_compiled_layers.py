@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mixlora_exp.adapters import set_kernel
-from mixlora_exp.adapters.weight_cache import shadows_at_hand
+from mixlora_exp.adapters.weight_cache import prepare_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_norms_at_hand_are_read_and_followed(model_of, monkeypatch, name) -> Non
     weights = [p for p in layer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
     for _ in range(3):
-        shadows_at_hand(layer, torch.float32)
+        prepare_compiled(layer, torch.float32)
         wanted = layer(x)
         with monkeypatch.context() as patch:
             patch.setattr("mixlora_exp.adapters.weight_cache._made_now", None)

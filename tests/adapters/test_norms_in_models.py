@@ -61,7 +61,7 @@ def check_norms(model: nn.Module) -> None:
                 torch.testing.assert_close(projection.experts.norm, expected)
                 seen += 1
         elif isinstance(module, FusedLinear):
-            source, made = weight_cache.shadow_of(module, "default", torch.float32)
+            source, made = weight_cache.cached_weights(module, "default", torch.float32)
             expected = expected_norm(source.weight, source.a, source.b, source.scaling)
             torch.testing.assert_close(made.norm, expected)
             seen += 1

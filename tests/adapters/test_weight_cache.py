@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
 from mixlora_exp.adapters.cache_source import Source, adapters_changed
 from mixlora_exp.adapters.dora_norms import norms_of
-from mixlora_exp.adapters.weight_cache import KeepsShadow, shadow_of
+from mixlora_exp.adapters.weight_cache import CachesWeights, cached_weights
 
 BF16 = torch.bfloat16
 LAYERS = 10
@@ -46,23 +46,23 @@ def plain(base_of, draw) -> PeftModel:
 COMMON = {"target_modules": ["q_proj", "k_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 
 
-def layers_of(model: nn.Module) -> list[KeepsShadow]:
-    return [module for module in model.modules() if isinstance(module, KeepsShadow)]
+def layers_of(model: nn.Module) -> list[CachesWeights]:
+    return [module for module in model.modules() if isinstance(module, CachesWeights)]
 
 
 def tensors_of(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str, Tensor]]:
-    """Of all shadows."""
+    """All cached copies by name."""
     for layer in layers_of(model):
-        for part in layer.shadow_sources(adapter):
-            low, norm = shadow_of(layer, adapter, BF16, part)[1]
+        for part in layer.cache_sources(adapter):
+            low, norm = cached_weights(layer, adapter, BF16, part)[1]
             named = {"a": low.a, "b": low.b, "scale": low.scale, "norm": norm}
             yield from ((name, tensor) for name, tensor in named.items() if tensor is not None)
 
 
-def check_layer(layer: KeepsShadow, adapter: str = "default") -> int:
-    sources = layer.shadow_sources(adapter)
+def check_layer(layer: CachesWeights, adapter: str = "default") -> int:
+    sources = layer.cache_sources(adapter)
     for part, source in sources.items():
-        same, (low, norm) = shadow_of(layer, adapter, BF16, part)
+        same, (low, norm) = cached_weights(layer, adapter, BF16, part)
         assert all(x is y for x, y in zip(same.tensors, source.tensors, strict=True))
         assert torch.equal(low.a, source.a.to(BF16))
         assert torch.equal(low.b, source.b.to(BF16))
@@ -155,15 +155,15 @@ def test_each_weight_by_each_way(model, batch, change) -> None:
     named = {id(p): name for name, p in model.named_parameters()}
     seen = 0
     for layer in layers_of(model):
-        for part in layer.shadow_sources("default"):
+        for part in layer.cache_sources("default"):
             count = 0
             for which in ("a", "b", "magnitude"):
-                parameter = getattr(layer.shadow_sources("default")[part], which)
+                parameter = getattr(layer.cache_sources("default")[part], which)
                 if parameter is None:
                     continue
                 before = parameter.detach().clone()
                 change(parameter, model, named[id(parameter)])
-                now = getattr(layer.shadow_sources("default")[part], which)
+                now = getattr(layer.cache_sources("default")[part], which)
                 assert not torch.equal(now, before)
                 check_layer(layer)
                 count += 1
@@ -249,14 +249,14 @@ def test_a_copy_has_its_own(model, batch, copied) -> None:
     pointers = [{t.data_ptr() for _, t in tensors_of(one)} for one in (model, copy)]
     assert not pointers[0] & pointers[1]
     # Made together in the copy too.
-    assert len({id(layer.shadow) for layer in layers_of(copy)}) == 1
+    assert len({id(layer.weight_cache) for layer in layers_of(copy)}) == 1
 
 
 def test_nothing_of_it_is_saved(model, batch) -> None:
     names = set(model.state_dict())
     model(**batch)
     assert set(model.state_dict()) == names
-    assert len(pickle.dumps(layers_of(model)[0].shadow)) < 200
+    assert len(pickle.dumps(layers_of(model)[0].weight_cache)) < 200
 
 
 def test_memory_keeps_its_place(model, batch) -> None:
@@ -275,9 +275,11 @@ def test_projections_with_one_input_have_a_side_by_side(model) -> None:
     """So that a kernel can take them as one matrix."""
     by_layer = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, KeepsShadow):
-            for part in layer.shadow_sources("default"):
-                by_layer[name.split("layers.")[1], part] = shadow_of(layer, "default", BF16, part)
+        if isinstance(layer, CachesWeights):
+            for part in layer.cache_sources("default"):
+                by_layer[name.split("layers.")[1], part] = cached_weights(
+                    layer, "default", BF16, part
+                )
     for first, second in (
         (("0.self_attn.q_proj", "W"), ("0.self_attn.k_proj", "W")),
         (("0.self_attn.k_proj", "W"), ("0.self_attn.v_proj", "W")),
@@ -292,8 +294,8 @@ def test_dtype_of_the_parameters_needs_no_copy(model_of, batch, dora) -> None:
     set_kernel(model, "exact")
     model(**batch)
     for layer in layers_of(model):
-        for part in layer.shadow_sources("default"):
-            source, (low, _) = shadow_of(layer, "default", torch.float32, part)
+        for part in layer.cache_sources("default"):
+            source, (low, _) = cached_weights(layer, "default", torch.float32, part)
             assert (low is None) == (not dora)
             if dora:
                 assert low.a.data_ptr() == source.a.data_ptr()
@@ -308,8 +310,8 @@ def test_another_dtype_and_back(model, batch) -> None:
         check(model)
     model.bfloat16()
     for layer in layers_of(model):
-        for part in layer.shadow_sources("default"):
-            source, (low, _) = shadow_of(layer, "default", BF16, part)
+        for part in layer.cache_sources("default"):
+            source, (low, _) = cached_weights(layer, "default", BF16, part)
             assert low is None or torch.equal(low.a, source.a)
 
 
@@ -332,15 +334,15 @@ def test_all_weights_are_cast_together(model, batch, dora) -> None:
     layer, *_ = layers_of(model)
     adapters_changed()
     with Operations() as counted:
-        shadow_of(layer, "default", BF16, next(iter(layer.shadow_sources("default"))))
+        cached_weights(layer, "default", BF16, next(iter(layer.cache_sources("default"))))
     assert counted.seen["_foreach_copy_"] == (4 if dora else 2)
     assert counted.seen["_foreach_div"] == dora
     if not dora:
         assert counted.seen.total() == 2
     with Operations() as counted:
         for layer in layers_of(model):
-            for part in layer.shadow_sources("default"):
-                shadow_of(layer, "default", BF16, part)
+            for part in layer.cache_sources("default"):
+                cached_weights(layer, "default", BF16, part)
     assert counted.seen.total() == 0
 
 
@@ -366,7 +368,7 @@ def test_no_pass_casts_them(model, batch) -> None:
         model(**batch).loss.backward()
     assert counted.seen == 0
     for layer in layers_of(model):
-        layer.shadow._layers.clear()  # As a replica, which has none.
+        layer.weight_cache._layers.clear()  # As a replica, which has none.
     with CastFrom(weights) as counted:
         model(**batch)
     assert counted.seen > 0
@@ -437,15 +439,15 @@ def test_weights_without_versions_have_none(model_of, batch, dora) -> None:
         set_kernel(model, "exact")
         model.eval()(**batch)
         for layer in layers_of(model):
-            for part in layer.shadow_sources("default"):
-                assert shadow_of(layer, "default", BF16, part)[1].low is None
+            for part in layer.cache_sources("default"):
+                assert cached_weights(layer, "default", BF16, part)[1].low is None
 
 
 def test_weights_that_other_processes_hold_have_none(model, batch) -> None:
     """As a partitioned parameter has no elements here between passes."""
     model(**batch)
     first, *others = layers_of(model)
-    partitioned = next(iter(others[0].shadow_sources("default").values())).a
+    partitioned = next(iter(others[0].cache_sources("default").values())).a
     whole = partitioned.data
     partitioned.data = torch.empty(0)
     check_layer(first)
@@ -458,7 +460,7 @@ def test_replicas_have_none(plain, batch) -> None:
     plain(**batch)
     layer, *_ = layers_of(plain)
     replica = layer._replicate_for_data_parallel()
-    assert shadow_of(replica, "default", BF16)[1].low is None
+    assert cached_weights(replica, "default", BF16)[1].low is None
 
 
 def test_mixed_adapters_are_cast_under_autocast(base_of, batch) -> None:
@@ -467,6 +469,8 @@ def test_mixed_adapters_are_cast_under_autocast(base_of, batch) -> None:
     set_kernel(model, "exact")
     with torch.autocast("cpu", BF16):
         model(**batch)
-    made = {key[2] for held in layers_of(model)[0].shadow._layers.values() for key in held.shadows}
+    made = {
+        key[2] for held in layers_of(model)[0].weight_cache._layers.values() for key in held.entries
+    }
     assert made == {BF16}
     check(model)

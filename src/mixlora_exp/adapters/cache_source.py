@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that a shadow depends on; with DoRA also the frozen weight, for its norm."""
+        """The tensors that the copies depend on; with DoRA also the frozen weight, for its norm."""
         if self.magnitude is None:
             return self.a, self.b
         return self.weight, self.a, self.b, self.magnitude

@@ -15,7 +15,7 @@ from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.initial import initial_weights
 from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.several_adapters import several_feed_forward
-from mixlora_exp.adapters.weight_cache import KeepsShadow
+from mixlora_exp.adapters.weight_cache import CachesWeights
 from mixlora_exp.kernels import (
     KERNELS,
     ROLES,
@@ -32,7 +32,7 @@ from mixlora_exp.kernels import (
 __all__ = ["MixLoraFeedForward"]
 
 
-class MixLoraFeedForward(KeepsShadow, RoutedLayer):
+class MixLoraFeedForward(CachesWeights, RoutedLayer):
     """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` over frozen shared weights (paper, Section 3.2).
 
     Parameters of an adapter, each a `ParameterDict` entry under its name: `lora_router` (E, D) and
@@ -46,7 +46,7 @@ class MixLoraFeedForward(KeepsShadow, RoutedLayer):
             once for the same rows (a router cannot be shared by two sets of experts).
     """
 
-    shadow_parts = ROLES
+    cached_parts = ROLES
     expert_parts = tuple(
         f"lora_{part}_{role}" for role in ROLES for part in ("A", "B", "magnitude")
     )
@@ -154,7 +154,7 @@ class MixLoraFeedForward(KeepsShadow, RoutedLayer):
         if own is None:
             return Projection(frozen)
         taken = own.a.dtype if self.kernel_on(weight.device).casts else dtype
-        made = self.shadow.of(self, role, adapter, own, taken)
+        made = self.weight_cache.of(self, role, adapter, own, taken)
         experts = Experts(own.a, own.b, own.scaling, own.magnitude, made.norm, made.low)
         return Projection(frozen, experts)
 

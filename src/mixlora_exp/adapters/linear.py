@@ -16,7 +16,7 @@ from mixlora_exp.adapters.frozen import frozen_linear
 from mixlora_exp.adapters.row_map import RowMap
 from mixlora_exp.adapters.several_adapters import several_linear
 from mixlora_exp.adapters.shared_input import Siblings, find_siblings
-from mixlora_exp.adapters.weight_cache import KeepsShadow, shadow_of, share_shadow
+from mixlora_exp.adapters.weight_cache import CachesWeights, cached_weights, share_cache
 from mixlora_exp.kernels import Frozen, lora, working_dtype
 from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
 from mixlora_exp.kernels.low_rank import LowRankPart
@@ -72,7 +72,7 @@ class StockLinear(RowsLinear):
         return several_linear(self, x) if self.row_map else super().forward(x, *args, **kwargs)
 
 
-class FusedLinear(KeepsShadow, RowsLinear):
+class FusedLinear(CachesWeights, RowsLinear):
     """`peft.tuners.lora.Linear` whose LoRA and DoRA run through `kernels.lora`.
 
     What the fused form does not have (several active adapters, `adapter_names`, merged weights,
@@ -135,7 +135,7 @@ class FusedLinear(KeepsShadow, RowsLinear):
 
     def _part(self, name: str, rows: Tensor, *, hashed: bool = False) -> LowRankPart:
         """The adapter for its rows (T, in), dropout drawn anew, as a `HashMask` if so asked."""
-        own, made = shadow_of(self, name, rows.dtype)
+        own, made = cached_weights(self, name, rows.dtype)
         mask = input_mask(self.lora_dropout[name], rows, hashed=hashed)
         return LowRankPart(own.a, own.b, own.scaling, own.magnitude, made.norm, mask, made.low)
 
@@ -187,4 +187,4 @@ def use_linear_kernel(model: nn.Module, form: str) -> None:
             # would lose its hooks and its place in others' lists.
             module.__class__ = StockLinear if mixed else wanted
     find_siblings(model, FusedLinear)
-    share_shadow(model)
+    share_cache(model)

@@ -23,7 +23,14 @@ from mixlora_exp.adapters.cache_source import Source
 from mixlora_exp.adapters.dora_norms import norms_of, norms_of_one_shape
 from mixlora_exp.kernels import Low, squared_row_norms
 
-__all__ = ["KeepsShadow", "Shadow", "Shadowed", "shadow_of", "shadows_at_hand", "share_shadow"]
+__all__ = [
+    "CachedWeights",
+    "CachesWeights",
+    "WeightCache",
+    "cached_weights",
+    "prepare_compiled",
+    "share_cache",
+]
 
 ALIGNED = 64
 """Elements to which a tensor's start is aligned in a buffer: 128 bytes in 16 bits."""
@@ -32,7 +39,7 @@ Key = tuple[str, str, torch.dtype]
 """(which projection of the layer, adapter, dtype of the products)"""
 
 
-class Shadowed(NamedTuple):
+class CachedWeights(NamedTuple):
     """Copies made from a source. `low`: None where products take the parameters as they are;
     `norm`: with DoRA the row norms of `W + s B A` in float32 or better. No gradient reaches them.
     """
@@ -41,7 +48,7 @@ class Shadowed(NamedTuple):
     norm: Tensor | None
 
 
-class _Shadow:
+class _Entry:
     """The copies of one source in memory that keeps its address, and the source's state when they
     were made.
 
@@ -51,7 +58,7 @@ class _Shadow:
 
     def __init__(self, memory: dict[str, Tensor]) -> None:
         self.memory = memory
-        self.shadowed = Shadowed(None, None)
+        self.copies = CachedWeights(None, None)
         self._state: tuple = ()
         self._refs: tuple[weakref.ref, ...] = ()
 
@@ -76,16 +83,16 @@ class _Shadow:
             # Parameters that have the dtype already are shared, not copied.
             a, b = memory.get("a", source.a.detach()), memory.get("b", source.b.detach())
             low = Low(a, b, memory.get("scale"))
-        self.shadowed = Shadowed(low, memory.get("norm"))
+        self.copies = CachedWeights(low, memory.get("norm"))
         self._state = source.state(changes)
         self._refs = tuple(map(weakref.ref, source.tensors))
 
 
 @dataclass(slots=True)
 class _Layer:
-    """One layer's shadows, and ||W||^2 by projection with the state of W when it was computed."""
+    """One layer's cached copies, and ||W||^2 by projection with the state of W at that time."""
 
-    shadows: dict[Key, _Shadow] = field(default_factory=dict)
+    entries: dict[Key, _Entry] = field(default_factory=dict)
     squares: dict[str, tuple[tuple, weakref.ref, Tensor]] = field(default_factory=dict)
 
     def squared(self, part: str, weight: Tensor) -> Tensor:
@@ -96,31 +103,31 @@ class _Layer:
         return found[2]
 
 
-class Shadow:
-    """The shadows of a model's layers. The first layer that finds its own out of date has those of
-    all layers made anew: a few launches for all weights, and a product for each of DoRA's norms.
+class WeightCache:
+    """Cached weights of a model's layers. The first layer that finds its own out of date has those
+    of all layers made anew: a few launches for all weights, and a product for each of DoRA's norms.
 
     At each use a layer looks whether its parameters were written to, moved or replaced, or any
     optimizer stepped (fused ones write past the tensors' versions). What is written through
     `weight.data`, outside of any optimizer, leaves no trace: call `adapters_changed()` then, or
-    `eval()` on the model. Parameters without versions (inference tensors) have no shadow, and none
-    is used while a graph is compiled or recorded, which would see the values of that moment for
-    ever. Copies of a model, through pickle too, start without.
+    `eval()` on the model. Parameters without versions (inference tensors) are not cached, and no
+    copy is used while a graph is compiled or recorded, which would see the values of that moment
+    for ever. Copies of a model, through pickle too, start with an empty cache.
     """
 
     def __init__(self) -> None:
-        self._layers: weakref.WeakKeyDictionary[KeepsShadow, _Layer] = weakref.WeakKeyDictionary()
+        self._layers: weakref.WeakKeyDictionary[CachesWeights, _Layer] = weakref.WeakKeyDictionary()
         self._changes = 0
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return Shadow, ()
+        return WeightCache, ()
 
-    def join(self, layer: KeepsShadow) -> None:
-        """Let a layer's shadows be made together with those of the others."""
-        before = layer.__dict__.get("_shadow")
+    def join(self, layer: CachesWeights) -> None:
+        """Let a layer's copies be made together with those of the others."""
+        before = layer.__dict__.get("_weight_cache")
         held = None if before is None else before._layers.pop(layer, None)
         self._layers[layer] = held or _Layer()
-        layer.__dict__["_shadow"] = self
+        layer.__dict__["_weight_cache"] = self
 
     def changed(self, *, frozen: bool = False) -> None:
         """Let all be made anew before their next use; `frozen`: ||W||^2 too."""
@@ -129,37 +136,37 @@ class Shadow:
             for held in self._layers.values():
                 held.squares.clear()
 
-    def forget(self, layer: KeepsShadow, adapter: str) -> None:
+    def forget(self, layer: CachesWeights, adapter: str) -> None:
         """Give back the memory of a deleted adapter."""
         held = self._layers[layer]
-        held.shadows = {key: found for key, found in held.shadows.items() if key[1] != adapter}
+        held.entries = {key: found for key, found in held.entries.items() if key[1] != adapter}
 
     def of(
-        self, layer: KeepsShadow, part: str, adapter: str, source: Source, dtype: torch.dtype
-    ) -> Shadowed:
+        self, layer: CachesWeights, part: str, adapter: str, source: Source, dtype: torch.dtype
+    ) -> CachedWeights:
         """Return the up-to-date copies of a layer's source."""
-        # A replica of DataParallel has the shadow of its model without having joined.
+        # A replica of DataParallel has the cache of its model without having joined.
         if torch.compiler.is_compiling():
-            found = layer.at_hand.get(f"{part}/{adapter}")
+            found = layer.prepared.get(f"{part}/{adapter}")
             return _made_now(source) if found is None else found
         if not _lasts(source) or layer not in self._layers:
             return _made_now(source)
         key, held = (part, adapter, dtype), self._layers[layer]
-        found = held.shadows.get(key)
+        found = held.entries.get(key)
         if found is None or not found.holds(source, self._changes):
             # Made in inference mode, a value could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
                 self._make(adapter, dtype)
-            found = held.shadows[key]
-        return found.shadowed
+            found = held.entries[key]
+        return found.copies
 
     def _make(self, adapter: str, dtype: torch.dtype) -> None:
-        """Bring all shadows of an adapter up to date."""
+        """Bring all copies of an adapter up to date."""
         stale = list(self._stale(adapter, dtype))
-        new = [(held, key, source) for held, key, source in stale if key not in held.shadows]
+        new = [(held, key, source) for held, key, source in stale if key not in held.entries]
         for (held, key, _), memory in zip(new, _allocated(new), strict=True):
-            held.shadows[key] = _Shadow(memory)
-        made = [(source, held.shadows[key]) for held, key, source in stale]
+            held.entries[key] = _Entry(memory)
+        made = [(source, held.entries[key]) for held, key, source in stale]
         for name in ("a", "b"):
             pairs = [(s.memory[name], getattr(own, name)) for own, s in made if name in s.memory]
             _copy(pairs)
@@ -168,127 +175,129 @@ class Shadow:
             squares = [held.squared(key[0], source.weight) for held, key, source in dora]
             norms = norms_of([source for _, _, source in dora], squares)
             scales = torch._foreach_div([source.magnitude for _, _, source in dora], norms)
-            own = [held.shadows[key].memory for held, key, _ in dora]
+            own = [held.entries[key].memory for held, key, _ in dora]
             _copy([(memory["norm"], norm) for memory, norm in zip(own, norms, strict=True)])
             _copy([(memory["scale"], scale) for memory, scale in zip(own, scales, strict=True)])
-        for source, shadow in made:
-            shadow.filled(source, self._changes)
+        for source, entry in made:
+            entry.filled(source, self._changes)
 
     def _stale(self, adapter: str, dtype: torch.dtype) -> Iterator[tuple[_Layer, Key, Source]]:
         for layer, held in self._layers.items():
             # `use_linear_kernel` may have given a layer back to PEFT.
-            if not isinstance(layer, KeepsShadow):
+            if not isinstance(layer, CachesWeights):
                 continue
-            for part, source in layer.shadow_sources(adapter).items():
+            for part, source in layer.cache_sources(adapter).items():
                 key: Key = (part, adapter, dtype)
-                found = held.shadows.get(key)
+                found = held.entries.get(key)
                 if not _lasts(source) or (found and found.holds(source, self._changes)):
                     continue
                 if found and not found.fits(source, dtype):
-                    del held.shadows[key]
+                    del held.entries[key]
                 yield held, key, source
 
 
-class KeepsShadow(nn.Module):
-    """A layer whose adapters have shadows."""
+class CachesWeights(nn.Module):
+    """A layer whose adapters' weights are cached."""
 
-    shadow_parts: tuple[str, ...] = ("W",)
+    cached_parts: tuple[str, ...] = ("W",)
     """Names of the layer's projections."""
-    at_hand: Mapping[str, Shadowed] = {}
-    """Copies that compiled code reads, by `PART/ADAPTER`, set by `shadows_at_hand`."""
+    prepared: Mapping[str, CachedWeights] = {}
+    """Copies that compiled code reads, by `PART/ADAPTER`, set by `prepare_compiled`."""
 
     def source_of(self, part: str, adapter: str) -> Source | None:
         """Return an adapter's weights for a projection, None if it has none."""
         raise NotImplementedError
 
-    def shadow_sources(self, adapter: str) -> dict[str, Source]:
+    def cache_sources(self, adapter: str) -> dict[str, Source]:
         """Return an adapter's weights in this layer by projection."""
-        found = {part: self.source_of(part, adapter) for part in self.shadow_parts}
+        found = {part: self.source_of(part, adapter) for part in self.cached_parts}
         return {part: source for part, source in found.items() if source is not None}
 
     @property
-    def shadow(self) -> Shadow:
-        """The model's, or until `share_shadow` the layer's own."""
-        if "_shadow" not in self.__dict__:
-            Shadow().join(self)
-        return self.__dict__["_shadow"]
+    def weight_cache(self) -> WeightCache:
+        """The model's, or until `share_cache` the layer's own."""
+        if "_weight_cache" not in self.__dict__:
+            WeightCache().join(self)
+        return self.__dict__["_weight_cache"]
 
-    def train(self, mode: bool = True) -> KeepsShadow:
+    def train(self, mode: bool = True) -> CachesWeights:
         # A trainer calls `train()` before every micro-batch: that alone changes nothing.
         if not (mode and self.training):
-            self.shadow.changed()
+            self.weight_cache.changed()
         return super().train(mode)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         # PEFT writes the frozen weight through `data`.
         super().merge(*args, **kwargs)
-        self.shadow.changed(frozen=True)
+        self.weight_cache.changed(frozen=True)
 
     def unmerge(self) -> None:
         super().unmerge()
-        self.shadow.changed(frozen=True)
+        self.weight_cache.changed(frozen=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.shadow.forget(self, adapter_name)
+        self.weight_cache.forget(self, adapter_name)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> KeepsShadow:
+    def _apply(self, *args: Any, **kwargs: Any) -> CachesWeights:
         # `to`, `float` and the like may round the weights and give them their old memory back.
-        self.shadow.changed(frozen=True)
+        self.weight_cache.changed(frozen=True)
         return super()._apply(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy; its shadow is the one that the copies of the model's other layers have.
+        # A copy; its cache is the one that the copies of the model's other layers have.
         super().__setstate__(state)
-        self.shadow.join(self)
+        self.weight_cache.join(self)
 
 
-def share_shadow(model: nn.Module) -> None:
-    """Let the layers of a model have their shadows made together."""
-    layers = [module for module in model.modules() if isinstance(module, KeepsShadow)]
+def share_cache(model: nn.Module) -> None:
+    """Let the layers of a model have their weights cached together."""
+    layers = [module for module in model.modules() if isinstance(module, CachesWeights)]
     for layer in layers:
-        layers[0].shadow.join(layer)
+        layers[0].weight_cache.join(layer)
 
 
-def shadows_at_hand(model: nn.Module, dtype: torch.dtype | None) -> None:
+def prepare_compiled(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Bring up to date what compiled layers read in the coming pass, for products in `dtype`; None:
     they make it themselves, in every pass."""
-    for layer in (module for module in model.modules() if isinstance(module, KeepsShadow)):
-        layer.at_hand = {}
+    for layer in (module for module in model.modules() if isinstance(module, CachesWeights)):
+        layer.prepared = {}
         for adapter in layer.active_adapters if dtype is not None else ():
-            for part, source in layer.shadow_sources(adapter).items():
-                made = layer.shadow.of(layer, part, adapter, source, dtype)
-                layer.at_hand[f"{part}/{adapter}"] = made
+            for part, source in layer.cache_sources(adapter).items():
+                made = layer.weight_cache.of(layer, part, adapter, source, dtype)
+                layer.prepared[f"{part}/{adapter}"] = made
 
 
-def shadow_of(
-    layer: KeepsShadow, adapter: str, dtype: torch.dtype, part: str = "W"
-) -> tuple[Source, Shadowed]:
+def cached_weights(
+    layer: CachesWeights, adapter: str, dtype: torch.dtype, part: str = "W"
+) -> tuple[Source, CachedWeights]:
     """An adapter of a layer's projection, which must be there, and what is made of it for products
     in `dtype`."""
     source = layer.source_of(part, adapter)
     assert source is not None
-    return source, layer.shadow.of(layer, part, adapter, source, dtype)
+    return source, layer.weight_cache.of(layer, part, adapter, source, dtype)
 
 
 def _lasts(source: Source) -> bool:
-    """Return whether a shadow of the source can be kept: a change will be seen, and the weights are
+    """Return whether copies of the source can be kept: a change will be seen, and the weights are
     whole (not partitioned over processes, nor packed)."""
     recorded = source.a.is_cuda and torch.cuda.is_current_stream_capturing()
     whole = source.weight.shape == (source.b.shape[-2], source.a.shape[-1])
     return whole and not recorded and not any(one.is_inference() for one in source.tensors)
 
 
-def _made_now(source: Source) -> Shadowed:
+def _made_now(source: Source) -> CachedWeights:
     """Uncached norms for one call; the kernels cast the parameters themselves."""
     if source.magnitude is None:
-        return Shadowed(None, None)
+        return CachedWeights(None, None)
     with torch.no_grad():
-        return Shadowed(None, norms_of_one_shape([source], [squared_row_norms(source.weight)])[0])
+        return CachedWeights(
+            None, norms_of_one_shape([source], [squared_row_norms(source.weight)])[0]
+        )
 
 
 def _needs(source: Source, dtype: torch.dtype) -> dict[str, tuple]:
-    """(shape, dtype, device) of what a shadow of the source has of its own, by name."""
+    """(shape, dtype, device) of the copies that a source needs, by name."""
     needed = {
         name: (tensor.shape, dtype, tensor.device)
         for name, tensor in (("a", source.a), ("b", source.b), ("scale", source.magnitude))
@@ -301,7 +310,7 @@ def _needs(source: Source, dtype: torch.dtype) -> dict[str, tuple]:
 
 
 def _allocated(new: Sequence[tuple[_Layer, Key, Source]]) -> list[dict[str, Tensor]]:
-    """Memory for shadows. In one buffer for each dtype and device lie all A, then all B, in the
+    """Memory for copies. In one buffer for each dtype and device lie all A, then all B, in the
     order of the layers: A of projections with one input are neighbours. What DoRA has is small, and
     a graph that keeps one layer's is not to keep that of all."""
     memories: list[dict[str, Tensor]] = [{} for _ in new]

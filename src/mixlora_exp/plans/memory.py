@@ -106,11 +106,11 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     logits = config.trainer.micro_batch_size * answers * skeleton_of(model).config.vocab_size * 8
     if config.trainer.head is not Head.full:
         logits = min(logits, 2 * chunk)
-    shadow = 2 if width == 2 and config.kernel.name is not Kernel.peft else 0
+    copies = 2 if width == 2 and config.kernel.name is not Kernel.peft else 0
     return {
         "weights": parameters.base * width,
-        "adapter_and_optimizer": parameters.trainable * (16 + shadow)
-        + fixed_parameters(model, method) * (4 + shadow),
+        "adapter_and_optimizer": parameters.trainable * (16 + copies)
+        + fixed_parameters(model, method) * (4 + copies),
         "activations": round(tokens * kept + logits),
     }
 

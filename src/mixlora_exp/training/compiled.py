@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mixlora_exp.adapters.weight_cache import shadows_at_hand
+from mixlora_exp.adapters.weight_cache import prepare_compiled
 from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
 from mixlora_exp.kernels import working_dtype
@@ -136,13 +136,13 @@ def compiled_layers(
     finally:
         for hook in hooks:
             hook.remove()
-        shadows_at_hand(base, None)
+        prepare_compiled(base, None)
         for layer in layers:
             layer._compiled_call_impl = None
 
 
 def _bring_up_to_date(base: PreTrainedModel, inputs: Any) -> None:
-    shadows_at_hand(base, working_dtype(base.get_input_embeddings().weight))
+    prepare_compiled(base, working_dtype(base.get_input_embeddings().weight))
 
 
 def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
