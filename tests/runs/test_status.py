@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 from composed import compose
 
 from mixlora_exp.cli.main import main
-from mixlora_exp.config.command import compose_cell, plan_runs
+from mixlora_exp.config import command
+from mixlora_exp.config.command import load, plan_runs
 from mixlora_exp.config.resolve import open_session, run_name, to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split
@@ -23,6 +26,7 @@ from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.runs.inputs import resolve_config
 from mixlora_exp.sweeps import compose_cells
+from mixlora_exp.sweeps.compose_cells import ByGroup
 from mixlora_exp.sweeps.status import SWEEPS, CellState, find_cells
 from mixlora_exp.system.runlock import RunLock
 
@@ -213,36 +217,82 @@ def test_records_on_local_data_are_pointed_to(
     assert "1 of those missing are recorded with data=local" in told
     assert main(["status", *words, *files, f"--records={tmp_path / 'records'}"]) == 0
     told = capsys.readouterr().out
-    assert "recorded" in told.splitlines()[0]
+    assert told.splitlines()[1].split() == [SMALL, "1", "0"]
     assert "of those missing" not in told
 
 
-@pytest.mark.parametrize(
-    ("swept", "compositions"),
-    [
-        # The first cell, three other methods with their ranks, one other task.
-        (["method=lora,mixlora", "task=arc_e,multi", "method.rank=2,4"], 5),
-        # A preset's values are taken by fields of other groups: two looks, and two cells whole.
-        (["preset=correct,official", "method=lora,mixlora"], 5),
-    ],
-    ids=["separable", "a preset"],
-)
-def test_cells_by_group_are_those_composed_whole(
-    swept: list[str], compositions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    composed = []
+@pytest.fixture
+def compositions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Fills with the command lines that Hydra composes for `ByGroup`."""
+    composed: list[Any] = []
 
     def counted(*args: Any) -> Any:
-        composed.append(args)
-        return compose_cell(*args)
+        composed.append(args[2])
+        return load(*args)
 
+    monkeypatch.setattr(command, "load", counted)
+    monkeypatch.setattr(compose_cells, "load", counted)
+    return composed
+
+
+@pytest.mark.parametrize(
+    ("swept", "count"),
+    [
+        # The sweep, the first cell, another method, another task; ranks are set in the results.
+        (["method=lora,mixlora", "task=arc_e,multi", "method.rank=2,4"], 4),
+        # Fields of other groups take a preset's values: both cells of the second one whole.
+        (["preset=correct,official", "method=lora,mixlora"], 5),
+        # Both change `data`.
+        (["scale=full,cpu", "data.forms=[label],[text]"], 5),
+        # The number of experts is also HydraLoRA's top_k: all whole.
+        (["method=hydralora,mixlora", "method.num_experts=3,4"], 7),
+    ],
+    ids=["separable", "a preset", "a shared field", "a field that others read"],
+)
+def test_cells_by_group_are_those_composed_whole(
+    swept: list[str], count: int, compositions: list[Any]
+) -> None:
     given = [*TINY, *swept]
     with open_session() as session:
         expected = plan_runs(session, "config", given, True).cells
-        monkeypatch.setattr(compose_cells, "compose_cell", counted)
-        found = plan_runs(session, "config", given, True, compose_cells.ByGroup()).cells
+        compositions.clear()
+        composer = ByGroup()
+        found = plan_runs(session, "config", given, True, composer.cell, composer.sweep).cells
     assert found == expected
-    assert len(composed) == compositions
+    assert len(compositions) == count
+
+
+def test_each_choice_of_all_sweeps_is_composed_once(
+    tmp_path: Path, compositions: list[Any]
+) -> None:
+    found = find_cells(list(SWEEPS), [], tmp_path)
+    assert len(found) > 300
+    # The sweep, the first cell, 3 other methods, 8 other tasks, 4 other models, `scale=cpu`.
+    assert len(compositions) == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWEEPS)
+def test_all_sweeps_are_those_composed_whole(name: str) -> None:
+    composer = ByGroup()
+    with open_session() as session:
+        for words in SWEEPS[name]:
+            given = [f"experiment={name}", *words]
+            whole = plan_runs(session, "config", given, False)
+            assert plan_runs(session, "config", given, True, composer.cell, composer.sweep) == whole
+
+
+def test_counts_need_no_torch() -> None:
+    """It takes seconds to load, and `--brief` is to answer within five."""
+    words = ["status", f"--experiment={SMALL}", "--brief", "model=tiny", "method=mixlora"]
+    code = (
+        "import sys; from mixlora_exp.cli.main import main; "
+        f"assert main({words}) == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    header, counts = map(str.split, done.stdout.splitlines()[:2])
+    assert (header, counts) == (["experiment", "finished", "missing"], [SMALL, "0", "16"])
 
 
 def test_data_that_is_not_there_is_not_compared(tmp_path: Path) -> None:

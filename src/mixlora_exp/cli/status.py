@@ -1,7 +1,8 @@
 """Show which runs of each table are done and which remain.
 
---experiment=table2 shows one sweep, --state=failed one state, --brief only the counts. Anything
-else is an override of train.py (model=gemma_2b, data=local data.path=DIR output_dir=DIR).
+--experiment=table2 shows one sweep, --state=failed one state, --brief only how many runs of each
+sweep are finished and how many are not, within seconds. Anything else is an override of train.py
+(model=gemma_2b, data=local data.path=DIR output_dir=DIR).
 """
 
 from __future__ import annotations
@@ -22,15 +23,31 @@ SHADES = {
 }  # fmt: skip
 
 
-def _overview(cells: list[CellState]) -> Iterator[str]:
-    """Lines of the table of counts per sweep and state, never truncated to the terminal's width."""
+def _by_sweep(cells: list[CellState]) -> Iterator[tuple[str, list[CellState]]]:
+    for name in dict.fromkeys(cell.experiment for cell in cells):
+        yield name, [cell for cell in cells if cell.experiment == name]
+
+
+def _counts(cells: list[CellState]) -> list[list[str]]:
+    rows = [["experiment", "finished", "missing"]]
+    for name, own in _by_sweep(cells):
+        finished = sum(cell.state in FINISHED for cell in own)
+        rows.append([name, str(finished), str(len(own) - finished)])
+    return rows
+
+
+def _overview(cells: list[CellState]) -> list[list[str]]:
     states = [state for state in STATES if any(cell.state == state for cell in cells)]
     rows = [["experiment", *states, "GPU hours left"]]
-    for name in dict.fromkeys(cell.experiment for cell in cells):
-        own = [cell for cell in cells if cell.experiment == name]
+    for name, own in _by_sweep(cells):
         counts = Counter(cell.state for cell in own)
         left = sum(cell.hours for cell in own if cell.state not in FINISHED)
         rows.append([name, *(str(counts[state] or "-") for state in states), _hours(left)])
+    return rows
+
+
+def _lines(rows: list[list[str]]) -> Iterator[str]:
+    """A table, never truncated to the terminal's width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         shown = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
@@ -44,9 +61,9 @@ def _hours(hours: float) -> str:
 
 
 def _print_cells(console: Console, cells: list[CellState]) -> None:
-    for name in dict.fromkeys(cell.experiment for cell in cells):
+    for name, own in _by_sweep(cells):
         console.print(f"\n{name}", style="bold")
-        for cell in (cell for cell in cells if cell.experiment == name):
+        for cell in own:
             shade = SHADES.get(cell.state, "")
             what = f"{cell.state}: {cell.detail}" if cell.detail else cell.state
             console.print(f"  {cell.overrides}: {what}", style=shade, markup=False)
@@ -60,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--experiment", choices=SWEEPS)
     parser.add_argument("--state", choices=STATES)
-    parser.add_argument("--brief", action="store_true", help="show only the counts")
+    parser.add_argument("--brief", action="store_true", help="count finished and missing runs")
     parser.add_argument("--records", metavar="DIR", type=Path, default=RESULTS / "runs")
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
     args = parser.parse(argv)
@@ -72,9 +89,10 @@ def run(argv: Sequence[str]) -> int:
     if not args.brief:
         _print_cells(console, cells)
         console.print()
-    for line in _overview(cells):
+    for line in _lines(_counts(cells) if args.brief else _overview(cells)):
         console.print(line, markup=False)
     if hidden := sum(cell.detail == LOCAL for cell in cells):
         console.print(f"{hidden} of those missing are {LOCAL}: add it to see their records.")
-    console.print("GPU hours and memory are estimates, at 1e14 FLOP/s in bf16.")
+    if not args.brief:
+        console.print("GPU hours and memory are estimates, at 1e14 FLOP/s in bf16.")
     return 0

@@ -127,7 +127,12 @@ def _check_sweep(override: Override, line: str, sweep: bool) -> None:
         )
 
 
-def _load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+def load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+    """Hydra's configuration over the root `conf/NAME.yaml`, not checked.
+
+    Raises:
+        UserError: the command line is not valid.
+    """
     with _explained(overrides):
         return hydra.config_loader.load_configuration(
             config_name=name,
@@ -158,7 +163,7 @@ def compose_cell(hydra: Any, name: str, overrides: Sequence[str]) -> Any:
     """The checked configuration of one run over the root `conf/NAME.yaml`."""
     overrides = opened(overrides)
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
-    return _finish(_load(hydra, name, overrides, RunMode.RUN), overrides)
+    return _finish(load(hydra, name, overrides, RunMode.RUN), overrides)
 
 
 def compose(overrides: Sequence[str] = (), name: str = "config") -> Any:
@@ -212,7 +217,7 @@ def compose_adapters(
 def check_composition(hydra: Any, name: str, overrides: Sequence[str]) -> None:
     """Check that the overrides compose, for a command that only shows the configuration."""
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
-    _load(hydra, name, overrides, RunMode.RUN)
+    load(hydra, name, overrides, RunMode.RUN)
 
 
 def plan_runs(
@@ -221,9 +226,11 @@ def plan_runs(
     overrides: Sequence[str],
     multirun: bool,
     compose_one: Callable[[Any, str, Sequence[str]], Any] = compose_cell,
+    load_sweep: Callable[[Any, str, Sequence[str], RunMode], DictConfig] = load,
 ) -> Plan:
     """Expand a command line into its runs, as Hydra's own sweeper does, and check each of them.
-    `compose_one` makes the configuration of each cell of a sweep.
+    `load_sweep` loads the configuration whose node `hydra` describes a sweep, `compose_one` makes
+    the configuration of each of its cells.
 
     An experiment file may also request a sweep (`hydra.mode: MULTIRUN` with
     `hydra.sweeper.params`).
@@ -233,7 +240,7 @@ def plan_runs(
     """
     parsed = _parse(hydra, overrides)
     _check_overrides(hydra, parsed, sweep=True)
-    master = _load(hydra, name, overrides, RunMode.MULTIRUN)
+    master = load_sweep(hydra, name, overrides, RunMode.MULTIRUN)
     if not (multirun or master.hydra.mode == RunMode.MULTIRUN):
         _check_overrides(hydra, parsed, sweep=False)
         config = _finish(master, overrides)

@@ -23,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 from mixlora_exp.config import schema
 from mixlora_exp.config.architecture import complete, read_architecture
 from mixlora_exp.config.explain import explain, unknown_field
-from mixlora_exp.config.files import Repository
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
@@ -113,10 +112,7 @@ def open_session(config_dir: Path | str = CONF_DIR) -> Iterator[Any]:
         with initialize_config_dir(
             config_dir=str(Path(config_dir).resolve()), job_name="train", version_base="1.3"
         ):
-            hydra = GlobalHydra.instance().hydra
-            loader = hydra.config_loader
-            loader.repository = Repository(loader.config_search_path)
-            yield hydra
+            yield GlobalHydra.instance().hydra
     finally:
         if outer is not None:
             GlobalHydra.instance().initialize(outer)

@@ -52,8 +52,11 @@ DoRA's magnitudes; and what is left, LoRA of feed-forward projections and PEFT's
 
 @dataclass(frozen=True)
 class _Asked:
+    """Configurations, compared by their text: they hold dictionaries, which have no hash."""
+
     text: str
     model: ModelConfig = field(compare=False)
+    method: MethodConfig | None = field(default=None, compare=False)
 
 
 def skeleton_of(model: ModelConfig) -> nn.Module:
@@ -102,6 +105,17 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
         UserError: the model's configuration is not valid, or its architecture is not supported, or
             the method does not fit it or refuses an option.
     """
+    if model.path is not None:
+        return _count(model, method)  # The folder may change.
+    return _counted(_Asked(repr((model, method)), model, method))
+
+
+@lru_cache(maxsize=256)
+def _counted(asked: _Asked) -> Parameters:
+    return _count(asked.model, asked.method)
+
+
+def _count(model: ModelConfig, method: MethodConfig | None) -> Parameters:
     built = skeleton_of(model)
     base = sum(parameter.numel() for parameter in built.parameters())
     parts, magnitude = dict.fromkeys(COMPONENTS, 0), 0

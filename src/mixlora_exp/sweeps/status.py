@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mixlora_exp.config.command import plan_runs
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import fingerprint, fingerprint_of, open_session, run_name
 from mixlora_exp.config.schema import Config, DataSource
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.plans.hours import gpu_hours
-from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD, record_paths
 from mixlora_exp.records.record import read_record
@@ -43,25 +44,43 @@ LOCAL = "recorded with data=local"
 @dataclass(frozen=True, slots=True)
 class CellState:
     """One run of an experiment. `detail`: its record, its process, its progress, or why it failed;
-    `hours`: estimated GPU hours; `command`: runs it alone."""
+    `command`: runs it alone."""
 
     experiment: str
     name: str
     overrides: str
     state: str
     detail: str
-    hours: float
-    memory_gib: float
     command: str
+    config: Config
+
+    # Imported late: torch takes seconds to load, and counts of states need no estimates.
+    @property
+    def hours(self) -> float:
+        """Estimated GPU hours."""
+        from mixlora_exp.plans.hours import gpu_hours
+
+        return gpu_hours(self.config)
+
+    @property
+    def memory_gib(self) -> float:
+        """Estimated memory of a GPU in GiB."""
+        from mixlora_exp.plans.memory import memory_of
+
+        return sum(memory_of(self.config).values()) / 2**30
+
+
+def _paper_models() -> list[str]:
+    """Models of conf/model for which the paper has a percentage of parameters."""
+    files = sorted((CONF_DIR / "model").glob("*.yaml"))
+    read = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+    return [name for name, fields in read.items() if fields.get("nominal_parameters")]
 
 
 SMALL = ("model=smollm2_135m", "scale=cpu")
 SWEEPS: dict[str, tuple[tuple[str, ...], ...]] = {
     "figure4c": (("model=llama2_7b",), SMALL),
-    "table1": (
-        *((f"model={name}",) for name in ("gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b")),
-        SMALL,
-    ),
+    "table1": (*((f"model={name}",) for name in _paper_models()), SMALL),
     "table2": (("model=gemma_2b",), ("model=llama2_7b",), SMALL),
     "table8_rank": (("model=llama2_7b",), (*SMALL, "task=multi")),
     "table9_router_loss": (("model=llama2_7b",), (*SMALL, "task=multi")),
@@ -191,7 +210,8 @@ def find_cells(
                 raise UserError(f"experiment={name} is unknown: choose from {', '.join(SWEEPS)}")
             for words in ((),) if chosen else SWEEPS[name]:
                 given = (*(w for w in words if not _given(w, overrides)), *overrides)
-                plan = plan_runs(session, "config", [f"experiment={name}", *given], False, by_group)
+                all_words = [f"experiment={name}", *given]
+                plan = plan_runs(session, "config", all_words, True, by_group.cell, by_group.sweep)
                 title = " ".join([name, *words])
                 for cell in plan.cells:
                     own = [
@@ -218,14 +238,11 @@ def find_cells(
             state, detail = _at_rest(folder, config, recorded, data)
             if state == "missing" and _on_local_data(config) in kept:
                 detail = LOCAL
-        memory = sum(memory_of(config).values()) / 2**30
         command = " ".join(
             ["python train.py -m", f"experiment={name.partition(' ')[0]}", *own, *given]
         )
-        hours = gpu_hours(config)
-        cells.append(
-            CellState(name, folder.name, " ".join(own), state, detail, hours, memory, command)
-        )
+        overridden = " ".join(own)
+        cells.append(CellState(name, folder.name, overridden, state, detail, command, config))
     return cells
 
 
