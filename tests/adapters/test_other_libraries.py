@@ -109,7 +109,8 @@ def test_lm_eval_s_command_line_scores_a_mixture(
         "doc_to_choice: '{{c}}'\ndoc_to_target: '{{a}}'\nmetric_list:\n  - metric: acc\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.cli.lm_eval", "run", "--model", "hf",
+        [sys.executable, "-W", "ignore", "-m", "mixlora_exp.cli.main", "lm-eval", "run",
+         "--model", "hf",
          "--model_args", f"pretrained={tmp_path / 'base'},peft={tmp_path / 'adapter'}",
          "--tasks", "tiny_task", "--include_path", str(tmp_path), "--device", "cpu",
          "--output_path", str(tmp_path / "out")],

@@ -24,6 +24,7 @@ BAD = [
     (["model@other=tiny"], ["model@other"]),
     (["model=3"], ["model=3", "choose one option", "tiny"]),
     (["model=null"], ["model=null", "choose one option"]),
+    (["model=[{a:1}]"], ["model=[{a:1}]", "choose one option"]),
     (["+model=tiny"], ["+model=tiny", "write model=tiny"]),
     (["++model=tiny"], ["++model=tiny", "write model=tiny"]),
     (["~model"], ["~model", "another value"]),
@@ -67,15 +68,17 @@ BAD = [
     (["data=local", "data.path=null"], ["data.path=null", "data.path=DIR"]),
     # folders that are not there, before torch is loaded
     (["data=local", "data.path=/no/such"], ["data.path=/no/such", "TASK/SPLIT.jsonl"]),
-    (["data.mirror=/no/such"], ["data.mirror=/no/such is not a folder"]),
-    (["model.path=/no/such"], ["model.path=/no/such is not a folder", "a model"]),
-    (["method=none", "adapter=/no/such"], ["adapter=/no/such is not a folder"]),
+    (["data.mirror=/no/such"], ["data.mirror=/no/such does not exist"]),
+    (["model.path=/no/such"], ["model.path=/no/such does not exist", "a model"]),
+    (["method=none", "adapter=/no/such"], ["adapter=/no/such does not exist"]),
     (["model.name=???"], ["model.name=???", "set model.name=VALUE"]),
     (["output_dir=${foo}"], ["output_dir=${foo}", "'foo' not found"]),
     (["trainer.max_steps=${trainer.epochs}"], ["trainer.max_steps=${trainer.epochs}", "2.0"]),
     # grammar and flags
     (["a=["], ["'a=['", "group.field=value"]),
-    (["data.path=/a=b"], ["data.path=/a=b", "quote"]),
+    (["tracker.group=a=b"], ["tracker.group=a=b", "quote"]),
+    (["data=local", "data.path=/a=b, (c)"], ["data.path=/a=b, (c) does not exist"]),
+    (["data=local", "data.path=/a,/b"], ["data.path=/a,/b", "add -m"]),
     (["nothing"], ["'nothing'", "group=option"]),
     (["lora"], ["'lora'", "did you mean method=lora?"]),
     (["arc_e", "method=lora"], ["'arc_e'", "did you mean task=arc_e?"]),
@@ -96,10 +99,22 @@ BAD = [
     (["--config-dir=/does/not/exist"], ["/does/not/exist"]),
     (["--config-path=/does/not/exist"], ["/does/not/exist"]),
     (["--experimental-rerun=x.pickle"], ["x.pickle"]),
+    (["-sc"], ["write -sc install=bash"]),
+    (["-sc", "install=csh"], ["install=csh", "bash, fish or zsh"]),
+    # Hydra's own settings
+    (["hydra.mode=${x}"], ["hydra.mode=${x}", "'x' not found"]),
+    (["hydra.run.dir=${x}"], ["hydra.run.dir=${x}", "'x' not found"]),
+    (["-m", "hydra.sweep.dir=${x}"], ["hydra.sweep.dir=${x}", "'x' not found"]),
+    # longer than a file's name may be
+    ([f"experiment={300 * 'a'}"], ["conf/experiment/aaa", "too long for a file"]),
+    ([f"model.name={300 * 'a'}"], ["conf/model/aaa", "too long for a file"]),
+    ([f"data.mirror=/{300 * 'a'}"], ["/aaa", "too long for a file"]),
+    ([f"--config-name={300 * 'a'}"], ["too long for a file"]),
+    ([f"--config-dir={300 * 'a'}"], ["too long for a file"]),
 ]
 
 
-@pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
+@pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv)[:60] for argv, _ in BAD])
 def test_mistake(
     argv: list[str],
     words: list[str],

@@ -107,7 +107,7 @@ def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str])
     [
         (["--outptu=x", "a"], "there is no option --outptu; did you mean --output?"),
         (["--zzz", "a"], "there is no option --zzz; choose from"),
-        (["output=x", "a"], "output=x: output is an option, write --output"),
+        (["whole=yes", "a"], "whole=yes is not valid: expected true or false"),
         (["a", "--count=two"], "invalid int value: 'two'"),
         ([], "the following arguments are required"),
     ],
@@ -116,8 +116,12 @@ def test_mistakes_in_options_are_one_message(words: list[str], message: str) -> 
     parser = Parser("A command.")
     parser.add_argument("--output")
     parser.add_argument("--count", type=int)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("folder")
     with pytest.raises(UserError, match=message):
         parser.parse(words)
     args = parser.parse(["lr=1/out", "--output", "x=y", "--count=2"])
     assert (args.folder, args.output, args.count) == ("lr=1/out", "x=y", 2)
+    args = parser.parse(["output=x=y", "count=2", "out", "whole=true"])
+    assert (args.folder, args.output, args.count, args.whole) == ("out", "x=y", 2, True)
+    assert not parser.parse(["out", "whole=false"]).whole

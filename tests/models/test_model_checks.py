@@ -62,7 +62,7 @@ def lacking(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "fused projections": (phi, "model_type=phi3 is not supported: 2 layers have 0 q_proj"),
+    "fused projections": (phi, "phi3 is not supported: it has qkv_proj and gate_up_proj, several"),
     "unknown": (lambda f: edited(f, model_type="lama"), "did you mean llama"),
     "no weights": (without_weights, "has no weights"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),

@@ -88,7 +88,7 @@ def test_missing_data_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert execute([*flags, *SMOKE, "data=local", "data.path=nowhere"]) == 2
     message = capsys.readouterr().err
-    assert "error: data.path=nowhere is not a folder" in message
+    assert "error: data.path=nowhere does not exist" in message
     assert "Traceback" not in message
     assert not records(tmp_path)
     if not flags:

@@ -144,7 +144,7 @@ def mistakes(folder: Path, copied: Path) -> list[tuple[list[str], str]]:
         (["method=lora"], "trains nothing"),
         (["rum=x"], r"did you mean run\?"),
         (["protocols=answer_text"], r"did you mean protocol\?"),
-        (["adapter=/nowhere", "model=tiny"], "adapter=/nowhere is not a folder"),
+        (["adapter=/nowhere", "model=tiny"], "adapter=/nowhere does not exist"),
     ]
 
 
@@ -237,7 +237,7 @@ def test_several_runs_in_the_same_passes(
         (["run=[{0},/nowhere]"], "run=/nowhere holds no record.json"),
         (["run=[{0},{0}]"], "entries 1 and 2 are the same run"),
         (["run=[{0},{1}]", "-m"], "-m does not work with several adapters"),
-        (["adapter=[{0}/adapter,/nowhere]", "model=tiny"], "adapter=/nowhere is not a folder"),
+        (["adapter=[{0}/adapter,/nowhere]", "model=tiny"], "adapter=/nowhere does not exist"),
     ],
 )
 def test_mistakes_with_several_are_told(

@@ -19,8 +19,8 @@ from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.cli.main import main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose
-from mixlora_exp.config.recorded import literal
 from mixlora_exp.config.resolve import to_dict
+from mixlora_exp.config.typed import literal
 from mixlora_exp.errors import SCREEN, UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_run

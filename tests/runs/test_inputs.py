@@ -167,7 +167,7 @@ def test_each_file_is_opened_once(run: Callable[..., Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("adapter=nowhere", "method=none"), "adapter=nowhere is not a folder"),
+        (("adapter=nowhere", "method=none"), "adapter=nowhere does not exist"),
         (("adapter=nowhere", "method=lora"), "add method=none"),
         (("tracker=tensorboard", "method=none"), "use tracker=none"),
         (("data=embedded", "data.path=nowhere"), "data.path=nowhere"),

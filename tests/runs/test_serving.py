@@ -284,7 +284,7 @@ def test_a_mixture_says_why_it_cannot_be_merged(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["adapter=absent"], "adapter=absent is not a folder"),
+        (["adapter=absent"], "adapter=absent does not exist"),
         (["prompt=a", "prompts=b"], "prompt is also given: give one of them"),
         (["prompts=absent.txt"], "absent.txt cannot be read"),
         (["prompt= "], "it is empty"),
@@ -296,7 +296,7 @@ def test_a_mixture_says_why_it_cannot_be_merged(
         (["top_p=2"], "top_p=2"),
         (["tempo=1"], "tempo"),
         (["adapter=a", "adapters=[b,c]"], "adapter is also given: give one of them"),
-        (["adapters=[absent,gone]"], "adapter=absent is not a folder"),
+        (["adapters=[absent,gone]"], "adapter=absent does not exist"),
         (["adapters=[docs,docs]", "prompt=a"], "both called docs"),
         (["adapters=[docs,conf]", "chat=true"], "chat=True is not valid: it works with one"),
         (["model=llama9"], "llama9"),

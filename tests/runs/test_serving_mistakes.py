@@ -66,15 +66,19 @@ def test_the_base_model_is_that_of_the_record(run: Path) -> None:
     assert given.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("words", [[], ["max_new_tokens=4"]], ids=["nothing", "a length"])
+def test_the_command_alone_shows_its_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate"]) == 0
+    assert "generate.py adapter=DIR prompt=" in capsys.readouterr().out
+
+
 def test_nothing_asked_at_a_terminal_is_told(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = io.StringIO()
     monkeypatch.setattr(typed, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", typed)
     monkeypatch.setattr(answer, "answer", lambda *_: pytest.fail("a model was loaded"))
-    message = told(capsys, *words)
+    message = told(capsys, "max_new_tokens=4")
     assert "nothing is asked" in message
     assert "prompts=FILE" in message
     assert "adapter=DIR" in message
@@ -205,7 +209,7 @@ def test_marks_and_separators_of_unicode_are_text(
         (["prompt=caf\udce9"], "prompt is not UTF-8 text"),
         (["prompt=  "], "prompt= is not valid: it is empty"),
         (["adapters=docs"], "adapters=docs is not valid: expected a list"),
-        (["adapters=[[docs]]"], "adapter=[docs] is not a folder"),
+        (["adapters=[[docs]]"], "adapter=[docs] does not exist"),
         (["max_new_tokens=1.5"], "max_new_tokens=1.5 is not valid: expected a whole number"),
         (["max_new_tokens=0"], "max_new_tokens=0 is not valid: must be >= 1"),
         (["temperature=hot"], "temperature=hot is not valid: expected a number"),

@@ -134,7 +134,7 @@ def test_local_files_are_those_in_data(
     monkeypatch.chdir(tmp_path)
     assert compose(["experiment=table8_rank", "data=local"]).data.path == "data"
     told = refused(capsys, tmp_path, "data=local", "task=boolq", "method=lora,dora")
-    assert "data.path=data is not a folder: give one that holds TASK/" in told
+    assert "data.path=data does not exist: give one that holds TASK/" in told
     (tmp_path / "data" / "boolq").mkdir(parents=True)
     for split in ("train", "test"):
         row = '{"question": "is it so", "passage": "It is.", "answer": true}\n'

@@ -13,8 +13,10 @@ from typing import Any
 
 from mixlora_exp.cli.hydra_command import dispatch, parse_flags
 from mixlora_exp.config.command import compose, parse_overrides
-from mixlora_exp.config.recorded import literal, recorded, typed_texts
+from mixlora_exp.config.given_paths import check_folders
+from mixlora_exp.config.recorded import recorded
 from mixlora_exp.config.switches import SWITCHES
+from mixlora_exp.config.typed import as_typed, literal, typed_texts
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
@@ -28,7 +30,7 @@ class Words:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.named = dict(w.split("=", 1) for w in words if w.startswith(("run=", "adapter=")))
-        rest = [word for word in words if word.partition("=")[0] not in self.named]
+        rest = as_typed([w for w in words if w.partition("=")[0] not in self.named])
         parsed = parse_overrides(rest)
         self.given = {**self.named, **{one.key_or_group: one for one in parsed}}
         self.lines = [one.input_line or "" for one in parsed]
@@ -82,10 +84,7 @@ def overrides_of(words: Sequence[str]) -> list[str]:
         names = (line.given["protocol"].input_line or "").partition("=")[2].strip("[]")
         lines.append(f"protocol=[{names}]")
     for folder in line.folders("adapter"):
-        if not Path(folder).expanduser().is_dir():
-            raise UserError(
-                f"adapter={folder} is not a folder: give a folder that PEFT or train.py wrote"
-            )
+        check_folders([("adapter", folder)])
         lines.append(f"adapter={literal(folder)}")
         return [*base_words(Path(folder).expanduser(), line.given), *lines]
     for folder in line.folders("run"):

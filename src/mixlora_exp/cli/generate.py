@@ -8,21 +8,20 @@ from collections.abc import Sequence
 from mixlora_exp.cli.hydra_command import parse_flags, show, shows
 from mixlora_exp.config.command import compose, parse_overrides
 from mixlora_exp.config.given_paths import check_folders
-from mixlora_exp.config.recorded import literal, typed_texts
+from mixlora_exp.config.typed import TEXTS, as_typed, literal, typed_texts
 from mixlora_exp.errors import UserError
 from mixlora_exp.serving.prompts import check_text
 
 BASE = ("model", "kernel", "seed", "trainer", "base")
 """Fields that choose the base model and how it is loaded."""
-TEXTS = ("prompt", "prompts", "adapter")
+ASKED = (*TEXTS, "adapter", "adapters")
 
 
-def _quoted(word: str) -> str:
-    """The argument, with a text value quoted so that Hydra reads every character literally."""
-    name, equals, value = word.partition("=")
-    if equals and name in TEXTS and value != "null":
+def _checked(word: str) -> str:
+    """The argument, with the folders of a list as they were typed."""
+    name, _, value = word.partition("=")
+    if name in ASKED:
         check_text(word, name)
-        return f"{name}={literal(value)}"
     if name == "adapters" and value.startswith("["):
         return f"{name}={literal([text for text in typed_texts(value) if text])}"
     return word
@@ -34,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: the command line is not valid, or an adapter cannot be used.
     """
-    argv = [_quoted(word) for word in argv]
+    argv = as_typed([_checked(word) for word in argv or ["--help"]])
     args = parse_flags(argv)
     overrides = list(args.overrides)
     if shows(args):
@@ -46,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
     settings = compose(overrides, "generate")
     given = parse_overrides(overrides)
     named = {one.key_or_group.partition(".")[0] for one in given}
-    if not named & {*TEXTS, "adapters", "model"} and sys.stdin.isatty():
+    if not named & {*ASKED, "model"} and sys.stdin.isatty():
         raise UserError(
             'nothing is asked: give prompt="..." or prompts=FILE; to type prompts, name who '
             "answers them (adapter=DIR, or model=NAME)"

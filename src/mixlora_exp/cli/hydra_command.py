@@ -21,6 +21,7 @@ from mixlora_exp.config.given_paths import check_given
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import open_session, register_schemas
 from mixlora_exp.config.schema import Config
+from mixlora_exp.config.typed import as_typed
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import run_one, run_single
 from mixlora_exp.sweeps.launch import launch_sweep
@@ -58,6 +59,16 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
             "repeat the overrides in the run's record"
         )
     return args
+
+
+def _check_completion(words: Sequence[str]) -> None:
+    """Refuse what Hydra reports with a traceback."""
+    name, _, shell = words[0].partition("=") if len(words) == 1 else ("", "", "")
+    if name not in ("install", "uninstall", "query") or shell not in ("bash", "fish", "zsh"):
+        raise UserError(
+            f"--shell-completion {' '.join(words)}".rstrip() + ": write -sc install=bash (or "
+            "uninstall=bash; bash, fish or zsh)"
+        )
 
 
 def shows(args: argparse.Namespace) -> bool:
@@ -99,8 +110,10 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
     if "--version" in argv:
         sys.stdout.write(f"mixlora-exp {__version__}\n")
         return 0
-    argv = opened(argv)
+    argv = opened(as_typed(argv))
     args = parse_flags(argv)
+    if args.shell_completion:
+        _check_completion(args.overrides)
     if args.hydra_help or args.shell_completion:
         kept = [] if args.hydra_help else list(args.overrides)
         return show(argv, args, root, kept)

@@ -1,4 +1,4 @@
-"""lm-eval's command line, with MixLoRA registered: `python -m mixlora_exp.cli.lm_eval ...`.
+"""lm-eval's command line, with MixLoRA registered: `mixlora-exp lm-eval run --model hf ...`.
 
 lm-eval's own command cannot import this package first, so PEFT would not know the adapter type.
 Tokenizers get the same special-token settings as in training: if a template appends EOS, lm-eval
@@ -13,17 +13,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mixlora_exp.adapters.base_check import check_same_base
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.base_identity import identity_at
-from mixlora_exp.system.exit_codes import guarded
 
 KNOWN = (
     (
         "Tasks not found",
-        "--tasks: name tasks that `python -m mixlora_exp.cli.lm_eval ls tasks` lists, or a task's "
+        "--tasks: name tasks that `mixlora-exp lm-eval ls tasks` lists, or a task's "
         "YAML file, or give its folder with --include_path",
     ),
     ("Can't find 'adapter_config.json'", "--model_args: peft=DIR must be a folder with an adapter"),
@@ -93,20 +92,22 @@ def _check_base(argv: Sequence[str]) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run lm-eval with the arguments that the process was started with.
+    """Run lm-eval with these arguments; `--help` shows lm-eval's own.
 
     Raises:
         UserError: lm-eval is not installed, does not know a given task, or the adapter was trained
             on another base model.
     """
     _check_base(argv)
-    sys.argv = [word for word in sys.argv if word != ACCEPT]
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError("lm-eval is not installed: run `pip install 'lm-eval[hf]'`") from error
     HFLM._create_tokenizer = _settled(HFLM._create_tokenizer)
+    before = sys.argv
+    # lm-eval reads them there.
+    sys.argv = ["mixlora-exp lm-eval", *(word for word in argv if word != ACCEPT)]
     try:
         cli_evaluate()
     except (ValueError, OSError) as error:
@@ -117,12 +118,5 @@ def run(argv: Sequence[str]) -> None:
         if hint is None:
             raise
         raise UserError(f"{hint} ({' '.join(str(error).split())[:160]})") from error
-
-
-def main() -> NoReturn:
-    """Run the command line that the process was started with, and exit."""
-    sys.exit(guarded(run, sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()
+    finally:
+        sys.argv = before

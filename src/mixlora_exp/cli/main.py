@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train adapters and score them, one run or a sweep",
     "evaluate": "score an existing adapter, or the base model alone",
     "generate": "generate text with an adapter",
+    "lm-eval": "lm-eval's own command line, which then knows adapters with experts",
     "merge": "merge a LoRA or DoRA adapter into its base model",
     "convert": "convert an adapter of the official packages to PEFT's format",
     "search": "search router-loss coefficient and learning rate",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config.typed import as_typed
 from mixlora_exp.errors import UserError
 
 
@@ -38,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     from mixlora_exp.serving.merge import write_merged
     from mixlora_exp.serving.open import GROUPS, open_adapter, split_words
 
-    words, others = split_words(args.overrides)
+    words, others = split_words(as_typed(args.overrides))
     if others:
         raise UserError(f"{others[0]!r} is not a setting of merge: choose from {', '.join(GROUPS)}")
     write_merged(open_adapter(args.adapter, words), target)

@@ -48,6 +48,16 @@ class Parser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
                 hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
                 raise UserError(f"{word}: there is no option {name}; {hint}")
-            if f"--{name}" in names and name != word:
-                raise UserError(f"{word}: {name} is an option, write --{name}")
-        return self.parse_intermixed_args(list(argv))
+        return self.parse_intermixed_args([w for word in argv for w in self._dashed(word)])
+
+    def _dashed(self, word: str) -> list[str]:
+        """An option that was written as a setting (`brief=true`, `output=DIR`), with its dashes."""
+        name, equals, value = word.partition("=")
+        action = self._option_string_actions.get(f"--{name}")
+        if not equals or action is None:
+            return [word]
+        if action.nargs != 0:
+            return [f"--{word}"]
+        if value not in ("true", "false"):
+            raise UserError(f"{word} is not valid: expected true or false")
+        return [f"--{name}"] if value == "true" else []

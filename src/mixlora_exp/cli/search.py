@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixlora_exp.config.command import compose_settings
-from mixlora_exp.config.recorded import literal, typed_texts
 from mixlora_exp.config.schema import Config
+from mixlora_exp.config.typed import as_typed, literal, typed_texts
 from mixlora_exp.errors import UserError
 
 
@@ -36,7 +36,7 @@ def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
 def _quoted(word: str) -> str:
     """The entries of `ranges` as texts: Hydra's grammar has no `=` within a value."""
     name, _, value = word.partition("=")
-    return f"{name}={literal(typed_texts(value))}" if name == "ranges" else word
+    return f"{name}={literal(typed_texts(value))}" if name == "ranges" else as_typed([word])[0]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -53,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     names = SearchSettings.__dataclass_fields__.keys() - {"seed"}
     own = [a for a in arguments if a.partition("=")[0] in names]
     settings = compose_settings(SearchSettings, [_quoted(word) for word in own])
-    study = search(settings, [a for a in arguments if a not in own], _train)
+    others = as_typed([a for a in arguments if a not in own])
+    study = search(settings, others, _train)
     best = study.best_trial
     states = [trial.state.name for trial in ended(study)]
     failed = f", {states.count('FAIL')} failed" if "FAIL" in states else ""

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.paths import RESULTS
+from mixlora_exp.config.typed import as_typed
 from mixlora_exp.sweeps.status import FINISHED, LOCAL, STATES, SWEEPS, CellState, find_cells
 
 SHADES = {
@@ -82,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
     args = parser.parse(argv)
     names = list(SWEEPS) if args.experiment is None else [args.experiment]
-    cells = find_cells(names, args.overrides, args.records)
+    cells = find_cells(names, as_typed(args.overrides), args.records)
     if args.state is not None:
         cells = [cell for cell in cells if cell.state == args.state]
     console = Console(soft_wrap=True, highlight=False)

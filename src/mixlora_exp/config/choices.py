@@ -130,21 +130,30 @@ class Head(Enum):
     """The fused kernel of the liger-kernel package."""
 
 
-def _registered(folder: str, decorator: str) -> list[str]:
-    """The names under which the files of a folder of `kernels` register implementations.
+def _registered(folder: str, decorator: str) -> dict[str, dict[str, object]]:
+    """The names under which the files of a folder of `kernels` register implementations, with the
+    constants among the decorator's keywords.
 
     Read from their decorators, since importing the files loads torch, and a mistake on the command
     line is reported before that."""
-    return [
-        ast.literal_eval(call.args[0])
+    return {
+        ast.literal_eval(call.args[0]): {
+            str(word.arg): word.value.value
+            for word in call.keywords
+            if isinstance(word.value, ast.Constant)
+        }
         for path in sorted((Path(__file__).parents[1] / "kernels" / folder).glob("*.py"))
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         for call in getattr(node, "decorator_list", ())
         if isinstance(call, ast.Call) and ast.unparse(call.func) == decorator
-    ]
+    }
 
 
-Kernel = Enum("Kernel", {name: name for name in ("auto", *_registered("mixlora", "kernel"))})
+_KERNELS = _registered("mixlora", "kernel")
+OWN_DROPOUT = {name for name, properties in _KERNELS.items() if properties.get("draws_masks")}
+"""Kernels with other dropout masks than the rest, which agree up to rounding."""
+
+Kernel = Enum("Kernel", {name: name for name in ("auto", *_KERNELS)})
 """Implementation that computes the adapters: one per file of `kernels/mixlora/` that registers it
 with `@kernel("NAME")`, and `auto`, the fastest on the device."""
 

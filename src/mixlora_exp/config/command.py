@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from mixlora_exp.config.explain import explain, suggest
 from mixlora_exp.config.paths import CONF_DIR
@@ -112,7 +112,9 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
             continue
         if override.is_add() or override.is_force_add():
             raise UserError(f"{line}: the group {key} always exists, write {line.lstrip('+')}")
-        if not isinstance(override.value(), (str, list, dict)):
+        value = override.value()
+        names = value if isinstance(value, list) else [value]
+        if not (isinstance(value, dict) or all(isinstance(name, str) for name in names)):
             options = hydra.config_loader.get_group_options(key, ObjectType.CONFIG)
             known = ", ".join(options)
             raise UserError(f"{line} is not valid: choose one option by name ({known})")
@@ -134,12 +136,19 @@ def load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> Dict
         UserError: the command line is not valid.
     """
     with _explained(overrides):
-        return hydra.config_loader.load_configuration(
+        found = hydra.config_loader.load_configuration(
             config_name=name,
             overrides=list(overrides),
             run_mode=mode,
             validate_sweep_overrides=False,
         )
+        for key in (line.lstrip("+").partition("=")[0] for line in overrides):
+            # Hydra reads its own settings where an error is a traceback. Some, such as the number
+            # of a job, have a value only later.
+            if key.startswith("hydra."):
+                with suppress(InterpolationToMissingValueError):
+                    OmegaConf.select(found, key)
+    return found
 
 
 def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Any:
@@ -241,7 +250,11 @@ def plan_runs(
     parsed = _parse(hydra, overrides)
     _check_overrides(hydra, parsed, sweep=True)
     master = load_sweep(hydra, name, overrides, RunMode.MULTIRUN)
-    if not (multirun or master.hydra.mode == RunMode.MULTIRUN):
+    with _explained(overrides):
+        multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
+        target = str(master.hydra.sweeper.get("_target_", ""))
+        launcher = str(master.hydra.launcher.get("_target_", "")).rpartition(".")[2]
+    if not multirun:
         _check_overrides(hydra, parsed, sweep=False)
         config = _finish(master, overrides)
         configs = [config]
@@ -250,10 +263,9 @@ def plan_runs(
         cells = tuple(Cell(overrides=tuple(overrides), config=found) for found in configs)
         return Plan(multirun=False, expanded=True, cells=cells)
 
-    launcher = str(master.hydra.launcher.get("_target_", "")).rpartition(".")[2]
     fixed = [line for line in overrides if line.lstrip("+~").startswith("hydra")]
     sweeper = master.hydra.sweeper
-    if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+    if not target.endswith(".BasicSweeper"):
         base = [o.input_line for o in parsed if not o.is_sweep_override()]
         cell = Cell(overrides=tuple(base), config=compose_cell(hydra, name, base))
         return Plan(multirun=True, expanded=False, cells=(cell,), launcher=launcher)

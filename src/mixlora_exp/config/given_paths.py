@@ -20,11 +20,12 @@ def check_folders(given: Iterable[tuple[str, str | None]]) -> None:
     """Check pairs of a field and the folder that it names, or None.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or it is a file.
     """
     for name, value in given:
         if value is not None and not Path(value).expanduser().is_dir():
-            raise UserError(f"{name}={value} is not a folder: {WAYS[name]}")
+            state = "is not a folder" if Path(value).expanduser().exists() else "does not exist"
+            raise UserError(f"{name}={value} {state}: {WAYS[name]}")
 
 
 def check_given(config: Config) -> None:

@@ -6,7 +6,6 @@ instantiated: each value is a plain value of its field's type, or the record is 
 
 from __future__ import annotations
 
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from mixlora_exp.config.schema import (
     ModelConfig,
 )
 from mixlora_exp.config.schema_mixture import method_class
+from mixlora_exp.config.typed import literal
 from mixlora_exp.errors import UserError, shown
 
 LONGEST = 4096
@@ -121,35 +121,6 @@ def _check_plain(value: Any, where: str) -> None:
 def _require(condition: bool, where: str, value: Any, rule: str) -> None:
     if not condition:
         raise UserError(f"{where}={shown(repr(value), 80)} is not valid: it must be {rule}")
-
-
-def literal(value: Any) -> str:
-    """A plain value in the syntax of Hydra's command line, which parses back to the same value: no
-    interpolation in it is resolved."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case list() | tuple():
-            return "[" + ",".join(map(literal, value)) + "]"
-        case Mapping():
-            return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
-    # OmegaConf resolves `${` unless a backslash precedes it; backslashes already there are doubled.
-    text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", str(value))
-    # Hydra reads a backslash literally, except before a quote.
-    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
-    return f"'{text}'"
-
-
-def typed_texts(value: str) -> list[str]:
-    """The values of `name=[a,b]` or `name=a` as typed, without quotes. `null`: none."""
-    if value == "null":
-        return []
-    listed = value.startswith("[") and value.endswith("]")
-    return [entry.strip(" '\"") for entry in (value[1:-1].split(",") if listed else [value])]
 
 
 # The adapter determines the method, training settings have no effect, and a record must not decide

@@ -19,6 +19,8 @@ BLOCK = "mlp"
 """Module name of a feed-forward block, which the tuner replaces."""
 FORMULA = "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))"
 """The feed-forward block that experts extend; a block with another formula is not supported."""
+FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "dense_h_to_4h")
+"""Names of linear layers that compute several projections with one matrix, as in Phi-3."""
 
 
 def skeleton(found: PreTrainedConfig, origin: str) -> nn.Module:
@@ -77,6 +79,9 @@ def _objection(model: nn.Module, found: PreTrainedConfig) -> str | None:
     """Why a model's architecture is not supported; None if it is."""
     if any("Experts" in type(module).__name__ for module in model.modules()):
         return "it is already a mixture of experts"
+    last = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if fused := [name for name in FUSED if name in last]:
+        return f"it has {' and '.join(fused)}, several projections in one matrix"
     layers, names = found.num_hidden_layers, [name for name, _ in projections(model)]
     for targets in (ATTENTION_TARGETS, FEED_FORWARD_TARGETS):
         if any(names.count(name) != layers for name in targets):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config.architecture import current_model
+from mixlora_exp.config.choices import OWN_DROPOUT
 from mixlora_exp.config.schema_method import (
     MethodConfig,
     MixLoraMethodConfig,
@@ -64,12 +65,12 @@ GPU_MODEL = re.compile(
 
 def circumstances(record: Mapping[str, Any]) -> dict[str, str]:
     """The computing environment of a record, as far as it changes results by more than summation
-    order: precision; kernel family (`peft` has other dropout masks and another DoRA than all other
-    kernels, which agree up to rounding); hardware (`cpu`, or the GPU model without memory size and
-    form factor); torch's minor version."""
+    order: precision; kernel (`exact` stands for all that agree up to rounding; `peft` has other
+    dropout masks and another DoRA); hardware (`cpu`, or the GPU model without memory size and form
+    factor); torch's minor version."""
     found = {"precision": record.get("dtype")}
     if record.get("kernel") is not None:
-        found["kernel"] = "peft" if record["kernel"] == "peft" else "exact"
+        found["kernel"] = record["kernel"] if record["kernel"] in OWN_DROPOUT else "exact"
     # Older records of rescored adapters lack the provenance of the training.
     origin = record.get("provenance")
     if origin is not None:

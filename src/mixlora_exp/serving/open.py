@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
 from mixlora_exp.config.command import compose
+from mixlora_exp.config.given_paths import check_folders
 from mixlora_exp.config.schema import Base, Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import (
@@ -144,10 +145,7 @@ def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> 
 def _folder_of(adapter: str) -> Path:
     """The folder with the adapter's files: `adapter` itself, or `adapter/` in a run's folder."""
     folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"adapter={adapter} is not a folder: give a folder that PEFT or train.py wrote"
-        )
+    check_folders([("adapter", adapter)])
     inner = folder / "adapter"
     if (folder / "last_good").is_dir() and not inner.is_dir():
         raise UserError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from collections.abc import Callable, Sequence
 
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.hub_notices import shorten
 from mixlora_exp.system.signals import REQUEUE, Terminated, install
 
@@ -41,6 +42,13 @@ def guarded(
         return REQUEUE
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        return MISTAKE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        # A path that somebody typed: everything else has names of fixed length.
+        name = shown(str(error.filename or ""), 160)
+        sys.stderr.write(f"error: {name}: this name is too long for a file: give a shorter one\n")
         return MISTAKE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -16,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema import Tracker as Service
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.system.device import peak_memory_bytes
 from mixlora_exp.training.job import Job
 from mixlora_exp.training.progress import Pace
@@ -94,7 +95,7 @@ class _Wandb(TrainerCallback):
     def _files(self, rows: list[list[Any]]) -> Any:
         """Record, log and predictions as an artifact, with a table of the scores."""
         artifact = self._wandb.Artifact(f"run-{self._run.id}", type="run")
-        for name in ("record.json", "train_log.jsonl", "predictions/*.jsonl"):
+        for name in (RECORD, "train_log.jsonl", "predictions/*.jsonl"):
             for path in sorted(self._folder.glob(name)):
                 artifact.add_file(str(path))
         artifact.add(self._wandb.Table(columns=list(SCORES), data=rows), "scores")
