@@ -20,7 +20,7 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.data.encoding import encode_examples, encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import check_tests
+from mixlora_exp.evaluation import encode_tests
 from mixlora_exp.models import load_tokenizer
 from mixlora_exp.tasks import Item
 
@@ -63,9 +63,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def test_labels_of_one_token_are_refused_by_name(protocol: Protocol) -> None:
     tests = {"arc_e": LoadedSplit([QUIZ], [])}
     with pytest.raises(UserError, match="gives 'B' and 'C', labels of q7, the same token"):
-        check_tests(protocol, alike(), tests, data(), EvaluationConfig())
+        encode_tests(protocol, alike(), tests, data(), EvaluationConfig())
     with pytest.raises(UserError, match=r"not know the label 'C' of q7 \(it gives <unk>\)"):
-        check_tests(protocol, words("A", "B"), tests, data(), EvaluationConfig())
+        encode_tests(protocol, words("A", "B"), tests, data(), EvaluationConfig())
 
 
 def test_labels_of_training_are_looked_at_too() -> None:
@@ -78,19 +78,19 @@ def test_labels_that_other_items_have_are_looked_at_too() -> None:
     """With the nine labels of the official packages every item may be answered by each."""
     tests = {"arc_e": LoadedSplit([QUIZ], [])}
     known = words("A", "B", "C", "D")
-    check_tests(Protocol.label_logits, known, tests, data(), EvaluationConfig())
+    encode_tests(Protocol.label_logits, known, tests, data(), EvaluationConfig())
     nine = EvaluationConfig(arc_labels=ArcLabels.nine)
     with pytest.raises(UserError, match="does not know the label '1' of q7"):
-        check_tests(Protocol.label_logits, known, tests, data(), nine)
+        encode_tests(Protocol.label_logits, known, tests, data(), nine)
 
 
 def test_the_words_of_lm_eval_are_looked_at_too() -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     row = {"passage": "p", "question": "q", "answer": False}
     tests = {"boolq": LoadedSplit([PASSAGE], [], [row])}
-    check_tests(Protocol.lm_eval, alike(), tests, data(), EvaluationConfig())
+    encode_tests(Protocol.lm_eval, alike(), tests, data(), EvaluationConfig())
     with pytest.raises(UserError, match="does not know the label 'no' of every item of boolq"):
-        check_tests(Protocol.lm_eval, words("yes"), tests, data(), EvaluationConfig())
+        encode_tests(Protocol.lm_eval, words("yes"), tests, data(), EvaluationConfig())
 
 
 def test_training_examples_beyond_the_positions_are_refused(
@@ -117,8 +117,8 @@ def test_generation_needs_positions_for_the_answer(tokenizer: PreTrainedTokenize
     tests = {"boolq": LoadedSplit([PASSAGE], [])}
     evaluation = EvaluationConfig(max_new_tokens=16)
     with pytest.raises(UserError, match=r"set data\.cutoff_length=84 or less"):
-        check_tests(Protocol.generate, tokenizer, tests, data(cutoff_length=100), evaluation)
-    check_tests(Protocol.generate, tokenizer, tests, data(cutoff_length=84), evaluation)
+        encode_tests(Protocol.generate, tokenizer, tests, data(cutoff_length=100), evaluation)
+    encode_tests(Protocol.generate, tokenizer, tests, data(cutoff_length=84), evaluation)
 
 
 def test_what_may_not_be_cut_is_told_apart(tokenizer: PreTrainedTokenizerBase) -> None:

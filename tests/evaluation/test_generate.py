@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
+from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig, Protocol
 from mixlora_exp.data.encoding import ask
 from mixlora_exp.data.loaded import LoadedSplit
-from mixlora_exp.evaluation.generate import parse_answer, score_generate
+from mixlora_exp.evaluation import score_tests
+from mixlora_exp.evaluation.generate import parse_answer
 from mixlora_exp.tasks import Item
 
 Make = Callable[..., Any]
@@ -74,7 +75,8 @@ def test_equal_to_a_greedy_loop(
         "arc_e": LoadedSplit(items("arc_e", 5), []),
         "boolq": LoadedSplit(items("boolq", 4), []),
     }
-    scores = score_generate(scorer(model), tests, data, EvaluationConfig(max_new_tokens=4))
+    evaluation = EvaluationConfig(max_new_tokens=4)
+    scores = score_tests(Protocol.generate, scorer(model), tests, data, evaluation)
     for score, test in zip(scores, tests.values(), strict=True):
         assert score.unparsed == sum(item.prediction is None for item in score.items)
         assert score.gold_log_likelihood is None

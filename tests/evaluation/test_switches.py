@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mixlora_exp.config.schema import ArcLabels, DataConfig, EvaluationConfig
+from mixlora_exp.config.schema import ArcLabels, DataConfig, EvaluationConfig, Protocol
 from mixlora_exp.data.loaded import LoadedSplit
-from mixlora_exp.evaluation.label_logits import score_label_logits
-from mixlora_exp.evaluation.scores import TaskScore
+from mixlora_exp.evaluation import TaskScore, score_tests
 
 Make = Callable[..., Any]
 
@@ -21,7 +20,7 @@ def score(
 ) -> TaskScore:
     tests = {items[0].task: LoadedSplit(items, [])}
     evaluation = EvaluationConfig(batch_check=0, arc_labels=arc_labels)
-    (found,) = score_label_logits(scorer, tests, data, evaluation)
+    (found,) = score_tests(Protocol.label_logits, scorer, tests, data, evaluation)
     return found
 
 

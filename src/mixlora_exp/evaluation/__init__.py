@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,31 +18,33 @@ from mixlora_exp.evaluation.label_logits import encode_labels, score_label_logit
 from mixlora_exp.evaluation.lockstep import in_lockstep
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore
 
-__all__ = ["ItemScore", "Scorer", "TaskScore", "check_tests", "in_lockstep", "score_tests"]
+__all__ = ["ItemScore", "Scorer", "TaskScore", "encode_tests", "in_lockstep", "score_tests"]
 
 
-def check_tests(
+def encode_tests(
     protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     tests: Mapping[str, LoadedSplit],
     data: DataConfig,
     evaluation: EvaluationConfig,
-) -> None:
-    """Check, without a model, that a protocol can score these tasks.
+) -> dict[str, Any]:
+    """The items of each task as the protocol encodes them, for `score_tests`; None if lm-eval does.
 
     Raises:
         UserError: the protocol does not support the tokenizer or a row, or a package is missing.
     """
+    found: dict[str, Any] = {}
     for task, test in tests.items():
         match protocol:
             case Protocol.label_logits:
-                encode_labels(tokenizer, test.items, data, evaluation)
+                found[task] = encode_labels(tokenizer, test.items, data, evaluation)
             case Protocol.answer_text:
-                encode_questions(tokenizer, test.items, AnswerForm.text, data)
+                found[task] = encode_questions(tokenizer, test.items, AnswerForm.text, data)
             case Protocol.generate:
-                encode_prompts(tokenizer, test.items, data, evaluation)
+                found[task] = encode_prompts(tokenizer, test.items, data, evaluation)
             case Protocol.lm_eval:
-                check_harness(tokenizer, task, test)
+                found[task] = check_harness(tokenizer, task, test)
+    return found
 
 
 def score_tests(
@@ -50,15 +53,18 @@ def score_tests(
     tests: Mapping[str, LoadedSplit],
     data: DataConfig,
     evaluation: EvaluationConfig,
+    encoded: Mapping[str, Any] | None = None,
 ) -> list[TaskScore]:
-    """Score all tasks under one protocol, in the order of `tests`."""
+    """Score all tasks under one protocol, in the order of `tests`. `encoded`: what `encode_tests`
+    returned for them; None: they are encoded here."""
+    encoded = encoded or encode_tests(protocol, scorer.tokenizer, tests, data, evaluation)
     match protocol:
         case Protocol.label_logits:
-            return score_label_logits(scorer, tests, data, evaluation)
+            return score_label_logits(scorer, tests, evaluation, encoded)
         case Protocol.answer_text:
-            return score_answer_text(scorer, tests, data, evaluation)
+            return score_answer_text(scorer, tests, encoded)
         case Protocol.generate:
-            return score_generate(scorer, tests, data, evaluation)
+            return score_generate(scorer, tests, evaluation, encoded)
         case Protocol.lm_eval:
             # Imported late: the package takes seconds to load, and is optional.
             from mixlora_exp.evaluation.harness import score_lm_eval

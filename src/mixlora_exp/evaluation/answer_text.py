@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
-from mixlora_exp.data.encoding import encode_questions
+from mixlora_exp.data.encoding import Encoded
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.evaluation.forward import Scorer
 from mixlora_exp.evaluation.packing import Request
@@ -32,15 +31,14 @@ def _item_score(item: Item, likelihoods: Sequence[float]) -> ItemScore:
 def score_answer_text(
     scorer: Scorer,
     tests: Mapping[str, LoadedSplit],
-    data: DataConfig,
-    evaluation: EvaluationConfig,
+    encoded: Mapping[str, Sequence[Encoded]],
 ) -> list[TaskScore]:
-    """Score the items of all tasks in one pass."""
+    """Score the items of all tasks in one pass. `encoded`: by task, in the form `text`."""
     questions, keys, groups, shortened = [], [], [], {}
     for task, test in tests.items():
-        encoded = encode_questions(scorer.tokenizer, test.items, AnswerForm.text, data)
-        shortened[task] = sum(e.shortened for e in encoded)
-        questions += [[Request(e.prompt + a, len(a)) for a in e.answers] for e in encoded]
+        asked = encoded[task]
+        shortened[task] = sum(e.shortened for e in asked)
+        questions += [[Request(e.prompt + a, len(a)) for a in e.answers] for e in asked]
         keys += [f"{task}/{item.id}" for item in test.items]
         groups += [task] * len(test.items)
     found = iter(scorer.log_likelihoods(questions, keys, groups))

@@ -72,20 +72,17 @@ def encode_prompts(
 def score_generate(
     scorer: Scorer,
     tests: Mapping[str, LoadedSplit],
-    data: DataConfig,
     evaluation: EvaluationConfig,
+    encoded: Mapping[str, Sequence[Encoded]],
 ) -> list[TaskScore]:
-    """Score the items of all tasks by the text that the model generates after the question."""
+    """Score the items of all tasks by the text that the model generates after the question.
+    `encoded`: by task, from `encode_prompts`."""
     questions = [
-        (task, item, encoded)
+        (task, item, asked)
         for task, test in tests.items()
-        for item, encoded in zip(
-            test.items,
-            encode_prompts(scorer.tokenizer, test.items, data, evaluation),
-            strict=True,
-        )
+        for item, asked in zip(test.items, encoded[task], strict=True)
     ]
-    lengths = [len(encoded.prompt) + evaluation.max_new_tokens for _, _, encoded in questions]
+    lengths = [len(asked.prompt) + evaluation.max_new_tokens for _, _, asked in questions]
     keys = [f"{task}/{item.id}" for task, item, _ in questions]
     texts = [""] * len(questions)
     for batch in batches(lengths, keys, scorer.batch_tokens):

@@ -72,12 +72,16 @@ def _item_score(
     )
 
 
+EncodedLabels = tuple[list[Encoded], list[list[int]], list[list[int]]]
+"""Prompts, tokens of each item's labels, and tokens of further labels."""
+
+
 def encode_labels(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     data: DataConfig,
     evaluation: EvaluationConfig,
-) -> tuple[list[Encoded], list[list[int]], list[list[int]]]:
+) -> EncodedLabels:
     """Encode the items' prompts. Also returns per item its label tokens, and the tokens of further
     labels that count as answers (`evaluation.arc_labels=nine`).
 
@@ -133,23 +137,19 @@ def _check_batching(
 def score_label_logits(
     scorer: Scorer,
     tests: Mapping[str, LoadedSplit],
-    data: DataConfig,
     evaluation: EvaluationConfig,
+    encoded: Mapping[str, EncodedLabels],
 ) -> list[TaskScore]:
     """Score the items of all tasks; the first `evaluation.batch_check` of each task (by id) are
-    scored again one by one.
-
-    Raises:
-        UserError: as `encode_labels`.
-    """
+    scored again one by one. `encoded`: by task, from `encode_labels`."""
     items, prompts, labels, groups, shortened = [], [], [], [], {}
     nine = evaluation.arc_labels is ArcLabels.nine
     others: list[list[int]] = []
     for task, test in tests.items():
-        encoded, found, rest = encode_labels(scorer.tokenizer, test.items, data, evaluation)
-        shortened[task] = sum(e.shortened for e in encoded)
+        asked, found, rest = encoded[task]
+        shortened[task] = sum(e.shortened for e in asked)
         items += test.items
-        prompts += [e.prompt for e in encoded]
+        prompts += [e.prompt for e in asked]
         labels += found
         others += rest
         groups += [task] * len(test.items)

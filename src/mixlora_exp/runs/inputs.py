@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from mixlora_exp.config.choices import Compile, Mixture
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import (
@@ -24,7 +26,7 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import check_tests
+from mixlora_exp.evaluation import encode_tests
 from mixlora_exp.kernels import KERNELS, resolve_kernel
 from mixlora_exp.models import (
     check_model,
@@ -258,13 +260,10 @@ def gather_inputs(config: Config) -> Inputs:
     Raises:
         UserError: data, model folder, adapter or tracker is missing or damaged.
     """
-    _check_tracker(config)
-    _check_processes(config)
-    _check_head(config)
-    check_model(config.model)
-    _check_method(config)
-    splits = _splits(config)
     adapter = adapter_entry(config)
+    _check_settings(config, adapter)
+    check_model(config.model)
+    splits = _splits(config)
     identity = {
         "data": {
             f"{task}/{split}": [dataclasses.asdict(file) for file in loaded.files]
@@ -276,9 +275,19 @@ def gather_inputs(config: Config) -> Inputs:
         "kernel": _kernel(config, adapter),
         "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
     }
+    return Inputs(splits, identity)
+
+
+def _check_settings(config: Config, adapter: dict[str, Any] | None, *, here: bool = True) -> None:
+    """Check all that needs neither data nor weights. `here`: the run executes on this machine."""
+    _check_tracker(config)
+    _check_method(config)
     _check_shuffle(config, adapter)
     _check_base(config, adapter)
-    return Inputs(splits, identity)
+    if here:
+        _check_processes(config)
+        _check_head(config)
+        _kernel(config, adapter)
 
 
 def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
@@ -293,19 +302,13 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
     """
     checked: set[str] = set()
     for config in map(resolve_config, configs):
-        _check_tracker(config)
-        adapter = adapter_entry(config)
-        _check_shuffle(config, adapter)
-        if not (elsewhere or config.dry_run):
-            _check_head(config)
-            _kernel(config, adapter)
+        here = not (elsewhere or config.dry_run)
+        _check_settings(config, adapter_entry(config), here=here)
         if (model := json.dumps(to_dict(config.model))) not in checked:
-            check_model(config.model, here=not (elsewhere or config.dry_run))
+            check_model(config.model, here=here)
             if has_local_tokenizer(config.model):
                 load_tokenizer(config.model)
             checked.add(model)
-        _check_method(config)
-        _check_base(config, adapter)
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue
         # Cells that differ only in the method read the same data.
@@ -318,13 +321,28 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
 
 def _check_items(config: Config) -> None:
     """Read the items and, if the tokenizer is available locally, check that they can be scored."""
-    inputs = Inputs(_splits(config), {})
-    tests = {task: scored_split(config, inputs, task) for task in config.task.evaluate}
-    if not has_local_tokenizer(config.model):
-        return
-    tokenizer = load_tokenizer(config.model)
-    for protocol in config.evaluation.protocols:
-        check_tests(protocol, tokenizer, tests, config.data, config.evaluation)
+    tests = scored_tests(config, Inputs(_splits(config), {}))
+    if has_local_tokenizer(config.model):
+        encoded_tests(config, load_tokenizer(config.model), tests)
+
+
+def scored_tests(config: Config, inputs: Inputs) -> dict[str, LoadedSplit]:
+    """The items to score, by task; raises as `scored_split`."""
+    return {task: scored_split(config, inputs, task) for task in config.task.evaluate}
+
+
+def encoded_tests(
+    config: Config, tokenizer: PreTrainedTokenizerBase, tests: dict[str, LoadedSplit]
+) -> dict[str, dict[str, Any]]:
+    """The items to score as each protocol encodes them, by the protocol's name.
+
+    Raises:
+        UserError: a protocol does not support the tokenizer or a row, or a package is missing.
+    """
+    data, evaluation = config.data, config.evaluation
+    return {
+        p.value: encode_tests(p, tokenizer, tests, data, evaluation) for p in evaluation.protocols
+    }
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:

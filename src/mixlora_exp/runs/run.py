@@ -27,7 +27,7 @@ from mixlora_exp.config.schema import Base, Config, TrainedMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import Scorer, TaskScore, check_tests, score_tests
+from mixlora_exp.evaluation import Scorer, TaskScore, score_tests
 from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
@@ -41,9 +41,10 @@ from mixlora_exp.runs.inputs import (
     adapter_entry,
     check_inputs,
     comparable,
+    encoded_tests,
     gather_inputs,
     resolve_config,
-    scored_split,
+    scored_tests,
 )
 from mixlora_exp.runs.ownership import check_lock, failure_noted, held
 from mixlora_exp.runs.predictions import score_entry, write_predictions
@@ -84,6 +85,8 @@ class Run:
     inputs: Inputs
     tokenizer: PreTrainedTokenizerBase
     tests: dict[str, LoadedSplit]
+    encoded: dict[str, dict[str, Any]]
+    """The items of `tests` as each protocol encodes them."""
     dtype: torch.dtype
     started: float
     origin: dict[str, Any]
@@ -242,20 +245,19 @@ def _carry_out(this: Run) -> dict[str, Any]:
 
 def start(config: Config, folder: Path, inputs: Inputs) -> Run:
     """Create the state shared by the steps of a run, and check all that needs no weights."""
-    this = Run(
+    tokenizer, tests = load_tokenizer(config.model), scored_tests(config, inputs)
+    return Run(
         config,
         folder,
         inputs,
-        load_tokenizer(config.model),
-        {task: scored_split(config, inputs, task) for task in config.task.evaluate},
+        tokenizer,
+        tests,
+        encoded_tests(config, tokenizer, tests),
         resolve_dtype(config.trainer.precision, resolve_device()),
         time.time(),
         # At the start: files of the code may change while the run executes.
         provenance(ROOT, hardware_names()),
     )
-    for protocol in config.evaluation.protocols:
-        check_tests(protocol, this.tokenizer, this.tests, config.data, config.evaluation)
-    return this
 
 
 def finish(
@@ -369,7 +371,14 @@ def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> S
     config, scores, times = this.config, [], {}
     for protocol in config.evaluation.protocols:
         start = time.perf_counter()
-        found = score_tests(protocol, scorer_of(), this.tests, config.data, config.evaluation)
+        found = score_tests(
+            protocol,
+            scorer_of(),
+            this.tests,
+            config.data,
+            config.evaluation,
+            this.encoded[protocol.value],
+        )
         seconds = time.perf_counter() - start
         times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}
         for score in found:

@@ -29,19 +29,18 @@ from mixlora_exp.bench.interleaved import interleaved
 from mixlora_exp.bench.options import BenchOptions, require_dtype
 from mixlora_exp.bench.runner import Kind, say
 from mixlora_exp.config.command import compose
-from mixlora_exp.config.schema import TASK_NAMES, AnswerForm, Config, LoraMethodConfig
+from mixlora_exp.config.schema import TASK_NAMES, AnswerForm, Config, LoraMethodConfig, Protocol
 from mixlora_exp.data.encoding import ask
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import Scorer, TaskScore
+from mixlora_exp.evaluation import Scorer, TaskScore, score_tests
 from mixlora_exp.evaluation.harness import (
     evaluate_files,
     evaluate_tasks,
     score_lm_eval,
     task_scores,
 )
-from mixlora_exp.evaluation.label_logits import score_label_logits
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.system.device import resolve_device
@@ -143,7 +142,7 @@ def _ways(
         ways["label_logits", name] = lambda lm=lm: _label_accuracies(lm, tests, config)
     ways["lm_eval", "ours"] = lambda: accuracies(score_lm_eval(scorer, tests))
     ways["label_logits", "ours"] = lambda: accuracies(
-        score_label_logits(scorer, tests, config.data, config.evaluation)
+        score_tests(Protocol.label_logits, scorer, tests, config.data, config.evaluation)
     )
     return ways
 
