@@ -357,11 +357,12 @@ def test_evaluation_composes_the_groups_of_training() -> None:
 
 def test_kernels_and_routers_are_chosen_by_the_names_that_they_register() -> None:
     """Which the configuration reads from their files without importing them."""
-    from mixlora_exp.config.choices import Kernel, Router
+    from mixlora_exp.config.choices import OWN_DROPOUT, Kernel, Router
     from mixlora_exp.kernels import KERNELS
     from mixlora_exp.kernels.router_base import ROUTERS
 
     assert {choice.value for choice in Kernel} == {"auto", *KERNELS}
+    assert {name for name, kernel in KERNELS.items() if kernel.draws_masks} == OWN_DROPOUT
     assert {choice.value for choice in Router} == set(ROUTERS)
     for name in ("auto", *KERNELS):
         assert compose([f"kernel={name}"]).kernel.name is Kernel[name]
