@@ -85,7 +85,7 @@ def test_every_experiment_is_valid() -> None:
     with open_session() as hydra:
         for path in EXPERIMENTS:
             words = [f"experiment={path.relative_to('experiment').with_suffix('').as_posix()}"]
-            assert plan_runs(hydra, "config", words, False, by_group).cells
+            assert plan_runs(hydra, "config", words, False, by_group.cell).cells
 
 
 def test_a_size_for_a_cpu_goes_with_any_model() -> None:
