@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from composed import compose
-from forked import CONTEXT
 from opens import opens_below
 from safetensors.torch import load_file, save_file
 
@@ -230,47 +225,3 @@ def test_a_sweep_checks_the_data_of_every_cell_first(
     assert execute(["-m", *overrides, "task=boolq,siqa", "trainer=smoke", out]) == 2
     assert "siqa" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*/record.json"))
-
-
-def one_of_two(rank: int, port: int, argv: list[str]) -> None:
-    """What torchrun starts, with the variables that it sets."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    os._exit(execute(argv))
-
-
-def test_two_processes_train_what_one_does(run: Callable[..., Any], tmp_path: Path) -> None:
-    """The same 8 examples per step, dealt out: equal up to the order of sums."""
-    overrides = [
-        "experiment=smoke",
-        "method.dropout=0",
-        "trainer.precision=float32",
-        "trainer.batch_size=8",
-        "trainer.micro_batch_size=2",
-    ]
-    single = run(*overrides)
-    argv = [*overrides, "data.train_limit=8", f"output_dir={tmp_path / 'two'}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=one_of_two, args=(i, port, argv)) for i in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    assert [process.exitcode for process in processes] == [0, 0]
-    (adapter,) = (tmp_path / "two").glob("*/adapter/adapter_model.safetensors")
-    expected = load_file(single.folder / "adapter" / "adapter_model.safetensors")
-    for name, tensor in load_file(adapter).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit = importlib.import_module("mixlora_exp.training.job")
-    monkeypatch.setattr(fit, "processes", lambda: SimpleNamespace(num_processes=3))
-    with pytest.raises(UserError, match=r"trainer\.micro_batch_size=4 on 3 processes"):
-        run("method=lora", "trainer.batch_size=8", "trainer.micro_batch_size=4")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
+from ranks import train_in
+from safetensors.torch import load_file
 
 from mixlora_exp.adapters.router_report import RouterReport
 from mixlora_exp.cli.train import execute
 from mixlora_exp.records.record import read_record
+from mixlora_exp.runs import parallel
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.system import device as runtime
 from mixlora_exp.system.device import SHARDED
@@ -123,60 +127,138 @@ def test_so_is_whatever_else_is_not_plain(
         runtime.processes()
 
 
-def test_halving_is_for_one_process(tmp_path: Path, monkeypatch, capsys) -> None:
-    from mixlora_exp.runs import inputs
-
-    monkeypatch.setattr(inputs, "processes", lambda: SimpleNamespace(num_processes=2))
-    argv = [*SMALL, "trainer.auto_micro_batch=true", f"output_dir={tmp_path}"]
-    assert execute(argv) == 2
-    assert "trainer.auto_micro_batch=true supports one process" in capsys.readouterr().err
-
-
-# What torchrun starts: `stop=N` has the second process alone be asked to end in step N.
-WORKER = """
-import os, signal, sys
-from mixlora_exp.cli.train import execute
-from mixlora_exp.training.trainer import MixLoraTrainer
-real, stop = MixLoraTrainer.training_step, int(sys.argv[1])
-def training_step(self, *args, **kwargs):
-    if self.args.process_index == 1 and self.state.global_step == stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(self, *args, **kwargs)
-MixLoraTrainer.training_step = training_step
-sys.exit(execute(sys.argv[2:]))
-"""
-
-
-def launch(folder: Path, output: str, stop: int) -> subprocess.CompletedProcess[str]:
-    worker = folder / "worker.py"
-    worker.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-               "--master-port=0", "--standalone", str(worker), str(stop), *SMALL,
-               f"output_dir={folder / output}"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=500
+def two_processes(monkeypatch: pytest.MonkeyPatch, count: int, first: bool = True) -> None:
+    """Have this process believe that it is one of several."""
+    state = SimpleNamespace(
+        num_processes=count, is_main_process=first, wait_for_everyone=lambda: None
     )
+    monkeypatch.setattr(parallel, "processes", lambda: state)
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "reason"),
+    [
+        (2, [], "trainer.parallel=none trains in one process, but 2 were started: add trainer."),
+        (
+            3,
+            ["trainer.parallel=ddp"],
+            "trainer.batch_size=8 cannot be shared by 3 processes in micro-batches of "
+            "trainer.micro_batch_size=2: start a number of processes that divides 4",
+        ),
+        (
+            2,
+            ["trainer.parallel=ddp", "trainer.auto_micro_batch=true"],
+            "trainer.auto_micro_batch=true supports one process",
+        ),
+    ],
+)
+def test_what_processes_cannot_share_is_refused_in_one_line(
+    count: int, words: list[str], reason: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    for what in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(experiment, what, lambda *a, **k: pytest.fail("too late"))
+    argv = [*SMALL, *words, f"output_dir={tmp_path}"]
+    two_processes(monkeypatch, count)
+    assert execute(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {reason}")
+    two_processes(monkeypatch, count, first=False)
+    assert execute(argv) == 2
+    assert capsys.readouterr().err == ""
+    assert not list(tmp_path.iterdir())
+
+
+# The last step of an epoch of 13 has three micro-batches, which neither 2 nor 4 processes share.
+UNEVEN = [
+    "experiment=smoke", "method=mixlora", "method.dropout=0.2", "data.train_limit=13",
+    "trainer.precision=float32", "trainer.batch_size=8", "trainer.micro_batch_size=2",
+    "trainer.max_steps=6", "trainer.logging_steps=4", "trainer.save_steps=100",
+    "trainer.parallel=ddp", "evaluation.limit=7", "evaluation.batch_tokens=200",
+    "evaluation.protocols=[label_logits,answer_text,generate]",
+]  # fmt: skip
+
+
+def record_in(folder: Path) -> tuple[dict[str, Any], Path]:
+    (path,) = folder.glob("*/record.json")
+    return read_record(path), path.parent
+
+
+def check_equal(folder: Path, expected: Path, processes: int) -> None:
+    """Both runs are the same up to rounding, and have the same predictions."""
+    (record, own), (other, alone) = record_in(folder), record_in(expected)
+    found, wanted = record["train"], other["train"]
+    assert found["processes"] == processes
+    assert own.name == alone.name
+    for name in ("examples", "steps", "tokens", "not_chosen", "kept_bytes_per_token"):
+        assert found[name] == wanted[name], name
+    # Rounded to six digits in the record.
+    for name in ("step_losses", "step_gradient_norms"):
+        assert found["stability"][name] == pytest.approx(wanted["stability"][name], rel=3e-6)
+    for entry, same in zip(found["curve"], wanted["curve"], strict=True):
+        assert entry == pytest.approx(same, rel=1e-6)
+    for layer, same in zip(found["expert_load"], wanted["expert_load"], strict=True):
+        assert layer == pytest.approx(same, rel=1e-9)
+    weights = load_file(alone / "adapter" / "adapter_model.safetensors")
+    for name, tensor in load_file(own / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-6)
+    log, same = ((f / "train_log.jsonl").read_text().splitlines() for f in (own, alone))
+    assert len(log) == len(same) == 1
+    assert json.loads(log[0])["expert_load"] == json.loads(same[0])["expert_load"]
+    for score, same in zip(record["scores"], other["scores"], strict=True):
+        for name in ("task", "protocol", "n", "accuracy", "unparsed", "expert_load"):
+            assert score[name] == same[name], name
+    for path in (alone / "predictions").iterdir():
+        lines, same = (
+            [json.loads(line) for line in (f / "predictions" / path.name).read_text().splitlines()]
+            for f in (own, alone)
+        )
+        for line, item in zip(lines, same, strict=True):
+            assert line.pop("scores") == pytest.approx(item.pop("scores"), rel=1e-4)
+            gold = [each.pop("gold_log_likelihood") or 0.0 for each in (line, item)]
+            assert gold[0] == pytest.approx(gold[1], rel=1e-4)
+            assert line == item
+
+
+def test_one_process_begins_and_two_finish_what_one_does(tmp_path: Path) -> None:
+    """Dropout on; the adapter, the figures of the log and all scores are those of one process."""
+    assert train_in(1, [*UNEVEN, f"output_dir={tmp_path / 'alone'}"]) == [0]
+    argv = [*UNEVEN, f"output_dir={tmp_path / 'mixed'}"]
+    assert train_in(1, argv, stop=1, log=tmp_path / "first") == [75]
+    assert "saved after step 2 of 6; the same command" in (tmp_path / "first.0").read_text()
+    assert train_in(2, argv, log=tmp_path / "second") == [0, 0]
+    assert "resuming after step 2 of 6" in (tmp_path / "second.0").read_text()
+    assert "step" not in (tmp_path / "second.1").read_text()
+    check_equal(tmp_path / "mixed", tmp_path / "alone", 2)
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    """One of two is asked to end: both stop after the same step, and nothing counts twice."""
-    whole = launch(tmp_path, "whole", -1)
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    stopped = launch(tmp_path, "run", 2)
-    assert stopped.returncode != 0
-    assert [p.name for p in (tmp_path / "run").glob("*/checkpoints/*")] == ["step-00000003"]
-    again = launch(tmp_path, "run", -1)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert "resuming after step 3 of 6" in again.stderr
-    records = []
-    for name in ("whole", "run"):
-        (path,) = (tmp_path / name).glob("*/record.json")
-        records.append(read_record(path)["train"])
-    one, other = records
-    for a, b in zip(other["expert_load"], one["expert_load"], strict=True):
-        assert a == pytest.approx(b)
-    for a, b in zip(other["curve"], one["curve"], strict=True):
-        assert a["router_loss"] == pytest.approx(b["router_loss"], rel=1e-6)
-        assert a["expert_load_std"] == pytest.approx(b["expert_load_std"], rel=1e-6)
+def test_any_numbers_of_processes_take_turns(tmp_path: Path) -> None:
+    assert train_in(1, [*UNEVEN, f"output_dir={tmp_path / 'alone'}"]) == [0]
+    argv = [*UNEVEN, f"output_dir={tmp_path / 'mixed'}"]
+    for count, step in ((2, 0), (1, 2), (4, 4)):
+        # The last process alone is asked to end; all stop after the same step.
+        assert train_in(count, argv, stop=step) == [75] * count
+        names = [path.name for path in (tmp_path / "mixed").glob("*/checkpoints/*")]
+        assert max(names) == f"step-{step + 1:08d}"
+    assert train_in(2, argv) == [0, 0]
+    check_equal(tmp_path / "mixed", tmp_path / "alone", 2)
+    assert train_in(4, [*UNEVEN, f"output_dir={tmp_path / 'four'}"]) == [0] * 4
+    check_equal(tmp_path / "four", tmp_path / "alone", 4)
+
+
+@pytest.mark.slow
+def test_torchrun_is_asked_to_end_and_goes_on(tmp_path: Path) -> None:
+    """The launcher itself receives SIGTERM. It ends with 1 whatever its processes end with."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+               "-m", "mixlora_exp.cli.main", "train", *UNEVEN, "trainer.max_steps=2000",
+               f"output_dir={tmp_path}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 200
+    while not list(tmp_path.glob("*/train_log.jsonl")) and time.monotonic() < end:
+        time.sleep(0.5)
+    started.terminate()
+    error = started.communicate(timeout=100)[1]
+    assert "the same command goes on there" in error, error[-3000:]
+    assert started.returncode == 1
+    assert list(tmp_path.glob("*/checkpoints/step-*"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from composed import compose
 
@@ -38,8 +40,10 @@ def test_processes_share_a_step_and_number_its_examples_together() -> None:
     for one, first, second in zip(alone[:2], *(share[:2] for share in shares), strict=True):
         assert one.micro_batches[0::2] == first.micro_batches
         assert one.micro_batches[1::2] == second.micro_batches
-    # Five examples are left, in micro-batches of 2, 2 and 1: one of the epoch's first is added.
+    # Five examples are left, in micro-batches of 2, 2 and 1: one process has none to begin with.
     assert [len(step.micro_batches) for step in (alone[2], shares[0][2], shares[1][2])] == [3, 2, 2]
-    added = shares[1][2].micro_batches[1]
-    assert added.examples == alone[0].micro_batches[0].examples
-    assert added.first == 6
+    assert [share[2].parts for share in (alone, *shares)] == [3, 3, 3]
+    parts = [part for share in shares for part in share[2].micro_batches]
+    (added,) = [part for part in parts if part.repeated]
+    assert added == replace(parts[0], repeated=True)
+    assert {part for part in parts if not part.repeated} == set(alone[2].micro_batches)

@@ -117,6 +117,17 @@ class Compile(Enum):
     graph = "graph"
 
 
+class Parallel(Enum):
+    """How several processes, one per GPU, train one adapter. The result does not depend on it."""
+
+    none = "none"
+    """One process."""
+    ddp = "ddp"
+    """Each process has the whole model; gradients are averaged (DistributedDataParallel)."""
+    fsdp = "fsdp"
+    """As `ddp`, and each process keeps a part of the frozen weights (`fully_shard`)."""
+
+
 class Head(Enum):
     """Way to compute the cross-entropy over the vocabulary from the last hidden states."""
 

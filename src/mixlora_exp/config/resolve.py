@@ -47,6 +47,8 @@ EXCLUDED = (
     "trainer.auto_micro_batch",
     "trainer.save_steps",
     "trainer.keep_checkpoints",
+    # Nor does the number of processes change a result.
+    "trainer.parallel",
     "model.access",
     "model.nominal_parameters",
     "data.path",

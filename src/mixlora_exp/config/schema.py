@@ -22,6 +22,7 @@ from mixlora_exp.config.choices import (
     LossOn,
     ModelSource,
     Order,
+    Parallel,
     Precision,
     Protocol,
     RouterLoss,
@@ -64,6 +65,7 @@ __all__ = [
     "ModelConfig",
     "ModelSource",
     "Order",
+    "Parallel",
     "PeftMethodConfig",
     "Precision",
     "PresetConfig",
@@ -115,6 +117,8 @@ class TrainerConfig:
     """off, layer (each decoder layer compiled for itself) or graph (and, on a GPU, its kernels
     recorded in CUDA graphs); the choices agree up to rounding."""
     gradient_checkpointing: bool = False
+    parallel: Parallel = Parallel.none
+    """none, ddp or fsdp: how the processes that torchrun started train together."""
     auto_micro_batch: bool = False
     """If a micro-batch does not fit in memory, halve it once and continue."""
     logging_steps: int = 10

@@ -17,8 +17,17 @@ from mixlora_exp.evaluation.harness_tasks import check_harness
 from mixlora_exp.evaluation.label_logits import encode_labels, score_label_logits
 from mixlora_exp.evaluation.lockstep import in_lockstep
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore
+from mixlora_exp.evaluation.share import Share
 
-__all__ = ["ItemScore", "Scorer", "TaskScore", "encode_tests", "in_lockstep", "score_tests"]
+__all__ = [
+    "ItemScore",
+    "Scorer",
+    "Share",
+    "TaskScore",
+    "encode_tests",
+    "in_lockstep",
+    "score_tests",
+]
 
 
 def encode_tests(

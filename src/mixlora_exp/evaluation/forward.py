@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from mixlora_exp.data.collator import pad_left
 from mixlora_exp.evaluation.head import full_precision_head
 from mixlora_exp.evaluation.packing import PackedQuestion, Request, pack, pad_packed
+from mixlora_exp.evaluation.share import Result, Share
 
 LOGIT_ROWS = 256
 """Number of positions whose logits over the vocabulary are in memory at once."""
@@ -42,7 +43,8 @@ class Scorer:
     """Runs a model over rows of tokens and counts the experts that each group of rows uses.
 
     `groups` arguments name the group (task) of each row. With `dropout_seed` the adapter's dropout
-    stays active, as in the official packages; torch's global generator is seeded with it.
+    stays active, as in the official packages; torch's global generator is seeded with it. `share`:
+    which of the batches this process computes; None: all.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Scorer:
         autocast: AbstractContextManager,
         batch_tokens: int,
         dropout_seed: int | None = None,
+        share: Share | None = None,
     ) -> None:
         self.model = model.eval()
         if dropout_seed is not None:
@@ -65,6 +68,7 @@ class Scorer:
         self.autocast = autocast
         self.batch_tokens = batch_tokens
         self.device = next(model.parameters()).device
+        self.share = share or Share()
         self._counts: dict[str, Tensor] = {}
 
     @contextmanager
@@ -125,20 +129,24 @@ class Scorer:
         `keys` order questions of equal length, so that results do not depend on the given order.
         """
         packed = [pack(requests) for requests in questions]
-        found: list[list[tuple[float, bool]]] = [[] for _ in packed]
-        for batch in batches([len(p.tokens) for p in packed], keys, self.batch_tokens):
-            chosen = [packed[i] for i in batch]
-            scores = self._score(chosen, None if groups is None else [groups[i] for i in batch])
-            for i, score in zip(batch, scores, strict=True):
-                found[i] = score
-        return found
 
-    def _score(
-        self, questions: Sequence[PackedQuestion], groups: Sequence[str] | None
-    ) -> list[list[tuple[float, bool]]]:
-        found = self.run_scores(questions)
-        self._count([len(q.tokens) for q in questions], groups)
-        return found
+        def score(batch: list[int]) -> list[list[tuple[float, bool]]]:
+            found = self.run_scores([packed[i] for i in batch])
+            lengths = [len(packed[i].tokens) for i in batch]
+            self._count(lengths, None if groups is None else [groups[i] for i in batch])
+            return found
+
+        return self.over_batches([len(p.tokens) for p in packed], keys, score)
+
+    def over_batches(
+        self,
+        lengths: Sequence[int],
+        keys: Sequence[str],
+        work: Callable[[list[int]], Sequence[Result]],
+    ) -> list[Result]:
+        """What `work` returns for each item, called with the items' indices per batch (see
+        `batches`); processes share the batches."""
+        return self.share.results(list(batches(lengths, keys, self.batch_tokens)), work)
 
     @torch.no_grad()
     def run_scores(
@@ -203,11 +211,16 @@ class Scorer:
             self._counts[group] = self._counts.get(group, 0) + counts
 
     def take_expert_load(self, group: str = "") -> list[list[float]] | None:
-        """(layers, E): share of the (token, slot) pairs per expert since the last call; None
-        without experts. A token in the common prefix of several options is counted once."""
-        counts = self._counts.pop(group, None)
-        if counts is None:
+        """(layers, E): share of the (token, slot) pairs per expert since the last call, of all
+        processes, which must call this together; None without experts. A token in the common prefix
+        of several options is counted once."""
+        own = self._counts.pop(group, None)
+        parts = self.share.gathered(None if own is None else own.cpu())
+        counted = [part for part in parts if part is not None]
+        if not counted:
             return None
+        # Whole numbers in float64, so that their sum is exact.
+        counts = torch.stack(counted).sum(dim=0)
         # Where no row has an expert, all are 0.
         return (counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
 

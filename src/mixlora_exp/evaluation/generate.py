@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig
 from mixlora_exp.data.encoding import Encoded, encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
-from mixlora_exp.evaluation.forward import Scorer, batches
+from mixlora_exp.evaluation.forward import Scorer
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
@@ -84,12 +84,13 @@ def score_generate(
     ]
     lengths = [len(asked.prompt) + evaluation.max_new_tokens for _, _, asked in questions]
     keys = [f"{task}/{item.id}" for task, item, _ in questions]
-    texts = [""] * len(questions)
-    for batch in batches(lengths, keys, scorer.batch_tokens):
+
+    def texts_of(batch: list[int]) -> list[str]:
         prompts = [questions[i][2].prompt for i in batch]
         new = scorer.generate(prompts, evaluation.max_new_tokens)
-        for i, tokens in zip(batch, new, strict=True):
-            texts[i] = scorer.tokenizer.decode(tokens, skip_special_tokens=True)
+        return [scorer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+
+    texts = scorer.over_batches(lengths, keys, texts_of)
     results = []
     for task, test in tests.items():
         mine = [i for i, question in enumerate(questions) if question[0] == task]

@@ -18,7 +18,7 @@ from mixlora_exp.config.schema import AnswerForm, ArcLabels, DataConfig, Evaluat
 from mixlora_exp.data.encoding import Encoded, check_labels, encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation.forward import Scorer, batches
+from mixlora_exp.evaluation.forward import Scorer
 from mixlora_exp.evaluation.scores import ItemScore, TaskScore, summarize
 from mixlora_exp.tasks.base import Item
 
@@ -154,14 +154,15 @@ def score_label_logits(
         others += rest
         groups += [task] * len(test.items)
     keys = [f"{group}/{item.id}" for group, item in zip(groups, items, strict=True)]
-    scores: list[ItemScore | None] = [None] * len(items)
-    for batch in batches([len(prompt) for prompt in prompts], keys, scorer.batch_tokens):
+
+    def scores_of(batch: list[int]) -> list[ItemScore]:
         logits = scorer.logits([prompts[i] for i in batch], 1, [groups[i] for i in batch])[:, 0]
-        parts = ([whole[i] for i in batch] for whole in (items, labels, others))
-        own, own_labels, own_others = parts
-        found = _batch_scores(own, logits, own_labels, own_others)
-        for i, score in zip(batch, found, strict=True):
-            scores[i] = score
+        own, own_labels, own_others = (
+            [whole[i] for i in batch] for whole in (items, labels, others)
+        )
+        return _batch_scores(own, logits, own_labels, own_others)
+
+    scores = scorer.over_batches([len(prompt) for prompt in prompts], keys, scores_of)
     results = []
     for task, test in tests.items():
         mine = [i for i, group in enumerate(groups) if group == task]

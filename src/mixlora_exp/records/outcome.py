@@ -15,6 +15,7 @@ OF_TRAINING = (
     "tokens_per_second",
     "first_step_seconds",
     "peak_memory_bytes",
+    "processes",
     "together",
 )
 

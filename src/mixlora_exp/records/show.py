@@ -141,8 +141,10 @@ def print_record(record: Mapping[str, Any]) -> None:
     steps = "1 step" if train["steps"] == 1 else f"{train['steps']} steps"
     first = train.get("first_step_seconds")
     compiled = "" if first is None else f"; {first:.0f} s of them for the first step, compiled"
+    count = train.get("processes", 1)
+    several = "" if count == 1 else f" by {count} processes"
     say(
-        f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s{compiled} "
+        f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s{several}{compiled} "
         f"({train['tokens_per_second']:.0f} tokens/s), loss {train['final_loss']:.3f}, "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )

@@ -47,7 +47,8 @@ from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
-from mixlora_exp.system.device import processes, resolve_device
+from mixlora_exp.runs.parallel import check_processes
+from mixlora_exp.system.device import resolve_device
 from mixlora_exp.system.hashing import file_sha256
 
 SIGN = "fingerprint"
@@ -235,16 +236,6 @@ def _check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
         )
 
 
-def _check_processes(config: Config) -> None:
-    count = processes().num_processes
-    if config.trainer.auto_micro_batch and count > 1:
-        raise UserError(
-            f"trainer.auto_micro_batch=true supports one process, but {count} were started, and "
-            "those that do not run out of memory would wait for the others: set a smaller "
-            "trainer.micro_batch_size instead"
-        )
-
-
 def _check_tracker(config: Config) -> None:
     name = config.tracker.name
     if name is not Tracker.none and importlib.util.find_spec(name.value) is None:
@@ -285,7 +276,7 @@ def _check_settings(config: Config, adapter: dict[str, Any] | None, *, here: boo
     _check_shuffle(config, adapter)
     _check_base(config, adapter)
     if here:
-        _check_processes(config)
+        check_processes(config)
         _check_head(config)
         _kernel(config, adapter)
 

@@ -27,7 +27,7 @@ from mixlora_exp.config.schema import Base, Config, TrainedMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import Scorer, TaskScore, score_tests
+from mixlora_exp.evaluation import Scorer, Share, TaskScore, score_tests
 from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
@@ -49,7 +49,13 @@ from mixlora_exp.runs.inputs import (
 from mixlora_exp.runs.ownership import check_lock, failure_noted, held
 from mixlora_exp.runs.predictions import score_entry, write_predictions
 from mixlora_exp.system.console import be_quiet, say
-from mixlora_exp.system.device import free_memory, hardware_names, processes, resolve_device
+from mixlora_exp.system.device import (
+    free_memory,
+    gathered,
+    hardware_names,
+    processes,
+    resolve_device,
+)
 from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.training import TrainSummary, fit, fit_halving
@@ -164,7 +170,7 @@ def run(config: Config, watch: Watch | None = None, earlier: Earlier = None) -> 
     `watch` is called with step and loss (without router loss) during training, and may raise
     `GivenUp` to end the run. A finished run of the same fingerprint on the same inputs is not
     repeated unless `force` is set. The record is written last, so a folder without one holds no
-    result. Under torchrun or accelerate, all processes train and the first one does the rest.
+    result. Under torchrun or accelerate, all processes train and score, and the first one writes.
 
     Raises:
         UserError: the user can fix the cause; nothing is recorded.
@@ -226,21 +232,22 @@ def write_record(this: Run, record: dict[str, Any]) -> Path:
 def _carry_out(this: Run) -> dict[str, Any]:
     config, folder = this.config, this.folder
     base, before, summary, adapter = this.load_base(), None, None, config.adapter
-    if config.evaluation.before_training and processes().is_main_process:
+    if config.evaluation.before_training:
         before = this.score_base(base)
     if isinstance(config.method, TrainedMethodConfig):
         if processes().is_main_process:
             this.begin()
         processes().wait_for_everyone()
         summary = _train(this, base)
-        if not processes().is_main_process:
-            return {}
         adapter = str(folder / "adapter")
     model: torch.nn.Module = base
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
         model = _load(this, base)
-    return finish(this, base, summary, before, _score(this, model))
+    scores = _score(this, model)
+    if not processes().is_main_process:
+        return {}
+    return finish(this, base, summary, before, scores)
 
 
 def start(config: Config, folder: Path, inputs: Inputs) -> Run:
@@ -336,6 +343,8 @@ def _fit(this: Run, base: PreTrainedModel, examples: list[Example], config: Conf
         if processes().is_main_process:
             this.check_owner()
             save_adapter(model, this.folder / "adapter")
+        # All of them read it.
+        processes().wait_for_everyone()
     finally:
         model.unload()
     return summary
@@ -360,9 +369,12 @@ def score_alone(this: Run, base: PreTrainedModel) -> Scores:
 
 def _score(this: Run, model: torch.nn.Module) -> Scores:
     context = autocast(next(model.parameters()).device, this.dtype)
-    seed = this.config.seed if this.config.evaluation.dropout else None
-    tokens = this.config.evaluation.batch_tokens
-    return score_with(this, lambda: Scorer(model, this.tokenizer, context, tokens, seed))
+    state, tokens = processes(), this.config.evaluation.batch_tokens
+    seed, share = None, Share(state.process_index, state.num_processes, gathered)
+    if this.config.evaluation.dropout:
+        # Drawn in the order of the batches: each process computes all of them.
+        seed, share = this.config.seed, None
+    return score_with(this, lambda: Scorer(model, this.tokenizer, context, tokens, seed, share))
 
 
 def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> Scores:

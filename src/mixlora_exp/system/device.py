@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
@@ -60,6 +61,16 @@ def summed(values: Tensor) -> Tensor:
     """The sum of `values` over all processes, all of which must call this function."""
     state = processes()
     return values if state.num_processes == 1 else reduce(values.to(state.device), reduction="sum")
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values that all processes gave, in their order, in each of them."""
+    state = processes()
+    if state.num_processes == 1:
+        return [value]
+    found = [None] * state.num_processes
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 @cache

@@ -71,6 +71,8 @@ class TrainSummary:
     halved_micro_batch: int | None = None
     """Micro-batch size used by `trainer.auto_micro_batch` after the configured one did not fit in
     memory; the examples of an optimizer step and the normalisation of the loss are unchanged."""
+    processes: int = 1
+    """Number of processes that trained together, in the start that finished."""
     together: list[str] = field(default_factory=list)
     """Other runs that shared the base model and the forward passes."""
 
@@ -216,4 +218,5 @@ def _summary(job: Job, peak: int) -> TrainSummary:
         kept_bytes_per_token=job.kept_bytes_per_token,
         micro_batch_size=job.config.trainer.micro_batch_size,
         first_step_seconds=job.first_step_seconds,
+        processes=processes().num_processes,
     )

@@ -23,6 +23,7 @@ from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.system.device import processes, summed
+from mixlora_exp.system.signals import requested
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.compiled import pad_to
 from mixlora_exp.training.hooks import Hook, hook_of
@@ -31,6 +32,9 @@ from mixlora_exp.training.run_statistics import Track
 from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
 
 Batch = Mapping[str, Any]
+OWN = ("example", "step", "weight")
+"""What a batch has beside the model's inputs: the number of each example in its optimizer step, the
+step, and 0 if another process has the same batch (see `MicroBatch`), else 1."""
 
 
 @dataclass(kw_only=True)
@@ -142,7 +146,8 @@ class Job:
         if index < 0:
             return None
         part = parts[index]
-        return self.collate([self.examples[i] for i in part.examples], part.first)
+        batch = self.collate([self.examples[i] for i in part.examples], part.first)
+        return {**batch, "weight": float(not part.repeated)}
 
     def begin_pass(self, step: int, batch: Batch) -> Batch:
         """Store a micro-batch and name its rows to the dropout stream; the model's inputs."""
@@ -163,19 +168,23 @@ class Job:
         if not isinstance(self.config.method, LoraMethodConfig):
             # PEFT's other types draw from torch's generator, which a resumed run must find alike.
             torch.manual_seed(self._seed_of(batch["step"], int(example[0])))
-        return {name: value for name, value in batch.items() if name not in ("example", "step")}
+        return {name: value for name, value in batch.items() if name not in OWN}
 
     def _seed_of(self, step: int, example: int) -> int:
         text = f"{self.config.seed} {step} {example}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
-    def note_pass(
-        self, loss: Tensor, report: RouterReport | None, tokens: Tensor, share: Tensor
-    ) -> None:
-        """Add one micro-batch's loss and router statistics. share: its fraction of the optimizer
-        step's label tokens."""
+    def note_pass(self, loss: Tensor, report: RouterReport | None, share: Tensor) -> None:
+        """Add the last micro-batch's loss and router statistics. share: its fraction of the
+        optimizer step's label tokens."""
+        batch = self.batches[-1]
+        weight = batch["weight"]
         self._step_loss = self._step_loss + loss.detach()
-        self.track.note_pass(report, tokens, share)
+        if report is not None and not weight:
+            # All the same: every process must have counts to sum.
+            report = RouterReport(report.loss, report.counts * 0)
+        tokens = batch["attention_mask"].sum() * int(weight)
+        self.track.note_pass(report, tokens, share * weight)
 
     def take_step_loss(self) -> Tensor:
         """The loss of the whole optimizer step, on the device; the next one's starts from 0."""
@@ -210,7 +219,8 @@ class Job:
         return self.checkpoints is not None and (ends or self.step % every == 0)
 
     def save(self, optimizer: Optimizer, *, first: bool) -> None:
-        """Write a checkpoint; all processes contribute, and the `first` one writes it.
+        """Write a checkpoint; all processes contribute, and the `first` one writes it, and tells
+        the step if the run is about to end.
 
         Raises:
             UserError: the disk is full, or another process has taken over the run.
@@ -224,6 +234,9 @@ class Job:
         }
         if first and self.checkpoints is not None:
             self.checkpoints.save(self.step, self.parameters, optimizer, state)
+            if requested():
+                at = f"saved after step {self.step} of {self.steps}"
+                sys.stderr.write(f"  {self.folder.name}: {at}; the same command goes on there\n")
 
 
 def make_job(
@@ -240,22 +253,16 @@ def make_job(
     """Create the job that `config` describes; see `Job` for the arguments.
 
     Raises:
-        UserError: there are no examples, or `batch_size` cannot be divided among the processes.
+        UserError: there are no examples.
     """
     if not examples:
         raise UserError(
             f"task.train={config.task.train} has no training examples: choose another task or data"
         )
-    trainer, count = config.trainer, processes().num_processes
-    if trainer.batch_size % (trainer.micro_batch_size * count):
-        raise UserError(
-            f"trainer.micro_batch_size={trainer.micro_batch_size} on {count} processes does "
-            f"not divide trainer.batch_size={trainer.batch_size}: choose a smaller micro-batch"
-        )
     collate = Collator(
         tokenizer.pad_token_id,
-        trainer.loss_on,
-        trainer.padding_in_loss,
+        config.trainer.loss_on,
+        config.trainer.padding_in_loss,
         tokenizer.padding_side,
         pad_to(config),
         tuple(getattr(config.method, "type1_tasks", ())),

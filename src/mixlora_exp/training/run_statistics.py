@@ -61,10 +61,7 @@ class Track:
         `loss` and `router_loss` are means over the optimizer steps: `loss` minus `router_loss`
         times its coefficient is the cross-entropy."""
         losses = self.watch.losses[-self.every :]
-        # A process's losses cover its own rows, scaled to the full batch.
-        own = torch.tensor([sum(losses) / len(losses), 1.0], dtype=torch.float64)
-        total, processes = self.summed(own).tolist()
-        figures = {"loss": total / processes}
+        figures = {"loss": sum(losses) / len(losses)}
         load = None
         if self._window is not None:
             shares = _shares(self.summed(self._window))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
@@ -14,18 +14,22 @@ from mixlora_exp.data.sampler import sampler_of
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Examples of one forward pass, as indices into the training set. `first`: number of examples
-    of the same optimizer step before them."""
+    of the same optimizer step before them. `repeated`: another process has the same micro-batch,
+    and this one counts for nothing."""
 
     examples: tuple[int, ...]
     first: int
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """The micro-batches of one process; `epoch`: epochs completed after this step (fractional)."""
+    """The micro-batches of one process; `epoch`: epochs completed after this step (fractional);
+    `parts`: number of micro-batches of all processes without repeated ones."""
 
     micro_batches: tuple[MicroBatch, ...]
     epoch: float
+    parts: int
 
 
 def total_steps(config: Config, examples: int) -> int:
@@ -42,8 +46,8 @@ def optimizer_steps(
 ) -> list[OptimizerStep]:
     """The optimizer steps of `process`, in order; a function of the configuration and the lengths.
 
-    The micro-batches of a step are dealt to the `processes` in turn. All get the same number: at
-    the end of an epoch, missing ones are taken from its beginning.
+    The micro-batches of a step are dealt to the `processes` in turn. All get the same number, since
+    they sum their gradients together: at the end of an epoch, some repeat the step's first one.
     """
     trainer, found, epoch = config.trainer, [], 0
     size, together = trainer.micro_batch_size, trainer.accumulation_steps
@@ -57,10 +61,9 @@ def optimizer_steps(
         for start in range(0, len(micro), together):
             group = micro[start : start + together]
             done = epoch + (start + len(group)) / len(micro)
-            for i in range(-len(group) % processes):
-                group.append(micro[i % len(micro)])
             # Only the last micro-batch of an epoch may be smaller.
             parts = [MicroBatch(part, i * size) for i, part in enumerate(group)]
-            found.append(OptimizerStep(tuple(parts[process::processes]), done))
+            parts += [replace(parts[0], repeated=True)] * (-len(group) % processes)
+            found.append(OptimizerStep(tuple(parts[process::processes]), done, len(group)))
         epoch += 1
     return found[:steps]

@@ -113,7 +113,7 @@ class MixLoraTrainer(Trainer):
         passes, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items: dict[str, Tensor] = {}
         for name, batch in (pair for batches in passes for pair in batches.items()):
-            items[name] = items.get(name, 0) + label_count(batch)
+            items[name] = items.get(name, 0) + label_count(batch) * int(batch["weight"])
         return passes, {name: summed(count) for name, count in items.items()}
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -146,7 +146,9 @@ class MixLoraTrainer(Trainer):
         # What PEFT's own types drop can be a whole layer, which then has no gradient.
         self.model.train(isinstance(job.config.method, LoraMethodConfig))
         experts = expert_parameters_of(self.model, job.name)
-        loss = partial(self._own_loss, job, {**batch, "step": 0})
+        # Whatever the number of processes, on the step's first micro-batch alone.
+        batch = {**batch, "step": 0, "weight": float(self.is_world_process_zero())}
+        loss = partial(self._own_loss, job, batch)
         if self._compile is Compile.off:
             # Hooks would be compiled into the layers, which are compiled again without them.
             loss = partial(self._with_saved_bytes, job, loss, batch["input_ids"].numel())
@@ -171,14 +173,13 @@ class MixLoraTrainer(Trainer):
         }
         with ExitStack() as stack:
             for job in map(self.jobs.__getitem__, batches):
-                parts = len(job.plan[job.step].micro_batches) * self.args.world_size
-                stack.enter_context(job.hook.passing(1 / parts))
+                stack.enter_context(job.hook.passing(1 / job.plan[job.step].parts))
             losses = self._losses(model, batches)
+        losses = {name: loss * inputs[name]["weight"] for name, loss in losses.items()}
         reports = getattr(self.model.base_model, "router_reports", {})
         for name, loss in losses.items():
-            tokens = batches[name]["attention_mask"].sum()
             share = label_count(batches[name]) / self._items[name]
-            self.jobs[name].note_pass(loss, reports.get(name), tokens, share)
+            self.jobs[name].note_pass(loss, reports.get(name), share)
         return total_of(losses)
 
     def _losses(self, model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
@@ -239,21 +240,21 @@ class MixLoraTrainer(Trainer):
     def check_gradients(self) -> None:
         """Store each adapter's loss and gradient norm, clip, and stop adapters with non-finite
         values, before the optimizer's step."""
-        one_process = self.args.world_size == 1
         jobs = [job for job in self.jobs.values() if job.batches]
         norms = [_gradient_norm(job) for job in jobs]
         losses = [
             job.take_step_loss().to(norm.device) for job, norm in zip(jobs, norms, strict=True)
         ]
+        if jobs:
+            # Every process has the norms, and of the losses those of its own rows (see `_losses`).
+            losses = summed(torch.stack(losses)) / self.args.world_size
         # The host waits for the device once, whatever the number of adapters.
         numbers = torch.stack([*losses, *norms]).tolist() if jobs else []
         for i, (job, norm) in enumerate(zip(jobs, norms, strict=True)):
             loss = numbers[i]
             sound = job.note_step(loss, numbers[len(jobs) + i])
-            # All processes see the same gradient norm, but each its own loss.
-            if not sound and (one_process or not isfinite(job.norm)):
-                # With several processes, `_loss_is_finite` would need all of them at once.
-                usable = isfinite(loss) or (one_process and self._loss_is_finite(job))
+            if not sound:
+                usable = isfinite(loss) or self._loss_is_finite(job)
                 where = self._where(job, job.batches)
                 error = Diverged(job.step + 1, loss, job.norm, where, usable=usable)
                 self._take_out(job, error)
@@ -284,8 +285,7 @@ class MixLoraTrainer(Trainer):
             job.track.seconds = job.seconds_before + taken
             if self._compile is not Compile.off and job.first_step_seconds is None:
                 job.first_step_seconds = round(taken, 3)
-            last = done == job.steps and self.args.world_size == 1
-            if last and not self._loss_is_finite(job):
+            if done == job.steps and not self._loss_is_finite(job):
                 # No further step would check the weights after the last update.
                 where = self._where(job, job.last_batches)
                 error = Diverged(done + 1, float("nan"), job.norm, where, usable=False, last=True)
@@ -354,13 +354,16 @@ class MixLoraTrainer(Trainer):
 
     @torch.no_grad()
     def _loss_is_finite(self, job: Job) -> bool:
-        """Return whether the current weights give a finite loss on the previous step's batches."""
+        """Return whether the current weights give a finite loss on the previous step's batches,
+        of all processes."""
         found = [self._own_loss(job, batch) for batch in job.last_batches]
-        return bool(found) and all(isfinite(loss) for loss in found)
+        finite = bool(found) and all(isfinite(loss) for loss in found)
+        return not summed(torch.tensor(int(not finite)))
 
     def _own_loss(self, job: Job, batch: Batch) -> Tensor:
         with job.hook.passing(0.0):
-            return self._losses(self.model, {job.name: job.inputs_of(batch)})[job.name]
+            loss = self._losses(self.model, {job.name: job.inputs_of(batch)})[job.name]
+            return loss * batch["weight"]
 
     def _where(self, job: Job, batches: Sequence[Batch]) -> str:
         """Description of the layer with the first non-finite value, on one adapter's rows."""

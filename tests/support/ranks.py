@@ -1,0 +1,75 @@
+"""Command lines in several processes as torchrun starts them, without its start-up time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from forked import CONTEXT
+
+from mixlora_exp.cli.train import execute
+from mixlora_exp.training.trainer import MixLoraTrainer
+
+
+def as_rank(rank: int, count: int, port: int) -> None:
+    """Make this process the one of `count` with this number, by the variables of torchrun."""
+    torch.set_num_threads(1)
+    if count > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def stop_in(step: int, number: int) -> None:
+    """Have this process receive the signal `number` in training step `step`, counted from 0."""
+    real = MixLoraTrainer.training_step
+
+    def training_step(self: MixLoraTrainer, *args, **kwargs) -> torch.Tensor:
+        if self.state.global_step == step:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    MixLoraTrainer.training_step = training_step
+
+
+def _one(rank: int, count: int, port: int, stop: int | None, log: str, argv: list[str]) -> None:
+    as_rank(rank, count, port)
+    if log:
+        os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if stop is not None and rank == count - 1:
+        stop_in(stop, signal.SIGTERM)
+    os._exit(execute(argv))
+
+
+def run_ranks(count: int, work: Callable[..., None], *args: object) -> list[int | None]:
+    """Call `work(rank, count, port, *args)` in `count` processes; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [CONTEXT.Process(target=work, args=(i, count, port, *args)) for i in range(count)]
+    for process in started:
+        process.start()
+    end = time.monotonic() + 240
+    while any(process.is_alive() for process in started) and time.monotonic() < end:
+        time.sleep(0.05)
+        if any(process.exitcode not in (None, 0) for process in started):
+            # The others may wait for it forever.
+            end = min(end, time.monotonic() + 10)
+    for process in started:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def train_in(
+    count: int, argv: Sequence[str], *, stop: int | None = None, log: object = ""
+) -> list[int | None]:
+    """Execute a command line of train.py in `count` processes; returns their exit codes.
+
+    `stop`: the step, from 0, in which the last process receives SIGTERM. `log`: where standard
+    error goes, with the process's number after a dot."""
+    return run_ranks(count, _one, stop, str(log), list(argv))
