@@ -16,11 +16,10 @@ import pytest
 import torch
 from accelerate import DistributedType
 from ranks import train_in
-from safetensors.torch import load_file
+from same_runs import UNEVEN, check_equal
 
 from mixlora_exp.adapters.router_report import RouterReport
 from mixlora_exp.cli.train import execute
-from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import parallel
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.system import device as runtime
@@ -150,6 +149,16 @@ def two_processes(monkeypatch: pytest.MonkeyPatch, count: int, first: bool = Tru
             ["trainer.parallel=ddp", "trainer.auto_micro_batch=true"],
             "trainer.auto_micro_batch=true supports one process",
         ),
+        (
+            2,
+            ["trainer.parallel=fsdp", "method=lora_ga"],
+            "trainer.parallel=fsdp was not tried with method=lora_ga",
+        ),
+        (
+            2,
+            ["trainer.parallel=fsdp", "trainer.compile=layer"],
+            "trainer.parallel=fsdp was not tried with trainer.compile=layer",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_refused_in_one_line(
@@ -166,57 +175,6 @@ def test_what_processes_cannot_share_is_refused_in_one_line(
     assert execute(argv) == 2
     assert capsys.readouterr().err == ""
     assert not list(tmp_path.iterdir())
-
-
-# The last step of an epoch of 13 has three micro-batches, which neither 2 nor 4 processes share.
-UNEVEN = [
-    "experiment=smoke", "method=mixlora", "method.dropout=0.2", "data.train_limit=13",
-    "trainer.precision=float32", "trainer.batch_size=8", "trainer.micro_batch_size=2",
-    "trainer.max_steps=6", "trainer.logging_steps=4", "trainer.save_steps=100",
-    "trainer.parallel=ddp", "evaluation.limit=7", "evaluation.batch_tokens=200",
-    "evaluation.protocols=[label_logits,answer_text,generate]",
-]  # fmt: skip
-
-
-def record_in(folder: Path) -> tuple[dict[str, Any], Path]:
-    (path,) = folder.glob("*/record.json")
-    return read_record(path), path.parent
-
-
-def check_equal(folder: Path, expected: Path, processes: int) -> None:
-    """Both runs are the same up to rounding, and have the same predictions."""
-    (record, own), (other, alone) = record_in(folder), record_in(expected)
-    found, wanted = record["train"], other["train"]
-    assert found["processes"] == processes
-    assert own.name == alone.name
-    for name in ("examples", "steps", "tokens", "not_chosen", "kept_bytes_per_token"):
-        assert found[name] == wanted[name], name
-    # Rounded to six digits in the record.
-    for name in ("step_losses", "step_gradient_norms"):
-        assert found["stability"][name] == pytest.approx(wanted["stability"][name], rel=3e-6)
-    for entry, same in zip(found["curve"], wanted["curve"], strict=True):
-        assert entry == pytest.approx(same, rel=1e-6)
-    for layer, same in zip(found["expert_load"], wanted["expert_load"], strict=True):
-        assert layer == pytest.approx(same, rel=1e-9)
-    weights = load_file(alone / "adapter" / "adapter_model.safetensors")
-    for name, tensor in load_file(own / "adapter" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-6)
-    log, same = ((f / "train_log.jsonl").read_text().splitlines() for f in (own, alone))
-    assert len(log) == len(same) == 1
-    assert json.loads(log[0])["expert_load"] == json.loads(same[0])["expert_load"]
-    for score, same in zip(record["scores"], other["scores"], strict=True):
-        for name in ("task", "protocol", "n", "accuracy", "unparsed", "expert_load"):
-            assert score[name] == same[name], name
-    for path in (alone / "predictions").iterdir():
-        lines, same = (
-            [json.loads(line) for line in (f / "predictions" / path.name).read_text().splitlines()]
-            for f in (own, alone)
-        )
-        for line, item in zip(lines, same, strict=True):
-            assert line.pop("scores") == pytest.approx(item.pop("scores"), rel=1e-4)
-            gold = [each.pop("gold_log_likelihood") or 0.0 for each in (line, item)]
-            assert gold[0] == pytest.approx(gold[1], rel=1e-4)
-            assert line == item
 
 
 def test_one_process_begins_and_two_finish_what_one_does(tmp_path: Path) -> None:

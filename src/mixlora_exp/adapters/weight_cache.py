@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixlora_exp.adapters.cache_source import Source
 from mixlora_exp.adapters.dora_norms import norms_of, norms_of_one_shape
@@ -282,6 +283,8 @@ def _lasts(source: Source) -> bool:
     """Return whether copies of the source can be kept: a change will be seen, and the weights are
     whole (not partitioned over processes, nor packed)."""
     recorded = source.a.is_cuda and torch.cuda.is_current_stream_capturing()
+    if source.magnitude is not None and isinstance(source.weight, DTensor):
+        return False  # Sharded: only within its layer's own pass is it whole, and then a tensor.
     whole = source.weight.shape == (source.b.shape[-2], source.a.shape[-1])
     return whole and not recorded and not any(one.is_inference() for one in source.tensors)
 

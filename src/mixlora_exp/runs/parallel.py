@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from mixlora_exp.config.schema import Config, Parallel, TrainedMethodConfig
+from mixlora_exp.config.choices import Compile, Mixture
+from mixlora_exp.config.schema import Config, LoraMethodConfig, Parallel, TrainedMethodConfig
 from mixlora_exp.system.device import processes
 from mixlora_exp.system.exit_codes import MISTAKE
 
@@ -36,6 +37,24 @@ def check_processes(config: Config) -> None:
             f"trainer.auto_micro_batch=true supports one process, but {count} were started, and "
             "those that do not run out of memory would wait for the others: set a smaller "
             "trainer.micro_batch_size instead"
+        )
+    if trainer.parallel is Parallel.fsdp:
+        _check_sharded(config)
+
+
+def _check_sharded(config: Config) -> None:
+    method = config.method
+    # LoRA-GA takes gradients of the frozen weights, and PEFT's own types were not tried.
+    own = getattr(method, "mixture", None) is Mixture.lora_ga
+    if own or not isinstance(method, LoraMethodConfig):
+        _refuse(
+            f"trainer.parallel=fsdp was not tried with method={method.name}: use "
+            "trainer.parallel=ddp"
+        )
+    if config.trainer.compile is not Compile.off:
+        _refuse(
+            f"trainer.parallel=fsdp was not tried with trainer.compile="
+            f"{config.trainer.compile.value}: leave it off, or use trainer.parallel=ddp"
         )
 
 

@@ -60,6 +60,7 @@ from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.training import TrainSummary, fit, fit_halving
 from mixlora_exp.training.checkpoints import Checkpoints
+from mixlora_exp.training.sharding import shard_frozen, sharded
 from mixlora_exp.training.tracking import RunTracker, start_tracker
 
 __all__ = [
@@ -240,6 +241,8 @@ def _carry_out(this: Run) -> dict[str, Any]:
         processes().wait_for_everyone()
         summary = _train(this, base)
         adapter = str(folder / "adapter")
+        if sharded(config):
+            base = this.load_base()
     model: torch.nn.Module = base
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
@@ -327,7 +330,10 @@ def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
 
 
 def _fit(this: Run, base: PreTrainedModel, examples: list[Example], config: Config) -> TrainSummary:
+    frozen = list(base.parameters())
     model = attach_adapter(base, config.method, config.kernel, config.seed)
+    if sharded(config):
+        shard_frozen(model, frozen)
     try:
         summary = fit(
             config=config,

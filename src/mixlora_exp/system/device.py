@@ -37,7 +37,8 @@ def processes() -> PartialState:
     the index of this one, and its device.
 
     Raises:
-        UserError: the model is to be sharded over processes, which cannot save an adapter.
+        UserError: the launcher is to shard the model. On a CPU accelerate's FSDP trains by DDP
+            without a word; elsewhere it would not save an adapter.
     """
     for name, what in SHARDED.items():
         if os.environ.get(name, "false").lower() in ("true", "1", "yes"):
@@ -52,8 +53,8 @@ def processes() -> PartialState:
 
 def _not_whole(what: str) -> UserError:
     return UserError(
-        f"processes under {what} are not supported, because each must have the whole model: start "
-        "them with torchrun or `accelerate launch --multi_gpu`, or start a single one"
+        f"processes under {what} are not supported: start them with torchrun or `accelerate launch "
+        "--multi_gpu` and let trainer.parallel=ddp or fsdp divide the work, or start a single one"
     )
 
 

@@ -1,7 +1,7 @@
-"""Handling of SIGTERM, which schedulers send before they take a machine away.
+"""Handling of SIGTERM, which schedulers send before they take a machine away, and of Ctrl-C.
 
 During training the process ends after the current step, with a checkpoint; otherwise it ends
-immediately. Its exit code requests a restart.
+immediately. After SIGTERM its exit code requests a restart.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ REPEATED = 10.0
 """Seconds within which a second signal counts as the same request: scheduler and parent process may
 both send one, and the second must not interrupt the shutdown."""
 
+SAME = 1.0
+"""Seconds within which a second SIGINT is the same Ctrl-C: terminal and torchrun both send one."""
+
 
 class Terminated(BaseException):
     """The process received SIGTERM; completed work is kept."""
@@ -29,6 +32,7 @@ class _State:
         self.requested = threading.Event()
         self.depth = 0
         self.heeded_at: float | None = None
+        self.interrupted_at: float | None = None
         self.tell: Callable[[], None] | None = None
 
 
@@ -47,6 +51,9 @@ def request() -> None:
 
 def _end() -> None:
     _STATE.requested.clear()
+    interrupted, _STATE.interrupted_at = _STATE.interrupted_at is not None, None
+    if interrupted:
+        raise KeyboardInterrupt
     _STATE.heeded_at = time.monotonic()
     raise Terminated
 
@@ -87,6 +94,33 @@ def deferred(tell: Callable[[], None] | None = None) -> Iterator[None]:
         _STATE.tell = before
     if not _STATE.depth and requested():
         _end()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _STATE.interrupted_at is None:
+        _STATE.interrupted_at = time.monotonic()
+        _STATE.requested.set()
+    elif time.monotonic() - _STATE.interrupted_at > SAME:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Within this context, which is inside `deferred`, Ctrl-C requests a stop like SIGTERM; a
+    second one ends the process now. At its end `deferred` then raises `KeyboardInterrupt`.
+
+    A process that ignores SIGINT, as in the background of a shell, still ignores it.
+    """
+    _STATE.interrupted_at = None
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from mixlora_exp.system.device import (
     reset_peak_memory,
     resolve_device,
 )
-from mixlora_exp.system.signals import deferred
+from mixlora_exp.system.signals import deferred, interrupt_deferred
 from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.job import Job, make_job
 from mixlora_exp.training.progress import (
@@ -173,7 +173,7 @@ def _train(model: PeftModel, jobs: Sequence[Job], dtype: torch.dtype) -> int:
     trainer.add_callback(PerAdapter({job.name: _callbacks(job, len(jobs)) for job in jobs}))
     reset_peak_memory(trainer.args.device)
     try:
-        with deferred():
+        with deferred(), interrupt_deferred():
             trainer.train()
     except torch.OutOfMemoryError as error:
         size = f"trainer.micro_batch_size={jobs[0].config.trainer.micro_batch_size}"

@@ -38,6 +38,7 @@ from mixlora_exp.training.losses import joint_losses, label_count, single_loss, 
 from mixlora_exp.training.packed import packed_attention
 from mixlora_exp.training.parameter_groups import parameter_groups, schedule_of
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
+from mixlora_exp.training.sharding import sharded
 from mixlora_exp.training.stability import Diverged, find_layer
 
 
@@ -81,6 +82,7 @@ class MixLoraTrainer(Trainer):
         args.max_steps = self.steps - self.first
         self._dtype, self._head = dtype, jobs[0].config.trainer.head
         self._compile = jobs[0].config.trainer.compile
+        self._sharded = sharded(jobs[0].config)
         self._schedules: dict[str, Callable[[int], float]] = {}
         self._items: dict[str, Tensor] = {}
         self._stepped: list[Job] = []
@@ -149,7 +151,7 @@ class MixLoraTrainer(Trainer):
         # Whatever the number of processes, on the step's first micro-batch alone.
         batch = {**batch, "step": 0, "weight": float(self.is_world_process_zero())}
         loss = partial(self._own_loss, job, batch)
-        if self._compile is Compile.off:
+        if self._compile is Compile.off and not self._sharded:
             # Hooks would be compiled into the layers, which are compiled again without them.
             loss = partial(self._with_saved_bytes, job, loss, batch["input_ids"].numel())
         try:
@@ -367,6 +369,8 @@ class MixLoraTrainer(Trainer):
 
     def _where(self, job: Job, batches: Sequence[Batch]) -> str:
         """Description of the layer with the first non-finite value, on one adapter's rows."""
+        if self._sharded:
+            return "the layer is not looked for with trainer.parallel=fsdp"
         try:
             return find_layer(self.model, batches, partial(self._own_loss, job), job.parameters)
         except RuntimeError as error:
