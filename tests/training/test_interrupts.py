@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.schema import Protocol
+from mixlora_exp.evaluation import ItemScore, TaskScore
+from mixlora_exp.records.outcome import outcomes
+from mixlora_exp.runs import scoring
 from mixlora_exp.system import signals
 from mixlora_exp.training.trainer import MixLoraTrainer
 
@@ -70,3 +74,46 @@ def test_a_process_that_ignores_it_still_does(
     press(monkeypatch, 1)
     assert execute([*WORDS, f"output_dir={tmp_path}"]) == 0
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_scores_of_a_finished_protocol_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS, "evaluation.protocols=[answer_text,label_logits]"]
+    assert execute([*words, f"output_dir={tmp_path / 'whole'}"]) == 0
+    asked, real = [], scoring.score_tests
+
+    def score_tests(protocol: Protocol, *args, **kwargs):
+        asked.append(protocol)
+        if protocol is Protocol.label_logits and len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(protocol, *args, **kwargs)
+
+    monkeypatch.setattr(scoring, "score_tests", score_tests)
+    argv = [*words, f"output_dir={tmp_path / 'run'}"]
+    assert execute(argv) == 130
+    (kept,) = tmp_path.glob("run/*/checkpoints/scores-*")
+    assert kept.name == "scores-adapter-answer_text.json"
+    capsys.readouterr()
+    assert execute(argv) == 0
+    assert "answer_text: kept from before the interruption" in capsys.readouterr().out
+    assert asked == [Protocol.answer_text, Protocol.label_logits, Protocol.label_logits]
+    assert outcomes(tmp_path / "run") == outcomes(tmp_path / "whole")
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "another"])
+def test_kept_scores_that_do_not_fit_are_not_used(damage: str, tmp_path: Path) -> None:
+    place, identity = tmp_path / "scores.json", {"fingerprint": "a"}
+    item = ItemScore("x", 0, 1, [0.25, 0.5], -1.5)
+    score = TaskScore("arc_e", "p", 1, 0.0, 0.0, None, 1.0, 0.25, -1.5, 0, 0, items=[item])
+    scoring._keep(place, identity, ([score], 2.5))
+    assert scoring._recall(place, identity) == ([score], 2.5)
+    text = place.read_text()
+    if damage == "cut":
+        place.write_text(text[: len(text) // 2])
+    elif damage == "flipped":
+        place.write_text(text.replace("0.25", "0.75"))
+    else:
+        identity = {"fingerprint": "b"}
+    assert scoring._recall(place, identity) is None

@@ -27,7 +27,7 @@ from mixlora_exp.config.schema import Base, Config, TrainedMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation import Scorer, Share, TaskScore, score_tests
+from mixlora_exp.evaluation import Scorer, Share, TaskScore
 from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
@@ -48,6 +48,7 @@ from mixlora_exp.runs.inputs import (
 )
 from mixlora_exp.runs.ownership import check_lock, failure_noted, held
 from mixlora_exp.runs.predictions import score_entry, write_predictions
+from mixlora_exp.runs.scoring import Scores, score_with
 from mixlora_exp.system.console import be_quiet, say
 from mixlora_exp.system.device import (
     free_memory,
@@ -66,11 +67,9 @@ from mixlora_exp.training.tracking import RunTracker, start_tracker
 __all__ = [
     "RECORD",
     "Run",
-    "Scores",
     "finish",
     "run",
     "score_alone",
-    "score_with",
     "start",
     "tracked",
     "training_examples",
@@ -79,8 +78,6 @@ __all__ = [
 
 Watch = Callable[[int, float], None]
 Earlier = list[Path] | None
-Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
-"""Scores per task and protocol; and per protocol the number of items and the seconds."""
 
 
 @dataclass(slots=True)
@@ -160,7 +157,7 @@ class Run:
     def score_base(self, base: PreTrainedModel) -> list[TaskScore]:
         """Score the base model before training."""
         say("Scoring the base model")
-        return _score(self, base)[0]
+        return _score(self, base, None)[0]
 
 
 def run(config: Config, watch: Watch | None = None, earlier: Earlier = None) -> Path | None:
@@ -247,7 +244,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
     if adapter is not None:
         say(f"Scoring the adapter loaded back from {adapter}")
         model = _load(this, base)
-    scores = _score(this, model)
+    scores = _score(this, model, None if adapter is None else this.adapter_folder)
     if not processes().is_main_process:
         return {}
     return finish(this, base, summary, before, scores)
@@ -368,39 +365,17 @@ def _load(this: Run, base: PreTrainedModel) -> PeftModel:
 def score_alone(this: Run, base: PreTrainedModel) -> Scores:
     """Score the adapter of a run, loaded back from disk, and remove it from `base`."""
     model = _load(this, base)
-    found = _score(this, model)
+    found = _score(this, model, this.adapter_folder)
     model.unload()
     return found
 
 
-def _score(this: Run, model: torch.nn.Module) -> Scores:
+def _score(this: Run, model: torch.nn.Module, adapter: Path | None) -> Scores:
     context = autocast(next(model.parameters()).device, this.dtype)
     state, tokens = processes(), this.config.evaluation.batch_tokens
     seed, share = None, Share(state.process_index, state.num_processes, gathered)
     if this.config.evaluation.dropout:
         # Drawn in the order of the batches: each process computes all of them.
         seed, share = this.config.seed, None
-    return score_with(this, lambda: Scorer(model, this.tokenizer, context, tokens, seed, share))
-
-
-def score_with(this: Run, scorer_of: Callable[[], Scorer], label: str = "") -> Scores:
-    """Score every task under every protocol, each protocol with a new scorer. `label` precedes the
-    printed lines."""
-    config, scores, times = this.config, [], {}
-    for protocol in config.evaluation.protocols:
-        start = time.perf_counter()
-        found = score_tests(
-            protocol,
-            scorer_of(),
-            this.tests,
-            config.data,
-            config.evaluation,
-            this.encoded[protocol.value],
-        )
-        seconds = time.perf_counter() - start
-        times[protocol.value] = {"items": sum(s.n for s in found), "seconds": round(seconds, 3)}
-        for score in found:
-            accuracy = f"{100 * score.accuracy:.1f} % of {score.n} items"
-            say(f"  {label}{protocol.value} {score.task}: {accuracy}")
-        scores += found
-    return scores, times
+    make = partial(Scorer, model, this.tokenizer, context, tokens, seed, share)
+    return score_with(this, make, adapter)

@@ -33,16 +33,15 @@ from mixlora_exp.runs.ownership import forget_failure, held, note_failure
 from mixlora_exp.runs.run import (
     RECORD,
     Run,
-    Scores,
     finish,
     run,
     score_alone,
-    score_with,
     start,
     tracked,
     training_examples,
     write_record,
 )
+from mixlora_exp.runs.scoring import Scores, score_with
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import free_memory, processes
 from mixlora_exp.training import Job, TrainSummary, fit_jointly, make_job
@@ -285,4 +284,4 @@ def score_together(
 
 
 def _score_with(this: Run, scorer: Scorer) -> Scores:
-    return score_with(this, lambda: scorer, f"{this.folder.name} ")
+    return score_with(this, lambda: scorer, this.adapter_folder, f"{this.folder.name} ")

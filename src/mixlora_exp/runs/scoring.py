@@ -1,0 +1,103 @@
+"""Scores of a run, protocol by protocol. Those of a finished protocol are kept until the record is
+written, so that an interrupted run does not compute them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixlora_exp.config.schema import Protocol
+from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation import ItemScore, Scorer, TaskScore, score_tests
+from mixlora_exp.records.record import write_json
+from mixlora_exp.system.console import say
+from mixlora_exp.system.device import gathered, processes
+from mixlora_exp.system.hashing import file_sha256
+from mixlora_exp.system.untrusted import read_json
+
+if TYPE_CHECKING:
+    from mixlora_exp.runs.run import Run
+
+Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
+"""Scores per task and protocol; and per protocol the number of items and the seconds."""
+Kept = tuple[list[TaskScore], float]
+"""Scores of a protocol by task, and the seconds that they took."""
+
+
+def score_with(
+    this: Run, scorer_of: Callable[[], Scorer], adapter: Path | None, label: str = ""
+) -> Scores:
+    """Score every task under every protocol, each protocol with a new scorer. `adapter`: its
+    folder; None: the base model alone. `label` precedes the printed lines."""
+    config, scores, times = this.config, [], {}
+    identity = _identity(this, adapter)
+    for protocol in config.evaluation.protocols:
+        place = _place(this, adapter, protocol)
+        # All processes go by what the first one found.
+        kept = gathered(_recall(place, identity))[0]
+        if kept is None:
+            start = time.perf_counter()
+            found = score_tests(
+                protocol,
+                scorer_of(),
+                this.tests,
+                config.data,
+                config.evaluation,
+                this.encoded[protocol.value],
+            )
+            kept = found, round(time.perf_counter() - start, 3)
+            if processes().is_main_process:
+                this.check_owner()
+                _keep(place, identity, kept)
+        else:
+            say(f"  {label}{protocol.value}: kept from before the interruption")
+        found, seconds = kept
+        times[protocol.value] = {"items": sum(s.n for s in found), "seconds": seconds}
+        for score in found:
+            accuracy = f"{100 * score.accuracy:.1f} % of {score.n} items"
+            say(f"  {label}{protocol.value} {score.task}: {accuracy}")
+        scores += found
+    return scores, times
+
+
+def _place(this: Run, adapter: Path | None, protocol: Protocol) -> Path:
+    what = "base" if adapter is None else "adapter"
+    return this.checkpoints().folder / f"scores-{what}-{protocol.value}.json"
+
+
+def _identity(this: Run, adapter: Path | None) -> dict[str, Any]:
+    """The run's inputs and settings, and the weights that are scored."""
+    weights = None if adapter is None else file_sha256(adapter / "adapter_model.safetensors")
+    return {**this.checkpoints().identity, "weights": weights}
+
+
+def _keep(place: Path, identity: dict[str, Any], kept: Kept) -> None:
+    scores, seconds = [dataclasses.asdict(score) for score in kept[0]], kept[1]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"identity": identity, "scores": scores, "seconds": seconds}
+    write_json(place, {**entry, "sha256": _hash(entry)})
+
+
+def _recall(place: Path, identity: dict[str, Any]) -> Kept | None:
+    """What an earlier start kept; None if there is nothing, of other inputs, or damaged."""
+    try:
+        entry = read_json(place)
+        sha256 = entry.pop("sha256")
+        if sha256 != _hash(entry) or entry["identity"] != identity:
+            return None
+        scores = [
+            TaskScore(**{**score, "items": [ItemScore(**item) for item in score["items"]]})
+            for score in entry["scores"]
+        ]
+        return scores, entry["seconds"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return None
+
+
+def _hash(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
