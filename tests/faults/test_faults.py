@@ -13,6 +13,7 @@ from mixlora_exp.cli.train import execute
 from mixlora_exp.records import record as record_file
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import scoring
 from mixlora_exp.tasks import embedded
 from mixlora_exp.training.trainer import MixLoraTrainer
 
@@ -176,7 +177,7 @@ def test_a_run_that_lost_its_lock_writes_nothing(
     place = {
         "at the start": (experiment.Run, "begin"),
         "in training": (MixLoraTrainer, "training_step"),
-        "in scoring": (experiment, "score_tests"),
+        "in scoring": (scoring, "score_tests"),
     }
     owner, name = place[when]
     real, before = getattr(owner, name), {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import scoring
 from mixlora_exp.training import MixLoraTrainer
 
 WORDS = ["experiment=smoke", "data.train_limit=8", "evaluation.batch_check=0"]
@@ -34,7 +34,7 @@ def test_trainer_optimizer_and_jobs_are_gone_before_scoring(
 ) -> None:
     left: dict[str, weakref.ref] = {}
     alive: list[list[str]] = []
-    real, score = MixLoraTrainer.training_step, experiment.score_tests
+    real, score = MixLoraTrainer.training_step, scoring.score_tests
 
     def training_step(self, *args, **kwargs):
         found = real(self, *args, **kwargs)
@@ -50,7 +50,7 @@ def test_trainer_optimizer_and_jobs_are_gone_before_scoring(
         return score(*args, **kwargs)
 
     monkeypatch.setattr(MixLoraTrainer, "training_step", training_step)
-    monkeypatch.setattr(experiment, "score_tests", score_tests)
+    monkeypatch.setattr(scoring, "score_tests", score_tests)
     assert execute([*WORDS, *words, f"output_dir={tmp_path}"]) == 0
     assert len(left) > 50
     assert alive
