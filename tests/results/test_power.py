@@ -13,7 +13,8 @@ from mixlora_exp.results.power import (
     seed_spread,
     smallest_detectable,
 )
-from mixlora_exp.results.statistics import compare_average
+from mixlora_exp.results.statistics.estimates import compare
+from mixlora_exp.results.statistics.parts import difference_part
 
 ITEMS = {"a": 400, "b": 900}
 
@@ -56,8 +57,8 @@ def test_it_foretells_what_the_tables_intervals_do() -> None:
                     better = turned | (draw.random(n) < 2 * extra)
                     side[seed] = {str(i): float(v) for i, v in enumerate(better)}
                 sides.append(side)
-            pairs.append((sides[0], sides[1]))
-        clear += compare_average(pairs).clear
+            pairs.append(difference_part(*sides, {}, binary=True))
+        clear += compare(*pairs).told_apart
     foretold = detection_rate(
         gain,
         average_item_error(dict.fromkeys(ITEMS, (changed + gain) / seeds), ITEMS),

@@ -37,7 +37,8 @@ def test_seeds_are_averaged(add: Write, results: Path) -> None:
     cells = row(multi_task(results), "LoRA", "MT", "ours")
     assert cells["ARC-e"].value == pytest.approx(50.0)
     assert cells["ARC-e"].seeds == 3
-    assert cells["ARC-e"].low == pytest.approx(50.0 - 4.3027 * 10 / 3**0.5, abs=0.01)
+    # Student's interval over seeds, and a little more for the items.
+    assert 50.0 - 32 < cells["ARC-e"].low < 50.0 - 4.3027 * 10 / 3**0.5
     assert cells["ARC-e"].records == ("s1", "s2", "s3")
 
 

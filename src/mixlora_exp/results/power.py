@@ -68,8 +68,9 @@ def seed_spread(changed: float, items: Mapping[str, int]) -> float:
 def detection_rate(difference: float, item_error: float, spread: float, seeds: int) -> float:
     """Simulated probability that a true `difference` gives an interval that excludes zero.
 
-    The interval is that of the tables: over items (normal) or over seeds (Student's t with
-    `seeds - 1` degrees of freedom), whichever is wider; with one seed, only over items.
+    The interval is that of the tables: its half widths over items (normal) and over seeds
+    (Student's t with `seeds - 1` degrees of freedom) are added in quadrature; with one seed, only
+    over items.
     """
     draw = np.random.default_rng(0)
     shared = draw.normal(0.0, item_error, size=(DRAWS, 1))
@@ -78,7 +79,7 @@ def detection_rate(difference: float, item_error: float, spread: float, seeds: i
     half = np.full(DRAWS, stats.norm.ppf(0.975) * item_error)
     if seeds > 1:
         over_seeds = observed.std(axis=1, ddof=1) / math.sqrt(seeds)
-        half = np.maximum(half, stats.t.ppf(0.975, seeds - 1) * over_seeds)
+        half = np.hypot(half, stats.t.ppf(0.975, seeds - 1) * over_seeds)
     return float((np.abs(middle) > half).mean())
 
 

@@ -311,11 +311,29 @@ def check_run(files: RunFiles, *, force: bool = False) -> RecordedRun:
 
 
 def read_items(run: RecordedRun, task: str, protocol: str, field: str) -> dict[str, float | None]:
-    """Item id -> the value of `field`: `right` (1.0 or 0.0), or a field of the predictions."""
+    """Item id -> 1.0 (right) or 0.0 for `accuracy` and `accuracy_normalized`, else a field of the
+    predictions; None where a line lacks it."""
     rows = run.predictions[task, protocol]
-    if field == "right":
+    if field == "accuracy":
         return {key: float(row["prediction"] == row["answer"]) for key, row in rows.items()}
+    if field == "accuracy_normalized":
+        chosen = {key: row.get("prediction_normalized") for key, row in rows.items()}
+        return {
+            key: None if choice is None else float(choice == rows[key]["answer"])
+            for key, choice in chosen.items()
+        }
     return {key: row.get(field) for key, row in rows.items()}
+
+
+def read_margins(
+    run: RecordedRun, task: str, protocol: str
+) -> dict[str, tuple[float, bool]] | None:
+    """Item id -> (score of the first answer minus that of the second, whether the first is right);
+    None unless every item has two answers with a score each."""
+    rows = run.predictions[task, protocol].items()
+    if any(len(row.get("scores", ())) != 2 for _, row in rows):
+        return None
+    return {key: (row["scores"][0] - row["scores"][1], row["answer"] == 0) for key, row in rows}
 
 
 def _row(row: Any) -> dict[str, Any]:
@@ -332,6 +350,9 @@ def _row(row: Any) -> dict[str, Any]:
     likelihood = row.get(LIKELIHOOD)
     if not (likelihood is None or type(likelihood) in (int, float)):
         raise ValueError(f"{LIKELIHOOD} of {shown(row['id'], 80)} is not a number")
+    scores = row.get("scores", [])
+    if not (isinstance(scores, list) and all(type(score) in (int, float) for score in scores)):
+        raise ValueError(f"scores of {shown(row['id'], 80)} are not numbers")
     return row
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mixlora_exp.results.cells import Blocks, Standards, block_title, deviations
 from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES, TASK_TITLES, read_paper
 from mixlora_exp.results.runs import RecordedRun
-from mixlora_exp.results.tables.parts import Entry, Table
+from mixlora_exp.results.tables.parts import AVERAGE, Entry, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,13 @@ def sweeps(table: Table, prefix: str) -> list[SweptLine]:
             method, _, value = row.label[0].partition(" ")
             if row.label[2] not in ("paper", "ours") or not value.startswith(prefix):
                 continue
-            if row.cells[-1].value is not None:
+            average = row.cells[block.columns.index(AVERAGE)]
+            if average.value is not None:
                 value, _, also = value.removeprefix(prefix).partition(" ")
                 # Ranks with alpha = 2 r form a separate line.
                 also = " (alpha = 2 r)" if also else ""
                 key = (block.heading, method + ",", row.label[1], row.label[2] + also)
-                found.setdefault(key, []).append((value, row.cells[-1]))
+                found.setdefault(key, []).append((value, average))
     made = []
     for (heading, method, setup, source), points in found.items():
         values, cells = zip(*sorted(points, key=lambda p: float(p[0])), strict=True)
@@ -113,7 +114,7 @@ def latency_points(
             continue
         for row in block.rows:
             where, times = measured[model]
-            cell, time = row.cells[-1], times.get(row.label[0])
+            cell, time = row.cells[block.columns.index(AVERAGE)], times.get(row.label[0])
             if row.label[1:] == ("MT", "ours") and cell.value is not None and time is not None:
                 panel = f"{block.heading}; {where}"
                 points.append(Point(panel, row.label[0], time, cell.value, cell.low, cell.high))

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from mixlora_exp.results.cells import Standards, deviations
 from mixlora_exp.results.paper import MIXTURES
 from mixlora_exp.results.runs import RecordedRun
-from mixlora_exp.results.tables.accuracy import AccuracySpec, Variant, accuracy_table
+from mixlora_exp.results.tables.accuracy import accuracy_table
 from mixlora_exp.results.tables.registry import Made, Sources, table
 from mixlora_exp.results.tables.sizes import percentages
+from mixlora_exp.results.tables.variants import AccuracySpec, Variant
 from mixlora_exp.tasks import TASKS
 
 # The columns of the paper's tables, which are facts of the paper; Table 1 has every task.
@@ -127,7 +128,8 @@ EITHER = {"ST": _single, "five mixed": _five, "eight mixed": _eight}
 def ranks(sources: Sources) -> Made:
     values, line = tuple(f"r={rank}" for rank in RANKS), _sweep_line("rank", "r=")
     spec = AccuracySpec(
-        ABLATION, EITHER, _rank, line, ("llama2_7b",), values, MIXTURES, params=_params(sources)
+        ABLATION, EITHER, _rank, line, ("llama2_7b",), values, "r=16", MIXTURES,
+        params=_params(sources),
     )  # fmt: skip
     return accuracy_table(8, spec, sources)
 
@@ -137,7 +139,7 @@ def coefficients(sources: Sources) -> Made:
     values = tuple(f"coef={value}" for value in COEFFICIENTS)
     line = _sweep_line("router_loss_coef", "coef=")
     spec = AccuracySpec(
-        ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, MIXTURES,
+        ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, "coef=1e-3", MIXTURES,
         params=_params(sources),
     )  # fmt: skip
     return accuracy_table(9, spec, sources)

@@ -1,87 +1,85 @@
-"""Table entries for paired comparisons of runs on the same items and seeds."""
+"""Cells and paired differences of runs, with their intervals over items and seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.runs import RecordedRun, read_items
-from mixlora_exp.results.statistics import Comparison, compare, compare_average
-from mixlora_exp.results.tables.parts import Entry, dash, versus
+from mixlora_exp.results.data_facts import groups, reference
+from mixlora_exp.results.runs import RecordedRun, read_items, read_margins
+from mixlora_exp.results.statistics.estimates import estimate
+from mixlora_exp.results.statistics.parts import TaskMean, accuracy_part, difference_part
+from mixlora_exp.results.statistics.two_classes import area_part
 
-RIGHT = "right"
-"""Field of an item to compare: whether it was answered correctly. The other field is `LIKELIHOOD`,
-the log-likelihood of the gold answer in nats."""
+ACCURACY = "accuracy"
+ACCURACIES = (ACCURACY, "accuracy_normalized")
 
-Side = Mapping[int, Mapping[str, float | None]]
+Side = Mapping[int, Mapping[str, float]]
+Runs = Sequence[RecordedRun]
 
 
-def _sides(
-    runs: Sequence[RecordedRun], base: Sequence[RecordedRun], task: str, protocol: str, field: str
-) -> tuple[Side, Side] | None:
-    """Seed -> item -> value, for both sides; a base model, which has no seed, is used for every
-    seed."""
-    sides = [
-        {run.seed: read_items(run, task, protocol, field) for run in side} for side in (runs, base)
-    ]
-    if base and base[0].method == "none" and runs and runs[0].method != "none":
-        sides[1] = dict.fromkeys(sides[0], next(iter(sides[1].values())))
-    if any(None in items.values() for side in sides for items in side.values()):
+def names(runs: Iterable[RecordedRun]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.name for run in runs))
+
+
+def _side(runs: Runs, task: str, protocol: str, field: str) -> Side | None:
+    """Seed -> item -> value; None without runs or if a value is missing."""
+    side = {run.seed: read_items(run, task, protocol, field) for run in runs}
+    missing = any(None in items.values() for items in side.values())
+    return None if missing or not side else side
+
+
+def cell(runs: Runs, task: str, protocol: str, field: str = ACCURACY) -> TaskMean | None:
+    """The accuracy of a cell, by one of `ACCURACIES`; None without runs or if the field is missing.
+
+    Raises:
+        UserError: its seeds were scored on different items.
+    """
+    side = _side(runs, task, protocol, field)
+    if side is None:
         return None
-    return sides[0], sides[1]
+    try:
+        return accuracy_part(side, groups(runs[0], task))
+    except ValueError as error:
+        raise _unlike(task, protocol, runs, error) from error
 
 
-def _names(*sides: Sequence[RecordedRun]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(run.name for side in sides for run in side))
+def area(runs: Runs, task: str, protocol: str) -> TaskMean | None:
+    """The area under the ROC curve of a task with two answers; None for other tasks."""
+    found = {run.seed: read_margins(run, task, protocol) for run in runs}
+    margins = {seed: rows for seed, rows in found.items() if rows is not None}
+    if not margins or len(margins) < len(found):
+        return None
+    if len({right for _, right in next(iter(margins.values())).values()}) < 2:
+        return None
+    return area_part(margins, groups(runs[0], task))
 
 
-def _cell(found: Comparison | None, field: str, names: tuple[str, ...]) -> Entry:
-    if found is None:
-        return dash
-    if field == RIGHT:
-        return versus(found, names)
-    mark = ("better" if found.low > 0 else "worse") if found.clear else ""
-    return Entry(
-        "versus", found.difference, low=found.low, high=found.high, seeds=found.seeds,
-        items=found.items, digits=3, signed=True, mark=mark, records=names,
-    )  # fmt: skip
+def above(part: TaskMean | None, runs: Runs, task: str, protocol: str) -> bool:
+    """Whether a cell's interval lies above chance and the most frequent answer of training."""
+    return part is not None and estimate(part).low > reference(runs[0], task, protocol)
 
 
 def difference(
-    runs: Sequence[RecordedRun],
-    base: Sequence[RecordedRun],
-    task: str,
-    protocol: str,
-    field: str = RIGHT,
-) -> Entry:
-    """`runs` minus `base` on one task; a dash without a common seed or if the field is missing.
+    runs: Runs, base: Runs, task: str, protocol: str, field: str = ACCURACY
+) -> TaskMean | None:
+    """`runs` minus `base` on one task over their common seeds; None without one or if the field is
+    missing. A base model, which has no seed, is used for every seed.
 
     Raises:
         UserError: they were scored on different items.
     """
-    sides = _sides(runs, base, task, protocol, field)
-    if sides is None:
-        return dash
+    sides = [_side(side, task, protocol, field) for side in (runs, base)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    if base[0].method == "none" and runs[0].method != "none":
+        sides[1] = dict.fromkeys(sides[0], next(iter(sides[1].values())))
     try:
-        return _cell(compare(*sides), field, _names(runs, base))
+        binary = field in ACCURACIES
+        return difference_part(sides[0], sides[1], groups(runs[0], task), binary=binary)
     except ValueError as error:
-        names = ", ".join(_names(runs, base))
-        raise UserError(f"{task}, {protocol}: {names}: {error}; leave one out") from error
+        raise _unlike(task, protocol, [*runs, *base], error) from error
 
 
-def average_difference(
-    runs: Mapping[str, Sequence[RecordedRun]],
-    base: Mapping[str, Sequence[RecordedRun]],
-    tasks: Sequence[str],
-    protocol: str,
-    field: str = RIGHT,
-) -> Entry:
-    """`runs` minus `base` (both by task), averaged over `tasks`; a dash if a task is missing."""
-    pairs = []
-    for task in tasks:
-        sides = _sides(runs.get(task, ()), base.get(task, ()), task, protocol, field)
-        if sides is None:
-            return dash
-        pairs.append(sides)
-    names = _names(*(side.get(task, ()) for task in tasks for side in (runs, base)))
-    return _cell(compare_average(pairs), field, names)
+def _unlike(task: str, protocol: str, runs: Runs, error: ValueError) -> UserError:
+    return UserError(f"{task}, {protocol}: {', '.join(names(runs))}: {error}; leave one out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mixlora_exp.results.statistics import Comparison, Estimate
+from mixlora_exp.results.statistics.estimates import Comparison, Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,9 @@ class Entry:
 
     `kind`: paper (printed), ours (from records), difference (of two entries), versus (paired
     comparison), text, or dash (not run). Accuracies are in percent; `low` and `high` bound the 95 %
-    interval; `records`: names of the runs behind a number.
+    interval over items and seeds; `p`: of a versus, and `q`, corrected for the table's other
+    comparisons; `grey`: not above chance or the most frequent answer of training, never marked;
+    `records`: names of the runs behind a number.
     """
 
     kind: str
@@ -27,6 +29,9 @@ class Entry:
     digits: int = 1
     signed: bool = False
     mark: str = ""
+    p: float | None = None
+    q: float | None = None
+    grey: bool = False
     records: tuple[str, ...] = ()
 
     def show(self, interval: bool = True) -> str:
@@ -37,7 +42,12 @@ class Entry:
         shown = f"{self.value:{sign},.{self.digits}f}"
         if interval and self.low is not None and self.high is not None:
             shown += f" [{self.low:{sign}.{self.digits}f}, {self.high:{sign}.{self.digits}f}]"
-        return shown + (f" {self.mark}" if self.mark else "")
+        return shown + "°" * self.grey + (f" {self.mark}" if self.mark else "")
+
+
+AVERAGE, AVERAGE_ABOVE = "average", "above chance"
+"""Columns of an average over all tasks, and over those which the block's runs tell from chance."""
+NO_TASKS = ("#Params (%)", AVERAGE, AVERAGE_ABOVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,8 @@ class Block:
     rows: tuple[Row, ...]
     run: bool = False
     notes: tuple[str, ...] = ()
+    words: str = ""
+    """The heading in words, for readers who do not know the names of settings."""
 
     @property
     def filled(self) -> dict[str, tuple[int, int]]:
@@ -68,7 +80,8 @@ class Block:
         for row in self.rows:
             if row.label[-1] != "ours" or "minus" in row.label[1] or row.label[1] == "-":
                 continue
-            cells = row.cells[1:-1]
+            named = zip(self.columns, row.cells, strict=True)
+            cells = [cell for column, cell in named if column not in NO_TASKS]
             run, total = found.get(row.label[1], (0, 0))
             run += sum(cell.value is not None for cell in cells)
             found[row.label[1]] = (run, total + len(cells))
@@ -83,6 +96,8 @@ class Table:
     title: str
     blocks: Sequence[Block]
     notes: Sequence[str] = field(default_factory=list)
+    brief: Sequence[Block] = ()
+    """What stands on the table's first page, where that is not all of it."""
 
     @property
     def name(self) -> str:
@@ -110,7 +125,7 @@ def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) 
     return dash if value is None else Entry("ours", value, digits=digits, records=records)
 
 
-def ours(found: Estimate, records: tuple[str, ...]) -> Entry:
+def ours(found: Estimate, records: tuple[str, ...], *, grey: bool = False) -> Entry:
     """An accuracy from records, in percent."""
     return Entry(
         "ours",
@@ -119,22 +134,27 @@ def ours(found: Estimate, records: tuple[str, ...]) -> Entry:
         high=100 * found.high,
         seeds=found.seeds,
         items=found.items,
+        grey=grey,
         records=records,
     )
 
 
-def versus(found: Comparison, records: tuple[str, ...]) -> Entry:
-    """A paired difference in percentage points, marked if its interval excludes zero."""
-    mark = ("better" if found.low > 0 else "worse") if found.clear else ""
+def versus(
+    found: Comparison, records: tuple[str, ...], *, nats: bool = False, grey: bool = False
+) -> Entry:
+    """A paired difference in percentage points, or in nats. Its mark depends on the table's other
+    comparisons (`marks.corrected`)."""
+    scale, digits = (1, 3) if nats else (100, 1)
     return Entry(
         "versus",
-        100 * found.difference,
-        low=100 * found.low,
-        high=100 * found.high,
+        scale * found.value,
+        low=scale * found.low,
+        high=scale * found.high,
         seeds=found.seeds,
         items=found.items,
+        digits=digits,
         signed=True,
-        mark=mark,
-        text="" if found.p is None else f"McNemar p={found.p:.3g}",
+        p=found.p,
+        grey=grey,
         records=records,
     )

@@ -18,6 +18,7 @@ from mixlora_exp.config.schema import Config, ModelConfig
 from mixlora_exp.results import tables
 from mixlora_exp.results.cells import Blocks, Standards
 from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.tables.marks import corrected
 from mixlora_exp.results.tables.parts import Block, Table
 
 PAPER = RESULTS / "paper"
@@ -78,4 +79,5 @@ def registered() -> dict[int, tuple[str, Maker]]:
 
 def make_tables(sources: Sources) -> dict[int, Table]:
     """All tables, by number."""
-    return {n: Table(n, title, *make(sources)) for n, (title, make) in registered().items()}
+    made = {n: Table(n, title, *make(sources)) for n, (title, make) in registered().items()}
+    return {n: corrected(found) for n, found in made.items()}

@@ -10,8 +10,8 @@ from mixlora_exp.errors import shown
 from mixlora_exp.results.tables.parts import Entry, Table
 
 CSV_COLUMNS = (
-    "table", "block", "label", "column", "kind", "value", "low", "high", "seeds", "items", "text",
-    "mark", "records",
+    "table", "block", "label", "column", "kind", "value", "low", "high", "p", "q", "seeds", "items",
+    "text", "mark", "at_chance", "records",
 )  # fmt: skip
 MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "\\`"}
 ESCAPES = {
@@ -70,11 +70,12 @@ def csv_text(table: Table) -> str:
             for column, cell in zip(block.columns, row.cells, strict=True):
                 if cell.kind == "dash":
                     continue
-                numbers = [_number(v) for v in (cell.value, cell.low, cell.high)]
+                numbers = [_number(v) for v in (cell.value, cell.low, cell.high, cell.p, cell.q)]
                 counts = [str(n) if n else "" for n in (cell.seeds, cell.items)]
                 writer.writerow(
                     [table.number, heading, label, column, cell.kind, *numbers, *counts,
-                     shown(cell.text), cell.mark, " ".join(cell.records)]
+                     shown(cell.text), cell.mark, "yes" if cell.grey else "",
+                     " ".join(cell.records)]
                 )  # fmt: skip
     return stream.getvalue()
 

@@ -17,9 +17,9 @@ from mixlora_exp.results.cells import Key, block_title
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
-from mixlora_exp.results.statistics import estimate
-from mixlora_exp.results.tables.paired import RIGHT, difference
-from mixlora_exp.results.tables.parts import Block, Row, dash, number, ours
+from mixlora_exp.results.statistics.estimates import compare, estimate
+from mixlora_exp.results.tables.paired import ACCURACY, above, cell, difference
+from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, ours, versus
 from mixlora_exp.results.tables.registry import Made, Sources, table
 
 Diff = tuple[tuple[str, Any], ...]
@@ -107,26 +107,41 @@ def _rows(
     protocol: str,
 ) -> Iterator[Row]:
     names = tuple(dict.fromkeys(run.name for run in runs))
-    scores = {t: [run.scores[t, protocol] for run in runs] for t in tasks}
-    cells = [ours(estimate([s["accuracy"] for s in scores[t]], scores[t][0]["n"]), names)
-             for t in tasks]  # fmt: skip
+    cells = []
+    for task in tasks:
+        part = cell(runs, task, protocol)
+        told = above(part, runs, task, protocol)
+        cells.append(dash if part is None else ours(estimate(part), names, grey=not told))
     yield Row((label, "accuracy"), tuple(cells))
-    likelihoods = [[s["gold_log_likelihood"] for s in scores[t]] for t in tasks]
+    likelihoods = [[run.scores[t, protocol]["gold_log_likelihood"] for run in runs] for t in tasks]
     if not any(value is None for row in likelihoods for value in row):
         cells = [number(mean(row), 3, names) for row in likelihoods]
         yield Row((label, "log-likelihood of the gold answer"), tuple(cells))
     if diff:
-        told = {t for t in tasks if any(_matters(n, runs[0], t, protocol) for n, _ in diff)}
+        felt = {t for t in tasks if any(_matters(n, runs[0], t, protocol) for n, _ in diff)}
         for title, field in (
-            ("accuracy minus preset=correct", RIGHT),
+            ("accuracy minus preset=correct", ACCURACY),
             ("log-likelihood minus preset=correct", LIKELIHOOD),
         ):
             cells = [
-                difference(runs, base, task, protocol, field) if task in told else dash
+                _versus(runs, base, task, protocol, field) if task in felt else dash
                 for task in tasks
             ]
             if any(cell.value is not None for cell in cells):
                 yield Row((label, title), tuple(cells))
+
+
+def _versus(
+    runs: Sequence[RecordedRun], base: Sequence[RecordedRun], task: str, protocol: str, field: str
+) -> Entry:
+    part = difference(runs, base, task, protocol, field)
+    if part is None:
+        return dash
+    names = tuple(dict.fromkeys(run.name for run in (*runs, *base)))
+    sides = [(side, cell(side, task, protocol)) for side in (runs, base)]
+    told = any(above(own, side, task, protocol) for side, own in sides)
+    nats = field == LIKELIHOOD
+    return versus(compare(part), names, nats=nats, grey=not (told or nats))
 
 
 def _baselines(runs: Sequence[RecordedRun], tasks: Sequence[str], protocol: str) -> Iterator[Row]:
@@ -199,8 +214,8 @@ def switches(sources: Sources) -> Made:
     blocks = [dataclasses.replace(b, heading=h) for b, h in zip(blocks, headings, strict=True)]
     notes = [
         "Not a table of the paper. Runs of one block differ in the named switches alone; the "
-        "differences are paired, over the same items and seeds: bootstrap over items, widened to "
-        "Student's interval over seeds. Better or worse stands only where the interval leaves out "
-        "zero. Log-likelihoods are in nats, means over items.",
+        "differences are paired, over the same items and seeds; intervals and marks as in Table 2. "
+        "° not above chance and the most frequent answer of training. Log-likelihoods are in nats, "
+        "means over items.",
     ]
     return blocks, notes

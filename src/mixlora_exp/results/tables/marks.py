@@ -1,0 +1,40 @@
+"""Marks of a table's comparisons, corrected for their number."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mixlora_exp.results.statistics.families import holm
+from mixlora_exp.results.statistics.intervals import LEVEL
+from mixlora_exp.results.tables.parts import Entry, Row, Table
+
+
+def _counts(entry: Entry) -> bool:
+    """Whether a comparison can be marked: of several seeds, and told from chance."""
+    return entry.kind == "versus" and entry.seeds > 1 and not entry.grey
+
+
+def corrected(table: Table) -> Table:
+    """The table with q (Holm's adjusted p) and mark of each comparison that can have one. The
+    family is all of them in the table."""
+    cells = [cell for block in table.blocks for row in block.rows for cell in row.cells]
+    family = [cell for cell in cells if _counts(cell)]
+    adjusted = holm([cell.p if cell.p is not None else 1.0 for cell in family])
+    marked = {id(cell): _marked(cell, q) for cell, q in zip(family, adjusted, strict=True)}
+    blocks = [
+        dataclasses.replace(
+            block,
+            rows=tuple(
+                Row(row.label, tuple(marked.get(id(cell), cell) for cell in row.cells))
+                for row in block.rows
+            ),
+        )
+        for block in table.blocks
+    ]
+    return dataclasses.replace(table, blocks=blocks)
+
+
+def _marked(entry: Entry, q: float) -> Entry:
+    better = entry.value is not None and entry.value > 0
+    mark = ("better" if better else "worse") if q <= 1 - LEVEL else ""
+    return dataclasses.replace(entry, q=q, mark=mark)
