@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from simulated import World, coverage, false_calls
-
 from mixlora_exp.config.places import RESULTS
+from simulated import World, coverage, false_calls
 
 TIMES = 150
 LEAST = 0.90

@@ -58,14 +58,37 @@ def test_one_base_serves_time_and_memory(results: Path) -> None:
     assert percent == pytest.approx([50.0, 50.0, 25.0, 50.0, None, 50.0])
 
 
-def test_two_benchmarks_of_the_same_settings_have_two_headings(results: Path) -> None:
+def test_benchmarks_of_one_shape_stand_under_one_another(results: Path) -> None:
     bench_record(results / "bench", "one", rows_of("mixlora"))
     bench_record(results / "bench", "two", rows_of("mixlora"), rounds=12)
-    bench_record(results / "bench", "third", rows_of("mixlora"), rounds=12)
-    headings = [block.heading for block in gather(results).tables[6].blocks]
-    assert len(set(headings)) == len(headings) == 4
-    assert headings[1].endswith(", commit=oooooooo, rounds=16")
-    assert headings[2].endswith(", commit=tttttttt, rounds=12, record=third")
+    bench_record(results / "bench", "wide", rows_of("mixlora"), length=256)
+    _, first, second = gather(results).tables[6].blocks
+    assert first.heading.endswith("30 layers, 8 x 128 tokens, bfloat16")
+    assert second.heading.endswith("30 layers, 8 x 256 tokens, bfloat16")
+    measured = list(dict.fromkeys(row.label[1] for row in first.rows))
+    assert len(measured) == 2
+    assert len(first.rows) == 4
+    assert measured[0].endswith(", commit=oooooooo, record=one, rounds=16")
+
+
+def test_the_summary_stands_first_with_time_and_memory(results: Path) -> None:
+    rows = rows_of("lora", "mixlora")
+    rows["mixlora"]["train_peak_memory_bytes"] = 5e8
+    rows["lora"]["train_ratio"], rows["mixlora"]["train_ratio"] = 2.0, 3.0
+    bench_record(results / "bench", "full", rows)
+    bench_record(results / "bench", "few", rows_of("mixlora", slower=2.0), rounds=99)
+    bench_record(results / "bench", "still", rows_of("lora", "mixlora", slower=3.0), dropout=0.0)
+    table = gather(results).tables[6]
+    summary, printed = table.brief
+    assert printed == table.blocks[0], "then the paper's"
+    (line,) = summary.rows
+    assert line.label == ("SmolLM2 135M: 30 layers, 8 x 128 tokens, bfloat16", "a cpu, 2 threads")
+    cells = dict(zip(summary.columns, line.cells, strict=True))
+    assert cells["LoRA, time"].value == pytest.approx(200.0)
+    assert cells["MixLoRA, time"].value == pytest.approx(300.0)
+    assert (cells["MixLoRA, memory"].value, cells["PEFT's LoRA, GB"].value) == (50.0, 1.0)
+    assert cells["DoRA, time"].value is None
+    assert cells["LoRA, time"].records == ("bench/full.json",)
 
 
 def latencies(results: Path) -> dict[str, float]:
@@ -97,9 +120,9 @@ def test_records_from_before_autocast_say_so(results: Path) -> None:
     bench_record(results / "bench", "before", rows)
     before = gather(results).tables[6].blocks[1]
     assert [row.label[0] for row in before.rows][1] == "MixLoRA (exact kernel), loss in chunks"
-    assert any(note.startswith("Without autocast") for note in before.notes)
+    assert any("Without autocast" in note for note in before.notes)
     rows = {name: {**row, "autocast": True} for name, row in rows.items()}
     bench_record(results / "bench", "before", rows, loss_on="answer", answer=8)
     after = gather(results).tables[6].blocks[1]
     assert [row.label[0] for row in after.rows][1] == "MixLoRA (exact kernel)"
-    assert not any(note.startswith("Without autocast") for note in after.notes)
+    assert not any("Without autocast" in note for note in after.notes)

@@ -1,6 +1,7 @@
 """Build the tables from the committed records.
 
-Writes Markdown, CSV and LaTeX to results/tables/. --check writes nothing, and fails with a diff if
+Writes Markdown, CSV and LaTeX to results/tables/, and all scores and differences as tidy data to
+results/scores.csv and results/differences.csv. --check writes nothing, and fails with a diff if
 a table differs from its records. --runs uses only the named runs, and refuses runs that must not
 share a cell; it needs --output.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.build import gather, table_files, write_files
+from mixlora_exp.results.build import data_files, gather, table_files, write_files
 from mixlora_exp.system.exit_codes import MISTAKE
 
 
@@ -30,6 +31,7 @@ def run(argv: Sequence[str]) -> int:
     folder = args.output or RESULTS / "tables"
     results = gather(names=args.runs)
     differences = write_files(folder, table_files(results), args.check)
+    differences += write_files(args.output or RESULTS, data_files(results), args.check)
     if differences:
         print("\n".join(differences))
         print("error: the tables differ from the records: run `make tables`", file=sys.stderr)

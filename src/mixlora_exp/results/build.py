@@ -37,7 +37,9 @@ from mixlora_exp.results.runs import (
 from mixlora_exp.results.tables.latency import load_benchmarks
 from mixlora_exp.results.tables.parts import Block, Table
 from mixlora_exp.results.tables.registry import PAPER, Sources, make_tables
-from mixlora_exp.results.tables.render import csv_text, latex, markdown, plain
+from mixlora_exp.results.tables.render import csv_text, details, latex, markdown, plain
+from mixlora_exp.results.tidy import differences_csv, scores_csv
+from mixlora_exp.results.verdicts import verdicts, verdicts_markdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +160,10 @@ def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
 
 
 def _progress(block: Block) -> str:
-    """A block's heading with the number of its cells that have results, per setup."""
+    """A block's conditions with the number of its cells that have results, per setup."""
     counts = [f"{setup} {run} of {total}" for setup, (run, total) in block.filled.items()]
-    return f"{block.heading} (cells: {', '.join(counts)})" if counts else block.heading
+    words = block.words or block.heading
+    return f"{words} (cells: {', '.join(counts)})" if counts else words
 
 
 def _index(results: Results) -> str:
@@ -172,6 +175,7 @@ def _index(results: Results) -> str:
         run = [plain(_progress(block)) for block in table.blocks if block.run]
         title = f"[{table.number}: {table.title}]({table.name}.md)"
         lines.append(f"| {title} | {'<br>'.join(run) or 'none'} |\n")
+    lines.append("\n[Verdicts](verdicts.md) on the paper's figures.\n")
     lines.append("\n## Records that no table uses\n\n")
     entries = dict.fromkeys((entry.name, entry.reason) for entry in results.left_out)
     shown = [(name.replace("`", "'"), plain(reason)) for name, reason in entries]
@@ -181,12 +185,23 @@ def _index(results: Results) -> str:
 
 def table_files(results: Results) -> dict[str, str]:
     """The content of every file in `tables/`, by name."""
-    files = {"README.md": _index(results)}
+    found = list(verdicts(PAPER, results.tables))
+    files = {"README.md": _index(results), "verdicts.md": verdicts_markdown(found)}
     for table in results.tables.values():
         files[f"{table.name}.md"] = markdown(table)
+        if table.brief:
+            files[f"{table.name}-details.md"] = details(table)
         files[f"{table.name}.csv"] = csv_text(table)
         files[f"{table.name}.tex"] = latex(table)
     return files
+
+
+def data_files(results: Results) -> dict[str, str]:
+    """The content of the tidy files in `results/`, by name."""
+    return {
+        "scores.csv": scores_csv(results.runs),
+        "differences.csv": differences_csv(results.tables),
+    }
 
 
 def write_files(folder: Path, files: Mapping[str, str], check: bool) -> list[str]:

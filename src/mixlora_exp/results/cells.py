@@ -237,14 +237,19 @@ def _machine_last(entry: tuple[str, Any]) -> tuple[bool, str]:
     return entry[0] in MACHINE, entry[0]
 
 
+def odd_conditions(key: Key, standards: Standards) -> dict[str, Any]:
+    """The conditions of a block that are not those of a full run as in the paper, but for the
+    source of its data."""
+    conditions = json.loads(key[2])
+    del conditions["data.name"]
+    standard = standards.of(conditions.get("preset", "correct")).conditions(key[0])
+    return {k: v for k, v in conditions.items() if standard.get(k) != v}
+
+
 def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
     """A block's conditions as text, and whether they are those of a full run as in the paper."""
     model, protocol, text = key
-    conditions = json.loads(text)
-    source = conditions.pop("data.name")
-    preset = conditions.get("preset", "correct")
-    standard = standards.of(preset).conditions(model)
-    odd = {k: v for k, v in conditions.items() if standard.get(k) != v}
+    source, odd = json.loads(text)["data.name"], odd_conditions(key, standards)
     words = [f"model={model}", f"data={source}", f"protocol {protocol}"]
     words += [f"{name}={word(value)}" for name, value in sorted(odd.items(), key=_machine_last)]
     return ", ".join(words), not odd.keys() - set(MACHINE) and source != "embedded"

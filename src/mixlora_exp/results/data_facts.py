@@ -49,6 +49,11 @@ def _majorities() -> Mapping[str, float]:
         }
 
 
+def majority_of_train(task: str) -> float:
+    """Share of the most frequent answer in the published training split."""
+    return _majorities()[task]
+
+
 def published(run: RecordedRun, task: str) -> bool:
     """Whether a run scored items of the published test split."""
     if run.held_out or run.scored["data"]["name"] == "embedded" or task not in TASKS:

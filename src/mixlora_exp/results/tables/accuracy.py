@@ -16,6 +16,7 @@ from mixlora_exp.results.paper import (
 )
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables import lines
+from mixlora_exp.results.tables.brief import brief_accuracy
 from mixlora_exp.results.tables.parts import (
     AVERAGE,
     AVERAGE_ABOVE,
@@ -34,6 +35,7 @@ from mixlora_exp.results.tables.variants import (
     members_of,
     variants_of,
 )
+from mixlora_exp.results.words import in_words
 
 STUB = ("method", "setup", "row")
 NOTES = (
@@ -113,6 +115,7 @@ def _block(
     members: Mapping[Variant, Members],
     beside_paper: bool,
     known: Sequence[Contradiction],
+    words: str,
 ) -> Block:
     told = lines.told_from_chance(spec.tasks, protocol, members)
     context = lines.Context(spec, protocol, members, told)
@@ -145,7 +148,7 @@ def _block(
     rows += lines.baselines(context)
     titles = (TASK_TITLES[task] for task in spec.tasks)
     columns = ("#Params (%)", *titles, AVERAGE, AVERAGE_ABOVE)
-    return Block(heading, STUB, columns, tuple(rows), run=bool(members))
+    return Block(heading, STUB, columns, tuple(rows), run=bool(members), words=words)
 
 
 def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
@@ -168,8 +171,11 @@ def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
             if key in found:
                 heading += f": {block_title(key, standards)[0]}"
             members = found.pop(key, {})
-            made.append(_block(spec, model, printed, heading, key[1], members, True, known))
+            words = in_words(key, standards) if members else heading
+            made.append(_block(spec, model, printed, heading, key[1], members, True, known, words))
     for key in sorted(found) if spec.others else ():
         heading = f"{MODEL_TITLES.get(key[0], key[0])}: {block_title(key, standards)[0]}"
-        made.append(_block(spec, key[0], printed, heading, key[1], found[key], False, known))
-    return made, [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]
+        words, members = in_words(key, standards), found[key]
+        made.append(_block(spec, key[0], printed, heading, key[1], members, False, known, words))
+    notes = [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]
+    return made, notes, brief_accuracy

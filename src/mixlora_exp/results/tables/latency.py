@@ -13,7 +13,7 @@ import yaml
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_record
 from mixlora_exp.results.headings import told_apart
-from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
+from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES, read_paper
 from mixlora_exp.results.runs import LeftOut
 from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, paper
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources, table
@@ -193,29 +193,93 @@ def _paper_block(table: int) -> Block:
     return Block(heading, ("method", "models"), COLUMNS, tuple(rows))
 
 
-def _block(record: Mapping[str, Any]) -> Block:
-    config, hardware = record["config"], record["provenance"]["hardware"]
-    gpus = ", ".join(hardware["gpus"])
-    machine = gpus or f"{hardware['cpu']}, {record['threads']} threads"
-    heading = (
+def _shape(record: Mapping[str, Any]) -> str:
+    config = record["config"]
+    return (
         f"{MODEL_TITLES.get(config['model'], config['model'])}: {record['layers']} layers, "
-        f"{config['batch']} x {config['length']} tokens, {config['dtype']}, dropout "
-        f"{config['dropout']:g}, {machine}, torch {record['provenance']['packages']['torch']}"
+        f"{config['batch']} x {config['length']} tokens, {config['dtype']}"
     )
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    hardware = record["provenance"]["hardware"]
+    return ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {record['threads']} threads"
+
+
+def _block(record: Mapping[str, Any]) -> Block:
+    """One benchmark; its heading is the shape, and the second label how it was measured."""
     base = record["rows"].get("lora_peft")
     source = (f"bench/{record['name']}.json",)
+    measured = (
+        f"{_machine(record)}, torch {record['provenance']['packages']['torch']}, "
+        f"dropout {record['config']['dropout']:g}"
+    )
     rows = []
     for name, row in record["rows"].items():
         cells = [
             cell if cell.value is None else dataclasses.replace(cell, records=source)
             for cell in _measured(row, base)
         ]
-        rows.append(Row((_title(name, row), "1 model"), tuple(cells)))
+        rows.append(Row((_title(name, row), measured), tuple(cells)))
     faults = (f"Dashes stand for figures that are known to be wrong: {why}."
               for why in record.get("faults", ()))  # fmt: skip
-    before = () if "loss_on" in config else (BEFORE_AUTOCAST,)
-    notes = (f"Record: results/{source[0]}", *before, *faults)
-    return Block(heading, ("method", "models"), COLUMNS, tuple(rows), run=True, notes=notes)
+    before = () if "loss_on" in record["config"] else (BEFORE_AUTOCAST,)
+    told = " ".join([f"Record: results/{source[0]}", *before, *faults])
+    return Block(_shape(record), ("method", "measured"), COLUMNS, tuple(rows), True, (told,))
+
+
+def _of_one_shape(blocks: Sequence[Block], details: Sequence[Mapping[str, Any]]) -> Block:
+    """The benchmarks of one shape under one another, told apart by how they were measured."""
+    names = told_apart([block.rows[0].label[1] if block.rows else "" for block in blocks], details)
+    rows = [
+        Row((row.label[0], name), row.cells)
+        for block, name in zip(blocks, names, strict=True)
+        for row in block.rows
+    ]
+    notes = tuple(
+        f"{name}: {note}" for block, name in zip(blocks, names, strict=True) for note in block.notes
+    )
+    return dataclasses.replace(blocks[0], rows=tuple(rows), notes=notes)
+
+
+SUMMARY = tuple(METHOD_TITLES[method] for method in METHODS)
+
+
+def _summary(records: Sequence[Mapping[str, Any]]) -> Block:
+    """Time of a step and peak memory of each method with this project's kernels, per shape and
+    machine, of the benchmark with the most methods and rounds."""
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for record in sorted(records, key=_completeness):
+        if record["config"]["dropout"]:
+            best[_shape(record), _machine(record)] = record
+    rows = []
+    for label, record in sorted(best.items()):
+        base, cells = record["rows"].get("lora_peft"), []
+        source = (f"bench/{record['name']}.json",)
+        found = [_fastest(record["rows"], method) for method in METHODS]
+        cells = [_percent(_time_ratio(row, base, "train")) for row in found]
+        cells += [number(_ratio(row, base, "train_peak_memory_bytes")) for row in found]
+        cells.append(number(_scaled((base or {}).get("train_peak_memory_bytes"), 1e-9), 2))
+        cells = [dash if c.value is None else dataclasses.replace(c, records=source) for c in cells]
+        rows.append(Row(label, tuple(cells)))
+    heading = "Forward and backward of a step, and its peak memory, in percent of PEFT's LoRA"
+    columns = (
+        *(f"{title}, time" for title in SUMMARY),
+        *(f"{title}, memory" for title in SUMMARY),
+        "PEFT's LoRA, GB",
+    )
+    return Block(heading, ("shape, with its batch", "machine"), columns, tuple(rows), run=True)
+
+
+def _fastest(rows: Mapping[str, Any], method: str) -> Mapping[str, Any]:
+    """The row of a method: with the Triton kernels where they were measured."""
+    triton = rows.get(f"{method}_triton", {})
+    return triton if triton.get("train_ratio") is not None else rows.get(method, {})
+
+
+def _completeness(record: Mapping[str, Any]) -> tuple[int, int, str]:
+    methods = sum("train_ratio" in _fastest(record["rows"], method) for method in METHODS)
+    return methods, record["config"].get("rounds") or 0, record["name"]
 
 
 TITLE = "Time and memory of a step, "
@@ -235,24 +299,28 @@ def of_gemma(sources: Sources) -> Made:
 
 
 def _made(number: int, mine: Sequence[Mapping[str, Any]]) -> Made:
-    made = [_block(record) for record in mine]
-    details = [
-        {"rounds": r["config"].get("rounds"), "commit": r["provenance"]["git"]["commit"][:8]}
-        for r in mine
-    ]
-    headings = told_apart([block.heading for block in made], details)
-    headings = told_apart(headings, [{"record": r["name"]} for r in mine])
-    blocks = [
-        _paper_block(number),
-        *(dataclasses.replace(b, heading=h) for b, h in zip(made, headings, strict=True)),
-    ]
+    shapes: dict[str, list[Mapping[str, Any]]] = {}
+    for record in mine:
+        shapes.setdefault(_shape(record), []).append(record)
+    blocks = [_paper_block(number)]
+    for records in shapes.values():
+        details = [
+            {
+                "rounds": record["config"].get("rounds"),
+                "commit": record["provenance"]["git"]["commit"][:8],
+                "record": record["name"],
+            }
+            for record in records
+        ]
+        blocks.append(_of_one_shape([_block(record) for record in records], details))
     notes = [
         "Measured on random weights of the true shape; medians of rounds in which all rows take "
         "turns. Forward + backward: median of the ratios within rounds, with their quartiles. "
-        "All ratios, of time and of memory, are to PEFT's own LoRA, the first row of a block, with "
-        "adapters in float32. Different hardware: only the percentages can be compared "
+        "All ratios, of time and of memory, are to PEFT's own LoRA, the first row of a benchmark, "
+        "with adapters in float32. Memory depends on the batch, which stands in the heading. "
+        "Different hardware: only the percentages can be compared "
         "with the paper's.",
         "The paper's text gives 30 % lower latency for the optimised form; its own Table 6 gives "
         "13.6 % in the forward pass (535.2 to 462.5 us).",
     ]
-    return blocks, notes
+    return blocks, notes, lambda made: [_summary(mine), made[0]] if mine else []

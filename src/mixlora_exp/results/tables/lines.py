@@ -13,7 +13,16 @@ from mixlora_exp.results.statistics.estimates import compare, estimate
 from mixlora_exp.results.statistics.parts import TaskMean
 from mixlora_exp.results.tables.paired import ACCURACIES, ACCURACY, above, area, cell, difference
 from mixlora_exp.results.tables.paired import names as names_of
-from mixlora_exp.results.tables.parts import Entry, Row, dash, number, ours, paper, versus
+from mixlora_exp.results.tables.parts import (
+    REFERENCE,
+    Entry,
+    Row,
+    dash,
+    number,
+    ours,
+    paper,
+    versus,
+)
 from mixlora_exp.results.tables.variants import BASE, AccuracySpec, Members, Variant
 
 FURTHER = {
@@ -122,7 +131,11 @@ def minus(label: tuple[str, ...], first: Row, second: Row) -> Row:
             continue
         low, high = (None if v is None else v - b.value for v in (a.low, a.high))
         value, records = a.value - b.value, tuple(dict.fromkeys(a.records + b.records))
-        cells.append(Entry("difference", value, low=low, high=high, signed=True, records=records))
+        cells.append(
+            Entry(
+                "difference", value, low=low, high=high, seeds=a.seeds, signed=True, records=records
+            )
+        )  # fmt: skip
     return Row(label, tuple(cells))
 
 
@@ -234,7 +247,7 @@ def baselines(context: Context) -> Iterator[Row]:
     for title, field in (
         ("majority class", "majority_class"),
         ("chance", "chance"),
-        ("chance or most frequent answer of training", ""),
+        (REFERENCE, ""),
     ):
         yield _plain(title, field, one, context)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mixlora_exp.results.statistics.estimates import Comparison, Estimate
@@ -47,6 +47,9 @@ class Entry:
 
 AVERAGE, AVERAGE_ABOVE = "average", "above chance"
 """Columns of an average over all tasks, and over those which the block's runs tell from chance."""
+REFERENCE = "chance or majority"
+"""Label of the line that a cell must lie above: by chance, or by always giving the answer that is
+most frequent in the training split."""
 NO_TASKS = ("#Params (%)", AVERAGE, AVERAGE_ABOVE)
 
 
@@ -103,10 +106,15 @@ class Table:
     def name(self) -> str:
         return f"table{self.number}"
 
+    def cells(self) -> Iterator[Entry]:
+        """All entries."""
+        for block in self.blocks:
+            for row in block.rows:
+                yield from row.cells
+
     def records(self) -> set[str]:
         """Names of all records used by the table."""
-        rows = [row for block in self.blocks for row in block.rows]
-        return {name for row in rows for cell in row.cells for name in cell.records}
+        return {name for cell in self.cells() for name in cell.records}
 
 
 dash = Entry("dash")

@@ -6,6 +6,7 @@ write them, without naming any of them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,8 +48,10 @@ class Sources:
         return {name: to_dict(config) for name, config in self.defaults[preset].items()}
 
 
-Made = tuple[Sequence[Block], Sequence[str]]
-"""Blocks of lines, and notes in Markdown."""
+Brief = Callable[[Sequence[Block]], Sequence[Block]]
+"""Blocks -> what stands on the table's first page; the rest is in its details."""
+Made = tuple[Sequence[Block], Sequence[str]] | tuple[Sequence[Block], Sequence[str], Brief]
+"""Blocks of lines, notes in Markdown, and what to show first if that is not all."""
 Maker = Callable[[Sources], Made]
 _MAKERS: dict[int, tuple[str, Maker]] = {}
 
@@ -79,5 +82,11 @@ def registered() -> dict[int, tuple[str, Maker]]:
 
 def make_tables(sources: Sources) -> dict[int, Table]:
     """All tables, by number."""
-    made = {n: Table(n, title, *make(sources)) for n, (title, make) in registered().items()}
-    return {n: corrected(found) for n, found in made.items()}
+    return {n: _made(n, title, make(sources)) for n, (title, make) in registered().items()}
+
+
+def _made(number: int, title: str, made: Made) -> Table:
+    blocks, notes, *brief = made
+    found = corrected(Table(number, title, blocks, notes))
+    # Of the marked blocks.
+    return dataclasses.replace(found, brief=brief[0](found.blocks)) if brief else found

@@ -1,4 +1,4 @@
-"""Renders tables as Markdown, CSV and LaTeX."""
+"""Renders tables as Markdown, CSV and LaTeX: first page, all of it, and data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from mixlora_exp.errors import shown
-from mixlora_exp.results.tables.parts import Entry, Table
+from mixlora_exp.results.tables.parts import Block, Entry, Row, Table
 
 CSV_COLUMNS = (
     "table", "block", "label", "column", "kind", "value", "low", "high", "p", "q", "seeds", "items",
@@ -39,19 +39,52 @@ def seeds(cell: Entry) -> str:
     return f" (n={cell.seeds})" if cell.kind in ("ours", "versus") and cell.seeds else ""
 
 
-def markdown(table: Table) -> str:
-    """The table as Markdown: headings, one table per block, notes."""
-    parts = [f"# Table {table.number}: {table.title}\n"]
+def _block(block: Block, level: str = "##") -> str:
+    lines = [_pipe([*block.stub, *block.columns])]
+    lines.append(_pipe(["---"] * len(block.stub) + ["---:"] * len(block.columns)))
+    lines += [_pipe([*row.label, *map(_shown, row.cells)]) for row in block.rows]
+    notes = [f"\n{plain(note)}\n" for note in block.notes]
+    return "".join([f"\n{level} {plain(block.heading)}\n\n", *lines, *notes])
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "\n## Notes\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+
+
+LEGEND = (
+    "In brackets 95 % intervals over items and, where there are several, over seeds. ° not above "
+    "the last line: chance, and the most frequent answer of training. Above chance: the average "
+    "over the tasks on which most lines are, and so is the difference in the last column. Better "
+    "or worse: several seeds, and p at most 0.05 after correction for all comparisons of the table."
+)
+
+
+def not_run(table: Table) -> list[str]:
+    """A sentence on each block of the paper of which nothing was run."""
+    found = []
     for block in table.blocks:
-        lines = [_pipe([*block.stub, *block.columns])]
-        right = ["---"] * len(block.stub) + ["---:"] * len(block.columns)
-        lines.append(_pipe(right))
-        lines += [_pipe([*row.label, *map(_shown, row.cells)]) for row in block.rows]
-        parts.append(f"\n## {plain(block.heading)}\n\n" + "".join(lines))
-        parts += [f"\n{plain(note)}\n" for note in block.notes]
-    if table.notes:
-        parts.append("\n## Notes\n\n" + "".join(f"- {note}\n" for note in table.notes))
-    return "".join(parts)
+        rows = sum(row.label[-1] == "ours" for row in block.rows)
+        if rows and not block.run:
+            found.append(f"{plain(block.heading)}: 0 of {rows} rows run.")
+    return found
+
+
+def markdown(table: Table) -> str:
+    """The table's first page as Markdown: all of it, or what is to be read first."""
+    title = f"# Table {table.number}: {table.title}\n"
+    if not table.brief:
+        return title + "".join(map(_block, table.blocks)) + _notes(table.notes)
+    told = "".join(f"{line} " for line in not_run(table))
+    intro = f"\n{told}Every line and interval: [details]({table.name}-details.md).\n"
+    accuracies = any(cell.kind in ("versus", "ours") and cell.items for cell in table.cells())
+    legend = LEGEND if accuracies else table.notes[0]
+    return title + intro + "".join(map(_block, table.brief)) + f"\n{legend}\n"
+
+
+def details(table: Table) -> str:
+    """Everything in the table as Markdown: headings, one table per block, notes."""
+    title = f"# Table {table.number} in detail: {table.title}\n"
+    return title + "".join(map(_block, table.blocks)) + _notes(table.notes)
 
 
 def _number(value: float | None) -> str:
@@ -91,36 +124,81 @@ def _latex_cell(cell: Entry) -> str:
     shown = f"{cell.value:{sign},.{cell.digits}f}"
     if cell.low is not None and cell.high is not None:
         low, high = (f"{v:{sign}.{cell.digits}f}" for v in (cell.low, cell.high))
-        shown += f"\\,{{\\scriptsize[{low}, {high}]}}"
-    if seeds(cell):
-        shown += f"\\,{{\\scriptsize n={cell.seeds}}}"
+        shown += f" [{low}, {high}]"
     marks = {"better": r"$^{\uparrow}$", "worse": r"$^{\downarrow}$", "†": r"$^{\dagger}$"}
-    return shown.replace("-", "$-$") + marks.get(cell.mark, "")
+    shown = shown.replace("-", "$-$") + marks.get(cell.mark, "")
+    return shown + "$^{\\circ}$" * cell.grey
 
 
 def _latex_row(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\" + "\n"
 
 
+def _label(row: Row) -> str:
+    return " ".join(part for part in row.label if part not in ("", "-"))
+
+
+def _tabular(block: Block, columns: Sequence[int]) -> str:
+    """Some columns of a block."""
+    rows = [
+        _latex_row([_escape(_label(row)),
+                    *(_latex_cell(row.cells[column]) for column in columns)])
+        for row in block.rows
+        if any(row.cells[column].kind != "dash" for column in columns)
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    long = max(len(_label(row)) for row in block.rows) > LONGEST
+    stub = ">{\\raggedright}p{1.6in}" if long else "l"
+    titles = [_escape(SHORT.get(name, name)) for name in (block.columns[c] for c in columns)]
+    return "".join(
+        [
+            f"\\begin{{tabular}}{{@{{}}{stub}{'r' * len(columns)}@{{}}}}\n\\toprule\n",
+            _latex_row(["", *titles]),
+            "\\midrule\n",
+            *rows,
+            "\\bottomrule\n\\end{tabular}\n",
+        ]
+    )
+
+
 def latex(table: Table) -> str:
-    """The table as LaTeX: one `table` environment per block; needs booktabs and graphicx."""
+    """The table's first page as LaTeX, at normal size in a column of 3.3 inches: one `table` per
+    block, in parts that stand below one another where they would be wider. Needs booktabs and
+    array."""
     parts = []
-    for index, block in enumerate(table.blocks, start=1):
-        columns = "l" * len(block.stub) + "r" * len(block.columns)
+    for index, block in enumerate(table.brief or table.blocks, start=1):
+        pieces = [_tabular(block, columns) for columns in _fitting(block)]
         body = [
-            "\\begin{table}[t]\n\\centering\n",
+            "\\begin{table}[t]\n\\centering\n\\setlength{\\tabcolsep}{3pt}\n",
             f"\\caption{{{_escape(table.title)}. {_escape(block.heading)}.}}\n",
             f"\\label{{tab:{table.name}-{index}}}\n",
-            "\\resizebox{\\textwidth}{!}{%\n",
-            f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n",
-            _latex_row([_escape(name) for name in (*block.stub, *block.columns)]),
-            "\\midrule\n",
-            *(
-                _latex_row([*map(_escape, row.label), *map(_latex_cell, row.cells)])
-                for row in block.rows
-            ),
-            "\\bottomrule\n\\end{tabular}}\n\\end{table}\n",
+            "\\par\\medskip\n".join(piece for piece in pieces if piece),
+            "\\end{table}\n",
         ]
-        parts.append("".join([*(f"% {shown(note)}\n" for note in block.notes), *body]))
-    notes = "".join(f"% {note}\n" for note in table.notes)
-    return "% Needs \\usepackage{booktabs,graphicx}\n" + notes + "\n".join(parts)
+        parts.append("".join(body))
+    return "% Needs \\usepackage{booktabs,array}\n" + "\n".join(parts)
+
+
+SHORT = {"above chance": "above", "average": "avg"}
+LONGEST = 23
+"""Letters of a label that stay on one line."""
+WIDEST = 44
+"""Letters and digits that fit into a column of 3.3 inches at 10 points, with gaps of 3 points."""
+
+
+def _fitting(block: Block) -> list[list[int]]:
+    """The columns of a block in groups that are no wider than `WIDEST`."""
+
+    def width(column: int) -> int:
+        cells = [row.cells[column].show() for row in block.rows]
+        title = block.columns[column]
+        return max(map(len, [SHORT.get(title, title), *cells])) + 1
+
+    label = min(max((len(_label(row)) for row in block.rows), default=0), LONGEST)
+    groups: list[list[int]] = [[]]
+    for column in range(len(block.columns)):
+        if groups[-1] and label + sum(map(width, [*groups[-1], column])) > WIDEST:
+            groups.append([])
+        groups[-1].append(column)
+    return groups

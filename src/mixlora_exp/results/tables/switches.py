@@ -18,9 +18,11 @@ from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics.estimates import compare, estimate
+from mixlora_exp.results.tables.brief import brief_lines
 from mixlora_exp.results.tables.paired import ACCURACY, above, cell, difference
 from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, ours, versus
 from mixlora_exp.results.tables.registry import Made, Sources, table
+from mixlora_exp.results.words import in_words
 
 Diff = tuple[tuple[str, Any], ...]
 """Switches that differ from `preset=correct`, with their values."""
@@ -208,7 +210,10 @@ def switches(sources: Sources) -> Made:
         rows += _baselines(base, tasks, protocol)
         heading = f"{model}, {METHOD_TITLES[method]} trained on {mix}: {title}"
         columns = tuple(TASK_TITLES[task] for task in tasks)
-        blocks.append(Block(heading, ("switches", "row"), columns, tuple(rows), run=True))
+        told = in_words((base[0].model, protocol, conditions), sources.standards)
+        words = f"{METHOD_TITLES[method]} trained on {mix}: {told}"
+        stub = ("switches", "row")
+        blocks.append(Block(heading, stub, columns, tuple(rows), run=True, words=words))
         rests.append(json.loads(rest))
     headings = told_apart([block.heading for block in blocks], rests)
     blocks = [dataclasses.replace(b, heading=h) for b, h in zip(blocks, headings, strict=True)]
@@ -218,4 +223,5 @@ def switches(sources: Sources) -> Made:
         "° not above chance and the most frequent answer of training. Log-likelihoods are in nats, "
         "means over items.",
     ]
-    return blocks, notes
+    kept = ("accuracy minus preset=correct", "log-likelihood minus preset=correct")
+    return blocks, notes, brief_lines(*kept)

@@ -1,0 +1,157 @@
+"""Each printed accuracy of the paper: whether it can be, whether it says anything, and whether runs
+of this project reproduce it. The rule stands in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixlora_exp.results.data_facts import majority_of_train
+from mixlora_exp.results.paper import (
+    METHOD_TITLES,
+    MODEL_TITLES,
+    TASK_TITLES,
+    contradictions,
+    line_id,
+    read_paper,
+)
+from mixlora_exp.results.tables.parts import Entry, Table
+from mixlora_exp.tasks import TASKS
+
+TABLES = (1, 2, 5, 8, 9)
+MARGIN, SEEDS = 2.0, 3
+"""Points within which a result is the same; seeds that a verdict needs."""
+HALF = 0.05 + 1e-9
+"""Rounding of a printed accuracy, in points."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One printed cell. `faults`: why the paper's own figure is in doubt; `verdict`: reproduced,
+    not reproduced, undecidable, or not run; `ours`: the cell of this project, if it was run."""
+
+    table: int
+    line: str
+    column: str
+    printed: float
+    faults: tuple[str, ...]
+    verdict: str
+    ours: Entry | None = None
+
+
+def possible(printed: float, items: int) -> bool:
+    """Whether an accuracy of `items` answers, in percent, can round to `printed`."""
+    right = round(printed * items / 100)
+    near = (right + step for step in (-1, 0, 1))
+    return any(abs(100 * count / items - printed) <= HALF for count in near)
+
+
+def _faults(line: Mapping[str, str], column: str, contradicted: Mapping) -> tuple[str, ...]:
+    found = list(contradicted.get((line_id(line), column), ()))
+    if column not in TASKS:
+        return tuple(found)
+    printed, items = float(line[column]), TASKS[column].sizes["test"]
+    if not possible(printed, items):
+        found.append(f"no number of {items:,} answers gives {printed}")
+    chance = 100 * max(majority_of_train(column), 1 / OPTIONS[column])
+    if printed <= chance + HALF:
+        found.append(f"not above chance or the most frequent answer of training ({chance:.1f})")
+    return tuple(found)
+
+
+OPTIONS = {
+    "arc_e": 4, "arc_c": 4, "boolq": 2, "obqa": 4, "piqa": 2, "siqa": 3, "hellaswag": 4,
+    "winogrande": 2,
+}  # fmt: skip
+"""Answers of a question (of ARC, of nearly all)."""
+
+
+def judged(difference: Entry | None) -> str:
+    """The verdict on a line `ours minus paper`, by the rule."""
+    if difference is None or difference.value is None:
+        return "not run"
+    low, high = difference.low, difference.high
+    if low is None or high is None or difference.seeds < SEEDS:
+        return "undecidable"
+    if low >= -MARGIN and high <= MARGIN:
+        return "reproduced"
+    return "not reproduced" if low > MARGIN or high < -MARGIN else "undecidable"
+
+
+def _ours(table: Table, label: Sequence[str], model: str, column: str) -> tuple[Entry | None, ...]:
+    """Our cell and its difference to the printed one, where the block stands beside the paper."""
+    wanted = (MODEL_TITLES[model], tuple(label))
+    title = TASK_TITLES.get(column, "average")
+    found: dict[str, Entry] = {}
+    for block in table.blocks:
+        if not block.heading.startswith(wanted[0]) or not block.run:
+            continue
+        for row in block.rows:
+            if row.label[:2] == wanted[1] and row.label[2] in ("ours", "ours minus paper"):
+                found[row.label[2]] = row.cells[block.columns.index(title)]
+    return found.get("ours"), found.get("ours minus paper")
+
+
+def _label(line: Mapping[str, str]) -> tuple[str, str]:
+    """Label of the line in its table."""
+    value = f" r={line['rank']}" if "rank" in line else ""
+    value += f" coef={line['router_loss_coef']}" if "router_loss_coef" in line else ""
+    return METHOD_TITLES[line["method"]] + value, line.get("setup", "ST")
+
+
+def verdicts(folder: Path, tables: Mapping[int, Table]) -> Iterator[Verdict]:
+    """Of every printed accuracy and average of Tables 1, 2, 5, 8 and 9."""
+    for number in TABLES:
+        printed = read_paper(folder, number)
+        known: dict[tuple[tuple[str, ...], str], list[str]] = {}
+        for entry in contradictions(folder, number):
+            if entry.line is not None:
+                known.setdefault((entry.line, entry.column), []).append(entry.text)
+        for line in printed.lines:
+            label = _label(line)
+            for column in (*printed.tasks, "avg"):
+                ours, difference = _ours(tables[number], label, line["model"], column)
+                yield Verdict(
+                    number,
+                    f"{MODEL_TITLES[line['model']]}, {label[0]}, {label[1]}",
+                    TASK_TITLES.get(column, "average"),
+                    float(line[column]),
+                    _faults(line, column, known),
+                    judged(difference),
+                    ours,
+                )
+
+
+HEAD = """# Verdicts on the paper's figures
+
+Made by `make tables`; the rule was written before any run of the paper's models and stands in
+[docs/results.md](../../docs/results.md#when-a-figure-of-the-paper-is-reproduced).
+"""
+
+
+def verdicts_markdown(found: Sequence[Verdict]) -> str:
+    """Counts, the cells that were run, and the figures of the paper that are in doubt."""
+    counts = Counter(entry.verdict for entry in found)
+    told = ", ".join(f"{counts[name]} {name}" for name in
+                     ("reproduced", "not reproduced", "undecidable", "not run"))  # fmt: skip
+    lines = [HEAD, f"\n{len(found)} printed accuracies and averages: {told}.\n"]
+    run = [entry for entry in found if entry.verdict != "not run" and entry.ours is not None]
+    if run:
+        lines.append("\n| table | line | column | paper | ours | verdict |\n")
+        lines.append("| --- | --- | --- | ---: | ---: | --- |\n")
+        lines += [
+            f"| {v.table} | {v.line} | {v.column} | {v.printed} | {v.ours.show()} | {v.verdict} |\n"
+            for v in run
+            if v.ours is not None
+        ]
+    doubted = [entry for entry in found if entry.faults]
+    lines.append(f"\n## In doubt by themselves: {len(doubted)}\n\n")
+    lines.append("| table | line | column | paper | why |\n| --- | --- | --- | ---: | --- |\n")
+    lines += [
+        f"| {v.table} | {v.line} | {v.column} | {v.printed} | {'; '.join(v.faults)} |\n"
+        for v in doubted
+    ]
+    return "".join(lines)

@@ -1,0 +1,79 @@
+"""Verdicts on the paper's figures: possible ones, telling ones, and reproduced ones by the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from table_cells import LLAMA, PAPER, five
+
+from mixlora_exp.results.build import Results, gather
+from mixlora_exp.results.tables.parts import Entry
+from mixlora_exp.results.verdicts import Verdict, judged, possible, verdicts, verdicts_markdown
+
+
+@pytest.fixture(scope="module")
+def found(committed: Results) -> list[Verdict]:
+    return list(verdicts(PAPER, committed.tables))
+
+
+def test_accuracies_of_five_hundred_answers_are_even_tenths() -> None:
+    assert [possible(80.0 + k / 10, 500) for k in range(11)] == [k % 2 == 0 for k in range(11)]
+    assert all(possible(k / 10, 1172) for k in range(1001))
+
+
+def test_figures_that_cannot_be_are_named(found: list[Verdict]) -> None:
+    cannot = {
+        (entry.table, entry.column, entry.printed)
+        for entry in found
+        if any(fault.startswith("no number of") for fault in entry.faults)
+    }
+    assert {printed for _, _, printed in cannot} == {80.9, 86.9, 84.5}
+    assert {column for _, column, _ in cannot} == {"OBQA"}
+    # MixDoRA's 80.9 stands in four tables.
+    assert {number for number, _, printed in cannot if printed == 80.9} == {1, 2, 8, 9}
+
+
+def test_figures_that_say_nothing_are_named(found: list[Verdict]) -> None:
+    at_chance = {
+        (entry.table, entry.line, entry.column)
+        for entry in found
+        if any(fault.startswith("not above chance") for fault in entry.faults)
+    }
+    assert (1, "Gemma 2B, DoRA, ST", "BoolQ") in at_chance
+    assert (1, "LLaMA-2 7B, LoRA, ST", "BoolQ") in at_chance
+    assert (1, "Gemma 2B, LoRA, ST", "WinoGrande") in at_chance
+    assert (1, "LLaMA-2 7B, MixLoRA, ST", "BoolQ") not in at_chance
+
+
+def test_every_printed_cell_has_a_verdict(found: list[Verdict]) -> None:
+    # 16 lines of 8 tasks, 8 and 8 of 5, 10 and 8 of 4, and their averages.
+    assert len(found) == 16 * 9 + 16 * 6 + 18 * 5
+    assert {entry.verdict for entry in found} == {"not run"}
+    text = verdicts_markdown(found)
+    assert f"{len(found)} printed accuracies and averages: 0 reproduced" in text
+    assert "no number of 500 answers gives 86.9" in text
+    assert text.count("not run") == 1, "one line, not a page of dashes"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "verdict"),
+    [(-1.5, 1.9, 3, "reproduced"), (2.1, 3.0, 3, "not reproduced"),
+     (-9.0, -2.5, 5, "not reproduced"), (-1.0, 2.5, 3, "undecidable"),
+     (0.0, 0.1, 1, "undecidable")],
+)  # fmt: skip
+def test_the_rule(low: float, high: float, seeds: int, verdict: str) -> None:
+    middle = (low + high) / 2
+    assert judged(Entry("difference", middle, low=low, high=high, seeds=seeds)) == verdict
+    assert judged(None) == "not run"
+
+
+def test_runs_are_judged(write: Callable[..., Path], results: Path) -> None:
+    for seed in (1, 2, 3):
+        words = [*LLAMA, "method=mixlora", f"seed={seed}"]
+        write(results / "runs", f"s{seed}", words, five(0.3), n=400)
+    made = list(verdicts(PAPER, gather(results).tables))
+    (entry,) = [v for v in made if (v.table, v.column) == (2, "ARC-e") and "MixLoRA, MT" in v.line]
+    assert (entry.verdict, entry.ours.value) == ("not reproduced", pytest.approx(30.0))
+    assert f"| 2 | {entry.line} | ARC-e | 76.6 | 30.0" in verdicts_markdown(made)
