@@ -23,11 +23,11 @@ VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 @pytest.fixture
 def results(tmp_path: Path, write: Write) -> Path:
-    for method, value in (("lora", 0.3), ("mixlora", 0.5)):
+    for method, value in (("lora", 0.35), ("mixlora", 0.5)):
         accuracy = dict.fromkeys(FIVE, value)
         for seed in (1, 2):
             overrides = [*SMALL, f"method={method}", f"seed={seed}"]
-            write(tmp_path / "runs", f"{method}-{seed}", overrides, accuracy)
+            write(tmp_path / "runs", f"{method}-{seed}", overrides, accuracy, n=400)
     write(tmp_path / "runs", "r4", [*SMALL, "method=mixlora", "method.rank=4"], accuracy)
     git = {"commit": "c", "dirty": True}
     write(tmp_path / "runs", "dirty<b>", [*SMALL, "method=lora", "seed=7"], accuracy, git=git)
@@ -37,7 +37,7 @@ def results(tmp_path: Path, write: Write) -> Path:
 
 def test_figures_are_drawn_and_the_same_each_time(results: Path, tmp_path: Path) -> None:
     names = draw_figures(gather(results), tmp_path / "one")
-    assert names == ["figure4a", "figure4b", "figure4c", "figure5-1", "learning_curves"]
+    assert names == ["figure4a", "figure4b", "figure4c", "figure5-1", "learning_curves", "forest"]
     draw_figures(gather(results), tmp_path / "two")
     for name in names:
         for suffix in ("png", "svg"):
@@ -111,12 +111,20 @@ def test_the_page_is_whole_and_leads_to_the_records(results: Path) -> None:
         page.links
     )
     text = " ".join(page.text)
-    assert "What was run, and what was not" in text
+    assert "MixLoRA minus LoRA, tasks mixed, is +15.0" in text, "a finding, made from the data"
+    assert "Table 2, LLaMA-2 7B: 0 of 8 rows run." in text
+    # The first screen: findings, a table and the forest plot; the rest is folded.
+    first = content.partition("<details")[0]
+    assert first.count("<table>") == 1
+    assert 'id="forest"' in first
+    assert first.count("<li>") >= 3
+    assert "data.train_limit" not in first, "conditions are in words"
+    assert len(re.findall(r'alt="[^"]{40,}"', content)) == content.count("<img ")
     assert "dirty<b>" in text, "names are escaped, not markup"
     for number in range(1, 10):
         assert f"table{number}" in page.ids
     # A figure of ours is a link to a record that has it.
-    assert re.search(r'<a href="#record-\d+"[^>]*>30\.0</a>', content)
+    assert re.search(r'<a href="#record-\d+"[^>]*>35\.0</a>', content)
     assert content == write_report(gather(results), results).read_text()
 
 
@@ -124,4 +132,4 @@ def test_nothing_run_gives_a_page_too(tmp_path: Path) -> None:
     for name in ("runs", "bench"):
         (tmp_path / name).mkdir()
     content = write_report(gather(tmp_path), tmp_path).read_text()
-    assert "<td>nothing</td>" in content
+    assert "MixLoRA and LoRA were not compared." in content

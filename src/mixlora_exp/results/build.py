@@ -23,6 +23,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.objections import objections
 from mixlora_exp.records.record import write_text
 from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
+from mixlora_exp.results.findings import contrasts
 from mixlora_exp.results.paper import METHOD_TITLES, METHODS
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
@@ -239,6 +240,9 @@ def draw_figures(results: Results, folder: Path) -> list[str]:
     curves = series.learning_curves(results.runs)
     if curves:
         made["learning_curves"] = lambda: figures.curves_figure(curves)
+    found = contrasts(results.tables)
+    if found:
+        made["forest"] = lambda: figures.forest_figure(found)
     for name, make in made.items():
         figures.save(make, folder, name)
     for path in folder.glob("*.*"):
@@ -255,8 +259,9 @@ def write_report(results: Results, folder: Path) -> Path:
     names = draw_figures(results, folder / "figures")
     figures = [folder / "figures" / f"{name}.svg" for name in names]
     path = folder / "report" / "index.html"
-    tables = list(results.tables.values())
+    tables = results.tables
+    judged = list(verdicts(PAPER, tables))
     # Links lead to the records and tables in their original folder.
     source = quote(Path(os.path.relpath(results.folder, path.parent)).as_posix())
-    write_text(path, page(tables, results.runs, figures, results.left_out, source))
+    write_text(path, page(tables, results.runs, figures, results.left_out, judged, source))
     return path

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 
+from mixlora_exp.results.findings import Contrast
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.series import Curve, Load, Point, SweptLine
 
@@ -166,21 +168,49 @@ def load_figure(load: Load) -> Figure:
 
 
 def curves_figure(curves: Sequence[Curve]) -> Figure:
-    """Training loss by step, one panel per model, data and trained tasks."""
+    """Training loss by step, one panel per model, data and trained tasks: of each method the mean
+    of its runs, and a band from the lowest to the highest."""
     panels = list(dict.fromkeys(curve.panel for curve in curves))
     figure, axes = _panels(max(len(panels), 1), 2.8)
     for ax, panel in zip(axes, panels, strict=False):
-        seen: dict[str, int] = {}
+        bands: dict[tuple[str, tuple[int, ...]], list[Curve]] = {}
         for curve in (c for c in curves if c.panel == panel):
-            title = METHOD_TITLES[curve.method]
-            number = seen[title] = seen.get(title, -1) + 1
+            bands.setdefault((METHOD_TITLES[curve.method], curve.steps), []).append(curve)
+        for (title, steps), own in bands.items():
+            by_step = list(zip(*(curve.losses for curve in own), strict=True))
+            ax.fill_between(
+                steps, [*map(min, by_step)], [*map(max, by_step)], color=COLORS[title], alpha=0.2
+            )
             ax.plot(
-                curve.steps, curve.losses, color=COLORS[title], marker=MARKERS[title],
-                markevery=max(1, len(curve.steps) // 8), linestyle=DASHES[number % 4],
-                label=curve.label,
+                steps, [*map(mean, by_step)], color=COLORS[title], marker=MARKERS[title],
+                markevery=max(1, len(steps) // 8), label=f"{title}, runs: {len(own)}",
             )  # fmt: skip
         ax.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+        # The default writes powers of ten as formulas, which are not parsed here.
+        ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        ax.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_title(_wrapped(panel), fontsize=10)
-        ax.legend(fontsize=8)
+        ax.set_title(_wrapped(panel, 64), fontsize=10)
+        ax.legend(fontsize=8, loc="upper right")
+    return figure
+
+
+def forest_figure(contrasts: Sequence[Contrast]) -> Figure:
+    """Paired differences with their intervals, one line each; open marks are of one seed."""
+    figure = Figure(figsize=(7.0, 1.1 + 0.32 * max(len(contrasts), 1)), layout="constrained")
+    ax = figure.subplots()
+    ax.axvline(0, color="black", linewidth=0.8)
+    for place, contrast in enumerate(reversed(contrasts)):
+        entry = contrast.entry
+        if entry.value is None or entry.low is None or entry.high is None:
+            continue
+        color = next((c for name, c in COLORS.items() if contrast.label.startswith(name)), "black")
+        ax.plot([entry.low, entry.high], [place, place], color=color, linewidth=2)
+        ax.plot(
+            [entry.value], [place], marker="o", color=color, markersize=7,
+            markerfacecolor=color if entry.seeds > 1 else "white",
+        )  # fmt: skip
+    ax.set_yticks(range(len(contrasts)), [contrast.label for contrast in reversed(contrasts)])
+    ax.set_xlabel("difference in points, with its 95 % interval")
+    ax.grid(visible=False, axis="y")
     return figure

@@ -13,13 +13,16 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from mixlora_exp.errors import shown
 from mixlora_exp.records.files import PACKED, RECORD
+from mixlora_exp.results.findings import main_block, missing, sentences
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
 from mixlora_exp.results.runs import LeftOut, RecordedRun
 from mixlora_exp.results.tables.parts import Entry, Table
 from mixlora_exp.results.tables.render import seeds
+from mixlora_exp.results.verdicts import Verdict
 
 TEMPLATE = "report.html.j2"
 SHOWN_LINKS = 3
@@ -62,23 +65,44 @@ def _run_entry(run: RecordedRun, number: int, results: str) -> dict[str, Any]:
 def _shown(value: Any) -> Any:
     """A value for the page; escapes characters in texts from records that change how a line
     reads."""
-    return shown(value, None) if isinstance(value, str) else value
+    # What a macro made is markup, and its values were escaped.
+    plain = isinstance(value, str) and not isinstance(value, Markup)
+    return shown(value, None) if plain else value
+
+
+CAPTIONS = {
+    "forest": "Paired differences over the tasks above chance, in points, with 95 % intervals; "
+    "left of zero the first is worse. Open circles are one seed, which says nothing about others. "
+    "LoRA and DoRA ran with alpha 160, the mixtures with 32: their steps are not equally long.",
+    "figure4a": "Average accuracy by the coefficient of the router loss, in the paper and here.",
+    "figure4b": "Average accuracy by rank, in the paper and here.",
+    "figure4c": "Average accuracy over inference time per token of each method.",
+    "figure5": "Share of the tokens that each expert gets, by task and by layer.",
+    "learning_curves": "Training loss by step: for each method a band from the lowest to the "
+    "highest run on like data, and their mean.",
+}
 
 
 def _figure(path: Path) -> dict[str, str]:
     content = base64.b64encode(path.read_bytes()).decode()
-    return {"name": path.stem, "data": f"data:image/svg+xml;base64,{content}"}
+    caption = CAPTIONS.get(path.stem) or CAPTIONS[path.stem.partition("-")[0]]
+    return {
+        "name": path.stem, "caption": caption, "data": f"data:image/svg+xml;base64,{content}",
+    }  # fmt: skip
 
 
 def page(
-    tables: Sequence[Table],
+    tables: Mapping[int, Table],
     runs: Sequence[RecordedRun],
     figures: Sequence[Path],
     left_out: Sequence[LeftOut],
+    verdicts: Sequence[Verdict],
     results: str = "..",
+    figures_at: str = "../figures",
 ) -> str:
-    """The page as HTML. `results`: relative address, from the page, of the folder with `runs/`,
-    `bench/` and `tables/`."""
+    """The page as HTML: first what is known, then everything, folded. `results`, `figures_at`:
+    relative addresses, from the page, of the folder with `runs/`, `bench/` and `tables/`, and of
+    the figures."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -89,7 +113,11 @@ def page(
     )
     numbers = {run.name: number for number, run in enumerate(runs, start=1)}
     return environment.get_template(TEMPLATE).render(
-        tables=tables,
+        tables=list(tables.values()),
+        sentences=sentences(tables, verdicts),
+        main=main_block(tables),
+        missing=missing(tables),
+        figures_at=figures_at,
         runs=[_run_entry(run, number, results) for number, run in enumerate(runs, start=1)],
         figures=[_figure(path) for path in figures],
         left_out=dict.fromkeys((entry.name, entry.reason) for entry in left_out),

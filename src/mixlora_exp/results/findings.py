@@ -1,0 +1,88 @@
+"""The page's first screen: what is known, in sentences and differences made from the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mixlora_exp.results.paper import METHOD_TITLES
+from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, Block, Entry, Table
+from mixlora_exp.results.tables.render import not_run
+from mixlora_exp.results.verdicts import Verdict
+
+MAIN = 2
+"""The table whose first block with results is shown first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """A paired difference of the forest plot, in points."""
+
+    label: str
+    entry: Entry
+
+
+def main_block(tables: Mapping[int, Table]) -> Block | None:
+    """The lines of Table 2's first page that stand on the first screen."""
+    found = [block for block in tables[MAIN].brief if block.run]
+    return found[0] if found else None
+
+
+def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
+    """Differences to LoRA and to the base model, over the tasks above chance, of the block that is
+    shown first."""
+    full = next((block for block in tables[MAIN].blocks if block.run), None)
+    if full is None:
+        return []
+    at, found = full.columns.index(AVERAGE_ABOVE), []
+    for row in full.rows:
+        entry = row.cells[at]
+        if row.label[2] in ("minus LoRA", "minus the base model") and entry.value is not None:
+            setup = {"ST": "each task alone", "MT": "tasks mixed"}.get(row.label[1], row.label[1])
+            found.append(Contrast(f"{row.label[0]} {row.label[2]}, {setup}", entry))
+    return sorted(found, key=lambda c: ("base model" in c.label, c.label))
+
+
+def missing(tables: Mapping[int, Table]) -> list[str]:
+    """What was not run, one sentence a block of the paper."""
+    return [
+        f"Table {number}, {line}" for number, table in tables.items() for line in not_run(table)
+    ]
+
+
+def _marked(tables: Mapping[int, Table]) -> tuple[int, int, int]:
+    """Numbers of comparisons, of those with several seeds and above chance, and of those marked."""
+    cells = [c for table in tables.values() for c in table.cells() if c.kind == "versus"]
+    return len(cells), sum(c.q is not None for c in cells), sum(bool(c.mark) for c in cells)
+
+
+def sentences(tables: Mapping[int, Table], verdicts: Sequence[Verdict]) -> list[str]:
+    """Three sentences: what was compared, the comparison of MixLoRA with LoRA, and the paper."""
+    total, family, marked = _marked(tables)
+    found = [
+        f"Of {total:,} paired comparisons {family:,} have several seeds and are above chance, and "
+        f"{marked:,} of these tell two settings apart after correction for their number."
+    ]
+    mixture = METHOD_TITLES["mixlora"]
+    first = next(
+        (c for c in contrasts(tables) if c.label.startswith(f"{mixture} minus LoRA, tasks mixed")),
+        None,
+    )
+    if first is None:
+        found.append(f"{mixture} and LoRA were not compared.")
+    else:
+        entry, verdict = first.entry, "tells nothing about other seeds"
+        if entry.seeds > 1:
+            verdict = f"is {entry.mark} than LoRA" if entry.mark else "is not told from LoRA"
+        seeds = "1 seed" if entry.seeds == 1 else f"{entry.seeds} seeds"
+        found.append(
+            f"{mixture} minus LoRA, tasks mixed, is {entry.show()} points ({seeds}) at Table 3's "
+            f"settings, which give LoRA five times the step (alpha 160 to 32): it {verdict}."
+        )
+    run = sum(entry.verdict != "not run" for entry in verdicts)
+    doubted = sum(bool(entry.faults) for entry in verdicts)
+    found.append(
+        f"Of the paper's {len(verdicts)} printed accuracies {run} were run at full size here, and "
+        f"{doubted} are in doubt by themselves."
+    )
+    return found
