@@ -33,7 +33,7 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig, LinearMixtureSettings
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import squared_row_norms
+from mixlora_exp.kernels import matrix_of, squared_row_norms
 from mixlora_exp.models.base_identity import base_of, write_base
 from mixlora_exp.system.durable import publishing
 
@@ -123,7 +123,7 @@ def _exact_magnitudes(model: PeftModel) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for magnitude in module.lora_magnitude_vector.values():
-                norms = squared_row_norms(module.get_base_layer().weight).sqrt()
+                norms = squared_row_norms(matrix_of(module.get_base_layer())).sqrt()
                 magnitude.weight.copy_(norms)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["STEPS", "Source", "adapters_changed"]
+from mixlora_exp.kernels import is_quantized, matrix_of, stored
+
+__all__ = ["STEPS", "Source", "adapters_changed", "source_on"]
 
 
 class _Steps:
@@ -35,13 +39,21 @@ def adapters_changed() -> None:
 
 class Source(NamedTuple):
     """An adapter of one projection: the frozen weight (out, in); a (R, in), b (out, R), with DoRA
-    the magnitude (out,); of E experts a (E, R, in), b (E, out, R) and (E, out)."""
+    the magnitude (out,); of E experts a (E, R, in), b (E, out, R) and (E, out).
+
+    dequantized: of a quantised weight, whose tensor is then the one that it is stored in, makes the
+    matrix (out, in)."""
 
     weight: Tensor
     a: Tensor
     b: Tensor
     scaling: float
     magnitude: Tensor | None = None
+    dequantized: Callable[[], Tensor] | None = None
+
+    def matrix(self) -> Tensor:
+        """The frozen weight (out, in), a quantised one made anew."""
+        return self.weight if self.dequantized is None else self.dequantized()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -55,3 +67,12 @@ class Source(NamedTuple):
         `changes` grew."""
         seen = tuple((t.data_ptr(), t._version, t.dtype) for t in self.tensors)
         return STEPS.count, changes, self.scaling, seen
+
+
+def source_on(
+    base: nn.Linear, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None
+) -> Source:
+    """The source of an adapter of a projection of the base model."""
+    if is_quantized(base):
+        return Source(stored(base.weight), a, b, scaling, magnitude, partial(matrix_of, base))
+    return Source(base.weight, a, b, scaling, magnitude)

@@ -21,7 +21,7 @@ def norms_of(sources: Sequence[Source], squares: Sequence[Tensor]) -> list[Tenso
 
     squares: ||W||^2 by rows, as of `kernels.squared_row_norms`. On a GPU, where a step waits for
     launches, projections of one shape go through together, with one product each; on a CPU one by
-    one.
+    one, and quantised ones too, whose matrices would otherwise exist together.
     """
     groups: dict[tuple, list[int]] = {}
     for i, one in enumerate(sources):
@@ -31,7 +31,8 @@ def norms_of(sources: Sequence[Source], squares: Sequence[Tensor]) -> list[Tenso
     for numbers in groups.values():
         first = sources[numbers[0]]
         size = 3 * len(first.weight) * first.a.shape[:-1].numel()
-        count = 1 if first.weight.device.type == "cpu" else max(1, TOGETHER // size)
+        alone = first.weight.device.type == "cpu" or first.dequantized is not None
+        count = 1 if alone else max(1, TOGETHER // size)
         for start in range(0, len(numbers), count):
             some = numbers[start : start + count]
             made = norms_of_one_shape([sources[i] for i in some], [squares[i] for i in some])
@@ -50,6 +51,6 @@ def norms_of_one_shape(sources: Sequence[Source], squares: Sequence[Tensor]) -> 
     experts = a.dim() == 4
     if not experts:
         a, b = a.unsqueeze(1), b.unsqueeze(1)
-    weights = [one.weight for one in sources]
+    weights = [one.matrix() for one in sources]
     norms = dora_norms(weights, stacked(squares), a, b, first.scaling)
     return norms if experts else norms.squeeze(1)

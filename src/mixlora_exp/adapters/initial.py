@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.config import MixLoraConfig
-from mixlora_exp.kernels import Router, squared_row_norms
+from mixlora_exp.kernels import Router, matrix_of, squared_row_norms
 
 __all__ = ["initial_weights"]
 
@@ -39,6 +39,6 @@ def initial_weights(
         made |= {f"lora_A_{role}": a, f"lora_B_{role}": b}
         if lora.use_dora:
             # With B = 0 the magnitude is the row norm of W; also used for random B (tests).
-            norms = squared_row_norms(frozen.weight.detach()).sqrt().to(a.device)
+            norms = squared_row_norms(matrix_of(frozen).detach()).sqrt().to(a.device)
             made[f"lora_magnitude_{role}"] = norms.expand(config.num_experts, -1).clone()
     return made

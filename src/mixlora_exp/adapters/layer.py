@@ -9,9 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from mixlora_exp.adapters.cache_source import Source
+from mixlora_exp.adapters.cache_source import Source, source_on
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.dropout import keyed_mask
+from mixlora_exp.adapters.frozen import frozen_linear, is_linear
 from mixlora_exp.adapters.initial import initial_weights
 from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.several_adapters import several_feed_forward
@@ -21,7 +22,6 @@ from mixlora_exp.kernels import (
     ROLES,
     Experts,
     FeedForward,
-    FrozenLinear,
     Kernel,
     Projection,
     known_activation,
@@ -61,8 +61,7 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
         self.projection_names = dict(zip(ROLES, config.feed_forward_targets, strict=True))
         for role, name in self.projection_names.items():
             projection = self.frozen(role) if hasattr(base_layer, name) else None
-            # Exact type: a subclass (a quantised one, say) may not hold its weight as a matrix.
-            if type(projection) is not nn.Linear:
+            if not is_linear(projection):
                 raise ValueError(
                     f"MixLoRA needs {name} of {type(base_layer).__name__} to be an nn.Linear, "
                     f"found {type(projection).__name__}"
@@ -136,24 +135,24 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
         gate, up, down = (self._projection(role, adapter, dtype) for role in ROLES)
         p = self.lora_dropout[adapter] if self.training else 0.0
         key = self.dropout_keys.get(adapter)
-        weight = self.frozen("gate").weight
-        kernel = self.kernel_on(weight.device)
+        base = self.frozen("gate")
+        kernel = self.kernel_on(base.weight.device)
         low = {"input": gate.experts or up.experts, "hidden": down.experts}
         rates = {part: p if low[part] and not kernel.draws_masks else 0.0 for part in low}
         hashed = kernel.device is not None
         masks = [
-            keyed_mask(key, part, (rows, width), rates[part], weight, hashed=hashed)
-            for part, width in (("input", weight.shape[1]), ("hidden", weight.shape[0]))
+            keyed_mask(key, part, (rows, width), rates[part], base.weight, hashed=hashed)
+            for part, width in (("input", base.in_features), ("hidden", base.out_features))
         ]
         return FeedForward(gate, up, down, self.activation[adapter], p, *masks, key)
 
     def _projection(self, role: str, adapter: str, dtype: torch.dtype) -> Projection:
-        weight, bias = self.frozen(role).weight, self.frozen(role).bias
-        frozen = FrozenLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
+        base = self.frozen(role)
+        frozen = frozen_linear(base, dtype, biased=True)
         own = self.source_of(role, adapter)
         if own is None:
             return Projection(frozen)
-        taken = own.a.dtype if self.kernel_on(weight.device).casts else dtype
+        taken = own.a.dtype if self.kernel_on(base.weight.device).casts else dtype
         made = self.weight_cache.of(self, role, adapter, own, taken)
         experts = Experts(own.a, own.b, own.scaling, own.magnitude, made.norm, made.low)
         return Projection(frozen, experts)
@@ -165,8 +164,7 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
         b, magnitude = getattr(self, f"lora_B_{part}")[adapter], None
         if self.use_dora[adapter]:
             magnitude = getattr(self, f"lora_magnitude_{part}")[adapter]
-        weight = self.frozen(part).weight
-        return Source(weight, a[adapter], b, self.scaling[adapter], magnitude)
+        return source_on(self.frozen(part), a[adapter], b, self.scaling[adapter], magnitude)
 
     def projection_layer(self, role: str) -> nn.Module:
         """The projection as it stands in the base block, maybe under a plain LoRA."""

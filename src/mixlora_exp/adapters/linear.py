@@ -6,20 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as stock
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from mixlora_exp.adapters.cache_source import Source
+from mixlora_exp.adapters.cache_source import Source, source_on
 from mixlora_exp.adapters.dropout import input_mask
-from mixlora_exp.adapters.frozen import frozen_linear
+from mixlora_exp.adapters.frozen import frozen_linear, is_linear, refuse_merge
 from mixlora_exp.adapters.row_map import RowMap
 from mixlora_exp.adapters.several_adapters import several_linear
 from mixlora_exp.adapters.shared_input import Siblings, find_siblings
 from mixlora_exp.adapters.weight_cache import CachesWeights, cached_weights, share_cache
-from mixlora_exp.kernels import Frozen, lora, working_dtype
+from mixlora_exp.kernels import Frozen, is_quantized, lora, working_dtype
 from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
 from mixlora_exp.kernels.low_rank import LowRankPart
+
+QUANTIZED = ("peft.tuners.lora.bnb", "peft.tuners.lora.torchao")
+"""Modules with PEFT's LoRA layers on quantised projections."""
 
 __all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 
@@ -27,6 +31,8 @@ __all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
 class RowsLinear(stock.Linear):
     """A LoRA layer that can serve the rows of several adapters in one pass."""
 
+    peft_class: type[LoraLayer] | None = None
+    """PEFT's own class of a layer on a quantised projection."""
     row_map: RowMap | None = None
     """Shared by the layers of a model of the MixLoRA tuner, None in a model of PEFT's own."""
 
@@ -47,6 +53,10 @@ class RowsLinear(stock.Linear):
         """`y` (T, out) with the base layer's bias, if it has one."""
         bias = self.base_layer.bias
         return y if bias is None else y + bias.to(y.dtype)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        refuse_merge(self.base_layer)
+        super().merge(*args, **kwargs)
 
 
 class StockLinear(RowsLinear):
@@ -145,14 +155,14 @@ class FusedLinear(CachesWeights, RowsLinear):
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         dora = adapter in self.lora_variant
         magnitude = self.lora_magnitude_vector[adapter].weight if dora else None
-        return Source(self.base_layer.weight, a, b, self.scaling[adapter], magnitude)
+        return source_on(self.base_layer, a, b, self.scaling[adapter], magnitude)
 
     def _fused_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """The adapter to run fused, None if PEFT's own forward pass is needed."""
         if self.disable_adapters or self.merged or any(v is not None for v in kwargs.values()):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or type(self.base_layer) is not nn.Linear or self.fan_in_fan_out:
+        if len(active) != 1 or not is_linear(self.base_layer) or self.fan_in_fan_out:
             return None
         (name,) = active
         variant = self.lora_variant.get(name)
@@ -179,12 +189,16 @@ def use_linear_kernel(model: nn.Module, form: str) -> None:
     """Let PEFT's LoRA layers of `model` run in a `Kernel.linear` form: PEFT's own forward pass for
     `peft`, plain operations for `plain`, else fused."""
     wanted = {"peft": stock.Linear, "plain": ReferenceLinear}.get(form, FusedLinear)
+    own = (stock.Linear, StockLinear, FusedLinear, ReferenceLinear)
     for module in model.modules():
-        # Exact types: quantised and other special layers keep their own.
-        if type(module) in (stock.Linear, StockLinear, FusedLinear, ReferenceLinear):
+        if type(module).__module__ in QUANTIZED and is_quantized(module.base_layer):
+            module.peft_class = type(module)
+        # Exact types: other special layers keep their own.
+        if type(module) in own or type(module) is getattr(module, "peft_class", None):
             mixed = wanted is stock.Linear and getattr(module, "row_map", None) is not None
             # A layer that PEFT has made cannot change its forward pass otherwise, and a new one
             # would lose its hooks and its place in others' lists.
-            module.__class__ = StockLinear if mixed else wanted
+            stays = wanted is stock.Linear and getattr(module, "peft_class", None)
+            module.__class__ = StockLinear if mixed else stays or wanted
     find_siblings(model, FusedLinear)
     share_cache(model)

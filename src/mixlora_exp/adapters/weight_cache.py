@@ -96,11 +96,13 @@ class _Layer:
     entries: dict[Key, _Entry] = field(default_factory=dict)
     squares: dict[str, tuple[tuple, weakref.ref, Tensor]] = field(default_factory=dict)
 
-    def squared(self, part: str, weight: Tensor) -> Tensor:
+    def squared(self, part: str, source: Source) -> Tensor:
+        weight = source.weight
         state = weight.data_ptr(), weight._version, weight.dtype
         found = self.squares.get(part)
         if found is None or found[0] != state or found[1]() is not weight:
-            found = self.squares[part] = (state, weakref.ref(weight), squared_row_norms(weight))
+            squares = squared_row_norms(source.matrix())
+            found = self.squares[part] = (state, weakref.ref(weight), squares)
         return found[2]
 
 
@@ -173,7 +175,7 @@ class WeightCache:
             _copy(pairs)
         dora = [(held, key, source) for held, key, source in stale if source.magnitude is not None]
         if dora:
-            squares = [held.squared(key[0], source.weight) for held, key, source in dora]
+            squares = [held.squared(key[0], source) for held, key, source in dora]
             norms = norms_of([source for _, _, source in dora], squares)
             scales = torch._foreach_div([source.magnitude for _, _, source in dora], norms)
             own = [held.entries[key].memory for held, key, _ in dora]
@@ -281,11 +283,12 @@ def cached_weights(
 
 def _lasts(source: Source) -> bool:
     """Return whether copies of the source can be kept: a change will be seen, and the weights are
-    whole (not partitioned over processes, nor packed)."""
+    whole (not partitioned over processes)."""
     recorded = source.a.is_cuda and torch.cuda.is_current_stream_capturing()
     if source.magnitude is not None and isinstance(source.weight, DTensor):
         return False  # Sharded: only within its layer's own pass is it whole, and then a tensor.
-    whole = source.weight.shape == (source.b.shape[-2], source.a.shape[-1])
+    shape = source.b.shape[-2], source.a.shape[-1]
+    whole = source.dequantized is not None or source.weight.shape == shape
     return whole and not recorded and not any(one.is_inference() for one in source.tensors)
 
 
@@ -294,9 +297,8 @@ def _made_now(source: Source) -> CachedWeights:
     if source.magnitude is None:
         return CachedWeights(None, None)
     with torch.no_grad():
-        return CachedWeights(
-            None, norms_of_one_shape([source], [squared_row_norms(source.weight)])[0]
-        )
+        norms = norms_of_one_shape([source], [squared_row_norms(source.matrix())])
+        return CachedWeights(None, norms[0])
 
 
 def _needs(source: Source, dtype: torch.dtype) -> dict[str, tuple]:

@@ -42,6 +42,6 @@ def run(argv: Sequence[str]) -> int:
     words, others = split_words(as_typed(args.overrides))
     if others:
         raise UserError(f"{others[0]!r} is not a setting of merge: choose from {', '.join(GROUPS)}")
-    write_merged(open_adapter(args.adapter, words), target)
+    write_merged(open_adapter(args.adapter, words, to_merge=True), target)
     print(f"written: {target}")
     return 0

@@ -20,6 +20,19 @@ class Weights(Enum):
     random = "random"
 
 
+class Quantization(Enum):
+    """How the frozen weights of the base model's linear layers are held, but for the output
+    projection's."""
+
+    none = "none"
+    nf4 = "nf4"
+    """4 bits: NormalFloat with doubly quantised scales, as in QLoRA (bitsandbytes)."""
+    int8 = "int8"
+    """8 bits with one scale per row (bitsandbytes)."""
+    int8_torchao = "int8_torchao"
+    """The same by torchao."""
+
+
 class RouterLoss(Enum):
     """Experts that F_i of Eq. (9) counts per token: the arg-max expert, or all K selected ones."""
 

@@ -62,6 +62,7 @@ counts: the weights are not hashed, and two folders may contain different models
 
 LATER = {
     ("data", "train_limits"): {},
+    ("model", "quantization"): "none",
     ("method", "router"): "top_k",
     ("trainer", "compile"): "off",
     ("method", "router_options"): {},

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
-from mixlora_exp.config.choices import ModelSource, Weights
+from mixlora_exp.config.choices import ModelSource, Quantization, Weights
 
 PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(==[A-Za-z0-9][A-Za-z0-9.+!_-]*)?")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -32,6 +32,8 @@ class ModelConfig:
     path: str | None = None
     """A local folder in the transformers format; replaces the source above."""
     weights: Weights = Weights.pretrained
+    quantization: Quantization = Quantization.none
+    """Hold the frozen weights in 4 or 8 bits; products and adapters keep their precision."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of `config.json`: `{num_hidden_layers: 2}` overrides the JSON file next to the YAML
     (random weights only). A composed configuration has all fields."""

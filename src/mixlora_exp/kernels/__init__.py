@@ -25,6 +25,12 @@ from mixlora_exp.kernels.dropout import (
 from mixlora_exp.kernels.frozen import Frozen, FrozenLinear
 from mixlora_exp.kernels.mixture_base import MIXTURES, Mixture, Sizes, make_mixture
 from mixlora_exp.kernels.precision import working_dtype
+from mixlora_exp.kernels.quantized import (
+    QuantizedLinear,
+    is_quantized,
+    matrix_of,
+    stored,
+)
 from mixlora_exp.kernels.registry import KERNELS, Kernel, kernel, resolve_kernel
 from mixlora_exp.kernels.router_base import (
     ROUTERS,
@@ -60,21 +66,25 @@ __all__ = [
     "Low",
     "Mixture",
     "Projection",
+    "QuantizedLinear",
     "Router",
     "Routing",
     "RowIds",
     "Sizes",
     "dora_norms",
     "draw_mask",
+    "is_quantized",
     "kernel",
     "known_activation",
     "make_mixture",
     "make_router",
+    "matrix_of",
     "resolve_kernel",
     "route",
     "router",
     "router_fractions",
     "router_loss",
     "squared_row_norms",
+    "stored",
     "working_dtype",
 ]

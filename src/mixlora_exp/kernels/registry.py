@@ -27,7 +27,9 @@ class Kernel:
     adapters (`mixlora.stage`); None: each adapter's rows run on their own. linear: how LoRA and
     DoRA layers outside of the block run with it: `fused`, `plain` or `peft`. draws_masks: whether
     it draws its own dropout from `FeedForward.dropout` instead of taking the block's masks. casts:
-    whether it casts adapter weights by itself, instead of taking `Experts.low`.
+    whether it casts adapter weights by itself, instead of taking `Experts.low`. per_expert:
+    whether it multiplies with the frozen weights once for each expert, for which a quantised base
+    would be dequantised as often.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Kernel:
     linear: str = "fused"
     draws_masks: bool = False
     casts: bool = False
+    per_expert: bool = False
 
     def __call__(self, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         return with_base(self.run(x, routing, block), x, routing, block)

@@ -30,9 +30,15 @@ from mixlora_exp.models.base_identity import base_of, identified
 from mixlora_exp.models.file_cache import content
 from mixlora_exp.models.folder import check_folder
 from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
+from mixlora_exp.models.quantization import (
+    check_quantization,
+    quantization_options,
+    quantized,
+)
 from mixlora_exp.models.reading import (
     CPU,
     finish_tokenizer,
+    quiet,
     read_config,
     read_model,
     read_tokenizer,
@@ -69,18 +75,30 @@ def load_model(
     directly on the device, so host memory never contains the whole model as well; random weights
     depend on the device type. The global random state is unchanged.
 
+    With `quantization` linear layers hold their weights in that form (see `models.quantization`);
+    random ones are drawn first, in `dtype` and all together.
+
     Raises:
-        UserError: the model cannot be loaded, or does not match `config`.
+        UserError: the model cannot be loaded, or does not match `config`, or this machine cannot
+            quantise it.
     """
+    check_quantization(config, device.type)
+    return quantized(_load(config, dtype, seed, device), dtype)
+
+
+def _load(
+    config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device
+) -> PreTrainedModel:
     if config.draws_weights:
         return _random_model(config, dtype, seed, device)
+    options = quantization_options(config, dtype, device)
     if config.path is not None:
         folder, origin = local_folder(config), f"model.path={config.path}"
         skeleton(read_hf_config(folder, origin), origin)
-        return read_model(str(folder), dtype, config, origin, device)
+        return read_model(str(folder), dtype, config, origin, device, **options)
     if config.source is ModelSource.pypi:
         origin = str(config.package)
-        model = read_model(str(cached_folder(config)), dtype, config, origin, device)
+        model = read_model(str(cached_folder(config)), dtype, config, origin, device, **options)
         check_shape(config, model.config, origin)
         return model
     hub_id = _hub_id(config)
@@ -88,7 +106,7 @@ def load_model(
     # the branch may change in the meantime.
     commit = resolve_commit("weights", hub_id, config)
     check_shape(config, read_config(hub_id, config, commit), hub_id)
-    model = read_model(hub_id, dtype, config, hub_id, device, revision=commit)
+    model = read_model(hub_id, dtype, config, hub_id, device, revision=commit, **options)
     model.config._commit_hash = commit  # Some releases of transformers set it themselves.
     return model
 
@@ -232,4 +250,9 @@ def _random_model(
                 build_hf_config(config), dtype=dtype, trust_remote_code=False
             )
         model.init_weights()
+    if options := quantization_options(config, dtype, device):
+        with quiet():
+            model = type(model).from_pretrained(
+                None, config=model.config, state_dict=model.state_dict(), dtype=dtype, **options
+            )
     return model.eval()

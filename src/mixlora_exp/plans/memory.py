@@ -19,6 +19,7 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.models.mixtures import fixed_parameters, kept_by_mixture
 from mixlora_exp.models.parameters import count_parameters, router_of, skeleton_of, widths
+from mixlora_exp.models.quantization import base_bytes
 
 USABLE = 0.94
 """Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""
@@ -97,7 +98,7 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
     # `auto` counts as bf16, since plans are often for another machine.
     width = 4 if config.trainer.precision is Precision.float32 else 2
     if not isinstance(method, TrainedMethodConfig):
-        return {"weights": parameters.base * width, "adapter_and_optimizer": 0, "activations": 0}
+        return {"weights": base_bytes(model, width), "adapter_and_optimizer": 0, "activations": 0}
     tokens = config.trainer.micro_batch_size * longest
     kept = kept_by_all_layers(config, width, packed)
     # The loss keeps a few rows of logits at a time, in float32.
@@ -108,7 +109,7 @@ def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
         logits = min(logits, 2 * chunk)
     copies = 2 if width == 2 and config.kernel.name is not Kernel.peft else 0
     return {
-        "weights": parameters.base * width,
+        "weights": base_bytes(model, width),
         "adapter_and_optimizer": parameters.trainable * (16 + copies)
         + fixed_parameters(model, method) * (4 + copies),
         "activations": round(tokens * kept + logits),

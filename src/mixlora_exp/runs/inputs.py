@@ -48,6 +48,7 @@ from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.runs.parallel import check_processes
+from mixlora_exp.runs.quantized_base import check_quantized_base
 from mixlora_exp.system.device import resolve_device
 from mixlora_exp.system.hashing import file_sha256
 
@@ -253,6 +254,7 @@ def gather_inputs(config: Config) -> Inputs:
     """
     adapter = adapter_entry(config)
     _check_settings(config, adapter)
+    check_quantized_base(config, adapter)
     check_model(config.model)
     splits = _splits(config)
     identity = {
@@ -294,7 +296,9 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
     checked: set[str] = set()
     for config in map(resolve_config, configs):
         here = not (elsewhere or config.dry_run)
-        _check_settings(config, adapter_entry(config), here=here)
+        adapter = adapter_entry(config)
+        _check_settings(config, adapter, here=here)
+        check_quantized_base(config, adapter, here=not elsewhere)
         if (model := json.dumps(to_dict(config.model))) not in checked:
             check_model(config.model, here=here)
             if has_local_tokenizer(config.model):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.given_paths import check_folders
-from mixlora_exp.config.schema import Base, Config
+from mixlora_exp.config.schema import Base, Config, Quantization
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import (
     BaseIdentity,
@@ -61,15 +61,18 @@ def _overrides(adapter: Path | None, words: Sequence[str]) -> list[str]:
     return ["method=none", *chosen, *words]
 
 
-def open_adapter(adapter: str | None, words: Sequence[str] = ()) -> Opened:
+def open_adapter(
+    adapter: str | None, words: Sequence[str] = (), *, to_merge: bool = False
+) -> Opened:
     """Load the base model and put `adapter` on it, or return the base model alone if `adapter` is
-    None. `words`: overrides such as `model=NAME`, which choose the base model.
+    None. `words`: overrides such as `model=NAME`, which choose the base model. to_merge: refuse a
+    quantised one.
 
     Raises:
         UserError: there is no adapter, it does not fit the model, or the model cannot be loaded.
     """
     folder = None if adapter is None else _folder_of(adapter)
-    model, tokenizer, config = _open_base(folder, words)
+    model, tokenizer, config = _open_base(folder, words, to_merge=to_merge)
     if folder is not None:
         model = load_adapter(model, folder, config.kernel, accept=config.base is Base.accept)
         _check_numbers(model, folder)
@@ -156,9 +159,15 @@ def _folder_of(adapter: str) -> Path:
 
 
 def _open_base(
-    folder: Path | None, words: Sequence[str]
+    folder: Path | None, words: Sequence[str], *, to_merge: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
     config = resolve_config(compose(_overrides(folder, words)))
+    if to_merge and config.model.quantization is not Quantization.none:
+        raise UserError(
+            f"model.quantization={config.model.quantization.value}: an adapter cannot be merged "
+            "into a quantised base: add model.quantization=none to merge it into the weights that "
+            "it was quantised from"
+        )
     check_model(config.model)
     if folder is not None:
         check_known_base(config, folder)

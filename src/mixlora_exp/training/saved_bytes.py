@@ -9,10 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mixlora_exp.kernels import stored
+
 
 def storages_of(model: nn.Module) -> set[int]:
     """The data pointers of all parameters and buffers, which exist anyway."""
-    held = [*model.parameters(), *model.buffers()]
+    held = map(stored, [*model.parameters(), *model.buffers()])
     return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 

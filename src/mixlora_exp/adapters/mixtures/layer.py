@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.dropout import keyed_mask
-from mixlora_exp.adapters.frozen import frozen_linear
+from mixlora_exp.adapters.frozen import frozen_linear, is_linear, refuse_merge
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.several_adapters import several_linear
-from mixlora_exp.kernels import Frozen, Mixture, Sizes, working_dtype
+from mixlora_exp.kernels import Frozen, Mixture, Sizes, matrix_of, working_dtype
 from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.mixture_base import dense_weights
 
@@ -45,7 +45,7 @@ class MixtureLinear(nn.Module, RoutedLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        if type(self.get_base_layer()) is not nn.Linear:
+        if not is_linear(self.get_base_layer()):
             raise ValueError(
                 f"mixture={config.mixture} needs {name} to be an nn.Linear, found "
                 f"{type(self.get_base_layer()).__name__}"
@@ -73,7 +73,7 @@ class MixtureLinear(nn.Module, RoutedLayer):
             # A file's weights come next.
             made = {part: torch.zeros(shape) for part, shape in method.shapes(sizes).items()}
         else:
-            made = method.initial(sizes, base.weight, scaling)
+            made = method.initial(sizes, matrix_of(base), scaling)
         fixed = [f"lora_{part}" for part in method.fixed]
         if method.router is not None:
             router = config.make_router(experts, chosen, base.in_features)
@@ -166,6 +166,7 @@ class MixtureLinear(nn.Module, RoutedLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.r:
                 continue
+            refuse_merge(self.get_base_layer())
             weight = self.get_base_layer().weight
             merged = weight + self.get_delta_weight(name).to(weight.dtype)
             if safe_merge and not merged.isfinite().all():

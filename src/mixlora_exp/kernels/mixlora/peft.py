@@ -47,7 +47,7 @@ def _project(
     return (base + (scale - 1) * on_dropped + scale * low + shift).to(base.dtype)
 
 
-@kernel("peft", linear="peft", draws_masks=True, casts=True)
+@kernel("peft", linear="peft", draws_masks=True, casts=True, per_expert=True)
 def mixlora_peft(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """Whole experts, whose projections run as PEFT's stock LoRA and DoRA do.
 

@@ -29,7 +29,7 @@ def _project(x: Tensor, x_low: Tensor, projection: Projection, expert: int) -> T
     return y if projection.bias is None else y + projection.bias
 
 
-@kernel("reference", linear="plain", casts=True)
+@kernel("reference", linear="plain", casts=True, per_expert=True)
 def mixlora_reference(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """The definition by loops over whole experts, the oracle of the others.
 

@@ -1,0 +1,20 @@
+"""bitsandbytes' layers without its products; imported only where that package is used.
+
+PEFT takes them for bitsandbytes' own layers, which they are.
+"""
+
+from __future__ import annotations
+
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+from mixlora_exp.models.quantization import WeightOnly
+
+__all__ = ["WeightOnly4bit", "WeightOnly8bit"]
+
+
+class WeightOnly4bit(WeightOnly, Linear4bit):
+    """See `WeightOnly`."""
+
+
+class WeightOnly8bit(WeightOnly, Linear8bitLt):
+    """See `WeightOnly`."""

@@ -1,0 +1,72 @@
+"""What does not work on a quantised base model is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixlora_exp.config.choices import Compile, Mixture, Quantization
+from mixlora_exp.config.schema import (
+    Config,
+    MixLoraMethodConfig,
+    PeftMethodConfig,
+    TrainedMethodConfig,
+)
+from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import KERNELS, resolve_kernel
+from mixlora_exp.models.quantization import check_quantization
+from mixlora_exp.system.device import resolve_device
+
+__all__ = ["check_quantized_base"]
+
+OF_BITSANDBYTES = ("LORA", "ADALORA", "IA3", "HIRA")
+PEFT_TYPES = {
+    Quantization.nf4: OF_BITSANDBYTES,
+    Quantization.int8: OF_BITSANDBYTES,
+    Quantization.int8_torchao: ("LORA",),
+}
+"""PEFT's types that have layers for such weights."""
+
+
+def check_quantized_base(
+    config: Config, adapter: Mapping[str, Any] | None, *, here: bool = True
+) -> None:
+    """Check that method, kernel and compilation work with `model.quantization` and, if the run
+    executes `here`, that this machine has the package and device.
+
+    adapter: the identity of an adapter to score, as of `runs.inputs.adapter_entry`.
+
+    Raises:
+        UserError: one does not.
+    """
+    chosen, method = config.model.quantization, config.method
+    if chosen is Quantization.none:
+        return
+    name, device = f"model.quantization={chosen.value}", resolve_device().type
+    if here:
+        check_quantization(config.model, device)
+    trains = isinstance(method, TrainedMethodConfig)
+    mixed = (
+        adapter["peft_type"] == "MIXLORA" if adapter else isinstance(method, MixLoraMethodConfig)
+    )
+    kernel = resolve_kernel(config.kernel.name.value, device)
+    if mixed and KERNELS[kernel].per_expert:
+        raise UserError(
+            f"{name}: kernel={kernel} would dequantise the base once for each expert: use "
+            "kernel=auto"
+        )
+    if getattr(method, "mixture", None) is Mixture.lora_ga:
+        raise UserError(
+            f"{name}: method={method.name} starts from the gradient of the base's weights, which "
+            "quantised ones do not have: use model.quantization=none"
+        )
+    if isinstance(method, PeftMethodConfig) and method.peft_type not in PEFT_TYPES[chosen]:
+        raise UserError(
+            f"{name}: PEFT's {method.peft_type} has no layer for it: choose from "
+            f"{', '.join(PEFT_TYPES[chosen])}, or use model.quantization=none"
+        )
+    if trains and config.trainer.compile is not Compile.off:
+        raise UserError(
+            f"{name}: compiled layers would keep the dequantised weights for the backward pass: "
+            "use trainer.compile=off"
+        )
