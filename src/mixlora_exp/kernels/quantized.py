@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -48,19 +50,29 @@ def matrix_of(layer: nn.Linear) -> Tensor:
     if not is_quantized(layer):
         return weight
     if kind == "Params4bit":
-        from bitsandbytes import functional
-
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            # As its own forward pass lays it out on some CPUs, which `dequantize_4bit` misreads.
-            unpacked = functional._convert_weight_packed_for_cpu_inverse
-            weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        return _of_4_bits(weight)
     if kind == "Int8Params":
         # A forward pass of bitsandbytes moves the rows' scales from the weight to its state.
         scale = weight.SCB if layer.state.SCB is None else layer.state.SCB
         matrix = weight.data * (scale.to(weight.device) / 127).unsqueeze(1)
         return matrix.to(getattr(layer, "matrix_dtype", matrix.dtype))
     return weight.dequantize()
+
+
+def _of_4_bits(weight: Tensor) -> Tensor:
+    from bitsandbytes import functional
+
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        # As its own forward pass lays it out on some CPUs, which `dequantize_4bit` misreads.
+        unpacked = functional._convert_weight_packed_for_cpu_inverse
+        weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)
+    state = weight.quant_state
+    if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+        return functional.dequantize_4bit(weight.data, state)
+    # There bitsandbytes 0.50 takes wrong scales where a block goes on in the next row.
+    flat = copy.copy(state)
+    flat.shape = torch.Size((1, state.shape.numel()))
+    return functional.dequantize_4bit(weight.data, flat).view(state.shape)
 
 
 def stored(weight: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ _PACKAGES = (
     "hydra-core",
     "omegaconf",
     "gguf",
+    "bitsandbytes",
+    "torchao",
     "numpy",
     "pandas",
     "lm-eval",

@@ -166,6 +166,14 @@ class RecordedRun:
         if model.get("weights") == "random":
             # Pretrained weights are identified by the fields above.
             found["model.weights.config"] = model.get("config")
+        # Not in older records.
+        held, trained = (
+            c["model"].get("quantization", "none") for c in (self.scored, self.trained)
+        )
+        if held != "none":
+            found["model.quantization"] = held
+        if trained != held:
+            found["train.model.quantization"] = trained
         data, limit = self.scored["data"], self.scored["evaluation"]["limit"]
         found |= {f"data.{name}": data[name] for name in DATA_FIELDS}
         found["evaluation.limit"] = limit
