@@ -19,13 +19,12 @@ from mixlora_exp.system.device import resolve_device
 
 __all__ = ["check_quantized_base"]
 
-OF_BITSANDBYTES = ("LORA", "ADALORA", "IA3", "HIRA")
 PEFT_TYPES = {
-    Quantization.nf4: OF_BITSANDBYTES,
-    Quantization.int8: OF_BITSANDBYTES,
-    Quantization.int8_torchao: ("LORA",),
+    Quantization.nf4: ("LORA", "ADALORA", "VERA", "HIRA"),
+    Quantization.int8: ("LORA", "ADALORA", "VERA", "HIRA", "LOHA", "LOKR"),
+    Quantization.int8_torchao: ("LORA", "ADALORA", "VERA", "LOHA", "LOKR"),
 }
-"""PEFT's types that have layers for such weights."""
+"""PEFT's types that train, load and score on such weights; the others fail within PEFT."""
 
 
 def check_quantized_base(
@@ -62,7 +61,7 @@ def check_quantized_base(
         )
     if isinstance(method, PeftMethodConfig) and method.peft_type not in PEFT_TYPES[chosen]:
         raise UserError(
-            f"{name}: PEFT's {method.peft_type} has no layer for it: choose from "
+            f"{name}: PEFT's {method.peft_type} does not work with it: choose from "
             f"{', '.join(PEFT_TYPES[chosen])}, or use model.quantization=none"
         )
     if trains and config.trainer.compile is not Compile.off:
