@@ -69,6 +69,22 @@ def test_shuffled_experts_have_a_block_of_their_own(add: Write, results: Path) -
         assert cells["ARC-e"].value == pytest.approx(20.0 if shuffled else 60.0)
 
 
+def test_quantised_bases_have_blocks_of_their_own(add: Write, results: Path) -> None:
+    def older(record: dict) -> None:
+        del record["config"]["model"]["quantization"]
+
+    add("older", 0.6, "method=mixlora", "seed=1", change=older)
+    add("plain", 0.4, "method=mixlora", "seed=3")
+    add("held", 0.2, "method=mixlora", "seed=2", "model.quantization=nf4")
+    found = gather(results)
+    assert not found.left_out
+    blocks = {b.heading: row(b, "MixLoRA", "MT", "ours") for b in found.tables[2].blocks if b.run}
+    assert len(blocks) == 2
+    for heading, cells in blocks.items():
+        held = "model.quantization=nf4" in heading
+        assert cells["ARC-e"].value == pytest.approx(20.0 if held else 50.0)
+
+
 def test_parameters_are_those_of_the_models_that_ran(add: Write, results: Path) -> None:
     """Not of the shape in conf/model, which `model.path` leaves behind."""
 
