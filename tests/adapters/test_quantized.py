@@ -98,7 +98,7 @@ def dequantised(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
         counts[id(layer)] += is_quantized(layer)
         return make(layer)
 
-    for module in ("kernels.quantized", "adapters.sources"):
+    for module in ("kernels.quantized", "adapters.cache_source"):
         monkeypatch.setattr(f"mixlora_exp.{module}.matrix_of", counted)
     return counts
 

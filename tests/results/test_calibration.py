@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from mixlora_exp.config.places import RESULTS
+from mixlora_exp.config.paths import RESULTS
 from simulated import World, coverage, false_calls
 
 TIMES = 150
