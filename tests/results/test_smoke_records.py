@@ -1,0 +1,51 @@
+"""results/smoke/: a record of every method, trained for 30 steps, and the table made from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp.config.paths import CONF_DIR, RESULTS
+from mixlora_exp.records.record import read_run
+
+FOLDER = RESULTS / "smoke"
+# `none` trains nothing, `peft` has no type of its own.
+METHODS = {path.stem for path in (CONF_DIR / "method").glob("*.yaml")} - {"none", "peft"}
+RECORDS = {
+    record["config"]["method"]["name"]: record for record in map(read_run, FOLDER.glob("*.zip"))
+}
+
+
+def line(record: dict) -> str:
+    """A row of the table: mean losses of the first and of the last ten steps."""
+    losses = record["train"]["stability"]["step_losses"]
+    flops = record["cost"]["forward_flops_per_token"]["adapter"]
+    cells = [
+        f"`{record['config']['method']['name']}`", f"{record['parameters']['trainable']:,}",
+        "-" if flops is None else f"{flops / 1e6:.1f}",
+        f"{record['train']['kept_bytes_per_token'] / 1e6:.2f}",
+        f"{sum(losses[:10]) / 10:.2f}", f"{sum(losses[-10:]) / 10:.2f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def test_every_method_ran() -> None:
+    assert set(RECORDS) == METHODS
+    for record in RECORDS.values():
+        assert record["train"]["steps"] == 30
+        losses = record["train"]["stability"]["step_losses"]
+        assert sum(losses[-10:]) < sum(losses[:10]), "it learned something"
+
+
+def test_all_ran_alike() -> None:
+    conditions = {
+        (r["provenance"]["git"]["commit"], r["model"]["source"], r["config"]["seed"], r["dtype"])
+        for r in RECORDS.values()
+    }
+    assert len(conditions) == 1
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_table_is_made_from_the_records(name: str) -> None:
+    assert line(RECORDS[name]) in Path(FOLDER, "README.md").read_text().splitlines()
