@@ -126,7 +126,9 @@ def test_dropout_is_drawn_as_in_training(base: nn.Module) -> None:
 def test_launches_of_a_layer(base: nn.Module) -> None:
     found = {}
     for name in ("floor", "lora_peft", "mixlora"):
-        model = adapted(base, ROWS[name], 0.05, 0)
+        # Without dropout: the second layer's routing, and with it the number of experts that the
+        # grouped form multiplies, would depend on the masks of the step.
+        model = adapted(base, ROWS[name], 0.0, 0)
         found[name] = launches_per_layer(model, ROWS[name], batch())
         assert launches_per_layer(model, ROWS[name], batch()) == found[name]
         training_step(model, ROWS[name], batch())

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 FOLDERS = ("adapter", "output_dir", "data.path", "data.mirror", "model.path")
@@ -34,6 +33,9 @@ def _as_typed(word: str) -> str:
     if name in TEXTS:
         return quoted
     try:
+        # A benchmark runs without Hydra and reads records, whose check comes from here.
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
         (parsed,) = OverridesParser.create().parse_overrides([word])
     except OverrideParseException:
         return quoted
