@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
 
-from mixlora_exp.config.paths import RESULTS  # noqa: E402
 from simulated import World, coverage, false_calls  # noqa: E402
 
+from mixlora_exp.config.paths import RESULTS  # noqa: E402
 from mixlora_exp.records.record import write_json, write_text  # noqa: E402
 
 DRAWS, FAMILIES = 2000, 400

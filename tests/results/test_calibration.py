@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from mixlora_exp.config.paths import RESULTS
 from simulated import World, coverage, false_calls
+
+from mixlora_exp.config.paths import RESULTS
 
 TIMES = 150
 LEAST = 0.90

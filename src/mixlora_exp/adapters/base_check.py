@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,28 @@ from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.base_identity import BaseIdentity, base_of, read_base, same_weights
 
-__all__ = ["check_base", "check_same_base", "refusal", "shapes_differ"]
+__all__ = ["check_base", "check_same_base", "named_portably", "refusal", "shapes_differ"]
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+
+
+def named_portably(settings: Mapping[str, Any], base: BaseIdentity | None) -> dict[str, str | None]:
+    """The fields of `adapter_config.json` that name the base model, without paths of this machine:
+    the hub's id and commit, or the name of a package or folder; of random weights nothing.
+
+    `base`: None if it was not loaded here; then only the path in `settings` is shortened."""
+    if base is None:
+        name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+        return {"base_model_name_or_path": _shortened(name), "revision": revision}
+    name = None if base.source == "random" else base.id
+    return {"base_model_name_or_path": name, "revision": base.revision}
+
+
+def _shortened(name: str | None) -> str | None:
+    """The last part of a path; a name on the hub has one slash and remains."""
+    parts = re.split(r"[/\\]", name or "")
+    local = len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[0].endswith(":")
+    return next((part for part in reversed(parts) if part), None) if local else name
 
 
 def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:

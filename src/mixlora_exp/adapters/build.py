@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from mixlora_exp.adapters.base_check import check_base
+from mixlora_exp.adapters.base_check import check_base, named_portably
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.files import CONFIG
 from mixlora_exp.adapters.load_weights import fill, read_weights
@@ -34,7 +34,7 @@ from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig, LinearMixtureSettings
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import matrix_of, squared_row_norms
-from mixlora_exp.models.base_identity import base_of, write_base
+from mixlora_exp.models.base_identity import BaseIdentity, base_of, write_base
 from mixlora_exp.system.durable import publishing
 
 __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
@@ -150,10 +150,11 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
                 for path in (new / adapter).iterdir():
                     path.rename(new / path.name)
                 (new / adapter).rmdir()
-            _in_fixed_order(new / CONFIG, model.peft_config[adapter])
+            base = base_of(model.get_base_model())
+            _settle_config(new / CONFIG, model.peft_config[adapter], base)
             # PEFT's template, which depends on the other adapters in the model.
             (new / "README.md").unlink(missing_ok=True)
-            if (base := base_of(model.get_base_model())) is not None:
+            if base is not None:
                 write_base(new, base)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -162,10 +163,11 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
         ) from error
 
 
-def _in_fixed_order(path: Path, config: LoraConfig) -> None:
-    """Sort the fields of the written file that are sets in `config`."""
+def _settle_config(path: Path, config: PeftConfig, base: BaseIdentity | None) -> None:
+    """Sort the fields of the written file that are sets in `config`, and name the base model."""
     names = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
     entries = {**json.loads(path.read_text()), **names}
+    entries |= named_portably(entries, base)
     path.write_text(json.dumps(entries, indent=2, sort_keys=True))
 
 

