@@ -42,7 +42,8 @@ ROOMS: dict[str, set[str]] = {
     },
     # Floor 7
     "serving": {
-        *("adapters", "config", "data", "errors", "evaluation", "models", "runs", "system"),
+        *("adapters", "config", "data", "errors", "evaluation", "models", "records", "runs"),
+        "system",
     },
     "sweeps": {
         *("config", "data", "errors", "plans", "records", "results", "runs", "system"),

@@ -1,7 +1,8 @@
 """Score an existing adapter, or the base model alone: `python evaluate.py run=outputs/NAME`.
 
 `run=DIR` takes all settings from the record of a finished run and scores the adapter of that run;
-`adapter=DIR` scores an adapter that PEFT or train.py wrote. A record's values are treated as data;
+`adapter=DIR` scores an adapter that PEFT or train.py wrote, `adapter=hub:OWNER/NAME@REVISION` one
+on the hub. A record's values are treated as data;
 they override the defaults in conf/, and the command line overrides them.
 """
 
@@ -21,6 +22,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.runs.base_choice import base_words
+from mixlora_exp.system.hub import adapter_place, pinned
 
 GROUPS = ("preset", "model", "task", "data", "kernel", "trainer", "evaluation")
 
@@ -84,9 +86,10 @@ def overrides_of(words: Sequence[str]) -> list[str]:
         names = (line.given["protocol"].input_line or "").partition("=")[2].strip("[]")
         lines.append(f"protocol=[{names}]")
     for folder in line.folders("adapter"):
-        check_folders([("adapter", folder)])
-        lines.append(f"adapter={literal(folder)}")
-        return [*base_words(Path(folder).expanduser(), line.given), *lines]
+        place = pinned(folder)
+        check_folders([("adapter", place)])
+        lines.append(f"adapter={literal(place)}")
+        return [*base_words(adapter_place(place), line.given), *lines]
     for folder in line.folders("run"):
         return [*_of_run(folder, line.given), *lines]
     return lines

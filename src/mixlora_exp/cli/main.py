@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "generate text with an adapter",
     "lm-eval": "lm-eval's own command line, which then knows adapters with experts",
     "merge": "merge a LoRA or DoRA adapter into its base model",
+    "push": "publish the adapter of a run on the Hugging Face hub",
     "convert": "convert an adapter of the official packages to PEFT's format",
     "search": "search router-loss coefficient and learning rate",
     "status": "show which runs of each table are done and which remain",

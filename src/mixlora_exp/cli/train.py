@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mixlora_exp.cli.hydra_command import dispatch
+from mixlora_exp.config.typed import literal
 from mixlora_exp.system.exit_codes import guarded
+from mixlora_exp.system.hub import adapter_place, on_hub, pinned
 
 
 def with_base(overrides: Sequence[str]) -> list[str]:
     """The overrides of a command line. If it scores an adapter and chooses no base model, overrides
     that choose the adapter's own base model come first."""
     given = dict(line.split("=", 1) for line in overrides if "=" in line)
-    folder = Path(given.get("adapter", "null").strip("'\"")).expanduser()
+    typed = given.get("adapter", "null").strip("'\"")
+    if on_hub(typed):
+        place = pinned(typed)
+        overrides = [
+            f"adapter={literal(place)}" if line.startswith("adapter=") else line
+            for line in overrides
+        ]
+        typed = place
+    folder = adapter_place(typed)
     # Anything else that is wrong with `adapter` is reported once the configuration is composed.
     if given.get("method") != "none" or "experiment" in given or not folder.is_dir():
         return list(overrides)

@@ -8,6 +8,8 @@ from pathlib import Path
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
+HUB = "hub:"
+"""Beginning of the name of an adapter on the hub, which stands in place of a folder."""
 WAYS = {
     "adapter": "give one that PEFT or train.py wrote",
     "model.path": "give one with a model in the transformers format",
@@ -23,7 +25,9 @@ def check_folders(given: Iterable[tuple[str, str | None]]) -> None:
         UserError: there is no such folder, or it is a file.
     """
     for name, value in given:
-        if value is not None and not Path(value).expanduser().is_dir():
+        if value is None or (name == "adapter" and value.startswith(HUB)):
+            continue
+        if not Path(value).expanduser().is_dir():
             state = "is not a folder" if Path(value).expanduser().exists() else "does not exist"
             raise UserError(f"{name}={value} {state}: {WAYS[name]}")
 

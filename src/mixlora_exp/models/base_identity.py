@@ -208,8 +208,12 @@ def of_record(record: Mapping[str, Any]) -> BaseIdentity:
 
 def write_base(folder: Path, identity: BaseIdentity) -> None:
     """Write `identity` to an adapter's folder."""
-    text = json.dumps({"format": 1, **dataclasses.asdict(identity)}, indent=2)
-    (folder / BASE_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / BASE_FILE).write_text(base_text(identity), encoding="utf-8")
+
+
+def base_text(identity: BaseIdentity) -> str:
+    """The content of `BASE_FILE`."""
+    return json.dumps({"format": 1, **dataclasses.asdict(identity)}, indent=2) + "\n"
 
 
 def read_base(folder: Path) -> BaseIdentity | None:

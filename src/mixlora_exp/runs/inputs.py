@@ -51,6 +51,7 @@ from mixlora_exp.runs.parallel import check_processes
 from mixlora_exp.runs.quantized_base import check_quantized_base
 from mixlora_exp.system.device import resolve_device
 from mixlora_exp.system.hashing import file_sha256
+from mixlora_exp.system.hub import adapter_place, pinned
 
 SIGN = "fingerprint"
 
@@ -97,7 +98,7 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
     """Path, hash, type and origin of the adapter to score; None if `config` has none."""
     if config.adapter is None:
         return None
-    folder = Path(config.adapter).expanduser()
+    folder = adapter_place(config.adapter)
     # Imported late: PEFT takes a second to load, and most command lines do not need it.
     from mixlora_exp.adapters.saved import saved_settings
 
@@ -105,7 +106,7 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
     peft_type = settings["peft_type"]
     sha256 = file_sha256(folder / "adapter_model.safetensors")
     return {
-        "path": config.adapter,
+        "path": pinned(config.adapter),
         "peft_type": peft_type,
         "method": _method(settings),
         "sha256": sha256,
@@ -146,7 +147,7 @@ def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
 
 def _check_base(config: Config, adapter: dict[str, Any] | None) -> None:
     if adapter is not None:
-        check_known_base(config, Path(str(config.adapter)).expanduser(), adapter["trained_by"])
+        check_known_base(config, adapter_place(str(config.adapter)), adapter["trained_by"])
 
 
 def check_known_base(

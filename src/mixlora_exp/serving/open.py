@@ -29,6 +29,7 @@ from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.runs.base_choice import base_words, noted_base
 from mixlora_exp.runs.inputs import check_known_base, resolve_config
 from mixlora_exp.system.device import resolve_device
+from mixlora_exp.system.hub import adapter_place, on_hub
 
 GROUPS = ("model", "kernel", "seed", "trainer.precision", "base")
 
@@ -65,8 +66,8 @@ def open_adapter(
     adapter: str | None, words: Sequence[str] = (), *, to_merge: bool = False
 ) -> Opened:
     """Load the base model and put `adapter` on it, or return the base model alone if `adapter` is
-    None. `words`: overrides such as `model=NAME`, which choose the base model. to_merge: refuse a
-    quantised one.
+    None. `adapter`: a folder, or `hub:OWNER/NAME@REVISION`. `words`: overrides such as
+    `model=NAME`, which choose the base model. to_merge: refuse a quantised one.
 
     Raises:
         UserError: there is no adapter, it does not fit the model, or the model cannot be loaded.
@@ -81,7 +82,7 @@ def open_adapter(
 
 def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
     """Load one base model, that of the first adapter's record, with several adapters of any method.
-    An adapter's label is the name of its folder, or of the run whose `adapter/` it is.
+    An adapter's label is the name of its folder, of the run whose `adapter/` it is, or on the hub.
 
     Raises:
         UserError: as `open_adapter`, or two adapters have the same label or different base models.
@@ -112,6 +113,8 @@ def labelled(adapters: Sequence[str]) -> dict[str, Path]:
     for adapter in adapters:
         folder = _folder_of(adapter)
         label = (folder.parent if folder.name == "adapter" else folder).resolve().name
+        if on_hub(adapter):
+            label = adapter.partition("@")[0].rpartition("/")[2]
         if label in folders:
             raise UserError(
                 f"adapters: {folders[label]} and {folder} are both called {label}: rename one of "
@@ -147,7 +150,7 @@ def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> 
 
 def _folder_of(adapter: str) -> Path:
     """The folder with the adapter's files: `adapter` itself, or `adapter/` in a run's folder."""
-    folder = Path(adapter).expanduser()
+    folder = adapter_place(adapter)
     check_folders([("adapter", adapter)])
     inner = folder / "adapter"
     if (folder / "last_good").is_dir() and not inner.is_dir():
