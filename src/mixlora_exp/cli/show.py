@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.errors import UserError
-from mixlora_exp.records.files import PACKED, RECORD, RunFiles
+from mixlora_exp.records.files import RECORD, RunFiles, find_record
 from mixlora_exp.records.record import read_record
 from mixlora_exp.system.untrusted import parse_json
-
-
-def _path(run: str) -> Path:
-    given, kept = Path(run).expanduser(), RESULTS / "runs" / f"{run}{PACKED}"
-    for path in (given / RECORD, given if given.suffix == PACKED else kept, kept):
-        if path.is_file():
-            return path
-    raise UserError(f"{run} is not a run: give a name in results/runs, a packed run or a folder")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--file", metavar="NAME", default=RECORD)
     args = parser.parse(argv)
-    path = _path(args.run)
+    path = find_record(args.run)
     if args.file == RECORD:
         print(json.dumps(read_record(path), indent=2))
         return 0

@@ -1,10 +1,14 @@
-"""Train, reload and score an adapter: `python train.py method=mixlora model=... task=multi`."""
+"""Train, reload and score an adapter: `python train.py method=mixlora model=... task=multi`.
+
+`--from RECORD` runs the configuration of a record again and says what differs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from mixlora_exp.cli.hydra_command import dispatch
+from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.typed import literal
 from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.system.hub import adapter_place, on_hub, pinned
@@ -32,7 +36,16 @@ def with_base(overrides: Sequence[str]) -> list[str]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Execute one command line and return the exit code."""
+    """Execute one command line and return the exit code; with `--from`, 1 if the results differ."""
+    if any(word.partition("=")[0] == "--from" for word in argv):
+        parser = Parser(__doc__)
+        parser.add_argument("--from", dest="record", metavar="RECORD", required=True)
+        parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
+        args = parser.parse(argv)
+        # Imported late, so that a mistake on the command line is reported before torch loads.
+        from mixlora_exp.runs.repeat import repeat
+
+        return int(repeat(args.record, args.overrides) is False)
     return dispatch(argv, "config", with_base)
 
 

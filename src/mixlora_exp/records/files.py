@@ -22,7 +22,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from mixlora_exp.errors import shown
+from mixlora_exp.config.paths import RESULTS
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.durable import write_whole
 from mixlora_exp.system.untrusted import LIMIT, file_limit, line_limit, read_bytes, refuse_links
 
@@ -47,6 +48,21 @@ def record_paths(folder: Path) -> list[Path]:
     found = [*folder.glob(f"*{PACKED}"), *folder.glob(f"*/{RECORD}")]
     shown = [path for path in found if not name_of(path).startswith(".")]
     return sorted(shown, key=lambda path: (name_of(path), path.suffix != PACKED))
+
+
+def find_record(run: str) -> Path:
+    """The record of a run that is given by its name in results/runs/, as a packed run, a record or
+    a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    given, kept = Path(run).expanduser(), RESULTS / "runs" / f"{run}{PACKED}"
+    whole = given.suffix == PACKED or given.name == RECORD
+    for path in (given / RECORD, given if whole else kept, kept):
+        if path.is_file():
+            return path
+    raise UserError(f"{run} is not a run: give a name in results/runs, a packed run or a folder")
 
 
 def name_of(path: Path) -> str:

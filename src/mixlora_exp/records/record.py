@@ -111,6 +111,10 @@ def read_record(source: Path | str | RunFiles) -> dict[str, Any]:
             "force=true"
         )
     version = record.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version={version} is of a later version of mixlora-exp: use that one"
+        )
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version={version} is not supported, only "
