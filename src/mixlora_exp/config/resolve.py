@@ -66,6 +66,7 @@ LATER = {
     ("model", "quantization"): "none",
     ("method", "router"): "top_k",
     ("trainer", "compile"): "off",
+    ("model", "package_parts"): None,
     ("method", "router_options"): {},
     ("method", "expert_rank"): None,
     ("method", "match_params"): None,

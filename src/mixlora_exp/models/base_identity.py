@@ -24,9 +24,9 @@ from transformers.utils import CONFIG_NAME
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
+from mixlora_exp.models.packaged import gguf_sha256
+from mixlora_exp.models.pypi import cached_folder, is_cached
 from mixlora_exp.models.weight_files import fingerprint
-from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.untrusted import read_json
 
 BASE_FILE = "base_model.json"
@@ -92,7 +92,7 @@ def _in_folder(model: str, place: Path, found: str | None) -> BaseIdentity:
 
 def _packaged(config: ModelConfig) -> str | None:
     try:
-        return file_sha256(find_gguf(config))
+        return gguf_sha256(config)
     except UserError:
         return None  # Not installed; loading reports it.
 

