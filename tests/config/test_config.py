@@ -34,7 +34,7 @@ from mixlora_exp.sweeps.compose_cells import ByGroup
 NAMED = {
     "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m", "tiny"],
     "method": ["dora", "lora", "mixdora", "mixlora", "none"],
-    "task": [*s.TASK_NAMES, "all", "multi"],
+    "task": [*s.TASK_NAMES, "all", "metamath_gsm8k", "multi"],
     "data": ["embedded", "hub", "local"],
     "trainer": ["paper", "smoke"],
     "preset": ["correct", "official"],
@@ -72,10 +72,15 @@ COVERED = ("model", "method", "task")
 OTHERS = [path for path in OPTIONS if path.parts[0] not in COVERED]
 
 
+FREE_TEXT = ["data=chat", "evaluation.protocols=[exact_match]"]
+NEEDS = {"chat": ["task=metamath_gsm8k", *FREE_TEXT], "metamath_gsm8k": FREE_TEXT}
+"""Options that go with others only: free text has a source and a protocol of its own."""
+
+
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.with_suffix("").as_posix())
 def test_option_composes_and_is_named_as_its_file(path: Path) -> None:
     group = path.parts[0]
-    config = compose([f"{group}={path.stem}"])
+    config = compose([f"{group}={path.stem}", *NEEDS.get(path.stem, [])])
     name = getattr(config, group).name
     assert getattr(name, "value", name) == path.stem
 
@@ -114,8 +119,9 @@ def test_experiments() -> None:
 
 def check_table_3(config: Config, model: str, method: str, task: str) -> None:
     expected = {"multi": MULTI, "all": list(s.TASK_NAMES)}.get(task, [task])
+    both = (["metamath"], ["gsm8k"]) if task == "metamath_gsm8k" else (expected, expected)
     assert (config.model.name, config.task.name) == (model, task)
-    assert (config.task.train, config.task.evaluate) == (expected, expected)
+    assert (config.task.train, config.task.evaluate) == both
     trainer = config.trainer
     assert (trainer.learning_rate, trainer.batch_size, trainer.epochs) == (2e-4, 16, 2.0)
     assert config.data.cutoff_length == 512
@@ -143,6 +149,7 @@ def test_model_method_task(model: str) -> None:
         for second, task in enumerate(GROUPS["task"]):
             method = methods[(first + second) % len(methods)]
             overrides = [f"model={model}", f"method={method}", f"task={task}"]
+            overrides += NEEDS.get(task, [])
             check_table_3(compose_cell(hydra, "config", overrides), model, method, task)
 
 

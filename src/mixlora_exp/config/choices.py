@@ -63,15 +63,24 @@ class RouterPrecision(Enum):
 class DataSource(Enum):
     hub = "hub"
     local = "local"
+    chat = "chat"
     embedded = "embedded"
 
 
 class AnswerKind(Enum):
-    """Content of the answer field of a custom task."""
+    """Content of the answer field of a custom task: the right option, or free text."""
 
     index = "index"
     letter = "letter"
     text = "text"
+    completion = "completion"
+    """The text that follows the question; there are no options."""
+    messages = "messages"
+    """A list of messages with `role` and `content`, of which the assistant's last one follows."""
+
+    @property
+    def free(self) -> bool:
+        return self in (AnswerKind.completion, AnswerKind.messages)
 
 
 class AnswerForm(Enum):
@@ -120,6 +129,7 @@ class Protocol(Enum):
     answer_text = "answer_text"
     lm_eval = "lm_eval"
     generate = "generate"
+    exact_match = "exact_match"
 
 
 class Compile(Enum):

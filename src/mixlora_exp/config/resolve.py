@@ -228,6 +228,11 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
         method.pop("match_params", None)
         if method["expert_rank"] == method["rank"]:
             del method["expert_rank"]
+    # An older version had no such field.
+    custom = tree["task"].get("custom")
+    for task in custom.values() if isinstance(custom, dict) else ():
+        if not task.get("instruction"):
+            task.pop("instruction", None)
     for (group, name), before in LATER.items():
         if tree[group].get(name) == before:
             tree[group].pop(name, None)

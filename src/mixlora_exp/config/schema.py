@@ -313,14 +313,43 @@ class Config:
         )
         own = [task for task in (*self.task.train, *self.task.evaluate) if task in self.task.custom]
         require(
-            not own or self.data.name is DataSource.local,
+            not own or self.data.reads_folder,
             "data",
             self.data.name.value,
             f"{', '.join(dict.fromkeys(own))} is a custom task: add data=local data.path=DIR",
         )
+        self._check_free_text()
         require(
             self.tracker.name is Tracker.none or trains,
             "tracker",
             self.tracker.name.value,
             "it follows training, and method=none trains nothing: use tracker=none",
         )
+
+    def _check_free_text(self) -> None:
+        """Free text has a form, a protocol and a source of its own."""
+        tasks = dict.fromkeys((*self.task.train, *self.task.evaluate))
+        kinds = {t: self.task.custom[t].answer_as for t in tasks if t in self.task.custom}
+        free = [task for task, kind in kinds.items() if kind.free]
+        named = f"{', '.join(free)} is free text"
+        require(
+            not free or self.data.forms == [AnswerForm.text],
+            "data.forms", [form.value for form in self.data.forms], f"{named}: set it to [text]",
+        )  # fmt: skip
+        require(
+            self.data.name is not DataSource.chat or len(free) == len(tasks),
+            "data", "chat", "it takes tasks of free text only (answer_as: completion or messages)",
+        )  # fmt: skip
+        for task in free:
+            require(
+                kinds[task] is AnswerKind.completion or self.data.name is DataSource.chat,
+                "data", self.data.name.value, f"{task} has messages: use data=chat",
+            )  # fmt: skip
+        scored = {task in free for task in self.task.evaluate}
+        exact = {protocol is Protocol.exact_match for protocol in self.evaluation.protocols}
+        require(
+            scored == exact and len(scored) == 1,
+            "evaluation.protocols", [protocol.value for protocol in self.evaluation.protocols],
+            f"{named}, which exact_match scores" if free
+            else "exact_match scores free text only (answer_as: completion or messages)",
+        )  # fmt: skip

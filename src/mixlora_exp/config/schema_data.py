@@ -13,10 +13,11 @@ TASK_NAMES = tuple(TASKS)
 
 @dataclass(slots=True, kw_only=True)
 class CustomTask:
-    """A custom multiple-choice task (data=local): the names of the fields in a row."""
+    """A custom task (data=local, data=chat), multiple-choice or free text: the names of the fields
+    in a row."""
 
     question: str = MISSING
-    options: list[str] = MISSING
+    options: list[str] = field(default_factory=list)
     """One field with a list of texts, or several fields with one text each."""
     answer: str = MISSING
     answer_as: AnswerKind = MISSING
@@ -24,9 +25,15 @@ class CustomTask:
     """answer_as=index: the index of the first option."""
     context: str | None = None
     """Field with a passage that the question refers to."""
+    instruction: str = ""
+    """Free text: words after each question, as in "Think step by step."."""
 
     def __post_init__(self) -> None:
-        require(bool(self.options), "task.custom.options", self.options, "name at least one field")
+        free = self.answer_as != MISSING and self.answer_as.free
+        rule = "free text has none" if free else "name at least one field"
+        require(free != bool(self.options), "task.custom.options", self.options, rule)
+        same = self.answer_as is not AnswerKind.messages or self.answer == self.question
+        require(same, "task.custom.answer", self.answer, "messages are one field, the question's")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,11 +98,12 @@ class DataConfig:
             "data.forms", [form.value for form in self.forms], "a form is named twice",
         )  # fmt: skip
         require(
-            self.name is not DataSource.local or self.path is not None,
-            "data.path", self.path, "data=local needs data.path=DIR, a folder <task>/<split>.jsonl",
+            not self.reads_folder or self.path is not None,
+            "data.path", self.path,
+            f"data={self.name.value} needs data.path=DIR, a folder <task>/<split>.jsonl",
         )  # fmt: skip
         require(
-            self.name is DataSource.local or self.path is None,
+            self.reads_folder or self.path is None,
             "data.path",
             self.path,
             f"data={self.name.value} reads no folder: add data=local, or leave it out",
@@ -106,6 +114,10 @@ class DataConfig:
             self.mirror,
             f"data={self.name.value} reads nothing from the hub: leave it out",
         )
+
+    @property
+    def reads_folder(self) -> bool:
+        return self.name in (DataSource.local, DataSource.chat)
 
     def train_limit_of(self, task: str) -> int | None:
         """Maximum number of training rows of `task`; None: all."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.schema import AnswerForm, DataConfig
+from mixlora_exp.config.schema import AnswerForm, DataConfig, DataSource
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Item, Prompt
 from mixlora_exp.tasks.custom import ask_label, ask_text
@@ -39,6 +39,8 @@ def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Pr
     if item.task == "boolq" and not boolq_passage:
         item = replace(item, context="")
     task = TASKS.get(item.task)
+    if item.turns:
+        return Prompt("", "", f"Question: {item.turns[-1][1]}\nAnswer:"), list(item.options)
     if form is AnswerForm.label:
         return (task.ask_label if task else ask_label)(item), list(item.labels)
     return (task.ask_text if task else ask_text)(item), list(item.options)
@@ -187,6 +189,10 @@ def encode_examples(
             "model: its tokenizer has no end-of-sequence token to end answers with; choose another "
             "model"
         )
+    if data.name is DataSource.chat:
+        from mixlora_exp.data.chat import chat_examples
+
+        return chat_examples(tokenizer, items)
     examples = []
     for form in data.forms:
         asked = []

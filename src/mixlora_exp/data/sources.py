@@ -31,8 +31,8 @@ def load_split(
     match config.name:
         case DataSource.hub:
             return load_hub(config.mirror, task, split)
-        case DataSource.local:
-            # `DataConfig` has checked that data=local comes with a path.
+        case DataSource.local | DataSource.chat:
+            # `DataConfig` has checked that they come with a path.
             own = (custom or {}).get(task)
             if own is None:
                 return load_local(str(config.path), TASKS[task], split)

@@ -69,6 +69,19 @@ def encode_prompts(
     return encode_questions(tokenizer, items, AnswerForm.label, data, evaluation.max_new_tokens)
 
 
+def generated_texts(
+    scorer: Scorer, prompts: Sequence[list[int]], keys: Sequence[str], new_tokens: int
+) -> list[str]:
+    """The texts that the model generates after prompts, greedily, in batches of similar length."""
+    lengths = [len(prompt) + new_tokens for prompt in prompts]
+
+    def texts_of(batch: list[int]) -> list[str]:
+        new = scorer.generate([prompts[i] for i in batch], new_tokens)
+        return [scorer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+
+    return scorer.over_batches(lengths, keys, texts_of)
+
+
 def score_generate(
     scorer: Scorer,
     tests: Mapping[str, LoadedSplit],
@@ -82,15 +95,9 @@ def score_generate(
         for task, test in tests.items()
         for item, asked in zip(test.items, encoded[task], strict=True)
     ]
-    lengths = [len(asked.prompt) + evaluation.max_new_tokens for _, _, asked in questions]
     keys = [f"{task}/{item.id}" for task, item, _ in questions]
-
-    def texts_of(batch: list[int]) -> list[str]:
-        prompts = [questions[i][2].prompt for i in batch]
-        new = scorer.generate(prompts, evaluation.max_new_tokens)
-        return [scorer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
-
-    texts = scorer.over_batches(lengths, keys, texts_of)
+    prompts = [asked.prompt for _, _, asked in questions]
+    texts = generated_texts(scorer, prompts, keys, evaluation.max_new_tokens)
     results = []
     for task, test in tests.items():
         mine = [i for i, question in enumerate(questions) if question[0] == task]

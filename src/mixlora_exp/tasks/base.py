@@ -21,7 +21,9 @@ class Item:
     """One multiple-choice question of a task.
 
     `context` may be truncated if the example is too long; `question` and `options` never are.
-    `answer`: index of the correct option; `labels`: one per option.
+    `answer`: index of the correct option; `labels`: one per option. Free text has one option, which
+    is the text that should follow, its final number as label, and as `turns` the messages (role,
+    content) before it.
     """
 
     task: str
@@ -31,6 +33,7 @@ class Item:
     answer: int
     labels: tuple[str, ...]
     context: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

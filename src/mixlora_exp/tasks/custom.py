@@ -1,4 +1,4 @@
-"""Custom multiple-choice tasks, defined by the names of fields, without code."""
+"""Custom tasks, multiple-choice or free text, defined by the names of fields, without code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import LETTERS, Item, Prompt, Task, lettered
+from mixlora_exp.tasks.free_text import free_text_item
 
 
 def ask_label(item: Item) -> Prompt:
@@ -53,15 +54,19 @@ def custom_task(
     answer_as: str,
     count_from: int,
     context: str | None,
+    instruction: str = "",
 ) -> Task:
     """A task whose rows are read by field names.
 
     `options`: one field with a list of texts, or several fields with one text each. `answer_as`:
     whether the field `answer` contains an `index` (from `count_from`), a `letter` or the `text` of
-    the correct option.
+    the correct option, or free text (a `completion`, or all `messages`).
     """
 
     def parse(row: Mapping[str, Any], index: int) -> Item:
+        if answer_as in ("completion", "messages"):
+            completion = answer if answer_as == "completion" else None
+            return free_text_item(row, index, name, question, completion, instruction)
         found = _options(row, options)
         return Item(
             task=name,

@@ -1,0 +1,83 @@
+"""Rows of free text: a prompt and its completion, or the messages of a chat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from mixlora_exp.tasks import rows
+from mixlora_exp.tasks.base import Item
+
+NUMBER = re.compile(r"(?:(?<!\d)-)?\$?\s?(?:\d[\d,]{0,30}(?:\.\d{1,30})?|\.\d{1,30})")
+MARKER = re.compile(r"####|answer is:?", re.IGNORECASE)
+ROLES = ("system", "user", "assistant")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number that a solution ends with: the first one after the last `####` (GSM8K) or `answer
+    is` (MetaMathQA); without either the last one in the text. None if there is none."""
+    marked = list(MARKER.finditer(text))
+    numbers = NUMBER.findall(text[marked[-1].end() :] if marked else text)
+    if not numbers:
+        return None
+    chosen = numbers[0] if marked else numbers[-1]
+    return Decimal(re.sub(r"[$,\s]", "", chosen)).normalize()
+
+
+def free_text_item(
+    row: Mapping[str, Any],
+    index: int,
+    task: str,
+    question: str,
+    completion: str | None,
+    instruction: str,
+) -> Item:
+    """The item of a row. `question`, `completion`: names of fields; without `completion`,
+    `question` names a list of messages, of which the assistant's last one is the completion.
+
+    Raises:
+        ValueError: a field is missing, or a message has no role or text.
+    """
+    if completion is None:
+        *turns, last = _messages(rows.value(row, question), question)
+        answer = last[1]
+    else:
+        turns, answer = [("user", rows.text(row, question))], rows.text(row, completion)
+    if instruction:
+        turns[-1] = (turns[-1][0], f"{turns[-1][1]} {instruction}")
+    number = final_number(answer)
+    label = "" if number is None else f"{number:f}"
+    return Item(
+        task=task,
+        id=rows.row_id(row, task, index),
+        question=turns[-1][1],
+        options=(answer,),
+        answer=0,
+        labels=(label,),
+        turns=tuple(turns),
+    )
+
+
+def _messages(found: Any, name: str) -> list[tuple[str, str]]:
+    """The messages up to the assistant's last one, the user's before it."""
+    if isinstance(found, str | bytes) or not isinstance(found, Sequence):
+        raise ValueError(f"field '{name}' must be a list of messages, not {type(found).__name__}")
+    turns = []
+    for number, message in enumerate(found):
+        where = f"field '{name}[{number}]'"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where} must be an object with role and content")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"{where} has role {role!r}, which is none of {', '.join(ROLES)}")
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"{where} has no content")
+        turns.append((role, content))
+    while turns and turns[-1][0] != "assistant":
+        turns.pop()
+    if len(turns) < 2 or turns[-2][0] != "user":
+        raise ValueError(f"field '{name}' has no message of the assistant after one of the user")
+    return turns

@@ -1,0 +1,148 @@
+"""`data=chat`: the model's template, with the loss on the completion; and free text without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from composed import compose
+
+from mixlora_exp.config.command import compose as compose_anew
+from mixlora_exp.config.schema import DataConfig, DataSource
+from mixlora_exp.data.encoding import encode_examples
+from mixlora_exp.errors import UserError
+from mixlora_exp.evaluation.exact_match import encode_free_text
+from mixlora_exp.models.tiny import build_tokenizer
+from mixlora_exp.records.record import read_run
+from mixlora_exp.runs.run import run
+from mixlora_exp.tasks import Item
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+ITEM = Item(
+    "t", "t-0", "What is 3 + 4?", ("It is 7",), 0, ("7",),
+    turns=(("system", "Be brief."), ("user", "What is 3 + 4?")),
+)  # fmt: skip
+CHAT = DataConfig(name=DataSource.chat, path="data")
+
+
+@pytest.fixture
+def tokenizer():
+    found = build_tokenizer()
+    found.chat_template = TEMPLATE
+    found.model_max_length = 128
+    return found
+
+
+def test_the_loss_is_on_the_completion_and_its_end(tokenizer) -> None:
+    (example,) = encode_examples(tokenizer, [ITEM], CHAT)
+    prompt = "<s>[system] Be brief.\n[user] What is 3 + 4?\n[assistant] "
+    ids = example.input_ids
+    assert tokenizer.decode(ids[-example.answer_length :]) == "It is 7</s>"
+    assert tokenizer.decode(ids[: -example.answer_length]) == prompt
+    assert ids.count(tokenizer.bos_token_id) == ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_template_without_eos_gets_one(tokenizer) -> None:
+    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "")
+    (example,) = encode_examples(tokenizer, [ITEM], CHAT)
+    assert tokenizer.decode(example.input_ids[-example.answer_length :]) == "It is 7\n</s>"
+
+
+def test_without_a_template_it_is_a_question(tokenizer) -> None:
+    data = DataConfig(name=DataSource.local, path="data", forms=CHAT.forms)
+    data.forms = compose(["data.forms=[text]"]).data.forms
+    (example,) = encode_examples(tokenizer, [ITEM], data)
+    text = tokenizer.decode(example.input_ids)
+    assert text.endswith("Question: What is 3 + 4?\nAnswer: It is 7</s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no system') }}", r"refuses item t-0 of t \(\w+: no system\)"),
+        ("{% for m in messages|reverse %}{{ m['content'] }}{% endfor %}", "changes the messages"),
+    ],
+)
+def test_a_template_that_cannot_is_told(tokenizer, template: str | None, told: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=told):
+        encode_examples(tokenizer, [ITEM], CHAT)
+
+
+def test_what_is_too_long_or_has_no_number_is_told(tokenizer) -> None:
+    evaluation = compose([]).evaluation
+    assert len(encode_free_text(tokenizer, [ITEM], CHAT, evaluation)) == 1
+    tokenizer.model_max_length = 20
+    with pytest.raises(UserError, match="item t-0 of t needs .* tokens"):
+        encode_examples(tokenizer, [ITEM], CHAT)
+    with pytest.raises(UserError, match="item t-0 of t needs .* tokens"):
+        encode_free_text(tokenizer, [ITEM], CHAT, evaluation)
+    words = Item("t", "t-1", "a", ("b",), 0, ("",), turns=(("user", "a"),))
+    with pytest.raises(UserError, match="t-1 of t has an answer without a number"):
+        encode_free_text(tokenizer, [words], CHAT, evaluation)
+
+
+FREE = "task=metamath_gsm8k"
+EXACT = "evaluation.protocols=[exact_match]"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data=local", EXACT], "data.forms=.'label'. is not valid: .*gsm8k is free text"),
+        (["data=local", "data.forms=[text]"], "gsm8k is free text, which exact_match scores"),
+        (["data=hub", "data.forms=[text]", EXACT], "gsm8k is a custom task"),
+        (["data=chat", "task.custom.gsm8k.options=[a]", EXACT], "free text has none"),
+    ],
+)
+def test_free_text_has_a_form_and_a_protocol(words: list[str], told: str) -> None:
+    assert compose_anew([FREE, "data=chat", EXACT]).data.name is DataSource.chat
+    with pytest.raises(UserError, match=told):
+        compose_anew([FREE, *words])
+
+
+def test_other_tasks_have_others() -> None:
+    with pytest.raises(UserError, match="exact_match scores free text only"):
+        compose_anew(["task=arc_e", EXACT])
+    with pytest.raises(UserError, match="it takes tasks of free text only"):
+        compose_anew(["task=arc_e", "data=chat"])
+    messages = ["task.custom.gsm8k.answer_as=messages", "task.custom.gsm8k.answer=question"]
+    assert compose_anew([FREE, "data=chat", EXACT, *messages])
+    with pytest.raises(UserError, match="messages are one field, the question's"):
+        compose_anew([FREE, "data=chat", EXACT, messages[0]])
+    with pytest.raises(UserError, match="gsm8k has messages: use data=chat"):
+        compose_anew([FREE, "data=local", "data.forms=[text]", EXACT, *messages])
+
+
+def test_the_experiment_is_that_of_peft(tmp_path: Path) -> None:
+    """Trained and scored end to end, with the prompt that PEFT's comparison asks with."""
+    for task, row in {
+        "metamath/train": {"query": "What is 1 + 1?", "response": "The answer is: 2"},
+        "gsm8k/test": {"question": "What is 1 + 2?", "answer": "1 + 2 = 3\n#### 3"},
+    }.items():
+        path = tmp_path / "data" / f"{task}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    config = compose_anew(
+        [
+            "experiment=metamath_gsm8k", "model=tiny", "method=lora", "trainer.max_steps=1",
+            "evaluation.max_new_tokens=4", f"data.path={tmp_path / 'data'}",
+            f"output_dir={tmp_path / 'out'}", "trainer.precision=float32",
+        ]
+    )  # fmt: skip
+    assert (config.method.rank, config.method.alpha) == (32, 64)
+    record = read_run(run(config))
+    (score,) = record["scores"]
+    assert (score["task"], score["protocol"], score["n"]) == ("gsm8k", "exact_match", 4)
+    assert (score["chance"], score["majority_class"]) == (0, 1)
+    predictions = Path(record["config"]["output_dir"]) / record["name"] / "predictions"
+    rows = (predictions / "gsm8k.exact_match.jsonl").read_text().splitlines()
+    for row in map(json.loads, rows):
+        assert row["prediction"] in (None, 0, 1)
+        assert isinstance(row["text"], str)
