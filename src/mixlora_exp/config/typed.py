@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import OverrideParseException
-
 FOLDERS = ("adapter", "output_dir", "data.path", "data.mirror", "model.path")
 TEXTS = ("prompt", "prompts")
 """Not even quotes, lists or several values are left to Hydra."""
@@ -32,10 +30,11 @@ def _as_typed(word: str) -> str:
     quoted = f"{name}={literal(value)}"
     if name in TEXTS:
         return quoted
-    try:
-        # A benchmark runs without Hydra and reads records, whose check comes from here.
-        from hydra.core.override_parser.overrides_parser import OverridesParser
+    # A benchmark runs without Hydra and reads records, whose check comes from here.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
 
+    try:
         (parsed,) = OverridesParser.create().parse_overrides([word])
     except OverrideParseException:
         return quoted

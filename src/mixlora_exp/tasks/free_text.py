@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from mixlora_exp.tasks import rows
+from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item
 
 NUMBER = re.compile(r"(?:(?<!\d)-)?\$?\s?(?:\d[\d,]{0,30}(?:\.\d{1,30})?|\.\d{1,30})")
@@ -41,17 +41,17 @@ def free_text_item(
         ValueError: a field is missing, or a message has no role or text.
     """
     if completion is None:
-        *turns, last = _messages(rows.value(row, question), question)
+        *turns, last = _messages(row_fields.value(row, question), question)
         answer = last[1]
     else:
-        turns, answer = [("user", rows.text(row, question))], rows.text(row, completion)
+        turns, answer = [("user", row_fields.text(row, question))], row_fields.text(row, completion)
     if instruction:
         turns[-1] = (turns[-1][0], f"{turns[-1][1]} {instruction}")
     number = final_number(answer)
     label = "" if number is None else f"{number:f}"
     return Item(
         task=task,
-        id=rows.row_id(row, task, index),
+        id=row_fields.row_id(row, task, index),
         question=turns[-1][1],
         options=(answer,),
         answer=0,
