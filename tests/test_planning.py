@@ -251,6 +251,8 @@ def test_every_combination_has_a_plan(offline: None, tmp_path: Path) -> None:
     """No group reads another one, so each option is composed once and then combined; of methods
     that are alike one stands for all."""
     names = {group: options(group) for group in ("model", "task")}
+    # A task of files, which data=hub does not have.
+    names["task"] = [name for name in names["task"] if name != "metamath_gsm8k"]
     names = {"model": names["model"], "method": [*METHODS, "goat"], "task": names["task"]}
     parts: dict[str, list] = {}
     with open_session() as hydra:

@@ -32,7 +32,8 @@ def model_card(record: Mapping[str, Any], place: str = HERE, license: str | None
     hub's id of the adapter. `license`: of the adapter, by the hub's name; None: that of the base
     model. Sections without content are left out.
 
-    `record` must have passed `records.required_fields.check_shape`, and `record["train"]` is not None.
+    `record` must have passed `records.required_fields.check_shape`, and `record["train"]` is not
+    None.
     """
     license = license or _license(record)
     sections = {
