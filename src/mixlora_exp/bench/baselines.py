@@ -1,4 +1,4 @@
-"""The same step in other libraries: liger-kernel's model patches, axolotl's fused functions."""
+"""A training step in other libraries: liger-kernel's model patches, axolotl's fused functions."""
 
 from __future__ import annotations
 

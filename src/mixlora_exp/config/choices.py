@@ -30,7 +30,7 @@ class Quantization(Enum):
     int8 = "int8"
     """8 bits with one scale per row (bitsandbytes)."""
     int8_torchao = "int8_torchao"
-    """The same by torchao."""
+    """8 bits with a scale per row, by torchao."""
 
 
 class RouterLoss(Enum):
@@ -148,7 +148,7 @@ class Parallel(Enum):
     ddp = "ddp"
     """Each process has the whole model; gradients are averaged (DistributedDataParallel)."""
     fsdp = "fsdp"
-    """As `ddp`, and each process keeps a part of the frozen weights (`fully_shard`)."""
+    """Like `ddp`, while each process keeps a part of the frozen weights (`fully_shard`)."""
 
 
 class Head(Enum):

@@ -144,7 +144,7 @@ class Scorer:
         keys: Sequence[str],
         work: Callable[[list[int]], Sequence[Result]],
     ) -> list[Result]:
-        """What `work` returns for each item, called with the items' indices per batch (see
+        """Return the result of `work` for each item, called with the items' indices per batch (see
         `batches`); processes share the batches."""
         return self.share.results(list(batches(lengths, keys, self.batch_tokens)), work)
 

@@ -28,7 +28,7 @@ class Share:
     def results(
         self, batches: Sequence[list[int]], work: Callable[[list[int]], Sequence[Result]]
     ) -> list[Result]:
-        """What `work` returns for the items of each batch (their indices), by index; in every
+        """Return the results of `work` for items of each batch (their indices), by index; in every
         process those of all."""
         own = {
             i: result

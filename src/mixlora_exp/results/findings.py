@@ -44,7 +44,7 @@ def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
 
 
 def missing(tables: Mapping[int, Table]) -> list[str]:
-    """What was not run, one sentence a block of the paper."""
+    """Return the list of missing runs, one sentence a block of the paper."""
     return [
         f"Table {number}, {line}" for number, table in tables.items() for line in not_run(table)
     ]

@@ -103,7 +103,7 @@ def _label(line: Mapping[str, str]) -> tuple[str, str]:
 
 
 def verdicts(folder: Path, tables: Mapping[int, Table]) -> Iterator[Verdict]:
-    """Of every printed accuracy and average of Tables 1, 2, 5, 8 and 9."""
+    """Verdicts on every printed accuracy and average of Tables 1, 2, 5, 8 and 9."""
     for number in TABLES:
         printed = read_paper(folder, number)
         known: dict[tuple[tuple[str, ...], str], list[str]] = {}

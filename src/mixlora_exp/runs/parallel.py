@@ -1,4 +1,4 @@
-"""What several processes cannot train together, refused before anything is read or loaded."""
+"""Refusals of settings that several processes cannot train with, before anything is read."""
 
 from __future__ import annotations
 

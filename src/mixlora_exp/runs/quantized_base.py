@@ -1,4 +1,4 @@
-"""What does not work on a quantised base model is refused before anything is loaded."""
+"""Refusals of settings that do not work on a quantised base model, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _config(record: Mapping[str, Any], words: Sequence[str]) -> Config:
 
 
 def _results(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs in the results."""
+    """Return a line for each difference in the results."""
     yield from _changed("adapter", _sha256(then), _sha256(now))
     losses = [(record["train"] or {}).get("final_loss") for record in (then, now)]
     yield from _changed("last loss", *losses)
@@ -93,7 +93,7 @@ def _results(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _context(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs in settings, inputs, code and machine."""
+    """Return a line for each difference in settings, inputs, code and machine."""
     before, after = _settings(then), _settings(now)
     for name in before.keys() & after.keys():  # Versions have different fields.
         yield from _changed(name, before[name], after[name])

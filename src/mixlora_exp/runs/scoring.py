@@ -84,7 +84,7 @@ def _keep(place: Path, identity: dict[str, Any], kept: Kept) -> None:
 
 
 def _recall(place: Path, identity: dict[str, Any]) -> Kept | None:
-    """What an earlier start kept; None if there is nothing, of other inputs, or damaged."""
+    """Return the scores of an earlier start; None if there are none or they do not fit."""
     try:
         entry = read_json(place)
         sha256 = entry.pop("sha256")

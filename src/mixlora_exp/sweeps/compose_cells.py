@@ -19,7 +19,7 @@ from mixlora_exp.errors import UserError
 
 FIELDS = tuple(Config.__dataclass_fields__)
 PARTS = (*FIELDS, "scale")
-"""What a cell is put together from. `scale` sets fields of several groups."""
+"""Fields and groups that a cell is put together from. `scale` sets fields of several groups."""
 INTERPOLATED = re.compile(r"\$\{\.*(\w+)")
 """The group of `${preset.order}`, the field of `${.num_experts}`."""
 
@@ -36,7 +36,7 @@ class ByGroup:
         self._sweeps: dict[tuple[str, ...], DictConfig] = {}
 
     def sweep(self, hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
-        """As `load`, but only what describes the sweep, which choices of groups do not."""
+        """Compose as `load` does, but only the part that describes the sweep."""
         words = [line for line in overrides if _part(line) not in PARTS]
         known = [line for line in words if not _only_sweeps(line)]
         if (name, *known) not in self._sweeps:
@@ -47,7 +47,7 @@ class ByGroup:
         return OmegaConf.merge(self._sweeps[name, *known], *files)
 
     def cell(self, hydra: Any, name: str, overrides: Sequence[str]) -> Config:
-        """As `compose_cell`.
+        """Compose one cell as `compose_cell` does.
 
         Raises:
             UserError: there is a mistake in the overrides.

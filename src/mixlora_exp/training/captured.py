@@ -1,4 +1,4 @@
-"""What layers recorded in CUDA graphs need between passes: gradients that do not move."""
+"""Gradients that do not move, for layers recorded in CUDA graphs."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
 
 Batch = Mapping[str, Any]
 OWN = ("example", "step", "weight")
-"""What a batch has beside the model's inputs: the number of each example in its optimizer step, the
-step, and 0 if another process has the same batch (see `MicroBatch`), else 1."""
+"""Entries of a batch beside the model's inputs: the number of each example in its optimizer step,
+the step, and 0 if another process has the same batch (see `MicroBatch`), else 1."""
 
 
 @dataclass(kw_only=True)

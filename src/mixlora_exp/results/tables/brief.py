@@ -66,7 +66,7 @@ def _accuracy_rows(block: Block) -> Iterator[Row]:
 
 
 def brief_accuracy(blocks: Sequence[Block]) -> list[Block]:
-    """Of Tables 1, 2, 5, 8 and 9; only the paper's lines where nothing was run."""
+    """First pages of Tables 1, 2, 5, 8 and 9; only the paper's lines where nothing was run."""
     if not any(block.run for block in blocks):
         return [
             dataclasses.replace(

@@ -36,7 +36,7 @@ AREA = "area under the ROC curve"
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the lines of a block share. `above`: the tasks that its runs tell from chance."""
+    """Values that the lines of a block share. `above`: the tasks that its runs tell from chance."""
 
     spec: AccuracySpec
     protocol: str

@@ -100,7 +100,7 @@ class Table:
     blocks: Sequence[Block]
     notes: Sequence[str] = field(default_factory=list)
     brief: Sequence[Block] = ()
-    """What stands on the table's first page, where that is not all of it."""
+    """Content of the table's first page, where that is not all of it."""
 
     @property
     def name(self) -> str:
