@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.linear import FusedLinear
-from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
+from mixlora_exp.adapters.mixed_adapters import plain_parameters_of, routed_layers_of
+from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import Routing
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit
 from mixlora_exp.training.gradient_check import check_gradients_flow
+from mixlora_exp.training.router_decisions import predicting
 
 METHODS = [
     *("lora", "dora", "mixlora", "mixdora", "mixlora_top_p", "mixlora_switch"),
@@ -83,18 +86,71 @@ def test_an_unused_matrix_is_named(start: Start, monkeypatch: pytest.MonkeyPatch
         start("method=mixlora", "kernel=exact")
 
 
-def detached_weights(self, rows, adapter, kernel, real=MixLoraFeedForward.route):
-    routing = real(self, rows, adapter, kernel)
+def detached(routing: Routing) -> Routing:
     return replace(routing, weights=routing.weights.detach())
 
 
 def test_a_detached_router_is_named_even_where_its_loss_trains_it(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MixLoraFeedForward, "route", detached_weights)
+    real = MixLoraFeedForward.route
+    monkeypatch.setattr(
+        MixLoraFeedForward, "route", lambda *given, **more: detached(real(*given, **more))
+    )
     for coefficient in ("0", "0.01"):
         with pytest.raises(UserError, match=r"layers\.0\.mlp\.lora_router has no gradient"):
             start("method=mixlora", f"method.router_loss_coef={coefficient}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=mola", "method.router=switch", "method.router_loss_coef=1e-3",
+         "method.num_experts=4", "method.top_k=1"],
+        ["method=mixlora", "method.router=threshold", "+method.router_options.t_max=1"],
+    ],
+)  # fmt: skip
+def test_modules_without_any_expert_are_listed(start: Start, words: list[str]) -> None:
+    """Rows that predict a label found no place, or no expert above the threshold."""
+    models: list[nn.Module] = []
+    found = start(*words, change=models.append)
+    routed = routed_layers_of(models[0], "default")
+    everything = {name: list(range(m.router["default"].num_experts)) for name, m in routed.items()}
+    assert any(found.not_chosen.get(name) == every for name, every in everything.items())
+
+
+def test_each_router_decides_which_loss_must_reach_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K = 2 in the first layer, K = 1 in the second, whose routers have their own loss alone."""
+    words = ["method=mola", "method.num_experts=4", "method.top_k=2/1"]
+    assert start(*words, "method.router_loss_coef=1e-3").steps == 1
+    with pytest.raises(UserError, match=r"layers\.1\S*lora_router learns nothing: each row"):
+        start(*words, "method.router_loss_coef=0")
+    real = MixtureLinear.route
+    monkeypatch.setattr(
+        MixtureLinear, "route", lambda *given, **more: detached(real(*given, **more))
+    )
+    with pytest.raises(UserError, match=r"layers\.0\S*lora_router has no gradient"):
+        start(*words, "method.router_loss_coef=1e-3")
+
+
+def test_a_lone_weight_of_1_does_not_count_as_a_gradient(start: Start) -> None:
+    """w / w has one by rounding."""
+    words = ["method=mola", "method.num_experts=4", "method.router=top_p",
+             "+method.router_options.p=0.01"]  # fmt: skip
+    with pytest.raises(UserError, match=r"lora_router learns nothing: each row of the first"):
+        start(*words, "method.router_loss_coef=0")
+    assert start(*words, "method.router_loss_coef=1e-3").steps == 1
+
+
+def test_rows_that_predict_a_label() -> None:
+    ids, labels = torch.zeros(2, 4), torch.tensor([[5, 6, -100], [-100, -100, 7]])
+    found = predicting({"input_ids": ids, "labels": labels})
+    assert found.view(2, 4).int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+    whole = torch.cat([torch.full((2, 1), 9), labels], dim=1)
+    found = predicting({"input_ids": ids, "labels": whole})
+    assert found.view(2, 4).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
 
 
 def test_a_router_with_one_expert_a_token_learns_from_its_loss_alone(start: Start) -> None:

@@ -24,6 +24,7 @@ from mixlora_exp.adapters.base_check import check_base
 from mixlora_exp.adapters.config import MixLoraConfig, in_order
 from mixlora_exp.adapters.load_weights import fill, read_weights
 from mixlora_exp.adapters.mixtures.config import MIXTURE_TYPE, MixtureConfig
+from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError
@@ -39,6 +40,7 @@ __all__ = [
     "parameters_of",
     "peft_warnings_held_back",
     "plain_parameters_of",
+    "routed_layers_of",
 ]
 
 
@@ -181,6 +183,15 @@ def expert_parameters_of(model: nn.Module, adapter: str) -> dict[str, int]:
             if adapter in held and router and len(held[adapter]) == router.num_experts:
                 found[_plain(f"{name}.{part}", adapter)] = router.num_experts
     return found
+
+
+def routed_layers_of(model: nn.Module, adapter: str) -> dict[str, RoutedLayer]:
+    """Return the layers with a router of an adapter, by their names in `plain_parameters_of`."""
+    return {
+        _plain(name, adapter): module
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedLayer) and adapter in module.router
+    }
 
 
 @contextmanager

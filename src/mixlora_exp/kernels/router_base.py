@@ -66,11 +66,11 @@ class Router(ABC):
         gradient."""
         return not self.frozen and self.num_experts > 1
 
-    @property
-    def learns_from_task(self) -> bool:
-        """True if the task's loss has a gradient for its weights. One normalised weight is always
-        1, so a router with one expert per row has none: it learns from its own loss alone."""
-        return self.slots > 1
+    def learns_with(self, slots: int) -> bool:
+        """Return whether the task's loss has a gradient for its weights where rows have at most so
+        many experts. One normalised weight is always 1: a router with one expert per row learns
+        from its own loss alone."""
+        return slots > 1
 
     @property
     def by_sequence(self) -> bool:

@@ -63,9 +63,8 @@ class SoftmaxRouter(Router):
             "is part of the router's loss, which router_loss_coef=0 switches off: set it to 0 too",
         )
 
-    @property
-    def learns_from_task(self) -> bool:
-        return self.slots > 1 or not self.normalise
+    def learns_with(self, slots: int) -> bool:
+        return slots > 1 or (slots == 1 and not self.normalise)
 
     def require(self, holds: bool, option: str, rule: str) -> None:
         """Raise a ValueError that names the option, its value and the rule unless it holds."""

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.training.router_decisions import Decision
 
 NOISE = 1e-2
 """Standard deviation of what stands in for matrices that begin at zero, such as B: A has no
@@ -25,6 +25,7 @@ def check_gradients_flow(
     experts: Mapping[str, int],
     loss: Callable[[], Tensor],
     summed: Callable[[Tensor], Tensor] = lambda values: values,
+    decisions: Mapping[str, Decision] | None = None,
 ) -> dict[str, list[int]] | None:
     """One forward and backward pass in which every trained parameter must have a gradient.
 
@@ -33,14 +34,17 @@ def check_gradients_flow(
 
     parameters: the trained ones by name. experts: of those that hold a slice for each of E experts
     (E, ...), the number E by name; the part of the name before the last dot is the module's.
-    loss: computes the loss of one micro-batch. summed: sums a tensor over the processes.
+    loss: computes the loss of one micro-batch. summed: sums a tensor over the processes. decisions:
+    of modules with a router, as `routers_watched` yields them while `loss` is computed.
 
     Returns by module the experts without any gradient, which no token with an effect on the loss
-    was sent to. None if the loss is not finite, which the training loop reports better.
+    was sent to: all of a module that no such token got an expert from, whose router may have no
+    gradient then. None if the loss is not finite, which the training loop reports better.
 
     Raises:
         UserError: a parameter has no gradient, one of zeros alone, or one that is not finite; or an
-            expert has gradients in some of its module's parameters and none in others.
+            expert has gradients in some of its module's parameters and none in others; or no loss
+            reaches a router.
     """
     names, own = list(parameters), list(parameters.values())
     device = own[0].device
@@ -55,12 +59,26 @@ def check_gradients_flow(
         # As many in each process, where one may have no gradient and another has.
         none = torch.zeros(slices, device=device)
         sizes.append(none if gradient is None else _sizes(gradient, slices).to(device))
+    told = decisions or {}
+    # Processes without a row that predicts a label add zeros.
+    sizes += [torch.tensor(decision, device=device).float() for decision in told.values()]
     counts = [len(size) for size in sizes]
-    totals = dict(zip(names, summed(torch.cat(sizes)).cpu().split(counts), strict=True))
+    sums = summed(torch.cat(sizes)).cpu().split(counts)
+    totals = dict(zip(names, sums, strict=False))
+    decided = {
+        module: Decision(*map(bool, values))
+        for module, values in zip(told, sums[len(names) :], strict=True)
+    }
     for name, total in totals.items():
         if not total.isfinite().all():
             raise UserError(_message(name, "a gradient that is not finite"))
-        if not total.any():
+        module, _, part = name.rpartition(".")
+        # What did not run is not among them.
+        decision = decided.get(module, Decision(True, True))
+        routes = part.startswith("lora_router")
+        if routes and decision.stuck:
+            raise UserError(_stuck(name))
+        if not total.any() and (decision.router if routes else decision.experts):
             raise UserError(_message(name, "no gradient"))
     return _not_chosen({n: t for n, t in totals.items() if experts.get(n, 0) and len(t) > 1})
 
@@ -94,21 +112,12 @@ def _message(name: str, what: str) -> str:
     )
 
 
-@contextmanager
-def task_loss_alone(model: PeftModel, adapter: str) -> Iterator[None]:
-    """Within this context an adapter's loss is without its router's loss, which reaches a router
-    that is cut off from the task; unless the router learns from nothing else."""
-    routers = (module.router for module in model.modules() if hasattr(module, "expert_parts"))
-    router = next((held[adapter] for held in routers if adapter in held), None)
-    config = model.peft_config[adapter]
-    if router is None or not router.learns_from_task:
-        yield
-        return
-    before, config.router_loss_coef = config.router_loss_coef, 0.0
-    try:
-        yield
-    finally:
-        config.router_loss_coef = before
+def _stuck(name: str) -> str:
+    return (
+        f"method: {name} learns nothing: each row of the first micro-batch has one expert, whose "
+        "weight is 1 whatever the router says, and method.router_loss_coef=0: choose a coefficient "
+        "above 0, or a router and options with which rows get more experts"
+    )
 
 
 @contextmanager

@@ -30,13 +30,14 @@ from mixlora_exp.models.precision import autocast
 from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
-from mixlora_exp.training.gradient_check import check_gradients_flow, task_loss_alone
+from mixlora_exp.training.gradient_check import check_gradients_flow
 from mixlora_exp.training.job import Batch, Job
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.last_layer import last_layer_at_kept_rows
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
 from mixlora_exp.training.packed import packed_attention
 from mixlora_exp.training.parameter_groups import parameter_groups, schedule_of
+from mixlora_exp.training.router_decisions import predicting, routers_watched
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 from mixlora_exp.training.sharding import sharded
 from mixlora_exp.training.stability import Diverged, find_layer
@@ -155,8 +156,11 @@ class MixLoraTrainer(Trainer):
             # Hooks would be compiled into the layers, which are compiled again without them.
             loss = partial(self._with_saved_bytes, job, loss, batch["input_ids"].numel())
         try:
-            with task_loss_alone(self.model, job.name):
-                job.not_chosen = check_gradients_flow(job.parameters, experts, loss, summed)
+            rows = predicting(batch) & bool(batch["weight"])
+            with routers_watched(self.model, job.name, rows) as decisions:
+                job.not_chosen = check_gradients_flow(
+                    job.parameters, experts, loss, summed, decisions
+                )
         except UserError as error:
             self._fail(job, error)
 

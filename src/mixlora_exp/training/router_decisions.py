@@ -1,0 +1,76 @@
+"""What an adapter's routers decide in the forward pass of the gradient check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional
+
+from mixlora_exp.adapters.mixed_adapters import routed_layers_of
+from mixlora_exp.adapters.routed_layer import RoutedLayer
+from mixlora_exp.kernels.loss import IGNORED
+
+
+class Decision(NamedTuple):
+    """What the loss of a micro-batch must reach in one module with a router.
+
+    `experts`: a row that predicts a label has an expert. `router`: such a row's loss, or the
+    router's own, depends on the router. `stuck`: neither does, and no other row would change that,
+    as each has one expert with the weight 1.
+    """
+
+    experts: bool
+    router: bool
+    stuck: bool = False
+
+
+def predicting(batch: Mapping[str, Tensor]) -> Tensor:
+    """(rows,) bool: which rows of the flattened batch predict a label."""
+    labels = functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:] != IGNORED
+    # With `logits_to_keep` there are labels of the last columns alone.
+    before = batch["input_ids"].shape[1] - labels.shape[1]
+    return functional.pad(labels, (before, 0)).flatten()
+
+
+@contextmanager
+def routers_watched(model: PeftModel, adapter: str, rows: Tensor) -> Iterator[dict[str, Decision]]:
+    """Within this context a forward pass in training fills the yielded `Decision`s by module, named
+    as in `plain_parameters_of`. A router's own loss does not reach a router that the task's loss
+    depends on: it would hide that the forward pass cuts this router off.
+
+    rows: (T,) bool, as of `predicting`.
+    """
+    found: dict[str, Decision] = {}
+    layers = routed_layers_of(model, adapter)
+    for name, layer in layers.items():
+        coefficient = model.peft_config[adapter].router_loss_coef
+        layer.statistics = _watched(layer, name, rows, coefficient, found)
+    try:
+        yield found
+    finally:
+        for layer in layers.values():
+            del layer.statistics
+
+
+def _watched(
+    layer: RoutedLayer, name: str, rows: Tensor, coefficient: float, found: dict[str, Decision]
+) -> Callable[..., dict[str, Tensor]]:
+    """`layer.statistics`, which runs once for each pass and adapter, with a note in `found`."""
+    own = layer.statistics
+
+    def statistics(adapter: str, mask: Tensor | None, types: Tensor | None) -> dict[str, Tensor]:
+        router, held = layer.router[adapter], layer.routings[adapter].filled.sum(dim=1)
+        seen = int((held * rows.to(held.device)).max())
+        most = int((held if mask is None else held * mask).max())
+        learns = router.learns_with(seen)
+        needed = seen > 0 and (learns or coefficient > 0)
+        stuck = seen > 0 and coefficient == 0 and not router.learns_with(most)
+        found[name] = Decision(seen > 0, needed, stuck)
+        values = own(adapter, mask, types)
+        return {part: v.detach() for part, v in values.items()} if learns else values
+
+    return statistics
