@@ -123,6 +123,14 @@ def test_out_of_reach(words: str, told: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_the_largest_rank_that_there_can_be_is_an_exact_match() -> None:
+    """Two runs of 96 singular values are all that the narrowest projection has."""
+    words = ["method=lora_ga", "method.match_params=lora_r96"]
+    config = matched(*words, model="smollm2_135m")
+    assert config.method.rank_of_experts == 96
+    assert budget_line(config).endswith("(+0.00 %)")
+
+
 def test_the_command_line_prints_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["dry_run=true", "model=tiny", "method=mixlora", "method.match_params=lora_r20"]
     assert execute(given) == 0

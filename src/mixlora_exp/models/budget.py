@@ -91,7 +91,9 @@ def _closest(count: Callable[[int], int], wanted: int) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_above(middle) else (middle, high)
-    return low if wanted - count(low) <= count(high) - wanted else high
+    left = wanted - count(low)
+    # The next rank may be none that there can be.
+    return low if left == 0 or left <= count(high) - wanted else high
 
 
 def _reference(config: Config) -> Parameters:
