@@ -259,7 +259,6 @@ def compose_copy(config: Config) -> Config:
         (["method.alpha=inf"], "method.alpha=inf"),
         (["method.dropout=1"], "method.dropout=1.0"),
         (["method.top_k=9"], "num_experts=8"),
-        (["method.top_k=1", "method.router_loss_coef=0"], "method.top_k=1"),
         (["method.targets=[q_proj]"], "method=lora"),
         (["method.targets=[q_prj]"], "q_prj"),
         (["task.train=[arc]"], "task.train=arc"),

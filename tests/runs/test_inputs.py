@@ -86,6 +86,32 @@ def test_a_router_s_options_are_checked_before_weights_are_read(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("mixlora top_k=1 router_loss_coef=0", "router_loss_coef=0: the router of layer 0 would"),
+        ("mola num_experts=2 top_k=2/1", "router_loss_coef=0: the router of layer 1 would learn"),
+        ("mixlora_top_p router_options.limit=1 router_loss_coef=0", "router of layer 0 would"),
+        ("mola router=switch +router_options.normalise=true +router_options.z_loss=0",
+         "router of layer 0 would learn nothing"),
+        ("mola router=switch +router_options.z_loss=0 +router_options.skip=true",
+         "method.router_options.skip=True: a single projection has no feed-forward block"),
+    ],
+)  # fmt: skip
+def test_options_that_do_nothing_are_told_before_weights_are_read(
+    words: str, told: str, dry_run: bool, configure: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(experiment, "load_model", None)
+    method, *rest = words.split()
+    own = [f"+method.{w[1:]}" if w[0] == "+" else f"method.{w}" for w in rest]
+    config = configure(f"method={method}", *own, f"dry_run={str(dry_run).lower()}")
+    with pytest.raises(UserError, match=told) as raised:
+        experiment.run(config)
+    assert "\n" not in str(raised.value)
+
+
 def test_what_cannot_run_leaves_nothing(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,18 +32,38 @@ def test_shuffled_experts_are_another_condition(finished: Start, tmp_path) -> No
 
 
 @pytest.mark.parametrize("dry_run", ["false", "true"])
-@pytest.mark.parametrize("method", ["lora", "moslora", "none"])
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("lora", "has no router"), ("moslora", "has no router"), ("none", "has no router"),
+        ("mixlora_uniform", "gives all experts the same weight"),
+        ("mola method.router=uniform", "gives all experts the same weight"),
+        ("mixlora_one_expert", "has one expert"),
+        ("mola method.num_experts=1/1 method.top_k=1", "has one expert"),
+    ],
+)  # fmt: skip
 def test_nothing_to_shuffle(
-    method: str, dry_run: str, configure: Start, monkeypatch: pytest.MonkeyPatch
+    method: str, why: str, dry_run: str, configure: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "load_model", None)
-    words = [f"method={method}", "evaluation.shuffle_experts=1", f"dry_run={dry_run}"]
-    with pytest.raises(UserError, match=f"shuffle_experts=1: {method} has no router"):
+    method, *more = method.split()
+    words = [f"method={method}", *more, "evaluation.shuffle_experts=1", f"dry_run={dry_run}"]
+    with pytest.raises(UserError, match=f"shuffle_experts=1: {method} {why}"):
         experiment.run(configure(*words))
 
 
-def test_an_adapter_without_experts_is_not_shuffled(finished: Start, configure: Start) -> None:
-    adapter = finished("method=moslora").folder / "adapter"
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["method=moslora"], "moslora has no router"),
+        (["method=mixlora_one_expert"], "mixlora has one expert"),
+        (["method=mola", "method.router=uniform"], "mola gives all experts the same weight"),
+    ],
+)
+def test_adapters_with_nothing_to_shuffle(
+    finished: Start, configure: Start, words: list[str], told: str
+) -> None:
+    adapter = finished(*words).folder / "adapter"
     words = ["method=none", f"adapter={adapter}", "evaluation.shuffle_experts=1"]
-    with pytest.raises(UserError, match="shuffle_experts=1: moslora has no router"):
+    with pytest.raises(UserError, match=f"shuffle_experts=1: {told}"):
         experiment.run(configure(*words))

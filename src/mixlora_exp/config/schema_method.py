@@ -182,18 +182,3 @@ class MixLoraMethodConfig(MixtureSettings, ExpertRank, LoraMethodConfig):
             "method.targets", self.targets,
             "experts need at least one of gate_proj, up_proj, down_proj (else use method=lora)",
         )  # fmt: skip
-        require(
-            not self._router_without_gradient(),
-            "method.top_k", self.top_k,
-            "with router_loss_coef=0 the router would learn nothing, since the weight of a single "
-            "expert is always 1: choose top_k=2, router=switch, or a coefficient above 0",
-        )  # fmt: skip
-
-    def _router_without_gradient(self) -> bool:
-        """Whether neither the task's loss nor one of the router's own depends on the router."""
-        options = self.router_options
-        return (
-            word(self.router) == "top_k" and self.top_k == 1 < self.num_experts
-            and self.router_loss_coef == 0
-            and options.get("normalise", True) is True and options.get("z_loss", 0) == 0
-        )  # fmt: skip

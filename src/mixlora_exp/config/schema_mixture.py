@@ -113,12 +113,18 @@ class LinearMixtureSettings(MixtureSettings):
     )
 
     def check_router(self, own: str | None) -> None:
-        """Refuse a router for a method that has none (`own` is None), and several experts.
+        """Refuse a router for a method that has none (`own` is None), and several experts; and an
+        option that does nothing in a single projection.
 
         Raises:
             ValueError: there is one.
         """
         if own is not None:
+            if self.router_name(own) == "switch" and self.router_options.get("skip"):
+                raise ValueError(
+                    "router_options.skip=True: a single projection has no feed-forward block to "
+                    "leave out, a row without a place gets W x there: leave it out"
+                )
             return
         mixture = word(self.mixture)
         for name in ("router", "router_options"):

@@ -19,7 +19,7 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import Router, make_router
+from mixlora_exp.kernels import Router, make_mixture, make_router
 from mixlora_exp.models.architecture import architecture_of
 from mixlora_exp.models.mixtures import mixture_parameters
 from mixlora_exp.models.skeleton import projections, skeleton
@@ -96,6 +96,36 @@ def router_of(method: MixLoraMethodConfig) -> Router:
         return make_router(method.router.value, settings, method.router_options)
     except ValueError as error:
         raise UserError(f"method: {error}") from error
+
+
+def routers_of(model: ModelConfig, method: MethodConfig | None) -> list[Router]:
+    """The router of each layer: of its feed-forward block, or alike in all its projections; none
+    for other methods.
+
+    Raises:
+        UserError: the method refuses an option, or does not fit the model.
+    """
+    layers = skeleton_of(model).config.num_hidden_layers
+    if isinstance(method, MixLoraMethodConfig):
+        return [router_of(method)] * layers
+    if not isinstance(method, LinearMixtureMethodConfig):
+        return []
+    try:
+        own = make_mixture(method.mixture.value, method.mixture_options).router
+        return (
+            []
+            if own is None
+            else [
+                make_router(
+                    method.router_name(own),
+                    method.router_settings(*sizes, 1),
+                    method.router_options,
+                )
+                for sizes in method.experts_by_layer(layers)
+            ]
+        )
+    except ValueError as error:
+        raise UserError(f"method.{error}") from error
 
 
 def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:

@@ -138,6 +138,14 @@ def count_steps(trainer: TrainerConfig, examples: int) -> int:
     return math.ceil(trainer.epochs * math.ceil(examples / trainer.batch_size))
 
 
+def planned_steps(config: Config) -> int:
+    """The optimizer steps of a training run; reads data as `plan` does."""
+    if config.trainer.max_steps is not None:
+        return config.trainer.max_steps
+    rows, _, _ = _rows(config)
+    return count_steps(config.trainer, sum(rows.values()) * len(config.data.forms))
+
+
 def _together(config: Config) -> str:
     memory = memory_of(config, packed=True)
     fits = ", ".join(f"{many_that_fit(memory, size)} in {size} GiB" for size in CARD_GIB)

@@ -11,19 +11,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.choices import Compile, Mixture
+from mixlora_exp.config.choices import Mixture
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import (
     Base,
     Config,
     DataSource,
     Head,
-    MixLoraMethodConfig,
-    PeftMethodConfig,
     Tracker,
     TrainedMethodConfig,
 )
-from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.data.sources import LoadedSplit, load_split
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import encode_tests
@@ -40,13 +37,12 @@ from mixlora_exp.models import (
     with_folder_shape,
 )
 from mixlora_exp.models.budget import with_matched_rank
-from mixlora_exp.models.mixtures import check_mixture
-from mixlora_exp.models.parameters import count_parameters, router_of
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
+from mixlora_exp.runs.method_checks import check_method, check_shuffle
 from mixlora_exp.runs.parallel import check_processes
 from mixlora_exp.runs.quantized_base import check_quantized_base
 from mixlora_exp.system.device import resolve_device
@@ -196,48 +192,6 @@ def _check_head(config: Config) -> None:
         )
 
 
-def _check_method(config: Config) -> None:
-    """Refuse a method that does not fit the model or does not know one of its options."""
-    method = config.method
-    if isinstance(method, MixLoraMethodConfig):
-        router_of(method)
-    elif isinstance(method, PeftMethodConfig):
-        from mixlora_exp.models.peft_types import check_schedule
-
-        if config.trainer.max_steps is not None:
-            check_schedule(method, config.trainer.max_steps)
-        count_parameters(config.model, method)
-    check_mixture(config.model, method)
-    own = (
-        isinstance(method, PeftMethodConfig) or getattr(method, "mixture", None) is Mixture.lora_ga
-    )
-    if own and config.trainer.compile is not Compile.off:
-        raise UserError(
-            f"trainer.compile={config.trainer.compile.value} was not tried with "
-            f"method={method.name}: leave it off"
-        )
-
-
-def _check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
-    if config.evaluation.shuffle_experts is None:
-        return
-    # Imported late, as in `adapter_entry`.
-    from mixlora_exp.adapters.shuffled import has_routers
-
-    method = config.method
-    if adapter is not None:
-        name, routed = adapter["method"], has_routers(adapter["peft_type"], adapter["method"])
-    else:
-        mixture = isinstance(method, LinearMixtureMethodConfig) and method.mixture.value
-        mixed = isinstance(method, MixLoraMethodConfig)
-        name, routed = method.name, mixed or has_routers("", mixture or "")
-    if not routed:
-        raise UserError(
-            f"evaluation.shuffle_experts={config.evaluation.shuffle_experts}: {name} has no router "
-            "that chooses experts: leave it out"
-        )
-
-
 def _check_tracker(config: Config) -> None:
     name = config.tracker.name
     if name is not Tracker.none and importlib.util.find_spec(name.value) is None:
@@ -275,8 +229,8 @@ def gather_inputs(config: Config) -> Inputs:
 def _check_settings(config: Config, adapter: dict[str, Any] | None, *, here: bool = True) -> None:
     """Check all that needs neither data nor weights. `here`: the run executes on this machine."""
     _check_tracker(config)
-    _check_method(config)
-    _check_shuffle(config, adapter)
+    check_method(config)
+    check_shuffle(config, adapter)
     _check_base(config, adapter)
     if here:
         check_processes(config)

@@ -1,0 +1,90 @@
+"""Checks of a run's method before weights are loaded: against the model, the plan and the options
+that would have no effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config.choices import Compile, Mixture
+from mixlora_exp.config.schema import Config, PeftMethodConfig
+from mixlora_exp.config.schema_method import word
+from mixlora_exp.errors import UserError
+from mixlora_exp.models.mixtures import check_mixture
+from mixlora_exp.models.parameters import count_parameters, routers_of
+from mixlora_exp.plans.plan import planned_steps
+
+
+def check_method(config: Config) -> None:
+    """Refuse a method that does not fit the model or the run's length, does not know one of its
+    options, or has a router that no loss trains.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    method = config.method
+    check_mixture(config.model, method)
+    _check_routers(config)
+    if isinstance(method, PeftMethodConfig):
+        from mixlora_exp.models.peft_types import check_schedule
+
+        count_parameters(config.model, method)
+        if method.peft_type == "ADALORA":
+            check_schedule(method, planned_steps(config))
+    own = (
+        isinstance(method, PeftMethodConfig) or getattr(method, "mixture", None) is Mixture.lora_ga
+    )
+    if own and config.trainer.compile is not Compile.off:
+        raise UserError(
+            f"trainer.compile={config.trainer.compile.value} was not tried with "
+            f"method={method.name}: leave it off"
+        )
+
+
+def _check_routers(config: Config) -> None:
+    """Refuse routers that learn nothing."""
+    method = config.method
+    for layer, router in enumerate(routers_of(config.model, method)):
+        if router.trained and method.router_loss_coef == 0 and not router.learns_with(router.slots):
+            raise UserError(
+                f"method.router_loss_coef=0: the router of layer {layer} would learn nothing, "
+                "since the weight of a single expert is always 1: choose a coefficient above 0, "
+                "more experts per token, or method.router=switch"
+            )
+
+
+def check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
+    """Refuse `evaluation.shuffle_experts` where it would change nothing. `adapter`: see
+    `inputs.adapter_entry`.
+
+    Raises:
+        UserError: no router chooses among experts.
+    """
+    if config.evaluation.shuffle_experts is None:
+        return
+    # Imported late: PEFT takes a second to load, and most command lines do not need it.
+    from mixlora_exp.adapters.shuffled import has_routers
+
+    method, name = config.method, config.method.name
+    if adapter is not None:
+        from mixlora_exp.adapters.saved import saved_settings
+
+        settings = saved_settings(Path(str(config.adapter)).expanduser())
+        name, routed = adapter["method"], has_routers(adapter["peft_type"], adapter["method"])
+        router, held = settings.get("router"), settings.get("num_experts")
+        experts = held if isinstance(held, list) else [held]
+    else:
+        routers = routers_of(config.model, method)
+        routed, experts = bool(routers), [router.num_experts for router in routers]
+        router = word(getattr(method, "router", None))
+    why = "has no router that chooses experts"
+    if routed and router == "uniform":
+        why = "gives all experts the same weight (router=uniform)"
+    elif routed and all(number == 1 for number in experts):
+        why = "has one expert"
+    elif routed:
+        return
+    raise UserError(
+        f"evaluation.shuffle_experts={config.evaluation.shuffle_experts}: {name} {why}: leave it "
+        "out"
+    )
