@@ -38,7 +38,11 @@ BAD = [
     (["foo=1"], ["foo=1", "not a setting", "output_dir"]),
     (["+foo=1"], ["foo=1", "not a setting", "output_dir"]),
     (["+method.extra.deep=1"], ["method.extra", "not a setting"]),
-    (["method=lora", "method.top_k=2"], ["method.top_k=2", "mixlora and mixdora have it"]),
+    (["method=lora", "method.top_k=2"], ["method.top_k=2", "hydralora, loramoe, mixlora, mola"]),
+    (
+        ["method=lora", "method.match_params=lora_r8"],
+        ["adamole, goat, hydralora, loramoe, mixlora, mola, moslora, pissa, and methods made from"],
+    ),
     (["hydra.foo=1"], ["hydra.foo=1", "not a setting"]),
     (["--dry-run"], ["settings have no dashes", "write dry_run=..."]),
     (["experiment=study"], ["experiment=study is a folder", "experiment=study/step_size"]),

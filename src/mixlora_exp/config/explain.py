@@ -19,7 +19,8 @@ from omegaconf.errors import (
 
 from mixlora_exp.config.architecture import old_name
 from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.schema import Config, MixLoraMethodConfig
+from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
 from mixlora_exp.errors import UserError
 
 WANTED = {"Integer": "a whole number", "Float": "a number"}
@@ -29,6 +30,17 @@ def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
     """Return `; did you mean ...?` with the closest options, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
+
+
+def methods_with(name: str) -> list[str]:
+    """The methods that have a setting, without those made from another method."""
+    found = []
+    for path in sorted((CONF_DIR / "method").glob("*.yaml")):
+        (first, *_) = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [""])
+        schema = METHOD_SCHEMAS.get(str(first).strip("/").partition("@")[0])
+        if schema is not None and name in schema.__dataclass_fields__:
+            found.append(path.stem)
+    return found
 
 
 def unknown_field(key: str, owner: type | None, source: str = "") -> str:
@@ -45,9 +57,11 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
         return f"{key} is not a setting{source}: write {today}"
     if parent == "method":
         where = "the chosen method has"
-        mixture = {item.name for item in dataclasses.fields(MixLoraMethodConfig)}
-        if name in mixture - set(options):
-            return f"{key} is not a setting{source} of this method: mixlora and mixdora have it"
+        if have := methods_with(name):
+            return (
+                f"{key} is not a setting{source} of this method: {', '.join(have)}, and methods "
+                "made from these, have it"
+            )
     return (
         f"{key} is not a setting{source}{suggest(name, options, f'{parent}.' if parent else '')} "
         f"({where}: {', '.join(options)})"

@@ -26,7 +26,7 @@ from mixlora_exp.config.explain import explain, unknown_field
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
-from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
 from mixlora_exp.config.switches import ONLY
 from mixlora_exp.errors import UserError
 
@@ -92,11 +92,8 @@ def register_schemas() -> None:
         node = {"defaults": ["correct", "_self_"], "name": name, **values}
         store.store(group="preset", name=name, node=node)
     # Not in the group `method`, so that `method=glob(*)` and lists of options contain only files.
-    store.store(name="none_schema", node=schema.MethodConfig)
-    store.store(name="lora_schema", node=schema.LoraMethodConfig)
-    store.store(name="mixlora_schema", node=schema.MixLoraMethodConfig)
-    store.store(name="linear_mixture_schema", node=LinearMixtureMethodConfig)
-    store.store(name="peft_schema", node=schema.PeftMethodConfig)
+    for name, method in METHOD_SCHEMAS.items():
+        store.store(name=name, node=method)
     # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
     for kernel in schema.Kernel:
         store.store(group="kernel", name=kernel.name, node={"name": kernel.name})

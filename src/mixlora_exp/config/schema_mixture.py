@@ -194,6 +194,16 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodCon
             require(False, f"method.{name}", value, rule)
 
 
+METHOD_SCHEMAS: dict[str, type[MethodConfig]] = {
+    "none_schema": MethodConfig,
+    "lora_schema": LoraMethodConfig,
+    "mixlora_schema": MixLoraMethodConfig,
+    "linear_mixture_schema": LinearMixtureMethodConfig,
+    "peft_schema": PeftMethodConfig,
+}
+"""By the names that the files in conf/method/ begin with."""
+
+
 def method_class(recorded: Mapping[str, Any]) -> type[MethodConfig]:
     """The schema of a method that is given as plain fields, as in a record."""
     if recorded.get("name") == "none":
