@@ -101,7 +101,17 @@ REFUSED = [
     ("peft_type=ADALORA peft={total_step:9}", "total_step=9: it is the run's number of steps"),
     ("peft_type=ADALORA peft={r:4}", "method.peft.r=4: AdaLoRA starts from init_r"),
     ("peft_type=ADALORA peft={init_r:4,target_r:4}", "init_r=4 must be above target_r=4"),
-    ("peft_type=ADALORA peft={tinit:-1}", "tinit=-1 and tfinal=0 must be whole numbers"),
+    ("peft_type=ADALORA peft={tinit:-1}", "peft.tinit=-1 must be a whole number >= 0"),
+    ("peft_type=ADALORA peft={deltaT:0}", "peft.deltaT=0 must be a whole number >= 1"),
+    ("peft_type=ADALORA peft={orth_reg_weight:0}", "orth_reg_weight=0 must be above 0"),
+    ("peft_type=ADALORA peft={beta1:2}", "peft.beta1=2 must be above 0 and below 1"),
+    ("peft_type=ADALORA peft={init_r:x}", "PEFT cannot build ADALORA from these fields: "),
+    ("peft_type=ADALORA peft={tinit:400} trainer.max_steps=null",
+     "tinit=400 and tfinal=0 needs at least 401 optimizer steps, and the run has "),
+    ("peft_type=VERA peft={r:0}", "PEFT cannot build VERA from these fields: "),
+    ("peft_type=LOHA peft={rank_dropout:x}", "peft.rank_dropout=x must be a number in"),
+    ("peft_type=LOKR peft={module_dropout:1}", "peft.module_dropout=1 must be a number in"),
+    ("peft_type=LOHA peft={alpha:x}", "PEFT cannot build LOHA from these fields: "),
     ("peft_type=ADALORA peft={tinit:3}", "needs at least 4 optimizer steps, and the run has 2"),
     ("peft_type=LORA trainer.compile=layer", "compile=layer was not tried with method=peft"),
     ("peft_type=VERA lora_plus_ratio=4", "vera_lambda_\\S+ has no role in LoRA"),
@@ -114,7 +124,7 @@ def test_mistakes_are_told_before_weights_are_read(
     words: str, told: str, dry_run: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "load_model", None)
-    own = [word if "compile" in word else f"method.{word}" for word in words.split()]
+    own = [word if word.startswith("trainer.") else f"method.{word}" for word in words.split()]
     config = compose(
         ["experiment=smoke", "method=peft", *own, f"dry_run={dry_run}", f"output_dir={tmp_path}"]
     )

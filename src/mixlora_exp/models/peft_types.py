@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from math import inf
 from typing import Any, NamedTuple
 
 import peft
@@ -39,7 +40,8 @@ AdaLoRA `rank_pattern` is what training finds."""
 INITIAL = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights`. The others write a residual into the base weights, so that neither
 the adapter's file nor the model without it would be what they say."""
-REFUSED = (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, OSError)
+REFUSED = (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, AssertionError,
+           RuntimeError, OSError)  # fmt: skip
 
 
 class PeftSize(NamedTuple):
@@ -63,14 +65,16 @@ def config_of(method: PeftMethodConfig) -> PeftConfig:
     _check_fields(kind, owner, given)
     own: dict[str, Any] = {"target_modules": list(method.targets), "task_type": "CAUSAL_LM"}
     if kind == "ADALORA":
+        _check_adalora(given)
         own["total_step"] = _schedule_length(given)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             config = owner(**given, **own)
+        grows = kind == "ADALORA" and config.init_r <= config.target_r
     except (*REFUSED, Warning) as error:
         raise _not_valid(kind, error) from error
-    if kind == "ADALORA" and config.init_r <= config.target_r:
+    if grows:
         raise UserError(
             f"method.peft.init_r={config.init_r} must be above target_r={config.target_r}: AdaLoRA "
             "takes ranks away"
@@ -101,6 +105,7 @@ def _size(asked: _Asked) -> PeftSize:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _try_out(config, asked.model.config)
             base = copy.deepcopy(asked.model)
             before = _elements(base)
             built = get_peft_model(base, config, low_cpu_mem_usage=True)
@@ -113,6 +118,22 @@ def _size(asked: _Asked) -> PeftSize:
         rate_factor(name, method.lora_plus_ratio)
     count = sum(trained.values())
     return PeftSize(count, _elements(built) - before - count)
+
+
+def _try_out(config: PeftConfig, of: Any) -> None:
+    """Train small projections for one pass: PEFT reads some values there alone. of: the model's
+    transformers configuration."""
+    own = copy.deepcopy(config)
+    own.task_type = None
+    # What chooses some layers of a whole model.
+    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        if hasattr(own, name):
+            setattr(own, name, None)
+    small = nn.ModuleDict({name: nn.Linear(8, 8) for name in own.target_modules})
+    small.config = of
+    get_peft_model(small, own)
+    with torch.enable_grad():
+        sum(module(torch.ones(1, 8)).sum() for module in small.train().values()).backward()
 
 
 def _elements(model: nn.Module | PeftModel) -> int:
@@ -150,16 +171,35 @@ def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) 
             f"which stay as they are here; choose from {', '.join(map(str, INITIAL))}, or use "
             "method=pissa or method=lora_ga"
         )
-    if kind == "ADALORA" and "r" in given:
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name.endswith("dropout") and not (number and 0 <= value < 1):
+            raise UserError(
+                f"method.peft.{name}={shown(str(value), 80)} must be a number in [0, 1)"
+            )
+
+
+def _check_adalora(given: Mapping[str, Any]) -> None:
+    """Refuse what AdaLoRA reads in training alone."""
+    if "r" in given:
         raise UserError(f"method.peft.r={given['r']}: AdaLoRA starts from init_r; set that")
+    for name, least in {"tinit": 0, "tfinal": 0, "deltaT": 1}.items():
+        value = given.get(name, least)
+        if type(value) is not int or value < least:
+            raise UserError(
+                f"method.peft.{name}={shown(str(value), 80)} must be a whole number >= {least}"
+            )
+    for name, limit in {"orth_reg_weight": inf, "beta1": 1, "beta2": 1}.items():
+        value = given.get(name, 0.5)
+        if type(value) not in (int, float) or not 0 < value < limit:
+            raise UserError(
+                f"method.peft.{name}={shown(str(value), 80)} must be above 0 and below {limit}"
+            )
 
 
 def _schedule_length(given: Mapping[str, Any]) -> int:
     """Fewest steps with which AdaLoRA takes ranks away, after one that measures importance."""
-    first, last = given.get("tinit", 0), given.get("tfinal", 0)
-    if not all(type(number) is int and number >= 0 for number in (first, last)):
-        raise UserError(f"method.peft: tinit={first} and tfinal={last} must be whole numbers >= 0")
-    return max(first, 1) + last + 1
+    return max(given.get("tinit", 0), 1) + given.get("tfinal", 0) + 1
 
 
 def check_schedule(method: PeftMethodConfig, steps: int) -> None:
