@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from composed import compose
 
 from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.config.together import packs_of
 from mixlora_exp.kernels.router_base import ROUTERS
 from mixlora_exp.models.parameters import count_parameters
 
@@ -36,3 +38,12 @@ def test_every_router_has_a_row() -> None:
 
 def test_the_table_has_nothing_else() -> None:
     assert sorted(rows("`method=`")) == METHODS
+
+
+def test_methods_that_are_trained_alone_are_named() -> None:
+    of = {name: [f"method={name}"] for name in METHODS if name != "none"}
+    of["peft"].append("method.peft_type=LOKR")
+    configs = {name: compose(["model=tiny", *words]) for name, words in of.items()}
+    alone = {name for name, own in configs.items() if len(packs_of([configs["lora"], own], 2)) > 1}
+    told = PAGE.split(", but for ")[1].split("which are trained alone")[0]
+    assert set(re.findall(r"`(\w+)`", told)) == alone

@@ -145,7 +145,7 @@ def test_one_that_fails_does_not_cost_the_others(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("[lora,none]", "entry 2 has method=none and no adapter: choose lora"),
+        ("[lora,none]", "entry 2 has method=none and no adapter: choose a method"),
         ("[lora,{method:lora,model:tiny_gemma}]", "entry 2 has a different model than entry 1"),
         ("[lora,{method:dora,seed:7}]", "a different seed than entry 1.*random base model"),
         ("[lora,{method:lora}]", "entries 1 and 2 are the same run"),

@@ -119,7 +119,7 @@ def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
         if not isinstance(config.method, LoraMethodConfig) and config.adapter is None:
             raise UserError(
                 f"adapters: entry {number} has method={config.method.name} and no adapter: choose "
-                "lora, dora, mixlora or mixdora, or name the adapter=DIR to score"
+                "a method that trains one, or name the adapter=DIR to score"
             )
         for field, value in shared_settings(config).items():
             if value != first[field]:

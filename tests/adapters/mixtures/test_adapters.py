@@ -88,6 +88,17 @@ def test_goat_starts_as_defined(base_of) -> None:
     torch.testing.assert_close(layer(x), layer.get_base_layer()(x), rtol=1e-4, atol=1e-5)
 
 
+def test_routers_start_as_defined(base_of) -> None:
+    """Normal, with the variance of the originals' uniform +-1/sqrt(in); the threshold's bias 0."""
+    torch.manual_seed(1)
+    model = get_peft_model(base_of(), make_settings("adamole", num_experts=32))
+    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    drawn = layer.lora_router["default"].detach()
+    assert drawn.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+    assert drawn.abs().max() > 64**-0.5
+    assert layer.lora_router_threshold_bias["default"].tolist() == [0]
+
+
 @pytest.mark.parametrize("method", ["mola", "loramoe", "hydralora", "adamole", "moslora"])
 def test_others_start_as_the_base(base_of, batch, method: str) -> None:
     torch.manual_seed(1)
