@@ -43,7 +43,7 @@ def test_the_table_has_nothing_else() -> None:
 def test_methods_that_are_trained_alone_are_named() -> None:
     of = {name: [f"method={name}"] for name in METHODS if name != "none"}
     of["peft"].append("method.peft_type=LOKR")
-    configs = {name: compose(["model=tiny", *words]) for name, words in of.items()}
+    configs = {name: compose(["model=llama2_7b", *words]) for name, words in of.items()}
     alone = {name for name, own in configs.items() if len(packs_of([configs["lora"], own], 2)) > 1}
     told = PAGE.split(", but for ")[1].split("which are trained alone")[0]
     assert set(re.findall(r"`(\w+)`", told)) == alone
