@@ -64,6 +64,7 @@ VARIED = ["trainer.batch_size=1", "trainer.micro_batch_size=1", "trainer.max_ste
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.slow
 def test_batches_of_many_lengths(train, traced, monkeypatch, capsys, checkpointing) -> None:
     """More graphs than the eight after which torch refuses."""
     monkeypatch.setattr(compiled, "BUCKET", 1)

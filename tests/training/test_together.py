@@ -198,13 +198,13 @@ def test_odd_settings_too(alone, together, model) -> None:
 def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None:
     """Same method, rank and rows, so that their products are made in one go."""
     calls = []
-    real = linear.FusedLinear.kernel
+    real = linear.FusedLinear.add
 
     def counted(frozen, rows, *parts):
         calls.append(len(parts))
         return real(frozen, rows, *parts)
 
-    monkeypatch.setattr(linear.FusedLinear, "kernel", staticmethod(counted))
+    monkeypatch.setattr(linear.FusedLinear, "add", staticmethod(counted))
     steps = ["trainer.max_steps=6", "method.dropout=0.2"]
     configs = {
         f"{method} {rate}": compose(
