@@ -211,6 +211,7 @@ def gather_inputs(config: Config) -> Inputs:
     _check_settings(config, adapter)
     check_quantized_base(config, adapter)
     check_model(config.model)
+    check_method(config)
     splits = _splits(config)
     identity = {
         "data": {
@@ -229,7 +230,6 @@ def gather_inputs(config: Config) -> Inputs:
 def _check_settings(config: Config, adapter: dict[str, Any] | None, *, here: bool = True) -> None:
     """Check all that needs neither data nor weights. `here`: the run executes on this machine."""
     _check_tracker(config)
-    check_method(config)
     check_shuffle(config, adapter)
     _check_base(config, adapter)
     if here:
@@ -259,6 +259,7 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
             if has_local_tokenizer(config.model):
                 load_tokenizer(config.model)
             checked.add(model)
+        check_method(config)
         if config.data.name is DataSource.hub and config.data.mirror is None:
             continue
         # Cells that differ only in the method read the same data.
