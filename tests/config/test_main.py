@@ -125,3 +125,19 @@ def test_mistakes_in_options_are_one_message(words: list[str], message: str) -> 
     args = parser.parse(["output=x=y", "count=2", "out", "whole=true"])
     assert (args.folder, args.output, args.count, args.whole) == ("out", "x=y", 2, True)
     assert not parser.parse(["out", "whole=false"]).whole
+
+
+def test_libraries_print_nothing_when_they_are_imported(tmp_path: Path) -> None:
+    for name in ("bitsandbytes", "torchao"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    code = (
+        "from mixlora_exp.system.library_notices import shorten_notices\n"
+        "shorten_notices()\n"
+        "import bitsandbytes, peft, torchao, transformers\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment, cwd=tmp_path, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout + done.stderr == ""

@@ -46,6 +46,16 @@ def test_all_ran_alike() -> None:
     assert len(conditions) == 1
 
 
+def test_lora_plus_diverged_at_lora_s_alpha() -> None:
+    (path,) = (FOLDER / "diverged").glob("*-lora_plus-*.zip")
+    record = read_run(path)
+    assert record["config"]["method"]["alpha"] == 160
+    losses = record["train"]["stability"]["step_losses"]
+    assert [round(losses[0], 2), round(losses[2], 2)] == [2.62, 8.34]
+    text = Path(FOLDER, "README.md").read_text()
+    assert "from a loss of 2.62 to 8.34" in text
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_table_is_made_from_the_records(name: str) -> None:
     assert line(RECORDS[name]) in Path(FOLDER, "README.md").read_text().splitlines()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mixlora_exp.errors import UserError, shown
-from mixlora_exp.system.hub_notices import shorten
+from mixlora_exp.system.library_notices import shorten_notices
 from mixlora_exp.system.signals import REQUEUE, Terminated, install
 
 __all__ = ["INTERRUPTED", "MISTAKE", "REQUEUE", "TERMINATED", "guarded"]
@@ -28,7 +28,7 @@ def guarded(
     raised, so that Python prints it and exits with 1.
     """
     install()
-    shorten()
+    shorten_notices()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As on standard error: characters outside the terminal's encoding must not cause a failure.
         sys.stdout.reconfigure(errors="backslashreplace")
