@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from composed import compose
 from fake_hub import FakeHub, fake_hub
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.runs.inputs import resolve_config
 from mixlora_exp.system.hub import adapter_place, pinned
 
 FILES = {
@@ -62,6 +64,17 @@ def test_a_branch_that_moves_gives_another_commit(hub: FakeHub) -> None:
     assert (
         adapter_place(f"hub:owner/name@{first}") / "adapter_model.safetensors"
     ).read_bytes() == (b"weights")
+
+
+def test_a_run_asks_once_which_commit_a_branch_has(hub: FakeHub) -> None:
+    """What is hashed, told and scored is then of one commit."""
+    first = hub.commit("owner/name", FILES)
+    config = compose(["method=none", "adapter='hub:owner/name@main'"])
+    found = resolve_config(config)
+    hub.commit("owner/name", {**FILES, "adapter_model.safetensors": b"other"})
+    assert found.adapter == f"hub:owner/name@{first}"
+    assert resolve_config(found) == found
+    assert (adapter_place(found.adapter) / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize(

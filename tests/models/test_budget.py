@@ -109,7 +109,7 @@ def test_attention_keeps_its_rank_and_experts_the_scaling() -> None:
         ("mixlora match_params=nola_r8", "method=nola is not an option of method"),
         ("mixlora match_params=none_r8", "method.rank is not a setting"),
         ("mixlora match_params=lora_r80 expert_rank=3", "expert_rank=3: .* chooses 16: give one"),
-        ("goat match_params=lora_r9999", "each of 8 experts starts from"),
+        ("goat match_params=lora_r9999", "the largest rank that these experts can have is 512"),
         ("mixlora match_params=lora", "match_params=lora is not valid: write a method and its"),
         ("mixlora match_params=lora_r0", "match_params=lora_r0 is not valid"),
         ("mixlora expert_rank=0", "method.expert_rank=0 is not valid: must be >= 1"),

@@ -100,6 +100,7 @@ def test_a_record_of_a_stranger_writes_no_metadata(record: dict) -> None:
     odd = copy.deepcopy(record)
     odd["name"] = "a\n---\nlicense: mit\n# b"
     odd["model"] = {"source": "hub", "id": "x\nlicense: mit", "commit": "<script>`|"}
+    odd["config"]["model"]["license"] = "mit\nbase_model: evil/model"
     card = model_card(odd)
     assert metadata(card)["license"] == "unknown"
     assert "\nlicense: mit" not in card.split("---\n", 2)[2]

@@ -13,7 +13,7 @@ from mixlora_exp.cli.merge import run as merge
 from mixlora_exp.config.schema import Quantization
 from mixlora_exp.errors import UserError
 from mixlora_exp.runs import run as experiment
-from mixlora_exp.runs.quantized_base import PEFT_TYPES, check_quantized_base
+from mixlora_exp.runs.quantized_base import WORKING_TYPES, check_quantized_base
 from mixlora_exp.serving.open import open_adapter
 
 QUANTIZED = "model.quantization="
@@ -93,11 +93,11 @@ def test_an_adapter_of_experts_is_not_scored_with_a_kernel_that_cannot(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PEFT_TYPES)
+@pytest.mark.parametrize("kind", WORKING_TYPES)
 def test_peft_s_other_types_train_and_score(
     kind: Quantization, configure: Callable[..., Any]
 ) -> None:
-    for peft_type in PEFT_TYPES[kind]:
+    for peft_type in WORKING_TYPES[kind]:
         # The schedule of AdaLoRA needs more steps.
         own = ["method=adalora", "trainer.max_steps=40", "trainer.epochs=40"]
         if peft_type != "ADALORA":

@@ -11,9 +11,11 @@ import pytest
 from mixlora_exp.cli.train import execute, run
 from mixlora_exp.config.rebuilt import rebuilt
 from mixlora_exp.config.resolve import fingerprint, to_dict
+from mixlora_exp.config.schema import Base
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RECORD, pack, record_paths
 from mixlora_exp.records.record import finish_record, read_run, write_json
+from mixlora_exp.runs.repeat import compared, configuration
 
 COMMITTED = record_paths(Path(__file__).parents[2] / "results" / "runs")
 
@@ -48,7 +50,7 @@ def test_the_same_run_is_equal(
         words = ["--from", str(given), f"output_dir={tmp_path / 'again'}"]
         assert run(words) == 0
         out = capsys.readouterr().out
-        assert f"Equal to {given}: adapter, loss, scores and predictions" in out
+        assert f"Equal to {given}: adapter, last loss, scores, predictions" in out
         assert "Other circumstances" not in out
     (path,) = (tmp_path / "again").glob(f"*/{RECORD}")
     assert path.parent.name == first.folder.name
@@ -90,6 +92,26 @@ def test_what_would_not_repeat_it_is_refused(finished, words: list[str], told: s
     with pytest.raises(UserError) as caught:
         run(["--from", str(first.folder), *words])
     assert told in str(caught.value)
+
+
+def test_a_record_does_not_accept_other_weights(finished) -> None:
+    record = copy.deepcopy(finished("method=mixlora").record)
+    record["config"]["base"] = "accept"
+    assert configuration(record, []).base is Base.check
+    assert configuration(record, ["base=accept"]).base is Base.accept
+
+
+def test_only_what_a_record_holds_is_called_equal(finished) -> None:
+    record = dict(finished("method=mixlora").record)
+    assert list(compared(record)) == ["adapter", "last loss", "scores", "predictions"]
+    record |= {"saved_adapter": None, "predictions_sha256": None}
+    assert list(compared(record)) == ["last loss", "scores"]
+
+
+def test_folders_are_given_as_they_are_typed(finished, tmp_path: Path) -> None:
+    words = ["--from", str(finished("method=mixlora").folder), f"output_dir={tmp_path}/a=b (1)"]
+    assert run(words) == 0
+    assert list((tmp_path / "a=b (1)").glob(f"*/{RECORD}"))
 
 
 def test_other_records_are_told_in_a_line(

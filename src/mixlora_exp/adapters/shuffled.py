@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixlora_exp.adapters.mixed_adapters import routed_layers_of
 from mixlora_exp.kernels import MIXTURES, Router, Routing
 
 __all__ = ["has_routers", "shuffle_experts"]
@@ -25,10 +26,9 @@ def shuffle_experts(model: nn.Module, adapter: str, seed: int) -> None:
     weight of e. The orders are drawn from `seed`, one for each router in the model's order, as
     random cycles through all E experts: none keeps its rows, unless it is the only one."""
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        held = getattr(module, "router", None)
-        if isinstance(held, dict) and adapter in held:
-            held[adapter] = _Shuffled(held[adapter], _cycle(held[adapter].num_experts, generator))
+    for layer in routed_layers_of(model, adapter).values():
+        router = layer.router[adapter]
+        layer.router[adapter] = _Shuffled(router, _cycle(router.num_experts, generator))
 
 
 def _cycle(count: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -53,4 +53,6 @@ class _Shuffled:
         return replace(routing, experts=order[routing.experts])
 
     def __getattr__(self, name: str) -> Any:
+        if name == "router" or name.startswith("__"):
+            raise AttributeError(name)  # A copy is asked before it has its fields.
         return getattr(self.router, name)

@@ -18,7 +18,7 @@ def usual_rows() -> list[str]:
     return [name for name, row in ROWS.items() if not row.if_named]
 
 
-METHODS = "methods"
+ALL_NAMED = "methods"
 """Stands in `rows` for every mixture in linear layers and MixLoRA with every other router."""
 
 
@@ -59,7 +59,7 @@ class StepOptions(BenchOptions):
 
     def __post_init__(self) -> None:
         named = [name for name, row in ROWS.items() if row.if_named]
-        given = [each for name in self.rows for each in (named if name == METHODS else [name])]
+        given = [each for name in self.rows for each in (named if name == ALL_NAMED else [name])]
         self.rows = list(dict.fromkeys(given))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mixlora_exp.cli.hydra_command import dispatch
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.typed import literal
+from mixlora_exp.config.typed import as_typed, literal
 from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.system.hub import adapter_place, on_hub, pinned
 
@@ -19,6 +19,9 @@ def with_base(overrides: Sequence[str]) -> list[str]:
     that choose the adapter's own base model come first."""
     given = dict(line.split("=", 1) for line in overrides if "=" in line)
     typed = given.get("adapter", "null").strip("'\"")
+    # Several are cells of a sweep, each of which is resolved when it starts.
+    if on_hub(typed) and "," in typed:
+        return list(overrides)
     if on_hub(typed):
         place = pinned(typed)
         overrides = [
@@ -45,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
         # Imported late, so that a mistake on the command line is reported before torch loads.
         from mixlora_exp.runs.repeat import repeat
 
-        return int(repeat(args.record, args.overrides) is False)
+        return int(repeat(args.record, as_typed(args.overrides)) is False)
     return dispatch(argv, "config", with_base)
 
 

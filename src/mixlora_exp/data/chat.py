@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.data.encoding import Encoded, Example
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.tasks import Item
 
 
@@ -35,7 +35,7 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> l
         except Exception as error:  # noqa: BLE001 - a template raises what its author chose
             raise UserError(
                 f"data=chat: the model's chat template refuses item {item.id} of {item.task} "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {shown(str(error), 200)})"
             ) from error
         # The template writes the special tokens itself.
         ids = [

@@ -34,12 +34,11 @@ def with_matched_rank(config: Config) -> Config:
 
     given = f"method.match_params={method.match_params}"
     try:
-        _check_reach(given, counted(1), wanted)
-        rank = _closest(lambda rank: counted(rank).trainable, wanted)
+        least = counted(1)
     except UserError as error:
-        if str(error).startswith(given):
-            raise
         raise UserError(f"{given}: {error}") from error
+    _check_reach(given, least, wanted)
+    rank = _closest(given, lambda rank: counted(rank).trainable, wanted)
     if method.expert_rank not in (None, rank):
         raise UserError(
             f"method.expert_rank={method.expert_rank}: {given} chooses {rank}: give one of the two"
@@ -76,8 +75,12 @@ def _check_reach(given: str, least: Parameters, wanted: int) -> None:
         )
 
 
-def _closest(count: Callable[[int], int], wanted: int) -> int:
-    """The rank >= 1 whose count, which grows with the rank, is nearest; of two the lower one."""
+def _closest(given: str, count: Callable[[int], int], wanted: int) -> int:
+    """Return the rank >= 1 whose count, which grows with the rank, is nearest; of two the lower.
+
+    Raises:
+        UserError: it would be one that `count` refuses.
+    """
 
     def is_above(rank: int) -> bool:
         try:
@@ -92,8 +95,16 @@ def _closest(count: Callable[[int], int], wanted: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if is_above(middle) else (middle, high)
     left = wanted - count(low)
-    # The next rank may be none that there can be.
-    return low if left == 0 or left <= count(high) - wanted else high
+    try:
+        return low if left == 0 or left <= count(high) - wanted else high
+    except UserError as error:
+        step = count(low) - count(low - 1) if low > 1 else 0
+        if 2 * left <= step:
+            return low
+        raise UserError(
+            f"{given}: the largest rank that these experts can have is {low}, with {count(low):,} "
+            f"trainable parameters in all, and it has {wanted:,}: choose a smaller rank there"
+        ) from error
 
 
 def _reference(config: Config) -> Parameters:

@@ -8,6 +8,7 @@ from math import sqrt
 from statistics import NormalDist
 from typing import Any
 
+from mixlora_exp.config.schema_model import LICENSE
 from mixlora_exp.errors import shown
 
 LEVEL = 0.95
@@ -57,8 +58,9 @@ def _text(value: Any) -> str:
 
 
 def _license(record: Mapping[str, Any]) -> str:
-    random = record["model"]["source"] == "random"
-    return NO_LICENSE if random else record["config"]["model"].get("license") or NO_LICENSE
+    found = str(record["config"]["model"].get("license"))
+    stated = record["model"]["source"] != "random" and found != "None" and LICENSE.fullmatch(found)
+    return found if stated else NO_LICENSE
 
 
 def _metadata(record: Mapping[str, Any], license: str) -> str:

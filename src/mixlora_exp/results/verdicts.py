@@ -82,17 +82,20 @@ def judged(difference: Entry | None) -> str:
 
 
 def _ours(table: Table, label: Sequence[str], model: str, column: str) -> tuple[Entry | None, ...]:
-    """Our cell and its difference to the printed one, where the block stands beside the paper."""
+    """Our cell and its difference to the printed one, of the block that stands beside the paper:
+    others of the model have other conditions, and no such difference."""
     wanted = (MODEL_TITLES[model], tuple(label))
     title = TASK_TITLES.get(column, "average")
-    found: dict[str, Entry] = {}
     for block in table.blocks:
         if not block.heading.startswith(wanted[0]) or not block.run:
             continue
+        found: dict[str, Entry] = {}
         for row in block.rows:
-            if row.label[:2] == wanted[1] and row.label[2] in ("ours", "ours minus paper"):
+            if row.label[:2] == wanted[1]:
                 found[row.label[2]] = row.cells[block.columns.index(title)]
-    return found.get("ours"), found.get("ours minus paper")
+        if "ours minus paper" in found:
+            return found["ours"], found["ours minus paper"]
+    return None, None
 
 
 def _label(line: Mapping[str, str]) -> tuple[str, str]:

@@ -62,13 +62,15 @@ class Inputs:
 
 
 def resolve_config(config: Config) -> Config:
-    """The configuration, completed with the architecture of the model in `model.path` and the rank
-    that `method.match_params` asks for.
+    """The configuration, completed with the architecture of the model in `model.path`, the commit
+    of an adapter on the hub, and the rank that `method.match_params` asks for.
 
     Raises:
-        UserError: no rank does it.
+        UserError: no rank does it, or as `pinned`.
     """
-    return with_matched_rank(dataclasses.replace(config, model=with_folder_shape(config.model)))
+    adapter = None if config.adapter is None else pinned(config.adapter)
+    model = with_folder_shape(config.model)
+    return with_matched_rank(dataclasses.replace(config, model=model, adapter=adapter))
 
 
 def _wanted(config: Config) -> list[tuple[str, str]]:
@@ -102,7 +104,7 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
     peft_type = settings["peft_type"]
     sha256 = file_sha256(folder / "adapter_model.safetensors")
     return {
-        "path": pinned(config.adapter),
+        "path": config.adapter,
         "peft_type": peft_type,
         "method": _method(settings),
         "sha256": sha256,

@@ -3,7 +3,6 @@ that would have no effect."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config.choices import Compile, Mixture
@@ -13,6 +12,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import count_parameters, routers_of
 from mixlora_exp.plans.plan import planned_steps
+from mixlora_exp.system.hub import adapter_place
 
 
 def check_method(config: Config) -> None:
@@ -69,7 +69,7 @@ def check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
     if adapter is not None:
         from mixlora_exp.adapters.saved import saved_settings
 
-        settings = saved_settings(Path(str(config.adapter)).expanduser())
+        settings = saved_settings(adapter_place(str(config.adapter)))
         name, routed = adapter["method"], has_routers(adapter["peft_type"], adapter["method"])
         router, held = settings.get("router"), settings.get("num_experts")
         experts = held if isinstance(held, list) else [held]

@@ -19,7 +19,7 @@ from mixlora_exp.system.device import resolve_device
 
 __all__ = ["check_quantized_base"]
 
-PEFT_TYPES = {
+WORKING_TYPES = {
     Quantization.nf4: ("LORA", "ADALORA", "VERA", "HIRA"),
     Quantization.int8: ("LORA", "ADALORA", "VERA", "HIRA", "LOHA", "LOKR"),
     Quantization.int8_torchao: ("LORA", "ADALORA", "VERA", "LOHA", "LOKR"),
@@ -59,10 +59,10 @@ def check_quantized_base(
             f"{name}: method={method.name} starts from the gradient of the base's weights, which "
             "quantised ones do not have: use model.quantization=none"
         )
-    if isinstance(method, PeftMethodConfig) and method.peft_type not in PEFT_TYPES[chosen]:
+    if isinstance(method, PeftMethodConfig) and method.peft_type not in WORKING_TYPES[chosen]:
         raise UserError(
             f"{name}: PEFT's {method.peft_type} does not work with it: choose from "
-            f"{', '.join(PEFT_TYPES[chosen])}, or use model.quantization=none"
+            f"{', '.join(WORKING_TYPES[chosen])}, or use model.quantization=none"
         )
     if trains and config.trainer.compile is not Compile.off:
         raise UserError(

@@ -20,8 +20,9 @@ from mixlora_exp.runs.run import run
 from mixlora_exp.system.console import say
 
 AGAIN = "outputs/again"
-FREE = ("output_dir", "data.path", "data.mirror", "dry_run", "force")
-"""Settings that may differ from the record's, since they do not determine the result."""
+FREE = ("output_dir", "data.path", "data.mirror", "dry_run", "force", "adapter", "base")
+"""Settings that may differ from the record's: where files are, and what is accepted of them. Their
+content is compared."""
 
 
 def repeat(given: str, words: Sequence[str]) -> bool | None:
@@ -35,7 +36,7 @@ def repeat(given: str, words: Sequence[str]) -> bool | None:
     """
     path = find_record(given)
     record = read_run(path)
-    config = _config(record, words)
+    config = configuration(record, words)
     check_given(config)
     found = run(config)
     if found is None:
@@ -50,16 +51,23 @@ def repeat(given: str, words: Sequence[str]) -> bool | None:
     if results:
         say(f"Differs from {given}: {'; '.join(results)}")
     else:
-        say(f"Equal to {given}: adapter, loss, scores and predictions")
+        say(f"Equal to {given}: {', '.join(compared(record))}")
     if context:
         say(f"Other circumstances: {'; '.join(context)}")
     return not results
 
 
-def _config(record: Mapping[str, Any], words: Sequence[str]) -> Config:
+def configuration(record: Mapping[str, Any], words: Sequence[str]) -> Config:
+    """Return the configuration that repeats a record. Whether other base weights are accepted is
+    not for the record to say.
+
+    Raises:
+        UserError: an override is not of a field in `FREE`, or a value is out of its range.
+    """
     settings = dict(record["config"])
     # Adapters that were trained together have the same results alone.
-    settings |= {"output_dir": AGAIN, "dry_run": False, "force": False, "adapters": []}
+    settings |= {"output_dir": AGAIN, "dry_run": False, "force": False, "adapters": [],
+                 "base": "check"}  # fmt: skip
     settings.pop("tracker", None)
     for override in parse_overrides(words):
         name, value = override.key_or_group, override.value()
@@ -92,11 +100,24 @@ def _results(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         yield f"predictions of {', '.join(odd)}"
 
 
+def compared(record: Mapping[str, Any]) -> Iterator[str]:
+    """Return the names of the results that the record holds."""
+    held = {
+        "adapter": _sha256(record),
+        "last loss": (record["train"] or {}).get("final_loss"),
+        "scores": record["scores"],
+        "predictions": record.get("predictions_sha256"),
+    }
+    return (name for name, value in held.items() if value)
+
+
 def _context(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Return a line for each difference in settings, inputs, code and machine."""
     before, after = _settings(then), _settings(now)
-    for name in before.keys() & after.keys():  # Versions have different fields.
+    for name in sorted(before.keys() & after.keys()):  # Versions have different fields.
         yield from _changed(name, before[name], after[name])
+    scored = [(record["adapter"] or {}).get("sha256") for record in (then, now)]
+    yield from _changed("scored adapter", *scored)
     for name in ("code", "kernel", "dtype", "attention"):
         yield from _changed(name, then.get(name), now.get(name))
     for split in sorted(then["data"].keys() | now["data"].keys()):

@@ -117,8 +117,8 @@ def one_error(what: str) -> Iterator[None]:
             why = f"the hub refused ({shown(str(error).splitlines()[0], 200)})"
         raise UserError(f"{what}: {why}") from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError,
-            OSError) as error:  # fmt: skip
-        raise UserError(
-            f"{what}: the hub cannot be reached ({shown(type(error).__name__, 60)}), and the files "
-            "are not in the local cache"
-        ) from error
+            ConnectionError) as error:  # fmt: skip
+        why = f"the hub cannot be reached ({shown(type(error).__name__, 60)})"
+        raise UserError(f"{what}: {why}") from error
+    except OSError as error:
+        raise UserError(f"{what}: {shown(str(error), 200)}") from error

@@ -277,3 +277,15 @@ def make_job(
         tracker=tracker,
         watch=watch,
     )
+
+
+class Collate:
+    """Maps the number of a pass to the micro-batches of the adapters that have rows in it."""
+
+    def __init__(self, jobs: Sequence[Job], passes: int) -> None:
+        self._jobs, self._passes = jobs, passes
+
+    def __call__(self, numbers: Sequence[int]) -> dict[str, Batch]:
+        step, number = divmod(numbers[0], self._passes)
+        found = {job.name: job.collated(step, number, self._passes) for job in self._jobs}
+        return {name: batch for name, batch in found.items() if batch is not None}

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mixlora_exp.config.schema import Config, Parallel
 from mixlora_exp.system.device import processes
+from mixlora_exp.training.compiled import decoder_layers
 
 
 def sharded(config: Config) -> bool:
@@ -31,7 +32,7 @@ def shard_frozen(model: PeftModel, frozen: Collection[nn.Parameter]) -> None:
     """
     state, base = processes(), model.base_model.model
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
-    layers = base.get_decoder().layers
+    layers = nn.ModuleList(decoder_layers(base))
     frozen = set(frozen)
     inside = {p for p in layers.parameters() if p in frozen}
     whole = set(base.parameters()) - inside

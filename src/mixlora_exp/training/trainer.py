@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,7 +32,7 @@ from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
 from mixlora_exp.training.gradient_check import check_gradients_flow
-from mixlora_exp.training.job import Batch, Job
+from mixlora_exp.training.job import Batch, Collate, Job
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.last_layer import last_layer_at_kept_rows
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
@@ -101,7 +102,7 @@ class MixLoraTrainer(Trainer):
         loader = DataLoader(
             range(self.first * count, self.steps * count),
             batch_size=1,
-            collate_fn=_Collate(list(self.jobs.values()), count),
+            collate_fn=Collate(list(self.jobs.values()), count),
             pin_memory=self.args.dataloader_pin_memory,
         )
         # Jobs already divide the data among processes, so accelerate must not.
@@ -126,6 +127,8 @@ class MixLoraTrainer(Trainer):
         running = {name: batch for name, batch in inputs.items() if self.jobs[name].running}
         if self.state.global_step == 0 and not self._proven:
             self._items = num_items_in_batch
+            # As in a step: else nothing is checkpointed, and these passes take more memory than it.
+            self.model.train()
             for name, batch in running.items():
                 job = self.jobs[name]
                 job.hook.begin(partial(self._first_losses, job))
@@ -146,8 +149,11 @@ class MixLoraTrainer(Trainer):
 
     def _prove(self, job: Job, batch: Batch) -> None:
         """Stop an adapter that has parameters without a gradient, before its first step."""
-        # What PEFT's own types drop can be a whole layer, which then has no gradient.
-        self.model.train(isinstance(job.config.method, LoraMethodConfig))
+        if not isinstance(job.config.method, LoraMethodConfig):
+            # What PEFT's own types drop can be a whole layer, which then has no gradient.
+            for module in self.model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.eval()
         experts = expert_parameters_of(self.model, job.name)
         # Whatever the number of processes, on the step's first micro-batch alone.
         batch = {**batch, "step": 0, "weight": float(self.is_world_process_zero())}
@@ -386,15 +392,3 @@ def _gradient_norm(job: Job) -> Tensor:
     """The L2 norm of all gradients of an adapter together, float32."""
     own = [p.grad for p in job.parameters.values() if p.grad is not None]
     return nn.utils.get_total_norm(own).float()
-
-
-class _Collate:
-    """Maps the number of a pass to the micro-batches of the adapters that have rows in it."""
-
-    def __init__(self, jobs: Sequence[Job], passes: int) -> None:
-        self._jobs, self._passes = jobs, passes
-
-    def __call__(self, numbers: Sequence[int]) -> dict[str, Batch]:
-        step, number = divmod(numbers[0], self._passes)
-        found = {job.name: job.collated(step, number, self._passes) for job in self._jobs}
-        return {name: batch for name, batch in found.items() if batch is not None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import mean
 
-from mixlora_exp.results.statistics.intervals import LEVEL
 from mixlora_exp.results.statistics.parts import TaskMean, interval, p_value, seeds_of
 
 
@@ -27,11 +26,6 @@ class Comparison(Estimate):
     from the same interval."""
 
     p: float
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether several seeds differ from zero, without a correction."""
-        return self.seeds > 1 and self.p <= 1 - LEVEL
 
 
 def estimate(*parts: TaskMean) -> Estimate:

@@ -21,6 +21,7 @@ class LoraFa(Hook):
     """
 
     def __init__(self, model: PeftModel, adapter: str) -> None:
+        self.corrections: list[torch.Tensor] = []
         self.layers = [
             (m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.scaling[adapter])
             for m in model.modules()
@@ -29,7 +30,15 @@ class LoraFa(Hook):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        for a, b, scaling in self.layers:
+        if not self.corrections:
+            # Not before: a checkpoint's A is read after the hook is made.
+            self.corrections = [_inverse(a) / scaling**2 for a, _, scaling in self.layers]
+        for (_, b, _), correction in zip(self.layers, self.corrections, strict=True):
             if b.grad is not None:
-                ridge = RIDGE * torch.eye(len(a), dtype=a.dtype, device=a.device)
-                b.grad = b.grad @ torch.linalg.pinv(a @ a.T + ridge) / scaling**2
+                b.grad = b.grad @ correction
+
+
+def _inverse(a: torch.Tensor) -> torch.Tensor:
+    """Return `(A A^T)^-1` (r, r) of A (r, in), with a ridge."""
+    ridge = RIDGE * torch.eye(len(a), dtype=a.dtype, device=a.device)
+    return torch.linalg.pinv(a @ a.T + ridge)
