@@ -152,26 +152,3 @@ def test_lengths_are_multiples(train, traced) -> None:
     batch = job.collate(found.examples)
     assert batch["input_ids"].shape[1] % compiled.BUCKET == 0
     assert batch["attention_mask"].sum() == sum(len(e.input_ids) for e in found.examples)
-
-
-def test_gradients_of_a_captured_step_do_not_move(train, traced, monkeypatch) -> None:
-    """One buffer for each parameter in all steps, filled with zeros before a step's first
-    micro-batch; each pass is announced. Two micro-batches a step, three steps."""
-    announced, places = [], []
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: announced.append(1))
-    own = MixLoraTrainer.check_gradients
-
-    def watched(self) -> None:
-        places.append([p.grad.data_ptr() for p in self.jobs["default"].parameters.values()])
-        own(self)
-
-    monkeypatch.setattr(MixLoraTrainer, "check_gradients", watched)
-    words = ["method=mixlora", *FEW, "trainer.batch_size=4", "trainer.micro_batch_size=2"]
-    eager = train(*words)
-    eager_places, places[:] = list(places), []
-    found = train(*words, "trainer.compile=graph")
-    assert found.losses == pytest.approx(eager.losses, rel=1e-5)
-    assert len(eager_places) == len(places) == 3
-    assert places[0] == places[1] == places[2]
-    # And the gradient check before the first step.
-    assert len(announced) == 3 * 2 + 1

@@ -148,10 +148,10 @@ class WeightCache:
         self, layer: CachesWeights, part: str, adapter: str, source: Source, dtype: torch.dtype
     ) -> CachedWeights:
         """Return the up-to-date copies of a layer's source."""
-        # A replica of DataParallel has the cache of its model without having joined.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _recorded(source):
             found = layer.prepared.get(f"{part}/{adapter}")
             return _made_now(source) if found is None else found
+        # A replica of DataParallel has the cache of its model without having joined.
         if not _lasts(source) or layer not in self._layers:
             return _made_now(source)
         key, held = (part, adapter, dtype), self._layers[layer]
@@ -205,7 +205,7 @@ class CachesWeights(nn.Module):
     cached_parts: tuple[str, ...] = ("W",)
     """Names of the layer's projections."""
     prepared: Mapping[str, CachedWeights] = {}
-    """Copies that compiled code reads, by `PART/ADAPTER`, set by `prepare_compiled`."""
+    """Copies that compiled or recorded code reads, by `PART/ADAPTER`, set by `prepare_compiled`."""
 
     def source_of(self, part: str, adapter: str) -> Source | None:
         """Return an adapter's weights for a projection, None if it has none."""
@@ -260,15 +260,20 @@ def share_cache(model: nn.Module) -> None:
         layers[0].weight_cache.join(layer)
 
 
-def prepare_compiled(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Bring up to date what compiled layers read in the coming pass, for products in `dtype`; None:
-    they make it themselves, in every pass."""
+def prepare_compiled(model: nn.Module, dtype: torch.dtype | None) -> list[int]:
+    """Bring up to date what compiled or recorded layers read in the coming pass, for products in
+    `dtype`; None: they make it themselves, in every pass. Returns the copies' addresses."""
+    places = []
     for layer in (module for module in model.modules() if isinstance(module, CachesWeights)):
         layer.prepared = {}
         for adapter in layer.active_adapters if dtype is not None else ():
             for part, source in layer.cache_sources(adapter).items():
                 made = layer.weight_cache.of(layer, part, adapter, source, dtype)
                 layer.prepared[f"{part}/{adapter}"] = made
+                low = () if made.low is None else (made.low.a, made.low.b, made.low.scale)
+                held = (tensor for tensor in (*low, made.norm) if tensor is not None)
+                places += [tensor.data_ptr() for tensor in held]
+    return places
 
 
 def cached_weights(
@@ -281,15 +286,19 @@ def cached_weights(
     return source, layer.weight_cache.of(layer, part, adapter, source, dtype)
 
 
+def _recorded(source: Source) -> bool:
+    """Return whether a CUDA graph records what is computed with the source."""
+    return source.a.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _lasts(source: Source) -> bool:
     """Return whether copies of the source can be kept: a change will be seen, and the weights are
     whole (not partitioned over processes)."""
-    recorded = source.a.is_cuda and torch.cuda.is_current_stream_capturing()
     if source.magnitude is not None and isinstance(source.weight, DTensor):
         return False  # Sharded: only within its layer's own pass is it whole, and then a tensor.
     shape = source.b.shape[-2], source.a.shape[-1]
     whole = source.dequantized is not None or source.weight.shape == shape
-    return whole and not recorded and not any(one.is_inference() for one in source.tensors)
+    return whole and not _recorded(source) and not any(one.is_inference() for one in source.tensors)
 
 
 def _made_now(source: Source) -> CachedWeights:

@@ -11,6 +11,15 @@ from typing import Any
 Sample = dict[str, float]
 """Seconds by part, and the `round`."""
 TRAIN = ("train_forward_s", "train_backward_s")
+WHOLE = "train_s"
+"""A training step that cannot be divided, in place of its two parts."""
+
+
+def _seconds(sample: Sample, parts: Sequence[str]) -> float | None:
+    """The sum of `parts` of a step, None if one was not measured."""
+    if WHOLE in sample and tuple(parts) == TRAIN:
+        return sample[WHOLE]
+    return sum(sample[part] for part in parts) if all(p in sample for p in parts) else None
 
 
 def interleaved(
@@ -61,8 +70,8 @@ def ratios(taken: Sequence[Sample], others: Sequence[Sample], parts: Sequence[st
     """Sums of `parts` of one step over those of another, within the rounds that have both."""
     by_round = {sample["round"]: sample for sample in others}
     pairs = [(s, by_round[s["round"]]) for s in taken if s["round"] in by_round]
-    both = [(a, b) for a, b in pairs if all(part in a and part in b for part in parts)]
-    return [sum(a[p] for p in parts) / sum(b[p] for p in parts) for a, b in both]
+    both = [(_seconds(a, parts), _seconds(b, parts)) for a, b in pairs]
+    return [a / b for a, b in both if a is not None and b is not None]
 
 
 def summary(taken: Sequence[Sample], reference: Sequence[Sample], tokens: int) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def summary(taken: Sequence[Sample], reference: Sequence[Sample], tokens: int) -
             low, middle, high = quartiles(own)
             found[f"{name}_ratio"] = round(middle, 4)
             found[f"{name}_ratio_quartiles"] = [round(low, 4), round(high, 4)]
-    totals = [s["train_forward_s"] + s["train_backward_s"] for s in taken]
+    totals = [total for s in taken if (total := _seconds(s, TRAIN)) is not None]
     # Something else ran then: medians bear a few of them.
     found["disturbed_rounds"] = sum(t > 2 * statistics.median(totals) for t in totals)
     found["samples"] = taken

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from itertools import count
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from mixlora_exp.adapters.cache_source import adapters_changed
 from mixlora_exp.bench.batch import StepBatch
+from mixlora_exp.bench.model import base_of
 from mixlora_exp.bench.row_registry import BenchRow
 from mixlora_exp.config.choices import Head
+from mixlora_exp.kernels import RowIds
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.head import loss_from_hidden
 from mixlora_exp.training.last_layer import last_layer_at_kept_rows
@@ -49,29 +50,43 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The base model in a PEFT model, or a model without adapters itself."""
-    return model.base_model.model if hasattr(model, "peft_config") else model
+def name_rows(model: nn.Module, batch: StepBatch, kept: Tensor | None = None) -> RowIds | None:
+    """Begin an optimizer step of the model's dropout stream, if it has one; the step's rows. kept:
+    the numbers of those that a layer may compute alone."""
+    stream = getattr(model, "dropout_stream", None)
+    if stream is None:
+        return None
+    stream.begin(next(_STEPS), batch.example, batch.position, kept)
+    return stream.rows
 
 
-def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
+def loss_of(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
     """The loss of a training step as transformers' Trainer has it computed: the forward pass under
-    autocast in bf16 and what comes of it in float32, unless `row.autocast` is false."""
+    autocast in bf16 and what comes of it in float32, unless `row.autocast` is false. Rows of
+    dropout are those that were named last."""
     given = batch.given_to(all_logits=row.all_logits)
     if row.method in ("base", "floor"):
         embedded = model.get_input_embeddings()(given.pop("input_ids")).detach()
         given["inputs_embeds"] = embedded.requires_grad_(row.method == "floor")
-    dtype, base = batch.dtype if row.autocast else torch.float32, base_of(model)
-    stream = getattr(model, "dropout_stream", None)
-    with ExitStack() as stack:
-        if stream is not None:
-            kept = stack.enter_context(last_layer_at_kept_rows(base))
-            rows = kept.use(batch.ids.shape, given.get("logits_to_keep"))
-            stream.begin(next(_STEPS), batch.example, batch.position, rows)
-        stack.enter_context(autocast(batch.ids.device, dtype))
-        stack.enter_context(loss_from_hidden(base, Head(row.head)))
+    dtype = batch.dtype if row.autocast else torch.float32
+    with (
+        autocast(batch.ids.device, dtype),
+        loss_from_hidden(base_of(model), Head(row.head)),
+    ):
         output = model(**given)
     return (convert_to_fp32(output) if row.autocast else output)["loss"]
+
+
+def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
+    """`loss_of` after naming the rows of the next optimizer step."""
+    if row.compiled or not hasattr(model, "dropout_stream"):
+        # Compiled, each number of kept rows would be another code.
+        name_rows(model, batch)
+        return loss_of(model, row, batch)
+    with last_layer_at_kept_rows(base_of(model)) as kept:
+        columns = None if row.all_logits else batch.inputs.get("logits_to_keep")
+        name_rows(model, batch, kept.use(batch.ids.shape, columns))
+        return loss_of(model, row, batch)
 
 
 def training_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> tuple[float, float]:

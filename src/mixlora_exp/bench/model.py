@@ -133,10 +133,12 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
     if not row.stock:
         made.dropout_stream = DropoutStream(seed)
         use_dropout_stream(made, "default", made.dropout_stream)
-    if row.compiled:
-        for layer in model.model.layers:
-            layer.compile()
     return made
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model in a PEFT model, or a model without adapters itself."""
+    return model.base_model.model if hasattr(model, "peft_config") else model
 
 
 def model_of(name: str, base: PreTrainedModel, dropout: float, seed: int) -> nn.Module:
@@ -145,4 +147,9 @@ def model_of(name: str, base: PreTrainedModel, dropout: float, seed: int) -> nn.
     Raises:
         NotHere: it cannot be made on this machine.
     """
-    return BUILDERS.get(name, adapted)(base, ROWS[name], dropout, seed)
+    row = ROWS[name]
+    model = BUILDERS.get(name, adapted)(base, row, dropout, seed)
+    if row.compiled and row.stock:
+        for layer in base_of(model).model.layers:
+            layer.compile()
+    return model

@@ -34,6 +34,7 @@ HEADER = (
 )
 
 EXTRA = {
+    "train_us_per_token": "recorded step us/token",
     "busy_us": "GPU busy us/token",
     "kernels": "kernels a step",
     "launches_per_layer": "launches a layer",
@@ -101,6 +102,8 @@ def _extra(row: Mapping[str, Any], key: str, tokens: int) -> str:
     value = row.get(key)
     if key == "busy_us":
         return _number(value and value / tokens)
+    if key == "train_us_per_token":
+        return _number(value)
     return _number(value, 0)
 
 

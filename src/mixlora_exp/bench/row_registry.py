@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixlora_exp.config.choices import Kernel, Mixture, Router
+from mixlora_exp.config.choices import Compile, Kernel, Mixture, Router
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,9 +22,10 @@ class BenchRow:
     `adapter_dtype`: float32 as PEFT sets it up, or `base`, that of the frozen weights. `head`: how
     the loss is computed (`training.head`; `full` is transformers' own). `autocast`: to bf16 beside
     a base in bf16, as a Trainer with `bf16=True` has it. `all_logits`: computed for every position,
-    as with a collator that knows nothing of `logits_to_keep`, whatever the loss is on. `compiled`:
-    each decoder layer by `torch.compile`, and nothing but the training step is measured. `every`:
-    measured in each n-th round. `if_named`: only where `rows` names it.
+    as with a collator that knows nothing of `logits_to_keep`, whatever the loss is on. `compile`:
+    as `trainer.compile`, and nothing but the training step is measured; stock rows by
+    `torch.compile` of each decoder layer, as their users have it. `every`: measured in each n-th
+    round. `if_named`: only where `rows` names it.
     """
 
     method: str
@@ -36,9 +37,18 @@ class BenchRow:
     head: str = "auto"
     autocast: bool = True
     all_logits: bool = False
-    compiled: bool = False
+    compile: Compile = Compile.off
     every: int = 1
     if_named: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        return self.compile is not Compile.off
+
+    @property
+    def recorded(self) -> bool:
+        """True if a step is the replay of a CUDA graph."""
+        return self.compile is Compile.graph
 
     @property
     def rank(self) -> int:
@@ -107,7 +117,7 @@ row("lora_peft_again", method="lora", head="full")
 row("lora_peft_all_logits", method="lora", head="full", all_logits=True, every=4)
 row("lora_peft_no_autocast", method="lora", head="full", autocast=False, every=4)
 row("lora_peft_bf16", method="lora", head="full", adapter_dtype="base")
-row("lora_peft_compiled", method="lora", head="full", compiled=True)
+row("lora_peft_compiled", method="lora", head="full", compile=Compile.layer)
 row("lora", method="lora", kernel="exact")
 row("lora_triton", method="lora", kernel="triton")
 row("dora_peft", method="dora", head="full", every=4)
@@ -128,6 +138,12 @@ row("mixlora_bf16", method="mixlora", kernel="exact", adapter_dtype="base")
 row("mixlora_triton_bf16", method="mixlora", kernel="triton", adapter_dtype="base", every=2)
 row("floor", method="floor", every=2)
 row("base", method="base", every=2)
+
+# `*_compiled` and `*_graph`: with `trainer.compile=layer` and `graph`, where there is a GPU.
+for _compile, _name in ((Compile.layer, "compiled"), (Compile.graph, "graph")):
+    row(f"floor_{_name}", method="floor", compile=_compile)
+    for _method in ("lora", "dora", "mixlora", "mixdora"):
+        row(f"{_method}_triton_{_name}", method=_method, kernel="triton", compile=_compile)
 
 # A kernel without a line above has a row as well; the definition by loops would take hours.
 UNMEASURED = ("auto", "reference", *(each.kernel for each in ROWS.values()))
@@ -167,5 +183,10 @@ PAIRS = {
     "mixlora_bf16": "lora_peft_bf16",
     "mixlora_triton_bf16": "lora_peft_bf16",
     **{f"{method}_triton": "floor" for method in METHODS},
+    **{
+        f"{method}_triton_{how}": f"floor_{how}"
+        for method in METHODS
+        for how in ("compiled", "graph")
+    },
 }
 """Rows whose ratio to a second row is recorded too."""

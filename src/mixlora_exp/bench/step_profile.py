@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mixlora_exp.bench.batch import StepBatch
 from mixlora_exp.bench.launches import LaunchCounter
-from mixlora_exp.bench.measure import base_of, training_step
+from mixlora_exp.bench.measure import training_step
+from mixlora_exp.bench.model import base_of
 from mixlora_exp.bench.row_registry import BenchRow
 
 
@@ -44,12 +45,10 @@ def kernel_times(run: Callable[[], Any], device: torch.device) -> list[KernelTim
     return sorted(found, key=lambda one: -one.us)
 
 
-def step_profile(
-    model: nn.Module, row: BenchRow, batch: StepBatch, *, top: int = 25
-) -> dict[str, Any]:
+def step_profile(step: Callable[[], Any], device: torch.device, *, top: int = 25) -> dict[str, Any]:
     """A training step by kernel: `busy_us`, the sum of their times, `kernels`, how many ran, and
     the `top` longest as `by_kernel`."""
-    times = kernel_times(lambda: training_step(model, row, batch), batch.ids.device)
+    times = kernel_times(step, device)
     return {
         "busy_us": round(sum(one.us for one in times), 1),
         "kernels": sum(one.count for one in times),

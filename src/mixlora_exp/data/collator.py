@@ -11,6 +11,8 @@ import torch
 from mixlora_exp.config.schema import LossOn
 from mixlora_exp.data.encoding import Example
 
+KEPT = 8
+
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
     """Left-padded `input_ids`, `attention_mask` and `position_ids`, each (rows, length).
@@ -49,7 +51,8 @@ class Collator:
     as there. (If all padding had one position, the model could not distinguish padding tokens, and
     their loss would differ.)
 
-    `multiple`: lengths are padded to a multiple of it. `type1`: with it a batch has `task_types`
+    `multiple`: lengths are padded to a multiple of it, and the number of columns with logits to one
+    of `KEPT`, so that batches have few shapes. `type1`: with it a batch has `task_types`
     (rows,), 1 for examples of these tasks and 0 for the others.
 
     `example` (rows,): number of each example within the optimizer step, across micro-batches and
@@ -90,6 +93,8 @@ class Collator:
         labels = labels.masked_fill(columns > lengths.unsqueeze(1), -100)
         # One column more than the longest answer: the token before it predicts its first token.
         keep = int(lengths.max()) + 1
+        if self.multiple > 1:
+            keep = min(keep + -keep % KEPT, ids.shape[1])
         # Column indices instead of a count: a slice is not contiguous, and multiplying by one makes
         # a CPU copy the whole vocabulary matrix.
         kept = torch.arange(ids.shape[1] - keep, ids.shape[1])

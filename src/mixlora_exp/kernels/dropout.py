@@ -37,6 +37,8 @@ __all__ = [
     "hash_kept",
 ]
 
+HAS_TRITON = find_spec("triton") is not None
+
 
 def mix(numbers: Tensor) -> Tensor:
     """The output function of SplitMix64 (Steele, Lea and Flood, 2014), a bijection of 64 bits after
@@ -274,7 +276,7 @@ class HashMask(DropMask):
 
     def kept(self) -> Tensor:
         made = hash_kept
-        if self.elements.is_cuda and find_spec("triton") is not None:
+        if self.elements.is_cuda and HAS_TRITON:
             # Not before it is used: Triton is missing on many machines.
             from mixlora_exp.kernels.triton.hashing import kept_matrix as made
         return made(self.elements, self.place, self.shape[1], self.threshold)

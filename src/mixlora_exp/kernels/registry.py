@@ -41,6 +41,9 @@ class Kernel:
     draws_masks: bool = False
     casts: bool = False
     per_expert: bool = False
+    installed: bool = True
+    """Whether the package that it needs is there; looked for once, as a compiler that follows a
+    layer's code must not."""
 
     def __call__(self, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
         return with_base(self.run(x, routing, block), x, routing, block)
@@ -54,8 +57,7 @@ class Kernel:
 
     def runs_on(self, device: str) -> bool:
         """Return whether the kernel can run on a device type with the packages installed."""
-        there = self.needs is None or importlib.util.find_spec(self.needs) is not None
-        return there and self.device in (None, device)
+        return self.installed and self.device in (None, device)
 
     @property
     def summary(self) -> str:
@@ -80,7 +82,9 @@ def kernel(name: str, **properties: Any) -> Callable[[Block], Block]:
     def register(run: Block) -> Block:
         if name == "auto" or name in KERNELS:
             raise ValueError(f"kernel {name!r} is registered twice")
-        KERNELS[name] = Kernel(name, run, **properties)
+        needs = properties.get("needs")
+        there = needs is None or importlib.util.find_spec(needs) is not None
+        KERNELS[name] = Kernel(name, run, installed=there, **properties)
         return run
 
     return register

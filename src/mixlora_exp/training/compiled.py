@@ -23,7 +23,6 @@ from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
 from mixlora_exp.kernels import working_dtype
 from mixlora_exp.system.caches import keep_compiled_code
-from mixlora_exp.training.captured import StaticGradients
 
 BUCKET = 64
 """Lengths of compiled batches are multiples of this: up to 512 tokens, eight of them."""
@@ -72,9 +71,9 @@ class _Compiled:
 
     failed: str | None = None
 
-    def __init__(self, layer: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self._eager = layer._call_impl
-        self._call = torch.compile(self._eager, fullgraph=True, dynamic=False, **options)
+        self._call = torch.compile(self._eager, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _Compiled.failed is not None:
@@ -82,13 +81,19 @@ class _Compiled:
         try:
             return self._call(*args, **kwargs)
         except REFUSALS as error:
-            reason = str(error).strip().splitlines()[0]
+            # The first lines: what the compiler met, and what it says of it.
+            reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
             _Compiled.failed = reason
             sys.stderr.write(
                 f"trainer.compile: the decoder layers run eagerly, because the compiler refuses "
                 f"them: {type(error).__name__}: {reason}\n"
             )
             return self._eager(*args, **kwargs)
+
+
+def refusal() -> str | None:
+    """Why the compiler refused the layers that were compiled last; None if it did not."""
+    return _Compiled.failed
 
 
 @contextmanager
@@ -98,9 +103,9 @@ def compiled_layers(
     """Within this context the decoder layers of `base` run compiled, as `how` says; with gradient
     checkpointing their attention and feed-forward do.
 
-    `graph` leaves it to torch to record each layer's kernels in CUDA graphs and replay them; on a
-    CPU it runs as `layer`. Several adapters in one pass run eagerly: their packed batches
-    have too many different lengths. Compiled code is kept in the user's cache folder.
+    `graph` compiles as `layer` does; what records the pass is `captured`. Several adapters in one
+    pass run eagerly: their packed batches have too many different lengths. Compiled code is kept in
+    the user's cache folder.
     """
     if how is Compile.off:
         yield
@@ -112,11 +117,6 @@ def compiled_layers(
         )
         yield
         return
-    options: dict[str, Any] = {}
-    if how is Compile.graph and base.device.type == "cuda":
-        options["mode"] = "reduce-overhead"
-    elif how is Compile.graph:
-        sys.stderr.write("trainer.compile=graph: a CPU has no graphs to record: it runs as layer\n")
     keep_compiled_code()
     layers: list[nn.Module] = decoder_layers(base)
     if checkpointing:
@@ -125,24 +125,29 @@ def compiled_layers(
         layers = [part for layer in layers for part in layer.children()]
     _Compiled.failed = None
     for layer in layers:
-        layer._compiled_call_impl = _Compiled(layer, options)
+        layer._compiled_call_impl = _Compiled(layer)
     # What is made of the adapters' weights once per optimizer step, as eager layers have it.
-    hooks = [base.register_forward_pre_hook(_bring_up_to_date)]
-    if how is Compile.graph:
-        hooks.append(base.register_forward_pre_hook(StaticGradients()))
+    hook = base.register_forward_pre_hook(_bring_up_to_date)
     try:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS), _static_attention(base):
             yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         prepare_compiled(base, None)
         for layer in layers:
             layer._compiled_call_impl = None
 
 
 def _bring_up_to_date(base: PreTrainedModel, inputs: Any) -> None:
-    prepare_compiled(base, working_dtype(base.get_input_embeddings().weight))
+    # Before a recording this was done outside of it.
+    if not (base.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        bring_up_to_date(base)
+
+
+def bring_up_to_date(base: PreTrainedModel) -> list[int]:
+    """Make anew what compiled or recorded layers read of the adapters' weights, as far as these
+    have changed; returns the addresses of the copies."""
+    return prepare_compiled(base, working_dtype(base.get_input_embeddings().weight))
 
 
 def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:

@@ -32,6 +32,7 @@ from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
 from mixlora_exp.training.gradient_check import check_gradients_flow
+from mixlora_exp.training.graph_step import GraphStep, recorder
 from mixlora_exp.training.job import Batch, Collate, Job
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.last_layer import last_layer_at_kept_rows
@@ -89,6 +90,7 @@ class MixLoraTrainer(Trainer):
         self._items: dict[str, Tensor] = {}
         self._stepped: list[Job] = []
         self._asked = self._proven = False
+        self._graph: GraphStep | None = None
         self._started = time.perf_counter()
         super().__init__(model=model, args=args)
         self.loss_is_scaled_for_ga = True
@@ -138,6 +140,9 @@ class MixLoraTrainer(Trainer):
         if not running:
             # At the end of an epoch a step may have fewer micro-batches.
             return torch.zeros((), device=self.args.device)
+        if self._graph is not None:
+            ((name, batch),) = self._prepare_inputs(running).items()
+            return self._graph(self.state.global_step, batch, num_items_in_batch[name])
         return super().training_step(model, running, num_items_in_batch)
 
     def _first_losses(self, job: Job) -> Iterator[Tensor]:
@@ -215,6 +220,9 @@ class MixLoraTrainer(Trainer):
             # Compiled, each number of kept rows would be another code.
             checkpointing = self.args.gradient_checkpointing
             with compiled_layers(base, self._compile, checkpointing=checkpointing):
+                record = recorder(job.config, self.args.device)
+                if record is not None:
+                    self._graph = GraphStep(self.model, job, self._head, self._dtype, record)
                 return super().train(*args, **kwargs)
         try:
             with (

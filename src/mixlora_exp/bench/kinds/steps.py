@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +18,16 @@ from mixlora_exp.bench.batch import StepBatch, batch_of
 from mixlora_exp.bench.interleaved import Sample, interleaved, pair, summary
 from mixlora_exp.bench.measure import feed_forward_saved_bytes, inference_step, training_step
 from mixlora_exp.bench.memory import measure_in_process
-from mixlora_exp.bench.model import base_model, model_config, model_of
+from mixlora_exp.bench.model import base_model, base_of, model_config, model_of
 from mixlora_exp.bench.options import StepOptions, as_json, require_dtype, require_positive
+from mixlora_exp.bench.recorded import WARM_UP, RecordedStep
 from mixlora_exp.bench.report import markdown
 from mixlora_exp.bench.row_registry import BASELINE, PAIRS, ROWS, BenchRow, NotHere
 from mixlora_exp.bench.runner import Kind, machine_slug, say
 from mixlora_exp.bench.step_profile import launches_per_layer, step_profile
 from mixlora_exp.errors import UserError
+from mixlora_exp.training.captured import CudaRecorder
+from mixlora_exp.training.compiled import compiled_layers, refusal
 
 
 def check(config: StepOptions) -> None:
@@ -51,7 +56,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _why_not(config: StepOptions, row: BenchRow, device: str) -> str | None:
     """Why a row is not measured on a machine that could."""
-    if row.kernel == "triton" and device == "cpu":
+    if device == "cpu" and (row.kernel == "triton" or row.recorded):
         return "not measured: needs a GPU"
     if not row.autocast and config.dtype != "bfloat16":
         return f"not measured: there is no autocast beside {config.dtype}"
@@ -59,8 +64,10 @@ def _why_not(config: StepOptions, row: BenchRow, device: str) -> str | None:
 
 
 def _measure(
-    config: StepOptions, model: nn.Module, row: str, batch: StepBatch, number: int
+    config: StepOptions, model: nn.Module | RecordedStep, row: str, batch: StepBatch, number: int
 ) -> Sample:
+    if isinstance(model, RecordedStep):
+        return {"train_s": model()}
     forward, backward = training_step(model, ROWS[row], batch)
     sample = {"train_forward_s": forward, "train_backward_s": backward}
     if number % config.infer_every == 0 and not ROWS[row].compiled:
@@ -102,20 +109,23 @@ class _Rows:
             patch_with_liger(self.base)
         self.batch = batch_of(config, shape.config["vocab_size"], self.device)
         self.found: dict[str, dict[str, Any]] = {}
-        self.models: dict[str, nn.Module] = {}
+        self.models: dict[str, nn.Module | RecordedStep] = {}
+        self.contexts = ExitStack()
 
     def prepare(self, deadline: float | None) -> None:
         """Make each row's model and take its first step, which warms it up and shows if it fits."""
         for name in self.config.rows:
-            self.found[name] = {**asdict(ROWS[name]), "rank": ROWS[name].rank}
+            row = ROWS[name]
+            self.found[name] = {**asdict(row), "compile": row.compile.value, "rank": row.rank}
             reason = _why_not(self.config, ROWS[name], self.device)
             if reason is None and _late(deadline):
                 reason = "not measured: no time left"
             try:
                 if reason is None:
-                    model = model_of(name, self.base, self.config.dropout, self.config.seed)
-                    _measure(self.config, model, name, self.batch, 0)
-                    self.models[name] = model
+                    self.models[name] = model = self.ready(name)
+                    for number in range(WARM_UP if row.recorded else 1):
+                        _measure(self.config, model, name, self.batch, number)
+                    reason = None if row.stock or not row.compiled else refusal()
             except NotHere as error:
                 reason = str(error)
             except Exception as error:
@@ -130,6 +140,16 @@ class _Rows:
                 self.drop(name, reason)
             else:
                 self.say(f"{name}: ready")
+
+    def ready(self, name: str) -> nn.Module | RecordedStep:
+        """A row's model or, where its step is to be recorded, that step."""
+        row = ROWS[name]
+        model = model_of(name, self.base, self.config.dropout, self.config.seed)
+        if row.compiled and not row.stock:
+            self.contexts.enter_context(compiled_layers(base_of(model), row.compile))
+        if not row.recorded:
+            return model
+        return RecordedStep(model, row, self.batch, CudaRecorder(self.base.device))
 
     def drop(self, name: str, reason: str) -> None:
         self.found[name]["error"] = reason
@@ -168,7 +188,8 @@ class _Rows:
                 self.say(f"{name}: no time left for its launches and memory")
                 continue
             if self.device == "cuda":
-                found |= step_profile(model, row, self.batch, top=25)
+                step = model if row.recorded else partial(training_step, model, row, self.batch)
+                found |= step_profile(step, self.batch.ids.device, top=25)
                 if self.config.memory and not row.compiled:
                     found |= _cuda_memory(model, row, self.batch)
             if row.compiled or row.method == "base":
@@ -207,8 +228,8 @@ def benchmark_parts(
     say: Callable[[str], None] = say,
 ) -> Iterator[dict[str, Any]]:
     """Measure `config.rows`. Yields the record with times, and again with launches, kept bytes and
-    memory. `deadline` (of `time.monotonic`) ends the first part early, half of whose time is the
-    most that rows take to be ready, `details_until` the second.
+    memory. `deadline` (of `time.monotonic`) ends the first part early, of which rows take at most
+    three quarters to be ready, `details_until` the second.
 
     Times are per token (microseconds, medians with quartiles), with ratios to the baseline taken
     round by round. A row that runs out of memory or cannot be measured here has `error` in place of
@@ -218,10 +239,11 @@ def benchmark_parts(
     check(config)
     rows = _Rows(config, say)
     now = time.monotonic()
-    rows.prepare(None if deadline is None else (now + deadline) / 2)
-    rows.rounds(deadline)
-    yield rows.record()
-    rows.details(details_until)
+    with rows.contexts:
+        rows.prepare(None if deadline is None else now + 0.75 * (deadline - now))
+        rows.rounds(deadline)
+        yield rows.record()
+        rows.details(details_until)
     if config.memory and rows.device == "cpu":
         rows.memory_in_processes()
     yield rows.record()

@@ -305,13 +305,13 @@ def supports(x: Tensor, routing: Routing, block: FeedForward) -> bool:
     if not INTERPRETED:
         dtypes.add(torch.bfloat16)
         on_device = x.is_cuda and (
-            not torch.cuda.is_available() or torch.cuda.get_device_capability(x.device) >= (8, 0)
+            not torch.cuda.is_available() or torch.cuda.get_device_properties(x.device).major >= 8
         )
     return (
         on_device
         and x.dtype in dtypes
         and len(x) > 0
-        and bool(present)
+        and len(present) > 0
         and len({(*e.a.shape[:2], e.a.dtype, e.b.dtype) for e in present}) == 1
         and takes(present[0].a.shape[1], routing.experts.shape[1], x.dtype)
         and all(max(e.a.numel(), e.b.numel()) < 2**31 for e in present)

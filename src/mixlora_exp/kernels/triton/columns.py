@@ -47,7 +47,7 @@ def to_columns(
     lows = [
         empty(x, count * top_k, rank) if m is not None else empty(x, 0) for m in (matrix1, matrix3)
     ]
-    tiles = tiles_of("narrow", padded(rank), x.dtype)
+    tiles = tiles_of("narrow", padded(rank), x.dtype, x.device)
     with on_device_of(x):
         start(
             to_columns_kernel,
@@ -121,7 +121,7 @@ def from_columns(
     shape = (count, top_k) if dweights is not None else (0,)
     total = empty(out, *shape, dtype=torch.float32)
     parts = next((p for p in (parts1, parts3, dweights) if p is not None), None)
-    tiles = tiles_of("wide", padded(rank), out.dtype)
+    tiles = tiles_of("wide", padded(rank), out.dtype, out.device)
     with on_device_of(out):
         start(
             from_columns_kernel,
@@ -186,7 +186,7 @@ def matrix_gradients(
     rank = (low1 if low1 is not None else low3).shape[1]
     shape = (num_experts, rank, width) if across else (num_experts, width, rank)
     made = [empty(x, *(shape if low is not None else (0,)), dtype=dtype) for low in (low1, low3)]
-    tiles = tiles_of("matrices", padded(rank), x.dtype)
+    tiles = tiles_of("matrices", padded(rank), x.dtype, x.device)
     with on_device_of(x):
         start(
             matrices_kernel,

@@ -28,53 +28,98 @@ from mixlora_exp.kernels.triton.hashing import kept, row_hash
 from mixlora_exp.kernels.triton.parts import (
     activate,
     dot,
-    is_met,
     load_low,
     load_matrix,
-    slot_of,
+    next_met,
     store_low,
 )
 
-__all__ = ["forward_kernel", "side"]
+__all__ = ["forward_kernel", "lows", "met_by", "side"]
 
 
 @triton.jit
-def side(
-    frozen,
-    p,
-    b,
-    scale,
-    bias,
-    factor,
-    row,
-    real,
+def met_by(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
+    """(expert, first, second): the experts of slot k by row, E for none, and the lowest two that
+    are met there, E for none. Few tiles meet a second one, and a search for it in each step would
+    cost more than the products.
+
+    experts: (T, K) int32 by sorted position (see `order`).
+    """
+    expert = tl.load(experts + position * K + k, mask=real, other=E)
+    first = tl.min(expert, axis=0)
+    return expert, first, next_met(expert, first, E)
+
+
+@triton.jit
+def lows(
+    columns1,
+    columns3,
+    columns2,
+    b1,
+    b3,
+    a2,
     expert,
     first,
-    end,
+    second,
     inner,
     within,
     F,
     E: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
+    LOW1: tl.constexpr,
+    LOW3: tl.constexpr,
+    LOW2: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
+    """Products of a slot's rows of R columns with their experts' B1, B3 and transposed A2, each
+    (BT, BF) float32, zeros for those there are not."""
+    low1 = tl.zeros((BT, BF), tl.float32)
+    low3 = tl.zeros((BT, BF), tl.float32)
+    low2 = tl.zeros((BT, BF), tl.float32)
+    e = first
+    following = second
+    while e < E:
+        mine = (expert == e)[:, None]
+        if LOW1:
+            tile = load_matrix(b1, e, inner, within, F, R, RANKS, False)
+            low1 = dot(tl.where(mine, columns1, 0.0), tl.trans(tile), low1)
+        if LOW3:
+            tile = load_matrix(b3, e, inner, within, F, R, RANKS, False)
+            low3 = dot(tl.where(mine, columns3, 0.0), tl.trans(tile), low3)
+        if LOW2:
+            tile = load_matrix(a2, e, inner, within, F, R, RANKS, True)
+            low2 = dot(tl.where(mine, columns2, 0.0), tl.trans(tile), low2)
+        e = following
+        if e < E:
+            following = next_met(expert, e, E)
+    return low1, low3, low2
+
+
+@triton.jit
+def side(
+    frozen,
+    low,
+    scale,
+    bias,
+    factor,
+    expert,
+    filled,
+    inner,
+    within,
+    F,
     LOW: tl.constexpr,
     SCALE: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """(g, s): gate or up of a slot's rows, and DoRA's scale of them or 1. frozen: (BT, BF)."""
+    """(g, s): gate or up of a slot's rows, and DoRA's scale of them or 1. frozen, low: (BT, BF)."""
     g = frozen
     s = 1.0
     if LOW:
-        columns = load_low(p, row, real & (expert < E), R, RANKS)
-        low = tl.zeros(g.shape, tl.float32)
-        for e in range(first, end):
-            mine = expert == e
-            if is_met(mine):
-                tile = load_matrix(b, e, inner, within, F, R, RANKS, False)
-                low = dot(tl.where(mine[:, None], columns, 0.0), tl.trans(tile), low)
         g += factor * low
     if SCALE:
-        inside = (real & (expert < E))[:, None] & within[None, :]
+        inside = filled[:, None] & within[None, :]
         s = tl.load(scale + expert[:, None] * F + inner[None, :], mask=inside, other=0.0)
         s = s.to(tl.float32)
         g *= s
@@ -139,8 +184,16 @@ def forward_kernel(
     if DROPPED:
         hash1, hash2 = row_hash(keys, token, real, place)
     sums = ()
-    for _ in tl.static_range(K):
+    slots = ()
+    for k in tl.static_range(K):
         sums = sums + (tl.zeros((BT, RANKS), tl.float32),)
+        row = position * K + k
+        expert, first, second = met_by(experts, position, real, k, K, E)
+        filled = real & (expert < E)
+        columns1 = load_low(p1, row, filled, R, RANKS) if LOW1 else 0.0
+        columns3 = load_low(p3, row, filled, R, RANKS) if LOW3 else 0.0
+        weight = tl.load(weights + row, mask=real, other=0.0)
+        slots = slots + ((expert, first, second, columns1, columns3, weight),)
     for step in range(steps):
         inner = (tl.program_id(1) * steps + step) * BF + tl.arange(0, BF)
         within = inner < F
@@ -153,21 +206,24 @@ def forward_kernel(
         mixed = tl.zeros((BT, BF), tl.float32)
         parts = ()
         for k in tl.static_range(K):
-            expert, first, end = slot_of(experts, position, real, k, K, E)
-            row = position * K + k
+            expert, first, second, columns1, columns3, weight = slots[k]
             filled = real & (expert < E)
+            low1, low3, _low = lows(
+                columns1, columns3, 0.0, b1, b3, a2, expert, first, second, inner, within, F, E, R,
+                RANKS, LOW1, LOW3, False, BT, BF,
+            )  # fmt: skip
             g, _s = side(
-                frozen1, p1, b1, scale1, bias1, factor1, row, real, expert, first, end, inner,
-                within, F, E, R, RANKS, LOW1, SCALE1, BIAS1,
+                frozen1, low1, scale1, bias1, factor1, expert, filled, inner, within, F, LOW1,
+                SCALE1, BIAS1,
             )  # fmt: skip
             u, _s = side(
-                frozen3, p3, b3, scale3, bias3, factor3, row, real, expert, first, end, inner,
-                within, F, E, R, RANKS, LOW3, SCALE3, BIAS3,
+                frozen3, low3, scale3, bias3, factor3, expert, filled, inner, within, F, LOW3,
+                SCALE3, BIAS3,
             )  # fmt: skip
             h = activate(g, ACTIVATION)[0] * u
-            weight = tl.load(weights + row, mask=real, other=0.0)
             if PER_SLOT:
                 h = tl.where(filled[:, None], h, 0.0)
+                row = position * K + k
                 to = hidden + row.to(tl.int64)[:, None] * F + inner[None, :]
                 tl.store(to, h.to(dtype), mask=inside)
             else:
@@ -176,11 +232,15 @@ def forward_kernel(
             if LOW2:
                 if DROPPED:
                     h = tl.where(keep, h, 0.0)
-                for e in range(first, end):
-                    mine = expert == e
-                    if is_met(mine):
-                        tile = load_matrix(a2, e, inner, within, F, R, RANKS, True)
-                        part += tl.where(mine[:, None], dot(h.to(dtype), tile, None), 0.0)
+                e = first
+                following = second
+                while e < E:
+                    tile = load_matrix(a2, e, inner, within, F, R, RANKS, True)
+                    mine = (expert == e)[:, None]
+                    part += tl.where(mine, dot(h.to(dtype), tile, None), 0.0)
+                    e = following
+                    if e < E:
+                        following = next_met(expert, e, E)
             parts = parts + (part,)
         sums = parts
         if not PER_SLOT:
@@ -191,5 +251,5 @@ def forward_kernel(
             part = sums[k]
             row = position * K + k
             if not PER_SLOT:
-                part *= tl.load(weights + row, mask=real, other=0.0)[:, None]
+                part *= slots[k][5][:, None]
             store_low(reduced, part, row, real, R, RANKS)

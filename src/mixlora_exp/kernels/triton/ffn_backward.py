@@ -9,15 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixlora_exp.kernels.triton.ffn import side
+from mixlora_exp.kernels.triton.ffn import lows, met_by, side
 from mixlora_exp.kernels.triton.hashing import kept, row_hash
 from mixlora_exp.kernels.triton.parts import (
     activate,
     dot,
-    is_met,
     load_low,
     load_matrix,
-    slot_of,
+    next_met,
     store_low,
 )
 
@@ -25,29 +24,40 @@ __all__ = ["backward_inner_kernel", "backward_tokens_kernel"]
 
 
 @triton.jit
-def _back(
-    total,
-    gradient,
-    b,
+def _backs(
+    total1,
+    total3,
+    dg,
+    du,
+    b1,
+    b3,
     expert,
     first,
-    end,
+    second,
     inner,
     within,
     F,
+    E: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
-    LOW: tl.constexpr,
+    LOW1: tl.constexpr,
+    LOW3: tl.constexpr,
 ):
-    """`total` and the gradient of `A_e x` of a slot's rows through the tile's part of B."""
-    if LOW:
-        for e in range(first, end):
-            mine = expert == e
-            if is_met(mine):
-                tile = load_matrix(b, e, inner, within, F, R, RANKS, False)
-                part = dot(gradient.to(tile.dtype), tile, None)
-                total += tl.where(mine[:, None], part, 0.0)
-    return total
+    """The totals and the gradients of a slot's `A_e x` through the tile's part of B1 and B3."""
+    e = first
+    following = second
+    while e < E:
+        mine = (expert == e)[:, None]
+        if LOW1:
+            tile = load_matrix(b1, e, inner, within, F, R, RANKS, False)
+            total1 += tl.where(mine, dot(dg.to(tile.dtype), tile, None), 0.0)
+        if LOW3:
+            tile = load_matrix(b3, e, inner, within, F, R, RANKS, False)
+            total3 += tl.where(mine, dot(du.to(tile.dtype), tile, None), 0.0)
+        e = following
+        if e < E:
+            following = next_met(expert, e, E)
+    return total1, total3
 
 
 @triton.jit(do_not_specialize=["T", "steps", "place", "threshold"])
@@ -117,10 +127,19 @@ def backward_tokens_kernel(
     sums1 = ()
     sums3 = ()
     sums_w = ()
-    for _ in tl.static_range(K):
+    slots = ()
+    for k in tl.static_range(K):
         sums1 = sums1 + (tl.zeros((BT, RANKS), tl.float32),)
         sums3 = sums3 + (tl.zeros((BT, RANKS), tl.float32),)
         sums_w = sums_w + (tl.zeros((BT,), tl.float32),)
+        row = position * K + k
+        expert, first, second = met_by(experts, position, real, k, K, E)
+        filled = real & (expert < E)
+        columns1 = load_low(p1, row, filled, R, RANKS) if LOW1 else 0.0
+        columns3 = load_low(p3, row, filled, R, RANKS) if LOW3 else 0.0
+        columns2 = load_low(q, row, filled, R, RANKS) if LOW2 else 0.0
+        weight = tl.load(weights + row, mask=real, other=0.0)
+        slots = slots + ((expert, first, second, columns1, columns3, columns2, weight),)
     for step in range(steps):
         inner = (tl.program_id(1) * steps + step) * BF + tl.arange(0, BF)
         within = inner < F
@@ -138,36 +157,32 @@ def backward_tokens_kernel(
         parts3 = ()
         parts_w = ()
         for k in tl.static_range(K):
-            expert, first, end = slot_of(experts, position, real, k, K, E)
-            row = position * K + k
+            expert, first, second, columns1, columns3, columns2, weight = slots[k]
             filled = real & (expert < E)
-            weight = tl.load(weights + row, mask=real, other=0.0)
+            low1, low3, low2 = lows(
+                columns1, columns3, columns2, b1, b3, a2, expert, first, second, inner, within, F,
+                E, R, RANKS, LOW1, LOW3, LOW2, BT, BF,
+            )  # fmt: skip
             g, s1 = side(
-                frozen1, p1, b1, scale1, bias1, factor1, row, real, expert, first, end, inner,
-                within, F, E, R, RANKS, LOW1, SCALE1, BIAS1,
+                frozen1, low1, scale1, bias1, factor1, expert, filled, inner, within, F, LOW1,
+                SCALE1, BIAS1,
             )  # fmt: skip
             u, s3 = side(
-                frozen3, p3, b3, scale3, bias3, factor3, row, real, expert, first, end, inner,
-                within, F, E, R, RANKS, LOW3, SCALE3, BIAS3,
+                frozen3, low3, scale3, bias3, factor3, expert, filled, inner, within, F, LOW3,
+                SCALE3, BIAS3,
             )  # fmt: skip
             active, slope = activate(g, ACTIVATION)
             if PER_SLOT:
+                row = position * K + k
                 place_of = dhidden + row.to(tl.int64)[:, None] * F + inner[None, :]
                 own = filled[:, None] & within[None, :]
                 dh = tl.load(place_of, mask=own, other=0.0).to(tl.float32)
             else:
                 dh = shared
             if LOW2:
-                columns = load_low(q, row, filled, R, RANKS)
-                low = tl.zeros((BT, BF), tl.float32)
-                for e in range(first, end):
-                    mine = expert == e
-                    if is_met(mine):
-                        tile = load_matrix(a2, e, inner, within, F, R, RANKS, True)
-                        low = dot(tl.where(mine[:, None], columns, 0.0), tl.trans(tile), low)
                 if DROPPED:
-                    low = tl.where(keep, low, 0.0)
-                dh += low
+                    low2 = tl.where(keep, low2, 0.0)
+                dh += low2
             part_w = sums_w[k]
             if not PER_SLOT:
                 part_w += tl.sum(active * u * dh, axis=1)
@@ -177,8 +192,10 @@ def backward_tokens_kernel(
             du = dh * active * s3
             sum_g += dg
             sum_u += du
-            part1 = _back(sums1[k], dg, b1, expert, first, end, inner, within, F, R, RANKS, LOW1)
-            part3 = _back(sums3[k], du, b3, expert, first, end, inner, within, F, R, RANKS, LOW3)
+            part1, part3 = _backs(
+                sums1[k], sums3[k], dg, du, b1, b3, expert, first, second, inner, within, F, E, R,
+                RANKS, LOW1, LOW3,
+            )  # fmt: skip
             parts1 = parts1 + (part1,)
             parts3 = parts3 + (part3,)
         sums1, sums3, sums_w = parts1, parts3, parts_w
@@ -192,7 +209,7 @@ def backward_tokens_kernel(
         if LOW3:
             store_low(dp3 + split * R, factor3 * sums3[k], row, real, R, RANKS)
         if not PER_SLOT:
-            expert = tl.load(experts + row, mask=real, other=E)
+            expert = slots[k][0]
             tl.store(dweights + split + row, tl.where(expert < E, sums_w[k], 0.0), mask=real)
 
 

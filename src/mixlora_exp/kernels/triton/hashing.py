@@ -35,7 +35,8 @@ def row_hash(keys, row, valid, place):
     key = tl.load(keys + row, mask=valid, other=0)
     low = (key & 0xFFFFFFFF).to(tl.uint32)
     high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    first = _finish(low ^ place.to(tl.uint32))
+    # Not `place.to`: a compiler that looks into the kernel has a Python number here.
+    first = _finish(low ^ tl.cast(place, tl.uint32))
     return first, _finish(high ^ first)
 
 

@@ -100,7 +100,7 @@ def hidden_forward(
     held = Operands(*operands)
     gate, (tokens, inner), top_k = held.gate, held.gate.shape, held.weights.shape[1]
     num_experts, rank = held.experts_and_rank
-    tiles = tiles_of("forward", top_k * padded(rank), gate.dtype)
+    tiles = tiles_of("forward", top_k * padded(rank), gate.dtype, gate.device)
     steps, splits = splits_of(tiles, tokens, inner, gate.device)
     rows = tokens * top_k if per_slot else tokens
     hidden = torch.empty((rows, inner), dtype=gate.dtype, device=gate.device)
@@ -154,7 +154,7 @@ def hidden_backward_tokens(
     held = Operands(*operands)
     gate, (tokens, inner), top_k = held.gate, held.gate.shape, held.weights.shape[1]
     num_experts, rank = held.experts_and_rank
-    tiles = tiles_of("tokens", top_k * padded(rank), gate.dtype)
+    tiles = tiles_of("tokens", top_k * padded(rank), gate.dtype, gate.device)
     steps, splits = splits_of(tiles, tokens, inner, gate.device)
     dup = torch.empty_like(held.up)
     rows, full = tokens * top_k, torch.float32
@@ -215,7 +215,7 @@ def hidden_backward_inner(
     held = Operands(*operands)
     gate, inner = held.gate, held.gate.shape[1]
     num_experts, rank = held.experts_and_rank
-    tiles = tiles_of("inner", padded(rank), gate.dtype)
+    tiles = tiles_of("inner", padded(rank), gate.dtype, gate.device)
     low1, low3, low2 = held.low
     db1 = _made(gate, low1, num_experts, inner, rank, dtype=dtype)
     db3 = _made(gate, low3, num_experts, inner, rank, dtype=dtype)

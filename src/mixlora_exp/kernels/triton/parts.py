@@ -12,6 +12,7 @@ __all__ = [
     "is_met",
     "load_low",
     "load_matrix",
+    "next_met",
     "slot_of",
     "store_low",
 ]
@@ -70,6 +71,12 @@ def slot_of(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
     first = tl.min(expert, axis=0)
     end = tl.max(tl.where(expert < E, expert, -1), axis=0) + 1
     return expert, first, end
+
+
+@triton.jit
+def next_met(expert, e, E: tl.constexpr):
+    """The lowest number in `expert` above e, E for none."""
+    return tl.min(tl.where(expert > e, expert, E), axis=0)
 
 
 @triton.jit

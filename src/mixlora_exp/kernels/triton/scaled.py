@@ -36,7 +36,7 @@ def scaled_to_columns(
     rank = matrix.shape[2]
     low, doutput = empty(dy, count * top_k, rank), torch.empty_like(output)
     dweights = empty(dy, count, top_k, dtype=torch.float32)
-    tiles = tiles_of("narrow", padded(rank), dy.dtype)
+    tiles = tiles_of("narrow", padded(rank), dy.dtype, dy.device)
     with on_device_of(dy):
         start(
             to_columns_kernel,
@@ -96,7 +96,7 @@ def scaled_from_columns(
     num_experts, _, rank = matrix.shape
     out, output = empty(raw, count, width), torch.empty_like(raw)
     low = empty(raw, count * top_k, rank)
-    tiles = tiles_of("wide", padded(rank), raw.dtype)
+    tiles = tiles_of("wide", padded(rank), raw.dtype, raw.device)
     with on_device_of(raw):
         start(
             scaled_kernel,
@@ -146,7 +146,7 @@ def scaled_matrix_gradients(
     num_experts = starts.shape[0] - 1
     dmatrix = empty(dy, num_experts, width, rank, dtype=dtype)
     dmagnitude = empty(dy, num_experts, width, dtype=dtype)
-    tiles = tiles_of("matrices", padded(rank), dy.dtype)
+    tiles = tiles_of("matrices", padded(rank), dy.dtype, dy.device)
     with on_device_of(dy):
         start(
             matrices_kernel,
