@@ -129,7 +129,12 @@ def compiled_layers(
     # What is made of the adapters' weights once per optimizer step, as eager layers have it.
     hook = base.register_forward_pre_hook(_bring_up_to_date)
     try:
-        with torch._dynamo.config.patch(recompile_limit=GRAPHS), _static_attention(base):
+        with (
+            torch._dynamo.config.patch(recompile_limit=GRAPHS),
+            # Else the backward pass is compiled within it, where nothing else could be run instead.
+            torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            _static_attention(base),
+        ):
             yield
     finally:
         hook.remove()

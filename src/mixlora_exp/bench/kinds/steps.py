@@ -125,7 +125,11 @@ class _Rows:
                     self.models[name] = model = self.ready(name)
                     for number in range(WARM_UP if row.recorded else 1):
                         _measure(self.config, model, name, self.batch, number)
-                    reason = None if row.stock or not row.compiled else refusal()
+                    refused = None if row.stock or not row.compiled else refusal()
+                    if row.recorded:
+                        self.found[name]["not_compiled"] = refused
+                    else:
+                        reason = refused
             except NotHere as error:
                 reason = str(error)
             except Exception as error:

@@ -117,7 +117,7 @@ def side(
     g = frozen
     s = 1.0
     if LOW:
-        g += factor * low
+        g += tl.cast(factor, tl.float32) * low
     if SCALE:
         inside = filled[:, None] & within[None, :]
         s = tl.load(scale + expert[:, None] * F + inner[None, :], mask=inside, other=0.0)

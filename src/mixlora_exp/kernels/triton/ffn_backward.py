@@ -205,9 +205,9 @@ def backward_tokens_kernel(
     for k in tl.static_range(K):
         row = position * K + k
         if LOW1:
-            store_low(dp1 + split * R, factor1 * sums1[k], row, real, R, RANKS)
+            store_low(dp1 + split * R, tl.cast(factor1, tl.float32) * sums1[k], row, real, R, RANKS)
         if LOW3:
-            store_low(dp3 + split * R, factor3 * sums3[k], row, real, R, RANKS)
+            store_low(dp3 + split * R, tl.cast(factor3, tl.float32) * sums3[k], row, real, R, RANKS)
         if not PER_SLOT:
             expert = slots[k][0]
             tl.store(dweights + split + row, tl.where(expert < E, sums_w[k], 0.0), mask=real)
@@ -304,14 +304,14 @@ def backward_inner_kernel(
         raw1 = tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
         if LOW1:
             columns1 = load_low(p1, row, valid, R, RANKS)
-            raw1 += factor1 * dot(b1_tile, tl.trans(columns1), None)
+            raw1 += tl.cast(factor1, tl.float32) * dot(b1_tile, tl.trans(columns1), None)
         g = raw1 * s1
         if BIAS1:
             g += tl.load(bias1 + inner, mask=within, other=0.0).to(tl.float32)[:, None]
         raw3 = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
         if LOW3:
             columns3 = load_low(p3, row, valid, R, RANKS)
-            raw3 += factor3 * dot(b3_tile, tl.trans(columns3), None)
+            raw3 += tl.cast(factor3, tl.float32) * dot(b3_tile, tl.trans(columns3), None)
         u = raw3 * s3
         if BIAS3:
             u += tl.load(bias3 + inner, mask=within, other=0.0).to(tl.float32)[:, None]
@@ -350,9 +350,9 @@ def backward_inner_kernel(
     inside = within[:, None] & (rank < R)[None, :]
     along = expert * R * F + inner[:, None] * R + rank[None, :]
     if LOW1:
-        tl.store(db1 + along, factor1 * db1_tile, mask=inside)
+        tl.store(db1 + along, tl.cast(factor1, tl.float32) * db1_tile, mask=inside)
     if LOW3:
-        tl.store(db3 + along, factor3 * db3_tile, mask=inside)
+        tl.store(db3 + along, tl.cast(factor3, tl.float32) * db3_tile, mask=inside)
     if LOW2:
         across = expert * R * F + rank[None, :] * F + inner[:, None]
         tl.store(da2 + across, da2_tile, mask=inside)

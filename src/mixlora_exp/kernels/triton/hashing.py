@@ -35,7 +35,7 @@ def row_hash(keys, row, valid, place):
     key = tl.load(keys + row, mask=valid, other=0)
     low = (key & 0xFFFFFFFF).to(tl.uint32)
     high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    # Not `place.to`: a compiler that looks into the kernel has a Python number here.
+    # Not `place.to`: a compiler that looks into the kernel has Python numbers here.
     first = _finish(low ^ tl.cast(place, tl.uint32))
     return first, _finish(high ^ first)
 
@@ -48,7 +48,7 @@ def kept(first, second, column, threshold):
     probability to drop it, times 2^24.
     """
     h = _finish(first + column.to(tl.uint32) * 0x9E3779B9)
-    return (_finish(h ^ second) >> 8) >= threshold.to(tl.uint32)
+    return (_finish(h ^ second) >> 8) >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit(do_not_specialize=["T", "place", "threshold"])

@@ -86,7 +86,7 @@ def _low(
             other=0.0,
         )
         total = dot(tile, tl.trans(rows.to(tile.dtype)), total)
-    store_rows(low, factor * total, token, real, R, PADDED)
+    store_rows(low, tl.cast(factor, tl.float32) * total, token, real, R, PADDED)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

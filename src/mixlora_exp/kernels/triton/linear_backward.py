@@ -102,7 +102,7 @@ def _a(
         total = dot(tl.trans(p), tile, total)
     tl.store(
         da + column[:, None] * D + inner[None, :],
-        (factor * total).to(da.dtype.element_ty),
+        (tl.cast(factor, tl.float32) * total).to(da.dtype.element_ty),
         mask=(column < R)[:, None] & within[None, :],
     )
 
@@ -179,7 +179,7 @@ def _input(
         mask=(column < R)[:, None] & within[None, :],
         other=0.0,
     )
-    tile = factor * dot(p, rows.to(p.dtype), None)
+    tile = tl.cast(factor, tl.float32) * dot(p, rows.to(p.dtype), None)
     if MASKED:
         first, second = row_hash(keys, token, real, place)
         tile = tl.where(kept(first[:, None], second[:, None], inner[None, :], threshold), tile, 0.0)

@@ -106,9 +106,9 @@ def to_columns_kernel(
                     matrix = load_matrix(matrix3, e, inner, within, width, R, RANKS, ACROSS)
                     sums3 += tl.where(mine[:, None], dot(tile, matrix, None), 0.0)
     if LOW1:
-        store_low(low1, factor * sums1, row, real, R, RANKS)
+        store_low(low1, tl.cast(factor, tl.float32) * sums1, row, real, R, RANKS)
     if LOW3:
-        store_low(low3, factor * sums3, row, real, R, RANKS)
+        store_low(low3, tl.cast(factor, tl.float32) * sums3, row, real, R, RANKS)
     if SCALED:
         slot = tl.load(slots + row, mask=real, other=0)
         tl.store(dweights + token * K + slot, dweight, mask=real)
@@ -226,7 +226,9 @@ def from_columns_kernel(
         low = tl.where(keep, low, 0.0)
     inside = real[:, None] & within[None, :]
     offsets = token.to(tl.int64)[:, None] * width + inner[None, :]
-    total = factor * low + tl.load(base1 + offsets, mask=inside, other=0.0).to(tl.float32)
+    total = tl.cast(factor, tl.float32) * low + tl.load(base1 + offsets, mask=inside, other=0.0).to(
+        tl.float32
+    )
     if TWO:
         total += tl.load(base3 + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)
@@ -275,7 +277,9 @@ def scaled_kernel(
         y = tl.zeros((BT, BD), tl.float32)
         y = _wide(y, columns, matrix, expert, first, end, inner, within, width, R, RANKS, False)
         own = row.to(tl.int64)[:, None] * width + inner[None, :]
-        y = factor * y + tl.load(raw + own, mask=inside, other=0.0).to(tl.float32)
+        y = tl.cast(factor, tl.float32) * y + tl.load(raw + own, mask=inside, other=0.0).to(
+            tl.float32
+        )
         tl.store(output + own, y.to(dtype), mask=inside)
         s = tl.load(scale + expert[:, None] * width + inner[None, :], mask=inside, other=0.0)
         weight = tl.load(weights + row, mask=real, other=0.0)
@@ -359,9 +363,9 @@ def matrices_kernel(
         places = expert * R * width + inner[:, None] * R + rank[None, :]
     inside = within[:, None] & (rank < R)[None, :]
     if LOW1:
-        tl.store(dmatrix1 + places, factor * sums1, mask=inside)
+        tl.store(dmatrix1 + places, tl.cast(factor, tl.float32) * sums1, mask=inside)
     if LOW3:
-        tl.store(dmatrix3 + places, factor * sums3, mask=inside)
+        tl.store(dmatrix3 + places, tl.cast(factor, tl.float32) * sums3, mask=inside)
     if SCALED:
         over = tl.load(norm + expert * width + inner, mask=within, other=1.0)
         tl.store(dmagnitude + expert * width + inner, dscale / over, mask=within)

@@ -26,18 +26,16 @@ def operator(name: str, changes: Sequence[str] = ()) -> Callable[[Callable], Cal
     """Register the decorated function as `mixlora::name`: its results are fresh tensors, and all
     that it launches goes through `start`. changes: its arguments that a kernel writes to.
 
-    The compiler looks into it for its kernels. The interpreter's it cannot know: there the operator
-    is closed, and under a name of its own. Where nobody watches, the function runs without torch's
-    dispatcher, which takes as long as a launch.
+    It is closed to compilers, which would otherwise pass a kernel's numbers in other types than its
+    launcher does, and guess which tensors it writes to. Where nobody watches, the function runs
+    without torch's dispatcher, which takes as long as a launch.
     """
 
     def register(function: Callable) -> Callable:
-        if INTERPRETED:
-            name_there = f"mixlora_interpreted::{name}"
-            made = torch.library.custom_op(name_there, function, mutates_args=changes)
-            made.register_fake(function)
-        else:
-            made = torch.library.triton_op(f"mixlora::{name}", function, mutates_args=changes)
+        # Both are there in a process that also runs the kernels interpreted.
+        space = "mixlora_interpreted" if INTERPRETED else "mixlora"
+        made = torch.library.custom_op(f"{space}::{name}", function, mutates_args=changes)
+        made.register_fake(function)
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
@@ -49,13 +47,9 @@ def operator(name: str, changes: Sequence[str] = ()) -> Callable[[Callable], Cal
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-    """Launch a kernel over a grid. Interpreted, tensors without data are left as they are."""
-    if INTERPRETED:
-        if any(isinstance(a, Tensor) and is_fake(a) for a in (*arguments, *named.values())):
-            return
-    elif _is_watched():
-        kernel = torch.library.wrap_triton(kernel)
-    kernel[grid](*arguments, **named)
+    """Launch a kernel over a grid. Tensors without data are left as they are."""
+    if not any(isinstance(a, Tensor) and is_fake(a) for a in (*arguments, *named.values())):
+        kernel[grid](*arguments, **named)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
