@@ -45,9 +45,7 @@ ROOMS: dict[str, set[str]] = {
         *("adapters", "config", "data", "errors", "evaluation", "models", "records", "runs"),
         "system",
     },
-    "sweeps": {
-        *("config", "data", "errors", "plans", "records", "results", "runs", "system"),
-    },
+    "sweeps": {"config", "data", "errors", "plans", "records", "runs", "system"},
     # Floor 8: the commands. No room imports this one.
     "cli": {
         *("__init__", "adapters", "bench", "config", "errors", "models", "official"),

@@ -17,7 +17,7 @@ from mixlora_exp.config import schema as s
 from mixlora_exp.config.architecture import OLD_NAMES, current_model
 from mixlora_exp.config.command import compose, compose_cell, plan_runs
 from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.recorded import check_recorded, recorded
+from mixlora_exp.config.recorded import check_recorded
 from mixlora_exp.config.resolve import (
     EXCLUDED,
     fingerprint,
@@ -346,7 +346,7 @@ def test_a_record_of_before_is_read_as_one_of_today(cut: int | None) -> None:
     depth = {} if cut is None else {"num_hidden_layers": cut}
     assert found == {**today, "config": {**today["config"], **depth}}
     drawn = {**before, "layers": cut, "weights": "random"}
-    again = compose(["model=tiny", *recorded({"model": drawn}, set())])
+    again = compose(recorded={"model": drawn})
     assert to_dict(again.model) == {**found, "weights": "random"}
 
 

@@ -13,16 +13,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mixlora_exp.cli import generate as generation
-from mixlora_exp.cli.evaluate import overrides_of
 from mixlora_exp.cli.evaluate import run as evaluate
+from mixlora_exp.cli.evaluate import settled
 from mixlora_exp.cli.train import execute, with_base
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import fingerprint
+from mixlora_exp.config.schema import Base
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.records.record import read_record
+from mixlora_exp.records.files import RECORD
+from mixlora_exp.records.record import finish_record, read_record, write_json
 from mixlora_exp.runs import base_choice as basechoice
-from mixlora_exp.runs.base_choice import base_words, matched
+from mixlora_exp.runs.base_choice import base_of, matched
 from mixlora_exp.serving.open import open_adapter, open_adapters
 from mixlora_exp.system.exit_codes import guarded
 
@@ -107,18 +109,18 @@ def test_an_adapter_of_an_unknown_model_asks_for_it(
 
 def test_a_known_name_chooses_the_model(stranger: Callable[..., Path], tmp_path: Path) -> None:
     folder = stranger("Google/Gemma-2b/")
-    assert base_words(folder, ()) == ["model=gemma_2b"]
+    assert base_of(folder, ()) == (["model=gemma_2b"], {})
     for given in (["model"], ["model.name"], ["experiment"]):
-        assert base_words(folder, given) == []
-    words = overrides_of([f"adapter={folder}", "task=arc_e"])
-    assert compose(words, "evaluate").model.name == "gemma_2b"
+        assert base_of(folder, given) == ([], {})
+    words, recorded = settled([f"adapter={folder}", "task=arc_e"])
+    assert compose(words, "evaluate", recorded).model.name == "gemma_2b"
     scored = ["method=none", f"adapter={folder}"]
-    assert with_base(scored) == ["model=gemma_2b", *scored]
-    assert with_base([*scored, "model=tiny"]) == [*scored, "model=tiny"]
-    assert with_base(["method=none"]) == ["method=none"]
+    assert with_base(scored) == (["model=gemma_2b", *scored], {})
+    assert with_base([*scored, "model=tiny"]) == ([*scored, "model=tiny"], {})
+    assert with_base(["method=none"]) == (["method=none"], {})
     # With the weights in a folder the name tells of the family at least.
-    assert base_words(folder, ["model.path"]) == ["model=gemma_2b"]
-    assert base_words(stranger("a/b"), ["model.path"]) == []
+    assert base_of(folder, ["model.path"]) == (["model=gemma_2b"], {})
+    assert base_of(stranger("a/b"), ["model.path"]) == ([], {})
 
 
 def test_a_copied_adapter_finds_its_base(
@@ -172,8 +174,12 @@ def test_accepting_is_no_setting_of_the_result() -> None:
 def test_a_record_does_not_accept_for_the_user(
     finished: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words = overrides_of([f"run={finished('method=mixlora').folder}"])
-    assert not [word for word in words if word.startswith("base=")]
+    folder = shutil.copytree(finished("method=mixlora").folder, tmp_path / "run")
+    record = json.loads((folder / RECORD).read_text())
+    record["config"]["base"] = "accept"
+    write_json(folder / RECORD, finish_record(record))
+    words, recorded = settled([f"run={folder}"])
+    assert compose(words, "evaluate", recorded).base is Base.check
 
 
 def test_an_adapter_that_changes_its_base_is_scored_by_itself(
@@ -212,4 +218,4 @@ def test_the_choice_reads_the_files_of_conf_alone(monkeypatch: pytest.MonkeyPatc
 
 def test_an_adapter_without_any_file_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
-        base_words(tmp_path, ())
+        base_of(tmp_path, ())

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from mixlora_exp.cli.evaluate import overrides_of, run
+from mixlora_exp.cli.evaluate import run, settled
 from mixlora_exp.cli.main import main
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import to_dict
@@ -23,7 +24,8 @@ from mixlora_exp.system.exit_codes import MISTAKE, guarded
 
 
 def composed(*words: str) -> Any:
-    return compose(overrides_of(words), "evaluate")
+    lines, recorded = settled(words)
+    return compose(lines, "evaluate", recorded)
 
 
 Start = Callable[..., Any]
@@ -60,11 +62,10 @@ def test_an_adapter_s_record_names_the_base_model(finished: Start, tmp_path: Pat
     # A random base model is drawn from the seed.
     seeded = finished(*MIXLORA, "seed=7")
     words = [f"adapter={seeded.folder / 'adapter'}", *words[1:]]
-    assert "seed=7" in overrides_of(words)
-    assert "seed=8" in overrides_of([*words, "seed=8"])
-    assert "seed=7" not in overrides_of([*words, "seed=8"])
-    other = overrides_of([*words, "model=tiny_gemma"])
-    assert not [word for word in other if word.startswith("model.")]
+    assert composed(*words).seed == 7
+    assert composed(*words, "seed=8").seed == 8
+    other = composed(*words, "model=tiny_gemma")
+    assert (other.seed, other.model) == (42, compose(["model=tiny_gemma"]).model)
 
 
 def test_another_protocol_and_fewer_items(finished: Start, tmp_path: Path) -> None:
@@ -121,6 +122,28 @@ def test_a_preset_goes_before_what_the_record_says(finished: Start) -> None:
     assert config.evaluation.arc_labels.value == "nine"
     # All else is the record's.
     assert config.evaluation.limit == before["evaluation"]["limit"]
+
+
+def test_fields_of_a_mapping_are_given_one_by_one(finished: Start) -> None:
+    trained = finished(*MIXLORA)
+    before = trained.record["config"]
+    config = composed(f"run={trained.folder}", "+data.train_limits.arc_e=3", "data.seed=9")
+    assert to_dict(config.data) == {**before["data"], "train_limits": {"arc_e": 3}, "seed": 9}
+    shallow = composed(f"run={trained.folder}", "model.config={num_hidden_layers: 1}")
+    shape = {**before["model"]["config"], "num_hidden_layers": 1}
+    assert shallow.model.config == shape
+
+
+def test_the_configuration_is_shown_with_the_record_s_values(
+    finished: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = finished(*MIXLORA)
+    words = [f"run={trained.folder}", "evaluation.limit=7", "--cfg", "job"]
+    assert guarded(run, words) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown == to_dict(composed(*words[:2]))
+    assert guarded(run, [*words, "-p", "evaluation"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == shown["evaluation"]
 
 
 def test_values_survive_the_grammar(finished: Start, tmp_path: Path) -> None:

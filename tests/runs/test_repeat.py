@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.cli.train import execute, run
-from mixlora_exp.config.rebuilt import rebuilt
+from mixlora_exp.config.recorded import rebuilt
 from mixlora_exp.config.resolve import fingerprint, to_dict
 from mixlora_exp.config.schema import Base
 from mixlora_exp.errors import UserError

@@ -2,8 +2,8 @@
 
 `run=DIR` takes all settings from the record of a finished run and scores the adapter of that run;
 `adapter=DIR` scores an adapter that PEFT or train.py wrote, `adapter=hub:OWNER/NAME@REVISION` one
-on the hub. A record's values are treated as data;
-they override the defaults in conf/, and the command line overrides them.
+on the hub. A record's values are data: nothing in them is resolved. They replace the defaults in
+conf/, and the command line overrides them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.cli.hydra_command import dispatch, parse_flags
+from mixlora_exp.cli.hydra_command import Recorded, dispatch, parse_flags
 from mixlora_exp.config.command import compose, parse_overrides
 from mixlora_exp.config.given_paths import check_folders
-from mixlora_exp.config.recorded import recorded
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.config.typed import as_typed, literal, typed_texts
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
-from mixlora_exp.runs.base_choice import base_words
+from mixlora_exp.runs.base_choice import base_of
 from mixlora_exp.system.hub import adapter_place, pinned
 
-GROUPS = ("preset", "model", "task", "data", "kernel", "trainer", "evaluation")
+NOT_TAKEN = ("method", "adapter", "adapters", "base", "dry_run", "force", "tracker", "output_dir")
+"""Fields of a record that do not apply: the adapter determines the method, nothing is trained, and
+what is accepted, executed or written is not for a record to say."""
 
 
 class Words:
@@ -69,8 +70,9 @@ def each(words: Sequence[str]) -> list[list[str]]:
     return [line.lines]
 
 
-def overrides_of(words: Sequence[str]) -> list[str]:
-    """The overrides of `conf/evaluate.yaml` for a command line with at most one folder.
+def settled(words: Sequence[str]) -> tuple[list[str], Recorded]:
+    """The overrides of `conf/evaluate.yaml` for a command line with at most one folder, and the
+    settings that a record adds (see `resolve.to_config`).
 
     Raises:
         UserError: `run=DIR` holds no finished run or no adapter, or `adapter=DIR` is not a folder.
@@ -89,46 +91,42 @@ def overrides_of(words: Sequence[str]) -> list[str]:
         place = pinned(folder)
         check_folders([("adapter", place)])
         lines.append(f"adapter={literal(place)}")
-        return [*base_words(adapter_place(place), line.given), *lines]
+        chosen, recorded = base_of(adapter_place(place), line.given)
+        return [*chosen, *lines], recorded
     for folder in line.folders("run"):
-        return [*_of_run(folder, line.given), *lines]
-    return lines
+        return lines, _of_run(folder, line.given)
+    return lines, {}
 
 
-def _of_run(named: str, given: Mapping[str, Any]) -> list[str]:
-    """The settings in the record of a finished run, and the run's adapter, as overrides."""
+def _of_run(named: str, given: Mapping[str, Any]) -> Recorded:
+    """The settings in the record of a finished run, and the run's adapter."""
     folder = Path(named).expanduser()
     if not (folder / RECORD).is_file():
         left = folder / "last_good"
         hint = f"; the last good adapter of this one is adapter={left}" if left.is_dir() else ""
         raise UserError(f"run={named} holds no {RECORD}: give the folder of a finished run{hint}")
     settings = read_run(folder / RECORD)["config"]
-    lines = _beside(folder, settings)
-    if settings.get("method", {}).get("name") != "none":
-        if not (folder / "adapter" / "adapter_config.json").is_file():
-            raise UserError(
-                f"run={named} holds no adapter/ (a copied record has none): give the "
-                "folder that the run wrote, or adapter=DIR"
-            )
-        lines.append(f"adapter={literal(str(folder / 'adapter'))}")
-    elif settings.get("adapter") is not None:
-        lines.append(f"adapter={literal(settings['adapter'])}")
-    anew = {name for name in GROUPS if name in given}
-    if "protocol" in given:
-        anew.add("evaluation.protocols")
-    if "preset" in given:
-        # The preset's values must override the recorded ones.
-        anew |= set(SWITCHES.values())
-    return [*lines, *recorded(settings, anew)]
-
-
-def _beside(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The override that writes the scores of a run next to it, if the run is still in the folder
-    that its record names: a record alone must not decide where files are written."""
+    taken = {name: value for name, value in settings.items() if name not in NOT_TAKEN}
+    if settings["method"]["name"] == "none":
+        taken["adapter"] = settings.get("adapter")
+    elif (folder / "adapter" / "adapter_config.json").is_file():
+        taken["adapter"] = str(folder / "adapter")
+    else:
+        raise UserError(
+            f"run={named} holds no adapter/ (a copied record has none): give the "
+            "folder that the run wrote, or adapter=DIR"
+        )
+    # Next to the run, if it is still in the folder that its record names: a record alone must not
+    # decide where files are written.
     written = Path(settings.get("output_dir", "")).expanduser()
-    if folder.is_symlink() or written.resolve() != folder.resolve().parent:
-        return []
-    return [f"output_dir={literal(str(folder.parent))}"]
+    if not folder.is_symlink() and written.resolve() == folder.resolve().parent:
+        taken["output_dir"] = str(folder.parent)
+    anew = ["evaluation.protocols"] if "protocol" in given else []
+    if "preset" in given:
+        anew += SWITCHES.values()
+    for group, _, field in (dotted.partition(".") for dotted in anew):
+        taken[group] = {k: v for k, v in taken.get(group, {}).items() if k != field}
+    return taken
 
 
 def run(argv: Sequence[str]) -> int:
@@ -140,11 +138,12 @@ def run(argv: Sequence[str]) -> int:
     argv = argv or ["--help"]
     lines = each(parse_flags(argv).overrides)
     if len(lines) == 1:
-        return dispatch(argv, "evaluate", lambda _: overrides_of(lines[0]))
+        return dispatch(argv, "evaluate", lambda _: settled(lines[0]))
     flags = [word for word in argv if word.startswith("-")]
     if flags:
         raise UserError(f"{flags[0]} does not work with several adapters: score them one by one")
-    configs = [compose(overrides_of(line), "evaluate") for line in lines]
+    each_settled = [settled(line) for line in lines]
+    configs = [compose(words, "evaluate", recorded) for words, recorded in each_settled]
     # Imported late, so that a mistake on the command line is reported before torch loads.
     from mixlora_exp.runs.together import run_together
 

@@ -5,29 +5,39 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 
 # Hydra does not export its flags, and a list of them here would go out of date.
 from hydra._internal.utils import get_args_parser
 
 from mixlora_exp import __version__
-from mixlora_exp.config.command import Plan, check_composition, opened, plan_runs
+from mixlora_exp.config.command import (
+    Plan,
+    check_composition,
+    compose_cell,
+    opened,
+    plan_runs,
+)
 from mixlora_exp.config.given_paths import check_given
 from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.resolve import open_session, register_schemas
+from mixlora_exp.config.resolve import open_session, register_schemas, to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.typed import as_typed
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import run_one, run_single
 from mixlora_exp.sweeps.launch import launch_sweep
 
-Settle = Callable[[Sequence[str]], list[str]]
-"""Turns the typed overrides of a command into those that Hydra composes."""
+Recorded = Mapping[str, Any]
+"""Groups and fields from a record; see `resolve.to_config`."""
+Settle = Callable[[Sequence[str]], tuple[list[str], Recorded]]
+"""Turns the typed overrides of a command into those that Hydra composes, and what a record adds."""
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -91,14 +101,26 @@ def show(argv: Sequence[str], args: argparse.Namespace, name: str, overrides: li
     return 0
 
 
-def _launch(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
+def _print_config(config: Any, package: str | None) -> int:
+    """Print what `--cfg job` prints, of a configuration that Hydra has not composed alone."""
+    found = to_dict(config)
+    for name in (package or "").split(".") if package else ():
+        if not isinstance(found, dict) or name not in found:
+            raise UserError(f"--package={package}: there is no such part of the configuration")
+        found = found[name]
+    sys.stdout.write(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
+    return 0
+
+
+def _launch(session: Any, name: str, overrides: list[str], plan: Plan, recorded: Recorded) -> int:
     """Run the plan through Hydra's launcher and sweeper and return the exit code."""
     if not plan.multirun:
-        job = session.run(config_name=name, task_function=run_single, overrides=overrides)
+        task = partial(run_single, recorded=recorded)
+        job = session.run(config_name=name, task_function=task, overrides=overrides)
         if isinstance(job.return_value, UserError):
             raise job.return_value
         return 0
-    return launch_sweep(session, name, overrides, plan)
+    return launch_sweep(session, name, overrides, plan, recorded)
 
 
 def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
@@ -119,7 +141,8 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
         return show(argv, args, root, kept)
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
-    overrides = opened(settle(args.overrides))
+    settled, recorded = settle(args.overrides)
+    overrides = opened(settled)
     if args.config_dir is not None:
         overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
     name = args.config_name or root
@@ -127,11 +150,13 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
         session = stack.enter_context(open_session(args.config_path or CONF_DIR))
         if shows(args):
             check_composition(session, name, overrides)
+            if recorded and args.cfg == "job":
+                return _print_config(compose_cell(session, name, overrides, recorded), args.package)
             stack.close()
             return show(argv, args, root, overrides)
         if args.run and args.multirun:
             raise UserError("--run and --multirun cannot be used together: give one of them")
-        plan = plan_runs(session, name, overrides, args.multirun)
+        plan = plan_runs(session, name, overrides, args.multirun, recorded=recorded)
         for cell in plan.cells:
             check_given(cell.config)
-        return _launch(session, name, overrides, plan)
+        return _launch(session, name, overrides, plan, recorded)

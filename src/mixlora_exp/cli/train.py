@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mixlora_exp.cli.hydra_command import dispatch
+from mixlora_exp.cli.hydra_command import Recorded, dispatch
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.typed import as_typed, literal
 from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.system.hub import adapter_place, on_hub, pinned
 
 
-def with_base(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a command line. If it scores an adapter and chooses no base model, overrides
-    that choose the adapter's own base model come first."""
+def with_base(overrides: Sequence[str]) -> tuple[list[str], Recorded]:
+    """The overrides of a command line. If it scores an adapter and chooses no base model, the
+    adapter's own is chosen, by overrides that come first or by fields of its record."""
     given = dict(line.split("=", 1) for line in overrides if "=" in line)
     typed = given.get("adapter", "null").strip("'\"")
     # Several are cells of a sweep, each of which is resolved when it starts.
     if on_hub(typed) and "," in typed:
-        return list(overrides)
+        return list(overrides), {}
     if on_hub(typed):
         place = pinned(typed)
         overrides = [
@@ -32,10 +32,11 @@ def with_base(overrides: Sequence[str]) -> list[str]:
     folder = adapter_place(typed)
     # Anything else that is wrong with `adapter` is reported once the configuration is composed.
     if given.get("method") != "none" or "experiment" in given or not folder.is_dir():
-        return list(overrides)
-    from mixlora_exp.runs.base_choice import base_words
+        return list(overrides), {}
+    from mixlora_exp.runs.base_choice import base_of
 
-    return [*base_words(folder, given), *overrides]
+    words, recorded = base_of(folder, given)
+    return [*words, *overrides], recorded
 
 
 def run(argv: Sequence[str]) -> int:

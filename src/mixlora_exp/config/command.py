@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import yaml
@@ -151,7 +151,9 @@ def load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> Dict
     return found
 
 
-def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Any:
+def _finish(
+    cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any] | None = None
+) -> Any:
     chosen, name = cfg.hydra.runtime.choices.get("method"), cfg.get("method", {}).get("name")
     typed = any(line.lstrip("+").startswith("method.name=") for line in overrides)
     if typed and name != chosen and (CONF_DIR / "method" / f"{name}.yaml").is_file():
@@ -159,7 +161,7 @@ def _finish(cfg: DictConfig, overrides: Sequence[str]) -> Any:
             f"method.name={name} would only rename {chosen}: write method={name} to choose it"
         )
     with _explained(overrides):
-        return to_config(cfg)
+        return to_config(cfg, recorded)
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
@@ -168,22 +170,29 @@ def opened(overrides: Sequence[str]) -> list[str]:
     return [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
 
 
-def compose_cell(hydra: Any, name: str, overrides: Sequence[str]) -> Any:
-    """The checked configuration of one run over the root `conf/NAME.yaml`."""
+def compose_cell(
+    hydra: Any, name: str, overrides: Sequence[str], recorded: Mapping[str, Any] | None = None
+) -> Any:
+    """The checked configuration of one run over the root `conf/NAME.yaml`; see
+    `resolve.to_config` for `recorded`."""
     overrides = opened(overrides)
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
-    return _finish(load(hydra, name, overrides, RunMode.RUN), overrides)
+    return _finish(load(hydra, name, overrides, RunMode.RUN), overrides, recorded)
 
 
-def compose(overrides: Sequence[str] = (), name: str = "config") -> Any:
+def compose(
+    overrides: Sequence[str] = (),
+    name: str = "config",
+    recorded: Mapping[str, Any] | None = None,
+) -> Any:
     """The configuration of one command line over the root `conf/NAME.yaml`: a `Config`, or a
-    `GenerateConfig` for `generate`.
+    `GenerateConfig` for `generate`; see `resolve.to_config` for `recorded`.
 
     Raises:
         UserError: the command line is not valid.
     """
     with open_session() as hydra:
-        return compose_cell(hydra, name, overrides)
+        return compose_cell(hydra, name, overrides, recorded)
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
@@ -214,10 +223,14 @@ def compose_settings(schema: type[Settings], words: Sequence[str]) -> Settings:
 
 
 def compose_adapters(
-    hydra: Any, name: str, overrides: Sequence[str], entries: Sequence[Any]
+    hydra: Any,
+    name: str,
+    overrides: Sequence[str],
+    entries: Sequence[Any],
+    recorded: Mapping[str, Any] | None = None,
 ) -> list[Config]:
     """The configurations of the entries of `adapters=[...]`, checked together."""
-    configs = expand(lambda lines: compose_cell(hydra, name, lines), overrides, entries)
+    configs = expand(lambda lines: compose_cell(hydra, name, lines, recorded), overrides, entries)
     if len(configs) > 1:
         check_together(configs, [fingerprint(config) for config in configs])
     return configs
@@ -236,10 +249,12 @@ def plan_runs(
     multirun: bool,
     compose_one: Callable[[Any, str, Sequence[str]], Any] = compose_cell,
     load_sweep: Callable[[Any, str, Sequence[str], RunMode], DictConfig] = load,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Expand a command line into its runs, as Hydra's own sweeper does, and check each of them.
     `load_sweep` loads the configuration whose node `hydra` describes a sweep, `compose_one` makes
-    the configuration of each of its cells.
+    the configuration of each of its cells; with `recorded` (see `resolve.to_config`),
+    `compose_cell` does.
 
     An experiment file may also request a sweep (`hydra.mode: MULTIRUN` with
     `hydra.sweeper.params`).
@@ -247,6 +262,8 @@ def plan_runs(
     Raises:
         UserError: a run is not valid; the message names the first such cell.
     """
+    if recorded:
+        compose_one = partial(compose_cell, recorded=recorded)
     parsed = _parse(hydra, overrides)
     _check_overrides(hydra, parsed, sweep=True)
     master = load_sweep(hydra, name, overrides, RunMode.MULTIRUN)
@@ -256,10 +273,10 @@ def plan_runs(
         launcher = str(master.hydra.launcher.get("_target_", "")).rpartition(".")[2]
     if not multirun:
         _check_overrides(hydra, parsed, sweep=False)
-        config = _finish(master, overrides)
+        config = _finish(master, overrides, recorded)
         configs = [config]
         if config.adapters:
-            configs = compose_adapters(hydra, name, overrides, config.adapters)
+            configs = compose_adapters(hydra, name, overrides, config.adapters, recorded)
         cells = tuple(Cell(overrides=tuple(overrides), config=found) for found in configs)
         return Plan(multirun=False, expanded=True, cells=cells)
 
@@ -267,7 +284,7 @@ def plan_runs(
     sweeper = master.hydra.sweeper
     if not target.endswith(".BasicSweeper"):
         base = [o.input_line for o in parsed if not o.is_sweep_override()]
-        cell = Cell(overrides=tuple(base), config=compose_cell(hydra, name, base))
+        cell = Cell(overrides=tuple(base), config=compose_one(hydra, name, base))
         return Plan(multirun=True, expanded=False, cells=(cell,), launcher=launcher)
 
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]

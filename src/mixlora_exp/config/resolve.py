@@ -23,7 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mixlora_exp.config import schema
 from mixlora_exp.config.architecture import complete, read_architecture
 from mixlora_exp.config.explain import explain, unknown_field
+from mixlora_exp.config.later_fields import UNNAMED
 from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.config.recorded import built, overlaid
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
 from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
@@ -60,24 +62,6 @@ EXCLUDED = (
 The record contains the hashes of the data files, so their location does not count. `model.path`
 counts: the weights are not hashed, and two folders may contain different models.
 """
-
-LATER = {
-    ("data", "train_limits"): {},
-    ("model", "quantization"): "none",
-    ("method", "router"): "top_k",
-    ("trainer", "compile"): "off",
-    ("model", "package_parts"): None,
-    ("method", "router_options"): {},
-    ("method", "expert_rank"): None,
-    ("method", "match_params"): None,
-    ("evaluation", "shuffle_experts"): None,
-    ("method", "router_loss_reduction"): "mean",
-    ("method", "rslora"): False,
-    ("method", "lora_fa"): False,
-    ("method", "lora_plus_ratio"): 1.0,
-}
-"""Fields added later, by group and name, with the value that keeps the earlier behaviour: older
-runs keep their fingerprints, and thus their names."""
 
 
 @cache
@@ -146,11 +130,12 @@ def _raw_value(cfg: DictConfig, key: str | None) -> Any:
     return value
 
 
-def to_config(cfg: DictConfig) -> Any:
+def to_config(cfg: DictConfig, recorded: Mapping[str, Any] | None = None) -> Any:
     """Check a composed configuration and return it as plain dataclasses: a `Config`, or a
     `GenerateConfig`.
 
-    The JSON file next to a model's YAML completes the model's configuration.
+    The JSON file next to a model's YAML completes the model's configuration. `recorded`: groups or
+    fields from a record, which replace all that the command line did not give.
 
     Raises:
         UserError: a field does not exist, a value is missing or out of its range, or an
@@ -164,7 +149,12 @@ def to_config(cfg: DictConfig) -> Any:
             del cfg["hydra"]
     _check_fields(cfg, "")
     try:
-        config = OmegaConf.to_object(cfg)
+        if recorded:
+            plain = to_dict(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+            given = [line.lstrip("+").partition("=")[0] for line in state.overrides.task]
+            config = built(overlaid(plain, recorded, given), OmegaConf.get_type(cfg))
+        else:
+            config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         value = _raw_value(cfg, error.full_key)
         raise UserError(explain(error, [f"{error.full_key}={value}"])) from error
@@ -210,8 +200,8 @@ def fingerprint(config: Config) -> str:
 def determining(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a configuration (from `to_dict`) that determine the result.
 
-    Drops the fields in `EXCLUDED`, whether present or not, and those of `LATER` that have the value
-    of earlier versions; of the rank of experts, how it was chosen.
+    Drops the fields in `EXCLUDED`, whether present or not, and those of `UNNAMED` that have the
+    value of earlier versions; of the rank of experts, how it was chosen.
     """
     tree = copy.deepcopy(settings)
     for dotted in EXCLUDED:
@@ -230,7 +220,7 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
     for task in custom.values() if isinstance(custom, dict) else ():
         if not task.get("instruction"):
             task.pop("instruction", None)
-    for (group, name), before in LATER.items():
+    for (group, name), before in UNNAMED.items():
         if tree[group].get(name) == before:
             tree[group].pop(name, None)
     return tree

@@ -24,7 +24,6 @@ ROOMS = (
 """Subpackages that determine results. The others show, store, start, measure or plan runs."""
 BESIDE = (
     "config/explain.py",
-    "config/rebuilt.py",
     "runs/base_choice.py",
     "runs/ownership.py",
     "runs/repeat.py",

@@ -13,13 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config.architecture import current_model
 from mixlora_exp.config.choices import OWN_DROPOUT
-from mixlora_exp.config.schema_method import (
-    MethodConfig,
-    MixLoraMethodConfig,
-    PeftMethodConfig,
-)
+from mixlora_exp.config.later_fields import completed
+from mixlora_exp.config.schema_method import MixLoraMethodConfig
 from mixlora_exp.config.schema_mixture import method_class
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import FORCED, PACKED, RunFiles, name_of, record_paths
@@ -43,19 +39,6 @@ TRAINER_FIELDS = (
     "schedule", "warmup_steps", "max_grad_norm", "loss_on", "padding_in_loss", "order",
 )  # fmt: skip
 EVALUATION_FIELDS = ("limit", "max_new_tokens", "dropout", "arc_labels")
-LATER = {
-    "data": {"train_limits": {}},
-    "method": {
-        "train_magnitude": True,
-        "rslora": False,
-        "lora_fa": False,
-        "lora_plus_ratio": 1.0,
-    },
-    "trainer": {"padding_in_loss": False, "order": "bucketed"},
-    "evaluation": {"dropout": False, "arc_labels": "own", "held_out": False},
-}
-"""Fields that older records lack, with the values that their runs used."""
-
 
 GPU_MODEL = re.compile(
     r"^(?:(?:NVIDIA|AMD|Tesla|Quadro|GeForce|Instinct)\s+)*(.+?)(?:[-\s](?:SXM|PCI|HBM|NVL|\d+\s?GB).*)?$",
@@ -240,28 +223,6 @@ class RecordedRun:
         return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
 
-MIXTURE_LATER = {
-    "router_precision": "float32",
-    "router": "top_k",
-    "router_options": {},
-    "router_loss_reduction": "mean",
-    "expert_rank": None,
-    "match_params": None,
-}
-
-
-def filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's configuration, completed with fields that were added later."""
-    later = {group: {**fields, **config[group]} for group, fields in LATER.items()}
-    kind = method_class(config["method"])
-    if kind in (MethodConfig, PeftMethodConfig):
-        later["method"] = config["method"]
-    elif kind is MixLoraMethodConfig:
-        later["method"] = {**MIXTURE_LATER, **later["method"]}
-    model = current_model(config["model"])
-    return {"preset": {"name": "correct"}, **config, **later, "model": model}
-
-
 def _placed(files: RunFiles, force: bool) -> RecordedRun:
     record = read_run(files)
     if record.get("status") != "finished":
@@ -271,9 +232,9 @@ def _placed(files: RunFiles, force: bool) -> RecordedRun:
         raise UserError(UNPLACED)
     if reasons and not (force or files.has(FORCED)):
         raise UserError(f"{'; '.join(reasons)}: collect --force collects it, marked")
-    trained = scored = filled(record["config"])
+    trained = scored = completed(record["config"])
     if record.get("adapter") is not None:
-        trained = filled(record["adapter"]["trained_by"]["config"])
+        trained = completed(record["adapter"]["trained_by"]["config"])
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
     return RecordedRun(name_of(files.path), files.path, record, trained, scored, scores)
 

@@ -10,12 +10,11 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.recorded import recorded
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
@@ -80,9 +79,12 @@ def noted_base(folder: Path) -> BaseIdentity | None:
     return of_record(read_run(path)) if base is None and path.exists() else base
 
 
-def base_words(folder: Path, given: Collection[str], *, precision: bool = False) -> list[str]:
-    """The overrides that choose the base model of the adapter in `folder` and, if its weights are
-    random, their seed. Fields in `given` are skipped.
+def base_of(
+    folder: Path, given: Collection[str], *, precision: bool = False
+) -> tuple[list[str], dict[str, Any]]:
+    """The base model of the adapter in `folder`, and the seed of its weights if they are random: as
+    overrides, or as fields of a record (see `resolve.to_config`). `given`: names on the command
+    line.
 
     The sources, in order: the record of the run that trained the adapter (with `precision`, also
     its precision), the base model's identity saved with the adapter, and the model name in the
@@ -92,9 +94,18 @@ def base_words(folder: Path, given: Collection[str], *, precision: bool = False)
         UserError: the base model is unknown, or is not a model in conf/model.
     """
     if "model" in given or "model.name" in given:
-        return []
+        return [], {}
     if (folder.parent / RECORD).exists():
-        return _of_record(folder.parent / RECORD, given, precision)
+        trained = read_run(folder.parent / RECORD)["config"]
+        kept = {name: trained[name] for name in ("model", "seed")}
+        if precision:
+            kept["trainer"] = {"precision": trained["trainer"]["precision"]}
+        return [], kept
+    return _by_name(folder, given), {}
+
+
+def _by_name(folder: Path, given: Collection[str]) -> list[str]:
+    """The overrides that choose the base model of an adapter without a record."""
     # Imported late: PEFT takes a second to load.
     from mixlora_exp.adapters.saved import saved_settings
     from mixlora_exp.models import read_base
@@ -125,11 +136,3 @@ def base_words(folder: Path, given: Collection[str], *, precision: bool = False)
     else:
         told = "does not name its base model"
     raise UserError(f"adapter={folder} {told}: add model=NAME, or model.path=DIR with that model")
-
-
-def _of_record(path: Path, given: Collection[str], precision: bool) -> list[str]:
-    trained = read_run(path)["config"]
-    kept = {"model": trained["model"], "seed": trained["seed"]}
-    if precision:
-        kept["trainer"] = {"precision": trained["trainer"]["precision"]}
-    return list(recorded(kept, set(given)))

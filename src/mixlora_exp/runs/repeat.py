@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixlora_exp.config.architecture import current_model
 from mixlora_exp.config.command import parse_overrides
 from mixlora_exp.config.given_paths import check_given
-from mixlora_exp.config.rebuilt import rebuilt
+from mixlora_exp.config.recorded import rebuilt
 from mixlora_exp.config.resolve import determining
-from mixlora_exp.config.schema import Config, TrackerConfig
+from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import find_record
 from mixlora_exp.records.record import read_run
@@ -67,8 +66,7 @@ def configuration(record: Mapping[str, Any], words: Sequence[str]) -> Config:
     settings = dict(record["config"])
     # Adapters that were trained together have the same results alone.
     settings |= {"output_dir": AGAIN, "dry_run": False, "force": False, "adapters": [],
-                 "base": "check"}  # fmt: skip
-    settings.pop("tracker", None)
+                 "base": "check", "tracker": {}}  # fmt: skip
     for override in parse_overrides(words):
         name, value = override.key_or_group, override.value()
         if name not in FREE or not isinstance(value, str | bool | None):
@@ -78,7 +76,7 @@ def configuration(record: Mapping[str, Any], words: Sequence[str]) -> Config:
             )
         group, _, field = name.partition(".")
         settings[group] = {**settings[group], field: value} if field else value
-    return dataclasses.replace(rebuilt({**settings, "tracker": {}}), tracker=TrackerConfig())
+    return rebuilt(settings)
 
 
 def _results(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from mixlora_exp.models import (
     load_tokenizer,
 )
 from mixlora_exp.models.precision import resolve_dtype
-from mixlora_exp.runs.base_choice import base_words, noted_base
+from mixlora_exp.runs.base_choice import base_of, noted_base
 from mixlora_exp.runs.inputs import check_known_base, resolve_config
 from mixlora_exp.system.device import resolve_device
 from mixlora_exp.system.hub import adapter_place, on_hub
@@ -56,10 +56,10 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return model, [word for word in argv if word not in model]
 
 
-def _overrides(adapter: Path | None, words: Sequence[str]) -> list[str]:
+def _composed(adapter: Path | None, words: Sequence[str]) -> Config:
     given = {word.partition("=")[0] for word in words}
-    chosen = [] if adapter is None else base_words(adapter, given, precision=True)
-    return ["method=none", *chosen, *words]
+    chosen, recorded = ([], {}) if adapter is None else base_of(adapter, given, precision=True)
+    return compose(["method=none", *chosen, *words], recorded=recorded)
 
 
 def open_adapter(
@@ -164,7 +164,7 @@ def _folder_of(adapter: str) -> Path:
 def _open_base(
     folder: Path | None, words: Sequence[str], *, to_merge: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
-    config = resolve_config(compose(_overrides(folder, words)))
+    config = resolve_config(_composed(folder, words))
     if to_merge and config.model.quantization is not Quantization.none:
         raise UserError(
             f"model.quantization={config.model.quantization.value}: an adapter cannot be merged "

@@ -6,10 +6,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,6 +25,7 @@ from mixlora_exp.system.signals import Terminated, heeded
 
 NOT_FOR_A_CELL = ("hydra.mode", "hydra.sweep", "hydra.job")
 """Overrides that Hydra adds to those of a sweep's job."""
+Recorded = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def run_one(cfg: DictConfig, earlier: list[Path] | None = None) -> Outcome:
-    """Execute one composed configuration (a Hydra task function); see `runs.run` for `earlier`."""
-    config = _grouped(to_config(cfg))
+def run_one(
+    cfg: DictConfig, earlier: list[Path] | None = None, recorded: Recorded = None
+) -> Outcome:
+    """Execute one composed configuration (a Hydra task function); see `runs.run` for `earlier` and
+    `resolve.to_config` for `recorded`."""
+    config = _grouped(to_config(cfg, recorded))
     # Imported late, so that a mistake on the command line is reported before torch loads.
     if config.adapters:
         from mixlora_exp.runs.together import run_together
 
-        found = run_together(_adapters_of(config), earlier=earlier)
+        found = run_together(_adapters_of(config, recorded), earlier=earlier)
         runs, done = len(config.adapters), len(found)
     else:
         from mixlora_exp.runs.run import run
@@ -107,7 +112,7 @@ def _grouped(config: Config) -> Config:
     return replace(config, tracker=replace(config.tracker, group=str(choice)))
 
 
-def _adapters_of(config: Config) -> list[Config]:
+def _adapters_of(config: Config, recorded: Recorded) -> list[Config]:
     """The configurations of the runs of a job with `adapters=[...]`."""
     job = HydraConfig.get()
     overrides = [*job.overrides.hydra, *job.overrides.task]
@@ -117,21 +122,23 @@ def _adapters_of(config: Config) -> list[Config]:
         # A process started by a launcher has no Hydra session yet.
         here = GlobalHydra.instance()
         session = here.hydra if here.is_initialized() else stack.enter_context(open_session(folder))
-        found = compose_adapters(session, job.job.config_name, kept, config.adapters)
+        found = compose_adapters(session, job.job.config_name, kept, config.adapters, recorded)
     return [_grouped(each) for each in found]
 
 
-def run_single(cfg: DictConfig) -> UserError | None:
+def run_single(cfg: DictConfig, recorded: Recorded = None) -> UserError | None:
     """Execute a single run and return a `UserError`, which Hydra would report as a crash if it were
     raised."""
     try:
-        run_one(cfg)
+        run_one(cfg, recorded=recorded)
     except UserError as error:
         return error
     return None
 
 
-def run_cell(cfg: DictConfig, ledger: Ledger | None = None) -> Outcome | None:
+def run_cell(
+    cfg: DictConfig, ledger: Ledger | None = None, recorded: Recorded = None
+) -> Outcome | None:
     """Execute one job of a sweep. A failure is returned, so that the other jobs still start.
 
     With `ledger`, start and end of the job are recorded there; returns None if it must not start.
@@ -156,7 +163,7 @@ def run_cell(cfg: DictConfig, ledger: Ledger | None = None) -> Outcome | None:
                 if ledger.stopped:
                     raise Terminated
             sys.stderr.write(f"== {SWEEP.heading(job.num + 1)}: {overrides}\n")
-            outcome = _carried_out(cfg, overrides)
+            outcome = _carried_out(cfg, overrides, recorded)
     except Terminated:
         if SWEEP.runs:
             raise
@@ -169,10 +176,10 @@ def run_cell(cfg: DictConfig, ledger: Ledger | None = None) -> Outcome | None:
     return outcome
 
 
-def _carried_out(cfg: DictConfig, overrides: str) -> Outcome:
+def _carried_out(cfg: DictConfig, overrides: str, recorded: Recorded) -> Outcome:
     earlier: list[Path] = []
     try:
-        return replace(run_one(cfg, earlier), before=len(earlier))
+        return replace(run_one(cfg, earlier, recorded), before=len(earlier))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         failure = Failure(overrides, str(error), crashed=False)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -32,8 +32,15 @@ Multirun = Callable[[Callable[..., Any]], Any]
 """Calls Hydra's multirun with a task function; returns the results of the jobs, in batches."""
 
 
-def launch_sweep(session: Any, name: str, overrides: list[str], plan: Plan) -> int:
-    """Check all cells, run them through Hydra's launcher and sweeper and return the exit code.
+def launch_sweep(
+    session: Any,
+    name: str,
+    overrides: list[str],
+    plan: Plan,
+    recorded: Mapping[str, Any] | None = None,
+) -> int:
+    """Check all cells, run them through Hydra's launcher and sweeper and return the exit code. Each
+    job takes what it was not given from `recorded` (see `resolve.to_config`).
 
     Raises:
         UserError: a cell is not valid, or the launcher cannot start or write its files.
@@ -55,8 +62,9 @@ def launch_sweep(session: Any, name: str, overrides: list[str], plan: Plan) -> i
     share_code()
 
     def multirun(task: Callable[..., Any]) -> Any:
+        job = partial(task, recorded=recorded)
         with _folder_told(plan):
-            return session.multirun(config_name=name, task_function=task, overrides=overrides)
+            return session.multirun(config_name=name, task_function=job, overrides=overrides)
 
     if not plan.expanded:
         multirun(run_one)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mixlora_exp.config.command import plan_runs
+from mixlora_exp.config.later_fields import completed
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import fingerprint, fingerprint_of, open_session, run_name
 from mixlora_exp.config.schema import Config, DataSource
@@ -23,7 +24,6 @@ from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD, record_paths
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.required_fields import odd_fields
-from mixlora_exp.results.runs import filled
 from mixlora_exp.sweeps.compose_cells import ByGroup
 from mixlora_exp.system.runlock import BEAT, holder_of
 from mixlora_exp.system.untrusted import read_json
@@ -129,7 +129,7 @@ def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     for path in record_paths(records):
         try:
             record = read_record(path)
-            found[fingerprint_of(filled(record["config"]))] = path, record
+            found[fingerprint_of(completed(record["config"]))] = path, record
         except (UserError, KeyError, TypeError):
             continue  # `make tables` reports the error.
     return found
