@@ -73,6 +73,26 @@ def record(place: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+FOUND = """
+import sys
+import pytest
+from mixlora_exp.bench.row_registry import ROWS
+from mixlora_exp.config.choices import Kernel
+assert "slots" in Kernel.__members__ and "mixlora_slots" in ROWS
+case = "slots and in_float64 and same and bias"
+sys.exit(pytest.main(["-q", "tests/kernels/test_block_kernels.py", "-k", case]))
+"""
+
+
+def test_a_kernel_s_file_is_all_that_is_needed(copy: Path) -> None:
+    """It is a choice, a row of the benchmark, and a parameter of the tests that judge it."""
+    page = (ROOT / "docs" / "extending" / "kernel.md").read_text(encoding="utf-8")
+    file = next(block for block in BLOCK.finditer(page) if block["kind"] == "python")
+    (copy / file["path"]).write_text(file["text"], encoding="utf-8")
+    (copy / "found.py").write_text(FOUND, encoding="utf-8")
+    assert re.search(r"\b2 passed", execute("python found.py", copy))
+
+
 @pytest.mark.slow
 def test_kernel(copy: Path) -> None:
     judged, dropped, _ = follow("kernel.md", copy)
