@@ -10,9 +10,10 @@ import pytest
 import yaml
 from scipy.stats import binomtest
 
-from mixlora_exp.records.card import model_card, wilson
+from mixlora_exp.records.card import model_card
 from mixlora_exp.records.files import record_paths
 from mixlora_exp.records.record import read_run
+from mixlora_exp.records.wilson import wilson
 
 RUNS = record_paths(Path(__file__).parents[2] / "results" / "runs")
 

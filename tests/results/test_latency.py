@@ -79,11 +79,11 @@ def test_the_summary_stands_first_with_time_and_memory(results: Path) -> None:
     bench_record(results / "bench", "few", rows_of("mixlora", slower=2.0), rounds=99)
     bench_record(results / "bench", "still", rows_of("lora", "mixlora", slower=3.0), dropout=0.0)
     table = gather(results).tables[6]
-    summary, printed = table.brief
+    first_page, printed = table.summary
     assert printed == table.blocks[0], "then the paper's"
-    (line,) = summary.rows
+    (line,) = first_page.rows
     assert line.label == ("SmolLM2 135M: 30 layers, 8 x 128 tokens, bfloat16", "a cpu, 2 threads")
-    cells = dict(zip(summary.columns, line.cells, strict=True))
+    cells = dict(zip(first_page.columns, line.cells, strict=True))
     assert cells["LoRA, time"].value == pytest.approx(200.0)
     assert cells["MixLoRA, time"].value == pytest.approx(300.0)
     assert (cells["MixLoRA, memory"].value, cells["PEFT's LoRA, GB"].value) == (50.0, 1.0)

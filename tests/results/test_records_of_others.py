@@ -211,7 +211,7 @@ def test_json_is_read_in_one_place() -> None:
     }
     assert users <= {
         "system/untrusted.py", "sweeps/ledger.py", "sweeps/study.py", "runs/run.py",
-        "results/cells.py", "results/words.py",
+        "results/cells.py", "results/condition_text.py",
         "bench/memory.py", "bench/several_memory.py",
         "bench/kinds/peers.py", "bench/peers_worker.py", "results/tables/stability.py",
         "results/tables/switches.py", "adapters/build.py", "models/special_tokens.py",

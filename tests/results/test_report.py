@@ -112,6 +112,7 @@ def test_the_page_is_whole_and_leads_to_the_records(results: Path) -> None:
     )
     text = " ".join(page.text)
     assert "MixLoRA minus LoRA, tasks mixed, is +15.0" in text, "a finding, made from the data"
+    assert "steps are 5 times as long (alpha 160 to 32):" in text
     assert "Table 2, LLaMA-2 7B: 0 of 8 rows run." in text
     # The first screen: findings, a table and the forest plot; the rest is folded.
     first = content.partition("<details")[0]

@@ -9,9 +9,10 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import chi2, mannwhitneyu
 
+from mixlora_exp.records.wilson import Z, wilson
 from mixlora_exp.results.statistics.estimates import compare, estimate
 from mixlora_exp.results.statistics.families import holm
-from mixlora_exp.results.statistics.intervals import Z, tango, wilson
+from mixlora_exp.results.statistics.intervals import tango
 from mixlora_exp.results.statistics.parts import TaskMean, accuracy_part, difference_part
 from mixlora_exp.results.statistics.two_classes import area_part, area_under_curve
 

@@ -46,15 +46,16 @@ def test_what_is_not_above_chance_is_grey_and_has_no_mark(add: Write, results: P
         add(f"mix{seed}", 0.5, "method=mixlora", f"seed={seed}", n=400)
     found = multi_task(results)
     cells = row(found, "MixLoRA", "MT", "ours")
-    assert (cells["BoolQ"].value, cells["BoolQ"].grey) == (pytest.approx(60.0), True)
+    assert (cells["BoolQ"].value, cells["BoolQ"].at_chance) == (pytest.approx(60.0), True)
     assert cells["BoolQ"].show().endswith("]°")
-    assert (cells["ARC-e"].grey, row(found, "LoRA", "MT", "ours")["PIQA"].grey) == (False, False)
+    assert not cells["ARC-e"].at_chance
+    assert not row(found, "LoRA", "MT", "ours")["PIQA"].at_chance
     minus = row(found, "MixLoRA", "MT", "minus LoRA")
-    assert (minus["BoolQ"].grey, minus["BoolQ"].mark, minus["BoolQ"].q) == (True, "", None)
-    assert (minus["ARC-e"].grey, minus["ARC-e"].mark) == (False, "better")
+    assert (minus["BoolQ"].at_chance, minus["BoolQ"].mark, minus["BoolQ"].q) == (True, "", None)
+    assert (minus["ARC-e"].at_chance, minus["ARC-e"].mark) == (False, "better")
     # An average over a task at chance is grey, too; the last one leaves the task out.
-    assert (minus["average"].grey, minus["average"].mark) == (True, "")
-    assert (minus["above chance"].grey, minus["above chance"].mark) == (False, "better")
+    assert (minus["average"].at_chance, minus["average"].mark) == (True, "")
+    assert (minus["above chance"].at_chance, minus["above chance"].mark) == (False, "better")
     told = [cells[name].value for name in ("ARC-e", "ARC-c", "OBQA", "PIQA")]
     assert cells["above chance"].value == pytest.approx(mean(told))
 

@@ -60,7 +60,7 @@ def test_rendered_files_agree(add: Write, results: Path) -> None:
     add("a", 0.4, "method=lora")
     files = table_files(gather(results))
     tables = gather(results).tables.values()
-    assert len(files) == 2 + 3 * len(tables) + sum(bool(table.brief) for table in tables)
+    assert len(files) == 2 + 3 * len(tables) + sum(bool(table.summary) for table in tables)
     lines = list(csv.DictReader(files["table2.csv"].splitlines()))
     (line,) = [
         found for found in lines
@@ -100,7 +100,7 @@ def test_tidy_files_have_one_figure_a_line(add: Write, results: Path) -> None:
     assert float(first["se"]) == pytest.approx((0.7 * 0.3 / 40) ** 0.5, rel=1e-4)
     (line,) = [
         found for found in files["differences.csv"]
-        if (found["table"], found["task"], found["metric"]) == ("2", "ARC-e", "accuracy")
+        if (found["table"], found["task"], found["metric"]) == ("2", "arc_e", "accuracy")
     ]  # fmt: skip
     assert (line["a"], line["b"], line["seeds"], line["n"]) == (
         "MixLoRA, MT",

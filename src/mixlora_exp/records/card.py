@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from math import sqrt
-from statistics import NormalDist
 from typing import Any
 
-from mixlora_exp.config.schema_model import LICENSE
+from mixlora_exp.config.schema_model import LICENSE, part_names
 from mixlora_exp.errors import shown
+from mixlora_exp.records.wilson import wilson
 
-LEVEL = 0.95
 NO_LICENSE = "unknown"
 """The hub's word for a licence that nobody stated."""
 ID = re.compile(r"[A-Za-z0-9._=/+-]{1,200}")
 """Names of repositories and packages; whatever else a record says is not repeated."""
 HERE = "DIR"
 """Stands for the adapter's place in the lines that load it, as long as it is on no hub."""
-
-
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of an accuracy over `n` items."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    middle = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def model_card(record: Mapping[str, Any], place: str = HERE, license: str | None = None) -> str:
@@ -85,10 +75,8 @@ def _base(record: Mapping[str, Any]) -> str:
 
 def _packages(record: Mapping[str, Any]) -> str:
     """The packages that ship the base model's weights, which may come in parts."""
-    name, equals, version = _base(record).partition("==")
     parts = record["config"]["model"].get("package_parts")
-    names = [name] if parts is None else [f"{name}-part{n + 1}" for n in range(min(parts, 99))]
-    return " ".join(f"{name}{equals}{version}" for name in names)
+    return " ".join(part_names(_base(record), None if parts is None else min(parts, 99)))
 
 
 def _summary(record: Mapping[str, Any]) -> str:

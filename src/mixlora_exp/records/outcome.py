@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from mixlora_exp.records.files import RECORD
+from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.untrusted import read_json
 
 CIRCUMSTANCES = ("provenance", "seconds", "scoring", "content_sha256")
@@ -32,9 +32,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     files = [folder / "train_log.jsonl", folder / "adapter" / "adapter_model.safetensors"]
     files += sorted((folder / "predictions").glob("*"))
     hashes = {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.is_file()
+        path.relative_to(folder).as_posix(): file_sha256(path) for path in files if path.is_file()
     }
     return {"record": record, "files": hashes}
 

@@ -190,7 +190,7 @@ def table_files(results: Results) -> dict[str, str]:
     files = {"README.md": _index(results), "verdicts.md": verdicts_markdown(found)}
     for table in results.tables.values():
         files[f"{table.name}.md"] = markdown(table)
-        if table.brief:
+        if table.summary:
             files[f"{table.name}-details.md"] = details(table)
         files[f"{table.name}.csv"] = csv_text(table)
         files[f"{table.name}.tex"] = latex(table)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mixlora_exp.results.paper import METHOD_TITLES
+from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, Block, Entry, Table
 from mixlora_exp.results.tables.render import not_run
 from mixlora_exp.results.verdicts import Verdict
@@ -24,7 +25,7 @@ class Contrast:
 
 def main_block(tables: Mapping[int, Table]) -> Block | None:
     """The lines of Table 2's first page that stand on the first screen."""
-    found = [block for block in tables[MAIN].brief if block.run]
+    found = [block for block in tables[MAIN].summary if block.run]
     return found[0] if found else None
 
 
@@ -56,7 +57,27 @@ def _marked(tables: Mapping[int, Table]) -> tuple[int, int, int]:
     return len(cells), sum(c.q is not None for c in cells), sum(bool(c.mark) for c in cells)
 
 
-def sentences(tables: Mapping[int, Table], verdicts: Sequence[Verdict]) -> list[str]:
+def _steps(entry: Entry, runs: Sequence[RecordedRun]) -> str:
+    """The settings that decide how far a step of each method moves its layers' outputs, which is
+    alpha times the learning rate, whatever the rank; empty unless each method has one of them."""
+    found: dict[str, set[tuple[float, float]]] = {"lora": set(), "mixlora": set()}
+    for run in runs:
+        if run.name in entry.records and run.method in found:
+            chosen = run.trained["method"]["alpha"], run.trained["trainer"]["learning_rate"]
+            found[run.method].add(chosen)
+    if any(len(settings) != 1 for settings in found.values()):
+        return ""
+    (plain, rate), (mixed, other) = (settings.pop() for settings in found.values())
+    ratio = plain * rate / (mixed * other)
+    rates = "" if rate == other else f", learning rate {rate:g} to {other:g}"
+    return (
+        f", where LoRA's steps are {ratio:.3g} times as long (alpha {plain:g} to {mixed:g}{rates})"
+    )
+
+
+def sentences(
+    tables: Mapping[int, Table], verdicts: Sequence[Verdict], runs: Sequence[RecordedRun]
+) -> list[str]:
     """Three sentences: what was compared, the comparison of MixLoRA with LoRA, and the paper."""
     total, family, marked = _marked(tables)
     found = [
@@ -76,8 +97,8 @@ def sentences(tables: Mapping[int, Table], verdicts: Sequence[Verdict]) -> list[
             verdict = f"is {entry.mark} than LoRA" if entry.mark else "is not told from LoRA"
         seeds = "1 seed" if entry.seeds == 1 else f"{entry.seeds} seeds"
         found.append(
-            f"{mixture} minus LoRA, tasks mixed, is {entry.show()} points ({seeds}) at Table 3's "
-            f"settings, which give LoRA five times the step (alpha 160 to 32): it {verdict}."
+            f"{mixture} minus LoRA, tasks mixed, is {entry.show()} points ({seeds})"
+            f"{_steps(entry, runs)}: it {verdict}."
         )
     run = sum(entry.verdict != "not run" for entry in verdicts)
     doubted = sum(bool(entry.faults) for entry in verdicts)

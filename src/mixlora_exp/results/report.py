@@ -114,7 +114,7 @@ def page(
     numbers = {run.name: number for number, run in enumerate(runs, start=1)}
     return environment.get_template(TEMPLATE).render(
         tables=list(tables.values()),
-        sentences=sentences(tables, verdicts),
+        sentences=sentences(tables, verdicts, runs),
         main=main_block(tables),
         missing=missing(tables),
         figures_at=figures_at,

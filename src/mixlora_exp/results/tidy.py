@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import stdev
 from typing import Any
 
+from mixlora_exp.results.paper import TASK_TITLES
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, Table
 
@@ -20,6 +21,8 @@ DIFFERENCES = (
     "table", "conditions", "a", "b", "task", "metric", "delta", "low", "high", "p", "q", "n",
     "seeds", "at_chance", "mark",
 )  # fmt: skip
+TASK_IDS = {title: name for name, title in TASK_TITLES.items()}
+TASK_IDS[AVERAGE_ABOVE] = "average above chance"
 METRICS = ("accuracy", "accuracy_normalized", LIKELIHOOD)
 
 
@@ -87,11 +90,11 @@ def _differences(table: Table) -> Iterator[Sequence[Any]]:
                     continue
                 numbers = [cell.value, cell.low, cell.high, cell.p, cell.q]
                 metric = LIKELIHOOD if cell.digits == 3 else "accuracy"
-                task = "average above chance" if column == AVERAGE_ABOVE else column
+                task = TASK_IDS.get(column, column)
                 yield [
                     table.number, block.words or block.heading, a, b, task, metric,
                     *map(_number, numbers), cell.items, cell.seeds,
-                    "yes" if cell.grey else "no", cell.mark,
+                    "yes" if cell.at_chance else "no", cell.mark,
                 ]  # fmt: skip
 
 

@@ -10,17 +10,9 @@ import math
 from scipy.optimize import brentq
 from scipy.stats import norm, t
 
-LEVEL = 0.95
-Z = float(norm.isf((1 - LEVEL) / 2))
+from mixlora_exp.records.wilson import Z
+
 Bounds = tuple[float, float]
-
-
-def wilson(share: float, n: float, z: float = Z) -> Bounds:
-    """Wilson's score interval of a proportion."""
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def tango(only_first: float, only_second: float, n: float, z: float = Z) -> Bounds:

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from mixlora_exp.results.statistics.intervals import Bounds, Z, student, tango, wilson
+from mixlora_exp.records.wilson import Z, wilson
+from mixlora_exp.results.statistics.intervals import Bounds, student, tango
 
 BY_ITEM = Mapping[str, float]
 """Item -> right (1.0) or wrong (0.0), or another figure."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.stats import rankdata
 
-from mixlora_exp.results.statistics.intervals import wilson
+from mixlora_exp.records.wilson import wilson
 from mixlora_exp.results.statistics.parts import Groups, TaskMean, variance_of_mean
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from mixlora_exp.results.cells import Key, block_title
+from mixlora_exp.results.condition_text import condition_text
 from mixlora_exp.results.paper import (
     MODEL_TITLES,
     TASK_TITLES,
@@ -16,7 +17,6 @@ from mixlora_exp.results.paper import (
 )
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables import lines
-from mixlora_exp.results.tables.brief import brief_accuracy
 from mixlora_exp.results.tables.parts import (
     AVERAGE,
     AVERAGE_ABOVE,
@@ -27,6 +27,7 @@ from mixlora_exp.results.tables.parts import (
     paper,
 )
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources
+from mixlora_exp.results.tables.summary import summarize_accuracy
 from mixlora_exp.results.tables.variants import (
     BASE,
     AccuracySpec,
@@ -35,7 +36,6 @@ from mixlora_exp.results.tables.variants import (
     members_of,
     variants_of,
 )
-from mixlora_exp.results.words import in_words
 
 STUB = ("method", "setup", "row")
 NOTES = (
@@ -171,11 +171,11 @@ def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
             if key in found:
                 heading += f": {block_title(key, standards)[0]}"
             members = found.pop(key, {})
-            words = in_words(key, standards) if members else heading
+            words = condition_text(key, standards) if members else heading
             made.append(_block(spec, model, printed, heading, key[1], members, True, known, words))
     for key in sorted(found) if spec.others else ():
         heading = f"{MODEL_TITLES.get(key[0], key[0])}: {block_title(key, standards)[0]}"
-        words, members = in_words(key, standards), found[key]
+        words, members = condition_text(key, standards), found[key]
         made.append(_block(spec, key[0], printed, heading, key[1], members, False, known, words))
     notes = [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]
-    return made, notes, brief_accuracy
+    return made, notes, summarize_accuracy

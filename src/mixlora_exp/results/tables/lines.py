@@ -103,7 +103,7 @@ def _accuracies(label: tuple[str, ...], members: Members, context: Context, fiel
         found = estimate(*known)
         level = mean(reference(members[task][0], task, protocol) for task in tasks)
         runs = [run for task in tasks for run in members[task]]
-        return ours(found, names_of(runs), grey=found.low <= level)
+        return ours(found, names_of(runs), at_chance=found.low <= level)
 
     cells = [entry([task]) for task in context.tasks]
     return Row(label, (dash, *cells, *map(entry, _averages(context))))
@@ -116,7 +116,9 @@ def _areas(label: tuple[str, ...], members: Members, context: Context) -> Iterat
         runs = members.get(task, ())
         part = area(runs, task, context.protocol)
         found = None if part is None else estimate(part)
-        cells.append(dash if found is None else ours(found, names_of(runs), grey=found.low <= 0.5))
+        cells.append(
+            dash if found is None else ours(found, names_of(runs), at_chance=found.low <= 0.5)
+        )
     if any(entry.value is not None for entry in cells):
         yield Row(label, (dash, *cells, dash, dash))
 
@@ -147,13 +149,13 @@ def compared(
     field: str = ACCURACY,
 ) -> Iterator[Row]:
     """The line of a paired comparison on the same items and seeds; none if it is not possible. A
-    difference between cells that are both at chance is grey, and so is an average over one."""
-    protocol, parts, grey = context.protocol, {}, {}
+    difference between cells that are both at chance is at chance, and so is an average over one."""
+    protocol, parts, at_chance = context.protocol, {}, {}
     for task in context.tasks:
         runs, base = members.get(task, ()), baseline.get(task, ())
         parts[task] = difference(runs, base, task, protocol, field)
         if parts[task] is not None and field == ACCURACY:
-            grey[task] = not any(
+            at_chance[task] = not any(
                 above(cell(side, task, protocol), side, task, protocol) for side in (runs, base)
             )
 
@@ -164,8 +166,8 @@ def compared(
         records = names_of(
             run for task in tasks for side in (members, baseline) for run in side[task]
         )
-        told = any(grey.get(task, False) for task in tasks)
-        return versus(compare(*known), records, nats=field == LIKELIHOOD, grey=told)
+        told = any(at_chance.get(task, False) for task in tasks)
+        return versus(compare(*known), records, nats=field == LIKELIHOOD, at_chance=told)
 
     cells = [entry([task]) for task in context.tasks]
     if any(found.value is not None for found in cells):

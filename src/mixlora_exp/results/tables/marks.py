@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from mixlora_exp.records.wilson import LEVEL
 from mixlora_exp.results.statistics.families import holm
-from mixlora_exp.results.statistics.intervals import LEVEL
 from mixlora_exp.results.tables.parts import Entry, Row, Table
 
 
 def _counts(entry: Entry) -> bool:
     """Whether a comparison can be marked: of several seeds, and told from chance."""
-    return entry.kind == "versus" and entry.seeds > 1 and not entry.grey
+    return entry.kind == "versus" and entry.seeds > 1 and not entry.at_chance
 
 
 def corrected(table: Table) -> Table:

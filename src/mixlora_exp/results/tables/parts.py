@@ -15,8 +15,8 @@ class Entry:
     `kind`: paper (printed), ours (from records), difference (of two entries), versus (paired
     comparison), text, or dash (not run). Accuracies are in percent; `low` and `high` bound the 95 %
     interval over items and seeds; `p`: of a versus, and `q`, corrected for the table's other
-    comparisons; `grey`: not above chance or the most frequent answer of training, never marked;
-    `records`: names of the runs behind a number.
+    comparisons; `at_chance`: not above chance or the most frequent answer of training, never
+    marked; `records`: names of the runs behind a number.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Entry:
     mark: str = ""
     p: float | None = None
     q: float | None = None
-    grey: bool = False
+    at_chance: bool = False
     records: tuple[str, ...] = ()
 
     def show(self, interval: bool = True) -> str:
@@ -42,7 +42,7 @@ class Entry:
         shown = f"{self.value:{sign},.{self.digits}f}"
         if interval and self.low is not None and self.high is not None:
             shown += f" [{self.low:{sign}.{self.digits}f}, {self.high:{sign}.{self.digits}f}]"
-        return shown + "°" * self.grey + (f" {self.mark}" if self.mark else "")
+        return shown + "°" * self.at_chance + (f" {self.mark}" if self.mark else "")
 
 
 AVERAGE, AVERAGE_ABOVE = "average", "above chance"
@@ -99,7 +99,7 @@ class Table:
     title: str
     blocks: Sequence[Block]
     notes: Sequence[str] = field(default_factory=list)
-    brief: Sequence[Block] = ()
+    summary: Sequence[Block] = ()
     """Content of the table's first page, where that is not all of it."""
 
     @property
@@ -133,7 +133,7 @@ def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) 
     return dash if value is None else Entry("ours", value, digits=digits, records=records)
 
 
-def ours(found: Estimate, records: tuple[str, ...], *, grey: bool = False) -> Entry:
+def ours(found: Estimate, records: tuple[str, ...], *, at_chance: bool = False) -> Entry:
     """An accuracy from records, in percent."""
     return Entry(
         "ours",
@@ -142,13 +142,13 @@ def ours(found: Estimate, records: tuple[str, ...], *, grey: bool = False) -> En
         high=100 * found.high,
         seeds=found.seeds,
         items=found.items,
-        grey=grey,
+        at_chance=at_chance,
         records=records,
     )
 
 
 def versus(
-    found: Comparison, records: tuple[str, ...], *, nats: bool = False, grey: bool = False
+    found: Comparison, records: tuple[str, ...], *, nats: bool = False, at_chance: bool = False
 ) -> Entry:
     """A paired difference in percentage points, or in nats. Its mark depends on the table's other
     comparisons (`marks.corrected`)."""
@@ -163,6 +163,6 @@ def versus(
         digits=digits,
         signed=True,
         p=found.p,
-        grey=grey,
+        at_chance=at_chance,
         records=records,
     )

@@ -86,7 +86,7 @@ def make_tables(sources: Sources) -> dict[int, Table]:
 
 
 def _made(number: int, title: str, made: Made) -> Table:
-    blocks, notes, *brief = made
+    blocks, notes, *summary = made
     found = corrected(Table(number, title, blocks, notes))
     # Of the marked blocks.
-    return dataclasses.replace(found, brief=brief[0](found.blocks)) if brief else found
+    return dataclasses.replace(found, summary=summary[0](found.blocks)) if summary else found

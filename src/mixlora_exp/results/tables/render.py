@@ -72,13 +72,13 @@ def not_run(table: Table) -> list[str]:
 def markdown(table: Table) -> str:
     """The table's first page as Markdown: all of it, or what is to be read first."""
     title = f"# Table {table.number}: {table.title}\n"
-    if not table.brief:
+    if not table.summary:
         return title + "".join(map(_block, table.blocks)) + _notes(table.notes)
     told = "".join(f"{line} " for line in not_run(table))
     intro = f"\n{told}Every line and interval: [details]({table.name}-details.md).\n"
     accuracies = any(cell.kind in ("versus", "ours") and cell.items for cell in table.cells())
     legend = LEGEND if accuracies else table.notes[0]
-    return title + intro + "".join(map(_block, table.brief)) + f"\n{legend}\n"
+    return title + intro + "".join(map(_block, table.summary)) + f"\n{legend}\n"
 
 
 def details(table: Table) -> str:
@@ -107,7 +107,7 @@ def csv_text(table: Table) -> str:
                 counts = [str(n) if n else "" for n in (cell.seeds, cell.items)]
                 writer.writerow(
                     [table.number, heading, label, column, cell.kind, *numbers, *counts,
-                     shown(cell.text), cell.mark, "yes" if cell.grey else "",
+                     shown(cell.text), cell.mark, "yes" if cell.at_chance else "",
                      " ".join(cell.records)]
                 )  # fmt: skip
     return stream.getvalue()
@@ -127,7 +127,7 @@ def _latex_cell(cell: Entry) -> str:
         shown += f" [{low}, {high}]"
     marks = {"better": r"$^{\uparrow}$", "worse": r"$^{\downarrow}$", "†": r"$^{\dagger}$"}
     shown = shown.replace("-", "$-$") + marks.get(cell.mark, "")
-    return shown + "$^{\\circ}$" * cell.grey
+    return shown + "$^{\\circ}$" * cell.at_chance
 
 
 def _latex_row(cells: Sequence[str]) -> str:
@@ -167,7 +167,7 @@ def latex(table: Table) -> str:
     block, in parts that stand below one another where they would be wider. Needs booktabs and
     array."""
     parts = []
-    for index, block in enumerate(table.brief or table.blocks, start=1):
+    for index, block in enumerate(table.summary or table.blocks, start=1):
         pieces = [_tabular(block, columns) for columns in _fitting(block)]
         body = [
             "\\begin{table}[t]\n\\centering\n\\setlength{\\tabcolsep}{3pt}\n",

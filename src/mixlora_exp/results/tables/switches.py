@@ -14,15 +14,15 @@ from typing import Any
 
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.cells import Key, block_title
+from mixlora_exp.results.condition_text import condition_text
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics.estimates import compare, estimate
-from mixlora_exp.results.tables.brief import brief_lines
 from mixlora_exp.results.tables.paired import ACCURACY, above, cell, difference
 from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, ours, versus
 from mixlora_exp.results.tables.registry import Made, Sources, table
-from mixlora_exp.results.words import in_words
+from mixlora_exp.results.tables.summary import summarize_lines
 
 Diff = tuple[tuple[str, Any], ...]
 """Switches that differ from `preset=correct`, with their values."""
@@ -113,7 +113,7 @@ def _rows(
     for task in tasks:
         part = cell(runs, task, protocol)
         told = above(part, runs, task, protocol)
-        cells.append(dash if part is None else ours(estimate(part), names, grey=not told))
+        cells.append(dash if part is None else ours(estimate(part), names, at_chance=not told))
     yield Row((label, "accuracy"), tuple(cells))
     likelihoods = [[run.scores[t, protocol]["gold_log_likelihood"] for run in runs] for t in tasks]
     if not any(value is None for row in likelihoods for value in row):
@@ -143,7 +143,7 @@ def _versus(
     sides = [(side, cell(side, task, protocol)) for side in (runs, base)]
     told = any(above(own, side, task, protocol) for side, own in sides)
     nats = field == LIKELIHOOD
-    return versus(compare(part), names, nats=nats, grey=not (told or nats))
+    return versus(compare(part), names, nats=nats, at_chance=not (told or nats))
 
 
 def _baselines(runs: Sequence[RecordedRun], tasks: Sequence[str], protocol: str) -> Iterator[Row]:
@@ -210,7 +210,7 @@ def switches(sources: Sources) -> Made:
         rows += _baselines(base, tasks, protocol)
         heading = f"{model}, {METHOD_TITLES[method]} trained on {mix}: {title}"
         columns = tuple(TASK_TITLES[task] for task in tasks)
-        told = in_words((base[0].model, protocol, conditions), sources.standards)
+        told = condition_text((base[0].model, protocol, conditions), sources.standards)
         words = f"{METHOD_TITLES[method]} trained on {mix}: {told}"
         stub = ("switches", "row")
         blocks.append(Block(heading, stub, columns, tuple(rows), run=True, words=words))
@@ -224,4 +224,4 @@ def switches(sources: Sources) -> Made:
         "means over items.",
     ]
     kept = ("accuracy minus preset=correct", "log-likelihood minus preset=correct")
-    return blocks, notes, brief_lines(*kept)
+    return blocks, notes, summarize_lines(*kept)

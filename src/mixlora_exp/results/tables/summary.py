@@ -65,7 +65,7 @@ def _accuracy_rows(block: Block) -> Iterator[Row]:
         yield Row(row.label[:2], (*cells, average, above, minus))
 
 
-def brief_accuracy(blocks: Sequence[Block]) -> list[Block]:
+def summarize_accuracy(blocks: Sequence[Block]) -> list[Block]:
     """First pages of Tables 1, 2, 5, 8 and 9; only the paper's lines where nothing was run."""
     if not any(block.run for block in blocks):
         return [
@@ -87,10 +87,10 @@ def brief_accuracy(blocks: Sequence[Block]) -> list[Block]:
     return made
 
 
-def brief_lines(*kept: str) -> Callable[[Sequence[Block]], list[Block]]:
+def summarize_lines(*kept: str) -> Callable[[Sequence[Block]], list[Block]]:
     """Keeps the lines whose last label is one of `kept`."""
 
-    def brief(blocks: Sequence[Block]) -> list[Block]:
+    def summarize(blocks: Sequence[Block]) -> list[Block]:
         return [
             _told_once(
                 dataclasses.replace(
@@ -102,4 +102,4 @@ def brief_lines(*kept: str) -> Callable[[Sequence[Block]], list[Block]]:
             for block in blocks
         ]
 
-    return brief
+    return summarize

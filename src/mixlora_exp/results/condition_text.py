@@ -45,7 +45,7 @@ def _told(name: str, value: Any) -> str:
     return f"{name}={word(value)}"
 
 
-def in_words(key: Key, standards: Standards) -> str:
+def condition_text(key: Key, standards: Standards) -> str:
     """Model, protocol and what differs from a full run, as one line of text."""
     model, protocol, text = key
     conditions = json.loads(text)
