@@ -11,7 +11,7 @@ from fake_hub import FakeHub, fake_hub
 
 from mixlora_exp.errors import UserError
 from mixlora_exp.runs.inputs import resolve_config
-from mixlora_exp.system.hub import adapter_place, pinned
+from mixlora_exp.system.hub import adapter_folder, pin_revision
 
 FILES = {
     "adapter_config.json": b"{}",
@@ -33,12 +33,12 @@ def test_only_the_adapter_s_own_files_are_fetched(
     hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commit = hub.commit("owner/name", FILES)
-    place = pinned("hub:owner/name@main")
+    place = pin_revision("hub:owner/name@main")
     assert place == f"hub:owner/name@{commit}"
     assert f"hub:owner/name@main is {place} today" in capsys.readouterr().err
     fetched = {"adapter_config.json", "adapter_model.safetensors", "base_model.json"}
     assert hub.fetched() == fetched
-    folder = adapter_place(place)
+    folder = adapter_folder(place)
     assert {path.name for path in folder.iterdir()} == fetched
     assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
 
@@ -48,21 +48,21 @@ def test_a_commit_in_the_cache_needs_no_network(
 ) -> None:
     commit = hub.commit("owner/name", FILES)
     place = f"hub:owner/name@{commit}"
-    folder = adapter_place(place)
+    folder = adapter_folder(place)
     hub.asked.clear()
     hub.refuse = 500
-    assert adapter_place(place) == folder
+    assert adapter_folder(place) == folder
     assert not hub.asked
     assert not capsys.readouterr().err
 
 
 def test_a_branch_that_moves_gives_another_commit(hub: FakeHub) -> None:
     first = hub.commit("owner/name", FILES)
-    assert pinned("hub:owner/name").endswith(first)
+    assert pin_revision("hub:owner/name").endswith(first)
     second = hub.commit("owner/name", {**FILES, "adapter_model.safetensors": b"other"})
-    assert pinned("hub:owner/name").endswith(second)
+    assert pin_revision("hub:owner/name").endswith(second)
     assert (
-        adapter_place(f"hub:owner/name@{first}") / "adapter_model.safetensors"
+        adapter_folder(f"hub:owner/name@{first}") / "adapter_model.safetensors"
     ).read_bytes() == (b"weights")
 
 
@@ -74,7 +74,7 @@ def test_a_run_asks_once_which_commit_a_branch_has(hub: FakeHub) -> None:
     hub.commit("owner/name", {**FILES, "adapter_model.safetensors": b"other"})
     assert found.adapter == f"hub:owner/name@{first}"
     assert resolve_config(found) == found
-    assert (adapter_place(found.adapter) / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert (adapter_folder(found.adapter) / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_is_no_adapter_is_told_in_a_line(hub: FakeHub, place: str, words: s
     wide = b" " * 2_000_000
     hub.commit("owner/wide", {"adapter_config.json": wide, "adapter_model.safetensors": b"x"})
     with pytest.raises(UserError) as caught:
-        pinned(place)
+        pin_revision(place)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not hub.fetched()
@@ -109,10 +109,10 @@ def test_a_hub_that_refuses(hub: FakeHub, status: int, words: str, monkeypatch) 
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.refuse = status
     with pytest.raises(UserError, match=words):
-        pinned("hub:owner/name@main")
+        pin_revision("hub:owner/name@main")
 
 
 def test_a_hub_that_cannot_be_reached(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be reached"):
-        pinned("hub:owner/name@main")
+        pin_revision("hub:owner/name@main")

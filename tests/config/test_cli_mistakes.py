@@ -13,6 +13,7 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
 Refused = Callable[[list[str]], str]
+LONG = "this name is too long for a file"
 HEADER = "# @package _global_\n"
 BAD = [
     # groups and their options
@@ -110,11 +111,11 @@ BAD = [
     (["hydra.run.dir=${x}"], ["hydra.run.dir=${x}", "'x' not found"]),
     (["-m", "hydra.sweep.dir=${x}"], ["hydra.sweep.dir=${x}", "'x' not found"]),
     # longer than a file's name may be
-    ([f"experiment={300 * 'a'}"], ["conf/experiment/aaa", "too long for a file"]),
-    ([f"model.name={300 * 'a'}"], ["conf/model/aaa", "too long for a file"]),
-    ([f"data.mirror=/{300 * 'a'}"], ["/aaa", "too long for a file"]),
-    ([f"--config-name={300 * 'a'}"], ["too long for a file"]),
-    ([f"--config-dir={300 * 'a'}"], ["too long for a file"]),
+    ([f"experiment={300 * 'a'}"], ["error: experiment: ", "conf/experiment/aaa", LONG]),
+    ([f"model.name={300 * 'a'}"], ["error: model.name: ", "conf/model/aaa", LONG]),
+    ([f"data.mirror=/{300 * 'a'}"], ["error: data.mirror: ", "/aaa", LONG]),
+    ([f"--config-name={300 * 'a'}"], ["error: --config-name: ", LONG]),
+    ([f"--config-dir={300 * 'a'}"], ["error: --config-dir: ", LONG]),
 ]
 
 

@@ -21,7 +21,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.runs.base_choice import base_of
-from mixlora_exp.system.hub import adapter_place, pinned
+from mixlora_exp.system.hub import adapter_folder, pin_revision
 
 NOT_TAKEN = ("method", "adapter", "adapters", "base", "dry_run", "force", "tracker", "output_dir")
 """Fields of a record that do not apply: the adapter determines the method, nothing is trained, and
@@ -88,10 +88,10 @@ def settled(words: Sequence[str]) -> tuple[list[str], Recorded]:
         names = (line.given["protocol"].input_line or "").partition("=")[2].strip("[]")
         lines.append(f"protocol=[{names}]")
     for folder in line.folders("adapter"):
-        place = pinned(folder)
+        place = pin_revision(folder)
         check_folders([("adapter", place)])
         lines.append(f"adapter={literal(place)}")
-        chosen, recorded = base_of(adapter_place(place), line.given)
+        chosen, recorded = base_of(adapter_folder(place), line.given)
         return [*chosen, *lines], recorded
     for folder in line.folders("run"):
         return lines, _of_run(folder, line.given)

@@ -11,7 +11,7 @@ from mixlora_exp.cli.hydra_command import Recorded, dispatch
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.typed import as_typed, literal
 from mixlora_exp.system.exit_codes import guarded
-from mixlora_exp.system.hub import adapter_place, on_hub, pinned
+from mixlora_exp.system.hub import adapter_folder, on_hub, pin_revision
 
 
 def with_base(overrides: Sequence[str]) -> tuple[list[str], Recorded]:
@@ -23,13 +23,13 @@ def with_base(overrides: Sequence[str]) -> tuple[list[str], Recorded]:
     if on_hub(typed) and "," in typed:
         return list(overrides), {}
     if on_hub(typed):
-        place = pinned(typed)
+        place = pin_revision(typed)
         overrides = [
             f"adapter={literal(place)}" if line.startswith("adapter=") else line
             for line in overrides
         ]
         typed = place
-    folder = adapter_place(typed)
+    folder = adapter_folder(typed)
     # Anything else that is wrong with `adapter` is reported once the configuration is composed.
     if given.get("method") != "none" or "experiment" in given or not folder.is_dir():
         return list(overrides), {}

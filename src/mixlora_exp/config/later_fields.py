@@ -24,8 +24,8 @@ UNNAMED = {
     ("method", "lora_fa"): False,
     ("method", "lora_plus_ratio"): 1.0,
 }
-"""Field, by group and name -> the value that keeps the earlier behaviour. A fingerprint leaves out a
-field with this value: older runs keep their fingerprints, and thus their names."""
+"""Group and name of a field -> the value that keeps the earlier behaviour. A fingerprint leaves out
+a field with this value: older runs keep their fingerprints, and thus their names."""
 
 LATER = {
     **UNNAMED,

@@ -31,6 +31,11 @@ class MethodConfig:
     def __post_init__(self) -> None:
         require_name("method.name", self.name)
 
+    @property
+    def needs_base_gradient(self) -> bool:
+        """True if the adapter starts from the gradient of the loss by the base model's weights."""
+        return False
+
 
 @dataclass(slots=True, kw_only=True)
 class TrainedMethodConfig(MethodConfig):

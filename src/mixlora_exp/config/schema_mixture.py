@@ -193,6 +193,10 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodCon
             name, value, rule = fault
             require(False, f"method.{name}", value, rule)
 
+    @property
+    def needs_base_gradient(self) -> bool:
+        return self.mixture is Mixture.lora_ga
+
 
 METHOD_SCHEMAS: dict[str, type[MethodConfig]] = {
     "none_schema": MethodConfig,
@@ -201,7 +205,7 @@ METHOD_SCHEMAS: dict[str, type[MethodConfig]] = {
     "linear_mixture_schema": LinearMixtureMethodConfig,
     "peft_schema": PeftMethodConfig,
 }
-"""By the names that the files in conf/method/ begin with."""
+"""Schemas of the group `method`, by the names that the files in conf/method/ begin with."""
 
 
 def method_class(recorded: Mapping[str, Any]) -> type[MethodConfig]:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mixlora_exp.config.choices import Mixture
 from mixlora_exp.config.schema import (
     Config,
     LoraMethodConfig,
@@ -98,9 +97,8 @@ def shared_settings(config: Config) -> dict[str, Any]:
 
 def _shares(method: MethodConfig) -> bool:
     """Return whether adapters of a method can be trained with others on one base model. PEFT's own
-    types cannot, nor LoRA-GA, which needs a pass without any adapter."""
-    starts_alone = getattr(method, "mixture", None) is Mixture.lora_ga
-    return isinstance(method, LoraMethodConfig) and not starts_alone
+    types cannot, nor those that need a pass without any adapter."""
+    return isinstance(method, LoraMethodConfig) and not method.needs_base_gradient
 
 
 def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:

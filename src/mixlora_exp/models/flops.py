@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+from torch import nn
 
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
@@ -15,9 +15,9 @@ from mixlora_exp.config.schema import (
     PeftMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
-from mixlora_exp.models.mixtures import mixture_parameters
-from mixlora_exp.models.parameters import router_of, skeleton_of
-from mixlora_exp.models.skeleton import projections
+from mixlora_exp.models.mixtures import mixture_parameters, router_size
+from mixlora_exp.models.parameters import router_of
+from mixlora_exp.models.skeleton import projections, skeleton_of
 
 
 class Flops(NamedTuple):
@@ -42,7 +42,7 @@ def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None 
         UserError: `count_parameters` does.
     """
     built = skeleton_of(model)
-    linears = [m for m in built.modules() if isinstance(m, torch.nn.Linear)]
+    linears = [m for m in built.modules() if isinstance(m, nn.Linear)]
     base = 2 * sum(linear.in_features * linear.out_features for linear in linears)
     if isinstance(method, LinearMixtureMethodConfig):
         return Flops(base, 2 * mixture_parameters(built, method).matrices)
@@ -62,7 +62,5 @@ def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None 
             # Each expert scales its own product.
             multiplied += (slots - 1) * linear.in_features * linear.out_features
         if name == "gate_proj" and router is not None:
-            with torch.device("meta"):
-                held = router.initial(linear.in_features).values()
-            multiplied += sum(weight.numel() for weight in held if weight.dim() > 1)
+            multiplied += router_size(router, linear.in_features)[1]
     return Flops(base, round(2 * multiplied))

@@ -11,16 +11,8 @@ from torch import nn
 from mixlora_exp.config.schema import MethodConfig, ModelConfig, PeftMethodConfig
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import Sizes, make_mixture, make_router
-from mixlora_exp.models.architecture import architecture_of
-from mixlora_exp.models.skeleton import projections, skeleton
-
-__all__ = ["check_mixture", "fixed_parameters", "kept_by_mixture", "mixture_parameters"]
-
-
-def _skeleton(model: ModelConfig) -> nn.Module:
-    origin = f"model={model.name}" if model.path is None else f"model.path={model.path}"
-    return skeleton(architecture_of(model), origin)
+from mixlora_exp.kernels import Router, Sizes, make_mixture, make_router
+from mixlora_exp.models.skeleton import projections, skeleton_of
 
 
 def check_mixture(model: ModelConfig, method: MethodConfig) -> None:
@@ -30,7 +22,7 @@ def check_mixture(model: ModelConfig, method: MethodConfig) -> None:
         UserError: it does not.
     """
     if isinstance(method, LinearMixtureMethodConfig):
-        mixture_parameters(_skeleton(model), method)
+        mixture_parameters(skeleton_of(model), method)
 
 
 class MixtureSize(NamedTuple):
@@ -54,6 +46,15 @@ def mixture_parameters(model: nn.Module, method: LinearMixtureMethodConfig) -> M
         return _counted(model, method)
     except ValueError as error:
         raise UserError(f"method.{error}") from error
+
+
+def router_size(router: Router, width: int) -> tuple[int, int]:
+    """Numbers of a router's parameters for rows of `width` elements: of all, and of those in
+    matrices, with which every token is multiplied."""
+    with torch.device("meta"):
+        held = list(router.initial(width).values())
+    numbers = [(weight.numel(), weight.numel() * (weight.dim() > 1)) for weight in held]
+    return sum(n for n, _ in numbers), sum(n for _, n in numbers)
 
 
 def _sizes(method: LinearMixtureMethodConfig, experts: int, linear: nn.Linear) -> Sizes:
@@ -80,10 +81,8 @@ def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize
             continue
         settings = method.router_settings(count, chosen, linear.in_features)
         router = make_router(method.router_name(mixture.router), settings, method.router_options)
-        with torch.device("meta"):
-            held = router.initial(linear.in_features).values()
-        matrices += sum(weight.numel() for weight in held if weight.dim() > 1)
-        size = sum(weight.numel() for weight in held)
+        size, multiplied = router_size(router, linear.in_features)
+        matrices += multiplied
         routers, fixed = routers + size * router.trained, fixed + size * (not router.trained)
     return MixtureSize(low_rank, routers, fixed, matrices)
 
@@ -91,14 +90,14 @@ def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize
 def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
     """Parameters that an adapter stores but does not train."""
     if getattr(method, "lora_fa", False):
-        inputs = (m.in_features for n, m in projections(_skeleton(model)) if n in method.targets)
+        inputs = (m.in_features for n, m in projections(skeleton_of(model)) if n in method.targets)
         return method.rank * sum(inputs)
     if isinstance(method, LinearMixtureMethodConfig):
-        return mixture_parameters(_skeleton(model), method).fixed
+        return mixture_parameters(skeleton_of(model), method).fixed
     if isinstance(method, PeftMethodConfig):
         from mixlora_exp.models.peft_types import peft_size
 
-        return peft_size(_skeleton(model), method).fixed
+        return peft_size(skeleton_of(model), method).fixed
     return 0
 
 
@@ -107,7 +106,7 @@ def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width
     backward pass, with `width` bytes per number: z before and after its product with the router's
     weights, the dropped input and the mask; in float32 the router's input, probabilities and
     weights."""
-    built = _skeleton(model)
+    built = skeleton_of(model)
     layers = built.config.num_hidden_layers
     experts = method.experts_by_layer(layers)
     mixture, seen, total = make_mixture(method.mixture.value, method.mixture_options), {}, 0

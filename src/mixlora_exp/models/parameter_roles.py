@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mixlora_exp.errors import UserError
 
-ROLES = {
+LORA_PLUS_ROLES = {
     **dict.fromkeys(("lora_A", "lora_A_gate", "lora_A_up", "lora_A_down", "hira_A"), "A"),
     # Between A and B, or singular values: matrices that are not B.
     **dict.fromkeys(("lora_mixer", "lora_E"), "A"),
@@ -33,7 +33,8 @@ def rate_factor(name: str, ratio: float) -> float:
     """
     if ratio == 1:
         return 1.0
-    role = next((ROLES[part] for part in reversed(name.split(".")) if part in ROLES), None)
+    known = (LORA_PLUS_ROLES.get(part) for part in reversed(name.split(".")))
+    role = next(filter(None, known), None)
     if role is None:
         raise UserError(
             f"method.lora_plus_ratio={ratio:g}: {name} has no role in LoRA+ "

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-
-import torch
-from torch import nn
 
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
@@ -20,9 +16,9 @@ from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import Router, make_mixture, make_router
-from mixlora_exp.models.architecture import architecture_of
-from mixlora_exp.models.mixtures import mixture_parameters
-from mixlora_exp.models.skeleton import projections, skeleton
+from mixlora_exp.models.mixtures import mixture_parameters, router_size
+from mixlora_exp.models.skeleton import projections, skeleton_of
+from mixlora_exp.models.text_cache import cached_by_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +44,6 @@ class Parameters:
 COMPONENTS = ("attention", "experts", "router", "magnitude", "other")
 """LoRA of the attention's projections; the matrices of all mixtures, wherever they are; routers;
 DoRA's magnitudes; and what is left, LoRA of feed-forward projections and PEFT's own types."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Configurations, compared by their text: they hold dictionaries, which have no hash."""
-
-    text: str
-    model: ModelConfig = field(compare=False)
-    method: MethodConfig | None = field(default=None, compare=False)
-
-
-def skeleton_of(model: ModelConfig) -> nn.Module:
-    """The model on the meta device, to be read only; its `config` is the transformers
-    configuration.
-
-    Raises:
-        UserError: the model's configuration is not valid, or its architecture is not supported.
-    """
-    if model.path is not None and not model.draws_weights:
-        # The folder decides, which may change.
-        return skeleton(architecture_of(model), f"model.path={model.path}")
-    return _of(_Asked(repr(model), model))
-
-
-@lru_cache(maxsize=32)
-def _of(asked: _Asked) -> nn.Module:
-    return skeleton(architecture_of(asked.model), f"model={asked.model.name}")
 
 
 def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -137,12 +106,12 @@ def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
     """
     if model.path is not None:
         return _count(model, method)  # The folder may change.
-    return _counted(_Asked(repr((model, method)), model, method))
+    return _counted(model, method)
 
 
-@lru_cache(maxsize=256)
-def _counted(asked: _Asked) -> Parameters:
-    return _count(asked.model, asked.method)
+@cached_by_text(lambda model, method: repr((model, method)), maxsize=256)
+def _counted(model: ModelConfig, method: MethodConfig) -> Parameters:
+    return _count(model, method)
 
 
 def _count(model: ModelConfig, method: MethodConfig | None) -> Parameters:
@@ -170,9 +139,7 @@ def _count(model: ModelConfig, method: MethodConfig | None) -> Parameters:
                 magnitude += copies * linear.out_features if method.dora else 0
             if name == "gate_proj" and mixed:
                 chosen = router_of(method)
-                with torch.device("meta"):
-                    held = chosen.initial(linear.in_features).values()
-                parts["router"] += chosen.trained * sum(weight.numel() for weight in held)
+                parts["router"] += chosen.trained * router_size(chosen, linear.in_features)[0]
     adapter = sum(parts.values())
     trained = isinstance(method, LoraMethodConfig) and method.train_magnitude
     parts["magnitude"] = magnitude if trained else 0

@@ -6,8 +6,7 @@ import copy
 import difflib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from dataclasses import fields
 from math import inf
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.config.schema import PeftMethodConfig
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.parameter_roles import rate_factor
+from mixlora_exp.models.text_cache import cached_by_text
 
 SET_BY_THE_RUN = {
     "target_modules": "set method.targets",
@@ -82,6 +82,7 @@ def config_of(method: PeftMethodConfig) -> PeftConfig:
     return config
 
 
+@cached_by_text(lambda model, method: f"{model.config.to_json_string(use_diff=False)} {method}")
 def peft_size(model: nn.Module, method: PeftMethodConfig) -> PeftSize:
     """Return the size of a method's adapter on a model: PEFT builds it on the meta device, so that
     no weights are read.
@@ -89,24 +90,12 @@ def peft_size(model: nn.Module, method: PeftMethodConfig) -> PeftSize:
     Raises:
         UserError: as `config_of`, or PEFT cannot build it; or with LoRA+ a parameter has no role.
     """
-    return _size(_Asked(f"{model.config.to_json_string(use_diff=False)} {method}", model, method))
-
-
-@dataclass(frozen=True)
-class _Asked:
-    text: str
-    model: nn.Module = field(compare=False)
-    method: PeftMethodConfig = field(compare=False)
-
-
-@lru_cache(maxsize=32)
-def _size(asked: _Asked) -> PeftSize:
-    method, config = asked.method, config_of(asked.method)
+    config = config_of(method)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _try_out(config, asked.model.config)
-            base = copy.deepcopy(asked.model)
+            _try_out(config, model.config)
+            base = copy.deepcopy(model)
             before = _elements(base)
             built = get_peft_model(base, config, low_cpu_mem_usage=True)
     except REFUSED as error:

@@ -13,7 +13,7 @@ from mixlora_exp.config.choices import Quantization
 from mixlora_exp.config.schema_model import ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import QuantizedLinear, is_quantized, working_dtype
-from mixlora_exp.models.parameters import skeleton_of
+from mixlora_exp.models.skeleton import skeleton_of
 
 __all__ = ["base_bytes", "check_quantization", "quantization_options", "quantized"]
 
@@ -98,7 +98,7 @@ def quantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if type(module) is nn.Linear:
             module.__class__ = WeightOnly
         else:
-            from mixlora_exp.models.of_bitsandbytes import WeightOnly4bit, WeightOnly8bit
+            from mixlora_exp.models.bitsandbytes_layers import WeightOnly4bit, WeightOnly8bit
 
             eight = hasattr(module, "state")
             module.__class__ = WeightOnly8bit if eight else WeightOnly4bit

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import fx, nn
@@ -13,7 +11,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers import initialization as transformers_initialization
 
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+from mixlora_exp.config.schema_model import ModelConfig
 from mixlora_exp.errors import UserError, shown
+from mixlora_exp.models.architecture import architecture_of
+from mixlora_exp.models.text_cache import cached_by_text
 
 BLOCK = "mlp"
 """Module name of a feed-forward block, which the tuner replaces."""
@@ -23,25 +24,32 @@ FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "dense
 """Names of linear layers that compute several projections with one matrix, as in Phi-3."""
 
 
+def skeleton_of(model: ModelConfig) -> nn.Module:
+    """The model on the meta device, to be read only; its `config` is the transformers
+    configuration.
+
+    Raises:
+        UserError: the model's configuration is not valid, or its architecture is not supported.
+    """
+    if model.path is not None and not model.draws_weights:
+        # The folder decides, which may change.
+        return skeleton(architecture_of(model), f"model.path={model.path}")
+    return _named(model)
+
+
+@cached_by_text(repr)
+def _named(model: ModelConfig) -> nn.Module:
+    return skeleton(architecture_of(model), f"model={model.name}")
+
+
+@cached_by_text(lambda found, origin: f"{origin} {found.to_json_string(use_diff=False)}")
 def skeleton(found: PreTrainedConfig, origin: str) -> nn.Module:
     """The model of a configuration on the meta device, with tied weights.
 
     Raises:
         UserError: the architecture is not supported; `origin` begins the message.
     """
-    return _built(_Asked(found.to_json_string(use_diff=False), origin, found))
-
-
-@dataclass(frozen=True)
-class _Asked:
-    text: str
-    origin: str
-    found: PreTrainedConfig = field(compare=False)
-
-
-@lru_cache(maxsize=32)
-def _built(asked: _Asked) -> nn.Module:
-    found, origin = copy.deepcopy(asked.found), asked.origin
+    found = copy.deepcopy(found)
     found.pad_token_id = None  # It may be outside the embedding, which would fail here.
     written = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not written or found.get_text_config() is not found:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mixlora_exp.errors import UserError, shown
 
-ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+ROLE_OF = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 PROJECTIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
-    **dict.fromkeys(ROLES, "mlp"),
+    **dict.fromkeys(ROLE_OF, "mlp"),
 }
 """Projections of Llama and Gemma, and the block that holds each."""
 
@@ -49,9 +49,9 @@ class Layout:
 
 LAYOUTS = {
     "LORA": Layout(PREFIX),
-    "MIXLORA": Layout("mixlora.", tuple(ROLES)),
+    "MIXLORA": Layout("mixlora.", tuple(ROLE_OF)),
     "MOLA": Layout("mola.", tuple(PROJECTIONS), linear=True),
-    "LORAMOE": Layout("loramoe.", tuple(ROLES), linear=True),
+    "LORAMOE": Layout("loramoe.", tuple(ROLE_OF), linear=True),
 }
 """Layout of each type of adapter by `peft_type`."""
 
@@ -138,7 +138,7 @@ def to_peft(parts: Parts) -> dict[str, Tensor]:
     }
     for (layer, p, part), tensor in parts.experts.items():
         block = f"{PREFIX}layers.{layer}.{PROJECTIONS[p]}"
-        own = f"{p}.lora_{part}" if parts.layout.linear else f"lora_{part}_{ROLES[p]}"
+        own = f"{p}.lora_{part}" if parts.layout.linear else f"lora_{part}_{ROLE_OF[p]}"
         named[f"{block}.{own}"] = tensor
     for (layer, p), tensor in parts.routers.items():
         home = f"{PROJECTIONS[p]}.{p}" if p else "mlp"

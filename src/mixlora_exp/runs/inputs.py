@@ -47,7 +47,7 @@ from mixlora_exp.runs.parallel import check_processes
 from mixlora_exp.runs.quantized_base import check_quantized_base
 from mixlora_exp.system.device import resolve_device
 from mixlora_exp.system.hashing import file_sha256
-from mixlora_exp.system.hub import adapter_place, pinned
+from mixlora_exp.system.hub import adapter_folder, pin_revision
 
 SIGN = "fingerprint"
 
@@ -66,9 +66,9 @@ def resolve_config(config: Config) -> Config:
     of an adapter on the hub, and the rank that `method.match_params` asks for.
 
     Raises:
-        UserError: no rank does it, or as `pinned`.
+        UserError: no rank does it, or as `pin_revision`.
     """
-    adapter = None if config.adapter is None else pinned(config.adapter)
+    adapter = None if config.adapter is None else pin_revision(config.adapter)
     model = with_folder_shape(config.model)
     return with_matched_rank(dataclasses.replace(config, model=model, adapter=adapter))
 
@@ -96,7 +96,7 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
     """Path, hash, type and origin of the adapter to score; None if `config` has none."""
     if config.adapter is None:
         return None
-    folder = adapter_place(config.adapter)
+    folder = adapter_folder(config.adapter)
     # Imported late: PEFT takes a second to load, and most command lines do not need it.
     from mixlora_exp.adapters.saved import saved_settings
 
@@ -145,7 +145,7 @@ def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
 
 def _check_base(config: Config, adapter: dict[str, Any] | None) -> None:
     if adapter is not None:
-        check_known_base(config, adapter_place(str(config.adapter)), adapter["trained_by"])
+        check_known_base(config, adapter_folder(str(config.adapter)), adapter["trained_by"])
 
 
 def check_known_base(
@@ -211,6 +211,7 @@ def gather_inputs(config: Config) -> Inputs:
     """
     adapter = adapter_entry(config)
     _check_settings(config, adapter)
+    kernel = _kernel(config, adapter)
     check_quantized_base(config, adapter)
     check_model(config.model)
     check_method(config)
@@ -223,7 +224,7 @@ def gather_inputs(config: Config) -> Inputs:
         "model": identify(config.model),
         "adapter": adapter,
         "code": code_sha256(),
-        "kernel": _kernel(config, adapter),
+        "kernel": kernel,
         "dtype": str(resolve_dtype(config.trainer.precision, resolve_device())).partition(".")[2],
     }
     return Inputs(splits, identity)
@@ -237,7 +238,6 @@ def _check_settings(config: Config, adapter: dict[str, Any] | None, *, here: boo
     if here:
         check_processes(config)
         _check_head(config)
-        _kernel(config, adapter)
 
 
 def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
@@ -255,6 +255,8 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
         here = not (elsewhere or config.dry_run)
         adapter = adapter_entry(config)
         _check_settings(config, adapter, here=here)
+        if here:
+            _kernel(config, adapter)
         check_quantized_base(config, adapter, here=not elsewhere)
         if (model := json.dumps(to_dict(config.model))) not in checked:
             check_model(config.model, here=here)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixlora_exp.config.choices import Compile, Mixture
+from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config, PeftMethodConfig
 from mixlora_exp.config.schema_method import word
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import count_parameters, routers_of
 from mixlora_exp.plans.plan import planned_steps
-from mixlora_exp.system.hub import adapter_place
+from mixlora_exp.system.hub import adapter_folder
 
 
 def check_method(config: Config) -> None:
@@ -31,9 +31,7 @@ def check_method(config: Config) -> None:
         count_parameters(config.model, method)
         if method.peft_type == "ADALORA":
             check_schedule(method, planned_steps(config))
-    own = (
-        isinstance(method, PeftMethodConfig) or getattr(method, "mixture", None) is Mixture.lora_ga
-    )
+    own = isinstance(method, PeftMethodConfig) or method.needs_base_gradient
     if own and config.trainer.compile is not Compile.off:
         raise UserError(
             f"trainer.compile={config.trainer.compile.value} was not tried with "
@@ -69,7 +67,7 @@ def check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
     if adapter is not None:
         from mixlora_exp.adapters.saved import saved_settings
 
-        settings = saved_settings(adapter_place(str(config.adapter)))
+        settings = saved_settings(adapter_folder(str(config.adapter)))
         name, routed = adapter["method"], has_routers(adapter["peft_type"], adapter["method"])
         router, held = settings.get("router"), settings.get("num_experts")
         experts = held if isinstance(held, list) else [held]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from mixlora_exp.config.choices import Compile, Mixture
+from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config, LoraMethodConfig, Parallel, TrainedMethodConfig
 from mixlora_exp.system.device import processes
 from mixlora_exp.system.exit_codes import MISTAKE
@@ -44,9 +44,8 @@ def check_processes(config: Config) -> None:
 
 def _check_sharded(config: Config) -> None:
     method = config.method
-    # LoRA-GA takes gradients of the frozen weights, and PEFT's own types were not tried.
-    own = getattr(method, "mixture", None) is Mixture.lora_ga
-    if own or not isinstance(method, LoraMethodConfig):
+    # No gradients of frozen weights there, and PEFT's own types were not tried.
+    if method.needs_base_gradient or not isinstance(method, LoraMethodConfig):
         _refuse(
             f"trainer.parallel=fsdp was not tried with method={method.name}: use "
             "trainer.parallel=ddp"

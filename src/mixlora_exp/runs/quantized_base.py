@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixlora_exp.config.choices import Compile, Mixture, Quantization
+from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.schema import (
     Config,
     MixLoraMethodConfig,
@@ -54,7 +54,7 @@ def check_quantized_base(
             f"{name}: kernel={kernel} would dequantise the base once for each expert: use "
             "kernel=auto"
         )
-    if getattr(method, "mixture", None) is Mixture.lora_ga:
+    if method.needs_base_gradient:
         raise UserError(
             f"{name}: method={method.name} starts from the gradient of the base's weights, which "
             "quantised ones do not have: use model.quantization=none"

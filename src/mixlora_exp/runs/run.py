@@ -65,7 +65,7 @@ from mixlora_exp.system.device import (
     resolve_device,
 )
 from mixlora_exp.system.hashing import file_sha256
-from mixlora_exp.system.hub import adapter_place
+from mixlora_exp.system.hub import adapter_folder
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.training import TrainSummary, fit, fit_halving
 from mixlora_exp.training.checkpoints import Checkpoints
@@ -147,7 +147,7 @@ class Run:
     def adapter_folder(self) -> Path:
         """Folder of the adapter to score: the given one, or the one that the run trains."""
         given = self.config.adapter
-        return self.folder / "adapter" if given is None else adapter_place(given)
+        return self.folder / "adapter" if given is None else adapter_folder(given)
 
     def load_base(self) -> PreTrainedModel:
         """Load the base model to this process's device, and set all seeds to the run's seed."""

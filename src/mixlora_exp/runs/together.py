@@ -44,7 +44,7 @@ from mixlora_exp.runs.run import (
 from mixlora_exp.runs.scoring import Scores, score_with
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import free_memory, processes
-from mixlora_exp.system.hub import adapter_place
+from mixlora_exp.system.hub import adapter_folder
 from mixlora_exp.training import Job, TrainSummary, fit_jointly, make_job
 
 
@@ -103,7 +103,7 @@ def run_together(configs: Sequence[Config], *, earlier: list[Path] | None = None
     for config in configs:
         if config.adapter is not None:
             # Even if it is scored alone, it would leave the base model changed.
-            check_shareable(adapter_place(config.adapter))
+            check_shareable(adapter_folder(config.adapter))
     if configs[0].dry_run:
         check_inputs(list(configs))
         for config in configs:

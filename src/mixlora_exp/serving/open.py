@@ -29,7 +29,7 @@ from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.runs.base_choice import base_of, noted_base
 from mixlora_exp.runs.inputs import check_known_base, resolve_config
 from mixlora_exp.system.device import resolve_device
-from mixlora_exp.system.hub import adapter_place, on_hub
+from mixlora_exp.system.hub import adapter_folder, on_hub
 
 GROUPS = ("model", "kernel", "seed", "trainer.precision", "base")
 
@@ -150,7 +150,7 @@ def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> 
 
 def _folder_of(adapter: str) -> Path:
     """The folder with the adapter's files: `adapter` itself, or `adapter/` in a run's folder."""
-    folder = adapter_place(adapter)
+    folder = adapter_folder(adapter)
     check_folders([("adapter", adapter)])
     inner = folder / "adapter"
     if (folder / "last_good").is_dir() and not inner.is_dir():

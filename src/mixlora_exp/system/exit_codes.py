@@ -6,6 +6,7 @@ import errno
 import io
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.library_notices import shorten_notices
@@ -47,8 +48,11 @@ def guarded(
         if error.errno != errno.ENAMETOOLONG:
             raise
         # A path that somebody typed: everything else has names of fixed length.
-        name = shown(str(error.filename or ""), 160)
-        sys.stderr.write(f"error: {name}: this name is too long for a file: give a shorter one\n")
+        path = str(error.filename or "")
+        long = max(Path(path).parts, key=len, default="").partition(".")[0]
+        given = [word.partition("=")[0] for word in argv if "=" in word and long and long in word]
+        place = ": ".join([*given[:1], shown(path, 160)])
+        sys.stderr.write(f"error: {place}: this name is too long for a file: give a shorter one\n")
         return MISTAKE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -26,20 +26,20 @@ def on_hub(place: str) -> bool:
     return place.startswith(PREFIX)
 
 
-def adapter_place(place: str) -> Path:
+def adapter_folder(place: str) -> Path:
     """The folder of the adapter at `place`: a folder, or the hub's cache after its files were
     fetched. Without network if `place` names a commit whose files are in the cache.
 
     Raises:
-        UserError: as `pinned`.
+        UserError: as `pin_revision`.
     """
     if not on_hub(place):
         return Path(place).expanduser()
-    name, commit = _parts(pinned(place))
+    name, commit = _parts(pin_revision(place))
     return Path(_cached(name, CONFIG, str(commit))).parent
 
 
-def pinned(place: str) -> str:
+def pin_revision(place: str) -> str:
     """`place` with the commit instead of a branch or tag, after its files were fetched; which
     commit that is, is told on standard error. Folders are returned unchanged.
 

@@ -1,4 +1,4 @@
-"""What an adapter's routers decide in the forward pass of the gradient check."""
+"""Whether the loss must reach experts and router of a module, for the gradient check."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixlora_exp.kernels.loss import IGNORED
 
 
 class Decision(NamedTuple):
-    """What the loss of a micro-batch must reach in one module with a router.
+    """The parts of one module with a router that the loss of a micro-batch must reach.
 
     `experts`: a row that predicts a label has an expert. `router`: such a row's loss, or the
     router's own, depends on the router. `stuck`: neither does, and no other row would change that,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mixlora_exp.kernels.mixture_base import Mixture, Sizes, mixture
-from mixlora_exp.kernels.mixtures.pissa import Pissa, decomposed, twice
+from mixlora_exp.kernels.mixtures.pissa import Pissa, svd_of, with_start_copy
 
 __all__ = ["LoraGa"]
 
@@ -41,11 +41,11 @@ class LoraGa(Pissa):
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
         made = Mixture.initial(self, sizes, weight, scaling)
-        return twice(made["A"][0], made["B"][0])
+        return with_start_copy(made["A"][0], made["B"][0])
 
     def from_gradient(self, gradient: Tensor, rank: int) -> dict[str, Tensor]:
         """A, B, A0 and B0 of a layer, given the gradient (out, in) of the loss by its weight."""
-        u, values, v = decomposed(gradient)
+        u, values, v = svd_of(gradient)
         scale = gradient.shape[0] ** 0.25 / math.sqrt(self.gamma)
         own = slice(rank, 2 * rank)
-        return twice(v[:rank], u[:, own] * values[own] * scale)
+        return with_start_copy(v[:rank], u[:, own] * values[own] * scale)

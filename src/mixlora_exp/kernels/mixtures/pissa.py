@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixlora_exp.kernels.mixture_base import Mixture, Sizes, mixture, stacked_product
 
-__all__ = ["Pissa", "decomposed", "twice"]
+__all__ = ["Pissa", "svd_of", "with_start_copy"]
 
 
 @mixture("pissa")
@@ -39,10 +39,10 @@ class Pissa(Mixture):
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
         self.shapes(sizes)  # Refuses a rank that the weight does not have.
-        u, values, v = decomposed(weight)
+        u, values, v = svd_of(weight)
         roots = (values[: sizes.rank] / scaling).sqrt()
         a, b = roots.unsqueeze(1) * v[: sizes.rank], u[:, : sizes.rank] * roots
-        return twice(a, b)
+        return with_start_copy(a, b)
 
     def branch(
         self, x: Tensor, weights: Tensor | None, parts: Mapping[str, Tensor], scaling: float
@@ -54,13 +54,13 @@ class Pissa(Mixture):
         return scaling * (parts["B"][0] @ parts["A"][0] - parts["B0"][0] @ parts["A0"][0])
 
 
-def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def svd_of(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V^T of a matrix (out, in), in float32 or better."""
     whole = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     return torch.linalg.svd(whole, full_matrices=False)
 
 
-def twice(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def with_start_copy(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     """A (R, in) and B (out, R) as the one expert's weights, and once more as those at the start."""
     made = {"A": a.unsqueeze(0).contiguous(), "B": b.unsqueeze(0).contiguous()}
     return {**made, **{f"{name}0": start.clone() for name, start in made.items()}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from mixlora_exp.config.choices import Mixture
 from mixlora_exp.config.schema import Config
 from mixlora_exp.training.hooks.adalora import AdaLora
 from mixlora_exp.training.hooks.hook import Hook
@@ -23,6 +22,6 @@ def hook_of(model: PeftModel, adapter: str, config: Config, steps: int) -> Hook:
         return AdaLora(model, adapter, method, steps)
     if getattr(method, "lora_fa", False):
         return LoraFa(model, adapter)
-    if getattr(method, "mixture", None) is Mixture.lora_ga:
+    if method.needs_base_gradient:
         return GradientStart(model, adapter)
     return Hook()
