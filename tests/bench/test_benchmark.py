@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mixlora_exp.bench.batch import batch_of
 from mixlora_exp.bench.interleaved import interleaved, summary
-from mixlora_exp.bench.kinds.steps import benchmark, check
+from mixlora_exp.bench.kinds.steps import benchmark_parts, check
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.report import markdown, paper_rows
@@ -30,11 +30,17 @@ ROOT = Path(__file__).parents[2]
 SMALL = {"model": "tiny", "batch": 2, "length": 8, "dtype": "float32", "memory": False}
 
 
+def benchmark(config: StepOptions) -> dict:
+    """The record of all parts."""
+    *_, last = benchmark_parts(config, say=lambda text: None)
+    return last
+
+
 @pytest.fixture(scope="module")
 def result() -> dict:
     rows = ["lora_peft", "lora_peft_again", "dora", "mixlora", "mixlora_triton"]
     config = StepOptions(**SMALL, rounds=2, rows=[*rows, "floor", "base"])
-    return benchmark(config, say=lambda text: None)
+    return benchmark(config)
 
 
 def test_every_row_is_measured_or_says_why_not(result: dict) -> None:
@@ -60,7 +66,7 @@ def test_a_row_for_each_mixture_and_router_if_it_is_named() -> None:
     config = StepOptions(**{**SMALL, "model": "smollm2_135m", "layers": 1, "length": 4}, rounds=1,
                          rows=["lora_peft", "methods"])  # fmt: skip
     assert config.rows == ["lora_peft", *names]
-    found = benchmark(config, say=lambda text: None)["rows"]
+    found = benchmark(config)["rows"]
     for name in names:
         assert found[name]["train_forward_us_per_token"] > 0
         assert found[name]["feed_forward_saved_bytes_per_token"] > 0
@@ -95,7 +101,7 @@ def test_a_row_is_one_line_or_one_function(monkeypatch: pytest.MonkeyPatch) -> N
         return adapted(base, row, dropout, seed)
 
     config = StepOptions(**SMALL, rounds=1, rows=["lora_peft", "lora_twice"])
-    found = benchmark(config, say=lambda text: None)
+    found = benchmark(config)
     assert made == ["lora"]
     assert found["rows"]["lora_twice"]["rounds"] == 1
     origin = {"hardware": {"cpu": "c", "gpus": []}, "packages": {"torch": "t"}}
@@ -300,7 +306,7 @@ def test_a_row_that_runs_out_of_memory_in_a_round_loses_no_other(
 
     monkeypatch.setattr(steps, "_measure", full)
     config = StepOptions(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "dora"])
-    rows = benchmark(config, say=lambda text: None)["rows"]
+    rows = benchmark(config)["rows"]
     assert rows["mixlora"]["error"] == "out of memory in round 2"
     assert (rows["lora_peft"]["rounds"], rows["dora"]["rounds"]) == (3, 3)
     assert "train_forward_us_per_token" not in rows["mixlora"]
@@ -319,7 +325,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.Monke
 
 def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
     config = StepOptions(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "mixlora_16_experts"])
-    pair = benchmark(config, say=lambda text: None)["rows"]["mixlora_16_experts"]["train_ratio_to"]
+    pair = benchmark(config)["rows"]["mixlora_16_experts"]["train_ratio_to"]
     assert (pair["row"], pair["rounds"]) == ("mixlora", 3)
     assert pair["quartiles"][0] <= pair["median"] <= pair["quartiles"][1]
     taken = [

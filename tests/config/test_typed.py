@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from mixlora_exp.config.command import compose
-from mixlora_exp.config.typed import as_typed
+from mixlora_exp.config.command import compose, parse_overrides
+from mixlora_exp.config.typed import as_typed, literal
 
 ODD = ("a=b", "a b", "x,=y", "(c)", "it's", 'a"b', "a\\", "null ", "12", "true", "$5", "a:b", "é#")
 
@@ -37,3 +38,11 @@ def test_what_hydra_reads_is_left_to_it(word: str) -> None:
 @pytest.mark.parametrize("text", [*ODD, "[a,b]", "'q'", "a,b", "${seed}", "null\n"])
 def test_a_prompt_is_always_what_was_typed(text: str) -> None:
     assert compose(as_typed([f"prompt={text}"]), "generate").prompt == text
+
+
+@pytest.mark.parametrize("text", [*ODD, "name", "Null", "INF", "${seed}", "\\${seed}", "a.b"])
+def test_a_value_survives_the_grammar(text: str) -> None:
+    value = {"a": [text, 1, 2.5, None, True], "b": {"c": text}}
+    (parsed,) = parse_overrides([f"model.config={literal(value)}"])
+    found = OmegaConf.to_container(OmegaConf.create(parsed.value()), resolve=True)
+    assert found == value

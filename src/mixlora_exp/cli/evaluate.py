@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.cli.hydra_command import Recorded, dispatch, parse_flags
+from mixlora_exp.cli.hydra_command import dispatch, parse_flags
 from mixlora_exp.config.command import compose, parse_overrides
 from mixlora_exp.config.given_paths import check_folders
+from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.config.typed import as_typed, literal, typed_texts
 from mixlora_exp.errors import UserError

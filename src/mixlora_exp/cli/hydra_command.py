@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from mixlora_exp.config.command import (
 )
 from mixlora_exp.config.given_paths import check_given
 from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import open_session, register_schemas, to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.typed import as_typed
@@ -34,8 +35,6 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import run_one, run_single
 from mixlora_exp.sweeps.launch import launch_sweep
 
-Recorded = Mapping[str, Any]
-"""Groups and fields from a record; see `resolve.to_config`."""
 Settle = Callable[[Sequence[str]], tuple[list[str], Recorded]]
 """Turns the typed overrides of a command into those that Hydra composes, and what a record adds."""
 

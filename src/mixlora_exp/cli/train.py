@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mixlora_exp.cli.hydra_command import Recorded, dispatch
+from mixlora_exp.cli.hydra_command import dispatch
 from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.typed import as_typed, literal
 from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.system.hub import adapter_folder, on_hub, pin_revision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,6 +21,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from mixlora_exp.config.explain import explain, suggest
 from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import fingerprint, open_session, to_config
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.together import check_together, expand, packs_of
@@ -151,9 +152,7 @@ def load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> Dict
     return found
 
 
-def _finish(
-    cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any] | None = None
-) -> Any:
+def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None) -> Any:
     chosen, name = cfg.hydra.runtime.choices.get("method"), cfg.get("method", {}).get("name")
     typed = any(line.lstrip("+").startswith("method.name=") for line in overrides)
     if typed and name != chosen and (CONF_DIR / "method" / f"{name}.yaml").is_file():
@@ -170,9 +169,7 @@ def opened(overrides: Sequence[str]) -> list[str]:
     return [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
 
 
-def compose_cell(
-    hydra: Any, name: str, overrides: Sequence[str], recorded: Mapping[str, Any] | None = None
-) -> Any:
+def compose_cell(hydra: Any, name: str, overrides: Sequence[str], recorded: Recorded = None) -> Any:
     """The checked configuration of one run over the root `conf/NAME.yaml`; see
     `resolve.to_config` for `recorded`."""
     overrides = opened(overrides)
@@ -183,7 +180,7 @@ def compose_cell(
 def compose(
     overrides: Sequence[str] = (),
     name: str = "config",
-    recorded: Mapping[str, Any] | None = None,
+    recorded: Recorded = None,
 ) -> Any:
     """The configuration of one command line over the root `conf/NAME.yaml`: a `Config`, or a
     `GenerateConfig` for `generate`; see `resolve.to_config` for `recorded`.
@@ -227,7 +224,7 @@ def compose_adapters(
     name: str,
     overrides: Sequence[str],
     entries: Sequence[Any],
-    recorded: Mapping[str, Any] | None = None,
+    recorded: Recorded = None,
 ) -> list[Config]:
     """The configurations of the entries of `adapters=[...]`, checked together."""
     configs = expand(lambda lines: compose_cell(hydra, name, lines, recorded), overrides, entries)
@@ -249,7 +246,7 @@ def plan_runs(
     multirun: bool,
     compose_one: Callable[[Any, str, Sequence[str]], Any] = compose_cell,
     load_sweep: Callable[[Any, str, Sequence[str], RunMode], DictConfig] = load,
-    recorded: Mapping[str, Any] | None = None,
+    recorded: Recorded = None,
 ) -> Plan:
     """Expand a command line into its runs, as Hydra's own sweeper does, and check each of them.
     `load_sweep` loads the configuration whose node `hydra` describes a sweep, `compose_one` makes

@@ -31,6 +31,8 @@ LONGEST = 4096
 LARGEST = 1e300
 """Maximum magnitude of an integer in a field of real numbers."""
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+Recorded = Mapping[str, Any] | None
+"""Groups or fields from a record, which replace what a command line does not give."""
 Made = Callable[[type, dict[str, Any]], Any]
 """From a class of the schema and the values of its fields to what stands for it."""
 

@@ -25,7 +25,7 @@ from mixlora_exp.config.architecture import complete, read_architecture
 from mixlora_exp.config.explain import explain, unknown_field
 from mixlora_exp.config.later_fields import UNNAMED
 from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.recorded import built, overlaid
+from mixlora_exp.config.recorded import Recorded, built, overlaid
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
 from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
@@ -130,7 +130,7 @@ def _raw_value(cfg: DictConfig, key: str | None) -> Any:
     return value
 
 
-def to_config(cfg: DictConfig, recorded: Mapping[str, Any] | None = None) -> Any:
+def to_config(cfg: DictConfig, recorded: Recorded = None) -> Any:
     """Check a composed configuration and return it as plain dataclasses: a `Config`, or a
     `GenerateConfig`.
 

@@ -5,7 +5,6 @@ Every entry is the run that its settings would be alone: same fingerprint, same 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,28 +16,8 @@ from mixlora_exp.config.schema import (
     TrainedMethodConfig,
     Weights,
 )
+from mixlora_exp.config.typed import literal
 from mixlora_exp.errors import UserError
-
-
-def _literal(value: Any) -> str:
-    """A value in the syntax of Hydra's command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_literal, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{_literal(held)}' for key, held in value.items())}}}"
-    if isinstance(value, str):
-        # A plain name needs no quotes. Quotes keep `true` and `null` text; a backslash is doubled
-        # only before a quote.
-        if value.isidentifier() and value.lower() not in ("true", "false", "null", "nan", "inf"):
-            return value
-        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-        trailing = len(escaped) - len(escaped.rstrip("\\"))
-        return "'" + escaped + "\\" * trailing + "'"
-    return str(value)
 
 
 def entry_overrides(entry: Any, number: int) -> list[str]:
@@ -66,14 +45,14 @@ def entry_overrides(entry: Any, number: int) -> list[str]:
             if "name" in value:
                 found.append(f"{key}={value['name']}")
             fields = {field: held for field, held in value.items() if field != "name"}
-            found += [f"{key}.{field}={_literal(held)}" for field, held in fields.items()]
+            found += [f"{key}.{field}={literal(held)}" for field, held in fields.items()]
         elif key == "task" and isinstance(value, (list, tuple)):
             raise UserError(
                 f"adapters: entry {number} has task={list(value)}: a mix of tasks is written "
                 "task: multi, or task.train: [...]"
             )
         else:
-            found.append(f"{key}={_literal(value)}")
+            found.append(f"{key}={literal(value)}")
     return found
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDERS = ("adapter", "output_dir", "data.path", "data.mirror", "model.path")
+NO_TEXT = ("true", "false", "null", "nan", "inf")
+"""Without quotes Hydra reads these otherwise, in any case."""
 TEXTS = ("prompt", "prompts")
 """Not even quotes, lists or several values are left to Hydra."""
 
@@ -54,7 +56,7 @@ def typed_texts(value: str) -> list[str]:
 
 def literal(value: Any) -> str:
     """A plain value in the syntax of Hydra's command line, which parses back to the same value: no
-    interpolation in it is resolved."""
+    interpolation in it is resolved. A text that is a name has no quotes."""
     match value:
         case None:
             return "null"
@@ -66,6 +68,8 @@ def literal(value: Any) -> str:
             return "[" + ",".join(map(literal, value)) + "]"
         case Mapping():
             return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(value)) and str(value).lower() not in NO_TEXT:
+        return str(value)
     # OmegaConf resolves `${` unless a backslash precedes it; backslashes already there are doubled.
     text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", str(value))
     # Hydra reads a backslash literally, except before a quote.

@@ -12,8 +12,6 @@ from mixlora_exp.data.local import load_local
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, custom_task
 
-__all__ = ["SPLITS", "DataFile", "LoadedSplit", "load_split"]
-
 SPLITS = ("train", "test")
 
 

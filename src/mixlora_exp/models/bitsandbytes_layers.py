@@ -9,8 +9,6 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from mixlora_exp.models.quantization import WeightOnly
 
-__all__ = ["WeightOnly4bit", "WeightOnly8bit"]
-
 
 class WeightOnly4bit(WeightOnly, Linear4bit):
     """See `WeightOnly`."""

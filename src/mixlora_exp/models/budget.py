@@ -12,8 +12,6 @@ from mixlora_exp.config.schema_rank import ExpertRank
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import Parameters, count_parameters
 
-__all__ = ["budget_line", "with_matched_rank"]
-
 
 def with_matched_rank(config: Config) -> Config:
     """The configuration with `method.expert_rank` as `method.match_params` asks for; unchanged

@@ -50,15 +50,6 @@ from mixlora_exp.models.tiny import build_tokenizer
 from mixlora_exp.models.vocabulary import fit_vocabulary
 from mixlora_exp.models.weight_files import fingerprint
 
-__all__ = [
-    "build_hf_config",
-    "has_local_tokenizer",
-    "identify",
-    "load_model",
-    "load_tokenizer",
-    "local_folder",
-]
-
 
 @identified
 def load_model(

@@ -15,8 +15,6 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import QuantizedLinear, is_quantized, working_dtype
 from mixlora_exp.models.skeleton import skeleton_of
 
-__all__ = ["base_bytes", "check_quantization", "quantization_options", "quantized"]
-
 PACKAGES = {
     Quantization.nf4: "bitsandbytes",
     Quantization.int8: "bitsandbytes",

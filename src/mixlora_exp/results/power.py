@@ -13,6 +13,7 @@ from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.tasks import TASKS
 
 DRAWS = 20_000
+POWER, STEP = 0.8, 5e-4
 
 
 def full_test_sets(tasks: Sequence[str]) -> dict[str, int]:
@@ -83,11 +84,9 @@ def detection_rate(difference: float, item_error: float, spread: float, seeds: i
     return float((np.abs(middle) > half).mean())
 
 
-def smallest_detectable(
-    item_error: float, spread: float, seeds: int, power: float = 0.8, step: float = 5e-4
-) -> float:
-    """The smallest true difference, in steps of `step`, detected with probability `power`."""
-    difference = step
-    while detection_rate(difference, item_error, spread, seeds) < power:
-        difference += step
+def smallest_detectable(item_error: float, spread: float, seeds: int) -> float:
+    """The smallest true difference, in steps of `STEP`, detected with probability `POWER`."""
+    difference = STEP
+    while detection_rate(difference, item_error, spread, seeds) < POWER:
+        difference += STEP
     return difference

@@ -98,11 +98,9 @@ def page(
     left_out: Sequence[LeftOut],
     verdicts: Sequence[Verdict],
     results: str = "..",
-    figures_at: str = "../figures",
 ) -> str:
-    """The page as HTML: first what is known, then everything, folded. `results`, `figures_at`:
-    relative addresses, from the page, of the folder with `runs/`, `bench/` and `tables/`, and of
-    the figures."""
+    """The page as HTML: first what is known, then everything, folded. `results`: the
+    relative address, from the page, of the folder with `runs/`, `bench/` and `tables/`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -117,7 +115,6 @@ def page(
         sentences=sentences(tables, verdicts, runs),
         main=main_block(tables),
         missing=missing(tables),
-        figures_at=figures_at,
         runs=[_run_entry(run, number, results) for number, run in enumerate(runs, start=1)],
         figures=[_figure(path) for path in figures],
         left_out=dict.fromkeys((entry.name, entry.reason) for entry in left_out),

@@ -10,11 +10,12 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
@@ -81,7 +82,7 @@ def noted_base(folder: Path) -> BaseIdentity | None:
 
 def base_of(
     folder: Path, given: Collection[str], *, precision: bool = False
-) -> tuple[list[str], dict[str, Any]]:
+) -> tuple[list[str], Recorded]:
     """The base model of the adapter in `folder`, and the seed of its weights if they are random: as
     overrides, or as fields of a record (see `resolve.to_config`). `given`: names on the command
     line.

@@ -17,8 +17,6 @@ from mixlora_exp.kernels import KERNELS, resolve_kernel
 from mixlora_exp.models.quantization import check_quantization
 from mixlora_exp.system.device import resolve_device
 
-__all__ = ["check_quantized_base"]
-
 WORKING_TYPES = {
     Quantization.nf4: ("LORA", "ADALORA", "VERA", "HIRA"),
     Quantization.int8: ("LORA", "ADALORA", "VERA", "HIRA", "LOHA", "LOKR"),

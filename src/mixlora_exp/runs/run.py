@@ -72,18 +72,6 @@ from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.sharding import shard_frozen, sharded
 from mixlora_exp.training.tracking import RunTracker, start_tracker
 
-__all__ = [
-    "RECORD",
-    "Run",
-    "finish",
-    "run",
-    "score_alone",
-    "start",
-    "tracked",
-    "training_examples",
-    "write_record",
-]
-
 Watch = Callable[[int, float], None]
 Earlier = list[Path] | None
 

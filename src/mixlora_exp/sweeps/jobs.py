@@ -6,17 +6,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mixlora_exp.config.command import compose_adapters
+from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import open_session, to_config
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import PackError, UserError
@@ -25,7 +25,6 @@ from mixlora_exp.system.signals import Terminated, heeded
 
 NOT_FOR_A_CELL = ("hydra.mode", "hydra.sweep", "hydra.job")
 """Overrides that Hydra adds to those of a sweep's job."""
-Recorded = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mixlora_exp.config.command import Plan
 from mixlora_exp.config.paths import share_code
+from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.jobs import SWEEP, Failure, Outcome, duration, run_cell, run_one
 from mixlora_exp.sweeps.ledger import Ledger
@@ -37,7 +38,7 @@ def launch_sweep(
     name: str,
     overrides: list[str],
     plan: Plan,
-    recorded: Mapping[str, Any] | None = None,
+    recorded: Recorded = None,
 ) -> int:
     """Check all cells, run them through Hydra's launcher and sweeper and return the exit code. Each
     job takes what it was not given from `recorded` (see `resolve.to_config`).

@@ -12,9 +12,6 @@ from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.library_notices import shorten_notices
 from mixlora_exp.system.signals import REQUEUE, Terminated, install
 
-__all__ = ["INTERRUPTED", "MISTAKE", "REQUEUE", "TERMINATED", "guarded"]
-
-
 MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
 """Exit codes."""
 

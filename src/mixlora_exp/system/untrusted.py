@@ -205,14 +205,14 @@ def _check_characters(text: str) -> None:
         ) from error
 
 
-def read_json(path: Path, *, halves: bool = False, finite: bool = True) -> Any:
+def read_json(path: Path, *, finite: bool = True) -> Any:
     """The value of a JSON file; see `parse_json`.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not a regular file, too large, or not valid JSON.
     """
-    return parse_json(read_bytes(path), halves=halves, finite=finite)
+    return parse_json(read_bytes(path), finite=finite)
 
 
 class _Seen:

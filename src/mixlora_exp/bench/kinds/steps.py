@@ -253,12 +253,6 @@ def benchmark_parts(
     yield rows.record()
 
 
-def benchmark(config: StepOptions, *, say: Callable[[str], None] = say) -> dict[str, Any]:
-    """The last record of `benchmark_parts`, without a limit of time."""
-    *_, last = benchmark_parts(config, say=say)
-    return last
-
-
 def _name(record: Mapping[str, Any]) -> str:
     config = record["config"]
     parts = [machine_slug(record), config["model"], f"{record['layers']}layers"]

@@ -120,12 +120,11 @@ class Table:
 dash = Entry("dash")
 
 
-def paper(printed: str | None, digits: int | None = None, mark: str = "") -> Entry:
+def paper(printed: str | None, mark: str = "") -> Entry:
     """A figure as printed in the paper; `mark`: set if another statement contradicts it."""
     if printed is None or printed == "":
         return dash
-    decimals = len(printed.partition(".")[2]) if digits is None else digits
-    return Entry("paper", float(printed), digits=decimals, mark=mark)
+    return Entry("paper", float(printed), digits=len(printed.partition(".")[2]), mark=mark)
 
 
 def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) -> Entry:

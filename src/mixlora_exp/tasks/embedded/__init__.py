@@ -5,6 +5,6 @@ model gets better at them within minutes. Scores on them say nothing about the r
 The knowledge is in `facts/`, a text file per relation; `draw` takes from it, `make` asks.
 """
 
-from mixlora_exp.tasks.embedded.make import facts_used, rows
+from mixlora_exp.tasks.embedded.make import rows
 
-__all__ = ["facts_used", "rows"]
+__all__ = ["rows"]

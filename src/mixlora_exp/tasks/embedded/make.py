@@ -286,8 +286,3 @@ def rows(task: str, split: str, seed: int) -> list[Row]:
     """
     maker = MAKERS.get(task, multiple_choice)
     return list(maker(task, split, seed, Random(f"{task}-{split}-{seed}")))
-
-
-def facts_used(task: str, split: str, seed: int) -> frozenset[str]:
-    """Everything that the rows of a split are about."""
-    return frozenset(fact for row in rows(task, split, seed) for fact in row["facts"])
