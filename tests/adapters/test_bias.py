@@ -92,8 +92,13 @@ def test_one_adapter(folders, batch, method, kernel) -> None:
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["layers", "self_attn", "mlp"])
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "where"),
+    [
+        *((kernel, "layers") for kernel in CPU_KERNELS),
+        *(("exact", where) for where in ("self_attn", "mlp")),
+    ],
+)
 def test_rows_by_adapter_names(folders, batch_of, kernel, where) -> None:
     """In one pass with rows of the base model, each row as if its adapter were alone."""
     batch = batch_of(rows=6, length=14)
@@ -203,7 +208,10 @@ def test_shared_dora_on_bias(cases, kernel) -> None:
         torch.testing.assert_close(found, expected(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize(
+    "method",
+    ["mixdora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "mixlora"))],
+)
 def test_run_on_a_folder_with_biases(method, tmp_path: Path) -> None:
     """Trained, saved, loaded again and scored, where the model's projections have biases."""
     base = biased()

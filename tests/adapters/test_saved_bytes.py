@@ -64,6 +64,7 @@ def test_experts_added_to_a_model_tell_their_activation(
     assert saved["act_fn"] == changes.get("act_fn", "gelu_pytorch_tanh")
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     """Sets of names have another order under another hash seed, in the files of each kind."""
     save_all(tmp_path / "1")

@@ -153,10 +153,17 @@ def test_log_likelihoods(kind: str, make_model: Make, scorer: Make) -> None:
     assert [value for value, _ in found] == pytest.approx(expected[[31, 8]].tolist(), abs=0.02)
 
 
-@pytest.mark.parametrize("protocol", ["label_logits", "answer_text", "lm_eval", "generate"])
 @pytest.mark.parametrize(
-    ("base", "kind"),
-    [("tiny", "lora"), ("tiny_gemma", "lora"), ("tiny_gemma", "embedding too")],
+    ("base", "kind", "protocol"),
+    [
+        *(
+            ("tiny_gemma", "embedding too", p)
+            for p in ("label_logits", "answer_text", "lm_eval", "generate")
+        ),
+        ("tiny", "lora", "label_logits"),
+        ("tiny", "lora", "generate"),
+        ("tiny_gemma", "lora", "answer_text"),
+    ],
 )
 def test_every_protocol_scores_the_adapter(
     base: str, kind: str, protocol: str, make_model: Make, data: DataConfig, scorer: Make

@@ -183,7 +183,11 @@ def test_equals_the_definition(fresh_seed, steps, shape) -> None:
 # In float32, `test_equals_the_definition` bounds the error of every case: one is enough here.
 @pytest.mark.parametrize(
     ("dtype", "dora"),
-    [(torch.float32, (0, 1, 2)), *((d, dora) for d in DTYPES[1:] for dora in ((), (0, 1, 2)))],
+    [
+        (torch.float32, (0, 1, 2)),
+        *((dtype, (0, 1, 2)) for dtype in DTYPES[1:]),
+        *(pytest.param(dtype, (), marks=pytest.mark.slow) for dtype in DTYPES[1:]),
+    ],
     ids=str,
 )
 def test_is_as_precise_as_the_definition(dtype, dora) -> None:
@@ -309,7 +313,11 @@ def test_a_base_weight_that_is_trained_is_refused() -> None:
         lora.lora_linears(own.x, own.frozen, own.parts)
 
 
-@pytest.mark.parametrize("sizes", [(32, 16), (16, 64), (64, 32)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(32, 16), *(pytest.param(s, marks=pytest.mark.slow) for s in ((16, 64), (64, 32)))],
+    ids=str,
+)
 def test_block_sizes_do_not_matter(fresh_seed, monkeypatch, sizes) -> None:
     monkeypatch.setattr(linear_launch, "tiles", lambda *_: (*sizes, 4, 1))
     group = draw(Case(dora=(1,)), fresh_seed)

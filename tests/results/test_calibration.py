@@ -17,15 +17,14 @@ LEAST = 0.90
 @pytest.mark.parametrize(
     "world",
     [
-        World(items=200, seed=0.0),
-        World(items=200, seed=0.05),
-        World(items=200, seed=0.3, skill=(0.5, 0.2)),
-        World(seeds=5, items=300, seed=0.1),
-        World(seeds=1, items=300, skill=(2.0, 1.6)),
-        World(items=200, cluster=4),
-        World(items=150, tasks=3, seed=0.1),
+        pytest.param(World(items=200, seed=0.0), id="no luck", marks=pytest.mark.slow),
+        pytest.param(World(items=200, seed=0.05), id="some luck", marks=pytest.mark.slow),
+        pytest.param(World(items=200, seed=0.3, skill=(0.5, 0.2)), id="much luck"),
+        pytest.param(World(seeds=5, items=300, seed=0.1), id="five seeds", marks=pytest.mark.slow),
+        pytest.param(World(seeds=1, items=300, skill=(2.0, 1.6)), id="one seed"),
+        pytest.param(World(items=200, cluster=4), id="clusters"),
+        pytest.param(World(items=150, tasks=3, seed=0.1), id="three tasks"),
     ],
-    ids=["no luck", "some luck", "much luck", "five seeds", "one seed", "clusters", "three tasks"],
 )
 def test_intervals_hold_the_truth(world: World) -> None:
     found = coverage(world, TIMES)

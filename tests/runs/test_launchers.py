@@ -50,7 +50,7 @@ def needs(package: str) -> pytest.MarkDecorator:
     "packed",
     [
         pytest.param([], marks=pytest.mark.slow, id="alone"),
-        pytest.param(["trainer.pack_adapters=2"], id="packed"),
+        pytest.param(["trainer.pack_adapters=2"], marks=pytest.mark.slow, id="packed"),
     ],
 )
 def test_two_processes(tmp_path: Path, packed: list[str]) -> None:

@@ -146,7 +146,9 @@ def test_kept_rows_keep_their_masks(hashed, p) -> None:
         key.mask("input", (5, 30), p, cpu, hashed=hashed)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["mixdora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[:-1])]
+)
 def test_training_is_the_same(train, monkeypatch, method) -> None:
     """With accumulation and dropout; afterwards the layers are as before."""
     words = [

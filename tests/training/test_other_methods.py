@@ -45,7 +45,14 @@ def test_trained_saved_and_loaded_again(tmp_path: Path, method: str) -> None:
     assert all(torch.equal(left[name], own) for name, own in plain.state_dict().items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Those with a state of their own; the others run with the slow tests.
+STATEFUL = ("lora_ga", "vera", "adalora", "fedpara", "orthogonal")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m if m in STATEFUL else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
 def test_resumed_to_the_bit(tmp_path: Path, monkeypatch, method: str) -> None:
     config = config_of(method)
     model, truth = train(config, tmp_path / "whole")
@@ -96,8 +103,11 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
         assert torch.equal(*logits), method
 
 
-ALL = ["lora", "dora", "mixlora", "mixdora", "mola", "adamole", "goat", "moslora", "pissa",
-       "adalora", "hira"]  # fmt: skip
+SLOW = ("lora", "dora", "mixlora", "mola", "goat", "moslora", "pissa")
+ALL = [
+    *("mixdora", "adamole", "adalora", "hira"),
+    *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW),
+]
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -147,7 +157,7 @@ def test_each_trajectory_is_that_of_a_run_alone(tmp_path: Path) -> None:
             torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-9, msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("method", ["vera", "pissa"])
+@pytest.mark.parametrize("method", ["vera", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_the_gradient_check_checkpoints_too(tmp_path: Path, method: str) -> None:
     """transformers does so in training mode alone; PEFT's own layers are not in it there."""
     deep = ["trainer.max_steps=1", "+model.config.num_hidden_layers=4"]

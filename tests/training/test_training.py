@@ -297,7 +297,9 @@ def test_a_frozen_magnitude_stays(method: str, train: Train) -> None:
     assert free.losses[-1] != frozen.losses[-1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["mixdora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[:-1])]
+)
 def test_the_official_preset_trains(method: str, train: Train) -> None:
     run = train("preset=official", f"method={method}", "trainer.max_steps=20",
                 "trainer.learning_rate=5e-3")  # fmt: skip
