@@ -34,6 +34,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_earlier_tests_imported_stays() -> None:
+    """Libraries that are imported when they are needed are passed over too."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def streams_of_warnings() -> None:
     """transformers' warnings go to the stream of the test that runs.

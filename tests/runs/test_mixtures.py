@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,7 +86,6 @@ def test_others_are_not_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("dry_run", ["false", "true"])
 @pytest.mark.parametrize(
     ("method", "words", "told"),
     [
@@ -100,14 +100,16 @@ def test_others_are_not_merged(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(
-    method: str, words: str, told: str, dry_run: str, configure: Callable[..., Any],
+    method: str, words: str, told: str, configure: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(experiment, "load_model", None)
     own = [f"++method.{word}" for word in words.split()]
-    with pytest.raises(UserError, match=told) as raised:
-        experiment.run(configure(f"method={method}", *own, f"dry_run={dry_run}"))
-    assert "\n" not in str(raised.value)
+    for dry_run in (False, True):
+        config = dataclasses.replace(configure(f"method={method}", *own), dry_run=dry_run)
+        with pytest.raises(UserError, match=told) as raised:
+            experiment.run(config)
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

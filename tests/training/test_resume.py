@@ -41,12 +41,9 @@ SMALL = [
     "method.dropout=0.2",
 ]
 OTHERS = ("lora", "dora", "mixlora", "mixlora method.router=random_frozen")
-# One method has every part, one has noise beside dropout; the others run with the slow tests.
-METHODS = [
-    "mixdora",
-    "mixlora_switch +method.router_options.jitter=0.1",
-    *(pytest.param(method, marks=pytest.mark.slow) for method in OTHERS),
-]
+NOISY = "mixlora_switch +method.router_options.jitter=0.1"
+KILLS = [[5], [20], [33, 14], [53]]
+"""In the first step, in the second epoch, twice, and in the last step."""
 
 
 class Killed(BaseException):
@@ -100,10 +97,18 @@ def killed_late(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("killed", [[5], [20], [33, 14], [53]], ids=str)
+@pytest.mark.parametrize(
+    ("method", "killed"),
+    [
+        # One method has every part, one has noise beside dropout.
+        *(("mixdora", killed) for killed in KILLS),
+        (NOISY, [33, 14]),
+        *(pytest.param(m, k, marks=pytest.mark.slow) for m in OTHERS for k in KILLS),
+        *(pytest.param(NOISY, k, marks=pytest.mark.slow) for k in KILLS if k != [33, 14]),
+    ],
+    ids=str,
+)
 def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
-    """In the first step, in the second epoch, twice, and in the last step."""
     config = compose([*SMALL, *f"method={method}".split()])
     expected, truth, log = whole(method)
     for after in killed:
@@ -117,7 +122,7 @@ def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
     assert (tmp_path / "run" / "train_log.jsonl").read_text() == log
 
 
-@pytest.mark.parametrize("how", ["layer", "graph"])
+@pytest.mark.parametrize("how", [pytest.param("layer", marks=pytest.mark.slow), "graph"])
 def test_a_compiled_run_is_resumed(tmp_path, monkeypatch, how) -> None:
     """As one that was not interrupted, to the bit."""
     own = torch.compile

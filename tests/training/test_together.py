@@ -31,7 +31,7 @@ FOUR = {
     "mixlora": ["method=mixlora", "method.rank=4", "trainer.micro_batch_size=4", "seed=1"],
     "dora": [
         "method=dora", "task=obqa", "method.rank=2", "seed=2",
-        "trainer.max_steps=30", "trainer.max_grad_norm=0.5",
+        "trainer.max_steps=12", "trainer.max_grad_norm=0.5",
     ],
     "mixdora": [
         "method=mixdora", "task=piqa", "method.num_experts=4", "seed=3", "method.dropout=0.2",
@@ -146,16 +146,19 @@ def together(tmp_path: Path) -> Callable[..., dict[str, Result]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
+    ("dtype", "tolerance", "steps"),
     [
-        pytest.param(torch.float64, 1e-9, id="f64"),
-        pytest.param(torch.float32, 1e-4, id="f32", marks=pytest.mark.slow),
+        # As many as leave each job steps with all, with some and with none of the others.
+        pytest.param(torch.float64, 1e-9, 16, id="f64"),
+        pytest.param(torch.float64, 1e-9, 50, id="f64, long", marks=pytest.mark.slow),
+        pytest.param(torch.float32, 1e-4, 50, id="f32", marks=pytest.mark.slow),
     ],
 )
-def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, tolerance) -> None:
+def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, tolerance, steps) -> None:
     """Methods, ranks, experts, tasks, batch sizes, rates, schedules, clipping, lengths, dropout and
     losses of their own."""
-    configs = {name: compose([*SMALL, *changes]) for name, changes in FOUR.items()}
+    words = [*SMALL, f"trainer.max_steps={steps}"]
+    configs = {name: compose([*words, *changes]) for name, changes in FOUR.items()}
     found = together(configs, dtype)
     for name, config in configs.items():
         expected = alone(config, dtype)
@@ -205,7 +208,7 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
         return real(frozen, rows, *parts)
 
     monkeypatch.setattr(linear.FusedLinear, "add", staticmethod(counted))
-    steps = ["trainer.max_steps=6", "method.dropout=0.2"]
+    steps = ["trainer.max_steps=3", "method.dropout=0.2"]
     configs = {
         f"{method} {rate}": compose(
             [*SMALL, f"method={method}", f"trainer.learning_rate={rate}", *steps]
@@ -226,7 +229,8 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
 
 
 @pytest.mark.parametrize(
-    "kernel", ["shared", "peft", pytest.param("reference", marks=pytest.mark.slow)]
+    "kernel",
+    ["shared", *(pytest.param(name, marks=pytest.mark.slow) for name in ("peft", "reference"))],
 )
 def test_every_kernel_trains_together(alone, together, kernel) -> None:
     steps = ["trainer.max_steps=4", f"kernel={kernel}"]
@@ -258,7 +262,14 @@ def poison(adapter: str) -> Callable[..., None]:
     return change
 
 
-@pytest.mark.parametrize("victim", list(FOUR))
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "mixlora",
+        "lora",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "mixdora")),
+    ],
+)
 def test_one_adapters_nan_stops_it_alone(together, victim) -> None:
     """It is taken out at its first step with a message, and the others do not change by a bit."""
     steps = ["trainer.max_steps=4"]
