@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -287,8 +288,33 @@ FORMS = {**EXACT, **OTHERS}
 MASKED = {**EXACT, **{name: kernel for name, kernel in OTHERS.items() if not kernel.draws_masks}}
 
 
+HELD = [pytest.param(name, id=name) for name in ("sparse", "bool")]
+# Of the products and of the adapter.
+PRECISIONS = [
+    pytest.param((torch.float32, torch.float32), id="float32"),
+    pytest.param((torch.bfloat16, torch.float32), id="bf16 base, float32 adapter, as trained"),
+    pytest.param((torch.bfloat16, torch.bfloat16), id="bf16 throughout"),
+]
+
+
+def pairs(forms: dict[str, Callable], third: list[Any]) -> list[Any]:
+    """Each case with each form, and one of `third` with each of these, in turn."""
+    found = []
+    for first, case in enumerate(CASES):
+        for second, (name, form) in enumerate(forms.items()):
+            other = third[(first + second) % len(third)]
+            values = (*case.values, form, *other.values)
+            found.append(pytest.param(*values, id=f"{case.id}-{name}-{other.id}"))
+    return found
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
+    names = metafunc.fixturenames
+    if "precision" in names:
+        metafunc.parametrize(("case", "compute", "precision"), pairs(FORMS, PRECISIONS))
+    elif {"case", "held"} <= set(names):
+        metafunc.parametrize(("case", "compute", "held"), pairs(MASKED, HELD))
+    elif "case" in names:
         metafunc.parametrize("case", CASES)
 
 

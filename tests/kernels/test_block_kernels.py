@@ -92,26 +92,19 @@ def definition_of() -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]
     return compute
 
 
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"),
-    [
-        pytest.param(torch.float32, torch.float32, id="float32"),
-        pytest.param(torch.bfloat16, torch.float32, id="bf16 base, float32 adapter, as trained"),
-        pytest.param(torch.bfloat16, torch.bfloat16, id="bf16 throughout"),
-    ],
-)
 def test_kernel_is_as_precise_as_the_reference(
-    block_of, definition_of, case, form, dtype, adapter_dtype
+    block_of, definition_of, case, compute, precision
 ) -> None:
     """Its error is at most twice the error that the definition makes in the same precision.
 
     Mean errors over five seeds: the ratio of two single errors is a matter of luck.
     """
+    dtype, adapter_dtype = precision
     errors: dict[str, list[tuple[float, float]]] = {}
     for seed in range(5):
         block = block_of(case, seed, dtype).rounded(dtype, adapter_dtype)
         truth, reference = definition_of(block, seed, dtype, adapter_dtype)
-        results = block.run(form, dtype, adapter_dtype)
+        results = block.run(compute, dtype, adapter_dtype)
         for name, result in results.items():
             if case.top_k == 1 and name == "router":
                 # The weight is 1 whatever the router says: its gradient is rounding, no more.
