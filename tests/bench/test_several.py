@@ -15,7 +15,7 @@ from mixlora_exp.bench.several_report import several_markdown
 from mixlora_exp.bench.several_steps import AdapterOptions, Joint
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import count_parameters
-from mixlora_exp.plans.memory import kept_per_token
+from mixlora_exp.plans.kept import kept_by_layer
 
 TINY = {"model": "tiny", "dtype": "float32", "length": 16, "rounds": 1, "resident": False}
 
@@ -64,7 +64,8 @@ def test_the_plan_of_a_packed_pass_is_what_autograd_keeps(method: str) -> None:
         [f"method={method}", "model=tiny", "kernel=exact", "method.dropout=0",
          f"method.rank={rank}", f"method.alpha={2 * rank}"]
     )  # fmt: skip
-    assert kept_per_token(planned, width=4, packed=True) == pytest.approx(measured, rel=0.05)
+    found = kept_by_layer(planned, width=4, packed=True).per_token
+    assert found == pytest.approx(measured, rel=0.05)
 
 
 def test_the_whole_benchmark() -> None:

@@ -24,7 +24,9 @@ from mixlora_exp.records.record import read_run
 from mixlora_exp.runs.base_choice import base_of
 from mixlora_exp.system.hub import adapter_folder, pin_revision
 
-NOT_TAKEN = ("method", "adapter", "adapters", "base", "dry_run", "force", "tracker", "output_dir")
+NOT_TAKEN = (
+    "method", "adapter", "adapters", "base", "dry_run", "plan", "force", "tracker", "output_dir",
+)  # fmt: skip
 """Fields of a record that do not apply: the adapter determines the method, nothing is trained, and
 what is accepted, executed or written is not for a record to say."""
 

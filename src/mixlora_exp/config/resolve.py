@@ -35,6 +35,7 @@ from mixlora_exp.errors import UserError
 EXCLUDED = (
     "output_dir",
     "dry_run",
+    "plan",
     "force",
     # Only decides whether a run is refused, not what it computes.
     "base",

@@ -68,6 +68,7 @@ __all__ = [
     "Order",
     "Parallel",
     "PeftMethodConfig",
+    "PlanConfig",
     "Precision",
     "PresetConfig",
     "Protocol",
@@ -259,12 +260,21 @@ class PresetConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class PlanConfig:
+    """How the plan of `dry_run=true` is made."""
+
+    probe: bool = False
+    """Load the model and measure the speed of three steps."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Config:
     """One run: everything that `runs.run.run` needs."""
 
     seed: int = 42
     output_dir: str = "outputs"
     dry_run: bool = False
+    plan: PlanConfig = field(default_factory=PlanConfig)
     adapter: str | None = None
     """Score the adapter in this folder (with method=none); train nothing."""
     base: Base = Base.check
@@ -285,6 +295,10 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        require(
+            self.dry_run or not self.plan.probe,
+            "plan.probe", self.plan.probe, "it is part of a plan: add dry_run=true",
+        )  # fmt: skip
         trains = isinstance(self.method, TrainedMethodConfig)
         require(
             self.adapter is None or not trains,

@@ -1,12 +1,13 @@
-"""Estimates the GPU hours of a run from parameters and tokens."""
+"""Estimates the tokens that a run computes, and from them its GPU hours."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from mixlora_exp.config.schema import AnswerForm, Config, TrainedMethodConfig
 from mixlora_exp.models.parameters import count_parameters
-from mixlora_exp.plans.plan import CHARACTERS_PER_TOKEN, known_characters
+from mixlora_exp.plans.plan import CHARACTERS_PER_TOKEN, RunPlan, known_characters
 from mixlora_exp.tasks import TASKS
 
 FLOPS_PER_SECOND = 1e14
@@ -25,28 +26,46 @@ def _rows(task: str, split: str, limit: int | None) -> int:
     return min(size, limit or size)
 
 
+def _epoch_tokens(config: Config) -> float:
+    forms = config.data.forms
+    rows = {t: _rows(t, "train", config.data.train_limit_of(t)) for t in config.task.train}
+    return sum(n * _example_tokens(config, t, form) for t, n in rows.items() for form in forms)
+
+
+def _scored(config: Config, items: Mapping[str, int]) -> float:
+    """Tokens of the items to score, by task, once for each protocol."""
+    passes = len(config.evaluation.protocols) * (1 + config.evaluation.before_training)
+    return passes * sum(
+        n * _example_tokens(config, task, AnswerForm.label) for task, n in items.items()
+    )
+
+
+def trained_tokens(config: Config, found: RunPlan) -> float:
+    """Positions that training computes, padding included, in all epochs or steps."""
+    if not found.examples:
+        return 0.0
+    epoch = found.tokens / (1 - (found.padding or 0.0))
+    return epoch * found.steps / math.ceil(found.examples / config.trainer.batch_size)
+
+
+def scored_tokens(config: Config, found: RunPlan) -> float:
+    """Tokens that scoring computes, of all protocols."""
+    return _scored(config, found.test_rows)
+
+
 def gpu_hours(config: Config) -> float:
     """Estimated hours on one GPU: 2 x parameters FLOP per token and pass, with one forward and one
     backward pass for training (frozen weights need no gradient), and one forward pass per scored
     item and protocol."""
     counted = count_parameters(config.model, config.method)
-    size = counted.base + counted.trainable
     tokens = 0.0
     if isinstance(config.method, TrainedMethodConfig):
-        rows = {t: _rows(t, "train", config.data.train_limit_of(t)) for t in config.task.train}
-        epoch = sum(
-            n * _example_tokens(config, task, form)
-            for task, n in rows.items()
-            for form in config.data.forms
-        )
         passes = config.trainer.epochs
         if config.trainer.max_steps is not None:
-            examples = sum(rows.values()) * len(config.data.forms)
-            steps = math.ceil(examples / config.trainer.batch_size)
+            rows = [_rows(t, "train", config.data.train_limit_of(t)) for t in config.task.train]
+            steps = math.ceil(sum(rows) * len(config.data.forms) / config.trainer.batch_size)
             passes = config.trainer.max_steps / max(steps, 1)
-        tokens += 2 * passes * epoch
-    for task in config.task.evaluate:
-        items = _rows(task, "test", config.evaluation.limit)
-        passes = len(config.evaluation.protocols)
-        tokens += items * passes * _example_tokens(config, task, AnswerForm.label)
-    return 2 * size * tokens / FLOPS_PER_SECOND / 3600
+        tokens += 2 * passes * _epoch_tokens(config)
+    tests = {task: _rows(task, "test", config.evaluation.limit) for task in config.task.evaluate}
+    tokens += _scored(config, tests)
+    return 2 * (counted.base + counted.trainable) * tokens / FLOPS_PER_SECOND / 3600

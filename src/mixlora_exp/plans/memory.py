@@ -2,121 +2,183 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from mixlora_exp.config.choices import Compile, Parallel, Protocol, Quantization
 from mixlora_exp.config.schema import (
-    FEED_FORWARD_TARGETS,
     Config,
     Head,
     Kernel,
-    LoraMethodConfig,
     LossOn,
     MixLoraMethodConfig,
-    PeftMethodConfig,
     Precision,
     TrainedMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
-from mixlora_exp.models.mixtures import fixed_parameters, kept_by_mixture
+from mixlora_exp.models.mixtures import fixed_parameters
 from mixlora_exp.models.parameters import count_parameters, router_of, skeleton_of, widths
 from mixlora_exp.models.quantization import base_bytes
+from mixlora_exp.models.skeleton import projections
+from mixlora_exp.plans.kept import kept_by_layer
+
+__all__ = [
+    "kept_by_all_layers",
+    "many_that_fit",
+    "memory_of",
+    "number_bytes",
+    "peak_bytes",
+    "scoring_bytes",
+    "usable_bytes",
+]
 
 USABLE = 0.94
 """Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""
+CHUNK = 2**23
+"""Logits that exist at a time where the loss is computed in chunks."""
+ANSWER = 4
+"""Tokens per example whose logits are needed where the loss is on answers: a label, or a few."""
+SCORED = 256
+"""Positions whose logits exist at a time when answers are scored."""
 
 
-def kept_per_token(config: Config, width: int, packed: bool = False) -> float:
-    """Bytes that a layer saves per token for the backward pass, with `width` bytes per number.
+def number_bytes(config: Config) -> int:
+    """Bytes of a number of the frozen weights; `auto` counts as bf16, since plans are often for
+    another machine."""
+    return 4 if config.trainer.precision is Precision.float32 else 2
 
-    Counted from the tensors that the kernels save (a test compares it with autograd): inputs and
-    outputs of both norms, with a float32 copy in 16-bit precision; queries, keys, values and the
-    attention output, which several adapters in one pass (`packed`) save twice; the frozen outputs
-    of gate and up. LoRA also saves the activation and the product, DoRA the unscaled output of each
-    adapted projection, a mixture its router's input in float32 and, with DoRA, the K outputs of the
-    down projection; for mixtures in linear layers see `kept_by_mixture`. A dropout mask has one
-    byte per element. What PEFT's other types keep differs and is not known: input and output of
-    each target stand for it.
+
+def usable_bytes(gib: float) -> float:
+    """What a run may take of a card's memory."""
+    return gib * 2**30 * USABLE
+
+
+def kept_by_all_layers(
+    config: Config, width: int, packed: bool = False, *, autocast: bool = True
+) -> float:
+    """Bytes per token that all layers together keep for the backward pass, without copies of
+    weights; see `kept_by_layer`."""
+    kept, shape = kept_by_layer(config, width, packed=packed, autocast=autocast), _shape(config)
+    if config.trainer.gradient_checkpointing:
+        # The input of each layer, and all saved tensors of one layer at a time.
+        return kept.per_token + shape.num_hidden_layers * shape.hidden_size * width
+    if packed or not _last_layer_skips(config):
+        return kept.per_token * shape.num_hidden_layers
+    return kept.per_token * shape.num_hidden_layers - kept.block
+
+
+def _last_layer_skips(config: Config) -> bool:
+    """Whether the last layer's block runs at the rows with a loss alone (`training.last_layer`)."""
+    method, trainer = config.method, config.trainer
+    if trainer.loss_on is LossOn.all or trainer.compile is not Compile.off:
+        return False
+    if isinstance(method, MixLoraMethodConfig):
+        return config.kernel.name is not Kernel.peft
+    return not isinstance(method, LinearMixtureMethodConfig)
+
+
+def memory_of(
+    config: Config, packed: bool = False, *, processes: int = 1, autocast: bool = True
+) -> dict[str, int]:
+    """Memory that training takes on a device, in bytes, by item, all of which exist at its peak.
+
+    weights: the frozen ones, of which with `trainer.parallel=fsdp` each of `processes` keeps its
+    part. adapter_and_optimizer: the float32 adapter, AdamW's two moments, in 16 bits a copy of the
+    adapter in that precision, and gradients; these only in so far as they exist beside the
+    activations, which without accumulation they replace. activations: what is kept for the
+    backward pass of one micro-batch of the longest examples, and the logits or a layer's
+    gradients. dequantized: matrices of a quantised base while a layer uses them. exchanged:
+    gradients on their way between processes.
+
+    packed: as one of several adapters on one base model. autocast: as `kept_by_layer`.
     """
     model, method = config.model, config.method
-    assert isinstance(method, (LoraMethodConfig, PeftMethodConfig))
-    if isinstance(method, PeftMethodConfig):
-        alike = LoraMethodConfig(name="lora", rank=1, alpha=1.0, targets=method.targets)
-        extra = width * sum(sum(widths(model)[target]) for target in method.targets)
-        return extra + kept_per_token(replace(config, method=alike), width)
-    inputs, outputs = ({t: w[side] for t, w in widths(model).items()} for side in (0, 1))
-    d, f = inputs["gate_proj"], outputs["gate_proj"]
-    heads, kv = outputs["q_proj"], outputs["k_proj"]
-    mixed = isinstance(method, MixLoraMethodConfig)
-    linear = isinstance(method, LinearMixtureMethodConfig)
-    targets = [] if linear else method.targets
-    plain = [t for t in targets if not (mixed and t in FEED_FORWARD_TARGETS)]
-    experts = [t for t in targets if t not in plain]
-    masks = sum(inputs[target] for target in plain)
-    if experts:
-        masks += d * any(t != "down_proj" for t in experts) + f * ("down_proj" in experts)
-    stock = config.kernel.name in (Kernel.peft, Kernel.reference)
-    slots = router_of(method).slots if mixed else 1
-    norms = 6 if width == 2 else 4
-    numbers = norms * d + (3 if packed else 2) * heads + 2 * kv + 2 * f
-    numbers += method.rank * len(plain)
-    if not mixed or stock:
-        numbers += 2 * f * slots
-    stock = stock and not linear
-    if method.dora:
-        numbers += sum(outputs[target] for target in plain)
-        numbers += slots * d if "down_proj" in experts else 0
-    if stock:
-        # With dropout each branch saves its own input; each expert saves its gate and up outputs.
-        numbers += (masks if method.dropout else 0) + (2 * slots * f if mixed else 0)
-        numbers += sum(outputs[target] for target in experts) * slots if method.dora else 0
-    dropped = masks if method.dropout else 0
-    router = 4 * d if mixed and width == 2 else 0
-    # One float32 number per head (attention's log-sum-exp) and per norm.
-    if linear:
-        router += kept_by_mixture(model, method, width)
-    return (
-        numbers * width + router + dropped + 4 * (skeleton_of(model).config.num_attention_heads + 2)
+    width = number_bytes(config)
+    weights = _weights(config, width, processes)
+    if not isinstance(method, TrainedMethodConfig):
+        return {"weights": weights}
+    trained = count_parameters(model, method).trainable
+    tokens = config.trainer.micro_batch_size * config.data.cutoff_length
+    kept = tokens * kept_by_all_layers(config, width, packed, autocast=autocast)
+    layer = kept_by_layer(config, width, packed=packed, autocast=autocast)
+    copied = 1 if config.trainer.gradient_checkpointing else _shape(config).num_hidden_layers
+    activations = kept + layer.weights * copied
+    activations += max(_logits(config), 6 * widths(model)["gate_proj"][1] * tokens * width)
+    copies = 2 if width == 2 and autocast else 0
+    gradients = 4.0 * trained
+    if config.trainer.accumulation_steps // processes <= 1 and not packed:
+        gradients = max(0.0, gradients - activations)
+    items = {
+        "weights": weights,
+        "adapter_and_optimizer": trained * (12 + copies)
+        + fixed_parameters(model, method) * (4 + copies)
+        + gradients,
+        "activations": activations,
+        "dequantized": _dequantized(config, width),
+        "exchanged": 4 * trained if processes > 1 else 0,
+    }
+    return {name: round(size) for name, size in items.items() if size}
+
+
+def _shape(config: Config):
+    return skeleton_of(config.model).config
+
+
+def _weights(config: Config, width: int, processes: int) -> int:
+    """Bytes of the frozen weights on one device."""
+    total = base_bytes(config.model, width)
+    if processes == 1 or config.trainer.parallel is not Parallel.fsdp:
+        return total
+    inside = sum(m.weight.numel() for _, m in projections(skeleton_of(config.model))) * width
+    # Two layers are whole at a time: the next one's weights come while the one before computes.
+    return round(
+        total - inside + inside / processes + 2 * inside / _shape(config).num_hidden_layers
     )
 
 
-def kept_by_all_layers(config: Config, width: int, packed: bool = False) -> float:
-    """Bytes per token of all layers together; see `kept_per_token`."""
-    layer, shape = kept_per_token(config, width, packed), skeleton_of(config.model).config
-    if config.trainer.gradient_checkpointing:
-        # The input of each layer, and all saved tensors of one layer at a time.
-        return layer + shape.num_hidden_layers * shape.hidden_size * width
-    return layer * shape.num_hidden_layers
+def _dequantized(config: Config, width: int) -> int:
+    """The largest projections of a quantised base, gate and up at once, in the working type."""
+    if config.model.quantization is Quantization.none:
+        return 0
+    return 2 * width * max(inner * outer for inner, outer in widths(config.model).values())
 
 
-def memory_of(config: Config, packed: bool = False) -> dict[str, int]:
-    """Estimated memory of a run in bytes, by item: frozen weights; the float32 adapter with its
-    gradient, AdamW's two moments and, in 16 bits, its weights in that precision (but for
-    `kernel=peft`); tensors saved for the backward pass of one micro-batch. `packed`: as one of
-    several adapters on one base model."""
-    model, method, longest = config.model, config.method, config.data.cutoff_length
-    parameters = count_parameters(model, method)
-    # `auto` counts as bf16, since plans are often for another machine.
-    width = 4 if config.trainer.precision is Precision.float32 else 2
-    if not isinstance(method, TrainedMethodConfig):
-        return {"weights": base_bytes(model, width), "adapter_and_optimizer": 0, "activations": 0}
-    tokens = config.trainer.micro_batch_size * longest
-    kept = kept_by_all_layers(config, width, packed)
-    # The loss keeps a few rows of logits at a time, in float32.
-    chunk = 2**23 * 4
-    answers = longest if config.trainer.loss_on is LossOn.all else 4
-    logits = config.trainer.micro_batch_size * answers * skeleton_of(model).config.vocab_size * 8
+def _logits(config: Config) -> float:
+    """Bytes at the loss: logits, their log-softmax and its gradient in float32, of all positions
+    with a loss or of a chunk of them."""
+    answers = config.data.cutoff_length if config.trainer.loss_on is LossOn.all else ANSWER
+    logits = config.trainer.micro_batch_size * answers * _shape(config).vocab_size
     if config.trainer.head is not Head.full:
-        logits = min(logits, 2 * chunk)
-    copies = 2 if width == 2 and config.kernel.name is not Kernel.peft else 0
-    return {
-        "weights": base_bytes(model, width),
-        "adapter_and_optimizer": parameters.trainable * (16 + copies)
-        + fixed_parameters(model, method) * (4 + copies),
-        "activations": round(tokens * kept + logits),
-    }
+        logits = min(logits, CHUNK)
+    return 12.0 * logits
+
+
+def scoring_bytes(config: Config) -> int:
+    """Peak memory of scoring on a device, in bytes: weights (whole on each process), the adapter
+    with its copy in the working type, one layer's tensors for `evaluation.batch_tokens` tokens,
+    logits in float32, and the cache of keys and values where text is generated."""
+    model, method, width = config.model, config.method, number_bytes(config)
+    sides, shape = widths(model), _shape(config)
+    tokens = max(config.evaluation.batch_tokens, config.data.cutoff_length)
+    d, f = sides["gate_proj"]
+    slots = router_of(method).slots if isinstance(method, MixLoraMethodConfig) else 0
+    numbers = 6 * d + (4 + 2 * slots) * f
+    if {Protocol.generate, Protocol.exact_match} & set(config.evaluation.protocols):
+        numbers += 2 * sides["k_proj"][1] * shape.num_hidden_layers
+    adapter = 0
+    if isinstance(method, TrainedMethodConfig):
+        held = count_parameters(model, method).trainable + fixed_parameters(model, method)
+        adapter = held * (6 if width == 2 else 4)
+    logits = 8 * SCORED * shape.vocab_size
+    weights = base_bytes(model, width) + _dequantized(config, width)
+    return round(weights + adapter + tokens * numbers * width + logits)
+
+
+def peak_bytes(config: Config, *, processes: int = 1) -> int:
+    """Memory that a device needs for a run: that of training or of scoring."""
+    training = sum(memory_of(config, processes=processes).values())
+    return max(training, scoring_bytes(config))
 
 
 def many_that_fit(memory: dict[str, int], gib: float) -> int:
     """Number of adapters like this that can train together on one base model in `gib` GiB."""
-    each = memory["adapter_and_optimizer"] + memory["activations"]
-    return max(0, int((gib * 2**30 * USABLE - memory["weights"]) // each))
+    shared = memory["weights"] + memory.get("dequantized", 0)
+    each = sum(memory.values()) - shared
+    return max(0, int((usable_bytes(gib) - shared) // each))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.resolve import run_name, to_dict
+from mixlora_exp.config.resolve import run_name
 from mixlora_exp.config.schema import (
     AnswerForm,
     Config,
@@ -17,19 +16,15 @@ from mixlora_exp.config.schema import (
     TrainedMethodConfig,
     TrainerConfig,
 )
-from mixlora_exp.models import architecture_of, has_local_tokenizer, load_tokenizer
-from mixlora_exp.models.budget import budget_line
+from mixlora_exp.models import has_local_tokenizer, load_tokenizer
 from mixlora_exp.models.flops import count_flops
 from mixlora_exp.models.parameters import Parameters, count_parameters
-from mixlora_exp.plans.memory import kept_by_all_layers, many_that_fit, memory_of
-from mixlora_exp.records.checkout import git_state
-from mixlora_exp.records.objections import objections
+from mixlora_exp.plans.memory import kept_by_all_layers, memory_of
 from mixlora_exp.tasks import TASKS
 
 BOOLQ_PASSAGE = 576
 """Mean characters of BoolQ's passages, which `data.boolq_passage=false` leaves out."""
 CHARACTERS_PER_TOKEN = 4.0
-CARD_GIB = (24, 48)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +141,6 @@ def planned_steps(config: Config) -> int:
     return count_steps(config.trainer, sum(rows.values()) * len(config.data.forms))
 
 
-def _together(config: Config) -> str:
-    memory = memory_of(config, packed=True)
-    fits = ", ".join(f"{many_that_fit(memory, size)} in {size} GiB" for size in CARD_GIB)
-    return f"adapters like this on one base: {fits}"
-
-
 def plan(config: Config, adapter: Mapping[str, Any] | None = None) -> RunPlan:
     """Plan a run. Reads only data that are local or generated. `adapter`: see
     `runs.inputs.adapter_entry`.
@@ -174,100 +163,6 @@ def plan(config: Config, adapter: Mapping[str, Any] | None = None) -> RunPlan:
         padding=_padding(config, lengths) if lengths else None,
         steps=count_steps(config.trainer, examples) if examples else 0,
         memory=memory_of(config),
-    )
-
-
-def describe(config: Config, found: RunPlan) -> list[tuple[str, str]]:
-    """The plan as (title, value) lines."""
-    model, p = config.model, found.parameters
-    shape = architecture_of(model)
-    percent = f"{p.percent_true:.3f} % of all"
-    if p.percent_paper is not None:
-        percent += (
-            f"; without magnitudes {p.percent_paper:.2f} % of the paper's "
-            f"{model.nominal_parameters:.3g}"
-        )
-    counted = "estimated from characters"
-    if found.padding is not None:
-        counted = f"counted; {100 * found.padding:.0f} % of the batches is padding"
-    gib = {name: size / 2**30 for name, size in found.memory.items()}
-    frozen = p.magnitude and not config.method.train_magnitude
-    training = [
-        ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),
-        (
-            "steps",
-            f"{found.steps:,} of {config.trainer.batch_size} examples "
-            f"({config.trainer.micro_batch_size} x {config.trainer.accumulation_steps})",
-        ),
-    ]
-    return [
-        ("run", found.name),
-        (
-            "model",
-            f"{model.name}: {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
-            f"feed-forward {shape.intermediate_size}, heads "
-            f"{shape.num_attention_heads}/{shape.num_key_value_heads}, "
-            f"vocabulary {shape.vocab_size}",
-        ),
-        ("parameters", f"{p.base:,} frozen, {p.trainable:,} trainable ({percent})"),
-        (
-            "of them",
-            f"low rank {p.adapter - p.router:,}, router {p.router:,}, magnitude {p.magnitude:,}"
-            + (" (not trained)" if frozen else ""),
-        ),
-        *([("budget", line)] if (line := budget_line(config)) else []),
-        ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
-        ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
-        *(training if found.examples else [("training", "none: the model is scored as it is")]),
-        (
-            "memory",
-            f"about {sum(gib.values()):.1f} GiB at {config.data.cutoff_length} tokens per example: "
-            + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in gib.items())
-            + " (estimated)",
-        ),
-        *([("together", _together(config))] if found.examples else []),
-    ]
-
-
-def print_plan(config: Config, adapter: Mapping[str, Any] | None) -> None:
-    """Plan a run and print the plan. `adapter`: see `runs.inputs.adapter_entry`."""
-    from mixlora_exp.system.console import say
-
-    lines, against = describe(config, plan(config, adapter)), _against(config, adapter)
-    for what, value in [*lines, *([("record", against)] if against else [])]:
-        say(f"{what:<12}{value}")
-
-
-def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
-    """The first line that a run prints: its name, and objections to its use in tables; with
-    `method.match_params` a second one. `adapter`: see `runs.inputs.adapter_entry`."""
-    against, budget = _against(config, adapter), budget_line(config)
-    first = f"Run {name}" + (f" ({against})" if against else "")
-    return f"{first}\n{budget}" if budget else first
-
-
-def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
-    """Message on why `make collect` will not take the run; empty if it will."""
-    record = {
-        "config": {"model": to_dict(config.model)},
-        "provenance": {"git": git_state(CONF_DIR.parent)},
-        "adapter": adapter,
-    }
-    found = objections(record)
-    return f"make collect will not take it: {'; '.join(found)}" if found else ""
-
-
-def print_plan_together(configs: Sequence[Config]) -> None:
-    """Print the total memory of runs that share one base model."""
-    from mixlora_exp.system.console import say
-
-    memories = [memory_of(config, packed=True) for config in configs]
-    each = [m["adapter_and_optimizer"] + m["activations"] for m in memories]
-    total = memories[0]["weights"] + sum(each)
-    say(
-        f"{'all':<12}{len(configs)} adapters on one base: about {total / 2**30:.1f} GiB, "
-        f"{total / len(configs) / 2**30:.1f} for each (estimated); alone the largest needs "
-        f"{(memories[0]['weights'] + max(each)) / 2**30:.1f}"
     )
 
 

@@ -63,14 +63,19 @@ def provenance(repo_root: Path | str, gpu_names: Sequence[str] = ()) -> dict[str
         "git": git_state(Path(repo_root)),
         "python": platform.python_version(),
         "packages": {name: _package_version(name) for name in _PACKAGES},
-        "hardware": {
-            "cpu": _cpu_model(),
-            "cpu_cores": psutil.cpu_count(logical=False),
-            "cpu_threads": _usable_threads(),
-            "memory_bytes": psutil.virtual_memory().total,
-            "os": platform.platform(),
-            "gpus": list(gpu_names),
-        },
+        "hardware": hardware(gpu_names),
+    }
+
+
+def hardware(gpu_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a description of this machine, with the names of its GPUs."""
+    return {
+        "cpu": _cpu_model(),
+        "cpu_cores": psutil.cpu_count(logical=False),
+        "cpu_threads": _usable_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "os": platform.platform(),
+        "gpus": list(gpu_names),
     }
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,8 @@ from mixlora_exp.evaluation import Scorer, Share, TaskScore
 from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
-from mixlora_exp.plans.plan import cost_entry, first_line, parameters_entry, print_plan
+from mixlora_exp.plans.plan import cost_entry, parameters_entry
+from mixlora_exp.plans.printed import first_line
 from mixlora_exp.records.card import model_card
 from mixlora_exp.records.record import (
     finish_record,
@@ -45,8 +46,6 @@ from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
     RECORD,
     Inputs,
-    adapter_entry,
-    check_inputs,
     comparable,
     encoded_tests,
     gather_inputs,
@@ -156,11 +155,17 @@ class Run:
         return _score(self, base, None)[0]
 
 
-def run(config: Config, watch: Watch | None = None, earlier: Earlier = None) -> Path | None:
+def run(
+    config: Config,
+    watch: Watch | None = None,
+    earlier: Earlier = None,
+    words: Sequence[str] = (),
+) -> Path | None:
     """Execute the run that `config` describes and return the path of its record; None for a dry
     run, or if another process is executing it. If the record exists already, its results are shown
     or, if `earlier` is given, its path is added there.
 
+    words: the overrides that the user gave, for a plan's commands.
     `watch` is called with step and loss (without router loss) during training, and may raise
     `GivenUp` to end the run. A finished run of the same fingerprint on the same inputs is not
     repeated unless `force` is set. The record is written last, so a folder without one holds no
@@ -173,8 +178,10 @@ def run(config: Config, watch: Watch | None = None, earlier: Earlier = None) -> 
     be_quiet(not first)
     config = resolve_config(config)
     if config.dry_run:
-        check_inputs([config])
-        print_plan(config, adapter_entry(config))
+        # Late: a probe of its speed starts a run.
+        from mixlora_exp.runs.planned import tell_plan
+
+        tell_plan([config], words)
         return None
     # Inputs first: most mistakes are there, and are found fastest.
     inputs = gather_inputs(config)

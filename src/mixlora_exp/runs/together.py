@@ -20,16 +20,15 @@ from mixlora_exp.config.together import check_together
 from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
 from mixlora_exp.models.precision import autocast
-from mixlora_exp.plans.plan import first_line, print_plan, print_plan_together
+from mixlora_exp.plans.printed import first_line
 from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
     Inputs,
-    adapter_entry,
-    check_inputs,
     gather_inputs,
     resolve_config,
 )
 from mixlora_exp.runs.ownership import forget_failure, held, note_failure
+from mixlora_exp.runs.planned import tell_plan
 from mixlora_exp.runs.run import (
     RECORD,
     Run,
@@ -85,18 +84,21 @@ class _Pack:
         return self.paths
 
 
-def run_together(configs: Sequence[Config], *, earlier: list[Path] | None = None) -> list[Path]:
+def run_together(
+    configs: Sequence[Config], *, earlier: list[Path] | None = None, words: Sequence[str] = ()
+) -> list[Path]:
     """Execute runs that share a base model; returns the paths of their records, none for a dry run.
 
-    Skips finished runs (see `run` for `earlier`) and those that another process is executing. A run
-    that fails, in its data, training or scoring, is reported after the others are recorded.
+    Skips finished runs (see `run` for `earlier` and `words`) and those that another process is
+    executing. A run that fails, in its data, training or scoring, is reported after the others are
+    recorded.
 
     Raises:
         UserError: the runs cannot share a base model, or a run failed for a reason that the user
             can fix (`PackError`).
     """
     if len(configs) == 1:
-        path = run(configs[0], earlier=earlier)
+        path = run(configs[0], earlier=earlier, words=words)
         return [] if path is None else [path]
     configs = [resolve_config(config) for config in configs]
     check_together(configs, [run_name(config) for config in configs])
@@ -105,10 +107,7 @@ def run_together(configs: Sequence[Config], *, earlier: list[Path] | None = None
             # Even if it is scored alone, it would leave the base model changed.
             check_shareable(adapter_folder(config.adapter))
     if configs[0].dry_run:
-        check_inputs(list(configs))
-        for config in configs:
-            print_plan(config, adapter_entry(config))
-        print_plan_together(configs)
+        tell_plan(configs, words)
         return []
     if processes().num_processes > 1:
         raise UserError(

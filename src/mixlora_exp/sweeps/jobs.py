@@ -90,16 +90,17 @@ def run_one(
     """Execute one composed configuration (a Hydra task function); see `runs.run` for `earlier` and
     `resolve.to_config` for `recorded`."""
     config = _grouped(to_config(cfg, recorded))
+    words = HydraConfig.get().overrides.task
     # Imported late, so that a mistake on the command line is reported before torch loads.
     if config.adapters:
         from mixlora_exp.runs.together import run_together
 
-        found = run_together(_adapters_of(config, recorded), earlier=earlier)
+        found = run_together(_adapters_of(config, recorded), earlier=earlier, words=words)
         runs, done = len(config.adapters), len(found)
     else:
         from mixlora_exp.runs.run import run
 
-        runs, done = 1, int(run(config, earlier=earlier) is not None)
+        runs, done = 1, int(run(config, earlier=earlier, words=words) is not None)
     return Outcome(done=runs) if config.dry_run else Outcome(done=done, alone=runs - done)
 
 

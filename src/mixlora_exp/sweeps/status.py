@@ -65,9 +65,9 @@ class CellState:
     @property
     def memory_gib(self) -> float:
         """Estimated memory of a GPU in GiB."""
-        from mixlora_exp.plans.memory import memory_of
+        from mixlora_exp.plans.memory import peak_bytes
 
-        return sum(memory_of(self.config).values()) / 2**30
+        return peak_bytes(self.config) / 2**30
 
 
 def _paper_models() -> list[str]:

@@ -1,0 +1,32 @@
+"""Estimates what a run writes to disk."""
+
+from __future__ import annotations
+
+from mixlora_exp.config.schema import Config, ModelSource, TrainedMethodConfig, Weights
+from mixlora_exp.models.mixtures import fixed_parameters
+from mixlora_exp.models.parameters import count_parameters, skeleton_of
+
+__all__ = ["disk_bytes", "disk_line"]
+
+
+def disk_bytes(config: Config) -> dict[str, int]:
+    """Bytes on disk, by item: the float32 adapter; checkpoints, each of them the adapter with
+    AdamW's two moments, one more than are kept while one is written; the model's weights in the
+    cache of the hub or of converted packages, in 16 bits."""
+    found = {}
+    if isinstance(config.method, TrainedMethodConfig):
+        trained = count_parameters(config.model, config.method).trainable
+        found["adapter"] = 4 * (trained + fixed_parameters(config.model, config.method))
+        found["checkpoints"] = 12 * trained * (config.trainer.keep_checkpoints + 1)
+    model = config.model
+    drawn = model.weights is Weights.random or model.source is ModelSource.random
+    if model.path is None and not drawn:
+        weights = sum(p.numel() for p in skeleton_of(model).parameters())
+        found["weights in the cache"] = 2 * weights
+    return found
+
+
+def disk_line(config: Config) -> str:
+    items = disk_bytes(config)
+    told = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in items.items())
+    return f"about {sum(items.values()) / 2**30:.2f} GiB: {told}" if items else "next to nothing"

@@ -1,0 +1,185 @@
+"""Bytes that a decoder layer keeps for the backward pass, from shapes.
+
+Counted from the tensors that the code saves: a test compares them with autograd's, for each kernel
+and method, another the sums with peaks that were measured on GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mixlora_exp.config.schema import (
+    FEED_FORWARD_TARGETS,
+    Config,
+    Kernel,
+    LoraMethodConfig,
+    MixLoraMethodConfig,
+    PeftMethodConfig,
+)
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.models.mixtures import kept_by_mixture
+from mixlora_exp.models.parameters import router_of, skeleton_of, widths
+
+__all__ = ["Kept", "kept_by_layer"]
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections with one input. That of o_proj is kept by the attention anyway."""
+DROPPED_INDEX = 4
+"""Bytes by which a mask of this project names a dropped element on a CPU; none on a GPU."""
+ROUTING = 36
+"""Bytes of a router's decision per slot."""
+MATRICES = ("LOHA", "LOKR", "HIRA")
+"""PEFT's types that keep a matrix of the weight's shape per projection, and no output of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes that a layer keeps: per token in its attention with the norms, per token in its
+    feed-forward block, and, whatever the number of tokens, copies of weights."""
+
+    attention: float
+    block: float
+    weights: float = 0.0
+
+    @property
+    def per_token(self) -> float:
+        return self.attention + self.block
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What the bytes depend on: widths of the projections, bytes per number, and whether PEFT's
+    own layers run (`stock`), under autocast or not."""
+
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+    width: int
+    dropout: float
+    stock: bool
+    plain: bool
+    autocast: bool
+
+    def linears(self, targets: list[str], rank: int, *, dora: bool) -> Kept:
+        """LoRA or DoRA on projections outside of a mixture; `attention` holds all of it."""
+        inputs = sum(self.inputs[target] for target in targets)
+        outputs = sum(self.outputs[target] for target in targets)
+        low = rank * len(targets)
+        if not self.stock:
+            dropped = self.dropout * DROPPED_INDEX * inputs
+            shared = sum(
+                self.inputs[group[0]] for group in SHARED_INPUTS if set(group) & set(targets)
+            )
+            if self.plain and self.dropout:
+                shared, dropped = inputs, inputs
+            numbers = shared + low + (outputs if dora else 0)
+            return Kept(self.width * numbers + dropped, 0.0)
+        # PEFT casts each projection's input to the adapter's float32, which dropout then copies;
+        # autocast makes bf16 of that again.
+        own = 2 if self.width == 2 and self.autocast else 4
+        copied = self.width == 2 or self.dropout
+        found = own * (inputs if copied else 0) + own * low + (inputs if self.dropout else 0)
+        if not copied:
+            found += own * sum(
+                self.inputs[group[0]] for group in SHARED_INPUTS if set(group) & set(targets)
+            )
+        weights = 0.0
+        if dora:
+            # Its scale multiplies the frozen product and the low-rank one. With dropout it makes
+            # the first anew, from a copy of the weight in the type of the products.
+            frozen = own if self.dropout or self.width == 4 else self.width
+            found += (frozen + own) * outputs
+            if self.dropout and self.width == 2:
+                weights = own * sum(self.inputs[t] * self.outputs[t] for t in targets)
+        return Kept(found, 0.0, weights)
+
+    def mixture(self, kernel: Kernel, slots: int, rank: int, *, dora: bool) -> float:
+        """A block of experts on all three projections, per token; see the kernels' files."""
+        d, f, w = self.inputs["gate_proj"], self.outputs["gate_proj"], self.width
+        routed = 4 * d + ROUTING * slots
+        if kernel not in (Kernel.peft, Kernel.shared, Kernel.reference):
+            # x, W1 x, W3 x, columns of rank R per slot, and with DoRA K outputs.
+            numbers = d + 2 * f + (slots * d if dora else 0)
+            numbers += 0 if kernel is Kernel.exact else 3 * rank * slots
+            x = 0 if w == 4 else routed - ROUTING * slots
+            masks = self.dropout * DROPPED_INDEX * (d + f)
+            return w * numbers + x + ROUTING * slots + masks
+        masks = 0
+        outputs = 2 * f + d if dora else 0
+        if kernel is Kernel.peft:
+            # Adapters in float32 without autocast, on an input of their own each.
+            wide = 4 * (2 * d + f + 3 * rank) + w * (2 * d + 3 * f)
+            if w == 4:
+                wide = w * (4 * f + (4 if self.dropout else 3) * d + 3 * rank)
+            masks = slots * (2 * d + f) if self.dropout else 0
+            return routed + slots * (wide + (w + 4) * outputs) + masks
+        rows = 4 * d if kernel is Kernel.shared else 3 * d
+        masks = d + slots * f if self.dropout else 0
+        return routed + slots * w * (4 * f + rows + 3 * rank + outputs) + masks
+
+
+def kept_by_layer(
+    config: Config, width: int, *, packed: bool = False, autocast: bool = True
+) -> Kept:
+    """What a layer keeps with `width` bytes per number (4: float32, 2: bf16).
+
+    packed: as one of several adapters in a pass. autocast: whether it runs under autocast in bf16,
+    as in training. What PEFT's other types keep is not counted as exactly as the rest.
+    """
+    model, method = config.model, config.method
+    assert isinstance(method, (LoraMethodConfig, PeftMethodConfig))
+    sides = widths(model)
+    if isinstance(method, PeftMethodConfig):
+        return _of_peft_type(config, method, width)
+    mixed = isinstance(method, MixLoraMethodConfig)
+    linear = isinstance(method, LinearMixtureMethodConfig)
+    kernel = config.kernel.name
+    layer = _Layer(
+        inputs={t: w[0] for t, w in sides.items()},
+        outputs={t: w[1] for t, w in sides.items()},
+        width=width,
+        dropout=method.dropout,
+        stock=kernel is Kernel.peft,
+        plain=kernel is Kernel.reference,
+        autocast=autocast,
+    )
+    d, f = sides["gate_proj"]
+    heads = skeleton_of(model).config.num_attention_heads
+    # The norms' inputs, in float32; queries, keys, values and the attention's output, which several
+    # adapters in one pass keep twice; a number per head and norm in float32.
+    numbers = (4 if width == 2 else 2) * d + (3 if packed else 2) * sides["q_proj"][1]
+    attention = width * (numbers + 2 * sides["k_proj"][1]) + 4 * (heads + 2)
+    if linear:
+        return Kept(
+            attention + kept_by_mixture(model, method, width) + 2 * d * width, 4 * f * width
+        )
+    outside = [t for t in method.targets if not (mixed and t in FEED_FORWARD_TARGETS)]
+    own = layer.linears(outside, method.rank, dora=method.dora)
+    if not mixed:
+        # The gate, its activation and the up projection.
+        inside = [t for t in outside if t in FEED_FORWARD_TARGETS]
+        block = layer.linears(inside, method.rank, dora=method.dora).attention if inside else 0
+        return Kept(attention + own.attention - block, 3 * f * width + block, own.weights)
+    slots, rank = router_of(method).slots, method.rank_of_experts
+    return Kept(
+        attention + own.attention,
+        layer.mixture(kernel, slots, rank, dora=method.dora),
+        own.weights,
+    )
+
+
+def _of_peft_type(config: Config, method: PeftMethodConfig, width: int) -> Kept:
+    """What stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output of
+    each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
+    sides = widths(config.model)
+    matrices = method.peft_type in MATRICES
+    alike = LoraMethodConfig(name="lora", rank=1, alpha=1.0, targets=method.targets, dropout=0.0)
+    found = kept_by_layer(
+        replace(config, method=alike, kernel=replace(config.kernel, name=Kernel.peft)), width
+    )
+    outputs = 0 if matrices else width * sum(sides[target][1] for target in method.targets)
+    weights = 0.0
+    if matrices:
+        weights = width * sum(sides[t][0] * sides[t][1] for t in method.targets)
+    elif method.peft_type == "VERA":
+        weights = width * method.peft.get("r", 256) * sum(sum(sides[t]) for t in method.targets)
+    return Kept(found.attention + outputs, found.block, weights)

@@ -1,0 +1,172 @@
+"""What a dry run prints of one run, or of several on one base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.config.resolve import to_dict
+from mixlora_exp.config.schema import Config
+from mixlora_exp.models import architecture_of
+from mixlora_exp.models.budget import budget_line
+from mixlora_exp.plans.cards import CARDS, card_lines, total_bytes
+from mixlora_exp.plans.disk import disk_line
+from mixlora_exp.plans.hours import scored_tokens, trained_tokens
+from mixlora_exp.plans.memory import many_that_fit, memory_of, scoring_bytes
+from mixlora_exp.plans.plan import RunPlan, plan
+from mixlora_exp.plans.speed import Speed, time_line
+from mixlora_exp.records.checkout import git_state
+from mixlora_exp.records.objections import objections
+
+__all__ = ["Circumstances", "describe", "first_line", "print_plan", "print_plan_together"]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What a plan depends on beside the configuration. words: the overrides that the user gave.
+    accepts: whether a configuration is not refused for another reason than memory. processes: how
+    many train together. speed: that of this machine, None where it is not known."""
+
+    words: Sequence[str] = ()
+    accepts: Callable[[Config], bool] = lambda config: True
+    processes: int = 1
+    speed: Speed | None = None
+
+
+def describe(
+    config: Config, found: RunPlan, around: Circumstances | None = None
+) -> list[tuple[str, str]]:
+    """The plan as (title, value) lines, without those about cards."""
+    around = around or Circumstances()
+    model, p = config.model, found.parameters
+    shape = architecture_of(model)
+    percent = f"{p.percent_true:.3f} % of all"
+    if p.percent_paper is not None:
+        percent += (
+            f"; without magnitudes {p.percent_paper:.2f} % of the paper's "
+            f"{model.nominal_parameters:.3g}"
+        )
+    counted = "estimated from characters"
+    if found.padding is not None:
+        counted = f"counted; {100 * found.padding:.0f} % of the batches is padding"
+    frozen = p.magnitude and not config.method.train_magnitude
+    training = [
+        ("examples", f"{found.examples:,} per epoch, {found.tokens:,} tokens ({counted})"),
+        (
+            "steps",
+            f"{found.steps:,} of {config.trainer.batch_size} examples "
+            f"({config.trainer.micro_batch_size} x {config.trainer.accumulation_steps})",
+        ),
+    ]
+    return [
+        ("run", found.name),
+        (
+            "model",
+            f"{model.name}: {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
+            f"feed-forward {shape.intermediate_size}, heads "
+            f"{shape.num_attention_heads}/{shape.num_key_value_heads}, "
+            f"vocabulary {shape.vocab_size}",
+        ),
+        ("parameters", f"{p.base:,} frozen, {p.trainable:,} trainable ({percent})"),
+        (
+            "of them",
+            f"low rank {p.adapter - p.router:,}, router {p.router:,}, magnitude {p.magnitude:,}"
+            + (" (not trained)" if frozen else ""),
+        ),
+        *([("budget", line)] if (line := budget_line(config)) else []),
+        ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
+        ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
+        *(training if found.examples else [("training", "none: the model is scored as it is")]),
+        ("memory", _memory(config, found, around.processes)),
+        (
+            "time",
+            time_line(
+                around.speed,
+                trained_tokens(config, found),
+                scored_tokens(config, found),
+                around.processes,
+            ),
+        ),
+        ("disk", disk_line(config)),
+    ]
+
+
+def _memory(config: Config, found: RunPlan, processes: int) -> str:
+    scored = f"{scoring_bytes(config) / GIB:.1f}"
+    if not found.examples:
+        return f"about {scored} GiB to score (estimated)"
+    items = memory_of(config, processes=processes)
+    named = ", ".join(f"{name.replace('_', ' ')} {n / GIB:.1f}" for name, n in items.items())
+    each = f" on each of {processes} devices" if processes > 1 else ""
+    return (
+        f"about {total_bytes([config], processes) / GIB:.1f} GiB{each} at "
+        f"{config.data.cutoff_length} tokens per example: {named}; scoring {scored} (estimated)"
+    )
+
+
+def _together(config: Config) -> str:
+    memory = memory_of(config, packed=True)
+    fits = ", ".join(f"{many_that_fit(memory, size)} in {size}" for size in CARDS)
+    return f"adapters like this on one base: {fits} GB"
+
+
+def print_plan(
+    config: Config,
+    adapter: Mapping[str, Any] | None,
+    around: Circumstances | None = None,
+    *,
+    cards: bool = True,
+) -> None:
+    """Plan a run and print the plan. `adapter`: see `runs.inputs.adapter_entry`. cards: with what
+    fits each card."""
+    around = around or Circumstances()
+    found = plan(config, adapter)
+    lines, against = describe(config, found, around), _against(config, adapter)
+    if cards:
+        lines += card_lines([config], around.words, around.accepts, around.processes)
+    lines += [("together", _together(config))] if found.examples else []
+    _print([*lines, *([("record", against)] if against else [])])
+
+
+def print_plan_together(configs: Sequence[Config], around: Circumstances | None = None) -> None:
+    """Print the total memory of runs that share one base model, and what fits each card."""
+    around = around or Circumstances()
+    memories = [memory_of(config, packed=True) for config in configs]
+    each = [sum(m.values()) - m["weights"] for m in memories]
+    total, weights = total_bytes(configs), memories[0]["weights"]
+    told = (
+        f"{len(configs)} adapters on one base: about {total / GIB:.1f} GiB, "
+        f"{total / len(configs) / GIB:.1f} for each (estimated); alone the largest needs "
+        f"{(weights + max(each)) / GIB:.1f}"
+    )
+    _print([("all", told), *card_lines(configs, around.words, around.accepts)])
+
+
+def _print(lines: Sequence[tuple[str, str]]) -> None:
+    from mixlora_exp.system.console import say
+
+    for what, value in lines:
+        say(f"{what:<12}{value}")
+
+
+def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
+    """The first line that a run prints: its name, and objections to its use in tables; with
+    `method.match_params` a second one. `adapter`: see `runs.inputs.adapter_entry`."""
+    against, budget = _against(config, adapter), budget_line(config)
+    first = f"Run {name}" + (f" ({against})" if against else "")
+    return f"{first}\n{budget}" if budget else first
+
+
+def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
+    """Message on why `make collect` will not take the run; empty if it will."""
+    record = {
+        "config": {"model": to_dict(config.model)},
+        "provenance": {"git": git_state(CONF_DIR.parent)},
+        "adapter": adapter,
+    }
+    found = objections(record)
+    return f"make collect will not take it: {'; '.join(found)}" if found else ""

@@ -1,0 +1,122 @@
+"""Tokens per second of a run on this machine, from the committed benchmark records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlora_exp.config.choices import Compile, Quantization
+from mixlora_exp.config.paths import ROOT
+from mixlora_exp.config.schema import Config, Kernel, LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.models.parameters import router_of, skeleton_of
+from mixlora_exp.system.untrusted import read_json
+
+__all__ = ["Speed", "duration", "measured_rows", "recorded_speed", "time_line"]
+
+BENCHMARKS = ROOT / "results" / "bench"
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second in training and in scoring, and where they come from."""
+
+    training: float
+    scoring: float
+    source: str
+
+
+def measured_rows(
+    folder: Path = BENCHMARKS,
+) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
+    """(file's name, hardware, benchmark, row) of each row in the records of training steps of a
+    folder."""
+    for path in sorted(folder.glob("*.json")):
+        record = read_json(path)
+        hardware = record.get("provenance", {}).get("hardware", {})
+        for benchmark in record.get("benchmarks", [record]):
+            rows = benchmark.get("rows")
+            if not isinstance(rows, dict) or "batch" not in benchmark.get("config", {}):
+                continue
+            for row in rows.values():
+                if "method" in row and "kernel" in row:
+                    yield path.name, hardware, benchmark, row
+
+
+def recorded_speed(
+    config: Config, hardware: Mapping[str, Any], dtype: str, folder: Path = BENCHMARKS
+) -> Speed | None:
+    """The speed by the records in a folder of this model at full depth with this method and kernel,
+    on the same GPU or, without one, the same CPU with as many threads; None without one. Records of
+    steps under autocast, as training runs, come first, then those of more rounds.
+
+    hardware: as in a record. dtype: of the frozen weights on this machine.
+    """
+    found: list[tuple[tuple[bool, int], Speed]] = []
+    for file, where, benchmark, row in measured_rows(folder):
+        settings = benchmark["config"]
+        here = _machine(where) == _machine(hardware) and settings["dtype"] == dtype
+        if not here or not _is_of(config, benchmark, row, bool(hardware.get("gpus"))):
+            continue
+        names = ("train_forward", "train_backward", "infer_forward")
+        forward, backward, scored = (row.get(f"{name}_us_per_token") for name in names)
+        if None not in (forward, backward, scored):
+            speed = Speed(1e6 / (forward + backward), 1e6 / scored, f"results/bench/{file}")
+            under_autocast = "loss_on" in settings and row.get("autocast", True)
+            found.append(((under_autocast, row.get("rounds", 0)), speed))
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _machine(hardware: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a speed depends on: the first GPU, or the CPU and its threads."""
+    gpus = hardware.get("gpus")
+    return (gpus[0],) if gpus else (hardware.get("cpu"), hardware.get("cpu_threads"))
+
+
+def _is_of(config: Config, benchmark: Mapping[str, Any], row: Mapping[str, Any], gpu: bool) -> bool:
+    """Whether a row is of a configuration's model, method and kernel, trained plainly."""
+    model, method, trainer = config.model, config.method, config.trainer
+    kernel = config.kernel.name.value
+    if config.kernel.name is Kernel.auto:
+        kernel = "triton" if gpu else "exact"
+    return (
+        benchmark["config"]["model"] == model.name
+        and benchmark["layers"] == skeleton_of(model).config.num_hidden_layers
+        and model.quantization is Quantization.none
+        and trainer.compile is Compile.off
+        and not trainer.gradient_checkpointing
+        and row.get("adapter_dtype", "float32") == "float32"
+        and not row.get("compiled")
+        and row["method"] == method.name
+        and row["kernel"] == kernel
+        and isinstance(method, LoraMethodConfig)
+        and bool(benchmark["config"]["dropout"]) == bool(method.dropout)
+        and (not isinstance(method, MixLoraMethodConfig) or _experts(row) == _experts_of(method))
+    )
+
+
+def _experts(row: Mapping[str, Any]) -> tuple[int, int, str]:
+    return row["num_experts"], row["top_k"], row.get("router", "top_k")
+
+
+def _experts_of(method: MixLoraMethodConfig) -> tuple[int, int, str]:
+    return method.num_experts, router_of(method).slots, method.router.value
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def time_line(speed: Speed | None, training: float, scoring: float, processes: int = 1) -> str:
+    """What a run takes: tokens of training and of scoring, which the processes share, at a
+    speed."""
+    if speed is None:
+        return "not known (plan.probe=true measures)"
+    parts = {"training": training / speed.training, "scoring": scoring / speed.scoring}
+    spans = {name: seconds / processes for name, seconds in parts.items() if seconds}
+    each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spans.items())
+    rates = f"{speed.training:,.0f} and {speed.scoring:,.0f} tokens/s"
+    return f"about {duration(sum(spans.values()))} here: {each} ({rates} by {speed.source})"

@@ -1,0 +1,111 @@
+"""The settings that fit a card, as commands that can be run."""
+
+from __future__ import annotations
+
+import shlex
+from itertools import pairwise
+
+import pytest
+from composed import compose
+
+from mixlora_exp.cli.train import execute
+from mixlora_exp.config.choices import Compile, Quantization
+from mixlora_exp.plans.cards import CARDS, Fit, card_lines, fits, total_bytes
+from mixlora_exp.plans.memory import memory_of, peak_bytes, scoring_bytes, usable_bytes
+
+LLAMA = ["model=llama2_7b", "method=mixlora"]
+
+
+def preference(fit: Fit) -> tuple[bool, bool, int]:
+    return fit.checkpointing, fit.quantization is not Quantization.none, -fit.micro_batch
+
+
+def test_the_order_of_settings() -> None:
+    found = list(fits([compose(LLAMA)], lambda config: True))
+    assert [fit.micro_batch for fit in found] == 4 * [8, 4, 2, 1]
+    assert all(preference(one) < preference(two) for one, two in pairwise(found))
+
+
+@pytest.mark.parametrize("method", ["mixlora", "none"])
+def test_each_command_is_of_a_run_that_fits(method: str) -> None:
+    words = ["model=llama2_7b", f"method={method}", "dry_run=true"]
+    lines = card_lines([compose(words)], words)
+    assert [title for title, _ in lines] == [f"{size} GB" for size in CARDS]
+    for size, (_, told) in zip(CARDS, lines, strict=True):
+        given = shlex.split(told.partition(": python train.py ")[2])
+        assert "dry_run=true" not in given
+        needed = peak_bytes(compose(given))
+        assert needed <= usable_bytes(size)
+        assert f"{needed / 2**30:.1f} GiB" in told
+
+
+def test_what_fits_as_it_is_and_what_does_not() -> None:
+    config = compose(LLAMA)
+    lines = dict(card_lines([config], LLAMA))
+    assert lines["24 GB"].startswith("does not fit, but would so, ")
+    assert "trainer.micro_batch_size=2" in lines["24 GB"]
+    assert lines["48 GB"].endswith(": python train.py model=llama2_7b method=mixlora")
+    assert lines["48 GB"].startswith("fits, ")
+
+
+def test_nothing_fits_and_what_would() -> None:
+    config = compose(["model=llama2_13b", "data.cutoff_length=4096"])
+    refused = card_lines([config], [], lambda one: one.model.quantization is Quantization.none)
+    told = dict(refused)
+    assert told["16 GB"].startswith("does not fit: the least is ")
+    assert "(micro-batch 1, checkpointing, bf16, compile off)" in told["16 GB"]
+    assert told["16 GB"].endswith(" GB would")
+    assert "\n" not in told["16 GB"]
+
+
+def test_what_was_asked_for_stays() -> None:
+    words = [*LLAMA, "trainer.gradient_checkpointing=true", "model.quantization=int8"]
+    found = list(fits([compose(words)], lambda config: True))
+    assert {(fit.checkpointing, fit.quantization) for fit in found} == {(True, Quantization.int8)}
+
+
+def test_a_quantised_base_is_not_compiled() -> None:
+    found = fits([compose([*LLAMA, "trainer.compile=layer"])], lambda config: True)
+    by_kind = {fit.quantization: fit.compile for fit in found}
+    assert by_kind == {Quantization.none: Compile.layer, Quantization.nf4: Compile.off}
+
+
+def test_processes_share_the_weights_and_the_step() -> None:
+    config = compose([*LLAMA, "trainer.parallel=fsdp"])
+    alone, shared = memory_of(config), memory_of(config, processes=4)
+    assert shared["weights"] < 0.4 * alone["weights"]
+    assert shared["exchanged"] > 0
+    sizes = {fit.micro_batch for fit in fits([config], lambda config: True, processes=4)}
+    assert sizes == {4, 2, 1}
+    command = dict(card_lines([config], LLAMA, processes=4))["80 GB"]
+    assert "torchrun --nproc-per-node=4 train.py" in command
+
+
+def test_adapters_on_one_base_need_less_than_apart() -> None:
+    configs = [compose([*LLAMA, f"seed={seed}"]) for seed in (1, 2)]
+    together = total_bytes(configs)
+    assert peak_bytes(configs[0]) < together < 2 * peak_bytes(configs[0])
+
+
+def test_scoring_can_be_the_peak() -> None:
+    small = ["trainer.micro_batch_size=1", "trainer.gradient_checkpointing=true"]
+    config = compose([*LLAMA, *small, "evaluation.batch_tokens=65536"])
+    assert peak_bytes(config) == scoring_bytes(config) > sum(memory_of(config).values())
+
+
+def test_without_accumulation_gradients_replace_activations() -> None:
+    twice, once = (
+        memory_of(compose([*LLAMA, f"trainer.batch_size={size}", "trainer.micro_batch_size=8"]))
+        for size in (16, 8)
+    )
+    assert once["activations"] == twice["activations"]
+    assert once["adapter_and_optimizer"] < twice["adapter_and_optimizer"]
+
+
+def test_a_dry_run_tells_cards_time_and_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["model=llama2_7b", "task=arc_e", "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    for size in CARDS:
+        assert f"\n{size} GB       " in out
+    assert "\ndisk        about 20.13 GiB: adapter 0.76, checkpoints 6.82, weights in" in out
+    assert "python train.py model=llama2_7b task=arc_e trainer.micro_batch_size=2\n" in out
