@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from itertools import pairwise
 
@@ -10,8 +11,10 @@ from composed import compose
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.choices import Compile, Quantization
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.plans.cards import CARDS, Fit, card_lines, fits, total_bytes
 from mixlora_exp.plans.memory import memory_of, peak_bytes, scoring_bytes, usable_bytes
+from mixlora_exp.plans.scaling import page
 
 LLAMA = ["model=llama2_7b", "method=mixlora"]
 
@@ -100,6 +103,22 @@ def test_without_accumulation_gradients_replace_activations() -> None:
     )
     assert once["activations"] == twice["activations"]
     assert once["adapter_and_optimizer"] < twice["adapter_and_optimizer"]
+
+
+def test_the_page_is_that_of_the_plan() -> None:
+    assert (ROOT / "docs" / "scaling.md").read_text() == page()
+
+
+def test_the_readmes_commands_for_one_card_fit_it() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"## One 24 GB card\n+```bash\n(.*?)```", text, flags=re.DOTALL)
+    assert block
+    lines = [line.split("  # ") for line in block[1].splitlines()]
+    assert len(lines) == 3
+    for command, told in lines:
+        needed = peak_bytes(compose(shlex.split(command)[2:]))
+        assert needed <= usable_bytes(24)
+        assert told == f"{needed / 2**30:.1f} GiB"
 
 
 def test_a_dry_run_tells_cards_time_and_disk(capsys: pytest.CaptureFixture[str]) -> None:
