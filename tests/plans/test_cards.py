@@ -45,10 +45,10 @@ def test_each_command_is_of_a_run_that_fits(method: str) -> None:
 def test_what_fits_as_it_is_and_what_does_not() -> None:
     config = compose(LLAMA)
     lines = dict(card_lines([config], LLAMA))
-    assert lines["24 GB"].startswith("does not fit, but would so, ")
+    assert lines["24 GB"].startswith("does not fit; this would, in ")
     assert "trainer.micro_batch_size=2" in lines["24 GB"]
     assert lines["48 GB"].endswith(": python train.py model=llama2_7b method=mixlora")
-    assert lines["48 GB"].startswith("fits, ")
+    assert lines["48 GB"].startswith("fits, in ")
 
 
 def test_nothing_fits_and_what_would() -> None:

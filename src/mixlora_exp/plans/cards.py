@@ -132,8 +132,8 @@ def card_lines(
             )
         else:
             command = _command(words, fit.words(configs[0]), processes)
-            what = "fits" if asked <= usable else "does not fit, but would so"
-            told = f"{what}, {_gib(fit.needed)} GiB ({fit.described}): {command}"
+            what = "fits" if asked <= usable else "does not fit; this would"
+            told = f"{what}, in {_gib(fit.needed)} GiB ({fit.described}): {command}"
         lines.append((f"{size} GB", told))
     return lines
 
