@@ -146,8 +146,15 @@ def test_a_lone_weight_of_1_does_not_count_as_a_gradient(start: Start) -> None:
 
 def test_rows_that_predict_a_label() -> None:
     ids, labels = torch.zeros(2, 4), torch.tensor([[5, 6, -100], [-100, -100, 7]])
-    found = predicting({"input_ids": ids, "labels": labels})
+    last = {"labels": labels, "logits_to_keep": torch.tensor([1, 2, 3])}
+    found = predicting({"input_ids": ids, **last})
     assert found.view(2, 4).int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+    row = {
+        "labels": torch.tensor([[-100, 5, -100, 6]]),
+        "logits_to_keep": torch.tensor([1, 2, 5, 6]),
+    }
+    found = predicting({"input_ids": torch.zeros(1, 8), **row})
+    assert found.int().tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
     whole = torch.cat([torch.full((2, 1), 9), labels], dim=1)
     found = predicting({"input_ids": ids, "labels": whole})
     assert found.view(2, 4).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]

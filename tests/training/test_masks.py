@@ -41,7 +41,9 @@ def masks_of(
                 real, ids = batch["attention_mask"].bool(), batch["position_ids"]
                 shape = (real.numel(), 64)
                 kept = key.mask("input", shape, 0.3, real.device, hashed=hashed).kept()
-                rows = batch["example"].repeat_interleave(real.shape[1]).view(real.shape)
+                rows = batch["example"].repeat_interleave(real.shape[1]).view(-1, real.shape[1])
+                if config.data.packing:
+                    rows = batch["example"][(ids.flatten() == 0).cumsum(0) - 1].view(real.shape)
                 for example, position, row in zip(
                     rows[real].tolist(), ids[real].tolist(), kept[real.flatten()], strict=True
                 ):
@@ -60,6 +62,14 @@ def test_micro_batches_and_processes_change_no_mask(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[place], expected[place]) for place in expected)
     assert len({tuple(row.tolist()) for row in expected.values()}) == len(expected)
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["drawn", "hashed"])
+def test_packing_changes_no_mask(tmp_path, monkeypatch, hashed: bool) -> None:
+    expected = masks_of(tmp_path, monkeypatch, 4, 1, hashed)
+    found = masks_of(tmp_path, monkeypatch, 4, 1, hashed, "data.packing=true")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[place], expected[place]) for place in expected)
 
 
 def test_another_seed_has_other_masks(tmp_path, monkeypatch) -> None:

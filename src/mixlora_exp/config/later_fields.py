@@ -11,6 +11,7 @@ from mixlora_exp.config.schema_mixture import method_class
 
 UNNAMED = {
     ("data", "train_limits"): {},
+    ("data", "packing"): False,
     ("model", "quantization"): "none",
     ("method", "router"): "top_k",
     ("trainer", "compile"): "off",

@@ -82,6 +82,9 @@ class DataConfig:
     """Limits of training rows for single tasks by name; take precedence over `train_limit`."""
     cutoff_length: int = 512
     """Maximum tokens per example; only context is truncated, never question, options or answer."""
+    packing: bool = False
+    """Train the examples of a micro-batch as one row of tokens, without padding. Attention stays
+    within each example; loss and gradients are those of padded examples up to rounding."""
     boolq_passage: bool = True
     forms: list[AnswerForm] = field(default_factory=lambda: [AnswerForm.label])
     """Each training row becomes one example in each of these forms."""

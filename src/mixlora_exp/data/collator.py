@@ -51,6 +51,10 @@ class Collator:
     as there. (If all padding had one position, the model could not distinguish padding tokens, and
     their loss would differ.)
 
+    `packing`: no padding. The examples follow one another in a single row, (1, tokens), each with
+    positions from 0. `unpack` (examples, longest) int64 then has the columns of each example's
+    tokens; behind its end it repeats column 0.
+
     `multiple`: lengths are padded to a multiple of it, and the number of columns with logits to one
     of `KEPT`, so that batches have few shapes. `type1`: with it a batch has `task_types`
     (rows,), 1 for examples of these tasks and 0 for the others.
@@ -65,10 +69,12 @@ class Collator:
     padding_side: str = "left"
     multiple: int = 1
     type1: Sequence[str] = ()
+    packing: bool = False
 
     def __call__(self, examples: Sequence[Example], first: int = 0) -> dict[str, Any]:
         numbers = torch.arange(first, first + len(examples))
-        batch = {**self._padded(examples), "example": numbers}
+        made = self._packed(examples) if self.packing else self._padded(examples)
+        batch = {**made, "example": numbers}
         if self.type1:
             batch["task_types"] = torch.tensor([int(e.task in self.type1) for e in examples])
         return batch
@@ -99,3 +105,28 @@ class Collator:
         # a CPU copy the whole vocabulary matrix.
         kept = torch.arange(ids.shape[1] - keep, ids.shape[1])
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": kept}
+
+    def _packed(self, examples: Sequence[Example]) -> dict[str, Any]:
+        ids = torch.tensor([token for e in examples for token in e.input_ids])
+        lengths = torch.tensor([len(e.input_ids) for e in examples])
+        starts = lengths.cumsum(0) - lengths
+        positions = torch.arange(len(ids)) - starts.repeat_interleave(lengths)
+        columns = torch.arange(int(lengths.max()))
+        real = columns < lengths.unsqueeze(1)
+        unpack = (starts.unsqueeze(1) + columns).masked_fill(~real, 0)
+        # What precedes an example's first token is another example.
+        labels = ids.masked_fill(positions == 0, -100)
+        batch: dict[str, Any] = {
+            "input_ids": ids.unsqueeze(0),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+            "position_ids": positions.unsqueeze(0),
+            "unpack": unpack,
+        }
+        if self.loss_on is LossOn.all:
+            return {**batch, "labels": labels.unsqueeze(0)}
+        answers = lengths - torch.tensor([e.answer_length for e in examples])
+        inside = positions - answers.repeat_interleave(lengths)
+        # And the token before each answer, which predicts its first token.
+        kept = (inside >= -1).nonzero().flatten()
+        labels = labels.masked_fill(inside < 0, -100)[kept]
+        return {**batch, "labels": labels.unsqueeze(0), "logits_to_keep": kept}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixlora_exp.config.choices import Compile
-from mixlora_exp.config.schema import Config, PeftMethodConfig
+from mixlora_exp.config.schema import Config, PeftMethodConfig, TrainedMethodConfig
 from mixlora_exp.config.schema_method import word
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.mixtures import check_mixture
@@ -37,6 +37,25 @@ def check_method(config: Config) -> None:
             f"trainer.compile={config.trainer.compile.value} was not tried with "
             f"method={method.name}: leave it off"
         )
+    _check_packing(config)
+
+
+def _check_packing(config: Config) -> None:
+    """Refuse `data.packing` where something needs padding, or the sequences of a batch."""
+    trainer, method = config.trainer, config.method
+    if not config.data.packing or not isinstance(method, TrainedMethodConfig):
+        return
+    why = None
+    if trainer.padding_in_loss:
+        why = "trainer.padding_in_loss=true has the loss on padding, of which there is none"
+    elif trainer.compile is not Compile.off:
+        why = f"trainer.compile={trainer.compile.value} needs batches of few lengths"
+    elif getattr(method, "type1_tasks", ()):
+        why = "method.type1_tasks needs the sequences of a batch apart"
+    elif any(router.by_sequence for router in routers_of(config.model, method)):
+        why = "method.router_options.capacity counts by sequence"
+    if why is not None:
+        raise UserError(f"data.packing=true: {why}: leave one of them out")
 
 
 def _check_routers(config: Config) -> None:

@@ -28,6 +28,7 @@ from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.compiled import pad_to
 from mixlora_exp.training.hooks import Hook, hook_of
 from mixlora_exp.training.last_layer import KeptRows
+from mixlora_exp.training.packed import examples_of
 from mixlora_exp.training.run_statistics import Track
 from mixlora_exp.training.steps import OptimizerStep, optimizer_steps
 
@@ -158,11 +159,15 @@ class Job:
     def inputs_of(self, batch: Batch) -> Batch:
         """The model's inputs of a stored batch, whose rows become those of the dropout stream."""
         example, mask, ids = (batch[n] for n in ("example", "attention_mask", "position_ids"))
-        # Positions that go on through padding: each example's rows are then one run of them.
-        first = mask.argmax(dim=1, keepdim=True)
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        position = columns - first + ids.gather(1, first)
-        rows = example.to(mask.device).repeat_interleave(mask.shape[1])
+        if "unpack" in batch:
+            position = ids
+            rows = example.to(ids.device)[examples_of(ids)]
+        else:
+            # Positions that go on through padding: each example's rows are then one run of them.
+            first = mask.argmax(dim=1, keepdim=True)
+            columns = torch.arange(mask.shape[1], device=mask.device)
+            position = columns - first + ids.gather(1, first)
+            rows = example.to(mask.device).repeat_interleave(mask.shape[1])
         kept = self.kept and self.kept.use(mask.shape, batch.get("logits_to_keep"))
         self.stream.begin(batch["step"], rows, position.flatten(), kept)
         if not isinstance(self.config.method, LoraMethodConfig):
@@ -266,6 +271,7 @@ def make_job(
         tokenizer.padding_side,
         pad_to(config),
         tuple(getattr(config.method, "type1_tasks", ())),
+        config.data.packing,
     )
     return Job(
         name=name,

@@ -21,13 +21,23 @@ def label_count(batch: Batch) -> Tensor:
 
 
 def single_loss(
-    model: nn.Module, base: nn.Module, batch: Batch, items: Tensor | int, head: Head
+    model: nn.Module,
+    base: nn.Module,
+    batch: Batch,
+    items: Tensor | int,
+    head: Head,
+    attention: str = "",
 ) -> Tensor:
-    """The loss of a single adapter on a padded batch, by the model's own forward pass.
+    """The loss of a single adapter on a padded or packed batch, by the model's own forward pass.
 
     model: the PEFT model, possibly wrapped for several processes; base: its base model.
-    items: label tokens of the optimizer step, by which the summed loss is divided.
+    items: label tokens of the optimizer step, by which the summed loss is divided. attention: as
+    yielded by `packed_attention`, within which a packed batch and the backward pass run.
     """
+    if "unpack" in batch:
+        packed = pack_batches(base, {"": batch}, attention)
+        batch = {**batch, "packed": packed}
+        del batch["unpack"]
     with loss_from_hidden(base, head):
         return model(**batch, num_items_in_batch=items)["loss"]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
@@ -31,9 +32,11 @@ class Decision(NamedTuple):
 def predicting(batch: Mapping[str, Tensor]) -> Tensor:
     """(rows,) bool: which rows of the flattened batch predict a label."""
     labels = functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:] != IGNORED
-    # With `logits_to_keep` there are labels of the last columns alone.
-    before = batch["input_ids"].shape[1] - labels.shape[1]
-    return functional.pad(labels, (before, 0)).flatten()
+    if "logits_to_keep" not in batch:
+        return labels.flatten()
+    rows = torch.zeros(batch["input_ids"].shape, dtype=torch.bool, device=labels.device)
+    rows[:, batch["logits_to_keep"]] = labels
+    return rows.flatten()
 
 
 @contextmanager

@@ -91,6 +91,7 @@ class MixLoraTrainer(Trainer):
         self._stepped: list[Job] = []
         self._asked = self._proven = False
         self._graph: GraphStep | None = None
+        self._attention = ""
         self._started = time.perf_counter()
         super().__init__(model=model, args=args)
         self.loss_is_scaled_for_ga = True
@@ -201,21 +202,24 @@ class MixLoraTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
         with autocast(self.args.device, self._dtype):
-            if self._attention is not None:
-                return joint_losses(self.model, batches, self._items, self._head, self._attention)
+            attention = self._attention
+            if len(self.jobs) > 1:
+                return joint_losses(self.model, batches, self._items, self._head, attention)
             ((name, batch),) = batches.items()
             base = self.model.base_model.model
-            loss = single_loss(model, base, batch, self._items[name], self._head)
+            loss = single_loss(model, base, batch, self._items[name], self._head, attention)
         # DDP averages gradients, but the loss is already divided by the items of all processes.
         return {name: loss * self.args.world_size}
 
     def train(self, *args: Any, **kwargs: Any):
         base, count = self.model.base_model.model, len(self.jobs)
         if count == 1:
-            self._attention = None
             (job,) = self.jobs.values()
             if self._compile is Compile.off:
-                with last_layer_at_kept_rows(base) as job.kept:
+                with ExitStack() as stack:
+                    if job.config.data.packing:
+                        self._attention = stack.enter_context(packed_attention(base))
+                    job.kept = stack.enter_context(last_layer_at_kept_rows(base))
                     return super().train(*args, **kwargs)
             # Compiled, each number of kept rows would be another code.
             checkpointing = self.args.gradient_checkpointing
