@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import compose
+from fake_hub import fake_hub
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -73,6 +74,27 @@ def test_drawn_and_stored_weights_are_quantised_alike(kind: str, tmp_path: Path)
     assert (
         base_of(stored).fingerprint == base_of(load("none", f"model.path={tmp_path}")).fingerprint
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_the_hub_are_quantised_like_stored_ones(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load("none").save_pretrained(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    expected = load(kind, f"model.path={tmp_path / 'model'}")
+    with fake_hub(monkeypatch, str(tmp_path / "cache")) as hub:
+        commit = hub.commit("owner/name", files)
+        words = ["model.source=hub", "model.hub_id=owner/name", f"model.revision={commit}"]
+        found = load(kind, *words)
+        assert "model.safetensors" in hub.fetched()
+    assert sum(map(is_quantized, found.modules())) == EVERY_LINEAR
+    own = matrices(expected)
+    for name, weight in matrices(found).items():
+        assert torch.equal(weight, own[name]), name
+    assert found.config._commit_hash == commit
+    # Both have that of the weights as they are stored.
+    assert base_of(found).fingerprint == base_of(expected).fingerprint
 
 
 def bytes_held(weight: Tensor) -> int:
