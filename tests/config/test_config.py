@@ -34,7 +34,7 @@ from mixlora_exp.sweeps.compose_cells import ByGroup
 NAMED = {
     "model": ["gemma_2b", "llama2_13b", "llama2_7b", "llama3_8b", "smollm2_135m", "tiny"],
     "method": ["dora", "lora", "mixdora", "mixlora", "none"],
-    "task": [*s.TASK_NAMES, "all", "metamath_gsm8k", "multi"],
+    "task": [*s.TASK_NAMES, "all", "commonsense_170k", "metamath_gsm8k", "multi"],
     "data": ["embedded", "hub", "local"],
     "trainer": ["paper", "smoke"],
     "preset": ["correct", "official"],
@@ -42,6 +42,7 @@ NAMED = {
     "tracker": ["none", "tensorboard", "wandb"],
 }
 """Options that documents name. There may be others: a model or a method is added as a file."""
+SUITE = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa"]
 MULTI = ["arc_e", "arc_c", "boolq", "obqa", "piqa"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
@@ -73,7 +74,9 @@ OTHERS = [path for path in OPTIONS if path.parts[0] not in COVERED]
 
 
 FREE_TEXT = ["data=chat", "evaluation.protocols=[exact_match]"]
-NEEDS = {"chat": ["task=metamath_gsm8k", *FREE_TEXT], "metamath_gsm8k": FREE_TEXT}
+NAMED_ANSWERS = ["data=chat", "evaluation.protocols=[answer_pattern]"]
+NEEDS = {"chat": ["task=metamath_gsm8k", *FREE_TEXT], "metamath_gsm8k": FREE_TEXT,
+         "commonsense_170k": NAMED_ANSWERS}  # fmt: skip
 """Options that go with others only: free text has a source and a protocol of its own."""
 
 
@@ -119,7 +122,10 @@ def test_experiments() -> None:
 
 def check_table_3(config: Config, model: str, method: str, task: str) -> None:
     expected = {"multi": MULTI, "all": list(s.TASK_NAMES)}.get(task, [task])
-    both = (["metamath"], ["gsm8k"]) if task == "metamath_gsm8k" else (expected, expected)
+    both = {
+        "metamath_gsm8k": (["metamath"], ["gsm8k"]),
+        "commonsense_170k": (["commonsense"], [f"cs_{name}" for name in SUITE]),
+    }.get(task, (expected, expected))
     assert (config.model.name, config.task.name) == (model, task)
     assert (config.task.train, config.task.evaluate) == both
     trainer = config.trainer

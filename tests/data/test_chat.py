@@ -12,7 +12,7 @@ from mixlora_exp.config.command import compose as compose_anew
 from mixlora_exp.config.schema import DataConfig, DataSource
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.errors import UserError
-from mixlora_exp.evaluation.exact_match import encode_free_text
+from mixlora_exp.evaluation.free_text import encode_free_text
 from mixlora_exp.models.tiny import build_tokenizer
 from mixlora_exp.records.record import read_run
 from mixlora_exp.runs.run import run
@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 ITEM = Item(
-    "t", "t-0", "What is 3 + 4?", ("It is 7",), 0, ("7",),
+    "t", "t-0", "Question: What is 3 + 4?\nAnswer:", ("It is 7",), 0, ("7",),
     turns=(("system", "Be brief."), ("user", "What is 3 + 4?")),
 )  # fmt: skip
 CHAT = DataConfig(name=DataSource.chat, path="data")
@@ -97,6 +97,10 @@ EXACT = "evaluation.protocols=[exact_match]"
     [
         (["data=local", EXACT], "data.forms=.'label'. is not valid: .*gsm8k is free text"),
         (["data=local", "data.forms=[text]"], "gsm8k is free text, which exact_match scores"),
+        (
+            ["data=chat", "evaluation.protocols=[answer_pattern]"],
+            "gsm8k is free text, which exact_match scores",
+        ),
         (["data=hub", "data.forms=[text]", EXACT], "gsm8k is a custom task"),
         (["data=chat", "task.custom.gsm8k.options=[a]", EXACT], "free text has none"),
     ],
@@ -108,7 +112,7 @@ def test_free_text_has_a_form_and_a_protocol(words: list[str], told: str) -> Non
 
 
 def test_other_tasks_have_others() -> None:
-    with pytest.raises(UserError, match="exact_match scores free text only"):
+    with pytest.raises(UserError, match="exact_match and answer_pattern score free"):
         compose_anew(["task=arc_e", EXACT])
     with pytest.raises(UserError, match="it takes tasks of free text only"):
         compose_anew(["task=arc_e", "data=chat"])
@@ -136,7 +140,12 @@ def test_the_experiment_is_that_of_peft(tmp_path: Path) -> None:
             f"output_dir={tmp_path / 'out'}", "trainer.precision=float32",
         ]
     )  # fmt: skip
-    assert (config.method.rank, config.method.alpha) == (32, 64)
+    own = config.trainer
+    assert (config.method.rank, config.method.alpha, config.seed) == (32, 64, 0)
+    assert (own.batch_size, own.learning_rate, own.weight_decay) == (4, 1e-4, 0.1)
+    assert (own.schedule, own.warmup_steps, own.max_grad_norm) == ("cosine", 500, 1.0)
+    assert (own.loss_on.value, own.order.value) == ("all", "bucketed")
+    assert config.data.cutoff_length == 768
     record = read_run(run(config))
     (score,) = record["scores"]
     assert (score["task"], score["protocol"], score["n"]) == ("gsm8k", "exact_match", 4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixlora_exp.config.command import compose
-from mixlora_exp.training import trainer as trainer_module
+from mixlora_exp.training import graph_step
 from mixlora_exp.training.captured import CapturedPass, Recorder, StaticGradients
 from mixlora_exp.training.graph_step import recorder
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -39,7 +39,7 @@ class StandIn(Recorder):
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     made = StandIn()
-    monkeypatch.setattr(trainer_module, "recorder", lambda config, device: made)
+    monkeypatch.setattr(graph_step, "recorder", lambda config, device: made)
     # Layers run as they are: what compiles them is tested by itself.
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     return made
@@ -79,7 +79,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(train, stand_in, monkeypatch, cap
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     eager = train("method=mixlora", *FEW, *TWO)
-    monkeypatch.setattr(trainer_module, "recorder", lambda config, device: Refuses())
+    monkeypatch.setattr(graph_step, "recorder", lambda config, device: Refuses())
     found = train("method=mixlora", *FEW, *TWO, "trainer.compile=graph")
     lines = [line for line in capsys.readouterr().err.splitlines() if "trainer.compile" in line]
     assert lines == [

@@ -130,6 +130,7 @@ class Protocol(Enum):
     lm_eval = "lm_eval"
     generate = "generate"
     exact_match = "exact_match"
+    answer_pattern = "answer_pattern"
 
 
 class Compile(Enum):

@@ -31,6 +31,7 @@ from mixlora_exp.config.schema_commands import EvaluateConfig, GenerateConfig
 from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
 from mixlora_exp.config.switches import ONLY
 from mixlora_exp.errors import UserError
+from mixlora_exp.tasks.free_text import TEMPLATE
 
 EXCLUDED = (
     "output_dir",
@@ -63,6 +64,10 @@ EXCLUDED = (
 The record contains the hashes of the data files, so their location does not count. `model.path`
 counts: the weights are not hashed, and two folders may contain different models.
 """
+
+LATER_OF_TASKS = {"instruction": "", "template": TEMPLATE, "labels": [], "label": None}
+"""Fields of an entry of `task.custom` that came later, with the value that keeps the earlier
+behaviour."""
 
 
 @cache
@@ -216,11 +221,12 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
         method.pop("match_params", None)
         if method["expert_rank"] == method["rank"]:
             del method["expert_rank"]
-    # An older version had no such field.
+    # An older version had no such fields.
     custom = tree["task"].get("custom")
     for task in custom.values() if isinstance(custom, dict) else ():
-        if not task.get("instruction"):
-            task.pop("instruction", None)
+        for name, before in LATER_OF_TASKS.items():
+            if task.get(name) == before:
+                task.pop(name, None)
     for (group, name), before in UNNAMED.items():
         if tree[group].get(name) == before:
             tree[group].pop(name, None)

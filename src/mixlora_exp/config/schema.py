@@ -84,6 +84,9 @@ __all__ = [
 ]
 
 
+FREE_TEXT_PROTOCOLS = (Protocol.exact_match.value, Protocol.answer_pattern.value)
+
+
 @dataclass(slots=True, kw_only=True)
 class KernelConfig:
     """Implementation of LoRA and DoRA layers and the MixLoRA block."""
@@ -359,11 +362,21 @@ class Config:
                 kinds[task] is AnswerKind.completion or self.data.name is DataSource.chat,
                 "data", self.data.name.value, f"{task} has messages: use data=chat",
             )  # fmt: skip
-        scored = {task in free for task in self.task.evaluate}
-        exact = {protocol is Protocol.exact_match for protocol in self.evaluation.protocols}
+        wanted = {self._protocol_of(task) for task in self.task.evaluate}
+        given = [protocol.value for protocol in self.evaluation.protocols]
+        (only,) = wanted if len(wanted) == 1 else (None,)
+        fits = set(given) == {only} if only else not set(given) & set(FREE_TEXT_PROTOCOLS)
         require(
-            scored == exact and len(scored) == 1,
-            "evaluation.protocols", [protocol.value for protocol in self.evaluation.protocols],
-            f"{named}, which exact_match scores" if free
-            else "exact_match scores free text only (answer_as: completion or messages)",
+            len(wanted) == 1 and fits,
+            "evaluation.protocols", given,
+            f"{named}, which {only or ' and '.join(sorted(wanted - {''}))} scores" if free
+            else "exact_match and answer_pattern score free text only (answer_as: completion or "
+            "messages)",
         )  # fmt: skip
+
+    def _protocol_of(self, task: str) -> str:
+        """The one protocol that scores a task of free text; "" for another task."""
+        own = self.task.custom.get(task)
+        if own is None or not own.answer_as.free:
+            return ""
+        return Protocol.answer_pattern.value if own.labels else Protocol.exact_match.value

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mixlora_exp.config.checks import MISSING, require, require_name
 from mixlora_exp.config.choices import AnswerForm, AnswerKind, DataSource
 from mixlora_exp.tasks import TASKS
+from mixlora_exp.tasks.free_text import TEMPLATE
 
 TASK_NAMES = tuple(TASKS)
 
@@ -24,9 +25,17 @@ class CustomTask:
     count_from: int = 0
     """answer_as=index: the index of the first option."""
     context: str | None = None
-    """Field with a passage that the question refers to."""
+    """Field with a passage that the question refers to; of free text, one that follows it and may
+    be empty."""
     instruction: str = ""
     """Free text: words after each question, as in "Think step by step."."""
+    template: str = TEMPLATE
+    """Free text without a chat template: the prompt, with {question} in the place of the
+    question."""
+    labels: list[str] = field(default_factory=list)
+    """Free text: the answers of which a generated text names one (protocol answer_pattern)."""
+    label: str | None = None
+    """Free text: the field with the right one of `labels`."""
 
     def __post_init__(self) -> None:
         free = self.answer_as != MISSING and self.answer_as.free
@@ -34,6 +43,18 @@ class CustomTask:
         require(free != bool(self.options), "task.custom.options", self.options, rule)
         same = self.answer_as is not AnswerKind.messages or self.answer == self.question
         require(same, "task.custom.answer", self.answer, "messages are one field, the question's")
+        one = self.template.count("{question}") == 1
+        require(one, "task.custom.template", self.template, "it must contain {question} once")
+        for name, default in (("template", TEMPLATE), ("labels", []), ("label", None)):
+            given = getattr(self, name)
+            rule = "it belongs to free text (answer_as: completion or messages)"
+            require(free or given == default, f"task.custom.{name}", given, rule)
+        require(
+            bool(self.labels) == (self.label is not None) and len(self.labels) != 1,
+            "task.custom.labels", self.labels,
+            "name two or more, and in task.custom.label the field with the right one; or neither",
+        )  # fmt: skip
+        require("" not in self.labels, "task.custom.labels", self.labels, "one is empty")
 
 
 @dataclass(slots=True, kw_only=True)

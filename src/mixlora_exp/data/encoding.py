@@ -40,7 +40,7 @@ def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Pr
         item = replace(item, context="")
     task = TASKS.get(item.task)
     if item.turns:
-        return Prompt("", "", f"Question: {item.turns[-1][1]}\nAnswer:"), list(item.options)
+        return Prompt("", "", item.question), list(item.options)
     if form is AnswerForm.label:
         return (task.ask_label if task else ask_label)(item), list(item.labels)
     return (task.ask_text if task else ask_text)(item), list(item.options)

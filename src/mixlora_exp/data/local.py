@@ -1,4 +1,4 @@
-"""`data=local`: `<task>/<split>.jsonl`, `.jsonl.gz` or `.parquet` under `data.path`."""
+"""`data=local`: `<task>/<split>.jsonl`, `.jsonl.gz`, `.json` or `.parquet` under `data.path`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from typing import Any
 
 from mixlora_exp.data.loaded import DataFile, LoadedSplit, undecodable
 from mixlora_exp.errors import UserError
-from mixlora_exp.system.untrusted import LIMIT, file_limit, open_regular, parse_json, raw_lines
+from mixlora_exp.system.untrusted import (
+    LIMIT,
+    file_limit,
+    open_regular,
+    parse_json,
+    raw_lines,
+    read_bytes,
+)
 from mixlora_exp.tasks import TASKS, Task
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 BATCH, PIECE = 256, 2**20
 """Rows of a parquet file that are decoded at once; bytes that are hashed at once."""
 Seen = Callable[[bytes], object]
@@ -28,7 +35,7 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
     task = spec.name
     file = _find(Path(root).expanduser(), task, split)
     digest = hashlib.sha256()
-    read = _parquet_rows if file.suffix == ".parquet" else json_rows
+    read = {".parquet": _parquet_rows, ".json": _array_rows}.get(file.suffix, json_rows)
     items, kept = [], []
     for where, row in read(file, digest.update):
         kept.append(row)
@@ -64,7 +71,8 @@ def _find(root: Path, task: str, split: str) -> Path:
         raise UserError(
             f"data.path={root} has no {split} split of {task} "
             f"(in {task}/: {', '.join(there) or 'no data files'}): "
-            f"add {task}/{split}.jsonl, .jsonl.gz or .parquet, or choose other tasks than {task}"
+            f"add {task}/{split}.jsonl, .jsonl.gz, .json or .parquet, or choose other tasks than "
+            f"{task}"
         )
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
@@ -88,6 +96,25 @@ def json_rows(file: Path, seen: Seen = lambda _: None) -> Iterator[tuple[str, di
         raise UserError(
             f"{file} cannot be read ({error}): make it readable, or copy it to data.path again"
         ) from error
+
+
+def _array_rows(file: Path, seen: Seen) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a JSON file that is a list of them, with its 1-based number; `seen` as in
+    `raw_lines`."""
+    try:
+        content = read_bytes(file)
+        seen(content)
+        rows = parse_json(content, halves=True)
+        if not isinstance(rows, list):
+            raise ValueError(f"it is not a list of objects but a {type(rows).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}): fix the file, or copy it to data.path again"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{file} row {number} is not a JSON object but a {type(row).__name__}")
+        yield f"{file} row {number}", row
 
 
 def _object(raw: bytes, where: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig, 
 from mixlora_exp.data.encoding import encode_questions
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.evaluation.answer_text import score_answer_text
-from mixlora_exp.evaluation.exact_match import encode_free_text, score_exact_match
 from mixlora_exp.evaluation.forward import Scorer
+from mixlora_exp.evaluation.free_text import encode_free_text, score_free_text
 from mixlora_exp.evaluation.generate import encode_prompts, score_generate
 from mixlora_exp.evaluation.harness_tasks import check_harness
 from mixlora_exp.evaluation.label_logits import encode_labels, score_label_logits
@@ -52,7 +52,7 @@ def encode_tests(
                 found[task] = encode_questions(tokenizer, test.items, AnswerForm.text, data)
             case Protocol.generate:
                 found[task] = encode_prompts(tokenizer, test.items, data, evaluation)
-            case Protocol.exact_match:
+            case Protocol.exact_match | Protocol.answer_pattern:
                 found[task] = encode_free_text(tokenizer, test.items, data, evaluation)
             case Protocol.lm_eval:
                 found[task] = check_harness(tokenizer, task, test)
@@ -77,8 +77,8 @@ def score_tests(
             return score_answer_text(scorer, tests, encoded)
         case Protocol.generate:
             return score_generate(scorer, tests, evaluation, encoded)
-        case Protocol.exact_match:
-            return score_exact_match(scorer, tests, evaluation, encoded)
+        case Protocol.exact_match | Protocol.answer_pattern:
+            return score_free_text(protocol, scorer, tests, evaluation, encoded)
         case Protocol.lm_eval:
             # Imported late: the package takes seconds to load, and is optional.
             from mixlora_exp.evaluation.harness import score_lm_eval

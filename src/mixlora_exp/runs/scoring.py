@@ -60,6 +60,8 @@ def score_with(
         times[protocol.value] = {"items": sum(s.n for s in found), "seconds": seconds}
         for score in found:
             accuracy = f"{100 * score.accuracy:.1f} % of {score.n} items"
+            if score.unparsed:
+                accuracy += f", {100 * score.unparsed / score.n:.1f} % unparsed"
             say(f"  {label}{protocol.value} {score.task}: {accuracy}")
         scores += found
     return scores, times

@@ -22,8 +22,9 @@ class Item:
 
     `context` may be truncated if the example is too long; `question` and `options` never are.
     `answer`: index of the correct option; `labels`: one per option. Free text has one option, which
-    is the text that should follow, its final number as label, and as `turns` the messages (role,
-    content) before it.
+    is the text that should follow, as `question` the prompt, as `turns` the messages (role,
+    content), and as label the final number or, of the labels that the text may name, the right one
+    first.
     """
 
     task: str

@@ -7,7 +7,7 @@ from typing import Any
 
 from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import LETTERS, Item, Prompt, Task, lettered
-from mixlora_exp.tasks.free_text import free_text_item
+from mixlora_exp.tasks.free_text import TEMPLATE, free_text_item, with_labels
 
 
 def ask_label(item: Item) -> Prompt:
@@ -55,6 +55,9 @@ def custom_task(
     count_from: int,
     context: str | None,
     instruction: str = "",
+    template: str = TEMPLATE,
+    labels: Sequence[str] = (),
+    label: str | None = None,
 ) -> Task:
     """A task whose rows are read by field names.
 
@@ -66,7 +69,10 @@ def custom_task(
     def parse(row: Mapping[str, Any], index: int) -> Item:
         if answer_as in ("completion", "messages"):
             completion = answer if answer_as == "completion" else None
-            return free_text_item(row, index, name, question, completion, instruction)
+            item = free_text_item(
+                row, index, name, question, completion, instruction, template, context
+            )
+            return item if label is None else with_labels(item, row, label, labels)
         found = _options(row, options)
         return Item(
             task=name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -12,6 +13,7 @@ from mixlora_exp.tasks.base import Item
 
 NUMBER = re.compile(r"(?:(?<!\d)-)?\$?\s?(?:\d[\d,]{0,30}(?:\.\d{1,30})?|\.\d{1,30})")
 MARKER = re.compile(r"####|answer is:?", re.IGNORECASE)
+TEMPLATE = "Question: {question}\nAnswer:"
 ROLES = ("system", "user", "assistant")
 
 
@@ -33,9 +35,13 @@ def free_text_item(
     question: str,
     completion: str | None,
     instruction: str,
+    template: str = TEMPLATE,
+    context: str | None = None,
 ) -> Item:
-    """The item of a row. `question`, `completion`: names of fields; without `completion`,
-    `question` names a list of messages, of which the assistant's last one is the completion.
+    """The item of a row. `question`, `completion`, `context`: names of fields; without
+    `completion`, `question` names a list of messages, of which the assistant's last one is the
+    completion. The text of `context`, if it has any, follows the question after a line break.
+    `template`: the prompt, with `{question}` in the place of the question.
 
     Raises:
         ValueError: a field is missing, or a message has no role or text.
@@ -45,6 +51,11 @@ def free_text_item(
         answer = last[1]
     else:
         turns, answer = [("user", row_fields.text(row, question))], row_fields.text(row, completion)
+    more = row.get(context) if context is not None else None
+    if more is not None and not isinstance(more, str):
+        raise ValueError(f"field '{context}' must be text, not {type(more).__name__}")
+    if more and more.strip():
+        turns[-1] = (turns[-1][0], f"{turns[-1][1]}\n{more.strip()}")
     if instruction:
         turns[-1] = (turns[-1][0], f"{turns[-1][1]} {instruction}")
     number = final_number(answer)
@@ -52,12 +63,32 @@ def free_text_item(
     return Item(
         task=task,
         id=row_fields.row_id(row, task, index),
-        question=turns[-1][1],
+        question=template.replace("{question}", turns[-1][1]),
         options=(answer,),
         answer=0,
         labels=(label,),
         turns=tuple(turns),
     )
+
+
+def with_labels(item: Item, row: Mapping[str, Any], field: str, labels: Sequence[str]) -> Item:
+    """The item with `labels` instead of its final number, the right one, in `field`, first.
+
+    Raises:
+        ValueError: the field is missing, or has none of the labels.
+    """
+    right = row_fields.text(row, field)
+    if right not in labels:
+        raise ValueError(f"{field} {right!r} is not one of {', '.join(labels)}")
+    return replace(item, labels=(right, *(label for label in labels if label != right)))
+
+
+def first_named(text: str, labels: Sequence[str]) -> str | None:
+    """The label that occurs first in a text, as written; None if none does. Of several at the same
+    place the longest."""
+    places = {label: text.find(label) for label in labels}
+    found = [label for label, place in places.items() if place >= 0]
+    return min(found, key=lambda label: (places[label], -len(label)), default=None)
 
 
 def _messages(found: Any, name: str) -> list[tuple[str, str]]:

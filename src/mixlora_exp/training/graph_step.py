@@ -83,3 +83,10 @@ class GraphStep:
         loss.backward()
         report = getattr(self.model.base_model, "router_reports", {}).get(self.job.name)
         return [loss.detach(), *(() if report is None else (report.loss, report.counts))]
+
+
+def graph_step(model: PeftModel, job: Job, dtype: torch.dtype) -> GraphStep | None:
+    """What runs the micro-batches of a run with `trainer.compile=graph`; None, maybe after a line
+    with the reason, for all that run as ever."""
+    made = recorder(job.config, model.device)
+    return None if made is None else GraphStep(model, job, job.config.trainer.head, dtype, made)

@@ -32,7 +32,7 @@ from mixlora_exp.system.device import summed
 from mixlora_exp.system.signals import request, requested
 from mixlora_exp.training.compiled import compiled_layers
 from mixlora_exp.training.gradient_check import check_gradients_flow
-from mixlora_exp.training.graph_step import GraphStep, recorder
+from mixlora_exp.training.graph_step import GraphStep, graph_step
 from mixlora_exp.training.job import Batch, Collate, Job
 from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.last_layer import last_layer_at_kept_rows
@@ -224,9 +224,7 @@ class MixLoraTrainer(Trainer):
             # Compiled, each number of kept rows would be another code.
             checkpointing = self.args.gradient_checkpointing
             with compiled_layers(base, self._compile, checkpointing=checkpointing):
-                record = recorder(job.config, self.args.device)
-                if record is not None:
-                    self._graph = GraphStep(self.model, job, self._head, self._dtype, record)
+                self._graph = graph_step(self.model, job, self._dtype)
                 return super().train(*args, **kwargs)
         try:
             with (
