@@ -7,7 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from mixlora_exp.config.architecture import current_model
+from mixlora_exp.config.schema_data import DataConfig
 from mixlora_exp.config.schema_mixture import method_class
+from mixlora_exp.errors import UserError
 
 UNNAMED = {
     ("data", "train_limits"): {},
@@ -51,3 +53,15 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
         if group != "method" or name in known:
             found[group] = {name: value, **found.get(group, {})}
     return found
+
+
+def require_complete(config: Mapping[str, Any]) -> None:
+    """Check that a configuration of `completed` has all settings that tables compare.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for group, kind in (("method", method_class(config["method"])), ("data", DataConfig)):
+        missing = [item.name for item in fields(kind) if item.name not in config[group]]
+        if missing:
+            raise UserError(f"config.{group} lacks {', '.join(missing)}: it was edited by hand")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.config.choices import OWN_DROPOUT
-from mixlora_exp.config.later_fields import completed
+from mixlora_exp.config.later_fields import completed, require_complete
 from mixlora_exp.config.schema_method import MixLoraMethodConfig
 from mixlora_exp.config.schema_mixture import method_class
 from mixlora_exp.errors import UserError, shown
@@ -235,6 +235,8 @@ def _placed(files: RunFiles, force: bool) -> RecordedRun:
     trained = scored = completed(record["config"])
     if record.get("adapter") is not None:
         trained = completed(record["adapter"]["trained_by"]["config"])
+    for config in (trained, scored):
+        require_complete(config)
     scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
     return RecordedRun(name_of(files.path), files.path, record, trained, scored, scores)
 
@@ -273,8 +275,9 @@ def check_run(files: RunFiles, *, force: bool = False) -> RecordedRun:
         raise UserError(str(error)) from error
     with odd_fields(path):
         run = _placed(files, force)
-        for _, protocol in run.scores:
+        for task, protocol in run.scores:
             run.conditions(protocol)
+            run.hashes(task)
         predictions = {key: _read_rows(run, files, *key) for key in run.scores}
     return dataclasses.replace(run, predictions=predictions)
 

@@ -22,7 +22,7 @@ from mixlora_exp.config.schema import Config, DataSource
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD, record_paths
-from mixlora_exp.records.record import read_record
+from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.sweeps.compose_cells import ByGroup
 from mixlora_exp.system.runlock import BEAT, holder_of
@@ -128,9 +128,10 @@ def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     found = {}
     for path in record_paths(records):
         try:
-            record = read_record(path)
-            found[fingerprint_of(completed(record["config"]))] = path, record
-        except (UserError, KeyError, TypeError):
+            record = read_run(path)
+            with odd_fields(path):
+                found[fingerprint_of(completed(record["config"]))] = path, record
+        except UserError:
             continue  # `make tables` reports the error.
     return found
 
@@ -144,7 +145,7 @@ def _shown(path: Path) -> str:
 def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
     """State and detail of a run with a record at `path`: `done` if `train.py` would accept it."""
     try:
-        record = read_record(path)
+        record = read_run(path)
         with odd_fields(path):
             changed = data.differing(config, record) or []
     except UserError as error:
