@@ -64,6 +64,10 @@ class Checkpoint:
                 }
 
 
+def _name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
 class Checkpoints:
     """The checkpoints of one run in `folder`, of which the newest `keep` are kept.
 
@@ -100,7 +104,7 @@ class Checkpoints:
         # The host asks the device once, not once per parameter.
         if not torch.stack(finite).all():
             return None
-        place = self.folder / f"{PREFIX}{step:08d}"
+        place = self.folder / _name(step)
         partial = self.folder / f"{PARTIAL}{os.getpid()}"
         moments = {
             f"{name}/{key}": value.detach().cpu()
@@ -211,6 +215,10 @@ class Checkpoints:
             if file_sha256(path / name) != manifest[name]:
                 raise ValueError(f"{name} does not match its hash")
         state = read_json(path / STATE, finite=False)
+        if type(state["step"]) is not int or path.name != _name(state["step"]):
+            raise ValueError(f"it is of step {shown(repr(state['step']), 40)}")
+        if not isinstance(state["identity"], dict):
+            raise TypeError("its identity is not an object")
         return Checkpoint(
             path, state["step"], load_file(path / ADAPTER), load_file(path / OPTIMIZER), state
         )

@@ -24,6 +24,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import DropoutStream
 from mixlora_exp.system.device import processes, summed
 from mixlora_exp.system.signals import requested
+from mixlora_exp.training.checkpoint_content import check_content
 from mixlora_exp.training.checkpoints import Checkpoint, Checkpoints
 from mixlora_exp.training.compiled import pad_to
 from mixlora_exp.training.hooks import Hook, hook_of
@@ -108,7 +109,11 @@ class Job:
 
     def adopt(self, model: nn.Module) -> None:
         """Find the adapter's trained parameters in `model`, connect its dropout to its own stream,
-        and restore weights and log from the checkpoint, if there is one."""
+        and restore weights and log from the checkpoint, if there is one.
+
+        Raises:
+            UserError: the checkpoint has content that this run cannot have written.
+        """
         use_dropout_stream(model, self.name, self.stream)
         if isinstance(self.config.method, LoraMethodConfig):
             for name, parameter in parameters_of(model, self.name).items():
@@ -119,6 +124,7 @@ class Job:
         self.parameters = {name: p for name, p in owned.items() if p.requires_grad}
         self.hook = hook_of(model, self.name, self.config, self.steps)
         if self._resumed is not None:
+            check_content(self._resumed, self.parameters, self.steps)
             first = processes().is_main_process
             if first and self.running:
                 told = f"resuming after step {self.step} of {self.steps}"
