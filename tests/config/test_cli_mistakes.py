@@ -26,6 +26,7 @@ BAD = [
     (["model=3"], ["model=3", "choose one option", "tiny"]),
     (["model=null"], ["model=null", "choose one option"]),
     (["model=[{a:1}]"], ["model=[{a:1}]", "choose one option"]),
+    (["hydra/sweeper=[[]]"], ["hydra/sweeper=[[]]", "choose one option", "basic"]),
     (["+model=tiny"], ["+model=tiny", "write model=tiny"]),
     (["++model=tiny"], ["++model=tiny", "write model=tiny"]),
     (["~model"], ["~model", "another value"]),

@@ -110,8 +110,9 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
             head, slash, _ = key.partition("/")
             if slash and head not in groups:
                 raise UserError(f"{line}: there is no group {head!r}{suggest(head, groups)}")
-            continue
-        if override.is_add() or override.is_force_add():
+            if not slash:
+                continue
+        elif override.is_add() or override.is_force_add():
             raise UserError(f"{line}: the group {key} always exists, write {line.lstrip('+')}")
         value = override.value()
         names = value if isinstance(value, list) else [value]
