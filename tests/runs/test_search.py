@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -107,6 +108,26 @@ def test_killed_it_goes_on(tmp_path: Path) -> None:
     more = Trainer(tmp_path)
     assert states(search(wanted, SMALL, more)) == ["COMPLETE"] * 5
     assert not more.configs
+
+
+def test_interrupted_it_has_the_trials_of_an_undisturbed_search(tmp_path: Path) -> None:
+    """Settings, scores and what was pruned, wherever it stopped, for whatever reason."""
+
+    def ended(study: optuna.Study) -> list[tuple]:
+        found = [t for t in study.trials if t.state.name != "FAIL" or "reason" in t.user_attrs]
+        return [(t.params, t.value, t.state.name, t.intermediate_values) for t in found]
+
+    wanted = functools.partial(settings, trials=7, prune_after=2)
+    whole = search(wanted(tmp_path / "whole"), SMALL, Trainer(tmp_path / "whole"))
+    assert {"COMPLETE", "PRUNED"} <= {state for _, _, state, _ in ended(whole)}
+    folder, ends = tmp_path / "run", (SafetensorError("No space left on device"), Killed())
+    for number in range(4):
+        stopped = Trainer(folder, {1 + number % 3: ends[number % 2]})
+        with contextlib.suppress(UserError, Killed):
+            search(wanted(folder), SMALL, stopped)
+    study = search(wanted(folder), SMALL, Trainer(folder))
+    assert len(study.trials) > len(whole.trials), "nothing was interrupted"
+    assert ended(study) == ended(whole)
 
 
 def test_ranges_may_change_while_a_trial_is_cut_off(tmp_path: Path) -> None:

@@ -30,9 +30,11 @@ from mixlora_exp.runs.inputs import comparable, gather_inputs, resolve_config
 from mixlora_exp.runs.ownership import GivenUp
 from mixlora_exp.sweeps.study import (
     REASON,
+    REPORTED,
     STORAGE_ERRORS,
     ended,
     enqueue_cut_off,
+    next_trial,
     open_study,
     require_same,
     storage_told,
@@ -154,9 +156,9 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
                 f"study={settings.study} is in use by another process: give study another name, or "
                 "wait until it is done"
             )
-        study = open_study(path, settings.seed, settings.prune_after)
+        study = open_study(path, settings.prune_after)
         require_same(study, made_with)
-        enqueue_cut_off(study)
+        enqueue_cut_off(study, space)
         while len(ended(study)) < settings.trials:
             if requested():
                 # The stop was requested while a run was ending by itself.
@@ -248,7 +250,8 @@ def _carry_out(
     Raises:
         UserError: the trial cannot run now, or another process has taken over the study.
     """
-    trial = study.ask()
+    trial = next_trial(study, settings.seed)
+    reported = set(trial.user_attrs.get(REPORTED, {}))
     for name, (low, high) in settings.space().items():
         suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
         suggest(name, low, high, log=True)
@@ -256,8 +259,9 @@ def _carry_out(
     config = _scored_on_held_out(settings, compose([*overrides, *chosen]))
 
     def watch(step: int, loss: float) -> None:
-        # Larger is better, as for the score.
-        trial.report(-loss, step)
+        if str(step) not in reported:
+            # Larger is better, as for the score.
+            trial.report(-loss, step)
         if trial.should_prune():
             raise GivenUp
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mixlora_exp.errors import UserError
 
-MADE_WITH, REASON = "made_with", "reason"
+MADE_WITH, REASON, REPORTED = "made_with", "reason", "reported"
 """Attributes: the common settings of a study's trials; the reason of a failed trial (a failed trial
-without one was interrupted)."""
+without one was interrupted); what the interrupted trial that a trial repeats had reported."""
 
 STORAGE_ERRORS = (OptunaError, SQLAlchemyError)
 SHOWN = 4
@@ -48,7 +49,7 @@ def storage_told(path: Path, *more: type[Exception]) -> Iterator[None]:
         ) from error
 
 
-def open_study(path: Path, seed: int, prune_after: int) -> optuna.Study:
+def open_study(path: Path, prune_after: int) -> optuna.Study:
     """The study in the file `path`, created or resumed.
 
     Raises:
@@ -58,16 +59,13 @@ def open_study(path: Path, seed: int, prune_after: int) -> optuna.Study:
     connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
     # Optuna also raises these for a file of another version or with other content.
     with storage_told(path, RuntimeError, ValueError):
-        study = optuna.create_study(
+        return optuna.create_study(
             study_name=path.stem,
             storage=RDBStorage("sqlite://", engine_kwargs=connect),
             load_if_exists=True,
             direction="maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=prune_after),
         )
-        # With a constant seed, each start would sample the trials of the first start again.
-        study.sampler = TPESampler(seed=seed + len(study.get_trials(deepcopy=False)))
-        return study
 
 
 def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
@@ -114,13 +112,28 @@ def _difference(name: str, then: Any, now: Any) -> str:
     return f"{name}={values[0]}, now {values[1]}"
 
 
-def enqueue_cut_off(study: optuna.Study) -> None:
+def enqueue_cut_off(study: optuna.Study, searched: Iterable[str]) -> None:
     """Enqueue trials that were interrupted in an earlier start again, with their settings; their
-    runs resume from their checkpoints."""
+    runs resume from their checkpoints. searched: names of the settings; a trial that does not have
+    all of them has not begun, and the next one draws them anew."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.params:
-            study.enqueue_trial(trial.params)
+        if trial.params.keys() >= set(searched):
+            earlier = trial.user_attrs.get(REPORTED, {})
+            reported = {**earlier, **{str(k): v for k, v in trial.intermediate_values.items()}}
+            study.enqueue_trial(trial.params, user_attrs={REPORTED: reported})
         study.tell(trial.number, state=TrialState.FAIL)
+
+
+def next_trial(study: optuna.Study, seed: int) -> optuna.Trial:
+    """Begin a trial. Its settings follow from `seed` and the trials that ended, so that a search
+    which was interrupted has the trials of one that was not."""
+    digest = hashlib.sha256(f"{seed} {len(ended(study))}".encode()).digest()
+    study.sampler = TPESampler(seed=int.from_bytes(digest[:4]))
+    trial = study.ask()
+    # The pruner compares all reports, and a resumed run makes only the later ones.
+    for step, value in trial.user_attrs.get(REPORTED, {}).items():
+        trial.report(value, int(step))
+    return trial
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
