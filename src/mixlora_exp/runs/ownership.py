@@ -13,6 +13,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import write_json
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import processes
+from mixlora_exp.system.disk_faults import disk_faults_told
 from mixlora_exp.system.runlock import RunLock, holder_of
 
 LOCK, FAILURE = "lock", "failure.json"
@@ -46,10 +47,15 @@ def held(folder: Path) -> Iterator[RunLock | None]:
 
 @contextlib.contextmanager
 def failure_noted(folder: Path, lock: RunLock) -> Iterator[None]:
-    """Remove an earlier failure's note from the run's folder, and write one if the run fails."""
-    forget_failure(folder)
+    """Remove an earlier failure's note from the run's folder, and write one if the run fails.
+
+    Raises:
+        UserError: a file of the run cannot be written or read.
+    """
     try:
-        yield
+        with disk_faults_told(f"output_dir={folder.parent}"):
+            forget_failure(folder)
+            yield
     except GivenUp:
         raise
     except Exception as error:

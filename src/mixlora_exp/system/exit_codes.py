@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mixlora_exp.errors import UserError, shown
+from mixlora_exp.errors import UserError
+from mixlora_exp.system.disk_faults import disk_fault
 from mixlora_exp.system.library_notices import shorten_notices
 from mixlora_exp.system.signals import REQUEUE, Terminated, install
 
@@ -21,9 +22,9 @@ def guarded(
 ) -> int:
     """Run a command line and return its exit code.
 
-    0: done; 2: a user mistake, reported in one message; 75: ended by SIGTERM, resumes when started
-    again (143 unless it `resumes`); 130: interrupted; otherwise the result of `command`. A crash is
-    raised, so that Python prints it and exits with 1.
+    0: done; 2: a user mistake or a failing disk, reported in one message; 75: ended by SIGTERM,
+    resumes when started again (143 unless it `resumes`); 130: interrupted; otherwise the result of
+    `command`. A crash is raised, so that Python prints it and exits with 1.
     """
     install()
     shorten_notices()
@@ -42,14 +43,10 @@ def guarded(
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        told = disk_fault(error)
+        if told is None:
             raise
-        # A path that somebody typed: everything else has names of fixed length.
-        path = str(error.filename or "")
-        long = max(Path(path).parts, key=len, default="").partition(".")[0]
-        given = [word.partition("=")[0] for word in argv if "=" in word and long and long in word]
-        place = ": ".join([*given[:1], shown(path, 160)])
-        sys.stderr.write(f"error: {place}: this name is too long for a file: give a shorter one\n")
+        sys.stderr.write(f"error: {''.join(_field_of(error, argv))}{told}\n")
         return MISTAKE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -60,3 +57,14 @@ def guarded(
         # As Python does for `SystemExit` with a text: print it, and exit with 1.
         sys.stderr.write(f"{error.code}\n")
         return 1
+
+
+def _field_of(error: OSError, argv: Sequence[str]) -> list[str]:
+    """`NAME: ` of the command line's field that a name too long for a file comes from, if it is
+    there: everything else has names of fixed length."""
+    path = str(error.filename or "")
+    long = max(Path(path).parts, key=len, default="").partition(".")[0]
+    if error.errno != errno.ENAMETOOLONG or not long:
+        return []
+    fields = [word.partition("=")[0] for word in argv if "=" in word and long in word]
+    return [f"{field}: " for field in fields[:1]]

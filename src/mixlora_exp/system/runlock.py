@@ -85,7 +85,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _newest(folder: Path) -> int:
-    numbers = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
+    names = (path.name for path in folder.glob("[0-9]*"))
+    # `isdigit` alone is true of digits of other scripts and of superscripts, too.
+    numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
     return max(numbers, default=0)
 
 
@@ -210,7 +212,8 @@ class RunLock:
             return False
         self._number = number
         for old in range(max(1, number - 2 * KEPT), number - KEPT):
-            (self.folder / str(old)).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.folder / str(old)).unlink()
         return True
 
     def _write_temporary(self, number: int, **more: Any) -> Path:

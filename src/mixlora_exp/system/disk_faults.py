@@ -1,0 +1,52 @@
+"""Failures of a disk, told in one line: any read or write may meet one, and none is a bug."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+from mixlora_exp.errors import UserError, shown
+
+WAYS_OUT = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or ask for a larger quota",
+    errno.EROFS: "name another folder",
+    errno.EACCES: "change the permissions, or name another folder",
+    errno.EPERM: "change the permissions, or name another folder",
+    errno.EIO: "check the disk",
+    errno.ENXIO: "check the disk",
+    errno.ESTALE: "check the network file system",
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.ENOTDIR: "a part of this path is a file: name another folder",
+    errno.ELOOP: "its links form a circle",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+}
+"""What to do, by the number of the error."""
+
+
+def disk_fault(error: OSError) -> str | None:
+    """One line with the file, the reason and the way out; None for other errors, which may be bugs
+    or have a way out of their own."""
+    if error.errno not in WAYS_OUT:
+        return None
+    if error.errno == errno.ENAMETOOLONG:
+        reason = "this name is too long for a file"
+    else:
+        reason = error.strerror or str(error)
+    named = error.filename2 or error.filename
+    where = f"{shown(str(named), 160)}: " if named else ""
+    return f"{where}{reason}: {WAYS_OUT[error.errno]}"
+
+
+@contextlib.contextmanager
+def disk_faults_told(what: str) -> Iterator[None]:
+    """Within this context failures of the disk become a `UserError` that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        told = disk_fault(error)
+        if told is None:
+            raise
+        raise UserError(f"{what}: {told}") from error

@@ -1,0 +1,95 @@
+"""A failing disk ends a command in one line, whichever write it meets."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mixlora_exp.cli import report
+from mixlora_exp.cli.main import main
+from mixlora_exp.cli.train import execute
+from mixlora_exp.errors import UserError
+from mixlora_exp.system.disk_faults import disk_faults_told
+from mixlora_exp.system.exit_codes import guarded
+
+SMALL = ["experiment=smoke", "data.train_limit=4", "trainer.max_steps=1", "method=lora",
+         "evaluation.batch_check=0"]  # fmt: skip
+
+
+def fault(number: int, path: object = None) -> OSError:
+    return OSError(number, os.strerror(number), path)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, ["No space left", "free space"]), (errno.EROFS, ["Read-only", "another"]),
+     (errno.EIO, ["Input/output error", "check the disk"]), (errno.EACCES, ["permissions"]),
+     (errno.ENAMETOOLONG, ["too long for a file", "shorter"])],
+)  # fmt: skip
+def test_a_command_tells_it_in_one_line(number: int, words: list[str], capsys) -> None:
+    def command(_: object) -> None:
+        raise fault(number, "/a/\x1b[2Jb")
+
+    assert guarded(command, []) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: /a/\\x1b[2Jb: ")
+    assert told.count("\n") == 1
+    assert all(word in told for word in words)
+
+
+def test_what_may_be_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(FileNotFoundError), disk_faults_told("x=1"):
+        raise fault(errno.ENOENT, "/a")
+    told = pytest.raises(UserError, match="x=1: No space left on device: free space there")
+    with told, disk_faults_told("x=1"):
+        raise fault(errno.ENOSPC)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [(os, "makedirs", "trainer"), (os, "mkdir", "trainer"), (Path, "unlink", "failure.json")],
+    ids=["makedirs RUN/trainer", "mkdir RUN/trainer", "unlink failure.json"],
+)
+def test_a_run_on_a_failing_disk(
+    owner: object, name: str, broken: str, together: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:  # fmt: skip
+    entries = ["adapters=[lora,{method:dora}]"] if together else []
+    argv = [*SMALL, *entries, f"output_dir={tmp_path}"]
+    real: Callable[..., object] = getattr(owner, name)
+
+    def failing(path, *args, **kwargs):
+        if Path(path).name == broken:
+            raise fault(errno.EIO, str(path))
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        code = execute(argv)
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    if code == 0:
+        assert (owner, name) == (os, "makedirs"), "nothing creates it this way"
+        return
+    assert code == 2
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Input/output error: check the disk" in errors[0]
+    assert not list(tmp_path.glob("*/record.json"))
+    assert execute(argv) == 0
+    assert len(list(tmp_path.glob("*/record.json"))) == 1 + together
+
+
+def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise fault(errno.ENOSPC, str(tmp_path / "figures"))
+
+    monkeypatch.setattr(report, "gather", lambda: None)
+    monkeypatch.setattr(report, "write_report", full)
+    assert main(["report", f"--output={tmp_path}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
