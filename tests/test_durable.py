@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.system import durable
-from mixlora_exp.system.durable import publishing
+from mixlora_exp.system.durable import publishing, write_whole
 
 WRITER = textwrap.dedent(
     """
@@ -186,3 +186,22 @@ def test_folders_that_never_stay_are_one_error(
         pass
     assert len(made) == durable.TRIES
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_killed_writers_are_removed_and_those_of_living_ones_kept(tmp_path: Path) -> None:
+    left = tmp_path / ".a.zip.0123abcd.tmp"
+    left.write_bytes(b"half")
+    others = (tmp_path / ".b.zip.0123abcd.tmp", tmp_path / ".a.zip.tmp")
+    for other in others:
+        other.write_bytes(b"half")
+    seen = []
+
+    def meanwhile(temporary: Path) -> None:
+        write_whole(tmp_path / "a.zip", [b"other"])
+        seen.append(temporary.read_bytes())
+
+    write_whole(tmp_path / "a.zip", [b"whole"], check=meanwhile)
+    assert seen == [b"whole"]
+    assert (tmp_path / "a.zip").read_bytes() == b"whole"
+    assert not left.exists()
+    assert all(other.exists() for other in others)

@@ -100,6 +100,19 @@ def test_damaged_cache_is_made_anew(package: ModelConfig, conversions: list) -> 
     assert kept(folder.parent) == [folder.name]
 
 
+def test_a_flipped_bit_in_the_cache_is_seen(package: ModelConfig, conversions: list) -> None:
+    """By the next process, whatever the file's size and times say."""
+    path = pypi.cached_folder(package) / "model.safetensors"
+    whole, times = path.read_bytes(), path.stat()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    pypi._sha256.cache_clear()
+    assert not pypi.is_cached(package)
+    load_model(package, torch.float32)
+    assert len(conversions) == 2
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("manifest", ["{}", "[]", "null", "7", '{"config.json": SIZE}'])
 def test_a_manifest_that_does_not_name_the_files_is_not_believed(
     manifest: str, package: ModelConfig, conversions: list

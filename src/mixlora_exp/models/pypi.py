@@ -7,26 +7,30 @@ import io
 import json
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import GgufConfig, PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
+from mixlora_exp.models.file_cache import Stamp, stamp
 from mixlora_exp.models.packaged import gguf_files, gguf_sha256, joined
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
 from mixlora_exp.system.caches import cache_folder
+from mixlora_exp.system.durable import publishing
+from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.untrusted import read_json
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "conversion.json"
-"""File names and sizes of a finished cache folder; written last."""
+"""File names and SHA-256 of a finished cache folder; written last."""
 _NEEDED = ("config.json", "tokenizer.json", ".safetensors")
 """File name endings that every conversion's manifest must contain."""
 _LOOK = 0.2
@@ -37,8 +41,9 @@ def cached_folder(config: ModelConfig) -> Path:
     """Return a folder with the model (float32 safetensors) and its tokenizer.
 
     The first call for a GGUF file converts it, which takes about 20 s. The folder appears when it
-    is complete, and is converted again if a file's size has changed. Only one process converts at a
-    time, and others wait for it; files of a killed conversion are removed by the next one.
+    is complete and on disk. Each process compares its files with their hashes once, and converts
+    them again if one differs. Only one process converts at a time, and others wait for it; files of
+    a killed conversion are removed by the next one.
 
     Raises:
         UserError: the package is missing, or the cache cannot be written.
@@ -83,45 +88,49 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _make(files: list[Path], config: ModelConfig, folder: Path) -> None:
-    """Convert into a temporary folder and rename it to `folder`; the caller holds the lock."""
-    # Left by killed processes: under the lock no other process uses them.
+    """Convert into a new folder that is renamed to `folder`; the caller holds the lock."""
+    # Left by killed processes, of other models too: under the lock no other process uses them.
     for left in folder.parent.glob(".*-*"):
         shutil.rmtree(left, ignore_errors=True)
-    with _writing(folder):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with contextlib.ExitStack() as stack:
-            with _writing(folder):
-                gguf = stack.enter_context(joined(files, folder.parent))
-            _convert(gguf, temporary, config, folder)
-        with _writing(folder):
-            _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    # Failures of the conversion itself have their own messages.
+    with _writing(folder), publishing(folder, replace=True) as new:
+        with joined(files, new) as gguf:
+            _convert(gguf, new, config)
+        hashes = {path.name: file_sha256(path) for path in sorted(new.iterdir())}
+        (new / _MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the converted model to {folder}: {error.strerror or error}; "
+            f"cannot write the converted model to {folder}: "
+            f"{getattr(error, 'strerror', None) or error}; "
             "XDG_CACHE_HOME=DIR moves the cache"
         ) from error
 
 
 def _is_complete(folder: Path) -> bool:
     try:
-        sizes = read_json(folder / _MANIFEST)
+        hashes = read_json(folder / _MANIFEST)
         # An empty or incomplete manifest would match a folder without weights.
-        named = all(any(name.endswith(end) for name in sizes) for end in _NEEDED)
-        return named and all((folder / name).stat().st_size == n for name, n in sizes.items())
+        named = all(any(name.endswith(end) for name in hashes) for end in _NEEDED)
+        return named and all(
+            _sha256(folder / name, stamp(folder / name)) == digest
+            for name, digest in hashes.items()
+        )
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
-def _convert(gguf: Path, target: Path, config: ModelConfig, folder: Path) -> None:
+@lru_cache(maxsize=64)
+def _sha256(path: Path, _: Stamp) -> str:
+    return file_sha256(path)
+
+
+def _convert(gguf: Path, target: Path, config: ModelConfig) -> None:
     origin = f"{config.package} ({gguf.name})"
     # The GGUF reader's progress bar cannot be disabled, and writes to standard error.
     with contextlib.redirect_stderr(io.StringIO()):
@@ -136,11 +145,9 @@ def _convert(gguf: Path, target: Path, config: ModelConfig, folder: Path) -> Non
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
         )
-    with _writing(folder), quiet():
+    with quiet():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
-        (target / _MANIFEST).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
 
 
 def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
@@ -156,14 +163,3 @@ def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> No
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        # The folder exists: another process was faster, or it is damaged.
-        if _is_complete(folder):
-            return
-        shutil.rmtree(folder)
-        temporary.rename(folder)

@@ -63,6 +63,7 @@ from mixlora_exp.system.device import (
     processes,
     resolve_device,
 )
+from mixlora_exp.system.durable import sync
 from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.hub import adapter_folder
 from mixlora_exp.system.runlock import RunLock
@@ -119,7 +120,10 @@ class Run:
                 # A repeated run starts from the beginning.
                 self.checkpoints().clear()
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / RECORD).unlink(missing_ok=True)
+            if (self.folder / RECORD).exists():
+                (self.folder / RECORD).unlink()
+                # Else it might be there again after a power loss, beside another adapter.
+                sync(self.folder)
             # Files that a killed process was writing.
             for pattern in (".*.tmp", "predictions/.*.tmp"):
                 for left in self.folder.glob(pattern):
@@ -224,6 +228,10 @@ def write_record(this: Run, record: dict[str, Any]) -> Path:
     path, record = this.folder / RECORD, finish_record(record)
     if record["train"] is not None:
         write_text(this.folder / "adapter" / "README.md", model_card(record))
+    # The log, and the names of all files: after a power loss none is missing beside a record.
+    for written in (this.folder / "train_log.jsonl", this.folder):
+        if written.exists():
+            sync(written)
     write_json(path, record)
     # Only now: checkpoints are needed until the record is on disk.
     this.checkpoints().clear()

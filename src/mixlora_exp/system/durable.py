@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from mixlora_exp.errors import UserError
 
@@ -33,22 +34,23 @@ def write_whole(
     path: Path, chunks: Iterable[bytes], check: Callable[[Path], None] | None = None
 ) -> None:
     """Write a file atomically. `check`: called on the written file before the rename, may raise
-    OSError or ValueError to cancel it.
+    OSError or ValueError to cancel it. What a killed process left of the same file is removed.
 
     Raises:
         UserError: the file cannot be written; an existing one is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned_files(path)
+        temporary, stream = _locked_file(path)
         try:
-            with temporary.open("xb") as stream:
+            with stream:
                 stream.writelines(chunks)
                 stream.flush()
                 os.fsync(stream.fileno())
-            if check is not None:
-                check(temporary)
-            temporary.replace(path)
+                if check is not None:
+                    check(temporary)
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         # Windows cannot open a folder, and some network file systems cannot sync one.
@@ -60,6 +62,29 @@ def write_whole(
         raise UserError(
             f"cannot write {path}: {'the disk is full' if full else reason}; nothing was recorded"
         ) from error
+
+
+def _locked_file(path: Path) -> tuple[Path, BinaryIO]:
+    """A new, hidden file next to `path`, open for writing and locked as long as it is open."""
+    for _ in range(TRIES):
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        stream = temporary.open("xb")
+        # File systems without locks are tolerated.
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(stream.fileno()).st_nlink:
+            return temporary, stream
+        stream.close()  # Another process considered it abandoned and removed it.
+    raise OSError(errno.EAGAIN, "others removed each new file before it was locked", str(path))
+
+
+def _remove_abandoned_files(path: Path) -> None:
+    """Remove incomplete files of processes that have ended."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for left in [other for other in path.parent.iterdir() if name.fullmatch(other.name)]:
+        with contextlib.suppress(OSError), left.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def settle(folder: Path) -> None:
