@@ -21,6 +21,7 @@ COMMANDS = {
     "search": "search router-loss coefficient and learning rate",
     "status": "show which runs of each table are done and which remain",
     "collect": "pack finished runs into results/runs/",
+    "compare": "compare finished runs: scores, paired differences, what differs",
     "show": "print the record of a run",
     "tables": "build the tables from the records",
     "figures": "draw the figures from the records",

@@ -137,7 +137,8 @@ class RecordedRun:
 
     def _source(self) -> Mapping[str, Any]:
         """The record of the training run, or the part of it in the record of a rescoring."""
-        return self.record["adapter"]["trained_by"] if self.rescored else self.record
+        known = self.rescored and self.record["adapter"]["trained_by"] is not None
+        return self.record["adapter"]["trained_by"] if known else self.record
 
     def conditions(self, protocol: str) -> dict[str, Any]:
         """Conditions that two results under `protocol` must share to be in one cell, in addition to
@@ -223,17 +224,17 @@ class RecordedRun:
         return tuple(tuple(file["sha256"] for file in files) for files in splits)
 
 
-def _placed(files: RunFiles, force: bool) -> RecordedRun:
+def _placed(files: RunFiles, force: bool, unplaced: bool) -> RecordedRun:
     record = read_run(files)
     if record.get("status") != "finished":
         raise UserError(f"status={record.get('status')}: the run is not finished")
     reasons = code_objections(record)
-    if UNPLACED in reasons:
+    if UNPLACED in reasons and not unplaced:
         raise UserError(UNPLACED)
     if reasons and not (force or files.has(FORCED)):
         raise UserError(f"{'; '.join(reasons)}: collect --force collects it, marked")
     trained = scored = completed(record["config"])
-    if record.get("adapter") is not None:
+    if (record.get("adapter") or {}).get("trained_by") is not None:
         trained = completed(record["adapter"]["trained_by"]["config"])
     for config in (trained, scored):
         require_complete(config)
@@ -261,8 +262,9 @@ def load_runs(folder: Path) -> tuple[list[RecordedRun], list[LeftOut]]:
     return runs, left_out
 
 
-def check_run(files: RunFiles, *, force: bool = False) -> RecordedRun:
-    """Read and check one record with its predictions. `force`: ignore objections to its code.
+def check_run(files: RunFiles, *, force: bool = False, unplaced: bool = False) -> RecordedRun:
+    """Read and check one record with its predictions. `force`: ignore objections to its code;
+    `unplaced`: take scores of an adapter whose training no record knows.
 
     Raises:
         UserError: no table can use it; the message has the reason.
@@ -274,7 +276,7 @@ def check_run(files: RunFiles, *, force: bool = False) -> RecordedRun:
     except ValueError as error:
         raise UserError(str(error)) from error
     with odd_fields(path):
-        run = _placed(files, force)
+        run = _placed(files, force, unplaced)
         for task, protocol in run.scores:
             run.conditions(protocol)
             run.hashes(task)

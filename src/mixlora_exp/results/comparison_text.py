@@ -1,0 +1,143 @@
+"""A comparison of runs for the terminal, as tidy data, and as the lines of a forest plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from mixlora_exp.errors import shown
+from mixlora_exp.records.layout import Column, Sheet
+from mixlora_exp.results.comparison import Compared, Measured, Side, Versus
+from mixlora_exp.results.findings import Contrast
+from mixlora_exp.results.headings import word
+from mixlora_exp.results.paper import METHOD_TITLES
+from mixlora_exp.results.tables.parts import Entry
+
+METRICS = {"accuracy": "", "accuracy_normalized": " per char."}
+COLUMNS = (
+    "side", "runs", "task", "protocol", "metric", "value", "low", "high", "chance", "majority",
+    "minus", "delta", "delta_low", "delta_high", "p", "q", "items", "seeds", "verdict",
+)  # fmt: skip
+
+
+def title(side: Side) -> str:
+    """A side in words: method, task of training and seeds."""
+    run = side.runs[0]
+    method = METHOD_TITLES.get(run.method, run.method)
+    mix = f" trained on {'+'.join(run.mix)}" if run.mix else ""
+    seeds = ", ".join(map(str, side.seeds))
+    several = f"{len(side.runs)} runs, seeds {seeds}" if side.runs[1:] else f"seed {seeds}"
+    return shown(f"{side.letter}  {run.model} {method}{mix}, {several}", 200)
+
+
+def label(one: Measured) -> str:
+    """The heading of a line."""
+    return shown(f"{one.task}, {one.protocol}{METRICS[one.metric]}", 80)
+
+
+def _percent(value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}"
+
+
+def _bounded(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{_percent(value, sign)} [{_percent(low, sign)}, {_percent(high, sign)}]"
+
+
+def settings_sheet(compared: Compared) -> Sheet:
+    """What differs in the configurations, one line a setting."""
+    columns = [
+        Column(side.letter, [shown(word(values[at]), 28) for values in compared.differing.values()])
+        for at, side in enumerate(compared.sides)
+    ]
+    names = [shown(name, 60) for name in compared.differing]
+    return Sheet("What differs", Column("setting", names), columns)
+
+
+def scores_sheet(compared: Compared) -> Sheet:
+    """Accuracies in percent with chance, the most frequent answer, and intervals."""
+    columns = [
+        Column("chance", [_percent(one.scores[0].chance) for one in compared.measured]),
+        Column("major.\nclass", [_percent(one.scores[0].majority) for one in compared.measured]),
+    ]
+    for side in compared.sides:
+        cells = []
+        for one in compared.measured:
+            own = next((score for score in one.scores if score.side is side), None)
+            e = None if own is None else own.estimate
+            grey = "" if own is None or own.above else "°"
+            cells.append("-" if e is None else _bounded(e.value, e.low, e.high) + grey)
+        columns.append(Column(side.letter, cells))
+    labels = [label(one) for one in compared.measured]
+    heading = "Accuracy in %, with 95 % intervals; °: not told from chance and majority class"
+    return Sheet(heading, Column("task", labels), columns)
+
+
+def _each(compared: Compared) -> Iterator[tuple[Measured, Side, Versus]]:
+    for one in compared.measured:
+        for versus in one.differences:
+            yield one, one.scores[0].side, versus
+
+
+def differences_sheet(compared: Compared) -> Sheet:
+    """Paired differences in points, one line a task and pair of sides."""
+    lines = [(f"{v.side.letter} - {base.letter} {label(one)}", v)
+             for one, base, v in _each(compared)]  # fmt: skip
+
+    def column(head: str, cell: Any) -> Column:
+        return Column(head, ["-" if v.comparison is None else cell(v) for _, v in lines])
+
+    columns = [
+        column(
+            "difference",
+            lambda v: _bounded(v.comparison.value, v.comparison.low, v.comparison.high, "+"),
+        ),
+        column("p", lambda v: f"{v.comparison.p:.3f}"),
+    ]
+    if any(v.q is not None for _, v in lines):
+        columns.append(column("q", lambda v: "-" if v.q is None else f"{v.q:.3f}"))
+    columns.append(Column("verdict", [v.verdict for _, v in lines]))
+    columns.append(column("items", lambda v: str(v.comparison.items)))
+    heading = "Paired differences in points, with 95 % intervals (one seed says nothing of others)"
+    return Sheet(heading, Column("task", [name for name, _ in lines]), columns)
+
+
+def contrasts(compared: Compared) -> list[Contrast]:
+    """The differences as lines of a forest plot."""
+    return [
+        Contrast(
+            f"{v.side.letter} - {base.letter}, {label(one)}",
+            Entry(
+                "versus", 100 * v.comparison.value, low=100 * v.comparison.low,
+                high=100 * v.comparison.high, seeds=v.comparison.seeds,
+            ),
+        )
+        for one, base, v in _each(compared)
+        if v.comparison is not None
+    ]  # fmt: skip
+
+
+def as_csv(compared: Compared) -> str:
+    """One line a task, metric and side; fractions, not percent."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for one in compared.measured:
+        versus = {v.side.letter: v for v in one.differences}
+        for score in one.scores:
+            own, e = versus.get(score.side.letter), score.estimate
+            row = [
+                score.side.letter, " ".join(run.name for run in score.side.runs), one.task,
+                one.protocol, one.metric, e.value, e.low, e.high, score.chance, score.majority,
+            ]  # fmt: skip
+            c = None if own is None else own.comparison
+            if own is None:
+                row += [""] * 7
+            else:
+                base = one.scores[0].side.letter
+                found = [""] * 4 if c is None else [c.value, c.low, c.high, c.p]
+                row += [base, *found, "" if own.q is None else own.q, "" if c is None else c.items]
+            row += [e.seeds, "" if own is None else own.verdict]
+            writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in row])
+    return stream.getvalue()
