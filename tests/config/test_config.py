@@ -23,10 +23,10 @@ from mixlora_exp.config.resolve import (
     fingerprint,
     open_session,
     register_schemas,
-    run_name,
     to_config,
     to_dict,
 )
+from mixlora_exp.config.run_names import LONGEST, run_name
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.sweeps.compose_cells import ByGroup
@@ -203,6 +203,22 @@ def test_fingerprint_is_stable(base: Config) -> None:
     assert re.fullmatch(r"[0-9a-f]{64}", fingerprint(base))
     name = run_name(base)
     assert name == f"smollm2_135m-mixlora-multi-hub-s42-{fingerprint(base)[:10]}"
+
+
+def test_names_carry_the_settings_that_are_not_the_defaults() -> None:
+    words = ["method=lora", "task=arc_e", "data=embedded"]
+    varied = [*words, "method.rank=8", "trainer.learning_rate=6e-4", "data.train_limit=64"]
+    assert run_name(compose(varied)).startswith(
+        "smollm2_135m-lora-arc_e-embedded-rank8-lr0.0006-rows64-s42-"
+    )
+    plain = run_name(compose([*words, "method.rank=80", "evaluation.limit=5"]))
+    assert plain.startswith("smollm2_135m-lora-arc_e-embedded-s42-")
+    # A run that scores has no training settings, whatever the defaults say.
+    assert "lr" not in run_name(compose(["method=none", "trainer.learning_rate=1"]))
+    many = [f"trainer.{name}=7" for name in ("epochs", "warmup_steps", "max_steps", "weight_decay")]
+    long = run_name(compose([*varied, *many, "method.dropout=0.2", "method.alpha=3"]))
+    assert len(long) < len(plain) + LONGEST + 2
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", long)
 
 
 def other_value(value: object) -> object:

@@ -10,7 +10,8 @@ from composed import compose
 
 from mixlora_exp.adapters import MixLoraFeedForward, attach_adapter
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.resolve import fingerprint, run_name
+from mixlora_exp.config.resolve import fingerprint
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model

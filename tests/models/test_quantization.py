@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.config.recorded import check_recorded
-from mixlora_exp.config.resolve import fingerprint, fingerprint_of, run_name, to_dict
+from mixlora_exp.config.resolve import fingerprint, fingerprint_of, to_dict
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Quantization
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import is_quantized, matrix_of

@@ -15,7 +15,8 @@ from composed import compose
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from mixlora_exp.config.resolve import fingerprint, run_name, to_dict
+from mixlora_exp.config.resolve import fingerprint, to_dict
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError

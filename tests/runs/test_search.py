@@ -16,7 +16,7 @@ optuna = pytest.importorskip("optuna", reason="the package optuna is not install
 
 from safetensors import SafetensorError  # noqa: E402
 
-from mixlora_exp.config.resolve import run_name  # noqa: E402
+from mixlora_exp.config.run_names import run_name  # noqa: E402
 from mixlora_exp.config.schema import Config  # noqa: E402
 from mixlora_exp.errors import NotEnoughMemory, UserError  # noqa: E402
 from mixlora_exp.records.record import finish_record, write_json  # noqa: E402

@@ -17,7 +17,8 @@ from composed import compose
 from mixlora_exp.cli.main import main
 from mixlora_exp.config import command
 from mixlora_exp.config.command import load, plan_runs
-from mixlora_exp.config.resolve import open_session, run_name, to_dict
+from mixlora_exp.config.resolve import open_session, to_dict
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.models import build_hf_config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from mixlora_exp.sweeps import jobs
 from mixlora_exp.sweeps import launch as sweep
 from mixlora_exp.sweeps.jobs import SWEEP, Outcome
 from mixlora_exp.sweeps.ledger import Ledger
+from mixlora_exp.sweeps.summary import Finished, edge_of_grid
 from mixlora_exp.system import signals as interruption
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.signals import Terminated, deferred, heeded, install, requested
@@ -317,3 +319,38 @@ def test_a_signal_that_is_repeated_is_one_request() -> None:
     with pytest.raises(Terminated):
         signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_sweep_ends_with_one_table(tmp_path: Path, capsys) -> None:
+    argv = ["-m", *SMALL, f"output_dir={tmp_path}", "method=lora", "evaluation.limit=4"]
+    assert execute([*argv, "trainer.learning_rate=1e-4,1e-3,2e-3", "trainer.max_steps=1"]) == 0
+    out = capsys.readouterr().out
+    table = out.partition("== Results of the sweep")[2]
+    assert table.startswith(", accuracy in %, sorted by arc_e, label_logits")
+    rows = re.findall(r"│ (\d)  trainer.learning_rate=(\S+) +│ +([\d.]+) │ +\d+ s │", table)
+    assert sorted(rate for _, rate, _ in rows) == ["0.0001", "0.001", "0.002"]
+    scores = [float(score) for *_, score in rows]
+    assert scores == sorted(scores, reverse=True)
+    folders = re.findall(r"^(\d)  (\S+)$", table, re.M)
+    assert [number for number, _ in folders] == ["1", "2", "3"]
+    for (_, rate, _), (_, folder) in zip(rows, folders, strict=True):
+        assert f"-lr{float(rate):g}-" in folder
+        assert (Path(folder) / "record.json").is_file()
+    # Each run prints under its own heading.
+    for _, folder in folders:
+        assert f"\n\nResults of {Path(folder).name}\n" in out
+
+
+def scored(rate: str, accuracy: float) -> Finished:
+    scores = [{"task": "a", "protocol": "p", "accuracy": accuracy}]
+    return Finished({"trainer.learning_rate": rate}, {"scores": scores}, Path("out"))
+
+
+def test_a_learning_rate_at_the_edge_of_the_grid_is_told() -> None:
+    low, middle, high = scored("1e-4", 0.5), scored("3e-4", 0.6), scored("1e-3", 0.7)
+    assert edge_of_grid([middle, high, low]) is None
+    assert "largest learning rate of the sweep (trainer.learning_rate=1e-3): try larger" in str(
+        edge_of_grid([high, middle, low])
+    )
+    assert "try smaller" in str(edge_of_grid([low, middle, high]))
+    assert edge_of_grid([high]) is None

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
@@ -238,12 +238,3 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
     tree = determining(settings)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def run_name(config: Config, adapter: Mapping[str, Any] | None = None) -> str:
-    """Return a folder name for the run: readable parts, the seed, the fingerprint's beginning.
-
-    `adapter`: the record's entry for the adapter to score, whose method names the run."""
-    method = config.method.name if config.adapter is None else (adapter or {}).get("method")
-    parts = (config.model.name, method or "adapter", config.task.name, config.data.name.value)
-    return "-".join((*parts, f"s{config.seed}", fingerprint(config)[:10]))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixlora_exp.config.resolve import run_name
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import (
     AnswerForm,
     Config,

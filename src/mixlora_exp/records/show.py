@@ -129,6 +129,15 @@ def print_record(record: Mapping[str, Any]) -> None:
     """Print the name of a record's run, its tables, one per protocol, the expert load, and the cost
     of training."""
     record = _plain(record)
+    # In one piece, because several processes of a sweep print at the same time.
+    with console.capture() as held:
+        _print(record)
+    console.file.write(held.get())
+    console.file.flush()
+
+
+def _print(record: Mapping[str, Any]) -> None:
+    console.print()
     say(f"Results of {record['name']}")
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):
         _show(scores_table(record, protocol))

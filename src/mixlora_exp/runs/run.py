@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.adapters.shuffled import shuffle_experts
 from mixlora_exp.config.paths import ROOT
-from mixlora_exp.config.resolve import fingerprint, run_name, to_dict
+from mixlora_exp.config.resolve import fingerprint, to_dict
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Base, Config, TrainedMethodConfig
 from mixlora_exp.data.encoding import Example, encode_examples
 from mixlora_exp.data.sources import LoadedSplit

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
 from mixlora_exp.adapters.mixed_adapters import check_shareable
 from mixlora_exp.adapters.shuffled import shuffle_experts
-from mixlora_exp.config.resolve import run_name
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Base, Config, LoraMethodConfig, Protocol
 from mixlora_exp.config.together import check_together
 from mixlora_exp.errors import PackError, UserError

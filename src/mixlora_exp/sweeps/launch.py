@@ -122,6 +122,11 @@ def _tell(plan: Plan) -> int:
         f"== {every} runs: {now}, {before} finished before, {failed} failed, "
         f"{alone} skipped{stopped}, {took}\n"
     )
+    if not plan.cells[0].config.dry_run:
+        # Imported late: records are read only now.
+        from mixlora_exp.sweeps.summary import print_summary
+
+        print_summary(plan.cells)
     failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
     if failures:
         sys.stderr.write(f"error: {failed or len(failures)} of {every} runs failed:\n")

@@ -17,7 +17,8 @@ import yaml
 from mixlora_exp.config.command import plan_runs
 from mixlora_exp.config.later_fields import completed
 from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.resolve import fingerprint, fingerprint_of, open_session, run_name
+from mixlora_exp.config.resolve import fingerprint, fingerprint_of, open_session
+from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Config, DataSource
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.records.code_hash import code_sha256
