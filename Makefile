@@ -90,22 +90,22 @@ study: $(STAMP)  ## run what is missing of the comparison in docs/comparison.md 
 		method.alpha=160 trainer.learning_rate=6e-4
 
 status: $(STAMP)  ## what has been run of every table, and what is left
-	$(BIN)/python scripts/status.py $(OPTIONS)
+	$(BIN)/python scripts/status.py results=results $(OPTIONS)
 
 collect: $(STAMP)  ## bring finished runs of committed code from outputs/ into results/runs/
-	$(BIN)/python scripts/collect.py
+	$(BIN)/python scripts/collect.py results=results
 
 tables: $(STAMP)  ## make the paper's tables from the records, as Markdown, CSV and LaTeX
-	$(BIN)/python scripts/tables.py
+	$(BIN)/python scripts/tables.py results=results
 
 check-tables: $(STAMP)  ## fail where a table is not what the records give
-	$(BIN)/python scripts/tables.py --check
+	$(BIN)/python scripts/tables.py results=results --check
 
 figures: $(STAMP)  ## draw the figures from the records
-	$(BIN)/python scripts/figures.py
+	$(BIN)/python scripts/figures.py results=results
 
 report: tables $(STAMP)  ## make the report, one page with tables, figures and records
-	$(BIN)/python scripts/report.py
+	$(BIN)/python scripts/report.py results=results
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check $(OURS)

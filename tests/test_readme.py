@@ -253,6 +253,7 @@ def test_shown_status_is_the_real_one(
     command: str, output: str, run_script: Callable[..., str]
 ) -> None:
     """Run where there are no outputs, and seen from the root of the repository."""
+    command = command.replace("results=results", f"results={ROOT / 'results'}")
     shown = run_script(command, {}).replace(f"{ROOT}/", "")
     assert " ".join(shown.split()) == " ".join(output.split())
 

@@ -36,7 +36,7 @@ def script(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 def read_once(committed: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that would each read all committed records take what was read before."""
     for command in (tables, figures, report):
-        monkeypatch.setattr(command, "gather", lambda names=None: committed)
+        monkeypatch.setattr(command, "gather", lambda folder, names=None: committed)
 
 
 @pytest.mark.usefixtures("read_once")
@@ -50,7 +50,7 @@ def test_tables(script: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "table1.csv").write_text("other\n")
     done = script("tables", f"--output={tmp_path}", "--check")
     assert done.returncode == 2
-    assert "run `make tables`" in done.stderr
+    assert "run it without --check" in done.stderr
     assert (tmp_path / "table1.csv").read_text() == "other\n"
 
 
@@ -75,7 +75,7 @@ def test_figures_and_report(script: Callable[..., Done], tmp_path: Path) -> None
 def test_collect(script: Callable[..., Done], write: Callable[..., Path], tmp_path: Path) -> None:
     overrides = ("model=smollm2_135m", "task=arc_e", "data=embedded", "method=lora")
     write(tmp_path / "out", "a", overrides, {"arc_e": 0.5})
-    words = (f"--source={tmp_path / 'out'}", f"--target={tmp_path / 'runs'}")
+    words = (f"--source={tmp_path / 'out'}", f"--results={tmp_path}")
     done = script("collect", *words)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "collected: a")
     write(tmp_path / "out", "trial", ("model=tiny", *overrides[1:]), {"arc_e": 0.5})
@@ -93,7 +93,7 @@ def test_a_fresh_clone_has_nothing_to_collect(
     if empty:
         (tmp_path / "outputs" / "begun").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    words = ["collect", f"--target={tmp_path / 'runs'}"]
+    words = ["collect", f"--results={tmp_path}"]
     done = script(*words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("nothing to collect: no finished run in outputs\n")
@@ -114,3 +114,36 @@ def test_unknown_options_are_told(script: Callable[..., Done], name: str) -> Non
     done = script(name, "--outptu=x")
     assert done.returncode == 2
     assert "there is no option --outptu" in done.stderr
+
+
+def test_ones_own_results_stay_apart_from_the_projects(
+    script: Callable[..., Done], write: Callable[..., Path], tmp_path: Path, monkeypatch
+) -> None:
+    """By default everything goes to a folder in the working directory, which git ignores."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
+    words = ("model=smollm2_135m", "data=local", "data.path=d", "task=arc_e")
+    for method, share in (("lora", 0.25), ("mixlora", 0.5)):
+        write(tmp_path / "outputs", method, [*words, f"method={method}"], {"arc_e": share})
+    for name in ("collect", "tables", "figures", "report"):
+        done = script(name)
+        assert done.returncode == 0, done.stderr
+    own = tmp_path / "my-results"
+    assert {path.name for path in (own / "runs").iterdir()} == {"lora.zip", "mixlora.zip"}
+    for made in (
+        "tables/table2.md",
+        "scores.csv",
+        "figures/learning_curves.png",
+        "report/index.html",
+    ):
+        assert (own / made).is_file()
+    lines = (own / "scores.csv").read_text().splitlines()
+    assert {line.rpartition(",")[2] for line in lines[1:]} == {"lora", "mixlora"}
+    assert {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")} == before
+    ignored = (Path(__file__).parents[2] / ".gitignore").read_text().splitlines()
+    assert "my-results/" in ignored
+    # Another root, by either way of writing it; a collected run is found by its name.
+    assert script("collect", f"results={tmp_path / 'two'}").returncode == 0
+    assert (tmp_path / "two" / "runs" / "lora.zip").is_file()
+    assert "lora" in script("compare", "lora", "mixlora").stdout

@@ -212,11 +212,11 @@ def test_records_on_local_data_are_pointed_to(
     words = [f"--experiment={SMALL}", "--brief", *TINY[:1], *ONE, f"output_dir={tmp_path}"]
     files = ["data=local", f"data.path={tmp_path / 'nowhere'}"]
     (config,) = configs(tmp_path, *ONE, *files)
-    write_record(tmp_path / "records" / "a", config, data={"arc_e/test": [{"sha256": "0" * 64}]})
-    assert main(["status", *words, f"--records={tmp_path / 'records'}"]) == 0
+    write_record(tmp_path / "runs" / "a", config, data={"arc_e/test": [{"sha256": "0" * 64}]})
+    assert main(["status", *words, f"results={tmp_path}"]) == 0
     told = capsys.readouterr().out
     assert "1 of those missing are recorded with data=local" in told
-    assert main(["status", *words, *files, f"--records={tmp_path / 'records'}"]) == 0
+    assert main(["status", *words, *files, f"results={tmp_path}"]) == 0
     told = capsys.readouterr().out
     assert told.splitlines()[1].split() == [SMALL, "1", "0"]
     assert "of those missing" not in told

@@ -1,10 +1,10 @@
 """Compare finished runs: accuracies, paired differences with intervals, and what differs.
 
-RUN is a folder of a finished run, a packed run, or a name in results/runs/; runs that differ only
-in their seed count as one side, and the first side is the one that the others are compared with.
-Intervals are over items and, with several seeds, over seeds; q is p corrected (Holm) for the number
-of comparisons. --output writes comparison.csv and the differences as PNG and SVG. --html writes one
-page that needs no network, with learning curves, expert load and the items on which runs differ.
+RUN is the folder of a finished run, a packed run, or the name of a collected one. Runs that differ
+only in their seed are one side; the others are compared with the first side. Intervals are over
+items and, with several seeds, over seeds; q is p corrected (Holm) for the number of comparisons.
+--output writes comparison.csv, and the differences as PNG and SVG. --html writes a page that needs
+no network, with learning curves, expert load and the items on which runs differ.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from mixlora_exp.config.paths import OWN_RESULTS
 from mixlora_exp.errors import UserError
 
 
@@ -49,6 +51,11 @@ class Parser(argparse.ArgumentParser):
                 hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
                 raise UserError(f"{word}: there is no option {name}; {hint}")
         return self.parse_intermixed_args([w for word in argv for w in self._dashed(word)])
+
+    def add_results(self) -> None:
+        """Add `results=DIR`, the root of collected runs and of what is made from them."""
+        what = f"root with runs/ and what is made from them (default: {OWN_RESULTS})"
+        self.add_argument("--results", metavar="DIR", type=Path, default=OWN_RESULTS, help=what)
 
     def _dashed(self, word: str) -> list[str]:
         """An option that was written as a setting (`brief=true`, `output=DIR`), with its dashes."""

@@ -1,7 +1,7 @@
 """The smallest difference between two methods that a comparison detects with 80 % power.
 
-Measures on two records in results/runs/ how often exactly one of the two runs is right
-(answer_text, length-normalised), and extrapolates to the full test sets.
+Measures on two runs (folders, packed runs, or names of collected ones) how often exactly one of the
+two is right (answer_text, length-normalised), and extrapolates to the full test sets.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.paths import RESULTS
-from mixlora_exp.records.files import PACKED, RunFiles
+from mixlora_exp.records.files import RunFiles, find_record
 from mixlora_exp.results.power import (
     average_item_error,
     discordant_share,
@@ -32,8 +31,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--changed", type=float, default=0.03, help=differently)
     parser.add_argument("--factor", type=float, default=1.0, help="multiply both shares by this")
     args = parser.parse(argv)
-    paths = (RESULTS / "runs" / f"{name}{PACKED}" for name in (args.a, args.b))
-    a, b = (check_run(RunFiles(path)) for path in paths)
+    a, b = (check_run(RunFiles(find_record(name))) for name in (args.a, args.b))
     tasks = args.tasks or sorted(
         {task for task, protocol in a.scores.keys() & b.scores.keys() if protocol == "answer_text"}
     )

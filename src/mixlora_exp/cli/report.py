@@ -1,6 +1,6 @@
-"""Build the report from the committed records.
+"""Build the report from collected runs (results=DIR).
 
-One static page, results/report/index.html, with tables, figures and a link from each number to
+One static page, DIR/report/index.html, with tables, figures and a link from each number to
 its record.
 """
 
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.results.build import gather, write_report
 
 
 def run(argv: Sequence[str]) -> int:
     """Execute one command line and return the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("--output", metavar="DIR", type=Path, default=RESULTS)
-    folder = parser.parse(argv).output
-    print(f"written: {write_report(gather(), folder)}")
+    parser.add_results()
+    parser.add_argument("--output", metavar="DIR", type=Path, help="write elsewhere")
+    args = parser.parse(argv)
+    print(f"written: {write_report(gather(args.results), args.output or args.results)}")
     return 0

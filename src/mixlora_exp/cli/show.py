@@ -1,7 +1,7 @@
 """Print the record of a run as JSON.
 
-RUN is a name in results/runs/, a packed run or a run's folder. --file prints another JSONL file of
-the run, one line per item, for example predictions/arc_e.answer_text.jsonl.
+RUN is a run's folder, a packed run, or the name of a collected one. --file prints another JSONL
+file of the run, one line per item, for example predictions/arc_e.answer_text.jsonl.
 """
 
 from __future__ import annotations

@@ -2,19 +2,18 @@
 
 --experiment=table2 shows one sweep, --state=failed one state, --brief only how many runs of each
 sweep are finished and how many are not, within seconds. Anything else is an override of train.py
-(model=gemma_2b, data=local data.path=DIR output_dir=DIR).
+(model=gemma_2b, data=local data.path=DIR output_dir=DIR). Runs are looked for in output_dir and
+among the collected ones (results=DIR).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.config.typed import as_typed
 from mixlora_exp.sweeps.status import FINISHED, LOCAL, STATES, SWEEPS, CellState, find_cells
 
@@ -79,11 +78,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--experiment", choices=SWEEPS)
     parser.add_argument("--state", choices=STATES)
     parser.add_argument("--brief", action="store_true", help="count finished and missing runs")
-    parser.add_argument("--records", metavar="DIR", type=Path, default=RESULTS / "runs")
+    parser.add_results()
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
     args = parser.parse(argv)
     names = list(SWEEPS) if args.experiment is None else [args.experiment]
-    cells = find_cells(names, as_typed(args.overrides), args.records)
+    cells = find_cells(names, as_typed(args.overrides), args.results / "runs")
     if args.state is not None:
         cells = [cell for cell in cells if cell.state == args.state]
     console = Console(soft_wrap=True, highlight=False)

@@ -12,6 +12,9 @@ CHECKOUT = PACKAGE.parents[1]
 ROOT = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
 """Parent of `results/`: the checkout, or the working directory if there is none."""
 RESULTS = ROOT / "results"
+"""The project's committed records and tables: one root of results, as `results=DIR` names them."""
+OWN_RESULTS = Path("my-results")
+"""Default root of a user's results, in the working directory; git ignores it."""
 
 
 def share_code() -> None:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from mixlora_exp.config.paths import RESULTS
+from mixlora_exp.config.paths import OWN_RESULTS, RESULTS
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.durable import write_whole
 from mixlora_exp.system.untrusted import LIMIT, file_limit, line_limit, read_bytes, refuse_links
@@ -51,18 +51,21 @@ def record_paths(folder: Path) -> list[Path]:
 
 
 def find_record(run: str) -> Path:
-    """The record of a run that is given by its name in results/runs/, as a packed run, a record or
-    a folder.
+    """The record of a run that is given as a packed run, a record, a folder, or by its name among
+    the user's collected runs or the project's.
 
     Raises:
         UserError: there is none.
     """
-    given, kept = Path(run).expanduser(), RESULTS / "runs" / f"{run}{PACKED}"
+    given = Path(run).expanduser()
+    kept = [root / "runs" / f"{run}{PACKED}" for root in (OWN_RESULTS, RESULTS)]
     whole = given.suffix == PACKED or given.name == RECORD
-    for path in (given / RECORD, given if whole else kept, kept):
+    for path in (given / RECORD, *([given] if whole else []), *kept):
         if path.is_file():
             return path
-    raise UserError(f"{run} is not a run: give a name in results/runs, a packed run or a folder")
+    raise UserError(
+        f"{run} is not a run: give its folder, its packed file, or a collected one's name"
+    )
 
 
 def name_of(path: Path) -> str:

@@ -105,7 +105,7 @@ def _chosen(
     reasons = {entry.name: entry.reason for entry in left_out}
     for name in names:
         if name not in by_name:
-            reason = reasons.get(name, "there is no such record in results/runs")
+            reason = reasons.get(name, "it is not among the collected runs")
             raise UserError(f"--runs={name} cannot be used: {reason}; name other runs")
     chosen = [by_name[name] for name in names]
     require_together(chosen)
