@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import fake_hub
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.schema import ModelConfig, ModelSource
@@ -61,12 +62,22 @@ def test_random_weights_are_trained_in_both_depths(folder: Path) -> None:
     assert sorted(depths) == [1, 2]
 
 
-def test_the_other_commands_have_plans(folder: Path) -> None:
+def test_the_other_commands_have_plans(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shape = json.loads(next(text for kind, text in BLOCKS if kind == "json"))
     model = ModelConfig(name="small", source=ModelSource.random, config=shape)
     load_model(model, torch.float32).save_pretrained("DIR")
     load_tokenizer(model).save_pretrained("DIR")
     others = [words for words in COMMANDS if not {"dry_run=true", "experiment=smoke"} & {*words}]
-    assert len(others) == 2
-    for words in others:
-        assert execute([*words, "dry_run=true"]) == 0
+    assert len(others) == 3
+    with fake_hub(monkeypatch, str(folder / "hub")) as hub:
+        hub.commit("owner/small-qwen", {"config.json": json.dumps(shape).encode()})
+        for words in others:
+            assert execute([*words, "dry_run=true"]) == 0
+        assert hub.fetched() == {"config.json"}
+    out = capsys.readouterr().out
+    # By a folder, by a repository and by a name: the same shape, and the place names the run.
+    assert out.count("2 layers, hidden 64") == 3
+    for name in ("DIR", "small-qwen", "small_qwen"):
+        assert f"{name}-mixlora-" in out or f"{name}-mixdora-" in out

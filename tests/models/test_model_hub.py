@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from composed import compose
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -24,6 +26,7 @@ from mixlora_exp.models import (
     load_model,
     load_tokenizer,
     reading,
+    with_own_shape,
 )
 from mixlora_exp.models.tiny import TOKENIZER_SIZE
 
@@ -124,3 +127,20 @@ def test_hub_model_is_checked_before_its_weights_are_read(
         UserError, match=r"model\.config\.num_key_value_heads=4 does not match owner/model.* has 2"
     ):
         load_model(tiny(**HUB, num_key_value_heads=4, revision="v1"), torch.float32)
+
+
+def test_a_repository_alone_gives_the_shape(hub_cache: str, tmp_path: Path) -> None:
+    """No file in conf/model, no size on the command line."""
+    config = compose(["model.hub_id=owner/model", "model.revision=v1"]).model
+    assert (config.name, config.config, config.source.value) == ("model", {}, "hub")
+    found = with_own_shape(config)
+    assert found.config["hidden_size"] == load_model(found, torch.float32).config.hidden_size
+    # A chosen model keeps its shape: the repository is a mirror of it.
+    mirror = compose(["model=llama3_8b", "model.hub_id=owner/model"]).model
+    assert (mirror.name, mirror.config["hidden_size"]) == ("llama3_8b", 4096)
+    with pytest.raises(UserError, match="model.revision=v9 does not exist|cannot be reached"):
+        with_own_shape(dataclasses.replace(config, revision="v9"))
+    with pytest.raises(UserError, match="add model.path=DIR or model.hub_id=ID"):
+        compose(["model=own"])
+    named = compose([f"model.path={tmp_path}/my model.v2/"]).model
+    assert named.name == "my_model.v2"

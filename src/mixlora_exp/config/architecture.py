@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ OLD_NAMES = {
 """Fields of the group `model` in records written before it had a `config.json` -> their names in
 transformers. `layers`, unless null, overrode `num_layers`."""
 
+OWN = "own"
+"""Option of the group `model` for one of the user's own, whose `config.json` gives the shape."""
 WHOLE = {"model_type", "hidden_size", "num_hidden_layers"}
 
 
@@ -76,6 +79,10 @@ def complete(model: ModelConfig, published: Mapping[str, Any] | None) -> ModelCo
             loaded, not drawn at random.
     """
     given, whole = model.config, set(model.config) >= WHOLE
+    if model.name == OWN:
+        model = _named(model)
+        if model.path is None and not given and not model.draws_weights:
+            return model  # `models.own_shape` reads it from the hub.
     if published is None and not whole and (model.draws_weights or model.path is None):
         raise UserError(
             f"model={model.name} has no configuration: put its config.json next to the YAML as "
@@ -99,3 +106,13 @@ def complete(model: ModelConfig, published: Mapping[str, Any] | None) -> ModelCo
     nominal = None if changed else model.nominal_parameters
     config = dict(given) if whole else {**known, **given}
     return dataclasses.replace(model, config=config, nominal_parameters=nominal)
+
+
+def _named(model: ModelConfig) -> ModelConfig:
+    """A model of the user's own with the last part of its folder or repository as its name."""
+    place = model.path or model.hub_id
+    if not place:
+        raise UserError(f"model={OWN} is not enough: add model.path=DIR or model.hub_id=ID")
+    last = [part for part in re.split(r"[/\\]", place) if part not in ("", ".", "..")][-1:]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(last)).lstrip("_.-")
+    return dataclasses.replace(model, name=name or OWN)

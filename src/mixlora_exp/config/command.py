@@ -19,6 +19,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from mixlora_exp.config.architecture import OWN
 from mixlora_exp.config.explain import explain, suggest
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.recorded import Recorded
@@ -166,8 +167,14 @@ def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None
 
 def opened(overrides: Sequence[str]) -> list[str]:
     """The overrides with `++` before those of `model.config`, whose fields the schema does not
-    list."""
-    return [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
+    list, and with `model=own` before a `model.path` or `model.hub_id` that no model is chosen for.
+    """
+    lines = [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
+    fields = {line.partition("=")[0] for line in lines}
+    chosen = {"model", "model.name", "model.source", "model.weights"} & fields
+    if not chosen and {"model.path", "model.hub_id"} & fields:
+        return [f"model={OWN}", *lines]
+    return lines
 
 
 def compose_cell(hydra: Any, name: str, overrides: Sequence[str], recorded: Recorded = None) -> Any:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from mixlora_exp.config import schema
-from mixlora_exp.config.architecture import complete, read_architecture
+from mixlora_exp.config.architecture import OWN, complete, read_architecture
 from mixlora_exp.config.explain import explain, unknown_field
 from mixlora_exp.config.later_fields import UNNAMED
 from mixlora_exp.config.paths import CONF_DIR
@@ -84,6 +84,7 @@ def register_schemas() -> None:
     # Not in the group `method`, so that `method=glob(*)` and lists of options contain only files.
     for name, method in METHOD_SCHEMAS.items():
         store.store(name=name, node=method)
+    store.store(group="model", name=OWN, node={"name": OWN, "source": "hub"})
     # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
     for kernel in schema.Kernel:
         store.store(group="kernel", name=kernel.name, node={"name": kernel.name})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixlora_exp.models.architecture import architecture_of, build_hf_config, with_folder_shape
+from mixlora_exp.models.architecture import architecture_of, build_hf_config
 from mixlora_exp.models.base_identity import (
     BaseIdentity,
     base_of,
@@ -20,6 +20,7 @@ from mixlora_exp.models.loading import (
     load_model,
     load_tokenizer,
 )
+from mixlora_exp.models.own_shape import with_own_shape
 from mixlora_exp.models.special_tokens import settle_special_tokens
 from mixlora_exp.models.vocabulary import fit_vocabulary
 
@@ -40,6 +41,6 @@ __all__ = [
     "read_base",
     "same_weights",
     "settle_special_tokens",
-    "with_folder_shape",
+    "with_own_shape",
     "write_base",
 ]

@@ -112,9 +112,14 @@ def with_folder_shape(config: ModelConfig) -> ModelConfig:
         return config
     folder = Path(config.path).expanduser()
     try:
-        made, found = architecture_of(config), parse_json(content(folder / CONFIG_NAME))
+        return shape_in(config, folder, architecture_of(config))
     except (UserError, OSError, ValueError):
         return config
+
+
+def shape_in(config: ModelConfig, folder: Path, made: PreTrainedConfig) -> ModelConfig:
+    """The group `model` with the fields of the `config.json` in `folder`, read as `made`."""
+    found = parse_json(content(folder / CONFIG_NAME))
     # Records contain the fields of the class, not those of every model, such as label names.
     any_model = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     known = _known_fields(made.model_type) - any_model

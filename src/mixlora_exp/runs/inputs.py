@@ -34,7 +34,7 @@ from mixlora_exp.models import (
     load_tokenizer,
     of_record,
     read_base,
-    with_folder_shape,
+    with_own_shape,
 )
 from mixlora_exp.models.budget import with_matched_rank
 from mixlora_exp.models.precision import resolve_dtype
@@ -69,7 +69,7 @@ def resolve_config(config: Config) -> Config:
         UserError: no rank does it, or as `pin_revision`.
     """
     adapter = None if config.adapter is None else pin_revision(config.adapter)
-    model = with_folder_shape(config.model)
+    model = with_own_shape(config.model)
     return with_matched_rank(dataclasses.replace(config, model=model, adapter=adapter))
 
 

@@ -6,6 +6,7 @@ group (`model.path=DIR`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from mixlora_exp.models import (
     contradict,
     load_model,
     load_tokenizer,
+    with_own_shape,
 )
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.runs.base_choice import base_of, noted_base
@@ -171,6 +173,7 @@ def _open_base(
             "into a quantised base: add model.quantization=none to merge it into the weights that "
             "it was quantised from"
         )
+    config = dataclasses.replace(config, model=with_own_shape(config.model))
     check_model(config.model)
     if folder is not None:
         check_known_base(config, folder)

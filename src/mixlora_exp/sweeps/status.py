@@ -263,7 +263,8 @@ def _given(word: str, overrides: Sequence[str]) -> bool:
 def _resolved(config: Config) -> Config:
     """The configuration as `train.py` fingerprints it, with the architecture of `model.path` and
     the rank that `method.match_params` asks for."""
-    if config.model.path is None and getattr(config.method, "match_params", None) is None:
+    known = config.model.path is None and config.model.config
+    if known and getattr(config.method, "match_params", None) is None:
         return config
     # Imported late: it needs torch.
     from mixlora_exp.runs.inputs import resolve_config
