@@ -241,3 +241,38 @@ def test_the_holder_looks_itself(tmp_path: Path) -> None:
     assert not lock.held()
     assert lock.lost.is_set()
     lock.release()
+
+
+def test_a_finished_run_keeps_no_lock(tmp_path: Path) -> None:
+    """Nor is anybody refused who waited for it."""
+    folder = tmp_path / "lock"
+    lock, other = RunLock(folder, **FAST), RunLock(folder, **FAST)
+    assert lock.acquire()
+    assert not other.acquire()
+    lock.discard()
+    assert not folder.exists()
+    assert holder_of(folder) is None
+    assert other.acquire()
+    # One that was taken over leaves the new holder's file.
+    slow = RunLock(folder, **FAST)
+    slow._number = other._number - 1
+    slow.discard()
+    assert [path.name for path in folder.iterdir()] == [str(other._number)]
+    other.discard()
+    assert not folder.exists()
+
+
+def test_a_lock_whose_folder_went_meanwhile_is_taken_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, write, removed = RunLock(tmp_path / "lock", **FAST), RunLock._write_temporary, []
+
+    def late(self: RunLock, number: int, **more: object) -> Path:
+        if not removed:
+            removed.append(self.folder.rmdir())
+        return write(self, number, **more)
+
+    monkeypatch.setattr(RunLock, "_write_temporary", late)
+    assert lock.acquire()
+    assert removed
+    lock.release()

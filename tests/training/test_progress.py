@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -12,10 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 from transformers import TrainerState
 
 from mixlora_exp.cli.train import execute
-from mixlora_exp.training.progress import Pace, ProgressLines, progress_callback
+from mixlora_exp.runs.scoring_progress import ScoringProgress
+from mixlora_exp.training.progress import (
+    BAR,
+    Pace,
+    ProgressLines,
+    live_line,
+    progress_callback,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,9 +62,11 @@ def test_progress_of_a_run(terminal: bool, tmp_path: Path) -> None:
     lines = "step 2/2, loss" in shown
     assert (bar, lines) == (terminal, not terminal), shown
     if terminal:
-        assert re.search(r"router_loss=\d.*tokens/s=[\d,]+", shown)
+        assert re.search(r"tokens/s=[\d,]+, router loss=\d", shown)
     else:
-        assert re.search(r"router loss \d\.\d+, [\d,]+ tokens/s, 0 s left\n", shown)
+        assert re.search(
+            r"tokens/s, 0 s left, router loss \d\.\d+ \(x 0\.001 in the loss\)\n", shown
+        )
 
 
 class Shown:
@@ -112,4 +123,45 @@ def test_several_adapters_tell_about_ten_lines_each(tmp_path: Path, capsys) -> N
     for method in ("mixlora", "lora"):
         own = [line for line in told if f"-{method}-" in line]
         assert len(own) == 11
-        assert re.search(r"step 20/20, loss \d.*, [\d,]+ tokens/s, 0 s left$", own[-1])
+        assert re.search(r"step 20/20, loss \d.*, [\d,]+ tokens/s, 0 s left", own[-1])
+
+
+def test_a_bar_of_80_columns_keeps_what_one_waits_for() -> None:
+    stream = io.StringIO()
+    bar = tqdm(total=12345, ncols=80, file=stream, bar_format=BAR, mininterval=0)
+    bar.set_postfix({"loss": "1.234", "tokens/s": "12,345", "router loss": "1.023"})
+    bar.update(678)
+    bar.refresh()
+    line = stream.getvalue().split("\r")[-1]
+    assert len(line) <= 80
+    for shown in ("678/12345", " left", "loss=1.234", "tokens/s=12,345"):
+        assert shown in line
+
+
+def test_the_router_loss_says_how_much_of_it_counts() -> None:
+    line = live_line(3, 9, {"loss": 2.5, "router_loss": 1.023}, 1234.0, 60.0, 0.001)
+    assert line == (
+        "step 3/9, loss 2.500, 1,234 tokens/s, 60 s left, router loss 1.023 (x 0.001 in the loss)"
+    )
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_scoring_tells_how_far_it_is(terminal: bool, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    shown = Shown(terminal)
+    shown.flush = lambda: None
+    monkeypatch.setattr(sys, "stderr", shown)
+    watch = ScoringProgress("answer_text")
+    for done in range(100, 1001, 100):
+        now[0] += 10.0
+        watch(done, 1000)
+    if terminal:
+        assert shown.lines[0] == "\r  answer_text: 100 of 1,000 items, 90 s left"
+        assert len(shown.lines) == 10
+        assert shown.lines[-1].strip() == "", "the scores take its place"
+    else:
+        assert shown.lines == [
+            f"  answer_text: {done} of 1,000 items, {left} s left\n"
+            for done, left in ((300, 70), (600, 40), (900, 10))
+        ]

@@ -33,6 +33,9 @@ COMMANDS = {
 GO_ON = ("train", "evaluate", "search")
 """Commands that resume after an interruption when they are started again."""
 
+SLOW = ("train", "evaluate", "generate", "merge", "search", "bench")
+"""Commands that load torch before they print their first line."""
+
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
@@ -57,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: {command} is not a command; {hint}\n")
         return 2
+    if command in SLOW and sys.stderr.isatty():
+        # Something to read while libraries load; where a program reads, nothing.
+        sys.stderr.write(f"mixlora-exp {command}: loading, some seconds\n")
     try:
         # Imported late, so that a command loads only what it needs.
         from mixlora_exp.system.exit_codes import guarded

@@ -69,6 +69,8 @@ class Scorer:
         self.batch_tokens = batch_tokens
         self.device = next(model.parameters()).device
         self.share = share or Share()
+        self.watch: Callable[[int, int], None] | None = None
+        """Told after each batch how many items are done, and of how many."""
         self._counts: dict[str, Tensor] = {}
 
     @contextmanager
@@ -145,8 +147,20 @@ class Scorer:
         work: Callable[[list[int]], Sequence[Result]],
     ) -> list[Result]:
         """Return the result of `work` for each item, called with the items' indices per batch (see
-        `batches`); processes share the batches."""
-        return self.share.results(list(batches(lengths, keys, self.batch_tokens)), work)
+        `batches`); processes share the batches, and `watch` is told the progress of this one."""
+        chosen = list(batches(lengths, keys, self.batch_tokens))
+        own = sum(map(len, chosen[self.share.index :: self.share.count]))
+        done = 0
+
+        def watched(batch: list[int]) -> Sequence[Result]:
+            nonlocal done
+            found = work(batch)
+            done += len(batch)
+            if self.watch is not None:
+                self.watch(done, own)
+            return found
+
+        return self.share.results(chosen, watched)
 
     @torch.no_grad()
     def run_scores(

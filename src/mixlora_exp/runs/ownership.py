@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import write_json
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import processes
@@ -41,8 +42,11 @@ def held(folder: Path) -> Iterator[RunLock | None]:
         say(f"Skipped, another process is running it{where}: {folder}")
         yield None
         return
-    with lock:
+    try:
         yield lock
+    finally:
+        # A finished run needs no lock, and its folder keeps nothing of it.
+        (lock.discard if (folder / RECORD).is_file() else lock.release)()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from mixlora_exp.config.schema import Protocol
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import ItemScore, Scorer, TaskScore, score_tests
 from mixlora_exp.records.record import write_json
+from mixlora_exp.runs.scoring_progress import ScoringProgress
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import gathered, processes
 from mixlora_exp.system.hashing import file_sha256
@@ -41,10 +42,12 @@ def score_with(
         # All processes go by what the first one found.
         kept = gathered(_recall(place, identity))[0]
         if kept is None:
-            start = time.perf_counter()
+            start, scorer = time.perf_counter(), scorer_of()
+            if processes().is_main_process:
+                scorer.watch = ScoringProgress(f"{label}{protocol.value}")
             found = score_tests(
                 protocol,
-                scorer_of(),
+                scorer,
                 this.tests,
                 config.data,
                 config.evaluation,

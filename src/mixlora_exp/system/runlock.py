@@ -182,8 +182,12 @@ class RunLock:
             number = _newest(self.folder)
             if number and _alive(self.folder / str(number), self._patience):
                 return False
-            if self._create(number + 1):
-                break
+            try:
+                if self._create(number + 1):
+                    break
+            except FileNotFoundError:
+                # Its holder has removed the folder (`discard`).
+                self.folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._beat_on, name="run lock", daemon=True)
         self._thread.start()
         return True
@@ -243,6 +247,20 @@ class RunLock:
                 if not self.held():
                     return
                 os.replace(self._write_temporary(self._number), self.folder / str(self._number))
+
+    def discard(self) -> None:
+        """Release the lock and remove its folder, of something that is never run again: who creates
+        a number that was used before finds it done. A file of another process stays, and so does
+        the folder then."""
+        number, lost = self._number, self.lost.is_set()
+        self.release()
+        if lost or not number or _newest(self.folder) > number:
+            return
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob("[0-9]*"):
+                if path.name.isdigit() and int(path.name) <= number:
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def release(self) -> None:
         """Release the lock. The file stays, since numbers are never reused."""

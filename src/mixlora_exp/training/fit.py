@@ -124,9 +124,11 @@ def fit_jointly(
     """
     for job in jobs:
         job.adopt(model)
-    peak = _train(model, jobs, dtype) if any(job.running for job in jobs) else 0
-    for job in jobs:
-        shutil.rmtree(job.folder / "trainer", ignore_errors=True)
+    try:
+        peak = _train(model, jobs, dtype) if any(job.running for job in jobs) else 0
+    finally:
+        for job in jobs:
+            shutil.rmtree(job.folder / "trainer", ignore_errors=True)
     return {job.name: job.failure or _summary(job, peak) for job in jobs}
 
 

@@ -82,13 +82,24 @@ class Tenths:
 
 
 def live_line(
-    step: int, steps: int, figures: Mapping[str, float], speed: float, left: float
+    step: int,
+    steps: int,
+    figures: Mapping[str, float],
+    speed: float,
+    left: float,
+    coefficient: float = 0.0,
 ) -> str:
-    """One line with step, losses, tokens per second and remaining time (`left`, in seconds)."""
-    shown = f"step {step}/{steps}, loss {figures['loss']:.3f}"
+    """One line with step, loss, tokens per second, remaining time (`left`, in seconds), and the
+    router loss, which the loss contains times `coefficient`."""
+    shown = f"step {step}/{steps}, loss {figures['loss']:.3f}, {speed:,.0f} tokens/s"
+    shown += f", {_duration(left)} left"
     if "router_loss" in figures:
-        shown += f" with its share of router loss {figures['router_loss']:.3f}"
-    return f"{shown}, {speed:,.0f} tokens/s, {_duration(left)} left"
+        shown += f", router loss {figures['router_loss']:.3f} (x {coefficient:g} in the loss)"
+    return shown
+
+
+def _coefficient(job: Job) -> float:
+    return getattr(job.config.method, "router_loss_coef", 0.0)
 
 
 def _duration(seconds: float) -> str:
@@ -130,8 +141,7 @@ class Watch(TrainerCallback):
         self.job = job
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        coefficient = getattr(self.job.config.method, "router_loss_coef", 0.0)
-        loss = logs["loss"] - coefficient * logs.get("router_loss", 0.0)
+        loss = logs["loss"] - _coefficient(self.job) * logs.get("router_loss", 0.0)
         self.job.watch(self.job.step, loss)
 
 
@@ -163,9 +173,12 @@ def restart_log(path: Path, step: int) -> None:
         ) from error
 
 
+BAR = "{n_fmt}/{total_fmt} {bar:8} {remaining} left{postfix}"
+
+
 class ProgressBar(ProgressCallback):
-    """transformers' progress bar (step, time left), with the last losses and tokens per second
-    instead of printed dictionaries."""
+    """transformers' progress bar with step, time left, the last loss, tokens per second and router
+    loss instead of printed dictionaries; a narrow terminal cuts it from the right."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -177,14 +190,18 @@ class ProgressBar(ProgressCallback):
         # Otherwise the bar would count the steps before the resume as done in no time.
         self.current_step = self.job.step
         if self.training_bar is not None:
+            # tqdm's own order has the time left and the speed of steps last but one.
+            self.training_bar.bar_format = BAR
             self.training_bar.total = self.job.steps
             self.training_bar.initial = self.training_bar.n = self.job.step
             self.training_bar.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = {name: f"{logs[name]:.3f}" for name in ("loss", "router_loss") if name in logs}
-            self.training_bar.set_postfix({**shown, "tokens/s": f"{self.pace.look():,.0f}"})
+            shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{self.pace.look():,.0f}"}
+            if "router_loss" in logs:
+                shown["router loss"] = f"{logs['router_loss']:.3f}"
+            self.training_bar.set_postfix(shown)
 
 
 class ProgressLines(TrainerCallback):
@@ -200,7 +217,9 @@ class ProgressLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         step, steps = self.job.step, self.job.steps
         if state.is_world_process_zero and self.tenths.due(step, steps):
-            line = live_line(step, steps, logs, self.pace.look(), self.pace.left(step, steps))
+            left = self.pace.left(step, steps)
+            coefficient = _coefficient(self.job) if "router_loss" in logs else 0.0
+            line = live_line(step, steps, logs, self.pace.look(), left, coefficient)
             sys.stderr.write(f"  {self.label}{line}\n")
 
 

@@ -1,0 +1,37 @@
+"""Progress of scoring within a protocol, on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+OFTEN, SELDOM = 0.5, 30.0
+"""Seconds between updates on a terminal, and between lines elsewhere."""
+
+
+class ScoringProgress:
+    """Called with the number of items done and of all items: one line that is rewritten on a
+    terminal, a line every half minute elsewhere."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.begun = label, time.perf_counter()
+        self.told, self.width = self.begun, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if done >= total:
+            if self.width:
+                sys.stderr.write("\r" + " " * self.width + "\r")
+                self.width = 0
+            return
+        if now - self.told < (OFTEN if terminal else SELDOM):
+            return
+        self.told = now
+        left = (now - self.begun) / done * (total - done)
+        line = f"  {self.label}: {done:,} of {total:,} items, {left:,.0f} s left"
+        if not terminal:
+            sys.stderr.write(f"{line}\n")
+            return
+        sys.stderr.write("\r" + line.ljust(self.width))
+        sys.stderr.flush()
+        self.width = len(line)
