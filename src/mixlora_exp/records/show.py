@@ -8,6 +8,7 @@ from typing import Any
 
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import shown
+from mixlora_exp.records.doubts import doubts
 from mixlora_exp.records.layout import Column, Sheet, fitted
 from mixlora_exp.system.console import console, say
 
@@ -144,6 +145,8 @@ def _print(record: Mapping[str, Any]) -> None:
     loads = load_table(record)
     if loads is not None:
         _show(loads)
+    for doubt in doubts(record):
+        say(doubt)
     train = record["train"]
     if train is None:
         return

@@ -33,7 +33,6 @@ from mixlora_exp.models import identify, load_model, load_tokenizer
 from mixlora_exp.models.precision import autocast, resolve_dtype
 from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
 from mixlora_exp.plans.plan import cost_entry, parameters_entry
-from mixlora_exp.plans.printed import first_line
 from mixlora_exp.records.card import model_card
 from mixlora_exp.records.record import (
     finish_record,
@@ -43,6 +42,7 @@ from mixlora_exp.records.record import (
     write_text,
 )
 from mixlora_exp.records.show import print_record
+from mixlora_exp.runs.announce import announce
 from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
     RECORD,
@@ -204,7 +204,7 @@ def run(
             # Another process finished it between the check above and the lock.
             return finished(record_path, inputs, config, earlier)
         this.lock = lock
-        say(first_line(folder.name, config, inputs.identity["adapter"]))
+        announce(this)
         with failure_noted(folder, lock), tracked(this):
             record = _carry_out(this)
             return write_record(this, record) if first else None

@@ -20,7 +20,7 @@ from mixlora_exp.config.together import check_together
 from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.evaluation import Scorer, in_lockstep
 from mixlora_exp.models.precision import autocast
-from mixlora_exp.plans.printed import first_line
+from mixlora_exp.runs.announce import announce
 from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
     Inputs,
@@ -158,7 +158,7 @@ def _enter(
         pack.paths.append(finished(folder / RECORD, inputs, config, earlier))
         return
     this.lock = lock
-    say(first_line(folder.name, config, inputs.identity["adapter"]))
+    announce(this)
     forget_failure(folder)
     stack.enter_context(tracked(this))
     pack.runs.append(this)
