@@ -16,7 +16,7 @@ from mixlora_exp.cli.parser import Parser
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.layout import Sheet, fitted
 from mixlora_exp.records.record import write_text
-from mixlora_exp.results.comparison import compare_runs, read_given
+from mixlora_exp.results.comparison import Compared, compare_runs, read_given
 from mixlora_exp.results.comparison_text import (
     as_csv,
     contrasts,
@@ -48,6 +48,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+")
     parser.add_argument("--output", metavar="DIR", type=Path, help="write data and plot there")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page")
+    elsewhere = "for --html: the data's files, if they are elsewhere than the records say"
+    parser.add_argument("--data", metavar="DIR", type=Path, help=elsewhere)
     args = parser.parse(argv)
     runs = read_given(args.runs)
     compared = compare_runs(runs)
@@ -66,4 +68,21 @@ def run(argv: Sequence[str]) -> int:
 
             figures.save(lambda: figures.forest_figure(lines), args.output, NAME)
             say(f"Written: {args.output / NAME}.png, .svg")
+    if args.html is not None:
+        _write_page(compared, args.html, args.data)
     return 0
+
+
+def _write_page(compared: Compared, path: Path, data: Path | None) -> None:
+    # Imported late: they load torch and matplotlib.
+    from mixlora_exp.results.comparison_page import comparison_page
+    from mixlora_exp.results.differing_items import differing_items
+    from mixlora_exp.runs.questions import scored_items
+
+    entries, missing = differing_items(
+        compared, lambda one, task: scored_items(one.record, task, data)
+    )
+    for reason in missing:
+        say(f"warning: the page has no questions: {reason} (--data=DIR names their folder)")
+    write_text(path, comparison_page(compared, entries, missing))
+    say(f"Written: {path}")

@@ -45,6 +45,10 @@ def _bounded(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{_percent(value, sign)} [{_percent(low, sign)}, {_percent(high, sign)}]"
 
 
+def _chance_of(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def settings_sheet(compared: Compared) -> Sheet:
     """What differs in the configurations, one line a setting."""
     columns = [
@@ -93,10 +97,10 @@ def differences_sheet(compared: Compared) -> Sheet:
             "difference",
             lambda v: _bounded(v.comparison.value, v.comparison.low, v.comparison.high, "+"),
         ),
-        column("p", lambda v: f"{v.comparison.p:.3f}"),
+        column("p", lambda v: _chance_of(v.comparison.p)),
     ]
     if any(v.q is not None for _, v in lines):
-        columns.append(column("q", lambda v: "-" if v.q is None else f"{v.q:.3f}"))
+        columns.append(column("q", lambda v: "-" if v.q is None else _chance_of(v.q)))
     columns.append(Column("verdict", [v.verdict for _, v in lines]))
     columns.append(column("items", lambda v: str(v.comparison.items)))
     heading = "Paired differences in points, with 95 % intervals (one seed says nothing of others)"
