@@ -205,6 +205,20 @@ def test_fingerprint_is_stable(base: Config) -> None:
     assert name == f"smollm2_135m-mixlora-multi-hub-s42-{fingerprint(base)[:10]}"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trainer.betas=[0.9]"], "trainer.betas=[0.9] is not valid: must be two numbers"),
+        (["trainer.betas=[0.9,1]"], "must be two numbers in [0, 1)"),
+        (["trainer.final_rate=0.1"], "trainer.schedule=constant does not fall: add trainer.sch"),
+        (["trainer.final_rate=1", "trainer.schedule=cosine"], "must be in [0, 1)"),
+    ],
+)
+def test_settings_of_the_optimizer_that_mean_nothing(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        compose(words)
+
+
 def test_names_carry_the_settings_that_are_not_the_defaults() -> None:
     words = ["method=lora", "task=arc_e", "data=embedded"]
     varied = [*words, "method.rank=8", "trainer.learning_rate=6e-4", "data.train_limit=64"]

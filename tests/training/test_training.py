@@ -161,6 +161,27 @@ def test_other_schedules(train: Train) -> None:
     assert rates["cosine"] == pytest.approx([0, 1e-4, *wave])
 
 
+def test_a_schedule_may_end_above_zero(train: Train) -> None:
+    """By hand: the line from 2e-4 to a quarter of it, and the rise before it as ever."""
+    words = ["method=lora", "trainer.warmup_steps=2", "trainer.max_steps=6"]
+    found = train(*words, "trainer.schedule=linear", "trainer.final_rate=0.25").summary.curve
+    rates = [entry["learning_rate"] for entry in found]
+    falling = [2e-4 * (0.25 + 0.75 * left / 4) for left in (4, 3, 2, 1)]
+    assert rates == pytest.approx([0, 1e-4, *falling])
+
+
+def test_the_betas_are_adams(train: Train) -> None:
+    """With no memory every step is the learning rate wherever there is a gradient, by the sign of
+    that step's gradient: two steps move a weight of B by 0 or 4e-4."""
+    run = train("trainer.max_steps=2", "method=lora", "trainer.betas=[0,0]", "method.dropout=0",
+                "trainer.weight_decay=0")  # fmt: skip
+    assert {group["betas"] for group in run.trainer.optimizer.optimizer.param_groups} == {(0, 0)}
+    moved = torch.cat([w.abs().flatten() for n, w in run.after.items() if "lora_B" in n])
+    near = torch.minimum(moved, (moved - 4e-4).abs())
+    # But for gradients near epsilon.
+    assert float((near < 2e-5).float().mean()) > 0.9
+
+
 def test_first_step_is_adams(train: Train) -> None:
     """Without clipping and warm-up, Adam's first step is the learning rate wherever there is a
     gradient, and B starts at zero."""

@@ -17,6 +17,8 @@ UNNAMED = {
     ("model", "quantization"): "none",
     ("method", "router"): "top_k",
     ("trainer", "compile"): "off",
+    ("trainer", "betas"): [0.9, 0.999],
+    ("trainer", "final_rate"): 0.0,
     ("model", "package_parts"): None,
     ("method", "router_options"): {},
     ("method", "expert_rank"): None,

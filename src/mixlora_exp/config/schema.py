@@ -108,8 +108,12 @@ class TrainerConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps; null: after `epochs`."""
     weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the two moments."""
     schedule: str = "constant"
     warmup_steps: int = 0
+    final_rate: float = 0.0
+    """schedule=linear or cosine: the share of the learning rate at which it ends."""
     max_grad_norm: float | None = None
     """Clip the gradient norm; null: no clipping."""
     loss_on: LossOn = LossOn.answer
@@ -156,6 +160,18 @@ class TrainerConfig:
             require(self.max_steps >= 1, "trainer.max_steps", self.max_steps, "must be >= 1")
         require_positive("trainer.weight_decay", self.weight_decay, zero=True)
         require(self.warmup_steps >= 0, "trainer.warmup_steps", self.warmup_steps, "must be >= 0")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "trainer.betas", self.betas, "must be two numbers in [0, 1)",
+        )  # fmt: skip
+        require(
+            0 <= self.final_rate < 1, "trainer.final_rate", self.final_rate, "must be in [0, 1)"
+        )
+        require(
+            not self.final_rate or self.schedule != "constant",
+            "trainer.final_rate", self.final_rate,
+            "trainer.schedule=constant does not fall: add trainer.schedule=cosine, or linear",
+        )  # fmt: skip
         require(
             self.schedule in ("constant", "linear", "cosine"),
             "trainer.schedule", self.schedule, "choose from constant, linear, cosine",

@@ -37,6 +37,7 @@ TRAINING_DATA_FIELDS = ("train_limit", "train_limits", "forms")
 TRAINER_FIELDS = (
     "learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "weight_decay",
     "schedule", "warmup_steps", "max_grad_norm", "loss_on", "padding_in_loss", "order",
+    "betas", "final_rate",
 )  # fmt: skip
 EVALUATION_FIELDS = ("limit", "max_new_tokens", "dropout", "arc_labels")
 

@@ -34,6 +34,7 @@ def parameter_groups(model: nn.Module, job: Job, decayed: Collection[str]) -> li
             "params": own,
             "lr": factor * trainer.learning_rate,
             "weight_decay": trainer.weight_decay if decay else 0.0,
+            "betas": tuple(trainer.betas),
             "adapter": job.name,
         }
         for (factor, decay), own in alike.items()
@@ -49,4 +50,14 @@ def schedule_of(config: Config, steps: int, optimizer: Optimizer) -> Callable[[i
     if name == "constant" and trainer.warmup_steps:
         # "constant" ignores warm-up steps.
         name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, trainer.warmup_steps, steps).lr_lambdas[0]
+    factor = get_scheduler(name, optimizer, trainer.warmup_steps, steps).lr_lambdas[0]
+    if not trainer.final_rate:
+        return factor
+
+    def floored(step: int) -> float:
+        rising = step < trainer.warmup_steps
+        return (
+            factor(step) if rising else trainer.final_rate + (1 - trainer.final_rate) * factor(step)
+        )
+
+    return floored
