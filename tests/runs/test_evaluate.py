@@ -46,7 +46,7 @@ def test_the_same_scores_as_the_run(finished: Start, tmp_path: Path) -> None:
         assert (found["task"], found["accuracy"]) == (expected["task"], expected["accuracy"])
         assert found["gold_log_likelihood"] == expected["gold_log_likelihood"]
     assert record["train"] is None
-    named = trained.folder.name.rsplit("-", 1)[0]
+    named = "-".join(trained.folder.name.split("-")[:4])
     assert record["name"].startswith(f"{named}-"), "the adapter's method is the run's"
     source = record["adapter"]["trained_by"]
     assert source["name"] == trained.folder.name
