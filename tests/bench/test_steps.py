@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+from typing import Any, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from mixlora_exp.bench.baselines import patch_with_liger, use_axolotl
 from mixlora_exp.bench.batch import StepBatch, batch_of
-from mixlora_exp.bench.kinds.steps import benchmark, check
+from mixlora_exp.bench.kinds.steps import benchmark_parts, check
 from mixlora_exp.bench.measure import step_loss, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config, model_of
 from mixlora_exp.bench.options import StepOptions
@@ -138,6 +139,11 @@ def test_launches_of_a_layer(base: nn.Module) -> None:
     assert launches_per_layer(one, ROWS["floor"], batch()) is None
 
 
+def rows_of(config: StepOptions) -> dict[str, Any]:
+    *_, last = benchmark_parts(config, say=lambda text: None)
+    return last["rows"]
+
+
 def test_a_profile_names_what_took_the_time(base: nn.Module) -> None:
     x = torch.randn(32, 32)
     times = kernel_times(lambda: [x @ x for _ in range(7)], CPU)
@@ -160,7 +166,7 @@ def test_what_cannot_be_measured_here_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "axolotl", None)
     names = ["lora_peft", "lora_peft_no_autocast", "lora_peft_compiled", "lora_axolotl"]
     config = StepOptions(**SMALL, dtype="float32", rounds=1, rows=names)
-    rows = benchmark(config, say=lambda text: None)["rows"]
+    rows = rows_of(config)
     assert rows["lora_peft"]["rounds"] == 1
     assert [rows[name]["error"] for name in names[1:3]] == [
         "not measured: there is no autocast beside float32",
@@ -229,7 +235,7 @@ def test_axolotl_needs_a_gpu(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow  # The compiler takes a minute.
 def test_the_compiled_row_is_measured_in_training_alone() -> None:
     config = StepOptions(**SMALL, rounds=2, rows=["lora_peft", "lora_peft_compiled"])
-    row = benchmark(config, say=lambda text: None)["rows"]["lora_peft_compiled"]
+    row = rows_of(config)["lora_peft_compiled"]
     assert row.get("error") is None
     assert row["rounds"] == 2
     assert "infer_forward_us_per_token" not in row

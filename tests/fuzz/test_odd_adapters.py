@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters import load_adapter
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
-from mixlora_exp.runs.base_choice import base_words
+from mixlora_exp.runs.base_choice import base_of
 
 Draws = Callable[..., Iterator[Random]]
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_model.json"
@@ -105,7 +105,7 @@ def test_odd_adapters(
 
         readers = [
             misbehaviour(["convert", str(folder), str(tmp_path / f"converted{number}")]),
-            trouble(lambda folder=folder: base_words(folder, []), UserError),
+            trouble(lambda folder=folder: base_of(folder, []), UserError),
             trouble(load, UserError),
         ]
         if any(readers):

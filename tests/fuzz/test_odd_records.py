@@ -11,7 +11,7 @@ import pytest
 from odd_values import changed_somewhere, cut_or_flipped, misbehaviour, sealed, trouble
 from saved_adapters import save_all
 
-from mixlora_exp.cli.evaluate import overrides_of
+from mixlora_exp.cli.evaluate import settled
 from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RunFiles
@@ -20,7 +20,7 @@ from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.records.show import print_record
 from mixlora_exp.results.build import data_files, gather, table_files, write_report
 from mixlora_exp.results.collect import collect
-from mixlora_exp.runs.base_choice import base_words, noted_base
+from mixlora_exp.runs.base_choice import base_of, noted_base
 from mixlora_exp.runs.inputs import _trained_by
 from mixlora_exp.runs.repeat import configuration
 from mixlora_exp.serving.push import package
@@ -65,11 +65,11 @@ def one_odd(draw: Random, runs: Path, number: int) -> Path:
 def read_by_all(folder: Path, adapters: Path, aside: Path) -> Iterator[str]:
     """What is wrong with each reader of one run's folder."""
     yield misbehaviour(["show", str(folder)])
-    yield trouble(lambda: overrides_of([f"run={folder}"]), UserError)
+    yield trouble(lambda: settled([f"run={folder}"]), UserError)
     yield trouble(lambda: configuration(read_run(folder / "record.json"), []), UserError)
     shutil.copytree(adapters / "lora", folder / "adapter")
-    yield trouble(lambda: base_words(folder / "adapter", []), UserError)
-    yield trouble(lambda: base_words(folder / "adapter", [], precision=True), UserError)
+    yield trouble(lambda: base_of(folder / "adapter", []), UserError)
+    yield trouble(lambda: base_of(folder / "adapter", [], precision=True), UserError)
     yield trouble(lambda: noted_base(folder / "adapter"), UserError)
     yield trouble(lambda: _trained_by(folder / "record.json", "0"), UserError)
     yield trouble(lambda: package(folder, "a/b"), UserError)

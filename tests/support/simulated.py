@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from mixlora_exp.records.wilson import LEVEL
 from mixlora_exp.results.statistics.estimates import compare, estimate
 from mixlora_exp.results.statistics.families import holm
-from mixlora_exp.results.statistics.intervals import LEVEL
 from mixlora_exp.results.statistics.parts import accuracy_part, difference_part
 
 

@@ -15,12 +15,12 @@ from typing import Any
 from mixlora_exp.config.resolve import determining
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RunFiles, find_record
+from mixlora_exp.records.wilson import LEVEL
 from mixlora_exp.results.data_facts import reference
 from mixlora_exp.results.headings import short_hash, word
 from mixlora_exp.results.runs import RecordedRun, check_run, circumstances
 from mixlora_exp.results.statistics.estimates import Comparison, Estimate, compare, estimate
 from mixlora_exp.results.statistics.families import holm
-from mixlora_exp.results.statistics.intervals import LEVEL
 from mixlora_exp.results.tables.paired import ACCURACIES, cell, difference
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

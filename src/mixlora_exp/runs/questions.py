@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config.rebuilt import rebuilt
+from mixlora_exp.config.recorded import rebuilt
 from mixlora_exp.config.schema import DataSource
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError

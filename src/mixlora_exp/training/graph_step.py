@@ -54,9 +54,13 @@ class GraphStep:
         self._gradients = StaticGradients(self._parameters)
         self._pass = CapturedPass(self._run, self._prepare, made)
 
-    def __call__(self, step: int, batch: Batch, items: Tensor) -> Tensor:
+    def __call__(
+        self, step: int, batches: Mapping[str, Batch], counts: Mapping[str, Tensor]
+    ) -> Tensor:
         """The loss of a micro-batch, after its gradients were added; see `Trainer.training_step`.
-        items: label tokens of the optimizer step."""
+        counts: label tokens of the optimizer step, by adapter as `batches`."""
+        ((name, batch),) = batches.items()
+        items = counts[name]
         if not self.model.training:
             self.model.train()
         inputs = self.job.begin_pass(step, batch)

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback
 
 from mixlora_exp.adapters import save_adapter
 from mixlora_exp.adapters.mixed_adapters import expert_parameters_of
@@ -43,26 +42,7 @@ from mixlora_exp.training.router_decisions import predicting, routers_watched
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 from mixlora_exp.training.sharding import sharded
 from mixlora_exp.training.stability import Diverged, find_layer
-
-
-class _Steps(TrainerCallback):
-    """Forwards events of the loop to the trainer."""
-
-    def __init__(self, trainer: MixLoraTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        # Steps count from the beginning of the run, including those before a resume.
-        state.global_step, state.max_steps = self.trainer.first, self.trainer.steps
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
-        self.trainer.check_gradients()
-
-    def on_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
-        self.trainer.after_optimizer()
-
-    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        self.trainer.finish_step()
+from mixlora_exp.training.step_events import StepEvents
 
 
 class MixLoraTrainer(Trainer):
@@ -95,7 +75,7 @@ class MixLoraTrainer(Trainer):
         self._started = time.perf_counter()
         super().__init__(model=model, args=args)
         self.loss_is_scaled_for_ga = True
-        self.add_callback(_Steps(self))
+        self.add_callback(StepEvents(self))
 
     # The batches of each forward pass.
 
@@ -142,8 +122,8 @@ class MixLoraTrainer(Trainer):
             # At the end of an epoch a step may have fewer micro-batches.
             return torch.zeros((), device=self.args.device)
         if self._graph is not None:
-            ((name, batch),) = self._prepare_inputs(running).items()
-            return self._graph(self.state.global_step, batch, num_items_in_batch[name])
+            batches = self._prepare_inputs(running)
+            return self._graph(self.state.global_step, batches, num_items_in_batch)
         return super().training_step(model, running, num_items_in_batch)
 
     def _first_losses(self, job: Job) -> Iterator[Tensor]:
