@@ -1,6 +1,6 @@
 """Compiles a decoder layer with experts as for an H100, on a machine without one, and prints which
-Triton kernels and which other operations are in its two graphs: a line of JSON for MixLoRA, then
-one for MixDoRA.
+operators with Triton kernels and which other operations are in its two graphs: a line of JSON for
+MixLoRA, then one for MixDoRA.
 
 The graphs are not run. Tensors lie on the CPU, where the compiler cannot tell the difference.
 """
@@ -17,7 +17,6 @@ import triton
 from peft import get_peft_model
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from transformers import AutoModelForCausalLM, LlamaConfig
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
@@ -41,10 +40,9 @@ def counted(found: dict[str, int], module: torch.fx.GraphModule, inputs: Any) ->
     names: Counter[str] = Counter()
     for node in module.graph.nodes:
         if node.op == "call_function":
-            name = str(node.target)
-            if "kernel_idx" in node.kwargs:
-                name = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
-            names[name] += 1
+            # An operator that writes to an argument stands in a call of the compiler's own.
+            inner = [a for a in node.args[:1] if isinstance(a, torch._ops.OpOverload)]
+            names[str([*inner, node.target][0])] += 1
     found.update(names)
     outputs = [
         None if node is None else node.meta["val"]

@@ -28,6 +28,7 @@ __all__ = [
     "CachedWeights",
     "CachesWeights",
     "WeightCache",
+    "cached_storages",
     "cached_weights",
     "prepare_compiled",
     "share_cache",
@@ -138,6 +139,10 @@ class WeightCache:
         if frozen:
             for held in self._layers.values():
                 held.squares.clear()
+
+    def held_by(self, layer: CachesWeights) -> list[_Entry]:
+        """What is cached for a layer."""
+        return list(self._layers[layer].entries.values())
 
     def forget(self, layer: CachesWeights, adapter: str) -> None:
         """Give back the memory of a deleted adapter."""
@@ -251,6 +256,13 @@ class CachesWeights(nn.Module):
         # A copy; its cache is the one that the copies of the model's other layers have.
         super().__setstate__(state)
         self.weight_cache.join(self)
+
+
+def cached_storages(model: nn.Module) -> set[int]:
+    """The data pointers of the memory that cached weights of a model's layers are in."""
+    layers = [module for module in model.modules() if isinstance(module, CachesWeights)]
+    entries = [e for layer in layers for e in layer.weight_cache.held_by(layer)]
+    return {t.untyped_storage().data_ptr() for entry in entries for t in entry.memory.values()}
 
 
 def share_cache(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.cache_source import adapters_changed
+from mixlora_exp.adapters.weight_cache import cached_storages
 from mixlora_exp.bench.batch import StepBatch
 from mixlora_exp.bench.model import base_of
 from mixlora_exp.bench.row_registry import BenchRow
@@ -148,4 +149,6 @@ def feed_forward_saved_bytes(model: nn.Module, row: BenchRow, batch: StepBatch) 
         with autocast(x.device, batch.dtype if row.autocast else torch.float32):
             return block(x)
 
-    return saved_bytes(run, owned) / tokens
+    # Copies of the weights stay from pass to pass, those of all layers in the same memory.
+    run()
+    return saved_bytes(run, owned | cached_storages(block)) / tokens
