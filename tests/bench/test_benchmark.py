@@ -320,7 +320,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(steps, "_measure", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        benchmark(StepOptions(**SMALL, rounds=1, rows=["lora_peft"]), say=lambda text: None)
+        benchmark(StepOptions(**SMALL, rounds=1, rows=["lora_peft"]))
 
 
 def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
