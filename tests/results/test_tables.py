@@ -130,7 +130,7 @@ def test_other_protocols_and_sources_are_other_blocks(add: Write, results: Path)
     for other, name in (("b", "evaluation.protocols"), ("c", "data.name")):
         with pytest.raises(UserError, match=f"{name} is"):
             gather(results, ["a", other])
-    with pytest.raises(UserError, match="runs=nothing cannot be used: there is no such record"):
+    with pytest.raises(UserError, match="runs=nothing cannot be used: it is not among the coll"):
         gather(results, ["a", "nothing"])
 
 
