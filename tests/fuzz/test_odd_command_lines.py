@@ -53,8 +53,8 @@ FLAGS = (
     "--hydra-help", "--resolve", "--package", "-p", "--config-name", "--config-name=x",
     f"--config-name={LONG}", "--config-dir=/no", "--config-path=/no", "-cd", "--run",
     "--experimental-rerun=x", "--from", "--from=x", "install=bash", "-", "--", "--force",
-    "--source=/no", "--target=/no/x", f"--output={LONG}", "--check", "--runs", "x", "--brief",
-    "--state=done", "--seeds=0", "--seeds=x", "--tasks", "--changed=nan", "--records=/dev/null",
+    "--source=/no", "--results=/no/x", f"--output={LONG}", "--check", "--runs", "x", "--brief",
+    "--state=done", "--seeds=0", "--seeds=x", "--tasks", "--changed=nan", "--results=/dev/null",
     "--file=../x", "--license=x", "--experiment=table2", "kind=none", "kind=steps", "rows=[]",
 )  # fmt: skip
 

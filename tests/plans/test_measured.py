@@ -54,6 +54,7 @@ def rows() -> Iterator[Any]:
             and row.get("adapter_dtype", "float32") == "float32"
             and not row.get("all_logits")
             and not row.get("compiled")
+            and row.get("compile", "off") == "off"
             and ("loss_on" in benchmark["config"] or row["kernel"] == "peft")
         )
         if comparable:

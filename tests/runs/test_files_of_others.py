@@ -68,7 +68,7 @@ READERS: dict[str, tuple[str, Callable[[Path, Path], int]]] = {
     ),
     "collect": (
         "record.json",
-        lambda run, to: main(["collect", f"--source={run.parent}", f"--target={to / 'runs'}"]),
+        lambda run, to: main(["collect", f"--source={run.parent}", f"--results={to}"]),
     ),
     "train on rows": (
         "arc_e/train.jsonl",

@@ -42,7 +42,7 @@ def train(work: Path) -> int:
 
 
 def collect(work: Path) -> int:
-    words = [f"--source={work / 'out'}", f"--target={work / 'results' / 'runs'}", "--force"]
+    words = [f"--source={work / 'out'}", f"--results={work / 'results'}", "--force"]
     return main(["collect", *words])
 
 

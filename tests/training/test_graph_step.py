@@ -3,10 +3,9 @@ memory that it was recorded with, as a replay does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import pytest
 import torch
+from stand_in_recorder import StandIn
 from torch import Tensor
 
 from mixlora_exp.config.command import compose
@@ -17,23 +16,6 @@ from mixlora_exp.training.trainer import MixLoraTrainer
 
 FEW = ["trainer.max_steps=4", "trainer.logging_steps=1", "method.dropout=0.1"]
 TWO = ["trainer.batch_size=4", "trainer.micro_batch_size=2"]
-
-
-class StandIn(Recorder):
-    """Records nothing: a replay computes anew, from the same tensors."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def record(self, compute: Callable[[], Sequence[Tensor]]) -> tuple:
-        self.recorded += 1
-        results: list[Tensor] = []
-
-        def replay() -> None:
-            self.replayed += 1
-            results[:] = compute()
-
-        return replay, results
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from mixlora_exp.bench.measure import Clock, loss_of, name_rows
 from mixlora_exp.bench.model import base_of
 from mixlora_exp.bench.row_registry import BenchRow, NotHere
 from mixlora_exp.kernels import RowIds
+from mixlora_exp.models.precision import autocast
 from mixlora_exp.training.captured import CapturedPass, Recorder, StaticGradients
 from mixlora_exp.training.compiled import bring_up_to_date
 
@@ -51,7 +52,8 @@ class RecordedStep:
 
     def _prepare(self) -> list[int]:
         self._gradients.restore()
-        return bring_up_to_date(base_of(self.model))
+        with autocast(self.batch.ids.device, self.batch.dtype):
+            return bring_up_to_date(base_of(self.model))
 
     def _run(self, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
         inputs = dict(given)

@@ -98,7 +98,9 @@ def _gradients(ctx, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         dmagnitudes.append(dmagnitude)
     das = steps.gradients_of_a(x, dlows, parts)
     dx = None
-    if ctx.needs_input_grad[3]:
+    # A compiler may not know yet that x needs one, where x comes of such functions alone: that of
+    # torch 2.11 left out the gradient through attention. It drops by itself what nothing needs.
+    if ctx.needs_input_grad[3] or torch.compiler.is_compiling():
         through = [base.input_gradient(dy) for base, dy in zip(ctx.frozen, draws, strict=True)]
         dx = steps.input_gradient(through, dlows, parts)
     own = []

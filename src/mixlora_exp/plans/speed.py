@@ -87,7 +87,8 @@ def _is_of(config: Config, benchmark: Mapping[str, Any], row: Mapping[str, Any],
         and trainer.compile is Compile.off
         and not trainer.gradient_checkpointing
         and row.get("adapter_dtype", "float32") == "float32"
-        and not row.get("compiled")
+        and not row.get("compiled")  # A record of before names it so.
+        and row.get("compile", "off") == "off"
         and row["method"] == method.name
         and row["kernel"] == kernel
         and isinstance(method, LoraMethodConfig)

@@ -67,13 +67,19 @@ class CudaRecorder(Recorder):
         return found
 
     def record(self, compute: Compute) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        generator = torch.cuda.default_generators[self._device.index or 0]
+        index = self._device.index
+        number = torch.cuda.current_device() if index is None else index
+        generator = torch.cuda.default_generators[number]
         before = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
         # Other threads, a data loader's, may go on using the GPU.
         options = {"stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, pool=self._pool, **options):
+            with (
+                # A recording that fails leaves its stream as the current one.
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, **options),
+            ):
                 found = compute()
         except RuntimeError:
             # It would stay as within a recording.

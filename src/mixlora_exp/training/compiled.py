@@ -66,24 +66,29 @@ REFUSALS = (
 """Errors of the compiler alone, which come before a layer runs."""
 
 
+class Refusal:
+    """Why the compiler refused one of a model's layers; None if it did not."""
+
+    reason: str | None = None
+
+
 class _Compiled:
-    """A decoder layer's call: compiled, or eager after a line with the compiler's reason."""
+    """A decoder layer's call: compiled, or eager after a line with the compiler's reason. refusal:
+    of all layers of the model."""
 
-    failed: str | None = None
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._eager = layer._call_impl
+    def __init__(self, layer: nn.Module, refusal: Refusal) -> None:
+        self._eager, self._refusal = layer._call_impl, refusal
         self._call = torch.compile(self._eager, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _Compiled.failed is not None:
+        if self._refusal.reason is not None:
             return self._eager(*args, **kwargs)
         try:
             return self._call(*args, **kwargs)
         except REFUSALS as error:
             # The first lines: what the compiler met, and what it says of it.
             reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
-            _Compiled.failed = reason
+            self._refusal.reason = reason
             sys.stderr.write(
                 f"trainer.compile: the decoder layers run eagerly, because the compiler refuses "
                 f"them: {type(error).__name__}: {reason}\n"
@@ -91,31 +96,27 @@ class _Compiled:
             return self._eager(*args, **kwargs)
 
 
-def refusal() -> str | None:
-    """Why the compiler refused the layers that were compiled last; None if it did not."""
-    return _Compiled.failed
-
-
 @contextmanager
 def compiled_layers(
     base: PreTrainedModel, how: Compile, *, adapters: int = 1, checkpointing: bool = False
-) -> Iterator[None]:
+) -> Iterator[Refusal]:
     """Within this context the decoder layers of `base` run compiled, as `how` says; with gradient
     checkpointing their attention and feed-forward do.
 
     `graph` compiles as `layer` does; what records the pass is `captured`. Several adapters in one
     pass run eagerly: their packed batches have too many different lengths. Compiled code is kept in
-    the user's cache folder.
+    the user's cache folder. Yields what the compiler refuses.
     """
+    refusal = Refusal()
     if how is Compile.off:
-        yield
+        yield refusal
         return
     if adapters > 1:
         sys.stderr.write(
             f"trainer.compile={how.value}: {adapters} adapters train together without it, since "
             "their packed batches have too many lengths\n"
         )
-        yield
+        yield refusal
         return
     keep_compiled_code()
     layers: list[nn.Module] = decoder_layers(base)
@@ -123,9 +124,8 @@ def compiled_layers(
         # A layer checkpoints inside its call, where a compiled layer could not store its routing:
         # its parts are compiled instead.
         layers = [part for layer in layers for part in layer.children()]
-    _Compiled.failed = None
     for layer in layers:
-        layer._compiled_call_impl = _Compiled(layer)
+        layer._compiled_call_impl = _Compiled(layer, refusal)
     # What is made of the adapters' weights once per optimizer step, as eager layers have it.
     hook = base.register_forward_pre_hook(_bring_up_to_date)
     try:
@@ -135,7 +135,7 @@ def compiled_layers(
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
             _static_attention(base),
         ):
-            yield
+            yield refusal
     finally:
         hook.remove()
         prepare_compiled(base, None)

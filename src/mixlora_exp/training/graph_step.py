@@ -75,7 +75,8 @@ class GraphStep:
 
     def _prepare(self) -> list[int]:
         self._gradients.restore()
-        places = bring_up_to_date(self._base)
+        with autocast(self._base.device, self._dtype):
+            places = bring_up_to_date(self._base)
         return places + [p.data_ptr() for p in self._parameters]
 
     def _run(self, given: Mapping[str, Tensor]) -> Sequence[Tensor]:

@@ -107,9 +107,9 @@ class MixLoraTrainer(Trainer):
         return 0
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        self._items = num_items_in_batch
         running = {name: batch for name, batch in inputs.items() if self.jobs[name].running}
         if self.state.global_step == 0 and not self._proven:
-            self._items = num_items_in_batch
             # As in a step: else nothing is checkpointed, and these passes take more memory than it.
             self.model.train()
             for name, batch in running.items():

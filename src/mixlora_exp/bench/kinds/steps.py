@@ -27,7 +27,7 @@ from mixlora_exp.bench.runner import Kind, machine_slug, say
 from mixlora_exp.bench.step_profile import launches_per_layer, step_profile
 from mixlora_exp.errors import UserError
 from mixlora_exp.training.captured import CudaRecorder
-from mixlora_exp.training.compiled import compiled_layers, refusal
+from mixlora_exp.training.compiled import Refusal, compiled_layers
 
 
 def check(config: StepOptions) -> None:
@@ -110,6 +110,7 @@ class _Rows:
         self.batch = batch_of(config, shape.config["vocab_size"], self.device)
         self.found: dict[str, dict[str, Any]] = {}
         self.models: dict[str, nn.Module | RecordedStep] = {}
+        self.refusals: dict[str, Refusal] = {}
         self.contexts = ExitStack()
 
     def prepare(self, deadline: float | None) -> None:
@@ -125,7 +126,7 @@ class _Rows:
                     self.models[name] = model = self.ready(name)
                     for number in range(WARM_UP if row.recorded else 1):
                         _measure(self.config, model, name, self.batch, number)
-                    refused = None if row.stock or not row.compiled else refusal()
+                    refused = self.refusals[name].reason if name in self.refusals else None
                     if row.recorded:
                         self.found[name]["not_compiled"] = refused
                     else:
@@ -150,7 +151,8 @@ class _Rows:
         row = ROWS[name]
         model = model_of(name, self.base, self.config.dropout, self.config.seed)
         if row.compiled and not row.stock:
-            self.contexts.enter_context(compiled_layers(base_of(model), row.compile))
+            context = compiled_layers(base_of(model), row.compile)
+            self.refusals[name] = self.contexts.enter_context(context)
         if not row.recorded:
             return model
         return RecordedStep(model, row, self.batch, CudaRecorder(self.base.device))
