@@ -89,7 +89,7 @@ def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise fault(errno.ENOSPC, str(tmp_path / "figures"))
 
-    monkeypatch.setattr(report, "gather", lambda: None)
+    monkeypatch.setattr(report, "gather", lambda results: None)
     monkeypatch.setattr(report, "write_report", full)
     assert main(["report", f"--output={tmp_path}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -265,10 +265,7 @@ def test_every_kernel_says_what_it_is(name) -> None:
     ],
 )
 def test_kernel_that_auto_stands_for(monkeypatch, device, installed, expected) -> None:
-    monkeypatch.setattr(
-        "mixlora_exp.kernels.registry.importlib.util.find_spec",
-        lambda name: object() if installed else None,
-    )
+    monkeypatch.setitem(KERNELS, "triton", replace(KERNELS["triton"], installed=installed))
     assert resolve_kernel("auto", device) == expected
 
 

@@ -351,12 +351,10 @@ def run_script(name: str, *args: str) -> str:
 
 
 def test_the_compiler_sees_the_kernels() -> None:
-    """Not the interpreter's closed operators: their launches are part of its graphs."""
+    """Each as one operator, as often as a pass launches them."""
     graphs = [ast.literal_eval(line) for line in run_script("triton_trace_linear.py").splitlines()]
-    launches = [graph["triton_kernel_wrapper_functional"] for graph in graphs]
-    assert launches == [1, 2, 2, 3], "LoRA forward, backward, DoRA forward, backward"
-    # Of a kernel's arguments those are read again that it writes to: nothing is copied for it.
-    assert [graph["<built-in function getitem>"] for graph in graphs] == [1, 2, 2, 5]
+    own = [{n: c for n, c in graph.items() if n.startswith("mixlora.")} for graph in graphs]
+    assert [sum(found.values()) for found in own] == [1, 2, 2, 3], "LoRA, DoRA: forward, backward"
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,9 @@ def test_every_row_of_the_papers_sweeps_has_its_cells() -> None:
                 assert need <= have, name
 
 
+ODD_FILES = [{"path": "a", "rows": 1, "sha256": "0" * 64}]
+
+
 def write_record(folder: Path, config: Config, **changes) -> Path:
     """A record as a finished run of `config` leaves it, on the data of now."""
     data = {}
@@ -86,7 +89,15 @@ def write_record(folder: Path, config: Config, **changes) -> Path:
         for split in ("train", "test"):
             files = load_split(config.data, task, split).files
             data[f"{task}/{split}"] = [dataclasses.asdict(file) for file in files]
-    record = {"config": to_dict(config), "data": data, "code": code_sha256(), **changes}
+    record = {
+        "name": folder.name, "fingerprint": "0" * 64, "status": "finished",
+        "config": to_dict(config), "data": data, "model": {"source": "random"}, "scores": [],
+        "predictions": {}, "code": code_sha256(),
+        "provenance": {
+            "git": None, "packages": {"torch": "0"}, "hardware": {"cpu": "a", "gpus": []},
+        },
+        **changes,
+    }  # fmt: skip
     write_json(folder / "record.json", finish_record(record))
     return folder / "record.json"
 
@@ -137,7 +148,7 @@ def test_a_damaged_record_is_not_taken_for_done(tmp_path: Path, content: str, to
 @pytest.mark.parametrize("what", ["code", "arc_e/test"])
 def test_a_record_of_other_inputs_is_refused(tmp_path: Path, what: str) -> None:
     (config,) = configs(tmp_path, *ONE)
-    changes = {"code": "0" * 64} if what == "code" else {"data": {what: [{"sha256": "0" * 64}]}}
+    changes = {"code": "0" * 64} if what == "code" else {"data": {what: ODD_FILES}}
     write_record(tmp_path / run_name(config), config, **changes)
     (cell,) = cells(SMALL, tmp_path, *ONE)
     assert cell.state == "refused"
@@ -199,7 +210,7 @@ def test_committed_records_are_told_from_finished_runs(tmp_path: Path) -> None:
     (cell,) = cells(SMALL, tmp_path, *ONE)
     assert cell.state == "recorded"
     assert cell.detail == str(folder / "record.json")
-    write_record(folder, config, data={"arc_e/test": [{"sha256": "0" * 64}]})
+    write_record(folder, config, data={"arc_e/test": ODD_FILES})
     assert [c.state for c in cells(SMALL, tmp_path, *ONE)] == ["missing"]
     (folder / "record.json").write_text("{")
     assert [c.state for c in cells(SMALL, tmp_path, *ONE)] == ["missing"]
@@ -212,7 +223,11 @@ def test_records_on_local_data_are_pointed_to(
     words = [f"--experiment={SMALL}", "--brief", *TINY[:1], *ONE, f"output_dir={tmp_path}"]
     files = ["data=local", f"data.path={tmp_path / 'nowhere'}"]
     (config,) = configs(tmp_path, *ONE, *files)
-    write_record(tmp_path / "runs" / "a", config, data={"arc_e/test": [{"sha256": "0" * 64}]})
+    write_record(
+        tmp_path / "runs" / "a",
+        config,
+        data={"arc_e/test": ODD_FILES},
+    )
     assert main(["status", *words, f"results={tmp_path}"]) == 0
     told = capsys.readouterr().out
     assert "1 of those missing are recorded with data=local" in told
@@ -303,7 +318,7 @@ def test_data_that_is_not_there_is_not_compared(tmp_path: Path) -> None:
     given = [*ONE, "data=local", f"data.path={tmp_path / 'nowhere'}"]
     (config,) = configs(tmp_path, *given)
     folder = tmp_path / "records" / "a"
-    path = write_record(folder, config, data={"arc_e/test": [{"sha256": "0" * 64}]})
+    path = write_record(folder, config, data={"arc_e/test": ODD_FILES})
     (cell,) = cells(SMALL, tmp_path, *given)
     assert (cell.state, cell.detail) == ("recorded", f"{path} (its data was not compared)")
 
