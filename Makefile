@@ -48,8 +48,8 @@ soak: $(STAMP)  ## kill, starve and damage runs at full length, and record how i
 soak-sweep: $(STAMP)  ## kill a sweep of SmolLM2 again and again, and compare (DATA_PATH=DIR)
 	$(BIN)/python tests/checks/soak_sweep.py data.path=$(or $(DATA_PATH),data)
 
-# Two to three hours on two cores; LLaMA-2 7B is cut to two layers.
-bench: $(STAMP)  ## measure time and memory of a step of each method on this machine
+# Three hours on two cores; LLaMA-2 7B is cut to two layers.
+bench: bench-methods  ## measure time and memory of a step of each method on this machine
 	$(BIN)/python scripts/bench.py model=llama2_7b layers=2 batch=2 length=512
 	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=float32
 	$(BIN)/python scripts/bench.py model=smollm2_135m dtype=bfloat16
@@ -59,7 +59,7 @@ bench: $(STAMP)  ## measure time and memory of a step of each method on this mac
 	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m
 	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m method=mixed
 
-# Beside the rows of `bench`, which would take twice as long with them.
+# A record of its own, about half an hour: the other rows would take twice as long beside these.
 bench-methods: $(STAMP)  ## measure a step of every mixture and of MixLoRA with every router
 	$(BIN)/python scripts/bench.py model=smollm2_135m name=methods-smollm2_135m \
 		'rows=[lora_peft,lora,mixlora,methods]' $(OPTIONS)

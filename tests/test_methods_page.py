@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from composed import compose
 
+from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.together import packs_of
 from mixlora_exp.kernels.router_base import ROUTERS
@@ -40,6 +41,12 @@ def test_routers_and_methods_of_the_page_exist() -> None:
     assert set(rows("`method.router=`")) <= set(ROUTERS)
     assert set(rows("`method=`")) <= set(METHODS)
     assert len(rows("`method=`")) >= 29
+
+
+def test_pefts_types_are_named() -> None:
+    named = PAGE.split("`method=peft` takes")[1].split("Not served")[0]
+    assert set(re.findall(r"`([A-Z0-9]+)`", named)) == set(PEFT_TYPES)
+    assert f"{len(PEFT_TYPES)} of PEFT's types" in PAGE
 
 
 def test_methods_that_are_trained_alone_are_named() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from composed import compose
 
-from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.adapters.saved import KINDS
 from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.errors import UserError
@@ -86,10 +87,50 @@ def test_what_is_trained_can_be_loaded() -> None:
     assert set(PEFT_TYPES) <= set(KINDS)
 
 
+SMALL = {
+    "ADALORA": "{init_r:6,target_r:4}", "C3A": "{block_size:8}", "FOURIERFT": "{n_frequency:50}",
+    "MISS": "{r:8}", "OFT": "{r:4,oft_block_size:0}", "PSOFT": "{r:8}", "ROAD": "{group_size:8}",
+    "SUPERTUNING": "{sparsity:0.5}", "WAVEFT": "{n_frequency:50}",
+}  # fmt: skip
+"""Fields of the types whose defaults do not fit the widths of `tiny`."""
+
+
+@pytest.mark.parametrize("kind", PEFT_TYPES)
+def test_each_type_trains_and_is_saved_whole(kind: str, tmp_path: Path) -> None:
+    """Every parameter gets a gradient, the count before loading is that of the built model, the
+    base stays as it is, and the saved adapter gives the same logits."""
+    own = [f"method.peft={SMALL[kind]}"] if kind in SMALL else []
+    config = compose(["model=tiny", "method=peft", f"method.peft_type={kind}", *own])
+    base = load_model(config.model, torch.float32).eval()
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        plain = base(ids).logits
+    model = attach_adapter(base, config.method, config.kernel, seed=0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    counts = count_parameters(config.model, config.method)
+    assert sum(p.numel() for p in trained.values()) == counts.trainable
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=draws))
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in trained.values())
+    model.eval()
+    save_adapter(model, tmp_path)
+    again = load_adapter(load_model(config.model, torch.float32), tmp_path, config.kernel)
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(again(ids).logits, logits, rtol=0, atol=1e-6)
+        assert (logits - plain).abs().max() > 1e-3
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, plain)
+
+
 REFUSED = [
     ("peft_type=VERO", r"method.peft_type=VERO is no type of PEFT 0\.\d+\.\d+: choose"),
     ("peft_type=XLORA", "method.peft_type=XLORA is not trained here: choose from LORA"),
     ("peft_type=PROMPT_TUNING", "PROMPT_TUNING is not trained here"),
+    ("peft_type=MISS peft={init_weights:bat}", "peft.init_weights=bat is not served"),
     ("peft_type=VERA peft={rank:8}", "method.peft.rank is not a field of VeraConfig"),
     ("peft_type=VERA peft={vera_dropuot:0.1}", "did you mean vera_dropout"),
     ("peft_type=VERA peft={target_modules:[q_proj]}", "target_modules=.*set method.targets"),

@@ -3,6 +3,7 @@ reach anything outside the folder's two files."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,8 +34,15 @@ REACHING = (
 MEGATRON = (None, "megatron.core")
 """Accepted values of `megatron_core`, the name of a module, which every LoRA configuration has."""
 PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
-            "rank_pattern", "alpha_pattern", "target_parameters")  # fmt: skip
+            "rank_pattern", "alpha_pattern", "target_parameters", "block_size_pattern",
+            "lambda_pattern", "n_frequency_pattern")  # fmt: skip
 """Settings whose values or keys PEFT matches as regular expressions."""
+UNSTORED = ("ADALORA", "LOKR")
+"""PEFT types whose rank may be above every size of their tensors: AdaLoRA's first rank, which
+training lowers, and LoKr's, where a whole matrix is smaller."""
+COUNTS = ("block_size", "depth", "gralora_k", "hybrid_r", "mini_r", "n_frequency", "num_B",
+          "oft_block_size", "stride_A")  # fmt: skip
+"""Settings of PEFT's types that are sizes or numbers of what they allocate."""
 LARGEST = 1e12
 """Maximum absolute value of a rank, scale or probability."""
 STARS, LONGEST = 4, 1000
@@ -167,11 +175,20 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
     for name, size in sizes.items():
         # AdaLoRA stores a list (mask) per rank.
         if size is not None and not isinstance(size, list):
-            if type(size) is not int or size < 1:
-                _refuse(folder, name, size, "must be an integer above 0")
-            ranked = config["peft_type"] in ("LORA", "MIXLORA", "LORA_MIXTURE", "HIRA")
-            if ranked and name != "init_r" and size > largest:
+            # OFT has either a number of blocks or their size, and 0 for the other.
+            least = 0 if config["peft_type"] == "OFT" else 1
+            if type(size) is not int or size < least:
+                _refuse(folder, name, size, f"must be an integer above {least - 1}")
+            if config["peft_type"] not in UNSTORED and size > largest:
                 _refuse(folder, name, size, f"is larger than in any tensor of {SAFETENSORS}")
+    elements = sum(math.prod(shape) for shape in shapes)
+    for name in COUNTS:
+        own = config.get(f"{name}_pattern") or {}
+        if not isinstance(own, dict):
+            _refuse(folder, f"{name}_pattern", own, "must be an object")
+        for size in (config.get(name), *own.values()):
+            if size is not None and not (type(size) is int and 0 <= size <= elements):
+                _refuse(folder, name, size, f"does not fit the tensors in {SAFETENSORS}")
     experts = config.get("num_experts")
     limit = len(shapes)
     if config["peft_type"] == "LORA_MIXTURE":

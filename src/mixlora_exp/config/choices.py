@@ -206,6 +206,12 @@ class Tracker(Enum):
     tensorboard = "tensorboard"
 
 
-PEFT_TYPES = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "HIRA")
+PEFT_TYPES = (
+    "LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "HIRA", "BEFT", "C3A", "DEFT", "DELORA",
+    "FOURIERFT", "GLORA", "GRALORA", "HRA", "LILY", "MISS", "OFT", "PEANUT", "PSOFT", "PVERA",
+    "RANDLORA", "ROAD", "SUPERTUNING", "WAVEFT",
+)  # fmt: skip
 """PEFT's own types that are trained here: those that add weights to linear layers and need nothing
-else. Others learn prompts, read further adapters or data, compile code, or were not tried here."""
+else. Others learn prompts, read further adapters or data, compile code (BOFT), change the base
+model, need its weights to count their parameters (SHIRA, FROD, ADAMSS), or store less than PEFT
+needs to load them again onto one base (TINYLORA, UNILORA, VBLORA)."""

@@ -40,6 +40,9 @@ AdaLoRA `rank_pattern` is what training finds."""
 INITIAL = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights`. The others write a residual into the base weights, so that neither
 the adapter's file nor the model without it would be what they say."""
+TRIED = 256
+"""Inputs and outputs of the projections on which a configuration is tried: PEFT's defaults of all
+types fit them."""
 REFUSED = (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, AssertionError,
            RuntimeError, OSError)  # fmt: skip
 
@@ -118,11 +121,11 @@ def _try_out(config: PeftConfig, of: Any) -> None:
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if hasattr(own, name):
             setattr(own, name, None)
-    small = nn.ModuleDict({name: nn.Linear(8, 8) for name in own.target_modules})
+    small = nn.ModuleDict({name: nn.Linear(TRIED, TRIED) for name in own.target_modules})
     small.config = of
     get_peft_model(small, own)
     with torch.enable_grad():
-        sum(module(torch.ones(1, 8)).sum() for module in small.train().values()).backward()
+        sum(module(torch.ones(1, TRIED)).sum() for module in small.train().values()).backward()
 
 
 def _elements(model: nn.Module | PeftModel) -> int:
@@ -153,6 +156,11 @@ def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) 
                 f"method.peft.{name}={value} is not served: it would change the base model or its "
                 "forward pass, or read other files or data; leave it out"
             )
+    if not isinstance(given.get("init_weights", True), bool):
+        raise UserError(
+            f"method.peft.init_weights={shown(str(given['init_weights']), 80)} is not served: it may "
+            "change the base weights, which stay as they are here; choose true or false"
+        )
     start = given.get("init_lora_weights", True)
     if not any(start is value or start == value for value in INITIAL):
         raise UserError(
