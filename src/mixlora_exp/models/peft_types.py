@@ -158,8 +158,8 @@ def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) 
             )
     if not isinstance(given.get("init_weights", True), bool):
         raise UserError(
-            f"method.peft.init_weights={shown(str(given['init_weights']), 80)} is not served: it may "
-            "change the base weights, which stay as they are here; choose true or false"
+            f"method.peft.init_weights={shown(str(given['init_weights']), 80)} is not served: it "
+            "may change the base weights, which stay as they are here; choose true or false"
         )
     start = given.get("init_lora_weights", True)
     if not any(start is value or start == value for value in INITIAL):
