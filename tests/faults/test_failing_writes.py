@@ -21,19 +21,26 @@ QUICK = ["--sample", "5", "--stages", "train", "collect", "convert"]
 
 def test_failing_writes(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """A sample of the calls; `make soak` tries all, and goes on where it was stopped."""
-    report = tmp_path / "report.jsonl"
+    folder = tmp_path
     if ALL:
-        report = ROOT / "outputs" / f"soak-writes-{code_sha256()[:10]}.jsonl"
-        report.parent.mkdir(exist_ok=True)
-    command = [sys.executable, str(SUPPORT / "write_by_write.py"), str(tmp_path / "runs")]
+        folder = ROOT / "outputs" / f"soak-writes-{code_sha256()[:10]}"
+        folder.mkdir(parents=True, exist_ok=True)
+    parts = (os.cpu_count() or 1) if ALL else 1
+    reports = [folder / f"report-{part}-of-{parts}.jsonl" for part in range(parts)]
     paths = os.pathsep.join([str(ROOT / "src"), str(SUPPORT)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(report), *([] if ALL else QUICK)],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    tried = [json.loads(line) for line in report.read_text().splitlines()]
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(SUPPORT / "write_by_write.py"), str(tmp_path / f"runs-{part}"),
+             str(report), f"--part={part}/{parts}", *([] if ALL else QUICK)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for part, report in enumerate(reports)
+    ]  # fmt: skip
+    for each in running:
+        _, told = each.communicate()
+        assert each.returncode == 0, told[-2000:]
+    tried = [json.loads(line) for report in reports for line in report.read_text().splitlines()]
     for way, count in Counter(one["way"] for one in tried).items():
         record_property(f"writes that failed with {way}", count)
     assert len(tried) >= 5

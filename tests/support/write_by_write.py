@@ -2,8 +2,8 @@
 
 `python write_by_write.py FOLDER REPORT` tries all calls in all ways and appends a line of JSON for
 each to REPORT, which it continues where it was stopped; `--sample N` tries N of them, drawn by a
-seed. Everything runs in forks of one process that has imported everything and carried each command
-out once.
+seed, `--part I/N` every N-th, so that N processes share them. Everything runs in forks of one
+process that has imported everything and carried each command out once.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ RUN = ["experiment=smoke", "method=lora", "data.train_limit=8", "trainer.max_ste
        "evaluation.limit=4", "evaluation.batch_check=0"]  # fmt: skip
 
 
+_made: tuple[Any, Any] | None = None
+
+
 def train(work: Path) -> int:
     return main(["train", *RUN, f"output_dir={work / 'out'}"])
 
@@ -47,10 +50,17 @@ def collect(work: Path) -> int:
 
 
 def tables(work: Path) -> int:
-    def write(_: object) -> None:
+    """Write the tables. What stands in them is made once for all attempts, which have the same
+    records: reading and computing writes nothing."""
+    global _made
+    if _made is None:
         found = gather(work / "results")
-        write_files(work / "results" / "tables", table_files(found), check=False)
-        write_files(work / "results", data_files(found), check=False)
+        _made = table_files(found), data_files(found)
+    made = _made
+
+    def write(_: object) -> None:
+        write_files(work / "results" / "tables", made[0], check=False)
+        write_files(work / "results", made[1], check=False)
 
     from mixlora_exp.system.exit_codes import guarded
 
@@ -195,7 +205,9 @@ class Driver:
         return ""
 
 
-def drive(folder: Path, report: Path, sample: int | None, stages: Sequence[str]) -> None:
+def drive(
+    folder: Path, report: Path, sample: int | None, stages: Sequence[str], part: tuple[int, int]
+) -> None:
     torch.set_num_threads(1)
     driver = Driver(folder, stages)
     driver.prepare()
@@ -207,6 +219,7 @@ def drive(folder: Path, report: Path, sample: int | None, stages: Sequence[str])
         if way != "short" or calls[number - 1].startswith("write ")
     ]
     chosen = every if sample is None else random.Random(0).sample(every, sample)
+    chosen = chosen[part[0] :: part[1]]
     done = set()
     if report.exists():
         lines = [json.loads(line) for line in report.read_text().splitlines()]
@@ -228,5 +241,7 @@ if __name__ == "__main__":
     parser.add_argument("report", type=Path)
     parser.add_argument("--sample", type=int)
     parser.add_argument("--stages", nargs="+", default=list(STAGES))
+    parser.add_argument("--part", default="0/1")
     given = parser.parse_args()
-    drive(given.folder, given.report, given.sample, given.stages)
+    first, parts = map(int, given.part.split("/"))
+    drive(given.folder, given.report, given.sample, given.stages, (first, parts))
