@@ -79,7 +79,7 @@ def test_nothing_asked_at_a_terminal_is_told(
     monkeypatch.setattr("sys.stdin", typed)
     monkeypatch.setattr(answer, "answer", lambda *_: pytest.fail("a model was loaded"))
     message = told(capsys, "max_new_tokens=4")
-    assert "nothing is asked" in message
+    assert "no prompt was given" in message
     assert "prompts=FILE" in message
     assert "adapter=DIR" in message
 

@@ -47,8 +47,8 @@ def run(argv: Sequence[str]) -> int:
     named = {one.key_or_group.partition(".")[0] for one in given}
     if not named & {*ASKED, "model"} and sys.stdin.isatty():
         raise UserError(
-            'nothing is asked: give prompt="..." or prompts=FILE; to type prompts, name who '
-            "answers them (adapter=DIR, or model=NAME)"
+            'no prompt was given: give prompt="..." or prompts=FILE; to type prompts, name the '
+            "model that answers them (adapter=DIR, or model=NAME)"
         )
     words = [one.input_line or "" for one in given if one.key_or_group.partition(".")[0] in BASE]
     folders = [("adapter", settings.adapter), ("model.path", settings.model.path)]

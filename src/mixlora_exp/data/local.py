@@ -113,7 +113,10 @@ def _array_rows(file: Path, seen: Seen) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{file} row {number} is not a JSON object but a {type(row).__name__}")
+            raise UserError(
+                f"{file} row {number} is not a JSON object but a {type(row).__name__}: write each "
+                "row as an object of fields by name"
+            )
         yield f"{file} row {number}", row
 
 
@@ -125,7 +128,10 @@ def _object(raw: bytes, where: str) -> dict[str, Any]:
             f"{where}: this line is not JSON ({error}): each line must be one object"
         ) from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: this line is not a JSON object but a {type(row).__name__}")
+        raise UserError(
+            f"{where}: this line is not a JSON object but a {type(row).__name__}: write each row "
+            "as an object of fields by name"
+        )
     return row
 
 

@@ -25,6 +25,7 @@ from mixlora_exp.official.fields import (
 from mixlora_exp.official.folders import AdapterFiles
 from mixlora_exp.official.routing import FIELDS, KINDS, router_settings, strategy_of
 from mixlora_exp.official.tensors import (
+    DAMAGED,
     LAYOUTS,
     PROJECTIONS,
     Parts,
@@ -98,11 +99,14 @@ def _magnitudes(
             "whose experts have none: remove the file that holds them"
         )
     if parts.has_magnitudes(group) and not settings["use_dora"]:
-        raise UserError("there are magnitudes, but use_dora is not set where they are")
+        raise UserError(
+            "there are magnitudes, but use_dora is not set where they are: set it in "
+            "adapter_config.json, or remove the file that holds them"
+        )
     if not settings["use_dora"] or parts.has_magnitudes(group) or not getattr(parts, group):
         return settings
     if parts.has_magnitudes("single") or parts.has_magnitudes("experts"):
-        raise UserError("some magnitudes are missing: the adapter is truncated or was changed")
+        raise UserError(f"some magnitudes are missing: {DAMAGED}")
     note = (
         "use_dora: no magnitude was saved, and without one the official packages compute plain "
         "LoRA; imported as that"

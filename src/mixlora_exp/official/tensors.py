@@ -32,6 +32,7 @@ EXPERT = re.compile(rf"{BLOCK}\.(\w+)\.experts\.{NUMBER}\.lora_(A\.weight|B\.wei
                     r"magnitude_vector)")  # fmt: skip
 PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "magnitude"}
 SUFFIXES = {short: long for long, short in PARTS.items()}
+DAMAGED = "the adapter is truncated or was changed: use another copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,13 @@ def _stack(found: dict[tuple[int, str, str], dict[int, Tensor]], experts: int) -
         if sorted(tensors) != list(range(experts)):
             raise UserError(
                 f"{where}: there are experts {sorted(tensors)[:8]}, num_experts={experts} asks for "
-                f"0 to {experts - 1}: the adapter is truncated or was changed"
+                f"0 to {experts - 1}: {DAMAGED}"
             )
         shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         if len(shapes) != 1 or len({tensor.dtype for tensor in tensors.values()}) != 1:
-            raise UserError(f"{where}: experts differ in shape or type, {sorted(shapes)[:3]}")
+            raise UserError(
+                f"{where}: experts differ in shape or type, {sorted(shapes)[:3]}: {DAMAGED}"
+            )
         stacked[layer, projection, part] = torch.stack([tensors[e] for e in range(experts)])
     return stacked
 
@@ -126,7 +129,10 @@ def from_official(tensors: Mapping[str, Tensor], layout: Layout, experts: int | 
     if experts is not None:
         parts.experts = _stack(found, experts)
     elif found or parts.routers:
-        raise UserError("the adapter has experts or routers, but peft_type=LORA has none")
+        raise UserError(
+            "the adapter has experts or routers, but peft_type=LORA has none: correct peft_type in "
+            "adapter_config.json"
+        )
     return parts
 
 
@@ -158,8 +164,8 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
     layers = {key[0] for key in (*parts.single, *parts.experts, *parts.routers)}
     if layers != set(range(len(layers))):
         raise UserError(
-            f"the tensors are of layers {sorted(layers)[:8]}, not of 0 to {len(layers) - 1}: the "
-            "adapter is truncated or was changed"
+            f"the tensors are of layers {sorted(layers)[:8]}, not of 0 to {len(layers) - 1}: "
+            f"{DAMAGED}"
         )
     sizes: dict[tuple[str, str], int] = {}
     for group, front, names in (
@@ -173,7 +179,7 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
         if set(group) != expected:
             layer, name, part = sorted(set(group) ^ expected)[0]
             state = "missing" if (layer, name, part) in expected else "not among target_modules"
-            raise UserError(f"lora_{part} of layer {layer}, {name} is {state}")
+            raise UserError(f"lora_{part} of layer {layer}, {name} is {state}: {DAMAGED}")
         for (layer, name, part), tensor in group.items():
             shape = tuple(tensor.shape)
             size = shape[-1] if part == "A" else shape[len(front)] if len(shape) > len(front) else 0
@@ -183,7 +189,7 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
                 raise UserError(
                     f"lora_{part} of layer {layer}, {name} is {shape}, which does not fit r={r}"
                     + (f", num_experts={experts}" if front else "")
-                    + " and the other layers"
+                    + f" and the other layers: {DAMAGED}"
                 )
     if not experts:
         return
@@ -191,13 +197,13 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
     needed = {(layer, name) for layer in layers for name in homes}
     if missing := sorted(needed - set(parts.routers)):
         raise UserError(f"a router is missing: {len(missing)} of {len(needed)}, the first of layer "
-                        f"{missing[0][0]}{missing[0][1] and ', '}{missing[0][1]}")  # fmt: skip
+                        f"{missing[0][0]}{missing[0][1] and ', '}{missing[0][1]}: {DAMAGED}")
     for (layer, name), router in parts.routers.items():
         where = f"the router of layer {layer}{name and ', '}{name}"
         if (layer, name) not in needed:
-            raise UserError(f"{where} is not among those of target_modules")
+            raise UserError(f"{where} is not among those of target_modules: {DAMAGED}")
         known = [name] if name else ["gate_proj", "up_proj"]
         widths = [sizes[side] for p in known if (side := (p, "in")) in sizes]
         shape = (experts, *(widths or router.shape[-1:])[:1])
         if tuple(router.shape) != shape:
-            raise UserError(f"{where} has shape {tuple(router.shape)}, not {shape}")
+            raise UserError(f"{where} has shape {tuple(router.shape)}, not {shape}: {DAMAGED}")

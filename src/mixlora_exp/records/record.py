@@ -104,7 +104,10 @@ def read_record(source: Path | str | RunFiles) -> dict[str, Any]:
         # Paths may contain bytes that are not UTF-8, which Python represents as lone surrogates.
         record = parse_json(content, halves=True)
     except OSError as error:
-        raise UserError(f"cannot read the record {path}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot read the record {path}: {reason}; give the folder of a finished run"
+        ) from error
     except ValueError as error:
         raise UserError(
             f"{path} is not a record: it is truncated or not valid JSON ({error}); "

@@ -41,7 +41,10 @@ def discordant_share(a: RecordedRun, b: RecordedRun, task: str) -> float:
     """
     first, second = _right(a, task), _right(b, task)
     if first.keys() != second.keys():
-        raise UserError(f"{a.name} and {b.name} were scored on different items of {task}")
+        raise UserError(
+            f"{a.name} and {b.name} were scored on different items of {task}: give runs with the "
+            "same data and evaluation.limit"
+        )
     return sum(first[key] != second[key] for key in first) / len(first)
 
 

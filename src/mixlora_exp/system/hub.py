@@ -105,7 +105,8 @@ def one_error(what: str) -> Iterator[None]:
         why = "access is gated: ask on its page, then run `hf auth login`"
         raise UserError(f"{what}: {why}") from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{what}: the repository has no such revision") from error
+        why = "the repository has no such revision: name one of its commits, branches or tags"
+        raise UserError(f"{what}: {why}") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         why = "the repository does not exist, or this account may not use it (`hf auth login`)"
         raise UserError(f"{what}: {why}") from error
