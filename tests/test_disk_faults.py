@@ -13,7 +13,7 @@ from mixlora_exp.cli import report
 from mixlora_exp.cli.main import main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
-from mixlora_exp.system.disk_faults import disk_faults_told
+from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.exit_codes import guarded
 
 SMALL = ["experiment=smoke", "data.train_limit=4", "trainer.max_steps=1", "method=lora",
@@ -42,10 +42,10 @@ def test_a_command_tells_it_in_one_line(number: int, words: list[str], capsys) -
 
 
 def test_what_may_be_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(FileNotFoundError), disk_faults_told("x=1"):
+    with pytest.raises(FileNotFoundError), convert_disk_faults("x=1"):
         raise fault(errno.ENOENT, "/a")
     told = pytest.raises(UserError, match="x=1: No space left on device: free space there")
-    with told, disk_faults_told("x=1"):
+    with told, convert_disk_faults("x=1"):
         raise fault(errno.ENOSPC)
 
 

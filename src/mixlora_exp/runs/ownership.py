@@ -14,7 +14,7 @@ from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import write_json
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import processes
-from mixlora_exp.system.disk_faults import disk_faults_told
+from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.runlock import RunLock, holder_of
 
 LOCK, FAILURE = "lock", "failure.json"
@@ -57,7 +57,7 @@ def failure_noted(folder: Path, lock: RunLock) -> Iterator[None]:
         UserError: a file of the run cannot be written or read.
     """
     try:
-        with disk_faults_told(f"output_dir={folder.parent}"):
+        with convert_disk_faults(f"output_dir={folder.parent}"):
             forget_failure(folder)
             yield
     except GivenUp:

@@ -43,7 +43,7 @@ from mixlora_exp.runs.run import (
 from mixlora_exp.runs.scoring import Scores, score_with
 from mixlora_exp.system.console import say
 from mixlora_exp.system.device import free_memory, processes
-from mixlora_exp.system.disk_faults import disk_faults_told
+from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.hub import adapter_folder
 from mixlora_exp.training import Job, TrainSummary, fit_jointly, make_job
 
@@ -120,14 +120,14 @@ def run_together(
         for config in configs:
             folder = Path(config.output_dir).expanduser() / run_name(config)
             try:
-                with disk_faults_told(f"output_dir={config.output_dir}"):
+                with convert_disk_faults(f"output_dir={config.output_dir}"):
                     inputs = gather_inputs(config)
                     folder = folder.with_name(run_name(config, inputs.identity["adapter"]))
                     _enter(pack, stack, config, folder, inputs, earlier)
             except UserError as error:
                 pack.fail(folder, error)
         try:
-            with disk_faults_told(f"output_dir={configs[0].output_dir}"):
+            with convert_disk_faults(f"output_dir={configs[0].output_dir}"):
                 _carry_out(pack)
         except Exception as error:
             for this in pack.runs:

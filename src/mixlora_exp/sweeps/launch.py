@@ -64,7 +64,7 @@ def launch_sweep(
 
     def multirun(task: Callable[..., Any]) -> Any:
         job = partial(task, recorded=recorded)
-        with _folder_told(plan):
+        with _convert_folder_errors(plan):
             return session.multirun(config_name=name, task_function=job, overrides=overrides)
 
     if not plan.expanded:
@@ -89,7 +89,7 @@ def launch_sweep(
 
 
 @contextmanager
-def _folder_told(plan: Plan) -> Iterator[None]:
+def _convert_folder_errors(plan: Plan) -> Iterator[None]:
     """Convert Hydra's error about an unwritable folder into a `UserError`."""
     try:
         yield

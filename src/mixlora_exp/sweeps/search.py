@@ -32,12 +32,12 @@ from mixlora_exp.sweeps.study import (
     REASON,
     REPORTED,
     STORAGE_ERRORS,
+    convert_storage_errors,
     ended,
     enqueue_cut_off,
     next_trial,
     open_study,
     require_same,
-    storage_told,
 )
 from mixlora_exp.system.console import say
 from mixlora_exp.system.runlock import RunLock
@@ -150,7 +150,8 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
     _make_folder(settings)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = settings.folder / f"{settings.study}.db"
-    with RunLock(settings.folder / f".{settings.study}.lock") as lock, storage_told(path):
+    held = RunLock(settings.folder / f".{settings.study}.lock")
+    with held as lock, convert_storage_errors(path):
         if not lock.acquire():
             raise UserError(
                 f"study={settings.study} is in use by another process: give study another name, or "

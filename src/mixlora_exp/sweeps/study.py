@@ -29,7 +29,7 @@ SHOWN = 4
 
 
 @contextmanager
-def storage_told(path: Path, *more: type[Exception]) -> Iterator[None]:
+def convert_storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
     """Convert errors of the study's file within the context into one `UserError`; `more`: further
     exception types to convert.
 
@@ -58,7 +58,7 @@ def open_study(path: Path, prune_after: int) -> optuna.Study:
     # Not in a URL, in which versions of SQLAlchemy parse special characters differently.
     connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
     # Optuna also raises these for a file of another version or with other content.
-    with storage_told(path, RuntimeError, ValueError):
+    with convert_storage_errors(path, RuntimeError, ValueError):
         return optuna.create_study(
             study_name=path.stem,
             storage=RDBStorage("sqlite://", engine_kwargs=connect),

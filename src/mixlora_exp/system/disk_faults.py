@@ -1,4 +1,4 @@
-"""Failures of a disk, told in one line: any read or write may meet one, and none is a bug."""
+"""Failures of a disk, reported in one line: any read or write may meet one, and none is a bug."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def disk_fault(error: OSError) -> str | None:
 
 
 @contextlib.contextmanager
-def disk_faults_told(what: str) -> Iterator[None]:
+def convert_disk_faults(what: str) -> Iterator[None]:
     """Within this context failures of the disk become a `UserError` that begins with `what`."""
     try:
         yield
     except OSError as error:
-        told = disk_fault(error)
-        if told is None:
+        message = disk_fault(error)
+        if message is None:
             raise
-        raise UserError(f"{what}: {told}") from error
+        raise UserError(f"{what}: {message}") from error

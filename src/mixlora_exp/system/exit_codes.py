@@ -43,10 +43,10 @@ def guarded(
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except OSError as error:
-        told = disk_fault(error)
-        if told is None:
+        message = disk_fault(error)
+        if message is None:
             raise
-        sys.stderr.write(f"error: {''.join(_field_of(error, argv))}{told}\n")
+        sys.stderr.write(f"error: {''.join(_field_of(error, argv))}{message}\n")
         return MISTAKE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
