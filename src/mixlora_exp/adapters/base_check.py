@@ -47,11 +47,11 @@ def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
     differ = "their weights differ"
     if str(then) == str(now):
         differ += ", by their shape or since their files were changed"
-    told = f"adapter={folder} was trained on {then}, not on {now}"
+    message = f"adapter={folder} was trained on {then}, not on {now}"
     if shapes_differ(then, now):
-        return UserError(f"{told}, whose layers have other sizes: give that model ({way})")
+        return UserError(f"{message}, whose layers have other sizes: give that model ({way})")
     return UserError(
-        f"{told}: {differ}; give that model ({way}), or base=accept to use this one nevertheless"
+        f"{message}: {differ}; give that model ({way}), or base=accept to use this one nevertheless"
     )
 
 
@@ -99,8 +99,8 @@ def check_same_base(
         if accept:
             return
         raise refusal(folder, then, now)
-    told = f" (it names {shown(named, 200)})" if named else ""
+    hint = f" (it names {shown(named, 200)})" if named else ""
     sys.stderr.write(
-        f"warning: adapter={folder}: whether it was trained on this base model is not known{told}: "
+        f"warning: adapter={folder}: whether it was trained on this base model is not known{hint}: "
         "it is judged by shapes alone\n"
     )

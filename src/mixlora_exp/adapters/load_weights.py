@@ -132,14 +132,14 @@ def _check_shapes(
         needed, found = called[key].shape, weights[key].shape
         if needed == found:
             continue
-        told = f"{shown(key, 200)} has the shape {list(found)}, and {list(needed)} is needed"
+        message = f"{shown(key, 200)} has the shape {list(found)}, and {list(needed)} is needed"
         if _of_the_model(key, needed) == _of_the_model(key, found):
             raise UserError(
-                f"adapter={folder} does not fit its own configuration (rank or experts): {told}; "
+                f"adapter={folder} does not fit its own configuration (rank or experts): {message}; "
                 f"{COPY_IT}"
             )
         raise UserError(
-            f"adapter={folder} does not fit this base model: {told}; {_name_it(folder)}"
+            f"adapter={folder} does not fit this base model: {message}; {_name_it(folder)}"
         )
 
 

@@ -108,12 +108,12 @@ class RowMap:
         Raises:
             ValueError: it needs to know where each sequence ends, which is not known.
         """
-        mask, told = self.real(adapter, rows, device), self.masks.get(adapter)
+        mask, given = self.real(adapter, rows, device), self.masks.get(adapter)
         if not router.by_sequence:
             return mask
         count = self.sequences
-        if told is not None:
-            count = len(told) if told.dim() > 1 else 0
+        if given is not None:
+            count = len(given) if given.dim() > 1 else 0
         if not count or rows % count:
             raise ValueError(
                 "router_options.capacity counts by sequence, and where one ends is not known in "

@@ -75,14 +75,14 @@ def _folder_for(config: ModelConfig) -> Path:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the cache's lock within the context, after waiting for other processes."""
     with RunLock(folder.parent / ".lock") as lock:
-        told = False
+        logged = False
         while True:
             with _writing(folder):
                 if lock.take():
                     break
-            if not told:
+            if not logged:
                 _LOG.info("waiting for another process that converts into %s", folder.parent)
-                told = True
+                logged = True
             time.sleep(_LOOK)
         yield
 

@@ -129,12 +129,12 @@ class _Leaves(fx.Tracer):
 def _formula(block: nn.Module) -> str:
     """The formula of a block's output for its input `x`, in terms of its submodules."""
 
-    def told(node: object) -> str:
+    def text(node: object) -> str:
         if not isinstance(node, fx.Node):
             return str(node)
         if node.op == "placeholder":
             return "x"
-        parts = ", ".join(map(told, [*node.args, *node.kwargs.values()]))
+        parts = ", ".join(map(text, [*node.args, *node.kwargs.values()]))
         name = node.target if isinstance(node.target, str) else node.target.__name__
         return parts if node.op == "output" else f"{name}({parts})"
 
@@ -142,4 +142,4 @@ def _formula(block: nn.Module) -> str:
         graph = _Leaves().trace(block)
     except Exception as error:  # A foreign forward pass may raise anything when traced.
         return f"not known ({type(error).__name__})"
-    return told(next(node for node in graph.nodes if node.op == "output"))
+    return text(next(node for node in graph.nodes if node.op == "output"))

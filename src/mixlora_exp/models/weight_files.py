@@ -172,8 +172,8 @@ def _fingerprint(folder: Path, paths: tuple[Path, ...], stamps: tuple[Stamp, ...
             tensor = stored[name]
             if tensor.path not in streams:
                 streams[tensor.path] = tensor.path.open("rb", buffering=0)
-            told = json.dumps([name, tensor.dtype, tensor.shape])
-            digest.update(told.encode() + b"\n")
+            header = json.dumps([name, tensor.dtype, tensor.shape])
+            digest.update(header.encode() + b"\n")
             digest.update(_sample(streams[tensor.path], tensor))
     except OSError as error:
         raise UserError(

@@ -131,13 +131,13 @@ def import_official(files: AdapterFiles) -> AdapterFiles:
     _check_names(config, LORA_FIELDS | FIELDS.get(strategy, set()))
     _check_others(config)
     settings, targets = lora_settings(config), _targets(config, notes)
-    experts, experts_settings, router, told = None, settings, {}, []
+    experts, experts_settings, router, added = None, settings, {}, []
     if strategy is not None:
         experts = count(config, "num_experts")
         block = value(config, "expert_lora", dict, {})
         _check_names(block, LORA_FIELDS, "expert_lora.")
         experts_settings = lora_settings({**config, **block})
-        router = router_settings(config, strategy, experts, told)
+        router = router_settings(config, strategy, experts, added)
     parts = from_official(files.tensors, LAYOUTS[kind], experts)
     ranks = {"single": settings["r"], "experts": experts_settings["r"]}
     check_shapes(parts, targets, ranks, experts or 0)
@@ -157,7 +157,7 @@ def import_official(files: AdapterFiles) -> AdapterFiles:
         )
     if experts is not None and not parts.experts:
         # A router over experts that do nothing: the feed-forward block is the base model's.
-        told = ["no expert has weights, so the routers do nothing: imported as LoRA"]
+        added = ["no expert has weights, so the routers do nothing: imported as LoRA"]
         parts, experts = Parts(single=parts.single), None
     if experts is None:
         made = LoraConfig(**common)
@@ -165,7 +165,7 @@ def import_official(files: AdapterFiles) -> AdapterFiles:
         made = _in_linears(common, router, parts)
     else:
         made = _in_blocks(config, common, experts_settings, router)
-    return AdapterFiles(saved_config(made), to_peft(parts), (*notes, *told))
+    return AdapterFiles(saved_config(made), to_peft(parts), (*notes, *added))
 
 
 def _in_blocks(

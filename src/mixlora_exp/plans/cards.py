@@ -126,15 +126,15 @@ def card_lines(
         fit = next((fit for fit in found if fit.needed <= usable), None)
         if fit is None:
             least = min(found, key=lambda fit: fit.needed)
-            told = (
+            text = (
                 f"does not fit: the least is {_gib(least.needed)} GiB ({least.described}), of "
                 f"which such a card has {_gib(usable)}; {_larger(least)} would"
             )
         else:
             command = _command(words, fit.words(configs[0]), processes)
             what = "fits" if asked <= usable else "does not fit; this would"
-            told = f"{what}, in {_gib(fit.needed)} GiB ({fit.described}): {command}"
-        lines.append((f"{size} GB", told))
+            text = f"{what}, in {_gib(fit.needed)} GiB ({fit.described}): {command}"
+        lines.append((f"{size} GB", text))
     return lines
 
 

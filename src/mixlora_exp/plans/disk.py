@@ -28,5 +28,5 @@ def disk_bytes(config: Config) -> dict[str, int]:
 
 def disk_line(config: Config) -> str:
     items = disk_bytes(config)
-    told = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in items.items())
-    return f"about {sum(items.values()) / 2**30:.2f} GiB: {told}" if items else "next to nothing"
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in items.items())
+    return f"about {sum(items.values()) / 2**30:.2f} GiB: {parts}" if items else "next to nothing"

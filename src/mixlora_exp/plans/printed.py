@@ -138,12 +138,12 @@ def print_plan_together(configs: Sequence[Config], around: Circumstances | None 
     memories = [memory_of(config, packed=True) for config in configs]
     each = [sum(m.values()) - m["weights"] for m in memories]
     total, weights = total_bytes(configs), memories[0]["weights"]
-    told = (
+    text = (
         f"{len(configs)} adapters on one base: about {total / GIB:.1f} GiB, "
         f"{total / len(configs) / GIB:.1f} for each (estimated); alone the largest needs "
         f"{(weights + max(each)) / GIB:.1f}"
     )
-    _print([("all", told), *card_lines(configs, around.words, around.accepts)])
+    _print([("all", text), *card_lines(configs, around.words, around.accepts)])
 
 
 def _print(lines: Sequence[tuple[str, str]]) -> None:

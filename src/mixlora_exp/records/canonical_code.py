@@ -122,7 +122,7 @@ def _of_package(name: str | None) -> bool:
 
 
 @dataclass(slots=True)
-class _Told:
+class _MessageTexts:
     """Finds texts that are used only in exceptions. Starts from the arguments of exceptions, and
     follows them back to variables, parameters and helper functions until a fixed point."""
 
@@ -257,6 +257,6 @@ def meanings(sources: Mapping[str, str]) -> dict[str, str]:
     exception and its condition count, and so does a text with any other use.
     """
     modules = {name: _module(source) for name, source in sources.items()}
-    told = _Told([*modules.values()])
-    told.follow()
-    return {name: _dump(module.tree, told.texts) for name, module in modules.items()}
+    found = _MessageTexts([*modules.values()])
+    found.follow()
+    return {name: _dump(module.tree, found.texts) for name, module in modules.items()}

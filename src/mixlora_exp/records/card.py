@@ -84,12 +84,12 @@ def _summary(record: Mapping[str, Any]) -> str:
     method, task = config["method"], config["task"]
     words = {"rank": "rank", "alpha": "alpha", "num_experts": "experts", "top_k": "top-k"}
     sizes = [f"{word} {_text(method[key])}" for key, word in words.items() if method.get(key)]
-    told = f" ({', '.join(sizes)})" if sizes else ""
+    size = f" ({', '.join(sizes)})" if sizes else ""
     made = ""
     if config["data"]["name"] == "embedded":
         made = " The tasks are generated ones of the same form, not the benchmarks."
     return (
-        f"A {method['name']} adapter{told} of {_base(record)}, trained on "
+        f"A {method['name']} adapter{size} of {_base(record)}, trained on "
         f"{', '.join(task['train'])} with mixlora-exp.{made}"
     )
 
@@ -154,10 +154,10 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
     data = record["config"]["data"]
     limits = data.get("train_limits") or {}
     if data.get("train_limit") is not None or limits:
-        told = [f"{n} of {_text(task)}" for task, n in limits.items()]
+        limited = [f"{n} of {_text(task)}" for task, n in limits.items()]
         if data.get("train_limit") is not None:
-            told.append(f"{data['train_limit']} of each {'other ' if limits else ''}task")
-        yield f"Trained on at most {', '.join(told)}.\n"
+            limited.append(f"{data['train_limit']} of each {'other ' if limits else ''}task")
+        yield f"Trained on at most {', '.join(limited)}.\n"
     if record["data"]:
         yield _row(["split", "rows", "sha256 of the file"])
         yield _row(["---"] * 3)

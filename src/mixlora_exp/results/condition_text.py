@@ -29,7 +29,7 @@ WORDS = {
 """A condition -> its words, with its value for {}."""
 
 
-def _told(name: str, value: Any) -> str:
+def _described(name: str, value: Any) -> str:
     if name == "trainer.epochs" and value == 1:
         return "1 epoch"
     if name == "evaluation.held_out":
@@ -59,8 +59,8 @@ def condition_text(key: Key, standards: Standards) -> str:
     if forms and len(forms) > 1:
         found.append("trained on letters and text")
     # torch's version changes summation order; the details name it.
-    told = {n: v for n, v in odd.items() if not n.endswith("torch")}
-    order = sorted(told, key=lambda n: (n not in WORDS, list(WORDS).index(n) if n in WORDS else 0))
+    shown = {n: v for n, v in odd.items() if not n.endswith("torch")}
+    order = sorted(shown, key=lambda n: (n not in WORDS, list(WORDS).index(n) if n in WORDS else 0))
     return f"{MODEL_TITLES.get(model, model)}, " + ", ".join(
-        [*found, *(_told(name, told[name]) for name in order)]
+        [*found, *(_described(name, shown[name]) for name in order)]
     )

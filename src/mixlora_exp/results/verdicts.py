@@ -138,9 +138,9 @@ Made by `make tables`; the rule was written before any run of the paper's models
 def verdicts_markdown(found: Sequence[Verdict]) -> str:
     """Counts, the cells that were run, and the figures of the paper that are in doubt."""
     counts = Counter(entry.verdict for entry in found)
-    told = ", ".join(f"{counts[name]} {name}" for name in
+    summary = ", ".join(f"{counts[name]} {name}" for name in
                      ("reproduced", "not reproduced", "undecidable", "not run"))  # fmt: skip
-    lines = [HEAD, f"\n{len(found)} printed accuracies and averages: {told}.\n"]
+    lines = [HEAD, f"\n{len(found)} printed accuracies and averages: {summary}.\n"]
     run = [entry for entry in found if entry.verdict != "not run" and entry.ours is not None]
     if run:
         lines.append("\n| table | line | column | paper | ours | verdict |\n")

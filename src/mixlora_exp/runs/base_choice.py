@@ -131,9 +131,9 @@ def _by_name(folder: Path, given: Collection[str]) -> list[str]:
     if "model.path" in given:
         return []
     if noted is not None:
-        told = f"was trained on {noted}, which is not a model in conf/model"
+        reason = f"was trained on {noted}, which is not a model in conf/model"
     elif name:
-        told = f"was trained on {shown(name, 120)}, which is not a model in conf/model"
+        reason = f"was trained on {shown(name, 120)}, which is not a model in conf/model"
     else:
-        told = "does not name its base model"
-    raise UserError(f"adapter={folder} {told}: add model=NAME, or model.path=DIR with that model")
+        reason = "does not name its base model"
+    raise UserError(f"adapter={folder} {reason}: add model=NAME, or model.path=DIR with that model")

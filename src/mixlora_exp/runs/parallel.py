@@ -15,7 +15,7 @@ def check_processes(config: Config) -> None:
     """Refuse a run that the started processes cannot train together.
 
     Raises:
-        SystemExit: with exit code 2; the first process told the reason.
+        SystemExit: with exit code 2; the first process printed the reason.
     """
     trainer, count = config.trainer, processes().num_processes
     if count == 1 or not isinstance(config.method, TrainedMethodConfig):

@@ -15,7 +15,7 @@ class ScoringProgress:
 
     def __init__(self, label: str) -> None:
         self.label, self.begun = label, time.perf_counter()
-        self.told, self.width = self.begun, 0
+        self.printed, self.width = self.begun, 0
 
     def __call__(self, done: int, total: int) -> None:
         now, terminal = time.perf_counter(), sys.stderr.isatty()
@@ -24,9 +24,9 @@ class ScoringProgress:
                 sys.stderr.write("\r" + " " * self.width + "\r")
                 self.width = 0
             return
-        if now - self.told < (OFTEN if terminal else SELDOM):
+        if now - self.printed < (OFTEN if terminal else SELDOM):
             return
-        self.told = now
+        self.printed = now
         left = (now - self.begun) / done * (total - done)
         line = f"  {self.label}: {done:,} of {total:,} items, {left:,.0f} s left"
         if not terminal:

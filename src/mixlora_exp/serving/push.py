@@ -59,13 +59,13 @@ def package(folder: Path, repository: str, license: str | None = None) -> Files:
 
 
 def _base(folder: Path, record: Mapping[str, Any]) -> BaseIdentity:
-    """The base model as the adapter's files and the record tell; older versions wrote less next to
+    """The base model from the adapter's files and the record; older versions wrote less next to
     the adapter."""
-    told, noted = of_record(record), read_base(folder)
+    recorded, noted = of_record(record), read_base(folder)
     if noted is None:
-        return told
+        return recorded
     names = ("fingerprint", "revision", "file_sha256")
-    more = {name: getattr(noted, name) or getattr(told, name) for name in names}
+    more = {name: getattr(noted, name) or getattr(recorded, name) for name in names}
     return dataclasses.replace(noted, **more)
 
 

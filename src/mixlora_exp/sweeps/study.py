@@ -86,10 +86,11 @@ def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
     then = _flat(study.user_attrs[MADE_WITH])
     differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if differing:
-        told = [_difference(name, then.get(name), now.get(name)) for name in differing[:SHOWN]]
+        shown = differing[:SHOWN]
+        differences = [_difference(name, then.get(name), now.get(name)) for name in shown]
         more = len(differing) - SHOWN
         raise UserError(
-            f"study={study.study_name} has trials with other settings: {'; '.join(told)}"
+            f"study={study.study_name} has trials with other settings: {'; '.join(differences)}"
             f"{f'; and {more} more' if more > 0 else ''}. Give study another name, or repeat its "
             "settings"
         )

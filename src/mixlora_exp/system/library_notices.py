@@ -19,15 +19,15 @@ class _OneLine(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._told = False
+        self._seen = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not any(text in record.getMessage() for text in TRIES):
             return True
-        told, self._told = self._told, True
+        repeated, self._seen = self._seen, True
         record.msg = "the hub does not answer; trying again for up to half a minute"
         record.args = ()
-        return not told
+        return not repeated
 
 
 def shorten_notices() -> None:

@@ -59,15 +59,15 @@ def check_gradients_flow(
         # As many in each process, where one may have no gradient and another has.
         none = torch.zeros(slices, device=device)
         sizes.append(none if gradient is None else _sizes(gradient, slices).to(device))
-    told = decisions or {}
+    watched = decisions or {}
     # Processes without a row that predicts a label add zeros.
-    sizes += [torch.tensor(decision, device=device).float() for decision in told.values()]
+    sizes += [torch.tensor(decision, device=device).float() for decision in watched.values()]
     counts = [len(size) for size in sizes]
     sums = summed(torch.cat(sizes)).cpu().split(counts)
     totals = dict(zip(names, sums, strict=False))
     decided = {
         module: Decision(*map(bool, values))
-        for module, values in zip(told, sums[len(names) :], strict=True)
+        for module, values in zip(watched, sums[len(names) :], strict=True)
     }
     for name, total in totals.items():
         if not total.isfinite().all():

@@ -127,8 +127,8 @@ class Job:
             check_content(self._resumed, self.parameters, self.steps)
             first = processes().is_main_process
             if first and self.running:
-                told = f"resuming after step {self.step} of {self.steps}"
-                sys.stderr.write(f"  {self.folder.name}: {told}\n")
+                text = f"resuming after step {self.step} of {self.steps}"
+                sys.stderr.write(f"  {self.folder.name}: {text}\n")
             self._resumed.restore_weights(self.parameters)
             self.hook.resume(self.parameters, self._resumed.moments)
             state = self._resumed.state

@@ -70,14 +70,14 @@ class Tenths:
     """Selects about ten steps of a run to report: the first of each tenth, and the last."""
 
     def __init__(self) -> None:
-        self._told = -1
+        self._last = -1
 
     def due(self, step: int, steps: int) -> bool:
         """Return whether to report this step; true once per tenth."""
         tenth = 10 * step // max(steps, 1)
-        if tenth <= self._told:
+        if tenth <= self._last:
             return False
-        self._told = tenth
+        self._last = tenth
         return True
 
 

@@ -348,11 +348,11 @@ class MixLoraTrainer(Trainer):
         try:
             if self.is_world_process_zero():
                 kept = keep_last_good(error, job.parameters, job.checkpoints, save, job.folder)
-            told = UserError(diverged_message(job.config, error, kept))
-            told.__cause__ = error
+            failure = UserError(diverged_message(job.config, error, kept))
+            failure.__cause__ = error
         except UserError as other:
-            told = other
-        self._fail(job, told)
+            failure = other
+        self._fail(job, failure)
 
     @torch.no_grad()
     def _loss_is_finite(self, job: Job) -> bool:

@@ -117,8 +117,8 @@ def _block(
     known: Sequence[Contradiction],
     words: str,
 ) -> Block:
-    told = lines.told_from_chance(spec.tasks, protocol, members)
-    context = lines.Context(spec, protocol, members, told)
+    above = lines.tasks_above_chance(spec.tasks, protocol, members)
+    context = lines.Context(spec, protocol, members, above)
     rows: list[Row] = []
     # A setup with results for one method is shown for all methods, with dashes.
     setups = {variant.setup for variant in members if variant.method != "none"}

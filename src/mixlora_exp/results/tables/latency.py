@@ -224,12 +224,12 @@ def _block(record: Mapping[str, Any]) -> Block:
     faults = (f"Dashes stand for figures that are known to be wrong: {why}."
               for why in record.get("faults", ()))  # fmt: skip
     before = () if "loss_on" in record["config"] else (BEFORE_AUTOCAST,)
-    told = " ".join([f"Record: results/{source[0]}", *before, *faults])
-    return Block(_shape(record), ("method", "measured"), COLUMNS, tuple(rows), True, (told,))
+    note = " ".join([f"Record: results/{source[0]}", *before, *faults])
+    return Block(_shape(record), ("method", "measured"), COLUMNS, tuple(rows), True, (note,))
 
 
 def _of_one_shape(blocks: Sequence[Block], details: Sequence[Mapping[str, Any]]) -> Block:
-    """The benchmarks of one shape under one another, told apart by how they were measured."""
+    """The benchmarks of one shape under one another, distinguished by how they were measured."""
     names = told_apart([block.rows[0].label[1] if block.rows else "" for block in blocks], details)
     rows = [
         Row((row.label[0], name), row.cells)

@@ -48,7 +48,7 @@ class Context:
         return self.spec.tasks
 
 
-def told_from_chance(
+def tasks_above_chance(
     tasks: Sequence[str], protocol: str, members: Mapping[Variant, Members]
 ) -> frozenset[str]:
     """Tasks on which more than half of the trained lines lie above chance and the most frequent
@@ -166,8 +166,8 @@ def compared(
         records = names_of(
             run for task in tasks for side in (members, baseline) for run in side[task]
         )
-        told = any(at_chance.get(task, False) for task in tasks)
-        return versus(compare(*known), records, nats=field == LIKELIHOOD, at_chance=told)
+        any_at_chance = any(at_chance.get(task, False) for task in tasks)
+        return versus(compare(*known), records, nats=field == LIKELIHOOD, at_chance=any_at_chance)
 
     cells = [entry([task]) for task in context.tasks]
     if any(found.value is not None for found in cells):

@@ -74,8 +74,8 @@ def markdown(table: Table) -> str:
     title = f"# Table {table.number}: {table.title}\n"
     if not table.summary:
         return title + "".join(map(_block, table.blocks)) + _notes(table.notes)
-    told = "".join(f"{line} " for line in not_run(table))
-    intro = f"\n{told}Every line and interval: [details]({table.name}-details.md).\n"
+    left_out = "".join(f"{line} " for line in not_run(table))
+    intro = f"\n{left_out}Every line and interval: [details]({table.name}-details.md).\n"
     accuracies = any(cell.kind in ("versus", "ours") and cell.items for cell in table.cells())
     legend = LEGEND if accuracies else table.notes[0]
     return title + intro + "".join(map(_block, table.summary)) + f"\n{legend}\n"

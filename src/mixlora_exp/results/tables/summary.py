@@ -22,20 +22,20 @@ def _bare(entry: Entry) -> Entry:
     return dataclasses.replace(entry, low=None, high=None)
 
 
-def _told_once(block: Block) -> Block:
+def _seeds_in_heading(block: Block) -> Block:
     """The block with its number of seeds in the heading; in the cells only where it varies."""
     cells = [cell for row in block.rows for cell in row.cells if cell.seeds]
     if not cells:
         return block
     few, many = (pick(cell.seeds for cell in cells) for pick in (min, max))
-    told = str(few) if few == many else f"{few} to {many}"
+    seeds = str(few) if few == many else f"{few} to {many}"
     rows = block.rows
     if few == many:
         rows = tuple(
             Row(row.label, tuple(dataclasses.replace(cell, seeds=0) for cell in row.cells))
             for row in rows
         )
-    heading = f"{block.heading}; {told} seed" + "s" * (many > 1)
+    heading = f"{block.heading}; {seeds} seed" + "s" * (many > 1)
     return dataclasses.replace(block, heading=heading, rows=rows)
 
 
@@ -83,7 +83,7 @@ def summarize_accuracy(blocks: Sequence[Block]) -> list[Block]:
         title = next((other for other in others if other != "minus the base model"), "difference")
         columns = [column for column in block.columns if column not in NO_TASKS]
         titles = (*columns, AVERAGE, AVERAGE_ABOVE, title)
-        made.append(_told_once(Block(block.words, block.stub[:2], titles, rows, run=True)))
+        made.append(_seeds_in_heading(Block(block.words, block.stub[:2], titles, rows, run=True)))
     return made
 
 
@@ -92,7 +92,7 @@ def summarize_lines(*kept: str) -> Callable[[Sequence[Block]], list[Block]]:
 
     def summarize(blocks: Sequence[Block]) -> list[Block]:
         return [
-            _told_once(
+            _seeds_in_heading(
                 dataclasses.replace(
                     block,
                     heading=block.words or block.heading,

@@ -112,8 +112,8 @@ def _rows(
     cells = []
     for task in tasks:
         part = cell(runs, task, protocol)
-        told = above(part, runs, task, protocol)
-        cells.append(dash if part is None else ours(estimate(part), names, at_chance=not told))
+        is_above = above(part, runs, task, protocol)
+        cells.append(dash if part is None else ours(estimate(part), names, at_chance=not is_above))
     yield Row((label, "accuracy"), tuple(cells))
     likelihoods = [[run.scores[t, protocol]["gold_log_likelihood"] for run in runs] for t in tasks]
     if not any(value is None for row in likelihoods for value in row):
@@ -141,9 +141,9 @@ def _versus(
         return dash
     names = tuple(dict.fromkeys(run.name for run in (*runs, *base)))
     sides = [(side, cell(side, task, protocol)) for side in (runs, base)]
-    told = any(above(own, side, task, protocol) for side, own in sides)
+    is_above = any(above(own, side, task, protocol) for side, own in sides)
     nats = field == LIKELIHOOD
-    return versus(compare(part), names, nats=nats, at_chance=not (told or nats))
+    return versus(compare(part), names, nats=nats, at_chance=not (is_above or nats))
 
 
 def _baselines(runs: Sequence[RecordedRun], tasks: Sequence[str], protocol: str) -> Iterator[Row]:
@@ -210,8 +210,8 @@ def switches(sources: Sources) -> Made:
         rows += _baselines(base, tasks, protocol)
         heading = f"{model}, {METHOD_TITLES[method]} trained on {mix}: {title}"
         columns = tuple(TASK_TITLES[task] for task in tasks)
-        told = condition_text((base[0].model, protocol, conditions), sources.standards)
-        words = f"{METHOD_TITLES[method]} trained on {mix}: {told}"
+        condition = condition_text((base[0].model, protocol, conditions), sources.standards)
+        words = f"{METHOD_TITLES[method]} trained on {mix}: {condition}"
         stub = ("switches", "row")
         blocks.append(Block(heading, stub, columns, tuple(rows), run=True, words=words))
         rests.append(json.loads(rest))
