@@ -13,7 +13,7 @@ import torch
 from mixlora_exp.config.schema_commands import GenerateConfig
 from mixlora_exp.serving.open import Opened, labelled, open_adapter, open_adapters
 from mixlora_exp.serving.prompts import (
-    Asked,
+    PromptEntry,
     check_adapters,
     piped_prompts,
     read_prompts,
@@ -28,10 +28,10 @@ def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
     Raises:
         UserError: an adapter cannot be used, or a prompt cannot be read or answered.
     """
-    asked = None
+    entries = None
     if settings.prompts is not None:
-        asked = read_prompts(Path(settings.prompts).expanduser())
-        check_adapters(asked, labelled(settings.adapters))
+        entries = read_prompts(Path(settings.prompts).expanduser())
+        check_adapters(entries, labelled(settings.adapters))
     elif settings.prompt is not None:
         prompts = iter([settings.prompt])
     else:
@@ -46,14 +46,14 @@ def answer(settings: GenerateConfig, words: Sequence[str]) -> None:
     torch.manual_seed(settings.random_seed)
     if settings.chat:
         check_chat(opened)
-    if asked is not None:
-        _answer_all(opened, settings, asked)
+    if entries is not None:
+        _answer_all(opened, settings, entries)
         return
     if not opened.adapters:
         _show(opened, settings, prompts)
         return
     for prompt in prompts:
-        _answer_all(opened, settings, [Asked(prompt)])
+        _answer_all(opened, settings, [PromptEntry(prompt)])
 
 
 def _show(opened: Opened, settings: GenerateConfig, prompts: Iterable[str]) -> None:
@@ -71,27 +71,29 @@ def _sampling(settings: GenerateConfig) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
 
 
-def _each_adapter(opened: Opened, asked: Sequence[Asked]) -> list[Asked]:
+def _each_adapter(opened: Opened, entries: Sequence[PromptEntry]) -> list[PromptEntry]:
     """Every prompt with each adapter that answers it: its `adapter`, or all of them."""
     found = []
-    for one in asked:
+    for one in entries:
         labels = opened.adapters or [None] if one.adapter is None else [one.adapter]
-        found += [Asked(one.prompt, label) for label in labels]
+        found += [PromptEntry(one.prompt, label) for label in labels]
     return found
 
 
-def _answer_all(opened: Opened, settings: GenerateConfig, asked: Sequence[Asked]) -> None:
+def _answer_all(opened: Opened, settings: GenerateConfig, entries: Sequence[PromptEntry]) -> None:
     """Answer prompts in batches and print JSON lines."""
-    asked = _each_adapter(opened, asked)
-    turns = [[{"role": "user", "content": a.prompt}] if settings.chat else a.prompt for a in asked]
+    entries = _each_adapter(opened, entries)
+    turns = [
+        [{"role": "user", "content": a.prompt}] if settings.chat else a.prompt for a in entries
+    ]
     answers = continuations(
         opened,
         turns,
         batch_size=settings.batch_size,
-        adapters=[a.adapter for a in asked] if opened.adapters else None,
+        adapters=[a.adapter for a in entries] if opened.adapters else None,
         **_sampling(settings),
     )
-    for one, answer in zip(asked, answers, strict=True):
+    for one, answer in zip(entries, answers, strict=True):
         entry = {"prompt": one.prompt, "adapter": one.adapter, "answer": answer}
         if one.adapter is None:
             del entry["adapter"]

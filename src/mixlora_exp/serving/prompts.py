@@ -13,7 +13,7 @@ from mixlora_exp.system.untrusted import parse_json, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PromptEntry:
     """A prompt, and the label of the adapter that answers it; None: all adapters."""
 
     prompt: str
@@ -29,7 +29,7 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where} is not UTF-8 text ({error.reason}): give text") from error
 
 
-def read_prompts(path: Path) -> list[Asked]:
+def read_prompts(path: Path) -> list[PromptEntry]:
     """The prompts in a file, one per line; in a `.jsonl` file, objects with `prompt` and optionally
     `adapter`.
 
@@ -52,31 +52,31 @@ def read_prompts(path: Path) -> list[Asked]:
     if not lines:
         raise UserError(f"prompts={path} is empty: give a prompt per line")
     if path.suffix != ".jsonl":
-        return [Asked(line.rstrip("\r")) for _, line in lines]
+        return [PromptEntry(line.rstrip("\r")) for _, line in lines]
     prompts = []
     for number, line in lines:
         where = f"{path}:{number}"
         try:
             row = parse_json(line, halves=True)
-            asked = Asked(row["prompt"], row.get("adapter"))
-            if not isinstance(asked.prompt, str) or not isinstance(asked.adapter, str | None):
+            entry = PromptEntry(row["prompt"], row.get("adapter"))
+            if not isinstance(entry.prompt, str) or not isinstance(entry.adapter, str | None):
                 raise TypeError("a prompt or an adapter is not text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where}: this is not a JSON object with a `prompt` (and optionally an "
                 f"`adapter`), both text ({error})"
             ) from error
-        if not asked.prompt.strip():
+        if not entry.prompt.strip():
             raise UserError(f"{where}: prompt is empty: give some text")
-        check_text(asked.prompt, f"{where}: prompt")
-        check_text(asked.adapter or "", f"{where}: adapter")
-        prompts.append(asked)
+        check_text(entry.prompt, f"{where}: prompt")
+        check_text(entry.adapter or "", f"{where}: adapter")
+        prompts.append(entry)
     return prompts
 
 
-def check_adapters(asked: Iterable[Asked], known: Collection[str]) -> None:
+def check_adapters(entries: Iterable[PromptEntry], known: Collection[str]) -> None:
     """Refuse prompts for unknown adapters, before a model is loaded."""
-    for one in asked:
+    for one in entries:
         if one.adapter is not None and one.adapter not in known:
             hint = f"give one of {', '.join(known)}" if known else "name adapters=[DIR,DIR]"
             raise UserError(
