@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig, Protocol
-from mixlora_exp.data.encoding import ask
+from mixlora_exp.data.encoding import prompt_with_answers
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.evaluation import score_tests
 from mixlora_exp.evaluation.generate import parse_answer
@@ -83,7 +83,7 @@ def test_equal_to_a_greedy_loop(
         right = sum(found.prediction == found.answer for found in score.items)
         assert score.accuracy == right / len(test.items)
         for item, found in zip(test.items, score.items, strict=True):
-            prompt, _ = ask(item, AnswerForm.label)
+            prompt, _ = prompt_with_answers(item, AnswerForm.label)
             ids = tokenizer(prompt.text)["input_ids"]
             start = len(ids)
             with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, EvaluationConfig, Protocol
-from mixlora_exp.data.encoding import ask
+from mixlora_exp.data.encoding import prompt_with_answers
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import score_tests
@@ -42,7 +42,7 @@ def near_tied(scorer: Any, ids: list[int]) -> bool:
 
 @torch.no_grad()
 def slow_labels(model: nn.Module, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[float]:
-    prompt, labels = ask(item, AnswerForm.label)
+    prompt, labels = prompt_with_answers(item, AnswerForm.label)
     ids = tokenizer(prompt.text, return_tensors="pt")["input_ids"]
     logits = model(ids).logits[0, -1]
     tokens = [tokenizer(f" {label}")["input_ids"] for label in labels]
@@ -52,7 +52,7 @@ def slow_labels(model: nn.Module, tokenizer: PreTrainedTokenizerBase, item: Item
 
 @torch.no_grad()
 def slow_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[float]:
-    prompt, answers = ask(item, AnswerForm.text)
+    prompt, answers = prompt_with_answers(item, AnswerForm.text)
     start = len(tokenizer(prompt.text)["input_ids"])
     sums = []
     for answer in answers:
@@ -80,7 +80,7 @@ def test_labels_equal_a_slow_loop(
     compared = 0
     for item, found in zip(chosen, result.items, strict=True):
         expected = slow_labels(model, tokenizer, item)
-        prompt, _ = ask(item, AnswerForm.label)
+        prompt, _ = prompt_with_answers(item, AnswerForm.label)
         if near_tied(score, tokenizer(prompt.text)["input_ids"]):
             continue
         compared += 1
@@ -109,7 +109,7 @@ def test_texts_equal_a_slow_loop(
     result = texts(score, chosen, data)
     compared = 0
     for item, found in zip(chosen, result.items, strict=True):
-        prompt, answers = ask(item, AnswerForm.text)
+        prompt, answers = prompt_with_answers(item, AnswerForm.text)
         rows = [tokenizer(f"{prompt.text} {answer}")["input_ids"] for answer in answers]
         if any(near_tied(score, row) for row in rows):
             continue
@@ -172,7 +172,7 @@ def test_batch_size_changes_only_rounding(
     single = scorer(model)
     compared = 0
     for index, item in enumerate(chosen):
-        prompt, answers = ask(item, form)
+        prompt, answers = prompt_with_answers(item, form)
         ends = [""] if form is AnswerForm.label else [f" {answer}" for answer in answers]
         if any(near_tied(single, tokenizer(prompt.text + end)["input_ids"]) for end in ends):
             continue

@@ -14,7 +14,7 @@ from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.system.exit_codes import MISTAKE
 from mixlora_exp.tasks import custom_task
-from mixlora_exp.tasks.custom import ask_label, ask_text
+from mixlora_exp.tasks.custom import label_prompt, text_prompt
 
 GUIDE = Path(__file__).parents[2] / "docs" / "extending" / "task.md"
 FIELDS: dict[str, Any] = {
@@ -71,10 +71,10 @@ def test_the_guide_leads_to_a_scored_adapter(quiz: tuple[Path, Path], tmp_path: 
 def test_prompts() -> None:
     item = custom_task("quiz", **FIELDS).parse(ROW, 0)
     assert (item.id, item.answer, item.labels) == ("quiz-0", 1, ("A", "B", "C"))
-    assert ask_label(item).text == "Question: Which melts?\nA. a stone\nB. ice\nC. sand\nAnswer:"
+    assert label_prompt(item).text == "Question: Which melts?\nA. a stone\nB. ice\nC. sand\nAnswer:"
     fields = {**FIELDS, "context": "story"}
     item = custom_task("quiz", **fields).parse({**ROW, "story": "It is warm."}, 0)
-    assert ask_text(item).text == "Text: It is warm.\nQuestion: Which melts?\nAnswer:"
+    assert text_prompt(item).text == "Text: It is warm.\nQuestion: Which melts?\nAnswer:"
 
 
 @pytest.mark.parametrize(

@@ -119,18 +119,18 @@ def test_numbered_arc_options_become_letters() -> None:
 def test_hellaswag_labels_may_be_numbers_and_the_activity_is_not_used() -> None:
     item = parse("hellaswag", {**ROWS["hellaswag"], "label": 1})
     assert item.answer == 1
-    assert "Tea" not in TASKS["hellaswag"].ask_label(item).text
+    assert "Tea" not in TASKS["hellaswag"].label_prompt(item).text
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_prompts_hold_the_question_and_end_where_the_answer_follows(task: str) -> None:
     item = parse(task)
-    for ask in (TASKS[task].ask_label, TASKS[task].ask_text):
-        prompt = ask(item)
+    for build in (TASKS[task].label_prompt, TASKS[task].text_prompt):
+        prompt = build(item)
         assert item.question in prompt.text
         assert prompt.context == item.context
         assert prompt.text == prompt.text.rstrip()
-    label = TASKS[task].ask_label(item).text
+    label = TASKS[task].label_prompt(item).text
     assert label.endswith("Answer:")
     if task == "boolq":
         assert "true" in label
@@ -139,25 +139,26 @@ def test_prompts_hold_the_question_and_end_where_the_answer_follows(task: str) -
     for letter, option in zip(item.labels, item.options, strict=True):
         assert f"{letter}. {option}\n" in label
         if task != "winogrande":
-            assert option not in TASKS[task].ask_text(item).text
+            assert option not in TASKS[task].text_prompt(item).text
 
 
 def test_golden_prompts() -> None:
-    assert TASKS["arc_e"].ask_label(parse("arc_e")).text == (
+    assert TASKS["arc_e"].label_prompt(parse("arc_e")).text == (
         "Science quiz: What is wet?\nWhich of these is correct?\n"
         "A. rain\nB. a rock\nC. glass\nD. dust\nAnswer:"
     )
-    assert TASKS["arc_e"].ask_text(parse("arc_e")).text == "Science quiz: What is wet?\nAnswer:"
-    assert TASKS["hellaswag"].ask_text(parse("hellaswag")).text == "A man boils water. He"
-    assert TASKS["siqa"].ask_text(parse("siqa")).text == "Scene: Ann won.\nHow is Ann?\nAnswer:"
+    assert TASKS["arc_e"].text_prompt(parse("arc_e")).text == "Science quiz: What is wet?\nAnswer:"
+    assert TASKS["hellaswag"].text_prompt(parse("hellaswag")).text == "A man boils water. He"
+    assert TASKS["siqa"].text_prompt(parse("siqa")).text == "Scene: Ann won.\nHow is Ann?\nAnswer:"
 
 
 def test_boolq_reads_well_without_its_passage() -> None:
     from dataclasses import replace
 
     task, item = TASKS["boolq"], parse("boolq")
-    assert task.ask_label(item).text.startswith("Passage: Snow is frozen water.\nQuestion: is snow")
-    assert task.ask_label(replace(item, context="")).text.startswith("Question: is snow cold?\n")
+    text = task.label_prompt(item).text
+    assert text.startswith("Passage: Snow is frozen water.\nQuestion: is snow")
+    assert task.label_prompt(replace(item, context="")).text.startswith("Question: is snow cold?\n")
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mixlora_exp.config.schema import AnswerForm, DataConfig, DataSource
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Item, Prompt
-from mixlora_exp.tasks.custom import ask_label, ask_text
+from mixlora_exp.tasks.custom import label_prompt, text_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,9 @@ class Example:
     shortened: bool = False
 
 
-def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Prompt, list[str]]:
+def prompt_with_answers(
+    item: Item, form: AnswerForm, *, boolq_passage: bool = True
+) -> tuple[Prompt, list[str]]:
     """The prompt of an item in one form, and its possible answers, one per option."""
     if item.task == "boolq" and not boolq_passage:
         item = replace(item, context="")
@@ -42,8 +44,8 @@ def ask(item: Item, form: AnswerForm, *, boolq_passage: bool = True) -> tuple[Pr
     if item.turns:
         return Prompt("", "", item.question), list(item.options)
     if form is AnswerForm.label:
-        return (task.ask_label if task else ask_label)(item), list(item.labels)
-    return (task.ask_text if task else ask_text)(item), list(item.options)
+        return (task.label_prompt if task else label_prompt)(item), list(item.labels)
+    return (task.text_prompt if task else text_prompt)(item), list(item.options)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -75,7 +77,7 @@ def _split(full: list[int], prompt: list[int], name: str, answer: str) -> list[i
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[tuple[str, Prompt, list[str]]],
+    questions: Sequence[tuple[str, Prompt, list[str]]],
     cutoff: int,
 ) -> list[Encoded]:
     """Encode (item id, prompt, answers) triples, truncating contexts for the longest answer.
@@ -87,14 +89,14 @@ def encode(
     Raises:
         UserError: the tokenizer joins the end of a prompt and the beginning of an answer.
     """
-    prompts = _ids(tokenizer, [prompt.text for _, prompt, _ in asked])
+    prompts = _ids(tokenizer, [prompt.text for _, prompt, _ in questions])
     fulls = iter(
-        _ids(tokenizer, [f"{prompt.text} {a}" for _, prompt, answers in asked for a in answers])
-        if asked
+        _ids(tokenizer, [f"{prompt.text} {a}" for _, prompt, answers in questions for a in answers])
+        if questions
         else []
     )
     encoded = []
-    for (name, prompt, answers), ids in zip(asked, prompts, strict=True):
+    for (name, prompt, answers), ids in zip(questions, prompts, strict=True):
         ends = [_split(next(fulls), ids, name, answer) for answer in answers]
         room = cutoff - 1 - max(len(end) for end in ends)
         shortened = len(ids) > room and bool(prompt.context)
@@ -162,9 +164,12 @@ def encode_questions(
         UserError: two labels are the same token, a label is unknown, or an item is too long for the
             model.
     """
-    asked = [(item.id, *ask(item, form, boolq_passage=data.boolq_passage)) for item in items]
-    encoded = encode(tokenizer, asked, data.cutoff_length)
-    for item, (name, prompt, answers), found in zip(items, asked, encoded, strict=True):
+    passage = data.boolq_passage
+    questions = [
+        (item.id, *prompt_with_answers(item, form, boolq_passage=passage)) for item in items
+    ]
+    encoded = encode(tokenizer, questions, data.cutoff_length)
+    for item, (name, prompt, answers), found in zip(items, questions, encoded, strict=True):
         if form is AnswerForm.label:
             check_labels(tokenizer, name, answers, found.answers)
             needed = len(found.prompt) + new_tokens
@@ -195,16 +200,16 @@ def encode_examples(
         return chat_examples(tokenizer, items)
     examples = []
     for form in data.forms:
-        asked = []
+        questions = []
         for item in items:
-            prompt, answers = ask(item, form, boolq_passage=data.boolq_passage)
-            asked.append((item.id, prompt, [answers[item.answer]]))
+            prompt, answers = prompt_with_answers(item, form, boolq_passage=data.boolq_passage)
+            questions.append((item.id, prompt, [answers[item.answer]]))
         if form is AnswerForm.label:
             # Examples have only the gold label; one item per set of labels checks all labels.
             kinds = {item.labels: item for item in reversed(items)}
             encode_questions(tokenizer, list(kinds.values()), form, data)
-        all_encoded = encode(tokenizer, asked, data.cutoff_length)
-        for item, (_, prompt, _), encoded in zip(items, asked, all_encoded, strict=True):
+        all_encoded = encode(tokenizer, questions, data.cutoff_length)
+        for item, (_, prompt, _), encoded in zip(items, questions, all_encoded, strict=True):
             answer = [*encoded.answers[0], tokenizer.eos_token_id]
             ids = encoded.prompt + answer
             _check_length(tokenizer, item, prompt, len(ids), data)

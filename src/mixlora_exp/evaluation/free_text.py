@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, DataSource, EvaluationConfig, Protocol
 from mixlora_exp.data.chat import check_positions, encode_chats
-from mixlora_exp.data.encoding import Encoded, ask, encode
+from mixlora_exp.data.encoding import Encoded, encode, prompt_with_answers
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.forward import Scorer
@@ -46,8 +46,8 @@ def encode_free_text(
     if data.name is DataSource.chat:
         found = encode_chats(tokenizer, items)
     else:
-        asked = [(item.id, *ask(item, AnswerForm.text)) for item in items]
-        found = encode(tokenizer, asked, data.cutoff_length)
+        questions = [(item.id, *prompt_with_answers(item, AnswerForm.text)) for item in items]
+        found = encode(tokenizer, questions, data.cutoff_length)
     for item, encoded in zip(items, found, strict=True):
         check_positions(tokenizer, item, len(encoded.prompt) + evaluation.max_new_tokens)
     return found

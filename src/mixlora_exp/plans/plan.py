@@ -85,10 +85,10 @@ def _characters(config: Config, task: str, form: AnswerForm, items: list) -> flo
     """Mean characters of an example: known for the paper's data sets, otherwise counted."""
     if task in TASKS:
         return known_characters(config, task, form)
-    from mixlora_exp.data.encoding import ask
+    from mixlora_exp.data.encoding import prompt_with_answers
 
-    asked = [(ask(item, form), item.answer) for item in items]
-    return sum(len(p.text) + 1 + len(answers[i]) for (p, answers), i in asked) / len(asked)
+    questions = [(prompt_with_answers(item, form), item.answer) for item in items]
+    return sum(len(p.text) + 1 + len(answers[i]) for (p, answers), i in questions) / len(questions)
 
 
 def _counted(config: Config, items: dict[str, list]) -> list[int] | None:

@@ -30,7 +30,7 @@ def _parse_challenge(row: Mapping[str, Any], index: int) -> Item:
     return _parse("arc_c", row, index)
 
 
-def _ask_label(item: Item) -> Prompt:
+def _label_prompt(item: Item) -> Prompt:
     return Prompt(
         before=f"Science quiz: {item.question}\nWhich of these is correct?\n",
         context=item.context,
@@ -38,7 +38,7 @@ def _ask_label(item: Item) -> Prompt:
     )
 
 
-def _ask_text(item: Item) -> Prompt:
+def _text_prompt(item: Item) -> Prompt:
     return Prompt(f"Science quiz: {item.question}\n", item.context, "Answer:")
 
 
@@ -56,8 +56,8 @@ def _task(
         sizes=sizes,
         characters=characters,
         parse=_parse_easy if name == "arc_e" else _parse_challenge,
-        ask_label=_ask_label,
-        ask_text=_ask_text,
+        label_prompt=_label_prompt,
+        text_prompt=_text_prompt,
     )
 
 

@@ -57,8 +57,8 @@ class Task:
     `splits` maps `train` and `test` (the scored split) to the hub's split names; `sizes`: official
     row counts of the two. `characters`: by form, the mean length of prompt and answer over the
     training split, for plans without data. `parse(row, index)` returns the item of a row in the
-    official schema, or raises `ValueError` with the error, without the file's name. `ask_label` and
-    `ask_text` build the prompts.
+    official schema, or raises `ValueError` with the error, without the file's name.
+    `label_prompt` and `text_prompt` build the prompts.
     """
 
     name: str
@@ -71,8 +71,8 @@ class Task:
     sizes: Mapping[str, int]
     characters: Mapping[str, int]
     parse: Callable[[Mapping[str, Any], int], Item]
-    ask_label: Callable[[Item], Prompt]
-    ask_text: Callable[[Item], Prompt]
+    label_prompt: Callable[[Item], Prompt]
+    text_prompt: Callable[[Item], Prompt]
 
     def read(self, row: Mapping[str, Any], index: int) -> Item:
         """The item of a row: checks its characters and parses it.

@@ -26,14 +26,14 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
     )
 
 
-def _ask(item: Item) -> Prompt:
+def _prompt(item: Item) -> Prompt:
     """The prompt of both forms, since the options are the labels; without a passage, only the
     question."""
     question = item.question if item.question.endswith("?") else f"{item.question}?"
-    asked = f"Question: {question}\nSay true if the answer is yes, false if it is no.\nAnswer:"
+    question = f"Question: {question}\nSay true if the answer is yes, false if it is no.\nAnswer:"
     if not item.context:
-        return Prompt("", "", asked)
-    return Prompt("Passage: ", item.context, f"\n{asked}")
+        return Prompt("", "", question)
+    return Prompt("Passage: ", item.context, f"\n{question}")
 
 
 BOOLQ = Task(
@@ -47,6 +47,6 @@ BOOLQ = Task(
     sizes={"train": 9427, "test": 3270},
     characters={"label": 694, "text": 694},
     parse=_parse,
-    ask_label=_ask,
-    ask_text=_ask,
+    label_prompt=_prompt,
+    text_prompt=_prompt,
 )

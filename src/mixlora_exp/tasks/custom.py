@@ -10,16 +10,16 @@ from mixlora_exp.tasks.base import LETTERS, Item, Prompt, Task, lettered
 from mixlora_exp.tasks.free_text import TEMPLATE, free_text_item, with_labels
 
 
-def ask_label(item: Item) -> Prompt:
+def label_prompt(item: Item) -> Prompt:
     """The prompt with context (if any), question and lettered options."""
-    asked = f"Question: {item.question}\n{lettered(item)}Answer:"
-    return Prompt("Text: ", item.context, f"\n{asked}") if item.context else Prompt("", "", asked)
+    text = f"Question: {item.question}\n{lettered(item)}Answer:"
+    return Prompt("Text: ", item.context, f"\n{text}") if item.context else Prompt("", "", text)
 
 
-def ask_text(item: Item) -> Prompt:
+def text_prompt(item: Item) -> Prompt:
     """The prompt with context (if any) and question."""
-    asked = f"Question: {item.question}\nAnswer:"
-    return Prompt("Text: ", item.context, f"\n{asked}") if item.context else Prompt("", "", asked)
+    text = f"Question: {item.question}\nAnswer:"
+    return Prompt("Text: ", item.context, f"\n{text}") if item.context else Prompt("", "", text)
 
 
 def _options(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
@@ -95,6 +95,6 @@ def custom_task(
         sizes={},
         characters={},
         parse=parse,
-        ask_label=ask_label,
-        ask_text=ask_text,
+        label_prompt=label_prompt,
+        text_prompt=text_prompt,
     )

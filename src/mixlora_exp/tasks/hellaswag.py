@@ -39,7 +39,7 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
     )
 
 
-def _ask_label(item: Item) -> Prompt:
+def _label_prompt(item: Item) -> Prompt:
     return Prompt(
         before="Opening: ",
         context=item.context,
@@ -47,7 +47,7 @@ def _ask_label(item: Item) -> Prompt:
     )
 
 
-def _ask_text(item: Item) -> Prompt:
+def _text_prompt(item: Item) -> Prompt:
     """The text itself, which the answer continues."""
     return Prompt("", item.context, "")
 
@@ -64,6 +64,6 @@ HELLASWAG = Task(
     # Over 6,477 rows of it.
     characters={"label": 465, "text": 190},
     parse=_parse,
-    ask_label=_ask_label,
-    ask_text=_ask_text,
+    label_prompt=_label_prompt,
+    text_prompt=_text_prompt,
 )

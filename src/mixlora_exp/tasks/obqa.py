@@ -21,7 +21,7 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
     )
 
 
-def _ask_label(item: Item) -> Prompt:
+def _label_prompt(item: Item) -> Prompt:
     return Prompt(
         before=f"{item.question}\nPick what answers or completes this.\n",
         context=item.context,
@@ -29,7 +29,7 @@ def _ask_label(item: Item) -> Prompt:
     )
 
 
-def _ask_text(item: Item) -> Prompt:
+def _text_prompt(item: Item) -> Prompt:
     return Prompt(f"Answer or complete: {item.question}\n", item.context, "Answer:")
 
 
@@ -44,6 +44,6 @@ OBQA = Task(
     sizes={"train": 4957, "test": 500},
     characters={"label": 181, "text": 103},
     parse=_parse,
-    ask_label=_ask_label,
-    ask_text=_ask_text,
+    label_prompt=_label_prompt,
+    text_prompt=_text_prompt,
 )

@@ -21,7 +21,7 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
     )
 
 
-def _ask_label(item: Item) -> Prompt:
+def _label_prompt(item: Item) -> Prompt:
     return Prompt(
         before=f"Goal: {item.question}\nWhich way gets this done?\n",
         context=item.context,
@@ -29,7 +29,7 @@ def _ask_label(item: Item) -> Prompt:
     )
 
 
-def _ask_text(item: Item) -> Prompt:
+def _text_prompt(item: Item) -> Prompt:
     return Prompt(f"Goal: {item.question}\nHow is this done?\n", item.context, "Answer:")
 
 
@@ -44,6 +44,6 @@ PIQA = Task(
     sizes={"train": 16113, "test": 1838},
     characters={"label": 284, "text": 168},
     parse=_parse,
-    ask_label=_ask_label,
-    ask_text=_ask_text,
+    label_prompt=_label_prompt,
+    text_prompt=_text_prompt,
 )

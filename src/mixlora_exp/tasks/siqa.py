@@ -22,7 +22,7 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
     )
 
 
-def _ask_label(item: Item) -> Prompt:
+def _label_prompt(item: Item) -> Prompt:
     return Prompt(
         before="Scene: ",
         context=item.context,
@@ -30,7 +30,7 @@ def _ask_label(item: Item) -> Prompt:
     )
 
 
-def _ask_text(item: Item) -> Prompt:
+def _text_prompt(item: Item) -> Prompt:
     return Prompt("Scene: ", item.context, f"\n{item.question}\nAnswer:")
 
 
@@ -45,6 +45,6 @@ SIQA = Task(
     sizes={"train": 33410, "test": 1954},
     characters={"label": 218, "text": 144},
     parse=_parse,
-    ask_label=_ask_label,
-    ask_text=_ask_text,
+    label_prompt=_label_prompt,
+    text_prompt=_text_prompt,
 )

@@ -24,7 +24,7 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
     )
 
 
-def _ask_label(item: Item) -> Prompt:
+def _label_prompt(item: Item) -> Prompt:
     return Prompt(
         before=f"Sentence: {item.question}\nWhich one belongs in the blank _?\n",
         context=item.context,
@@ -32,7 +32,7 @@ def _ask_label(item: Item) -> Prompt:
     )
 
 
-def _ask_text(item: Item) -> Prompt:
+def _text_prompt(item: Item) -> Prompt:
     return Prompt(
         f"Sentence: {item.question}\nWho or what is meant by the blank _?\n",
         item.context,
@@ -51,6 +51,6 @@ WINOGRANDE = Task(
     sizes={"train": 9248, "test": 1267},
     characters={"label": 175, "text": 163},
     parse=_parse,
-    ask_label=_ask_label,
-    ask_text=_ask_text,
+    label_prompt=_label_prompt,
+    text_prompt=_text_prompt,
 )

@@ -30,7 +30,7 @@ from mixlora_exp.bench.options import BenchOptions, require_dtype
 from mixlora_exp.bench.runner import Kind, say
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import TASK_NAMES, AnswerForm, Config, LoraMethodConfig, Protocol
-from mixlora_exp.data.encoding import ask
+from mixlora_exp.data.encoding import prompt_with_answers
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.data.sources import load_split
 from mixlora_exp.errors import UserError
@@ -82,7 +82,8 @@ def _write_label_tasks(folder: Path, tests: dict[str, LoadedSplit], config: Conf
         rows = []
         for item in test.items:
             form = AnswerForm.label
-            prompt, answers = ask(item, form, boolq_passage=config.data.boolq_passage)
+            passage = config.data.boolq_passage
+            prompt, answers = prompt_with_answers(item, form, boolq_passage=passage)
             rows.append({"prompt": prompt.text, "choices": answers, "gold": item.answer})
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         spec = {
