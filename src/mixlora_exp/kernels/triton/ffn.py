@@ -34,7 +34,7 @@ from mixlora_exp.kernels.triton.parts import (
     store_low,
 )
 
-__all__ = ["forward_kernel", "lows", "met_by", "side"]
+__all__ = ["forward_kernel", "low_rank_products", "met_by", "side"]
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def met_by(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def lows(
+def low_rank_products(
     columns1,
     columns3,
     columns2,
@@ -208,7 +208,7 @@ def forward_kernel(
         for k in tl.static_range(K):
             expert, first, second, columns1, columns3, weight = slots[k]
             filled = real & (expert < E)
-            low1, low3, _low = lows(
+            low1, low3, _low = low_rank_products(
                 columns1, columns3, 0.0, b1, b3, a2, expert, first, second, inner, within, F, E, R,
                 RANKS, LOW1, LOW3, False, BT, BF,
             )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixlora_exp.kernels.triton.ffn import lows, met_by, side
+from mixlora_exp.kernels.triton.ffn import low_rank_products, met_by, side
 from mixlora_exp.kernels.triton.hashing import kept, row_hash
 from mixlora_exp.kernels.triton.parts import (
     activate,
@@ -24,7 +24,7 @@ __all__ = ["backward_inner_kernel", "backward_tokens_kernel"]
 
 
 @triton.jit
-def _backs(
+def _low_rank_gradients(
     total1,
     total3,
     dg,
@@ -159,7 +159,7 @@ def backward_tokens_kernel(
         for k in tl.static_range(K):
             expert, first, second, columns1, columns3, columns2, weight = slots[k]
             filled = real & (expert < E)
-            low1, low3, low2 = lows(
+            low1, low3, low2 = low_rank_products(
                 columns1, columns3, columns2, b1, b3, a2, expert, first, second, inner, within, F,
                 E, R, RANKS, LOW1, LOW3, LOW2, BT, BF,
             )  # fmt: skip
@@ -192,7 +192,7 @@ def backward_tokens_kernel(
             du = dh * active * s3
             sum_g += dg
             sum_u += du
-            part1, part3 = _backs(
+            part1, part3 = _low_rank_gradients(
                 sums1[k], sums3[k], dg, du, b1, b3, expert, first, second, inner, within, F, E, R,
                 RANKS, LOW1, LOW3,
             )  # fmt: skip
