@@ -26,7 +26,7 @@ MASK = torch.tensor([[0, 1, 1], [1, 1, 1]])
 )
 def test_rows_of_a_mask(mask, rows, expected) -> None:
     rows_map = RowMap()
-    rows_map.tell({"a": mask})
+    rows_map.begin_pass({"a": mask})
     for _ in range(2):
         found = rows_map.real("a", rows, CPU)
         assert (None if found is None else found.tolist()) == (
@@ -37,9 +37,9 @@ def test_rows_of_a_mask(mask, rows, expected) -> None:
 
 def test_a_mask_is_made_once_and_forgotten_with_the_next() -> None:
     rows_map = RowMap()
-    rows_map.tell({"a": MASK})
+    rows_map.begin_pass({"a": MASK})
     assert rows_map.real("a", 2, CPU) is rows_map.real("a", 2, CPU)
-    rows_map.tell({})
+    rows_map.begin_pass({})
     assert rows_map.real("a", 6, CPU) is None
 
 
@@ -47,7 +47,7 @@ def test_rows_of_several_adapters_have_their_own_masks() -> None:
     rows_map = RowMap()
     rows_map.use(names=["a", "b"])
     mask = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 0]])
-    rows_map.tell(rows_map.masks_of(mask, ["c"]))
+    rows_map.begin_pass(rows_map.masks_of(mask, ["c"]))
     assert rows_map.real("a", 4, CPU).tolist() == [False, True, True, True]
     assert rows_map.real("b", 4, CPU).tolist() == [True, False, False, False]
     assert rows_map.real("c", 4, CPU) is None

@@ -298,7 +298,7 @@ def test_what_is_slower_for_its_size_is_told_once(block_of, plain, caplog) -> No
     block = block_of(replace(plain, rank=60, activation="silu"), 0, torch.float32)
     made = on_device(block.block(block.values, torch.float32, torch.float32))
     x, router = (block.values[name].to(DEVICE) for name in ("x", "router"))
-    triton_block._tell_slower.cache_clear()
+    triton_block._warn_slower.cache_clear()
     for top_k in (1, 3, 3):
         triton_block.mixlora_triton(x.float(), route(x.float(), router.float(), top_k), made)
     (told,) = (record.getMessage() for record in caplog.records)

@@ -220,7 +220,7 @@ def plan() -> Plan:
 def end_of(pool: Pool, plan: Plan) -> int:
     SWEEP.begin(len(plan.jobs))
     sweep._by_processes(pool, plan)
-    return sweep._tell(plan)
+    return sweep._print_summary(plan)
 
 
 def test_jobs_go_on_when_a_process_is_killed(plan: Plan, capsys) -> None:

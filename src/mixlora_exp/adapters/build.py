@@ -19,7 +19,7 @@ from mixlora_exp.adapters.base_check import check_base, named_portably
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.files import CONFIG
 from mixlora_exp.adapters.load_weights import fill, read_weights
-from mixlora_exp.adapters.mixed_adapters import add_guest, not_built, peft_warnings_held_back
+from mixlora_exp.adapters.mixed_adapters import add_guest, not_built, peft_warnings_ignored
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.model import set_kernel
 from mixlora_exp.adapters.saved import saved_settings
@@ -88,7 +88,7 @@ def attach_together(
     draw from its seed."""
     adapted: PreTrainedModel | PeftModel = model
     for name, (method, seed) in methods.items():
-        with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
+        with torch.random.fork_rng(devices=[]), peft_warnings_ignored():
             torch.manual_seed(seed)
             adapted = add_guest(adapted, name, peft_config(method))
     _exact_magnitudes(adapted)
@@ -100,7 +100,7 @@ def attach_adapter(
     model: PreTrainedModel, method: TrainedMethodConfig, kernel: KernelConfig, seed: int
 ) -> PeftModel:
     """Add a new adapter of `method` to `model`; `seed` fixes its initial weights."""
-    with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
+    with torch.random.fork_rng(devices=[]), peft_warnings_ignored():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
     _exact_magnitudes(adapted)
@@ -139,7 +139,7 @@ def save_adapter(model: PeftModel, folder: Path, adapter: str = "default") -> No
     """
     try:
         # Only one process at a time works on a run, so replacing is safe.
-        with publishing(folder, replace=True) as new, peft_warnings_held_back():
+        with publishing(folder, replace=True) as new, peft_warnings_ignored():
             # `save_embedding_layers=False`: the base is frozen, and "auto" would ask the hub.
             model.save_pretrained(
                 new, safe_serialization=True, save_embedding_layers=False,
@@ -199,13 +199,13 @@ def load_adapter(
     try:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]].from_pretrained(str(folder))
         config.inference_mode, config.base_model_name_or_path = True, None
-        with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
+        with torch.random.fork_rng(devices=[]), peft_warnings_ignored():
             model = get_peft_model(base, config)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         _take_off(base)
         raise UserError(not_built(folder, error)) from error
     try:
-        with peft_warnings_held_back():
+        with peft_warnings_ignored():
             fill(model, "default", weights, folder)
     except UserError:
         # The caller keeps the base model without this adapter.

@@ -38,7 +38,7 @@ __all__ = [
     "load_adapters",
     "not_built",
     "parameters_of",
-    "peft_warnings_held_back",
+    "peft_warnings_ignored",
     "plain_parameters_of",
     "routed_layers_of",
 ]
@@ -195,7 +195,7 @@ def routed_layers_of(model: nn.Module, adapter: str) -> dict[str, RoutedLayer]:
 
 
 @contextmanager
-def peft_warnings_held_back() -> Iterator[None]:
+def peft_warnings_ignored() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers for an attribute by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
@@ -244,7 +244,7 @@ def load_adapters(
                 raise ValueError(f"peft_type={settings['peft_type']} is not one of {known}")
             config = kinds[settings["peft_type"]].from_pretrained(str(folder))
             config.inference_mode, config.base_model_name_or_path = True, None
-            with torch.random.fork_rng(devices=[]), peft_warnings_held_back():
+            with torch.random.fork_rng(devices=[]), peft_warnings_ignored():
                 model = add_guest(model, name, config)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(not_built(folder, error)) from error

@@ -184,7 +184,7 @@ class MixLoraModel(LoraModel):
 
     def collect_reports(self) -> dict[str, RouterReport]:
         """Router statistics of each adapter in the last pass, with the graph of the loss. Rows that
-        are padding are those that `row_map.tell` was told of before the pass.
+        are padding are those that `row_map.begin_pass` got before the pass.
 
         Raises:
             ValueError: in training, the loss would have no gradient.
@@ -244,7 +244,7 @@ class MixLoraModel(LoraModel):
         types = kwargs.pop("task_types", None)
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        self.row_map.tell(
+        self.row_map.begin_pass(
             self.row_map.masks_of(mask, self.active_adapters),
             {} if types is None else dict.fromkeys(self.active_adapters, types),
             0 if inputs is None or self.row_map else len(inputs),

@@ -51,7 +51,7 @@ class RowMap:
         """Set the assignment for the following passes; without arguments, clear it."""
         self.segments, self.names, self._resolved = tuple(segments), tuple(names), {}
 
-    def tell(
+    def begin_pass(
         self,
         masks: Mapping[str, Tensor],
         types: Mapping[str, Tensor] | None = None,
@@ -66,8 +66,8 @@ class RowMap:
             self._real[adapter, mask.numel()] = mask.reshape(-1).bool()
 
     def masks_of(self, mask: object, active: Sequence[str]) -> dict[str, Tensor]:
-        """Return the masks for `tell`, made from a model's `attention_mask`: (sequences, tokens),
-        or (sequences, 1, tokens, tokens) of packed questions; empty for other masks and for
+        """Return the masks for `begin_pass`, made from a model's `attention_mask`: (sequences,
+        tokens), or (sequences, 1, tokens, tokens) of packed questions; empty for other masks and for
         segments, whose masks the caller sets. active: the adapters of all rows where `names` has
         none."""
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == mask.shape[-1]:

@@ -15,7 +15,7 @@ from transformers import initialization as transformers_initialization
 
 from mixlora_exp.adapters import MixLoraConfig, MixtureConfig, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
-from mixlora_exp.adapters.mixed_adapters import peft_warnings_held_back
+from mixlora_exp.adapters.mixed_adapters import peft_warnings_ignored
 from mixlora_exp.bench.row_registry import BUILDERS, ROWS, BenchRow
 from mixlora_exp.config.architecture import read_architecture
 from mixlora_exp.config.paths import CONF_DIR
@@ -113,7 +113,7 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
         return model
     torch.manual_seed(seed)
     # Drawn where they stay: a host takes seconds for the adapters of seven billion weights.
-    with peft_warnings_held_back(), base.device:
+    with peft_warnings_ignored(), base.device:
         made: PeftModel = get_peft_model(model, peft_config(row, dropout))
     set_kernel(made, row.kernel)
     with torch.no_grad():

@@ -78,14 +78,14 @@ def launch_sweep(
             with _lost_jobs_returned() if by_submitit else nullcontext():
                 SWEEP.outcomes = list(_outcomes(multirun(run_cell), plan))
     except Terminated:
-        _tell(plan)
+        _print_summary(plan)
         if by_submitit:
             sys.stderr.write("jobs submitted to submitit continue\n")
         raise
     finally:
         # The next run of this process is not part of a sweep.
         SWEEP.runs = 0
-    return _tell(plan)
+    return _print_summary(plan)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _convert_folder_errors(plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def _tell(plan: Plan) -> int:
+def _print_summary(plan: Plan) -> int:
     """Print how many runs were run now, finished before, failed, skipped or stopped, with the
     reasons of failures; returns the exit code.
 

@@ -33,7 +33,7 @@ class _State:
         self.depth = 0
         self.heeded_at: float | None = None
         self.interrupted_at: float | None = None
-        self.tell: Callable[[], None] | None = None
+        self.notify: Callable[[], None] | None = None
 
 
 _STATE = _State()
@@ -61,8 +61,8 @@ def _end() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     if _STATE.depth:
         _STATE.requested.set()
-        if _STATE.tell is not None:
-            _STATE.tell()
+        if _STATE.notify is not None:
+            _STATE.notify()
     elif _STATE.heeded_at is None or time.monotonic() - _STATE.heeded_at > REPEATED:
         _end()
 
@@ -77,21 +77,21 @@ def install(number: int = signal.SIGTERM) -> None:
 
 
 @contextmanager
-def deferred(tell: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within this context a signal only sets `requested` and calls `tell`; it takes effect at the
+def deferred(notify: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within this context a signal only sets `requested` and calls `notify`; it takes effect at the
     end of the context.
 
     Raises:
         Terminated: at the end, if a stop was requested.
     """
-    before = _STATE.tell
-    _STATE.tell = tell or before
+    before = _STATE.notify
+    _STATE.notify = notify or before
     _STATE.depth += 1
     try:
         yield
     finally:
         _STATE.depth -= 1
-        _STATE.tell = before
+        _STATE.notify = before
     if not _STATE.depth and requested():
         _end()
 

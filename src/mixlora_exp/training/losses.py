@@ -65,7 +65,7 @@ def joint_losses(
     tuner.row_map.use(segments=[Segment(n, part.rows) for n, part in packed.parts.items()])
     masks = {name: batch["attention_mask"] for name, batch in batches.items()}
     types = {n: batch["task_types"] for n, batch in batches.items() if "task_types" in batch}
-    tuner.row_map.tell(masks, types)
+    tuner.row_map.begin_pass(masks, types)
     hidden = base.model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,

@@ -327,7 +327,7 @@ def supports(x: Tensor, routing: Routing, block: FeedForward) -> bool:
 
 
 @cache
-def _tell_slower(rank: int, slots: int, dtype: torch.dtype) -> None:
+def _warn_slower(rank: int, slots: int, dtype: torch.dtype) -> None:
     if not takes(rank, slots, dtype):
         LOG.warning(
             f"kernel=triton is not made for {slots} experts per token of rank {rank} in {dtype}: "
@@ -343,7 +343,7 @@ def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     if not supports(x, routing, block):
         rank = max(p.experts.a.shape[1] for p in block.projections.values() if p.experts)
         if not torch.compiler.is_compiling():
-            _tell_slower(rank, routing.experts.shape[1], x.dtype)
+            _warn_slower(rank, routing.experts.shape[1], x.dtype)
         return run_stage(dense_stage, x, routing, block)
     spec, tensors = _pack(block)
     y = _Block.apply(spec, x.contiguous(), routing.weights, routing.experts, *tensors)
