@@ -80,7 +80,7 @@ class RowMap:
             return {}
         if not self.names:
             return dict.fromkeys(active, mask)
-        # Of another number of sequences, `of` tells.
+        # `of` refuses another number of sequences.
         copies = len(mask) // len(self.names)
         names = [name for name in self.names for _ in range(copies)]
         return {

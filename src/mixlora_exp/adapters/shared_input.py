@@ -31,7 +31,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(slots=True)
 class _Waiting:
-    """Outputs by name that were computed and not yet asked for, of one call's input and state."""
+    """Outputs by name that were computed and not yet used, of one call's input and state."""
 
     siblings: Siblings
     x: Tensor

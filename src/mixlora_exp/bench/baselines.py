@@ -44,7 +44,7 @@ def lora_axolotl(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int
     try:
         functions = import_module("axolotl.kernels.lora")
     except ImportError as error:
-        # axolotl itself, or one of those that the module imports, bitsandbytes say.
+        # axolotl itself, or one of those that the module imports, such as bitsandbytes.
         raise NotHere(f"not installed: axolotl.kernels.lora ({error})") from error
     if base.device.type == "cpu":
         raise NotHere("not measured: needs a GPU")

@@ -68,7 +68,7 @@ def measure_here(config: StepOptions, row: str) -> dict[str, int]:
 
 
 def main() -> None:
-    """Measure the one row asked for on standard input and print the result as JSON."""
+    """Measure the one row that standard input names and print the result as JSON."""
     asked = json.loads(sys.stdin.read())
     config = StepOptions(**{**asked, "loss_on": LossOn(asked["loss_on"])})
     if config.threads:

@@ -114,7 +114,7 @@ def resident(config: AdapterOptions, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what standard input asks for and print it as JSON."""
+    """Measure the adapters that standard input describes and print the result as JSON."""
     asked = json.loads(sys.stdin.read())
     config = AdapterOptions(**asked["config"])
     if config.threads:

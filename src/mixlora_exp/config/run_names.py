@@ -15,7 +15,7 @@ from mixlora_exp.errors import UserError
 GROUPS = ("method", "trainer", "data")
 SHORT = {"learning_rate": "lr", "train_limit": "rows", "router_loss_coef": "coef"}
 LONGEST = 60
-"""Characters of the settings in a name: beyond them the fingerprint tells runs apart."""
+"""Characters of the settings in a name: beyond them the fingerprint distinguishes runs."""
 
 
 def run_name(config: Config, adapter: Mapping[str, Any] | None = None) -> str:

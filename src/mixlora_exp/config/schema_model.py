@@ -34,7 +34,7 @@ class ModelConfig:
     """Repository on the Hugging Face hub."""
     revision: str = "main"
     access: str | None = None
-    """How to get access to a gated model; quoted in messages."""
+    """Steps to get access to a gated model; quoted in messages."""
     license: str | None = None
     """Licence of the weights, by the hub's name for it; stands in the adapter's model card."""
     package: str | None = None

@@ -42,7 +42,7 @@ class Kernel:
     casts: bool = False
     per_expert: bool = False
     installed: bool = True
-    """Whether the package that it needs is there; looked for once, as a compiler that follows a
+    """True if the package that it needs is installed; looked for once, as a compiler that follows a
     layer's code must not."""
 
     def __call__(self, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:

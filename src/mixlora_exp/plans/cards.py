@@ -13,10 +13,10 @@ from mixlora_exp.plans.memory import memory_of, peak_bytes, scoring_bytes, usabl
 __all__ = ["CARDS", "Fit", "card_lines", "fits", "total_bytes"]
 
 CARDS = (16, 24, 48, 80)
-"""Memory of the cards that a plan tells of, in GiB."""
+"""Memory of the cards that a plan is made for, in GiB."""
 FREE = ("dry_run", "plan.probe")
 Accepts = Callable[[Config], bool]
-"""Whether method and kernel work with the settings of a configuration."""
+"""A function that returns whether method and kernel work with a configuration's settings."""
 
 
 @dataclass(frozen=True, slots=True)

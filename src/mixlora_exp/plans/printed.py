@@ -1,4 +1,4 @@
-"""What a dry run prints of one run, or of several on one base model."""
+"""Lines that a dry run prints about one run, or about several on one base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a colleague would say of a run's scores, from its record alone."""
+"""Warnings about a run's scores, from its record alone."""
 
 from __future__ import annotations
 

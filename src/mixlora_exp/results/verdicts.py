@@ -1,5 +1,5 @@
-"""Each printed accuracy of the paper: whether it can be, whether it says anything, and whether runs
-of this project reproduce it. The rule stands in docs/results.md.
+"""Verdicts on each printed accuracy: is it possible, does it mean anything, do runs
+of this project reproduce it? The rule stands in docs/results.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is told as a run begins: its name, and rows that it trains on and is scored on."""
+"""Lines printed as a run begins: its name, and rows that it both trains on and is scored on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def announce(this: Run) -> None:
-    """Print the name of a run that begins, and what makes its scores say less."""
+    """Print the name of a run that begins, and warnings about its scores."""
     say(first_line(this.folder.name, this.config, this.inputs.identity["adapter"]))
     for warning in coinciding(this.config, this.inputs, this.tests):
         say(warning)

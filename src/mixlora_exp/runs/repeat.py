@@ -1,4 +1,4 @@
-"""Runs a record's configuration again and tells whether the result is the same."""
+"""Runs a record's configuration again and reports whether the result is the same."""
 
 from __future__ import annotations
 

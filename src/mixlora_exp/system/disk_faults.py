@@ -23,7 +23,7 @@ WAYS_OUT = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs",
 }
-"""What to do, by the number of the error."""
+"""Ways out by the number of the error."""
 
 
 def disk_fault(error: OSError) -> str | None:

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold for a run to go on from it. Hashes tell damage; this tells content
+"""Required content of a checkpoint. Hashes detect damage; this detects content
 that no run wrote, from which training would silently continue as another one."""
 
 from __future__ import annotations

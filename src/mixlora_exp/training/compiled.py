@@ -86,7 +86,7 @@ class _Compiled:
         try:
             return self._call(*args, **kwargs)
         except REFUSALS as error:
-            # The first lines: what the compiler met, and what it says of it.
+            # The first lines: what the compiler met, and its message about it.
             reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
             self._refusal.reason = reason
             sys.stderr.write(

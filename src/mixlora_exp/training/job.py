@@ -59,7 +59,7 @@ class Job:
     step: int = 0
     """Completed optimizer steps."""
     failure: UserError | None = None
-    """Why this adapter's training failed; the other adapters continue."""
+    """Reason why this adapter's training failed; the other adapters continue."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """The trained parameters, by the names of `plain_parameters_of`."""
     batches: list[Batch] = field(default_factory=list)

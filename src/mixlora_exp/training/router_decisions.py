@@ -1,4 +1,4 @@
-"""Whether the loss must reach experts and router of a module, for the gradient check."""
+"""Decisions of routers, for the gradient check: must the loss reach experts and router?"""
 
 from __future__ import annotations
 

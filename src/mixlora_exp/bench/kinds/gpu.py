@@ -138,7 +138,7 @@ def suite(options: GpuOptions) -> Iterator[dict[str, Any]]:
 
 
 def skip(record: dict[str, Any], what: str, reason: str) -> None:
-    """Note and tell that something was not measured."""
+    """Record and print that something was not measured."""
     record["skipped"][what] = reason
     say(f"not measured: {what}: {reason}")
 

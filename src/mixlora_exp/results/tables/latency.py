@@ -103,7 +103,7 @@ def _title(name: str, row: Mapping[str, Any]) -> str:
         extra.append(f"router {row['router']}")
     if row["adapter_dtype"] == "base":
         extra.append("bf16 adapters")
-    # Rows that tell of autocast all have the loss as in training.
+    # Rows with a field for autocast all have the loss as in training.
     if row["head"] != "full" and "autocast" not in row:
         extra.append("loss in chunks")
     return ", ".join([title, *extra])

@@ -46,7 +46,7 @@ class Entry:
 
 
 AVERAGE, AVERAGE_ABOVE = "average", "above chance"
-"""Columns of an average over all tasks, and over those which the block's runs tell from chance."""
+"""Columns of an average over all tasks, and those on which the block's runs are above chance."""
 REFERENCE = "chance or majority"
 """Label of the line that a cell must lie above: by chance, or by always giving the answer that is
 most frequent in the training split."""
