@@ -215,6 +215,7 @@ class DropMask:
 
     @property
     def is_sparse(self) -> bool:
+        """True if `elements` lists the dropped elements; else it is the matrix of kept ones."""
         return self.elements.dim() == 1
 
     def kept(self) -> Tensor:
@@ -263,6 +264,7 @@ class HashMask(DropMask):
 
     @property
     def described(self) -> tuple:
+        """All but the keys, for `rebuilt`: scale, shape, place."""
         return (self.scale, self.shape, self.place)
 
     @property
@@ -272,9 +274,11 @@ class HashMask(DropMask):
 
     @property
     def is_sparse(self) -> bool:
+        """False: the mask is made as a matrix."""
         return False
 
     def kept(self) -> Tensor:
+        """Compute the mask: (rows, width) bool, false where dropped."""
         made = hash_kept
         if self.elements.is_cuda and HAS_TRITON:
             # Not before it is used: Triton is missing on many machines.
@@ -282,9 +286,11 @@ class HashMask(DropMask):
         return made(self.elements, self.place, self.shape[1], self.threshold)
 
     def zero(self, x: Tensor) -> Tensor:
+        """Return a new tensor: `x` (rows, width) with its dropped elements zero."""
         return torch.where(self.kept(), x, 0.0)
 
     def slice(self, start: int, end: int) -> HashMask:
+        """Return the mask of rows `start` to `end`, from their keys."""
         shape = (end - start, self.shape[1])
         return HashMask(self.elements[start:end], self.scale, shape, self.place)
 

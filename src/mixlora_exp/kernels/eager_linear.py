@@ -24,31 +24,32 @@ def _dropped(x: Tensor, part: LowRankPart) -> Tensor:
 
 
 def missing(part: LowRankPart) -> float:
-    """The factor that `low` does not have yet: none."""
+    """Return 1: the products of `low` have the whole factor."""
     return 1.0
 
 
 def low(x: Tensor, parts: Sequence[LowRankPart]) -> list[Tensor]:
-    """`f_g A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
+    """Compute `f_g A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
     return [(_dropped(x, part) @ part.a_in(x.dtype).T).mul_(part.factor) for part in parts]
 
 
 def scaled(raw: Tensor, low: Tensor, part: LowRankPart) -> Tensor:
-    """`magnitude / norm (raw + low B^T)`, (T, F); `raw` becomes the sum."""
+    """Compute `magnitude / norm (raw + low B^T)`, (T, F); `raw` becomes the sum."""
     return raw.addmm_(low, part.b_in(raw.dtype).T) * part.scale_in(raw.dtype)
 
 
 def unscaled(
     dy: Tensor, raw: Tensor, low: Tensor, part: LowRankPart
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `scaled`: of what it scales (T, F), of B, of the magnitude. raw: the sum."""
+    """Return the gradients of `scaled`: of its input before DoRA's scale (T, F), of B, of the
+    magnitude. raw: the sum."""
     draw = dy * part.scale_in(dy.dtype)
     dmagnitude = (dy * raw).sum(dim=0, dtype=part.norm.dtype) / part.norm
     return draw, (draw.T @ low).to(part.b.dtype), dmagnitude.to(part.magnitude.dtype)
 
 
 def gradients_of_a(x: Tensor, dlow: Sequence[Tensor], parts: Sequence[LowRankPart]) -> list[Tensor]:
-    """`f_g dlow_g^T drop_g(x)`, each (R_g, D). dlow: (T, R_g)."""
+    """Compute `f_g dlow_g^T drop_g(x)`, each (R_g, D). dlow: (T, R_g)."""
     return [
         (one.T @ _dropped(x, part)).to(part.a.dtype).mul_(part.factor)
         for one, part in zip(dlow, parts, strict=True)
@@ -58,8 +59,8 @@ def gradients_of_a(x: Tensor, dlow: Sequence[Tensor], parts: Sequence[LowRankPar
 def input_gradient(
     frozen: Sequence[Tensor], dlow: Sequence[Tensor], parts: Sequence[LowRankPart]
 ) -> Tensor:
-    """`sum_g (frozen_g + f_g drop_g(dlow_g A_g))`, in the first of `frozen`, each (T, D), which are
-    the frozen products' gradients."""
+    """Compute `sum_g (frozen_g + f_g drop_g(dlow_g A_g))`, in place of the first of `frozen`, each
+    (T, D), which are the frozen products' gradients."""
     for own, one, part in zip(frozen, dlow, parts, strict=True):
         a, mask = part.a_in(own.dtype), part.mask
         if mask is None:

@@ -65,12 +65,15 @@ class FrozenLinear(Frozen):
         self._weight, self.bias = weight, bias
 
     def weight(self) -> Tensor:
+        """Return the weight as it is held."""
         return self._weight
 
     @property
     def requires_grad(self) -> bool:
+        """True if weight or bias asks for a gradient."""
         # Not `super()`, which `torch.compile` cannot follow to a property.
         return self._weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def linear(self, x: Tensor) -> Tensor:
+        """Compute `x W^T` as autograd does, so that W gets a gradient if it asks for one."""
         return functional.linear(x, self._weight)

@@ -104,7 +104,7 @@ def lora_add(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
 
 
 def lora_add_reference(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
-    """`lora_add` by plain operations: the definition."""
+    """Compute `lora_add` by plain operations: its definition, and the reference in tests."""
     made = []
     shares = zip(frozen.tensor_split(len(parts)), x.tensor_split(len(parts)), parts, strict=True)
     for y, rows, part in shares:

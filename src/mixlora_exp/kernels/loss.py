@@ -45,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over the rows of `logsumexp(W h) - (W h)[label]`, in float32 or better.
+    """Compute the sum over the rows of `logsumexp(W h) - (W h)[label]`, in float32 or better.
 
     hidden: (N, D); weight: (vocabulary, D), frozen; labels: (N,), -100 where a row does not count.
     A few rows of logits exist at a time, and their gradient is taken at once, so memory does not

@@ -30,23 +30,26 @@ class LowRankPart:
 
     @property
     def factor(self) -> float:
-        """LoRA's scaling times what dropout multiplies kept elements by."""
+        """LoRA's scaling times the factor by which dropout multiplies kept elements."""
         return self.scaling * (1.0 if self.mask is None else self.mask.scale)
 
     def nearest(self, dtype: torch.dtype) -> Low:
-        """a, b and scale in a dtype where they are cached, else the parameters as they are."""
+        """Return a, b and scale in a dtype where they are cached, else the parameters as they
+        are."""
         if self.low is not None and self.low.a.dtype == dtype:
             return self.low
         return Low(self.a, self.b)
 
     def a_in(self, dtype: torch.dtype) -> Tensor:
+        """Return A (R, in) in a dtype, cached or cast."""
         return self.nearest(dtype).a.to(dtype)
 
     def b_in(self, dtype: torch.dtype) -> Tensor:
+        """Return B (out, R) in a dtype, cached or cast."""
         return self.nearest(dtype).b.to(dtype)
 
     def scale_in(self, dtype: torch.dtype) -> Tensor:
-        """DoRA's `m / ||W + s B A||`, (out,)."""
+        """Return DoRA's `m / ||W + s B A||` (out,) in a dtype."""
         scale = self.nearest(dtype).scale
         return (self.magnitude / self.norm).to(dtype) if scale is None else scale
 
@@ -55,8 +58,8 @@ PER_PART = 5
 
 
 def flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
-    """The tensors of the parts in the order in which autograd saves them: `PER_PART` each, first
-    those with a gradient: a, b and magnitude."""
+    """Return the tensors of the parts in the order in which autograd saves them: `PER_PART` each,
+    first those with a gradient: a, b and magnitude."""
     tensors: list[Tensor | None] = []
     for p in parts:
         tensors += [p.a, p.b, p.magnitude, p.norm, None if p.mask is None else p.mask.elements]
@@ -64,13 +67,13 @@ def flat(parts: Sequence[LowRankPart]) -> list[Tensor | None]:
 
 
 def described(parts: Sequence[LowRankPart]) -> tuple[tuple, ...]:
-    """The rest of each: its scaling, what describes its mask, and what autograd need not keep,
-    since it lasts as long as the adapter."""
+    """Return what `flat` leaves out of each part: its scaling, the description of its mask, and the
+    cached copies, which last as long as the adapter."""
     return tuple((p.scaling, None if p.mask is None else p.mask.described, p.low) for p in parts)
 
 
 def rebuilt(spec: Sequence[tuple], tensors: Sequence[Tensor | None]) -> list[LowRankPart]:
-    """The parts of which these are `described` and `flat`."""
+    """Rebuild the parts from `described` and `flat`."""
     found = []
     for i, (scaling, mask, low) in enumerate(spec):
         a, b, magnitude, norm, elements = tensors[i * PER_PART : (i + 1) * PER_PART]

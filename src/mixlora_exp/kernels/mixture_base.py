@@ -36,7 +36,8 @@ class Sizes:
 
 
 def uniform(shape: Sequence[int], width: int) -> Tensor:
-    """Uniform in +-1/sqrt(width), as PyTorch fills a linear layer of `width` inputs."""
+    """Draw a tensor uniform in +-1/sqrt(width), as PyTorch fills a linear layer of `width`
+    inputs."""
     return torch.empty(*shape).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width))
 
 
@@ -69,23 +70,27 @@ class Mixture:
         }
 
     def scaling(self, sizes: Sizes, usual: float) -> float:
-        """s. usual: alpha / R, as LoRA has it."""
+        """Return s, by default `usual`: alpha / R, as in LoRA."""
         return usual
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
-        """New weights by name, drawn from torch's default generator on the CPU; weight: W."""
+        """Return new weights by name, drawn from torch's default generator on the CPU. weight: W
+        (out, in)."""
         shapes = self.shapes(sizes)
         return {"A": uniform(shapes["A"], sizes.inputs), "B": torch.zeros(shapes["B"])}
 
     def branch(
         self, x: Tensor, weights: Tensor | None, parts: Mapping[str, Tensor], scaling: float
     ) -> Tensor:
-        """(T, out) of rows x (T, in) after dropout. weights: (T, E), 0 for an expert that a row
-        does not have, None without a router; parts: by name, in the dtype of x."""
+        """Compute the branch (T, out) of rows x (T, in) after dropout.
+
+        weights: (T, E), 0 for an expert that a row does not have, None without a router; parts: by
+        name, in the dtype of x.
+        """
         return scaling * stacked_product(x, parts["A"], parts["B"], weights)
 
     def delta(self, parts: Mapping[str, Tensor], scaling: float) -> Tensor:
-        """The branch as a matrix (out, in), for a method that is `mergeable`."""
+        """Return the branch as a matrix (out, in), for a method that is `mergeable`."""
         raise NotImplementedError
 
     def statistics(
@@ -99,7 +104,7 @@ class Mixture:
         return router.statistics(routing, mask)
 
     def auxiliary_loss(self, router: Router, statistics: Mapping[str, Tensor]) -> Tensor:
-        """The mean loss of the layers in `statistics`, without its coefficient."""
+        """Return the mean loss of the layers in `statistics`, without its coefficient."""
         return router.auxiliary_loss(statistics)
 
 
@@ -124,7 +129,7 @@ def mixture(name: str) -> Callable[[type[Mixture]], type[Mixture]]:
 
 
 def make_mixture(name: str, options: Mapping[str, Any]) -> Mixture:
-    """The mixture `name` with its options.
+    """Return the mixture `name` with its options.
 
     Raises:
         ValueError: there is no such mixture, or it does not have an option, or not with this value.
@@ -140,13 +145,14 @@ def make_mixture(name: str, options: Mapping[str, Any]) -> Mixture:
 
 
 def dense_weights(routing: Routing) -> Tensor:
-    """The routing's weights (T, K) as (T, E), 0 for an expert that a row does not have."""
+    """Spread the routing's weights (T, K) over all experts: (T, E), 0 for an expert that a row does
+    not have."""
     empty = torch.zeros_like(routing.probabilities, dtype=routing.weights.dtype)
     return empty.scatter_add(1, routing.experts, routing.weights)
 
 
 def stacked_product(x: Tensor, a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
-    """`sum_e w_e B_e A_e x` for rows x (T, in), as two products over all experts: (T, out).
+    """Compute `sum_e w_e B_e A_e x` for rows x (T, in), as two products over all experts: (T, out).
 
     a: (E, R, in), or (1, R, in) for one A that all experts share; b: (E, out, R); weights: (T, E),
     None for 1 everywhere.

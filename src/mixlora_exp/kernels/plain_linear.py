@@ -29,17 +29,17 @@ def _dropped(x: Tensor, part: LowRankPart) -> Tensor:
 
 
 def missing(part: LowRankPart) -> float:
-    """The factor that `low` does not have yet."""
+    """Return the factor that the products of `low` lack: all of it, `part.factor`."""
     return part.factor
 
 
 def low(x: Tensor, parts: Sequence[LowRankPart]) -> list[Tensor]:
-    """`A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
+    """Compute `A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
     return [_dropped(x, part) @ part.a_in(x.dtype).T for part in parts]
 
 
 def scaled(raw: Tensor, low: Tensor, part: LowRankPart) -> Tensor:
-    """`magnitude / norm (raw + f low B^T)`, (T, F)."""
+    """Compute `magnitude / norm (raw + f low B^T)`, (T, F)."""
     return _whole(raw, low, part) * part.scale_in(raw.dtype)
 
 
@@ -50,7 +50,8 @@ def _whole(raw: Tensor, low: Tensor, part: LowRankPart) -> Tensor:
 def unscaled(
     dy: Tensor, raw: Tensor, low: Tensor, part: LowRankPart
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `scaled`: of what it scales (T, F), of B, of the magnitude."""
+    """Return the gradients of `scaled`: of its input before DoRA's scale (T, F), of B, of the
+    magnitude."""
     whole = _whole(raw, low, part)
     draw = dy * part.scale_in(dy.dtype)
     dmagnitude = (dy * whole).sum(dim=0, dtype=part.norm.dtype) / part.norm
@@ -58,7 +59,7 @@ def unscaled(
 
 
 def gradients_of_a(x: Tensor, dlow: Sequence[Tensor], parts: Sequence[LowRankPart]) -> list[Tensor]:
-    """`f_g dlow_g^T drop_g(x)`, each (R_g, D). dlow: (T, R_g)."""
+    """Compute `f_g dlow_g^T drop_g(x)`, each (R_g, D). dlow: (T, R_g)."""
     return [
         (one.T @ _dropped(x, part)).to(part.a.dtype) * part.factor
         for one, part in zip(dlow, parts, strict=True)
@@ -68,7 +69,8 @@ def gradients_of_a(x: Tensor, dlow: Sequence[Tensor], parts: Sequence[LowRankPar
 def input_gradient(
     frozen: Sequence[Tensor], dlow: Sequence[Tensor], parts: Sequence[LowRankPart]
 ) -> Tensor:
-    """`sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen products."""
+    """Compute `sum_g (frozen_g + f_g drop_g(dlow_g A_g))`, (T, D). frozen: (T, D), the gradients of
+    the frozen products."""
     found = []
     for own, one, part in zip(frozen, dlow, parts, strict=True):
         both = torch.addmm(own, one, part.a_in(own.dtype), alpha=part.factor)

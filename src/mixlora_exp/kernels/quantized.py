@@ -20,11 +20,12 @@ class QuantizedLinear(Frozen):
         self._layer, self._dtype, self.bias = layer, dtype, bias
 
     def weight(self) -> Tensor:
+        """Dequantise W (out, in) into the dtype of the products."""
         return matrix_of(self._layer).to(self._dtype)
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a linear layer holds its weight in a form that `matrix_of` dequantises.
+    """Return whether a linear layer holds its weight in a form that `matrix_of` dequantises.
 
     The types go by their names, as in PEFT: neither package need be there.
     """

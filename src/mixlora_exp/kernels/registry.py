@@ -51,7 +51,11 @@ class Kernel:
     def staged(
         self, x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
     ) -> tuple[Tensor, Finish]:
-        """`stage`, with the rows that the router gives to the block without experts."""
+        """Run `stage`, with the rows that the router gives to the block without experts.
+
+        x: (T, D); gate, up: (T, F), the frozen products. Returns the rows for the down projection,
+        and a function from their products to the block's output (T, D).
+        """
         hidden, finish = self.stage(x, gate, up, routing, block)
         return hidden, lambda y: with_base(finish(y), x, routing, block)
 
@@ -61,7 +65,7 @@ class Kernel:
 
     @property
     def summary(self) -> str:
-        """The first sentence of its docstring."""
+        """The first sentence of the kernel function's docstring."""
         return (self.run.__doc__ or "").strip().split("\n")[0].rstrip(".")
 
 
@@ -91,7 +95,7 @@ def kernel(name: str, **properties: Any) -> Callable[[Block], Block]:
 
 
 def resolve_kernel(name: str, device: str = "cpu") -> str:
-    """The kernel that `auto` stands for on a device type, or `name` itself if it is one.
+    """Return the kernel that `auto` stands for on a device type, or `name` itself if it is one.
 
     Raises:
         ValueError: no kernel has this name.

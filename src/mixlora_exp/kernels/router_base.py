@@ -78,8 +78,8 @@ class Router(ABC):
         return False
 
     def initial(self, width: int) -> dict[str, Tensor]:
-        """New weights by name, drawn from torch's default generator, for rows of `width` elements.
-        The one called "" is stored as `lora_router`, others as `lora_router_NAME`."""
+        """Return new weights by name, drawn from torch's default generator, for rows of `width`
+        elements. The one called "" is stored as `lora_router`, others as `lora_router_NAME`."""
         return {"": torch.randn(self.num_experts, width) * self.init_std}
 
     @abstractmethod
@@ -91,10 +91,11 @@ class Router(ABC):
         training: bool = False,
         fused: bool = False,
     ) -> Routing:
-        """The decision for rows x (T, in). weights: as of `initial`. training: whether noise that
-        belongs to training is on. fused: whether kernels of a GPU may be used for it.
+        """Return the decision for rows x (T, in).
 
-        Runs in float32 or better, since near ties decide which expert a row gets.
+        weights: as of `initial`. training: whether noise that belongs to training is on. fused:
+        whether kernels of a GPU may be used for it. Runs in float32 or better, since near ties
+        decide which expert a row gets.
         """
 
     def route_masked(
@@ -107,9 +108,12 @@ class Router(ABC):
         fused: bool = False,
         key: DropoutKey | None = None,
     ) -> Routing:
-        """`route`, told which rows are real, as `statistics` is later: for a router that counts on
-        the way. mask: (T,) bool, None for all; (sequences, tokens) for one that is `by_sequence`.
-        key: of the module that asks, for noise."""
+        """Return `route`'s decision, given which rows are real, as `statistics` is later: for a
+        router that counts on the way.
+
+        mask: (T,) bool, None for all; (sequences, tokens) for one that is `by_sequence`. key: of
+        the module that asks, for noise.
+        """
         return self.route(x, weights, training=training, fused=fused)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
@@ -125,13 +129,13 @@ class Router(ABC):
         return {"fractions": fractions, "probabilities": probabilities, "counts": counts}
 
     def gathered(self, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The statistics of all modules, stacked: (modules, ...)."""
+        """Stack the statistics of all modules: each (modules, ...)."""
         device = next(iter(each[0].values())).device
         return {name: torch.stack([one[name].to(device) for one in each]) for name in each[0]}
 
     def auxiliary_loss(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        """The loss without its coefficient, a scalar. statistics: as of `gathered`. Here the
-        load-balance loss, Eq. (8)."""
+        """Return the loss without its coefficient, a scalar: here the load-balance loss, Eq. (8).
+        statistics: as of `gathered`."""
         fractions, probabilities = statistics["fractions"], statistics["probabilities"]
         loss = router_loss(fractions, probabilities, pooled=self.loss_pooling == "all")
         return loss * len(fractions) if self.loss_reduction == "sum" else loss
@@ -158,7 +162,7 @@ def router(name: str) -> Callable[[type[Router]], type[Router]]:
 
 
 def make_router(name: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Router:
-    """The router `name` with an adapter's settings and its own options.
+    """Return the router `name` with an adapter's settings and its own options.
 
     Raises:
         ValueError: there is no such router, or it does not have an option or refuses its value.
@@ -199,8 +203,8 @@ def _option(name: str, value: Any, default: Any) -> Any:
 
 
 def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`x weight^T` (T, E), in `dtype`, else float32 (float64 for float64 input); the result is
-    float32 at least. x: (T, in); weight: (E, in)."""
+    """Compute `x weight^T` (T, E), in `dtype`, else float32 (float64 for float64 input); the result
+    is float32 at least. x: (T, in); weight: (E, in)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         logits = functional.linear(x.to(dtype or wide), weight.to(dtype or wide))
@@ -208,19 +212,19 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
 
 
 def ranked(logits: Tensor) -> Tensor:
-    """All experts (T, E), the most probable first and of equal logits the lowest, everywhere:
-    `topk` promises no order."""
+    """Return all experts (T, E), the most probable first and of equal logits the lowest,
+    everywhere: `topk` promises no order."""
     return logits.detach().sort(dim=-1, descending=True, stable=True).indices
 
 
 def is_expert(experts: Tensor, num_experts: int) -> Tensor:
-    """(..., E) bool: whether an entry of `experts` (...) is expert e. On a CPU `one_hot` reads the
-    smallest and the largest entry first."""
+    """Return (..., E) bool: whether an entry of `experts` (...) is expert e. On a CPU `one_hot`
+    reads the smallest and the largest entry first."""
     return experts.unsqueeze(-1) == torch.arange(num_experts, device=experts.device)
 
 
 def normalised(weights: Tensor) -> Tensor:
-    """Weights (T, K) over their sum, 0 for a row without any."""
+    """Divide weights (T, K) by their sum over K; a row of zeros stays 0."""
     total = weights.sum(dim=-1, keepdim=True)
     return weights / torch.where(total == 0, 1.0, total)
 
@@ -228,12 +232,12 @@ def normalised(weights: Tensor) -> Tensor:
 def router_fractions(
     routing: Routing, mask: Tensor | None, *, count_all: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """F, P of Eq. (9) and the number of tokens per expert, padding left out.
+    """Compute F, P of Eq. (9) and the number of tokens per expert, padding left out.
 
-    mask: (T,), true for real tokens, or None. F (E,) is the fraction of tokens whose arg-max
-    expert is i or, with `count_all`, of those that have i among their experts (then F sums to K, as
-    in the official implementation). P (E,) is the mean router probability. The third result (E,)
-    counts the tokens that were sent to each expert, whatever F counts.
+    mask: (T,), true for real tokens, or None. F (E,) is the fraction of tokens whose arg-max expert
+    is i or, with `count_all`, of those that have i among their experts (then F sums to K, as in the
+    official implementation). P (E,) is the mean router probability. The third result (E,) counts
+    the tokens that were sent to each expert, whatever F counts.
     """
     num_experts = routing.probabilities.shape[-1]
     chosen = is_expert(routing.experts, num_experts).to(routing.probabilities.dtype)
@@ -253,12 +257,12 @@ def router_fractions(
 
 
 def router_loss(fractions: Tensor, probabilities: Tensor, *, pooled: bool) -> Tensor:
-    """Eq. (8) without its coefficient: `E * sum_i F_i P_i`.
+    """Compute Eq. (8) without its coefficient: `E * sum_i F_i P_i`.
 
     fractions, probabilities: (layers, E). Computed per layer and averaged or, with `pooled`, from
     the statistics over the tokens of all layers together (each layer sees the same tokens, so
-    pooled statistics are means over layers). 1 at perfect balance when F counts the arg-max
-    expert, K when it counts all chosen ones.
+    pooled statistics are means over layers). 1 at perfect balance when F counts the arg-max expert,
+    K when it counts all chosen ones.
     """
     if pooled:
         fractions, probabilities = fractions.mean(dim=0), probabilities.mean(dim=0)

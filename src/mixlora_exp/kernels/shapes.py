@@ -79,7 +79,7 @@ class Projection:
 
     @property
     def bias(self) -> Tensor | None:
-        """(out,)"""
+        """The frozen projection's bias (out,), or None."""
         return self.frozen.bias
 
     @property
@@ -109,7 +109,7 @@ class FeedForward:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return next(p.experts.a.shape[0] for p in self.projections.values() if p.experts)
 
     @property
@@ -118,7 +118,7 @@ class FeedForward:
         return {"gate": self.gate, "up": self.up, "down": self.down}
 
     def slice(self, first: int, end: int) -> FeedForward:
-        """The block for tokens `first` to `end` alone: its masks are cut."""
+        """Return the block for tokens `first` to `end` alone: its masks are cut."""
         if self.x_mask is None and self.hidden_mask is None:
             return self
         masks = [
@@ -170,8 +170,8 @@ def _held(experts: Experts, dtype: torch.dtype) -> Low | None:
 
 
 def scale_of(experts: Experts, dtype: torch.dtype) -> Tensor | None:
-    """DoRA's `m / ||W + s B A||` (E, out) in `dtype`, differentiable in the magnitude; None for
-    LoRA."""
+    """Return DoRA's `m / ||W + s B A||` (E, out) in `dtype`, differentiable in the magnitude; None
+    for LoRA."""
     if experts.magnitude is None:
         return None
     assert experts.norm is not None
@@ -269,16 +269,16 @@ class Routing:
 
     @property
     def filled(self) -> Tensor:
-        """(T, K) bool: which slots hold an expert."""
+        """Which slots hold an expert: (T, K) bool."""
         return self.weights.detach() != 0
 
     def slots_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """(tokens, slots) that an expert has."""
+        """Return (tokens, slots) that an expert has, each int64 (n,)."""
         return ((self.experts == expert) & self.filled).nonzero(as_tuple=True)
 
     def at(self, rows: Tensor) -> Routing:
-        """The decision for some rows alone, by number; without what the router's loss is made of
-        beside it."""
+        """Return the decision for some rows alone, by number; without what the router's loss is
+        made of beside it."""
         parts = (self.logits, self.probabilities, self.experts, self.weights)
         base = None if self.base is None else self.base[rows]
         return Routing(*(part[rows] for part in parts), base=base, skips=self.skips)
@@ -292,5 +292,5 @@ class Routing:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """N tensors of one shape as (N, ...); a single one as a view."""
+    """Stack N tensors of one shape as (N, ...); a single one as a view."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

@@ -64,6 +64,8 @@ class SoftmaxRouter(Router):
         )
 
     def learns_with(self, slots: int) -> bool:
+        """Return whether the task's loss has a gradient for the router's weights where rows have at
+        most `slots` experts: one expert alone gives one unless its weight is normalised to 1."""
         return slots > 1 or (slots == 1 and not self.normalise)
 
     def require(self, holds: bool, option: str, rule: str) -> None:
@@ -80,11 +82,14 @@ class SoftmaxRouter(Router):
         weights: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> Routing:
-        """The decision, before its weights are normalised. logits, divided by the temperature, and
-        probabilities: (T, E); x, with its noise, weights and mask: as of `route_masked`."""
+        """Return the decision, before its weights are normalised.
+
+        logits, divided by the temperature, and probabilities: (T, E); x, with its noise, weights
+        and mask: as of `route_masked`.
+        """
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """G x, (T, E)."""
+        """Compute G x, (T, E)."""
         return router_logits(x, weight)
 
     def route(
@@ -95,6 +100,7 @@ class SoftmaxRouter(Router):
         training: bool = False,
         fused: bool = False,
     ) -> Routing:
+        """Return `route_masked` with all rows real."""
         return self.route_masked(x, weights, None, training=training, fused=fused)
 
     def route_masked(
@@ -107,6 +113,12 @@ class SoftmaxRouter(Router):
         fused: bool = False,
         key: DropoutKey | None = None,
     ) -> Routing:
+        """Return the decision for rows x (T, in): softmax of the logits of x with its noise,
+        `choose`, and weights that sum to 1 per row if `normalise`.
+
+        Raises:
+            ValueError: there is jitter, gradients are on, and `key` has no rows to draw it for.
+        """
         if training and self.jitter:
             x = self._with_noise(x, key)
         logits = self.logits(x, weights[""])
@@ -135,6 +147,8 @@ class SoftmaxRouter(Router):
         return x.to(wide) * (1 + self.jitter * (2 * uniform - 1))
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        """Return `Router.statistics` and, with a z-loss, `z`: the mean over real rows of (log sum_e
+        exp logit_e)^2."""
         found = super().statistics(routing, mask)
         if self.z_loss:
             squares = routing.logits.logsumexp(dim=-1).square()
@@ -150,6 +164,8 @@ class SoftmaxRouter(Router):
         return torch.where(real, values, 0.0).sum(dim=0) / mask.sum().clamp(min=1)
 
     def auxiliary_loss(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Return the load-balance loss, Eq. (8), plus z_loss / loss_coef times the z-loss: the sum
+        is multiplied by `router_loss_coef` later."""
         loss = super().auxiliary_loss(statistics)
         if not self.z_loss:
             return loss

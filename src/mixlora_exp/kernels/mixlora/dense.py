@@ -133,7 +133,8 @@ class _Recomputed(torch.autograd.Function):
 def dense_stage(
     x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
 ) -> tuple[Tensor, Finish]:
-    """All experts' columns at once; nothing but the inputs is kept for the backward pass."""
+    """Compute the stage for all experts' columns at once; the backward pass has only the inputs
+    saved."""
     experts, weights = routing.experts, routing.weights
     inputs = (x, gate, up, experts, weights)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

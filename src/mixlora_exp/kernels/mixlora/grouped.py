@@ -304,7 +304,8 @@ class _ScaledSum(torch.autograd.Function):
 def grouped_stage(
     x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
 ) -> tuple[Tensor, Finish]:
-    """Tokens grouped by expert. It has no gradient for biases of gate and up."""
+    """Compute the stage with tokens grouped by expert. It has no gradient for biases of gate and
+    up."""
     experts, weights = routing.experts, routing.weights
     spec, tensors = pack(block)
     hidden, added = _GroupedHidden.apply(spec, x, gate, up, weights, experts, *tensors)

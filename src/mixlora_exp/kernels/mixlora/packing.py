@@ -47,7 +47,7 @@ class Spec:
 
 
 def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
-    """(spec, tensors): a, b, magnitude, norm, bias of gate, up and down, then the masks."""
+    """Return (spec, tensors): a, b, magnitude, norm, bias of gate, up and down, then the masks."""
     scalings, lows, tensors = [], [], []
     for projection in block.projections.values():
         e = projection.experts
@@ -63,7 +63,7 @@ def pack(block: FeedForward) -> tuple[Spec, list[Tensor | None]]:
 
 
 def unpack(spec: Spec, tensors: Sequence[Tensor | None]) -> FeedForward:
-    """The block that `pack` made these of."""
+    """Rebuild the block of which `pack` made these."""
     projections = []
     described = zip(spec.scalings, spec.lows, spec.frozen, strict=True)
     for i, (scaling, low, frozen) in enumerate(described):

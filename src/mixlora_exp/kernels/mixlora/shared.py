@@ -35,7 +35,8 @@ def _adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Ten
 def shared_stage(
     x: Tensor, gate: Tensor, up: Tensor, routing: Routing, block: FeedForward
 ) -> tuple[Tensor, Finish]:
-    """The paper's Algorithm 1: the down projection per slot, expert after expert."""
+    """Compute the paper's Algorithm 1 as a stage: the down projection per slot, expert after
+    expert."""
     x_low = drop(x, block.x_mask)
     chosen, hiddens = [], []
     for expert in range(block.num_experts):

@@ -24,7 +24,7 @@ Stage = Callable[[Tensor, Tensor, Tensor, Routing, FeedForward], tuple[Tensor, F
 
 
 def run_stage(stage: Stage, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """The whole block by a stage. x: (T, D); returns (T, D)."""
+    """Compute the whole block by a stage. x: (T, D); returns (T, D)."""
     gate, up = block.gate.frozen.linear(x), block.up.frozen.linear(x)
     hidden, finish = stage(x, gate, up, routing, block)
     return finish(block.down.frozen.linear(hidden))
@@ -43,7 +43,7 @@ def add_down_bias(y: Tensor, weights: Tensor, block: FeedForward) -> Tensor:
 
 
 def with_base(y: Tensor, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """The experts' sum y (T, D) plus, for the rows that the router gives to it, the frozen block
+    """Add to the experts' sum y (T, D), for the rows that the router gives to it, the frozen block
     without experts, times `routing.base`, or the row itself (`Routing.skips`). x: (T, D)."""
     if routing.base is None:
         return y

@@ -44,6 +44,12 @@ class Goat(Mixture):
             raise ValueError(f"mixture_options.c={self.c} must be finite")
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A (E, R, in), B (E, out, R) and of A0 and B0, their values at the
+        start.
+
+        Raises:
+            ValueError: the weight has fewer than E R singular values.
+        """
         self._run(sizes)
         trained = super().shapes(sizes)
         return {**trained, "A0": trained["A"], "B0": trained["B"]}
@@ -61,9 +67,11 @@ class Goat(Mixture):
         return run
 
     def scaling(self, sizes: Sizes, usual: float) -> float:
+        """Return sqrt(3 eta in / R); alpha is not used."""
         return math.sqrt(3 * self.eta * sizes.inputs / sizes.rank)
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
+        """Return A and B from the singular values of W, and copies of them as A0 and B0."""
         run = self._run(sizes)
         whole = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         u, values, v = torch.linalg.svd(whole, full_matrices=False)
@@ -78,6 +86,7 @@ class Goat(Mixture):
     def branch(
         self, x: Tensor, weights: Tensor | None, parts: Mapping[str, Tensor], scaling: float
     ) -> Tensor:
+        """Compute `s sum_e w_e B_e A_e x - c s sum_e B0_e A0_e x` of rows x (T, in): (T, out)."""
         c = 1 / len(parts["A"]) if self.c is None else self.c
         start = stacked_product(x, parts["A0"], parts["B0"], None)
         return super().branch(x, weights, parts, scaling) - c * scaling * start

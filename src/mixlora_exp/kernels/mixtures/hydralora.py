@@ -21,4 +21,5 @@ class HydraLora(Mixture):
     router = "dense"
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the shared A (1, R, in) and of B (E, out, R)."""
         return {**super().shapes(sizes), "A": (1, sizes.rank, sizes.inputs)}

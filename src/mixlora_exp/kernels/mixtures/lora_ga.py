@@ -31,6 +31,11 @@ class LoraGa(Pissa):
             raise ValueError(f"mixture_options.gamma={self.gamma} must be > 0 and finite")
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of `Pissa.shapes`.
+
+        Raises:
+            ValueError: the weight has fewer than 2 R singular values.
+        """
         least = min(sizes.inputs, sizes.outputs)
         if 2 * sizes.rank > least:
             raise ValueError(
@@ -40,11 +45,14 @@ class LoraGa(Pissa):
         return super().shapes(sizes)
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
+        """Return LoRA's weights, A uniform and B zero, and copies of them as A0 and B0;
+        `from_gradient` replaces them."""
         made = Mixture.initial(self, sizes, weight, scaling)
         return with_start_copy(made["A"][0], made["B"][0])
 
     def from_gradient(self, gradient: Tensor, rank: int) -> dict[str, Tensor]:
-        """A, B, A0 and B0 of a layer, given the gradient (out, in) of the loss by its weight."""
+        """Return A, B, A0 and B0 of a layer, given the gradient (out, in) of the loss by its
+        weight."""
         u, values, v = svd_of(gradient)
         scale = gradient.shape[0] ** 0.25 / math.sqrt(self.gamma)
         own = slice(rank, 2 * rank)

@@ -40,6 +40,8 @@ class LoraMoe(Mixture):
     def statistics(
         self, router: Router, routing: Routing, mask: Tensor | None, types: Tensor | None
     ) -> dict[str, Tensor]:
+        """Return the router's statistics and `dispersion`, the layer's loss: a scalar, 0 without
+        `types`."""
         found = router.statistics(routing, mask)
         shares = routing.probabilities
         if types is None:
@@ -54,6 +56,8 @@ class LoraMoe(Mixture):
         return {**found, "dispersion": weighted.var() / (weighted.mean() ** 2 + 1e-10)}
 
     def auxiliary_loss(self, router: Router, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean (or sum) of the layers' dispersions, plus the router's loss without its
+        load-balance part."""
         each = statistics["dispersion"]
         loss = each.sum() if router.loss_reduction == "sum" else each.mean()
         # Instead of load balance, beside a z-loss.

@@ -22,17 +22,21 @@ class MosLora(Mixture):
     mergeable = True
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A (1, R, in), B (1, out, R) and `mixer` (R, R)."""
         return {**super().shapes(sizes), "mixer": (sizes.rank, sizes.rank)}
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
+        """Return A as in LoRA, B zero, and a mixer uniform in +-1/sqrt(R)."""
         mixer = uniform(self.shapes(sizes)["mixer"], sizes.rank)
         return {**super().initial(sizes, weight, scaling), "mixer": mixer}
 
     def branch(
         self, x: Tensor, weights: Tensor | None, parts: Mapping[str, Tensor], scaling: float
     ) -> Tensor:
+        """Compute `s B M A x` of rows x (T, in): (T, out)."""
         mixed = functional.linear(functional.linear(x, parts["A"][0]), parts["mixer"])
         return scaling * functional.linear(mixed, parts["B"][0])
 
     def delta(self, parts: Mapping[str, Tensor], scaling: float) -> Tensor:
+        """Return `s B M A` (out, in)."""
         return scaling * parts["B"][0] @ parts["mixer"] @ parts["A"][0]

@@ -28,6 +28,12 @@ class Pissa(Mixture):
     fixed: ClassVar[tuple[str, ...]] = ("A0", "B0")
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A (1, R, in), B (1, out, R) and of A0 and B0, their values at the
+        start.
+
+        Raises:
+            ValueError: the weight has fewer than R singular values.
+        """
         least = min(sizes.inputs, sizes.outputs)
         if sizes.rank > least:
             raise ValueError(
@@ -38,6 +44,8 @@ class Pissa(Mixture):
         return {**trained, "A0": trained["A"], "B0": trained["B"]}
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
+        """Return A = sqrt(S_R / s) V_R^T and B = U_R sqrt(S_R / s), and copies of them as A0 and
+        B0."""
         self.shapes(sizes)  # Refuses a rank that the weight does not have.
         u, values, v = svd_of(weight)
         roots = (values[: sizes.rank] / scaling).sqrt()
@@ -47,10 +55,12 @@ class Pissa(Mixture):
     def branch(
         self, x: Tensor, weights: Tensor | None, parts: Mapping[str, Tensor], scaling: float
     ) -> Tensor:
+        """Compute `s B A x - s B0 A0 x` of rows x (T, in): (T, out)."""
         start = stacked_product(x, parts["A0"], parts["B0"], None)
         return super().branch(x, weights, parts, scaling) - scaling * start
 
     def delta(self, parts: Mapping[str, Tensor], scaling: float) -> Tensor:
+        """Return `s (B A - B0 A0)` (out, in)."""
         return scaling * (parts["B"][0] @ parts["A"][0] - parts["B0"][0] @ parts["A0"][0])
 
 

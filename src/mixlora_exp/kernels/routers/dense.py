@@ -28,6 +28,7 @@ class Dense(SoftmaxRouter):
 
     @property
     def slots(self) -> int:
+        """E: every row gets all experts."""
         return self.num_experts
 
     def choose(
@@ -38,9 +39,11 @@ class Dense(SoftmaxRouter):
         weights: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> Routing:
+        """Return all experts, the most probable first, with their probabilities as weights."""
         experts = ranked(logits)
         return Routing(logits, probabilities, experts, probabilities.gather(1, experts))
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        """Return `SoftmaxRouter.statistics` with F_e = P_e, so that the loss is E sum_e P_e^2."""
         found = super().statistics(routing, mask)
         return {**found, "fractions": found["probabilities"]}

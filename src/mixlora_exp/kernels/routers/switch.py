@@ -49,10 +49,12 @@ class Switch(SoftmaxRouter):
 
     @property
     def by_sequence(self) -> bool:
+        """True if `capacity` counts the rows of each sequence."""
         return self.capacity > 0
 
     @property
     def slots(self) -> int:
+        """1: a row gets one expert or none."""
         return 1
 
     def choose(
@@ -63,6 +65,8 @@ class Switch(SoftmaxRouter):
         weights: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> Routing:
+        """Return each row's most probable expert, with weight 0 beyond the expert's capacity or in
+        padding; such a row's probability goes to `base`."""
         experts = ranked(logits)[:, :1].contiguous()
         most = probabilities.gather(1, experts)
         wanted = is_expert(experts[:, 0], self.num_experts).long()
@@ -82,6 +86,7 @@ class Switch(SoftmaxRouter):
         return Routing(logits, probabilities, experts, kept, base=base, skips=self.skip)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        """Return `SoftmaxRouter.statistics` with F_e counted before rows are dropped."""
         seen = None if self.padding_in_loss else mask
         preferred = replace(routing, weights=torch.ones_like(routing.weights))
         found = super().statistics(routing, seen)

@@ -39,9 +39,11 @@ class Threshold(SoftmaxRouter):
 
     @property
     def slots(self) -> int:
+        """E: all probabilities may be above the threshold."""
         return self.num_experts
 
     def initial(self, width: int) -> dict[str, Tensor]:
+        """Return new weights of the logits and of the threshold, whose bias is 0."""
         threshold = torch.randn(1, width) * self.init_std
         return {
             **super().initial(width),
@@ -57,6 +59,8 @@ class Threshold(SoftmaxRouter):
         weights: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> Routing:
+        """Return all experts with weight max(p_e - t, 0); where t_max > 1/E, a row with no expert
+        above it has `base` 1."""
         lowest = 1 / self.num_experts
         highest = lowest if self.t_max is None else self.t_max
         level = router_logits(x, weights["threshold"]) + weights["threshold_bias"]
@@ -67,6 +71,7 @@ class Threshold(SoftmaxRouter):
         return Routing(logits, probabilities, experts, kept, {"above": above}, base=base)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        """Return `varying_fractions`; with `shifted_loss` P_e is the mean of p_e - t."""
         found = varying_fractions(super().statistics(routing, mask), self.loss)
         if self.shifted_loss:
             found["probabilities"] = self.mean_of_real(routing.extra["above"], mask)

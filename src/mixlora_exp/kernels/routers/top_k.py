@@ -44,6 +44,7 @@ class TopK(SoftmaxRouter):
     precision: str = "float32"
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Compute G x (T, E) in `precision`."""
         return router_logits(x, weight, torch.bfloat16 if self.precision == "bfloat16" else None)
 
     def choose(
@@ -54,6 +55,7 @@ class TopK(SoftmaxRouter):
         weights: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> Routing:
+        """Return the K most probable experts of each row."""
         return _most_probable(logits, probabilities, self.top_k)
 
     def route_masked(
@@ -66,6 +68,8 @@ class TopK(SoftmaxRouter):
         fused: bool = False,
         key: DropoutKey | None = None,
     ) -> Routing:
+        """Return the decision for rows x (T, in), with `fused` in one launch of a Triton kernel,
+        unless an option differs from its default."""
         options = (self.precision, self.temperature, self.jitter, self.z_loss, self.normalise)
         if not fused or options != ("float32", 1.0, 0.0, 0.0, True):
             return super().route_masked(x, weights, mask, training=training, key=key)
@@ -75,11 +79,15 @@ class TopK(SoftmaxRouter):
         return route_triton(x, weights[""], self.top_k, mask)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        """Return `SoftmaxRouter.statistics`, or `report`, the sums that the fused router has made
+        already."""
         if "report" in routing.extra:
             return {"report": routing.extra["report"]}
         return super().statistics(routing, mask)
 
     def gathered(self, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the statistics of all modules; from reports of the fused router, their sums made
+        F, P and counts."""
         if not all("report" in statistics for statistics in each):
             return super().gathered(each)
         # Of all modules at once: their programs' counts and sums.

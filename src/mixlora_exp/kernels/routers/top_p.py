@@ -42,6 +42,7 @@ class TopP(SoftmaxRouter):
 
     @property
     def slots(self) -> int:
+        """`limit`, or E without one."""
         return self.limit or self.num_experts
 
     def choose(
@@ -52,6 +53,7 @@ class TopP(SoftmaxRouter):
         weights: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> Routing:
+        """Return the most probable experts, with weight 0 from where those before add up to p."""
         experts = ranked(logits)[:, : self.slots]
         found = probabilities.gather(1, experts)
         if self.divisor:
@@ -63,6 +65,7 @@ class TopP(SoftmaxRouter):
         return Routing(logits, probabilities, experts, torch.where(wanted, found, 0.0))
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
+        """Return `varying_fractions`, with padding in them if `padding_in_loss`."""
         seen = None if self.padding_in_loss else mask
         found = varying_fractions(super().statistics(routing, seen), self.loss)
         return real_counts(found, routing, mask) if self.padding_in_loss else found

@@ -22,9 +22,11 @@ class Uniform(Router):
 
     @property
     def slots(self) -> int:
+        """E: every row gets all experts."""
         return self.num_experts
 
     def initial(self, width: int) -> dict[str, Tensor]:
+        """Return no weights."""
         return {}
 
     def route(
@@ -35,6 +37,7 @@ class Uniform(Router):
         training: bool = False,
         fused: bool = False,
     ) -> Routing:
+        """Return all E experts with weight 1/E for each row of x (T, in)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         logits = torch.zeros(len(x), self.num_experts, dtype=dtype, device=x.device)
         shares = torch.full_like(logits, 1 / self.num_experts)
@@ -42,4 +45,5 @@ class Uniform(Router):
         return Routing(logits, shares, experts, shares)
 
     def auxiliary_loss(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Return 0."""
         return statistics["fractions"].new_zeros(())
