@@ -85,8 +85,8 @@ def check_base(
 def check_same_base(
     folder: Path, now: BaseIdentity | None, *, accept: bool = False, named: str | None = None
 ) -> None:
-    """Do what `check_base` does, for a base model that is not loaded; `named`: the name of the
-    base model in the adapter's configuration.
+    """Check the base model of an adapter as `check_base` does, before it is loaded. now: its
+    identity, None if unknown; named: its name in the adapter's configuration.
 
     Raises:
         UserError: the weights differ, and `accept` is not set.

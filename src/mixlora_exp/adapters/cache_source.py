@@ -63,7 +63,7 @@ class Source(NamedTuple):
         return self.weight, self.a, self.b, self.magnitude
 
     def state(self, changes: int) -> tuple:
-        """Differs from an earlier one if a tensor was written to or moved, an optimizer stepped or
+        """Return a key that changes if a tensor was written to or moved, an optimizer stepped, or
         `changes` grew."""
         seen = tuple((t.data_ptr(), t._version, t.dtype) for t in self.tensors)
         return STEPS.count, changes, self.scaling, seen

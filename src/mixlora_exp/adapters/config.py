@@ -43,6 +43,7 @@ class ExpertLora:
 
     @property
     def scaling(self) -> float:
+        """LoRA's scaling s: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
@@ -102,7 +103,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
             raise ValueError(f"act_fn={self.act_fn!r} is not an activation of transformers")
 
     def make_router(self) -> Router:
-        """The router with these settings.
+        """Return the router with these settings.
 
         Raises:
             ValueError: an entry of `router_options` is unknown to the router or out of range.
@@ -111,6 +112,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         return make_router(self.router, settings, self.router_options)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the entries of `adapter_config.json`, sets as sorted lists."""
         return in_order(super().to_dict())
 
     @property

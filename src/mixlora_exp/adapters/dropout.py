@@ -19,6 +19,7 @@ class KeyedDropout(nn.Dropout):
         self.key = key
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of x (..., in) by the key's mask in training mode; else return x."""
         if not self.training or self.p == 0.0:
             return x
         rows = x.reshape(-1, x.shape[-1])

@@ -11,8 +11,8 @@ __all__ = ["frozen_linear", "is_linear", "refuse_merge"]
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether it is an `nn.Linear` as such, quantised or not: other subclasses may not hold their
-    weight as a matrix."""
+    """Return whether a layer is an `nn.Linear` itself, quantised or not: other subclasses may not
+    hold their weight as a matrix."""
     return type(layer) is nn.Linear or (isinstance(layer, nn.Linear) and is_quantized(layer))
 
 

@@ -95,8 +95,11 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
         self._add_weights(adapter_name, weights, fixed, trained=not config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, kept: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """x: (..., D); returns the same shape or, of the flattened rows with the numbers `kept`
-        alone, (n, D). The router decides about all rows either way, and its report has them."""
+        """Compute the block of the active adapter for x (..., D).
+
+        Returns the same shape or, of the flattened rows with the numbers `kept` alone, (n, D). The
+        router decides about all rows either way, and its report has them.
+        """
         self.routings, self.ran_with_gradients = {}, torch.is_grad_enabled()
         if self.row_map:
             assert kept is None, "the rows of several adapters are computed together"
@@ -114,7 +117,7 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
     def run(
         self, rows: Tensor, adapter: str, dtype: torch.dtype, kept: Tensor | None = None
     ) -> Tensor:
-        """The block of one adapter for its rows (T, D), or those numbered `kept`, frozen
+        """Compute the block of one adapter for its rows (T, D), or those numbered `kept`, frozen
         projections included."""
         kernel = self.kernel_on(rows.device)
         routing = self.route(rows, adapter, fused=kernel.device is not None)
@@ -126,7 +129,7 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
             return kernel(rows.to(dtype), routing, block)
 
     def kernel_on(self, device: torch.device) -> Kernel:
-        """The chosen kernel; `auto` is resolved where the block then is."""
+        """Return the chosen kernel; `auto` is resolved where the block then is."""
         return KERNELS[resolve_kernel(self.kernel, device.type)]
 
     def block(self, adapter: str, rows: int, dtype: torch.dtype) -> FeedForward:
@@ -158,6 +161,8 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
         return Projection(frozen, experts)
 
     def source_of(self, part: str, adapter: str) -> Source | None:
+        """Return an adapter's weights for the projection `part` (gate, up, down), None if it has
+        none there."""
         a = getattr(self, f"lora_A_{part}")
         if adapter not in a:
             return None
@@ -167,11 +172,11 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
         return source_on(self.frozen(part), a[adapter], b, self.scaling[adapter], magnitude)
 
     def projection_layer(self, role: str) -> nn.Module:
-        """The projection as it stands in the base block, maybe under a plain LoRA."""
+        """Return the projection as it stands in the base block, maybe under a plain LoRA."""
         return getattr(self.base_layer, self.projection_names[role])
 
     def frozen(self, role: str) -> nn.Linear:
-        """The base model's own projection."""
+        """Return the base model's own projection."""
         layer = self.projection_layer(role)
         return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 

@@ -37,24 +37,29 @@ class RowsLinear(stock.Linear):
     """Shared by the layers of a model of the MixLoRA tuner, None in a model of PEFT's own."""
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
-        """Outputs (T, out) of adapters of one kind on equal shares of the rows (T, in), given `W x`
-        (T, out). The bias is added after DoRA's scale."""
+        """Return the outputs (T, out) of adapters of one kind on equal shares of the rows (T, in),
+        given the frozen product `W x` (T, out). The bias is added after DoRA's scale."""
         raise NotImplementedError
 
     def kind_of(self, adapter: str) -> object:
-        """A key: adapters with equal keys can run in one batched pass. None: `adapter` must run
-        alone in this layer."""
+        """Return a key: adapters with equal keys can run in one batched pass. None: `adapter` must
+        run alone in this layer."""
 
     def frozen(self, dtype: torch.dtype) -> Frozen:
-        """The base layer's weight in a dtype."""
+        """Return the base layer's weight in a dtype, without its bias."""
         return frozen_linear(self.base_layer, dtype)
 
     def biased(self, y: Tensor) -> Tensor:
-        """`y` (T, out) with the base layer's bias, if it has one."""
+        """Return `y` (T, out) with the base layer's bias added, if it has one."""
         bias = self.base_layer.bias
         return y if bias is None else y + bias.to(y.dtype)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does.
+
+        Raises:
+            ValueError: the base weight is quantised.
+        """
         refuse_merge(self.base_layer)
         super().merge(*args, **kwargs)
 
@@ -63,6 +68,7 @@ class StockLinear(RowsLinear):
     """`peft.tuners.lora.Linear`, each segment as PEFT computes it."""
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
+        """Return the output (T, out) of the one adapter in `adapters`, by PEFT's own modules."""
         (adapter,) = adapters
         # PEFT takes the base layer's whole output, and its bias away again where DoRA scales.
         frozen = self.biased(frozen)
@@ -79,6 +85,8 @@ class StockLinear(RowsLinear):
         return y.to(frozen.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run PEFT's forward pass, or one adapter per segment of the rows where they belong to
+        several."""
         return several_linear(self, x) if self.row_map else super().forward(x, *args, **kwargs)
 
 
@@ -96,6 +104,8 @@ class FusedLinear(CachesWeights, RowsLinear):
     """The layers that share its input, and its name among them, where it has any."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return (..., out) of x (..., in): fused, or as PEFT computes it where the fused form does
+        not apply."""
         if self.row_map:
             return several_linear(self, x)
         name = None if args else self._fused_adapter(kwargs)
@@ -109,8 +119,8 @@ class FusedLinear(CachesWeights, RowsLinear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def compute(self, x: Tensor, layers: Sequence[FusedLinear], adapter: str) -> list[Tensor]:
-        """Outputs, each (T, out), of layers that share the input x (..., in), with one adapter and
-        new dropout masks; biases included."""
+        """Compute the outputs, each (T, out), of layers that share the input x (..., in), with one
+        adapter and new dropout masks; biases included."""
         dtype, hashed = working_dtype(x), lora.steps_on(x.device).HASHED
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -134,6 +144,8 @@ class FusedLinear(CachesWeights, RowsLinear):
         )
 
     def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
+        """Add adapters of one shape to the frozen product (T, out) in one batched pass, and the
+        bias."""
         if adapters[0] in self.lora_A:
             shares = rows.tensor_split(len(adapters))
             parts = [self._part(name, own) for name, own in zip(adapters, shares, strict=True)]
@@ -141,15 +153,19 @@ class FusedLinear(CachesWeights, RowsLinear):
         return self.biased(frozen)
 
     def kind_of(self, adapter: str) -> object:
+        """Return (rank, whether it is DoRA) of an adapter of this layer, None for one that it does
+        not have."""
         return (self.r[adapter], adapter in self.lora_variant) if adapter in self.lora_A else None
 
     def _part(self, name: str, rows: Tensor, *, hashed: bool = False) -> LowRankPart:
-        """The adapter for its rows (T, in), dropout drawn anew, as a `HashMask` if so asked."""
+        """Return the adapter for its rows (T, in), with a new dropout mask, as a `HashMask` if
+        `hashed`."""
         own, made = cached_weights(self, name, rows.dtype)
         mask = input_mask(self.lora_dropout[name], rows, hashed=hashed)
         return LowRankPart(own.a, own.b, own.scaling, own.magnitude, made.norm, mask, made.low)
 
     def source_of(self, part: str, adapter: str) -> Source | None:
+        """Return an adapter's weights in this layer, None if it has none."""
         if adapter not in self.lora_A:
             return None
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -177,11 +193,13 @@ class ReferenceLinear(FusedLinear):
     add = staticmethod(lora_add_reference)
 
     def compute(self, x: Tensor, layers: Sequence[FusedLinear], adapter: str) -> list[Tensor]:
+        """Compute the outputs, each (T, out), by plain tensor operations."""
         rows = x.reshape(-1, x.shape[-1]).to(working_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
             return [self.adapt(self.frozen(rows.dtype).linear(rows), rows, [adapter])]
 
     def kind_of(self, adapter: str) -> object:
+        """Return None: each adapter runs alone."""
         return None
 
 

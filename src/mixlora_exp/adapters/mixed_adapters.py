@@ -57,6 +57,7 @@ class GuestConfig(LoraConfig):
         self.peft_type = PeftType.MIXLORA
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the entries of the file, with PEFT's LoRA type and sets as sorted lists."""
         return {**in_order(super().to_dict()), "peft_type": PeftType.LORA}
 
 
@@ -196,6 +197,7 @@ def routed_layers_of(model: nn.Module, adapter: str) -> dict[str, RoutedLayer]:
 
 @contextmanager
 def peft_warnings_ignored() -> Iterator[None]:
+    """Suppress PEFT's warnings that do not apply to adapters of this project."""
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers for an attribute by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")

@@ -117,6 +117,8 @@ class MixLoraModel(LoraModel):
             )
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter's layers, let all layers share the row map, and give new ones the kernel
+        of the others."""
         super().inject_adapter(*args, **kwargs)
         # As in transformers' mixture models: trainers that compute the loss read it there.
         shape = getattr(self.model, "config", None)
@@ -155,6 +157,7 @@ class MixLoraModel(LoraModel):
         super()._check_merge_allowed()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError: adapters with routers cannot be combined."""
         raise ValueError("MixLoRA adapters cannot be combined into one: each has its own router")
 
     @contextmanager
@@ -179,12 +182,12 @@ class MixLoraModel(LoraModel):
             self.row_map.use()
 
     def feed_forwards(self) -> list[MixLoraFeedForward]:
-        """The MixLoRA blocks, first layer first."""
+        """Return the MixLoRA blocks, first layer first."""
         return [m for m in self.model.modules() if isinstance(m, MixLoraFeedForward)]
 
     def collect_reports(self) -> dict[str, RouterReport]:
-        """Router statistics of each adapter in the last pass, with the graph of the loss. Rows that
-        are padding are those that `row_map.begin_pass` got before the pass.
+        """Return router statistics of each adapter in the last pass, with the graph of the loss.
+        Rows that are padding are those that `row_map.begin_pass` got before the pass.
 
         Raises:
             ValueError: in training, the loss would have no gradient.
@@ -236,7 +239,7 @@ class MixLoraModel(LoraModel):
         return next(iter(self.collect_reports().values()))
 
     def forward(self, *args: Any, **kwargs: Any):
-        """The base model's forward pass; see the class for the router loss."""
+        """Run the base model's forward pass, and add the router loss to its loss; see the class."""
         if kwargs.get("output_router_logits"):
             # The base model is not a mixture; this class adds the router loss instead.
             kwargs["output_router_logits"] = False

@@ -141,7 +141,7 @@ class WeightCache:
                 held.squares.clear()
 
     def held_by(self, layer: CachesWeights) -> list[_Entry]:
-        """What is cached for a layer."""
+        """Return the entries that are cached for a layer."""
         return list(self._layers[layer].entries.values())
 
     def forget(self, layer: CachesWeights, adapter: str) -> None:
@@ -223,27 +223,31 @@ class CachesWeights(nn.Module):
 
     @property
     def weight_cache(self) -> WeightCache:
-        """The model's, or until `share_cache` the layer's own."""
+        """The model's cache, or until `share_cache` the layer's own."""
         if "_weight_cache" not in self.__dict__:
             WeightCache().join(self)
         return self.__dict__["_weight_cache"]
 
     def train(self, mode: bool = True) -> CachesWeights:
+        """Set the mode; a change of mode makes the cached weights stale."""
         # A trainer calls `train()` before every micro-batch: that alone changes nothing.
         if not (mode and self.training):
             self.weight_cache.changed()
         return super().train(mode)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does, which makes the cached weights and ||W||^2 stale."""
         # PEFT writes the frozen weight through `data`.
         super().merge(*args, **kwargs)
         self.weight_cache.changed(frozen=True)
 
     def unmerge(self) -> None:
+        """Undo the merge, which makes the cached weights and ||W||^2 stale."""
         super().unmerge()
         self.weight_cache.changed(frozen=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Delete the adapter and the cached copies of its weights."""
         super().delete_adapter(adapter_name)
         self.weight_cache.forget(self, adapter_name)
 
@@ -259,7 +263,7 @@ class CachesWeights(nn.Module):
 
 
 def cached_storages(model: nn.Module) -> set[int]:
-    """The data pointers of the memory that cached weights of a model's layers are in."""
+    """Return the data pointers of the memory that cached weights of a model's layers are in."""
     layers = [module for module in model.modules() if isinstance(module, CachesWeights)]
     entries = [e for layer in layers for e in layer.weight_cache.held_by(layer)]
     return {t.untyped_storage().data_ptr() for entry in entries for t in entry.memory.values()}
@@ -291,8 +295,8 @@ def prepare_compiled(model: nn.Module, dtype: torch.dtype | None) -> list[int]:
 def cached_weights(
     layer: CachesWeights, adapter: str, dtype: torch.dtype, part: str = "W"
 ) -> tuple[Source, CachedWeights]:
-    """An adapter of a layer's projection, which must be there, and what is made of it for products
-    in `dtype`."""
+    """Return the weights of an adapter at a layer's projection, which must have it, and their
+    copies for products in `dtype`."""
     source = layer.source_of(part, adapter)
     assert source is not None
     return source, layer.weight_cache.of(layer, part, adapter, source, dtype)

@@ -72,7 +72,7 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
                 setattr(self, name, list(own))
 
     def experts_at(self, module: str) -> tuple[int, int]:
-        """(E, K) at a module's name in the model, whose first number is the layer."""
+        """Return (E, K) at a module's name in the model, whose first number is the layer."""
         found = LAYER.search(module)
         layer = int(found[1]) if found else 0
         experts, chosen = (
@@ -82,7 +82,7 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
         return experts, chosen
 
     def make_mixture(self) -> Mixture:
-        """The method with its options.
+        """Return the method with its options.
 
         Raises:
             ValueError: an entry of `mixture_options` is unknown to the method or out of range.
@@ -90,7 +90,7 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
         return make_mixture(self.mixture, self.mixture_options)
 
     def make_router(self, experts: int, chosen: int, width: int) -> Router:
-        """The router of a layer with E and K, for rows of `width` elements.
+        """Return the router of a layer with E and K, for rows of `width` elements.
 
         Raises:
             ValueError: an entry of `router_options` is unknown to the router or out of range.
@@ -110,4 +110,6 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
         return self.make_mixture().mergeable
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the entries of `adapter_config.json`, with this kind's own type and sets as sorted
+        lists."""
         return {**in_order(super().to_dict()), "peft_type": MIXTURE_TYPE}

@@ -88,7 +88,7 @@ class MixtureLinear(nn.Module, RoutedLayer):
         self._add_weights(adapter_name, weights, fixed, trained=not config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (..., in); returns (..., out)."""
+        """Compute `W x + b` and the active adapter's branch of x (..., in): (..., out)."""
         self.routings = {}
         if self.row_map:
             return several_linear(self, x)
@@ -130,7 +130,7 @@ class MixtureLinear(nn.Module, RoutedLayer):
         return self.base_layer.kind_of(adapter)
 
     def frozen(self, dtype: torch.dtype) -> Frozen:
-        """The base layer's weight in a dtype."""
+        """Return the base layer's weight in a dtype, without its bias."""
         return frozen_linear(self.get_base_layer(), dtype)
 
     def _biased(self, y: Tensor) -> Tensor:
@@ -146,15 +146,17 @@ class MixtureLinear(nn.Module, RoutedLayer):
     def statistics(
         self, adapter: str, mask: Tensor | None, types: Tensor | None
     ) -> dict[str, Tensor]:
+        """Return what the loss of an adapter needs of the last pass; see `Mixture.statistics`."""
         router, routing = self.router[adapter], self.routings[adapter]
         return self.mixture[adapter].statistics(router, routing, mask, types)
 
     def auxiliary_loss(self, adapter: str, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of an adapter's method and router without its coefficient, a scalar."""
         return self.mixture[adapter].auxiliary_loss(self.router[adapter], statistics)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter as a matrix (out, in), for a method that can be merged."""
+        """Return the adapter as a matrix (out, in), for a method that can be merged."""
         return self.mixture[adapter].delta(self._parts(adapter), self.scaling[adapter])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
