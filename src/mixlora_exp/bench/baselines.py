@@ -18,8 +18,10 @@ from mixlora_exp.errors import UserError
 
 
 def check_liger() -> None:
-    """Raises:
-    UserError: liger-kernel cannot run here.
+    """Check that liger-kernel can run here.
+
+    Raises:
+        UserError: there is no CUDA GPU, or the package is not installed.
     """
     if not torch.cuda.is_available():
         raise UserError("liger=true needs a CUDA GPU, for which liger-kernel's kernels are written")

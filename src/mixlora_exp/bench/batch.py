@@ -33,7 +33,7 @@ class StepBatch:
 
     @property
     def ids(self) -> Tensor:
-        """(batch, length)."""
+        """Token ids (batch, length)."""
         return self.inputs["input_ids"]
 
     def given_to(self, *, all_logits: bool) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def step_batch(
 
 
 def batch_of(config: StepOptions, vocabulary: int, device: str) -> StepBatch:
-    """The batch that a benchmark of steps asks for."""
+    """Return the batch that a benchmark of steps needs, by its settings."""
     return step_batch(
         vocabulary=vocabulary,
         batch=config.batch,

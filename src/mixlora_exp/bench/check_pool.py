@@ -18,7 +18,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 @dataclass(frozen=True, slots=True)
 class CheckTask:
     """One check. what: `block`, `router`, or `graph` for the capture of a CUDA graph; case: a name
-    in `CASES`, of a graph only whether it is `MixDoRA`."""
+    in `CASES`; for a graph only whether it is `MixDoRA`."""
 
     what: str
     kernel: str

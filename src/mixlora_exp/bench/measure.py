@@ -33,6 +33,7 @@ class Clock:
         self._marks: list = []
 
     def mark(self) -> None:
+        """Set a mark; on a GPU the first one waits for all work before it."""
         if self._cuda:
             if not self._marks:
                 # What was asked for before is not part of what is measured.
@@ -44,6 +45,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def spans(self) -> list[float]:
+        """Return the seconds between successive marks; waits for a GPU to reach the last."""
         marks = self._marks
         if not self._cuda:
             return [b - a for a, b in zip(marks, marks[1:], strict=False)]

@@ -30,7 +30,7 @@ def measure_in_process(config: StepOptions, row: str) -> dict[str, Any]:
 
 
 def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """The JSON that a module prints for the input `asked`, in a new process."""
+    """Return the JSON that a module prints for the input `asked`, in a new process."""
     share_code()
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module],

@@ -72,8 +72,10 @@ def as_json(options: BenchOptions) -> dict[str, Any]:
 
 
 def require_positive(options: BenchOptions, *names: str) -> None:
-    """Raises:
-    UserError: one of the fields is under 1.
+    """Check that the fields `names` are at least 1.
+
+    Raises:
+        UserError: one of them is less.
     """
     for name in names:
         if getattr(options, name) < 1:
@@ -81,8 +83,10 @@ def require_positive(options: BenchOptions, *names: str) -> None:
 
 
 def require_dtype(dtype: str, known: tuple[str, ...] = DTYPES) -> None:
-    """Raises:
-    UserError: it is none of `known`.
+    """Check that a dtype is one of `known`.
+
+    Raises:
+        UserError: it is not.
     """
     if dtype not in known:
         names = f"{', '.join(known[:-1])} or {known[-1]}"

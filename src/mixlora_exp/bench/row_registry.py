@@ -43,6 +43,7 @@ class BenchRow:
 
     @property
     def compiled(self) -> bool:
+        """True if the training step runs compiled, recorded or not."""
         return self.compile is not Compile.off
 
     @property
@@ -52,7 +53,7 @@ class BenchRow:
 
     @property
     def rank(self) -> int:
-        """Table 3: 80 for one LoRA, 16 for each of eight experts."""
+        """Rank of the adapters, after Table 3: 80 for one LoRA, 16 for each of eight experts."""
         several = self.mixture or self.linear_mixture
         return 16 if several and self.num_experts > 1 else 80
 
@@ -63,20 +64,22 @@ class BenchRow:
 
     @property
     def mixture(self) -> bool:
+        """True for MixLoRA and MixDoRA."""
         return self.method.startswith("mix")
 
     @property
     def dora(self) -> bool:
+        """True if adapters have DoRA's magnitudes."""
         return self.method.endswith("dora")
 
     @property
     def stock(self) -> bool:
-        """True if nothing of this project is in it."""
+        """True if nothing of this project runs in the row: PEFT's own LoRA or DoRA."""
         return self.kernel == "peft" and self.method in ("lora", "dora")
 
 
 class NotHere(Exception):
-    """A row cannot be measured here: a package is missing, say."""
+    """A row cannot be measured here, for example because a package is missing."""
 
 
 Builder = Callable[["PreTrainedModel", BenchRow, float, int], "nn.Module"]

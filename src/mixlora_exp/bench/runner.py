@@ -50,8 +50,10 @@ class Written:
 
 
 def kind_of(name: str) -> Kind:
-    """Raises:
-    UserError: there is no such kind.
+    """Return the kind of benchmark with this name, from the file of `bench/kinds/` that defines it.
+
+    Raises:
+        UserError: there is no such kind.
     """
     known = [module.name for module in iter_modules(kinds.__path__)]
     if name not in known:

@@ -48,8 +48,10 @@ class AdapterOptions(BenchOptions):
 
 
 def check(config: AdapterOptions) -> None:
-    """Raises:
-    UserError: a value is out of range.
+    """Check the settings.
+
+    Raises:
+        UserError: a value is out of range.
     """
     if config.method not in (*METHODS, "mixed"):
         raise UserError(
@@ -125,6 +127,8 @@ class Joint:
         self.steps = 0
 
     def loss(self, attention: str) -> Tensor:
+        """Return the sum of the adapters' losses on their batches, a scalar with its graph; counts
+        as an optimizer step."""
         self.steps += 1
         for name, batch in self.batches.items():
             rows = torch.arange(len(batch["input_ids"]), device=self.device)
@@ -136,7 +140,7 @@ class Joint:
         return total_of(losses)
 
     def train(self) -> tuple[float, float]:
-        """Seconds of forward and backward pass."""
+        """Run a forward and a backward pass in training mode; returns the seconds of each."""
         self.model.train()
         adapters_changed()
         clock = Clock(self.device)
@@ -152,7 +156,8 @@ class Joint:
 
     @torch.no_grad()
     def infer(self) -> float:
-        """Seconds of a forward pass for the last position's logits, rows told apart by name."""
+        """Run a forward pass for the last position's logits, each row with the adapter it names;
+        returns its seconds."""
         self.model.eval()
         ids = torch.cat([batch["input_ids"] for batch in self.batches.values()])
         names = [name for name, batch in self.batches.items() for _ in batch["input_ids"]]

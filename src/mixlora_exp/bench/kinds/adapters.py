@@ -139,6 +139,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def measure(config: AdapterOptions) -> Iterator[dict[str, Any]]:
+    """Yield the record of one benchmark of several adapters."""
     yield benchmark_several(config)
 
 

@@ -50,6 +50,9 @@ TARGETS = {"lm_eval": 1.5, "label_logits": 4.0}
 
 @dataclass(slots=True, kw_only=True)
 class EvalOptions(BenchOptions):
+    """Settings of `kind=eval`. limit: items per task; batch_sizes: of lm-eval's own scoring;
+    batch_tokens: of ours, padded tokens per batch; path: a folder with data, None for the generated
+    tasks."""
     model: str = "smollm2_135m"
     method: str = "none"
     dtype: str = "float32"
@@ -160,6 +163,11 @@ def _summary(rows: dict[str, dict[str, Any]], items: int, target: float) -> dict
 
 
 def measure(options: EvalOptions) -> Iterator[dict[str, Any]]:
+    """Yield the record of the items per second of each protocol, ours beside lm-eval's own.
+
+    Raises:
+        UserError: `dtype` is not float32 or bfloat16.
+    """
     require_dtype(options.dtype, ("float32", "bfloat16"))
     source = ["data=local", f"data.path={options.path}"] if options.path else ["data=embedded"]
     config = compose([f"model={options.model}", f"method={options.method}", "task=all", *source])

@@ -30,6 +30,8 @@ FORMS = {"dense": partial(run_stage, dense_stage), "grouped": partial(run_stage,
 
 @dataclass(slots=True, kw_only=True)
 class FormOptions(BenchOptions):
+    """Settings of `kind=forms`. tokens: T of each block; widths: pairs (D, F); experts, top_k,
+    rank: E, K, R; seconds: how long each block is measured at least."""
     tokens: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 256, 1024])
     widths: list[list[int]] = field(default_factory=lambda: [[576, 1536], [4096, 11008]])
     experts: int = 8
@@ -81,6 +83,8 @@ def _row(options: FormOptions, shape: list[int], dtype: torch.dtype, dora: bool,
 
 
 def measure(options: FormOptions) -> Iterator[dict[str, Any]]:
+    """Yield the record of the forward and backward times of the exact kernel's two forms, dense and
+    grouped, on a CPU."""
     torch.manual_seed(0)
     dtypes, doras = (torch.bfloat16, torch.float32), (False, True)
     rows = []

@@ -53,10 +53,10 @@ COMPILED_EVERYWHERE = ("mixlora_triton_graph", "floor_graph")
 
 @dataclass(slots=True, kw_only=True)
 class GpuOptions(BenchOptions):
-    """`minutes`: what does not fit is left out with a line that says so. `checks`: the kernels
-    against float64. `rows`, `liger`: as in `kind=steps`. `tests`: afterwards pytest on the tests of
-    the Triton kernels, for as long again; its log lies beside the record, which names the tests
-    that failed."""
+    """Settings of `kind=gpu`. `minutes`: time for all measurements; what does not fit is left out,
+    with a line for each. `checks`: compare the kernels with float64. `rows`, `liger`: as in
+    `kind=steps`. `tests`: then run the tests of the Triton kernels, for as long again; their log
+    lies beside the record, which names the tests that failed."""
 
     minutes: float = 4
     checks: bool = True

@@ -38,6 +38,8 @@ EXTRA = ["fire", "sentencepiece", "scikit-learn", "jinja2"]
 
 @dataclass(slots=True, kw_only=True)
 class PeerOptions(BenchOptions):
+    """Settings of `kind=peers`. package: the other package; environment: the folder of its virtual
+    environment, under the repository; batch x length: tokens of a step."""
     package: str = "moe_peft"
     model: str = "smollm2_135m"
     layers: int | None = None
@@ -130,6 +132,12 @@ def _step(options: PeerOptions, shape: ModelConfig) -> Callable[[], Sample]:
 
 
 def measure(options: PeerOptions) -> Iterator[dict[str, Any]]:
+    """Yield the record of training steps of another package beside ours, in alternating rounds.
+
+    Raises:
+        UserError: the package is unknown, cannot be installed or does not run here; or a setting is
+            not valid.
+    """
     require_positive(options, "batch", "length", "rounds")
     if options.package not in PEERS:
         raise UserError(f"package={options.package} is unknown: choose {' or '.join(PEERS)}")

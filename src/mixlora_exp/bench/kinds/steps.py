@@ -31,8 +31,10 @@ from mixlora_exp.training.compiled import Refusal, compiled_layers
 
 
 def check(config: StepOptions) -> None:
-    """Raises:
-    UserError: a value is out of range or a row is unknown.
+    """Check the settings.
+
+    Raises:
+        UserError: a value is out of range or a row is unknown.
     """
     require_positive(config, "batch", "length", "answer", "rounds", "infer_every")
     if not 0 <= config.dropout < 1:
@@ -55,7 +57,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _why_not(config: StepOptions, row: BenchRow, device: str) -> str | None:
-    """Why a row is not measured on a machine that could."""
+    """Return why this machine does not measure a row; None if it does."""
     if device == "cpu" and (row.kernel == "triton" or row.recorded):
         return "not measured: needs a GPU"
     if not row.autocast and config.dtype != "bfloat16":
@@ -263,6 +265,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def measure(config: StepOptions) -> Iterator[dict[str, Any]]:
+    """Yield the record with times, and again with launches, kept bytes and memory."""
     yield from benchmark_parts(config)
 
 

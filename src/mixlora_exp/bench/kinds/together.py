@@ -29,6 +29,8 @@ from mixlora_exp.records.outcome import outcomes
 
 @dataclass(slots=True, kw_only=True)
 class TogetherOptions(BenchOptions):
+    """Settings of `kind=together`. experiment: an experiment with `adapters`; overrides: further
+    words of the command line."""
     experiment: str = "multi_adapter/four_methods"
     overrides: list[str] = field(default_factory=list)
 
@@ -111,6 +113,12 @@ def _parse(words: Sequence[str]) -> TogetherOptions:
 
 
 def measure(asked: TogetherOptions) -> Iterator[dict[str, Any]]:
+    """Yield the record of the seconds and memory of adapters trained together, beside runs of their
+    own.
+
+    Raises:
+        UserError: the experiment has no adapters, or a run fails.
+    """
     experiment, words = f"experiment={asked.experiment}", asked.overrides
     config = compose([experiment, *words])
     if not config.adapters:
