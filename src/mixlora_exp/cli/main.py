@@ -38,6 +38,7 @@ SLOW = ("train", "evaluate", "generate", "merge", "search", "bench")
 
 
 def usage() -> str:
+    """Return the text of `mixlora-exp --help`: a line for each command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(

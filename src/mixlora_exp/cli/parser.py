@@ -13,7 +13,8 @@ from mixlora_exp.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """`description`: the docstring of the command's module, which `--help` prints unchanged."""
+    """An argument parser whose errors are `UserError`s. `description`: the docstring of the
+    command's module, which `--help` prints unchanged."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         super().__init__(
@@ -32,6 +33,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{name}={value} is unknown; {hint}")
 
     def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` with argparse's message, in place of its own printing and exit."""
         raise UserError(f"{message} (--help lists the options)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
