@@ -16,13 +16,14 @@ class ModelSource(Enum):
 
 
 class Weights(Enum):
+    """Weights of the base model: those published, or random ones drawn from `seed`."""
     pretrained = "pretrained"
     random = "random"
 
 
 class Quantization(Enum):
-    """How the frozen weights of the base model's linear layers are held, but for the output
-    projection's."""
+    """Storage of the frozen weights of the base model's linear layers, the output projection
+    excepted."""
 
     none = "none"
     nf4 = "nf4"
@@ -48,6 +49,7 @@ class RouterLossPooling(Enum):
 
 
 class RouterLossReduction(Enum):
+    """Mean or sum of the router losses of all modules."""
     mean = "mean"
     sum = "sum"
 
@@ -61,6 +63,8 @@ class RouterPrecision(Enum):
 
 
 class DataSource(Enum):
+    """Source of training and test rows: the hub, files, files of conversations, or generated
+    tasks."""
     hub = "hub"
     local = "local"
     chat = "chat"
@@ -80,6 +84,7 @@ class AnswerKind(Enum):
 
     @property
     def free(self) -> bool:
+        """True if the answer is text that follows, without options to choose from."""
         return self in (AnswerKind.completion, AnswerKind.messages)
 
 
@@ -91,12 +96,14 @@ class AnswerForm(Enum):
 
 
 class Precision(Enum):
+    """Precision of the base model; `auto` is bfloat16 where the device has it, else float32."""
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 class LossOn(Enum):
+    """Tokens on which the training loss is taken: those of the answer, or all."""
     answer = "answer"
     all = "all"
 
@@ -125,6 +132,7 @@ class Base(Enum):
 
 
 class Protocol(Enum):
+    """Way to score a task's items; docs/scoring.md describes each."""
     label_logits = "label_logits"
     answer_text = "answer_text"
     lm_eval = "lm_eval"
@@ -142,7 +150,8 @@ class Compile(Enum):
 
 
 class Parallel(Enum):
-    """How several processes, one per GPU, train one adapter. The result does not depend on it."""
+    """Way in which several processes, one per GPU, train one adapter. The result does not depend on
+    it."""
 
     none = "none"
     """One process."""
@@ -201,6 +210,7 @@ Mixture = Enum("Mixture", {name: name for name in _registered("mixtures", "mixtu
 
 
 class Tracker(Enum):
+    """Service that gets a run's log entries and scores."""
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"

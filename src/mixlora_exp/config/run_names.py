@@ -32,7 +32,8 @@ def run_name(config: Config, adapter: Mapping[str, Any] | None = None) -> str:
 
 @cache
 def _usual(method: str, trainer: str) -> dict[str, Any]:
-    """What determines the default run of a method; empty for one that is not in `conf/`."""
+    """Return the settings that determine the default run of a method; empty for one that is not in
+    `conf/`."""
     try:
         return determining(to_dict(compose([f"method={method}", f"trainer={trainer}"])))
     except UserError:

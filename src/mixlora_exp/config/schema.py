@@ -186,6 +186,7 @@ class TrainerConfig:
 
     @property
     def accumulation_steps(self) -> int:
+        """Number of micro-batches in an optimizer step, over all processes."""
         return self.batch_size // self.micro_batch_size
 
 
@@ -280,7 +281,7 @@ class PresetConfig:
 
 @dataclass(slots=True, kw_only=True)
 class PlanConfig:
-    """How the plan of `dry_run=true` is made."""
+    """Settings of the plan that `dry_run=true` prints."""
 
     probe: bool = False
     """Load the model and measure the speed of three steps."""

@@ -141,6 +141,7 @@ class DataConfig:
 
     @property
     def reads_folder(self) -> bool:
+        """True if rows are read from files in `path`."""
         return self.name in (DataSource.local, DataSource.chat)
 
     def train_limit_of(self, task: str) -> int | None:

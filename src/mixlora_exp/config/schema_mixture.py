@@ -195,6 +195,7 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodCon
 
     @property
     def needs_base_gradient(self) -> bool:
+        """True if the base weights' gradient is taken once, before the first step (LoRA-GA)."""
         return self.mixture is Mixture.lora_ga
 
 

@@ -33,6 +33,7 @@ class ExpertRank:
 
     @property
     def rank_of_experts(self) -> int:
+        """Rank R of each expert: `expert_rank`, or `rank` without one."""
         return self.rank if self.expert_rank is None else self.expert_rank
 
     @property
