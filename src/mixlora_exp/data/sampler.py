@@ -29,6 +29,7 @@ class BucketSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Use the order of this epoch in the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -95,6 +95,8 @@ class Scorer:
 
     @torch.no_grad()
     def run_logits(self, rows: Sequence[Sequence[int]], keep: int, **kwargs: Any) -> Tensor:
+        """Return the logits of the last `keep` positions of each row, (rows, keep, vocabulary),
+        float32. kwargs go to the model."""
         batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
         with self.full_precision():
             length = batch["input_ids"].shape[1]
@@ -107,6 +109,8 @@ class Scorer:
     def run_generate(
         self, rows: Sequence[Sequence[int]], new_tokens: int, **kwargs: Any
     ) -> list[list[int]]:
+        """Greedily decode at most `new_tokens` tokens after each row; returns the new tokens,
+        padded to one length. kwargs go to the model."""
         batch = {k: v.to(self.device) for k, v in pad_left(rows, self.pad_id).items()}
         del batch["position_ids"]  # `generate` computes them from the mask.
         with self.full_precision():
@@ -125,8 +129,8 @@ class Scorer:
         keys: Sequence[str],
         groups: Sequence[str] | None = None,
     ) -> list[list[tuple[float, bool]]]:
-        """Per question and request: the sum of the scored tokens' log-probabilities in nats, and
-        whether all of them are the arg-max. A question's common prefix is computed once.
+        """Return per question and request the sum of the scored tokens' log-probabilities in nats,
+        and whether all of them are the arg-max. A question's common prefix is computed once.
 
         `keys` order questions of equal length, so that results do not depend on the given order.
         """
@@ -166,6 +170,8 @@ class Scorer:
     def run_scores(
         self, questions: Sequence[PackedQuestion], **kwargs: Any
     ) -> list[list[tuple[float, bool]]]:
+        """Return per question and request the sum of the scored tokens' log-probabilities in nats,
+        and whether greedy decoding would give these tokens. kwargs go to the model."""
         batch = pad_packed(questions, self.pad_id, next(self.model.parameters()).dtype)
         length = batch["input_ids"].shape[1]
         targets = [

@@ -42,6 +42,7 @@ class SharedPrefixLM(HFLM):
         """(task, number) of each document whose context was truncated from the left."""
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+        """Answer lm-eval's requests, those of one document in one row with a shared prefix."""
         # Encoded requests lack the question (document) that they belong to.
         self._documents = [(request.task_name, request.doc_id) for request in requests]
         try:

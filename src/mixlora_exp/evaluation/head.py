@@ -29,7 +29,8 @@ class _Forward(nn.Module):
 
 
 def _plain(linear: nn.Linear, hidden: Tensor, given: torch.dtype) -> Tensor:
-    """hidden: float32, of values that `given` holds."""
+    """Compute the output projection of `hidden` in float32. hidden: float32, of values that `given`
+    holds."""
     if hidden.is_cuda and given is linear.weight.dtype:
         # Products of narrow numbers summed in float32: nothing is cast, which for each generated
         # token would take several times as long as the product.

@@ -39,9 +39,12 @@ def _label_ids(item: Item, encoded: Encoded) -> list[int]:
 def _batch_scores(
     items: Sequence[Item], logits: Tensor, labels: Sequence[list[int]], others: Sequence[list[int]]
 ) -> list[ItemScore]:
-    """logits: (items, vocabulary); labels: tokens of each item's labels; others: tokens of labels
-    that it does not have. Ties go to the first label; one of `others` that leads them all is an
-    answer that the item does not have."""
+    """Score items by the logits of their labels.
+
+    logits: (items, vocabulary); labels: tokens of each item's labels; others: tokens of labels that
+    it does not have. Ties go to the first label; one of `others` that leads them all is an answer
+    that the item does not have.
+    """
     asked = [
         [*own, *more, own[item.answer]]
         for item, own, more in zip(items, labels, others, strict=True)

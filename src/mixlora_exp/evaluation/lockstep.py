@@ -141,19 +141,24 @@ class LockstepScorer(Scorer):
         return self._last.result
 
     def run_logits(self, rows: Sequence[Sequence[int]], keep: int, **kwargs: Any) -> Tensor:
+        """Return `Scorer.run_logits`, from a pass shared with other adapters."""
         return self._ask("logits", keep, rows)
 
     def run_scores(
         self, questions: Sequence[PackedQuestion], **kwargs: Any
     ) -> list[list[tuple[float, bool]]]:
+        """Return `Scorer.run_scores`, from a pass shared with other adapters."""
         return self._ask("scores", 0, questions)
 
     def run_generate(
         self, rows: Sequence[Sequence[int]], new_tokens: int, **kwargs: Any
     ) -> list[list[int]]:
+        """Return `Scorer.run_generate`, from a pass shared with other adapters."""
         return self._ask("generate", new_tokens, rows)
 
     def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
+        """Return the experts that the adapter's routers chose in the last shared pass, by row and
+        layer."""
         return self._last.routes
 
     def _experts(self) -> int:

@@ -47,6 +47,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
+        """The prompt as one text."""
         return self.before + self.context + self.after
 
 

@@ -55,6 +55,7 @@ def lines(name: str) -> tuple[str, ...]:
 
 @cache
 def all_facts() -> tuple[Fact, ...]:
+    """Return the facts of all relations, in the order of the files `facts/NAME.txt`."""
     found = []
     for name, relation in RELATIONS.items():
         for line in lines(name):

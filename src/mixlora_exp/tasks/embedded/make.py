@@ -90,9 +90,12 @@ class Drawn(NamedTuple):
 
     @property
     def others(self) -> list[Fact]:
+        """The other facts of the group."""
         return [other for other in self.group if other is not self.fact]
 
     def answers(self, rng: Random) -> list[str]:
+        """Return the options in their order: this fact's answer at `place`, those of the others
+        shuffled."""
         return arrange(self.fact.answer, [one.answer for one in self.others], self.place, rng)
 
 
