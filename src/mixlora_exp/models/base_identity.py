@@ -82,8 +82,8 @@ def _described(
 
 
 def _in_folder(model: str, place: Path, found: str | None) -> BaseIdentity:
-    """A folder's own name says nothing elsewhere; one in the hub's cache tells repository and
-    commit."""
+    """Return the identity of weights in a folder: a folder's own name, or for the hub's cache its
+    repository and commit."""
     cached = SNAPSHOT.search(place.as_posix())
     if cached is None:
         return BaseIdentity(model, "path", place.name, None, found)

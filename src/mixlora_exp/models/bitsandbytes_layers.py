@@ -11,8 +11,8 @@ from mixlora_exp.models.quantization import WeightOnly
 
 
 class WeightOnly4bit(WeightOnly, Linear4bit):
-    """See `WeightOnly`."""
+    """A 4-bit layer of bitsandbytes that computes as `WeightOnly`."""
 
 
 class WeightOnly8bit(WeightOnly, Linear8bitLt):
-    """See `WeightOnly`."""
+    """An 8-bit layer of bitsandbytes that computes as `WeightOnly`."""

@@ -82,6 +82,7 @@ class WeightOnly(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute `x W^T + b` (..., out) with W dequantised, in the dtype of autocast or x."""
         dtype = working_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             y = QuantizedLinear(self, dtype).linear(x.to(dtype))

@@ -42,6 +42,7 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
 

@@ -75,7 +75,7 @@ def count(config: Mapping[str, Any], name: str, default: Any = ...) -> int:
 
 
 def lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """r, lora_alpha, lora_dropout, use_dora and use_rslora of one block of a configuration.
+    """Return r, lora_alpha, lora_dropout, use_dora and use_rslora of one block of a configuration.
 
     Raises:
         UserError: one of them has the wrong type or is out of range.

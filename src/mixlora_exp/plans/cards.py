@@ -143,7 +143,7 @@ def _gib(size: float) -> str:
 
 
 def _larger(least: Fit) -> str:
-    """What would be large enough for the smallest settings."""
+    """Return what would be large enough for the smallest settings."""
     card = next((size for size in CARDS if least.needed <= usable_bytes(size)), None)
     return "a smaller model, or shorter examples," if card is None else f"a card of {card} GB"
 

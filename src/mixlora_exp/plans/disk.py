@@ -27,6 +27,7 @@ def disk_bytes(config: Config) -> dict[str, int]:
 
 
 def disk_line(config: Config) -> str:
+    """Return the line of a plan about disk space, in GiB by kind of file."""
     items = disk_bytes(config)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in items.items())
     return f"about {sum(items.values()) / 2**30:.2f} GiB: {parts}" if items else "next to nothing"

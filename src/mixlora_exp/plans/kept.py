@@ -43,13 +43,14 @@ class Kept:
 
     @property
     def per_token(self) -> float:
+        """Bytes per token in attention and feed-forward block together."""
         return self.attention + self.block
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What the bytes depend on: widths of the projections, bytes per number, and whether PEFT's
-    own layers run (`stock`), under autocast or not."""
+    """Settings that determine the bytes: widths of the projections, bytes per number, and whether
+    PEFT's own layers run (`stock`), under autocast or not."""
 
     inputs: dict[str, int]
     outputs: dict[str, int]

@@ -27,9 +27,9 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What a plan depends on beside the configuration. words: the overrides that the user gave.
-    accepts: whether a configuration is not refused for another reason than memory. processes: how
-    many train together. speed: that of this machine, None where it is not known."""
+    """Facts beside the configuration that a plan depends on. words: the overrides that the user
+    gave. accepts: whether a configuration is not refused for another reason than memory. processes:
+    how many train together. speed: that of this machine, None where it is not known."""
 
     words: Sequence[str] = ()
     accepts: Callable[[Config], bool] = lambda config: True

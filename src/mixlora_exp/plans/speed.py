@@ -69,7 +69,7 @@ def recorded_speed(
 
 
 def _machine(hardware: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a speed depends on: the first GPU, or the CPU and its threads."""
+    """Return the key of a speed: the first GPU, or the CPU and its threads."""
     gpus = hardware.get("gpus")
     return (gpus[0],) if gpus else (hardware.get("cpu"), hardware.get("cpu_threads"))
 
@@ -106,14 +106,15 @@ def _experts_of(method: MixLoraMethodConfig) -> tuple[int, int, str]:
 
 
 def duration(seconds: float) -> str:
+    """Return seconds as text in s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def time_line(speed: Speed | None, training: float, scoring: float, processes: int = 1) -> str:
-    """What a run takes: tokens of training and of scoring, which the processes share, at a
-    speed."""
+    """Return the line of a plan about time: training and scoring tokens, which the processes share,
+    at a speed."""
     if speed is None:
         return "not known (plan.probe=true measures)"
     parts = {"training": training / speed.training, "scoring": scoring / speed.scoring}
