@@ -37,6 +37,7 @@ class Side:
 
     @property
     def seeds(self) -> list[int]:
+        """Seeds of the runs, in ascending order."""
         return sorted(run.seed for run in self.runs)
 
 
@@ -53,14 +54,14 @@ class Scored:
 
     @property
     def above(self) -> bool:
-        """Whether the interval lies above the reference."""
+        """True if the interval lies above the reference."""
         return self.estimate.low > self.reference
 
 
 @dataclass(frozen=True, slots=True)
 class Versus:
     """A side minus the first one. `q`: p, corrected over all comparisons of several seeds that are
-    told from chance; `at_chance`: neither side is; `why`: the reason if there is no comparison."""
+    above chance; `at_chance`: neither side is; `why`: the reason if there is no comparison."""
 
     side: Side
     comparison: Comparison | None
@@ -70,7 +71,7 @@ class Versus:
 
     @property
     def verdict(self) -> str:
-        """In words: better, worse, or why neither can be said."""
+        """The comparison in words: better, worse, or why neither can be said."""
         if self.comparison is None:
             return self.why
         if self.at_chance:
@@ -95,7 +96,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`differing`: field -> its value for each side."""
+    """Sides that are compared. `differing`: field -> its value for each side."""
 
     sides: tuple[Side, ...]
     differing: Mapping[str, tuple[Any, ...]]
@@ -223,7 +224,7 @@ def _versus(side: Side, base: Side, task: str, protocol: str, metric: str) -> Ve
 
 
 def _corrected(measured: Sequence[Measured]) -> list[Measured]:
-    """With q of each comparison of several seeds; the family is all of them."""
+    """Return the comparisons of several seeds with their q; the family is all of them."""
     family = [
         versus
         for one in measured

@@ -18,7 +18,8 @@ FOLDER = RESULTS / "data"
 
 
 def cluster_key(item: Item) -> str:
-    """Equal for items that share a passage, a question, or (WinoGrande's twins) both candidates."""
+    """Return a key that is equal for items that share a passage, a question, or (WinoGrande's
+    twins) both candidates."""
     if item.task == "winogrande":
         return "\n".join(sorted(item.options))
     return item.context or item.question

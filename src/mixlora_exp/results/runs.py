@@ -96,10 +96,12 @@ class RecordedRun:
 
     @property
     def model(self) -> str:
+        """Name of the base model."""
         return self.trained["model"]["name"]
 
     @property
     def method(self) -> str:
+        """Name of the method that trained the adapter, `none` for a base model."""
         return self.trained["method"]["name"]
 
     @property
@@ -109,6 +111,7 @@ class RecordedRun:
 
     @property
     def seed(self) -> int:
+        """Seed of the training run."""
         return self.trained["seed"]
 
     @property

@@ -98,6 +98,7 @@ def _sweep_line(column: str, prefix: str) -> Callable[[str, Variant], dict[str, 
 
 @table(1, "Accuracy (%) of single-task training")
 def single_task(sources: Sources) -> Made:
+    """Return Table 1: all eight tasks, each trained alone."""
     models = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
     # Mixtures of five tasks are in Tables 2 and 5.
     setups = {"ST": _single, "eight mixed": _eight}
@@ -107,6 +108,7 @@ def single_task(sources: Sources) -> Made:
 
 @table(2, "Accuracy (%) of multi-task training, LLaMA-2 7B")
 def multi_task(sources: Sources) -> Made:
+    """Return Table 2: five tasks trained alone and together."""
     models, setups = ("llama2_7b",), {"ST": _single, "MT": _five}
     spec = AccuracySpec(MULTI, setups, _of_table_3, _setup_line, models, params=_params(sources))
     return accuracy_table(2, spec, sources)
@@ -114,6 +116,7 @@ def multi_task(sources: Sources) -> Made:
 
 @table(5, "Accuracy (%) of multi-task training, Gemma 2B")
 def multi_task_gemma(sources: Sources) -> Made:
+    """Return Table 5: Table 2 for Gemma 2B, without further models."""
     spec = AccuracySpec(
         MULTI, {"ST": _single, "MT": _five}, _of_table_3, _setup_line, ("gemma_2b",),
         params=_params(sources), others=False,
@@ -126,6 +129,7 @@ EITHER = {"ST": _single, "five mixed": _five, "eight mixed": _eight}
 
 @table(8, "Accuracy (%) by rank")
 def ranks(sources: Sources) -> Made:
+    """Return Table 8: runs that differ from Table 3 in rank alone, or in rank and alpha = 2 r."""
     values, line = tuple(f"r={rank}" for rank in RANKS), _sweep_line("rank", "r=")
     spec = AccuracySpec(
         ABLATION, EITHER, _rank, line, ("llama2_7b",), values, "r=16", MIXTURES,
@@ -136,6 +140,7 @@ def ranks(sources: Sources) -> Made:
 
 @table(9, "Accuracy (%) by router loss coefficient")
 def coefficients(sources: Sources) -> Made:
+    """Return Table 9: runs that differ from Table 3 in the coefficient of the router loss alone."""
     values = tuple(f"coef={value}" for value in COEFFICIENTS)
     line = _sweep_line("router_loss_coef", "coef=")
     spec = AccuracySpec(

@@ -287,7 +287,7 @@ TITLE = "Time and memory of a step, "
 
 @table(6, TITLE + MODEL_TITLES["llama2_7b"])
 def of_llama(sources: Sources) -> Made:
-    """Table 6, with further models that are not in the paper."""
+    """Return Table 6, with further models that are not in the paper."""
     own = [r for r in sources.benchmarks if r["config"]["model"] == "llama2_7b"]
     others = [r for r in sources.benchmarks if r["config"]["model"] not in MODELS.values()]
     return _made(6, own + others)
@@ -295,6 +295,7 @@ def of_llama(sources: Sources) -> Made:
 
 @table(7, TITLE + MODEL_TITLES["gemma_2b"])
 def of_gemma(sources: Sources) -> Made:
+    """Return Table 7: benchmarks of Gemma 2B."""
     return _made(7, [r for r in sources.benchmarks if r["config"]["model"] == "gemma_2b"])
 
 

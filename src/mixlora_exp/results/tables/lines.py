@@ -36,7 +36,8 @@ AREA = "area under the ROC curve"
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Values that the lines of a block share. `above`: the tasks that its runs tell from chance."""
+    """Values that the lines of a block share. `above`: the tasks on which its runs are above
+    chance."""
 
     spec: AccuracySpec
     protocol: str
@@ -45,6 +46,7 @@ class Context:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """Columns of the table."""
         return self.spec.tasks
 
 

@@ -10,7 +10,7 @@ from mixlora_exp.results.tables.parts import Entry, Row, Table
 
 
 def _counts(entry: Entry) -> bool:
-    """Whether a comparison can be marked: of several seeds, and told from chance."""
+    """Return whether a comparison can be marked: of several seeds, and above chance."""
     return entry.kind == "versus" and entry.seeds > 1 and not entry.at_chance
 
 

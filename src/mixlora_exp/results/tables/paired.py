@@ -23,7 +23,7 @@ def names(runs: Iterable[RecordedRun]) -> tuple[str, ...]:
 
 
 def _side(runs: Runs, task: str, protocol: str, field: str) -> Side | None:
-    """Seed -> item -> value; None without runs or if a value is missing."""
+    """Return seed -> item -> value; None without runs or if a value is missing."""
     side = {run.seed: read_items(run, task, protocol, field) for run in runs}
     missing = any(None in items.values() for items in side.values())
     return None if missing or not side else side

@@ -104,6 +104,7 @@ class Table:
 
     @property
     def name(self) -> str:
+        """Stem of the table's files: `table1`."""
         return f"table{self.number}"
 
     def cells(self) -> Iterator[Entry]:

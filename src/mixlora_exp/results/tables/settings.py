@@ -44,6 +44,7 @@ def _same(printed: str, own: str) -> bool:
 
 @table(3, "Hyperparameters")
 def hyperparameters(sources: Sources) -> Made:
+    """Return Table 3: the paper's settings beside those of `conf/`, and the differences."""
     configs, rows, differing = sources.composed(), [], []
     lora, mixlora = _resolved(configs["lora"]), _resolved(configs["mixlora"])
     for line in read_paper(PAPER, 3).lines:
@@ -69,7 +70,8 @@ def hyperparameters(sources: Sources) -> Made:
 
 @table(4, "Data sets")
 def data_sets(sources: Sources) -> Made:
-    """Table 4: sizes in the paper, of the published splits, and of the files that runs read."""
+    """Return Table 4: sizes in the paper, of the published splits, and of the files that runs
+    read."""
     read: dict[tuple[str, str, str], set[int]] = {}
     for run in sources.runs:
         for split, files in run.record["data"].items():

@@ -23,6 +23,7 @@ class Variant:
 
     @property
     def label(self) -> tuple[str, str]:
+        """The line's two labels: method with the varied value, and setup."""
         title = METHOD_TITLES[self.method]
         return (f"{title} {self.value}".strip(), self.setup)
 
