@@ -13,6 +13,7 @@ from mixlora_exp.records.required_fields import predictions_name
 
 
 def score_entry(score: TaskScore) -> dict[str, Any]:
+    """Return a task's score as the record holds it: all fields but the items."""
     entry = dataclasses.asdict(dataclasses.replace(score, items=[]))
     del entry["items"]
     return entry

@@ -79,6 +79,7 @@ SWEEP = Sweep()
 
 
 def duration(seconds: float) -> str:
+    """Return seconds as text in s, min or h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

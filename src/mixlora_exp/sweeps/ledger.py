@@ -68,6 +68,7 @@ class Ledger:
 
     @property
     def stopped(self) -> bool:
+        """True if no further job may start."""
         return (self.folder / STOP).exists()
 
     def _write(self, path: Path, content: bytes) -> None:

@@ -60,9 +60,9 @@ class Postponed(UserError):
 
 @dataclass(slots=True, kw_only=True)
 class SearchSettings:
-    """`study`: its name and that of its SQLite file in `output_dir`. `trials`: total number of
-    finished, pruned and failed trials over all starts. Ranges are searched on a logarithmic
-    scale."""
+    """Settings of a search. `study`: its name and that of its SQLite file in `output_dir`.
+    `trials`: total number of finished, pruned and failed trials over all starts. Ranges are
+    searched on a logarithmic scale."""
 
     study: str = "search"
     trials: int = 20
@@ -116,6 +116,7 @@ class SearchSettings:
 
     @property
     def folder(self) -> Path:
+        """`output_dir` as a path."""
         return Path(self.output_dir).expanduser()
 
 

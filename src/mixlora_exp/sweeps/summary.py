@@ -32,11 +32,12 @@ class Finished:
 
     @property
     def scores(self) -> dict[str, float]:
+        """Accuracies as fractions by "task, protocol", in the order of the record."""
         return {f"{s['task']}, {s['protocol']}": s["accuracy"] for s in self.record["scores"]}
 
 
 def varied(cells: Sequence[Cell]) -> list[dict[str, str]]:
-    """For each cell its values of the overrides that are not the same in all cells."""
+    """Return for each cell its values of the overrides that are not the same in all cells."""
     given = [dict(o.lstrip("+").partition("=")[::2] for o in cell.overrides) for cell in cells]
     keys = dict.fromkeys(key for own in given for key in own)
     odd = [key for key in keys if len({own.get(key) for own in given}) > 1]
@@ -44,7 +45,7 @@ def varied(cells: Sequence[Cell]) -> list[dict[str, str]]:
 
 
 def finished(cells: Sequence[Cell]) -> list[Finished]:
-    """The finished runs of the cells, the best by the first metric first."""
+    """Return the finished runs of the cells, the best by the first metric first."""
     # Imported late: it loads torch.
     from mixlora_exp.runs.inputs import resolve_config
 
