@@ -22,12 +22,13 @@ class Recorder(ABC):
     """Runs computations, and records them to be repeated."""
 
     def run(self, compute: Compute) -> Sequence[Tensor]:
-        """The results of a computation that is not recorded."""
+        """Return the results of a computation that is not recorded."""
         return compute()
 
     @abstractmethod
     def record(self, compute: Compute) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """What repeats a computation, and the tensors that then hold its results."""
+        """Record a computation; returns a function that repeats it, and the tensors that then hold
+        its results."""
 
 
 class StaticGradients:
@@ -58,6 +59,7 @@ class CudaRecorder(Recorder):
         self._stream = torch.cuda.Stream(device)
 
     def run(self, compute: Compute) -> Sequence[Tensor]:
+        """Return the results of a computation, run on the stream of the recordings."""
         # On the stream of the recordings: autograd goes on with the one that it met a parameter on.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -67,6 +69,13 @@ class CudaRecorder(Recorder):
         return found
 
     def record(self, compute: Compute) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """Record a computation in a CUDA graph; returns its replay, and the tensors that hold its
+        results.
+
+        Raises:
+            RuntimeError: the computation waits for the device, or does what else a graph cannot
+                record.
+        """
         index = self._device.index
         number = torch.cuda.current_device() if index is None else index
         generator = torch.cuda.default_generators[number]

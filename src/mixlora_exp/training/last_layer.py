@@ -23,7 +23,7 @@ from mixlora_exp.training.compiled import decoder_layers
 
 
 class KeptRows:
-    """`rows`: numbers of the rows of the flattened batch that the last layer computes, None for
+    """The rows that the last layer computes. `rows`: their numbers in the flattened batch, None for
     all. They stay until the next pass: gradient checkpointing computes the layer once more in the
     backward pass."""
 

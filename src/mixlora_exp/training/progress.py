@@ -89,8 +89,8 @@ def live_line(
     left: float,
     coefficient: float = 0.0,
 ) -> str:
-    """One line with step, loss, tokens per second, remaining time (`left`, in seconds), and the
-    router loss, which the loss contains times `coefficient`."""
+    """Return a line with step, loss, tokens per second, remaining time (`left`, in seconds), and
+    the router loss, which the loss contains times `coefficient`."""
     shown = f"step {step}/{steps}, loss {figures['loss']:.3f}, {speed:,.0f} tokens/s"
     shown += f", {_duration(left)} left"
     if "router_loss" in figures:
@@ -119,15 +119,19 @@ class PerAdapter(TrainerCallback):
             getattr(callback, event)(*args, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Forward the event to every adapter's callbacks."""
         self._all("on_train_begin", args, state, control, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        """Forward the event to every adapter's callbacks."""
         self._all("on_step_end", args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        """Forward the event to every adapter's callbacks."""
         self._all("on_train_end", args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        """Forward the entry, without its `adapter`, to that adapter's callbacks."""
         entry = dict(logs)
         for callback in self.callbacks[entry.pop("adapter")]:
             callback.on_log(args, state, control, logs=dict(entry), **kwargs)
@@ -141,6 +145,7 @@ class Watch(TrainerCallback):
         self.job = job
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        """Call `watch` with the step and the loss without router loss."""
         loss = logs["loss"] - _coefficient(self.job) * logs.get("router_loss", 0.0)
         self.job.watch(self.job.step, loss)
 
@@ -185,6 +190,7 @@ class ProgressBar(ProgressCallback):
         self.job, self.pace = job, Pace(partial(_tokens, job))
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Start the bar at the step from which the run resumes."""
         super().on_train_begin(args, state, control, **kwargs)
         self.pace.begin(self.job.step)
         # Otherwise the bar would count the steps before the resume as done in no time.
@@ -197,6 +203,7 @@ class ProgressBar(ProgressCallback):
             self.training_bar.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        """Show loss, tokens per second and router loss behind the bar."""
         if state.is_world_process_zero and self.training_bar is not None:
             shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{self.pace.look():,.0f}"}
             if "router_loss" in logs:
@@ -212,9 +219,11 @@ class ProgressLines(TrainerCallback):
         self.pace, self.tenths = Pace(partial(_tokens, job)), Tenths()
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Start measuring tokens per second."""
         self.pace.begin(self.job.step)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        """Print a line to standard error, in the first entry of each tenth of the run."""
         step, steps = self.job.step, self.job.steps
         if state.is_world_process_zero and self.tenths.due(step, steps):
             left = self.pace.left(step, steps)
@@ -229,7 +238,7 @@ def _tokens(job: Job) -> int:
 
 
 def progress_callback(job: Job) -> TrainerCallback:
-    """A bar on a terminal, otherwise a few lines."""
+    """Return a bar on a terminal, otherwise a few lines."""
     return ProgressBar(job) if sys.stderr.isatty() else ProgressLines(job)
 
 
@@ -242,10 +251,16 @@ class LogFile(TrainerCallback):
         self.path = job.folder / "train_log.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Truncate the log to the step from which the run resumes.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
         if state.is_world_process_zero:
             restart_log(self.path, self.job.step)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        """Append the entry with its step and expert load."""
         if not state.is_world_process_zero:
             return
         entry = {"step": self.job.step, **logs}

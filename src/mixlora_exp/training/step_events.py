@@ -17,14 +17,19 @@ class StepEvents(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Set the Trainer's step counters: steps count from the beginning of the run, including
+        those before a resume."""
         # Steps count from the beginning of the run, including those before a resume.
         state.global_step, state.max_steps = self.trainer.first, self.trainer.steps
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
+        """Check and clip the gradients."""
         self.trainer.check_gradients()
 
     def on_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
+        """Run the methods' hooks."""
         self.trainer.after_optimizer()
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        """Count the step, and request logging and checkpoints."""
         self.trainer.finish_step()

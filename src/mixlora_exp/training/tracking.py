@@ -136,6 +136,7 @@ class RunTracker(TrainerCallback):
             self._try(lambda: call(args, state, control, **kwargs))
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Start or continue the service's run at the job's step."""
         if self._service is not None and state.is_world_process_zero:
             self._pace.begin(self._job.step)
             step = self._job.step
@@ -143,6 +144,7 @@ class RunTracker(TrainerCallback):
         self._pass_on("on_train_begin", args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        """Send the entry with tokens per second, peak memory in GiB and expert load."""
         entry = {
             **logs,
             "tokens_per_second": self._pace.look(),
@@ -152,6 +154,7 @@ class RunTracker(TrainerCallback):
         self._pass_on("on_log", args, state, control, logs=flat(entry), **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        """Tell the service that training ended, and drop references to the trainer and the job."""
         self._pass_on("on_train_end", args, state, control, **kwargs)
         # They reference the trainer and the job, whose memory is needed for scoring.
         self._job = self._callback = self._pace = None

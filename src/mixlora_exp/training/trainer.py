@@ -80,7 +80,7 @@ class MixLoraTrainer(Trainer):
     # The batches of each forward pass.
 
     def get_train_dataloader(self) -> DataLoader:
-        """A loader that yields, per forward pass, the next micro-batch of every adapter."""
+        """Return a loader that yields, per forward pass, the next micro-batch of every adapter."""
         count = self.args.gradient_accumulation_steps
         loader = DataLoader(
             range(self.first * count, self.steps * count),
@@ -96,7 +96,8 @@ class MixLoraTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Batch]], dict[str, Tensor]]:
-        """The passes of one optimizer step, and each adapter's number of label tokens in it."""
+        """Return the passes of one optimizer step, and each adapter's number of label tokens in
+        it."""
         passes, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items: dict[str, Tensor] = {}
         for name, batch in (pair for batches in passes for pair in batches.items()):
@@ -104,9 +105,16 @@ class MixLoraTrainer(Trainer):
         return passes, {name: summed(count) for name, count in items.items()}
 
     def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: the Trainer's estimate does not hold for adapters."""
         return 0
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Compute the loss of one pass and its gradients.
+
+        The first call also runs the hooks' `begin` and checks that all trained parameters get a
+        gradient. inputs: each adapter's batch by name; num_items_in_batch: its label tokens in the
+        step. Returns a scalar.
+        """
         self._items = num_items_in_batch
         running = {name: batch for name, batch in inputs.items() if self.jobs[name].running}
         if self.state.global_step == 0 and not self._proven:
@@ -164,6 +172,10 @@ class MixLoraTrainer(Trainer):
         return value
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the sum of the adapters' losses in one pass, router losses included: a scalar.
+
+        Each adapter's loss is divided by its label tokens in the whole optimizer step.
+        """
         self._items = num_items_in_batch
         batches = {
             name: self.jobs[name].begin_pass(self.state.global_step, batch)
@@ -192,6 +204,8 @@ class MixLoraTrainer(Trainer):
         return {name: loss * self.args.world_size}
 
     def train(self, *args: Any, **kwargs: Any):
+        """Run the training loop, with the context that one adapter or several need: packed
+        attention, compiled layers, the last layer at kept rows."""
         base, count = self.model.base_model.model, len(self.jobs)
         if count == 1:
             (job,) = self.jobs.values()
@@ -218,6 +232,8 @@ class MixLoraTrainer(Trainer):
     # One optimizer, with separate parameter groups for each adapter.
 
     def create_optimizer(self, model=None) -> Optimizer:
+        """Return one optimizer with separate parameter groups for each adapter, and the moments of
+        a resumed run restored."""
         decayed = set(self.get_decay_parameter_names(self.model))
         jobs = self.jobs.values()
         groups = [group for job in jobs for group in parameter_groups(self.model, job, decayed)]
@@ -228,6 +244,7 @@ class MixLoraTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
+        """Return a scheduler that gives each adapter's groups the factor of its own schedule."""
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         for job in self.jobs.values():

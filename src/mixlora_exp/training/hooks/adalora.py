@@ -43,6 +43,7 @@ class AdaLora(Hook):
         return ((name, p) for name, p in named if p.requires_grad)
 
     def resume(self, parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor]) -> None:
+        """Restore the allocator's smoothed importance, its uncertainty, and the final ranks."""
         allocator, pattern = self.tuner.rankallocator, {}
         plain = {id(parameter): name for name, parameter in parameters.items()}
         for name, parameter in self._trained():
@@ -57,6 +58,7 @@ class AdaLora(Hook):
 
     @contextmanager
     def passing(self, share: float) -> Iterator[None]:
+        """Scale the orthogonality loss of a forward pass by `share`."""
         whole = self.config.orth_reg_weight
         self.config.orth_reg_weight = share * whole
         try:
@@ -65,6 +67,7 @@ class AdaLora(Hook):
             self.config.orth_reg_weight = whole
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
+        """Let PEFT reallocate the ranks, and store its state with the optimizer's."""
         self.tuner.update_and_allocate(step)
         allocator, final = self.tuner.rankallocator, self.config.total_step - self.config.tfinal
         pattern = self.config.rank_pattern if step >= final else {}

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 
 class Hook:
-    """One adapter's. What it stores in `optimizer.state[parameter]` is part of checkpoints."""
+    """A method's part in the training of one adapter. What it stores in
+    `optimizer.state[parameter]` is part of checkpoints."""
 
     def resume(self, parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor]) -> None:
         """Continue from a checkpoint. parameters: the trained ones by name; stored: the optimizer's
@@ -21,12 +22,12 @@ class Hook:
         to the step's."""
 
     def passing(self, share: float) -> AbstractContextManager[None]:
-        """A context for a forward pass. share: its fraction of the optimizer step, over which a
-        loss of the method's own is spread; 0: without that loss."""
+        """Return a context for a forward pass. share: its fraction of the optimizer step, over
+        which a loss of the method's own is spread; 0: without that loss."""
         return nullcontext()
 
     def before_step(self) -> None:
-        """Between the gradients, clipped, and the optimizer's step."""
+        """Run between the clipping of the gradients and the optimizer's step."""
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
         """Run after the optimizer's step number `step`, from 1, while there are gradients."""

@@ -30,6 +30,7 @@ class LoraFa(Hook):
 
     @torch.no_grad()
     def before_step(self) -> None:
+        """Replace each gradient G of B by `G (A A^T)^-1 / s^2`."""
         if not self.corrections:
             # Not before: a checkpoint's A is read after the hook is made.
             self.corrections = [_inverse(a) / scaling**2 for a, _, scaling in self.layers]

@@ -19,8 +19,12 @@ START = "lora_ga_start"
 
 
 class GradientStart(Hook):
-    """One pass over the first optimizer step's batches without the adapter. It takes as much memory
-    as the target weights for their gradients."""
+    """LoRA-GA: A and B start from the gradient of the target weights on the first optimizer step's
+    batches.
+
+    Takes one pass over them without the adapter, and as much memory as the target weights for their
+    gradients.
+    """
 
     def __init__(self, model: PeftModel, adapter: str) -> None:
         self.model, self.adapter = model, adapter
@@ -31,6 +35,8 @@ class GradientStart(Hook):
         return [getattr(layer, f"lora_{part}")[self.adapter] for layer in self.layers]
 
     def begin(self, losses: Callable[[], Iterator[Tensor]]) -> None:
+        """Compute the target weights' gradients without the adapter, and set A, B, A0 and B0 from
+        them."""
         weights = [layer.get_base_layer().weight for layer in self.layers]
         for weight in weights:
             weight.requires_grad_(True)
@@ -54,12 +60,14 @@ class GradientStart(Hook):
 
     @torch.no_grad()
     def resume(self, parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor]) -> None:
+        """Restore A0 and B0, which are not in the adapter's trained weights."""
         names = {id(parameter): name for name, parameter in parameters.items()}
         for part in ("A", "B"):
             for trained, fixed in zip(self._held(part), self._held(f"{part}0"), strict=True):
                 fixed.copy_(stored[f"{names[id(trained)]}/{START}"])
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
+        """Store A0 and B0 with the optimizer's state."""
         for part in ("A", "B"):
             for trained, fixed in zip(self._held(part), self._held(f"{part}0"), strict=True):
                 optimizer.state[trained][START] = fixed.detach()
