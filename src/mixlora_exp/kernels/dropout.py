@@ -142,8 +142,8 @@ class DropoutKey:
         *,
         hashed: bool = False,
     ) -> DropMask | None:
-        """The mask of one (rows, width) input of this module, the same whenever it is asked for in
-        this forward pass, eager or compiled; None for p = 0.
+        """Return the mask of one (rows, width) input of this module, the same at each call in this
+        forward pass, eager or compiled; None for p = 0.
 
         part: names the mask among those of the module. rows: (n,) int64, the rows of the pass that
         the matrix has, None for all. hashed: give a `HashMask` on a CPU too.
@@ -259,7 +259,8 @@ class HashMask(DropMask):
 
     @staticmethod
     def of(keys: Tensor, place: int, p: float, width: int) -> HashMask:
-        """keys: (rows,) int64; p: the probability to drop an element."""
+        """Return the mask of rows by their keys. keys: (rows,) int64; p: the probability to drop an
+        element."""
         return HashMask(keys, 1.0 / (1.0 - p), (len(keys), width), place)
 
     @property

@@ -189,7 +189,8 @@ class _Dropped:
             self.kept = mask.kept()
 
     def of(self, tokens: Tensor) -> Tensor | None:
-        """tokens: (rows,), the token of each row."""
+        """Return the flat numbers of the dropped elements of some rows, or None. tokens: (rows,),
+        the token of each row."""
         if self.mask is None:
             return None
         if not self.mask.is_sparse:
@@ -238,7 +239,8 @@ def sort_rows(experts: Tensor, weights: Tensor, num_experts: int, dtype: torch.d
 
 
 def blocks(tokens: int, top_k: int) -> Iterator[tuple[int, int]]:
-    """Token ranges of equal size whose pairs number about `BLOCK_ROWS` at most."""
+    """Yield token ranges (first, end) of equal size whose pairs number about `BLOCK_ROWS` at
+    most."""
     count = max(1, -(-tokens * top_k // BLOCK_ROWS))
     size = max(1, -(-tokens // count))
     for start in range(0, max(tokens, 1), size):

@@ -85,7 +85,8 @@ def _hidden_of(
     lows: Lows,
     a: Tensor | None,
 ) -> _Hidden:
-    """x_low, gate, up: of the block's tokens; a: as of `_input_a`."""
+    """Compute gate, up and hidden state of a piece's rows. x_low, gate, up: of the block's tokens;
+    a: as of `_input_a`."""
     sides = [lows["gate"], lows["up"]]
     x, reduced = piece.by_token(x_low), [None, None]
     if a is not None:
@@ -158,8 +159,8 @@ def _down_backward(
     lows: Lows,
     gradients: Gradients,
 ) -> tuple[Tensor, Tensor | None]:
-    """(gradient of the rows' hidden states, of the router's weights by row: None per slot, where
-    they are applied later). Dropped elements of `h.hidden` are zero afterwards."""
+    """Return the gradients of the rows' hidden states, and of the router's weights by row (None per
+    slot, where they are applied later). Dropped elements of `h.hidden` are zero afterwards."""
     down, per_slot, dweights = lows["down"], block.down.has_scale, None
     by_row = piece.by_pair if per_slot else piece.by_token
     dhidden = by_row(dhidden)
@@ -192,9 +193,12 @@ def _sides_backward(
     a: Tensor | None,
     da: Tensor | None,
 ) -> None:
-    """grads: of gate and up of the rows, (rows, F) each, here made those of the frozen products.
-    dx: (rows, D), gets the gradient of x through the experts. a: as of `_input_a`; da: its
-    gradient, added to."""
+    """Run the backward pass of gate and up for a piece's rows.
+
+    grads: of gate and up of the rows, (rows, F) each, here made those of the frozen products. dx:
+    (rows, D), gets the gradient of x through the experts. a: as of `_input_a`; da: its gradient,
+    added to.
+    """
     dlows = []
     sides = (("gate", grads[0], h.raw_gate, h.low_gate), ("up", grads[1], h.raw_up, h.low_up))
     for role, grad, raw, low in sides:

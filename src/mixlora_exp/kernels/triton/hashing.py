@@ -53,7 +53,7 @@ def kept(first, second, column, threshold):
 
 @triton.jit(do_not_specialize=["T", "place", "threshold"])
 def _matrix_kernel(keys, out, T, W, place, threshold, BT: tl.constexpr, BW: tl.constexpr):
-    """Grid: (row tiles, column tiles)."""
+    """Store the kept elements of a hashed mask. Grid: (row tiles, column tiles)."""
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     column = tl.program_id(1) * BW + tl.arange(0, BW)
     first, second = row_hash(keys, row, row < T, place)

@@ -43,7 +43,7 @@ class Operands(NamedTuple):
 
     @property
     def experts_and_rank(self) -> tuple[int, int]:
-        """(E, R)."""
+        """Number of experts E and rank R."""
         if self.a2 is not None:
             return self.a2.shape[0], self.a2.shape[1]
         b = self.b1 if self.b1 is not None else self.b3

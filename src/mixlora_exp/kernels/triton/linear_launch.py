@@ -73,7 +73,7 @@ def _count(size: int, tile: int) -> int:
 
 
 def _options(kernel: str, ranks: list[int], dtype: torch.dtype, width: str) -> dict[str, int]:
-    """PADDED, the block sizes BT and `width`, warps and stages."""
+    """Return a kernel's constants: PADDED, the block sizes BT and `width`, warps and stages."""
     rank = max(16, 1 << (max(ranks) - 1).bit_length())
     tokens, columns, warps, stages = tiles(kernel, rank, dtype)
     return {"PADDED": rank, "BT": tokens, width: columns, "num_warps": warps, "num_stages": stages}

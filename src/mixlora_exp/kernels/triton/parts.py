@@ -111,7 +111,7 @@ def load_matrix(
 
 @triton.jit
 def load_low(low, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
-    """(rows, RANKS): rows of a matrix of R columns, padded with zeros."""
+    """Load rows of a matrix of R columns, padded with zeros to (rows, RANKS)."""
     rank = tl.arange(0, RANKS)
     offsets = row.to(tl.int64)[:, None] * R + rank[None, :]
     return tl.load(low + offsets, mask=valid[:, None] & (rank < R)[None, :], other=0.0)
@@ -119,7 +119,7 @@ def load_low(low, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
 
 @triton.jit
 def store_low(low, values, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
-    """The opposite of `load_low`."""
+    """Store `values` (rows, RANKS) into rows of a matrix of R columns."""
     rank = tl.arange(0, RANKS)
     offsets = row.to(tl.int64)[:, None] * R + rank[None, :]
     tl.store(low + offsets, values, mask=valid[:, None] & (rank < R)[None, :])

@@ -25,6 +25,7 @@ class Tiles:
 
     @property
     def options(self) -> dict[str, int]:
+        """Keyword arguments of a Triton launch: `num_warps`, `num_stages`."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
