@@ -21,8 +21,8 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
 
 
 def named_portably(settings: Mapping[str, Any], base: BaseIdentity | None) -> dict[str, str | None]:
-    """The fields of `adapter_config.json` that name the base model, without paths of this machine:
-    the hub's id and commit, or the name of a package or folder; of random weights nothing.
+    """Return the fields of `adapter_config.json` that name the base model, without paths of this
+    machine: the hub's id and commit, or the name of a package or folder; of random weights nothing.
 
     `base`: None if it was not loaded here; then only the path in `settings` is shortened."""
     if base is None:
@@ -33,14 +33,14 @@ def named_portably(settings: Mapping[str, Any], base: BaseIdentity | None) -> di
 
 
 def _shortened(name: str | None) -> str | None:
-    """The last part of a path; a name on the hub has one slash and remains."""
+    """Return the last part of a path; a name on the hub has one slash and remains."""
     parts = re.split(r"[/\\]", name or "")
     local = len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[0].endswith(":")
     return next((part for part in reversed(parts) if part), None) if local else name
 
 
 def refusal(folder: Path, then: BaseIdentity, now: BaseIdentity) -> UserError:
-    """The error for an adapter whose base model `then` differs from the chosen one `now`."""
+    """Return the error for an adapter whose base model `then` differs from the chosen one `now`."""
     way = f"model={then.model}" if then.source != "path" else "model.path=DIR"
     if then.seed is not None:
         way += f" seed={then.seed}"

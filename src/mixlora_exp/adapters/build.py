@@ -41,7 +41,7 @@ __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "
 
 
 def peft_config(method: TrainedMethodConfig) -> PeftConfig:
-    """The PEFT configuration of a method.
+    """Return the PEFT configuration of a method.
 
     Raises:
         UserError: its router, mixture or PEFT does not know one of its options.

@@ -52,7 +52,7 @@ class Source(NamedTuple):
     dequantized: Callable[[], Tensor] | None = None
 
     def matrix(self) -> Tensor:
-        """The frozen weight (out, in), a quantised one made anew."""
+        """Return the frozen weight (out, in), a quantised one made anew."""
         return self.weight if self.dequantized is None else self.dequantized()
 
     @property
@@ -72,7 +72,7 @@ class Source(NamedTuple):
 def source_on(
     base: nn.Linear, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None
 ) -> Source:
-    """The source of an adapter of a projection of the base model."""
+    """Return the source of an adapter of a projection of the base model."""
     if is_quantized(base):
         return Source(stored(base.weight), a, b, scaling, magnitude, partial(matrix_of, base))
     return Source(base.weight, a, b, scaling, magnitude)

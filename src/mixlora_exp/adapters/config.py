@@ -182,7 +182,8 @@ def check_settings(config: MixtureSettings, owner: type[MixtureSettings]) -> Non
 
 
 def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """`entries` with sets as sorted lists, since the order of a set differs between processes."""
+    """Return `entries` with sets as sorted lists, since the order of a set differs between
+    processes."""
     return {
         name: sorted(value) if isinstance(value, set | frozenset) else value
         for name, value in entries.items()
@@ -190,5 +191,5 @@ def in_order(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_config(config: LoraConfig) -> dict[str, Any]:
-    """The configuration in the form of a saved adapter's file."""
+    """Return the configuration in the form of a saved adapter's file."""
     return in_order(config.to_dict())

@@ -17,7 +17,7 @@ TOGETHER = 2**26
 
 
 def norms_of(sources: Sequence[Source], squares: Sequence[Tensor]) -> list[Tensor]:
-    """||W + s B A|| by rows of each source, (out,) or, of experts, (E, out).
+    """Compute ||W + s B A|| by rows of each source, (out,) or, of experts, (E, out).
 
     squares: ||W||^2 by rows, as of `kernels.squared_row_norms`. On a GPU, where a step waits for
     launches, projections of one shape go through together, with one product each; on a CPU one by

@@ -35,16 +35,17 @@ def keyed_mask(
     *,
     hashed: bool = False,
 ) -> DropMask | None:
-    """The mask of one (rows, width) input of a module, on the device of `where`: from the key or,
-    without one, from torch's default generator. None for p = 0. hashed: a `HashMask` on a CPU
-    too, for Triton kernels that are interpreted."""
+    """Return the mask of one (rows, width) input of a module, on the device of `where`: from the
+    key or, without one, from torch's default generator. None for p = 0. hashed: a `HashMask` on a
+    CPU too, for Triton kernels that are interpreted."""
     if key is None:
         return draw_mask(shape, p, where.device, hashed=hashed)
     return key.mask(part, shape, p, where.device, hashed=hashed)
 
 
 def input_mask(dropout: nn.Module, rows: Tensor, *, hashed: bool = False) -> DropMask | None:
-    """The mask that a LoRA layer's dropout module draws for its rows (T, in), None for none."""
+    """Return the mask that a LoRA layer's dropout module draws for its rows (T, in), None for
+    none."""
     p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
     key = getattr(dropout, "key", None)
     return keyed_mask(key, "input", tuple(rows.shape), p, rows, hashed=hashed)

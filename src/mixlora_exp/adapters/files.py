@@ -18,7 +18,7 @@ PEFTS_OWN = {"peft_version", "auto_mapping", "inference_mode", "init_lora_weight
 
 
 def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
-    """The configuration of an adapter in PEFT's or the official format; `field`: name of the
+    """Return the configuration of an adapter in PEFT's or the official format; `field`: name of the
     setting with the folder, for messages.
 
     Raises:

@@ -17,8 +17,8 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def frozen_linear(base: nn.Linear, dtype: torch.dtype, *, biased: bool = False) -> Frozen:
-    """The weight of a projection of the base model, its products in `dtype`; the bias too, if so
-    asked."""
+    """Return the weight of a projection of the base model, its products in `dtype`; the bias too,
+    if so asked."""
     bias = base.bias.to(dtype) if biased and base.bias is not None else None
     if is_quantized(base):
         return QuantizedLinear(base, dtype, bias)

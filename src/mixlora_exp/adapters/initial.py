@@ -17,8 +17,8 @@ __all__ = ["initial_weights"]
 def initial_weights(
     config: MixLoraConfig, router: Router, projections: Mapping[str, nn.Linear]
 ) -> dict[str, Tensor]:
-    """Initial weights by parameter name: the router's own initialisation; A drawn as in PEFT's
-    LoRA, B zero, and with DoRA the magnitude equal to the row norms of W.
+    """Return initial weights by parameter name: the router's own initialisation; A drawn as in
+    PEFT's LoRA, B zero, and with DoRA the magnitude equal to the row norms of W.
 
     projections: by role, gate first, including those without experts. Shapes: A (E, R, in),
     B (E, out, R), magnitude (E, out).

@@ -174,7 +174,7 @@ class FusedLinear(CachesWeights, RowsLinear):
         return source_on(self.base_layer, a, b, self.scaling[adapter], magnitude)
 
     def _fused_adapter(self, kwargs: dict[str, Any]) -> str | None:
-        """The adapter to run fused, None if PEFT's own forward pass is needed."""
+        """Return the adapter to run fused, None if PEFT's own forward pass is needed."""
         if self.disable_adapters or self.merged or any(v is not None for v in kwargs.values()):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]

@@ -29,7 +29,7 @@ COPY_IT = "train it again, or take another copy"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter in PEFT's format, on the CPU.
+    """Return the tensors of an adapter in PEFT's format, on the CPU.
 
     Raises:
         UserError: the file is truncated or damaged.
@@ -73,7 +73,7 @@ def fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], folder: Pat
 
 
 def _name_it(folder: Path) -> str:
-    """The way out where an adapter is another model's: its name, where it is noted."""
+    """Return the way out where an adapter is another model's: its name, where it is noted."""
     base = read_base(folder)
     known = base is not None and base.source != "path"
     way = f"model={shown(base.model, 120)}" if known else "model=NAME or model.path=DIR"
@@ -81,7 +81,8 @@ def _name_it(folder: Path) -> str:
 
 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's parameters and buffers, by their names in a model without adapters."""
+    """Return the base model's parameters and buffers, by their names in a model without
+    adapters."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     return {key.removeprefix(PREFIX).replace(".base_layer", ""): tensor for key, tensor in named}
 
@@ -119,7 +120,8 @@ def _lacks(folder: Path, lacking: list[str]) -> str:
 
 
 def _of_the_model(key: str, shape: torch.Size) -> int | None:
-    """The size of a LoRA tensor in the dimension that the base model determines, not the rank."""
+    """Return the size of a LoRA tensor in the dimension that the base model determines, not the
+    rank."""
     if "lora_B" in key:
         return shape[-2] if len(shape) > 1 else None
     return shape[-1] if len(shape) else None

@@ -111,7 +111,8 @@ def _check_targets(config: LoraConfig) -> None:
 
 
 def guest_config(config: LoraConfig) -> LoraConfig:
-    """`config` for the MixLoRA tuner: unchanged if it has experts, otherwise as a `GuestConfig`.
+    """Return `config` for the MixLoRA tuner: unchanged if it has experts, otherwise as a
+    `GuestConfig`.
 
     Raises:
         ValueError: it has a setting that several adapters on one base model cannot have.
@@ -144,7 +145,7 @@ def add_guest(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig)
 
 
 def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter that can be trained, by their names in the model."""
+    """Return the parameters of one adapter that can be trained, by their names in the model."""
     owned = {}
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
@@ -164,7 +165,8 @@ def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def plain_parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter, by names independent of its name and of other adapters."""
+    """Return the parameters of one adapter, by names independent of its name and of other
+    adapters."""
     found = parameters_of(model, adapter)
     return {_plain(name, adapter): parameter for name, parameter in found.items()}
 
@@ -256,7 +258,8 @@ def load_adapters(
 
 
 def not_built(folder: Path, error: BaseException) -> str:
-    """The error message for an adapter whose configuration matches no layer of the base model."""
+    """Return the error message for an adapter whose configuration matches no layer of the base
+    model."""
     reason = " ".join(str(error).split())[:300].rstrip(".")
     return (
         f"adapter={folder} cannot be loaded: {reason}; give a folder that PEFT wrote, for this "

@@ -202,7 +202,7 @@ class MixLoraModel(LoraModel):
         return found
 
     def _routed(self) -> list[MixLoraFeedForward | MixtureLinear]:
-        """The layers whose routers decided in the last pass, in the model's order."""
+        """Return the layers whose routers decided in the last pass, in the model's order."""
         layers = (MixLoraFeedForward, MixtureLinear)
         return [m for m in self.model.modules() if isinstance(m, layers) and m.routings]
 
@@ -231,7 +231,7 @@ class MixLoraModel(LoraModel):
                 )
 
     def _report(self) -> RouterReport | None:
-        """The report of the only adapter that ran."""
+        """Return the report of the only adapter that ran."""
         layers = self._routed()
         if len({name for layer in layers for name in layer.routings}) != 1:
             self.router_reports = {}

@@ -28,12 +28,12 @@ class RouterReport:
     counts: Tensor
 
     def detached(self) -> RouterReport:
-        """A copy whose loss has no autograd graph."""
+        """Return a copy whose loss has no autograd graph."""
         return RouterReport(self.loss.detach(), self.counts)
 
 
 def collect(layers: Sequence[RoutedLayer], row_map: RowMap) -> dict[str, RouterReport]:
-    """The report of each adapter in the last pass, with the graph of its loss."""
+    """Return the report of each adapter in the last pass, with the graph of its loss."""
     adapters = dict.fromkeys(name for layer in layers for name in layer.routings)
     return {
         name: _report([layer for layer in layers if name in layer.routings], name, row_map)
@@ -64,7 +64,7 @@ def _report(layers: Sequence[RoutedLayer], adapter: str, row_map: RowMap) -> Rou
 
 
 def _of_group(layers: Sequence[RoutedLayer], adapter: str, row_map: RowMap) -> RouterReport:
-    """The report of routers that have the same E and K."""
+    """Return the report of routers that have the same E and K."""
     each, types = [], row_map.types.get(adapter)
     for layer in layers:
         experts = layer.routings[adapter].experts

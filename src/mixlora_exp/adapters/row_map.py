@@ -89,7 +89,7 @@ class RowMap:
         }
 
     def real(self, adapter: str, rows: int, device: torch.device) -> Tensor | None:
-        """(rows,) bool of an adapter's rows, None if all are; made once for all layers."""
+        """Return (rows,) bool of an adapter's rows, None if all are; made once for all layers."""
         mask = self.masks.get(adapter)
         if mask is None:
             return None
@@ -123,7 +123,7 @@ class RowMap:
         return mask.view(count, -1)
 
     def of(self, x: Tensor) -> tuple[Segment, ...]:
-        """The segments of the rows of x (..., width), flattened.
+        """Return the segments of the rows of x (..., width), flattened.
 
         Raises:
             ValueError: the number of sequences does not match the number of names.
@@ -157,14 +157,14 @@ def _by_name(
 
 
 def take(rows: Tensor, segment: Segment) -> Tensor:
-    """The segment's rows: a view for a slice, otherwise a copy."""
+    """Return the segment's rows: a view for a slice, otherwise a copy."""
     if isinstance(segment.rows, slice):
         return rows[segment.rows]
     return rows.index_select(0, segment.rows)
 
 
 def join(parts: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
-    """The inverse of `take` for all segments together."""
+    """Return the inverse of `take` for all segments together."""
     if len(parts) == 1 and isinstance(segments[0].rows, slice):
         return parts[0]
     rows = torch.cat(list(parts))

@@ -52,7 +52,7 @@ REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The configuration of an adapter in `folder`, written by PEFT or this project.
+    """Return the configuration of an adapter in `folder`, written by PEFT or this project.
 
     Raises:
         UserError: a file is missing or damaged, the folder is in the official packages' format, the
@@ -116,7 +116,7 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _texts(value: Any) -> Iterator[Any]:
-    """The patterns in a setting: a text, the entries of a list, or the keys of an object."""
+    """Yield the patterns in a setting: a text, the entries of a list, or the keys of an object."""
     if isinstance(value, (list, dict)):
         yield from value
     elif value is not None:
@@ -137,8 +137,8 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _stars(pattern: Any) -> int:
-    """Number of unbounded repetitions in a pattern. Repeated groups and back-references count as
-    very many, since matching them can take exponential time."""
+    """Return the number of unbounded repetitions in a pattern. Repeated groups and back-references
+    count as very many, since matching them can take exponential time."""
     found = 0
     for code, argument in pattern:
         if code in REPEATS:

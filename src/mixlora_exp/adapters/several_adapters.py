@@ -23,8 +23,8 @@ __all__ = ["several_feed_forward", "several_linear"]
 
 
 def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
-    """The feed-forward block, each segment of rows with its adapter: experts, plain LoRA, or only
-    the base. x: (..., D); returns the same shape."""
+    """Return the feed-forward block, each segment of rows with its adapter: experts, plain LoRA, or
+    only the base. x: (..., D); returns the same shape."""
     segments, dtype = layer.row_map.of(x), working_dtype(x)
     for inner in layer.base_layer.children():
         # Their own forward passes, which begin with this, are not called here.
@@ -72,7 +72,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
 def _plain_stage(
     layer: MixLoraFeedForward, x: Tensor, gate: Tensor, up: Tensor, adapter: str
 ) -> tuple[Tensor, Finish]:
-    """The stage of an adapter without experts: PEFT's LoRA layers inside the base block."""
+    """Return the stage of an adapter without experts: PEFT's LoRA layers inside the base block."""
 
     def adapted(role: str, frozen: Tensor, rows: Tensor) -> Tensor:
         inner = layer.projection_layer(role)
@@ -85,8 +85,8 @@ def _plain_stage(
 
 
 def several_linear(layer: RowsLinear, x: Tensor) -> Tensor:
-    """`W x` once for all rows, then the adapter of each segment; adjacent segments of equal shape
-    together. x: (..., in); returns (..., out)."""
+    """Compute `W x` once for all rows, then the adapter of each segment; adjacent segments of equal
+    shape together. x: (..., in); returns (..., out)."""
     segments, dtype = layer.row_map.of(x), working_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -103,7 +103,8 @@ def several_linear(layer: RowsLinear, x: Tensor) -> Tensor:
 
 
 def _groups(layer: RowsLinear, segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Adjacent segments that `adapt` can compute together: equal number of rows, rank and kind."""
+    """Return adjacent segments that `adapt` can compute together: equal number of rows, rank and
+    kind."""
     groups: list[list[Segment]] = []
     last = None
     for segment in segments:

@@ -64,8 +64,8 @@ class Siblings:
         return {"names": self.names, "shares": self.shares, "_layers": {}}
 
     def output(self, name: str, layer: FusedLinear, x: Tensor, adapter: str) -> Tensor:
-        """The output (T, out) of projection `name` for x (..., in), as of `FusedLinear.compute`.
-        The first call computes all projections that share this input."""
+        """Return the output (T, out) of projection `name` for x (..., in), as of
+        `FusedLinear.compute`. The first call computes all projections that share this input."""
         if torch.compiler.is_compiling() or getattr(layer, "_is_replica", False):
             return layer.compute(x, [layer], adapter)[0]
         waiting, PENDING.waiting = PENDING.waiting, None

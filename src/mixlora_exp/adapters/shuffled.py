@@ -32,7 +32,7 @@ def shuffle_experts(model: nn.Module, adapter: str, seed: int) -> None:
 
 
 def _cycle(count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """A permutation of 0 to count - 1 that is one cycle (Sattolo's algorithm)."""
+    """Return a permutation of 0 to count - 1 that is one cycle (Sattolo's algorithm)."""
     order = list(range(count))
     for last in range(count - 1, 0, -1):
         other = int(torch.randint(last, (), generator=generator))

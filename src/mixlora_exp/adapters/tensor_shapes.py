@@ -10,7 +10,7 @@ from mixlora_exp.errors import UserError
 
 
 def load_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, by name, read only from its header.
+    """Return the shapes of the tensors in a safetensors file, by name, read only from its header.
 
     Raises:
         UserError: it is truncated or damaged.

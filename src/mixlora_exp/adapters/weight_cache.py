@@ -318,7 +318,7 @@ def _lasts(source: Source) -> bool:
 
 
 def _made_now(source: Source) -> CachedWeights:
-    """Uncached norms for one call; the kernels cast the parameters themselves."""
+    """Return uncached norms for one call; the kernels cast the parameters themselves."""
     if source.magnitude is None:
         return CachedWeights(None, None)
     with torch.no_grad():
@@ -327,7 +327,7 @@ def _made_now(source: Source) -> CachedWeights:
 
 
 def _needs(source: Source, dtype: torch.dtype) -> dict[str, tuple]:
-    """(shape, dtype, device) of the copies that a source needs, by name."""
+    """Return (shape, dtype, device) of the copies that a source needs, by name."""
     needed = {
         name: (tensor.shape, dtype, tensor.device)
         for name, tensor in (("a", source.a), ("b", source.b), ("scale", source.magnitude))
@@ -340,9 +340,9 @@ def _needs(source: Source, dtype: torch.dtype) -> dict[str, tuple]:
 
 
 def _allocated(new: Sequence[tuple[_Layer, Key, Source]]) -> list[dict[str, Tensor]]:
-    """Memory for copies. In one buffer for each dtype and device lie all A, then all B, in the
-    order of the layers: A of projections with one input are neighbours. What DoRA has is small, and
-    a graph that keeps one layer's is not to keep that of all."""
+    """Return memory for copies. In one buffer for each dtype and device lie all A, then all B, in
+    the order of the layers: A of projections with one input are neighbours. What DoRA has is small,
+    and a graph that keeps one layer's is not to keep that of all."""
     memories: list[dict[str, Tensor]] = [{} for _ in new]
     buffers: dict[tuple, list[tuple[int, str, torch.Size]]] = {}
     needed = [_needs(source, key[2]) for _, key, source in new]

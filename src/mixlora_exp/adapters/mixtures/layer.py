@@ -138,7 +138,7 @@ class MixtureLinear(nn.Module, RoutedLayer):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _parts(self, adapter: str) -> dict[str, Tensor]:
-        """The adapter's weights by their names in its method, the router's apart."""
+        """Return the adapter's weights by their names in its method, the router's apart."""
         names = [n for n in self.adapter_layer_names if not n.startswith("lora_router")]
         held = {name.removeprefix("lora_"): getattr(self, name) for name in names}
         return {part: own[adapter] for part, own in held.items() if adapter in own}
