@@ -42,7 +42,7 @@ def patch_with_liger(base: PreTrainedModel) -> None:
 
 @row("lora_axolotl", method="lora", head="full")
 def lora_axolotl(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
-    """PEFT's LoRA with axolotl's `kernels.lora`, whose activation is a Triton kernel."""
+    """Return PEFT's LoRA with axolotl's `kernels.lora`, whose activation is a Triton kernel."""
     try:
         functions = import_module("axolotl.kernels.lora")
     except ImportError as error:

@@ -37,8 +37,8 @@ class StepBatch:
         return self.inputs["input_ids"]
 
     def given_to(self, *, all_logits: bool) -> dict[str, Any]:
-        """The arguments of a training forward pass; `all_logits`: as a collator gives them that
-        knows nothing of `logits_to_keep`."""
+        """Return the arguments of a training forward pass; `all_logits`: as a collator gives them
+        that knows nothing of `logits_to_keep`."""
         given: dict[str, Any] = {**self.inputs, "num_items_in_batch": self.items}
         if all_logits:
             given.pop("logits_to_keep", None)
@@ -57,7 +57,8 @@ def step_batch(
     device: str,
     seed: int,
 ) -> StepBatch:
-    """`batch` random examples of `length` tokens, the last `answer` of which are the answer."""
+    """Return `batch` random examples of `length` tokens, the last `answer` of which are the
+    answer."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (batch, length), generator=generator)
     answer = min(answer, length - 1)

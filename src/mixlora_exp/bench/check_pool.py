@@ -27,13 +27,13 @@ class CheckTask:
     device: str = "cuda"
 
     def described(self) -> dict[str, Any]:
-        """The check's settings as a record names them."""
+        """Return the check's settings as a record names them."""
         kernel = f"{self.kernel} {self.what}" if self.what != "block" else self.kernel
         return {"case": self.case, "kernel": kernel, "dtype": self.dtype}
 
 
 def all_checks() -> list[CheckTask]:
-    """All checks; first those that a training run in bf16 depends on."""
+    """Return all checks; first those that a training run in bf16 depends on."""
     blocks = [
         CheckTask(what, kernel, case, dtype)
         for dtype in DTYPES
@@ -66,7 +66,7 @@ def carry_out(task: CheckTask) -> dict[str, Any]:
 
 
 def failure(check: Mapping[str, Any]) -> str:
-    """A check that did not pass, in a line: the tensor that is furthest off, and how far."""
+    """Return a check that did not pass, in a line: the tensor that is furthest off, and how far."""
     name = f"{check['case']}, {check['kernel']}, {check['dtype']}"
     if check.get("error"):
         return f"{name}: {check['error']}"
@@ -76,8 +76,8 @@ def failure(check: Mapping[str, Any]) -> str:
 
 
 def results(tasks: Sequence[CheckTask], processes: int, deadline: float) -> Iterator[dict]:
-    """The results as they come, until `deadline` (of `time.monotonic`); then, or when a process has
-    died and took its check with it, the rest is left out."""
+    """Yield the results as they come, until `deadline` (of `time.monotonic`); then, or when a
+    process has died and took its check with it, the rest is left out."""
     # Not forked: CUDA cannot be used in a copy of a process that has used it.
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(tasks)), torch.set_num_threads, (1,)) as pool:

@@ -71,7 +71,7 @@ CASES = {
 
 
 def _values(case: Case, device: str, seed: int) -> dict[str, Tensor]:
-    """Random values in float64 that fit in bf16, so that no input is rounded on its way."""
+    """Return random values in float64 that fit in bf16, so that no input is rounded on its way."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float) -> Tensor:
@@ -105,7 +105,7 @@ def _values(case: Case, device: str, seed: int) -> dict[str, Tensor]:
 def _run(
     kernel: str, case: Case, values: dict[str, Tensor], dtype: torch.dtype, seed: int
 ) -> dict[str, Tensor]:
-    """Output and gradients by name, in float64. Adapters are in float32 or better."""
+    """Return the output and gradients by name, in float64. Adapters are in float32 or better."""
     adapter_dtype = torch.promote_types(dtype, torch.float32)
     leaves = {}
     for name, value in values.items():
@@ -172,8 +172,8 @@ def kernel_errors(
 
 
 def router_errors(kernel: str, case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """The router of `kernel` against `route` in float64: experts that differ where no tie is near,
-    and the largest errors of the weights and of the gradients of x and the router."""
+    """Return the router of `kernel` against `route` in float64: experts that differ where no tie is
+    near, and the largest errors of the weights and of the gradients of x and the router."""
     values = _values(case, device, 0)
     upstream = torch.linspace(0.5, 1.5, case.top_k, dtype=torch.float64, device=device)
     made = {}

@@ -16,7 +16,7 @@ WHOLE = "train_s"
 
 
 def _seconds(sample: Sample, parts: Sequence[str]) -> float | None:
-    """The sum of `parts` of a step, None if one was not measured."""
+    """Return the sum of `parts` of a step, None if one was not measured."""
     if WHOLE in sample and tuple(parts) == TRAIN:
         return sample[WHOLE]
     return sum(sample[part] for part in parts) if all(p in sample for p in parts) else None
@@ -67,7 +67,8 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def ratios(taken: Sequence[Sample], others: Sequence[Sample], parts: Sequence[str]) -> list[float]:
-    """Sums of `parts` of one step over those of another, within the rounds that have both."""
+    """Return sums of `parts` of one step over those of another, within the rounds that have
+    both."""
     by_round = {sample["round"]: sample for sample in others}
     pairs = [(s, by_round[s["round"]]) for s in taken if s["round"] in by_round]
     both = [(_seconds(a, parts), _seconds(b, parts)) for a, b in pairs]
@@ -75,7 +76,7 @@ def ratios(taken: Sequence[Sample], others: Sequence[Sample], parts: Sequence[st
 
 
 def summary(taken: Sequence[Sample], reference: Sequence[Sample], tokens: int) -> dict[str, Any]:
-    """Medians and quartiles per token, and of the ratios within the same rounds."""
+    """Return medians and quartiles per token, and of the ratios within the same rounds."""
     if not taken:
         return {"rounds": 0}
     found: dict[str, Any] = {"rounds": len(taken)}
@@ -100,7 +101,7 @@ def summary(taken: Sequence[Sample], reference: Sequence[Sample], tokens: int) -
 
 
 def pair(taken: Sequence[Sample], others: Sequence[Sample], name: str) -> dict[str, Any]:
-    """Ratio of a row's training step to another row's within the same rounds."""
+    """Return the ratio of a row's training step to another row's within the same rounds."""
     own = ratios(taken, others, TRAIN)
     low, middle, high = quartiles(own)
     both = [round(low, 4), round(high, 4)]

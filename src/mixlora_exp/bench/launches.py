@@ -109,8 +109,8 @@ def _launches(func: OpOverload, name: str) -> bool:
 
 
 def _implementation(func: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The function registered by `torch.library` for the device of the first tensor. The dispatcher
-    itself would call it where this counter sees nothing."""
+    """Return the function registered by `torch.library` for the device of the first tensor. The
+    dispatcher itself would call it where this counter sees nothing."""
     leaves = tree_leaves((args, kwargs))
     device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
     functions = OPDEFS[func._schema.name]._backend_fns

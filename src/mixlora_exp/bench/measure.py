@@ -64,8 +64,8 @@ def name_rows(model: nn.Module, batch: StepBatch, kept: Tensor | None = None) ->
 
 
 def loss_of(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
-    """The loss of a training step as transformers' Trainer has it computed: the forward pass under
-    autocast in bf16 and what comes of it in float32, unless `row.autocast` is false. Rows of
+    """Return the loss of a training step as transformers' Trainer has it computed: the forward pass
+    under autocast in bf16 and what comes of it in float32, unless `row.autocast` is false. Rows of
     dropout are those that were named last."""
     given = batch.given_to(all_logits=row.all_logits)
     if row.method in ("base", "floor"):
@@ -81,7 +81,7 @@ def loss_of(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
 
 
 def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
-    """`loss_of` after naming the rows of the next optimizer step."""
+    """Return `loss_of` after naming the rows of the next optimizer step."""
     if row.compiled or not hasattr(model, "dropout_stream"):
         # Compiled, each number of kept rows would be another code.
         name_rows(model, batch)
@@ -93,7 +93,7 @@ def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
 
 
 def training_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> tuple[float, float]:
-    """Seconds of forward pass with loss, and of the backward pass.
+    """Return seconds of forward pass with loss, and of the backward pass.
 
     Each step counts as an optimizer step: what follows from the adapters' weights, DoRA's norms
     say, is computed anew in each, and its time is part of the forward pass.
@@ -114,8 +114,8 @@ def training_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> tuple[fl
 
 @torch.no_grad()
 def inference_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> float:
-    """Seconds of a forward pass over the whole batch with the logits of the last position. What is
-    computed once for many passes, the norms of DoRA, is computed before.
+    """Return seconds of a forward pass over the whole batch with the logits of the last position.
+    What is computed once for many passes, the norms of DoRA, is computed before.
 
     The position is given as an index: of `logits_to_keep=1` comes a view with gaps, for which torch
     multiplies each row by a copy of the head's weight of its own (four times the time of all else
@@ -134,8 +134,8 @@ def inference_step(model: nn.Module, row: BenchRow, batch: StepBatch) -> float:
 
 
 def feed_forward_saved_bytes(model: nn.Module, row: BenchRow, batch: StepBatch) -> float:
-    """Bytes per token that the first feed-forward block keeps for its backward pass, its input
-    included. A figure that does not depend on the machine."""
+    """Return bytes per token that the first feed-forward block keeps for its backward pass, its
+    input included. A figure that does not depend on the machine."""
     model.train()
     base, tokens = base_of(model), min(batch.ids.numel(), 1024)
     block = base.model.layers[0].mlp

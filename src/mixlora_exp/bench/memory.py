@@ -25,7 +25,8 @@ from mixlora_exp.system.device import peak_memory_bytes, reset_peak_memory
 
 
 def measure_in_process(config: StepOptions, row: str) -> dict[str, Any]:
-    """`measure_here` in a fresh process; `{"error": ...}` if it died (e.g. out of memory)."""
+    """Return `measure_here` in a fresh process; `{"error": ...}` if it died (e.g. out of
+    memory)."""
     return in_fresh_process("mixlora_exp.bench.memory", {**as_json(config), "rows": [row]})
 
 
@@ -46,8 +47,8 @@ def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_here(config: StepOptions, row: str) -> dict[str, int]:
-    """Bytes beyond what the process held before the model was built: weights, adapter, activations
-    and gradients, without an optimizer."""
+    """Return bytes beyond what the process held before the model was built: weights, adapter,
+    activations and gradients, without an optimizer."""
     device = torch.device("cpu")
     # Libraries allocate their own when they first run.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))

@@ -28,7 +28,7 @@ CONF = CONF_DIR / "model"
 
 
 def model_config(name: str, layers: int | None) -> ModelConfig:
-    """The model `conf/model/<name>.yaml`, cut to `layers`, with random weights.
+    """Return the model `conf/model/<name>.yaml`, cut to `layers`, with random weights.
 
     Raises:
         UserError: there is no such model, or `layers` is more than it has.
@@ -56,7 +56,7 @@ def model_config(name: str, layers: int | None) -> ModelConfig:
 
 
 def base_model(config: ModelConfig, dtype: torch.dtype, device: str, seed: int) -> PreTrainedModel:
-    """A frozen model of that shape on `device`, filled from `seed`."""
+    """Return a frozen model of that shape on `device`, filled from `seed`."""
     torch.manual_seed(seed)
     # Drawn on the device and in the precision they stay in: seven billion float32 are 28 GB.
     with torch.device(device), transformers_initialization.no_init_weights():
@@ -78,13 +78,13 @@ def base_model(config: ModelConfig, dtype: torch.dtype, device: str, seed: int) 
 
 
 def sharing(base: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the weights."""
+    """Return a copy of the modules that shares the weights."""
     shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
     return copy.deepcopy(base, shared)
 
 
 def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
-    """A row's adapter, on every projection."""
+    """Return a row's adapter, on every projection."""
     common = {
         "r": row.rank,
         "lora_alpha": 2 * row.rank,
@@ -105,8 +105,8 @@ def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
 
 
 def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
-    """The model of a row on the weights of `base`. B is not left at zero, so that no product of
-    the row is with zeros. Rows `base` and `floor` have no adapter. Dropout of this project's
+    """Return the model of a row on the weights of `base`. B is not left at zero, so that no product
+    of the row is with zeros. Rows `base` and `floor` have no adapter. Dropout of this project's
     methods is drawn as in training, from `dropout_stream` of the model."""
     model = sharing(base)
     if row.method in ("base", "floor"):
@@ -137,12 +137,12 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model in a PEFT model, or a model without adapters itself."""
+    """Return the base model in a PEFT model, or a model without adapters itself."""
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
 def model_of(name: str, base: PreTrainedModel, dropout: float, seed: int) -> nn.Module:
-    """The model of a registered row on the weights of `base`.
+    """Return the model of a registered row on the weights of `base`.
 
     Raises:
         NotHere: it cannot be made on this machine.

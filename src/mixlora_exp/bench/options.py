@@ -64,7 +64,7 @@ class StepOptions(BenchOptions):
 
 
 def as_json(options: BenchOptions) -> dict[str, Any]:
-    """The settings as a record has them."""
+    """Return the settings as a record has them."""
     return {
         name: value.value if isinstance(value, Enum) else value
         for name, value in asdict(options).items()

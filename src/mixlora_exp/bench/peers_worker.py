@@ -27,7 +27,7 @@ ADAPTER = {
 
 
 def base(spec: dict) -> LlamaForCausalLM:
-    """A Llama of the shape asked for, random weights."""
+    """Return a Llama of the shape asked for, random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(**spec["shape"], attn_implementation="eager")
     model = LlamaForCausalLM(config).to(getattr(torch, spec["dtype"]))
@@ -35,7 +35,8 @@ def base(spec: dict) -> LlamaForCausalLM:
 
 
 def moe_peft_step(spec: dict):
-    """A training step of moe-peft's MixLoRA as its trainer takes it, without recomputation."""
+    """Return a training step of moe-peft's MixLoRA as its trainer takes it, without
+    recomputation."""
     from moe_peft.adapters import lora_config_factory
     from moe_peft.common import LLMBatchConfig, LLMModelInput
     from moe_peft.model import LLMModel
@@ -76,9 +77,9 @@ def moe_peft_step(spec: dict):
 
 
 def mixlora_step(spec: dict):
-    """A forward pass of the package mixlora, which has inference only. Its experts stand outside
-    of the module tree, so that `eval()` leaves their dropout on, and it refuses a dropout of 0:
-    measured as it runs."""
+    """Return a forward pass of the package mixlora, which has inference only. Its experts stand
+    outside of the module tree, so that `eval()` leaves their dropout on, and it refuses a dropout
+    of 0: measured as it runs."""
     from mixlora.config import MixLoraConfig
     from mixlora.model import inject_adapter_in_model
 

@@ -32,7 +32,7 @@ class RecordedStep:
         self._pass = CapturedPass(self._run, self._prepare, recorder)
 
     def __call__(self) -> float:
-        """Seconds of a step, which counts as an optimizer step.
+        """Return seconds of a step, which counts as an optimizer step.
 
         Raises:
             NotHere: the step cannot be recorded.

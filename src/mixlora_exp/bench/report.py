@@ -43,7 +43,8 @@ EXTRA = {
 
 
 def paper_rows(model: str) -> dict[str, Mapping[str, str]]:
-    """The paper's figures by row of the benchmark, empty for a model that it does not have."""
+    """Return the paper's figures by row of the benchmark, empty for a model that it does not
+    have."""
     if model not in PAPER_TABLES:
         return {}
     with (PAPER / PAPER_TABLES[model]).open(newline="") as stream:
@@ -108,7 +109,7 @@ def _extra(row: Mapping[str, Any], key: str, tokens: int) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The table of one record, with what it was measured on."""
+    """Return the table of one record, with what it was measured on."""
     config, hardware = record["config"], record["provenance"]["hardware"]
     machine = ", ".join(hardware.get("gpus") or []) or (
         f"{hardware['cpu']}, {record['threads']} threads"
@@ -137,7 +138,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def kernel_table(record: Mapping[str, Any], name: str) -> str:
-    """The longest kernels of a row's step, or nothing."""
+    """Return the longest kernels of a row's step, or nothing."""
     row = record["rows"].get(name, {})
     if not row.get("by_kernel"):
         return ""

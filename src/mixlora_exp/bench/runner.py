@@ -62,7 +62,7 @@ def kind_of(name: str) -> Kind:
 
 
 def split_kind(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The kind that a command line names (`steps` if none), and its other words."""
+    """Return the kind that a command line names (`steps` if none), and its other words."""
     chosen = [word.removeprefix("kind=") for word in arguments if word.startswith("kind=")]
     rest = [word for word in arguments if not word.startswith("kind=")]
     return (chosen[-1] if chosen else "steps"), rest
@@ -113,7 +113,7 @@ def _parsed(kind: Kind) -> Callable[[Sequence[str]], BenchOptions]:
 
 
 def machine_slug(record: Record) -> str:
-    """The first GPU, or `cpu`, as part of a file's name."""
+    """Return the first GPU, or `cpu`, as part of a file's name."""
     machine = (record["provenance"]["hardware"].get("gpus") or ["cpu"])[0]
     return re.sub(r"[^a-z0-9]+", "_", machine.lower()).strip("_")
 

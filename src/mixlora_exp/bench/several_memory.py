@@ -83,8 +83,8 @@ def _per_model(whole: dict[str, int], count: int) -> dict[str, float]:
 
 
 def resident_here(config: AdapterOptions, count: int) -> dict[str, int]:
-    """Bytes beyond what this process held before, at `config.layers`: of a forward pass, and of a
-    training step with AdamW."""
+    """Return bytes beyond what this process held before, at `config.layers`: of a forward pass, and
+    of a training step with AdamW."""
     device = torch.device("cpu")
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     reset_peak_memory(device)
@@ -108,7 +108,7 @@ def resident_here(config: AdapterOptions, count: int) -> dict[str, int]:
 
 
 def resident(config: AdapterOptions, count: int) -> dict[str, Any]:
-    """`resident_here` in a fresh process."""
+    """Return `resident_here` in a fresh process."""
     asked = {"config": asdict(config), "count": count}
     return in_fresh_process("mixlora_exp.bench.several_memory", asked)
 

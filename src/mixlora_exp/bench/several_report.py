@@ -84,7 +84,7 @@ def _times(record: Mapping[str, Any]) -> str:
 
 
 def several_markdown(record: Mapping[str, Any]) -> str:
-    """The tables of one record, with what it was measured on."""
+    """Return the tables of one record, with what it was measured on."""
     config, hardware = record["config"], record["provenance"]["hardware"]
     # Older records call it `kind`.
     method = config.get("method", config.get("kind"))

@@ -69,12 +69,12 @@ def check(config: AdapterOptions) -> None:
 
 
 def method_of(config: AdapterOptions, number: int) -> str:
-    """The method of the adapter with this number."""
+    """Return the method of the adapter with this number."""
     return METHODS[number % len(METHODS)] if config.method == "mixed" else config.method
 
 
 def together(config: AdapterOptions, base: torch.nn.Module, count: int) -> PeftModel:
-    """`count` trainable adapters on the weights of `base`, B not left at zero."""
+    """Return `count` trainable adapters on the weights of `base`, B not left at zero."""
     model: Any = sharing(base)
     for number in range(count):
         torch.manual_seed(config.seed + number)
@@ -97,7 +97,7 @@ def together(config: AdapterOptions, base: torch.nn.Module, count: int) -> PeftM
 
 
 def batches_of(config: AdapterOptions, count: int, sequences: int, vocabulary: int) -> dict:
-    """Random sequences for each adapter, every token of which counts."""
+    """Return random sequences for each adapter, every token of which counts."""
     made = {}
     for number in range(count):
         generator = torch.Generator().manual_seed(config.seed + number)
@@ -174,7 +174,7 @@ class Joint:
         return clock.spans()[0]
 
     def saved(self) -> int:
-        """Bytes kept for the backward pass, beside parameters."""
+        """Return bytes kept for the backward pass, beside parameters."""
         self.model.train()
         owned = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         with packed_attention(self.model.base_model.model) as attention:

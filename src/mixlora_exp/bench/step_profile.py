@@ -46,8 +46,8 @@ def kernel_times(run: Callable[[], Any], device: torch.device) -> list[KernelTim
 
 
 def step_profile(step: Callable[[], Any], device: torch.device, *, top: int = 25) -> dict[str, Any]:
-    """A training step by kernel: `busy_us`, the sum of their times, `kernels`, how many ran, and
-    the `top` longest as `by_kernel`."""
+    """Return a training step by kernel: `busy_us`, the sum of their times, `kernels`, how many ran,
+    and the `top` longest as `by_kernel`."""
     times = kernel_times(step, device)
     return {
         "busy_us": round(sum(one.us for one in times), 1),
@@ -59,8 +59,8 @@ def step_profile(step: Callable[[], Any], device: torch.device, *, top: int = 25
 
 
 def launches_per_layer(model: nn.Module, row: BenchRow, batch: StepBatch) -> int | None:
-    """Launches of one decoder layer in a training step, forward and backward pass: those of the
-    first two layers less those of the first alone. On a GPU they are taken from a profile,
+    """Return launches of one decoder layer in a training step, forward and backward pass: those of
+    the first two layers less those of the first alone. On a GPU they are taken from a profile,
     elsewhere counted as dispatched operations. None for a model of one layer."""
     config, device = base_of(model).config, batch.ids.device
     depth, counts = config.num_hidden_layers, []

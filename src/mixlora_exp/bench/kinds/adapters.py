@@ -115,8 +115,8 @@ def _times(
     taken: Sequence[Sample], samples: Mapping[str, Sequence[Sample]], name: str,
     config: AdapterOptions,
 ) -> dict[str, Any]:  # fmt: skip
-    """Medians, and ratios within rounds: to the first row of the same tokens, or of small batches
-    to the runs one after another."""
+    """Return medians, and ratios within rounds: to the first row of the same tokens, or of small
+    batches to the runs one after another."""
     small = name.startswith("small")
     count = int(name.rpartition("_")[2]) if small else 0
     tokens = config.length * (config.small * count if small else config.sequences)

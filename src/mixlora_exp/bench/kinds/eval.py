@@ -78,7 +78,7 @@ def _tests(config: Config, limit: int) -> dict[str, LoadedSplit]:
 
 
 def _write_label_tasks(folder: Path, tests: dict[str, LoadedSplit], config: Config) -> list[str]:
-    """Tasks of lm-eval with the prompts of `label_logits` and the labels as choices."""
+    """Return tasks of lm-eval with the prompts of `label_logits` and the labels as choices."""
     names = []
     for task, test in tests.items():
         data = folder / f"label_{task}.jsonl"

@@ -55,7 +55,7 @@ def _block(settings: FormOptions, d: int, f: int, dtype: torch.dtype, dora: bool
 
 @torch.no_grad()
 def _times(settings: FormOptions, block: FeedForward, x: torch.Tensor) -> dict[str, list[float]]:
-    """Seconds of each pass, the forms in turn, for at least three rounds."""
+    """Return seconds of each pass, the forms in turn, for at least three rounds."""
     routing = route(x, torch.randn(settings.experts, x.shape[1]) * 0.05, settings.top_k)
     found: dict[str, list[float]] = {name: [] for name in FORMS}
     for form in FORMS.values():

@@ -67,7 +67,7 @@ class GpuOptions(BenchOptions):
 
 
 def steps_of(options: GpuOptions, model: str) -> StepOptions:
-    """Settings of the step benchmark of one model."""
+    """Return settings of the step benchmark of one model."""
     batch, length, *_ = MODELS[model]
     rows = options.rows
     if model != "llama2_7b":
@@ -79,7 +79,7 @@ def steps_of(options: GpuOptions, model: str) -> StepOptions:
 
 
 def measure(options: GpuOptions) -> Iterator[dict[str, Any]]:
-    """The checks first, then model by model; what does not fit into the time is named."""
+    """Yield the checks first, then model by model; what does not fit into the time is named."""
     for name in options.models:
         if name not in MODELS:
             raise UserError(f"models={name} is not in this suite: choose from {', '.join(MODELS)}")
@@ -96,7 +96,7 @@ def measure(options: GpuOptions) -> Iterator[dict[str, Any]]:
 
 
 def suite(options: GpuOptions) -> Iterator[dict[str, Any]]:
-    """The record after each part."""
+    """Yield the record after each part."""
     start, limit = time.monotonic(), 60 * options.minutes
     record: dict[str, Any] = {
         "minutes": options.minutes, "checks": [], "failed": [], "benchmarks": [], "skipped": {},
@@ -160,7 +160,8 @@ def carry_out_checks(record: dict[str, Any], deadline: float) -> None:
 
 
 def run_tests(record: dict[str, Any], options: GpuOptions, limit: float) -> None:
-    """The tests of the Triton kernels by pytest: `tests` names the log and those that failed."""
+    """Run the tests of the Triton kernels by pytest; `tests` in the record names the log and those
+    that failed."""
     name = options.name or machine_slug({"provenance": {"hardware": hardware_names()}})
     log = ROOT / options.output / f"{name}-tests.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ def run_tests(record: dict[str, Any], options: GpuOptions, limit: float) -> None
 
 
 def failed_tests(log: Path) -> list[str]:
-    """The names in pytest's summary."""
+    """Return the names in pytest's summary."""
     lines = log.read_text(errors="replace").splitlines()
     words = [line.split(" - ")[0].split(" ", 1) for line in lines]
     return [word[1] for word in words if word[0] in ("FAILED", "ERROR") and len(word) == 2]

@@ -53,7 +53,7 @@ class PeerOptions(BenchOptions):
 
 
 def _environment(folder: Path) -> Path:
-    """The Python of the package's environment, made if it is not there.
+    """Return the Python of the package's environment, made if it is not there.
 
     Raises:
         UserError: it cannot be installed.
@@ -83,7 +83,7 @@ def _peer_step(worker: subprocess.Popen[str]) -> dict[str, float]:
 
 
 def _worker(python: Path, options: PeerOptions, shape: ModelConfig) -> subprocess.Popen[str]:
-    """The package in a process of its own, its model built.
+    """Return the package in a process of its own, its model built.
 
     Raises:
         UserError: it does not run.
@@ -104,7 +104,7 @@ def _worker(python: Path, options: PeerOptions, shape: ModelConfig) -> subproces
 
 
 def _step(options: PeerOptions, shape: ModelConfig) -> Callable[[], Sample]:
-    """A step of this project's."""
+    """Return a step of this project's."""
     base = base_model(shape, getattr(torch, options.dtype), "cpu", 0)
     # Eager attention on both sides, which the package recommends and has.
     base.set_attn_implementation("eager")

@@ -149,7 +149,7 @@ class _Rows:
                 self.say(f"{name}: ready")
 
     def ready(self, name: str) -> nn.Module | RecordedStep:
-        """A row's model or, where its step is to be recorded, that step."""
+        """Return a row's model or, where its step is to be recorded, that step."""
         row = ROWS[name]
         model = model_of(name, self.base, self.config.dropout, self.config.seed)
         if row.compiled and not row.stock:

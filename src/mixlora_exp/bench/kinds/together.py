@@ -36,7 +36,8 @@ class TogetherOptions(BenchOptions):
 
 
 def _run(words: list[str], log: Path) -> dict[str, float]:
-    """Seconds and peak memory of one command line of `train.py`, start and loading included."""
+    """Return seconds and peak memory of one command line of `train.py`, start and loading
+    included."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "train.py"), *words]
     say(" ".join(words))
     begun = time.perf_counter()
