@@ -42,7 +42,7 @@ class Words:
         self.lines = [one.input_line or "" for one in parsed]
 
     def folders(self, name: str) -> list[str]:
-        """The folders that `run=` or `adapter=` names: none, one, or several in brackets."""
+        """Return the folders that `run=` or `adapter=` names: none, one, or several in brackets."""
         if name not in self.named:
             return []
         found = typed_texts(self.named[name])
@@ -53,12 +53,12 @@ class Words:
         return found
 
     def others(self, *names: str) -> list[str]:
-        """The overrides, without those of the fields `names`."""
+        """Return the overrides, without those of the fields `names`."""
         return [line for line in self.lines if line.partition("=")[0] not in names]
 
 
 def each(words: Sequence[str]) -> list[list[str]]:
-    """One command line for each folder of `run=[A,B]` or `adapter=[A,B]`.
+    """Return one command line for each folder of `run=[A,B]` or `adapter=[A,B]`.
 
     Raises:
         UserError: the list lacks a folder, or both `run` and `adapter` are given.
@@ -74,8 +74,8 @@ def each(words: Sequence[str]) -> list[list[str]]:
 
 
 def settled(words: Sequence[str]) -> tuple[list[str], Recorded]:
-    """The overrides of `conf/evaluate.yaml` for a command line with at most one folder, and the
-    settings that a record adds (see `resolve.to_config`).
+    """Return the overrides of `conf/evaluate.yaml` for a command line with at most one folder, and
+    the settings that a record adds (see `resolve.to_config`).
 
     Raises:
         UserError: `run=DIR` holds no finished run or no adapter, or `adapter=DIR` is not a folder.
@@ -102,7 +102,7 @@ def settled(words: Sequence[str]) -> tuple[list[str], Recorded]:
 
 
 def _of_run(named: str, given: Mapping[str, Any]) -> Recorded:
-    """The settings in the record of a finished run, and the run's adapter."""
+    """Return the settings in the record of a finished run, and the run's adapter."""
     folder = Path(named).expanduser()
     if not (folder / RECORD).is_file():
         left = folder / "last_good"

@@ -18,7 +18,7 @@ ASKED = (*TEXTS, "adapter", "adapters")
 
 
 def _checked(word: str) -> str:
-    """The argument, with the folders of a list as they were typed."""
+    """Return the argument, with the folders of a list as they were typed."""
     name, _, value = word.partition("=")
     if name in ASKED:
         check_text(word, name)

@@ -65,7 +65,8 @@ class Steps:
         self.times.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """Median of a step; the first one, in which kernels are compiled, has no beginning."""
+        """Return the median of a step; the first one, in which kernels are compiled, has no
+        beginning."""
         spans = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
         return statistics.median(spans)
 
@@ -97,14 +98,15 @@ def _kill_a_run(config: Config, seconds: float) -> None:
 
 
 def _examples(config: Config, folder: Path) -> list[Any]:
-    """The encoded examples that a run in `folder` trains on."""
+    """Return the encoded examples that a run in `folder` trains on."""
     return training_examples(start(config, folder, gather_inputs(config)))
 
 
 def _measured(
     config: Config, train: dict[str, Any], steps: Steps, examples: Sequence[Any]
 ) -> dict[str, Any]:
-    """Speed and memory of a training, beside the plan for examples of their true length."""
+    """Return the speed and memory of a training, beside the plan for examples of their true
+    length."""
     longest = max(16, *(len(example.input_ids) for example in examples))
     data = dataclasses.replace(config.data, cutoff_length=longest)
     planned = memory_of(dataclasses.replace(config, data=data))

@@ -60,7 +60,8 @@ ACCEPT = "base=accept"
 
 
 def _model_args(argv: Sequence[str]) -> dict[str, str]:
-    """lm-eval's `--model_args`: name=value pairs, in one word or several, or a JSON object."""
+    """Return lm-eval's `--model_args`: name=value pairs, in one word or several, or a JSON
+    object."""
     words: list[str] = []
     for number, word in enumerate(argv):
         flag, equals, value = word.partition("=")

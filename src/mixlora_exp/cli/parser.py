@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--results", metavar="DIR", type=Path, default=OWN_RESULTS, help=what)
 
     def _dashed(self, word: str) -> list[str]:
-        """An option that was written as a setting (`brief=true`, `output=DIR`), with its dashes."""
+        """Return an option that was written as a setting (`brief=true`, `output=DIR`), with its
+        dashes."""
         name, equals, value = word.partition("=")
         action = self._option_string_actions.get(f"--{name}")
         if not equals or action is None:

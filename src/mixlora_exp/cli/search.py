@@ -34,7 +34,7 @@ def _train(config: Config, watch: Callable[[int, float], None]) -> Path:
 
 
 def _quoted(word: str) -> str:
-    """The entries of `ranges` as texts: Hydra's grammar has no `=` within a value."""
+    """Return the entries of `ranges` as texts: Hydra's grammar has no `=` within a value."""
     name, _, value = word.partition("=")
     return f"{name}={literal(typed_texts(value))}" if name == "ranges" else as_typed([word])[0]
 

@@ -47,7 +47,7 @@ def _overview(cells: list[CellState]) -> list[list[str]]:
 
 
 def _lines(rows: list[list[str]]) -> Iterator[str]:
-    """A table, never truncated to the terminal's width."""
+    """Yield the lines of a table, never truncated to the terminal's width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         shown = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))

@@ -16,8 +16,8 @@ from mixlora_exp.system.hub import adapter_folder, on_hub, pin_revision
 
 
 def with_base(overrides: Sequence[str]) -> tuple[list[str], Recorded]:
-    """The overrides of a command line. If it scores an adapter and chooses no base model, the
-    adapter's own is chosen, by overrides that come first or by fields of its record."""
+    """Return the overrides of a command line. If it scores an adapter and chooses no base model,
+    the adapter's own is chosen, by overrides that come first or by fields of its record."""
     given = dict(line.split("=", 1) for line in overrides if "=" in line)
     typed = given.get("adapter", "null").strip("'\"")
     # Several are cells of a sweep, each of which is resolved when it starts.
