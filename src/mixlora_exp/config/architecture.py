@@ -29,7 +29,7 @@ WHOLE = {"model_type", "hidden_size", "num_hidden_layers"}
 
 
 def current_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The group `model` of a record, converted to the current schema."""
+    """Return the group `model` of a record, converted to the current schema."""
     if "family" not in model:
         return dict(model)
     kept = {name: value for name, value in model.items() if name not in OLD_NAMES}
@@ -40,13 +40,15 @@ def current_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def old_name(name: str) -> str | None:
-    """The current way to set a former field of the group `model`; None for any other name."""
+    """Return the current way to set a former field of the group `model`; None for any other
+    name."""
     new = OLD_NAMES.get(name)
     return None if new is None else f"model.config={{{new}: VALUE}}"
 
 
 def read_architecture(folders: Iterable[Path], name: str) -> dict[str, Any] | None:
-    """`model/<name>.json` from the first of the configuration `folders` that has it, or None.
+    """Return `model/<name>.json` from the first of the configuration `folders` that has it, or
+    None.
 
     Raises:
         UserError: the file cannot be read as a JSON object.
@@ -70,7 +72,8 @@ def read_architecture(folders: Iterable[Path], name: str) -> dict[str, Any] | No
 
 
 def complete(model: ModelConfig, published: Mapping[str, Any] | None) -> ModelConfig:
-    """`model` with a complete `config`: the `published` JSON, overridden by the given fields.
+    """Return `model` with a complete `config`: the `published` JSON, overridden by the given
+    fields.
 
     A given `config` that has all fields of `WHOLE`, as in a record, replaces the published one.
 
@@ -109,7 +112,8 @@ def complete(model: ModelConfig, published: Mapping[str, Any] | None) -> ModelCo
 
 
 def _named(model: ModelConfig) -> ModelConfig:
-    """A model of the user's own with the last part of its folder or repository as its name."""
+    """Return a model of the user's own with the last part of its folder or repository as its
+    name."""
     place = model.path or model.hub_id
     if not place:
         raise UserError(f"model={OWN} is not enough: add model.path=DIR or model.hub_id=ID")

@@ -175,8 +175,8 @@ class Head(Enum):
 
 
 def _registered(folder: str, decorator: str) -> dict[str, dict[str, object]]:
-    """The names under which the files of a folder of `kernels` register implementations, with the
-    constants among the decorator's keywords.
+    """Return the names under which the files of a folder of `kernels` register implementations,
+    with the constants among the decorator's keywords.
 
     Read from their decorators, since importing the files loads torch, and a mistake on the command
     line is reported before that."""

@@ -88,7 +88,7 @@ def _parse(hydra: Any, overrides: Sequence[str]) -> list[Override]:
 
 @lru_cache(maxsize=1)
 def _groups(hydra: Any) -> list[str]:
-    """The groups of a session, for which Hydra copies its whole repository of files."""
+    """Return the groups of a session, for which Hydra copies its whole repository of files."""
     return hydra.config_loader.list_groups("")
 
 
@@ -166,9 +166,9 @@ def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
-    """The overrides with `++` before those of `model.config`, whose fields the schema does not
-    list, and with `model=own` before a `model.path` or `model.hub_id` that no model is chosen for.
-    """
+    """Return the overrides with `++` before those of `model.config`, whose fields the schema does
+    not list, and with `model=own` before a `model.path` or `model.hub_id` that no model is chosen
+    for. """
     lines = [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
     fields = {line.partition("=")[0] for line in lines}
     chosen = {"model", "model.name", "model.source", "model.weights"} & fields
@@ -178,7 +178,7 @@ def opened(overrides: Sequence[str]) -> list[str]:
 
 
 def compose_cell(hydra: Any, name: str, overrides: Sequence[str], recorded: Recorded = None) -> Any:
-    """The checked configuration of one run over the root `conf/NAME.yaml`; see
+    """Return the checked configuration of one run over the root `conf/NAME.yaml`; see
     `resolve.to_config` for `recorded`."""
     overrides = opened(overrides)
     _check_overrides(hydra, _parse(hydra, overrides), sweep=False)
@@ -190,7 +190,7 @@ def compose(
     name: str = "config",
     recorded: Recorded = None,
 ) -> Any:
-    """The configuration of one command line over the root `conf/NAME.yaml`: a `Config`, or a
+    """Return the configuration of one command line over the root `conf/NAME.yaml`: a `Config`, or a
     `GenerateConfig` for `generate`; see `resolve.to_config` for `recorded`.
 
     Raises:
@@ -201,7 +201,7 @@ def compose(
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
-    """The overrides of a command line, parsed with Hydra's grammar.
+    """Return the overrides of a command line, parsed with Hydra's grammar.
 
     Raises:
         UserError: an argument is not of the form name=value.
@@ -211,8 +211,8 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
 
 
 def compose_settings(schema: type[Settings], words: Sequence[str]) -> Settings:
-    """An instance of the dataclass `schema` with the values given as `name=value`, in Hydra's
-    grammar. For commands whose settings are not in `conf/`.
+    """Return an instance of the dataclass `schema` with the values given as `name=value`, in
+    Hydra's grammar. For commands whose settings are not in `conf/`.
 
     Raises:
         UserError: a field is unknown, or a value has the wrong type.
@@ -234,7 +234,7 @@ def compose_adapters(
     entries: Sequence[Any],
     recorded: Recorded = None,
 ) -> list[Config]:
-    """The configurations of the entries of `adapters=[...]`, checked together."""
+    """Return the configurations of the entries of `adapters=[...]`, checked together."""
     configs = expand(lambda lines: compose_cell(hydra, name, lines, recorded), overrides, entries)
     if len(configs) > 1:
         check_together(configs, [fingerprint(config) for config in configs])
@@ -336,7 +336,7 @@ def plan_runs(
 def _packed(
     cells: Sequence[Cell], packs: Sequence[Sequence[int]], swept: Sequence[Override]
 ) -> list[str]:
-    """The sweep rewritten as one over `adapters=[...]`, so that any launcher can run it."""
+    """Return the sweep rewritten as one over `adapters=[...]`, so that any launcher can run it."""
     keys = [o.get_key_element().lstrip("+") for o in swept if o.is_sweep_override()]
     common = [o.input_line for o in swept if not o.is_sweep_override()]
 

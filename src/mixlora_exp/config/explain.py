@@ -33,7 +33,7 @@ def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
 
 
 def methods_with(name: str) -> list[str]:
-    """The methods that have a setting, without those made from another method."""
+    """Return the methods that have a setting, without those made from another method."""
     found = []
     for path in sorted((CONF_DIR / "method").glob("*.yaml")):
         (first, *_) = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [""])

@@ -48,7 +48,8 @@ LATER = {
 
 
 def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's configuration in the current schema, with the fields that its version lacked."""
+    """Return a record's configuration in the current schema, with the fields that its version
+    lacked."""
     known = {item.name for item in fields(method_class(settings["method"]))}
     found = {**settings, "model": current_model(settings["model"])}
     for (group, name), value in LATER.items():

@@ -51,8 +51,8 @@ def check_recorded(config: Any) -> None:
 
 
 def rebuilt(settings: Mapping[str, Any]) -> Config:
-    """The configuration of a record. Fields that its version lacked have the values that keep its
-    behaviour.
+    """Return the configuration of a record. Fields that its version lacked have the values that
+    keep its behaviour.
 
     Raises:
         UserError: a field is unknown to the schema, or a value has the wrong type or is out of its
@@ -62,15 +62,15 @@ def rebuilt(settings: Mapping[str, Any]) -> Config:
 
 
 def built(settings: Mapping[str, Any], kind: type) -> Any:
-    """An instance of the schema `kind` with these plain values; see `rebuilt`."""
+    """Return an instance of the schema `kind` with these plain values; see `rebuilt`."""
     return _read(settings, kind, "config", lambda owner, values: owner(**values))
 
 
 def overlaid(
     composed: Mapping[str, Any], recorded: Mapping[str, Any], given: Iterable[str]
 ) -> dict[str, Any]:
-    """A composed configuration, as plain values, with the values of `recorded`, some groups or
-    fields of a record's configuration, in all fields but those that the command line gave.
+    """Return a composed configuration, as plain values, with the values of `recorded`, some groups
+    or fields of a record's configuration, in all fields but those that the command line gave.
 
     given: their dotted names; a group's name stands for all of its fields.
     """
@@ -124,7 +124,7 @@ def _check_tasks(value: Mapping[str, Any], where: str) -> None:
 
 
 def _read(value: Any, kind: Any, where: str, made: Made) -> Any:
-    """The value of a field, in the type `kind`; `made` makes the instances of the schema."""
+    """Return the value of a field, in the type `kind`; `made` makes the instances of the schema."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:

@@ -179,7 +179,7 @@ def to_config(cfg: DictConfig, recorded: Recorded = None) -> Any:
 
 
 def _folders(state: Any) -> list[Path]:
-    """The configuration folders; those of `--config-path` and `--config-dir` come first."""
+    """Return the configuration folders; those of `--config-path` and `--config-dir` come first."""
     sources = [] if state is None else state.runtime.config_sources
     return [*(Path(s.path) for s in sources if s.schema == "file"), CONF_DIR]
 

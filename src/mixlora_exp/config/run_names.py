@@ -41,8 +41,8 @@ def _usual(method: str, trainer: str) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> Iterator[str]:
-    """`rank4`, `lr0.0006`: the scalar settings that differ from the defaults, as far as they fit.
-    A run that only scores has none."""
+    """Yield `rank4`, `lr0.0006`: the scalar settings that differ from the defaults, as far as they
+    fit. A run that only scores has none."""
     usual = {} if config.method.name == "none" else _usual(config.method.name, config.trainer.name)
     own, room = determining(to_dict(config)), LONGEST
     for group in GROUPS if usual else ():

@@ -392,7 +392,7 @@ class Config:
         )  # fmt: skip
 
     def _protocol_of(self, task: str) -> str:
-        """The one protocol that scores a task of free text; "" for another task."""
+        """Return the one protocol that scores a task of free text; "" for another task."""
         own = self.task.custom.get(task)
         if own is None or not own.answer_as.free:
             return ""

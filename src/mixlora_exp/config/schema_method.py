@@ -102,13 +102,13 @@ class PeftMethodConfig(TrainedMethodConfig):
 
 
 def setting(default: Any, help: str, rule: str = "", valid: Callable[..., bool] | None = None):
-    """A field with its help and valid range. `valid(value, settings)` checks the value."""
+    """Return a field with its help and valid range. `valid(value, settings)` checks the value."""
     kind = {"default_factory": dict} if default == {} else {"default": default}
     return field(**kind, metadata={"help": help, "rule": rule, "valid": valid})
 
 
 def word(value: Any) -> Any:
-    """An enumeration's value, which files have in its place."""
+    """Return an enumeration's value, which files have in its place."""
     return getattr(value, "value", value)
 
 
@@ -163,7 +163,8 @@ class MixtureSettings:
     )
 
     def fault(self) -> tuple[str, Any, str] | None:
-        """Name, value and violated rule of the first setting out of its range; None if all hold."""
+        """Return the name, value and violated rule of the first setting out of its range; None if
+        all hold."""
         for item in fields(self):
             # PEFT's own fields have no rule.
             value, valid = getattr(self, item.name), item.metadata.get("valid")

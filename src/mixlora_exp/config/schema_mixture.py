@@ -24,7 +24,7 @@ PER_LAYER = "a whole number >= 1, a list of one for each layer, or text as 2/4/6
 
 
 def _counts(value: Any) -> list[int] | None:
-    """The numbers that a setting per layer has; None if it is no such setting."""
+    """Return the numbers that a setting per layer has; None if it is no such setting."""
     if isinstance(value, str):
         words = value.split("/")
         value = [int(word) for word in words if word.isdecimal()] if len(words) > 1 else None
@@ -36,8 +36,8 @@ def _counts(value: Any) -> list[int] | None:
 
 
 def by_layer(name: str, value: Any, layers: int) -> list[int]:
-    """A setting's number for each of `layers` layers. A whole number: the same for all; a list: one
-    each; text as `2/4/6/8`: groups of consecutive layers, the layer l of L has entry
+    """Return a setting's number for each of `layers` layers. A whole number: the same for all; a
+    list: one each; text as `2/4/6/8`: groups of consecutive layers, the layer l of L has entry
     floor(l G / L) of G.
 
     Raises:
@@ -135,7 +135,7 @@ class LinearMixtureSettings(MixtureSettings):
                 raise ValueError(f"{name}={getattr(self, name)}: mixture={mixture} has 1 expert")
 
     def router_name(self, own: str) -> str:
-        """The router's, `own` unless another is chosen."""
+        """Return the router's, `own` unless another is chosen."""
         return own if self.router is None else word(self.router)
 
     def router_settings(self, experts: int, chosen: int, width: int) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class LinearMixtureSettings(MixtureSettings):
         return settings
 
     def experts_by_layer(self, layers: int) -> list[tuple[int, int]]:
-        """(E, K) of each layer.
+        """Return (E, K) of each layer.
 
         Raises:
             ValueError: a list has another length, or K > E in a layer.
@@ -210,7 +210,7 @@ METHOD_SCHEMAS: dict[str, type[MethodConfig]] = {
 
 
 def method_class(recorded: Mapping[str, Any]) -> type[MethodConfig]:
-    """The schema of a method that is given as plain fields, as in a record."""
+    """Return the schema of a method that is given as plain fields, as in a record."""
     if recorded.get("name") == "none":
         return MethodConfig
     if "peft_type" in recorded:

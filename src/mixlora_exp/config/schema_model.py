@@ -15,8 +15,8 @@ FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def part_names(package: str, parts: int | None) -> list[str]:
-    """The packages `NAME-part1`, `NAME-part2`, ... of a `NAME` or `NAME==VERSION` in that many
-    parts; `package` itself if it has none."""
+    """Return the packages `NAME-part1`, `NAME-part2`, ... of a `NAME` or `NAME==VERSION` in that
+    many parts; `package` itself if it has none."""
     if parts is None:
         return [package]
     name, equals, version = package.partition("==")

@@ -44,6 +44,6 @@ class ExpertRank:
         return self.alpha * (sqrt(ratio) if self.rslora else ratio)
 
     def budget(self) -> tuple[str, int] | None:
-        """Method and rank in `match_params`."""
+        """Return the method and rank in `match_params`."""
         found = fullmatch(BUDGET, self.match_params or "")
         return None if found is None else (found["method"], int(found["rank"]))

@@ -21,7 +21,7 @@ from mixlora_exp.errors import UserError
 
 
 def entry_overrides(entry: Any, number: int) -> list[str]:
-    """The overrides of one entry of `adapters`: a method's name or a mapping of settings.
+    """Return the overrides of one entry of `adapters`: a method's name or a mapping of settings.
 
     Raises:
         UserError: the entry is neither a name nor a mapping of settings.
@@ -57,7 +57,7 @@ def entry_overrides(entry: Any, number: int) -> list[str]:
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
-    """The settings that all adapters on one base model must share, by field."""
+    """Return the settings that all adapters on one base model must share, by field."""
     drawn = config.model.weights is Weights.random or (
         config.model.path is None and config.model.source is ModelSource.random
     )
@@ -115,7 +115,7 @@ def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
 def expand(
     compose: Callable[[Sequence[str]], Config], overrides: Sequence[str], entries: Sequence[Any]
 ) -> list[Config]:
-    """One configuration per entry: the command line followed by the entry's settings.
+    """Return one configuration per entry: the command line followed by the entry's settings.
 
     Raises:
         UserError: an entry is not valid; the message names it.
@@ -137,8 +137,8 @@ def expand(
 
 
 def packs_of(configs: Sequence[Config], size: int) -> list[list[int]]:
-    """The cell numbers of a sweep, grouped into packs of at most `size` cells that can share a base
-    model; each pack keeps the sweep's order."""
+    """Return the cell numbers of a sweep, grouped into packs of at most `size` cells that can share
+    a base model; each pack keeps the sweep's order."""
     packs: list[list[int]] = []
     for i, config in enumerate(configs):
         shares = _shares(config.method)

@@ -20,8 +20,8 @@ TEXTS = ("prompt", "prompts")
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
-    """The arguments of a command, in Hydra's grammar where that would read a folder or a text
-    otherwise than it was typed."""
+    """Return the arguments of a command, in Hydra's grammar where that would read a folder or a
+    text otherwise than it was typed."""
     return [_as_typed(word) for word in words]
 
 
@@ -47,7 +47,7 @@ def _as_typed(word: str) -> str:
 
 
 def typed_texts(value: str) -> list[str]:
-    """The values of `name=[a,b]` or `name=a` as typed, without quotes. `null`: none."""
+    """Return the values of `name=[a,b]` or `name=a` as typed, without quotes. `null`: none."""
     if value == "null":
         return []
     listed = value.startswith("[") and value.endswith("]")
@@ -55,8 +55,8 @@ def typed_texts(value: str) -> list[str]:
 
 
 def literal(value: Any) -> str:
-    """A plain value in the syntax of Hydra's command line, which parses back to the same value: no
-    interpolation in it is resolved. A text that is a name has no quotes."""
+    """Return a plain value in the syntax of Hydra's command line, which parses back to the same
+    value: no interpolation in it is resolved. A text that is a name has no quotes."""
     match value:
         case None:
             return "null"
