@@ -52,7 +52,8 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> l
 
 
 def _ended(answer: list[int], eos: int) -> list[int]:
-    """The answer up to its EOS, which some templates write themselves, with more after it."""
+    """Return the answer up to its EOS, which some templates write themselves, with more after
+    it."""
     return answer[: answer.index(eos) + 1] if eos in answer else [*answer, eos]
 
 

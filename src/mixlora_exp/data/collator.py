@@ -15,7 +15,7 @@ KEPT = 8
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Left-padded `input_ids`, `attention_mask` and `position_ids`, each (rows, length).
+    """Return left-padded `input_ids`, `attention_mask` and `position_ids`, each (rows, length).
 
     Left padding aligns the last positions, whose logits are needed, in the last columns. Positions
     count from each row's first non-padding token.

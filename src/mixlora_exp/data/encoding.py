@@ -37,7 +37,7 @@ class Example:
 def prompt_with_answers(
     item: Item, form: AnswerForm, *, boolq_passage: bool = True
 ) -> tuple[Prompt, list[str]]:
-    """The prompt of an item in one form, and its possible answers, one per option."""
+    """Return the prompt of an item in one form, and its possible answers, one per option."""
     if item.task == "boolq" and not boolq_passage:
         item = replace(item, context="")
     task = TASKS.get(item.task)

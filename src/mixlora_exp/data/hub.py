@@ -107,7 +107,7 @@ def _load(path: str, config: str | None, split: str, revision: str | None) -> li
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
-    """Exceptions of `load_dataset` for missing, refused, unreachable or damaged data."""
+    """Return exceptions of `load_dataset` for missing, refused, unreachable or damaged data."""
     import datasets.exceptions
     import pyarrow
 

@@ -30,13 +30,13 @@ class LoadedSplit:
     rows: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
 
     def limited(self, limit: int | None, seed: int) -> LoadedSplit:
-        """The first `limit` items of a shuffle by `seed`; None: all items in their order."""
+        """Return the first `limit` items of a shuffle by `seed`; None: all items in their order."""
         if limit is None:
             return self
         return self._shuffled(seed, slice(limit))
 
     def held_out(self, after: int, limit: int | None, seed: int) -> LoadedSplit:
-        """The first `limit` items that `limited(after, seed)` excludes, on which to tune
+        """Return the first `limit` items that `limited(after, seed)` excludes, on which to tune
         settings."""
         return self._shuffled(seed, slice(after, None if limit is None else after + limit))
 
@@ -49,7 +49,7 @@ class LoadedSplit:
 
 
 def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of the rows as canonical JSON lines, independent of how they were stored."""
+    """Return SHA-256 of the rows as canonical JSON lines, independent of how they were stored."""
     digest = hashlib.sha256()
     for row in rows:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

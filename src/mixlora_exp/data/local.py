@@ -51,7 +51,7 @@ def load_local(root: str, spec: Task, split: str) -> LoadedSplit:
 
 
 def _find(root: Path, task: str, split: str) -> Path:
-    """The split's file; a `UserError` lists what is there instead."""
+    """Return the split's file; a `UserError` lists what is there instead."""
     if not root.is_dir():
         state = "is not a folder" if root.exists() else "does not exist"
         raise UserError(
@@ -84,8 +84,8 @@ def _find(root: Path, task: str, split: str) -> Path:
 
 
 def json_rows(file: Path, seen: Seen = lambda _: None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSON-lines file with its `file:line`; blank lines are skipped. `seen` as in
-    `raw_lines`."""
+    """Yield each object of a JSON-lines file with its `file:line`; blank lines are skipped. `seen`
+    as in `raw_lines`."""
     try:
         for line, raw in raw_lines(file, seen):
             if raw.strip():
@@ -99,8 +99,8 @@ def json_rows(file: Path, seen: Seen = lambda _: None) -> Iterator[tuple[str, di
 
 
 def _array_rows(file: Path, seen: Seen) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSON file that is a list of them, with its 1-based number; `seen` as in
-    `raw_lines`."""
+    """Yield each object of a JSON file that is a list of them, with its 1-based number; `seen` as
+    in `raw_lines`."""
     try:
         content = read_bytes(file)
         seen(content)
@@ -136,7 +136,7 @@ def _object(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def _parquet_rows(file: Path, seen: Seen) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a parquet file with its 1-based number; `seen` as in `raw_lines`."""
+    """Yield each row of a parquet file with its 1-based number; `seen` as in `raw_lines`."""
     import pyarrow
     import pyarrow.parquet
 
@@ -165,7 +165,7 @@ def _parquet_rows(file: Path, seen: Seen) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _contents(batch: Any, file: Path, before: int) -> list[dict[str, Any]]:
-    """The rows of a batch; `before`: number of rows before it in the file."""
+    """Return the rows of a batch; `before`: number of rows before it in the file."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:

@@ -57,7 +57,7 @@ class FixedSampler(Sampler[int]):
         self.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
-        """No effect: the order is the same in all epochs."""
+        """Do nothing: the order is the same in all epochs."""
 
     def __len__(self) -> int:
         return self.count
@@ -69,7 +69,7 @@ class FixedSampler(Sampler[int]):
 def sampler_of(
     lengths: Sequence[int], batch_size: int, seed: int, order: Order
 ) -> BucketSampler | FixedSampler:
-    """The sampler of a run; `lengths`: of the examples, `batch_size`: per optimizer step."""
+    """Return the sampler of a run; `lengths`: of the examples, `batch_size`: per optimizer step."""
     if order is Order.fixed:
         return FixedSampler(len(lengths), seed)
     return BucketSampler(lengths, batch_size, seed)

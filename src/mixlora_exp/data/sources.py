@@ -18,8 +18,8 @@ SPLITS = ("train", "test")
 def load_split(
     config: DataConfig, task: str, split: str, custom: Mapping[str, CustomTask] | None = None
 ) -> LoadedSplit:
-    """All items of a task's `train` or `test` split, in the official order. `custom`: custom tasks
-    by name, which are only read from local files.
+    """Return all items of a task's `train` or `test` split, in the official order. `custom`: custom
+    tasks by name, which are only read from local files.
 
     Raises:
         UserError: the split cannot be loaded, or a row is not valid.
