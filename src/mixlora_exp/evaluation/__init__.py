@@ -38,7 +38,8 @@ def encode_tests(
     data: DataConfig,
     evaluation: EvaluationConfig,
 ) -> dict[str, Any]:
-    """The items of each task as the protocol encodes them, for `score_tests`; None if lm-eval does.
+    """Return the items of each task as the protocol encodes them, for `score_tests`; None if
+    lm-eval does.
 
     Raises:
         UserError: the protocol does not support the tokenizer or a row, or a package is missing.

@@ -23,7 +23,7 @@ LOGIT_ROWS = 256
 
 
 def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> Iterator[list[int]]:
-    """Batches of indices, of similar length and at most `batch_tokens` padded tokens.
+    """Yield batches of indices, of similar length and at most `batch_tokens` padded tokens.
 
     The batches depend only on the set of (length, key) pairs, so results are bitwise independent of
     the order of the items. A row longer than `batch_tokens` forms its own batch.
@@ -82,7 +82,8 @@ class Scorer:
     def logits(
         self, rows: Sequence[Sequence[int]], keep: int, groups: Sequence[str] | None = None
     ) -> Tensor:
-        """Logits of the last `keep` positions of each row, (rows, keep, vocabulary), float32."""
+        """Return logits of the last `keep` positions of each row, (rows, keep, vocabulary),
+        float32."""
         found = self.run_logits(rows, keep)
         self._count([len(row) for row in rows], groups)
         return found
@@ -203,13 +204,13 @@ class Scorer:
         ]
 
     def routes(self, lengths: Sequence[int]) -> list[list[Tensor]]:
-        """Experts chosen in the last pass: per row and router a tensor (tokens, K) without padding,
-        -1 for an empty slot. No routers without experts. lengths: tokens of each row."""
+        """Return experts chosen in the last pass: per row and router a tensor (tokens, K) without
+        padding, -1 for an empty slot. No routers without experts. lengths: tokens of each row."""
         routings = (getattr(module, "routing", None) for module in self.model.modules())
         return chosen([routing for routing in routings if routing is not None], lengths)
 
     def _experts(self) -> int:
-        """Number of experts E in the last pass; 0 without experts."""
+        """Return the number of experts E in the last pass; 0 without experts."""
         report = getattr(getattr(self.model, "base_model", None), "router_report", None)
         return 0 if report is None else report.counts.shape[-1]
 
@@ -231,9 +232,9 @@ class Scorer:
             self._counts[group] = self._counts.get(group, 0) + counts
 
     def take_expert_load(self, group: str = "") -> list[list[float]] | None:
-        """(layers, E): share of the (token, slot) pairs per expert since the last call, of all
-        processes, which must call this together; None without experts. A token in the common prefix
-        of several options is counted once."""
+        """Return (layers, E): share of the (token, slot) pairs per expert since the last call, of
+        all processes, which must call this together; None without experts. A token in the common
+        prefix of several options is counted once."""
         own = self._counts.pop(group, None)
         parts = self.share.gathered(None if own is None else own.cpu())
         counted = [part for part in parts if part is not None]
@@ -246,8 +247,8 @@ class Scorer:
 
 
 def chosen(routings: Sequence[Any], lengths: Sequence[int]) -> list[list[Tensor]]:
-    """Experts of each row and router, (tokens, K) with the largest K of all, -1 for an empty slot;
-    rows are padded on the left and have these lengths."""
+    """Return experts of each row and router, (tokens, K) with the largest K of all, -1 for an empty
+    slot; rows are padded on the left and have these lengths."""
     slots = max((routing.experts.shape[-1] for routing in routings), default=0)
     layers = []
     for routing in routings:
@@ -263,8 +264,8 @@ def chosen(routings: Sequence[Any], lengths: Sequence[int]) -> list[list[Tensor]
 def _likelihoods(
     head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token (N) given its hidden state (N, d), and whether it is the
-    arg-max."""
+    """Return the log-probability of each token (N) given its hidden state (N, d), and whether it is
+    the arg-max."""
     values, greedy = [], []
     for part, wanted in zip(hidden.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True):
         logits = head(part).float()

@@ -22,7 +22,7 @@ PREAMBLE = re.compile(r"\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?answer\s*(?:is\
 
 
 def parse_answer(text: str, item: Item) -> int | None:
-    """Index of the option that a text names; None if it names none or several.
+    """Return the index of the option that a text names; None if it names none or several.
 
     Only the first non-empty line counts, without an opening such as "The answer is". If it begins
     with a label that is followed by punctuation or the end of the line ("A dog" is not option A),
@@ -72,7 +72,8 @@ def encode_prompts(
 def generated_texts(
     scorer: Scorer, prompts: Sequence[list[int]], keys: Sequence[str], new_tokens: int
 ) -> list[str]:
-    """The texts that the model generates after prompts, greedily, in batches of similar length."""
+    """Return the texts that the model generates after prompts, greedily, in batches of similar
+    length."""
     lengths = [len(prompt) + new_tokens for prompt in prompts]
 
     def texts_of(batch: list[int]) -> list[str]:

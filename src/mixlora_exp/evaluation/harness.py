@@ -73,7 +73,7 @@ class SharedPrefixLM(HFLM):
     def _request(
         self, document: tuple[str, int], context: list[int], continuation: list[int]
     ) -> Request:
-        """A request truncated from the left to the model's positions, as in `HFLM`.
+        """Return a request truncated from the left to the model's positions, as in `HFLM`.
 
         Raises:
             UserError: the continuation alone is too long.
@@ -117,13 +117,13 @@ def _quiet() -> Iterator[None]:
 
 
 def evaluate_tasks(model: HFLM, tests: Mapping[str, LoadedSplit]) -> dict[str, Any]:
-    """lm-eval's results for `model` on the items of `tests`, with one sample per item."""
+    """Return lm-eval's results for `model` on the items of `tests`, with one sample per item."""
     with tempfile.TemporaryDirectory() as folder:
         return evaluate_files(model, write_tasks(Path(folder), tests), folder)
 
 
 def evaluate_files(model: HFLM, names: Sequence[str], folder: str) -> dict[str, Any]:
-    """lm-eval's zero-shot results for the tasks `names`, whose files are in `folder`."""
+    """Return lm-eval's zero-shot results for the tasks `names`, whose files are in `folder`."""
     with _quiet():
         return simple_evaluate(
             model=model,

@@ -121,7 +121,7 @@ def _package_tasks() -> Path:
 
 
 def harness_rows(task: str, test: LoadedSplit) -> list[dict[str, Any]]:
-    """The rows of a split in the format of the harness's task.
+    """Return the rows of a split in the format of the harness's task.
 
     Raises:
         UserError: the harness has no such task, or a row lacks a field that its task reads.

@@ -101,8 +101,8 @@ def encode_labels(
 
 
 def _other_labels(tokenizer: PreTrainedTokenizerBase, item: Item, own: list[int]) -> list[int]:
-    """The tokens of ARC's nine labels without those of this item. A label of several tokens is
-    represented by its last one, as in the official packages."""
+    """Return the tokens of ARC's nine labels without those of this item. A label of several tokens
+    is represented by its last one, as in the official packages."""
     if item.task not in ("arc_e", "arc_c"):
         return []
     ids = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"][-1] for label in NINE]

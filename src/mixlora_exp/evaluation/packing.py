@@ -65,9 +65,9 @@ def pack(requests: Sequence[Request]) -> PackedQuestion:
 def pad_packed(
     questions: Sequence[PackedQuestion], pad_id: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Left-padded `input_ids` and `position_ids` (rows, length), and the additive `attention_mask`
-    (rows, 1, length, length) in `dtype`: 0 where a token is attended to, else the dtype's minimum.
-    """
+    """Return left-padded `input_ids` and `position_ids` (rows, length), and the additive
+    `attention_mask` (rows, 1, length, length) in `dtype`: 0 where a token is attended to, else the
+    dtype's minimum. """
     length = max(len(q.tokens) for q in questions)
 
     def padded(name: str, value: int) -> Tensor:
