@@ -44,7 +44,7 @@ def _known_fields(kind: str) -> set[str]:
 
 
 def _made(found: Mapping[str, Any], origin: str) -> PreTrainedConfig:
-    """The configuration object of a `config.json`.
+    """Return the configuration object of a `config.json`.
 
     Raises:
         UserError: `model_type` is unknown to transformers, or a value is not valid.
@@ -67,7 +67,7 @@ def _made(found: Mapping[str, Any], origin: str) -> PreTrainedConfig:
 
 
 def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
-    """The transformers configuration of the group `model`.
+    """Return the transformers configuration of the group `model`.
 
     Raises:
         UserError: a field is unknown to the configuration class, or a value is not valid.
@@ -93,7 +93,8 @@ def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
 
 
 def architecture_of(config: ModelConfig) -> PreTrainedConfig:
-    """The configuration of the model to load: from the folder `path`, or from the group's `config`.
+    """Return the configuration of the model to load: from the folder `path`, or from the group's
+    `config`.
 
     Raises:
         UserError: it cannot be read.
@@ -104,7 +105,8 @@ def architecture_of(config: ModelConfig) -> PreTrainedConfig:
 
 
 def with_folder_shape(config: ModelConfig) -> ModelConfig:
-    """The group `model` with the configuration of the model in `path`, if weights are loaded there.
+    """Return the group `model` with the configuration of the model in `path`, if weights are loaded
+    there.
 
     A folder without a readable `config.json` is not an error here: `load_model` refuses it.
     """
@@ -118,7 +120,7 @@ def with_folder_shape(config: ModelConfig) -> ModelConfig:
 
 
 def shape_in(config: ModelConfig, folder: Path, made: PreTrainedConfig) -> ModelConfig:
-    """The group `model` with the fields of the `config.json` in `folder`, read as `made`."""
+    """Return the group `model` with the fields of the `config.json` in `folder`, read as `made`."""
     found = parse_json(content(folder / CONFIG_NAME))
     # Records contain the fields of the class, not those of every model, such as label names.
     any_model = {f.name for f in dataclasses.fields(PreTrainedConfig)}
@@ -140,7 +142,7 @@ def positions_of(config: ModelConfig) -> int:
 
 
 def read_hf_config(folder: Path, origin: str) -> PreTrainedConfig:
-    """The configuration in a model's folder, read as plain data.
+    """Return the configuration in a model's folder, read as plain data.
 
     Raises:
         UserError: it is missing or damaged, or requests other code.

@@ -108,7 +108,7 @@ def _of_folder(folder: Path | None) -> str | None:
 
 
 def hub_snapshot(hub_id: str | None, revision: str | None) -> Path | None:
-    """Folder of a repository in the hub's local cache, or None; no network access."""
+    """Return the folder of a repository in the hub's local cache, or None; no network access."""
     if hub_id is None:
         return None
     try:
@@ -119,7 +119,8 @@ def hub_snapshot(hub_id: str | None, revision: str | None) -> Path | None:
 
 
 def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
-    """The identity of a base model, as far as known without loading, downloading or converting."""
+    """Return the identity of a base model, as far as known without loading, downloading or
+    converting."""
     if config.draws_weights:
         return _described(config, seed, _drawn(config, seed))
     commit = None
@@ -134,7 +135,7 @@ def known_identity(config: ModelConfig, seed: int) -> BaseIdentity:
 
 
 def identity_at(place: str, revision: str | None = None) -> BaseIdentity:
-    """The identity of a model in a folder, or of a hub repository in the local cache."""
+    """Return the identity of a model in a folder, or of a hub repository in the local cache."""
     folder = Path(place).expanduser()
     if folder.is_dir():
         return BaseIdentity(place, "path", folder.resolve().name, None, _of_folder(folder))
@@ -168,7 +169,8 @@ def identified(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
 
 
 def base_of(model: nn.Module) -> BaseIdentity | None:
-    """The identity that `load_model` attached to a base model; None if loaded in another way."""
+    """Return the identity that `load_model` attached to a base model; None if loaded in another
+    way."""
     return model.__dict__.get(_NOTED)
 
 
@@ -194,7 +196,7 @@ def contradict(one: BaseIdentity, other: BaseIdentity) -> bool:
 
 
 def of_record(record: Mapping[str, Any]) -> BaseIdentity:
-    """The identity of the base model in a run's record."""
+    """Return the identity of the base model in a run's record."""
     model, config = record["model"], record["config"]
     seed = config["seed"] if model["source"] == "random" else None
     name, found = config["model"]["name"], model.get("fingerprint")
@@ -212,12 +214,12 @@ def write_base(folder: Path, identity: BaseIdentity) -> None:
 
 
 def base_text(identity: BaseIdentity) -> str:
-    """The content of `BASE_FILE`."""
+    """Return the content of `BASE_FILE`."""
     return json.dumps({"format": 1, **dataclasses.asdict(identity)}, indent=2) + "\n"
 
 
 def read_base(folder: Path) -> BaseIdentity | None:
-    """The identity of the base model in an adapter's folder; None if the file is missing. A
+    """Return the identity of the base model in an adapter's folder; None if the file is missing. A
     fingerprint in the format of another version is read as None.
 
     Raises:

@@ -14,8 +14,8 @@ from mixlora_exp.models.parameters import Parameters, count_parameters
 
 
 def with_matched_rank(config: Config) -> Config:
-    """The configuration with `method.expert_rank` as `method.match_params` asks for; unchanged
-    without that.
+    """Return the configuration with `method.expert_rank` as `method.match_params` asks for;
+    unchanged without that.
 
     Raises:
         UserError: the reference is no method, `expert_rank` is another number, or already rank 1 or

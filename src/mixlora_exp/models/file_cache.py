@@ -19,8 +19,8 @@ Stamp = tuple[int, ...]
 
 
 def stamp(path: Path) -> Stamp:
-    """Numbers that differ if the file does: its place on disk, size and times. A file that was
-    changed just now, or is missing, has other numbers each time it is asked for."""
+    """Return numbers that differ if the file does: its place on disk, size and times. A file that
+    was changed just now, or is missing, has other numbers each time it is asked for."""
     try:
         found = path.stat()
     except OSError:
@@ -31,7 +31,7 @@ def stamp(path: Path) -> Stamp:
 
 
 def content(path: Path) -> bytes:
-    """The content of a file, from memory if the file did not change since it was last read.
+    """Return the content of a file, from memory if the file did not change since it was last read.
 
     Raises:
         OSError, ValueError: as `read_bytes`.

@@ -49,7 +49,7 @@ def mixture_parameters(model: nn.Module, method: LinearMixtureMethodConfig) -> M
 
 
 def router_size(router: Router, width: int) -> tuple[int, int]:
-    """Numbers of a router's parameters for rows of `width` elements: of all, and of those in
+    """Return numbers of a router's parameters for rows of `width` elements: of all, and of those in
     matrices, with which every token is multiplied."""
     with torch.device("meta"):
         held = list(router.initial(width).values())
@@ -88,7 +88,7 @@ def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize
 
 
 def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
-    """Parameters that an adapter stores but does not train."""
+    """Return parameters that an adapter stores but does not train."""
     if getattr(method, "lora_fa", False):
         inputs = (m.in_features for n, m in projections(skeleton_of(model)) if n in method.targets)
         return method.rank * sum(inputs)
@@ -102,7 +102,7 @@ def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
 
 
 def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width: int) -> float:
-    """Bytes that the adapters of a layer, on average over the layers, save per token for the
+    """Return bytes that the adapters of a layer, on average over the layers, save per token for the
     backward pass, with `width` bytes per number: z before and after its product with the router's
     weights, the dropped input and the mask; in float32 the router's input, probabilities and
     weights."""

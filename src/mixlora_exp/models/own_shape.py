@@ -12,8 +12,9 @@ from mixlora_exp.models.reading import one_error
 
 
 def with_own_shape(config: ModelConfig) -> ModelConfig:
-    """The group `model` with the configuration that the model itself has: in the folder `path`, or,
-    for a repository without a `config`, on the hub, from which that one file is fetched.
+    """Return the group `model` with the configuration that the model itself has: in the folder
+    `path`, or, for a repository without a `config`, on the hub, from which that one file is
+    fetched.
 
     Raises:
         UserError: the repository's configuration cannot be read.

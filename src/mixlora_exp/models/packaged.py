@@ -19,8 +19,8 @@ from mixlora_exp.system.untrusted import open_regular
 
 
 def gguf_files(config: ModelConfig) -> list[Path]:
-    """The GGUF file in the installed package; with `package_parts`, the parts to join, in order:
-    `FILE.part00` in the package `NAME-part1`, and so on.
+    """Return the GGUF file in the installed package; with `package_parts`, the parts to join, in
+    order: `FILE.part00` in the package `NAME-part1`, and so on.
 
     Raises:
         UserError: a package is not installed or lacks the file.
@@ -55,7 +55,8 @@ def _file(model: str, package: str, file: str, all_packages: list[str]) -> Path:
 
 
 def gguf_sha256(config: ModelConfig) -> str:
-    """The SHA-256 of the GGUF file, joined if it comes in parts; read again only if it changed.
+    """Return the SHA-256 of the GGUF file, joined if it comes in parts; read again only if it
+    changed.
 
     Raises:
         UserError: as `gguf_files`.

@@ -26,7 +26,8 @@ them."""
 
 
 def rate_factor(name: str, ratio: float) -> float:
-    """The multiple of the learning rate for the parameter `name`; 1 for all if the ratio is 1.
+    """Return the multiple of the learning rate for the parameter `name`; 1 for all if the ratio is
+    1.
 
     Raises:
         UserError: the parameter has no role.

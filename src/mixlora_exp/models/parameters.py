@@ -47,7 +47,7 @@ DoRA's magnitudes; and what is left, LoRA of feed-forward projections and PEFT's
 
 
 def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each projection in the first layer, by name."""
+    """Return (in_features, out_features) of each projection in the first layer, by name."""
     found: dict[str, tuple[int, int]] = {}
     for name, linear in projections(skeleton_of(model)):
         found.setdefault(name, (linear.in_features, linear.out_features))
@@ -55,7 +55,7 @@ def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def router_of(method: MixLoraMethodConfig) -> Router:
-    """The router of a mixture in feed-forward blocks.
+    """Return the router of a mixture in feed-forward blocks.
 
     Raises:
         UserError: it does not have one of `method.router_options`, or refuses its value.
@@ -68,8 +68,8 @@ def router_of(method: MixLoraMethodConfig) -> Router:
 
 
 def routers_of(model: ModelConfig, method: MethodConfig | None) -> list[Router]:
-    """The router of each layer: of its feed-forward block, or alike in all its projections; none
-    for other methods.
+    """Return the router of each layer: of its feed-forward block, or alike in all its projections;
+    none for other methods.
 
     Raises:
         UserError: the method refuses an option, or does not fit the model.

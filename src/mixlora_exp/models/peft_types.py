@@ -56,8 +56,8 @@ class PeftSize(NamedTuple):
 
 
 def config_of(method: PeftMethodConfig) -> PeftConfig:
-    """PEFT's configuration of a method. AdaLoRA's `total_step` stands for any number of steps that
-    its schedule allows; training sets it.
+    """Return PEFT's configuration of a method. AdaLoRA's `total_step` stands for any number of
+    steps that its schedule allows; training sets it.
 
     Raises:
         UserError: PEFT does not have the type or a field, or it is not served, or PEFT refuses a
@@ -195,7 +195,8 @@ def _check_adalora(given: Mapping[str, Any]) -> None:
 
 
 def _schedule_length(given: Mapping[str, Any]) -> int:
-    """Fewest steps with which AdaLoRA takes ranks away, after one that measures importance."""
+    """Return the fewest steps with which AdaLoRA takes ranks away, after one that measures
+    importance."""
     return max(given.get("tinit", 0), 1) + given.get("tfinal", 0) + 1
 
 

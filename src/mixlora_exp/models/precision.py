@@ -19,13 +19,13 @@ def _fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of frozen weights and matrix products; `auto` is bf16 if the hardware supports
-    it."""
+    """Return the dtype of frozen weights and matrix products; `auto` is bf16 if the hardware
+    supports it."""
     if precision is Precision.auto:
         return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
     return torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """A context that autocasts to bf16 for that `dtype`, and does nothing for float32."""
+    """Return a context that autocasts to bf16 for that `dtype`, and does nothing for float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)

@@ -51,8 +51,8 @@ def check_quantization(config: ModelConfig, device: str | None = None) -> None:
 def quantization_options(
     config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """The options of transformers' `from_pretrained` that quantise the weights as they are read,
-    all linear layers but the output projection. Empty for `none`."""
+    """Return the options of transformers' `from_pretrained` that quantise the weights as they are
+    read, all linear layers but the output projection. Empty for `none`."""
     chosen = config.quantization
     if chosen is Quantization.none:
         return {}
@@ -90,7 +90,8 @@ class WeightOnly(nn.Linear):
 
 
 def quantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose quantised layers, if it has any, compute as `WeightOnly`; the same object."""
+    """Return a model whose quantised layers, if it has any, compute as `WeightOnly`; the same
+    object."""
     for module in model.modules():
         if not is_quantized(module):
             continue
@@ -106,7 +107,8 @@ def quantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def base_bytes(config: ModelConfig, width: int) -> int:
-    """Bytes of the base model's weights, with `width` bytes per number that is not quantised."""
+    """Return bytes of the base model's weights, with `width` bytes per number that is not
+    quantised."""
     built = skeleton_of(config)
     total = sum(parameter.numel() for parameter in built.parameters()) * width
     if config.quantization is Quantization.none:

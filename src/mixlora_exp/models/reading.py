@@ -177,7 +177,7 @@ def read_model(
 
 
 def _with_usable_padding(location: str, options: Mapping[str, Any]) -> PreTrainedConfig:
-    """The model's configuration without a `pad_token_id` outside the embedding, with which
+    """Return the model's configuration without a `pad_token_id` outside the embedding, with which
     transformers could not build the model; the tokenizer determines the padding token."""
     kept = {name: options[name] for name in ("revision",) if name in options}
     found = AutoConfig.from_pretrained(location, trust_remote_code=False, **kept)
@@ -227,8 +227,9 @@ def read_tokenizer(
 
 
 def _known_config(folder: Path) -> dict[str, PreTrainedConfig]:
-    """The option that spares transformers reading the `config.json` of a folder again, from which
-    it takes the tokenizer's class. Empty on the hub, and if transformers is to judge the file."""
+    """Return the option that spares transformers reading the `config.json` of a folder again, from
+    which it takes the tokenizer's class. Empty on the hub, and if transformers is to judge the
+    file."""
     if not (folder / CONFIG_NAME).is_file():
         return {}
     try:
@@ -240,7 +241,8 @@ def _known_config(folder: Path) -> dict[str, PreTrainedConfig]:
 
 
 def _tokenizer_settings(location: str, revision: str | None) -> Mapping[str, Any]:
-    """The content of `tokenizer_config.json` in a folder or on the hub, empty if there is none."""
+    """Return the content of `tokenizer_config.json` in a folder or on the hub, empty if there is
+    none."""
     path = Path(location) / TOKENIZER_CONFIG_FILE
     if not path.parent.is_dir():
         return get_tokenizer_config(location, revision=revision)

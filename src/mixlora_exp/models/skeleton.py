@@ -25,7 +25,7 @@ FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "dense
 
 
 def skeleton_of(model: ModelConfig) -> nn.Module:
-    """The model on the meta device, to be read only; its `config` is the transformers
+    """Return the model on the meta device, to be read only; its `config` is the transformers
     configuration.
 
     Raises:
@@ -44,7 +44,7 @@ def _named(model: ModelConfig) -> nn.Module:
 
 @cached_by_text(lambda found, origin: f"{origin} {found.to_json_string(use_diff=False)}")
 def skeleton(found: PreTrainedConfig, origin: str) -> nn.Module:
-    """The model of a configuration on the meta device, with tied weights.
+    """Return the model of a configuration on the meta device, with tied weights.
 
     Raises:
         UserError: the architecture is not supported; `origin` begins the message.
@@ -76,7 +76,8 @@ def skeleton(found: PreTrainedConfig, origin: str) -> nn.Module:
 
 
 def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The projections that can have an adapter, with their last name component, layer by layer."""
+    """Yield the projections that can have an adapter, with their last name component, layer by
+    layer."""
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if name in (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS) and type(module) is nn.Linear:
@@ -84,7 +85,7 @@ def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _objection(model: nn.Module, found: PreTrainedConfig) -> str | None:
-    """Why a model's architecture is not supported; None if it is."""
+    """Return why a model's architecture is not supported; None if it is."""
     if any("Experts" in type(module).__name__ for module in model.modules()):
         return "it is already a mixture of experts"
     last = {path.rpartition(".")[2] for path, _ in model.named_modules()}
@@ -106,7 +107,7 @@ def _objection(model: nn.Module, found: PreTrainedConfig) -> str | None:
 
 
 def _instead(model: nn.Module) -> str:
-    """The unknown linear layers of a decoder layer, for a message."""
+    """Return the unknown linear layers of a decoder layer, for a message."""
     known = {*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS}
     others = {
         path.rpartition(".")[2]: type(module).__name__
@@ -127,7 +128,7 @@ class _Leaves(fx.Tracer):
 
 
 def _formula(block: nn.Module) -> str:
-    """The formula of a block's output for its input `x`, in terms of its submodules."""
+    """Return the formula of a block's output for its input `x`, in terms of its submodules."""
 
     def text(node: object) -> str:
         if not isinstance(node, fx.Node):

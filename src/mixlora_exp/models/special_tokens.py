@@ -67,8 +67,8 @@ def settle_special_tokens(
 
 
 def special_tokens_entry(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The special tokens in a run's examples, for its record: `before_text`, `after_prompt` (none
-    after `settle_special_tokens`) and `after_answer`."""
+    """Return the special tokens in a run's examples, for its record: `before_text`, `after_prompt`
+    (none after `settle_special_tokens`) and `after_answer`."""
     before, after = _added(tokenizer)
     return {
         "before_text": tokenizer.convert_ids_to_tokens(before),
@@ -78,14 +78,14 @@ def special_tokens_entry(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def special_tokens_line(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The special tokens in a run's examples, as a line of its output."""
+    """Return the special tokens in a run's examples, as a line of its output."""
     entry = special_tokens_entry(tokenizer)
     before = " ".join(entry["before_text"]) or "none"
     return f"Special tokens: {before} before a text, {entry['after_answer']} after an answer"
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer adds before and after a text."""
+    """Return the ids that the tokenizer adds before and after a text."""
     vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
     # A text from the vocabulary: for unknown texts some tokenizers return nothing or fail.
     for text in sorted(vocabulary.keys() - special, key=vocabulary.__getitem__):
@@ -100,7 +100,7 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def _byte_levels(processor: Any) -> list[processors.ByteLevel]:
-    """The parts of a post-processor that adjust token offsets and add no tokens."""
+    """Return the parts of a post-processor that adjust token offsets and add no tokens."""
     if processor is None:
         return []
     state = json.loads(processor.__getstate__())

@@ -47,7 +47,8 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files from which transformers reads the weights of `folder`: one, or those of an index.
+    """Return the files from which transformers reads the weights of `folder`: one, or those of an
+    index.
 
     The index can only name files in the folder itself.
 
@@ -111,8 +112,8 @@ def _header(path: Path, stream: BinaryIO) -> Iterator[StoredTensor]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors in a model's folder, by name; only headers are read, and those once, unless a
-    file changed.
+    """Return the tensors in a model's folder, by name; only headers are read, and those once,
+    unless a file changed.
 
     Raises:
         UserError: a file is missing, truncated or damaged.
@@ -137,7 +138,7 @@ def _stored(paths: tuple[Path, ...], _: tuple[Stamp, ...]) -> dict[str, StoredTe
 
 
 def _sample(stream: BinaryIO, tensor: StoredTensor) -> bytes:
-    """The stored bytes of a sample of a tensor's elements."""
+    """Return the stored bytes of a sample of a tensor's elements."""
     width, count = WIDTHS.get(tensor.dtype, 1), tensor.elements
     if count <= BLOCKS * BLOCK:
         stream.seek(tensor.start)
@@ -150,7 +151,7 @@ def _sample(stream: BinaryIO, tensor: StoredTensor) -> bytes:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the names, shapes, dtypes and a sample of the elements of all tensors.
+    """Return SHA-256 of the names, shapes, dtypes and a sample of the elements of all tensors.
 
     It does not depend on the distribution of tensors over files. About 300 bytes per tensor are
     read, so weights that differ in only a few elements may have the same fingerprint. They are read
