@@ -23,7 +23,7 @@ MOST = 2**16
 
 
 def wrong(name: str, found: Any, should: str) -> UserError:
-    """The error for a field with an invalid value."""
+    """Return the error for a field with an invalid value."""
     return UserError(
         f"adapter_config.json: {name}={found!r:.200} must be {should}: correct the entry, or use "
         "another copy"
@@ -31,7 +31,7 @@ def wrong(name: str, found: Any, should: str) -> UserError:
 
 
 def value(config: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -> Any:
-    """A field of a configuration, with type `kind` (a key of `KINDS`).
+    """Return a field of a configuration, with type `kind` (a key of `KINDS`).
 
     Raises:
         UserError: it has another type, or is missing and has no default.
@@ -47,7 +47,7 @@ def value(config: Mapping[str, Any], name: str, kind: Any, default: Any = ...) -
 
 
 def finite(config: Mapping[str, Any], name: str, default: Any = ..., least: float = -1e30) -> float:
-    """A finite number, at least `least`.
+    """Return a finite number, at least `least`.
 
     Raises:
         UserError: it is not valid.
@@ -63,7 +63,7 @@ def finite(config: Mapping[str, Any], name: str, default: Any = ..., least: floa
 
 
 def count(config: Mapping[str, Any], name: str, default: Any = ...) -> int:
-    """An integer of at least 1.
+    """Return an integer of at least 1.
 
     Raises:
         UserError: it is not valid.
@@ -97,7 +97,7 @@ def lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_list(given: Any) -> list[str]:
-    """`target_modules` as a list of names.
+    """Return `target_modules` as a list of names.
 
     Raises:
         UserError: it is anything else.

@@ -67,7 +67,7 @@ def read_official(folder: Path) -> AdapterFiles:
 
 
 def _unlike(one: Tensor, other: Tensor | None) -> str:
-    """Description of how two tensors differ; empty if they are equal."""
+    """Return the description of how two tensors differ; empty if they are equal."""
     if other is None:
         return "is missing in the second"
     if one.dtype is not other.dtype:
@@ -93,8 +93,8 @@ def write_peft(folder: Path, files: AdapterFiles) -> None:
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share memory: safetensors refuses them, and a file of `torch.save` may
-    hold one tensor under two names."""
+    """Return copies of tensors that share memory: safetensors refuses them, and a file of
+    `torch.save` may hold one tensor under two names."""
     seen, found = set(), {}
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()

@@ -92,7 +92,8 @@ def _check_others(config: Mapping[str, Any]) -> None:
 def _magnitudes(
     group: str, parts: Parts, settings: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    """The settings of attention or experts, with `use_dora` off where no magnitude was saved."""
+    """Return the settings of attention or experts, with `use_dora` off where no magnitude was
+    saved."""
     if parts.layout.linear and parts.has_magnitudes(group):
         raise UserError(
             f"magnitudes are not supported in an adapter of {parts.layout.prefix.rstrip('.')}, "
@@ -174,8 +175,9 @@ def _in_blocks(
     experts: Mapping[str, Any],
     router: Mapping[str, Any],
 ) -> MixLoraConfig:
-    """The configuration of an adapter with experts in feed-forward blocks. common: attention's LoRA
-    settings; experts: those of the experts, written as `expert_lora` where they differ."""
+    """Return the configuration of an adapter with experts in feed-forward blocks. common:
+    attention's LoRA settings; experts: those of the experts, written as `expert_lora` where they
+    differ."""
     same = all(common[name] == found for name, found in experts.items())
     own = None if same else dict(experts)
     return _checked(MixLoraConfig, **common, **router, act_fn=config.get("act_fn"), expert_lora=own)
@@ -184,7 +186,8 @@ def _in_blocks(
 def _in_linears(
     common: Mapping[str, Any], router: Mapping[str, Any], parts: Parts
 ) -> MixtureConfig:
-    """The configuration of an adapter with experts in single projections, and LoRA in others."""
+    """Return the configuration of an adapter with experts in single projections, and LoRA in
+    others."""
     plain = sorted({projection for _, projection, _ in parts.single})
     common = {**common, "use_dora": False}
     return _checked(MixtureConfig, **common, **router, lora_targets=plain)

@@ -31,7 +31,7 @@ KINDS = {"MIXLORA": ("mixlora", "mixlora-dynamic", "mixlora-switch"), "MOLA": ("
 
 
 def strategy_of(config: Mapping[str, Any], kind: str) -> str:
-    """The `routing_strategy` of an adapter of type `kind`.
+    """Return the `routing_strategy` of an adapter of type `kind`.
 
     Raises:
         UserError: it is missing, or none of this type.
@@ -49,7 +49,7 @@ def strategy_of(config: Mapping[str, Any], kind: str) -> str:
 def router_settings(
     config: Mapping[str, Any], strategy: str, experts: int, notes: list[str]
 ) -> dict[str, Any]:
-    """Fields of `MixLoraConfig` or `MixtureConfig`, and what the user is to know as `notes`.
+    """Return fields of `MixLoraConfig` or `MixtureConfig`, and what the user is to know as `notes`.
 
     Raises:
         UserError: a field has an invalid value, or one that computes something else there.
@@ -58,7 +58,7 @@ def router_settings(
 
 
 def _loss(config: Mapping[str, Any], on: bool, init: float) -> dict[str, Any]:
-    """Settings of the loss and of initial weights. on, init: what is read where the file has
+    """Return settings of the loss and of initial weights. on, init: what is read where the file has
     none."""
     coefficient = finite(config, "router_aux_loss_coef", 1e-3, least=0)
     return {
@@ -136,7 +136,7 @@ def _switch(config: Mapping[str, Any], experts: int, notes: list[str]) -> dict[s
 
 
 def _chosen_by(router: str, options: dict[str, Any], experts: int) -> dict[str, Any]:
-    """A router that chooses the number of experts itself; `top_k` is not read."""
+    """Return a router that chooses the number of experts itself; `top_k` is not read."""
     return {"router": router, "router_options": options, "top_k": min(2, experts)}
 
 

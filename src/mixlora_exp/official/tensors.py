@@ -137,7 +137,7 @@ def from_official(tensors: Mapping[str, Tensor], layout: Layout, experts: int | 
 
 
 def to_peft(parts: Parts) -> dict[str, Tensor]:
-    """The tensors with the names that PEFT and this project's tuner give them."""
+    """Return the tensors with the names that PEFT and this project's tuner give them."""
     named = {
         f"{PREFIX}layers.{layer}.{PROJECTIONS[p]}.{p}.lora_{SUFFIXES[part]}": tensor
         for (layer, p, part), tensor in parts.single.items()

@@ -20,7 +20,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `torch.save` file (PyTorch 1.6 or later), without executing code in it.
+    """Return the tensors of a `torch.save` file (PyTorch 1.6 or later), without executing code in
+    it.
 
     Raises:
         UserError: it is truncated, damaged, compressed, of an older format, or holds anything but
@@ -40,7 +41,7 @@ def load_bin(path: Path) -> dict[str, Tensor]:
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
         UserError: it is truncated or damaged, or a tensor cannot be part of an adapter.
@@ -53,8 +54,8 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """`torch.save` writes a zip archive whose members are stored as they are. A compressed one
-    could unpack to any size, and of the format before PyTorch 1.6 no size is known in advance."""
+    """Refuse a compressed archive, which could unpack to any size, and the format before PyTorch
+    1.6, whose size is not known in advance; `torch.save` stores its members as they are."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > path.stat().st_size:
