@@ -39,7 +39,7 @@ class Fit:
         )
 
     def words(self, config: Config) -> list[str]:
-        """The overrides by which a configuration gets these settings."""
+        """Return the overrides by which a configuration gets these settings."""
         trainer = config.trainer
         found = []
         if self.micro_batch != trainer.micro_batch_size:
@@ -64,8 +64,8 @@ def total_bytes(configs: Sequence[Config], processes: int = 1) -> int:
 
 
 def _settings(config: Config, processes: int) -> Iterator[tuple[bool, Quantization, int]]:
-    """(checkpointing, quantisation, micro-batch) in the order of preference. What is switched on
-    stays on, and micro-batches do not become larger than asked for."""
+    """Yield (checkpointing, quantisation, micro-batch) in the order of preference. What is switched
+    on stays on, and micro-batches do not become larger than asked for."""
     trainer, chosen = config.trainer, config.model.quantization
     if not isinstance(config.method, TrainedMethodConfig):
         sizes, checkpointing = [trainer.micro_batch_size], [trainer.gradient_checkpointing]
@@ -96,9 +96,9 @@ def _with(config: Config, checkpointing: bool, kind: Quantization, size: int) ->
 
 
 def fits(configs: Sequence[Config], accepts: Accepts, processes: int = 1) -> Iterator[Fit]:
-    """The settings that the runs can have, in the order of preference: no checkpointing before
-    checkpointing, then bf16 before 4 bits, then larger micro-batches before smaller. The runs have
-    the same trainer settings; accepts: says which are refused for another reason."""
+    """Yield the settings that the runs can have, in the order of preference: no checkpointing
+    before checkpointing, then bf16 before 4 bits, then larger micro-batches before smaller. The
+    runs have the same trainer settings; accepts: says which are refused for another reason."""
     first = configs[0]
     for checkpointing, kind, size in _settings(first, processes):
         changed = [
@@ -116,8 +116,8 @@ def card_lines(
     accepts: Accepts = lambda config: True,
     processes: int = 1,
 ) -> list[tuple[str, str]]:
-    """A (title, value) line per card: what fits it first, as a command. words: the overrides that
-    the user gave."""
+    """Return a (title, value) line per card: what fits it first, as a command. words: the overrides
+    that the user gave."""
     found = list(fits(configs, accepts, processes))
     asked = total_bytes(configs, processes)
     lines = []

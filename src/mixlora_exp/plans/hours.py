@@ -33,7 +33,7 @@ def _epoch_tokens(config: Config) -> float:
 
 
 def _scored(config: Config, items: Mapping[str, int]) -> float:
-    """Tokens of the items to score, by task, once for each protocol."""
+    """Return tokens of the items to score, by task, once for each protocol."""
     passes = len(config.evaluation.protocols) * (1 + config.evaluation.before_training)
     return passes * sum(
         n * _example_tokens(config, task, AnswerForm.label) for task, n in items.items()
@@ -41,7 +41,7 @@ def _scored(config: Config, items: Mapping[str, int]) -> float:
 
 
 def trained_tokens(config: Config, found: RunPlan) -> float:
-    """Positions that training computes, padding included, in all epochs or steps."""
+    """Return positions that training computes, padding included, in all epochs or steps."""
     if not found.examples:
         return 0.0
     epoch = found.tokens / (1 - (found.padding or 0.0))
@@ -49,7 +49,7 @@ def trained_tokens(config: Config, found: RunPlan) -> float:
 
 
 def scored_tokens(config: Config, found: RunPlan) -> float:
-    """Tokens that scoring computes, of all protocols."""
+    """Return tokens that scoring computes, of all protocols."""
     return _scored(config, found.test_rows)
 
 

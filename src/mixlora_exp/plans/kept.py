@@ -94,7 +94,7 @@ class _Layer:
         return Kept(found, 0.0, weights)
 
     def mixture(self, kernel: Kernel, slots: int, rank: int, *, dora: bool) -> float:
-        """A block of experts on all three projections, per token; see the kernels' files."""
+        """Return a block of experts on all three projections, per token; see the kernels' files."""
         d, f, w = self.inputs["gate_proj"], self.outputs["gate_proj"], self.width
         routed = 4 * d + ROUTING * slots
         if kernel not in (Kernel.peft, Kernel.shared, Kernel.reference):
@@ -121,7 +121,7 @@ class _Layer:
 def kept_by_layer(
     config: Config, width: int, *, packed: bool = False, autocast: bool = True
 ) -> Kept:
-    """What a layer keeps with `width` bytes per number (4: float32, 2: bf16).
+    """Return what a layer keeps with `width` bytes per number (4: float32, 2: bf16).
 
     packed: as one of several adapters in a pass. autocast: whether it runs under autocast in bf16,
     as in training. What PEFT's other types keep is not counted as exactly as the rest.
@@ -169,8 +169,8 @@ def kept_by_layer(
 
 
 def _of_peft_type(config: Config, method: PeftMethodConfig, width: int) -> Kept:
-    """What stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output of
-    each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
+    """Return what stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output
+    of each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
     sides = widths(config.model)
     matrices = method.peft_type in MATRICES
     alike = LoraMethodConfig(name="lora", rank=1, alpha=1.0, targets=method.targets, dropout=0.0)

@@ -40,20 +40,20 @@ SCORED = 256
 
 
 def number_bytes(config: Config) -> int:
-    """Bytes of a number of the frozen weights; `auto` counts as bf16, since plans are often for
-    another machine."""
+    """Return bytes of a number of the frozen weights; `auto` counts as bf16, since plans are often
+    for another machine."""
     return 4 if config.trainer.precision is Precision.float32 else 2
 
 
 def usable_bytes(gib: float) -> float:
-    """What a run may take of a card's memory."""
+    """Return what a run may take of a card's memory."""
     return gib * 2**30 * USABLE
 
 
 def kept_by_all_layers(
     config: Config, width: int, packed: bool = False, *, autocast: bool = True
 ) -> float:
-    """Bytes per token that all layers together keep for the backward pass, without copies of
+    """Return bytes per token that all layers together keep for the backward pass, without copies of
     weights; see `kept_by_layer`."""
     kept, shape = kept_by_layer(config, width, packed=packed, autocast=autocast), _shape(config)
     if config.trainer.gradient_checkpointing:
@@ -65,7 +65,8 @@ def kept_by_all_layers(
 
 
 def _last_layer_skips(config: Config) -> bool:
-    """Whether the last layer's block runs at the rows with a loss alone (`training.last_layer`)."""
+    """Return whether the last layer's block runs at the rows with a loss alone
+    (`training.last_layer`)."""
     method, trainer = config.method, config.trainer
     if trainer.loss_on is LossOn.all or trainer.compile is not Compile.off:
         return False
@@ -77,7 +78,8 @@ def _last_layer_skips(config: Config) -> bool:
 def memory_of(
     config: Config, packed: bool = False, *, processes: int = 1, autocast: bool = True
 ) -> dict[str, int]:
-    """Memory that training takes on a device, in bytes, by item, all of which exist at its peak.
+    """Return memory that training takes on a device, in bytes, by item, all of which exist at its
+    peak.
 
     weights: the frozen ones, of which with `trainer.parallel=fsdp` each of `processes` keeps its
     part. adapter_and_optimizer: the float32 adapter, AdamW's two moments, in 16 bits a copy of the
@@ -122,7 +124,7 @@ def _shape(config: Config):
 
 
 def _weights(config: Config, width: int, processes: int) -> int:
-    """Bytes of the frozen weights on one device."""
+    """Return bytes of the frozen weights on one device."""
     total = base_bytes(config.model, width)
     if processes == 1 or config.trainer.parallel is not Parallel.fsdp:
         return total
@@ -134,15 +136,16 @@ def _weights(config: Config, width: int, processes: int) -> int:
 
 
 def _dequantized(config: Config, width: int) -> int:
-    """The largest projections of a quantised base, gate and up at once, in the working type."""
+    """Return the largest projections of a quantised base, gate and up at once, in the working
+    type."""
     if config.model.quantization is Quantization.none:
         return 0
     return 2 * width * max(inner * outer for inner, outer in widths(config.model).values())
 
 
 def _logits(config: Config) -> float:
-    """Bytes at the loss: logits, their log-softmax and its gradient in float32, of all positions
-    with a loss or of a chunk of them."""
+    """Return bytes at the loss: logits, their log-softmax and its gradient in float32, of all
+    positions with a loss or of a chunk of them."""
     answers = config.data.cutoff_length if config.trainer.loss_on is LossOn.all else ANSWER
     logits = config.trainer.micro_batch_size * answers * _shape(config).vocab_size
     if config.trainer.head is not Head.full:
@@ -172,13 +175,14 @@ def scoring_bytes(config: Config) -> int:
 
 
 def peak_bytes(config: Config, *, processes: int = 1) -> int:
-    """Memory that a device needs for a run: that of training or of scoring."""
+    """Return memory that a device needs for a run: that of training or of scoring."""
     training = sum(memory_of(config, processes=processes).values())
     return max(training, scoring_bytes(config))
 
 
 def many_that_fit(memory: dict[str, int], gib: float) -> int:
-    """Number of adapters like this that can train together on one base model in `gib` GiB."""
+    """Return the number of adapters like this that can train together on one base model in `gib`
+    GiB."""
     shared = memory["weights"] + memory.get("dequantized", 0)
     each = sum(memory.values()) - shared
     return max(0, int((usable_bytes(gib) - shared) // each))

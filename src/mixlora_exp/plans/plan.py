@@ -92,7 +92,7 @@ def _characters(config: Config, task: str, form: AnswerForm, items: list) -> flo
 
 
 def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
-    """Tokens of each example; None without local data or without a local tokenizer."""
+    """Return tokens of each example; None without local data or without a local tokenizer."""
     if not items or not has_local_tokenizer(config.model):
         return None
     from mixlora_exp.data.encoding import encode_examples
@@ -103,7 +103,7 @@ def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
 
 
 def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> int:
-    """Tokens of one epoch, estimated from characters."""
+    """Return tokens of one epoch, estimated from characters."""
     total = 0.0
     for task, n in rows.items():
         for form in config.data.forms:
@@ -113,8 +113,8 @@ def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> 
 
 
 def _padding(config: Config, lengths: list[int]) -> float:
-    """Fraction of padding positions in the first epoch: each row is padded to the longest of its
-    micro-batch."""
+    """Return the fraction of padding positions in the first epoch: each row is padded to the
+    longest of its micro-batch."""
     from mixlora_exp.data.sampler import sampler_of
 
     trainer = config.trainer
@@ -134,7 +134,7 @@ def count_steps(trainer: TrainerConfig, examples: int) -> int:
 
 
 def planned_steps(config: Config) -> int:
-    """The optimizer steps of a training run; reads data as `plan` does."""
+    """Return the optimizer steps of a training run; reads data as `plan` does."""
     if config.trainer.max_steps is not None:
         return config.trainer.max_steps
     rows, _, _ = _rows(config)
@@ -167,7 +167,7 @@ def plan(config: Config, adapter: Mapping[str, Any] | None = None) -> RunPlan:
 
 
 def parameters_entry(config: Config) -> dict[str, Any]:
-    """The parameter counts in the format of a record."""
+    """Return the parameter counts in the format of a record."""
     return dataclasses.asdict(count_parameters(config.model, config.method))
 
 

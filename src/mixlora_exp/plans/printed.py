@@ -40,7 +40,7 @@ class Circumstances:
 def describe(
     config: Config, found: RunPlan, around: Circumstances | None = None
 ) -> list[tuple[str, str]]:
-    """The plan as (title, value) lines, without those about cards."""
+    """Return the plan as (title, value) lines, without those about cards."""
     around = around or Circumstances()
     model, p = config.model, found.parameters
     shape = architecture_of(model)
@@ -154,7 +154,7 @@ def _print(lines: Sequence[tuple[str, str]]) -> None:
 
 
 def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
-    """The first line that a run prints: its name, and objections to its use in tables; with
+    """Return the first line that a run prints: its name, and objections to its use in tables; with
     `method.match_params` a second one. `adapter`: see `runs.inputs.adapter_entry`."""
     against, budget = _against(config, adapter), budget_line(config)
     first = f"Run {name}" + (f" ({against})" if against else "")

@@ -54,7 +54,7 @@ def _row(model: str, method: str) -> str:
 
 
 def page() -> str:
-    """The text of docs/scaling.md."""
+    """Return the text of docs/scaling.md."""
     titles = " | ".join(f"{size} GB" for size in CARDS)
     rows = [_row(model, method) for model in MODELS for method in METHODS]
     table = [f"| model | method | {titles} |", "| --- " * (2 + len(CARDS)) + "|", *rows]

@@ -30,8 +30,8 @@ class Speed:
 def measured_rows(
     folder: Path = BENCHMARKS,
 ) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
-    """(file's name, hardware, benchmark, row) of each row in the records of training steps of a
-    folder."""
+    """Yield (file's name, hardware, benchmark, row) of each row in the records of training steps of
+    a folder."""
     for path in sorted(folder.glob("*.json")):
         record = read_json(path)
         hardware = record.get("provenance", {}).get("hardware", {})
@@ -47,9 +47,9 @@ def measured_rows(
 def recorded_speed(
     config: Config, hardware: Mapping[str, Any], dtype: str, folder: Path = BENCHMARKS
 ) -> Speed | None:
-    """The speed by the records in a folder of this model at full depth with this method and kernel,
-    on the same GPU or, without one, the same CPU with as many threads; None without one. Records of
-    steps under autocast, as training runs, come first, then those of more rounds.
+    """Return the speed by the records in a folder of this model at full depth with this method and
+    kernel, on the same GPU or, without one, the same CPU with as many threads; None without one.
+    Records of steps under autocast, as training runs, come first, then those of more rounds.
 
     hardware: as in a record. dtype: of the frozen weights on this machine.
     """
@@ -75,7 +75,7 @@ def _machine(hardware: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_of(config: Config, benchmark: Mapping[str, Any], row: Mapping[str, Any], gpu: bool) -> bool:
-    """Whether a row is of a configuration's model, method and kernel, trained plainly."""
+    """Return whether a row is of a configuration's model, method and kernel, trained plainly."""
     model, method, trainer = config.model, config.method, config.trainer
     kernel = config.kernel.name.value
     if config.kernel.name is Kernel.auto:
