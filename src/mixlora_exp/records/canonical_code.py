@@ -34,7 +34,7 @@ def _is_text(node: ast.AST | None) -> bool:
 
 
 def _loads(nodes: Iterable[ast.AST]) -> dict[str, set[int]]:
-    """Ids of the nodes that use a variable, function or attribute, by its name."""
+    """Return ids of the nodes that use a variable, function or attribute, by its name."""
     found: dict[str, set[int]] = defaultdict(set)
     for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -164,7 +164,7 @@ class _MessageTexts:
         return name.endswith(EXCEPTIONS) or name in self.exceptions
 
     def _called(self, call: ast.Call, module: _Module) -> list[_Function]:
-        """The package's functions that a call may refer to."""
+        """Return the package's functions that a call may refer to."""
         match call.func:
             case ast.Name(name) | ast.Attribute(ast.Name("self" | "cls"), name):
                 return self.functions.get(name, []) if name in module.known else []
@@ -193,7 +193,8 @@ class _MessageTexts:
                     yield value
 
     def _arguments(self, call: ast.Call, functions: list[_Function]) -> Iterator[ast.expr]:
-        """Arguments that all functions the call may refer to use only in texts of exceptions."""
+        """Yield arguments that all functions the call may refer to use only in texts of
+        exceptions."""
         if not functions or any(isinstance(argument, ast.Starred) for argument in call.args):
             return
         for place, argument in enumerate(call.args):
@@ -224,7 +225,8 @@ class _MessageTexts:
 
 
 def _dump(node: object, texts: frozenset[int] | set[int] = frozenset()) -> str:
-    """The tree as text, without empty fields, whose number differs between Python versions."""
+    """Return the tree as text, without empty fields, whose number differs between Python
+    versions."""
     if isinstance(node, list):
         return f"[{','.join(_dump(item, texts) for item in node if not _says_nothing(item))}]"
     if not isinstance(node, ast.AST):
@@ -249,8 +251,8 @@ def _says_nothing(node: object) -> bool:
 
 
 def meanings(sources: Mapping[str, str]) -> dict[str, str]:
-    """Canonical text of each source, by name, independent of the Python version; the sources may
-    import one another.
+    """Return canonical text of each source, by name, independent of the Python version; the sources
+    may import one another.
 
     Omits comments, layout, docstrings, and texts used only in exceptions: arguments of exceptions,
     also through a variable, a parameter (`require(ok, "...")`) or a helper function. The type of an

@@ -19,9 +19,9 @@ HERE = "DIR"
 
 
 def model_card(record: Mapping[str, Any], place: str = HERE, license: str | None = None) -> str:
-    """The card of the adapter that a run trained, as Markdown with the hub's metadata. `place`: the
-    hub's id of the adapter. `license`: of the adapter, by the hub's name; None: that of the base
-    model. Sections without content are left out.
+    """Return the card of the adapter that a run trained, as Markdown with the hub's metadata.
+    `place`: the hub's id of the adapter. `license`: of the adapter, by the hub's name; None: that
+    of the base model. Sections without content are left out.
 
     `record` must have passed `records.required_fields.check_shape`, and `record["train"]` is not
     None.
@@ -43,7 +43,7 @@ def model_card(record: Mapping[str, Any], place: str = HERE, license: str | None
 
 
 def _text(value: Any) -> str:
-    """A value of a record on one line of Markdown."""
+    """Return a value of a record on one line of Markdown."""
     return shown(str(value), 200).replace("|", r"\|").replace("`", "'").replace("<", "&lt;")
 
 
@@ -63,7 +63,7 @@ def _metadata(record: Mapping[str, Any], license: str) -> str:
 
 
 def _base(record: Mapping[str, Any]) -> str:
-    """The base model's name, without a machine's path."""
+    """Return the base model's name, without a machine's path."""
     base, name = record["model"], record["config"]["model"]["name"]
     if base["source"] == "path":
         return f"{name} (from a folder)"
@@ -74,7 +74,7 @@ def _base(record: Mapping[str, Any]) -> str:
 
 
 def _packages(record: Mapping[str, Any]) -> str:
-    """The packages that ship the base model's weights, which may come in parts."""
+    """Return the packages that ship the base model's weights, which may come in parts."""
     parts = record["config"]["model"].get("package_parts")
     return " ".join(part_names(_base(record), None if parts is None else min(parts, 99)))
 

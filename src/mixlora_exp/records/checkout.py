@@ -28,8 +28,9 @@ LONGEST = 100_000
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """The `commit` of the checkout at `root`, whether the code differs from it (`dirty`), and in
-    that case the names of the files (`changed`) and the `diff`, truncated to 100,000 characters.
+    """Return the `commit` of the checkout at `root`, whether the code differs from it (`dirty`),
+    and in that case the names of the files (`changed`) and the `diff`, truncated to 100,000
+    characters.
 
     None if `root` is not the top of a checkout, since a surrounding checkout is not of this code.
     """
@@ -55,7 +56,7 @@ def git_state(root: Path) -> dict[str, Any] | None:
 
 
 def _added(root: Path, name: str) -> str:
-    """The diff of an untracked file."""
+    """Return the diff of an untracked file."""
     try:
         content = (root / name).read_text(encoding="utf-8", errors="replace")
     except OSError as error:

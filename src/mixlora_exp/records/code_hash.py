@@ -36,7 +36,7 @@ repeat."""
 
 
 def _determining() -> list[tuple[str, Path]]:
-    """The files that determine what a run computes, with their names in the package."""
+    """Return the files that determine what a run computes, with their names in the package."""
     found = sorted(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))
     named = [(path.relative_to(PACKAGE).as_posix(), path) for path in found]
     return [(name, path) for name, path in named if not name.startswith(BESIDE)]
@@ -52,6 +52,6 @@ def _hash(sources: Mapping[str, str]) -> str:
 
 @cache
 def code_sha256() -> str:
-    """SHA-256 of the code that determines results, independent of layout, comments, docstrings and
-    the texts of exceptions (see `canonical_code.meanings`)."""
+    """Return SHA-256 of the code that determines results, independent of layout, comments,
+    docstrings and the texts of exceptions (see `canonical_code.meanings`)."""
     return _hash({name: path.read_text(encoding="utf-8") for name, path in _determining()})

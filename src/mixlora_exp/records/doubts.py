@@ -50,7 +50,7 @@ KINDS: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
 
 
 def doubts(record: Mapping[str, Any]) -> Iterator[str]:
-    """Warnings about the scores of a finished run, one line for each kind, with the tasks."""
+    """Yield warnings about the scores of a finished run, one line for each kind, with the tasks."""
     for text, find in KINDS:
         found = [(score, find(score)) for score in record["scores"]]
         named = [f"{s['task']} {s['protocol']} ({why})" for s, why in found if why is not None]

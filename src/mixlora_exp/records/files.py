@@ -43,16 +43,16 @@ DAMAGED = (
 
 
 def record_paths(folder: Path) -> list[Path]:
-    """Paths of the records in `folder`, sorted by name: `NAME.zip` or `NAME/record.json`, the
-    packed one first if both exist. Hidden names are skipped: they are still being written."""
+    """Return paths of the records in `folder`, sorted by name: `NAME.zip` or `NAME/record.json`,
+    the packed one first if both exist. Hidden names are skipped: they are still being written."""
     found = [*folder.glob(f"*{PACKED}"), *folder.glob(f"*/{RECORD}")]
     shown = [path for path in found if not name_of(path).startswith(".")]
     return sorted(shown, key=lambda path: (name_of(path), path.suffix != PACKED))
 
 
 def find_record(run: str) -> Path:
-    """The record of a run that is given as a packed run, a record, a folder, or by its name among
-    the user's collected runs or the project's.
+    """Return the record of a run that is given as a packed run, a record, a folder, or by its name
+    among the user's collected runs or the project's.
 
     Raises:
         UserError: there is none.
@@ -69,7 +69,7 @@ def find_record(run: str) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """The name of the run whose record is at `path`."""
+    """Return the name of the run whose record is at `path`."""
     return path.stem if path.suffix == PACKED else path.parent.name
 
 
@@ -82,7 +82,7 @@ class RunFiles:
         self._contents: dict[str, bytes] = {}
 
     def read(self, name: str) -> bytes:
-        """Content of a file.
+        """Return the content of a file.
 
         Raises:
             OSError: it cannot be read or does not exist.

@@ -40,8 +40,8 @@ class Sheet:
 
 
 def fitted(sheet: Sheet, width: int) -> Iterator[Table]:
-    """The sheet as tables of at most `width` characters, each with the labels and as many columns
-    of figures as fit.
+    """Yield the sheet as tables of at most `width` characters, each with the labels and as many
+    columns of figures as fit.
 
     Figures are never wrapped. Labels that leave no room for the widest figure are folded, to at
     least `SHORTEST_LABEL` characters; if even that is too wide, a table exceeds `width`.

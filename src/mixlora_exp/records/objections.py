@@ -21,7 +21,8 @@ def _code(git: Mapping[str, Any] | None) -> list[str]:
 
 
 def objections(record: Mapping[str, Any]) -> list[str]:
-    """Reasons against a record in the tables; empty if `make collect` accepts it without force.
+    """Return reasons against a record in the tables; empty if `make collect` accepts it without
+    force.
 
     Uses only `config.model`, `provenance.git` and `adapter`, which are known before a run.
     """
@@ -38,8 +39,8 @@ def has_random_weights(record: Mapping[str, Any]) -> bool:
 
 
 def code_objections(record: Mapping[str, Any]) -> list[str]:
-    """Objections to the code that trained and scored; tables use such a record only if it was
-    collected with --force."""
+    """Return objections to the code that trained and scored; tables use such a record only if it
+    was collected with --force."""
     found = _code(record["provenance"]["git"])
     adapter = record.get("adapter")
     if adapter is not None:

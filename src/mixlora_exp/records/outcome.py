@@ -21,8 +21,8 @@ OF_TRAINING = (
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """The record of a finished run without `CIRCUMSTANCES`, and hashes of its log, adapter and
-    predictions."""
+    """Return the record of a finished run without `CIRCUMSTANCES`, and hashes of its log, adapter
+    and predictions."""
     record = read_json(folder / RECORD)
     for name in CIRCUMSTANCES:
         record.pop(name)
@@ -38,5 +38,5 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
-    """The `outcome` of every finished run in an output folder, by name."""
+    """Return the `outcome` of every finished run in an output folder, by name."""
     return {path.parent.name: outcome(path.parent) for path in folder.glob(f"*/{RECORD}")}

@@ -77,7 +77,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 def predictions_name(task: str, protocol: str) -> str:
-    """Name of the file in a run's folder with the predictions for a task under a protocol."""
+    """Return the name of the file in a run's folder with the predictions for a task under a
+    protocol."""
     return f"predictions/{task}.{protocol}.jsonl"
 
 

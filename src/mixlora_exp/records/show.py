@@ -22,13 +22,13 @@ def _nats(value: float | None) -> str:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean, or None if a value is missing: a mean over fewer tasks is not comparable."""
+    """Return the mean, or None if a value is missing: a mean over fewer tasks is not comparable."""
     found = list(values)
     return None if None in found else mean(found)
 
 
 def _switched(config: Mapping[str, Any]) -> str:
-    """The preset and all deviations from it; empty for `correct` without deviations."""
+    """Return the preset and all deviations from it; empty for `correct` without deviations."""
     preset = config.get("preset")
     if preset is None:
         return ""
@@ -90,8 +90,8 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Sheet:
 
 
 def load_table(record: Mapping[str, Any]) -> Sheet | None:
-    """Share of each expert per scored task, in percent of the (token, slot) pairs, averaged over
-    layers; None without experts."""
+    """Return the share of each expert per scored task, in percent of the (token, slot) pairs,
+    averaged over layers; None without experts."""
     first = record["scores"][0]["protocol"]
     loads = {s["task"]: s["expert_load"] for s in record["scores"] if s["protocol"] == first}
     if record["train"] is not None:
@@ -118,7 +118,7 @@ def _show(sheet: Sheet) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A record whose texts are safe to print on a terminal (see `errors.shown`)."""
+    """Return a record whose texts are safe to print on a terminal (see `errors.shown`)."""
     if isinstance(value, Mapping):
         return {name: _plain(held) for name, held in value.items()}
     if isinstance(value, list):

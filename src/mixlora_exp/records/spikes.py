@@ -8,7 +8,7 @@ WINDOW, LEAST, FACTOR = 20, 4, 1.5
 
 
 def spikes(values: Sequence[float]) -> list[int]:
-    """Indices of values larger than 1.5 times the maximum of the 20 values before them.
+    """Return indices of values larger than 1.5 times the maximum of the 20 values before them.
 
     The maximum keeps a batch of the hardest task in a mixture from counting as a spike. At the
     beginning at least 4 earlier values suffice, because training with too high a learning rate

@@ -11,7 +11,8 @@ Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 def wilson(share: float, n: float, z: float = Z) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion over `n` items, which may be fractional."""
+    """Return Wilson's score interval (1927) of a proportion over `n` items, which may be
+    fractional."""
     middle = share + z * z / (2 * n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
