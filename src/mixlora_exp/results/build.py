@@ -61,7 +61,8 @@ PRESETS = ("correct", "official")
 
 @cache
 def _defaults() -> tuple[dict[str, dict[str, Config]], dict[str, ModelConfig]]:
-    """The composed default run of each method under each preset, and each model's configuration."""
+    """Return the composed default run of each method under each preset, and each model's
+    configuration."""
     by_method = {
         preset: {
             m: compose([f"method={m}", "model=llama2_7b", f"preset={preset}"])
@@ -98,7 +99,7 @@ def _standard(by_method: Mapping[str, Config], models: Mapping[str, ModelConfig]
 def _chosen(
     runs: Sequence[RecordedRun], left_out: Sequence[LeftOut], names: Sequence[str] | None
 ) -> list[RecordedRun]:
-    """The runs with the given `names` (None: all), checked to be comparable."""
+    """Return the runs with the given `names` (None: all), checked to be comparable."""
     if names is None:
         return list(runs)
     by_name = {run.name: run for run in runs}
@@ -113,7 +114,8 @@ def _chosen(
 
 
 def _of_other_methods(runs: Sequence[RecordedRun]) -> dict[str, LeftOut]:
-    """Runs, by name, of methods that the paper does not have, such as one with another router."""
+    """Return runs, by name, of methods that the paper does not have, such as one with another
+    router."""
     known = ", ".join(METHODS)
     return {
         run.name: LeftOut(run.name, f"method={run.method} is not in the paper's tables ({known})")
@@ -151,7 +153,7 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
 
 
 def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
-    """The table with a note on each of its runs that was collected with --force."""
+    """Return the table with a note on each of its runs that was collected with --force."""
     notes = [
         f"Collected by force: {name} ({'; '.join(reasons[name])})."
         for name in sorted(table.records())
@@ -161,15 +163,15 @@ def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
 
 
 def _progress(block: Block) -> str:
-    """A block's conditions with the number of its cells that have results, per setup."""
+    """Return a block's conditions with the number of its cells that have results, per setup."""
     counts = [f"{setup} {run} of {total}" for setup, (run, total) in block.filled.items()]
     words = block.words or block.heading
     return f"{words} (cells: {', '.join(counts)})" if counts else words
 
 
 def _index(results: Results) -> str:
-    """The content of `tables/README.md`: which tables have results, and which records no table
-    uses."""
+    """Return the content of `tables/README.md`: which tables have results, and which records no
+    table uses."""
     lines = ["# Tables\n\n", "Made by `make tables` from the records; do not edit.\n\n"]
     lines.append("| table | blocks with results of this project |\n| --- | --- |\n")
     for table in results.tables.values():
@@ -185,7 +187,7 @@ def _index(results: Results) -> str:
 
 
 def table_files(results: Results) -> dict[str, str]:
-    """The content of every file in `tables/`, by name."""
+    """Return the content of every file in `tables/`, by name."""
     found = list(verdicts(PAPER, results.tables))
     files = {"README.md": _index(results), "verdicts.md": verdicts_markdown(found)}
     for table in results.tables.values():
@@ -198,7 +200,7 @@ def table_files(results: Results) -> dict[str, str]:
 
 
 def data_files(results: Results) -> dict[str, str]:
-    """The content of the tidy files in `results/`, by name."""
+    """Return the content of the tidy files in `results/`, by name."""
     return {
         "scores.csv": scores_csv(results.runs),
         "differences.csv": differences_csv(results.tables),

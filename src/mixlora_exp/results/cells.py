@@ -38,11 +38,11 @@ class Standards:
     presets: Mapping[str, Standards] = dataclasses.field(default_factory=dict)
 
     def of(self, preset: str) -> Standards:
-        """The defaults under a preset; `self` for an unknown one."""
+        """Return the defaults under a preset; `self` for an unknown one."""
         return self.presets.get(preset, self)
 
     def conditions(self, model: str) -> dict[str, Any]:
-        """The conditions of a full run as in the paper, without the data source."""
+        """Return the conditions of a full run as in the paper, without the data source."""
         parts = {
             "data": self.data,
             "trainer": self.trainer,
@@ -54,7 +54,7 @@ class Standards:
 
 
 def deviations(run: RecordedRun, standards: Standards) -> dict[str, Any]:
-    """Fields of the method in which a run differs from Table 3, with the run's values."""
+    """Return fields of the method in which a run differs from Table 3, with the run's values."""
     standard = standards.of(run.preset).methods[run.method]
     return {k: v for k, v in run.trained["method"].items() if standard.get(k, v) != v}
 
@@ -115,8 +115,8 @@ def group_runs(runs: Iterable[RecordedRun]) -> Blocks:
 
 
 def copies(runs: Iterable[RecordedRun]) -> dict[str, LeftOut]:
-    """Runs, by name, with predictions identical to those of a run with another seed, in every digit
-    of every score: a record that was copied and edited is not a second seed."""
+    """Return runs, by name, with predictions identical to those of a run with another seed, in
+    every digit of every score: a record that was copied and edited is not a second seed."""
     found: dict[str, LeftOut] = {}
     seen: dict[str, list[RecordedRun]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.rescored, run.name)):
@@ -156,7 +156,7 @@ def _without(
 
 
 def _conflicts(members: Sequence[RecordedRun], protocol: str) -> dict[tuple[str, str], LeftOut]:
-    """(run, task) -> why that score is left out."""
+    """Return (run, task) -> why that score is left out."""
     scored = [(run, task) for run in members for task, own in run.scores if own == protocol]
     found = _other_data(scored, protocol)
     cells: dict[str, list[tuple[RecordedRun, str]]] = defaultdict(list)
@@ -179,8 +179,8 @@ def _conflicts(members: Sequence[RecordedRun], protocol: str) -> dict[tuple[str,
 def _other_data(
     scored: Sequence[tuple[RecordedRun, str]], protocol: str
 ) -> dict[tuple[str, str], LeftOut]:
-    """Scores in a block that used different data than the others, for any method, and are therefore
-    not comparable."""
+    """Return scores in a block that used different data than the others, for any method, and are
+    therefore not comparable."""
     tested: dict[str, list[tuple[RecordedRun, str]]] = defaultdict(list)
     trained: dict[tuple[str, ...], list[tuple[RecordedRun, str]]] = defaultdict(list)
     for run, task in scored:
@@ -238,8 +238,8 @@ def _machine_last(entry: tuple[str, Any]) -> tuple[bool, str]:
 
 
 def odd_conditions(key: Key, standards: Standards) -> dict[str, Any]:
-    """The conditions of a block that are not those of a full run as in the paper, but for the
-    source of its data."""
+    """Return the conditions of a block that are not those of a full run as in the paper, but for
+    the source of its data."""
     conditions = json.loads(key[2])
     del conditions["data.name"]
     standard = standards.of(conditions.get("preset", "correct")).conditions(key[0])
@@ -247,7 +247,8 @@ def odd_conditions(key: Key, standards: Standards) -> dict[str, Any]:
 
 
 def block_title(key: Key, standards: Standards) -> tuple[str, bool]:
-    """A block's conditions as text, and whether they are those of a full run as in the paper."""
+    """Return a block's conditions as text, and whether they are those of a full run as in the
+    paper."""
     model, protocol, text = key
     source, odd = json.loads(text)["data.name"], odd_conditions(key, standards)
     words = [f"model={model}", f"data={source}", f"protocol {protocol}"]

@@ -86,7 +86,8 @@ def _collect(path: Path, target: Path, force: bool) -> bool | None:
 
 
 def _files(run: RecordedRun, files: RunFiles, reasons: list[str]) -> dict[str, bytes]:
-    """The files to pack, by name: record, predictions, and the objections if there are any."""
+    """Return the files to pack, by name: record, predictions, and the objections if there are
+    any."""
     names = [RECORD, *run.record["predictions"].values()]
     try:
         kept = {name: files.read(name) for name in names}

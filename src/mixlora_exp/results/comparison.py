@@ -104,7 +104,8 @@ class Compared:
 
 
 def read_given(places: Iterable[str]) -> list[RecordedRun]:
-    """The runs at `places`: folders of finished runs, packed runs, or names of collected ones.
+    """Return the runs at `places`: folders of finished runs, packed runs, or names of collected
+    ones.
 
     Raises:
         UserError: there is none, a record or its predictions are damaged, or a run is given twice.
@@ -127,7 +128,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _settings(run: RecordedRun) -> dict[str, Any]:
-    """All that determines a result, of the training and, where it differs, of the scoring."""
+    """Return all that determines a result, of the training and, where it differs, of the
+    scoring."""
     found = dict(_flat(determining(dict(run.trained))))
     if run.rescored:
         scored = dict(_flat(determining(dict(run.scored))))
@@ -139,7 +141,7 @@ def _settings(run: RecordedRun) -> dict[str, Any]:
 
 
 def _facts(run: RecordedRun) -> dict[str, Any]:
-    """What a run read and where it ran, by names that no setting has."""
+    """Return what a run read and where it ran, by names that no setting has."""
     found = {f"rows of {split}": short_hash([file["sha256"] for file in files])
              for split, files in run.record["data"].items()}  # fmt: skip
     code = run.record.get("code")
@@ -147,7 +149,7 @@ def _facts(run: RecordedRun) -> dict[str, Any]:
 
 
 def group(runs: Sequence[RecordedRun]) -> list[Side]:
-    """The sides, in the order in which they are given.
+    """Return the sides, in the order in which they are given.
 
     Raises:
         UserError: two runs have the same settings and seed, or there are too many sides.
@@ -173,8 +175,8 @@ def group(runs: Sequence[RecordedRun]) -> list[Side]:
 
 
 def differing(sides: Sequence[Side]) -> dict[str, tuple[Any, ...]]:
-    """The settings that are not the same for all sides, and what was read and run elsewhere; None
-    where a side has no such setting."""
+    """Return the settings that are not the same for all sides, and what was read and run elsewhere;
+    None where a side has no such setting."""
     known = [dict(side.settings) for side in sides]
     for side, own in zip(sides, known, strict=True):
         facts = [_facts(run) for run in side.runs]

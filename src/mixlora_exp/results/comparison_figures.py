@@ -48,7 +48,8 @@ def curves_figure(sides: Sequence[Side]) -> Figure | None:
 
 
 def loads_of(side: Side) -> Loads:
-    """(task, protocol) -> (layers, E): the side's expert load in percent, averaged over seeds."""
+    """Return (task, protocol) -> (layers, E): the side's expert load in percent, averaged over
+    seeds."""
     found = {}
     for key, score in side.runs[0].scores.items():
         own = [run.scores[key].get("expert_load") for run in side.runs if key in run.scores]
@@ -61,8 +62,8 @@ def loads_of(side: Side) -> Loads:
 
 
 def load_figure(side: Side) -> Figure | None:
-    """The share of the slots that each expert gets, in percent: a panel a task, a row a layer; None
-    without experts."""
+    """Return the share of the slots that each expert gets, in percent: a panel a task, a row a
+    layer; None without experts."""
     loads = loads_of(side)
     if not loads:
         return None

@@ -41,7 +41,7 @@ FOREST = (
 
 
 def _drawn(compared: Compared) -> list[dict[str, str]]:
-    """The figures with captions, as addresses that contain them."""
+    """Return the figures with captions, as addresses that contain them."""
     lines = contrasts(compared)
     made = [(FOREST, figures.forest_figure(lines) if lines else None)]
     made.append((CURVES, comparison_figures.curves_figure(compared.sides)))
@@ -68,7 +68,8 @@ def _json(value: Any) -> Markup:
 def comparison_page(
     compared: Compared, items: Sequence[Mapping[str, Any]], missing: Sequence[str]
 ) -> str:
-    """The page. `items`: from `differing_items`, with `missing`, why there are no questions."""
+    """Return the page. `items`: from `differing_items`, with `missing`, why there are no
+    questions."""
     folder = Path(__file__).parent
     script = (folder / SCRIPT).read_text(encoding="utf-8")
     environment = Environment(

@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def title(side: Side) -> str:
-    """A side in words: method, task of training and seeds."""
+    """Return a side in words: method, task of training and seeds."""
     run = side.runs[0]
     method = METHOD_TITLES.get(run.method, run.method)
     mix = f" trained on {'+'.join(run.mix)}" if run.mix else ""
@@ -33,7 +33,7 @@ def title(side: Side) -> str:
 
 
 def label(one: Measured) -> str:
-    """The heading of a line."""
+    """Return the heading of a line."""
     return shown(f"{one.task}, {one.protocol}{METRICS[one.metric]}", 80)
 
 
@@ -50,7 +50,7 @@ def _chance_of(p: float) -> str:
 
 
 def settings_sheet(compared: Compared) -> Sheet:
-    """What differs in the configurations, one line a setting."""
+    """Return what differs in the configurations, one line a setting."""
     columns = [
         Column(side.letter, [shown(word(values[at]), 28) for values in compared.differing.values()])
         for at, side in enumerate(compared.sides)
@@ -60,7 +60,7 @@ def settings_sheet(compared: Compared) -> Sheet:
 
 
 def scores_sheet(compared: Compared) -> Sheet:
-    """Accuracies in percent with chance, the most frequent answer, and intervals."""
+    """Return accuracies in percent with chance, the most frequent answer, and intervals."""
     columns = [
         Column("chance", [_percent(one.scores[0].chance) for one in compared.measured]),
         Column("major.\nclass", [_percent(one.scores[0].majority) for one in compared.measured]),
@@ -108,7 +108,7 @@ def differences_sheet(compared: Compared) -> Sheet:
 
 
 def contrasts(compared: Compared) -> list[Contrast]:
-    """The differences as lines of a forest plot."""
+    """Return the differences as lines of a forest plot."""
     return [
         Contrast(
             f"{v.side.letter} - {base.letter}, {label(one)}",
@@ -123,7 +123,7 @@ def contrasts(compared: Compared) -> list[Contrast]:
 
 
 def as_csv(compared: Compared) -> str:
-    """One line a task, metric and side; fractions, not percent."""
+    """Return one line a task, metric and side; fractions, not percent."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)

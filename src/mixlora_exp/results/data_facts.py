@@ -51,12 +51,12 @@ def _majorities() -> Mapping[str, float]:
 
 
 def majority_of_train(task: str) -> float:
-    """Share of the most frequent answer in the published training split."""
+    """Return the share of the most frequent answer in the published training split."""
     return _majorities()[task]
 
 
 def published(run: RecordedRun, task: str) -> bool:
-    """Whether a run scored items of the published test split."""
+    """Return whether a run scored items of the published test split."""
     if run.held_out or run.scored["data"]["name"] == "embedded" or task not in TASKS:
         return False
     files = run.record["data"].get(f"{task}/test", ())
@@ -69,8 +69,8 @@ def groups(run: RecordedRun, task: str) -> Mapping[str, str]:
 
 
 def reference(run: RecordedRun, task: str, protocol: str) -> float:
-    """Accuracy that a model without knowledge reaches: by chance, or by always giving the most
-    frequent answer of the training split (of the scored items where that is not known)."""
+    """Return the accuracy that a model without knowledge reaches: by chance, or by always giving
+    the most frequent answer of the training split (of the scored items where that is not known)."""
     score = run.scores[task, protocol]
     known = _majorities().get(task) if published(run, task) else None
     return max(score["chance"], score["majority_class"] if known is None else known)

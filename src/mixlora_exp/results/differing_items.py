@@ -15,8 +15,8 @@ Items = Callable[[RecordedRun, str], Sequence[Any]]
 
 
 def _answers(side: Side, task: str, protocol: str, item: str) -> dict[str, Any]:
-    """What a side answers: the predictions of its seeds, the generated text of the first, and the
-    scores of the options, averaged over the seeds."""
+    """Return what a side answers: the predictions of its seeds, the generated text of the first,
+    and the scores of the options, averaged over the seeds."""
     rows = [run.predictions[task, protocol][item] for run in side.runs]
     scores = [row.get("scores") or [] for row in rows]
     whole = len({len(one) for one in scores}) == 1
@@ -49,8 +49,8 @@ def _questions(
 
 
 def differing_items(compared: Compared, items: Items) -> tuple[list[dict[str, Any]], list[str]]:
-    """One entry for each item, task, protocol and side that is answered otherwise than by the first
-    side, and the reasons why questions are missing."""
+    """Return one entry for each item, task, protocol and side that is answered otherwise than by
+    the first side, and the reasons why questions are missing."""
     entries, missing = [], {}
     known: dict[tuple[str, str], dict[str, Any]] = {}
     for one in compared.measured:

@@ -76,7 +76,8 @@ def _wrapped(text: str, width: int = 88) -> str:
 
 
 def sweep_figure(sweeps: Sequence[SweptLine], setting: str) -> Figure:
-    """Figures 4a and 4b: average accuracy over the values of a setting, one panel per block."""
+    """Return figures 4a and 4b: average accuracy over the values of a setting, one panel per
+    block."""
     # A single value does not form a line.
     sweeps = [sweep for sweep in sweeps if len(sweep.values) > 1]
     titles = list(dict.fromkeys(sweep.title for sweep in sweeps))

@@ -24,14 +24,14 @@ class Contrast:
 
 
 def main_block(tables: Mapping[int, Table]) -> Block | None:
-    """The lines of Table 2's first page that stand on the first screen."""
+    """Return the lines of Table 2's first page that stand on the first screen."""
     found = [block for block in tables[MAIN].summary if block.run]
     return found[0] if found else None
 
 
 def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
-    """Differences to LoRA and to the base model, over the tasks above chance, of the block that is
-    shown first."""
+    """Return differences to LoRA and to the base model, over the tasks above chance, of the block
+    that is shown first."""
     full = next((block for block in tables[MAIN].blocks if block.run), None)
     if full is None:
         return []
@@ -52,14 +52,16 @@ def missing(tables: Mapping[int, Table]) -> list[str]:
 
 
 def _marked(tables: Mapping[int, Table]) -> tuple[int, int, int]:
-    """Numbers of comparisons, of those with several seeds and above chance, and of those marked."""
+    """Return numbers of comparisons, of those with several seeds and above chance, and of those
+    marked."""
     cells = [c for table in tables.values() for c in table.cells() if c.kind == "versus"]
     return len(cells), sum(c.q is not None for c in cells), sum(bool(c.mark) for c in cells)
 
 
 def _steps(entry: Entry, runs: Sequence[RecordedRun]) -> str:
-    """The settings that decide how far a step of each method moves its layers' outputs, which is
-    alpha times the learning rate, whatever the rank; empty unless each method has one of them."""
+    """Return the settings that decide how far a step of each method moves its layers' outputs,
+    which is alpha times the learning rate, whatever the rank; empty unless each method has one of
+    them."""
     found: dict[str, set[tuple[float, float]]] = {"lora": set(), "mixlora": set()}
     for run in runs:
         if run.name in entry.records and run.method in found:
@@ -78,7 +80,8 @@ def _steps(entry: Entry, runs: Sequence[RecordedRun]) -> str:
 def sentences(
     tables: Mapping[int, Table], verdicts: Sequence[Verdict], runs: Sequence[RecordedRun]
 ) -> list[str]:
-    """Three sentences: what was compared, the comparison of MixLoRA with LoRA, and the paper."""
+    """Return three sentences: what was compared, the comparison of MixLoRA with LoRA, and the
+    paper."""
     total, family, marked = _marked(tables)
     found = [
         f"Of {total:,} paired comparisons {family:,} have several seeds and are above chance, and "

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def word(value: Any) -> str:
-    """A setting's value in the syntax of the command line."""
+    """Return a setting's value in the syntax of the command line."""
     if isinstance(value, list):
         return "[" + ",".join(map(word, value)) + "]"
     if isinstance(value, dict):
@@ -25,7 +25,7 @@ def short_hash(value: Any) -> str:
 
 
 def told_apart(headings: Sequence[str], details: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The headings; equal ones are followed by the details in which they differ."""
+    """Return the headings; equal ones are followed by the details in which they differ."""
     found = []
     for heading, own in zip(headings, details, strict=True):
         alike = [d for h, d in zip(headings, details, strict=True) if h == heading]

@@ -47,7 +47,7 @@ class PaperTable:
         return tuple(name for name in self.lines[0] if name in TASKS)
 
     def line(self, **wanted: str) -> Mapping[str, str] | None:
-        """The line with these values, or None if the paper has none."""
+        """Return the line with these values, or None if the paper has none."""
         for line in self.lines:
             if all(line.get(name) == value for name, value in wanted.items()):
                 return line
@@ -83,14 +83,14 @@ class Contradiction:
 
 
 def line_id(line: Mapping[str, str]) -> tuple[str, ...]:
-    """The values that identify a line within a table."""
+    """Return the values that identify a line within a table."""
     names = ("model", "method", "setup", "rank", "router_loss_coef")
     return tuple(line.get(name, "") for name in names)
 
 
 def contradictions(folder: Path, number: int) -> Iterator[Contradiction]:
-    """Contradictions of table `number` with itself and the rest of the paper, recomputed from the
-    printed figures. Means may differ by `TOLERANCE`."""
+    """Yield contradictions of table `number` with itself and the rest of the paper, recomputed from
+    the printed figures. Means may differ by `TOLERANCE`."""
     table = read_paper(folder, number)
     if not table.tasks:
         return
@@ -141,7 +141,7 @@ SETTINGS = {1: {}, 2: {"setup": "ST"}, 8: {"rank": "16"}, 9: {"router_loss_coef"
 
 
 def _other_tables(folder: Path, table: PaperTable) -> Iterator[Contradiction]:
-    """Results for the setting of Table 3 that differ between the tables which print them."""
+    """Yield results for the setting of Table 3 that differ between the tables which print them."""
     if table.number not in SETTINGS:
         return
     for other_number, setting in SETTINGS.items():

@@ -33,7 +33,7 @@ def _right(run: RecordedRun, task: str) -> dict[str, bool]:
 
 
 def discordant_share(a: RecordedRun, b: RecordedRun, task: str) -> float:
-    """Share of the items that exactly one of two runs answers correctly (answer_text,
+    """Return the share of the items that exactly one of two runs answers correctly (answer_text,
     length-normalised).
 
     Raises:
@@ -70,7 +70,8 @@ def seed_spread(changed: float, items: Mapping[str, int]) -> float:
 
 
 def detection_rate(difference: float, item_error: float, spread: float, seeds: int) -> float:
-    """Simulated probability that a true `difference` gives an interval that excludes zero.
+    """Return the simulated probability that a true `difference` gives an interval that excludes
+    zero.
 
     The interval is that of the tables: its half widths over items (normal) and over seeds
     (Student's t with `seeds - 1` degrees of freedom) are added in quadrature; with one seed, only
@@ -88,7 +89,8 @@ def detection_rate(difference: float, item_error: float, spread: float, seeds: i
 
 
 def smallest_detectable(item_error: float, spread: float, seeds: int) -> float:
-    """The smallest true difference, in steps of `STEP`, detected with probability `POWER`."""
+    """Return the smallest true difference, in steps of `STEP`, detected with probability
+    `POWER`."""
     difference = STEP
     while detection_rate(difference, item_error, spread, seeds) < POWER:
         difference += STEP

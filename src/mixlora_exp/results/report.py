@@ -29,8 +29,8 @@ SHOWN_LINKS = 3
 
 
 def _links(cell: Entry, numbers: Mapping[str, int], results: str) -> list[tuple[str, str, str]]:
-    """(short text, address, name) of an entry's records: the line of a run in the list of records,
-    or the file of a benchmark in `results`."""
+    """Return (short text, address, name) of an entry's records: the line of a run in the list of
+    records, or the file of a benchmark in `results`."""
     found = []
     for name in cell.records:
         if name in numbers:
@@ -63,7 +63,7 @@ def _run_entry(run: RecordedRun, number: int, results: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """A value for the page; escapes characters in texts from records that change how a line
+    """Return a value for the page; escapes characters in texts from records that change how a line
     reads."""
     # What a macro made is markup, and its values were escaped.
     plain = isinstance(value, str) and not isinstance(value, Markup)
@@ -99,7 +99,7 @@ def page(
     verdicts: Sequence[Verdict],
     results: str = "..",
 ) -> str:
-    """The page as HTML: first what is known, then everything, folded. `results`: the
+    """Return the page as HTML: first what is known, then everything, folded. `results`: the
     relative address, from the page, of the folder with `runs/`, `bench/` and `tables/`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -48,10 +48,10 @@ GPU_MODEL = re.compile(
 
 
 def circumstances(record: Mapping[str, Any]) -> dict[str, str]:
-    """The computing environment of a record, as far as it changes results by more than summation
-    order: precision; kernel (`exact` stands for all that agree up to rounding; `peft` has other
-    dropout masks and another DoRA); hardware (`cpu`, or the GPU model without memory size and form
-    factor); torch's minor version."""
+    """Return the computing environment of a record, as far as it changes results by more than
+    summation order: precision; kernel (`exact` stands for all that agree up to rounding; `peft` has
+    other dropout masks and another DoRA); hardware (`cpu`, or the GPU model without memory size and
+    form factor); torch's minor version."""
     found = {"precision": record.get("dtype")}
     if record.get("kernel") is not None:
         found["kernel"] = record["kernel"] if record["kernel"] in OWN_DROPOUT else "exact"
@@ -140,15 +140,15 @@ class RecordedRun:
         return self._source().get("parameters")
 
     def _source(self) -> Mapping[str, Any]:
-        """The record of the training run, or the part of it in the record of a rescoring."""
+        """Return the record of the training run, or the part of it in the record of a rescoring."""
         known = self.rescored and self.record["adapter"]["trained_by"] is not None
         return self.record["adapter"]["trained_by"] if known else self.record
 
     def conditions(self, protocol: str) -> dict[str, Any]:
-        """Conditions that two results under `protocol` must share to be in one cell, in addition to
-        model, method and tasks. Names are those of the configuration; `train.*` if training used
-        other data or another environment (see `circumstances`) than scoring; `rows.*` if files are
-        not the published splits."""
+        """Return conditions that two results under `protocol` must share to be in one cell, in
+        addition to model, method and tasks. Names are those of the configuration; `train.*` if
+        training used other data or another environment (see `circumstances`) than scoring; `rows.*`
+        if files are not the published splits."""
         model = self.trained["model"]
         found = {f"model.{name}": model.get(name) for name in MODEL_FIELDS}
         if model.get("weights") == "random":
@@ -209,7 +209,8 @@ class RecordedRun:
         return used or self.trained["trainer"]["micro_batch_size"]
 
     def _partial(self, split: str, record: Mapping[str, Any], source: str) -> dict[str, str]:
-        """`rows.*` conditions for splits whose files do not have the published number of rows."""
+        """Return `rows.*` conditions for splits whose files do not have the published number of
+        rows."""
         found = {}
         for name, files in record["data"].items():
             task, _, part = name.partition("/")
@@ -221,7 +222,7 @@ class RecordedRun:
         return found
 
     def hashes(self, task: str) -> tuple[tuple[str, ...], ...]:
-        """Hashes of the files of the task's items, then of each trained task's rows."""
+        """Return hashes of the files of the task's items, then of each trained task's rows."""
         scored = "train" if self.held_out else "test"
         splits = [self.record["data"][f"{task}/{scored}"]]
         splits += [self._source()["data"][f"{name}/train"] for name in sorted(self.mix)]
@@ -247,7 +248,7 @@ def _placed(files: RunFiles, force: bool, unplaced: bool) -> RecordedRun:
 
 
 def load_runs(folder: Path) -> tuple[list[RecordedRun], list[LeftOut]]:
-    """All usable runs in `folder`, packed or not, sorted by name, and the records left out.
+    """Return all usable runs in `folder`, packed or not, sorted by name, and the records left out.
 
     Left out: a record that is truncated, edited, of another version or unfinished; one with
     `code_objections`, unless it was collected by force; one whose predictions contradict its
@@ -315,7 +316,7 @@ def read_margins(
 
 
 def _row(row: Any) -> dict[str, Any]:
-    """A line of a predictions file, checked.
+    """Return a line of a predictions file, checked.
 
     Raises:
         ValueError: a field is missing or has the wrong type.
@@ -335,7 +336,7 @@ def _row(row: Any) -> dict[str, Any]:
 
 
 def _read_rows(run: RecordedRun, files: RunFiles, task: str, protocol: str) -> Rows:
-    """The predictions for a task under a protocol.
+    """Return the predictions for a task under a protocol.
 
     Raises:
         UserError: the file is missing or truncated, or contradicts the record's accuracy or hash.

@@ -26,7 +26,8 @@ class SweptLine:
 
 
 def sweeps(table: Table, prefix: str) -> list[SweptLine]:
-    """The lines of Table 8 or 9 that vary a setting (`prefix`: "r=" or "coef="), per block."""
+    """Return the lines of Table 8 or 9 that vary a setting (`prefix`: "r=" or "coef="), per
+    block."""
     found: dict[tuple[str, ...], list[tuple[str, Entry]]] = {}
     for block in table.blocks:
         for row in block.rows:
@@ -87,9 +88,9 @@ def _preference(record: Mapping[str, Any]) -> tuple[Any, ...]:
 def latency_points(
     folder: Path, tables: Mapping[int, Table], benchmarks: Sequence[Mapping[str, Any]]
 ) -> list[Point]:
-    """Points of Figure 4c: the paper's (Table 1's average for LLaMA-2 7B, Table 6's optimised
-    implementation), and each block of Table 2 whose model has a benchmark of this project's kernels
-    that includes LoRA. Times of different benchmarks are never combined."""
+    """Return points of Figure 4c: the paper's (Table 1's average for LLaMA-2 7B, Table 6's
+    optimised implementation), and each block of Table 2 whose model has a benchmark of this
+    project's kernels that includes LoRA. Times of different benchmarks are never combined."""
     points = []
     accuracy, latency = read_paper(folder, 1), read_paper(folder, 6)
     for method, optimized in (("lora", ""), ("dora", ""), ("mixlora", "yes")):
@@ -166,8 +167,8 @@ def _load(run: RecordedRun, protocol: str, title: str) -> Load | None:
 
 
 def loads(blocks: Blocks, standards: Standards) -> list[Load]:
-    """Loads of Figure 5: per block, one run (the lowest seed) of each method with experts, in the
-    setting of Table 3 and trained on at least five tasks."""
+    """Return the loads of Figure 5: per block, one run (the lowest seed) of each method with
+    experts, in the setting of Table 3 and trained on at least five tasks."""
     found = []
     for key, runs in blocks.runs.items():
         first: dict[str, RecordedRun] = {}

@@ -69,15 +69,15 @@ def _scores(run: RecordedRun) -> Iterator[Sequence[Any]]:
 
 
 def scores_csv(runs: Sequence[RecordedRun]) -> str:
-    """Every score of every usable run. `value`: accuracies as fractions, log-likelihoods in nats;
-    `se`: its standard error over items, taken as independent."""
+    """Return every score of every usable run. `value`: accuracies as fractions, log-likelihoods in
+    nats; `se`: its standard error over items, taken as independent."""
     return _text(SCORES, (line for run in runs for line in _scores(run)))
 
 
 def differences_csv(tables: Mapping[int, Table]) -> str:
-    """Every paired difference of every table. `delta`, `low`, `high`: percentage points, or nats;
-    `p`: two-sided, not corrected; `q`: by Holm over the table, where there are several seeds and
-    the cells are not at chance."""
+    """Return every paired difference of every table. `delta`, `low`, `high`: percentage points, or
+    nats; `p`: two-sided, not corrected; `q`: by Holm over the table, where there are several seeds
+    and the cells are not at chance."""
     return _text(DIFFERENCES, (line for table in tables.values() for line in _differences(table)))
 
 
@@ -99,7 +99,7 @@ def _differences(table: Table) -> Iterator[Sequence[Any]]:
 
 
 def _sides(label: Sequence[str]) -> tuple[str, str]:
-    """The two sides of a line "A minus B"."""
+    """Return the two sides of a line "A minus B"."""
     if len(label) == 3 and " minus " in label[1]:
         first, _, second = label[1].partition(" minus ")
         return f"{label[0]}, {first}", f"{label[0]}, {second}"

@@ -43,7 +43,7 @@ class Verdict:
 
 
 def possible(printed: float, items: int) -> bool:
-    """Whether an accuracy of `items` answers, in percent, can round to `printed`."""
+    """Return whether an accuracy of `items` answers, in percent, can round to `printed`."""
     right = round(printed * items / 100)
     near = (right + step for step in (-1, 0, 1))
     return any(abs(100 * count / items - printed) <= HALF for count in near)
@@ -70,7 +70,7 @@ OPTIONS = {
 
 
 def judged(difference: Entry | None) -> str:
-    """The verdict on a line `ours minus paper`, by the rule."""
+    """Return the verdict on a line `ours minus paper`, by the rule."""
     if difference is None or difference.value is None:
         return "not run"
     low, high = difference.low, difference.high
@@ -82,8 +82,8 @@ def judged(difference: Entry | None) -> str:
 
 
 def _ours(table: Table, label: Sequence[str], model: str, column: str) -> tuple[Entry | None, ...]:
-    """Our cell and its difference to the printed one, of the block that stands beside the paper:
-    others of the model have other conditions, and no such difference."""
+    """Return our cell and its difference to the printed one, of the block that stands beside the
+    paper: others of the model have other conditions, and no such difference."""
     wanted = (MODEL_TITLES[model], tuple(label))
     title = TASK_TITLES.get(column, "average")
     for block in table.blocks:
@@ -99,14 +99,14 @@ def _ours(table: Table, label: Sequence[str], model: str, column: str) -> tuple[
 
 
 def _label(line: Mapping[str, str]) -> tuple[str, str]:
-    """Label of the line in its table."""
+    """Return the label of the line in its table."""
     value = f" r={line['rank']}" if "rank" in line else ""
     value += f" coef={line['router_loss_coef']}" if "router_loss_coef" in line else ""
     return METHOD_TITLES[line["method"]] + value, line.get("setup", "ST")
 
 
 def verdicts(folder: Path, tables: Mapping[int, Table]) -> Iterator[Verdict]:
-    """Verdicts on every printed accuracy and average of Tables 1, 2, 5, 8 and 9."""
+    """Yield verdicts on every printed accuracy and average of Tables 1, 2, 5, 8 and 9."""
     for number in TABLES:
         printed = read_paper(folder, number)
         known: dict[tuple[tuple[str, ...], str], list[str]] = {}

@@ -29,8 +29,8 @@ class Comparison(Estimate):
 
 
 def estimate(*parts: TaskMean) -> Estimate:
-    """One cell, or the unweighted average over the cells of several tasks, each over the seeds that
-    it has."""
+    """Return one cell, or the unweighted average over the cells of several tasks, each over the
+    seeds that it has."""
     low, high = interval(parts)
     middle = mean(part.value for part in parts)
     items = sum(part.items for part in parts)
@@ -38,7 +38,7 @@ def estimate(*parts: TaskMean) -> Estimate:
 
 
 def compare(*parts: TaskMean) -> Comparison:
-    """A difference, or the unweighted average of those on several tasks."""
+    """Return a difference, or the unweighted average of those on several tasks."""
     low, high = interval(parts)
     middle = mean(part.value for part in parts)
     items = sum(part.items for part in parts)

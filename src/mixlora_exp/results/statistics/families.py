@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values by Holm's method (1979), in the given order.
+    """Return adjusted p-values by Holm's method (1979), in the given order.
 
     Calling different those of at most 0.05 makes one or more false calls in the whole family with a
     probability of at most 5 %, however the comparisons depend on one another.

@@ -16,7 +16,7 @@ Bounds = tuple[float, float]
 
 
 def tango(only_first: float, only_second: float, n: float, z: float = Z) -> Bounds:
-    """Tango's score interval (1998) of the difference of two paired proportions.
+    """Return Tango's score interval (1998) of the difference of two paired proportions.
 
     only_first, only_second: shares of the n items that just one of the two answers correctly. The
     interval holds each difference d that (difference - d)^2 <= z^2 v(d) / n admits, where v(d) is
@@ -41,5 +41,5 @@ def tango(only_first: float, only_second: float, n: float, z: float = Z) -> Boun
 
 
 def student(z: float, count: int) -> float:
-    """The quantile of Student's t of `count` values, in the place of z."""
+    """Return the quantile of Student's t of `count` values, in the place of z."""
     return float(t.isf(norm.sf(z), count - 1))

@@ -35,14 +35,15 @@ class TaskMean:
 
 
 def variance_of_mean(values: np.ndarray, groups: Sequence[str]) -> float:
-    """Variance of the mean of `values` (items,), whose clusters are independent of one another."""
+    """Return the variance of the mean of `values` (items,), whose clusters are independent of one
+    another."""
     _, number = np.unique(groups, return_inverse=True)
     sums = np.bincount(number, weights=values - values.mean())
     return float((sums**2).sum()) / len(values) ** 2
 
 
 def _effective(shared: float, values: np.ndarray, groups: Sequence[str], seeds: int) -> float:
-    """The number of independent items which would give a mean its variance over items.
+    """Return the number of independent items which would give a mean its variance over items.
 
     shared: variance of one item of one seed. The number is at most that of all answers, and that of
     the clusters where nothing varies.
@@ -71,8 +72,8 @@ def _part(
 
 
 def accuracy_part(side: Mapping[int, BY_ITEM], groups: Groups) -> TaskMean:
-    """Accuracy of one cell; seed -> item -> right or wrong. Over items: Wilson's interval for an
-    effective number of items.
+    """Return the accuracy of one cell; seed -> item -> right or wrong. Over items: Wilson's
+    interval for an effective number of items.
 
     Raises:
         ValueError: the seeds were scored on different items.
@@ -86,7 +87,7 @@ def accuracy_part(side: Mapping[int, BY_ITEM], groups: Groups) -> TaskMean:
 def difference_part(
     first: Mapping[int, BY_ITEM], second: Mapping[int, BY_ITEM], groups: Groups, *, binary: bool
 ) -> TaskMean | None:
-    """`first` minus `second` over their common seeds; None without one. Over items: Tango's
+    """Return `first` minus `second` over their common seeds; None without one. Over items: Tango's
     interval for an effective number of items if the figures are `binary` (right or wrong), else a
     normal one.
 
@@ -128,12 +129,12 @@ def _over_seeds(parts: Sequence[TaskMean], z: float) -> float:
 
 
 def seeds_of(parts: Sequence[TaskMean]) -> int:
-    """The number of seeds that each of the parts has."""
+    """Return the number of seeds that each of the parts has."""
     return min(len(part.by_seed) for part in parts)
 
 
 def interval(parts: Sequence[TaskMean], z: float = Z) -> Bounds:
-    """Interval of the unweighted average of `parts`, tasks with independent items.
+    """Return the interval of the unweighted average of `parts`, tasks with independent items.
 
     The distances of the bounds over items of each part, and of the bounds over seeds, are added in
     quadrature (the method of variance estimates recovery): where either error is negligible, the
@@ -148,8 +149,8 @@ def interval(parts: Sequence[TaskMean], z: float = Z) -> Bounds:
 
 
 def p_value(parts: Sequence[TaskMean]) -> float:
-    """Two-sided p-value of an average of zero: 1 minus the level of the interval that ends at
-    zero."""
+    """Return the two-sided p-value of an average of zero: 1 minus the level of the interval that
+    ends at zero."""
     middle = mean(part.value for part in parts)
     side = 0 if middle > 0 else 1
     smallest, largest = 1e-4, 8.0

@@ -12,7 +12,8 @@ from mixlora_exp.results.statistics.parts import Groups, TaskMean, variance_of_m
 
 
 def area_under_curve(margins: np.ndarray, first: np.ndarray) -> tuple[float, np.ndarray]:
-    """Area under the ROC curve, and each item's share in its error (DeLong's components).
+    """Return the area under the ROC curve, and each item's share in its error (DeLong's
+    components).
 
     margins: (items,), score of the first answer minus that of the second. first: (items,), whether
     the first is right. The area is the probability that a random item whose first answer is right
@@ -36,8 +37,8 @@ def area_under_curve(margins: np.ndarray, first: np.ndarray) -> tuple[float, np.
 
 
 def area_part(seeds: Mapping[int, Mapping[str, tuple[float, bool]]], groups: Groups) -> TaskMean:
-    """Area under the curve over seeds and items; seed -> item -> (margin, first is right). Over
-    items: Wilson's interval for the number of items that gives the area its error.
+    """Return the area under the curve over seeds and items; seed -> item -> (margin, first is
+    right). Over items: Wilson's interval for the number of items that gives the area its error.
 
     Raises:
         ValueError: only one of the two answers is ever right.

@@ -63,8 +63,8 @@ PAPER_PROTOCOL = "label_logits"
 def _counted(
     spec: AccuracySpec, model: str, variant: Variant, runs: Iterable[RecordedRun]
 ) -> tuple[float, float] | None:
-    """#Params as (percent of the paper's denominator, percent of all weights): from the records,
-    None if they differ; without records, computed from conf/model."""
+    """Return #Params as (percent of the paper's denominator, percent of all weights): from the
+    records, None if they differ; without records, computed from conf/model."""
     counts = [run.parameters for run in runs]
     if None in counts:
         return None
@@ -99,7 +99,8 @@ def _printed_row(
     tasks: Sequence[str],
     known: Sequence[Contradiction],
 ) -> Row:
-    """The paper's line, with a mark on figures that another statement of the paper contradicts."""
+    """Return the paper's line, with a mark on figures that another statement of the paper
+    contradicts."""
     marked = {(c.line, c.column) for c in known if c.line is not None}
     columns = (*tasks, "avg")
     cells = [paper(line[c], mark="†" * ((line_id(line), c) in marked)) for c in columns]

@@ -39,7 +39,8 @@ def _of_table_3(run: RecordedRun, standards: Standards) -> str | None:
 
 
 def _rank(run: RecordedRun, standards: Standards) -> str | None:
-    """Label of a run that differs from Table 3 only in rank (alpha unchanged, or 2 r)."""
+    """Return the label of a run that differs from Table 3 only in rank (alpha unchanged, or 2
+    r)."""
     found = deviations(run, standards)
     if not run.mixture or set(found) not in (set(), {"rank"}, {"rank", "alpha"}):
         return None
@@ -61,7 +62,8 @@ def _short(value: float) -> str:
 
 
 def _params(sources: Sources) -> Callable[[str, Variant], tuple[float, float] | None]:
-    """A function that computes (percent of the paper's denominator, percent of all weights)."""
+    """Return a function that computes (percent of the paper's denominator, percent of all
+    weights)."""
     models, defaults = sources.models, sources.defaults["correct"]
 
     def count(model: str, variant: Variant) -> tuple[float, float] | None:

@@ -72,7 +72,7 @@ def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut
 
 
 def _faults(folder: Path) -> list[Mapping[str, Any]]:
-    """Descriptions of figures that are known to be wrong, from `faults.yaml`."""
+    """Return descriptions of figures that are known to be wrong, from `faults.yaml`."""
     path = folder / "faults.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
 
@@ -80,7 +80,7 @@ def _faults(folder: Path) -> list[Mapping[str, Any]]:
 def _without_faults(
     record: Mapping[str, Any], faults: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any]:
-    """The record without figures that are known to be wrong; the reasons are in `faults`."""
+    """Return the record without figures that are known to be wrong; the reasons are in `faults`."""
     commit, rows, reasons = record["provenance"]["git"]["commit"], dict(record["rows"]), []
     for fault in faults:
         if not commit.startswith(fault["commit"]):
@@ -207,7 +207,7 @@ def _machine(record: Mapping[str, Any]) -> str:
 
 
 def _block(record: Mapping[str, Any]) -> Block:
-    """One benchmark; its heading is the shape, and the second label how it was measured."""
+    """Return one benchmark; its heading is the shape, and the second label how it was measured."""
     base = record["rows"].get("lora_peft")
     source = (f"bench/{record['name']}.json",)
     measured = (
@@ -229,7 +229,8 @@ def _block(record: Mapping[str, Any]) -> Block:
 
 
 def _of_one_shape(blocks: Sequence[Block], details: Sequence[Mapping[str, Any]]) -> Block:
-    """The benchmarks of one shape under one another, distinguished by how they were measured."""
+    """Return the benchmarks of one shape under one another, distinguished by how they were
+    measured."""
     names = told_apart([block.rows[0].label[1] if block.rows else "" for block in blocks], details)
     rows = [
         Row((row.label[0], name), row.cells)
@@ -246,8 +247,8 @@ SUMMARY = tuple(METHOD_TITLES[method] for method in METHODS)
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> Block:
-    """Time of a step and peak memory of each method with this project's kernels, per shape and
-    machine, of the benchmark with the most methods and rounds."""
+    """Return the time of a step and peak memory of each method with this project's kernels, per
+    shape and machine, of the benchmark with the most methods and rounds."""
     best: dict[tuple[str, str], Mapping[str, Any]] = {}
     for record in sorted(records, key=_completeness):
         if record["config"]["dropout"]:
@@ -272,7 +273,7 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Block:
 
 
 def _fastest(rows: Mapping[str, Any], method: str) -> Mapping[str, Any]:
-    """The row of a method: with the Triton kernels where they were measured."""
+    """Return the row of a method: with the Triton kernels where they were measured."""
     triton = rows.get(f"{method}_triton", {})
     return triton if triton.get("train_ratio") is not None else rows.get(method, {})
 

@@ -53,8 +53,8 @@ class Context:
 def tasks_above_chance(
     tasks: Sequence[str], protocol: str, members: Mapping[Variant, Members]
 ) -> frozenset[str]:
-    """Tasks on which more than half of the trained lines lie above chance and the most frequent
-    answer of training."""
+    """Return tasks on which more than half of the trained lines lie above chance and the most
+    frequent answer of training."""
     found = []
     for task in tasks:
         lines = [m[task] for v, m in members.items() if v != BASE and m.get(task)]
@@ -65,13 +65,13 @@ def tasks_above_chance(
 
 
 def _averages(context: Context) -> tuple[list[str], list[str]]:
-    """The tasks of the two averages: all, and those above chance."""
+    """Return the tasks of the two averages: all, and those above chance."""
     return [*context.tasks], [task for task in context.tasks if task in context.above]
 
 
 def line(label: tuple[str, ...], members: Members, context: Context, field: str = ACCURACY) -> Row:
-    """One field of a score on each task, and its averages over the cells that the line shows; a
-    dash if one is missing, because an average over fewer tasks is not comparable."""
+    """Return one field of a score on each task, and its averages over the cells that the line
+    shows; a dash if one is missing, because an average over fewer tasks is not comparable."""
     if field in ACCURACIES:
         return _accuracies(label, members, context, field)
     values = {task: _mean(members.get(task, ()), task, context.protocol, field)
@@ -112,7 +112,7 @@ def _accuracies(label: tuple[str, ...], members: Members, context: Context, fiel
 
 
 def _areas(label: tuple[str, ...], members: Members, context: Context) -> Iterator[Row]:
-    """The line of the area under the curve, if the table has a task with two answers."""
+    """Yield the line of the area under the curve, if the table has a task with two answers."""
     cells = []
     for task in context.tasks:
         runs = members.get(task, ())
@@ -126,8 +126,8 @@ def _areas(label: tuple[str, ...], members: Members, context: Context) -> Iterat
 
 
 def minus(label: tuple[str, ...], first: Row, second: Row) -> Row:
-    """`first` minus `second` per entry, without the parameter column. `second` is the paper's line
-    and has no interval, so the interval is that of `first`."""
+    """Return `first` minus `second` per entry, without the parameter column. `second` is the
+    paper's line and has no interval, so the interval is that of `first`."""
     cells = [dash]
     for a, b in zip(first.cells[1:], second.cells[1:], strict=True):
         if a.value is None or b.value is None:
@@ -150,8 +150,9 @@ def compared(
     context: Context,
     field: str = ACCURACY,
 ) -> Iterator[Row]:
-    """The line of a paired comparison on the same items and seeds; none if it is not possible. A
-    difference between cells that are both at chance is at chance, and so is an average over one."""
+    """Yield the line of a paired comparison on the same items and seeds; none if it is not
+    possible. A difference between cells that are both at chance is at chance, and so is an average
+    over one."""
     protocol, parts, at_chance = context.protocol, {}, {}
     for task in context.tasks:
         runs, base = members.get(task, ()), baseline.get(task, ())
@@ -177,8 +178,8 @@ def compared(
 
 
 def further(variant: Variant, context: Context) -> Iterator[Row]:
-    """Further statistics of a line with results, and its differences to LoRA, to the default value
-    of the varied setting, and to the base model."""
+    """Yield further statistics of a line with results, and its differences to LoRA, to the default
+    value of the varied setting, and to the base model."""
     members, spec = context.members, context.spec
     for title, field in FURTHER.items():
         found = line((*variant.label, title), members[variant], context, field)
@@ -204,7 +205,7 @@ def single_multi(
     lines: Mapping[Variant, tuple[Row | None, Row]],
     context: Context,
 ) -> Iterator[Row]:
-    """Lines for MT minus ST: printed by the paper, recomputed from its figures, and ours."""
+    """Yield lines for MT minus ST: printed by the paper, recomputed from its figures, and ours."""
     spec, members = context.spec, context.members
     if "MT" not in spec.setups or "ST" not in spec.setups:
         return
@@ -236,8 +237,8 @@ def _agree(printed: str, computed: float | None) -> bool:
 
 
 def baselines(context: Context) -> Iterator[Row]:
-    """Lines for the base model, the most frequent answers and chance, from any run on the same
-    items."""
+    """Yield lines for the base model, the most frequent answers and chance, from any run on the
+    same items."""
     members = context.members
     if BASE in members:
         yield line(("base model", "-", "ours"), members[BASE], context)

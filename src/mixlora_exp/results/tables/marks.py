@@ -15,8 +15,8 @@ def _counts(entry: Entry) -> bool:
 
 
 def corrected(table: Table) -> Table:
-    """The table with q (Holm's adjusted p) and mark of each comparison that can have one. The
-    family is all of them in the table."""
+    """Return the table with q (Holm's adjusted p) and mark of each comparison that can have one.
+    The family is all of them in the table."""
     family = [cell for cell in table.cells() if _counts(cell)]
     adjusted = holm([cell.p if cell.p is not None else 1.0 for cell in family])
     marked = {id(cell): _marked(cell, q) for cell, q in zip(family, adjusted, strict=True)}

@@ -30,7 +30,8 @@ def _side(runs: Runs, task: str, protocol: str, field: str) -> Side | None:
 
 
 def cell(runs: Runs, task: str, protocol: str, field: str = ACCURACY) -> TaskMean | None:
-    """The accuracy of a cell, by one of `ACCURACIES`; None without runs or if the field is missing.
+    """Return the accuracy of a cell, by one of `ACCURACIES`; None without runs or if the field is
+    missing.
 
     Raises:
         UserError: its seeds were scored on different items.
@@ -45,7 +46,7 @@ def cell(runs: Runs, task: str, protocol: str, field: str = ACCURACY) -> TaskMea
 
 
 def area(runs: Runs, task: str, protocol: str) -> TaskMean | None:
-    """The area under the ROC curve of a task with two answers; None for other tasks."""
+    """Return the area under the ROC curve of a task with two answers; None for other tasks."""
     found = {run.seed: read_margins(run, task, protocol) for run in runs}
     margins = {seed: rows for seed, rows in found.items() if rows is not None}
     if not margins or len(margins) < len(found):
@@ -56,15 +57,16 @@ def area(runs: Runs, task: str, protocol: str) -> TaskMean | None:
 
 
 def above(part: TaskMean | None, runs: Runs, task: str, protocol: str) -> bool:
-    """Whether a cell's interval lies above chance and the most frequent answer of training."""
+    """Return whether a cell's interval lies above chance and the most frequent answer of
+    training."""
     return part is not None and estimate(part).low > reference(runs[0], task, protocol)
 
 
 def difference(
     runs: Runs, base: Runs, task: str, protocol: str, field: str = ACCURACY
 ) -> TaskMean | None:
-    """`runs` minus `base` on one task over their common seeds; None without one or if the field is
-    missing. A base model, which has no seed, is used for every seed.
+    """Return `runs` minus `base` on one task over their common seeds; None without one or if the
+    field is missing. A base model, which has no seed, is used for every seed.
 
     Raises:
         UserError: they were scored on different items.

@@ -35,7 +35,7 @@ class Entry:
     records: tuple[str, ...] = ()
 
     def show(self, interval: bool = True) -> str:
-        """The entry as plain text."""
+        """Return the entry as plain text."""
         if self.value is None:
             return self.text or "-"
         sign = "+" if self.signed else ""
@@ -108,13 +108,13 @@ class Table:
         return f"table{self.number}"
 
     def cells(self) -> Iterator[Entry]:
-        """All entries."""
+        """Yield all entries."""
         for block in self.blocks:
             for row in block.rows:
                 yield from row.cells
 
     def records(self) -> set[str]:
-        """Names of all records used by the table."""
+        """Return names of all records used by the table."""
         return {name for cell in self.cells() for name in cell.records}
 
 
@@ -122,19 +122,19 @@ dash = Entry("dash")
 
 
 def paper(printed: str | None, mark: str = "") -> Entry:
-    """A figure as printed in the paper; `mark`: set if another statement contradicts it."""
+    """Return a figure as printed in the paper; `mark`: set if another statement contradicts it."""
     if printed is None or printed == "":
         return dash
     return Entry("paper", float(printed), digits=len(printed.partition(".")[2]), mark=mark)
 
 
 def number(value: float | None, digits: int = 1, records: tuple[str, ...] = ()) -> Entry:
-    """A computed figure without an interval."""
+    """Return a computed figure without an interval."""
     return dash if value is None else Entry("ours", value, digits=digits, records=records)
 
 
 def ours(found: Estimate, records: tuple[str, ...], *, at_chance: bool = False) -> Entry:
-    """An accuracy from records, in percent."""
+    """Return an accuracy from records, in percent."""
     return Entry(
         "ours",
         100 * found.value,
@@ -150,8 +150,8 @@ def ours(found: Estimate, records: tuple[str, ...], *, at_chance: bool = False) 
 def versus(
     found: Comparison, records: tuple[str, ...], *, nats: bool = False, at_chance: bool = False
 ) -> Entry:
-    """A paired difference in percentage points, or in nats. Its mark depends on the table's other
-    comparisons (`marks.corrected`)."""
+    """Return a paired difference in percentage points, or in nats. Its mark depends on the table's
+    other comparisons (`marks.corrected`)."""
     scale, digits = (1, 3) if nats else (100, 1)
     return Entry(
         "versus",

@@ -44,7 +44,8 @@ class Sources:
     models: Mapping[str, ModelConfig]
 
     def composed(self, preset: str = "correct") -> dict[str, dict[str, Any]]:
-        """The defaults under a preset as dictionaries, by method; the base model is `none`."""
+        """Return the defaults under a preset as dictionaries, by method; the base model is
+        `none`."""
         return {name: to_dict(config) for name, config in self.defaults[preset].items()}
 
 
@@ -74,14 +75,14 @@ def table(number: int, title: str) -> Callable[[Maker], Maker]:
 
 
 def registered() -> dict[int, tuple[str, Maker]]:
-    """Title and function of each table, by number; imports the files in this folder."""
+    """Return the title and function of each table, by number; imports the files in this folder."""
     for module in iter_modules(tables.__path__):
         import_module(f"{tables.__name__}.{module.name}")
     return dict(sorted(_MAKERS.items()))
 
 
 def make_tables(sources: Sources) -> dict[int, Table]:
-    """All tables, by number."""
+    """Return all tables, by number."""
     return {n: _made(n, title, make(sources)) for n, (title, make) in registered().items()}
 
 

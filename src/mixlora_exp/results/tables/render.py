@@ -21,7 +21,8 @@ ESCAPES = {
 
 
 def plain(text: str) -> str:
-    """A text escaped so that Markdown shows it literally: no HTML, code, link or extra column."""
+    """Return a text escaped so that Markdown shows it literally: no HTML, code, link or extra
+    column."""
     escaped = "".join(MARKDOWN.get(letter, letter) for letter in shown(text))
     return escaped.replace("](", "]\\(")
 
@@ -35,7 +36,7 @@ def _shown(cell: Entry) -> str:
 
 
 def seeds(cell: Entry) -> str:
-    """The number of seeds of an accuracy as a suffix, or an empty text."""
+    """Return the number of seeds of an accuracy as a suffix, or an empty text."""
     return f" (n={cell.seeds})" if cell.kind in ("ours", "versus") and cell.seeds else ""
 
 
@@ -60,7 +61,7 @@ LEGEND = (
 
 
 def not_run(table: Table) -> list[str]:
-    """A sentence on each block of the paper of which nothing was run."""
+    """Return a sentence on each block of the paper of which nothing was run."""
     found = []
     for block in table.blocks:
         rows = sum(row.label[-1] == "ours" for row in block.rows)
@@ -70,7 +71,7 @@ def not_run(table: Table) -> list[str]:
 
 
 def markdown(table: Table) -> str:
-    """The table's first page as Markdown: all of it, or what is to be read first."""
+    """Return the table's first page as Markdown: all of it, or what is to be read first."""
     title = f"# Table {table.number}: {table.title}\n"
     if not table.summary:
         return title + "".join(map(_block, table.blocks)) + _notes(table.notes)
@@ -82,7 +83,7 @@ def markdown(table: Table) -> str:
 
 
 def details(table: Table) -> str:
-    """Everything in the table as Markdown: headings, one table per block, notes."""
+    """Return everything in the table as Markdown: headings, one table per block, notes."""
     title = f"# Table {table.number} in detail: {table.title}\n"
     return title + "".join(map(_block, table.blocks)) + _notes(table.notes)
 
@@ -92,7 +93,7 @@ def _number(value: float | None) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """The table as CSV: one line per entry that is not a dash."""
+    """Return the table as CSV: one line per entry that is not a dash."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -163,8 +164,8 @@ def _tabular(block: Block, columns: Sequence[int]) -> str:
 
 
 def latex(table: Table) -> str:
-    """The table's first page as LaTeX, at normal size in a column of 3.3 inches: one `table` per
-    block, in parts that stand below one another where they would be wider. Needs booktabs and
+    """Return the table's first page as LaTeX, at normal size in a column of 3.3 inches: one `table`
+    per block, in parts that stand below one another where they would be wider. Needs booktabs and
     array."""
     parts = []
     for index, block in enumerate(table.summary or table.blocks, start=1):
@@ -188,7 +189,7 @@ WIDEST = 44
 
 
 def _fitting(block: Block) -> list[list[int]]:
-    """The columns of a block in groups that are no wider than `WIDEST`."""
+    """Return the columns of a block in groups that are no wider than `WIDEST`."""
 
     def width(column: int) -> int:
         cells = [row.cells[column].show() for row in block.rows]

@@ -16,7 +16,7 @@ def _text(value: Any) -> Entry:
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, str]:
-    """The hyperparameters of Table 3 in a composed configuration."""
+    """Return the hyperparameters of Table 3 in a composed configuration."""
     method, trainer = config["method"], config["trainer"]
     experts = "num_experts" in method
     return {

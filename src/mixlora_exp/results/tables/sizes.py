@@ -12,8 +12,8 @@ from mixlora_exp.config.schema import (
 
 
 def percentages(model: ModelConfig, method: LoraMethodConfig) -> tuple[float, float]:
-    """(adapter without magnitudes in percent of the paper's denominator, 0 without one; trained
-    parameters in percent of all parameters of the adapted model)."""
+    """Return (adapter without magnitudes in percent of the paper's denominator, 0 without one;
+    trained parameters in percent of all parameters of the adapted model)."""
     c = model.config
     d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     heads, kv = (c[n] * c["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))

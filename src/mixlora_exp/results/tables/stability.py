@@ -39,7 +39,7 @@ def _factors(run: RecordedRun) -> Values:
 
 
 def _rest(run: RecordedRun) -> dict[str, Any]:
-    """Settings that must be equal within a block, by name."""
+    """Return settings that must be equal within a block, by name."""
     left = {"trainer.name", *EXCLUDED, *FACTORS}
     groups = ("trainer", "method", "data")
     found = {f"{g}.{n}": v for g in groups for n, v in run.trained[g].items()}
@@ -81,8 +81,8 @@ def _label(values: Values, base: Values) -> str:
 
 @table(11, "Stability of training")
 def stability(sources: Sources) -> Made:
-    """Table 11: one block per group of runs that differ only in `FACTORS`. Groups without a run
-    with the default values are left out."""
+    """Return Table 11: one block per group of runs that differ only in `FACTORS`. Groups without a
+    run with the default values are left out."""
     defaults = {name: config for name, config in sources.composed().items() if name != "none"}
     groups: dict[str, dict[Values, dict[int, RecordedRun]]] = defaultdict(lambda: defaultdict(dict))
     for run in sorted(sources.runs, key=lambda run: run.name):

@@ -18,12 +18,13 @@ from mixlora_exp.results.tables.parts import (
 
 
 def _bare(entry: Entry) -> Entry:
-    """A figure without its interval, which the details have."""
+    """Return a figure without its interval, which the details have."""
     return dataclasses.replace(entry, low=None, high=None)
 
 
 def _seeds_in_heading(block: Block) -> Block:
-    """The block with its number of seeds in the heading; in the cells only where it varies."""
+    """Return the block with its number of seeds in the heading; in the cells only where it
+    varies."""
     cells = [cell for row in block.rows for cell in row.cells if cell.seeds]
     if not cells:
         return block
@@ -40,8 +41,8 @@ def _seeds_in_heading(block: Block) -> Block:
 
 
 def _accuracy_rows(block: Block) -> Iterator[Row]:
-    """Means of the tasks, the averages with their intervals, and the difference to LoRA (or to the
-    default value of the varied setting) of the average over tasks above chance."""
+    """Yield means of the tasks, the averages with their intervals, and the difference to LoRA (or
+    to the default value of the varied setting) of the average over tasks above chance."""
     at = {column: block.columns.index(column) for column in block.columns}
     lines = {row.label: row for row in block.rows}
     for row in block.rows:

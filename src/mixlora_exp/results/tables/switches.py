@@ -29,7 +29,7 @@ Diff = tuple[tuple[str, Any], ...]
 
 
 def _values(run: RecordedRun) -> dict[str, Any]:
-    """The switches of a run, without those that its method lacks."""
+    """Return the switches of a run, without those that its method lacks."""
     found = {}
     for dotted in SWITCHES.values():
         group, name = dotted.split(".")
@@ -54,7 +54,7 @@ def _deciding(run: RecordedRun, protocol: str) -> set[str]:
 
 
 def _rest(run: RecordedRun, protocol: str) -> dict[str, Any]:
-    """All other settings that must be equal within a block, by name."""
+    """Return all other settings that must be equal within a block, by name."""
     method = {f"method.{n}": v for n, v in run.trained["method"].items()}
     found = {**run.conditions(protocol), **method}
     return {
@@ -72,7 +72,7 @@ def _diff(run: RecordedRun, protocol: str, standard: Mapping[str, Any]) -> Diff:
 
 
 def _standard(configs: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The switches of `preset=correct` for a method."""
+    """Return the switches of `preset=correct` for a method."""
     found = {}
     for dotted in SWITCHES.values():
         group, name = dotted.split(".")
@@ -88,7 +88,7 @@ def _listed(values: Iterable[tuple[str, Any]]) -> str:
 def _label(
     diff: Diff, own: Mapping[str, Any], presets: Mapping[str, Mapping[str, Diff]], method: str
 ) -> str:
-    """The preset's name with deviations, or the list of switches, whichever is shorter."""
+    """Return the preset's name with deviations, or the list of switches, whichever is shorter."""
     if not diff:
         return "preset=correct"
     values = {**own, **dict(diff)}
@@ -160,7 +160,7 @@ def _plain_first(entry: tuple[Key, Sequence[RecordedRun]]) -> tuple[bool, Key]:
 
 @table(10, "Switches of the official packages, one at a time")
 def switches(sources: Sources) -> Made:
-    """Table 10: one block per group of runs that differ only in switches."""
+    """Return Table 10: one block per group of runs that differ only in switches."""
     correct, official = sources.composed(), sources.composed("official")
     own = {method: _standard(correct, method) for method in METHOD_TITLES if method in correct}
     presets = {

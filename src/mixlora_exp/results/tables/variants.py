@@ -57,7 +57,7 @@ class AccuracySpec:
 
 
 def variants_of(spec: AccuracySpec) -> Iterator[Variant]:
-    """The table's lines in their order."""
+    """Yield the table's lines in their order."""
     for method, value, setup in product(spec.methods, spec.values, spec.setups):
         yield Variant(method, setup, value)
 
@@ -65,7 +65,7 @@ def variants_of(spec: AccuracySpec) -> Iterator[Variant]:
 def members_of(
     spec: AccuracySpec, runs: Sequence[RecordedRun], standards: Standards
 ) -> dict[Variant, dict[str, list[RecordedRun]]]:
-    """Runs by line and task."""
+    """Return runs by line and task."""
     found: dict[Variant, dict[str, list[RecordedRun]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for task in {task for task, _ in run.scores}:
