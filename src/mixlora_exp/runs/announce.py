@@ -23,13 +23,13 @@ def announce(this: Run) -> None:
 
 
 def _content(item: Any) -> tuple[object, ...]:
-    """What makes two items the same: their texts, whatever the order of the options."""
+    """Return what makes two items the same: their texts, whatever the order of the options."""
     return item.context, item.question, tuple(sorted(item.options)), item.turns
 
 
 def coinciding(config: Config, inputs: Inputs, tests: Mapping[str, LoadedSplit]) -> Iterator[str]:
-    """A warning for each scored task of which items are among the rows that the run trains on.
-    `tests`: the items to score, by task."""
+    """Yield a warning for each scored task of which items are among the rows that the run trains
+    on. `tests`: the items to score, by task."""
     if not isinstance(config.method, TrainedMethodConfig):
         return
     trained = set()

@@ -47,7 +47,8 @@ def _known() -> Iterator[Known]:
 
 
 def matched(name: str) -> str | None:
-    """The option of conf/model that an adapter's `base_model_name_or_path` refers to, or None.
+    """Return the option of conf/model that an adapter's `base_model_name_or_path` refers to, or
+    None.
 
     Recognises a hub repository (case-insensitive), a package of weights (with or without version),
     and paths into the hub's cache or the cache of converted weights.
@@ -72,8 +73,8 @@ def matched(name: str) -> str | None:
 
 
 def noted_base(folder: Path) -> BaseIdentity | None:
-    """The identity of the base model that the adapter in `folder` was trained on: the one saved
-    with it, or that in the record of its run; None if there is neither."""
+    """Return the identity of the base model that the adapter in `folder` was trained on: the one
+    saved with it, or that in the record of its run; None if there is neither."""
     from mixlora_exp.models import of_record, read_base
 
     base, path = read_base(folder), folder.parent / RECORD
@@ -83,9 +84,9 @@ def noted_base(folder: Path) -> BaseIdentity | None:
 def base_of(
     folder: Path, given: Collection[str], *, precision: bool = False
 ) -> tuple[list[str], Recorded]:
-    """The base model of the adapter in `folder`, and the seed of its weights if they are random: as
-    overrides, or as fields of a record (see `resolve.to_config`). `given`: names on the command
-    line.
+    """Return the base model of the adapter in `folder`, and the seed of its weights if they are
+    random: as overrides, or as fields of a record (see `resolve.to_config`). `given`: names on the
+    command line.
 
     The sources, in order: the record of the run that trained the adapter (with `precision`, also
     its precision), the base model's identity saved with the adapter, and the model name in the
@@ -106,7 +107,7 @@ def base_of(
 
 
 def _by_name(folder: Path, given: Collection[str]) -> list[str]:
-    """The overrides that choose the base model of an adapter without a record."""
+    """Return the overrides that choose the base model of an adapter without a record."""
     # Imported late: PEFT takes a second to load.
     from mixlora_exp.adapters.saved import saved_settings
     from mixlora_exp.models import read_base

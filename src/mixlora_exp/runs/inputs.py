@@ -62,8 +62,8 @@ class Inputs:
 
 
 def resolve_config(config: Config) -> Config:
-    """The configuration, completed with the architecture of the model in `model.path`, the commit
-    of an adapter on the hub, and the rank that `method.match_params` asks for.
+    """Return the configuration, completed with the architecture of the model in `model.path`, the
+    commit of an adapter on the hub, and the rank that `method.match_params` asks for.
 
     Raises:
         UserError: no rank does it, or as `pin_revision`.
@@ -74,7 +74,7 @@ def resolve_config(config: Config) -> Config:
 
 
 def _wanted(config: Config) -> list[tuple[str, str]]:
-    """(task, split) pairs that a run reads."""
+    """Return (task, split) pairs that a run reads."""
     scored = "train" if config.evaluation.held_out else "test"
     wanted = [(task, scored) for task in config.task.evaluate]
     if isinstance(config.method, TrainedMethodConfig):
@@ -121,8 +121,8 @@ def _method(settings: dict[str, Any]) -> str:
 
 
 def _trained_by(path: Path, sha256: str) -> dict[str, Any] | None:
-    """Facts about the run that trained an adapter, from the record next to it if that record has
-    the hash of these weights. Tables need them to find the cell that the scores belong to."""
+    """Return facts about the run that trained an adapter, from the record next to it if that record
+    has the hash of these weights. Tables need them to find the cell that the scores belong to."""
     if not path.exists():
         return None
     record = read_run(path)
@@ -171,7 +171,7 @@ def check_known_base(
 
 
 def _kernel(config: Config, adapter: dict[str, Any] | None) -> str | None:
-    """The kernel that computes the adapter, or None without an adapter."""
+    """Return the kernel that computes the adapter, or None without an adapter."""
     if adapter is None and not isinstance(config.method, TrainedMethodConfig):
         return None
     device = resolve_device().type
@@ -282,14 +282,14 @@ def _check_items(config: Config) -> None:
 
 
 def scored_tests(config: Config, inputs: Inputs) -> dict[str, LoadedSplit]:
-    """The items to score, by task; raises as `scored_split`."""
+    """Return the items to score, by task; raises as `scored_split`."""
     return {task: scored_split(config, inputs, task) for task in config.task.evaluate}
 
 
 def encoded_tests(
     config: Config, tokenizer: PreTrainedTokenizerBase, tests: dict[str, LoadedSplit]
 ) -> dict[str, dict[str, Any]]:
-    """The items to score as each protocol encodes them, by the protocol's name.
+    """Return the items to score as each protocol encodes them, by the protocol's name.
 
     Raises:
         UserError: a protocol does not support the tokenizer or a row, or a package is missing.
@@ -301,15 +301,16 @@ def encoded_tests(
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of an identity that must match for a run to resume; file locations are excluded."""
+    """Return the part of an identity that must match for a run to resume; file locations are
+    excluded."""
     data = {split: [file["sha256"] for file in files] for split, files in identity["data"].items()}
     model = {k: v for k, v in identity["model"].items() if k not in ("commit", "path")}
     return {**{k: v for k, v in identity.items() if k != "adapter"}, "data": data, "model": model}
 
 
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """Names of the inputs that differ from those of a finished run; data splits are compared by
-    hash.
+    """Return names of the inputs that differ from those of a finished run; data splits are compared
+    by hash.
 
     A hub model's commit is known only after loading, so it is not compared; nor is a fingerprint of
     the weights that is not known yet.
@@ -333,7 +334,7 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
 
 
 def scored_split(config: Config, inputs: Inputs, task: str) -> LoadedSplit:
-    """The items of a task to score.
+    """Return the items of a task to score.
 
     Raises:
         UserError: with `evaluation.held_out`, training uses all rows.

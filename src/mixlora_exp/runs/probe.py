@@ -61,7 +61,7 @@ def _scoring_seconds(this: Run, base) -> float:
 
 
 def _training_speed(this: Run, base) -> float:
-    """Tokens per second on this process, without padding."""
+    """Return tokens per second on this process, without padding."""
     config, times = this.config, []
     model = attach_adapter(base, config.method, config.kernel, config.seed)
     summary = fit(

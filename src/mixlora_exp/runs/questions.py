@@ -15,8 +15,8 @@ from mixlora_exp.runs.inputs import Inputs, scored_split
 
 
 def scored_items(record: Mapping[str, Any], task: str, data: Path | None = None) -> list[Any]:
-    """The items of a task, in the order in which the record's predictions are written. `data`: the
-    folder of the data's files now, if they are elsewhere than the record says.
+    """Return the items of a task, in the order in which the record's predictions are written.
+    `data`: the folder of the data's files now, if they are elsewhere than the record says.
 
     Raises:
         UserError: the data cannot be read, or are not those that were scored.

@@ -135,7 +135,7 @@ def _context(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that determine the result, by dotted name."""
+    """Return the settings that determine the result, by dotted name."""
     config = record["config"]
     groups = determining({**config, "model": current_model(config["model"])})
     return {
@@ -151,7 +151,8 @@ def _sha256(record: Mapping[str, Any]) -> str | None:
 
 
 def _changed(name: str, then: Any, now: Any) -> Iterator[str]:
-    """A clause if two values differ. One that an older version did not record is not compared."""
+    """Yield a clause if two values differ. One that an older version did not record is not
+    compared."""
     if then is not None and then != now:
         yield f"{name} {_short(now)} (was {_short(then)})"
 

@@ -97,7 +97,7 @@ class Run:
     watch: Watch | None = None
 
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints of this run, identified by its data, code and settings."""
+        """Return the checkpoints of this run, identified by its data, code and settings."""
         of = {**self.inputs.identity, "fingerprint": fingerprint(self.config)}
         folder, keep = self.folder / "checkpoints", self.config.trainer.keep_checkpoints
         # Through JSON, because it is compared with an identity read from JSON.
@@ -322,7 +322,7 @@ def finish(
 
 
 def training_examples(this: Run) -> list[Example]:
-    """The encoded training examples of a run."""
+    """Return the encoded training examples of a run."""
     config, items = this.config, []
     for task in config.task.train:
         loaded = this.inputs.splits[task, "train"]
@@ -368,7 +368,7 @@ def _fit(this: Run, base: PreTrainedModel, examples: list[Example], config: Conf
 
 
 def _load(this: Run, base: PreTrainedModel) -> PeftModel:
-    """The adapter of a run on its base model, as it is to be scored."""
+    """Return the adapter of a run on its base model, as it is to be scored."""
     accept = this.config.base is Base.accept
     model = load_adapter(base, this.adapter_folder, this.config.kernel, accept=accept)
     if this.config.evaluation.shuffle_experts is not None:

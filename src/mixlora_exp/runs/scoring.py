@@ -76,7 +76,7 @@ def _place(this: Run, adapter: Path | None, protocol: Protocol) -> Path:
 
 
 def _identity(this: Run, adapter: Path | None) -> dict[str, Any]:
-    """The run's inputs and settings, and the weights that are scored."""
+    """Return the run's inputs and settings, and the weights that are scored."""
     weights = None if adapter is None else file_sha256(adapter / "adapter_model.safetensors")
     return {**this.checkpoints().identity, "weights": weights}
 

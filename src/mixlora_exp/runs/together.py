@@ -65,7 +65,7 @@ class _Pack:
         self.runs = [this for this in self.runs if this.folder != folder]
 
     def end(self) -> list[Path]:
-        """The paths of the records.
+        """Return the paths of the records.
 
         Raises:
             PackError: a run failed.
