@@ -72,7 +72,7 @@ def _sampling(settings: GenerateConfig) -> dict[str, Any]:
 
 
 def _each_adapter(opened: Opened, entries: Sequence[PromptEntry]) -> list[PromptEntry]:
-    """Every prompt with each adapter that answers it: its `adapter`, or all of them."""
+    """Return every prompt with each adapter that answers it: its `adapter`, or all of them."""
     found = []
     for one in entries:
         labels = opened.adapters or [None] if one.adapter is None else [one.adapter]

@@ -41,8 +41,8 @@ def _untie(base: PreTrainedModel) -> bool:
 
 
 def merge(opened: Opened) -> PreTrainedModel:
-    """The base model with the adapter merged into its weights. Embedding and output projection are
-    tied afterwards only if they are equal. `opened` must not be used afterwards.
+    """Return the base model with the adapter merged into its weights. Embedding and output
+    projection are tied afterwards only if they are equal. `opened` must not be used afterwards.
 
     Raises:
         UserError: the adapter is a mixture of experts, which cannot be merged, or PEFT cannot merge
@@ -62,7 +62,7 @@ def merge(opened: Opened) -> PreTrainedModel:
 
 
 def _mergeable(opened: Opened) -> PeftModel:
-    """The adapter's model.
+    """Return the adapter's model.
 
     Raises:
         UserError: there is no adapter, or its method cannot be merged.

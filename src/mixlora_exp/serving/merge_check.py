@@ -113,7 +113,8 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _with_weights(base: nn.Module) -> dict[str, nn.Module]:
-    """The modules that directly own weights, by name; an adapted layer counts as one module."""
+    """Return the modules that directly own weights, by name; an adapted layer counts as one
+    module."""
     found: dict[str, nn.Module] = {}
     for name, module in base.named_modules():
         weights = _is_adapted(module) or any(True for _ in module.parameters(recurse=False))
@@ -159,8 +160,8 @@ def expect(model: PeftModel, dtype: torch.dtype) -> Expected:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A float64 copy of `module` that uses the `peft` kernel: the fused kernels do not support
-    float64."""
+    """Return a float64 copy of `module` that uses the `peft` kernel: the fused kernels do not
+    support float64."""
     # PEFT's layers keep their constructor arguments, which may contain activations.
     memo = {id(m.kwargs): {} for m in module.modules() if hasattr(m, "kwargs")}
     copied = deepcopy(module, memo).double()
@@ -209,8 +210,8 @@ def _tell_of_losses(layers: Collection[_Layer], dtype: torch.dtype) -> None:
 
 
 def _hashes(model: nn.Module, dtype: torch.dtype, inside: tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of each tensor of `model`, floating-point ones cast to `dtype` first, by its name;
-    names that begin with one of `inside` are left out."""
+    """Return SHA-256 of each tensor of `model`, floating-point ones cast to `dtype` first, by its
+    name; names that begin with one of `inside` are left out."""
     found = {}
     for name, tensor in model.state_dict().items():
         if not name.startswith(inside):

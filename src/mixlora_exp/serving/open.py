@@ -106,7 +106,7 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
 
 
 def labelled(adapters: Sequence[str]) -> dict[str, Path]:
-    """The folders of several adapters, by label.
+    """Return the folders of several adapters, by label.
 
     Raises:
         UserError: one is not a folder, or two have the same label.
@@ -151,7 +151,8 @@ def _check_numbers(model: PeftModel, folder: Path, adapter: str = "default") -> 
 
 
 def _folder_of(adapter: str) -> Path:
-    """The folder with the adapter's files: `adapter` itself, or `adapter/` in a run's folder."""
+    """Return the folder with the adapter's files: `adapter` itself, or `adapter/` in a run's
+    folder."""
     folder = adapter_folder(adapter)
     check_folders([("adapter", adapter)])
     inner = folder / "adapter"

@@ -30,8 +30,8 @@ def check_text(text: str, where: str) -> None:
 
 
 def read_prompts(path: Path) -> list[PromptEntry]:
-    """The prompts in a file, one per line; in a `.jsonl` file, objects with `prompt` and optionally
-    `adapter`.
+    """Return the prompts in a file, one per line; in a `.jsonl` file, objects with `prompt` and
+    optionally `adapter`.
 
     Raises:
         UserError: the file cannot be read or is empty, or a line is not UTF-8 or, in JSONL, not a
@@ -85,7 +85,7 @@ def check_adapters(entries: Iterable[PromptEntry], known: Collection[str]) -> No
 
 
 def piped_prompts() -> Iterator[str]:
-    """Prompts from a pipe, of which the first is read at once.
+    """Return prompts from a pipe, of which the first is read at once.
 
     Raises:
         UserError: there is none.
@@ -98,8 +98,8 @@ def piped_prompts() -> Iterator[str]:
 
 
 def typed_prompts() -> Iterator[str]:
-    """Prompts from standard input: on a terminal until an empty line, from a pipe all non-empty
-    lines."""
+    """Yield prompts from standard input: on a terminal until an empty line, from a pipe all
+    non-empty lines."""
     typed = sys.stdin.isatty()
     if typed:
         sys.stderr.write("Type a prompt; an empty line ends.\n")

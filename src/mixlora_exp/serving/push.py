@@ -26,8 +26,8 @@ Files = dict[str, bytes | Path]
 
 
 def package(folder: Path, repository: str, license: str | None = None) -> Files:
-    """The files to publish of the run in `folder`. `license`: the hub's name of a licence, in place
-    of the one in the run's configuration.
+    """Return the files to publish of the run in `folder`. `license`: the hub's name of a licence,
+    in place of the one in the run's configuration.
 
     Raises:
         UserError: the run is not finished, trained nothing, or its adapter is damaged or is not the
@@ -59,8 +59,8 @@ def package(folder: Path, repository: str, license: str | None = None) -> Files:
 
 
 def _base(folder: Path, record: Mapping[str, Any]) -> BaseIdentity:
-    """The base model from the adapter's files and the record; older versions wrote less next to
-    the adapter."""
+    """Return the base model from the adapter's files and the record; older versions wrote less next
+    to the adapter."""
     recorded, noted = of_record(record), read_base(folder)
     if noted is None:
         return recorded

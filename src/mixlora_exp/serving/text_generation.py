@@ -36,7 +36,7 @@ KEPT = "\n\t\u200c\u200d"
 
 
 def harmless(text: str) -> str:
-    """`text` for standard output: on a terminal, control characters are escaped."""
+    """Return `text` for standard output: on a terminal, control characters are escaped."""
     return shown(text, None, keep=KEPT) if sys.stdout.isatty() else text
 
 
