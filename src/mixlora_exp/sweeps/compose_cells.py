@@ -95,8 +95,8 @@ class ByGroup:
     def _changed(
         self, hydra: Any, key: tuple[str, ...], part: str, lines: list[str]
     ) -> dict[str, Any] | None:
-        """The fields that change if `part` is chosen by these overrides; None if it cannot be
-        composed apart."""
+        """Return the fields that change if `part` is chosen by these overrides; None if it cannot
+        be composed apart."""
         if part in _read_by_others():
             return None
         choice = (key, part, *lines)
@@ -123,7 +123,7 @@ def _part(line: str) -> str:
 
 @cache
 def _number(line: str) -> int | float | None:
-    """The value of `group.field=NUMBER`; None for another override."""
+    """Return the value of `group.field=NUMBER`; None for another override."""
     if not re.match(r"\w+\.\w+=", line) or _part(line) not in FIELDS:
         return None
     value = parse_overrides([line])[0].value()
@@ -132,14 +132,15 @@ def _number(line: str) -> int | float | None:
 
 @cache
 def _read_by_others() -> set[str]:
-    """Names of groups, and of fields of the same group, from which files take values."""
+    """Return names of groups, and of fields of the same group, from which files take values."""
     texts = (path.read_text(encoding="utf-8") for path in CONF_DIR.rglob("*.yaml"))
     return {name for text in texts for name in INTERPOLATED.findall(text)}
 
 
 @cache
 def _only_sweeps(line: str) -> bool:
-    """Whether an override chooses an experiment whose file describes a sweep and sets no field."""
+    """Return whether an override chooses an experiment whose file describes a sweep and sets no
+    field."""
     if not line.startswith("experiment=") or not _experiment(line).is_file():
         return False
     return set(OmegaConf.load(_experiment(line))) == {"hydra"}

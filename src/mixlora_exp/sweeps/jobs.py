@@ -66,7 +66,8 @@ class Sweep:
         self.runs, self.started, self.outcomes = runs, time.monotonic(), []
 
     def heading(self, number: int) -> str:
-        """Text with the number of the starting job, elapsed time, and estimated remaining time."""
+        """Return the text with the number of the starting job, elapsed time, and estimated
+        remaining time."""
         if not self.runs:
             return f"run {number}"
         passed, done = time.monotonic() - self.started, number - 1
@@ -106,7 +107,8 @@ def run_one(
 
 
 def _grouped(config: Config) -> Config:
-    """The configuration with the experiment's name as the tracker's group, if none is set."""
+    """Return the configuration with the experiment's name as the tracker's group, if none is
+    set."""
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if choice is None or config.tracker.group is not None:
         return config
@@ -114,7 +116,7 @@ def _grouped(config: Config) -> Config:
 
 
 def _adapters_of(config: Config, recorded: Recorded) -> list[Config]:
-    """The configurations of the runs of a job with `adapters=[...]`."""
+    """Return the configurations of the runs of a job with `adapters=[...]`."""
     job = HydraConfig.get()
     overrides = [*job.overrides.hydra, *job.overrides.task]
     kept = [line for line in overrides if not line.lstrip("+~").startswith(NOT_FOR_A_CELL)]

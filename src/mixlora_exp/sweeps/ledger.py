@@ -41,7 +41,7 @@ class Ledger:
         self._write(self.folder / f"ended-{number}", pickle.dumps(outcome))
 
     def outcome(self, number: int) -> Any:
-        """The result of the job, None if it has not ended."""
+        """Return the result of the job, None if it has not ended."""
         path = self.folder / f"ended-{number}"
         return pickle.loads(path.read_bytes()) if path.exists() else None
 
@@ -50,7 +50,7 @@ class Ledger:
         return len(list(self.folder.glob(f"begun-{number}-*")))
 
     def under_way(self) -> list[int]:
-        """The jobs that were started and have not ended."""
+        """Return the jobs that were started and have not ended."""
         begun = {int(path.name.split("-")[1]) for path in self.folder.glob("begun-*")}
         return sorted(number for number in begun if self.outcome(number) is None)
 

@@ -94,7 +94,7 @@ class SearchSettings:
                 raise UserError(f"{name}={getattr(self, name)} is not valid: it must be >= {least}")
 
     def space(self) -> dict[str, tuple[float, float]]:
-        """(low, high) of each searched field, by its dotted name."""
+        """Return (low, high) of each searched field, by its dotted name."""
         found: dict[str, tuple[float, float]] = {
             COEFFICIENT: (self.coef_low, self.coef_high),
             RATE: (self.rate_low, self.rate_high),
@@ -121,8 +121,8 @@ class SearchSettings:
 
 
 def score_of(record: Mapping[str, Any]) -> float:
-    """The mean log-likelihood (nats) of the gold answer over tasks and protocols, which changes
-    even where accuracy stays at chance.
+    """Return the mean log-likelihood (nats) of the gold answer over tasks and protocols, which
+    changes even where accuracy stays at chance.
 
     Raises:
         UserError: a score has no finite log-likelihood.
@@ -178,7 +178,7 @@ def search(settings: SearchSettings, overrides: Sequence[str], train: Train) -> 
 
 
 def _checked(settings: SearchSettings, overrides: Sequence[str]) -> Config:
-    """The configuration of all trials, except for the searched fields.
+    """Return the configuration of all trials, except for the searched fields.
 
     Raises:
         UserError: it is not valid, or a search cannot use it.
@@ -218,7 +218,7 @@ def _scored_on_held_out(settings: SearchSettings, config: Config) -> Config:
 
 
 def _made_with(config: Config, space: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings and inputs that determine a score, without the searched fields."""
+    """Return settings and inputs that determine a score, without the searched fields."""
     config = resolve_config(config)
     settings = determining(to_dict(config))
     for dotted in space:

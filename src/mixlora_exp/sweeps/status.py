@@ -72,7 +72,7 @@ class CellState:
 
 
 def _paper_models() -> list[str]:
-    """Models of conf/model for which the paper has a percentage of parameters."""
+    """Return models of conf/model for which the paper has a percentage of parameters."""
     files = sorted((CONF_DIR / "model").glob("*.yaml"))
     read = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
     return [name for name, fields in read.items() if fields.get("nominal_parameters")]
@@ -97,7 +97,8 @@ class _Data:
         self._hashes: dict[tuple[Any, ...], list[str] | None] = {}
 
     def differing(self, config: Config, record: Mapping[str, Any]) -> list[str] | None:
-        """Splits whose data differ from a record's; None if the data are not available locally."""
+        """Return splits whose data differ from a record's; None if the data are not available
+        locally."""
         if config.data.name is DataSource.hub and config.data.mirror is None:
             return None
         found = {split: self._read(config, split) for split in record["data"]}
@@ -125,7 +126,7 @@ class _Data:
 
 
 def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Committed records, by the current fingerprint of their configuration."""
+    """Return committed records, by the current fingerprint of their configuration."""
     found = {}
     for path in record_paths(records):
         try:
@@ -138,13 +139,14 @@ def _kept(records: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 
 def _shown(path: Path) -> str:
-    """A path relative to the working directory, if it is inside it."""
+    """Return a path relative to the working directory, if it is inside it."""
     near = os.path.relpath(path)
     return str(path) if near.startswith("..") else near
 
 
 def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
-    """State and detail of a run with a record at `path`: `done` if `train.py` would accept it."""
+    """Return the state and detail of a run with a record at `path`: `done` if `train.py` would
+    accept it."""
     try:
         record = read_run(path)
         with odd_fields(path):
@@ -159,7 +161,8 @@ def _finished(path: Path, config: Config, data: _Data) -> tuple[str, str]:
 
 
 def _recorded(path: Path, record: Mapping[str, Any], config: Config, data: _Data) -> str | None:
-    """Detail for a committed record with this run's settings; None if its data differ."""
+    """Return the detail for a committed record with this run's settings; None if its data
+    differ."""
     changed = data.differing(config, record)
     if changed:
         return None
@@ -167,8 +170,8 @@ def _recorded(path: Path, record: Mapping[str, Any], config: Config, data: _Data
 
 
 def _at_rest(folder: Path, config: Config, recorded: str | None, data: _Data) -> tuple[str, str]:
-    """State and detail of a run that no process is executing; `recorded`: detail of its committed
-    record, if there is one."""
+    """Return the state and detail of a run that no process is executing; `recorded`: detail of its
+    committed record, if there is one."""
     if (folder / RECORD).is_file():
         return _finished(folder / RECORD, config, data)
     if recorded is not None:
@@ -184,8 +187,8 @@ def _at_rest(folder: Path, config: Config, recorded: str | None, data: _Data) ->
 
 
 def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
-    """The locked folders whose holder did not update its heartbeat within `patience` seconds, all
-    watched at once: the only way to detect a dead process on another machine."""
+    """Return the locked folders whose holder did not update its heartbeat within `patience`
+    seconds, all watched at once: the only way to detect a dead process on another machine."""
     quiet, deadline = set(held), time.monotonic() + patience
     while quiet and time.monotonic() < deadline:
         time.sleep(min(0.25, patience))
@@ -196,9 +199,9 @@ def _unseen(held: Mapping[Path, dict[str, Any]], patience: float) -> set[Path]:
 def find_cells(
     names: Sequence[str], overrides: Sequence[str], records: Path, patience: float = LOOK
 ) -> list[CellState]:
-    """The cells of the sweeps `names` (in `SWEEPS`) with further overrides, for the sweeps' models
-    unless an override chooses one. `records`: folder of committed records; `patience`: seconds
-    within which holders of locks must update their heartbeat to count as alive.
+    """Return the cells of the sweeps `names` (in `SWEEPS`) with further overrides, for the sweeps'
+    models unless an override chooses one. `records`: folder of committed records; `patience`:
+    seconds within which holders of locks must update their heartbeat to count as alive.
 
     Raises:
         UserError: an experiment is unknown, or an override is not valid.
@@ -249,7 +252,8 @@ def find_cells(
 
 
 def _on_local_data(config: Config) -> str | None:
-    """The fingerprint that the run of `data=hub` has on files, whose place does not count."""
+    """Return the fingerprint that the run of `data=hub` has on files, whose place does not
+    count."""
     if config.data.name is not DataSource.hub:
         return None
     data = replace(config.data, name=DataSource.local, path="data", mirror=None)
@@ -261,8 +265,8 @@ def _given(word: str, overrides: Sequence[str]) -> bool:
 
 
 def _resolved(config: Config) -> Config:
-    """The configuration as `train.py` fingerprints it, with the architecture of `model.path` and
-    the rank that `method.match_params` asks for."""
+    """Return the configuration as `train.py` fingerprints it, with the architecture of `model.path`
+    and the rank that `method.match_params` asks for."""
     known = config.model.path is None and config.model.config
     if known and getattr(config.method, "match_params", None) is None:
         return config

@@ -50,7 +50,7 @@ def convert_storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]
 
 
 def open_study(path: Path, prune_after: int) -> optuna.Study:
-    """The study in the file `path`, created or resumed.
+    """Return the study in the file `path`, created or resumed.
 
     Raises:
         UserError: the file cannot be read or written.
@@ -97,7 +97,7 @@ def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree, by dotted name."""
+    """Return the leaves of a tree, by dotted name."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
@@ -138,7 +138,7 @@ def next_trial(study: optuna.Study, seed: int) -> optuna.Trial:
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that ended: finished, pruned, or failed with a reason (not interrupted)."""
+    """Return the trials that ended: finished, pruned, or failed with a reason (not interrupted)."""
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     found = study.get_trials(deepcopy=False, states=states)
     return [t for t in found if t.state is not TrialState.FAIL or REASON in t.user_attrs]

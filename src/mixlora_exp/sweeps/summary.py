@@ -62,7 +62,7 @@ def finished(cells: Sequence[Cell]) -> list[Finished]:
 
 
 def summary(runs: Sequence[Finished]) -> Sheet:
-    """The table, one line a run, numbered from the best."""
+    """Return the table, one line a run, numbered from the best."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.scores))
     labels = [
         f"{number}  " + " ".join(f"{key}={value}" for key, value in run.varied.items())
@@ -87,7 +87,7 @@ def summary(runs: Sequence[Finished]) -> Sheet:
 
 
 def edge_of_grid(runs: Sequence[Finished]) -> str | None:
-    """A warning if the best run has the smallest or largest of several learning rates."""
+    """Return a warning if the best run has the smallest or largest of several learning rates."""
     rates = {}
     for run in runs:
         with suppress(ValueError):
