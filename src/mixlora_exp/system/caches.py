@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this program; `XDG_CACHE_HOME` moves it. It need not exist."""
+    """Return the user's cache folder for this program; `XDG_CACHE_HOME` moves it. It need not
+    exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mixlora_exp"
 

@@ -33,8 +33,8 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def processes() -> PartialState:
-    """accelerate's state of the processes started by torchrun or `accelerate launch`: their number,
-    the index of this one, and its device.
+    """Return accelerate's state of the processes started by torchrun or `accelerate launch`: their
+    number, the index of this one, and its device.
 
     Raises:
         UserError: the launcher is to shard the model. On a CPU accelerate's FSDP trains by DDP
@@ -59,13 +59,13 @@ def _not_whole(what: str) -> UserError:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, all of which must call this function."""
+    """Return the sum of `values` over all processes, all of which must call this function."""
     state = processes()
     return values if state.num_processes == 1 else reduce(values.to(state.device), reduction="sum")
 
 
 def gathered(value: Any) -> list[Any]:
-    """The values that all processes gave, in their order, in each of them."""
+    """Return the values that all processes gave, in their order, in each of them."""
     state = processes()
     if state.num_processes == 1:
         return [value]
@@ -120,5 +120,5 @@ def free_memory() -> None:
 
 
 def hardware_names() -> list[str]:
-    """Names of the GPUs; empty without one."""
+    """Return names of the GPUs; empty without one."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

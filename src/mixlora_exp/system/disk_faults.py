@@ -27,8 +27,8 @@ WAYS_OUT = {
 
 
 def disk_fault(error: OSError) -> str | None:
-    """One line with the file, the reason and the way out; None for other errors, which may be bugs
-    or have a way out of their own."""
+    """Return one line with the file, the reason and the way out; None for other errors, which may
+    be bugs or have a way out of their own."""
     if error.errno not in WAYS_OUT:
         return None
     if error.errno == errno.ENAMETOOLONG:

@@ -65,7 +65,8 @@ def write_whole(
 
 
 def _locked_file(path: Path) -> tuple[Path, BinaryIO]:
-    """A new, hidden file next to `path`, open for writing and locked as long as it is open."""
+    """Return a new, hidden file next to `path`, open for writing and locked as long as it is
+    open."""
     for _ in range(TRIES):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         stream = temporary.open("xb")
@@ -141,7 +142,7 @@ def _taken(folder: Path) -> FileExistsError:
 
 
 def _locked_folder(folder: Path) -> tuple[Path, int]:
-    """A new folder next to `folder`, and the file descriptor that holds its lock.
+    """Return a new folder next to `folder`, and the file descriptor that holds its lock.
 
     The system releases the lock when the process ends. File systems without locks are tolerated.
 

@@ -60,8 +60,8 @@ def guarded(
 
 
 def _field_of(error: OSError, argv: Sequence[str]) -> list[str]:
-    """`NAME: ` of the command line's field that a name too long for a file comes from, if it is
-    there: everything else has names of fixed length."""
+    """Return `NAME: ` of the command line's field that a name too long for a file comes from, if
+    it is there: everything else has names of fixed length."""
     path = str(error.filename or "")
     long = max(Path(path).parts, key=len, default="").partition(".")[0]
     if error.errno != errno.ENAMETOOLONG or not long:

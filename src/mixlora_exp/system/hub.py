@@ -22,13 +22,13 @@ LARGEST_JSON = 2**20
 
 
 def on_hub(place: str) -> bool:
-    """Whether `place` names an adapter on the hub instead of a folder."""
+    """Return whether `place` names an adapter on the hub instead of a folder."""
     return place.startswith(PREFIX)
 
 
 def adapter_folder(place: str) -> Path:
-    """The folder of the adapter at `place`: a folder, or the hub's cache after its files were
-    fetched. Without network if `place` names a commit whose files are in the cache.
+    """Return the folder of the adapter at `place`: a folder, or the hub's cache after its files
+    were fetched. Without network if `place` names a commit whose files are in the cache.
 
     Raises:
         UserError: as `pin_revision`.
@@ -40,8 +40,8 @@ def adapter_folder(place: str) -> Path:
 
 
 def pin_revision(place: str) -> str:
-    """`place` with the commit instead of a branch or tag, after its files were fetched; which
-    commit that is, is told on standard error. Folders are returned unchanged.
+    """Return `place` with the commit instead of a branch or tag, after its files were fetched;
+    which commit that is, is told on standard error. Folders are returned unchanged.
 
     Raises:
         UserError: `place` is not of the form `hub:OWNER/NAME@REVISION`, the repository does not

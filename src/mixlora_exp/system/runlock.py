@@ -35,7 +35,8 @@ an old number again."""
 
 
 def _boot() -> str:
-    """Identifier of this boot of the machine, which distinguishes containers with one host name."""
+    """Return the identifier of this boot of the machine, which distinguishes containers with one
+    host name."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return str(psutil.boot_time())
@@ -52,7 +53,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _namespace() -> str:
-    """Identifier of the PID namespace, within which process ids are unique."""
+    """Return the identifier of the PID namespace, within which process ids are unique."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
@@ -76,7 +77,8 @@ def _started(pid: int) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The content of a lock file; None if it cannot be read (truncated, or not visible yet)."""
+    """Return the content of a lock file; None if it cannot be read (truncated, or not visible
+    yet)."""
     try:
         found = read_json(path)
     except (OSError, ValueError):
@@ -134,7 +136,8 @@ def _alive(path: Path, patience: float) -> bool:
 
 
 def holder_of(folder: Path) -> dict[str, Any] | None:
-    """The holder of the lock in `folder`, as far as known without waiting; None if it is free."""
+    """Return the holder of the lock in `folder`, as far as known without waiting; None if it is
+    free."""
     number = _newest(folder)
     holder = _read(folder / str(number)) if number else None
     if holder is None or holder.get("released") or _dead_here(holder):

@@ -52,7 +52,7 @@ def file_limit() -> int:
 
 
 def line_limit() -> int:
-    """The maximum length of one line of an input file, in bytes."""
+    """Return the maximum length of one line of an input file, in bytes."""
     return file_limit() // LINES
 
 
@@ -101,7 +101,8 @@ def refuse_links(path: Path, below: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """The content of a regular file of at most `limit` bytes, `file_limit()` if none is given.
+    """Return the content of a regular file of at most `limit` bytes, `file_limit()` if none is
+    given.
 
     Raises:
         OSError: it cannot be read.
@@ -116,7 +117,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file in UTF-8, with or without a byte order mark.
+    """Return the text of a regular file in UTF-8, with or without a byte order mark.
 
     Raises:
         OSError: it cannot be read.
@@ -147,7 +148,7 @@ def _no_number(name: str) -> Any:
 
 
 def parse_json(content: bytes | str, *, halves: bool = False, finite: bool = True) -> Any:
-    """The value of a JSON text, with finite numbers, unique fields and limited nesting.
+    """Return the value of a JSON text, with finite numbers, unique fields and limited nesting.
 
     `halves`: accept lone surrogates (`\\ud800`), if the caller reports the field. `finite=False`:
     accept NaN and infinities, which Python writes although JSON lacks them, and integers of any
@@ -206,7 +207,7 @@ def _check_characters(text: str) -> None:
 
 
 def read_json(path: Path, *, finite: bool = True) -> Any:
-    """The value of a JSON file; see `parse_json`.
+    """Return the value of a JSON file; see `parse_json`.
 
     Raises:
         OSError: it cannot be read.
@@ -235,9 +236,9 @@ class _Seen:
 def raw_lines(
     path: Path, seen: Callable[[bytes], object] = lambda _: None
 ) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers from 1, decompressed if its name ends with `.gz`; only
-    one line at a time is in memory. `seen` is called with the file's own bytes, piece by piece: all
-    of them, once the lines are exhausted.
+    """Yield the lines of a file with their numbers from 1, decompressed if its name ends with
+    `.gz`; only one line at a time is in memory. `seen` is called with the file's own bytes, piece
+    by piece: all of them, once the lines are exhausted.
 
     Raises:
         OSError: it cannot be read.
@@ -266,7 +267,7 @@ def raw_lines(
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON-lines file, with their line numbers; blank lines are skipped.
+    """Yield the values of a JSON-lines file, with their line numbers; blank lines are skipped.
 
     Raises:
         OSError: it cannot be read.
