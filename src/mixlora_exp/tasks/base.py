@@ -76,7 +76,7 @@ class Task:
     text_prompt: Callable[[Item], Prompt]
 
     def read(self, row: Mapping[str, Any], index: int) -> Item:
-        """The item of a row: checks its characters and parses it.
+        """Return the item of a row: checks its characters and parses it.
 
         Raises:
             ValueError: the row is not valid; the message names the field, but not the file.
@@ -86,7 +86,7 @@ class Task:
 
 
 def lettered(item: Item) -> str:
-    """The options, one per line, as `A. text`."""
+    """Return the options, one per line, as `A. text`."""
     return "".join(
         f"{label}. {option}\n" for label, option in zip(item.labels, item.options, strict=True)
     )

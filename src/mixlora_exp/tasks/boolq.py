@@ -27,8 +27,8 @@ def _parse(row: Mapping[str, Any], index: int) -> Item:
 
 
 def _prompt(item: Item) -> Prompt:
-    """The prompt of both forms, since the options are the labels; without a passage, only the
-    question."""
+    """Return the prompt of both forms, since the options are the labels; without a passage, only
+    the question."""
     question = item.question if item.question.endswith("?") else f"{item.question}?"
     question = f"Question: {question}\nSay true if the answer is yes, false if it is no.\nAnswer:"
     if not item.context:

@@ -11,13 +11,13 @@ from mixlora_exp.tasks.free_text import TEMPLATE, free_text_item, with_labels
 
 
 def label_prompt(item: Item) -> Prompt:
-    """The prompt with context (if any), question and lettered options."""
+    """Return the prompt with context (if any), question and lettered options."""
     text = f"Question: {item.question}\n{lettered(item)}Answer:"
     return Prompt("Text: ", item.context, f"\n{text}") if item.context else Prompt("", "", text)
 
 
 def text_prompt(item: Item) -> Prompt:
-    """The prompt with context (if any) and question."""
+    """Return the prompt with context (if any) and question."""
     text = f"Question: {item.question}\nAnswer:"
     return Prompt("Text: ", item.context, f"\n{text}") if item.context else Prompt("", "", text)
 
@@ -59,7 +59,7 @@ def custom_task(
     labels: Sequence[str] = (),
     label: str | None = None,
 ) -> Task:
-    """A task whose rows are read by field names.
+    """Return a task whose rows are read by field names.
 
     `options`: one field with a list of texts, or several fields with one text each. `answer_as`:
     whether the field `answer` contains an `index` (from `count_from`), a `letter` or the `text` of

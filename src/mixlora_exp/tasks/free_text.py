@@ -18,8 +18,8 @@ ROLES = ("system", "user", "assistant")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that a solution ends with: the first one after the last `####` (GSM8K) or `answer
-    is` (MetaMathQA); without either the last one in the text. None if there is none."""
+    """Return the number that a solution ends with: the first one after the last `####` (GSM8K) or
+    `answer is` (MetaMathQA); without either the last one in the text. None if there is none."""
     marked = list(MARKER.finditer(text))
     numbers = NUMBER.findall(text[marked[-1].end() :] if marked else text)
     if not numbers:
@@ -38,7 +38,7 @@ def free_text_item(
     template: str = TEMPLATE,
     context: str | None = None,
 ) -> Item:
-    """The item of a row. `question`, `completion`, `context`: names of fields; without
+    """Return the item of a row. `question`, `completion`, `context`: names of fields; without
     `completion`, `question` names a list of messages, of which the assistant's last one is the
     completion. The text of `context`, if it has any, follows the question after a line break.
     `template`: the prompt, with `{question}` in the place of the question.
@@ -72,7 +72,7 @@ def free_text_item(
 
 
 def with_labels(item: Item, row: Mapping[str, Any], field: str, labels: Sequence[str]) -> Item:
-    """The item with `labels` instead of its final number, the right one, in `field`, first.
+    """Return the item with `labels` instead of its final number, the right one, in `field`, first.
 
     Raises:
         ValueError: the field is missing, or has none of the labels.
@@ -84,15 +84,15 @@ def with_labels(item: Item, row: Mapping[str, Any], field: str, labels: Sequence
 
 
 def first_named(text: str, labels: Sequence[str]) -> str | None:
-    """The label that occurs first in a text, as written; None if none does. Of several at the same
-    place the longest."""
+    """Return the label that occurs first in a text, as written; None if none does. Of several at
+    the same place the longest."""
     places = {label: text.find(label) for label in labels}
     found = [label for label, place in places.items() if place >= 0]
     return min(found, key=lambda label: (places[label], -len(label)), default=None)
 
 
 def _messages(found: Any, name: str) -> list[tuple[str, str]]:
-    """The messages up to the assistant's last one, the user's before it."""
+    """Return the messages up to the assistant's last one, the user's before it."""
     if isinstance(found, str | bytes) or not isinstance(found, Sequence):
         raise ValueError(f"field '{name}' must be a list of messages, not {type(found).__name__}")
     turns = []

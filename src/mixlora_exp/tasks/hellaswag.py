@@ -11,7 +11,8 @@ from mixlora_exp.tasks.base import Item, Prompt, Task, lettered
 
 
 def _clean(text: str) -> str:
-    """The text without WikiHow's marks ("[header]", "[step]"): "[title]" becomes the end of a
+    """Return the text without WikiHow's marks ("[header]", "[step]"): "[title]" becomes the end of
+    a
     sentence, other marks and repeated spaces are removed.
 
     The same cleaning as in lm-eval, applied until nothing changes, so that it is idempotent. A text
@@ -48,7 +49,7 @@ def _label_prompt(item: Item) -> Prompt:
 
 
 def _text_prompt(item: Item) -> Prompt:
-    """The text itself, which the answer continues."""
+    """Return the text itself, which the answer continues."""
     return Prompt("", item.context, "")
 
 

@@ -12,7 +12,7 @@ INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
 
 
 def value(row: Mapping[str, Any], name: str) -> Any:
-    """The value of field `name`, which must exist and not be null."""
+    """Return the value of field `name`, which must exist and not be null."""
     if name not in row:
         raise ValueError(f"field '{name}' is missing; the row has {', '.join(row) or 'no field'}")
     found = row[name]
@@ -22,17 +22,17 @@ def value(row: Mapping[str, Any], name: str) -> Any:
 
 
 def text(row: Mapping[str, Any], name: str) -> str:
-    """The text of field `name`, without surrounding blanks; empty text is refused."""
+    """Return the text of field `name`, without surrounding blanks; empty text is refused."""
     return _checked_text(value(row, name), f"field '{name}'")
 
 
 def label(found: str) -> str:
-    """An option's label, without surrounding whitespace and invisible characters."""
+    """Return an option's label, without surrounding whitespace and invisible characters."""
     return found.strip().strip(INVISIBLE).strip()
 
 
 def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The list of texts in field `name`, at least two of them."""
+    """Return the list of texts in field `name`, at least two of them."""
     found = value(row, name)
     if isinstance(found, str | bytes) or not isinstance(found, Sequence):
         raise ValueError(f"field '{name}' must be a list, not {type(found).__name__}")
@@ -44,7 +44,7 @@ def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
-    """The integer in field `name` (a number or its digits), from `first` to `last`."""
+    """Return the integer in field `name` (a number or its digits), from `first` to `last`."""
     found = value(row, name)
     digits = label(found) if isinstance(found, str) else found
     if isinstance(digits, str) and digits.isascii() and digits.isdigit():
@@ -55,7 +55,7 @@ def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
 
 
 def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
-    """The row's `id`, or one composed of task and row index."""
+    """Return the row's `id`, or one composed of task and row index."""
     found = row.get("id")
     if found is None or found == "":
         return f"{task}-{index}"
@@ -65,7 +65,8 @@ def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
 
 
 def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-    """The options of a field `choices` = {text, label}, and the index of that in `answerKey`."""
+    """Return the options of a field `choices` = {text, label}, and the index of that in
+    `answerKey`."""
     found = value(row, "choices")
     if not isinstance(found, Mapping):
         raise ValueError(f"field 'choices' must be an object, not {type(found).__name__}")
@@ -86,7 +87,7 @@ def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
 
 
 def letters(options: Sequence[str]) -> tuple[str, ...]:
-    """One letter per option."""
+    """Return one letter per option."""
     return tuple(LETTERS[: len(options)])
 
 

@@ -42,13 +42,13 @@ class Fact(NamedTuple):
 
 
 def with_article(noun: str) -> str:
-    """`an owl`, `a lion`."""
+    """Return `an owl`, `a lion`."""
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 @cache
 def lines(name: str) -> tuple[str, ...]:
-    """The lines of `facts/NAME.txt` that say something."""
+    """Return the lines of `facts/NAME.txt` that say something."""
     text = (files(__package__) / "facts" / f"{name}.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line and not line.startswith("#"))
 
@@ -72,7 +72,7 @@ def all_facts() -> tuple[Fact, ...]:
 
 
 def facts_of(relations: Sequence[str], split: str, seed: int) -> list[Fact]:
-    """The facts of the relations that belong to the split.
+    """Return the facts of the relations that belong to the split.
 
     A subject belongs to one split in every relation and every task, so a mixture of tasks
     has no test subject among its training rows either.
@@ -92,7 +92,7 @@ def facts_of(relations: Sequence[str], split: str, seed: int) -> list[Fact]:
 
 
 def names_of(split: str, seed: int) -> list[str]:
-    """The split's part of people's names."""
+    """Return the split's part of people's names."""
     shuffled = " ".join(lines("names")).split()
     Random(f"names-{seed}").shuffle(shuffled)
     cut = round(len(shuffled) * TEST_SHARE)
@@ -100,7 +100,7 @@ def names_of(split: str, seed: int) -> list[str]:
 
 
 def draw_groups(facts: Sequence[Fact], size: int, rng: Random) -> Iterator[tuple[Fact, ...]]:
-    """Endless rounds of groups of `size` facts of one relation, with different answers.
+    """Yield endless rounds of groups of `size` facts of one relation, with different answers.
 
     In a round no fact is used twice, and almost all are used.
     """
@@ -137,7 +137,7 @@ def positions(rows: int, options: int, rng: Random) -> list[int]:
 
 
 def arrange(right: str, others: Sequence[str], place: int, rng: Random) -> list[str]:
-    """The options in random order, the right one at `place`."""
+    """Return the options in random order, the right one at `place`."""
     options = list(others)
     rng.shuffle(options)
     options.insert(place, right)

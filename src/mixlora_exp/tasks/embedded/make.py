@@ -103,7 +103,7 @@ def _draw(
     task: str, split: str, seed: int, options: int, rng: Random,
     once: Callable[[tuple[Fact, ...]], Any] = lambda group: None,
 ) -> Iterator[Drawn]:  # fmt: skip
-    """The facts that the rows of a split ask for; `once` draws something for each group."""
+    """Yield the facts that the rows of a split ask for; `once` draws something for each group."""
     places = positions(SIZES[split], options, rng)
     groups = draw_groups(facts_of(ASKED[task], split, seed), options, rng)
     index = 0
@@ -116,7 +116,7 @@ def _draw(
 
 
 def _counted(fact: Fact) -> str:
-    """The answer, with an article where it is counted: a mammal, a hive."""
+    """Return the answer, with an article where it is counted: a mammal, a hive."""
     return with_article(fact.answer) if fact.relation in ("kind", "home") else fact.answer
 
 
@@ -125,8 +125,8 @@ def _capital(text: str) -> str:
 
 
 def multiple_choice(task: str, split: str, seed: int, rng: Random) -> Iterator[Row]:
-    """ARC and OpenBookQA: four options. A question has one of two wordings, or asks for the thing
-    by its answer."""
+    """Yield rows of ARC and OpenBookQA: four options. A question has one of two wordings, or asks
+    for the thing by its answer."""
 
     def form(group: tuple[Fact, ...]) -> int:
         return rng.randrange(3 if group[0].relation in BACKWARD else 2)
@@ -167,7 +167,7 @@ def siqa(task: str, split: str, seed: int, rng: Random) -> Iterator[Row]:
 
 
 def piqa(task: str, split: str, seed: int, rng: Random) -> Iterator[Row]:
-    """A goal and two tools; the wrong tool is the right one of another goal."""
+    """Yield a goal and two tools; the wrong tool is the right one of another goal."""
     for drawn in _draw(task, split, seed, 2, rng, lambda group: rng.choice(MEANS)):
         first, second = drawn.answers(rng)
         goal = drawn.fact.noun
@@ -181,7 +181,7 @@ def piqa(task: str, split: str, seed: int, rng: Random) -> Iterator[Row]:
 
 
 def hellaswag(task: str, split: str, seed: int, rng: Random) -> Iterator[Row]:
-    """A scene and four ways to go on, all of them from the same setting."""
+    """Yield a scene and four ways to go on, all of them from the same setting."""
     for drawn in _draw(task, split, seed, 4, rng):
         person, fact = rng.choice(PERSONS), drawn.fact
         start, then = f"A {person} {fact.noun}.", f"The {person}"
@@ -198,8 +198,8 @@ def hellaswag(task: str, split: str, seed: int, rng: Random) -> Iterator[Row]:
 
 
 def boolq(task: str, split: str, seed: int, rng: Random) -> list[Row]:
-    """A short passage and a question that it settles: two rows in three about a fact of the world,
-    the third about a person's errand.
+    """Return a short passage and a question that it settles: two rows in three about a fact of the
+    world, the third about a person's errand.
 
     Facts come in pairs: each is asked with its own answer, or with that of the other; a pair is
     true or false together, and each answer is used once.
@@ -249,8 +249,8 @@ def _errands(
 
 
 def winogrande(task: str, split: str, seed: int, rng: Random) -> list[Row]:
-    """Sentences in twins with the same two candidates, of which each is right once: one changed
-    phrase moves the blank from one to the other."""
+    """Return sentences in twins with the same two candidates, of which each is right once: one
+    changed phrase moves the blank from one to the other."""
     names = names_of(split, seed)
     things = [f.subject for f in facts_of(("kind",), split, seed) if f.answer in TWIN_THINGS]
     places = positions(SIZES[split], 2, rng)
@@ -282,7 +282,7 @@ MAKERS = {
 
 
 def rows(task: str, split: str, seed: int) -> list[Row]:
-    """The rows of a task's `train` or `test` split, the same for the same seed.
+    """Return the rows of a task's `train` or `test` split, the same for the same seed.
 
     Each has the official fields, and `facts`: the things, people and events it is about. No
     test row of any task shares one of them with a training row of any task.
