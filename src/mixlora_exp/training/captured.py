@@ -116,7 +116,8 @@ class CapturedPass:
         self.failed: str | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor], key: Any = None) -> list[Tensor]:
-        """The results of `run`. key: what else, beside the shapes, a recording depends on."""
+        """Return the results of `run`. key: what else, beside the shapes, a recording depends
+        on."""
         places = self._prepare()
         if places != self._places:
             self._graphs.clear()

@@ -144,7 +144,8 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
 
     def newest(self, micro_batch_size: int | None = None) -> Checkpoint | None:
-        """The newest undamaged checkpoint, or None. Damaged ones are reported, renamed and skipped.
+        """Return the newest undamaged checkpoint, or None. Damaged ones are reported, renamed and
+        skipped.
 
         If `micro_batch_size` is given and the checkpoint was trained with another size, all are
         removed: the router loss is computed per micro-batch, so the objective would change.
@@ -189,8 +190,8 @@ class Checkpoints:
         return None
 
     def fall_back(self, step: int) -> Checkpoint | None:
-        """The newest undamaged checkpoint of at most `step` optimizer steps. Removes later ones:
-        resuming from weights that already caused non-finite values would fail again."""
+        """Return the newest undamaged checkpoint of at most `step` optimizer steps. Removes later
+        ones: resuming from weights that already caused non-finite values would fail again."""
         self.check_owner()
         for path in self._found():
             if int(path.name.removeprefix(PREFIX)) > step:
@@ -224,7 +225,8 @@ class Checkpoints:
         )
 
     def _changed(self, found: Checkpoint) -> list[str]:
-        """Names of the inputs that differ between the run that wrote `found` and this one."""
+        """Return names of the inputs that differ between the run that wrote `found` and this
+        one."""
         then = found.state["identity"]
         return sorted(k for k in {**then, **self.identity} if then.get(k) != self.identity.get(k))
 

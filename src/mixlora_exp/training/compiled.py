@@ -34,7 +34,7 @@ STATIC = "sdpa_static"
 
 
 def pad_to(config: Config) -> int:
-    """The number of tokens that a batch's length is padded to a multiple of."""
+    """Return the number of tokens that a batch's length is padded to a multiple of."""
     return 1 if config.trainer.compile is Compile.off else BUCKET
 
 
@@ -156,7 +156,7 @@ def bring_up_to_date(base: PreTrainedModel) -> list[int]:
 
 
 def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers: the longest `ModuleList` of transformers' model."""
+    """Return the decoder layers: the longest `ModuleList` of transformers' model."""
     (longest,) = sorted(
         (m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len, reverse=True
     )[:1]

@@ -133,7 +133,8 @@ def fit_jointly(
 
 
 def _arguments(jobs: Sequence[Job], dtype: torch.dtype) -> TrainingArguments:
-    """The Trainer's arguments, shared by all adapters; each `Job` has the settings that differ."""
+    """Return the Trainer's arguments, shared by all adapters; each `Job` has the settings that
+    differ."""
     config, count = jobs[0].config, processes().num_processes
     recompute = {}
     if config.trainer.gradient_checkpointing:
@@ -190,7 +191,7 @@ def _train(model: PeftModel, jobs: Sequence[Job], dtype: torch.dtype) -> int:
 
 
 def _callbacks(job: Job, of: int) -> list[TrainerCallback]:
-    """The callbacks that receive one adapter's log entries; `of`: number of adapters."""
+    """Return the callbacks that receive one adapter's log entries; `of`: number of adapters."""
     shown = progress_callback(job) if of == 1 else ProgressLines(job, f"{job.folder.name} ")
     found = [shown, LogFile(job)]
     if job.tracker is not None:

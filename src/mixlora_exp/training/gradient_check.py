@@ -27,7 +27,7 @@ def check_gradients_flow(
     summed: Callable[[Tensor], Tensor] = lambda values: values,
     decisions: Mapping[str, Decision] | None = None,
 ) -> dict[str, list[int]] | None:
-    """One forward and backward pass in which every trained parameter must have a gradient.
+    """Run one forward and backward pass in which every trained parameter must have a gradient.
 
     Parameters that are zero are filled with noise for it; afterwards all are as before, to the
     bit, and no `grad` is written. Nothing else that a run draws from is used.

@@ -22,8 +22,8 @@ from mixlora_exp.training.losses import label_count, single_loss
 
 
 def recorder(config: Config, device: torch.device) -> Recorder | None:
-    """What records the passes of a run with `trainer.compile=graph`; None, after a line with the
-    reason, where they run as with `layer`."""
+    """Return what records the passes of a run with `trainer.compile=graph`; None, after a line with
+    the reason, where they run as with `layer`."""
     if config.trainer.compile is not Compile.graph:
         return None
     reason = None
@@ -57,8 +57,9 @@ class GraphStep:
     def __call__(
         self, step: int, batches: Mapping[str, Batch], counts: Mapping[str, Tensor]
     ) -> Tensor:
-        """The loss of a micro-batch, after its gradients were added; see `Trainer.training_step`.
-        counts: label tokens of the optimizer step, by adapter as `batches`."""
+        """Return the loss of a micro-batch, after its gradients were added; see
+        `Trainer.training_step`. counts: label tokens of the optimizer step, by adapter as
+        `batches`."""
         ((name, batch),) = batches.items()
         items = counts[name]
         if not self.model.training:
@@ -91,7 +92,7 @@ class GraphStep:
 
 
 def graph_step(model: PeftModel, job: Job, dtype: torch.dtype) -> GraphStep | None:
-    """What runs the micro-batches of a run with `trainer.compile=graph`; None, maybe after a line
-    with the reason, for all that run as ever."""
+    """Return what runs the micro-batches of a run with `trainer.compile=graph`; None, maybe after a
+    line with the reason, for all that run as ever."""
     made = recorder(job.config, model.device)
     return None if made is None else GraphStep(model, job, job.config.trainer.head, dtype, made)

@@ -43,8 +43,8 @@ def fit_halving(
 
 
 def _half(trainer: TrainerConfig) -> int | None:
-    """Half of the configured size, or the next smaller size that divides the batch; None if halving
-    is off or the size is 1."""
+    """Return half of the configured size, or the next smaller size that divides the batch; None
+    if halving is off or the size is 1."""
     if not trainer.auto_micro_batch:
         return None
     sizes = range(trainer.micro_batch_size // 2, 0, -1)

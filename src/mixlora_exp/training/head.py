@@ -18,7 +18,7 @@ SumLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def resolve_head(head: Head, device: torch.device) -> Head:
-    """The head that `auto` selects on `device`; any other `head` unchanged."""
+    """Return the head that `auto` selects on `device`; any other `head` unchanged."""
     if head is not Head.auto:
         return head
     fused = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
@@ -46,7 +46,7 @@ def _can_replace(model: PreTrainedModel) -> bool:
 
 
 def _next_token_labels(labels: Tensor) -> Tensor:
-    """Labels shifted left by one, so that each position's label is the next token."""
+    """Return labels shifted left by one, so that each position's label is the next token."""
     return functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 
 

@@ -144,8 +144,8 @@ class Job:
             self._resumed = None
 
     def collated(self, step: int, number: int, of: int) -> Batch | None:
-        """The micro-batch for pass `number` (from 0) of the `of` passes of optimizer step `step`;
-        None if there is none. A step with fewer micro-batches uses the last passes."""
+        """Return the micro-batch for pass `number` (from 0) of the `of` passes of optimizer step
+        `step`; None if there is none. A step with fewer micro-batches uses the last passes."""
         if step >= self.steps or step < self.step or self.failure is not None:
             return None
         parts = self.plan[step].micro_batches
@@ -163,7 +163,8 @@ class Job:
         return self.inputs_of(batch)
 
     def inputs_of(self, batch: Batch) -> Batch:
-        """The model's inputs of a stored batch, whose rows become those of the dropout stream."""
+        """Return the model's inputs of a stored batch, whose rows become those of the dropout
+        stream."""
         example, mask, ids = (batch[n] for n in ("example", "attention_mask", "position_ids"))
         if "unpack" in batch:
             position = ids
@@ -198,7 +199,8 @@ class Job:
         self.track.note_pass(report, tokens, share * weight)
 
     def take_step_loss(self) -> Tensor:
-        """The loss of the whole optimizer step, on the device; the next one's starts from 0."""
+        """Return the loss of the whole optimizer step, on the device; the next one's starts from
+        0."""
         loss, self._step_loss = torch.as_tensor(self._step_loss), 0.0
         return loss
 

@@ -40,7 +40,7 @@ def keep_last_good(
 
 
 def diverged_message(config: Config, error: Diverged, kept: Kept | None) -> str:
-    """The error message of a diverged run, with the place of the adapter that was saved."""
+    """Return the error message of a diverged run, with the place of the adapter that was saved."""
     saved = ""
     if kept is not None:
         # Its quality is unknown: the loss may have been high long before it was not finite.

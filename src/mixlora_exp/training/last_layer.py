@@ -40,7 +40,7 @@ class KeptRows:
 
 
 def _at_rows(module: nn.Module, kept: KeptRows) -> Callable[..., Tensor]:
-    """The module's forward pass, with zeros for what is not kept."""
+    """Return the module's forward pass, with zeros for what is not kept."""
     own, routed = module.forward, isinstance(module, MixLoraFeedForward)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,7 +56,7 @@ def _at_rows(module: nn.Module, kept: KeptRows) -> Callable[..., Tensor]:
 
 
 def _modules(base: PreTrainedModel) -> list[nn.Module]:
-    """Modules of the last layer that can skip rows; none in a layer of another form."""
+    """Return modules of the last layer that can skip rows; none in a layer of another form."""
     last = decoder_layers(base)[-1]
     block = getattr(last, "mlp", None)
     if isinstance(block, MixLoraFeedForward):

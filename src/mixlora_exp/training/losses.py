@@ -16,7 +16,8 @@ from mixlora_exp.training.packed import Batch, pack_batches
 
 
 def label_count(batch: Batch) -> Tensor:
-    """Number of label tokens in a batch, a scalar tensor; the first column has no prediction."""
+    """Return the number of label tokens in a batch, a scalar tensor; the first column has no
+    prediction."""
     return (batch["labels"][..., 1:] != -100).sum()
 
 
@@ -28,7 +29,8 @@ def single_loss(
     head: Head,
     attention: str = "",
 ) -> Tensor:
-    """The loss of a single adapter on a padded or packed batch, by the model's own forward pass.
+    """Return the loss of a single adapter on a padded or packed batch, by the model's own forward
+    pass.
 
     model: the PEFT model, possibly wrapped for several processes; base: its base model.
     items: label tokens of the optimizer step, by which the summed loss is divided. attention: as
@@ -49,7 +51,7 @@ def joint_losses(
     head: Head,
     attention: str,
 ) -> dict[str, Tensor]:
-    """The loss of each adapter on its own batch, equal to that of a separate run.
+    """Return the loss of each adapter on its own batch, equal to that of a separate run.
 
     The batches pass through the frozen model together. They share only read-only state, so neither
     gradients nor NaN spread between adapters. items: label tokens of each adapter's optimizer step,
@@ -96,5 +98,6 @@ def joint_losses(
 
 
 def total_of(losses: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the losses; its gradient for each adapter is that of the adapter's own loss."""
+    """Return the sum of the losses; its gradient for each adapter is that of the adapter's own
+    loss."""
     return torch.stack(list(losses.values())).sum()

@@ -66,8 +66,8 @@ class Packed:
 
 
 def examples_of(position_ids: Tensor) -> Tensor:
-    """(tokens,) int64: the number of each token's example, from 0, in a row (1, tokens) in which
-    the positions of each example begin with 0."""
+    """Return (tokens,) int64: the number of each token's example, from 0, in a row (1, tokens) in
+    which the positions of each example begin with 0."""
     return (position_ids.flatten() == 0).cumsum(0) - 1
 
 

@@ -17,8 +17,8 @@ from mixlora_exp.training.job import Job
 
 
 def parameter_groups(model: nn.Module, job: Job, decayed: Collection[str]) -> list[dict[str, Any]]:
-    """The groups of one job's parameters; `adapter` in a group is the job's name. decayed: names in
-    the model of parameters with weight decay.
+    """Return the groups of one job's parameters; `adapter` in a group is the job's name. decayed:
+    names in the model of parameters with weight decay.
 
     Raises:
         UserError: with LoRA+, a parameter has no role.
@@ -42,9 +42,9 @@ def parameter_groups(model: nn.Module, job: Job, decayed: Collection[str]) -> li
 
 
 def schedule_of(config: Config, steps: int, optimizer: Optimizer) -> Callable[[int], float]:
-    """The factor of the learning rate as a function of the completed optimizer steps. `optimizer`:
-    whose groups have their `initial_lr`; transformers makes a schedule for one as a whole, of which
-    only the factor is taken."""
+    """Return the factor of the learning rate as a function of the completed optimizer steps.
+    `optimizer`: whose groups have their `initial_lr`; transformers makes a schedule for one as a
+    whole, of which only the factor is taken."""
     trainer = config.trainer
     name = trainer.schedule
     if name == "constant" and trainer.warmup_steps:

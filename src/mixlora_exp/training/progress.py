@@ -56,12 +56,12 @@ class Pace:
         self._before = (now, self.tokens())
 
     def look(self) -> float:
-        """Tokens per second since the previous call."""
+        """Return tokens per second since the previous call."""
         (then, tokens), self._before = self._before, (time.perf_counter(), self.tokens())
         return (self._before[1] - tokens) / max(self._before[0] - then, 1e-9)
 
     def left(self, step: int, steps: int) -> float:
-        """Seconds until `steps` are done, extrapolated from the steps so far."""
+        """Return seconds until `steps` are done, extrapolated from the steps so far."""
         passed = time.perf_counter() - self._since
         return passed / max(step - self._from, 1) * (steps - step)
 

@@ -30,7 +30,7 @@ class Decision(NamedTuple):
 
 
 def predicting(batch: Mapping[str, Tensor]) -> Tensor:
-    """(rows,) bool: which rows of the flattened batch predict a label."""
+    """Return (rows,) bool: which rows of the flattened batch predict a label."""
     labels = functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:] != IGNORED
     if "logits_to_keep" not in batch:
         return labels.flatten()
@@ -62,7 +62,8 @@ def routers_watched(model: PeftModel, adapter: str, rows: Tensor) -> Iterator[di
 def _watched(
     layer: RoutedLayer, name: str, rows: Tensor, coefficient: float, found: dict[str, Decision]
 ) -> Callable[..., dict[str, Tensor]]:
-    """`layer.statistics`, which runs once for each pass and adapter, with a note in `found`."""
+    """Return `layer.statistics`, which runs once for each pass and adapter, with a note in
+    `found`."""
     own = layer.statistics
 
     def statistics(adapter: str, mask: Tensor | None, types: Tensor | None) -> dict[str, Tensor]:

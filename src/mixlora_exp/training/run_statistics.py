@@ -55,8 +55,8 @@ class Track:
         self._window = counts if before is None else before + counts
 
     def entry(self, step: int) -> tuple[dict[str, float], list[list[float]] | None]:
-        """The log entry after optimizer step `step`, a multiple of `every`: figures since the last
-        entry, and each expert's share (layers, E). Starts a new window.
+        """Return the log entry after optimizer step `step`, a multiple of `every`: figures since
+        the last entry, and each expert's share (layers, E). Starts a new window.
 
         `loss` and `router_loss` are means over the optimizer steps: `loss` minus `router_loss`
         times its coefficient is the cross-entropy."""
@@ -79,13 +79,13 @@ class Track:
         self._router_loss, self._window = 0.0, None
 
     def expert_load(self) -> list[list[float]] | None:
-        """(layers, E): share of each expert in all (token, slot) pairs so far; None without
+        """Return (layers, E): share of each expert in all (token, slot) pairs so far; None without
         experts."""
         self.fold()
         return None if self.counts is None else _shares(self.summed(self.counts)).tolist()
 
     def total_tokens(self) -> int:
-        """Tokens so far without padding, of all processes."""
+        """Return tokens so far without padding, of all processes."""
         return int(self.summed(torch.as_tensor(self.tokens)))
 
     def _sum_of_losses(self) -> Tensor:
@@ -93,7 +93,7 @@ class Track:
         return torch.as_tensor(self._router_loss, dtype=torch.float32)
 
     def state(self) -> dict[str, Any]:
-        """All statistics in a form that JSON stores exactly."""
+        """Return all statistics in a form that JSON stores exactly."""
         lists = {
             name: None if value is None else self.summed(value).tolist()
             for name, value in (("counts", self.counts), ("window", self._window))

@@ -13,7 +13,7 @@ from mixlora_exp.kernels import stored
 
 
 def storages_of(model: nn.Module) -> set[int]:
-    """The data pointers of all parameters and buffers, which exist anyway."""
+    """Return the data pointers of all parameters and buffers, which exist anyway."""
     held = map(stored, [*model.parameters(), *model.buffers()])
     return {tensor.untyped_storage().data_ptr() for tensor in held}
 
@@ -41,7 +41,7 @@ def counting_saved(owned: set[int]) -> Iterator[Callable[[], int]]:
 
 
 def saved_bytes(run: Callable[[], Tensor], owned: set[int]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run()`; see `counting_saved`."""
+    """Return bytes that autograd keeps for the backward pass of `run()`; see `counting_saved`."""
     with counting_saved(owned) as total:
         result = run()
         found = total()

@@ -16,7 +16,7 @@ from mixlora_exp.training.compiled import decoder_layers
 
 
 def sharded(config: Config) -> bool:
-    """Whether a run's frozen weights are divided among the started processes."""
+    """Return whether a run's frozen weights are divided among the started processes."""
     return config.trainer.parallel is Parallel.fsdp and processes().num_processes > 1
 
 

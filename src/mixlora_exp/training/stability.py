@@ -63,7 +63,7 @@ class StepWatch:
         return isfinite(loss) and isfinite(norm)
 
     def summary(self) -> Stability | None:
-        """The figures so far; None before the first step."""
+        """Return the figures so far; None before the first step."""
         if not self.norms:
             return None
         largest = max(range(len(self.norms)), key=self.norms.__getitem__)

@@ -44,7 +44,8 @@ def total_steps(config: Config, examples: int) -> int:
 def optimizer_steps(
     config: Config, examples: Sequence[Example], process: int = 0, processes: int = 1
 ) -> list[OptimizerStep]:
-    """The optimizer steps of `process`, in order; a function of the configuration and the lengths.
+    """Return the optimizer steps of `process`, in order; a function of the configuration and the
+    lengths.
 
     The micro-batches of a step are dealt to the `processes` in turn. All get the same number, since
     they sum their gradients together: at the end of an epoch, some repeat the step's first one.

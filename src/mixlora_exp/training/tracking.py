@@ -167,7 +167,8 @@ class RunTracker(TrainerCallback):
 
 
 def flat(values: Values) -> dict[str, float]:
-    """Numbers by name; the expert load (layers, E) becomes one entry per layer and expert."""
+    """Return numbers by name; the expert load (layers, E) becomes one entry per layer and
+    expert."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list):
@@ -182,7 +183,7 @@ def flat(values: Values) -> dict[str, float]:
 
 
 def score_rows(record: Values) -> list[list[Any]]:
-    """The scores of a record: one row per task and protocol, with the columns `SCORES`."""
+    """Return the scores of a record: one row per task and protocol, with the columns `SCORES`."""
     before = {(s["task"], s["protocol"]): s["accuracy"] for s in record["scores_before"] or []}
     return [
         [
@@ -196,7 +197,7 @@ def score_rows(record: Values) -> list[list[Any]]:
 
 
 def start_tracker(config: Config, folder: Path, identity: str) -> RunTracker | None:
-    """The tracker chosen by `config`, or None. `identity`: the run's fingerprint."""
+    """Return the tracker chosen by `config`, or None. `identity`: the run's fingerprint."""
     made = {Service.wandb: _Wandb, Service.tensorboard: _TensorBoard}.get(config.tracker.name)
     if made is None:
         return None
@@ -204,7 +205,7 @@ def start_tracker(config: Config, folder: Path, identity: str) -> RunTracker | N
 
 
 def group_of(config: Config) -> str:
-    """The name that the runs of a sweep share in a tracker."""
+    """Return the name that the runs of a sweep share in a tracker."""
     if config.tracker.group is not None:
         return config.tracker.group
     return f"{config.model.name}-{config.task.name}-{config.data.name.value}"

@@ -135,7 +135,7 @@ class MixLoraTrainer(Trainer):
         return super().training_step(model, running, num_items_in_batch)
 
     def _first_losses(self, job: Job) -> Iterator[Tensor]:
-        """The losses of the micro-batches of a job's first step."""
+        """Yield the losses of the micro-batches of a job's first step."""
         count = len(job.plan[0].micro_batches)
         for number in range(count):
             batch = self._prepare_inputs(job.collated(0, number, count))
@@ -165,7 +165,7 @@ class MixLoraTrainer(Trainer):
             self._fail(job, error)
 
     def _with_saved_bytes(self, job: Job, loss: Callable[[], Tensor], positions: int) -> Tensor:
-        """The loss; the job notes what autograd keeps for it."""
+        """Return the loss; the job notes what autograd keeps for it."""
         with counting_saved(storages_of(self.model)) as total:
             value = loss()
             job.kept_bytes_per_token = round(total() / positions, 1)
@@ -385,7 +385,8 @@ class MixLoraTrainer(Trainer):
             return loss * batch["weight"]
 
     def _where(self, job: Job, batches: Sequence[Batch]) -> str:
-        """Description of the layer with the first non-finite value, on one adapter's rows."""
+        """Return the description of the layer with the first non-finite value, on one adapter's
+        rows."""
         if self._sharded:
             return "the layer is not looked for with trainer.parallel=fsdp"
         try:
@@ -396,6 +397,6 @@ class MixLoraTrainer(Trainer):
 
 
 def _gradient_norm(job: Job) -> Tensor:
-    """The L2 norm of all gradients of an adapter together, float32."""
+    """Return the L2 norm of all gradients of an adapter together, float32."""
     own = [p.grad for p in job.parameters.values() if p.grad is not None]
     return nn.utils.get_total_norm(own).float()

@@ -12,7 +12,7 @@ from mixlora_exp.training.hooks.lora_ga import GradientStart
 
 
 def hook_of(model: PeftModel, adapter: str, config: Config, steps: int) -> Hook:
-    """The hook of an adapter's method for a run of `steps` optimizer steps.
+    """Return the hook of an adapter's method for a run of `steps` optimizer steps.
 
     Raises:
         UserError: the run is too short for the method.

@@ -38,7 +38,7 @@ class AdaLora(Hook):
         self.config.total_step = steps
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapter's parameters by the names that PEFT's allocator knows."""
+        """Return the adapter's parameters by the names that PEFT's allocator knows."""
         named = self.tuner.model.named_parameters()
         return ((name, p) for name, p in named if p.requires_grad)
 
