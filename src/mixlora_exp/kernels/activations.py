@@ -17,7 +17,7 @@ NAMES = ("silu", "gelu", "gelu_tanh")
 
 
 def known_activation(activation: Callable[[Tensor], Tensor]) -> Activation:
-    """The name of `activation` if it is one of `NAMES` by its values, else itself.
+    """Return the name of `activation` if it is one of `NAMES` by its values, else itself.
 
     By value, because transformers, torch and users each have classes of their own for them.
     """
@@ -31,7 +31,7 @@ def known_activation(activation: Callable[[Tensor], Tensor]) -> Activation:
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The activation, a new tensor."""
+    """Return the activation, a new tensor."""
     if callable(activation):
         return activation(x)
     if activation == "silu":
@@ -42,7 +42,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 def activation_gradient(
     grad: Tensor, x: Tensor, activation: Activation, out: Tensor | None = None
 ) -> Tensor:
-    """`grad * activation'(x)`, in `out` where it is given."""
+    """Compute `grad * activation'(x)`, in `out` where it is given."""
     if callable(activation):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()

@@ -21,14 +21,14 @@ def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def squared_row_norms(weight: Tensor) -> Tensor:
-    """||W||^2 per output row, (out,), in float32 or better. weight: (out, in)."""
+    """Compute ||W||^2 per output row, (out,), in float32 or better. weight: (out, in)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.cat([rows.to(dtype).square().sum(dim=-1) for rows in _row_chunks(weight)])
 
 
 def bf16_parts(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three bf16 tensors whose sum is `values` (float32) exactly: its upper, middle and lower eight
-    bits. Each is a view of a float32 tensor's upper halves."""
+    """Return three bf16 tensors whose sum is `values` (float32) exactly: its upper, middle and
+    lower eight bits. Each is a view of a float32 tensor's upper halves."""
     parts, rest = [], values.contiguous()
     for _ in range(3):
         # Little-endian: of the two halves of a float32 the second is the number cut to bf16.
@@ -43,12 +43,12 @@ EXACT = ("cuda", "meta")
 
 
 def _multiply(weight: Tensor, columns: Tensor, out: Tensor) -> None:
-    """`weight columns^T` of bf16 matrices, added up and left in float32."""
+    """Write `weight columns^T` of bf16 matrices, summed and stored in float32, to `out`."""
     torch.mm(weight, columns.T, out_dtype=torch.float32, out=out)
 
 
 def _products(weights: Sequence[Tensor], columns: Tensor) -> Tensor:
-    """`W_n columns_n^T` in the dtype of the columns, float32 or better: (N, out, C).
+    """Compute `W_n columns_n^T` in the dtype of the columns, float32 or better: (N, out, C).
 
     weights: N of (out, in); columns: (N, C, in).
     """
@@ -71,7 +71,7 @@ def _products(weights: Sequence[Tensor], columns: Tensor) -> Tensor:
 def dora_norms(
     weights: Sequence[Tensor], squared_norms: Tensor, a: Tensor, b: Tensor, scaling: float
 ) -> Tensor:
-    """||W_n + s B_ne A_ne|| per output row of each expert of N projections, (N, E, out).
+    """Compute ||W_n + s B_ne A_ne|| per output row of each expert of N projections, (N, E, out).
 
     weights: N of (out, in); squared_norms: (N, out) as of `squared_row_norms`; a: (N, E, R, in);
     b: (N, E, out, R). By the identity

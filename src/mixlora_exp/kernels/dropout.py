@@ -41,8 +41,8 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def mix(numbers: Tensor) -> Tensor:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014), a bijection of 64 bits after
-    which equal steps in the input show no more. numbers: int64; a new tensor."""
+    """Return the output function of SplitMix64 (Steele, Lea and Flood, 2014), a bijection of 64
+    bits after which equal steps in the input show no more. numbers: int64; a new tensor."""
 
     def folded(h: Tensor, by: int) -> Tensor:
         # A shift of int64 copies the sign; the mask makes it that of a number without one.
@@ -55,7 +55,7 @@ def mix(numbers: Tensor) -> Tensor:
 
 
 def _digest(data: bytes, size: int) -> int:
-    """`size` bytes of BLAKE2 as an integer with a sign."""
+    """Return `size` bytes of BLAKE2 as an integer with a sign."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=size).digest(), "little", signed=True)
 
 
@@ -73,9 +73,9 @@ class RowIds:
 
     @staticmethod
     def of(seed: int, step: int, example: Tensor, position: Tensor) -> RowIds:
-        """Identities of the rows of an optimizer step. example: (T,) int64, the number of each
-        row's example in the step, over all micro-batches and processes; position: (T,) int64, its
-        place in that example, negative for padding, of which nothing is dropped on a CPU."""
+        """Return identities of the rows of an optimizer step. example: (T,) int64, the number of
+        each row's example in the step, over all micro-batches and processes; position: (T,) int64,
+        its place in that example, negative for padding, of which nothing is dropped on a CPU."""
         examples = mix(example + _digest(struct.pack("<qq", seed, step), 8))
         keys = mix(examples + position)
         if keys.device.type != "cpu":
@@ -109,7 +109,7 @@ class DropoutStream:
             self.kept = RowIds.of(self.seed, step, example[kept], position[kept])
 
     def of(self, count: int) -> RowIds | None:
-        """The rows of a matrix with as many: all or, if there are fewer, the kept ones."""
+        """Return the rows of a matrix with as many: all or, if there are fewer, the kept ones."""
         if self.kept is not None and count == len(self.kept.keys):
             return self.kept
         return self.rows
@@ -176,15 +176,15 @@ class DropoutKey:
         return mask if rows is None else DropMask(mask.kept()[rows], scale, shape)
 
     def uniform(self, part: str, width: int) -> Tensor | None:
-        """Numbers of [0, 1) for the rows of the pass, (rows, width) float32, a function of what
-        masks are a function of; None where the rows have no names."""
+        """Return numbers of [0, 1) for the rows of the pass, (rows, width) float32, a function of
+        what masks are a function of; None where the rows have no names."""
         ids = self.stream.rows
         if ids is None:
             return None
         return hash_bits(ids.keys ^ self._held[part], 0, width).float() / 2**BITS
 
     def number(self, part: str) -> int:
-        """The hash seed of a part of this module, int32."""
+        """Return the hash seed of a part of this module, int32."""
         if part not in self._numbers:
             self._numbers[part] = _digest(f"{self.place}/{part}".encode(), 4)
         return self._numbers[part]
@@ -209,7 +209,7 @@ class DropMask:
 
     @staticmethod
     def rebuilt(elements: Tensor, described: tuple) -> DropMask:
-        """The mask of which these are `elements` and `described`."""
+        """Return the mask of which these are `elements` and `described`."""
         kind = DropMask if len(described) == 2 else HashMask
         return kind(elements, *described)
 
@@ -219,7 +219,7 @@ class DropMask:
         return self.elements.dim() == 1
 
     def kept(self) -> Tensor:
-        """(rows, width) bool, false where dropped."""
+        """Return (rows, width) bool, false where dropped."""
         if not self.is_sparse:
             return self.elements
         kept = torch.ones(self.shape[0] * self.shape[1], dtype=torch.bool)
@@ -227,7 +227,7 @@ class DropMask:
         return kept.view(self.shape)
 
     def zero(self, x: Tensor) -> Tensor:
-        """`x` with the dropped elements zero and the others as they were, a new tensor.
+        """Return `x` with the dropped elements zero and the others as they were, a new tensor.
 
         Kernels fold `scale` into the factor of a product, which saves a pass over the matrix.
         """
@@ -236,7 +236,7 @@ class DropMask:
         return torch.where(self.elements, x, 0.0)
 
     def slice(self, start: int, end: int) -> DropMask:
-        """The mask of rows `start` to `end`."""
+        """Return the mask of rows `start` to `end`."""
         shape = (end - start, self.shape[1])
         if shape == self.shape:
             return self
@@ -297,8 +297,8 @@ class HashMask(DropMask):
 
 
 def drop(x: Tensor, mask: DropMask | None, rows: Tensor | None = None) -> Tensor:
-    """`x` after dropout by `mask` or, where x holds only some rows of the masked matrix, by those
-    rows of it."""
+    """Return `x` after dropout by `mask` or, where x holds only some rows of the masked matrix, by
+    those rows of it."""
     if mask is None:
         return x
     if rows is None:
@@ -331,8 +331,8 @@ MARGIN = 5.0
 
 
 def _dropped(runs: Tensor, place: int, width: int, p: float) -> Tensor:
-    """Flat numbers of the dropped elements of a (rows, width) matrix, ascending; int32 where that
-    holds them easily.
+    """Return flat numbers of the dropped elements of a (rows, width) matrix, ascending; int32 where
+    that holds them easily.
 
     runs: (N, 4) as of `RowIds`. The number of elements between two dropped ones of an example is
     geometric: floor(log(u) / log(1 - p)). A run draws from position 0, whatever its first position,
@@ -371,7 +371,7 @@ def _dropped(runs: Tensor, place: int, width: int, p: float) -> Tensor:
 
 
 def _seed(key: int, place: int) -> int:
-    """32 bits, as many as a CPU's generator takes, of a run's key and a mask's place."""
+    """Return 32 bits, as many as a CPU's generator takes, of a run's key and a mask's place."""
     h = (key ^ (place * 0x9E3779B97F4A7C15)) & 0xFFFFFFFFFFFFFFFF
     h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     return (h ^ (h >> 32)) & LOW
@@ -379,7 +379,8 @@ def _seed(key: int, place: int) -> int:
 
 @torch.library.custom_op("mixlora::kept", mutates_args=())
 def _kept(runs: Tensor, place: Tensor, rows: int, width: int, p: float) -> Tensor:
-    """`_dropped` as (rows, width) bool, so that a compiled model has the masks of an eager one."""
+    """Return `_dropped` as (rows, width) bool, so that a compiled model has the masks of an eager
+    one."""
     number = int(place)
     number -= (number & (LOW + 1) // 2) * 2
     return DropMask(_dropped(runs, number, width, p), 1.0, (rows, width)).kept()

@@ -31,11 +31,12 @@ class Frozen(ABC):
         return self.bias is not None and self.bias.requires_grad
 
     def linear(self, x: Tensor) -> Tensor:
-        """`x W^T`, without the bias, differentiable in x. x: (..., in); returns (..., out)."""
+        """Compute `x W^T`, without the bias, differentiable in x. x: (..., in); returns (...,
+        out)."""
         return _Product.apply(x, self)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """`dy W`: the gradient of `linear`'s input. dy: (..., out); returns (..., in)."""
+        """Compute `dy W`: the gradient of `linear`'s input. dy: (..., out); returns (..., in)."""
         return dy @ self.weight()
 
 

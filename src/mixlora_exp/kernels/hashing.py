@@ -11,14 +11,15 @@ LOW = 0xFFFFFFFF
 
 
 def _finish(h: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3 (Appleby) on the lower 32 bits of int64, in place."""
+    """Return the finalizer of MurmurHash3 (Appleby) on the lower 32 bits of int64, in place."""
     h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(LOW)
     h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(LOW)
     return h.bitwise_xor_(h >> 16)
 
 
 def hash_kept(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
-    """(rows, width) bool, false where dropped: `kernels.triton.hashing` in tensor operations.
+    """Return (rows, width) bool, false where dropped: `kernels.triton.hashing` in tensor
+    operations.
 
     keys: (rows,) int64; place: which mask it is, in the range of int32; threshold: the probability
     to drop an element, times 2^24.
@@ -27,7 +28,7 @@ def hash_kept(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
 
 
 def hash_bits(keys: Tensor, place: int, width: int) -> Tensor:
-    """Random bits from a hash: (rows, width) int64 below 2^`BITS`. keys: (rows,) int64."""
+    """Return random bits from a hash: (rows, width) int64 below 2^`BITS`. keys: (rows,) int64."""
     first = _finish((keys & LOW) ^ (place & LOW))
     second = _finish(((keys >> 32) & LOW) ^ first)
     columns = torch.arange(width, device=keys.device) * 0x9E3779B9

@@ -46,7 +46,7 @@ def steps_on(device: torch.device) -> ModuleType:
 
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """`one other` in a dtype, on a GPU without a copy in another."""
+    """Compute `one other` in a dtype, on a GPU without a copy in another."""
     if one.is_cuda and dtype == torch.float32 != one.dtype:
         return torch.mm(one, other, out_dtype=dtype)
     return (one @ other).to(dtype)
@@ -78,7 +78,7 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def _gradients(ctx, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of the arguments of `_LoraLinears.forward`."""
+    """Return the gradients of the arguments of `_LoraLinears.forward`."""
     count = len(dys)
     x, *rest = ctx.saved_tensors
     lows, raws, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]

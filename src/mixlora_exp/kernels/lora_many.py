@@ -21,7 +21,7 @@ __all__ = ["lora_add", "lora_add_reference"]
 
 
 def _dropped(rows: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
-    """(M, T, in) with each adapter's dropped elements zero."""
+    """Return (M, T, in) with each adapter's dropped elements zero."""
     if all(part.mask is None for part in parts):
         return rows
     return stacked(
@@ -30,7 +30,7 @@ def _dropped(rows: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
 
 
 def _times(low: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
-    """Each adapter's (T, R) times its factor."""
+    """Return each adapter's (T, R) times its factor."""
     factors = [part.factor for part in parts]
     if len(factors) == 1:
         return low * factors[0]
@@ -38,7 +38,7 @@ def _times(low: Tensor, parts: Sequence[LowRankPart]) -> Tensor:
 
 
 def _scales(parts: Sequence[LowRankPart], dtype: torch.dtype) -> Tensor:
-    """DoRA's `m / ||W + s B A||`, (M, 1, out)."""
+    """Return DoRA's `m / ||W + s B A||`, (M, 1, out)."""
     return stacked([p.scale_in(dtype) for p in parts]).unsqueeze(1)
 
 
@@ -94,7 +94,8 @@ class _LoraAdd(torch.autograd.Function):
 
 
 def lora_add(frozen: Tensor, x: Tensor, *parts: LowRankPart) -> Tensor:
-    """`scale_m (frozen_m + s_m B_m A_m drop_m(x_m))` for the m-th of M equal shares of the rows.
+    """Compute `scale_m (frozen_m + s_m B_m A_m drop_m(x_m))` for the m-th of M equal shares of the
+    rows.
 
     frozen: (M T, out), the base product; x: (M T, in); parts: M adapters, all of one rank, all with
     DoRA or all without. Returns (M T, out) in the dtype of x. No adapter's values reach another's

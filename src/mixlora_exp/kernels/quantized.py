@@ -43,7 +43,7 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def matrix_of(layer: nn.Linear) -> Tensor:
-    """The weight W (out, in) as numbers: a quantised one made anew, in the dtype that it was
+    """Return the weight W (out, in) as numbers: a quantised one made anew, in the dtype that it was
     quantised from, any other as it is held. bitsandbytes' int8 layer does not know that dtype: it
     is `layer.matrix_dtype` or, without that, float32."""
     weight = layer.weight
@@ -77,8 +77,8 @@ def _of_4_bits(weight: Tensor) -> Tensor:
 
 
 def stored(weight: Tensor) -> Tensor:
-    """The tensor with an address in which a weight's numbers are: itself, unless it is torchao's,
-    which only refers to others."""
+    """Return the tensor with an address in which a weight's numbers are: itself, unless it is
+    torchao's, which only refers to others."""
     return weight.qdata if _is_of_torchao(weight) and hasattr(weight, "qdata") else weight
 
 

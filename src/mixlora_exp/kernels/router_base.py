@@ -185,7 +185,8 @@ def make_router(name: str, settings: Mapping[str, Any], options: Mapping[str, An
 
 
 def _option(name: str, value: Any, default: Any) -> Any:
-    """An option's value as a bool or an integer where its default is one, else as a float."""
+    """Return an option's value as a bool or an integer where its default is one, else as a
+    float."""
     if isinstance(default, str):
         return value
     number = isinstance(value, int | float) and isfinite(value)

@@ -158,7 +158,7 @@ class _InPlaceOf(torch.autograd.Function):
 
 
 def _low(parameter: Tensor, low: Tensor, norm: Tensor | None = None) -> Tensor:
-    """`low`, with a gradient where one is wanted."""
+    """Return `low`, with a gradient where one is wanted."""
     if torch.is_grad_enabled() and parameter.requires_grad:
         return _InPlaceOf.apply(parameter, low, norm)
     return low

@@ -17,8 +17,8 @@ __all__ = ["SoftmaxRouter", "real_counts", "varying_fractions"]
 
 
 def varying_fractions(statistics: Mapping[str, Tensor], loss: str) -> dict[str, Tensor]:
-    """`Router.statistics` where rows have different numbers of experts: F_e is e's share of all
-    filled slots, so that E sum_e F_e P_e is 1 at balance whatever these numbers are. With
+    """Return `Router.statistics` where rows have different numbers of experts: F_e is e's share of
+    all filled slots, so that E sum_e F_e P_e is 1 at balance whatever these numbers are. With
     loss=topk F_e stays the share of rows that have e, and at balance the loss is their mean number
     of experts."""
     if loss == "topk":
@@ -30,7 +30,8 @@ def varying_fractions(statistics: Mapping[str, Tensor], loss: str) -> dict[str, 
 def real_counts(
     statistics: Mapping[str, Tensor], routing: Routing, mask: Tensor | None
 ) -> dict[str, Tensor]:
-    """`Router.statistics` that padding is part of, with the counts of real rows for reports."""
+    """Return `Router.statistics` that padding is part of, with the counts of real rows for
+    reports."""
     return {**statistics, "counts": router_fractions(routing, mask, count_all=True)[2]}
 
 
@@ -157,7 +158,7 @@ class SoftmaxRouter(Router):
 
     @staticmethod
     def mean_of_real(values: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of values (T, ...) over the real rows; 0 where there are none."""
+        """Return the mean of values (T, ...) over the real rows; 0 where there are none."""
         if mask is None:
             return values.mean(dim=0)
         real = mask.view(-1, *[1] * (values.dim() - 1))

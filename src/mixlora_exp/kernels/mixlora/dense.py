@@ -22,7 +22,7 @@ __all__ = ["dense_stage"]
 
 
 def _columns(low: LowRank) -> Tensor:
-    """A of all experts, (E R, in)."""
+    """Return A of all experts, (E R, in)."""
     return low.a.flatten(0, 1)
 
 
@@ -38,12 +38,12 @@ def _keep(columns: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _chosen(experts: Tensor, filled: Tensor, num_experts: int) -> Tensor:
-    """(T, K, E) bool: each slot's expert; none of an empty slot."""
+    """Return (T, K, E) bool: each slot's expert; none of an empty slot."""
     return is_expert(experts, num_experts) & filled.unsqueeze(-1)
 
 
 def _scale(low: LowRank, experts: Tensor, filled: Tensor) -> Tensor:
-    """DoRA's scale of each slot's expert, (T, ..., out), 0 of an empty slot."""
+    """Return DoRA's scale of each slot's expert, (T, ..., out), 0 of an empty slot."""
     # Its gradient is a sum over tokens: in float32 at least.
     wide = low.scale.to(torch.promote_types(low.scale.dtype, torch.float32))
     scale = functional.embedding(experts, wide).to(low.scale.dtype)
@@ -53,7 +53,7 @@ def _scale(low: LowRank, experts: Tensor, filled: Tensor) -> Tensor:
 def _hidden_states(
     x: Tensor, gate: Tensor, up: Tensor, experts: Tensor, weights: Tensor, block: FeedForward
 ) -> tuple[Tensor, Tensor | None]:
-    """(hidden, columns): what the down projection takes, and its experts' `A h`.
+    """Return (hidden, columns): what the down projection takes, and its experts' `A h`.
 
     x: (T, D); gate, up: (T, F), the frozen products; experts, weights: (T, K). Without DoRA on the
     down projection both are summed over the slots with the router's weights, (T, F) and (T, E R),

@@ -30,7 +30,7 @@ Segment = tuple[int, int, int, int]
 def sum_by_token(
     rows: Tensor, numbers: Tensor, counts: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """The sum of some rows for each token, (tokens, width).
+    """Return the sum of some rows for each token, (tokens, width).
 
     rows: (rows, width); numbers: (pairs,) which rows, those of one token after another's; counts:
     (tokens,) how many each has; weights: (pairs,) what they are multiplied by.
@@ -68,23 +68,23 @@ class Piece:
         return out
 
     def by_token(self, values: Tensor) -> Tensor:
-        """(rows, width) of what is by token."""
+        """Return (rows, width) of what is by token."""
         return values.index_select(0, self.tokens)
 
     def multiply(self, rows: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
-        """Each row times its expert's matrix. rows: (rows, in); matrices: (E, in, out)."""
+        """Return each row times its expert's matrix. rows: (rows, in); matrices: (E, in, out)."""
         out = rows.new_empty(rows.shape[0], matrices.shape[-1]) if out is None else out
         for expert, first, _, end in self.segments:
             torch.mm(rows[first:end], matrices[expert], out=out[first:end])
         return out
 
     def add_product(self, out: Tensor, rows: Tensor, matrices: Tensor, factor: float = 1) -> None:
-        """`out += factor * rows @ matrix of the row's expert`, in place."""
+        """Add to `out`, in place: `out += factor * rows @ matrix of the row's expert`."""
         for expert, first, _, end in self.segments:
             out[first:end].addmm_(rows[first:end], matrices[expert], alpha=factor)
 
     def add_outer(self, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """`out[e] += left^T right` over the rows of each expert. out: (E, l, r)."""
+        """Add to `out` (E, l, r), over the rows of each expert: `out[e] += left^T right`."""
         for expert, first, _, end in self.segments:
             one, other = left[first:end], right[first:end]
             if one.shape[1] > other.shape[1]:
@@ -94,19 +94,19 @@ class Piece:
                 out[expert].add_(torch.mm(one.T, other))
 
     def scaled(self, rows: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
-        """Each row times its expert's row of `factors` (E, width), elementwise."""
+        """Return each row times its expert's row of `factors` (E, width), elementwise."""
         out = torch.empty_like(rows) if out is None else out
         for expert, first, _, end in self.segments:
             torch.mul(rows[first:end], factors[expert], out=out[first:end])
         return out
 
     def add_sums(self, out: Tensor, rows: Tensor) -> None:
-        """`out[e] +=` the sum of the rows of each expert. out: (E, width)."""
+        """Add to `out` (E, width) the sum of the rows of each expert: `out[e] += sum`."""
         for expert, first, _, end in self.segments:
             out[expert].add_(rows[first:end].sum(dim=0, dtype=out.dtype))
 
     def zero_(self, rows: Tensor) -> Tensor:
-        """`rows` (rows, F) with the dropped elements zero, in place."""
+        """Return `rows` (rows, F) with the dropped elements zero, in place."""
         if self.dropped is None:
             return rows
         if self.dropped.dim() == 2:
@@ -115,7 +115,8 @@ class Piece:
         return rows
 
     def add_kept_product(self, out: Tensor, rows: Tensor, matrices: Tensor) -> None:
-        """`add_product` to the elements of `out` (rows, F) that dropout keeps."""
+        """Add the product to the elements of `out` (rows, F) that dropout keeps; see
+        `add_product`."""
         if self.dropped is None:
             self.add_product(out, rows, matrices)
         elif self.dropped.dim() == 2:
@@ -152,7 +153,7 @@ class Rows:
         return sum_by_token(rows, self.position, self.counts, self.shares if weighted else None)
 
     def pieces(self, width: int, mask: DropMask | None) -> Iterator[Piece]:
-        """All rows in pieces; width: F; mask: of the block's hidden states, (tokens, F)."""
+        """Yield all rows in pieces; width: F; mask: of the block's hidden states, (tokens, F)."""
         most = max(PIECE_ROWS, PIECE_ELEMENTS // width // ROUND_ROWS * ROUND_ROWS)
         cuts: list[list[Segment]] = []
         size = most

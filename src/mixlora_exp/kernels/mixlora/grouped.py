@@ -51,7 +51,7 @@ class _Hidden:
 
 
 def _input_a(lows: Lows) -> Tensor | None:
-    """A of gate and up together (E, R or 2 R, D), since both read the same x."""
+    """Return A of gate and up together (E, R or 2 R, D), since both read the same x."""
     present = [lows[role].a for role in ("gate", "up") if lows[role] is not None]
     if len(present) < 2:
         return present[0] if present else None
@@ -65,7 +65,8 @@ def _adapt(
     projection: LowRank | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(value, value before DoRA's scale, if there is one) of the rows. frozen: (tokens, F)."""
+    """Return (value, value before DoRA's scale, if there is one) of the rows. frozen: (tokens,
+    F)."""
     value = raw = piece.by_token(frozen)
     if projection is not None and low is not None:
         piece.add_product(raw, low, projection.b.transpose(1, 2), projection.factor)
@@ -102,7 +103,8 @@ def _hidden_of(
 def _forward(
     x: Tensor, gate: Tensor, up: Tensor, experts: Tensor, weights: Tensor, block: FeedForward
 ) -> tuple[Tensor, Tensor | None]:
-    """(hidden, added): what the down projection takes, and what its experts add to its product.
+    """Return (hidden, added): what the down projection takes, and what its experts add to its
+    product.
 
     x: (T, D); gate, up: (T, F); experts, weights: (T, K). Without DoRA on the down projection both
     are summed over the slots with the router's weights, (T, F) and (T, D); with it they are by
@@ -140,8 +142,8 @@ def _forward(
 
 
 def _placed(whole: Tensor | None, span: slice, values: Tensor, count: int) -> Tensor:
-    """`values` in the rows `span` of `whole` (count, width), which is made at the first; itself
-    where it is all of them."""
+    """Return `values` in the rows `span` of `whole` (count, width), which is made at the first;
+    itself where it is all of them."""
     if len(values) == count:
         return values
     if whole is None:

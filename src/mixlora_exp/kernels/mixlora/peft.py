@@ -23,7 +23,8 @@ __all__ = ["mixlora_peft"]
 def _project(
     x: Tensor, role: str, expert: int, tokens: Tensor, block: FeedForward, p: float
 ) -> Tensor:
-    """One projection of an expert for its tokens, (rows, in) to (rows, out) in the dtype of x."""
+    """Return one projection of an expert for its tokens, (rows, in) to (rows, out) in the dtype of
+    x."""
     projection = block.projections[role]
     frozen, experts = projection.frozen, projection.experts
     base = frozen.linear(x)

@@ -17,7 +17,8 @@ __all__ = ["mixlora_reference"]
 
 
 def _project(x: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
-    """`W x + s B_e A_e x_low`, with DoRA times `m_e / ||W + s B_e A_e||`, and then the bias."""
+    """Compute `W x + s B_e A_e x_low`, with DoRA times `m_e / ||W + s B_e A_e||`, and then the
+    bias."""
     y = projection.frozen.linear(x)
     experts = projection.experts
     if experts is not None:

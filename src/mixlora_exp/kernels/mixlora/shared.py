@@ -20,8 +20,8 @@ __all__ = ["mixlora_shared", "shared_stage"]
 
 
 def _adapt(y: Tensor, x_low: Tensor, projection: Projection, expert: int) -> Tensor:
-    """The frozen product `y` of some rows, made into the expert's: low-rank term, DoRA's scale,
-    bias."""
+    """Return the frozen product `y` of some rows, made into the expert's: low-rank term, DoRA's
+    scale, bias."""
     experts = projection.experts
     if experts is not None:
         low = functional.linear(x_low, experts.a[expert].to(y.dtype))

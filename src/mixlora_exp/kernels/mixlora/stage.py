@@ -31,7 +31,7 @@ def run_stage(stage: Stage, x: Tensor, routing: Routing, block: FeedForward) -> 
 
 
 def add_down_bias(y: Tensor, weights: Tensor, block: FeedForward) -> Tensor:
-    """`y` (T, D) with the down projection's bias, where the experts were mixed before it:
+    """Return `y` (T, D) with the down projection's bias, where the experts were mixed before it:
 
         sum_k w_k (scale_k (W2 h_k + s B2_k A2_k h_k) + bias)  =  ... + (sum_k w_k) bias
 

@@ -56,7 +56,7 @@ class Goat(Mixture):
 
     @staticmethod
     def _run(sizes: Sizes) -> int:
-        """Number of singular values from which an expert chooses."""
+        """Return the number of singular values from which an expert chooses."""
         run = min(sizes.inputs, sizes.outputs) // sizes.experts
         if sizes.rank > run:
             raise ValueError(

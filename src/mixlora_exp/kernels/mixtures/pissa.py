@@ -71,6 +71,7 @@ def svd_of(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def with_start_copy(a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """A (R, in) and B (out, R) as the one expert's weights, and once more as those at the start."""
+    """Return A (R, in) and B (out, R) as the one expert's weights, and once more as those at the
+    start."""
     made = {"A": a.unsqueeze(0).contiguous(), "B": b.unsqueeze(0).contiguous()}
     return {**made, **{f"{name}0": start.clone() for name, start in made.items()}}

@@ -107,7 +107,7 @@ class _Sides:
 
 
 def _drop(mask: HashMask | None) -> tuple[Tensor | None, int, int]:
-    """(keys, place, threshold) of a mask."""
+    """Return (keys, place, threshold) of a mask."""
     return (None, 0, 0) if mask is None else (mask.elements, mask.place, mask.threshold)
 
 
@@ -143,7 +143,7 @@ class _Block(torch.autograd.Function):
 def _project_down(
     hidden: Tensor, reduced: Tensor, way: SlotOrder, sides: _Sides, block: FeedForward
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y (T, D), the experts' `A h` (T K, R), with DoRA the rows' outputs before its scale).
+    """Return (y (T, D), the experts' `A h` (T K, R), with DoRA the rows' outputs before its scale).
 
     hidden, reduced: as of `hidden_forward`.
     """
@@ -181,7 +181,7 @@ def _down_backward(
     sides: _Sides,
     block: FeedForward,
 ) -> _DownGradients:
-    """The backward pass of `_project_down`."""
+    """Return the backward pass of `_project_down`."""
     down, frozen = sides.down, block.down.frozen
     if down.b is None:
         return _DownGradients(frozen.input_gradient(dy))
@@ -200,7 +200,7 @@ def _down_backward(
 
 
 def _backward(spec, dy, x, weights, gate, up, p1, p3, low, output, *rest):
-    """The gradients of `_Block.forward`'s arguments."""
+    """Return the gradients of `_Block.forward`'s arguments."""
     way, tensors = SlotOrder(*rest[: len(SlotOrder._fields)]), rest[len(SlotOrder._fields) :]
     block = _unpack(spec, tensors)
     sides = _Sides(block, x.dtype)
@@ -265,8 +265,8 @@ def _backward(spec, dy, x, weights, gate, up, p1, p3, low, output, *rest):
 
 
 def _pack(block: FeedForward) -> tuple[tuple[Spec, bool], list[Tensor | None]]:
-    """`pack`, and the experts' forms in the dtype of the products; whether both masks have the same
-    keys, which then stand there once: a compiler refuses a tensor that stands twice."""
+    """Return `pack`, and the experts' forms in the dtype of the products; whether both masks have
+    the same keys, which then stand there once: a compiler refuses a tensor that stands twice."""
     spec, tensors = pack(block)
     shared = tensors[-1] is not None and tensors[-1] is tensors[-2]
     if shared:
@@ -278,7 +278,7 @@ def _pack(block: FeedForward) -> tuple[tuple[Spec, bool], list[Tensor | None]]:
 
 
 def _unpack(packed: tuple[Spec, bool], tensors: Sequence[Tensor | None]) -> FeedForward:
-    """The block that `_pack` made these of."""
+    """Return the block that `_pack` made these of."""
     (spec, shared), (*own, hidden_keys), lows = packed, tensors[:-9], tensors[-9:]
     block, made = unpack(spec, [*own, own[-1] if shared else hidden_keys]), {}
     for i, (role, projection) in enumerate(block.projections.items()):
@@ -336,7 +336,7 @@ def _warn_slower(rank: int, slots: int, dtype: torch.dtype) -> None:
 
 
 def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
-    """`y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` by fused kernels. x: (T, D); returns (T, D).
+    """Compute `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` by fused kernels. x: (T, D); returns (T, D).
 
     What they do not support, `exact`'s dense form computes.
     """

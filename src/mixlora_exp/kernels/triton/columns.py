@@ -22,7 +22,7 @@ __all__ = ["empty", "from_columns", "matrix_gradients", "to_columns"]
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A fresh tensor on the device of another and, but for `dtype`, of its dtype."""
+    """Return a fresh tensor on the device of another and, but for `dtype`, of its dtype."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
@@ -39,8 +39,8 @@ def to_columns(
     factor: float,
     across: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`factor M_e drop(x_t)` by row, (T K, R), of one matrix or two. x: (T, width); matrices:
-    (E, width, R), or across (E, R, width)."""
+    """Compute `factor M_e drop(x_t)` by row, (T K, R), of one matrix or two. x: (T, width);
+    matrices: (E, width, R), or across (E, R, width)."""
     (count, width), top_k = x.shape, experts.shape[1]
     matrix = matrix1 if matrix1 is not None else matrix3
     rank = matrix.shape[1 if across else 2]
@@ -105,9 +105,9 @@ def from_columns(
     factor: float,
     across: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y (T, width), low1, low3 (T K, R), weights): `y = base1 + base3 + drop(factor sum_k M_e
-    low)` of one matrix or two, or none; low and weights (T, K) float32, by token, are the sums of
-    parts (splits, T K, R) and dweights (splits, T K), float32, all of as many splits."""
+    """Return (y (T, width), low1, low3 (T K, R), weights): `y = base1 + base3 + drop(factor sum_k
+    M_e low)` of one matrix or two, or none; low and weights (T, K) float32, by token, are the sums
+    of parts (splits, T K, R) and dweights (splits, T K), float32, all of as many splits."""
     (count, width), top_k = base1.shape, experts.shape[1]
     matrix = matrix1 if matrix1 is not None else matrix3
     num_experts, rank = 1, 1
@@ -180,8 +180,8 @@ def matrix_gradients(
     factor: float,
     across: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`factor sum drop(x_t) low` over the rows of each expert, in the layout of the matrices and
-    `dtype`. x: (T, width); low: (T K, R) by row."""
+    """Compute `factor sum drop(x_t) low` over the rows of each expert, in the layout of the
+    matrices and `dtype`. x: (T, width); low: (T K, R) by row."""
     width, top_k, num_experts = x.shape[1], weights.shape[1], starts.shape[0] - 1
     rank = (low1 if low1 is not None else low3).shape[1]
     shape = (num_experts, rank, width) if across else (num_experts, width, rank)

@@ -39,9 +39,9 @@ __all__ = ["forward_kernel", "low_rank_products", "met_by", "side"]
 
 @triton.jit
 def met_by(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
-    """(expert, first, second): the experts of slot k by row, E for none, and the lowest two that
-    are met there, E for none. Few tiles meet a second one, and a search for it in each step would
-    cost more than the products.
+    """Return (expert, first, second): the experts of slot k by row, E for none, and the lowest two
+    that are met there, E for none. Few tiles meet a second one, and a search for it in each step
+    would cost more than the products.
 
     experts: (T, K) int32 by sorted position (see `order`).
     """
@@ -73,8 +73,8 @@ def low_rank_products(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """Products of a slot's rows of R columns with their experts' B1, B3 and transposed A2, each
-    (BT, BF) float32, zeros for those there are not."""
+    """Return products of a slot's rows of R columns with their experts' B1, B3 and transposed A2,
+    each (BT, BF) float32, zeros for those there are not."""
     low1 = tl.zeros((BT, BF), tl.float32)
     low3 = tl.zeros((BT, BF), tl.float32)
     low2 = tl.zeros((BT, BF), tl.float32)
@@ -113,7 +113,8 @@ def side(
     SCALE: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """(g, s): gate or up of a slot's rows, and DoRA's scale of them or 1. frozen, low: (BT, BF)."""
+    """Return (g, s): gate or up of a slot's rows, and DoRA's scale of them or 1. frozen, low: (BT,
+    BF)."""
     g = frozen
     s = 1.0
     if LOW:

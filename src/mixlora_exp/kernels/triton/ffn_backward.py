@@ -43,7 +43,8 @@ def _low_rank_gradients(
     LOW1: tl.constexpr,
     LOW3: tl.constexpr,
 ):
-    """The totals and the gradients of a slot's `A_e x` through the tile's part of B1 and B3."""
+    """Return the totals and the gradients of a slot's `A_e x` through the tile's part of B1 and
+    B3."""
     e = first
     following = second
     while e < E:

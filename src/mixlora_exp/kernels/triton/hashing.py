@@ -18,8 +18,8 @@ __all__ = ["kept", "kept_matrix", "row_hash"]
 
 @triton.jit
 def _finish(h):
-    """The finalizer of MurmurHash3 (Appleby), a bijection of 32 bits: each input bit flips each
-    output bit in about half of all cases. h: uint32."""
+    """Return the finalizer of MurmurHash3 (Appleby), a bijection of 32 bits: each input bit flips
+    each output bit in about half of all cases. h: uint32."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
     return h ^ (h >> 16)
@@ -27,7 +27,7 @@ def _finish(h):
 
 @triton.jit
 def row_hash(keys, row, valid, place):
-    """(first, second), uint32 by row: what `kept` needs of each row.
+    """Return (first, second), uint32 by row: what `kept` needs of each row.
 
     keys: pointer to int64, one per row of the matrix; row: the rows' numbers; valid: where to read;
     place: int32, which mask it is. Needed once per program and row.
@@ -65,7 +65,7 @@ def _matrix_kernel(keys, out, T, W, place, threshold, BT: tl.constexpr, BW: tl.c
 
 @operator("hash_kept")
 def kept_matrix(keys: Tensor, place: int, width: int, threshold: int) -> Tensor:
-    """`kernels.dropout.hash_kept` in one launch: (rows, width) bool, false where dropped."""
+    """Return `kernels.dropout.hash_kept` in one launch: (rows, width) bool, false where dropped."""
     out = torch.empty((len(keys), width), dtype=torch.bool, device=keys.device)
     if out.numel():
         grid = (triton.cdiv(len(keys), 16), triton.cdiv(width, 256))

@@ -55,7 +55,7 @@ class Operands(NamedTuple):
         return self.b1 is not None, self.b3 is not None, self.a2 is not None
 
     def constants(self) -> dict[str, Any]:
-        """The compile-time constants that all kernels of this block share."""
+        """Return the compile-time constants that all kernels of this block share."""
         low1, low3, low2 = self.low
         rank = self.experts_and_rank[1]
         return {
@@ -76,7 +76,7 @@ class Operands(NamedTuple):
 
 
 def _made(like: torch.Tensor, present: bool, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A fresh tensor; an empty one for what is not present, as operators return no None."""
+    """Return a fresh tensor; an empty one for what is not present, as operators return no None."""
     return torch.empty(shape if present else 0, dtype=dtype, device=like.device)
 
 
@@ -91,8 +91,8 @@ def hidden_forward(
     activation: str,
     per_slot: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden, reduced): `sum_k w_k h_k` (T, F), or per slot `h` (T K, F) by row; parts (splits,
-    T K, R) of `A2 drop(h)` by row, times w unless per slot, empty without experts on down.
+    """Return (hidden, reduced): `sum_k w_k h_k` (T, F), or per slot `h` (T K, F) by row; parts
+    (splits, T K, R) of `A2 drop(h)` by row, times w unless per slot, empty without experts on down.
 
     operands: `Operands`; experts: (T, K) of the order; place, threshold: of the hidden state's
     mask; factor1, factor3: what `B A x` is multiplied by; per_slot: DoRA on down.
@@ -143,8 +143,8 @@ def hidden_backward_tokens(
     activation: str,
     per_slot: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dup (T, F), dp1, dp3, dweights), the last three as parts (splits, T K, R) or (splits, T K)
-    by row, empty where there is no such gradient.
+    """Return (dup (T, F), dp1, dp3, dweights), the last three as parts (splits, T K, R) or (splits,
+    T K) by row, empty where there is no such gradient.
 
     dhidden: the gradient of the hidden state through the frozen down product alone, (T, F), or per
     slot (T K, F) by row, then with the row's weight in it. q: (T K, R), what times A2 is the rest.
@@ -207,7 +207,7 @@ def hidden_backward_inner(
     activation: str,
     per_slot: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of B of gate and up, A of down and the magnitudes of gate and up, in the
+    """Return the gradients of B of gate and up, A of down and the magnitudes of gate and up, in the
     parameters' layout and `dtype`, empty where there is no such parameter.
 
     rows, starts: of the order. q, dhidden: as in `hidden_backward_tokens`. norm1, norm3: (E, F).

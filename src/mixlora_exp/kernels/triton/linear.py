@@ -30,7 +30,7 @@ NUMBERS = ["T", *(f"{name}{i}" for name in ("place", "threshold") for i in range
 
 @triton.jit
 def load_rows(matrix, row, valid, R: tl.constexpr, PADDED: tl.constexpr):
-    """(rows, PADDED): rows of a matrix of R columns, 0 where there is none."""
+    """Return (rows, PADDED): rows of a matrix of R columns, 0 where there is none."""
     column = tl.arange(0, PADDED)
     offsets = row.to(tl.int64)[:, None] * R + column[None, :]
     return tl.load(matrix + offsets, mask=valid[:, None] & (column < R)[None, :], other=0.0)
@@ -38,7 +38,7 @@ def load_rows(matrix, row, valid, R: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def store_rows(matrix, values, row, valid, R: tl.constexpr, PADDED: tl.constexpr):
-    """The opposite, in the dtype of the matrix."""
+    """Store `values` (rows, PADDED) into rows of a matrix of R columns, in its dtype."""
     column = tl.arange(0, PADDED)
     offsets = row.to(tl.int64)[:, None] * R + column[None, :]
     inside = valid[:, None] & (column < R)[None, :]
@@ -62,7 +62,7 @@ def _low(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """`low_kernel` of one projection."""
+    """Compute `low_kernel` of one projection."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     real = token < T
     column = tl.arange(0, PADDED)

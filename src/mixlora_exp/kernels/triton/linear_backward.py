@@ -81,7 +81,7 @@ def _a(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """`a_kernel` of one projection."""
+    """Compute `a_kernel` of one projection."""
     inner = tl.program_id(0) * BD + tl.arange(0, BD)
     within = inner < D
     column = tl.arange(0, PADDED)
@@ -170,7 +170,7 @@ def _input(
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A tile of what one projection gives x."""
+    """Return a tile of what one projection gives x."""
     real, within = token < T, inner < D
     column = tl.arange(0, PADDED)
     p = load_rows(dlow, token, real, R, PADDED)

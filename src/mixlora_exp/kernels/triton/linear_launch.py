@@ -49,12 +49,12 @@ SMALL_TILES = (16, 16, 4, 1)
 
 
 def missing(part: LowRankPart) -> float:
-    """The factor that `low` does not have yet: none."""
+    """Return the factor that `low` does not have yet: none."""
     return 1.0
 
 
 def _max_rank(dtype: torch.dtype) -> int:
-    """The largest rank that the kernels take."""
+    """Return the largest rank that the kernels take."""
     return 128 if dtype == torch.float32 else max(HALF_TILES["low"])
 
 
@@ -68,7 +68,7 @@ def tiles(kernel: str, rank: int, dtype: torch.dtype) -> tuple[int, int, int, in
 
 
 def _count(size: int, tile: int) -> int:
-    """Tiles that hold `size`; Triton's own function takes as long as a launch."""
+    """Return tiles that hold `size`; Triton's own function takes as long as a launch."""
     return -(-size // tile)
 
 
@@ -80,7 +80,7 @@ def _options(kernel: str, ranks: list[int], dtype: torch.dtype, width: str) -> d
 
 
 def _numbered(values: list[Any], name: str, absent: Any = None) -> dict[str, Any]:
-    """Arguments `name0` to `name2`."""
+    """Return arguments `name0` to `name2`."""
     values = [*values, *[absent] * (MAX_GROUP - len(values))]
     return {f"{name}{i}": value for i, value in enumerate(values)}
 
@@ -107,8 +107,8 @@ def _low(
     thresholds: list[int],
     factors: list[float],
 ) -> list[Tensor]:
-    """`f_g A_g drop_g(x)`, each (T, R_g) in the dtype of x. x: (T, D); a: (R_g, D); keys: (T,), or
-    None without dropout."""
+    """Compute `f_g A_g drop_g(x)`, each (T, R_g) in the dtype of x. x: (T, D); a: (R_g, D); keys:
+    (T,), or None without dropout."""
     ranks = [one.shape[0] for one in a]
     made = [x.new_empty(x.shape[0], rank) for rank in ranks]
     options = _options("low", ranks, x.dtype, "BD")
@@ -131,7 +131,7 @@ def _low(
 
 @operator("dora_scaled")
 def _scaled(frozen: Tensor, low: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
-    """`magnitude / norm (frozen + low B^T)`, (T, F)."""
+    """Compute `magnitude / norm (frozen + low B^T)`, (T, F)."""
     tokens, width = frozen.shape
     y = torch.empty_like(frozen)
     options = _options("scaled", [low.shape[1]], low.dtype, "BF")
@@ -164,7 +164,8 @@ def _unscaled(
     norm: Tensor,
     b_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The gradients of `_scaled`: of what it scales (T, F), of B in a dtype, of the magnitude."""
+    """Return the gradients of `_scaled`: of what it scales (T, F), of B in a dtype, of the
+    magnitude."""
     tokens, width = dy.shape
     rank = low.shape[1]
     draw = torch.empty_like(frozen)
@@ -203,7 +204,7 @@ def _gradients_of_a(
     thresholds: list[int],
     factors: list[float],
 ) -> list[Tensor]:
-    """`f_g dlow_g^T drop_g(x)`, each as the parameter a, (R_g, D). dlow: (T, R_g)."""
+    """Compute `f_g dlow_g^T drop_g(x)`, each as the parameter a, (R_g, D). dlow: (T, R_g)."""
     tokens, width = x.shape
     ranks = [one.shape[0] for one in a]
     made = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in a]
@@ -235,7 +236,8 @@ def _input_gradient(
     thresholds: list[int],
     factors: list[float],
 ) -> Tensor:
-    """`sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen products."""
+    """Compute `sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen
+    products."""
     tokens, width = frozen[0].shape
     dx = torch.empty_like(frozen[0])
     ranks = [one.shape[1] for one in dlow]
@@ -297,29 +299,30 @@ def _of_masks(parts: Sequence[LowRankPart]) -> tuple[list, list, list, list]:
 
 
 def low(x: Tensor, parts: Sequence[LowRankPart]) -> list[Tensor]:
-    """`f_g A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
+    """Compute `f_g A_g drop_g(x)`, each (T, R_g). x: (T, D)."""
     return _low(x, [part.nearest(x.dtype).a for part in parts], *_of_masks(parts))
 
 
 def scaled(raw: Tensor, low: Tensor, part: LowRankPart) -> Tensor:
-    """`magnitude / norm (raw + low B^T)`, (T, F)."""
+    """Compute `magnitude / norm (raw + low B^T)`, (T, F)."""
     return _scaled(raw, low, part.nearest(raw.dtype).b, part.magnitude, part.norm)
 
 
 def unscaled(dy: Tensor, raw: Tensor, low: Tensor, part: LowRankPart) -> list[Tensor]:
-    """The gradients of `scaled`: of what it scales (T, F), of B, of the magnitude."""
+    """Return the gradients of `scaled`: of what it scales (T, F), of B, of the magnitude."""
     b = part.nearest(raw.dtype).b
     return _unscaled(dy, raw, low, b, part.magnitude, part.norm, part.b.dtype)
 
 
 def gradients_of_a(x: Tensor, dlow: Sequence[Tensor], parts: Sequence[LowRankPart]) -> list[Tensor]:
-    """`f_g dlow_g^T drop_g(x)`, each (R_g, D). dlow: (T, R_g)."""
+    """Compute `f_g dlow_g^T drop_g(x)`, each (R_g, D). dlow: (T, R_g)."""
     return _gradients_of_a(x, list(dlow), [part.a for part in parts], *_of_masks(parts))
 
 
 def input_gradient(
     frozen: Sequence[Tensor], dlow: Sequence[Tensor], parts: Sequence[LowRankPart]
 ) -> Tensor:
-    """`sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen products."""
+    """Compute `sum_g (frozen_g + f_g drop_g(dlow_g A_g))`. frozen: (T, D), of the frozen
+    products."""
     a = [part.nearest(frozen[0].dtype).a for part in parts]
     return _input_gradient(list(frozen), list(dlow), a, *_of_masks(parts))

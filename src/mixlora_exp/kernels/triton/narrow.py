@@ -116,8 +116,8 @@ def to_columns_kernel(
 
 @triton.jit
 def _add_up(parts, total, row, real, splits, count, R: tl.constexpr, RANKS: tl.constexpr):
-    """Rows of the sum of parts (splits, count, R) in the dtype of `total`, where the programs of
-    the first tile leave it."""
+    """Return rows of the sum of parts (splits, count, R) in the dtype of `total`, where the
+    programs of the first tile leave it."""
     found = tl.zeros((row.shape[0], RANKS), tl.float32)
     for split in range(splits):
         found += load_low(parts + split * R * count.to(tl.int64), row, real, R, RANKS)
@@ -142,7 +142,7 @@ def _wide(
     RANKS: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """`low + M_e columns` by row: (BT, BD)."""
+    """Compute `low + M_e columns` by row: (BT, BD)."""
     for e in range(first, end):
         mine = expert == e
         if is_met(mine):

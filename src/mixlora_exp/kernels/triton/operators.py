@@ -53,7 +53,7 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> 
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the tensor's GPU, if there is one."""
+    """Return a context in which launches go to the tensor's GPU, if there is one."""
     if tensor.is_cuda and torch.cuda.is_available():
         return torch.cuda.device_of(tensor)
     return contextlib.nullcontext()

@@ -42,7 +42,7 @@ class SlotOrder(NamedTuple):
 
 @triton.jit
 def _expert(experts, weights, token, real, k, K: tl.constexpr, E: tl.constexpr):
-    """The expert of slot k, E if the slot is empty."""
+    """Return the expert of slot k, E if the slot is empty."""
     weight = tl.load(weights + token * K + k, mask=real, other=0.0).to(tl.float32)
     filled = real & (weight != 0.0)
     return tl.load(experts + token * K + k, mask=filled, other=E).to(tl.int32)
@@ -50,7 +50,7 @@ def _expert(experts, weights, token, real, k, K: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def _rank(experts, weights, token, real, expert, k, K: tl.constexpr, E: tl.constexpr):
-    """The place of slot k, with this expert, among the token's slots in ascending order."""
+    """Return the place of slot k, with this expert, among the token's slots in ascending order."""
     rank = tl.zeros_like(expert)
     for other in range(K):
         theirs = _expert(experts, weights, token, real, other, K, E)
@@ -61,7 +61,7 @@ def _rank(experts, weights, token, real, expert, k, K: tl.constexpr, E: tl.const
 
 @triton.jit
 def _key(experts, weights, token, real, K: tl.constexpr, E: tl.constexpr, DIGITS: tl.constexpr):
-    """The token's first DIGITS experts in ascending order as digits of a number."""
+    """Return the token's first DIGITS experts in ascending order as digits of a number."""
     key = tl.zeros_like(token)
     for digit in range(DIGITS):
         key *= E + 1
@@ -107,7 +107,7 @@ def count_kernel(
 
 @triton.jit
 def _before(counts, target, size, BINS: tl.constexpr):
-    """The sum of the first `target` of `size` counts, by element of `target`."""
+    """Return the sum of the first `target` of `size` counts, by element of `target`."""
     total = tl.zeros_like(target)
     for first in range(0, size, BINS):
         place = first + tl.arange(0, BINS)
@@ -212,5 +212,5 @@ def _order(
 
 
 def order(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> SlotOrder:
-    """The order of a routing. experts: (T, K) int64; weights: (T, K), 0 in an empty slot."""
+    """Return the order of a routing. experts: (T, K) int64; weights: (T, K), 0 in an empty slot."""
     return SlotOrder(*_order(experts.contiguous(), weights.contiguous(), num_experts))

@@ -27,7 +27,7 @@ TANH_CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _logistic(x):
-    """(value, 1 - value) of the logistic function, the second without cancellation."""
+    """Return (value, 1 - value) of the logistic function, the second without cancellation."""
     # Beyond 80 the value is 0 in float32 as it is, and an infinite power would give NaN.
     power = tl.exp(tl.minimum(-x, 80.0))
     value = 1.0 / (1.0 + power)
@@ -36,7 +36,7 @@ def _logistic(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """(value, slope) of the activation."""
+    """Return (value, slope) of the activation."""
     if ACTIVATION == "silu":
         s, rest = _logistic(x)
         value = x * s
@@ -57,13 +57,15 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def dot(a, b, total):
-    """`total + a b`, or `a b` for None, in float32; float32 operands are not cut to tf32."""
+    """Compute `total + a b`, or `a b` for None, in float32; float32 operands are not cut to
+    tf32."""
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
 def slot_of(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
-    """(expert, first, end): the experts of slot k by row, E for none, and the range they are in.
+    """Return (expert, first, end): the experts of slot k by row, E for none, and the range they are
+    in.
 
     experts: (T, K) int32 by sorted position (see `order`).
     """
@@ -75,7 +77,7 @@ def slot_of(experts, position, real, k, K: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def next_met(expert, e, E: tl.constexpr):
-    """The lowest number in `expert` above e, E for none."""
+    """Return the lowest number in `expert` above e, E for none."""
     return tl.min(tl.where(expert > e, expert, E), axis=0)
 
 
@@ -96,7 +98,8 @@ def load_matrix(
     RANKS: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """(inner, RANKS): some of the SIZE places of an expert's matrix, its rank padded with zeros.
+    """Return (inner, RANKS): some of the SIZE places of an expert's matrix, its rank padded with
+    zeros.
 
     matrix: (E, SIZE, R), or with ACROSS (E, R, SIZE).
     """

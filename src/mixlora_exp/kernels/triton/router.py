@@ -261,7 +261,7 @@ def _route_backward(
     dreport: torch.Tensor | None,
     base: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx (T, D), drouter (splits, E, D) float32 in parts); base: added to dx."""
+    """Return (dx (T, D), drouter (splits, E, D) float32 in parts); base: added to dx."""
     (tokens, width), experts = x.shape, router.shape[0]
     tiles = triton.cdiv(tokens, BACK_ROWS)
     # The parts are written and read once: no more of them than fill a device.
@@ -335,7 +335,7 @@ class _Route(torch.autograd.Function):
 
 
 def route_triton(x: Tensor, router: Tensor, top_k: int, mask: Tensor | None = None) -> Routing:
-    """`route`, fused: x (T, D); router (E, D). Equal logits go to the lowest expert.
+    """Return `route`, fused: x (T, D); router (E, D). Equal logits go to the lowest expert.
 
     mask: (T,) bool, which rows the router's report counts, None for all; the report stands in
     `extra`, and `rows` is x: whoever goes on from there leaves it to the router's backward pass to

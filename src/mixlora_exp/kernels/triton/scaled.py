@@ -27,8 +27,8 @@ def scaled_to_columns(
     slots: torch.Tensor,
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(low, doutput, dweights), the backward pass of `scaled_from_columns`: `factor B_e doutput`
-    (T K, R), `w scale_e dy` (T K, width) by row, and by token (T, K) float32.
+    """Return (low, doutput, dweights), the backward pass of `scaled_from_columns`: `factor B_e
+    doutput` (T K, R), `w scale_e dy` (T K, width) by row, and by token (T, K) float32.
 
     dy: (T, width); matrix: (E, width, R); scale: (E, width); output: (T K, width) by row.
     """
@@ -87,8 +87,8 @@ def scaled_from_columns(
     weights: torch.Tensor,
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, output, low): DoRA's down projection, `y = sum_k w scale_e output` (T, width) with, by
-    row, `output = raw + factor B_e low` (T K, width); low (T K, R) as in `from_columns`.
+    """Return (y, output, low): DoRA's down projection, `y = sum_k w scale_e output` (T, width)
+    with, by row, `output = raw + factor B_e low` (T K, width); low (T K, R) as in `from_columns`.
 
     raw: (T K, width) by row; matrix: (E, width, R); scale: (E, width).
     """
@@ -140,7 +140,7 @@ def scaled_matrix_gradients(
     dtype: torch.dtype,
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the matrix (E, width, R) and the magnitude (E, width) of DoRA's down
+    """Return the gradients of the matrix (E, width, R) and the magnitude (E, width) of DoRA's down
     projection; doutput, output (T K, width) and low (T K, R) by row, dy (T, width)."""
     width, rank = dy.shape[1], low.shape[1]
     num_experts = starts.shape[0] - 1

@@ -59,7 +59,7 @@ WAVES = 4
 
 
 def padded(size: int) -> int:
-    """The power of two, at least 16 as products need it, that holds `size`."""
+    """Return the power of two, at least 16 as products need it, that holds `size`."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -72,14 +72,15 @@ def takes(rank: int, top_k: int, dtype: torch.dtype) -> bool:
 
 
 def _card(device: torch.device) -> Any:
-    """The properties of a GPU; None for one that this machine, which compiles for it, has not."""
+    """Return the properties of a GPU; None for one that this machine, which compiles for it, has
+    not."""
     there = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_properties(device) if there else None
 
 
 def tiles_of(kernel: str, columns: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """The block sizes of a kernel: `forward`, `tokens`, `inner`, or of the kernels of `narrow` to
-    columns, from them and of the matrices' gradients. columns: padded."""
+    """Return the block sizes of a kernel: `forward`, `tokens`, `inner`, or of the kernels of
+    `narrow` to columns, from them and of the matrices' gradients. columns: padded."""
     if INTERPRETED:
         # Small, so that small tests have several tiles.
         return Tiles(16, 32, 4, 1)
@@ -93,8 +94,8 @@ def tiles_of(kernel: str, columns: int, dtype: torch.dtype, device: torch.device
 
 
 def splits_of(tiles: Tiles, rows: int, inner: int, device: torch.device) -> tuple[int, int]:
-    """(steps, splits) of the loop over `inner`, so that the programs of few rows fill the device:
-    tiles of a split, and splits, none of them empty."""
+    """Return (steps, splits) of the loop over `inner`, so that the programs of few rows fill the
+    device: tiles of a split, and splits, none of them empty."""
     programs, loop = triton.cdiv(rows, tiles.rows), triton.cdiv(inner, tiles.inner)
     wanted = 2 * programs
     if not INTERPRETED:
