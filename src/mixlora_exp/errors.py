@@ -12,7 +12,7 @@ writing direction, zero-width characters), surrogates, private use, line separat
 
 
 def shown(text: str, most: int | None = SCREEN, *, keep: str = "") -> str:
-    """Untrusted text made safe to print on one line of a terminal.
+    """Return untrusted text made safe to print on one line of a terminal.
 
     Characters that a terminal would interpret, or that are invisible, become escapes (`\\x1b`),
     except those in `keep`. A text of more than `most` characters loses its middle (None: no limit).
