@@ -137,8 +137,8 @@ def _check_shapes(
         message = f"{shown(key, 200)} has the shape {list(found)}, and {list(needed)} is needed"
         if _of_the_model(key, needed) == _of_the_model(key, found):
             raise UserError(
-                f"adapter={folder} does not fit its own configuration (rank or experts): {message}; "
-                f"{COPY_IT}"
+                f"adapter={folder} does not fit its own configuration (rank or experts): "
+                f"{message}; {COPY_IT}"
             )
         raise UserError(
             f"adapter={folder} does not fit this base model: {message}; {_name_it(folder)}"

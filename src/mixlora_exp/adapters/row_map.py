@@ -67,9 +67,9 @@ class RowMap:
 
     def masks_of(self, mask: object, active: Sequence[str]) -> dict[str, Tensor]:
         """Return the masks for `begin_pass`, made from a model's `attention_mask`: (sequences,
-        tokens), or (sequences, 1, tokens, tokens) of packed questions; empty for other masks and for
-        segments, whose masks the caller sets. active: the adapters of all rows where `names` has
-        none."""
+        tokens), or (sequences, 1, tokens, tokens) of packed questions; empty for other masks
+        and for segments, whose masks the caller sets. active: the adapters of all rows where
+        `names` has none."""
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == mask.shape[-1]:
             seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
             # Padding attends to itself alone, and nothing else to it.

@@ -61,6 +61,7 @@ class Steps:
     times: list[float] = field(default_factory=list)
 
     def __call__(self, step: int, loss: float) -> None:
+        """Record a logged step and the time of its entry."""
         self.numbers.append(step)
         self.times.append(time.perf_counter())
 

@@ -17,6 +17,7 @@ class ModelSource(Enum):
 
 class Weights(Enum):
     """Weights of the base model: those published, or random ones drawn from `seed`."""
+
     pretrained = "pretrained"
     random = "random"
 
@@ -50,6 +51,7 @@ class RouterLossPooling(Enum):
 
 class RouterLossReduction(Enum):
     """Mean or sum of the router losses of all modules."""
+
     mean = "mean"
     sum = "sum"
 
@@ -65,6 +67,7 @@ class RouterPrecision(Enum):
 class DataSource(Enum):
     """Source of training and test rows: the hub, files, files of conversations, or generated
     tasks."""
+
     hub = "hub"
     local = "local"
     chat = "chat"
@@ -97,6 +100,7 @@ class AnswerForm(Enum):
 
 class Precision(Enum):
     """Precision of the base model; `auto` is bfloat16 where the device has it, else float32."""
+
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -104,6 +108,7 @@ class Precision(Enum):
 
 class LossOn(Enum):
     """Tokens on which the training loss is taken: those of the answer, or all."""
+
     answer = "answer"
     all = "all"
 
@@ -133,6 +138,7 @@ class Base(Enum):
 
 class Protocol(Enum):
     """Way to score a task's items; docs/scoring.md describes each."""
+
     label_logits = "label_logits"
     answer_text = "answer_text"
     lm_eval = "lm_eval"
@@ -211,6 +217,7 @@ Mixture = Enum("Mixture", {name: name for name in _registered("mixtures", "mixtu
 
 class Tracker(Enum):
     """Service that gets a run's log entries and scores."""
+
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"

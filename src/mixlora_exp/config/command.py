@@ -168,7 +168,7 @@ def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None
 def opened(overrides: Sequence[str]) -> list[str]:
     """Return the overrides with `++` before those of `model.config`, whose fields the schema does
     not list, and with `model=own` before a `model.path` or `model.hub_id` that no model is chosen
-    for. """
+    for."""
     lines = [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
     fields = {line.partition("=")[0] for line in lines}
     chosen = {"model", "model.name", "model.source", "model.weights"} & fields

@@ -39,6 +39,7 @@ class EvaluateConfig(Config):
 @dataclass(slots=True, kw_only=True)
 class PrecisionConfig:
     """Group `trainer` of `generate`: the precision alone."""
+
     precision: Precision = Precision.auto
 
 

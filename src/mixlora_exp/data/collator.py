@@ -72,6 +72,7 @@ class Collator:
     packing: bool = False
 
     def __call__(self, examples: Sequence[Example], first: int = 0) -> dict[str, Any]:
+        """Make a batch of examples; `first`: number of the first one within the optimizer step."""
         numbers = torch.arange(first, first + len(examples))
         made = self._packed(examples) if self.packing else self._padded(examples)
         batch = {**made, "example": numbers}

@@ -67,7 +67,7 @@ def pad_packed(
 ) -> dict[str, Tensor]:
     """Return left-padded `input_ids` and `position_ids` (rows, length), and the additive
     `attention_mask` (rows, 1, length, length) in `dtype`: 0 where a token is attended to, else the
-    dtype's minimum. """
+    dtype's minimum."""
     length = max(len(q.tokens) for q in questions)
 
     def padded(name: str, value: int) -> Tensor:

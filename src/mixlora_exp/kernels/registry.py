@@ -46,6 +46,7 @@ class Kernel:
     layer's code must not."""
 
     def __call__(self, x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+        """Compute the block for rows x (T, D), those without experts included; returns (T, D)."""
         return with_base(self.run(x, routing, block), x, routing, block)
 
     def staged(

@@ -196,8 +196,10 @@ def check_shapes(parts: Parts, targets: list[str], rank: dict[str, int], experts
     homes = with_experts if parts.layout.linear else [""]
     needed = {(layer, name) for layer in layers for name in homes}
     if missing := sorted(needed - set(parts.routers)):
-        raise UserError(f"a router is missing: {len(missing)} of {len(needed)}, the first of layer "
-                        f"{missing[0][0]}{missing[0][1] and ', '}{missing[0][1]}: {DAMAGED}")
+        raise UserError(
+            f"a router is missing: {len(missing)} of {len(needed)}, the first of layer "
+            f"{missing[0][0]}{missing[0][1] and ', '}{missing[0][1]}: {DAMAGED}"
+        )
     for (layer, name), router in parts.routers.items():
         where = f"the router of layer {layer}{name and ', '}{name}"
         if (layer, name) not in needed:

@@ -31,6 +31,7 @@ class Fit:
 
     @property
     def described(self) -> str:
+        """The settings in words: micro-batch, checkpointing, weights, compilation."""
         return (
             f"micro-batch {self.micro_batch}, "
             f"{'' if self.checkpointing else 'no '}checkpointing, "

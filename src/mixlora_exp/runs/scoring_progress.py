@@ -18,6 +18,7 @@ class ScoringProgress:
         self.printed, self.width = self.begun, 0
 
     def __call__(self, done: int, total: int) -> None:
+        """Print how many of the items are done and the seconds left, if it is time for a line."""
         now, terminal = time.perf_counter(), sys.stderr.isatty()
         if done >= total:
             if self.width:

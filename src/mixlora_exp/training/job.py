@@ -300,6 +300,8 @@ class Collate:
         self._jobs, self._passes = jobs, passes
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Batch]:
+        """Return the micro-batch of each adapter in pass `numbers[0]`, without those that have
+        none."""
         step, number = divmod(numbers[0], self._passes)
         found = {job.name: job.collated(step, number, self._passes) for job in self._jobs}
         return {name: batch for name, batch in found.items() if batch is not None}

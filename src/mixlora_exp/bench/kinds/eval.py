@@ -53,6 +53,7 @@ class EvalOptions(BenchOptions):
     """Settings of `kind=eval`. limit: items per task; batch_sizes: of lm-eval's own scoring;
     batch_tokens: of ours, padded tokens per batch; path: a folder with data, None for the generated
     tasks."""
+
     model: str = "smollm2_135m"
     method: str = "none"
     dtype: str = "float32"

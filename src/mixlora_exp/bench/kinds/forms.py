@@ -32,6 +32,7 @@ FORMS = {"dense": partial(run_stage, dense_stage), "grouped": partial(run_stage,
 class FormOptions(BenchOptions):
     """Settings of `kind=forms`. tokens: T of each block; widths: pairs (D, F); experts, top_k,
     rank: E, K, R; seconds: how long each block is measured at least."""
+
     tokens: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 256, 1024])
     widths: list[list[int]] = field(default_factory=lambda: [[576, 1536], [4096, 11008]])
     experts: int = 8

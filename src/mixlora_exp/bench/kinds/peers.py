@@ -40,6 +40,7 @@ EXTRA = ["fire", "sentencepiece", "scikit-learn", "jinja2"]
 class PeerOptions(BenchOptions):
     """Settings of `kind=peers`. package: the other package; environment: the folder of its virtual
     environment, under the repository; batch x length: tokens of a step."""
+
     package: str = "moe_peft"
     model: str = "smollm2_135m"
     layers: int | None = None

@@ -31,6 +31,7 @@ from mixlora_exp.records.outcome import outcomes
 class TogetherOptions(BenchOptions):
     """Settings of `kind=together`. experiment: an experiment with `adapters`; overrides: further
     words of the command line."""
+
     experiment: str = "multi_adapter/four_methods"
     overrides: list[str] = field(default_factory=list)
 

@@ -11,8 +11,15 @@ from mixlora_exp.results.paper import METHOD_TITLES, METHODS, TOLERANCE, PaperTa
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics.estimates import compare, estimate
 from mixlora_exp.results.statistics.parts import TaskMean
-from mixlora_exp.results.tables.paired import ACCURACIES, ACCURACY, above, area, cell, difference
-from mixlora_exp.results.tables.paired import names as names_of
+from mixlora_exp.results.tables.paired import (
+    ACCURACIES,
+    ACCURACY,
+    above,
+    area,
+    cell,
+    difference,
+    names_of,
+)
 from mixlora_exp.results.tables.parts import (
     REFERENCE,
     Entry,

@@ -18,7 +18,8 @@ Side = Mapping[int, Mapping[str, float]]
 Runs = Sequence[RecordedRun]
 
 
-def names(runs: Iterable[RecordedRun]) -> tuple[str, ...]:
+def names_of(runs: Iterable[RecordedRun]) -> tuple[str, ...]:
+    """Return the names of runs, each once, in their order."""
     return tuple(dict.fromkeys(run.name for run in runs))
 
 
@@ -84,4 +85,4 @@ def difference(
 
 
 def _unlike(task: str, protocol: str, runs: Runs, error: ValueError) -> UserError:
-    return UserError(f"{task}, {protocol}: {', '.join(names(runs))}: {error}; leave one out")
+    return UserError(f"{task}, {protocol}: {', '.join(names_of(runs))}: {error}; leave one out")
