@@ -96,8 +96,7 @@ class MixLoraTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Batch]], dict[str, Tensor]]:
-        """Return the passes of one optimizer step, and each adapter's number of label tokens in
-        it."""
+        """Return an optimizer step's passes, and each adapter's number of label tokens in it."""
         passes, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items: dict[str, Tensor] = {}
         for name, batch in (pair for batches in passes for pair in batches.items()):
@@ -109,12 +108,8 @@ class MixLoraTrainer(Trainer):
         return 0
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """Compute the loss of one pass and its gradients.
-
-        The first call also runs the hooks' `begin` and checks that all trained parameters get a
-        gradient. inputs: each adapter's batch by name; num_items_in_batch: its label tokens in the
-        step. Returns a scalar.
-        """
+        """Compute the loss of one pass, a scalar, and its gradients; before the first pass run the
+        hooks' `begin` and check that every parameter gets a gradient."""
         self._items = num_items_in_batch
         running = {name: batch for name, batch in inputs.items() if self.jobs[name].running}
         if self.state.global_step == 0 and not self._proven:
@@ -172,10 +167,8 @@ class MixLoraTrainer(Trainer):
         return value
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the sum of the adapters' losses in one pass, router losses included: a scalar.
-
-        Each adapter's loss is divided by its label tokens in the whole optimizer step.
-        """
+        """Return the sum of the adapters' losses with their router losses, a scalar; each is
+        divided by its label tokens in the whole step."""
         self._items = num_items_in_batch
         batches = {
             name: self.jobs[name].begin_pass(self.state.global_step, batch)
@@ -204,8 +197,8 @@ class MixLoraTrainer(Trainer):
         return {name: loss * self.args.world_size}
 
     def train(self, *args: Any, **kwargs: Any):
-        """Run the training loop, with the context that one adapter or several need: packed
-        attention, compiled layers, the last layer at kept rows."""
+        """Run the training loop with packed attention, compiled layers or the last layer at kept
+        rows."""
         base, count = self.model.base_model.model, len(self.jobs)
         if count == 1:
             (job,) = self.jobs.values()
@@ -232,8 +225,8 @@ class MixLoraTrainer(Trainer):
     # One optimizer, with separate parameter groups for each adapter.
 
     def create_optimizer(self, model=None) -> Optimizer:
-        """Return one optimizer with separate parameter groups for each adapter, and the moments of
-        a resumed run restored."""
+        """Return one optimizer with parameter groups for each adapter, moments restored on
+        resume."""
         decayed = set(self.get_decay_parameter_names(self.model))
         jobs = self.jobs.values()
         groups = [group for job in jobs for group in parameter_groups(self.model, job, decayed)]
