@@ -30,7 +30,7 @@ def fault(number: int, path: object = None) -> OSError:
      (errno.EIO, ["Input/output error", "check the disk"]), (errno.EACCES, ["permissions"]),
      (errno.ENAMETOOLONG, ["too long for a file", "shorter"])],
 )  # fmt: skip
-def test_a_command_tells_it_in_one_line(number: int, words: list[str], capsys) -> None:
+def test_a_command_reports_it_in_one_line(number: int, words: list[str], capsys) -> None:
     def command(_: object) -> None:
         raise fault(number, "/a/\x1b[2Jb")
 

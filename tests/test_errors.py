@@ -34,7 +34,7 @@ def test_how_a_command_ends(
     assert capsys.readouterr().err == shown
 
 
-def test_a_hub_that_does_not_answer_is_told_in_one_line(
+def test_a_hub_that_does_not_answer_is_reported_in_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     log = logging.getLogger("huggingface_hub.utils._http")

@@ -91,7 +91,7 @@ def test_a_run_asks_once_which_commit_a_branch_has(hub: FakeHub) -> None:
         ("hub:a/b@main\x1b[2J", "write hub:OWNER/NAME@REVISION"),
     ],
 )
-def test_what_is_no_adapter_is_told_in_a_line(hub: FakeHub, place: str, words: str) -> None:
+def test_what_is_no_adapter_is_reported_in_a_line(hub: FakeHub, place: str, words: str) -> None:
     hub.commit("owner/name", FILES)
     hub.commit("owner/model", {"config.json": b"{}"})
     hub.commit("owner/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})

@@ -315,7 +315,7 @@ def test_the_plan_of_the_base_model_has_no_training(
     assert "steps" not in out
 
 
-def test_magnitudes_that_are_not_trained_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_magnitudes_that_are_not_trained_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=tiny", "data=embedded", "task=arc_e", "method=mixdora", "dry_run=true"]
     assert execute(words) == 0
     assert "not trained" not in capsys.readouterr().out

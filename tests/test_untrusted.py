@@ -71,7 +71,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
-def test_limits_are_told_with_what_changes_them(
+def test_limits_are_reported_with_what_changes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(LIMIT, "1")
@@ -110,7 +110,7 @@ def test_a_line_is_never_read_whole_when_it_is_too_long(
     assert peak < 5 * 2**20
 
 
-def test_damaged_gzip_is_told_with_its_line(tmp_path: Path) -> None:
+def test_damaged_gzip_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(gzip.compress(b"{}\n" * 1000)[:-12])
     with pytest.raises(ValueError, match="the gzip file is damaged or truncated after line"):

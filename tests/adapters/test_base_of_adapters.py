@@ -91,7 +91,7 @@ def test_other_weights_of_the_same_shape_are_refused(
 
 
 @EITHER
-def test_random_bases_are_told_apart_by_their_seed(load: Load, tmp_path: Path) -> None:
+def test_random_bases_are_distinguished_by_their_seed(load: Load, tmp_path: Path) -> None:
     config = compose(["model=tiny", "method=mixlora", "method.rank=2"])
     base = load_model(config.model, torch.float32, seed=7)
     save_adapter(attach_adapter(base, config.method, config.kernel, 0), tmp_path / "adapter")

@@ -215,7 +215,7 @@ def test_an_imported_adapter_needs_one_import_and_peft(shared_oracle: Path, tmp_
 
 
 @pytest.mark.parametrize("kind", ["lora", "mixlora"])
-def test_what_the_configuration_says_tells_the_format(
+def test_what_the_configuration_says_decides_the_format(
     kit: Any, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """PEFT's with a `.bin`, as before 2024; an official one whose weights are safetensors."""
@@ -275,7 +275,7 @@ def test_an_adapter_that_cannot_be_used_as_it_is(
     assert message in capsys.readouterr().err
 
 
-def test_a_run_s_folder_is_told_from_its_adapter_s(
+def test_a_run_s_folder_is_distinguished_from_its_adapter_s(
     kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kit.adapter(tmp_path / "run" / "adapter", "lora")

@@ -181,7 +181,7 @@ def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--tasks", "arc_easy", "--model_args", "pretrained=BASE,peft=absent"], "peft=DIR must"),
     ],
 )
-def test_lm_eval_s_command_line_tells_mistakes(
+def test_lm_eval_s_command_line_reports_mistakes(
     words: list[str],
     message: str,
     read_once: None,

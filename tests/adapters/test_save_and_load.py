@@ -128,7 +128,7 @@ def more_targets(folder: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, about what it finds
-def test_damaged_adapter_is_told_by_its_folder(saved, base_of, kernel, damage, message) -> None:
+def test_damaged_adapter_is_reported_by_its_folder(saved, base_of, kernel, damage, message) -> None:
     damage(saved)
     with pytest.raises(UserError, match=message) as error:
         load_adapter(base_of(), saved, kernel)
@@ -137,7 +137,7 @@ def test_damaged_adapter_is_told_by_its_folder(saved, base_of, kernel, damage, m
     assert "model=NAME" not in str(error.value)
 
 
-def test_missing_folder_is_told(base_of, kernel, tmp_path: Path) -> None:
+def test_missing_folder_is_reported(base_of, kernel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere has no adapter_config.json"):
         load_adapter(base_of(), tmp_path / "nowhere", kernel)
 
@@ -153,7 +153,7 @@ def test_missing_folder_is_told(base_of, kernel, tmp_path: Path) -> None:
         pytest.param(["model=tiny_gemma"], id="another family"),
     ],
 )
-def test_adapter_of_another_base_model_is_told(saved, kernel, overrides) -> None:
+def test_adapter_of_another_base_model_is_reported(saved, kernel, overrides) -> None:
     base = load_model(compose(overrides).model, torch.float32)
     with pytest.raises(
         UserError, match="was trained on tiny .*: (their weights|give that)"

@@ -146,7 +146,7 @@ def test_unloading_gives_the_base_model_back(base_of, folders, batch) -> None:
         (["plain"] * 3, "3 names, but there are 2 sequences"),
     ],
 )
-def test_wrong_names_are_told(base_of, folders, batch, names, message) -> None:
+def test_wrong_names_are_reported(base_of, folders, batch, names, message) -> None:
     model = load_adapters(base_of(), folders)
     with pytest.raises(ValueError, match=message):
         run(model, batch, adapter_names=names)

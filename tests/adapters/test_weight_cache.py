@@ -416,7 +416,7 @@ def test_gradients_reach_the_parameters(model, batch) -> None:
     assert not any(tensor.requires_grad for _, tensor in tensors_of(model))
 
 
-def test_weights_changed_before_the_backward_pass_are_told(model, batch) -> None:
+def test_weights_changed_before_the_backward_pass_are_reported(model, batch) -> None:
     loss = model.train()(**batch).loss
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -33,7 +33,7 @@ def test_every_way_scores_the_same_items(tmp_path: Path) -> None:
     assert record["provenance"]["git"] is not None
 
 
-def test_mistakes_are_told() -> None:
+def test_mistakes_are_reported() -> None:
     with pytest.raises(UserError, match="dtype=int8 is not valid"):
         run_benchmark(["kind=eval", "dtype=int8"])
     with pytest.raises(UserError, match=r"did you mean limit\?.*there are: threads, output"):

@@ -218,7 +218,7 @@ def test_mistakes(change: dict, message: str) -> None:
         check(StepOptions(**{**SMALL, **change}))
 
 
-def test_unknown_model_is_told() -> None:
+def test_unknown_model_is_reported() -> None:
     with pytest.raises(UserError, match=r"model=llama9 is unknown: choose from .*llama2_7b"):
         model_config("llama9", None)
 
@@ -323,7 +323,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.Monke
         benchmark(StepOptions(**SMALL, rounds=1, rows=["lora_peft"]))
 
 
-def test_a_second_ratio_and_disturbed_rounds_are_told() -> None:
+def test_a_second_ratio_and_disturbed_rounds_are_reported() -> None:
     config = StepOptions(**SMALL, rounds=3, rows=["lora_peft", "mixlora", "mixlora_16_experts"])
     pair = benchmark(config)["rows"]["mixlora_16_experts"]["train_ratio_to"]
     assert (pair["row"], pair["rounds"]) == ("mixlora", 3)

@@ -86,7 +86,9 @@ class Cut:
         )  # fmt: skip
 
 
-def test_the_suite_tells_what_failed_and_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_reports_what_failed_and_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     checks = [CheckTask("block", k, "K=1", "float32", "cpu") for k in ("no such", "exact")]
     Cut(monkeypatch, *checks)
     parts = list(gpu.suite(gpu.GpuOptions(models=["tiny", "other"])))
@@ -162,7 +164,7 @@ def test_failing_tests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["minutes=0"], "minutes=0.0 must be above 0"),
     ],
 )
-def test_mistakes_are_told(words: list[str], message: str) -> None:
+def test_mistakes_are_reported(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_benchmark(["kind=gpu", *words])
 

@@ -98,6 +98,6 @@ def test_resident_memory_in_a_process_of_its_own() -> None:
         ({"rounds": 0}, "rounds=0 must be >= 1"),
     ],
 )
-def test_wrong_settings_are_told(changes, message) -> None:
+def test_wrong_settings_are_reported(changes, message) -> None:
     with pytest.raises(UserError, match=message):
         benchmark_several(AdapterOptions(**{**TINY, **changes}))

@@ -69,13 +69,13 @@ def test_without_a_template_it_is_a_question(tokenizer) -> None:
         ("{% for m in messages|reverse %}{{ m['content'] }}{% endfor %}", "changes the messages"),
     ],
 )
-def test_a_template_that_cannot_is_told(tokenizer, template: str | None, told: str) -> None:
+def test_a_template_that_cannot_is_reported(tokenizer, template: str | None, told: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=told):
         encode_examples(tokenizer, [ITEM], CHAT)
 
 
-def test_what_is_too_long_or_has_no_number_is_told(tokenizer) -> None:
+def test_what_is_too_long_or_has_no_number_is_reported(tokenizer) -> None:
     evaluation = compose([]).evaluation
     assert len(encode_free_text(tokenizer, [ITEM], CHAT, evaluation)) == 1
     tokenizer.model_max_length = 20

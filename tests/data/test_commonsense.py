@@ -140,7 +140,7 @@ def test_another_answer_is_wrong_and_none_is_unparsed(folder: Path) -> None:
         ([], "has no rows"),
     ],
 )
-def test_what_is_no_file_of_the_suite_is_told(folder: Path, rows: Any, told: str) -> None:
+def test_what_is_no_file_of_the_suite_is_reported(folder: Path, rows: Any, told: str) -> None:
     (folder / "cs_boolq" / "test.json").write_text(json.dumps(rows))
     config = config_of(folder)
     with pytest.raises(UserError, match=told):
@@ -161,7 +161,7 @@ def test_what_is_no_file_of_the_suite_is_told(folder: Path, rows: Any, told: str
         ),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_told(words: list[str], told: str) -> None:
+def test_a_configuration_that_does_not_fit_is_reported(words: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         compose_anew(["experiment=commonsense_170k", *words])
 

@@ -121,7 +121,7 @@ def test_generation_needs_positions_for_the_answer(tokenizer: PreTrainedTokenize
     encode_tests(Protocol.generate, tokenizer, tests, data(cutoff_length=84), evaluation)
 
 
-def test_what_may_not_be_cut_is_told_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_what_may_not_be_cut_is_distinguished(tokenizer: PreTrainedTokenizerBase) -> None:
     long = dataclasses.replace(QUIZ, question="one two three " * 60)
     for items in ([long], [dataclasses.replace(PASSAGE, question="one two three " * 60)]):
         with pytest.raises(UserError, match="it has no context to truncate"):

@@ -244,7 +244,7 @@ def test_that_a_micro_batch_was_halved_is_known_after_a_kill(tmp_path, monkeypat
     assert record["train"]["halved_micro_batch"] == 2
 
 
-def test_an_adapter_that_is_not_what_was_written_is_told(tmp_path, capsys) -> None:
+def test_an_adapter_that_is_not_what_was_written_is_reported(tmp_path, capsys) -> None:
     argv = [*SMALL, f"output_dir={tmp_path}"]
     assert execute(argv) == 0
     (weights,) = tmp_path.glob("*/adapter/adapter_model.safetensors")

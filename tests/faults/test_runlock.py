@@ -39,7 +39,7 @@ def hold(folder: str, ready, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def test_a_dead_process_of_this_machine_is_told_at_once(tmp_path: Path) -> None:
+def test_a_dead_process_of_this_machine_is_detected_at_once(tmp_path: Path) -> None:
     ready = CONTEXT.Queue()
     process = CONTEXT.Process(target=hold, args=(str(tmp_path), ready, 60))
     process.start()
@@ -64,7 +64,7 @@ def foreign(folder: Path, **changes) -> Path:
     return path
 
 
-def test_a_dead_process_of_another_machine_is_told_by_its_count(tmp_path: Path) -> None:
+def test_a_dead_process_of_another_machine_is_detected_by_its_counter(tmp_path: Path) -> None:
     foreign(tmp_path)
     lock = RunLock(tmp_path, **FAST)
     start = time.monotonic()
@@ -158,7 +158,7 @@ def test_of_many_one_gets_it(tmp_path: Path, left: bool) -> None:
     assert won.empty()
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     from mixlora_exp.errors import UserError
 
     (tmp_path / "file").write_text("")
@@ -188,7 +188,7 @@ def test_one_who_looked_long_ago_does_not_get_a_number_that_was_taken(
     others[-1].release()
 
 
-def test_a_hidden_process_is_told_by_its_count(
+def test_a_hidden_process_is_detected_by_its_counter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a system hides the processes of other users, one that is there may be alive."""

@@ -293,7 +293,7 @@ def test_compiled_masks_are_those_of_eager_code(p) -> None:
         assert torch.equal(compiled(x, key), run(x, key))
 
 
-def test_a_hash_mask_tells_its_rate(p) -> None:
+def test_a_hash_mask_has_its_rate(p) -> None:
     mask = key_of(40).mask("input", (40, 300), p, CPU, hashed=True)
     assert mask.threshold == round(p * 2**24)
     assert torch.equal(DropMask.rebuilt(mask.elements, mask.described).kept(), mask.kept())

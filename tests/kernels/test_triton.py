@@ -294,7 +294,7 @@ def test_the_rest_is_left_to_the_dense_form(
         assert torch.equal(found, expected)
 
 
-def test_what_is_slower_for_its_size_is_told_once(block_of, plain, caplog) -> None:
+def test_what_is_slower_for_its_size_is_reported_once(block_of, plain, caplog) -> None:
     block = block_of(replace(plain, rank=60, activation="silu"), 0, torch.float32)
     made = on_device(block.block(block.values, torch.float32, torch.float32))
     x, router = (block.values[name].to(DEVICE) for name in ("x", "router"))

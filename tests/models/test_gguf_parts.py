@@ -117,7 +117,7 @@ def test_the_joined_model_computes_what_the_written_one_did(
     assert not list(folder.glob("*.gguf"))
 
 
-def test_a_part_that_is_missing_is_told_with_all_packages(
+def test_a_part_that_is_missing_is_reported_with_all_packages(
     parts: ModelConfig, tmp_path: Path
 ) -> None:
     parts.package_parts = 3

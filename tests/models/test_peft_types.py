@@ -161,7 +161,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("dry_run", ["false", "true"])
 @pytest.mark.parametrize(("words", "told"), REFUSED)
-def test_mistakes_are_told_before_weights_are_read(
+def test_mistakes_are_reported_before_weights_are_read(
     words: str, told: str, dry_run: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "load_model", None)

@@ -53,7 +53,7 @@ def test_the_built_in_tokenizer_serves(tiny: Tiny, family: str, source: str) -> 
         assert settings.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_vocabulary_that_is_too_small_is_told(tiny: Tiny) -> None:
+def test_a_vocabulary_that_is_too_small_is_reported(tiny: Tiny) -> None:
     config = tiny(**SOURCES["hub"], vocab_size=511)
     with pytest.raises(
         UserError,

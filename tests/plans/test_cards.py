@@ -121,7 +121,7 @@ def test_the_readmes_commands_for_one_card_fit_it() -> None:
         assert told == f"{needed / 2**30:.1f} GiB"
 
 
-def test_a_dry_run_tells_cards_time_and_disk(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_cards_time_and_disk(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["model=llama2_7b", "task=arc_e", "dry_run=true"]) == 0
     out = capsys.readouterr().out
     for size in CARDS:

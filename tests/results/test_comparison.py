@@ -68,7 +68,7 @@ def test_one_seed_and_chance_are_never_called_better(tmp_path: Path, write: Writ
     assert (b.verdict, c.verdict) == ("at chance", "one seed")
 
 
-def test_other_items_and_other_data_are_told_apart(tmp_path: Path, write: Write) -> None:
+def test_other_items_and_other_data_are_distinguished(tmp_path: Path, write: Write) -> None:
     write(tmp_path, "a", words("lora", 1), {"arc_e": 0.5})
     write(tmp_path, "b", words("dora", 1), {"arc_e": 0.5}, n=30)
     write(tmp_path, "c", words("mixlora", 1), {"arc_e": 0.5}, data_hash="other")

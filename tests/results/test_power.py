@@ -39,7 +39,7 @@ def test_more_seeds_see_smaller_differences() -> None:
     assert detection_rate(0.0, 0.004, 0.01, seeds=3) <= 0.055
 
 
-def test_it_foretells_what_the_tables_intervals_do() -> None:
+def test_it_predicts_what_the_tables_intervals_do() -> None:
     """Two simulated methods whose items flip independently: the share of clear intervals."""
     draw = np.random.default_rng(3)
     changed, gain, seeds, clear, times = 0.1, 0.04, 3, 0, 120

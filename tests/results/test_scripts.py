@@ -110,7 +110,7 @@ def test_help_is_given(script: Callable[..., Done], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tables", "figures", "report", "collect"])
-def test_unknown_options_are_told(script: Callable[..., Done], name: str) -> None:
+def test_unknown_options_are_reported(script: Callable[..., Done], name: str) -> None:
     done = script(name, "--outptu=x")
     assert done.returncode == 2
     assert "there is no option --outptu" in done.stderr

@@ -57,7 +57,7 @@ def test_rows_held_out_of_training_do_not_coincide(tmp_path: Path) -> None:
     assert warnings(tmp_path, *held) == []
 
 
-def test_a_run_tells_it(tmp_path: Path, capsys) -> None:
+def test_a_run_prints_it(tmp_path: Path, capsys) -> None:
     written(tmp_path, "train", range(8))
     written(tmp_path, "test", range(4))
     argv = [*LIMITS, "data=local", f"data.path={tmp_path}", "trainer.max_steps=1", "method=lora"]

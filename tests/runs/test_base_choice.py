@@ -216,6 +216,6 @@ def test_the_choice_reads_the_files_of_conf_alone(monkeypatch: pytest.MonkeyPatc
     assert matched("/home/u/.cache/mixlora_exp/smollm2_135m-0123456789ab") == "smollm2_135m"
 
 
-def test_an_adapter_without_any_file_is_told_so(tmp_path: Path) -> None:
+def test_an_adapter_without_any_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         base_of(tmp_path, ())

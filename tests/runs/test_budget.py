@@ -52,7 +52,7 @@ def test_out_of_reach_before_weights_are_read(
     assert "\n" not in str(raised.value)
 
 
-def test_a_dry_run_tells_the_rank(configure: Start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_the_rank(configure: Start, capsys: pytest.CaptureFixture[str]) -> None:
     experiment.run(configure("method=mola", "method.match_params=lora_r80", "dry_run=true"))
     assert "budget      method.match_params=lora_r80: experts of rank" in capsys.readouterr().out
 

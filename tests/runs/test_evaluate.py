@@ -172,7 +172,7 @@ def mistakes(folder: Path, copied: Path) -> list[tuple[list[str], str]]:
 
 
 @pytest.mark.parametrize("number", range(7))
-def test_mistakes_are_told(number: int, finished: Start, tmp_path: Path) -> None:
+def test_mistakes_are_reported(number: int, finished: Start, tmp_path: Path) -> None:
     trained = finished(*MIXLORA)
     copied = tmp_path / "copied"
     copied.mkdir()
@@ -191,7 +191,9 @@ def test_a_sweep_over_what_is_scored(finished: Start, tmp_path: Path) -> None:
     assert all(record["adapter"]["trained_by"] for record in records)
 
 
-def test_an_unknown_protocol_is_told(finished: Start, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_protocol_is_reported(
+    finished: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
     trained = finished(*MIXLORA)
     assert guarded(run, [f"run={trained.folder}", "protocol=lm_evil"]) == MISTAKE
     assert "lm_evil" in capfd.readouterr().err
@@ -263,7 +265,7 @@ def test_several_runs_in_the_same_passes(
         (["adapter=[{0}/adapter,/nowhere]", "model=tiny"], "adapter=/nowhere does not exist"),
     ],
 )
-def test_mistakes_with_several_are_told(
+def test_mistakes_with_several_are_reported(
     words: list[str], message: str, finished: Start, tmp_path: Path, capsys: Any
 ) -> None:
     folders = finished(*MIXLORA).folder, finished("method=dora").folder

@@ -259,7 +259,7 @@ OPENERS = ("evaluate adapter", "generate with an adapter", "merge")
 @pytest.mark.parametrize(
     ("kind", "reader"), [(kind, OPENERS[n % 3]) for n, kind in enumerate(ADAPTERS)]
 )
-def test_what_an_adapter_asks_for_is_not_done(
+def test_what_an_adapter_requests_is_not_done(
     kind: str, reader: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They open it with one function."""
@@ -321,7 +321,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_a_model_s_folder_asks_for_is_not_done(
+def test_what_a_model_s_folder_requests_is_not_done(
     kind: str,
     base: Path,
     tmp_path: Path,

@@ -43,7 +43,7 @@ def test_a_killed_run_goes_on_and_all_methods_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_cpu_is_told_that_it_is_none(tmp_path: Path, capsys) -> None:
+def test_a_cpu_is_refused(tmp_path: Path, capsys) -> None:
     assert main(["gpu-check", f"--record={tmp_path / 'check.json'}"]) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("error: model=llama2_7b needs a CUDA GPU")

@@ -150,7 +150,7 @@ def test_what_the_record_does_not_say_is_not_published(trained: Path, hub: FakeH
     assert not hub.asked
 
 
-def test_a_hub_that_refuses_is_told(trained: Path, hub: FakeHub) -> None:
+def test_a_hub_that_refuses_is_reported(trained: Path, hub: FakeHub) -> None:
     hub.refuse = 401
     with pytest.raises(UserError, match="may not"):
         push([str(trained), REPO])

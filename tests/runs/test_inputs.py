@@ -99,7 +99,7 @@ def test_a_router_s_options_are_checked_before_weights_are_read(
          "method.router_options.skip=True: a single projection has no feed-forward block"),
     ],
 )  # fmt: skip
-def test_options_that_do_nothing_are_told_before_weights_are_read(
+def test_options_that_do_nothing_are_reported_before_weights_are_read(
     words: str, told: str, dry_run: bool, configure: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -198,7 +198,7 @@ def test_a_job_of_submitit_is_killed(start: Callable[..., Sweep], tmp_path: Path
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="SLURM is here")
 @needs("hydra_submitit_launcher")
-def test_a_machine_without_slurm_is_told(tmp_path: Path, capsys) -> None:
+def test_a_machine_without_slurm_is_reported(tmp_path: Path, capsys) -> None:
     argv = ["-m", *SMALL, f"output_dir={tmp_path}", "hydra/launcher=slurm", "method=lora,dora"]
     assert execute(argv) == 2
     assert "use hydra/launcher=submitit_local" in capsys.readouterr().err
@@ -212,7 +212,7 @@ def test_the_settings_for_slurm_compose(capsys) -> None:
     assert "max_num_timeout: 20" in told
 
 
-def test_a_missing_plug_in_is_told(capsys) -> None:
+def test_a_missing_plug_in_is_reported(capsys) -> None:
     if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None:
         pytest.skip("the plug-in is installed")
     assert execute(["-m", *SMALL, "hydra/launcher=ray", "method=lora,dora"]) == 2

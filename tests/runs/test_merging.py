@@ -314,7 +314,7 @@ def test_a_lost_configuration_is_caught(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_peft_cannot_merge_is_told(opened: Callable[..., Opened], tmp_path: Path) -> None:
+def test_what_peft_cannot_merge_is_reported(opened: Callable[..., Opened], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="lora_bias"):
         one = opened("tiny", target_modules=["q_proj"], lora_bias=True)
     with pytest.raises(UserError, match="adapter cannot be merged .*no bias"):

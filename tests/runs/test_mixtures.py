@@ -99,7 +99,7 @@ def test_others_are_not_merged(tmp_path: Path) -> None:
         ("moslora", "num_experts=2 top_k=2", "method.num_experts=2: mixture=moslora has 1 expert"),
     ],
 )
-def test_mistakes_are_told_before_weights_are_read(
+def test_mistakes_are_reported_before_weights_are_read(
     method: str, words: str, told: str, configure: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -68,7 +68,7 @@ def test_what_cannot_is_refused_before_loading(
 
 
 @pytest.mark.parametrize("dry_run", ["false", "true"])
-def test_a_missing_package_is_told_before_loading(
+def test_a_missing_package_is_reported_before_loading(
     dry_run: str, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "load_model", None)

@@ -57,7 +57,7 @@ def test_the_same_run_is_equal(
     assert read_run(path)["saved_adapter"] == first.record["saved_adapter"]
 
 
-def test_another_result_is_told_with_what_else_differs(
+def test_another_result_is_reported_with_what_else_differs(
     finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = copy.deepcopy(finished("method=mixlora").record)
@@ -114,7 +114,7 @@ def test_folders_are_given_as_they_are_typed(finished, tmp_path: Path) -> None:
     assert list((tmp_path / "a=b (1)").glob(f"*/{RECORD}"))
 
 
-def test_other_records_are_told_in_a_line(
+def test_other_records_are_reported_in_a_line(
     finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(**changes: object) -> str:

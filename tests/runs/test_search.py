@@ -88,7 +88,7 @@ def test_it_finds_the_best_settings(tmp_path: Path) -> None:
     assert set(states(study)) == {"COMPLETE", "PRUNED"}
 
 
-def test_killed_it_goes_on(tmp_path: Path) -> None:
+def test_killed_it_resumes(tmp_path: Path) -> None:
     """Whatever ended it; the trial that was under way is made again with its settings."""
     wanted, under_way, made = settings(tmp_path, trials=5, prune_after=9), None, []
     for end in (Killed(), KeyboardInterrupt(), Terminated()):
@@ -169,7 +169,7 @@ def test_a_field_is_searched_or_given(tmp_path: Path) -> None:
         search(wanted, SMALL, Trainer(tmp_path))
 
 
-def test_a_trial_that_fails_is_noted_and_the_search_goes_on(tmp_path: Path, capfd) -> None:
+def test_a_trial_that_fails_is_noted_and_the_search_resumes(tmp_path: Path, capfd) -> None:
     study = search(settings(tmp_path), SMALL, Diverging(tmp_path, 3e-4))
     failed = [trial for trial in study.trials if trial.state.name == "FAIL"]
     assert len(study.trials) == 12

@@ -79,7 +79,7 @@ def test_a_study_that_cannot_be_read(tmp_path: Path, capfd, spoil) -> None:
         (["trainer.head=liger"], "trainer.head=liger needs"),
     ],
 )
-def test_mistakes_are_told_before_anything_begins(
+def test_mistakes_are_reported_before_anything_begins(
     tmp_path: Path, capfd, arguments, message
 ) -> None:
     out = tmp_path / "out"

@@ -71,7 +71,7 @@ def test_the_command_alone_shows_its_use(capsys: pytest.CaptureFixture[str]) -> 
     assert "generate.py adapter=DIR prompt=" in capsys.readouterr().out
 
 
-def test_nothing_asked_at_a_terminal_is_told(
+def test_no_prompt_at_a_terminal_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = io.StringIO()
@@ -84,7 +84,7 @@ def test_nothing_asked_at_a_terminal_is_told(
     assert "adapter=DIR" in message
 
 
-def test_an_empty_pipe_is_told_before_a_model_is_loaded(
+def test_an_empty_pipe_is_reported_before_a_model_is_loaded(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
@@ -303,7 +303,7 @@ def test_a_merge_goes_to_one_s_home(
         (["a", "b", "--force"], "there is no option --force"),
     ],
 )
-def test_mistakes_of_merging_are_told(
+def test_mistakes_of_merging_are_reported(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["merge", *words]) == 2

@@ -164,7 +164,7 @@ def foreign_lock(folder: Path, count: int = 3) -> Path:
     return (folder / "next").replace(folder / "1")
 
 
-def test_stale_locks_of_another_machine_are_told_from_living_ones(tmp_path: Path) -> None:
+def test_stale_locks_of_another_machine_are_distinguished_from_living_ones(tmp_path: Path) -> None:
     """All at once: as long as one takes, however many there are."""
     few = [*ONE, "seed=1,2,3,4"]
     names = [cell.name for cell in cells(SMALL, tmp_path, *few)]
@@ -202,7 +202,7 @@ def test_a_model_in_a_folder_is_found_under_its_own_shape(tmp_path: Path) -> Non
     assert (cell.state, cell.name) == ("done", run_name(config))
 
 
-def test_committed_records_are_told_from_finished_runs(tmp_path: Path) -> None:
+def test_committed_records_are_distinguished_from_finished_runs(tmp_path: Path) -> None:
     """`train.py` does not look there: the cell counts as recorded, and only on the same data."""
     (config,) = configs(tmp_path, *ONE)
     folder = tmp_path / "records" / "any name"
@@ -365,7 +365,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("method.rnak=2", "rnak"),
     ],
 )
-def test_mistakes_are_told(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = [] if "experiment" in argument else [f"--experiment={SMALL}"]
     assert main(["status", *first, argument]) == 2
     assert message in capsys.readouterr().err

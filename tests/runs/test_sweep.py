@@ -112,7 +112,7 @@ def test_a_read_only_folder_is_one_line(read_only: Path, capsys) -> None:
         ("trainer.head=chunked,liger", "trainer.head=liger needs a CUDA GPU"),
     ],
 )
-def test_what_this_machine_cannot_compute_is_told_first(
+def test_what_this_machine_cannot_compute_is_reported_first(
     sweep_of: str, message: str, tmp_path: Path, capsys
 ) -> None:
     assert message in refused(capsys, tmp_path, sweep_of)
@@ -346,7 +346,7 @@ def scored(rate: str, accuracy: float) -> Finished:
     return Finished({"trainer.learning_rate": rate}, {"scores": scores}, Path("out"))
 
 
-def test_a_learning_rate_at_the_edge_of_the_grid_is_told() -> None:
+def test_a_learning_rate_at_the_edge_of_the_grid_is_reported() -> None:
     low, middle, high = scored("1e-4", 0.5), scored("3e-4", 0.6), scored("1e-3", 0.7)
     assert edge_of_grid([middle, high, low]) is None
     assert "largest learning rate of the sweep (trainer.learning_rate=1e-3): try larger" in str(

@@ -158,7 +158,9 @@ def test_one_that_fails_does_not_cost_the_others(tmp_path, capsys) -> None:
         ("[lora,{method:dora,task:[arc_e,obqa]}]", "a mix of tasks is written task: multi"),
     ],
 )
-def test_wrong_lists_are_told_before_anything_starts(tmp_path, capsys, entries, message) -> None:
+def test_wrong_lists_are_reported_before_anything_starts(
+    tmp_path, capsys, entries, message
+) -> None:
     assert execute([*SMALL, f"output_dir={tmp_path}", f"adapters={entries}"]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not list(tmp_path.iterdir())
@@ -192,7 +194,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_pack_killed_while_it_is_scored_goes_on(tmp_path, monkeypatch) -> None:
+def test_a_pack_killed_while_it_is_scored_resumes(tmp_path, monkeypatch) -> None:
     """Nothing is trained again."""
     argv = [*SMALL, f"output_dir={tmp_path / 'run'}", "adapters=[lora,mixlora]"]
 
@@ -287,7 +289,7 @@ def test_lists_are_not_swept(tmp_path, capsys) -> None:
     assert "trainer.pack_adapters=4" in capsys.readouterr().err
 
 
-def test_dry_run_tells_of_all(tmp_path, capsys) -> None:
+def test_dry_run_shows_all(tmp_path, capsys) -> None:
     argv = ["experiment=multi_adapter/smoke", f"output_dir={tmp_path}", "dry_run=true"]
     assert execute(argv) == 0
     told = capsys.readouterr().out

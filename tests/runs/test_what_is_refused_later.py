@@ -30,7 +30,7 @@ CLEAN = {"commit": "c", "dirty": False}
          f"uncommitted changes in src/a.py, src/b.py, src/c.py and 2 more; {RANDOM}"),
     ],
 )  # fmt: skip
-def test_it_is_told_in_a_plan_and_in_the_first_line(
+def test_it_is_reported_in_a_plan_and_in_the_first_line(
     git: dict[str, Any] | None,
     model: str,
     told: str | None,
@@ -50,7 +50,7 @@ def test_it_is_told_in_a_plan_and_in_the_first_line(
     assert first == f"Run NAME{reason}"
 
 
-def test_an_adapter_of_other_code_is_told_too(configure: Configure) -> None:
+def test_an_adapter_of_other_code_is_reported_too(configure: Configure) -> None:
     config = configure("model=smollm2_135m")
     for adapter, told in (
         ({"trained_by": None}, "origin unknown: no record has the hash of its adapter"),
@@ -59,7 +59,7 @@ def test_an_adapter_of_other_code_is_told_too(configure: Configure) -> None:
         assert told in planning.first_line("NAME", config, adapter)
 
 
-def test_what_was_told_is_what_comes(
+def test_what_was_announced_is_what_comes(
     configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configure("method=none")

@@ -80,6 +80,6 @@ def test_the_last_message_of_the_assistant_is_the_completion() -> None:
         ([], "no message of the assistant after one of the user"),
     ],
 )
-def test_what_is_no_chat_is_told(messages: object, told: str) -> None:
+def test_what_is_no_chat_is_reported(messages: object, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         CHAT.read({"m": messages}, 0)

@@ -87,7 +87,7 @@ def test_a_line_says_why_it_runs_as_layer(capsys, words, device, reason) -> None
     assert told.endswith(": it runs as layer\n")
 
 
-def test_nothing_is_recorded_unless_asked_for(capsys) -> None:
+def test_nothing_is_recorded_by_default(capsys) -> None:
     config = compose(["model=tiny", "trainer.compile=layer"])
     assert recorder(config, torch.device("cuda")) is None
     assert capsys.readouterr().err == ""

@@ -100,7 +100,7 @@ def test_a_run_has_one_size(tmp_path: Path, steps, capsys: pytest.CaptureFixture
     assert halved["scores"] == two["scores"]
 
 
-def test_the_size_is_recorded_whatever_is_asked(tmp_path: Path) -> None:
+def test_the_size_is_recorded_in_any_case(tmp_path: Path) -> None:
     words = [*WORDS, "trainer.max_steps=1", f"output_dir={tmp_path}"]
     assert execute([*words, "adapters=[lora,{method:mixlora,trainer.micro_batch_size:2}]"]) == 0
     found = [read_record(path) for path in tmp_path.glob("*/record.json")]

@@ -88,7 +88,7 @@ def test_a_generated_token_casts_no_vocabulary() -> None:
     assert counter.total <= 2, counter.launches
 
 
-def test_what_waits_is_seen_whoever_asks() -> None:
+def test_host_reads_are_seen_from_any_caller() -> None:
     x, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
     with host_reads() as reads:
         torch.equal(x, x)

@@ -42,7 +42,7 @@ def press(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     monkeypatch.setenv("PRESS", "1")
 
 
-def test_the_first_saves_and_says_where_the_same_command_goes_on(
+def test_the_first_saves_and_says_where_the_same_command_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*WORDS, f"output_dir={tmp_path}"]

@@ -233,6 +233,6 @@ def test_a_row_of_examples() -> None:
         (["method=mixlora_switch", "+method.router_options={capacity:4}"], "counts by sequence"),
     ],
 )
-def test_what_cannot_be_packed_is_told(words: list[str], why: str) -> None:
+def test_what_cannot_be_packed_is_reported(words: list[str], why: str) -> None:
     with pytest.raises(UserError, match=f"data.packing=true: .*{why}.*leave one of them out"):
         check_method(compose(["experiment=smoke", "task=arc_e", PACKED, *words]))

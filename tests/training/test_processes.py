@@ -206,7 +206,7 @@ def test_any_numbers_of_processes_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_is_asked_to_end_and_goes_on(tmp_path: Path) -> None:
+def test_torchrun_is_stopped_and_resumes(tmp_path: Path) -> None:
     """The launcher itself receives SIGTERM. It ends with 1 whatever its processes end with."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
                "-m", "mixlora_exp.cli.main", "train", *UNEVEN, "trainer.max_steps=2000",

@@ -146,7 +146,7 @@ def test_the_router_loss_says_how_much_of_it_counts() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_scoring_tells_how_far_it_is(terminal: bool, monkeypatch) -> None:
+def test_scoring_shows_how_far_it_is(terminal: bool, monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     shown = Shown(terminal)

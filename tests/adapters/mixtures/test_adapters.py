@@ -221,7 +221,7 @@ def test_mask_serves_all_experts_and_not_the_router(mixed_of, method: str) -> No
         ({"top_k": "1/4", "num_experts": "4/2"}, "top_k=1/4 must be"),
     ],
 )
-def test_bad_settings_are_told(base_of, changes, message) -> None:
+def test_bad_settings_are_reported(base_of, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(base_of(), MixtureConfig(**{"task_type": "CAUSAL_LM", "r": 2, **changes}))
 
