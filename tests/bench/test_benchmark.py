@@ -32,7 +32,7 @@ SMALL = {"model": "tiny", "batch": 2, "length": 8, "dtype": "float32", "memory":
 
 def benchmark(config: StepOptions) -> dict:
     """The record of all parts."""
-    *_, last = benchmark_parts(config, say=lambda text: None)
+    *_, last = benchmark_parts(config, echo=lambda text: None)
     return last
 
 

@@ -70,7 +70,7 @@ def test_the_plan_of_a_packed_pass_is_what_autograd_keeps(method: str) -> None:
 
 def test_the_whole_benchmark() -> None:
     config = AdapterOptions(**TINY, counts=[1, 2], sequences=2)
-    found = benchmark_several(config, say=lambda text: None)
+    found = benchmark_several(config, echo=lambda text: None)
     names = {"alone", "together_1", "together_2", "small_together_2", "small_alone_2"}
     assert set(found["times"]) == names
     assert found["times"]["together_1"]["train_ratio"] == 1.0

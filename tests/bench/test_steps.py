@@ -140,7 +140,7 @@ def test_launches_of_a_layer(base: nn.Module) -> None:
 
 
 def rows_of(config: StepOptions) -> dict[str, Any]:
-    *_, last = benchmark_parts(config, say=lambda text: None)
+    *_, last = benchmark_parts(config, echo=lambda text: None)
     return last["rows"]
 
 

@@ -30,7 +30,7 @@ def interleaved(
     every: Mapping[str, int] | None = None,
     deadline: float | None = None,
     lost: Callable[[str, int, Exception], bool] = lambda name, number, error: False,
-    say: Callable[[str], None] = lambda text: None,
+    echo: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Sample]]:
     """Return each step's measurements in each round. The steps of a round run in a random order, so
     that none always follows the same one.
@@ -42,7 +42,7 @@ def interleaved(
     found: dict[str, list[Sample]] = {name: [] for name in steps}
     for number in range(rounds):
         if deadline is not None and time.monotonic() > deadline:
-            say(f"stopped after {number} of {rounds} rounds: out of time")
+            echo(f"stopped after {number} of {rounds} rounds: out of time")
             break
         names = list(found)
         random.Random(seed + number).shuffle(names)
@@ -55,7 +55,7 @@ def interleaved(
                 if not lost(name, number, error):
                     raise
                 del found[name]
-        say(f"round {number + 1}/{rounds}")
+        echo(f"round {number + 1}/{rounds}")
     return found
 
 

@@ -118,7 +118,7 @@ def machine_slug(record: Record) -> str:
     return re.sub(r"[^a-z0-9]+", "_", machine.lower()).strip("_")
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Print progress on standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

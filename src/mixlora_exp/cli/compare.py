@@ -25,7 +25,7 @@ from mixlora_exp.results.comparison_text import (
     settings_sheet,
     title,
 )
-from mixlora_exp.system.console import console, say
+from mixlora_exp.system.console import console, echo
 
 NAME = "comparison"
 
@@ -33,7 +33,7 @@ NAME = "comparison"
 def _show(sheet: Sheet) -> None:
     if not sheet.labels.cells:
         return
-    say(sheet.title)
+    echo(sheet.title)
     for table in fitted(sheet, console.width):
         console.print(table)
 
@@ -56,18 +56,18 @@ def run(argv: Sequence[str]) -> int:
     if len(compared.sides) < 2 and len(runs) < 2:
         raise UserError("compare needs two runs or more: name the folders of finished runs")
     for side in compared.sides:
-        say(title(side))
+        echo(title(side))
     for sheet in (settings_sheet, scores_sheet, differences_sheet):
         _show(sheet(compared))
     if args.output is not None:
         write_text(args.output / f"{NAME}.csv", as_csv(compared))
-        say(f"Written: {args.output / NAME}.csv")
+        echo(f"Written: {args.output / NAME}.csv")
         if lines := contrasts(compared):
             # Imported late: figures are an extra of the package.
             from mixlora_exp.results import figures
 
             figures.save(lambda: figures.forest_figure(lines), args.output, NAME)
-            say(f"Written: {args.output / NAME}.png, .svg")
+            echo(f"Written: {args.output / NAME}.png, .svg")
     if args.html is not None:
         _write_page(compared, args.html, args.data)
     return 0
@@ -83,6 +83,6 @@ def _write_page(compared: Compared, path: Path, data: Path | None) -> None:
         compared, lambda one, task: scored_items(one.record, task, data)
     )
     for reason in missing:
-        say(f"warning: the page has no questions: {reason} (--data=DIR names their folder)")
+        echo(f"warning: the page has no questions: {reason} (--data=DIR names their folder)")
     write_text(path, comparison_page(compared, entries, missing))
-    say(f"Written: {path}")
+    echo(f"Written: {path}")

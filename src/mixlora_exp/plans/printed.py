@@ -147,10 +147,10 @@ def print_plan_together(configs: Sequence[Config], around: Circumstances | None 
 
 
 def _print(lines: Sequence[tuple[str, str]]) -> None:
-    from mixlora_exp.system.console import say
+    from mixlora_exp.system.console import echo
 
     for what, value in lines:
-        say(f"{what:<12}{value}")
+        echo(f"{what:<12}{value}")
 
 
 def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:

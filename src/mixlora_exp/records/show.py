@@ -10,7 +10,7 @@ from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import shown
 from mixlora_exp.records.doubts import doubts
 from mixlora_exp.records.layout import Column, Sheet, fitted
-from mixlora_exp.system.console import console, say
+from mixlora_exp.system.console import console, echo
 
 
 def _percent(value: float | None) -> str:
@@ -112,7 +112,7 @@ def load_table(record: Mapping[str, Any]) -> Sheet | None:
 
 def _show(sheet: Sheet) -> None:
     """Print a table that fits the terminal's width; in a pipe, 80 columns or COLUMNS."""
-    say(sheet.title)
+    echo(sheet.title)
     for table in fitted(sheet, console.width):
         console.print(table)
 
@@ -139,14 +139,14 @@ def print_record(record: Mapping[str, Any]) -> None:
 
 def _print(record: Mapping[str, Any]) -> None:
     console.print()
-    say(f"Results of {record['name']}")
+    echo(f"Results of {record['name']}")
     for protocol in dict.fromkeys(s["protocol"] for s in record["scores"]):
         _show(scores_table(record, protocol))
     loads = load_table(record)
     if loads is not None:
         _show(loads)
     for doubt in doubts(record):
-        say(doubt)
+        echo(doubt)
     train = record["train"]
     if train is None:
         return
@@ -155,7 +155,7 @@ def _print(record: Mapping[str, Any]) -> None:
     compiled = "" if first is None else f"; {first:.0f} s of them for the first step, compiled"
     count = train.get("processes", 1)
     several = "" if count == 1 else f" by {count} processes"
-    say(
+    echo(
         f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s{several}{compiled} "
         f"({train['tokens_per_second']:.0f} tokens/s), loss {train['final_loss']:.3f}, "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"

@@ -9,7 +9,7 @@ from mixlora_exp.config.schema import Config, TrainedMethodConfig
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.plans.printed import first_line
 from mixlora_exp.runs.inputs import Inputs
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 
 if TYPE_CHECKING:
     from mixlora_exp.runs.run import Run
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def announce(this: Run) -> None:
     """Print the name of a run that begins, and warnings about its scores."""
-    say(first_line(this.folder.name, this.config, this.inputs.identity["adapter"]))
+    echo(first_line(this.folder.name, this.config, this.inputs.identity["adapter"]))
     for warning in coinciding(this.config, this.inputs, this.tests):
-        say(warning)
+        echo(warning)
 
 
 def _content(item: Any) -> tuple[object, ...]:

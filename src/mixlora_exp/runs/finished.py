@@ -10,7 +10,7 @@ from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.records.show import print_record
 from mixlora_exp.runs.inputs import Inputs, differences
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 from mixlora_exp.system.hashing import file_sha256
 
 
@@ -36,7 +36,7 @@ def finished(path: Path, inputs: Inputs, config: Config, earlier: list[Path] | N
             f"{path} is a finished run with micro-batches halved to {halved} for lack of memory: "
             "trainer.auto_micro_batch=true accepts it, force=true runs it again"
         )
-    say(f"Already finished: {path}. force=true runs it again.")
+    echo(f"Already finished: {path}. force=true runs it again.")
     if earlier is None:
         with odd_fields(path):
             print_record(record)

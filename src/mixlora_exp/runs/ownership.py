@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import write_json
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import processes
 from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.runlock import RunLock, holder_of
@@ -39,7 +39,7 @@ def held(folder: Path) -> Iterator[RunLock | None]:
     if not free[0]:
         holder = holder_of(folder / LOCK) or {}
         where = f" ({holder.get('host')}, process {holder.get('pid')})" if holder else ""
-        say(f"Skipped, another process is running it{where}: {folder}")
+        echo(f"Skipped, another process is running it{where}: {folder}")
         yield None
         return
     try:

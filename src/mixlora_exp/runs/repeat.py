@@ -16,7 +16,7 @@ from mixlora_exp.records.files import find_record
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.runs.run import run
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 
 AGAIN = "outputs/again"
 FREE = ("output_dir", "data.path", "data.mirror", "dry_run", "force", "adapter", "base")
@@ -48,11 +48,11 @@ def repeat(given: str, words: Sequence[str]) -> bool | None:
     with odd_fields(path):
         results, context = list(_results(record, now)), list(_context(record, now))
     if results:
-        say(f"Differs from {given}: {'; '.join(results)}")
+        echo(f"Differs from {given}: {'; '.join(results)}")
     else:
-        say(f"Equal to {given}: {', '.join(compared(record))}")
+        echo(f"Equal to {given}: {', '.join(compared(record))}")
     if context:
-        say(f"Other circumstances: {'; '.join(context)}")
+        echo(f"Other circumstances: {'; '.join(context)}")
     return not results
 
 

@@ -56,7 +56,7 @@ from mixlora_exp.runs.inputs import (
 from mixlora_exp.runs.ownership import check_lock, failure_noted, held
 from mixlora_exp.runs.predictions import score_entry, write_predictions
 from mixlora_exp.runs.scoring import Scores, score_with
-from mixlora_exp.system.console import be_quiet, say
+from mixlora_exp.system.console import be_quiet, echo
 from mixlora_exp.system.device import (
     free_memory,
     gathered,
@@ -143,7 +143,7 @@ class Run:
 
     def load_base(self) -> PreTrainedModel:
         """Load the base model to this process's device, and set all seeds to the run's seed."""
-        say(special_tokens_line(self.tokenizer))
+        echo(special_tokens_line(self.tokenizer))
         device = resolve_device()
         set_seed(self.config.seed)
         base = load_model(self.config.model, self.dtype, self.config.seed, device)
@@ -156,7 +156,7 @@ class Run:
 
     def score_base(self, base: PreTrainedModel) -> list[TaskScore]:
         """Score the base model before training."""
-        say("Scoring the base model")
+        echo("Scoring the base model")
         return _score(self, base, None)[0]
 
 
@@ -237,7 +237,7 @@ def write_record(this: Run, record: dict[str, Any]) -> Path:
     # Only now: checkpoints are needed until the record is on disk.
     this.checkpoints().clear()
     print_record(record)
-    say(f"Record: {path}")
+    echo(f"Record: {path}")
     return path
 
 
@@ -256,7 +256,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
             base = this.load_base()
     model: torch.nn.Module = base
     if adapter is not None:
-        say(f"Scoring the adapter loaded back from {adapter}")
+        echo(f"Scoring the adapter loaded back from {adapter}")
         model = _load(this, base)
     scores = _score(this, model, None if adapter is None else this.adapter_folder)
     if not processes().is_main_process:
@@ -334,8 +334,10 @@ def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
     """Train an adapter on `base`, save it to the run's folder, and remove it from `base` and from
     memory."""
     examples = training_examples(this)
-    say(f"Training {this.config.method.name} on {len(examples)} examples")
-    summary = fit_halving(this.config, this.checkpoints(), partial(_fit, this, base, examples), say)
+    echo(f"Training {this.config.method.name} on {len(examples)} examples")
+    summary = fit_halving(
+        this.config, this.checkpoints(), partial(_fit, this, base, examples), echo
+    )
     free_memory()
     return summary
 

@@ -16,7 +16,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import ItemScore, Scorer, TaskScore, score_tests
 from mixlora_exp.records.record import write_json
 from mixlora_exp.runs.scoring_progress import ScoringProgress
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import gathered, processes
 from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.untrusted import read_json
@@ -58,14 +58,14 @@ def score_with(
                 this.check_owner()
                 _keep(place, identity, kept)
         else:
-            say(f"  {label}{protocol.value}: kept from before the interruption")
+            echo(f"  {label}{protocol.value}: kept from before the interruption")
         found, seconds = kept
         times[protocol.value] = {"items": sum(s.n for s in found), "seconds": seconds}
         for score in found:
             accuracy = f"{100 * score.accuracy:.1f} % of {score.n} items"
             if score.unparsed:
                 accuracy += f", {100 * score.unparsed / score.n:.1f} % unparsed"
-            say(f"  {label}{protocol.value} {score.task}: {accuracy}")
+            echo(f"  {label}{protocol.value} {score.task}: {accuracy}")
         scores += found
     return scores, times
 

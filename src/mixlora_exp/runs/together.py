@@ -41,7 +41,7 @@ from mixlora_exp.runs.run import (
     write_record,
 )
 from mixlora_exp.runs.scoring import Scores, score_with
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import free_memory, processes
 from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.hub import adapter_folder
@@ -219,7 +219,7 @@ def _train(pack: _Pack, base: PreTrainedModel) -> dict[str, TrainSummary]:
     first = pack.runs[0]
     methods = {job.name: (job.config.method, job.config.seed) for job in jobs}
     model = attach_together(base, methods, first.config.kernel)
-    say(f"Training {len(jobs)} adapters together: {', '.join(job.folder.name for job in jobs)}")
+    echo(f"Training {len(jobs)} adapters together: {', '.join(job.folder.name for job in jobs)}")
     results = fit_jointly(model=model, jobs=jobs, dtype=first.dtype)
     summaries, own = {}, {this.folder.name: this for this in pack.runs}
     for job in jobs:
@@ -249,7 +249,7 @@ def score_together(
     Returns scores, or the error, by run name. Adapters are scored alone under lm-eval (not
     thread-safe), with dropout (drawn per pass), and after a shared pass failed.
     """
-    say(f"Scoring {len(runs)} adapters loaded back from disk")
+    echo(f"Scoring {len(runs)} adapters loaded back from disk")
     shared = {
         f"adapter{number}": this
         for number, this in enumerate(runs)

@@ -39,7 +39,7 @@ from mixlora_exp.sweeps.study import (
     open_study,
     require_same,
 )
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.signals import Terminated, requested
 
@@ -299,7 +299,7 @@ def _carry_out(
     if crash is not None:
         raise crash
     values = " ".join(f"{name}={value:.3g}" for name, value in trial.params.items())
-    say(f"Trial {trial.number} failed with {values}: {reason}")
+    echo(f"Trial {trial.number} failed with {values}: {reason}")
 
 
 def _by_its_settings(error: UserError) -> bool:

@@ -16,7 +16,7 @@ from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.layout import Column, Sheet, fitted
 from mixlora_exp.records.record import read_run
 from mixlora_exp.sweeps.jobs import duration
-from mixlora_exp.system.console import console, say
+from mixlora_exp.system.console import console, echo
 
 RATE = "trainer.learning_rate"
 
@@ -111,13 +111,13 @@ def print_summary(cells: Sequence[Cell]) -> None:
     if not runs:
         return
     sheet = summary(runs)
-    say(sheet.title)
+    echo(sheet.title)
     for table in fitted(sheet, console.width):
         console.print(table)
     for number, run in enumerate(runs, start=1):
-        say(f"{number}  {run.folder}")
+        echo(f"{number}  {run.folder}")
     if len(runs) > 1:
         two = " ".join(str(run.folder) for run in runs[:2])
-        say(f"Compare the first two: mixlora-exp compare {two}")
+        echo(f"Compare the first two: mixlora-exp compare {two}")
     if (warning := edge_of_grid(runs)) is not None:
-        say(warning)
+        echo(warning)

@@ -14,6 +14,6 @@ def be_quiet(quiet: bool) -> None:
     console.quiet = quiet
 
 
-def say(message: str) -> None:
+def echo(message: str) -> None:
     """Print a line of progress."""
     console.print(shown(message), markup=False)

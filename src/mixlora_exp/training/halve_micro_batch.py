@@ -16,7 +16,7 @@ def fit_halving(
     config: Config,
     checkpoints: Checkpoints,
     fit: Callable[[Config], TrainSummary],
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
 ) -> TrainSummary:
     """Train with `fit`, which attaches an adapter and removes it again. With
     `trainer.auto_micro_batch`, if memory is insufficient, train again from the beginning with half
@@ -34,7 +34,7 @@ def fit_halving(
             return fit(config)
         except NotEnoughMemory:
             size = config.trainer.micro_batch_size
-            say(f"Micro-batches of {size} do not fit; restarting with micro-batches of {half}")
+            echo(f"Micro-batches of {size} do not fit; restarting with micro-batches of {half}")
         # Outside `except`, which holds the traceback: only reference cycles keep the first adapter.
         free_memory()
     smaller = dataclasses.replace(config.trainer, micro_batch_size=half)

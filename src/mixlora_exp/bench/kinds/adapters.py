@@ -14,7 +14,7 @@ from mixlora_exp.bench.interleaved import Sample, interleaved, quartiles, ratios
 from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.row_registry import BenchRow
-from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.bench.several_memory import account, resident
 from mixlora_exp.bench.several_report import several_markdown
 from mixlora_exp.bench.several_steps import METHODS, AdapterOptions, Joint, check, method_of
@@ -22,7 +22,7 @@ from mixlora_exp.config.choices import LossOn
 
 
 def benchmark_several(
-    config: AdapterOptions, *, say: Callable[[str], None] = say
+    config: AdapterOptions, *, echo: Callable[[str], None] = echo
 ) -> dict[str, Any]:
     """Measure M adapters for each M of `counts`.
 
@@ -38,18 +38,18 @@ def benchmark_several(
     steps = _steps(config, base)
     for step in steps.values():
         step(0)  # Warms up.
-    samples = interleaved(steps, config.rounds, config.seed, say=say)
+    samples = interleaved(steps, config.rounds, config.seed, echo=echo)
     tokens = config.sequences * config.length
     times = {name: _times(taken, samples, name, config) for name, taken in samples.items()}
     steps.clear()
     del base
-    say("memory, by accounting")
+    echo("memory, by accounting")
     memory = account(config)
     held = {}
     if config.resident and device == "cpu":
         for count in config.counts:
             held[str(count)] = resident(config, count)
-            say(f"resident memory of {count}")
+            echo(f"resident memory of {count}")
     return {
         "config": asdict(config),
         "device": device,

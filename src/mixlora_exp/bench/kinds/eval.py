@@ -27,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.bench.interleaved import interleaved
 from mixlora_exp.bench.options import BenchOptions, require_dtype
-from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import TASK_NAMES, AnswerForm, Config, LoraMethodConfig, Protocol
 from mixlora_exp.data.encoding import prompt_with_answers
@@ -72,7 +72,7 @@ def _tests(config: Config, limit: int) -> dict[str, LoadedSplit]:
         try:
             split = load_split(config.data, task, "test")
         except UserError as error:
-            say(f"left out: {error}")
+            echo(f"left out: {error}")
             continue
         found[task] = split.limited(limit, 0)
     return found
@@ -182,11 +182,11 @@ def measure(options: EvalOptions) -> Iterator[dict[str, Any]]:
         seconds = round(time.perf_counter() - start, 3)
         row = rows[protocol].setdefault(name, {"seconds": [], "accuracy": found})
         row["seconds"].append(seconds)
-        say(f"{protocol}, {name}: {seconds:.1f} s")
+        echo(f"{protocol}, {name}: {seconds:.1f} s")
         return {}
 
     steps = {" ".join(key): lambda number, key=key: timed(*key) for key in ways}
-    interleaved(steps, options.rounds, 0, say=say)
+    interleaved(steps, options.rounds, 0, echo=echo)
     items = sum(len(test.items) for test in tests.values())
     kept = asdict(options)
     # The record tells where results were found, not where someone keeps data.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mixlora_exp.bench.options import BenchOptions
-from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.kernels import Experts, FeedForward, FrozenLinear, Projection, route
 from mixlora_exp.kernels.mixlora.dense import dense_stage
 from mixlora_exp.kernels.mixlora.grouped import grouped_stage
@@ -91,7 +91,7 @@ def measure(options: FormOptions) -> Iterator[dict[str, Any]]:
     rows = []
     for cell in itertools.product(options.widths, dtypes, doras, options.tokens):
         rows.append(_row(options, *cell))
-        say(" ".join(f"{name}={value}" for name, value in rows[-1].items()))
+        echo(" ".join(f"{name}={value}" for name, value in rows[-1].items()))
     yield {"config": asdict(options), "threads": torch.get_num_threads(), "forms": rows}
 
 

@@ -24,7 +24,7 @@ from mixlora_exp.bench.kinds.steps import benchmark_parts, check
 from mixlora_exp.bench.options import BenchOptions, StepOptions
 from mixlora_exp.bench.report import kernel_table, markdown
 from mixlora_exp.bench.row_registry import ROWS
-from mixlora_exp.bench.runner import Kind, machine_slug, say
+from mixlora_exp.bench.runner import Kind, echo, machine_slug
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.errors import UserError
 from mixlora_exp.system.device import hardware_names
@@ -114,7 +114,7 @@ def suite(options: GpuOptions) -> Iterator[dict[str, Any]]:
         if time.monotonic() > start + rounds_until * limit:
             skip(record, model, "no time left")
             continue
-        say(model)
+        echo(model)
         parts = benchmark_parts(
             steps_of(options, model),
             deadline=start + rounds_until * limit,
@@ -140,7 +140,7 @@ def suite(options: GpuOptions) -> Iterator[dict[str, Any]]:
 def skip(record: dict[str, Any], what: str, reason: str) -> None:
     """Record and print that something was not measured."""
     record["skipped"][what] = reason
-    say(f"not measured: {what}: {reason}")
+    echo(f"not measured: {what}: {reason}")
 
 
 def carry_out_checks(record: dict[str, Any], deadline: float) -> None:
@@ -150,10 +150,10 @@ def carry_out_checks(record: dict[str, Any], deadline: float) -> None:
         record["checks"].append(found)
         if not found["passed"]:
             record["failed"].append(failure(found))
-            say(f"FAILED {record['failed'][-1]}")
+            echo(f"FAILED {record['failed'][-1]}")
     done = {(c["case"], c["kernel"], c["dtype"]) for c in record["checks"]}
     left = [t.described() for t in tasks if tuple(t.described().values()) not in done]
-    say(f"{len(done) - len(record['failed'])} of {len(tasks)} checks passed")
+    echo(f"{len(done) - len(record['failed'])} of {len(tasks)} checks passed")
     if left:
         names = "; ".join(", ".join(one.values()) for one in left)
         skip(record, "checks", f"{len(left)} of {len(tasks)}, no time left: {names}")

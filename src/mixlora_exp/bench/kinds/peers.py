@@ -23,7 +23,7 @@ from mixlora_exp.bench.measure import inference_step, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import BenchOptions, require_dtype, require_positive
 from mixlora_exp.bench.row_registry import BenchRow
-from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.config.choices import LossOn
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import ModelConfig
@@ -150,7 +150,7 @@ def measure(options: PeerOptions) -> Iterator[dict[str, Any]]:
     ours = _step(options, shape)
     ours()
     sides = {"peer": lambda number: _peer_step(worker), "ours": lambda number: ours()}
-    samples = interleaved(sides, options.rounds, 0, say=say)
+    samples = interleaved(sides, options.rounds, 0, echo=echo)
     worker.stdin.close()
     worker.wait()
     parts = [name for name in samples["ours"][0] if name != "round"]

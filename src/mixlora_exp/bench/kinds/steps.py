@@ -23,7 +23,7 @@ from mixlora_exp.bench.options import StepOptions, as_json, require_dtype, requi
 from mixlora_exp.bench.recorded import WARM_UP, RecordedStep
 from mixlora_exp.bench.report import markdown
 from mixlora_exp.bench.row_registry import BASELINE, PAIRS, ROWS, BenchRow, NotHere
-from mixlora_exp.bench.runner import Kind, machine_slug, say
+from mixlora_exp.bench.runner import Kind, echo, machine_slug
 from mixlora_exp.bench.step_profile import launches_per_layer, step_profile
 from mixlora_exp.errors import UserError
 from mixlora_exp.training.captured import CudaRecorder
@@ -100,8 +100,8 @@ def _late(deadline: float | None) -> bool:
 class _Rows:
     """The rows of one benchmark, on one base."""
 
-    def __init__(self, config: StepOptions, say: Callable[[str], None]) -> None:
-        self.config, self.say = config, say
+    def __init__(self, config: StepOptions, echo: Callable[[str], None]) -> None:
+        self.config, self.echo = config, echo
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         shape = model_config(config.model, config.layers)
         self.layers = shape.config["num_hidden_layers"]
@@ -146,7 +146,7 @@ class _Rows:
             if reason is not None:
                 self.drop(name, reason)
             else:
-                self.say(f"{name}: ready")
+                self.echo(f"{name}: ready")
 
     def ready(self, name: str) -> nn.Module | RecordedStep:
         """Return a row's model or, where its step is to be recorded, that step."""
@@ -163,7 +163,7 @@ class _Rows:
         self.found[name]["error"] = reason
         self.models.pop(name, None)
         gc.collect()
-        self.say(f"{name}: {reason}")
+        self.echo(f"{name}: {reason}")
 
     def lost(self, name: str, number: int, error: Exception) -> bool:
         """Return whether to give up a row that raised: the others go on, and its measurements so
@@ -180,7 +180,7 @@ class _Rows:
             {r: lambda number, r=r: _measure(config, models[r], r, self.batch, number)
              for r in models},
             config.rounds, config.seed, every={r: ROWS[r].every for r in models},
-            deadline=deadline, lost=self.lost, say=self.say,
+            deadline=deadline, lost=self.lost, echo=self.echo,
         )  # fmt: skip
         for row, taken in samples.items():
             reference = samples.get(BASELINE, [])
@@ -193,7 +193,7 @@ class _Rows:
         for name, model in self.models.items():
             row, found = ROWS[name], self.found[name]
             if _late(deadline):
-                self.say(f"{name}: no time left for its launches and memory")
+                self.echo(f"{name}: no time left for its launches and memory")
                 continue
             if self.device == "cuda":
                 step = model if row.recorded else partial(training_step, model, row, self.batch)
@@ -215,7 +215,7 @@ class _Rows:
         gc.collect()
         for name in names:
             self.found[name] |= measure_in_process(self.config, name)
-            self.say(f"memory of {name}")
+            self.echo(f"memory of {name}")
 
     def record(self) -> dict[str, Any]:
         return {
@@ -233,7 +233,7 @@ def benchmark_parts(
     *,
     deadline: float | None = None,
     details_until: float | None = None,
-    say: Callable[[str], None] = say,
+    echo: Callable[[str], None] = echo,
 ) -> Iterator[dict[str, Any]]:
     """Measure `config.rows`. Yields the record with times, and again with launches, kept bytes and
     memory. `deadline` (of `time.monotonic`) ends the first part early, of which rows take at most
@@ -245,7 +245,7 @@ def benchmark_parts(
     longest.
     """
     check(config)
-    rows = _Rows(config, say)
+    rows = _Rows(config, echo)
     now = time.monotonic()
     with rows.contexts:
         rows.prepare(None if deadline is None else now + 0.75 * (deadline - now))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.bench.options import BenchOptions
-from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.config.command import compose, compose_settings
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.together import entry_overrides
@@ -40,7 +40,7 @@ def _run(words: list[str], log: Path) -> dict[str, float]:
     """Return seconds and peak memory of one command line of `train.py`, start and loading
     included."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "train.py"), *words]
-    say(" ".join(words))
+    echo(" ".join(words))
     begun = time.perf_counter()
     with log.open("ab") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
