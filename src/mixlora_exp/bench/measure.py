@@ -36,7 +36,7 @@ class Clock:
         """Set a mark; on a GPU the first one waits for all work before it."""
         if self._cuda:
             if not self._marks:
-                # What was asked for before is not part of what is measured.
+                # Work that was launched before is not part of what is measured.
                 torch.cuda.synchronize()
             event = torch.cuda.Event(enable_timing=True)
             event.record()

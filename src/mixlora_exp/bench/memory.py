@@ -30,12 +30,12 @@ def measure_in_process(config: StepOptions, row: str) -> dict[str, Any]:
     return in_fresh_process("mixlora_exp.bench.memory", {**as_json(config), "rows": [row]})
 
 
-def in_fresh_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON that a module prints for the input `asked`, in a new process."""
+def in_fresh_process(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON that a module prints for the input `settings`, in a new process."""
     share_code()
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module],
-        input=json.dumps(asked),
+        input=json.dumps(settings),
         capture_output=True,
         text=True,
         check=False,
@@ -70,8 +70,8 @@ def measure_here(config: StepOptions, row: str) -> dict[str, int]:
 
 def main() -> None:
     """Measure the one row that standard input names and print the result as JSON."""
-    asked = json.loads(sys.stdin.read())
-    config = StepOptions(**{**asked, "loss_on": LossOn(asked["loss_on"])})
+    settings = json.loads(sys.stdin.read())
+    config = StepOptions(**{**settings, "loss_on": LossOn(settings["loss_on"])})
     if config.threads:
         torch.set_num_threads(config.threads)
     sys.stdout.write(json.dumps(measure_here(config, config.rows[0])) + "\n")

@@ -27,7 +27,7 @@ ADAPTER = {
 
 
 def base(spec: dict) -> LlamaForCausalLM:
-    """Return a Llama of the shape asked for, random weights."""
+    """Return a Llama of the given shape with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(**spec["shape"], attn_implementation="eager")
     model = LlamaForCausalLM(config).to(getattr(torch, spec["dtype"]))

@@ -109,17 +109,17 @@ def resident_here(config: AdapterOptions, count: int) -> dict[str, int]:
 
 def resident(config: AdapterOptions, count: int) -> dict[str, Any]:
     """Return `resident_here` in a fresh process."""
-    asked = {"config": asdict(config), "count": count}
-    return in_fresh_process("mixlora_exp.bench.several_memory", asked)
+    settings = {"config": asdict(config), "count": count}
+    return in_fresh_process("mixlora_exp.bench.several_memory", settings)
 
 
 def main() -> None:
     """Measure the adapters that standard input describes and print the result as JSON."""
-    asked = json.loads(sys.stdin.read())
-    config = AdapterOptions(**asked["config"])
+    settings = json.loads(sys.stdin.read())
+    config = AdapterOptions(**settings["config"])
     if config.threads:
         torch.set_num_threads(config.threads)
-    sys.stdout.write(json.dumps(resident_here(config, asked["count"])) + "\n")
+    sys.stdout.write(json.dumps(resident_here(config, settings["count"])) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ def score_answer_text(
     """Score the items of all tasks in one pass. `encoded`: by task, in the form `text`."""
     questions, keys, groups, shortened = [], [], [], {}
     for task, test in tests.items():
-        asked = encoded[task]
-        shortened[task] = sum(e.shortened for e in asked)
-        questions += [[Request(e.prompt + a, len(a)) for a in e.answers] for e in asked]
+        own = encoded[task]
+        shortened[task] = sum(e.shortened for e in own)
+        questions += [[Request(e.prompt + a, len(a)) for a in e.answers] for e in own]
         keys += [f"{task}/{item.id}" for item in test.items]
         groups += [task] * len(test.items)
     found = iter(scorer.log_likelihoods(questions, keys, groups))

@@ -92,12 +92,12 @@ def score_generate(
     """Score the items of all tasks by the text that the model generates after the question.
     `encoded`: by task, from `encode_prompts`."""
     questions = [
-        (task, item, asked)
+        (task, item, found)
         for task, test in tests.items()
-        for item, asked in zip(test.items, encoded[task], strict=True)
+        for item, found in zip(test.items, encoded[task], strict=True)
     ]
     keys = [f"{task}/{item.id}" for task, item, _ in questions]
-    prompts = [asked.prompt for _, _, asked in questions]
+    prompts = [found.prompt for _, _, found in questions]
     texts = generated_texts(scorer, prompts, keys, evaluation.max_new_tokens)
     results = []
     for task, test in tests.items():

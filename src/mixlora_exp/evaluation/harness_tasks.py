@@ -154,9 +154,9 @@ def check_harness(tokenizer: PreTrainedTokenizerBase, task: str, test: LoadedSpl
     harness_rows(task, test)
     words = list(HARNESS_TASKS[task].words)
     if words:
-        asked = [(f"every item of {task}", Prompt("", "", "Answer:"), words)]
-        (encoded,) = encode(tokenizer, asked, cutoff=tokenizer.model_max_length)
-        check_labels(tokenizer, asked[0][0], words, encoded.answers)
+        questions = [(f"every item of {task}", Prompt("", "", "Answer:"), words)]
+        (encoded,) = encode(tokenizer, questions, cutoff=tokenizer.model_max_length)
+        check_labels(tokenizer, questions[0][0], words, encoded.answers)
 
 
 def write_tasks(folder: Path, tests: Mapping[str, LoadedSplit]) -> list[str]:

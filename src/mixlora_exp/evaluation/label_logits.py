@@ -45,12 +45,12 @@ def _batch_scores(
     it does not have. Ties go to the first label; one of `others` that leads them all is an answer
     that the item does not have.
     """
-    asked = [
+    candidates = [
         [*own, *more, own[item.answer]]
         for item, own, more in zip(items, labels, others, strict=True)
     ]
-    width = max(map(len, asked))
-    ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in asked])
+    width = max(map(len, candidates))
+    ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in candidates])
     found = logits.gather(1, ids.to(logits.device))
     gold = found[:, -1:] - logits.logsumexp(dim=-1, keepdim=True)
     # One copy to the host for the whole batch.
@@ -149,10 +149,10 @@ def score_label_logits(
     nine = evaluation.arc_labels is ArcLabels.nine
     others: list[list[int]] = []
     for task, test in tests.items():
-        asked, found, rest = encoded[task]
-        shortened[task] = sum(e.shortened for e in asked)
+        own, found, rest = encoded[task]
+        shortened[task] = sum(e.shortened for e in own)
         items += test.items
-        prompts += [e.prompt for e in asked]
+        prompts += [e.prompt for e in own]
         labels += found
         others += rest
         groups += [task] * len(test.items)

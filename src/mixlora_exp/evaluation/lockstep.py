@@ -88,15 +88,15 @@ class Lockstep:
             return
         kinds = dict.fromkeys(self._waiting[a].kind for a in self._order if a in self._waiting)
         for kind in kinds:
-            asked = {
+            joined = {
                 name: self._waiting[name]
                 for name in self._order
                 if name in self._waiting and self._waiting[name].kind == kind
             }
             try:
-                self._run(kind, asked)
-            except Exception as error:  # noqa: BLE001 - raised in the threads that asked
-                for request in asked.values():
+                self._run(kind, joined)
+            except Exception as error:  # noqa: BLE001 - raised in the waiting threads
+                for request in joined.values():
                     request.error = error
         self._waiting = {}
         self._meeting.notify_all()

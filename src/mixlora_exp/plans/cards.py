@@ -120,7 +120,7 @@ def card_lines(
     """Return a (title, value) line per card: what fits it first, as a command. words: the overrides
     that the user gave."""
     found = list(fits(configs, accepts, processes))
-    asked = total_bytes(configs, processes)
+    needed = total_bytes(configs, processes)
     lines = []
     for size in CARDS:
         usable = usable_bytes(size)
@@ -133,7 +133,7 @@ def card_lines(
             )
         else:
             command = _command(words, fit.words(configs[0]), processes)
-            what = "fits" if asked <= usable else "does not fit; this would"
+            what = "fits" if needed <= usable else "does not fit; this would"
             text = f"{what}, in {_gib(fit.needed)} GiB ({fit.described}): {command}"
         lines.append((f"{size} GB", text))
     return lines

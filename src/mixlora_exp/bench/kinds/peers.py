@@ -91,8 +91,8 @@ def _worker(python: Path, options: PeerOptions, shape: ModelConfig) -> subproces
     """
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "vocab_size", "tie_word_embeddings")  # fmt: skip
-    asked = {name: shape.config[name] for name in names}
-    spec = json.dumps({**asdict(options), "shape": asked})
+    sizes = {name: shape.config[name] for name in names}
+    spec = json.dumps({**asdict(options), "shape": sizes})
     worker = subprocess.Popen(
         [str(python), "-W", "ignore", str(WORKER), spec],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,

@@ -114,14 +114,14 @@ def _parse(words: Sequence[str]) -> TogetherOptions:
     return options
 
 
-def measure(asked: TogetherOptions) -> Iterator[dict[str, Any]]:
+def measure(options: TogetherOptions) -> Iterator[dict[str, Any]]:
     """Yield the record of the seconds and memory of adapters trained together, beside runs of their
     own.
 
     Raises:
         UserError: the experiment has no adapters, or a run fails.
     """
-    experiment, words = f"experiment={asked.experiment}", asked.overrides
+    experiment, words = f"experiment={options.experiment}", options.overrides
     config = compose([experiment, *words])
     if not config.adapters:
         raise UserError(f"{experiment} has no adapters: name one of conf/experiment/multi_adapter/")
