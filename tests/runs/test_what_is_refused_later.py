@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mixlora_exp.config.schema import Config
-from mixlora_exp.plans import printed as planning
+from mixlora_exp.plans import plan_text as planning
 from mixlora_exp.results.collect import collect
 from mixlora_exp.runs import run as experiment
 

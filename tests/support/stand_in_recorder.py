@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from mixlora_exp.training.captured import Recorder
+from mixlora_exp.training.cuda_graphs import Recorder
 
 
 class StandIn(Recorder):

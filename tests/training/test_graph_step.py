@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixlora_exp.config.command import compose
 from mixlora_exp.training import graph_step
-from mixlora_exp.training.captured import CapturedPass, Recorder, StaticGradients
+from mixlora_exp.training.cuda_graphs import CapturedPass, Recorder, StaticGradients
 from mixlora_exp.training.graph_step import recorder
 from mixlora_exp.training.trainer import MixLoraTrainer
 

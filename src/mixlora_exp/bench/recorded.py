@@ -14,8 +14,8 @@ from mixlora_exp.bench.model import base_of
 from mixlora_exp.bench.row_registry import BenchRow, NotHere
 from mixlora_exp.kernels import RowIds
 from mixlora_exp.models.precision import autocast
-from mixlora_exp.training.captured import CapturedPass, Recorder, StaticGradients
 from mixlora_exp.training.compiled import bring_up_to_date
+from mixlora_exp.training.cuda_graphs import CapturedPass, Recorder, StaticGradients
 
 WARM_UP = 3
 """Steps until replays are as fast as they get: one compiles, one records, one replays."""

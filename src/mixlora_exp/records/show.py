@@ -8,8 +8,8 @@ from typing import Any
 
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import shown
-from mixlora_exp.records.doubts import doubts
 from mixlora_exp.records.layout import Column, Sheet, fitted
+from mixlora_exp.records.score_warnings import score_warnings
 from mixlora_exp.system.console import console, echo
 
 
@@ -145,8 +145,8 @@ def _print(record: Mapping[str, Any]) -> None:
     loads = load_table(record)
     if loads is not None:
         _show(loads)
-    for doubt in doubts(record):
-        echo(doubt)
+    for warning in score_warnings(record):
+        echo(warning)
     train = record["train"]
     if train is None:
         return

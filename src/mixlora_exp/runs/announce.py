@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixlora_exp.config.schema import Config, TrainedMethodConfig
 from mixlora_exp.data.loaded import LoadedSplit
-from mixlora_exp.plans.printed import first_line
+from mixlora_exp.plans.plan_text import first_line
 from mixlora_exp.runs.inputs import Inputs
 from mixlora_exp.system.console import echo
 

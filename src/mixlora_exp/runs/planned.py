@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.precision import resolve_dtype
-from mixlora_exp.plans.printed import Circumstances, print_plan, print_plan_together
+from mixlora_exp.plans.plan_text import Circumstances, print_plan, print_plan_together
 from mixlora_exp.plans.speed import Speed, recorded_speed
 from mixlora_exp.records.record import hardware
 from mixlora_exp.runs.inputs import adapter_entry, check_inputs

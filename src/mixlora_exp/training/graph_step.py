@@ -15,8 +15,8 @@ from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.kernels import RowIds
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.system.device import processes
-from mixlora_exp.training.captured import CapturedPass, CudaRecorder, Recorder, StaticGradients
 from mixlora_exp.training.compiled import bring_up_to_date
+from mixlora_exp.training.cuda_graphs import CapturedPass, CudaRecorder, Recorder, StaticGradients
 from mixlora_exp.training.job import Batch, Job
 from mixlora_exp.training.losses import label_count, single_loss
 

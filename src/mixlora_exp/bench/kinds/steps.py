@@ -26,8 +26,8 @@ from mixlora_exp.bench.row_registry import BASELINE, PAIRS, ROWS, BenchRow, NotH
 from mixlora_exp.bench.runner import Kind, echo, machine_slug
 from mixlora_exp.bench.step_profile import launches_per_layer, step_profile
 from mixlora_exp.errors import UserError
-from mixlora_exp.training.captured import CudaRecorder
 from mixlora_exp.training.compiled import Refusal, compiled_layers
+from mixlora_exp.training.cuda_graphs import CudaRecorder
 
 
 def check(config: StepOptions) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mixlora_exp.records.doubts import doubts
+from mixlora_exp.records.score_warnings import score_warnings
 
 
 def score(accuracy: float, n: int = 300, protocol: str = "label_logits", **more: Any) -> dict:
@@ -33,7 +33,7 @@ def score(accuracy: float, n: int = 300, protocol: str = "label_logits", **more:
     ],
 )  # fmt: skip
 def test_each_warning_has_its_bound(one: dict, told: str | None) -> None:
-    found = list(doubts({"scores": [one]}))
+    found = list(score_warnings({"scores": [one]}))
     assert len(found) == (told is not None)
     if told is not None:
         assert found[0].startswith("warning: ")
@@ -42,5 +42,5 @@ def test_each_warning_has_its_bound(one: dict, told: str | None) -> None:
 
 def test_a_kind_is_one_line_for_all_tasks() -> None:
     scores = [score(0.1), {**score(0.2), "task": "boolq"}, score(0.5)]
-    (line,) = doubts({"scores": scores})
+    (line,) = score_warnings({"scores": scores})
     assert line.endswith("arc_e label_logits (10.0 < 30.0), boolq label_logits (20.0 < 30.0)")

@@ -49,7 +49,7 @@ KINDS: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
 )
 
 
-def doubts(record: Mapping[str, Any]) -> Iterator[str]:
+def score_warnings(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield warnings about the scores of a finished run, one line for each kind, with the tasks."""
     for text, find in KINDS:
         found = [(score, find(score)) for score in record["scores"]]
