@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     # Floor 4
     "adapters": {"config", "errors", "kernels", "models", "system"},
     "evaluation": {"config", "data", "errors", "tasks"},
-    "plans": {"config", "data", "models", "records", "system", "tasks"},
+    "plans": {"config", "data", "kernels", "models", "records", "system", "tasks"},
     "results": {"config", "errors", "records", "system", "tasks"},
     # Floor 5
     "official": {"adapters", "errors", "system"},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_kernels import CPU_KERNELS
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixlora_exp.adapters import set_kernel
 from mixlora_exp.adapters.linear import FusedLinear, ReferenceLinear
+from mixlora_exp.kernels import KERNELS, resolve_kernel
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 
@@ -74,13 +76,9 @@ def test_set_kernel_changes_the_class_and_nothing_else(lora_of, batch) -> None:
     names = [name for name, _ in model.named_modules()]
     assert {type(layer) for layer in layers(model)} == {stock.Linear}
     expected = logits(model, batch)
-    for kernel, wanted in (
-        ("exact", FusedLinear),
-        ("auto", FusedLinear),
-        ("shared", FusedLinear),
-        ("reference", ReferenceLinear),
-        ("peft", stock.Linear),
-    ):
+    wanted_of = {"fused": FusedLinear, "plain": ReferenceLinear, "peft": stock.Linear}
+    for kernel in (*CPU_KERNELS, "auto", "peft"):
+        wanted = wanted_of[KERNELS[resolve_kernel(kernel)].linear]
         set_kernel(model, kernel)
         assert {type(layer) for layer in layers(model)} == {wanted}
         assert len(layers(model)) == 2 * len(TARGETS)

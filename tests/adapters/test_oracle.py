@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_kernels import CPU_KERNELS, ONE_OF_EACH_FORM
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -95,11 +96,9 @@ def read(folder: Path, name: str) -> Oracle:
 
 @pytest.fixture(
     params=[
-        (name, kernel)
-        for name in ("llama-lora", "llama-dora", "llama-mixlora")
-        for kernel in ("reference", "peft", "exact")
-    ]
-    + [("llama-mixlora", "shared")],
+        *((name, kernel) for name in ("llama-lora", "llama-dora") for kernel in ONE_OF_EACH_FORM),
+        *(("llama-mixlora", kernel) for kernel in CPU_KERNELS),
+    ],
     ids="-".join,
     scope="module",
 )
@@ -110,7 +109,7 @@ def oracle(request: pytest.FixtureRequest, shared_oracle: Path) -> Oracle:
     return oracle
 
 
-@pytest.fixture(params=["reference", "peft", "shared", "exact"], scope="module")
+@pytest.fixture(params=CPU_KERNELS, scope="module")
 def mixlora(request: pytest.FixtureRequest, shared_oracle: Path) -> Oracle:
     oracle = read(shared_oracle, "llama-mixlora")
     set_kernel(oracle.model, request.param)

@@ -10,19 +10,18 @@ import torch
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.config.command import compose
 from mixlora_exp.evaluation.packing import Request, pack, pad_packed
-from mixlora_exp.kernels import DropoutKey, DropoutStream, make_router
+from mixlora_exp.kernels import ROUTERS, DropoutKey, DropoutStream, make_router
 from mixlora_exp.models import load_model
-from mixlora_exp.models.parameters import count_parameters
+from mixlora_exp.models.parameters import count_parameters, router_of
 
-ROUTERS = [
-    "router=top_k router_options={temperature:2.0,normalise:false}",
-    "router=random_frozen",
-    "router=top_p router_options={p:0.6,limit:3,z_loss:0.01}",
-    "router=switch router_options={capacity_factor:0.5}",
-    "router=dense",
-    "router=threshold router_options={t_max:0.9,shifted_loss:true}",
-    "router=uniform router_loss_reduction=sum",
-]
+OPTIONS = {
+    "top_k": "router_options={temperature:2.0,normalise:false}",
+    "top_p": "router_options={p:0.6,limit:3,z_loss:0.01}",
+    "switch": "router_options={capacity_factor:0.5}",
+    "threshold": "router_options={t_max:0.9,shifted_loss:true}",
+    "uniform": "router_loss_reduction=sum",
+}
+WORDS = {name: f"router={name} {OPTIONS.get(name, '')}".strip() for name in ROUTERS}
 
 
 def attach(words: str, seed: int = 0):
@@ -49,9 +48,9 @@ def logits(model, batch, **given) -> torch.Tensor:
     ).logits
 
 
-@pytest.mark.parametrize("words", ROUTERS)
-def test_saved_and_loaded(words, batch, tmp_path: Path) -> None:
-    model, config = attach(words)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_saved_and_loaded(router, batch, tmp_path: Path) -> None:
+    model, config = attach(WORDS[router])
     counted = count_parameters(config.model, config.method)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in trained.values()) == counted.trainable
@@ -62,15 +61,15 @@ def test_saved_and_loaded(words, batch, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, batch), expected)
 
 
-@pytest.mark.parametrize("words", ROUTERS)
-def test_what_is_trained(words, batch) -> None:
-    model, _ = attach(words)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_what_is_trained(router, batch) -> None:
+    model, config = attach(WORDS[router])
     spread(model)
     model.set_adapter("default")
     model.train()(**batch).loss.backward()
-    frozen = "random_frozen" in words
+    own, frozen = router_of(config.method), ROUTERS[router].frozen
     routers = {n: p for n, p in model.named_parameters() if "lora_router" in n}
-    assert len(routers) == 2 * (0 if "uniform" in words else 3 if "threshold" in words else 1)
+    assert len(routers) == 2 * len(own.initial(8))
     for parameter in routers.values():
         assert parameter.requires_grad is not frozen
         assert (parameter.grad is None) if frozen else parameter.grad.abs().max() > 0
@@ -82,7 +81,7 @@ def test_what_is_trained(words, batch) -> None:
 @pytest.mark.parametrize("kernel", ["exact", "reference"])
 def test_rows_of_several_adapters(kernel, batch, tmp_path: Path) -> None:
     """Each decides about its own rows, padding left out, as if it were alone."""
-    chosen = [ROUTERS[3], ROUTERS[5], "router=top_k"]
+    chosen = [WORDS["switch"], WORDS["threshold"], "router=top_k"]
     alone, names = [], []
     for number, words in enumerate(chosen):
         model, config = attach(words, number)
@@ -109,7 +108,7 @@ def triple(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_padding_takes_no_place_where_questions_are_packed() -> None:
     """An expert of `switch` holds so many rows: others beside them would change the output."""
-    model, _ = attach(ROUTERS[3])
+    model, _ = attach(WORDS["switch"])
     spread(model)
     model.eval()
     rows = [list(range(5, 16)), [7, 3, 9, 4]]

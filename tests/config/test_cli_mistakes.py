@@ -69,7 +69,7 @@ BAD = [
     ),
     (
         ["method=mixlora", "method.router=switch", "method.router_precision=bfloat16"],
-        ["method.router_precision=bfloat16", "router=top_k"],
+        ["method.router_precision=bfloat16", "router=", "top_k"],
     ),
     (["data=local", "data.path=null"], ["data.path=null", "data.path=DIR"]),
     # folders that are not there, before torch is loaded

@@ -397,14 +397,26 @@ def test_evaluation_composes_the_groups_of_training() -> None:
     assert groups("evaluate.yaml") == {**groups("config.yaml"), "method": "none"}
 
 
-def test_kernels_and_routers_are_chosen_by_the_names_that_they_register() -> None:
-    """Which the configuration reads from their files without importing them."""
-    from mixlora_exp.config.choices import OWN_DROPOUT, Kernel, Router
-    from mixlora_exp.kernels import KERNELS
-    from mixlora_exp.kernels.router_base import ROUTERS
+def test_kernels_routers_and_mixtures_are_chosen_by_the_names_that_they_register() -> None:
+    """Which the configuration reads, with some properties, from their files without importing
+    them."""
+    from mixlora_exp.config import choices
+    from mixlora_exp.config.choices import Kernel, Mixture, Router
+    from mixlora_exp.kernels import KERNELS, MIXTURES, ROUTERS
 
     assert {choice.value for choice in Kernel} == {"auto", *KERNELS}
-    assert {name for name, kernel in KERNELS.items() if kernel.draws_masks} == OWN_DROPOUT
     assert {choice.value for choice in Router} == set(ROUTERS)
+    assert {choice.value for choice in Mixture} == set(MIXTURES)
+    for read, registered, name in (
+        (choices.OWN_DROPOUT, KERNELS, "draws_masks"),
+        (choices.OWN_PRECISION, ROUTERS, "precision"),
+        (choices.BLOCK_OPTIONS, ROUTERS, "block_options"),
+        (choices.OWN_SCALE, MIXTURES, "own_scale"),
+        (choices.TYPED_LOSS, MIXTURES, "typed_loss"),
+        (choices.FROM_GRADIENT, MIXTURES, "starts_from_gradient"),
+    ):
+        own = {key: getattr(one, name, None) for key, one in registered.items()}
+        assert read == {key: value for key, value in own.items() if value}
+        assert read, name
     for name in ("auto", *KERNELS):
         assert compose([f"kernel={name}"]).kernel.name is Kernel[name]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from composed import compose
+from cpu_kernels import ONE_OF_EACH_FORM
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer as stock
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def logits_and_truth(scorer: Any, model: nn.Module, **kwargs: Any) -> tuple[Tens
     return found, truth
 
 
-@pytest.mark.parametrize("kernel", ["auto", "reference", "peft"])
+@pytest.mark.parametrize("kernel", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["tiny", "tiny_gemma"])
 def test_logits_are_those_of_the_module_in_float32(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cpu_kernels import CPU_KERNELS
 from torch import Tensor
 
 from mixlora_exp.kernels import (
@@ -71,7 +72,7 @@ def test_kernel_equals_reference_in_float64(block_of, case, form, fresh_seed, sa
     same(block.run(form, torch.float64), block.run("reference", torch.float64))
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "triton"])
+@pytest.mark.parametrize("name", CPU_KERNELS)
 def test_kernel_by_its_name_equals_reference(block_of, plain, name, fresh_seed, same) -> None:
     block = block_of(plain, fresh_seed)
     same(block.run(name, torch.float64), block.run("reference", torch.float64))

@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from mixlora_exp.adapters import MixtureConfig
+from mixlora_exp.kernels import MIXTURES
 
-METHODS: dict[str, dict[str, Any]] = {
-    "mola": {"num_experts": [3, 4], "top_k": 2},
+OWN: dict[str, dict[str, Any]] = {
+    "mola": {"num_experts": [3, 4]},
     "loramoe": {"num_experts": 3, "top_k": 3, "mixture_options": {"d": 0.2}},
     "hydralora": {"num_experts": 3, "top_k": 3},
-    "adamole": {"num_experts": 4, "top_k": 4},
-    "goat": {"num_experts": 4, "top_k": 2},
-    "moslora": {"num_experts": 1, "top_k": 1},
-    "pissa": {"num_experts": 1, "top_k": 1},
-    "lora_ga": {"num_experts": 1, "top_k": 1},
 }
-ROUTED = [name for name, settings in METHODS.items() if settings["num_experts"] != 1]
+ROUTED = [name for name, mixture in MIXTURES.items() if mixture.router is not None]
+METHODS = {
+    name: {
+        "num_experts": 4 if name in ROUTED else 1,
+        "top_k": 2 if name in ROUTED else 1,
+        **OWN.get(name, {}),
+    }
+    for name in MIXTURES
+}
 
 
 def make_settings(method: str, **changes: Any) -> MixtureConfig:

@@ -18,18 +18,16 @@ from mixlora_exp.adapters.mixed_adapters import plain_parameters_of, routed_laye
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import Routing
+from mixlora_exp.kernels import MIXTURES, ROUTERS, Routing
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit
 from mixlora_exp.training.gradient_check import check_gradients_flow
 from mixlora_exp.training.router_decisions import predicting
 
 METHODS = [
-    *("lora", "dora", "mixlora", "mixdora", "mixlora_top_p", "mixlora_switch"),
-    *("mola", "loramoe", "hydralora", "adamole", "goat", "moslora"),
+    *("lora", "dora", "mixlora", "mixdora", *MIXTURES),
     *("lora_r32", "lora_r128", "mixlora_one_expert"),
 ]
-ROUTERS = ["dense", "threshold", "random_frozen", "uniform"]
 SMALL = ["experiment=smoke", "data.train_limit=8", "trainer.max_steps=1", "trainer.batch_size=8"]
 Start = Callable[..., TrainSummary]
 
@@ -166,7 +164,7 @@ def test_a_router_with_one_expert_a_token_learns_from_its_loss_alone(start: Star
 
 
 @pytest.mark.parametrize("method", ["mixlora", "mixdora", "mola"])
-@pytest.mark.parametrize("router", ["top_k", "top_p", "switch", "dense", "threshold"])
+@pytest.mark.parametrize("router", [n for n, r in ROUTERS.items() if r.chooses and not r.frozen])
 def test_a_router_of_one_expert_is_not_trained(start: Start, method: str, router: str) -> None:
     """It has no gradient. With one expert in the first layer alone, the others' are trained."""
     experts = "1/2" if method == "mola" else "1"

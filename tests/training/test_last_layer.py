@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_kernels import CPU_KERNELS
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -105,7 +106,7 @@ def test_layers_with_norms_behind(method, architecture) -> None:
     assert_same(model_of(method, architecture))
 
 
-@pytest.mark.parametrize("kernel", ["shared", "reference", "peft"])
+@pytest.mark.parametrize("kernel", [name for name in CPU_KERNELS if name != "exact"])
 @pytest.mark.parametrize("method", ["dora", "mixdora"])
 def test_other_kernels(method, kernel) -> None:
     assert_same(model_of(method, kernel=kernel))

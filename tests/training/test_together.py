@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import compose
+from cpu_kernels import CPU_KERNELS
 from encoded import examples_of
 
 from mixlora_exp.adapters import attach_adapter, attach_together, linear
@@ -230,7 +231,11 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
 
 @pytest.mark.parametrize(
     "kernel",
-    ["shared", *(pytest.param(name, marks=pytest.mark.slow) for name in ("peft", "reference"))],
+    [
+        pytest.param(name, marks=[] if name == "shared" else pytest.mark.slow)
+        for name in CPU_KERNELS
+        if name != "exact"
+    ],
 )
 def test_every_kernel_trains_together(alone, together, kernel) -> None:
     steps = ["trainer.max_steps=4", f"kernel={kernel}"]

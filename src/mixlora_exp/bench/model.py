@@ -21,7 +21,7 @@ from mixlora_exp.config.architecture import read_architecture
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import DropoutStream
+from mixlora_exp.kernels import MIXTURES, DropoutStream
 from mixlora_exp.models import build_hf_config
 
 CONF = CONF_DIR / "model"
@@ -98,8 +98,8 @@ def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
         return MixLoraConfig(**common, **experts, router=row.router)
     if row.linear_mixture:
         router = None if row.num_experts == 1 else row.router
-        # Not their initial weights: the singular values of large weights take minutes.
-        blank = {"inference_mode": row.method in ("goat", "pissa")}
+        # Without these initial weights, which take minutes.
+        blank = {"inference_mode": MIXTURES[row.method].starts_from_weight}
         return MixtureConfig(mixture=row.method, router=router, **blank, **experts, **common)
     return LoraConfig(**common)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixlora_exp.config.choices import Compile, Kernel, Mixture, Router
+from mixlora_exp.config.choices import Compile
+from mixlora_exp.kernels import KERNELS, MIXTURES, ROUTERS, make_router
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +61,7 @@ class BenchRow:
     @property
     def linear_mixture(self) -> bool:
         """True if each projection has experts of its own."""
-        return self.method in Mixture.__members__
+        return self.method in MIXTURES
 
     @property
     def mixture(self) -> bool:
@@ -149,26 +150,24 @@ for _compile, _name in ((Compile.layer, "compiled"), (Compile.graph, "graph")):
         row(f"{_method}_triton_{_name}", method=_method, kernel="triton", compile=_compile)
 
 # A kernel without a line above has a row as well; the definition by loops would take hours.
-UNMEASURED = ("auto", "reference", *(each.kernel for each in ROWS.values()))
-for _kernel in Kernel:
-    if _kernel.value not in UNMEASURED:
-        row(f"mixlora_{_kernel.value}", method="mixlora", kernel=_kernel.value, every=4)
+UNMEASURED = ("reference", *(each.kernel for each in ROWS.values()))
+for _name in KERNELS:
+    if _name not in UNMEASURED:
+        row(f"mixlora_{_name}", method="mixlora", kernel=_name, every=4)
 
 # MixLoRA with each other router, and the mixtures in linear layers with MixLoRA's ranks, experts
 # and projections, not their authors': what differs is the method.
-for _router in Router:
-    if _router.value != "top_k":
-        row(f"mixlora_{_router.value}", method="mixlora", kernel="exact", router=_router.value,
-            if_named=True)  # fmt: skip
-_ONE = {"num_experts": 1, "top_k": 1}
-_OWN = {
-    "loramoe": {"top_k": 8, "router": "dense"},
-    "hydralora": {"top_k": 8, "router": "dense"},
-    "adamole": {"top_k": 8, "router": "threshold"},
-    "moslora": _ONE, "pissa": _ONE, "lora_ga": _ONE,
-}  # fmt: skip
-for _mixture in Mixture.__members__:
-    row(_mixture, method=_mixture, kernel="exact", if_named=True, **_OWN.get(_mixture, {}))
+_OF_MIXLORA = ROWS["mixlora"]
+for _name in ROUTERS:
+    if _name != _OF_MIXLORA.router:
+        row(f"mixlora_{_name}", method="mixlora", kernel="exact", router=_name, if_named=True)
+for _name, _mixture in MIXTURES.items():
+    _experts = {"num_experts": 1, "top_k": 1}
+    if _mixture.router is not None:
+        _experts = {"num_experts": _OF_MIXLORA.num_experts, "top_k": _OF_MIXLORA.top_k}
+        _experts["top_k"] = make_router(_mixture.router, _experts, {}).slots
+        _experts["router"] = _mixture.router
+    row(_name, method=_name, kernel="exact", if_named=True, **_experts)
 
 METHODS = tuple(
     name

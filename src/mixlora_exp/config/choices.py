@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 
 class ModelSource(Enum):
@@ -180,39 +183,73 @@ class Head(Enum):
     """The fused kernel of the liger-kernel package."""
 
 
-def _registered(folder: str, decorator: str) -> dict[str, dict[str, object]]:
-    """Return the names under which the files of a folder of `kernels` register implementations,
-    with the constants among the decorator's keywords.
+def _registered(folder: str, decorator: str) -> dict[str, dict[str, Any]]:
+    """Return the names under which the files of a folder of `kernels` register implementations, with the
+    constants among the decorator's keywords and among the attributes of a class.
 
-    Read from their decorators, since importing the files loads torch, and a mistake on the command
-    line is reported before that."""
-    return {
-        ast.literal_eval(call.args[0]): {
-            str(word.arg): word.value.value
-            for word in call.keywords
-            if isinstance(word.value, ast.Constant)
-        }
-        for path in sorted((Path(__file__).parents[1] / "kernels" / folder).glob("*.py"))
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        for call in getattr(node, "decorator_list", ())
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == decorator
-    }
+    Read from the files' text, since importing them loads torch, and a mistake on the command line
+    is reported before that."""
+    paths = sorted((Path(__file__).parents[1] / "kernels" / folder).glob("*.py"))
+    nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    found = {}
+    for node in nodes:
+        for call in getattr(node, "decorator_list", ()):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == decorator:
+                given = {str(word.arg): word.value for word in call.keywords}
+                given |= _attributes(getattr(node, "name", ""), classes)
+                found[ast.literal_eval(call.args[0])] = dict(_constants(given))
+    return found
+
+
+def _constants(given: Mapping[str, ast.expr | None]) -> Iterator[tuple[str, Any]]:
+    for name, value in given.items():
+        with suppress(ValueError):
+            yield name, ast.literal_eval(value)
+
+
+def _attributes(name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, ast.expr | None]:
+    """What a class and its parents among `classes` set, by name."""
+    found: dict[str, ast.expr | None] = {}
+    if name in classes:
+        for base in reversed(classes[name].bases):
+            found |= _attributes(ast.unparse(base), classes)
+        for line in classes[name].body:
+            if isinstance(line, (ast.Assign, ast.AnnAssign)):
+                target = line.targets[0] if isinstance(line, ast.Assign) else line.target
+                found[ast.unparse(target)] = line.value
+    return found
+
+
+def _with(registered: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Of what is registered, those that set a property, and to what."""
+    return {key: found[name] for key, found in registered.items() if found.get(name)}
 
 
 _KERNELS = _registered("mixlora", "kernel")
-OWN_DROPOUT = {name for name, properties in _KERNELS.items() if properties.get("draws_masks")}
+OWN_DROPOUT = _with(_KERNELS, "draws_masks")
 """Kernels with other dropout masks than the rest, which agree up to rounding."""
 
 Kernel = Enum("Kernel", {name: name for name in ("auto", *_KERNELS)})
 """Implementation that computes the adapters: one per file of `kernels/mixlora/` that registers it
 with `@kernel("NAME")`, and `auto`, the fastest on the device."""
 
-Router = Enum("Router", {name: name for name in _registered("routers", "router")})
+_ROUTERS = _registered("routers", "router")
+Router = Enum("Router", {name: name for name in _ROUTERS})
 """Way to choose experts: one router per file of `kernels/routers/` with `@router("NAME")`."""
+OWN_PRECISION = _with(_ROUTERS, "precision")
+"""Routers that have a precision of their own, and its default."""
+BLOCK_OPTIONS = _with(_ROUTERS, "block_options")
+"""Options of routers that act on a feed-forward block alone."""
 
-Mixture = Enum("Mixture", {name: name for name in _registered("mixtures", "mixture")})
+_MIXTURES = _registered("mixtures", "mixture")
+Mixture = Enum("Mixture", {name: name for name in _MIXTURES})
 """Mixtures of experts in linear layers: one per file of `kernels/mixtures/` with
 `@mixture("NAME")`."""
+OWN_SCALE = _with(_MIXTURES, "own_scale")
+TYPED_LOSS = _with(_MIXTURES, "typed_loss")
+FROM_GRADIENT = _with(_MIXTURES, "starts_from_gradient")
+"""Mixtures for which these are true; see `kernels.mixture_base.Mixture`."""
 
 
 class Tracker(Enum):

@@ -10,6 +10,7 @@ from typing import Any
 
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import (
+    OWN_PRECISION,
     Router,
     RouterLoss,
     RouterLossPooling,
@@ -157,9 +158,9 @@ class MixtureSettings:
     )
     router_precision: RouterPrecision = setting(
         RouterPrecision.float32,
-        "router=top_k: 'float32', or 'bfloat16': the router's product rounds to it.",
-        "needs router=top_k, which alone reads it",
-        lambda value, all: word(value) == "float32" or word(all.router) in (None, "top_k"),
+        "'float32', or 'bfloat16': the router's product rounds to it, where the router reads it.",
+        f"needs router={' or '.join(OWN_PRECISION)}: no other reads it",
+        lambda value, all: word(value) == "float32" or word(all.router) in (None, *OWN_PRECISION),
     )
 
     def fault(self) -> tuple[str, Any, str] | None:

@@ -8,7 +8,15 @@ from math import isfinite, sqrt
 from typing import Any
 
 from mixlora_exp.config.checks import require
-from mixlora_exp.config.choices import Mixture, Router, RouterLossPooling
+from mixlora_exp.config.choices import (
+    BLOCK_OPTIONS,
+    FROM_GRADIENT,
+    OWN_SCALE,
+    TYPED_LOSS,
+    Mixture,
+    Router,
+    RouterLossPooling,
+)
 from mixlora_exp.config.schema_method import (
     LoraMethodConfig,
     MethodConfig,
@@ -120,11 +128,12 @@ class LinearMixtureSettings(MixtureSettings):
             ValueError: there is one.
         """
         if own is not None:
-            if self.router_name(own) == "switch" and self.router_options.get("skip"):
-                raise ValueError(
-                    "router_options.skip=True: a single projection has no feed-forward block to "
-                    "leave out, a row without a place gets W x there: leave it out"
-                )
+            for name in BLOCK_OPTIONS.get(self.router_name(own), ()):
+                if value := self.router_options.get(name):
+                    raise ValueError(
+                        f"router_options.{name}={value}: a single projection has no feed-forward "
+                        "block, on which alone it acts: leave it out"
+                    )
             return
         mixture = word(self.mixture)
         for name in ("router", "router_options"):
@@ -168,26 +177,28 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodCon
     """A mixture of LoRA experts in each of the target projections."""
 
     type1_tasks: list[str] = field(default_factory=list)
-    """mixture=loramoe: training tasks whose sequences are of type 1, those of the others of type 0,
-    for its loss."""
+    """Training tasks whose sequences are of type 1, those of the others of type 0, for a mixture
+    with a loss of types (loramoe)."""
 
     def __post_init__(self) -> None:
         LoraMethodConfig.__post_init__(self)
         self.check_rank()
-        typed = self.mixture.value == "loramoe"
+        mixture = self.mixture.value
+        typed = mixture in TYPED_LOSS
         require(
             typed or not self.type1_tasks,
-            "method.type1_tasks", self.type1_tasks, "only mixture=loramoe has a loss of types",
+            "method.type1_tasks", self.type1_tasks,
+            f"only mixture={' or '.join(TYPED_LOSS)} has a loss of types",
         )  # fmt: skip
         require(
             not typed or self.router_loss_coef == 0 or bool(self.type1_tasks),
             "method.router_loss_coef", self.router_loss_coef,
-            "loramoe's loss needs the types of tasks: set method.type1_tasks=[...], or 0",
+            f"{mixture}'s loss needs the types of tasks: set method.type1_tasks=[...], or 0",
         )  # fmt: skip
         require(not self.dora, "method.dora", self.dora, "mixtures in linear layers have LoRA only")
         require(
-            not self.rslora or self.mixture.value != "goat",
-            "method.rslora", self.rslora, "mixture=goat has a scale of its own",
+            not self.rslora or mixture not in OWN_SCALE,
+            "method.rslora", self.rslora, f"mixture={mixture} has a scale of its own",
         )  # fmt: skip
         if (fault := self.fault()) is not None:
             name, value, rule = fault
@@ -196,7 +207,7 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodCon
     @property
     def needs_base_gradient(self) -> bool:
         """True if the base weights' gradient is taken once, before the first step (LoRA-GA)."""
-        return self.mixture is Mixture.lora_ga
+        return self.mixture.value in FROM_GRADIENT
 
 
 METHOD_SCHEMAS: dict[str, type[MethodConfig]] = {

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 HAS_TRITON = find_spec("triton") is not None
+INDEX_BYTES = 4
+"""Bytes by which a `DropMask` on a CPU names a dropped element; a `HashMask` on a GPU has none."""
 
 
 def mix(numbers: Tensor) -> Tensor:

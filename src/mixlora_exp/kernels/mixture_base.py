@@ -56,6 +56,18 @@ class Mixture:
     """True if the branch is one matrix for all inputs (see `delta`)."""
     fixed: ClassVar[tuple[str, ...]] = ()
     """Names of the weights that are stored but not trained."""
+    roles: ClassVar[Mapping[str, str]] = {"A": "A", "B": "B"}
+    """Which of LoRA+'s two learning rates the trained weights have, by their names: that of A or
+    that of B."""
+    own_scale: ClassVar[bool] = False
+    """True if `scaling` ignores alpha / R."""
+    typed_loss: ClassVar[bool] = False
+    """True if the loss needs the types of tasks, `method.type1_tasks`."""
+    starts_from_weight: ClassVar[bool] = False
+    """True if `initial` decomposes the weight, which takes minutes for large ones."""
+    starts_from_gradient: ClassVar[bool] = False
+    """True if training starts by `from_gradient(gradient, rank)`, which returns the weights of a
+    layer by name, given the gradient (out, in) of the loss by its weight."""
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the weights by name, without the router's: A (E, R, in), B (E, out,
@@ -68,6 +80,12 @@ class Mixture:
             "A": (sizes.experts, sizes.rank, sizes.inputs),
             "B": (sizes.experts, sizes.outputs, sizes.rank),
         }
+
+    def saved_numbers(self, sizes: Sizes) -> int:
+        """Numbers per row that `branch` saves for the backward pass, for plans: A x and, with a
+        router, its products with the weights."""
+        weighted = 0 if self.router is None else sizes.experts
+        return sizes.rank * (self.shapes(sizes)["A"][0] + weighted)
 
     def scaling(self, sizes: Sizes, usual: float) -> float:
         """Return s, by default `usual`: alpha / R, as in LoRA."""

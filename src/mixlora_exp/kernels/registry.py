@@ -13,9 +13,45 @@ from torch import Tensor
 from mixlora_exp.kernels.mixlora.stage import Finish, with_base
 from mixlora_exp.kernels.shapes import FeedForward, Routing
 
-__all__ = ["KERNELS", "Kernel", "kernel", "resolve_kernel"]
+__all__ = [
+    "FASTEST",
+    "KERNELS",
+    "BlockSizes",
+    "Kernel",
+    "kernel",
+    "resolve_kernel",
+    "saved_by_operations",
+]
 
 Block = Callable[[Tensor, Routing, FeedForward], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSizes:
+    """What the memory of a block with experts on all three projections depends on: widths D and F,
+    rank R, K slots per row, bytes per number of the products, the probability of dropout, and
+    whether the experts have DoRA's magnitudes."""
+
+    d: int
+    f: int
+    rank: int
+    slots: int
+    width: int
+    dropout: float
+    dora: bool
+
+    @property
+    def scaled(self) -> int:
+        """Numbers per slot of the products that DoRA's scale multiplies."""
+        return 2 * self.f + self.d if self.dora else 0
+
+
+def saved_by_operations(sizes: BlockSizes) -> float:
+    """Bytes per row that autograd saves where each slot is a whole expert of plain operations: the
+    input of every product and of every activation, and dropout's masks of a byte per element."""
+    masks = sizes.d + sizes.slots * sizes.f if sizes.dropout else 0
+    numbers = 4 * sizes.f + 3 * sizes.d + 3 * sizes.rank + sizes.scaled
+    return sizes.slots * sizes.width * numbers + masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +65,8 @@ class Kernel:
     it draws its own dropout from `FeedForward.dropout` instead of taking the block's masks. casts:
     whether it casts adapter weights by itself, instead of taking `Experts.low`. per_expert:
     whether it multiplies with the frozen weights once for each expert, for which a quantised base
-    would be dequantised as often.
+    would be dequantised as often. saved: bytes per row that it saves for the backward pass, for
+    plans; without what the router saves, which is x in float32.
     """
 
     name: str
@@ -41,6 +78,7 @@ class Kernel:
     draws_masks: bool = False
     casts: bool = False
     per_expert: bool = False
+    saved: Callable[[BlockSizes], float] = saved_by_operations
     installed: bool = True
     """True if the package that it needs is installed; looked for once, as a compiler that follows a
     layer's code must not."""

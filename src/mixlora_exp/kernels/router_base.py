@@ -47,6 +47,12 @@ class Router(ABC):
 
     frozen: ClassVar[bool] = False
     """True if the weights keep their initial values."""
+    chooses: ClassVar[bool] = True
+    """False if every row gives all experts the same weight."""
+    roles: ClassVar[Mapping[str, str]] = {"": "A"}
+    """Which of LoRA+'s two learning rates the weights have, by their names: that of A or of B."""
+    block_options: ClassVar[tuple[str, ...]] = ()
+    """Options that act on a feed-forward block alone, not on a single linear layer."""
 
     num_experts: int
     top_k: int

@@ -116,8 +116,7 @@ def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width
             continue
         count, chosen = experts[layer]
         sizes = _sizes(method, count, linear)
-        copies = mixture.shapes(sizes)["A"][0]
-        total += width * sizes.rank * (copies + count)
+        total += width * mixture.saved_numbers(sizes)
         if method.dropout:
             total += (width + 1) * linear.in_features
         if mixture.router is not None:

@@ -8,21 +8,29 @@ of a new method does not silently get the wrong rate.
 from __future__ import annotations
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import MIXTURES, ROUTERS
 
+_OF_MIXTURES = {
+    f"lora_{part}": role for one in MIXTURES.values() for part, role in one.roles.items()
+}
+_OF_ROUTERS = {
+    f"lora_router_{part}".removesuffix("_"): role
+    for one in ROUTERS.values()
+    for part, role in one.roles.items()
+}
 LORA_PLUS_ROLES = {
-    **dict.fromkeys(("lora_A", "lora_A_gate", "lora_A_up", "lora_A_down", "hira_A"), "A"),
-    # Between A and B, or singular values: matrices that are not B.
-    **dict.fromkeys(("lora_mixer", "lora_E"), "A"),
-    **dict.fromkeys(("lora_router", "lora_router_threshold"), "A"),
-    **dict.fromkeys(("lora_B", "lora_B_gate", "lora_B_up", "lora_B_down", "hira_B"), "B"),
+    **_OF_MIXTURES,
+    **_OF_ROUTERS,
+    # `lora_E`: AdaLoRA's singular values.
+    **dict.fromkeys(("lora_A_gate", "lora_A_up", "lora_A_down", "hira_A", "lora_E"), "A"),
+    **dict.fromkeys(("lora_B_gate", "lora_B_up", "lora_B_down", "hira_B"), "B"),
     # Of one dimension, which the authors' rule puts beside B.
     "lora_magnitude_vector": "B",
     **dict.fromkeys(("lora_magnitude_gate", "lora_magnitude_up", "lora_magnitude_down"), "B"),
-    "lora_router_threshold_bias": "B",
 }
 """Role by the part of a parameter's name that says what it is: A, with the learning rate itself, or
-B, with `method.lora_plus_ratio` times as much. A method with parameters of other names adds
-them."""
+B, with `method.lora_plus_ratio` times as much. Routers and mixtures declare those of their own
+(`roles`)."""
 
 
 def rate_factor(name: str, ratio: float) -> float:

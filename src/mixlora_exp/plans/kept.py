@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
     Config,
-    Kernel,
     LoraMethodConfig,
     MixLoraMethodConfig,
+    ModelConfig,
     PeftMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.kernels import KERNELS
+from mixlora_exp.kernels.dropout import INDEX_BYTES
+from mixlora_exp.kernels.registry import FASTEST, BlockSizes
 from mixlora_exp.models.mixtures import kept_by_mixture
-from mixlora_exp.models.parameters import router_of, skeleton_of, widths
+from mixlora_exp.models.parameters import router_of, routers_of, skeleton_of, widths
 
 __all__ = ["Kept", "kept_by_layer"]
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections with one input. That of o_proj is kept by the attention anyway."""
-DROPPED_INDEX = 4
-"""Bytes by which a mask of this project names a dropped element on a CPU; none on a GPU."""
 ROUTING = 36
 """Bytes of a router's decision per slot."""
 MATRICES = ("LOHA", "LOKR", "HIRA")
@@ -49,15 +50,14 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Settings that determine the bytes: widths of the projections, bytes per number, and whether
-    PEFT's own layers run (`stock`), under autocast or not."""
+    """Settings that determine the bytes: widths of the projections, bytes per number, the form of LoRA
+    layers (`Kernel.linear`), under autocast or not."""
 
     inputs: dict[str, int]
     outputs: dict[str, int]
     width: int
     dropout: float
-    stock: bool
-    plain: bool
+    form: str
     autocast: bool
 
     def linears(self, targets: list[str], rank: int, *, dora: bool) -> Kept:
@@ -65,12 +65,12 @@ class _Layer:
         inputs = sum(self.inputs[target] for target in targets)
         outputs = sum(self.outputs[target] for target in targets)
         low = rank * len(targets)
-        if not self.stock:
-            dropped = self.dropout * DROPPED_INDEX * inputs
+        if self.form != "peft":
+            dropped = self.dropout * INDEX_BYTES * inputs
             shared = sum(
                 self.inputs[group[0]] for group in SHARED_INPUTS if set(group) & set(targets)
             )
-            if self.plain and self.dropout:
+            if self.form == "plain" and self.dropout:
                 shared, dropped = inputs, inputs
             numbers = shared + low + (outputs if dora else 0)
             return Kept(self.width * numbers + dropped, 0.0)
@@ -93,30 +93,6 @@ class _Layer:
                 weights = own * sum(self.inputs[t] * self.outputs[t] for t in targets)
         return Kept(found, 0.0, weights)
 
-    def mixture(self, kernel: Kernel, slots: int, rank: int, *, dora: bool) -> float:
-        """Return a block of experts on all three projections, per token; see the kernels' files."""
-        d, f, w = self.inputs["gate_proj"], self.outputs["gate_proj"], self.width
-        routed = 4 * d + ROUTING * slots
-        if kernel not in (Kernel.peft, Kernel.shared, Kernel.reference):
-            # x, W1 x, W3 x, columns of rank R per slot, and with DoRA K outputs.
-            numbers = d + 2 * f + (slots * d if dora else 0)
-            numbers += 0 if kernel is Kernel.exact else 3 * rank * slots
-            x = 0 if w == 4 else routed - ROUTING * slots
-            masks = self.dropout * DROPPED_INDEX * (d + f)
-            return w * numbers + x + ROUTING * slots + masks
-        masks = 0
-        outputs = 2 * f + d if dora else 0
-        if kernel is Kernel.peft:
-            # Adapters in float32 without autocast, on an input of their own each.
-            wide = 4 * (2 * d + f + 3 * rank) + w * (2 * d + 3 * f)
-            if w == 4:
-                wide = w * (4 * f + (4 if self.dropout else 3) * d + 3 * rank)
-            masks = slots * (2 * d + f) if self.dropout else 0
-            return routed + slots * (wide + (w + 4) * outputs) + masks
-        rows = 4 * d if kernel is Kernel.shared else 3 * d
-        masks = d + slots * f if self.dropout else 0
-        return routed + slots * w * (4 * f + rows + 3 * rank + outputs) + masks
-
 
 def kept_by_layer(
     config: Config, width: int, *, packed: bool = False, autocast: bool = True
@@ -126,21 +102,40 @@ def kept_by_layer(
     packed: as one of several adapters in a pass. autocast: whether it runs under autocast in bf16,
     as in training. What PEFT's other types keep is not counted as exactly as the rest.
     """
-    model, method = config.model, config.method
-    assert isinstance(method, (LoraMethodConfig, PeftMethodConfig))
-    sides = widths(model)
+    # The fastest of a GPU for `auto`: plans are often for another machine.
+    name = config.kernel.name.value
+    kernel = KERNELS[FASTEST["cuda"] if name == "auto" else name]
+    method = config.method
     if isinstance(method, PeftMethodConfig):
-        return _of_peft_type(config, method, width)
-    mixed = isinstance(method, MixLoraMethodConfig)
-    linear = isinstance(method, LinearMixtureMethodConfig)
-    kernel = config.kernel.name
+        return _of_peft_type(config.model, method, width)
+    assert isinstance(method, LoraMethodConfig)
+    kept = _of_lora(config.model, method, width, kernel.linear, packed, autocast)
+    if not isinstance(method, MixLoraMethodConfig):
+        return kept
+    d, f = widths(config.model)["gate_proj"]
+    slots, rank = router_of(method).slots, method.rank_of_experts
+    sizes = BlockSizes(
+        d=d, f=f, rank=rank, slots=slots, width=width, dropout=method.dropout, dora=method.dora
+    )
+    return replace(kept, block=4 * d + ROUTING * slots + kernel.saved(sizes))
+
+
+def _of_lora(
+    model: ModelConfig,
+    method: LoraMethodConfig,
+    width: int,
+    form: str,
+    packed: bool = False,
+    autocast: bool = True,
+) -> Kept:
+    """What a layer keeps; of MixLoRA's blocks nothing."""
+    sides = widths(model)
     layer = _Layer(
         inputs={t: w[0] for t, w in sides.items()},
         outputs={t: w[1] for t, w in sides.items()},
         width=width,
         dropout=method.dropout,
-        stock=kernel is Kernel.peft,
-        plain=kernel is Kernel.reference,
+        form=form,
         autocast=autocast,
     )
     d, f = sides["gate_proj"]
@@ -149,34 +144,29 @@ def kept_by_layer(
     # adapters in one pass keep twice; a number per head and norm in float32.
     numbers = (4 if width == 2 else 2) * d + (3 if packed else 2) * sides["q_proj"][1]
     attention = width * (numbers + 2 * sides["k_proj"][1]) + 4 * (heads + 2)
-    if linear:
-        return Kept(
-            attention + kept_by_mixture(model, method, width) + 2 * d * width, 4 * f * width
-        )
-    outside = [t for t in method.targets if not (mixed and t in FEED_FORWARD_TARGETS)]
-    own = layer.linears(outside, method.rank, dora=method.dora)
-    if not mixed:
-        # The gate, its activation and the up projection.
-        inside = [t for t in outside if t in FEED_FORWARD_TARGETS]
-        block = layer.linears(inside, method.rank, dora=method.dora).attention if inside else 0
-        return Kept(attention + own.attention - block, 3 * f * width + block, own.weights)
-    slots, rank = router_of(method).slots, method.rank_of_experts
-    return Kept(
-        attention + own.attention,
-        layer.mixture(kernel, slots, rank, dora=method.dora),
-        own.weights,
-    )
+    if isinstance(method, LinearMixtureMethodConfig):
+        # After dropout only routers keep the inputs of gate, up and the attention, and of down.
+        inputs = bool(not method.dropout or routers_of(model, method))
+        experts = kept_by_mixture(model, method, width)
+        return Kept(attention + experts + inputs * 2 * d * width, (3 + inputs) * f * width)
+    inside = [t for t in method.targets if t in FEED_FORWARD_TARGETS]
+    if isinstance(method, MixLoraMethodConfig):
+        outside = [t for t in method.targets if t not in inside]
+        own = layer.linears(outside, method.rank, dora=method.dora)
+        return Kept(attention + own.attention, 0.0, own.weights)
+    own = layer.linears(method.targets, method.rank, dora=method.dora)
+    # The gate, its activation and the up projection.
+    block = layer.linears(inside, method.rank, dora=method.dora).attention if inside else 0
+    return Kept(attention + own.attention - block, 3 * f * width + block, own.weights)
 
 
-def _of_peft_type(config: Config, method: PeftMethodConfig, width: int) -> Kept:
-    """Return what stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output
-    of each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
-    sides = widths(config.model)
+def _of_peft_type(model: ModelConfig, method: PeftMethodConfig, width: int) -> Kept:
+    """Return what stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output of
+    each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
+    sides = widths(model)
     matrices = method.peft_type in MATRICES
     alike = LoraMethodConfig(name="lora", rank=1, alpha=1.0, targets=method.targets, dropout=0.0)
-    found = kept_by_layer(
-        replace(config, method=alike, kernel=replace(config.kernel, name=Kernel.peft)), width
-    )
+    found = _of_lora(model, alike, width, "peft")
     outputs = 0 if matrices else width * sum(sides[target][1] for target in method.targets)
     weights = 0.0
     if matrices:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from mixlora_exp.config.choices import Compile, Parallel, Protocol, Quantization
+from mixlora_exp.config.choices import OWN_DROPOUT, Compile, Parallel, Protocol, Quantization
 from mixlora_exp.config.schema import (
     Config,
     Head,
-    Kernel,
     LossOn,
     MixLoraMethodConfig,
     Precision,
@@ -71,7 +70,7 @@ def _last_layer_skips(config: Config) -> bool:
     if trainer.loss_on is LossOn.all or trainer.compile is not Compile.off:
         return False
     if isinstance(method, MixLoraMethodConfig):
-        return config.kernel.name is not Kernel.peft
+        return config.kernel.name.value not in OWN_DROPOUT
     return not isinstance(method, LinearMixtureMethodConfig)
 
 

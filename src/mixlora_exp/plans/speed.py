@@ -9,7 +9,8 @@ from typing import Any
 
 from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.paths import ROOT
-from mixlora_exp.config.schema import Config, Kernel, LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.config.schema import Config, LoraMethodConfig, MixLoraMethodConfig
+from mixlora_exp.kernels import resolve_kernel
 from mixlora_exp.models.parameters import router_of, skeleton_of
 from mixlora_exp.system.untrusted import read_json
 
@@ -77,9 +78,7 @@ def _machine(hardware: Mapping[str, Any]) -> tuple[Any, ...]:
 def _is_of(config: Config, benchmark: Mapping[str, Any], row: Mapping[str, Any], gpu: bool) -> bool:
     """Return whether a row is of a configuration's model, method and kernel, trained plainly."""
     model, method, trainer = config.model, config.method, config.trainer
-    kernel = config.kernel.name.value
-    if config.kernel.name is Kernel.auto:
-        kernel = "triton" if gpu else "exact"
+    kernel = resolve_kernel(config.kernel.name.value, "cuda" if gpu else "cpu")
     return (
         benchmark["config"]["model"] == model.name
         and benchmark["layers"] == skeleton_of(model).config.num_hidden_layers

@@ -9,6 +9,7 @@ from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config, PeftMethodConfig, TrainedMethodConfig
 from mixlora_exp.config.schema_method import word
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import ROUTERS
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import count_parameters, routers_of
 from mixlora_exp.plans.plan import planned_steps
@@ -95,8 +96,8 @@ def check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
         routed, experts = bool(routers), [router.num_experts for router in routers]
         router = word(getattr(method, "router", None))
     why = "has no router that chooses experts"
-    if routed and router == "uniform":
-        why = "gives all experts the same weight (router=uniform)"
+    if routed and router in ROUTERS and not ROUTERS[router].chooses:
+        why = f"gives all experts the same weight (router={router})"
     elif routed and all(number == 1 for number in experts):
         why = "has one expert"
     elif routed:

@@ -26,6 +26,7 @@ from mixlora_exp.bench.row_registry import BASELINE, PAIRS, ROWS, BenchRow, NotH
 from mixlora_exp.bench.runner import Kind, echo, machine_slug
 from mixlora_exp.bench.step_profile import launches_per_layer, step_profile
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import KERNELS
 from mixlora_exp.training.compiled import Refusal, compiled_layers
 from mixlora_exp.training.cuda_graphs import CudaRecorder
 
@@ -58,7 +59,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _why_not(config: StepOptions, row: BenchRow, device: str) -> str | None:
     """Return why this machine does not measure a row; None if it does."""
-    if device == "cpu" and (row.kernel == "triton" or row.recorded):
+    if device == "cpu" and (KERNELS[row.kernel].device == "cuda" or row.recorded):
         return "not measured: needs a GPU"
     if not row.autocast and config.dtype != "bfloat16":
         return f"not measured: there is no autocast beside {config.dtype}"

@@ -14,13 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixlora_exp.kernels.dropout import INDEX_BYTES
 from mixlora_exp.kernels.mixlora.dense import dense_stage
 from mixlora_exp.kernels.mixlora.grouped import grouped_stage
 from mixlora_exp.kernels.mixlora.stage import Finish, run_stage
-from mixlora_exp.kernels.registry import kernel
+from mixlora_exp.kernels.registry import BlockSizes, kernel
 from mixlora_exp.kernels.shapes import FeedForward, Routing
 
-__all__ = ["exact_stage", "mixlora_exact"]
+__all__ = ["exact_stage", "mixlora_exact", "saved_by_exact"]
 
 
 def _grouped_fits(x: Tensor, block: FeedForward) -> bool:
@@ -45,7 +46,15 @@ def exact_stage(
     return stage(x, gate, up, routing, block)
 
 
-@kernel("exact", stage=exact_stage)
+def saved_by_exact(sizes: BlockSizes) -> float:
+    """x, which in float32 the router has already, W1 x and W3 x, with DoRA K outputs, and the
+    masks' indices of dropped elements; see `registry.Kernel`."""
+    numbers = 2 * sizes.f + (sizes.slots * sizes.d if sizes.dora else 0)
+    numbers += 0 if sizes.width == 4 else sizes.d
+    return sizes.width * numbers + sizes.dropout * INDEX_BYTES * (sizes.d + sizes.f)
+
+
+@kernel("exact", stage=exact_stage, saved=saved_by_exact)
 def mixlora_exact(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """Each frozen weight once per token (DoRA's down K times), little kept for the backward.
 

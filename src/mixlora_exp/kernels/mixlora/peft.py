@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.dropout import drop
-from mixlora_exp.kernels.registry import kernel
+from mixlora_exp.kernels.registry import BlockSizes, kernel
 from mixlora_exp.kernels.shapes import FeedForward, Routing
 
 __all__ = ["mixlora_peft"]
@@ -48,7 +48,19 @@ def _project(
     return (base + (scale - 1) * on_dropped + scale * low + shift).to(base.dtype)
 
 
-@kernel("peft", linear="peft", draws_masks=True, casts=True, per_expert=True)
+def _saved(sizes: BlockSizes) -> float:
+    """Adapters run in float32, without autocast, on a copy of the input each; see
+    `registry.Kernel`."""
+    d, f, rank, width = sizes.d, sizes.f, sizes.rank, sizes.width
+    if width == 4:
+        numbers = width * (4 * f + (4 if sizes.dropout else 3) * d + 3 * rank)
+    else:
+        numbers = 4 * (2 * d + f + 3 * rank) + width * (2 * d + 3 * f)
+    masks = 2 * d + f if sizes.dropout else 0
+    return sizes.slots * (numbers + (width + 4) * sizes.scaled + masks)
+
+
+@kernel("peft", linear="peft", draws_masks=True, casts=True, per_expert=True, saved=_saved)
 def mixlora_peft(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """Whole experts, whose projections run as PEFT's stock LoRA and DoRA do.
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from mixlora_exp.kernels.activations import activate
 from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.mixlora.stage import Finish, run_stage
-from mixlora_exp.kernels.registry import kernel
+from mixlora_exp.kernels.registry import BlockSizes, kernel, saved_by_operations
 from mixlora_exp.kernels.shapes import FeedForward, Projection, Routing
 
 __all__ = ["mixlora_shared", "shared_stage"]
@@ -60,7 +60,12 @@ def shared_stage(
     return torch.cat(hiddens), finish
 
 
-@kernel("shared", stage=shared_stage, casts=True)
+def _saved(sizes: BlockSizes) -> float:
+    """The rows of x once more for the low-rank branch; see `registry.Kernel`."""
+    return saved_by_operations(sizes) + sizes.slots * sizes.width * sizes.d
+
+
+@kernel("shared", stage=shared_stage, casts=True, saved=_saved)
 def mixlora_shared(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """The paper's Algorithm 1: gate and up once per token, down once per slot.
 

@@ -31,6 +31,8 @@ class Goat(Mixture):
     """
 
     fixed: ClassVar[tuple[str, ...]] = ("A0", "B0")
+    own_scale = True
+    starts_from_weight = True
     eta: float = 1.0
     rho: float = 10.0
     c: float | None = None

@@ -24,6 +24,8 @@ class LoraGa(Pissa):
     Until then the layer starts like LoRA.
     """
 
+    starts_from_weight = False
+    starts_from_gradient = True
     gamma: float = 16.0
 
     def __post_init__(self) -> None:

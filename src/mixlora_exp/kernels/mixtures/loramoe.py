@@ -31,6 +31,7 @@ class LoraMoe(Mixture):
     """
 
     router = "dense"
+    typed_loss = True
     d: float = 0.0
 
     def __post_init__(self) -> None:

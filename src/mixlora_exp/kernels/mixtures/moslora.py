@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
@@ -20,10 +21,14 @@ class MosLora(Mixture):
 
     router = None
     mergeable = True
+    roles: ClassVar[Mapping[str, str]] = {"A": "A", "mixer": "A", "B": "B"}
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A (1, R, in), B (1, out, R) and `mixer` (R, R)."""
         return {**super().shapes(sizes), "mixer": (sizes.rank, sizes.rank)}
+
+    def saved_numbers(self, sizes: Sizes) -> int:
+        return super().saved_numbers(sizes) + sizes.rank
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
         """Return A as in LoRA, B zero, and a mixer uniform in +-1/sqrt(R)."""

@@ -26,6 +26,7 @@ class Pissa(Mixture):
     router = None
     mergeable = True
     fixed: ClassVar[tuple[str, ...]] = ("A0", "B0")
+    starts_from_weight = True
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A (1, R, in), B (1, out, R) and of A0 and B0, their values at the

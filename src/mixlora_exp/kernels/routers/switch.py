@@ -35,6 +35,7 @@ class Switch(SoftmaxRouter):
     of the feed-forward block, x its input; padding_in_loss: padding counts in both losses.
     """
 
+    block_options = ("skip",)
     normalise: bool = False
     z_loss: float = 1e-3
     capacity_factor: float = 1.25

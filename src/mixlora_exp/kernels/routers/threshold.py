@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Threshold(SoftmaxRouter):
     with the mean of a_e as P_e, as in AdaMoLE's code, and not of p_e; it may then be negative.
     """
 
+    roles: ClassVar[Mapping[str, str]] = {"": "A", "threshold": "A", "threshold_bias": "B"}
     t_max: float | None = None
     shifted_loss: bool = False
 

@@ -20,6 +20,8 @@ class Uniform(Router):
     """All E experts of every row with the weight 1/E, without weights of its own; its loss is 0.
     `top_k` is not read."""
 
+    chooses = False
+
     @property
     def slots(self) -> int:
         """E: every row gets all experts."""
