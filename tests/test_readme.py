@@ -17,9 +17,11 @@ import torch
 from official_format import as_official
 
 from mixlora_exp.cli.evaluate import run as evaluate
+from mixlora_exp.cli.main import COMMANDS
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config import schema
 from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import open_session
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
 from mixlora_exp.system.exit_codes import guarded
@@ -106,6 +108,15 @@ def tiny(arguments: list[str], folder: Path, folders: dict[str, Path]) -> list[s
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 12_000
+
+
+def test_the_readme_names_the_groups_of_conf_and_commands_that_there_are() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(\w+)`", text.split("Options come in groups: ")[1].split(" (")[0])
+    with open_session() as hydra:
+        groups = [name for name in hydra.config_loader.list_groups("") if name != "hydra"]
+    assert sorted(listed) == sorted(groups)
+    assert set(re.findall(r"mixlora-exp ([a-z][\w-]*)", README)) <= set(COMMANDS)
 
 
 def test_links_lead_to_files() -> None:

@@ -6,13 +6,12 @@ Reads experiment files, records and run folders; computes and locks nothing.
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mixlora_exp.config.command import plan_runs
 from mixlora_exp.config.later_fields import completed
@@ -71,23 +70,18 @@ class CellState:
         return peak_bytes(self.config) / 2**30
 
 
-def _paper_models() -> list[str]:
-    """Return models of conf/model for which the paper has a percentage of parameters."""
-    files = sorted((CONF_DIR / "model").glob("*.yaml"))
-    read = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
-    return [name for name, fields in read.items() if fields.get("nominal_parameters")]
+def _sweeps() -> Iterator[tuple[str, list[list[str]]]]:
+    for path in sorted((CONF_DIR / "experiment").rglob("*.yaml")):
+        lines = re.findall(r"^# @status (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if lines:
+            name = path.relative_to(CONF_DIR / "experiment").with_suffix("").as_posix()
+            yield name, [line.split(",") for line in lines]
 
 
-SMALL = ("model=smollm2_135m", "scale=cpu")
-SWEEPS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "figure4c": (("model=llama2_7b",), SMALL),
-    "table1": (*((f"model={name}",) for name in _paper_models()), SMALL),
-    "table2": (("model=gemma_2b",), ("model=llama2_7b",), SMALL),
-    "table8_rank": (("model=llama2_7b",), (*SMALL, "task=multi")),
-    "table9_router_loss": (("model=llama2_7b",), (*SMALL, "task=multi")),
-}
-"""The sweeps behind the paper's tables and figures, each for the paper's models and a small one;
-Table 5 is Table 2 with Gemma."""
+SWEEPS = dict(_sweeps())
+"""The experiments with lines `# @status OVERRIDE,OVERRIDE` in their file's header, and each line's
+overrides: the sweeps behind the paper's tables and figures, for the paper's models and a small
+one."""
 
 
 class _Data:
