@@ -184,8 +184,8 @@ class Head(Enum):
 
 
 def _registered(folder: str, decorator: str) -> dict[str, dict[str, Any]]:
-    """Return the names under which the files of a folder of `kernels` register implementations, with the
-    constants among the decorator's keywords and among the attributes of a class.
+    """Return the names under which the files of a folder of `kernels` register implementations,
+    with the constants among the decorator's keywords and among the attributes of a class.
 
     Read from the files' text, since importing them loads torch, and a mistake on the command line
     is reported before that."""

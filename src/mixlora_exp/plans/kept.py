@@ -50,8 +50,8 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Settings that determine the bytes: widths of the projections, bytes per number, the form of LoRA
-    layers (`Kernel.linear`), under autocast or not."""
+    """Settings that determine the bytes: widths of the projections, bytes per number, the form of
+    LoRA layers (`Kernel.linear`), under autocast or not."""
 
     inputs: dict[str, int]
     outputs: dict[str, int]
@@ -161,8 +161,8 @@ def _of_lora(
 
 
 def _of_peft_type(model: ModelConfig, method: PeftMethodConfig, width: int) -> Kept:
-    """Return what stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output of
-    each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
+    """Return what stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output
+    of each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
     sides = widths(model)
     matrices = method.peft_type in MATRICES
     alike = LoraMethodConfig(name="lora", rank=1, alpha=1.0, targets=method.targets, dropout=0.0)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -84,9 +84,9 @@ def noted_base(folder: Path) -> BaseIdentity | None:
 def base_of(
     folder: Path, given: Collection[str], *, precision: bool = False
 ) -> tuple[list[str], Recorded]:
-    """Return the base model of the adapter in `folder`, and the seed of its weights if they are
-    random: as overrides, or as fields of a record (see `resolve.to_config`). `given`: names on the
-    command line.
+    """Return the base model of the adapter in `folder`: the override of its file in conf/model,
+    and fields that stand beside the adapter (see `resolve.to_config`): of a record, or whether the
+    weights are random, with their seed. `given`: names on the command line.
 
     The sources, in order: the record of the run that trained the adapter (with `precision`, also
     its precision), the base model's identity saved with the adapter, and the model name in the
@@ -103,34 +103,32 @@ def base_of(
         if precision:
             kept["trainer"] = {"precision": trained["trainer"]["precision"]}
         return [], kept
-    return _by_name(folder, given), {}
+    return _by_name(folder, given)
 
 
-def _by_name(folder: Path, given: Collection[str]) -> list[str]:
-    """Return the overrides that choose the base model of an adapter without a record."""
+def _by_name(folder: Path, given: Collection[str]) -> tuple[list[str], Recorded]:
+    """Return `base_of` for an adapter without a record."""
     # Imported late: PEFT takes a second to load.
     from mixlora_exp.adapters.saved import saved_settings
     from mixlora_exp.models import read_base
 
     settings, noted = saved_settings(folder), read_base(folder)
     if "experiment" in given:
-        return []  # The experiment chooses the model.
+        return [], {}  # The experiment chooses the model.
     if noted is not None and noted.source != "path":
         known = next((known for known in _known() if known.option == noted.model), None)
         if known is not None:
-            words = [f"model={known.option}"]
+            drawn: dict[str, Any] = {}
             if noted.source == "random":
-                if noted.seed is not None and "seed" not in given:
-                    words.append(f"seed={noted.seed}")
-                if known.source != "random" and "model.weights" not in given:
-                    words.append("model.weights=random")
-            return words
+                drawn = {"model": {"weights": "random"}} if known.source != "random" else {}
+                drawn |= {} if noted.seed is None else {"seed": noted.seed}
+            return [f"model={known.option}"], drawn
     name = settings.get("base_model_name_or_path")
     option = matched(name) if name else None
     if option is not None:
-        return [f"model={option}"]
+        return [f"model={option}"], {}
     if "model.path" in given:
-        return []
+        return [], {}
     if noted is not None:
         reason = f"was trained on {noted}, which is not a model in conf/model"
     elif name:
