@@ -28,6 +28,7 @@ class MosLora(Mixture):
         return {**super().shapes(sizes), "mixer": (sizes.rank, sizes.rank)}
 
     def saved_numbers(self, sizes: Sizes) -> int:
+        """As the base class, and M A x."""
         return super().saved_numbers(sizes) + sizes.rank
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:

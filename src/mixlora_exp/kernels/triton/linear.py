@@ -20,29 +20,12 @@ import triton
 import triton.language as tl
 
 from mixlora_exp.kernels.triton.hashing import kept, row_hash
-from mixlora_exp.kernels.triton.parts import dot
+from mixlora_exp.kernels.triton.parts import dot, load_low, store_low
 
-__all__ = ["NUMBERS", "load_rows", "low_kernel", "scaled_kernel", "store_rows"]
+__all__ = ["NUMBERS", "low_kernel", "scaled_kernel"]
 
 NUMBERS = ["T", *(f"{name}{i}" for name in ("place", "threshold") for i in range(3))]
 """Arguments of which no value is compiled for."""
-
-
-@triton.jit
-def load_rows(matrix, row, valid, R: tl.constexpr, PADDED: tl.constexpr):
-    """Return (rows, PADDED): rows of a matrix of R columns, 0 where there is none."""
-    column = tl.arange(0, PADDED)
-    offsets = row.to(tl.int64)[:, None] * R + column[None, :]
-    return tl.load(matrix + offsets, mask=valid[:, None] & (column < R)[None, :], other=0.0)
-
-
-@triton.jit
-def store_rows(matrix, values, row, valid, R: tl.constexpr, PADDED: tl.constexpr):
-    """Store `values` (rows, PADDED) into rows of a matrix of R columns, in its dtype."""
-    column = tl.arange(0, PADDED)
-    offsets = row.to(tl.int64)[:, None] * R + column[None, :]
-    inside = valid[:, None] & (column < R)[None, :]
-    tl.store(matrix + offsets, values.to(matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -86,7 +69,7 @@ def _low(
             other=0.0,
         )
         total = dot(tile, tl.trans(rows.to(tile.dtype)), total)
-    store_rows(low, tl.cast(factor, tl.float32) * total, token, real, R, PADDED)
+    store_low(low, tl.cast(factor, tl.float32) * total, token, real, R, PADDED)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -160,8 +143,8 @@ def scaled_kernel(
     within = inner < F
     offsets = token.to(tl.int64)[:, None] * F + inner[None, :]
     inside = real[:, None] & within[None, :]
-    p = load_rows(low, token, real, R, PADDED)
-    rows = load_rows(b, inner, within, R, PADDED).to(p.dtype)
+    p = load_low(low, token, real, R, PADDED)
+    rows = load_low(b, inner, within, R, PADDED).to(p.dtype)
     raw = tl.load(frozen + offsets, mask=inside, other=0.0).to(tl.float32)
     raw = dot(p, tl.trans(rows), raw)
     scale = tl.load(magnitude + inner, mask=within, other=0.0).to(tl.float32)

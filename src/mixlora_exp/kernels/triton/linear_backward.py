@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from mixlora_exp.kernels.triton.hashing import kept, row_hash
-from mixlora_exp.kernels.triton.linear import NUMBERS, load_rows, store_rows
-from mixlora_exp.kernels.triton.parts import dot
+from mixlora_exp.kernels.triton.linear import NUMBERS
+from mixlora_exp.kernels.triton.parts import dot, load_low, store_low
 
 __all__ = ["a_kernel", "input_kernel", "scaled_backward_kernel"]
 
@@ -42,7 +42,7 @@ def scaled_backward_kernel(
     """
     inner = tl.program_id(0) * BF + tl.arange(0, BF)
     within = inner < F
-    rows = load_rows(b, inner, within, R, PADDED).to(low.dtype.element_ty)
+    rows = load_low(b, inner, within, R, PADDED).to(low.dtype.element_ty)
     length = tl.load(norm + inner, mask=within, other=1.0).to(tl.float32)
     scale = tl.load(magnitude + inner, mask=within, other=0.0).to(tl.float32) / length
     db_tile = tl.zeros((BF, PADDED), tl.float32)
@@ -52,7 +52,7 @@ def scaled_backward_kernel(
         real = token < T
         inside = within[:, None] & real[None, :]
         offsets = token.to(tl.int64)[None, :] * F + inner[:, None]
-        p = load_rows(low, token, real, R, PADDED)
+        p = load_low(low, token, real, R, PADDED)
         raw = tl.load(frozen + offsets, mask=inside, other=0.0).to(tl.float32)
         raw = dot(rows, tl.trans(p), raw)
         upper = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def scaled_backward_kernel(
         lower = (upper * scale[:, None]).to(p.dtype)
         tl.store(draw + offsets, lower, mask=inside)
         db_tile = dot(lower, p, db_tile)
-    store_rows(db, db_tile, inner, within, R, PADDED)
+    store_low(db, db_tile, inner, within, R, PADDED)
     tl.store(dmagnitude + inner, (total / length).to(dmagnitude.dtype.element_ty), mask=within)
 
 
@@ -98,7 +98,7 @@ def _a(
             first, second = row_hash(keys, token, real, place)
             keep = kept(first[:, None], second[:, None], inner[None, :], threshold)
             tile = tl.where(keep, tile, 0.0)
-        p = load_rows(dlow, token, real, R, PADDED)
+        p = load_low(dlow, token, real, R, PADDED)
         total = dot(tl.trans(p), tile, total)
     tl.store(
         da + column[:, None] * D + inner[None, :],
@@ -173,7 +173,7 @@ def _input(
     """Return a tile of what one projection gives x."""
     real, within = token < T, inner < D
     column = tl.arange(0, PADDED)
-    p = load_rows(dlow, token, real, R, PADDED)
+    p = load_low(dlow, token, real, R, PADDED)
     rows = tl.load(
         a + column[:, None] * D + inner[None, :],
         mask=(column < R)[:, None] & within[None, :],

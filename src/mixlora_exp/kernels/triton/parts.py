@@ -122,9 +122,10 @@ def load_low(low, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
 
 @triton.jit
 def store_low(low, values, row, valid, R: tl.constexpr, RANKS: tl.constexpr):
-    """Store `values` (rows, RANKS) into rows of a matrix of R columns."""
+    """Store `values` (rows, RANKS) into rows of a matrix of R columns, in its dtype."""
     rank = tl.arange(0, RANKS)
     offsets = row.to(tl.int64)[:, None] * R + rank[None, :]
+    values = values.to(low.dtype.element_ty)
     tl.store(low + offsets, values, mask=valid[:, None] & (rank < R)[None, :])
 
 
