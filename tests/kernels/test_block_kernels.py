@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cpu_kernels import CPU_KERNELS
 from torch import Tensor
 
 from mixlora_exp.kernels import (
@@ -70,12 +69,6 @@ def test_kernel_equals_reference_in_float64(block_of, case, form, fresh_seed, sa
     """Output and all gradients, for fresh inputs and a fresh upstream gradient."""
     block = block_of(case, fresh_seed)
     same(block.run(form, torch.float64), block.run("reference", torch.float64))
-
-
-@pytest.mark.parametrize("name", CPU_KERNELS)
-def test_kernel_by_its_name_equals_reference(block_of, plain, name, fresh_seed, same) -> None:
-    block = block_of(plain, fresh_seed)
-    same(block.run(name, torch.float64), block.run("reference", torch.float64))
 
 
 @pytest.fixture(scope="module")
