@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 SCREEN = 1900
 """Maximum number of characters of a message: what a terminal of 24 lines and 80 columns shows."""
@@ -35,6 +37,16 @@ def _cut(text: str, most: int | None) -> str:
     # A message begins with the field and ends with the way out.
     end = most // 3
     return f"{text[: most - end - 5]} ... {text[-end:]}"
+
+
+def did_you_mean(
+    word: str, options: Iterable[str], otherwise: str = "", *, most: int = 3, prefix: str = ""
+) -> str:
+    """`; did you mean A or B?` with those of the options that are close to a word, at most so many
+    and each with the prefix; `otherwise` if none is."""
+    close = difflib.get_close_matches(word, list(options), n=most, cutoff=0.6)
+    named = " or ".join(prefix + option for option in close)
+    return f"; did you mean {named}?" if close else otherwise
 
 
 class UserError(Exception):

@@ -180,7 +180,7 @@ def test_the_format_of_old_pytorch_is_refused(kit: Any, tmp_path: Path) -> None:
         (["{in}", "out"], "already in PEFT's format"),
         (["{in}", "out", "--magnitude=drop"], "there is no option --magnitude"),
         (["{in}", "out", "third"], "unrecognized arguments: third"),
-        (["{empty}", "out"], "holds no adapter (there is no adapter_config.json)"),
+        (["{empty}", "out"], "has no adapter_config.json"),
     ],
 )
 def test_the_command_names_mistakes(

@@ -54,7 +54,7 @@ def test_other_architectures_are_refused_by_what_they_lack(kind: str) -> None:
             "phi3 is not supported: it has qkv_proj and gate_up_proj",
         ),
         ("{model_type: mistrl}", "model_type=mistrl is unknown to transformers"),
-        ("{num_hidden_layer: 2}", "is not a field of LlamaConfig (did you mean num_hidden_layers"),
+        ("{num_hidden_layer: 2}", "correct it, or remove it; did you mean num_hidden_layers"),
         ("{num_hidden_layers: two}", "expected int, got str (value: 'two')"),
         ("{num_key_value_heads: 3}", "does not divide num_attention_heads=4"),
         ("{hidden_act: siluu}", "no model can be built from its configuration"),

@@ -25,7 +25,8 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
         UserError: it is missing, truncated, damaged or too large.
     """
     path = folder / CONFIG
-    named = f"{field}={folder}: {CONFIG}" if field else str(path)
+    place = f"{field}={folder}" if field else str(folder)
+    named = f"{place}: {CONFIG}" if field else str(path)
     try:
         size = path.stat().st_size
         if size > CONFIG_LIMIT:
@@ -34,7 +35,7 @@ def read_adapter_config(folder: Path, field: str = "") -> dict[str, Any]:
     except FileNotFoundError as error:
         inner = (folder / "adapter" / CONFIG).is_file()
         hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that has one"
-        raise UserError(f"{folder} holds no adapter (there is no {CONFIG}): {hint}") from error
+        raise UserError(f"{place} has no {CONFIG}: {hint}") from error
     except OSError as error:
         raise UserError(
             f"{named} cannot be read ({error.strerror or error}): give a folder with an adapter"

@@ -59,11 +59,6 @@ def saved_settings(folder: Path) -> dict[str, Any]:
             adapter's type is not supported, or a setting would make PEFT run or open something
             else.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        inner = (folder / "adapter" / CONFIG).is_file()
-        hint = f"did you mean {folder / 'adapter'}?" if inner else "give a folder that PEFT wrote"
-        raise UserError(f"adapter={folder} has no {CONFIG}: {hint}")
     config = read_adapter_config(folder, "adapter")
     if is_official(folder):
         raise UserError(

@@ -31,7 +31,7 @@ from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import open_session, register_schemas, to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.typed import as_typed
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, did_you_mean
 from mixlora_exp.sweeps.jobs import run_one, run_single
 from mixlora_exp.sweeps.launch import launch_sweep
 
@@ -51,14 +51,13 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         known = [flag for action in parser._actions for flag in action.option_strings]
         typed = [word.partition("=")[0] for word in argv if word.startswith("-")]
         wrong = next((flag for flag in typed if flag not in known), "")
-        close = difflib.get_close_matches(wrong, known, cutoff=0.7)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "; --hydra-help lists flags"
+        hint = did_you_mean(wrong, known)
         setting = wrong.lstrip("-").replace("-", "_")
         group, dot, field = setting.partition(".")
         meant = difflib.get_close_matches(group, Config.__dataclass_fields__, n=1, cutoff=0.7)
-        if meant and (group in meant or not close):
+        if meant and (group in meant or not hint):
             hint = f"; settings have no dashes: write {meant[0]}{dot}{field}=..."
-        raise UserError(f"{message}{hint}")
+        raise UserError(f"{message}{hint or '; --hydra-help lists flags'}")
 
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(list(argv))

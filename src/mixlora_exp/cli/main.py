@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from mixlora_exp import __version__
+from mixlora_exp.errors import did_you_mean
 
 COMMANDS = {
     "train": "train adapters and score them, one run or a sweep",
@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = words
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
-        sys.stderr.write(f"error: {command} is not a command; {hint}\n")
+        hint = did_you_mean(command, COMMANDS, f"; choose from {', '.join(COMMANDS)}", most=1)
+        sys.stderr.write(f"error: {command} is not a command{hint}\n")
         return 2
     if command in SLOW and sys.stderr.isatty():
         # Something to read while libraries load; where a program reads, nothing.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mixlora_exp.config.paths import OWN_RESULTS
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,10 +26,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             names = [str(name) for name in action.choices]
-            close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+            hint = did_you_mean(str(value), names, f"; choose one of {', '.join(names)}", most=1)
             name = (action.option_strings or [action.dest])[0]
-            raise UserError(f"{name}={value} is unknown; {hint}")
+            raise UserError(f"{name}={value} is unknown{hint}")
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` with argparse's message, in place of its own printing and exit."""
@@ -49,9 +47,8 @@ class Parser(argparse.ArgumentParser):
                 break
             name = word.partition("=")[0]
             if name.startswith("-") and name not in names:
-                close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-                hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
-                raise UserError(f"{word}: there is no option {name}; {hint}")
+                hint = did_you_mean(name, names, f"; choose from {', '.join(names)}", most=1)
+                raise UserError(f"{word}: there is no option {name}{hint}")
         return self.parse_intermixed_args([w for word in argv for w in self._dashed(word)])
 
     def add_results(self) -> None:

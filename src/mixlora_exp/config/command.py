@@ -20,13 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from mixlora_exp.config.architecture import OWN
-from mixlora_exp.config.explain import explain, suggest
+from mixlora_exp.config.explain import explain
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import fingerprint, open_session, to_config
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.together import check_together, expand, packs_of
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, did_you_mean
 
 Settings = TypeVar("Settings")
 
@@ -110,7 +110,7 @@ def _check_overrides(hydra: Any, overrides: Sequence[Override], sweep: bool) -> 
         if key not in groups:
             head, slash, _ = key.partition("/")
             if slash and head not in groups:
-                raise UserError(f"{line}: there is no group {head!r}{suggest(head, groups)}")
+                raise UserError(f"{line}: there is no group {head!r}{did_you_mean(head, groups)}")
             if not slash:
                 continue
         elif override.is_add() or override.is_force_add():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -21,15 +20,9 @@ from mixlora_exp.config.architecture import old_name
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, did_you_mean
 
 WANTED = {"Integer": "a whole number", "Float": "a number"}
-
-
-def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
-    """Return `; did you mean ...?` with the closest options, or nothing when none is close."""
-    close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
 
 
 def methods_with(name: str) -> list[str]:
@@ -62,10 +55,8 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
                 f"{key} is not a setting{source} of this method: {', '.join(have)}, and methods "
                 "made from these, have it"
             )
-    return (
-        f"{key} is not a setting{source}{suggest(name, options, f'{parent}.' if parent else '')} "
-        f"({where}: {', '.join(options)})"
-    )
+    close = did_you_mean(name, options, prefix=f"{parent}." if parent else "")
+    return f"{key} is not a setting{source}{close} ({where}: {', '.join(options)})"
 
 
 PLUGINS = {
@@ -95,7 +86,7 @@ def unknown_option(group: str, option: str, options: Sequence[str], source: str 
         return f"{group}={option}{source}: there is no group {group!r} in conf/"
     return (
         f"{group}={option}{source} is not an option of {group}"
-        f"{suggest(option, options, f'{group}=')} (options: {', '.join(options)})"
+        f"{did_you_mean(option, options, prefix=f'{group}=')} (options: {', '.join(options)})"
     )
 
 
@@ -137,7 +128,8 @@ def _explain_value(cause: OmegaConfBaseException, key: str, source: str, line: s
     if wrong := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", detail):
         options = wrong[2].split(", ")
         given = line or f"{key}={wrong[1]}"
-        return f"{given}{source} is not valid{suggest(wrong[1], options)} (choose from {wrong[2]})"
+        close = did_you_mean(wrong[1], options)
+        return f"{given}{source} is not valid{close} (choose from {wrong[2]})"
     if wrong := re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", detail):
         given = line or f"{key}={wrong[1]}"
         wanted = WANTED.get(wrong[3], wrong[3])
@@ -219,5 +211,5 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         return _explain_omegaconf(cause, error, overrides)
     if wrong := re.search(r"Could not override '([^'@]+)'\. No match", str(error)):
         groups = [item.name for item in dataclasses.fields(Config)]
-        return f"override {wrong[1]}{_file(error)} names no group{suggest(wrong[1], groups)}"
+        return f"override {wrong[1]}{_file(error)} names no group{did_you_mean(wrong[1], groups)}"
     return _one_line(error)

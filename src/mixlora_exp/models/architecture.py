@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
 from transformers.utils import CONFIG_NAME
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource
-from mixlora_exp.errors import UserError, shown
+from mixlora_exp.errors import UserError, did_you_mean, shown
 from mixlora_exp.models.file_cache import content
 from mixlora_exp.models.folder import check_settings
 from mixlora_exp.system.untrusted import parse_json
@@ -51,8 +50,7 @@ def _made(found: Mapping[str, Any], origin: str) -> PreTrainedConfig:
     """
     kind = found.get("model_type")
     if kind not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        hint = did_you_mean(str(kind), CONFIG_MAPPING)
         raise UserError(
             f"{origin}: model_type={shown(str(kind), 60)} is unknown to transformers {__version__}"
             f"{hint}; a later version of transformers may know it"
@@ -77,11 +75,9 @@ def build_hf_config(config: ModelConfig) -> PreTrainedConfig:
     known = _known_fields(made.model_type)
     for name in config.config:
         if name not in known | PASSED_OVER:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             raise UserError(
                 f"model.config.{name}={shown(str(config.config[name]), 60)} is not a field of "
-                f"{type(made).__name__}{hint}: correct it, or remove it"
+                f"{type(made).__name__}: correct it, or remove it{did_you_mean(name, known)}"
             )
     tokens: dict[str, int | None] = {"pad_token_id": None}
     if has_builtin_tokenizer(config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -18,7 +17,7 @@ from torch import nn
 
 from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.config.schema import PeftMethodConfig
-from mixlora_exp.errors import UserError, shown
+from mixlora_exp.errors import UserError, did_you_mean, shown
 from mixlora_exp.models.parameter_roles import rate_factor
 from mixlora_exp.models.text_cache import cached_by_text
 
@@ -146,9 +145,8 @@ def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) 
     known = [item.name for item in fields(owner)]
     for name, value in given.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"see {owner.__name__}"
-            raise UserError(f"method.peft.{name} is not a field of {owner.__name__}: {hint}")
+            hint = did_you_mean(name, known, f"; see {owner.__name__}")
+            raise UserError(f"method.peft.{name} is not a field of {owner.__name__}{hint}")
         if name in SET_BY_THE_RUN:
             raise UserError(f"method.peft.{name}={value}: {SET_BY_THE_RUN[name]}; leave it out")
         if name in CLOSED:
