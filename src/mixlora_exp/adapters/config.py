@@ -33,7 +33,7 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True, slots=True)
 class ExpertLora:
-    """LoRA settings of each expert; `scaling` is alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    """LoRA settings of each expert."""
 
     r: int
     lora_alpha: float
@@ -41,10 +41,10 @@ class ExpertLora:
     use_dora: bool
     use_rslora: bool
 
-    @property
-    def scaling(self) -> float:
-        """LoRA's scaling s: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+def scaling_of(lora: LoraConfig | ExpertLora) -> float:
+    """Return the factor s of B A x: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    return lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mixlora_exp.adapters.cache_source import Source, source_on
-from mixlora_exp.adapters.config import MixLoraConfig
+from mixlora_exp.adapters.config import MixLoraConfig, scaling_of
 from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.frozen import frozen_linear, is_linear
 from mixlora_exp.adapters.initial import initial_weights
@@ -84,7 +84,7 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
             )
         lora, router = config.experts, config.make_router()
         self.r[adapter_name], self.lora_alpha[adapter_name] = lora.r, lora.lora_alpha
-        self.scaling[adapter_name] = lora.scaling
+        self.scaling[adapter_name] = scaling_of(lora)
         self.lora_dropout[adapter_name] = lora.lora_dropout
         self.use_dora[adapter_name], self.router[adapter_name] = lora.use_dora, router
         own = None if config.act_fn is None else known_activation(ACT2FN[config.act_fn])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixlora_exp.config.paths import RESULTS
+from mixlora_exp.records.wilson import percent
 
 PAPER = RESULTS / "paper"
 PAPER_TABLES = {"llama2_7b": "table6.csv", "gemma_2b": "table7.csv"}
@@ -61,10 +62,6 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}"
-
-
 def _megabytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 1e6:,.0f}"
 
@@ -85,13 +82,13 @@ def _line(name: str, row: Mapping[str, Any], paper: Mapping[str, str] | None) ->
     return [
         name,
         _number(row.get("train_forward_us_per_token")),
-        _percent(row.get("train_forward_ratio")),
+        percent(row.get("train_forward_ratio"), 0),
         _number(row.get("train_backward_us_per_token")),
-        _percent(row.get("train_backward_ratio")),
+        percent(row.get("train_backward_ratio"), 0),
         ratio,
         str(row["rounds"]),
         _number(row.get("infer_forward_us_per_token")),
-        _percent(row.get("infer_forward_ratio")),
+        percent(row.get("infer_forward_ratio"), 0),
         _megabytes(row.get("train_peak_memory_bytes")),
         _megabytes(row.get("infer_peak_memory_bytes")),
         _number(row.get("feed_forward_saved_bytes_per_token"), 0),

@@ -61,11 +61,15 @@ def gguf_sha256(config: ModelConfig) -> str:
     Raises:
         UserError: as `gguf_files`.
     """
-    files = tuple(gguf_files(config))
+    return known_sha256(*gguf_files(config))
+
+
+def known_sha256(*files: Path) -> str:
+    """`file_sha256`, from memory if no file changed since it was last read."""
     return _sha256(files, tuple(map(stamp, files)))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _sha256(files: tuple[Path, ...], _: tuple[Stamp, ...]) -> str:
     return file_sha256(*files)
 

@@ -9,7 +9,6 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,8 +18,7 @@ from transformers import GgufConfig, PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.models.file_cache import Stamp, stamp
-from mixlora_exp.models.packaged import gguf_files, gguf_sha256, joined
+from mixlora_exp.models.packaged import gguf_files, gguf_sha256, joined, known_sha256
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
 from mixlora_exp.system.caches import cache_folder
 from mixlora_exp.system.durable import publishing
@@ -118,16 +116,10 @@ def _is_complete(folder: Path) -> bool:
         # An empty or incomplete manifest would match a folder without weights.
         named = all(any(name.endswith(end) for name in hashes) for end in _NEEDED)
         return named and all(
-            _sha256(folder / name, stamp(folder / name)) == digest
-            for name, digest in hashes.items()
+            known_sha256(folder / name) == digest for name, digest in hashes.items()
         )
     except (OSError, ValueError, AttributeError, TypeError):
         return False
-
-
-@lru_cache(maxsize=64)
-def _sha256(path: Path, _: Stamp) -> str:
-    return file_sha256(path)
 
 
 def _convert(gguf: Path, target: Path, config: ModelConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mixlora_exp.config.schema_model import LICENSE, part_names
 from mixlora_exp.errors import shown
-from mixlora_exp.records.wilson import wilson
+from mixlora_exp.records.wilson import percent, wilson
 
 NO_LICENSE = "unknown"
 """The hub's word for a licence that nobody stated."""
@@ -118,10 +118,6 @@ def _loading(record: Mapping[str, Any], place: str) -> Iterator[str]:
         yield "\nFOLDER holds the base model in the transformers format."
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def _scores(record: Mapping[str, Any]) -> Iterator[str]:
     before = {(s["task"], s["protocol"]): s for s in record.get("scores_before") or []}
     if not record["scores"]:
@@ -136,13 +132,13 @@ def _scores(record: Mapping[str, Any]) -> Iterator[str]:
     for score in record["scores"]:
         low, high = wilson(score["accuracy"], score["n"])
         cells = [
-            *(score["task"], score["protocol"], _percent(score["accuracy"])),
-            f"{_percent(low)} to {_percent(high)}",
-            *(_percent(score["majority_class"]), _percent(score["chance"]), str(score["n"])),
+            *(score["task"], score["protocol"], percent(score["accuracy"])),
+            f"{percent(low)} to {percent(high)}",
+            *(percent(score["majority_class"]), percent(score["chance"]), str(score["n"])),
         ]
         if before:
             old = before.get((score["task"], score["protocol"]))
-            cells.insert(4, _percent(old and old["accuracy"]))
+            cells.insert(4, percent(old and old["accuracy"]))
         yield _row(cells)
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mixlora_exp.records.wilson import percent
+
 FEWEST_ITEMS = 30
 MOST_UNPARSED = 0.2
 FREE_TEXT = "exact_match"
 """The protocol whose items have no options, and so no majority class to compare with."""
 
 Score = Mapping[str, Any]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def _few(score: Score) -> str | None:
@@ -31,7 +29,7 @@ def _below(score: Score) -> str | None:
     accuracy, majority = score["accuracy"], score["majority_class"]
     if score["protocol"] == FREE_TEXT or majority is None or accuracy >= majority:
         return None
-    return f"{_percent(accuracy)} < {_percent(majority)}"
+    return f"{percent(accuracy)} < {percent(majority)}"
 
 
 def _unparsed(score: Score) -> str | None:

@@ -10,11 +10,8 @@ from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.errors import shown
 from mixlora_exp.records.layout import Column, Sheet, fitted
 from mixlora_exp.records.score_warnings import score_warnings
+from mixlora_exp.records.wilson import percent
 from mixlora_exp.system.console import console, echo
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _nats(value: float | None) -> str:
@@ -65,10 +62,10 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Sheet:
         return [str(sum(s[key] for s in row)) for row in rows]
 
     def gained(kind: str) -> list[str]:
-        after = over(kind, _percent)
+        after = over(kind, percent)
         if not before:
             return after
-        past = [_percent(_mean(before[s["task"], protocol][kind] for s in row)) for row in rows]
+        past = [percent(_mean(before[s["task"], protocol][kind] for s in row)) for row in rows]
         return [f"{old} {arrow} {new}" for old, new in zip(past, after, strict=True)]
 
     arrow = "->" if console.options.ascii_only else "→"
@@ -76,11 +73,11 @@ def scores_table(record: Mapping[str, Any], protocol: str) -> Sheet:
     figures = [Column(f"accuracy{times}", gained("accuracy"))]
     if any(s["accuracy_normalized"] is not None for s in scores):
         figures.append(Column(f"per char.{times}", gained("accuracy_normalized")))
-    errors = [_percent(s["stderr"]) for s in scores]
+    errors = [percent(s["stderr"]) for s in scores]
     figures += [
         Column("std.\nerr.", errors + [""] * (len(rows) - len(errors))),
-        Column("major.\nclass", over("majority_class", _percent)),
-        Column("chance", over("chance", _percent)),
+        Column("major.\nclass", over("majority_class", percent)),
+        Column("chance", over("chance", percent)),
         Column("gold\nlog-lik.", over("gold_log_likelihood", _nats)),
         Column("n", counted("n")),
     ]

@@ -1,4 +1,4 @@
-"""Wilson's interval of an accuracy, for records and for tables."""
+"""An accuracy in percent, and Wilson's interval of it, for records and for tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from statistics import NormalDist
 LEVEL = 0.95
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 """Number of standard errors on each side."""
+
+
+def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
+    """A share in percent as text, a dash for None. sign: `+` writes that of positive ones too."""
+    return "-" if value is None else f"{100 * value:{sign}.{digits}f}"
 
 
 def wilson(share: float, n: float, z: float = Z) -> tuple[float, float]:

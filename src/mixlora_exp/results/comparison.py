@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixlora_exp.config.resolve import determining
+from mixlora_exp.config.resolve import determining, leaves
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RunFiles, find_record
 from mixlora_exp.records.wilson import LEVEL
@@ -119,20 +119,12 @@ def read_given(places: Iterable[str]) -> list[RecordedRun]:
     return runs
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def _settings(run: RecordedRun) -> dict[str, Any]:
     """Return all that determines a result, of the training and, where it differs, of the
     scoring."""
-    found = dict(_flat(determining(dict(run.trained))))
+    found = leaves(determining(dict(run.trained)))
     if run.rescored:
-        scored = dict(_flat(determining(dict(run.scored))))
+        scored = leaves(determining(dict(run.scored)))
         own = ("method.", "seed", "adapter", "model.", "trainer.", "task.train")
         found |= {name: value for name, value in scored.items() if not name.startswith(own)}
     known = {name: value for name, value in found.items() if name not in ("seed", "adapter")}

@@ -9,6 +9,7 @@ from typing import Any
 
 from mixlora_exp.errors import shown
 from mixlora_exp.records.layout import Column, Sheet
+from mixlora_exp.records.wilson import percent
 from mixlora_exp.results.comparison import Compared, Measured, Side, Versus
 from mixlora_exp.results.findings import Contrast
 from mixlora_exp.results.headings import word
@@ -37,12 +38,8 @@ def label(one: Measured) -> str:
     return shown(f"{one.task}, {one.protocol}{METRICS[one.metric]}", 80)
 
 
-def _percent(value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}"
-
-
 def _bounded(value: float, low: float, high: float, sign: str = "") -> str:
-    return f"{_percent(value, sign)} [{_percent(low, sign)}, {_percent(high, sign)}]"
+    return f"{percent(value, sign=sign)} [{percent(low, sign=sign)}, {percent(high, sign=sign)}]"
 
 
 def _chance_of(p: float) -> str:
@@ -62,8 +59,8 @@ def settings_sheet(compared: Compared) -> Sheet:
 def scores_sheet(compared: Compared) -> Sheet:
     """Return accuracies in percent with chance, the most frequent answer, and intervals."""
     columns = [
-        Column("chance", [_percent(one.scores[0].chance) for one in compared.measured]),
-        Column("major.\nclass", [_percent(one.scores[0].majority) for one in compared.measured]),
+        Column("chance", [percent(one.scores[0].chance) for one in compared.measured]),
+        Column("major.\nclass", [percent(one.scores[0].majority) for one in compared.measured]),
     ]
     for side in compared.sides:
         cells = []

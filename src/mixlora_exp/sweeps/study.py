@@ -17,6 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from mixlora_exp.config.resolve import leaves
 from mixlora_exp.errors import UserError
 
 MADE_WITH, REASON, REPORTED = "made_with", "reason", "reported"
@@ -74,7 +75,7 @@ def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: the study has trials with other settings.
     """
-    now = _flat(json.loads(json.dumps(settings)))
+    now = leaves(json.loads(json.dumps(settings)))
     if MADE_WITH not in study.user_attrs:
         if study.get_trials(deepcopy=False):
             raise UserError(
@@ -83,7 +84,7 @@ def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
             )
         study.set_user_attr(MADE_WITH, settings)
         return
-    then = _flat(study.user_attrs[MADE_WITH])
+    then = leaves(study.user_attrs[MADE_WITH])
     differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if differing:
         shown = differing[:SHOWN]
@@ -94,15 +95,6 @@ def require_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
             f"{f'; and {more} more' if more > 0 else ''}. Give study another name, or repeat its "
             "settings"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a tree, by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        found |= {f"{prefix}{name}": value} if inner is None else inner
-    return found
 
 
 def _difference(name: str, then: Any, now: Any) -> str:

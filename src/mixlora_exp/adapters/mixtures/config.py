@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -98,11 +97,6 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
         name = self.router_name(str(self.make_mixture().router))
         settings = self.router_settings(experts, chosen, width)
         return make_router(name, settings, self.router_options)
-
-    @property
-    def scaling(self) -> float:
-        """LoRA's own, which a method may replace: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def mergeable(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from mixlora_exp.adapters.config import scaling_of
 from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.frozen import frozen_linear, is_linear, refuse_merge
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
@@ -65,7 +66,7 @@ class MixtureLinear(nn.Module, RoutedLayer):
         experts, chosen = config.experts_at(name)
         base, method = self.get_base_layer(), config.make_mixture()
         sizes = Sizes(experts, config.r, base.in_features, base.out_features)
-        scaling = method.scaling(sizes, config.scaling)
+        scaling = method.scaling(sizes, scaling_of(config))
         self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
         self.scaling[adapter_name], self.mixture[adapter_name] = scaling, method
         self.lora_dropout[adapter_name] = config.lora_dropout
