@@ -1,4 +1,4 @@
-"""Warnings about scores that a colleague would give, from a record alone."""
+"""Warnings about scores, from a record alone."""
 
 from __future__ import annotations
 
