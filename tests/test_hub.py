@@ -9,6 +9,7 @@ import pytest
 from composed import compose
 from fake_hub import FakeHub, fake_hub
 
+from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
 from mixlora_exp.runs.inputs import resolve_config
 from mixlora_exp.system.hub import adapter_folder, pin_revision
@@ -102,6 +103,16 @@ def test_what_is_no_adapter_is_reported_in_a_line(hub: FakeHub, place: str, word
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not hub.fetched()
+
+
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+def test_so_it_is_on_the_command_line(hub: FakeHub, dry_run: str, tmp_path: Path, capsys) -> None:
+    hub.commit("owner/model", {"config.json": b"{}"})
+    argv = ["experiment=smoke", "method=none", "adapter='hub:owner/model@main'"]
+    assert execute([*argv, f"dry_run={dry_run}", f"output_dir={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: adapter=hub:owner/model@main is no adapter: the repository")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "may not do that"), (500, "the hub refused")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from composed import compose
 
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose as compose_anew
 from mixlora_exp.config.schema import DataConfig, DataSource
 from mixlora_exp.data.encoding import encode_examples
@@ -155,3 +156,32 @@ def test_the_experiment_is_that_of_peft(tmp_path: Path) -> None:
     for row in map(json.loads, rows):
         assert row["prediction"] in (None, 0, 1)
         assert isinstance(row["text"], str)
+
+
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"content": "a"}, "field 'messages[0]' has role None, which is none of system, user, a"),
+        ({"role": "bot", "content": "a"}, "field 'messages[0]' has role 'bot', which is none of"),
+        ("a", "field 'messages[0]' must be an object with role and content"),
+    ],
+)
+def test_a_row_without_roles_is_told_in_one_line(
+    message: object, told: str, dry_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task in ("metamath/train", "gsm8k/test"):
+        path = tmp_path / "data" / f"{task}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"messages": [message, {"role": "assistant", "content": "1"}]}))
+    argv = [
+        "model=tiny", "method=lora", FREE, EXACT, "data=chat", f"data.path={tmp_path / 'data'}",
+        *(f"task.custom.{task}.{field}=messages" for task in ("metamath", "gsm8k")
+          for field in ("question", "answer", "answer_as")),
+        f"dry_run={dry_run}", f"output_dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    assert execute(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'data'}")
+    assert told in line
+    assert not (tmp_path / "out").exists()

@@ -135,6 +135,7 @@ def two_processes(monkeypatch: pytest.MonkeyPatch, count: int, first: bool = Tru
     monkeypatch.setattr(parallel, "processes", lambda: state)
 
 
+@pytest.mark.parametrize("dry_run", ["false", "true"])
 @pytest.mark.parametrize(
     ("count", "words", "reason"),
     [
@@ -160,14 +161,19 @@ def two_processes(monkeypatch: pytest.MonkeyPatch, count: int, first: bool = Tru
             ["trainer.parallel=fsdp", "trainer.compile=layer"],
             "trainer.parallel=fsdp was not tried with trainer.compile=layer",
         ),
+        (
+            2,
+            ["trainer.parallel=fsdp", "model.quantization=nf4"],
+            "trainer.parallel=fsdp cannot divide the weights of model.quantization=nf4",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_refused_in_one_line(
-    count: int, words: list[str], reason: str, tmp_path: Path, monkeypatch, capsys
+    count: int, words: list[str], reason: str, dry_run: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     for what in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(experiment, what, lambda *a, **k: pytest.fail("too late"))
-    argv = [*SMALL, *words, f"output_dir={tmp_path}"]
+    argv = [*SMALL, *words, f"dry_run={dry_run}", f"output_dir={tmp_path}"]
     two_processes(monkeypatch, count)
     assert execute(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()

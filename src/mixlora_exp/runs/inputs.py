@@ -211,6 +211,7 @@ def gather_inputs(config: Config) -> Inputs:
     """
     adapter = adapter_entry(config)
     _check_settings(config, adapter)
+    check_processes(config)
     kernel = _kernel(config, adapter)
     check_quantized_base(config, adapter)
     check_model(config.model)
@@ -236,7 +237,6 @@ def _check_settings(config: Config, adapter: dict[str, Any] | None, *, here: boo
     check_shuffle(config, adapter)
     _check_base(config, adapter)
     if here:
-        check_processes(config)
         _check_head(config)
 
 
@@ -255,6 +255,8 @@ def check_inputs(configs: list[Config], *, elsewhere: bool = False) -> None:
         here = not (elsewhere or config.dry_run)
         adapter = adapter_entry(config)
         _check_settings(config, adapter, here=here)
+        if not elsewhere:
+            check_processes(config)
         if here:
             _kernel(config, adapter)
         check_quantized_base(config, adapter, here=not elsewhere)

@@ -11,6 +11,7 @@ from mixlora_exp.plans.plan_text import Circumstances, print_plan, print_plan_to
 from mixlora_exp.plans.speed import Speed, recorded_speed
 from mixlora_exp.records.record import hardware
 from mixlora_exp.runs.inputs import adapter_entry, check_inputs
+from mixlora_exp.runs.parallel import refusal
 from mixlora_exp.runs.probe import probed_speed
 from mixlora_exp.runs.quantized_base import check_quantized_base
 from mixlora_exp.system.device import hardware_names, processes, resolve_device
@@ -38,7 +39,7 @@ def _is_accepted(config: Config) -> bool:
         check_quantized_base(config, None, here=False)
     except UserError:
         return False
-    return True
+    return refusal(config, processes().num_processes) is None
 
 
 def _speed(config: Config) -> Speed | None:
