@@ -9,15 +9,19 @@ import pytest
 import torch
 from composed import compose
 from cpu_kernels import CPU_KERNELS
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
 
 from mixlora_exp.adapters import attach_adapter
-from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Config, LossOn
+from mixlora_exp.data.collator import Collator
+from mixlora_exp.data.encoding import Example
 from mixlora_exp.kernels import MIXTURES
 from mixlora_exp.models import load_model
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.plans.kept import kept_by_layer
+from mixlora_exp.training.packed import pack_batches, packed_attention
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 
 TARGETS = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
@@ -50,6 +54,18 @@ class Growth(NamedTuple):
     constant: float
 
 
+def passed(model: PeftModel, config: Config, ids: Tensor) -> Tensor:
+    """The logits of a row, or with `data.packing` of two examples in it."""
+    if not config.data.packing:
+        return model(input_ids=ids).logits
+    base, examples = model.base_model.model, [Example(r, 1, "t") for r in ids.view(2, -1).tolist()]
+    batch = Collator(0, LossOn.all, packing=True)(examples)
+    with packed_attention(base) as inner:
+        packed = pack_batches(base, {"": batch}, inner)
+        names = ("input_ids", "attention_mask", "position_ids")
+        return model(**{name: batch[name] for name in names}, packed=packed).logits
+
+
 def kept(config: Config, layers: int, dtype: torch.dtype) -> list[int]:
     """Bytes that autograd keeps in a pass over FEW and one over MANY tokens, beside parameters."""
     shape = {**config.model.config, "num_hidden_layers": layers}
@@ -60,7 +76,7 @@ def kept(config: Config, layers: int, dtype: torch.dtype) -> list[int]:
     for tokens in (FEW, MANY):
         ids = torch.randint(3, 900, (1, tokens), generator=torch.Generator().manual_seed(0))
         with counting_saved(storages_of(model)) as total, autocast(ids.device, dtype):
-            output = model(input_ids=ids).logits
+            output = passed(model, config, ids)
             found.append(total())
         del output
     return found
@@ -101,6 +117,16 @@ def test_within_two_percent(method: str, kernel: str, dropout: float, dtype: tor
     assert bool(found.weights) == bool(stock_dora)
     if stock_dora:
         assert found.weights == pytest.approx(measured.constant, rel=0.4)
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_packed_examples(method: str) -> None:
+    """Attention has copies of its own of queries, keys and values, and of what it returns."""
+    words = (f"method={method}", "kernel=exact", "method.dropout=0.05", "method.rank=16")
+    found = kept_by_layer(small(*words, "data.packing=true"), 2).per_token
+    measured = growth(small(*words, "data.packing=true"), torch.bfloat16, layers=3)
+    assert found == pytest.approx(measured.per_token, rel=0.02)
+    assert found > 1.02 * kept_by_layer(small(*words), 2).per_token
 
 
 @pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "[o_proj]", "[up_proj]"])

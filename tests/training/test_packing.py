@@ -186,10 +186,12 @@ def test_a_packed_run_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(parallel: str, tmp_path: Path) -> None:
+    words = [word.replace("ddp", parallel) for word in UNEVEN]
     for count in (1, 2):
         folder = tmp_path / str(count)
-        assert train_in(count, [*UNEVEN, PACKED, f"output_dir={folder}"]) == [0] * count
+        assert train_in(count, [*words, PACKED, f"output_dir={folder}"]) == [0] * count
     same_runs.check_equal(tmp_path / "2", tmp_path / "1", 2)
 
 

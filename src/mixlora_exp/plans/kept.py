@@ -99,8 +99,9 @@ def kept_by_layer(
 ) -> Kept:
     """Return what a layer keeps with `width` bytes per number (4: float32, 2: bf16).
 
-    packed: as one of several adapters in a pass. autocast: whether it runs under autocast in bf16,
-    as in training. What PEFT's other types keep is not counted as exactly as the rest.
+    packed: as one of several adapters in a pass; `data.packing` keeps as much. autocast: whether it
+    runs under autocast in bf16, as in training. What PEFT's other types keep is not counted as
+    exactly as the rest.
     """
     # The fastest of a GPU for `auto`: plans are often for another machine.
     name = config.kernel.name.value
@@ -141,8 +142,9 @@ def _of_lora(
     d, f = sides["gate_proj"]
     heads = skeleton_of(model).config.num_attention_heads
     # The norms' inputs, in float32; queries, keys, values and the attention's output, which several
-    # adapters in one pass keep twice; a number per head and norm in float32.
-    numbers = (4 if width == 2 else 2) * d + (3 if packed else 2) * sides["q_proj"][1]
+    # adapters in one pass, and packed examples, keep twice; a number per head and norm in float32.
+    twice = packed or config.data.packing
+    numbers = (4 if width == 2 else 2) * d + (3 if twice else 2) * sides["q_proj"][1]
     attention = width * (numbers + 2 * sides["k_proj"][1]) + 4 * (heads + 2)
     if isinstance(method, LinearMixtureMethodConfig):
         # After dropout only routers keep the inputs of gate, up and the attention, and of down.

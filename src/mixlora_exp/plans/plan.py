@@ -114,9 +114,11 @@ def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> 
 
 def _padding(config: Config, lengths: list[int]) -> float:
     """Return the fraction of padding positions in the first epoch: each row is padded to the
-    longest of its micro-batch."""
+    longest of its micro-batch, but with `data.packing`."""
     from mixlora_exp.data.sampler import sampler_of
 
+    if config.data.packing:
+        return 0.0
     trainer = config.trainer
     order = list(sampler_of(lengths, trainer.batch_size, config.seed, trainer.order))
     positions = 0

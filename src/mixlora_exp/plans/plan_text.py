@@ -51,7 +51,9 @@ def describe(
             f"{model.nominal_parameters:.3g}"
         )
     counted = "estimated from characters"
-    if found.padding is not None:
+    if found.padding is not None and config.data.packing:
+        counted = "counted; packed, without padding"
+    elif found.padding is not None:
         counted = f"counted; {100 * found.padding:.0f} % of the batches is padding"
     frozen = p.magnitude and not config.method.train_magnitude
     training = [
