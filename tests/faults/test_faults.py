@@ -72,6 +72,25 @@ def test_out_of_memory_in_one_cell_of_a_sweep(tmp_path, monkeypatch, capsys) -> 
     assert "out of memory on the device" in json.loads(path.read_text())["error"]
 
 
+@pytest.mark.parametrize("adapters", [[], ["adapters=[lora,mixlora]"]], ids=["one", "two"])
+@pytest.mark.parametrize("place", ["load_model", "Scorer"])
+def test_a_device_that_is_too_small_is_told_in_a_line(
+    place: str, adapters: list[str], tmp_path, monkeypatch, capsys
+) -> None:
+    """While the model is loaded, and while it is scored."""
+
+    def too_small(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(experiment, place, too_small)
+    argv = [*SMALL, *adapters, "evaluation.before_training=true", f"output_dir={tmp_path}"]
+    assert execute(argv) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory on the device while the model was loaded or sco")
+    assert "dry_run=true tells what fits which card" in line
+    assert not records(tmp_path)
+
+
 def test_a_micro_batch_that_does_not_fit_is_halved_once(tmp_path, monkeypatch) -> None:
     """With the same examples and normalisation in a step, and told in the record."""
     assert execute([*SMALL, f"output_dir={tmp_path / 'two'}", "trainer.micro_batch_size=2"]) == 0

@@ -122,8 +122,14 @@ def test_other_records_are_reported_in_a_line(
         if "schema_version" not in changes:
             record = finish_record(record)
         (tmp_path / RECORD).write_text(json.dumps(record))
-        assert execute(["--from", str(tmp_path)]) == 2
-        return capsys.readouterr().err
+        capsys.readouterr()
+        lines = []
+        for word in ("dry_run=false", "dry_run=true"):
+            assert execute(["--from", str(tmp_path), word]) == 2
+            lines += capsys.readouterr().err.splitlines()
+        first, second = lines
+        assert first == second
+        return first
 
     assert "schema_version=9 is of a later version of mixlora-exp" in told(schema_version=9)
     config = {**finished("method=mixlora").record["config"], "later": 1}

@@ -107,8 +107,9 @@ def kept_by_layer(
     name = config.kernel.name.value
     kernel = KERNELS[FASTEST["cuda"] if name == "auto" else name]
     method = config.method
+    packed = packed or config.data.packing
     if isinstance(method, PeftMethodConfig):
-        return _of_peft_type(config.model, method, width)
+        return _of_peft_type(config.model, method, width, packed)
     assert isinstance(method, LoraMethodConfig)
     kept = _of_lora(config.model, method, width, kernel.linear, packed, autocast)
     if not isinstance(method, MixLoraMethodConfig):
@@ -129,7 +130,7 @@ def _of_lora(
     packed: bool = False,
     autocast: bool = True,
 ) -> Kept:
-    """What a layer keeps; of MixLoRA's blocks nothing."""
+    """Return what a layer keeps; of MixLoRA's blocks nothing."""
     sides = widths(model)
     layer = _Layer(
         inputs={t: w[0] for t, w in sides.items()},
@@ -143,8 +144,7 @@ def _of_lora(
     heads = skeleton_of(model).config.num_attention_heads
     # The norms' inputs, in float32; queries, keys, values and the attention's output, which several
     # adapters in one pass, and packed examples, keep twice; a number per head and norm in float32.
-    twice = packed or config.data.packing
-    numbers = (4 if width == 2 else 2) * d + (3 if twice else 2) * sides["q_proj"][1]
+    numbers = (4 if width == 2 else 2) * d + (3 if packed else 2) * sides["q_proj"][1]
     attention = width * (numbers + 2 * sides["k_proj"][1]) + 4 * (heads + 2)
     if isinstance(method, LinearMixtureMethodConfig):
         # After dropout only routers keep the inputs of gate, up and the attention, and of down.
@@ -162,13 +162,13 @@ def _of_lora(
     return Kept(attention + own.attention - block, 3 * f * width + block, own.weights)
 
 
-def _of_peft_type(model: ModelConfig, method: PeftMethodConfig, width: int) -> Kept:
+def _of_peft_type(model: ModelConfig, method: PeftMethodConfig, width: int, packed: bool) -> Kept:
     """Return what stands for an adapter of PEFT's other types: LoRA of rank 1 and either the output
     of each target or a matrix of its weight's shape; VeRA's projections, cut for each target."""
     sides = widths(model)
     matrices = method.peft_type in MATRICES
     alike = LoraMethodConfig(name="lora", rank=1, alpha=1.0, targets=method.targets, dropout=0.0)
-    found = _of_lora(model, alike, width, "peft")
+    found = _of_lora(model, alike, width, "peft", packed)
     outputs = 0 if matrices else width * sum(sides[target][1] for target in method.targets)
     weights = 0.0
     if matrices:

@@ -42,7 +42,7 @@ from mixlora_exp.runs.run import (
 )
 from mixlora_exp.runs.scoring import Scores, score_with
 from mixlora_exp.system.console import echo
-from mixlora_exp.system.device import free_memory, processes
+from mixlora_exp.system.device import free_memory, out_of_memory_told, processes
 from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.hub import adapter_folder
 from mixlora_exp.training import Job, TrainSummary, fit_jointly, make_job
@@ -107,14 +107,14 @@ def run_together(
         if config.adapter is not None:
             # Even if it is scored alone, it would leave the base model changed.
             check_shareable(adapter_folder(config.adapter))
-    if configs[0].dry_run:
-        tell_plan(configs, words)
-        return []
     if processes().num_processes > 1:
         raise UserError(
             "adapters: several adapters train together only in one process: start train.py without "
             "torchrun, or train them one by one"
         )
+    if configs[0].dry_run:
+        tell_plan(configs, words)
+        return []
     pack = _Pack()
     with contextlib.ExitStack() as stack:
         for config in configs:
@@ -127,7 +127,7 @@ def run_together(
             except UserError as error:
                 pack.fail(folder, error)
         try:
-            with convert_disk_faults(f"output_dir={configs[0].output_dir}"):
+            with convert_disk_faults(f"output_dir={configs[0].output_dir}"), out_of_memory_told():
                 _carry_out(pack)
         except Exception as error:
             for this in pack.runs:

@@ -7,7 +7,8 @@ import gc
 import os
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import NotEnoughMemory, UserError
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Process groups in which every process has the whole model and all gradients."""
@@ -117,6 +118,19 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Convert an error of the device's allocator into a `NotEnoughMemory`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(
+            "out of memory on the device while the model was loaded or scored; nothing was "
+            "recorded: dry_run=true tells what fits which card, and evaluation.batch_tokens=N with "
+            "a smaller N scores in less"
+        ) from error
 
 
 def hardware_names() -> list[str]:
