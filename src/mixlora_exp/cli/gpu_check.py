@@ -2,9 +2,11 @@
 
 On random weights and generated data, without a network: MixLoRA is trained, killed, started again,
 loaded back, scored on 16 items and asked for an answer; then LoRA, DoRA and MixDoRA train a few
-steps on the same base. Writes `--record` (`results/gpu-check.json`): the speed and peak memory of
-each beside the plan, hardware and versions. Any `group.field=value` changes the runs: `model=tiny`
-does the same on a CPU. Exit code 1: a step did not do what it should, or it took too long.
+steps on the same base, and MixLoRA on an NF4 one where bitsandbytes is installed. Writes `--record`
+(`results/gpu-check.json`): the speed and peak memory of each beside the plan, hardware and
+versions. Any `group.field=value` changes the runs: `model.quantization=nf4` does it all on that
+base, for cards of 24 GB and less, and `model=tiny` does the same on a CPU. Exit code 1: a step did
+not do what it should, or it took too long.
 """
 
 from __future__ import annotations
@@ -26,22 +28,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config.choices import Quantization
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
+from mixlora_exp.models import load_model
 from mixlora_exp.models.parameters import count_parameters
+from mixlora_exp.models.precision import resolve_dtype
+from mixlora_exp.models.quantization import is_installed
 from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
 from mixlora_exp.runs.inputs import gather_inputs
 from mixlora_exp.runs.run import run as run_once
 from mixlora_exp.runs.run import start, training_examples
-from mixlora_exp.serving.open import open_adapter
+from mixlora_exp.serving.open import Opened, open_adapter
 from mixlora_exp.serving.text_generation import continuations
 from mixlora_exp.system.device import free_memory, hardware_names, resolve_device
 from mixlora_exp.training import fit
 
 STEPS, SAVED, FEW, ITEMS, NEW_TOKENS = 20, 10, 5, 16, 16
+NF4 = Quantization.nf4
 OTHERS = ("lora", "dora", "mixdora")
 WORDS = (
     "model=llama2_7b", "model.weights=random", "data=embedded", "task=arc_e",
@@ -114,6 +121,7 @@ def _measured(
     seconds, total = steps.seconds(), sum(planned.values())
     return {
         "method": config.method.name,
+        "quantization": config.model.quantization.value,
         "steps": train["steps"],
         "seconds_per_step": round(seconds, 4),
         "tokens_per_second": round(train["tokens"] / train["steps"] / seconds, 1),
@@ -143,6 +151,21 @@ def _train_another(
     return _measured(config, dataclasses.asdict(summary), steps, examples)
 
 
+def _answer(opened: Opened) -> str:
+    (answer,) = continuations(opened, [PROMPT], max_new_tokens=NEW_TOKENS)
+    return answer
+
+
+def _train_on_nf4(
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> dict[str, Any]:
+    free_memory()
+    device = resolve_device()
+    dtype = resolve_dtype(config.trainer.precision, device)
+    base = load_model(config.model, dtype, config.seed, device)
+    return _train_another(config, base, tokenizer, folder)
+
+
 def check(settings: argparse.Namespace, words: Sequence[str], place: Path) -> dict[str, Any]:
     """Carry everything out in the folder `place`; returns what is to be recorded."""
     begun, seconds = time.monotonic(), {}
@@ -166,9 +189,7 @@ def check(settings: argparse.Namespace, words: Sequence[str], place: Path) -> di
     record = read_record(timed("resumed_and_scored", run_once, config, steps))
     free_memory()
     opened = timed("loaded", open_adapter, str(place / "runs" / record["name"] / "adapter"))
-    (answer,) = timed(
-        "answered", lambda: list(continuations(opened, [PROMPT], max_new_tokens=NEW_TOKENS))
-    )
+    answer = timed("answered", _answer, opened)
     tokenizer, base = opened.tokenizer, opened.model.unload()
     examples = _examples(config, place)
     trainings, skipped = [_measured(config, record["train"], steps, examples)], []
@@ -178,6 +199,13 @@ def check(settings: argparse.Namespace, words: Sequence[str], place: Path) -> di
             continue
         other = _config(words, method, FEW, place)
         trainings.append(timed(method, _train_another, other, base, tokenizer, place / method))
+    del opened, base
+    nf4 = _config([*words, f"model.quantization={NF4.value}"], "mixlora", FEW, place)
+    if config.model.quantization is Quantization.none and is_installed(NF4):
+        if time.monotonic() - begun > settings.seconds:
+            skipped.append(NF4.value)
+        else:
+            trainings.append(timed(NF4.value, _train_on_nf4, nf4, tokenizer, place / NF4.value))
     items = sum(score["n"] for score in record["scores"])
     total = time.monotonic() - begun
     return {
@@ -220,11 +248,9 @@ def run(argv: Sequence[str]) -> int:
     write_json(path, finish_record({**found, "provenance": origin}))
     for training in found["trainings"]:
         peak, planned = (training[f"{name}_memory_bytes"] / 2**30 for name in ("peak", "planned"))
-        speed = training["tokens_per_second"]
-        print(
-            f"{training['method']:<8} {speed:>10,.0f} tokens/s, peak {peak:.1f} GiB, "
-            f"planned {planned:.1f}"
-        )
+        speed, held = training["tokens_per_second"], training["quantization"]
+        name = training["method"] + ("" if held == Quantization.none.value else f", {held}")
+        print(f"{name:<12} {speed:>10,.0f} tokens/s, peak {peak:.1f} GiB, planned {planned:.1f}")
     failed = [name for name, passed in found["passed"].items() if not passed]
     print(f"{'failed: ' + ', '.join(failed) if failed else 'passed'}; written: {path}")
     return 1 if failed else 0

@@ -25,6 +25,11 @@ BLOCK, BLOCKS = 64, 256
 """NF4: weights that share a scale in 8 bits, and such scales that share one in float32."""
 
 
+def is_installed(chosen: Quantization) -> bool:
+    """Whether the package of a quantisation other than `none` is installed."""
+    return importlib.util.find_spec(PACKAGES[chosen]) is not None
+
+
 def check_quantization(config: ModelConfig, device: str | None = None) -> None:
     """Check that this machine can quantise the model. device: the type that it will be on, where
     that is known.
@@ -35,8 +40,8 @@ def check_quantization(config: ModelConfig, device: str | None = None) -> None:
     chosen = config.quantization
     if chosen is Quantization.none:
         return
-    package = PACKAGES[chosen]
-    if importlib.util.find_spec(package) is None:
+    if not is_installed(chosen):
+        package = PACKAGES[chosen]
         raise UserError(
             f"model.quantization={chosen.value} needs the package {package}, which is not "
             f"installed: run `pip install {package}`, or use model.quantization=none"
