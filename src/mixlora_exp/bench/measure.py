@@ -53,13 +53,15 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def name_rows(model: nn.Module, batch: StepBatch, kept: Tensor | None = None) -> RowIds | None:
+def name_rows(
+    model: nn.Module, batch: StepBatch, kept: Tensor | None = None, step: int | None = None
+) -> RowIds | None:
     """Begin an optimizer step of the model's dropout stream, if it has one; the step's rows. kept:
-    the numbers of those that a layer may compute alone."""
+    the numbers of those that a layer may compute alone; step: its number, None for the next one."""
     stream = getattr(model, "dropout_stream", None)
     if stream is None:
         return None
-    stream.begin(next(_STEPS), batch.example, batch.position, kept)
+    stream.begin(next(_STEPS) if step is None else step, batch.example, batch.position, kept)
     return stream.rows
 
 
@@ -80,15 +82,15 @@ def loss_of(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
     return (convert_to_fp32(output) if row.autocast else output)["loss"]
 
 
-def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch) -> Tensor:
-    """Return `loss_of` after naming the rows of the next optimizer step."""
+def step_loss(model: nn.Module, row: BenchRow, batch: StepBatch, step: int | None = None) -> Tensor:
+    """Return `loss_of` after naming the rows of an optimizer step, None for the next one."""
     if row.compiled or not hasattr(model, "dropout_stream"):
         # Compiled, each number of kept rows would be another code.
-        name_rows(model, batch)
+        name_rows(model, batch, step=step)
         return loss_of(model, row, batch)
     with last_layer_at_kept_rows(base_of(model)) as kept:
         columns = None if row.all_logits else batch.inputs.get("logits_to_keep")
-        name_rows(model, batch, kept.use(batch.ids.shape, columns))
+        name_rows(model, batch, kept.use(batch.ids.shape, columns), step)
         return loss_of(model, row, batch)
 
 

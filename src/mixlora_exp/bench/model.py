@@ -147,9 +147,4 @@ def model_of(name: str, base: PreTrainedModel, dropout: float, seed: int) -> nn.
     Raises:
         NotHere: it cannot be made on this machine.
     """
-    row = ROWS[name]
-    model = BUILDERS.get(name, adapted)(base, row, dropout, seed)
-    if row.compiled and row.stock:
-        for layer in base_of(model).model.layers:
-            layer.compile()
-    return model
+    return BUILDERS.get(name, adapted)(base, ROWS[name], dropout, seed)

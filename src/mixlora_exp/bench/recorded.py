@@ -40,15 +40,24 @@ class RecordedStep:
         self.model.train()
         clock = Clock(self.batch.ids.device)
         clock.mark()
-        adapters_changed()
-        rows = name_rows(self.model, self.batch)
-        keys = {} if rows is None else {"keys": rows.keys}
-        self._pass({**self.batch.inputs, "items": self.batch.items, **keys})
+        self.backward()
         clock.mark()
-        if self._pass.failed is not None:
-            raise NotHere(f"not measured: the step cannot be recorded: {self._pass.failed}")
         self.model.zero_grad(set_to_none=True)
         return clock.spans()[0]
+
+    def backward(self, step: int | None = None) -> None:
+        """Add to the gradients. step: the number of the optimizer step, by which masks of dropout
+        differ, None for the next one.
+
+        Raises:
+            NotHere: the step cannot be recorded.
+        """
+        adapters_changed()
+        rows = name_rows(self.model, self.batch, step=step)
+        keys = {} if rows is None else {"keys": rows.keys}
+        self._pass({**self.batch.inputs, "items": self.batch.items, **keys})
+        if self._pass.failed is not None:
+            raise NotHere(f"not measured: the step cannot be recorded: {self._pass.failed}")
 
     def _prepare(self) -> list[int]:
         self._gradients.restore()

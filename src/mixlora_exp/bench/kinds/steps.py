@@ -15,12 +15,13 @@ from torch import nn
 
 from mixlora_exp.bench.baselines import check_liger, patch_with_liger
 from mixlora_exp.bench.batch import StepBatch, batch_of
+from mixlora_exp.bench.gradients import allowed, gradients_of, largest_difference
 from mixlora_exp.bench.interleaved import Sample, interleaved, pair, summary
 from mixlora_exp.bench.measure import feed_forward_saved_bytes, inference_step, training_step
 from mixlora_exp.bench.memory import measure_in_process
 from mixlora_exp.bench.model import base_model, base_of, model_config, model_of
 from mixlora_exp.bench.options import StepOptions, as_json, require_dtype, require_positive
-from mixlora_exp.bench.recorded import WARM_UP, RecordedStep
+from mixlora_exp.bench.recorded import RecordedStep
 from mixlora_exp.bench.report import markdown
 from mixlora_exp.bench.row_registry import BASELINE, PAIRS, ROWS, BenchRow, NotHere
 from mixlora_exp.bench.runner import Kind, echo, machine_slug
@@ -127,8 +128,7 @@ class _Rows:
             try:
                 if reason is None:
                     self.models[name] = model = self.ready(name)
-                    for number in range(WARM_UP if row.recorded else 1):
-                        _measure(self.config, model, name, self.batch, number)
+                    _measure(self.config, model, name, self.batch, 0)
                     refused = self.refusals[name].reason if name in self.refusals else None
                     if row.recorded:
                         self.found[name]["not_compiled"] = refused
@@ -150,15 +150,33 @@ class _Rows:
                 self.echo(f"{name}: ready")
 
     def ready(self, name: str) -> nn.Module | RecordedStep:
-        """Return a row's model or, where its step is to be recorded, that step."""
+        """Return a row's model or, where its step is to be recorded, that step.
+
+        Raises:
+            NotHere: compiled or recorded, it has other gradients than eager.
+        """
         row = ROWS[name]
-        model = model_of(name, self.base, self.config.dropout, self.config.seed)
-        if row.compiled and not row.stock:
+        made = model = model_of(name, self.base, self.config.dropout, self.config.seed)
+        if not row.compiled:
+            return model
+        expected = gradients_of(model, row, self.batch)
+        if row.stock:
+            for layer in base_of(model).model.layers:
+                layer.compile()
+        else:
             context = compiled_layers(base_of(model), row.compile)
             self.refusals[name] = self.contexts.enter_context(context)
-        if not row.recorded:
-            return model
-        return RecordedStep(model, row, self.batch, CudaRecorder(self.base.device))
+        if row.recorded:
+            made = RecordedStep(model, row, self.batch, CudaRecorder(self.base.device))
+        difference = largest_difference(gradients_of(made, row, self.batch), expected)
+        most = allowed(row, self.batch.dtype)
+        if not difference.relative <= most:
+            raise NotHere(
+                f"wrong gradients: {difference.parameter} is off by {difference.relative:.2g} of "
+                f"the eager step's (allowed: {most:g})"
+            )
+        self.found[name]["gradient_difference"] = asdict(difference)
+        return made
 
     def drop(self, name: str, reason: str) -> None:
         self.found[name]["error"] = reason
