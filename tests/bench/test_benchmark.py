@@ -124,7 +124,7 @@ COMMITTED = ROOT / "results" / "bench"
 @pytest.mark.parametrize("name", sorted(p.stem for p in COMMITTED.glob("*-*.md")))
 def test_tables_beside_committed_records_are_those_of_the_records(name: str) -> None:
     stem = name.partition("-")[0]
-    kind = kind_of(stem if stem in ("adapters", "together") else "steps")
+    kind = kind_of(stem if stem in ("adapters", "bytes", "together") else "steps")
     table = kind.markdown(read_record(COMMITTED / f"{name}.json"))
     assert table == (COMMITTED / f"{name}.md").read_text()
 
@@ -245,7 +245,7 @@ def test_help_of_a_kind_lists_its_settings(capsys: pytest.CaptureFixture[str]) -
         (["kind=peers", "package=other"], "package=other is unknown: choose moe_peft or mixlora"),
         (["kind=peers", "model=gemma_2b"], "choose a model of the Llama family"),
         (["kind=together", "experiment=smoke"], "experiment=smoke has no adapters"),
-        (["kind=peer"], "kind=peer is unknown: choose from adapters, eval, forms, gpu, peers"),
+        (["kind=peer"], "kind=peer is unknown: choose from adapters, bytes, eval, forms, gpu"),
     ],
 )
 def test_mistakes_in_words(words: list[str], message: str) -> None:
