@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import DEVICE, GPU, on_device, triton_block, triton_router
 
 NAMES = "mixlora" if GPU else "mixlora_interpreted"
@@ -110,37 +109,3 @@ def check_graphs(graphs: dict[str, dict[str, int]], down: str) -> None:
         found = {n: c for n, c in graphs[part].items() if n.startswith("mixlora.")}
         assert found == Counter(f"mixlora.{name}.default" for name in names)
         assert not {"aten.topk.default", "aten.sort.stable", "aten.where.self"} & set(graphs[part])
-
-
-class Taken(TorchDispatchMode):
-    """Notes our operators as they are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == NAMES:
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_operators_are_what_they_are_registered_as(block_of, plain, dora) -> None:
-    """They change nothing but what they name, results are fresh, and shapes, dtypes and strides
-    are known beforehand."""
-    case = replace(plain, dora=dora, experts=3)
-    block = block_of(case, 0, torch.float32)
-    masks = block.masks(0.3, hashed=True)
-    with Taken() as taken:
-        leaves = {n: v.to(DEVICE, torch.float32).requires_grad_() for n, v in block.values.items()}
-        made = on_device(block.block(leaves, torch.float32, torch.float32, masks=masks))
-        routing = triton_router.route_triton(leaves["x"], leaves["router"], 2)
-        y = triton_block.mixlora_triton(routing.rows, routing, made)
-        y.sum().backward()
-    names = {function._opname for function, _ in taken.calls}
-    assert len(names) == (12 if dora else 9)
-    for function, args in {function: (function, args) for function, args in taken.calls}.values():
-        copies = torch.utils._pytree.tree_map_only(Tensor, torch.clone, args)
-        with torch.no_grad():
-            torch.library.opcheck(function, copies, test_utils=["test_schema", "test_faketensor"])
