@@ -245,31 +245,57 @@ def test_a_row_is_dropped_alike_wherever_it_is(p, hashed) -> None:
     assert len(mask.unique(dim=0)) >= 30
 
 
+MILLION = (2100, 500)
+RATE = 0.3
+
+
+def independence(one: torch.Tensor, two: torch.Tensor) -> float:
+    """Chi-square of the four outcomes of pairs that are dropped with chances of RATE each: less
+    than 45, 6 sigma, if they are independent."""
+    assert one.shape == two.shape
+    assert one.numel() > 1e6
+    found = torch.stack([(one == a).logical_and(two == b).sum() for a in (0, 1) for b in (0, 1)])
+    kept, p = 1 - RATE, RATE
+    chances = torch.tensor([kept * kept, kept * p, p * kept, p * p], dtype=torch.float64)
+    expected = chances * one.numel()
+    # Four cells, no parameter estimated: 4 degrees of freedom less one.
+    return float(((found - expected) ** 2 / expected).sum())
+
+
 @pytest.mark.parametrize("hashed", [False, True], ids=["drawn", "hashed"])
 @pytest.mark.parametrize(
-    ("key", "part"),
+    ("key", "parts"),
     [
-        pytest.param(lambda rows: key_of(rows, seed=1), "input", id="seed"),
-        pytest.param(lambda rows: key_of(rows, step=1), "input", id="step"),
-        pytest.param(lambda rows: key_of(rows + 7), "input", id="example"),
-        pytest.param(lambda rows: key_of(rows // 7 * 7 + (rows + 1) % 7), "input", id="position"),
-        pytest.param(lambda rows: key_of(rows), "hidden", id="part"),
+        pytest.param(lambda rows: key_of(rows, seed=1), "input input", id="adapter, by its seed"),
+        pytest.param(lambda rows: key_of(rows, step=1), "input input", id="step"),
+        pytest.param(lambda rows: key_of(rows + 7), "input input", id="example"),
         pytest.param(
-            lambda rows: DropoutKey(key_of(rows).stream, "layers.4.mlp"), "input", id="module"
+            lambda rows: key_of(rows // 7 * 7 + (rows + 1) % 7), "input input", id="position"
+        ),
+        pytest.param(lambda rows: key_of(rows), "input hidden", id="part"),
+        pytest.param(lambda rows: key_of(rows), "gate/0 gate/1", id="expert"),
+        pytest.param(lambda rows: key_of(rows), "gate/0 up/0", id="projection of an expert"),
+        pytest.param(
+            lambda rows: DropoutKey(key_of(rows).stream, "layers.4.mlp"), "input input", id="layer"
         ),
     ],
 )
-def test_another_key_is_an_independent_mask(key, part, hashed) -> None:
-    """Chi-square of the four outcomes at a million elements, whatever one part of the key is
-    changed: at p = 0.3 less than 6 sigma from what two independent masks have."""
-    rows, p = torch.arange(2100), 0.3
-    one = ~key_of(rows).mask("input", (2100, 500), p, CPU, hashed=hashed).kept()
-    two = ~key(rows).mask(part, (2100, 500), p, CPU, hashed=hashed).kept()
-    found = torch.stack([(one == a).logical_and(two == b).sum() for a in (0, 1) for b in (0, 1)])
-    chances = torch.tensor([(1 - p) ** 2, (1 - p) * p, p * (1 - p), p * p], dtype=torch.float64)
-    expected = chances * one.numel()
-    # Four cells, no parameter estimated: 4 degrees of freedom less one.
-    assert float(((found - expected) ** 2 / expected).sum()) < 45.0
+def test_another_key_is_an_independent_mask(key, parts, hashed) -> None:
+    """A million pairs of elements at the same place, whatever one part of the key is changed."""
+    rows, (part, other) = torch.arange(MILLION[0]), parts.split()
+    one = key_of(rows).mask(part, MILLION, RATE, CPU, hashed=hashed).kept()
+    two = key(rows).mask(other, MILLION, RATE, CPU, hashed=hashed).kept()
+    assert independence(~one, ~two) < 45.0
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["drawn", "hashed"])
+@pytest.mark.parametrize("neighbour", ["column", "row"])
+def test_neighbours_are_independent(neighbour, hashed) -> None:
+    """A million pairs of elements side by side, none of them in two pairs."""
+    shape = (4200, 500)
+    dropped = ~key_of(4200).mask("input", shape, RATE, CPU, hashed=hashed).kept()
+    pairs = dropped.view(4200, 250, 2) if neighbour == "column" else dropped.view(2100, 2, 500)
+    assert independence(*pairs.unbind(2 if neighbour == "column" else 1)) < 45.0
 
 
 def test_padding_is_not_drawn_for(p) -> None:
