@@ -16,9 +16,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama import modeling_llama
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
+from mixlora_exp.bench.baselines import patch_with_liger
 from mixlora_exp.bench.launches import LaunchCounter
 from mixlora_exp.config.choices import Head
 from mixlora_exp.kernels import DropoutStream, lora, resolve_kernel
@@ -58,13 +60,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
     return found
 
 
-def pass_of(method: str, layers: int, counted: list[Counter[str]]) -> Counter:
+def pass_of(
+    method: str, layers: int, counted: list[Counter[str]], liger: bool = False
+) -> Counter[str]:
     """Of the second micro-batch of a run's first step: the first has what a step needs once."""
     config = LlamaConfig(
         hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=4, vocab_size=64, use_cache=False,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+    if liger:
+        patch_with_liger(base)
     stream = DropoutStream(1)
     if method == "frozen":
         base.model.embed_tokens.weight.requires_grad_(True)
@@ -89,7 +95,8 @@ def pass_of(method: str, layers: int, counted: list[Counter[str]]) -> Counter:
         stream.begin(number, positions // TOKENS[1], positions % TOKENS[1])
         for parameter in model.parameters():
             parameter.grad = None
-        counter = LaunchCounter()
+        # liger-kernel's own kernels do nothing either.
+        counter = LaunchCounter(lambda name, arguments: None)
         counted.append(counter.launches)
         with counter, torch.autocast("cpu", torch.bfloat16), loss_from_hidden(base, Head.chunked):
             loss = model(
@@ -101,10 +108,14 @@ def pass_of(method: str, layers: int, counted: list[Counter[str]]) -> Counter:
     return counted.pop()
 
 
-def layer_of(method: str, counted: list[Counter[str]]) -> Counter[str]:
-    one, two = (pass_of(method, layers, counted) for layers in (1, 2))
-    found = Counter(two)
-    found.subtract(one)
+def layer_of(method: str, counted: list[Counter[str]], liger: bool = False) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for layers, add in ((2, found.update), (1, found.subtract)):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+                # What liger-kernel puts in their place is taken out again.
+                patch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+            add(pass_of(method, layers, counted, liger))
     return Counter({name: count for name, count in found.items() if count})
 
 
@@ -123,3 +134,16 @@ def test_budget(counted, method, budget) -> None:
     seen = {name: count for name, count in sorted(more.items()) if count}
     assert found.total() - frozen.total() <= budget, seen
     assert any(name.startswith("triton:") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [("frozen", 34), ("lora", 64), ("dora", 64), ("mixlora", 61), ("mixdora", 61)],
+)
+def test_a_whole_layer_with_norms_and_rope_of_liger(counted, method, budget) -> None:
+    """The frozen layer's own launches included; its SwiGLU is liger-kernel's too."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    found = layer_of(method, counted, liger=True)
+    assert found["triton:_rms_norm_forward_kernel"] == 2
+    assert found["triton:_triton_rope"] == 2
+    assert found.total() <= budget, dict(sorted(found.items()))
