@@ -149,11 +149,13 @@ def _print(record: Mapping[str, Any]) -> None:
         return
     steps = "1 step" if train["steps"] == 1 else f"{train['steps']} steps"
     first = train.get("first_step_seconds")
-    compiled = "" if first is None else f"; {first:.0f} s of them for the first step, compiled"
+    after, begun = "", ""
+    if first is not None and train["steps"] > 1:
+        after, begun = " after it", f", {first:.1f} s of them for the first step"
     count = train.get("processes", 1)
     several = "" if count == 1 else f" by {count} processes"
     echo(
-        f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s{several}{compiled} "
-        f"({train['tokens_per_second']:.0f} tokens/s), loss {train['final_loss']:.3f}, "
+        f"Trained {steps}, {train['tokens']} tokens in {train['seconds']:.0f} s{several}{begun} "
+        f"({train['tokens_per_second']:.0f} tokens/s{after}), loss {train['final_loss']:.3f}, "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )

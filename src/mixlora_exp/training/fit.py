@@ -43,7 +43,8 @@ class TrainSummary:
 
     `shortened`: examples whose context was truncated; `over_cutoff`: examples without context to
     truncate, longer than the cut-off. `tokens`: without padding. `expert_load`: (layers, E), share
-    of the (token, slot) pairs routed to each expert.
+    of the (token, slot) pairs routed to each expert. `tokens_per_second`: of the start that
+    finished, without its first step, unless it had no other.
     """
 
     examples: int
@@ -67,7 +68,7 @@ class TrainSummary:
     micro_batch_size: int | None = None
     """Examples per forward pass actually used, over which the router loss is computed."""
     first_step_seconds: float | None = None
-    """Seconds of the first optimizer step with `trainer.compile`, compilation included."""
+    """Seconds of the first optimizer step of the start that finished, compilation included."""
     halved_micro_batch: int | None = None
     """Micro-batch size used by `trainer.auto_micro_batch` after the configured one did not fit in
     memory; the examples of an optimizer step and the normalisation of the loss are unchanged."""
@@ -211,7 +212,7 @@ def _summary(job: Job, peak: int) -> TrainSummary:
         steps=job.step,
         tokens=tokens,
         seconds=round(track.seconds, 3),
-        tokens_per_second=round(tokens / track.seconds, 2),
+        tokens_per_second=round(track.tokens_per_second(), 2),
         peak_memory_bytes=peak,
         final_loss=track.curve[-1]["loss"] if track.curve else track.watch.losses[-1],
         curve=track.curve,

@@ -82,7 +82,7 @@ class Job:
     kept_bytes_per_token: float | None = field(init=False, default=None)
     """Bytes that autograd kept then for the backward pass, per position."""
     first_step_seconds: float | None = field(init=False, default=None)
-    """Seconds of this process's first step with `trainer.compile`, compilation included."""
+    """Seconds of this process's first step, compilation included."""
     _resumed: Checkpoint | None = field(init=False, default=None)
     _step_loss: Tensor | float = field(init=False, default=0.0)
 

@@ -39,6 +39,8 @@ class Track:
     _router_loss: Tensor | float = 0.0
     """Sum over the optimizer steps since the last log entry."""
     _window: Tensor | None = None
+    _after_first: tuple[int, float] = (0, 0.0)
+    """Tokens and seconds at the end of this start's first step."""
 
     def note_pass(
         self, report: RouterReport | None, tokens: int | Tensor, share: float | Tensor
@@ -87,6 +89,18 @@ class Track:
     def total_tokens(self) -> int:
         """Return tokens so far without padding, of all processes."""
         return int(self.summed(torch.as_tensor(self.tokens)))
+
+    def note_first_step(self) -> None:
+        """The step that ended is this start's first, in which kernels are compiled and memory is
+        taken: `tokens_per_second` leaves it out. All processes call this at the same time."""
+        self._after_first = self.total_tokens(), self.seconds
+
+    def tokens_per_second(self) -> float:
+        """Speed of this start's steps after its first one; of all steps where it is the last."""
+        tokens, seconds = self._after_first
+        if self.seconds <= seconds:
+            tokens, seconds = 0, 0.0
+        return (self.total_tokens() - tokens) / (self.seconds - seconds)
 
     def _sum_of_losses(self) -> Tensor:
         # In float32 as before: continuing the sum in another precision would change the result.

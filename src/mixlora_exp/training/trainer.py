@@ -295,8 +295,9 @@ class MixLoraTrainer(Trainer):
         for job in self._stepped:
             job.step, taken = done, time.perf_counter() - self._started
             job.track.seconds = job.seconds_before + taken
-            if self._compile is not Compile.off and job.first_step_seconds is None:
+            if job.first_step_seconds is None:
                 job.first_step_seconds = round(taken, 3)
+                job.track.note_first_step()
             if done == job.steps and not self._loss_is_finite(job):
                 # No further step would check the weights after the last update.
                 where = self._where(job, job.last_batches)
