@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from host_reads import host_reads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mixlora_exp.kernels import RowIds, dropout
 from mixlora_exp.training import compiled
 from mixlora_exp.training.trainer import MixLoraTrainer
 
@@ -134,7 +136,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(train, monkeypatch, capsys) -> No
 
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mixlora"])
 def test_nothing_is_read_within_a_micro_batch(train, traced, monkeypatch, method) -> None:
-    """From the batch to its gradients; the first step compiles."""
+    """From the batch to its gradients, dropout included; the first step compiles."""
     seen = []
     own = MixLoraTrainer.training_step
 
@@ -145,7 +147,21 @@ def test_nothing_is_read_within_a_micro_batch(train, traced, monkeypatch, method
         return loss
 
     monkeypatch.setattr(MixLoraTrainer, "training_step", watched)
-    train(f"method={method}", "trainer.max_steps=3", "trainer.compile=layer", "method.dropout=0")
-    # A CPU, whose masks are drawn as lists, looks for the rows of each example.
+    # As on a GPU, where masks are not drawn but made by a hash, of the same rows.
+    monkeypatch.setattr(dropout, "_runs", lambda *rows: None)
+    train(f"method={method}", "trainer.max_steps=3", "trainer.compile=layer", "method.dropout=0.1")
     assert len(seen) > 2
-    assert all(reads == {"nonzero": 1} for reads in seen[1:]), seen
+    assert not any(seen[1:]), seen
+
+
+def test_rows_are_named_without_a_read_on_a_gpu() -> None:
+    """On a CPU, where the rows of each example are drawn for together, with one."""
+    rows = torch.arange(12) // 5, torch.arange(12) % 5
+    with host_reads() as reads:
+        assert RowIds.of(3, 1, *rows).runs is not None
+    assert reads == {"nonzero": 1}
+    with FakeTensorMode(), host_reads() as reads:
+        made = RowIds.of(3, 1, *(torch.empty(12, dtype=torch.int64, device="cuda") for _ in rows))
+    assert made.runs is None
+    assert made.keys.device.type == "cuda"
+    assert not reads

@@ -80,14 +80,18 @@ class RowIds:
         its place in that example, negative for padding, of which nothing is dropped on a CPU."""
         examples = mix(example + _digest(struct.pack("<qq", seed, step), 8))
         keys = mix(examples + position)
-        if keys.device.type != "cpu":
-            return RowIds(keys, None)
-        follows = (example[1:] == example[:-1]) & (position[1:] == position[:-1] + 1)
-        starts = torch.cat([torch.ones(min(1, len(example)), dtype=torch.bool), ~follows])
-        first = starts.nonzero().flatten()
-        counts = torch.cat([first, torch.tensor([len(example)])]).diff()
-        runs = torch.stack([examples[first], position[first], first, counts], dim=1)
-        return RowIds(keys, runs)
+        # Their number would be read back from a GPU.
+        drawn = keys.device.type == "cpu"
+        return RowIds(keys, _runs(examples, example, position) if drawn else None)
+
+
+def _runs(hashed: Tensor, example: Tensor, position: Tensor) -> Tensor:
+    """`RowIds.runs` of rows, each (T,). hashed: the hash of a row's (seed, step, example)."""
+    follows = (example[1:] == example[:-1]) & (position[1:] == position[:-1] + 1)
+    starts = torch.cat([torch.ones(min(1, len(example)), dtype=torch.bool), ~follows])
+    first = starts.nonzero().flatten()
+    counts = torch.cat([first, torch.tensor([len(example)])]).diff()
+    return torch.stack([hashed[first], position[first], first, counts], dim=1)
 
 
 @dataclass(slots=True)
