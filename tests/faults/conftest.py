@@ -33,11 +33,13 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Moment:
-    """`delay` seconds after a run touched a file of a stage for the `count`-th time."""
+    """`delay` seconds after a run touched a file of a stage for the `count`-th time; the run then
+    sends itself the signal `number`."""
 
     stage: str
     count: int
     delay: float
+    number: int = signal.SIGKILL
 
 
 STAGES = {
@@ -71,13 +73,14 @@ def stage_of(event: str, args: tuple[Any, ...], output: Path) -> str | None:
 
 
 def watch_files(output: Path, notes: str, moment: Moment | None) -> None:
-    """Note every change that this process makes to files of its run, and kill it at a moment."""
+    """Note every change that this process makes to files of its run, and kill or stop it at a
+    moment."""
     descriptor = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     seen: Counter[str] = Counter()
 
     def die() -> None:
         time.sleep(moment.delay)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), moment.number)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         stage = stage_of(event, args, output)
@@ -137,8 +140,8 @@ class Starter:
     folder: Path
     started: list[Started] = field(default_factory=list)
 
-    def __call__(self, *argv: str, killed: tuple[str, int, float] | None = None) -> Started:
-        """`killed`: stage, count and delay of the moment at which it kills itself."""
+    def __call__(self, *argv: str, killed: tuple[Any, ...] | None = None) -> Started:
+        """`killed`: the `Moment` at which it kills itself, or stands still on SIGSTOP."""
         log = self.folder / f"log-{len(self.started)}"
         moment = None if killed is None else Moment(*killed)
         process = CONTEXT.Process(target=_run, args=([*SMALL, *argv], str(log), moment))
@@ -167,7 +170,7 @@ def contents() -> Callable[[Path], dict[str, Any]]:
 def until() -> Callable[..., None]:
     """Wait until something holds."""
 
-    def wait(condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait(condition: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not happen"

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -87,13 +88,17 @@ def test_several_adapters_are_killed_and_go_on(start, contents, until, tmp_path:
 
 
 def test_two_people_start_the_same_run(start, contents, until, tmp_path: Path) -> None:
-    argv = ["method=lora", f"output_dir={tmp_path / 'run'}", "trainer.max_steps=50"]
-    first = start(*argv)
-    until(lambda: "step 1/50" in first.told())
+    """The first stands still while the second looks: it cannot finish before, however slow the
+    machine is, and a process that lives keeps its run."""
+    argv = ["method=lora", f"output_dir={tmp_path / 'run'}"]
+    first = start(*argv, killed=("training", 1, 0.0, signal.SIGSTOP))
+    until(lambda: psutil.Process(first.process.pid).status() == psutil.STATUS_STOPPED)
     second = start(*argv)
     assert second.wait() == 0
     told = second.told().replace("\n", " ")
     assert f"Skipped, another process is running it ({os.uname().nodename}" in told
+    assert not contents(tmp_path / "run")
+    first.kill(signal.SIGCONT)
     assert first.wait() == 0
     assert len(contents(tmp_path / "run")) == 1
 
