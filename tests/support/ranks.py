@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from forked import CONTEXT
@@ -36,10 +38,37 @@ def stop_in(step: int, number: int) -> None:
     MixLoraTrainer.training_step = training_step
 
 
-def _one(rank: int, count: int, port: int, stop: int | None, log: str, argv: list[str]) -> None:
+def note_examples(path: str) -> None:
+    """Have this process append a line to a file for each example that it trains on and that counts:
+    the step, its number among the step's examples, and its tokens."""
+    real = MixLoraTrainer.training_step
+
+    def training_step(self: MixLoraTrainer, model, inputs, *args, **kwargs) -> torch.Tensor:
+        with open(path, "a") as file:
+            for batch in inputs.values():
+                rows = zip(batch["example"].tolist(), batch["input_ids"].tolist(), strict=True)
+                for number, ids in rows if batch["weight"] else ():
+                    file.write(json.dumps([self.state.global_step, number, ids]) + "\n")
+        return real(self, model, inputs, *args, **kwargs)
+
+    MixLoraTrainer.training_step = training_step
+
+
+def examples_of(folder: Path) -> list[list[object]]:
+    """What all processes of all starts noted in a folder, in the order of the steps."""
+    lines = (line for path in folder.iterdir() for line in path.read_text().splitlines())
+    return sorted(map(json.loads, lines))
+
+
+def _one(
+    rank: int, count: int, port: int, stop: int | None, log: str, notes: str, argv: list[str]
+) -> None:
     as_rank(rank, count, port)
     if log:
         os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if notes:
+        os.makedirs(notes, exist_ok=True)
+        note_examples(f"{notes}/{rank}")
     if stop is not None and rank == count - 1:
         stop_in(stop, signal.SIGTERM)
     os._exit(execute(argv))
@@ -53,7 +82,7 @@ def run_ranks(count: int, work: Callable[..., None], *args: object) -> list[int 
     started = [CONTEXT.Process(target=work, args=(i, count, port, *args)) for i in range(count)]
     for process in started:
         process.start()
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while any(process.is_alive() for process in started) and time.monotonic() < end:
         time.sleep(0.05)
         if any(process.exitcode not in (None, 0) for process in started):
@@ -66,10 +95,15 @@ def run_ranks(count: int, work: Callable[..., None], *args: object) -> list[int 
 
 
 def train_in(
-    count: int, argv: Sequence[str], *, stop: int | None = None, log: object = ""
+    count: int,
+    argv: Sequence[str],
+    *,
+    stop: int | None = None,
+    log: object = "",
+    notes: object = "",
 ) -> list[int | None]:
     """Execute a command line of train.py in `count` processes; returns their exit codes.
 
     `stop`: the step, from 0, in which the last process receives SIGTERM. `log`: where standard
-    error goes, with the process's number after a dot."""
-    return run_ranks(count, _one, stop, str(log), list(argv))
+    error goes, with the process's number after a dot. `notes`: the folder for `note_examples`."""
+    return run_ranks(count, _one, stop, str(log), str(notes), list(argv))

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
-from ranks import train_in
+from ranks import examples_of, train_in
 from same_runs import UNEVEN, check_equal
 
 from mixlora_exp.adapters.router_report import RouterReport
@@ -185,45 +181,16 @@ def test_what_processes_cannot_share_is_refused_in_one_line(
 
 
 def test_one_process_begins_and_two_finish_what_one_does(tmp_path: Path) -> None:
-    """Dropout on; the adapter, the figures of the log and all scores are those of one process."""
-    assert train_in(1, [*UNEVEN, f"output_dir={tmp_path / 'alone'}"]) == [0]
+    """Dropout on; the adapter, the figures of the log and all scores are those of one process, and
+    the examples of each step and their order are the same. tests/faults/test_elastic.py has more
+    processes."""
+    alone, notes = tmp_path / "its examples", tmp_path / "examples"
+    assert train_in(1, [*UNEVEN, f"output_dir={tmp_path / 'alone'}"], notes=alone) == [0]
     argv = [*UNEVEN, f"output_dir={tmp_path / 'mixed'}"]
-    assert train_in(1, argv, stop=1, log=tmp_path / "first") == [75]
+    assert train_in(1, argv, stop=1, log=tmp_path / "first", notes=notes) == [75]
     assert "saved after step 2 of 6; the same command" in (tmp_path / "first.0").read_text()
-    assert train_in(2, argv, log=tmp_path / "second") == [0, 0]
+    assert train_in(2, argv, log=tmp_path / "second", notes=notes) == [0, 0]
     assert "resuming after step 2 of 6" in (tmp_path / "second.0").read_text()
     assert "step" not in (tmp_path / "second.1").read_text()
     check_equal(tmp_path / "mixed", tmp_path / "alone", 2)
-
-
-@pytest.mark.slow
-def test_any_numbers_of_processes_take_turns(tmp_path: Path) -> None:
-    assert train_in(1, [*UNEVEN, f"output_dir={tmp_path / 'alone'}"]) == [0]
-    argv = [*UNEVEN, f"output_dir={tmp_path / 'mixed'}"]
-    for count, step in ((2, 0), (1, 2), (4, 4)):
-        # The last process alone is asked to end; all stop after the same step.
-        assert train_in(count, argv, stop=step) == [75] * count
-        names = [path.name for path in (tmp_path / "mixed").glob("*/checkpoints/*")]
-        assert max(names) == f"step-{step + 1:08d}"
-    assert train_in(2, argv) == [0, 0]
-    check_equal(tmp_path / "mixed", tmp_path / "alone", 2)
-    assert train_in(4, [*UNEVEN, f"output_dir={tmp_path / 'four'}"]) == [0] * 4
-    check_equal(tmp_path / "four", tmp_path / "alone", 4)
-
-
-@pytest.mark.slow
-def test_torchrun_is_stopped_and_resumes(tmp_path: Path) -> None:
-    """The launcher itself receives SIGTERM. It ends with 1 whatever its processes end with."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               "-m", "mixlora_exp.cli.main", "train", *UNEVEN, "trainer.max_steps=2000",
-               f"output_dir={tmp_path}"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 200
-    while not list(tmp_path.glob("*/train_log.jsonl")) and time.monotonic() < end:
-        time.sleep(0.5)
-    started.terminate()
-    error = started.communicate(timeout=100)[1]
-    assert "the same command goes on there" in error, error[-3000:]
-    assert started.returncode == 1
-    assert list(tmp_path.glob("*/checkpoints/step-*"))
+    assert examples_of(notes) == examples_of(alone)
