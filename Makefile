@@ -18,7 +18,7 @@ OURS := src scripts tests train.py evaluate.py generate.py
 # half of the files, so that what a file's tests share is mostly made once.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: help install quickstart cold-start test test-slow soak soak-sweep bench bench-methods bench-gpu gpu-check \
+.PHONY: help install quickstart cold-start test test-slow reference soak soak-sweep bench bench-methods bench-gpu gpu-check \
 	bench-eval collect tables check-tables figures report sweep study status lint format clean
 
 help:  ## list the targets
@@ -41,6 +41,10 @@ test: lint  ## lint, and run the tests that take seconds
 
 test-slow: $(STAMP)  ## run the tests that take longer: real weights, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The reason reaches the script in its environment, as make passes on what its command line sets.
+reference: $(STAMP)  ## make the reference losses anew (REASON="why they change")
+	$(BIN)/python tests/checks/reference.py
 
 soak: $(STAMP)  ## kill, starve and damage runs at full length, and record how it ended
 	$(BIN)/python tests/checks/soak.py

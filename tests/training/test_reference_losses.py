@@ -1,0 +1,94 @@
+"""What ten small runs compute is what they computed before: to the bit on the same kind of CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference_losses as reference
+import torch
+from reference_losses import ELSEWHERE, FILE, FLOAT32, RUNS, SMALL, drift, kind_of_machine
+
+from mixlora_exp.config.paths import ROOT
+from mixlora_exp.records.record import read_record
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the reference is of a CPU, and runs here are on a GPU"
+)
+KNOWN = read_record(FILE)
+
+
+def tolerance(name: str) -> float:
+    return 0.0 if KNOWN["machine"] == kind_of_machine() else ELSEWHERE[RUNS[name][-1]]
+
+
+def test_the_reference_has_all_runs() -> None:
+    assert {name: run["words"] for name, run in KNOWN["runs"].items()} == {
+        name: [*SMALL, *words] for name, words in RUNS.items()
+    }
+    assert len(RUNS) == 10
+    for run in KNOWN["runs"].values():
+        assert len(run["losses"]) == len(run["gradient_norms"]) == 20
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_what_they_were(name: str) -> None:
+    found = drift(reference.losses_of(*RUNS[name]), expected(name), tolerance(name))
+    assert not found, (
+        f"{name}: {found}. The code computes something else than before; if that is meant: "
+        'make reference REASON="..."'
+    )
+
+
+def expected(name: str) -> dict[str, list[float]]:
+    return {kind: KNOWN["runs"][name][kind] for kind in ("losses", "gradient_norms")}
+
+
+def test_an_alpha_larger_by_a_thousandth_is_found() -> None:
+    """To the bit, and also where only the tolerance of another kind of CPU holds."""
+    changed = reference.losses_of(*RUNS["mixlora"], "method.alpha=8.008")
+    assert drift(changed, expected("mixlora"), tolerance("mixlora"))
+    assert drift(changed, expected("mixlora"), ELSEWHERE[FLOAT32])
+
+
+def test_drift_is_the_last_bit_and_more() -> None:
+    known = {"losses": [1.0, 2.0], "gradient_norms": [3.0, 4.0]}
+    assert not drift(known, known, 0.0)
+    for name in known:
+        odd = {**known, name: [known[name][0], math.nextafter(known[name][1], 9)]}
+        assert drift(odd, known, 0.0).startswith(f"{name} of step 2")
+        assert not drift(odd, known, 1e-5)
+        assert drift({**known, name: [math.nan, known[name][1]]}, known, 2e-2)
+
+
+def test_made_anew_with_the_reason_in_the_changelog(tmp_path: Path, monkeypatch) -> None:
+    file, log = tmp_path / "reference.json", tmp_path / "CHANGELOG.md"
+    before = "## [Unreleased]\n\n### Changed\n\n- Older.\n\n## [0.1]\n\n### Changed\n\n- Old.\n"
+    log.write_text(before)
+    monkeypatch.setattr(reference, "losses_of", lambda *words: {"losses": [float(len(words))]})
+    assert reference.remake("another rounding.", file, log) == 0
+    assert read_record(file)["reason"] == "another rounding."
+    entry = "- Reference losses made anew (all runs): another rounding."
+    assert log.read_text() == before.replace("- Older.", f"{entry}\n- Older.")
+    # Nothing changed: no second entry.
+    assert reference.remake("again", file, log) == 0
+    assert log.read_text().count("Reference") == 1
+    monkeypatch.setitem(reference.RUNS, "mola", ("method=mola", "kernel=exact"))
+    assert reference.remake("a router", file, log) == 0
+    assert "made anew (mola): a router." in log.read_text()
+
+
+@pytest.mark.parametrize("reason", ["", " \n"])
+def test_the_command_refuses_without_a_reason(reason: str) -> None:
+    before = FILE.stat().st_mtime_ns
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "checks" / "reference.py")],
+        env={**os.environ, "REASON": reason}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == 'error: say why the losses change: make reference REASON="..."\n'
+    assert FILE.stat().st_mtime_ns == before
