@@ -1,8 +1,10 @@
 """Run every fault test at full length and record the outcome: `python tests/checks/soak.py`.
 
 Thirty kills instead of five, eight processes on a sweep of sixteen cells instead of three on four,
-every writing call instead of a sample, all odd inputs of tests/fuzz.
-Writes `results/soak.json`: what was run, on what, and how it ended.
+every writing call instead of a sample, all odd inputs of tests/fuzz, runs whose number of processes
+changes. Writes `results/soak.json`: what was run, on what, and how it ended, with a line for each
+kind of fault; and the figures of docs/reliability.md, which `--page` alone makes of the record that
+is there.
 """
 
 from __future__ import annotations
@@ -15,11 +17,16 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+TESTED = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTED.parent / "src"), str(TESTED / "support")]
+
+from soak_summary import summary, table, with_table
 
 from mixlora_exp.config.paths import ROOT
-from mixlora_exp.records.record import finish_record, provenance, write_json
+from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
+from mixlora_exp.system.untrusted import read_json
 
+RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "reliability.md"
 KILLS = "30"
 TESTS = (
     "tests/faults",
@@ -44,7 +51,16 @@ def _outcomes(report: Path) -> dict[str, dict[str, object]]:
     return found
 
 
+def write_page() -> None:
+    """Bring the figures of the page up to date."""
+    rows = table(read_record(RESULTS / "soak.json"), read_json(RESULTS / "soak-sweep.json"))
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
 def main() -> int:
+    if sys.argv[1:] == ["--page"]:
+        write_page()
+        return 0
     origin = provenance(ROOT)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,15 +73,18 @@ def main() -> int:
         if not report.exists():
             return code or 1
         tests = _outcomes(report)
-    path = ROOT / "results" / "soak.json"
+    path = RESULTS / "soak.json"
     record = {
         "kills": int(KILLS),
         "exit_code": code,
+        "summary": summary(tests),
         "seconds": round(time.monotonic() - begun, 1),
         "tests": tests,
         "provenance": origin,
     }
     write_json(path, finish_record(record))
+    write_page()
+    print("\n".join(f"{kind}: {line}" for kind, line in record["summary"].items()))
     passed = sum(test["outcome"] == "passed" for test in tests.values())
     print(f"{passed} of {len(tests)} passed; written: {path.relative_to(ROOT)}")
     return code

@@ -1,0 +1,46 @@
+"""docs/reliability.md: its figures are those of the records, and the tests that it names exist."""
+
+from __future__ import annotations
+
+import re
+
+from soak_summary import GROUPS, summary, table, with_table
+
+from mixlora_exp.config.paths import ROOT
+from mixlora_exp.records.record import read_record
+from mixlora_exp.system.untrusted import read_json
+
+PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+RECORD = read_record(ROOT / "results" / "soak.json")
+SWEEP = read_json(ROOT / "results" / "soak-sweep.json")
+
+
+def test_figures_are_those_of_the_records() -> None:
+    assert table(RECORD, SWEEP) in PAGE, "python tests/checks/soak.py --page"
+    assert with_table(PAGE, table(RECORD, SWEEP)) == PAGE
+
+
+def test_another_record_gives_another_table() -> None:
+    tests = {
+        "tests.faults.test_kills::test_a": {"outcome": "passed", "counted": {"kills in a": 2}},
+        "tests.faults.test_kills::test_b": {"outcome": "failure", "counted": {"kills in a": 1}},
+        "tests.fuzz.test_odd_data::test_c": {"outcome": "passed", "counted": {"data files": 1200}},
+    }
+    assert summary(tests) == {"kills": "3: kills in a 3", "odd inputs": "1200: data files 1200"}
+    rows = table({**RECORD, "tests": tests}, SWEEP)
+    for cell in ("| 3 |", "| 1,200 |", "| 2 of 3 passed |", "| not in this record |"):
+        assert cell in rows
+    page = with_table(PAGE, rows)
+    assert page != PAGE
+    assert with_table(page, table(RECORD, SWEEP)) == PAGE
+
+
+def test_what_the_page_names_exists() -> None:
+    """Functions that stand beside a link to their file, and the folders that the soak counts."""
+    named = re.findall(r"\[`(test_\w+)`\]\(\.\./(\S+?)\)", PAGE)
+    assert len(named) >= 8
+    for name, path in named:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
+    for start, _ in GROUPS.values():
+        path = ROOT / start.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file()
