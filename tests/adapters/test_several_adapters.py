@@ -202,7 +202,6 @@ UNSERVED = {
     "target_modules": {"target_modules": ["q_proj", "embed_tokens"]},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
-    "layers_to_transform": {"layers_to_transform": 0},
 }
 
 

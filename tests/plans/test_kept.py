@@ -21,6 +21,7 @@ from mixlora_exp.kernels import MIXTURES
 from mixlora_exp.models import load_model
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.plans.kept import kept_by_layer
+from mixlora_exp.plans.memory import kept_by_all_layers
 from mixlora_exp.training.packed import pack_batches, packed_attention
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 
@@ -159,3 +160,40 @@ def test_types_of_peft(kind: str) -> None:
     measured, found = growth(config, torch.bfloat16, layers=3), kept_by_layer(config, 2)
     total = 4096 * found.per_token + found.weights
     assert total == pytest.approx(4096 * measured.per_token + measured.constant, rel=0.2)
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora", "mola"])
+def test_layers_without_adapters(method: str) -> None:
+    """Above an adapter a layer keeps what a gradient passes through, below it nothing."""
+    words = [f"method={method}", "kernel=exact", "method.dropout=0", "method.rank=16"]
+    if method == "mola":
+        words += ["method.num_experts=4", f"method.targets={TARGETS}"]
+    whole = small(*words)
+    below = small(*words, "method.layers_to_transform=[2]")
+    above = small(*words, "method.layers_to_transform=[0]")
+    for config in (whole, below, above):
+        config.model.config["num_hidden_layers"] = 3
+    totals = {}
+    for name, config in (("whole", whole), ("below", below), ("above", above)):
+        few, many = kept(config, 3, torch.bfloat16)
+        totals[name] = (many - few) / (MANY - FEW)
+
+    def planned(config: Config) -> float:
+        full = dataclasses.replace(config.trainer, loss_on=LossOn.all)
+        return kept_by_all_layers(dataclasses.replace(config, trainer=full), 2)
+
+    # What stands beside the layers is the same: differences are theirs.
+    for name, config in (("below", below), ("above", above)):
+        expected = totals["whole"] - totals[name]
+        assert planned(whole) - planned(config) == pytest.approx(expected, rel=0.06), name
+    assert planned(below) < planned(above) < planned(whole)
+
+
+def test_ranks_by_module() -> None:
+    words = ["method=lora", "kernel=exact", "method.dropout=0", "method.rank=16"]
+    config = small(*words, "method.rank_pattern={q_proj:128,down_proj:4}")
+    measured = growth(config, torch.bfloat16, layers=3)
+    assert kept_by_layer(config, 2).per_token == pytest.approx(measured.per_token, rel=0.02)
+    assert kept_by_layer(config, 2).per_token == pytest.approx(
+        kept_by_layer(small(*words), 2).per_token + 2 * (128 - 16 + 4 - 16)
+    )

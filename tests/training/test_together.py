@@ -336,3 +336,28 @@ def test_a_batch_knows_its_examples_in_the_optimizer_step(tmp_path: Path) -> Non
     # Among others with more micro-batches its own come last.
     assert job.collated(0, 0, 6) is None
     assert job.collated(0, 2, 6)["example"].tolist() == [0, 1]
+
+
+def test_an_adapter_with_fewer_micro_batches_is_checked_too(together) -> None:
+    """It comes in the last passes of the first step alone."""
+    words = [*SMALL, "trainer.max_steps=2", "trainer.batch_size=8"]
+    sizes = {"many": 2, "few": 8}
+    configs = {
+        name: compose(
+            [*words, "method=mixlora", f"seed={size}", f"trainer.micro_batch_size={size}"]
+        )
+        for name, size in sizes.items()
+    }
+    found = together(configs)
+    assert all(found[name].summary.not_chosen is not None for name in sizes)
+
+    def cut(model) -> None:
+        """Nothing that the loss depends on."""
+        path = "base_model.model.model.layers.0.self_attn.q_proj"
+        model.get_submodule(path).scaling["adapter1"] = 0.0
+
+    broken = together(configs, change=cut)
+    assert broken["many"].summary.steps == 2
+    told = str(broken["few"].summary)
+    assert "lora_A" in told or "lora_B" in told
+    assert "has no gradient on the first micro-batch" in told

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters.base_check import check_base, named_portably
 from mixlora_exp.adapters.config import MixLoraConfig
 from mixlora_exp.adapters.files import CONFIG
+from mixlora_exp.adapters.initial import start_orthogonally
 from mixlora_exp.adapters.load_weights import fill, read_weights
 from mixlora_exp.adapters.mixed_adapters import add_guest, not_built, peft_warnings_ignored
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
@@ -39,6 +40,9 @@ from mixlora_exp.system.durable import publishing
 
 __all__ = ["attach_adapter", "attach_together", "load_adapter", "peft_config", "save_adapter"]
 
+START = {"default": True}
+"""`method.init_lora_weights` -> PEFT's value, where it has another."""
+
 
 def peft_config(method: TrainedMethodConfig) -> PeftConfig:
     """Return the PEFT configuration of a method.
@@ -59,6 +63,10 @@ def peft_config(method: TrainedMethodConfig) -> PeftConfig:
         "use_dora": method.dora,
         "use_rslora": method.rslora,
         "target_modules": list(method.targets),
+        "rank_pattern": dict(method.rank_pattern),
+        "alpha_pattern": dict(method.alpha_pattern),
+        "layers_to_transform": method.layers_to_transform,
+        "init_lora_weights": START.get(method.init_lora_weights, method.init_lora_weights),
         "task_type": "CAUSAL_LM",
     }
     kinds = (
@@ -70,8 +78,8 @@ def peft_config(method: TrainedMethodConfig) -> PeftConfig:
         return LoraConfig(**common)
     _, settings, config = found
     mixture = {item.name: getattr(method, item.name) for item in fields(settings)}
-    if method.rank_of_experts != method.rank:
-        own = {"r": method.rank_of_experts, "lora_alpha": method.alpha_of_experts}
+    own = {"r": method.rank_of_experts, "lora_alpha": method.alpha_of_experts}
+    if (own["r"], own["lora_alpha"]) != (method.rank, method.alpha):
         common |= {"expert_lora": own} if config is MixLoraConfig else own
     try:
         return config(**common, **mixture)
@@ -91,6 +99,8 @@ def attach_together(
         with torch.random.fork_rng(devices=[]), peft_warnings_ignored():
             torch.manual_seed(seed)
             adapted = add_guest(adapted, name, peft_config(method))
+            if method.init_lora_weights == "orthogonal":
+                start_orthogonally(adapted, name)
     _exact_magnitudes(adapted)
     set_kernel(adapted, kernel.name.value)
     return adapted
@@ -103,6 +113,8 @@ def attach_adapter(
     with torch.random.fork_rng(devices=[]), peft_warnings_ignored():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, peft_config(method))
+        if getattr(method, "init_lora_weights", "") == "orthogonal":
+            start_orthogonally(adapted, "default")
     _exact_magnitudes(adapted)
     if isinstance(method, LoraMethodConfig):
         frozen = [] if method.train_magnitude else ["lora_magnitude"]

@@ -23,7 +23,7 @@ __all__ = ["MixLoraConfig", "check_settings", "check_supported", "in_order", "sa
 
 # Options of LoraConfig that experts do not support; they must be refused, not ignored.
 _UNSUPPORTED = (
-    "rank_pattern", "alpha_pattern", "layer_replication", "layers_to_transform", "lora_bias",
+    "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias",
     "fan_in_fan_out", "exclude_modules", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "arrow_config", "eva_config", "corda_config", "loftq_config",
     "lora_ga_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
@@ -83,7 +83,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         self.peft_type = PeftType.MIXLORA
         if self.target_modules is None:
             self.target_modules = {*ATTENTION_TARGETS, *self.feed_forward_targets}
-        check_supported(self)
+        check_supported(self, init=(True, False, "gaussian"))
         if not self.expert_targets:
             raise ValueError(
                 f"target_modules={sorted(self.target_modules)} names none of "
@@ -134,7 +134,7 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
 def check_supported(
     config: LoraConfig,
     unsupported: tuple[str, ...] = (),
-    init: tuple[bool, ...] = (True, False),
+    init: tuple[bool | str, ...] = (True, False),
 ) -> None:
     """Refuse options of LoraConfig that experts do not support, these and `unsupported`; init:
     values of `init_lora_weights`.
@@ -145,12 +145,13 @@ def check_supported(
     owner = type(config).__name__
     for name in (*_UNSUPPORTED, *unsupported):
         value = getattr(config, name, None)
-        # Not only truthiness: `layers_to_transform=0` means the first layer.
-        if value or (value == 0 and value is not False):
+        if value:
             raise ValueError(f"{owner} does not support {name}={value!r}")
     if config.bias != "none":
         raise ValueError(f"{owner} does not support bias={config.bias!r}, only 'none'")
-    if not any(config.init_lora_weights is value for value in init):
+    start = config.init_lora_weights
+    # `1 == True`.
+    if not any(start is value or (isinstance(start, str) and start == value) for value in init):
         raise ValueError(
             f"{owner} supports init_lora_weights {' and '.join(map(str, init))}, "
             f"not {config.init_lora_weights!r}"

@@ -70,9 +70,9 @@ CHANGES_BASE = {
 # Settings not supported when several adapters share one base model: they change the base model,
 # modules other than linear layers, or the forward pass of a layer.
 UNSERVED = (
-    "lora_bias", "modules_to_save", "layers_to_transform", "layer_replication", "exclude_modules",
-    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
-    "eva_config", "corda_config", "loftq_config", "lora_ga_config", "use_bdlora", "velora_config",
+    "lora_bias", "modules_to_save", "layer_replication", "exclude_modules", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "eva_config",
+    "corda_config", "loftq_config", "lora_ga_config", "use_bdlora", "velora_config",
     "monteclora_config", "kasa_config", "use_qalora", "fan_in_fan_out",
 )  # fmt: skip
 SERVED_TARGETS = {*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS}
@@ -90,7 +90,7 @@ def _check_guest(config: LoraConfig) -> None:
         raise ValueError(
             f"bias={config.bias!r} is not supported when several adapters share one base model"
         )
-    if config.init_lora_weights not in (True, False, "gaussian"):
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the base model, which several "
             "adapters share"

@@ -63,7 +63,8 @@ class MixLoraModel(LoraModel):
         if name in config.feed_forward_targets:
             return False
         if name == config.feed_forward:
-            return any(target in config.target_modules for target in config.feed_forward_targets)
+            inner = (f"{key}.{target}" for target in config.feed_forward_targets)
+            return any(LoraModel._check_target_module_exists(config, one) for one in inner)
         return LoraModel._check_target_module_exists(config, key)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:

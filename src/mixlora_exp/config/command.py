@@ -25,10 +25,13 @@ from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import fingerprint, open_session, to_config
 from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema_modules import ALL_LINEAR
 from mixlora_exp.config.together import check_together, expand, packs_of
 from mixlora_exp.errors import UserError, did_you_mean
 
 Settings = TypeVar("Settings")
+ENTRIES = re.compile(r"(model\.config|method\.(rank|alpha)_pattern|trainer\.schedule_options)[.=]")
+"""Beginnings of overrides of fields with entries of any name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +169,13 @@ def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with `++` before those of `model.config`, whose fields the schema does
-    not list, and with `model=own` before a `model.path` or `model.hub_id` that no model is chosen
-    for."""
-    lines = [f"++{line}" if re.match(r"model\.config[.=]", line) else line for line in overrides]
+    """Return the overrides with `++` before those of fields whose entries the schema does not list, with
+    `model=own` before a `model.path` or `model.hub_id` that no model is chosen for, and with the
+    list that `method.targets=all-linear` means."""
+    lines = [f"++{line}" if ENTRIES.match(line) else line for line in overrides]
+    # The field is a list.
+    every = {f"method.targets={ALL_LINEAR}": f"method.targets=[{ALL_LINEAR}]"}
+    lines = [every.get(line, line) for line in lines]
     fields = {line.partition("=")[0] for line in lines}
     chosen = {"model", "model.name", "model.source", "model.weights"} & fields
     if not chosen and {"model.path", "model.hub_id"} & fields:

@@ -28,6 +28,13 @@ UNNAMED = {
     ("method", "rslora"): False,
     ("method", "lora_fa"): False,
     ("method", "lora_plus_ratio"): 1.0,
+    ("method", "rank_pattern"): {},
+    ("method", "alpha_pattern"): {},
+    ("method", "layers_to_transform"): None,
+    ("method", "init_lora_weights"): "default",
+    ("method", "expert_alpha"): None,
+    ("trainer", "optim"): "adamw_torch_fused",
+    ("trainer", "schedule_options"): {},
 }
 """Group and name of a field -> the value that keeps the earlier behaviour. A fingerprint leaves out
 a field with this value: older runs keep their fingerprints, and thus their names."""

@@ -222,6 +222,8 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
         method.pop("match_params", None)
         if method["expert_rank"] == method["rank"]:
             del method["expert_rank"]
+    if method.get("expert_rank") is None and method.get("expert_alpha") == method.get("alpha"):
+        method.pop("expert_alpha", None)
     # An older version had no such fields.
     custom = tree["task"].get("custom")
     for task in custom.values() if isinstance(custom, dict) else ():

@@ -42,6 +42,7 @@ from mixlora_exp.config.schema_method import (
     TrainedMethodConfig,
 )
 from mixlora_exp.config.schema_model import ModelConfig
+from mixlora_exp.config.schema_optimizer import OptimizerSettings
 
 __all__ = [
     "ATTENTION_TARGETS",
@@ -95,11 +96,10 @@ class KernelConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class TrainerConfig:
+class TrainerConfig(OptimizerSettings):
     """Optimisation (Table 3; settings the paper does not state follow the official template)."""
 
     name: str = "paper"
-    learning_rate: float = 2e-4
     batch_size: int = 16
     """Examples per optimizer step."""
     micro_batch_size: int = 8
@@ -107,15 +107,6 @@ class TrainerConfig:
     epochs: float = 2.0
     max_steps: int | None = None
     """Stop after this many optimizer steps; null: after `epochs`."""
-    weight_decay: float = 0.01
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW's decay rates of the two moments."""
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    final_rate: float = 0.0
-    """schedule=linear or cosine: the share of the learning rate at which it ends."""
-    max_grad_norm: float | None = None
-    """Clip the gradient norm; null: no clipping."""
     loss_on: LossOn = LossOn.answer
     padding_in_loss: bool = False
     """loss_on=all: include padding tokens in the loss."""
@@ -139,7 +130,7 @@ class TrainerConfig:
     """With -m: train up to this many runs of the sweep together on one base model."""
 
     def __post_init__(self) -> None:
-        require_positive("trainer.learning_rate", self.learning_rate)
+        self.check_optimizer()
         for name in (
             "batch_size",
             "micro_batch_size",
@@ -158,31 +149,11 @@ class TrainerConfig:
         require_positive("trainer.epochs", self.epochs)
         if self.max_steps is not None:
             require(self.max_steps >= 1, "trainer.max_steps", self.max_steps, "must be >= 1")
-        require_positive("trainer.weight_decay", self.weight_decay, zero=True)
-        require(self.warmup_steps >= 0, "trainer.warmup_steps", self.warmup_steps, "must be >= 0")
-        require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "trainer.betas", self.betas, "must be two numbers in [0, 1)",
-        )  # fmt: skip
-        require(
-            0 <= self.final_rate < 1, "trainer.final_rate", self.final_rate, "must be in [0, 1)"
-        )
-        require(
-            not self.final_rate or self.schedule != "constant",
-            "trainer.final_rate", self.final_rate,
-            "trainer.schedule=constant does not fall: add trainer.schedule=cosine, or linear",
-        )  # fmt: skip
-        require(
-            self.schedule in ("constant", "linear", "cosine"),
-            "trainer.schedule", self.schedule, "choose from constant, linear, cosine",
-        )  # fmt: skip
         require(
             not self.padding_in_loss or self.loss_on is LossOn.all,
             "trainer.padding_in_loss", self.padding_in_loss,
             "it needs the loss on all tokens: add trainer.loss_on=all, or set it to false",
         )  # fmt: skip
-        if self.max_grad_norm is not None:
-            require_positive("trainer.max_grad_norm", self.max_grad_norm)
 
     @property
     def accumulation_steps(self) -> int:

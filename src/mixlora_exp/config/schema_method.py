@@ -17,6 +17,7 @@ from mixlora_exp.config.choices import (
     RouterLossReduction,
     RouterPrecision,
 )
+from mixlora_exp.config.schema_modules import ALL_LINEAR, ModuleChoice
 from mixlora_exp.config.schema_rank import ExpertRank
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -52,9 +53,12 @@ class TrainedMethodConfig(MethodConfig):
         MethodConfig.__post_init__(self)
         require_positive("method.lora_plus_ratio", self.lora_plus_ratio)
         known = (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS)
+        if self.targets == [ALL_LINEAR]:
+            self.targets = [*known]
         require(bool(self.targets), "method.targets", self.targets, "name at least one projection")
         for target in self.targets:
-            require(target in known, "method.targets", target, f"choose from {', '.join(known)}")
+            way = f"choose from {', '.join(known)}; [{ALL_LINEAR}] alone is all of them"
+            require(target in known, "method.targets", target, way)
         require(
             len(set(self.targets)) == len(self.targets),
             "method.targets", self.targets, "a projection is named twice",
@@ -62,7 +66,7 @@ class TrainedMethodConfig(MethodConfig):
 
 
 @dataclass(slots=True, kw_only=True)
-class LoraMethodConfig(TrainedMethodConfig):
+class LoraMethodConfig(ModuleChoice, TrainedMethodConfig):
     """LoRA, or DoRA with `dora=true`, on the target projections (Table 3)."""
 
     rank: int = MISSING
@@ -83,6 +87,8 @@ class LoraMethodConfig(TrainedMethodConfig):
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "must be in [0, 1)")
         plain = type(self) is LoraMethodConfig and not self.dora
         require(plain or not self.lora_fa, "method.lora_fa", self.lora_fa, "only LoRA has it")
+        single = type(self) is LoraMethodConfig
+        self.check_modules(plain=single, drawn=not hasattr(self, "mixture"))
 
 
 @dataclass(slots=True, kw_only=True)

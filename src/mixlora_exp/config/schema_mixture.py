@@ -186,6 +186,10 @@ class LinearMixtureMethodConfig(LinearMixtureSettings, ExpertRank, LoraMethodCon
         mixture = self.mixture.value
         typed = mixture in TYPED_LOSS
         require(
+            self.expert_alpha is None,
+            "method.expert_alpha", self.expert_alpha, "all targets have experts: set method.alpha",
+        )  # fmt: skip
+        require(
             typed or not self.type1_tasks,
             "method.type1_tasks", self.type1_tasks,
             f"only mixture={' or '.join(TYPED_LOSS)} has a loss of types",

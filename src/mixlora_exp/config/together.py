@@ -39,8 +39,9 @@ def entry_overrides(entry: Any, number: int) -> list[str]:
             raise UserError(
                 f"adapters: entry {number} contains adapters={value}: list them one by one"
             )
-        # `trainer: {learning_rate: 1e-4}` in a file means `trainer.learning_rate`.
-        if isinstance(value, Mapping):
+        # `trainer: {learning_rate: 1e-4}` in a file means `trainer.learning_rate`; a field of a
+        # group may itself have entries by name.
+        if isinstance(value, Mapping) and "." not in str(key):
             # `name` chooses the option, as `method: lora` does.
             if "name" in value:
                 found.append(f"{key}={value['name']}")
@@ -67,6 +68,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
         "output_dir": config.output_dir,
         "dry_run": config.dry_run,
         "trainer.precision": config.trainer.precision,
+        "trainer.optim": config.trainer.optim,
         "trainer.head": config.trainer.head,
         "trainer.gradient_checkpointing": config.trainer.gradient_checkpointing,
         # A random base model is drawn from the seed.

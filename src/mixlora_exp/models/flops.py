@@ -15,9 +15,10 @@ from mixlora_exp.config.schema import (
     PeftMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.models.adapted_modules import adapted_projections
 from mixlora_exp.models.mixtures import mixture_parameters, router_size
 from mixlora_exp.models.parameters import router_of
-from mixlora_exp.models.skeleton import projections, skeleton_of
+from mixlora_exp.models.skeleton import skeleton_of
 
 
 class Flops(NamedTuple):
@@ -52,11 +53,11 @@ def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None 
     router = router_of(method) if mixed else None
     slots = experts if experts is not None or router is None else router.slots
     multiplied = 0.0
-    for name, linear in projections(built):
+    for name, _, linear, own_rank in adapted_projections(built, method):
         sides = linear.in_features + linear.out_features
         has_experts = mixed and name in FEED_FORWARD_TARGETS
         if name in method.targets:
-            rank = slots * method.rank_of_experts if has_experts else method.rank
+            rank = slots * method.rank_of_experts if has_experts else own_rank
             multiplied += rank * sides
         if name == "down_proj" and has_experts and method.dora and name in method.targets:
             # Each expert scales its own product.

@@ -12,7 +12,12 @@ from mixlora_exp.config.schema import MethodConfig, ModelConfig, PeftMethodConfi
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import Router, Sizes, make_mixture, make_router
-from mixlora_exp.models.skeleton import projections, skeleton_of
+from mixlora_exp.models.adapted_modules import (
+    adapted_layers,
+    adapted_projections,
+    check_modules,
+)
+from mixlora_exp.models.skeleton import skeleton_of
 
 
 def check_mixture(model: ModelConfig, method: MethodConfig) -> None:
@@ -65,10 +70,9 @@ def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize
     experts = method.experts_by_layer(model.config.num_hidden_layers)
     mixture = make_mixture(method.mixture.value, method.mixture_options)
     method.check_router(mixture.router)
-    seen: dict[str, int] = {}
+    check_modules(model, method)
     low_rank = routers = fixed = matrices = 0
-    for name, linear in projections(model):
-        layer = seen[name] = seen.get(name, -1) + 1
+    for name, layer, linear, _ in adapted_projections(model, method):
         if name not in method.targets:
             continue
         count, chosen = experts[layer]
@@ -90,8 +94,8 @@ def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize
 def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
     """Return parameters that an adapter stores but does not train."""
     if getattr(method, "lora_fa", False):
-        inputs = (m.in_features for n, m in projections(skeleton_of(model)) if n in method.targets)
-        return method.rank * sum(inputs)
+        places = adapted_projections(skeleton_of(model), method)
+        return sum(p.rank * p.linear.in_features for p in places if p.name in method.targets)
     if isinstance(method, LinearMixtureMethodConfig):
         return mixture_parameters(skeleton_of(model), method).fixed
     if isinstance(method, PeftMethodConfig):
@@ -102,16 +106,14 @@ def fixed_parameters(model: ModelConfig, method: MethodConfig) -> int:
 
 
 def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width: int) -> float:
-    """Return bytes that the adapters of a layer, on average over the layers, save per token for the
-    backward pass, with `width` bytes per number: z before and after its product with the router's
-    weights, the dropped input and the mask; in float32 the router's input, probabilities and
-    weights."""
+    """Return bytes that the adapters of a layer, on average over the layers that have some, save
+    per token for the backward pass, with `width` bytes per number: z before and after its product
+    with the router's weights, the dropped input and the mask; in float32 the router's input,
+    probabilities and weights."""
     built = skeleton_of(model)
-    layers = built.config.num_hidden_layers
-    experts = method.experts_by_layer(layers)
-    mixture, seen, total = make_mixture(method.mixture.value, method.mixture_options), {}, 0
-    for name, linear in projections(built):
-        layer = seen[name] = seen.get(name, -1) + 1
+    experts = method.experts_by_layer(built.config.num_hidden_layers)
+    mixture, total = make_mixture(method.mixture.value, method.mixture_options), 0
+    for name, layer, linear, _ in adapted_projections(built, method):
         if name not in method.targets:
             continue
         count, chosen = experts[layer]
@@ -123,4 +125,4 @@ def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width
             # Per slot an index of 8 bytes and numbers that differ by router.
             total += 8 * count + 14 * chosen
             total += 4 * linear.in_features if width == 2 else 0
-    return total / layers
+    return total / len(adapted_layers(built, method))

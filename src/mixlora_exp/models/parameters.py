@@ -16,6 +16,11 @@ from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import Router, make_mixture, make_router
+from mixlora_exp.models.adapted_modules import (
+    adapted_layers,
+    adapted_projections,
+    check_modules,
+)
 from mixlora_exp.models.mixtures import mixture_parameters, router_size
 from mixlora_exp.models.skeleton import projections, skeleton_of
 from mixlora_exp.models.text_cache import cached_by_text
@@ -68,17 +73,18 @@ def router_of(method: MixLoraMethodConfig) -> Router:
 
 
 def routers_of(model: ModelConfig, method: MethodConfig | None) -> list[Router]:
-    """Return the router of each layer: of its feed-forward block, or alike in all its projections;
-    none for other methods.
+    """Return the router of each layer that has one: of its feed-forward block, or alike in all its
+    projections; none for other methods.
 
     Raises:
         UserError: the method refuses an option, or does not fit the model.
     """
-    layers = skeleton_of(model).config.num_hidden_layers
+    built = skeleton_of(model)
     if isinstance(method, MixLoraMethodConfig):
-        return [router_of(method)] * layers
+        return [router_of(method)] * len(adapted_layers(built, method))
     if not isinstance(method, LinearMixtureMethodConfig):
         return []
+    layers = built.config.num_hidden_layers
     try:
         own = make_mixture(method.mixture.value, method.mixture_options).router
         return (
@@ -90,7 +96,8 @@ def routers_of(model: ModelConfig, method: MethodConfig | None) -> list[Router]:
                     method.router_settings(*sizes, 1),
                     method.router_options,
                 )
-                for sizes in method.experts_by_layer(layers)
+                for layer, sizes in enumerate(method.experts_by_layer(layers))
+                if method.adapts(layer)
             ]
         )
     except ValueError as error:
@@ -127,10 +134,11 @@ def _count(model: ModelConfig, method: MethodConfig | None) -> Parameters:
 
         parts["other"] = peft_size(built, method).trained
     elif isinstance(method, LoraMethodConfig):
+        check_modules(built, method)
         mixed = isinstance(method, MixLoraMethodConfig)
-        for name, linear in projections(built):
+        for name, _, linear, rank in adapted_projections(built, method):
             within = name in FEED_FORWARD_TARGETS
-            copies, rank, part = 1, method.rank, "other" if within else "attention"
+            copies, part = 1, "other" if within else "attention"
             if within and mixed:
                 copies, rank, part = method.num_experts, method.rank_of_experts, "experts"
             if name in method.targets:

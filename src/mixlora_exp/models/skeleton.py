@@ -75,13 +75,18 @@ def skeleton(found: PreTrainedConfig, origin: str) -> nn.Module:
     return model
 
 
-def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the projections that can have an adapter, with their last name component, layer by
-    layer."""
+def placed_projections(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]:
+    """Yield the projections that can have an adapter, layer by layer: name in the model, its last
+    component, module."""
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if name in (*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS) and type(module) is nn.Linear:
-            yield name, module
+            yield path, name, module
+
+
+def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """`placed_projections` without the first component."""
+    return ((name, module) for _, name, module in placed_projections(model))
 
 
 def _objection(model: nn.Module, found: PreTrainedConfig) -> str | None:

@@ -10,14 +10,16 @@ __all__ = ["disk_bytes", "disk_line"]
 
 
 def disk_bytes(config: Config) -> dict[str, int]:
-    """Return bytes on disk, by item: the float32 adapter; checkpoints, each of them the adapter
-    with AdamW's two moments, one more than are kept while one is written; the model's weights in
-    the cache of the hub or of converted packages, in 16 bits."""
+    """Return bytes on disk, by item: the float32 adapter; checkpoints, each of them the adapter with the
+    optimizer's state, one more than are kept while one is written; the model's weights in the cache
+    of the hub or of converted packages, in 16 bits."""
     found = {}
     if isinstance(config.method, TrainedMethodConfig):
         trained = count_parameters(config.model, config.method).trainable
         found["adapter"] = 4 * (trained + fixed_parameters(config.model, config.method))
-        found["checkpoints"] = 12 * trained * (config.trainer.keep_checkpoints + 1)
+        trainer = config.trainer
+        each = (4 + trainer.optimizer.state_bytes) * trained * trainer.optimizer.resumes
+        found["checkpoints"] = round(each * (trainer.keep_checkpoints + 1))
     model = config.model
     drawn = model.weights is Weights.random or model.source is ModelSource.random
     if model.path is None and not drawn:

@@ -6,7 +6,9 @@ and method, another the sums with peaks that were measured on GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import mean
 
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
@@ -20,10 +22,11 @@ from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.kernels import KERNELS
 from mixlora_exp.kernels.dropout import INDEX_BYTES
 from mixlora_exp.kernels.registry import FASTEST, BlockSizes
+from mixlora_exp.models.adapted_modules import adapted_projections
 from mixlora_exp.models.mixtures import kept_by_mixture
 from mixlora_exp.models.parameters import router_of, routers_of, skeleton_of, widths
 
-__all__ = ["Kept", "kept_by_layer"]
+__all__ = ["Kept", "kept_by_layer", "kept_without_adapter"]
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections with one input. That of o_proj is kept by the attention anyway."""
@@ -60,11 +63,12 @@ class _Layer:
     form: str
     autocast: bool
 
-    def linears(self, targets: list[str], rank: int, *, dora: bool) -> Kept:
-        """LoRA or DoRA on projections outside of a mixture; `attention` holds all of it."""
+    def linears(self, targets: list[str], ranks: Mapping[str, float], *, dora: bool) -> Kept:
+        """LoRA or DoRA on projections outside of a mixture; `attention` holds all of it. ranks: by
+        projection, the mean over the layers."""
         inputs = sum(self.inputs[target] for target in targets)
         outputs = sum(self.outputs[target] for target in targets)
-        low = rank * len(targets)
+        low = sum(ranks[target] for target in targets)
         if self.form != "peft":
             dropped = self.dropout * INDEX_BYTES * inputs
             shared = sum(
@@ -97,7 +101,8 @@ class _Layer:
 def kept_by_layer(
     config: Config, width: int, *, packed: bool = False, autocast: bool = True
 ) -> Kept:
-    """Return what a layer keeps with `width` bytes per number (4: float32, 2: bf16).
+    """Return what a layer with adapters keeps, on average over these, with `width` bytes per number (4:
+    float32, 2: bf16).
 
     packed: as one of several adapters in a pass; `data.packing` keeps as much. autocast: whether it
     runs under autocast in bf16, as in training. What PEFT's other types keep is not counted as
@@ -141,25 +146,48 @@ def _of_lora(
         autocast=autocast,
     )
     d, f = sides["gate_proj"]
-    heads = skeleton_of(model).config.num_attention_heads
-    # The norms' inputs, in float32; queries, keys, values and the attention's output, which several
-    # adapters in one pass, and packed examples, keep twice; a number per head and norm in float32.
-    numbers = (4 if width == 2 else 2) * d + (3 if packed else 2) * sides["q_proj"][1]
-    attention = width * (numbers + 2 * sides["k_proj"][1]) + 4 * (heads + 2)
+    bare = _of_frozen(model, width, packed)
+    attention = bare.attention
     if isinstance(method, LinearMixtureMethodConfig):
         # After dropout only routers keep the inputs of gate, up and the attention, and of down.
         inputs = bool(not method.dropout or routers_of(model, method))
         experts = kept_by_mixture(model, method, width)
         return Kept(attention + experts + inputs * 2 * d * width, (3 + inputs) * f * width)
+    ranks = _mean_ranks(model, method)
     inside = [t for t in method.targets if t in FEED_FORWARD_TARGETS]
     if isinstance(method, MixLoraMethodConfig):
         outside = [t for t in method.targets if t not in inside]
-        own = layer.linears(outside, method.rank, dora=method.dora)
+        own = layer.linears(outside, ranks, dora=method.dora)
         return Kept(attention + own.attention, 0.0, own.weights)
-    own = layer.linears(method.targets, method.rank, dora=method.dora)
+    own = layer.linears(method.targets, ranks, dora=method.dora)
+    block = layer.linears(inside, ranks, dora=method.dora).attention if inside else 0
+    return Kept(attention + own.attention - block, bare.block + block, own.weights)
+
+
+def kept_without_adapter(config: Config, width: int, *, packed: bool = False) -> Kept:
+    """Return what a layer without adapters keeps above one that has some; for the arguments see
+    `kept_by_layer`."""
+    return _of_frozen(config.model, width, packed or config.data.packing)
+
+
+def _of_frozen(model: ModelConfig, width: int, packed: bool) -> Kept:
+    sides = widths(model)
+    d, f = sides["gate_proj"]
+    heads = skeleton_of(model).config.num_attention_heads
+    # The norms' inputs, in float32; queries, keys, values and the attention's output, which several
+    # adapters in one pass, and packed examples, keep twice; a number per head and norm in float32.
+    numbers = (4 if width == 2 else 2) * d + (3 if packed else 2) * sides["q_proj"][1]
+    attention = width * (numbers + 2 * sides["k_proj"][1]) + 4 * (heads + 2)
     # The gate, its activation and the up projection.
-    block = layer.linears(inside, method.rank, dora=method.dora).attention if inside else 0
-    return Kept(attention + own.attention - block, 3 * f * width + block, own.weights)
+    return Kept(attention, 3 * f * width)
+
+
+def _mean_ranks(model: ModelConfig, method: LoraMethodConfig) -> dict[str, float]:
+    """Return the rank of a LoRA on each projection, on average over the layers with adapters."""
+    found: dict[str, list[int]] = {}
+    for place in adapted_projections(skeleton_of(model), method):
+        found.setdefault(place.name, []).append(place.rank)
+    return {name: mean(ranks) for name, ranks in found.items()}
 
 
 def _of_peft_type(model: ModelConfig, method: PeftMethodConfig, width: int, packed: bool) -> Kept:

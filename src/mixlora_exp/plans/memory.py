@@ -6,17 +6,19 @@ from mixlora_exp.config.choices import OWN_DROPOUT, Compile, Parallel, Protocol,
 from mixlora_exp.config.schema import (
     Config,
     Head,
+    LoraMethodConfig,
     LossOn,
     MixLoraMethodConfig,
     Precision,
     TrainedMethodConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.models.adapted_modules import adapted_layers
 from mixlora_exp.models.mixtures import fixed_parameters
 from mixlora_exp.models.parameters import count_parameters, router_of, skeleton_of, widths
 from mixlora_exp.models.quantization import base_bytes
 from mixlora_exp.models.skeleton import projections
-from mixlora_exp.plans.kept import kept_by_layer
+from mixlora_exp.plans.kept import kept_by_layer, kept_without_adapter
 
 __all__ = [
     "kept_by_all_layers",
@@ -58,9 +60,21 @@ def kept_by_all_layers(
     if config.trainer.gradient_checkpointing:
         # The input of each layer, and all saved tensors of one layer at a time.
         return kept.per_token + shape.num_hidden_layers * shape.hidden_size * width
+    layers, bare = _adapted_layers(config), kept_without_adapter(config, width, packed=packed)
+    # No gradient reaches the layers before the first adapter.
+    above = shape.num_hidden_layers - layers[0] - len(layers)
+    total = kept.per_token * len(layers) + bare.per_token * above
     if packed or not _last_layer_skips(config):
-        return kept.per_token * shape.num_hidden_layers
-    return kept.per_token * shape.num_hidden_layers - kept.block
+        return total
+    last = kept if layers[-1] == shape.num_hidden_layers - 1 else bare
+    return total - last.block
+
+
+def _adapted_layers(config: Config) -> list[int]:
+    """Return the numbers of the layers that have an adapter."""
+    if isinstance(config.method, LoraMethodConfig):
+        return adapted_layers(skeleton_of(config.model), config.method)
+    return list(range(_shape(config).num_hidden_layers))
 
 
 def _last_layer_skips(config: Config) -> bool:
@@ -81,8 +95,8 @@ def memory_of(
     peak.
 
     weights: the frozen ones, of which with `trainer.parallel=fsdp` each of `processes` keeps its
-    part. adapter_and_optimizer: the float32 adapter, AdamW's two moments, in 16 bits a copy of the
-    adapter in that precision, and gradients; these only in so far as they exist beside the
+    part. adapter_and_optimizer: the float32 adapter, the optimizer's state, in 16 bits a copy of
+    the adapter in that precision, and gradients; these only in so far as they exist beside the
     activations, which without accumulation they replace. activations: what is kept for the
     backward pass of one micro-batch of the longest examples, and the logits or a layer's
     gradients. dequantized: matrices of a quantised base while a layer uses them. exchanged:
@@ -99,7 +113,7 @@ def memory_of(
     tokens = config.trainer.micro_batch_size * config.data.cutoff_length
     kept = tokens * kept_by_all_layers(config, width, packed, autocast=autocast)
     layer = kept_by_layer(config, width, packed=packed, autocast=autocast)
-    copied = 1 if config.trainer.gradient_checkpointing else _shape(config).num_hidden_layers
+    copied = 1 if config.trainer.gradient_checkpointing else len(_adapted_layers(config))
     activations = kept + layer.weights * copied
     activations += max(_logits(config), 6 * widths(model)["gate_proj"][1] * tokens * width)
     copies = 2 if width == 2 and autocast else 0
@@ -108,7 +122,7 @@ def memory_of(
         gradients = max(0.0, gradients - activations)
     items = {
         "weights": weights,
-        "adapter_and_optimizer": trained * (12 + copies)
+        "adapter_and_optimizer": trained * (4 + config.trainer.optimizer.state_bytes + copies)
         + fixed_parameters(model, method) * (4 + copies)
         + gradients,
         "activations": activations,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 def announce(this: Run) -> None:
     """Print the name of a run that begins, and warnings about its scores."""
     echo(first_line(this.folder.name, this.config, this.inputs.identity["adapter"]))
+    trainer = this.config.trainer
+    if isinstance(this.config.method, TrainedMethodConfig) and not trainer.optimizer.resumes:
+        echo(f"trainer.optim={trainer.optim} has no checkpoints: interrupted, the run begins anew")
     for warning in coinciding(this.config, this.inputs, this.tests):
         echo(warning)
 

@@ -6,12 +6,19 @@ from __future__ import annotations
 from typing import Any
 
 from mixlora_exp.config.choices import Compile
-from mixlora_exp.config.schema import Config, PeftMethodConfig, TrainedMethodConfig
+from mixlora_exp.config.schema import (
+    Config,
+    LoraMethodConfig,
+    PeftMethodConfig,
+    TrainedMethodConfig,
+)
 from mixlora_exp.config.schema_method import word
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import ROUTERS
+from mixlora_exp.models.adapted_modules import check_modules
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import count_parameters, routers_of
+from mixlora_exp.models.skeleton import skeleton_of
 from mixlora_exp.plans.plan import planned_steps
 from mixlora_exp.system.hub import adapter_folder
 
@@ -24,6 +31,8 @@ def check_method(config: Config) -> None:
         UserError: it is one of these.
     """
     method = config.method
+    if isinstance(method, LoraMethodConfig):
+        check_modules(skeleton_of(config.model), method)
     check_mixture(config.model, method)
     _check_routers(config)
     if isinstance(method, PeftMethodConfig):

@@ -14,16 +14,24 @@ from mixlora_exp.training.checkpoints import Checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter beside `step`; methods store more."""
+MUON = "momentum_buffer"
+"""Muon's state of a parameter, which has no number of steps."""
 
 
-def check_content(found: Checkpoint, parameters: Mapping[str, nn.Parameter], steps: int) -> None:
+def check_content(
+    found: Checkpoint,
+    parameters: Mapping[str, nn.Parameter],
+    steps: int,
+    *,
+    muon: bool = False,
+) -> None:
     """Check a checkpoint against the adapter's trained parameters, by name, and the run's number of
-    optimizer steps.
+    optimizer steps. muon: its optimizer is Muon, not AdamW.
 
     Raises:
         UserError: the run cannot have written it.
     """
-    for objection in _objections(found, parameters, steps):
+    for objection in _objections(found, parameters, steps, muon):
         raise UserError(
             f"{found.path} is not a checkpoint of this run, although its hashes fit: "
             f"{shown(objection, 200)}; remove it to resume from an earlier one or start anew"
@@ -31,7 +39,7 @@ def check_content(found: Checkpoint, parameters: Mapping[str, nn.Parameter], ste
 
 
 def _objections(
-    found: Checkpoint, parameters: Mapping[str, nn.Parameter], steps: int
+    found: Checkpoint, parameters: Mapping[str, nn.Parameter], steps: int, muon: bool
 ) -> Iterator[str]:
     if not 1 <= found.step <= steps:
         yield f"it is of step {found.step}, and the run has {steps}"
@@ -41,12 +49,14 @@ def _objections(
         yield f"only one of the two has the weight {other[0]}"
     for name, parameter in parameters.items():
         yield from _unlike(name, found.adapter[name], parameter)
-        for key in MOMENTS:
+        for key in (MUON,) if muon else MOMENTS:
             moment = found.moments.get(f"{name}/{key}")
             if moment is None:
                 yield f"the optimizer has no {key} of {name}"
             else:
                 yield from _unlike(f"{key} of {name}", moment, parameter)
+        if muon:
+            continue
         taken = found.moments.get(f"{name}/step")
         if taken is None or taken.numel() != 1 or not 1 <= float(taken) <= found.step:
             yield f"the optimizer has no valid number of steps of {name}"

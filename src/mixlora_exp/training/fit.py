@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from mixlora_exp.config.optimizers import FUSED_ADAMW
 from mixlora_exp.config.schema import Config
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.errors import NotEnoughMemory, UserError
@@ -149,7 +150,8 @@ def _arguments(jobs: Sequence[Job], dtype: torch.dtype) -> TrainingArguments:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=max(j.config.trainer.accumulation_steps for j in jobs) // count,
         max_grad_norm=0.0,
-        optim="adamw_torch_fused",
+        # Muon is torch's alone.
+        optim=FUSED_ADAMW if config.trainer.optim == "muon" else config.trainer.optim,
         bf16=dtype is torch.bfloat16,
         logging_strategy="no",
         logging_nan_inf_filter=False,

@@ -124,7 +124,8 @@ class Job:
         self.parameters = {name: p for name, p in owned.items() if p.requires_grad}
         self.hook = hook_of(model, self.name, self.config, self.steps)
         if self._resumed is not None:
-            check_content(self._resumed, self.parameters, self.steps)
+            muon = self.config.trainer.optim == "muon"
+            check_content(self._resumed, self.parameters, self.steps, muon=muon)
             first = processes().is_main_process
             if first and self.running:
                 text = f"resuming after step {self.step} of {self.steps}"
@@ -229,7 +230,8 @@ class Job:
         """Return whether to write a checkpoint after the last completed step."""
         every = self.config.trainer.save_steps
         ends = self.step == self.steps or asked_to_end
-        return self.checkpoints is not None and (ends or self.step % every == 0)
+        kept = self.checkpoints is not None and self.config.trainer.optimizer.resumes
+        return kept and (ends or self.step % every == 0)
 
     def save(self, optimizer: Optimizer, *, first: bool) -> None:
         """Write a checkpoint; all processes contribute, and the `first` one writes it, and tells

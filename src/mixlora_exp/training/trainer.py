@@ -37,7 +37,7 @@ from mixlora_exp.training.last_good import diverged_message, keep_last_good
 from mixlora_exp.training.last_layer import last_layer_at_kept_rows
 from mixlora_exp.training.losses import joint_losses, label_count, single_loss, total_of
 from mixlora_exp.training.packed import packed_attention
-from mixlora_exp.training.parameter_groups import parameter_groups, schedule_of
+from mixlora_exp.training.parameter_groups import optimizer_of, parameter_groups, schedule_of
 from mixlora_exp.training.router_decisions import predicting, routers_watched
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 from mixlora_exp.training.sharding import sharded
@@ -65,11 +65,13 @@ class MixLoraTrainer(Trainer):
         args.max_steps = self.steps - self.first
         self._dtype, self._head = dtype, jobs[0].config.trainer.head
         self._compile = jobs[0].config.trainer.compile
+        self._optim = jobs[0].config.trainer.optim
         self._sharded = sharded(jobs[0].config)
         self._schedules: dict[str, Callable[[int], float]] = {}
         self._items: dict[str, Tensor] = {}
         self._stepped: list[Job] = []
-        self._asked = self._proven = False
+        self._asked = False
+        self._proven: set[str] = set()
         self._graph: GraphStep | None = None
         self._attention = ""
         self._started = time.perf_counter()
@@ -112,14 +114,16 @@ class MixLoraTrainer(Trainer):
         hooks' `begin` and check that every parameter gets a gradient."""
         self._items = num_items_in_batch
         running = {name: batch for name, batch in inputs.items() if self.jobs[name].running}
-        if self.state.global_step == 0 and not self._proven:
+        fresh = running.keys() - self._proven if self.state.global_step == 0 else ()
+        # An adapter with fewer micro-batches than others comes in a later pass of the step.
+        for name in (name for name in running if name in fresh):
             # As in a step: else nothing is checkpointed, and these passes take more memory than it.
             self.model.train()
-            for name, batch in running.items():
-                job = self.jobs[name]
-                job.hook.begin(partial(self._first_losses, job))
-                self._prove(job, batch)
-            self._proven = True
+            job = self.jobs[name]
+            job.hook.begin(partial(self._first_losses, job))
+            self._prove(job, running[name])
+        if fresh:
+            self._proven |= fresh
             running = {name: batch for name, batch in running.items() if self.jobs[name].running}
         if not running:
             # At the end of an epoch a step may have fewer micro-batches.
@@ -230,8 +234,8 @@ class MixLoraTrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(self.model))
         jobs = self.jobs.values()
         groups = [group for job in jobs for group in parameter_groups(self.model, job, decayed)]
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind(groups, **options)
+        names = {id(p): name for job in jobs for name, p in job.parameters.items()}
+        self.optimizer = optimizer_of(self.args, groups, names, self._optim)
         for job in self.jobs.values():
             job.restore_moments(self.optimizer)
         return self.optimizer
@@ -239,9 +243,9 @@ class MixLoraTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
         """Return a scheduler that gives each adapter's groups the factor of its own schedule."""
         for group in self.optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"] = float(group["lr"])  # Some optimizers make a tensor of it.
         for job in self.jobs.values():
-            self._schedules[job.name] = schedule_of(job.config, job.steps, self.optimizer)
+            self._schedules[job.name] = schedule_of(job.config, job.steps)
         factors = [self._schedules[group["adapter"]] for group in self.optimizer.param_groups]
         self.lr_scheduler = LambdaLR(self.optimizer, factors, last_epoch=self.first - 1)
         return self.lr_scheduler
