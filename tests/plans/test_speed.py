@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import pytest
 from composed import compose
 
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.schema import Config
+from mixlora_exp.errors import NotEnoughMemory
 from mixlora_exp.plans.hours import scored_tokens, trained_tokens
 from mixlora_exp.plans.plan import plan
 from mixlora_exp.plans.speed import Speed, recorded_speed, time_line
+from mixlora_exp.runs import probe
 from mixlora_exp.runs.probe import probed_speed
+from mixlora_exp.runs.run import Run
 
 H100 = {"gpus": ["NVIDIA H100 80GB HBM3"], "cpu": "any", "cpu_threads": 16}
 CPU = {"gpus": [], "cpu": "A CPU", "cpu_threads": 2}
@@ -106,3 +111,48 @@ def test_a_probe_belongs_to_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "plan.probe=True is not valid: it is part of a plan: add dry_run=true" in (
         capsys.readouterr().err
     )
+
+
+def test_a_probe_halves_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, real = [], probe.fit
+
+    def fit(*, config: Config, **others):
+        sizes.append(config.trainer.micro_batch_size)
+        if config.trainer.micro_batch_size > 1:
+            raise NotEnoughMemory("out of memory")
+        return real(config=config, **others)
+
+    monkeypatch.setattr(probe, "fit", fit)
+    words = ["experiment=smoke", "dry_run=true", "plan.probe=true", f"output_dir={tmp_path}"]
+    assert probed_speed(compose([*words, "trainer.auto_micro_batch=true"])).training > 0
+    assert sizes == [2, 1]
+    with pytest.raises(NotEnoughMemory):
+        probed_speed(compose(words))
+
+
+def test_a_probe_of_adalora_has_fewer_steps_than_its_schedule(tmp_path: Path) -> None:
+    words = ["experiment=smoke", "method=adalora", "dry_run=true", "plan.probe=true",
+             "trainer.max_steps=40", "method.peft.tinit=10", "method.peft.tfinal=10"]  # fmt: skip
+    assert probed_speed(compose([*words, f"output_dir={tmp_path}"])).training > 0
+
+
+def test_a_probe_frees_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is given back when nothing refers to the model."""
+    models, left, load = [], [], Run.load_base
+
+    def loaded(self: Run):
+        base = load(self)
+        models.append(weakref.ref(base))
+        return base
+
+    monkeypatch.setattr(Run, "load_base", loaded)
+    real = probe.free_memory
+
+    def free() -> None:
+        real()
+        left.append(models[0]())
+
+    monkeypatch.setattr(probe, "free_memory", free)
+    words = ["experiment=smoke", "dry_run=true", "plan.probe=true", f"output_dir={tmp_path}"]
+    probed_speed(compose(words))
+    assert left == [None]

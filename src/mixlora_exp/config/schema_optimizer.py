@@ -40,6 +40,7 @@ class OptimizerSettings:
 
     @property
     def optimizer(self) -> OptimizerFacts:
+        """Facts about the optimizer `optim`."""
         return OPTIMIZERS[self.optim]
 
     def check_optimizer(self) -> None:

@@ -101,8 +101,8 @@ class _Layer:
 def kept_by_layer(
     config: Config, width: int, *, packed: bool = False, autocast: bool = True
 ) -> Kept:
-    """Return what a layer with adapters keeps, on average over these, with `width` bytes per number (4:
-    float32, 2: bf16).
+    """Return what a layer with adapters keeps, on average over these, with `width` bytes per
+    number (4: float32, 2: bf16).
 
     packed: as one of several adapters in a pass; `data.packing` keeps as much. autocast: whether it
     runs under autocast in bf16, as in training. What PEFT's other types keep is not counted as

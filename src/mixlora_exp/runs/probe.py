@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mixlora_exp.adapters import attach_adapter
@@ -17,8 +18,9 @@ from mixlora_exp.plans.plan import plan
 from mixlora_exp.plans.speed import Speed
 from mixlora_exp.runs.inputs import gather_inputs
 from mixlora_exp.runs.run import Run, start, training_examples
+from mixlora_exp.system.console import say
 from mixlora_exp.system.device import free_memory, processes
-from mixlora_exp.training import fit
+from mixlora_exp.training import TrainSummary, fit, fit_halving
 
 __all__ = ["probed_speed"]
 
@@ -32,21 +34,34 @@ def probed_speed(config: Config) -> Speed:
     Raises:
         UserError: as a run with this configuration.
     """
-    found = plan(config)
     with tempfile.TemporaryDirectory() as place:
-        trainer = replace(config.trainer, max_steps=STEPS + 1, logging_steps=1)
-        evaluation = replace(config.evaluation, limit=ITEMS, batch_check=0)
-        short = replace(config, trainer=trainer, evaluation=evaluation, output_dir=place)
-        this = start(short, Path(place) / "probe", gather_inputs(short))
-        base = this.load_base()
-        scored = plan(short)
-        seconds = _scoring_seconds(this, base)
-        scoring = scored_tokens(short, scored) / (1 + evaluation.before_training) / seconds
-        training = scoring
-        if isinstance(config.method, TrainedMethodConfig):
-            training = _training_speed(this, base) / (1 - (found.padding or 0.0))
-        free_memory()
+        training, scoring = _speeds(config, place)
+    # Nothing refers to the model any more.
+    free_memory()
     return Speed(training, scoring, f"a probe of {STEPS} steps and {ITEMS} items a task")
+
+
+def _speeds(config: Config, place: str) -> tuple[float, float]:
+    """Tokens per second of training and of scoring; writes into the folder `place`."""
+    short = _shortened(config, place)
+    this = start(short, Path(place) / "probe", gather_inputs(short))
+    base, evaluation = this.load_base(), short.evaluation
+    seconds = _scoring_seconds(this, base)
+    scoring = scored_tokens(short, plan(short)) / (1 + evaluation.before_training) / seconds
+    if not isinstance(config.method, TrainedMethodConfig):
+        return scoring, scoring
+    padding = plan(config).padding or 0.0
+    return _training_speed(this, base) / (1 - padding), scoring
+
+
+def _shortened(config: Config, place: str) -> Config:
+    """The configuration with few steps and items; AdaLoRA's schedule would need more steps."""
+    method = config.method
+    if getattr(method, "peft_type", None) == "ADALORA":
+        method = replace(method, peft={**method.peft, "tinit": 0, "tfinal": 0})
+    trainer = replace(config.trainer, max_steps=STEPS + 1, logging_steps=1)
+    evaluation = replace(config.evaluation, limit=ITEMS, batch_check=0)
+    return replace(config, method=method, trainer=trainer, evaluation=evaluation, output_dir=place)
 
 
 def _scoring_seconds(this: Run, base) -> float:
@@ -62,18 +77,26 @@ def _scoring_seconds(this: Run, base) -> float:
 
 def _training_speed(this: Run, base) -> float:
     """Return tokens per second on this process, without padding."""
-    config, times = this.config, []
-    model = attach_adapter(base, config.method, config.kernel, config.seed)
-    summary = fit(
-        config=config,
-        model=model,
-        tokenizer=this.tokenizer,
-        examples=training_examples(this),
-        folder=this.folder,
-        dtype=this.dtype,
-        watch=lambda step, loss: times.append(time.perf_counter()),
-    )
-    model.unload()
+    times: list[float] = []
+    summary = fit_halving(this.config, this.checkpoints(), partial(_fit, this, base, times), echo)
     spans = [b - a for a, b in zip(times, times[1:], strict=False)]
     seconds = statistics.median(spans) if spans else summary.seconds
     return summary.tokens / summary.steps / seconds / processes().num_processes
+
+
+def _fit(this: Run, base, times: list[float], config: Config) -> TrainSummary:
+    """Train an adapter and remove it from `base`; `times` gets when each step ended."""
+    times.clear()
+    model = attach_adapter(base, config.method, config.kernel, config.seed)
+    try:
+        return fit(
+            config=config,
+            model=model,
+            tokenizer=this.tokenizer,
+            examples=training_examples(this),
+            folder=this.folder,
+            dtype=this.dtype,
+            watch=lambda step, loss: times.append(time.perf_counter()),
+        )
+    finally:
+        model.unload()

@@ -46,8 +46,8 @@ def parameter_groups(model: nn.Module, job: Job, decayed: Collection[str]) -> li
 def optimizer_of(
     args: TrainingArguments, groups: list[dict[str, Any]], names: Mapping[int, str], optim: str
 ) -> Optimizer:
-    """Return the optimizer `trainer.optim` with these parameter groups. args: the Trainer's, which have
-    transformers' name of it. names: of parameters, by `id`.
+    """Return the optimizer `trainer.optim` with these parameter groups. args: the Trainer's, which
+    have transformers' name of it. names: of parameters, by `id`.
 
     Raises:
         UserError: muon gets a parameter that is no matrix.
