@@ -58,6 +58,12 @@ def test_two_processes(tmp_path: Path, packed: list[str]) -> None:
     done = sweep(tmp_path, *launcher, "method=lora,mixlora", "method.rank=2,4", *packed)
     assert done.returncode == 0, done.stderr
     assert methods(tmp_path) == ["lora", "lora", "mixlora", "mixlora"]
+    if not packed:
+        # Each line says whose it is.
+        steps = [line for line in done.stderr.splitlines() if " step " in line]
+        assert {line.strip().partition(":")[0] for line in steps} == {
+            f"run {n}" for n in range(1, 5)
+        }
 
 
 @pytest.mark.slow

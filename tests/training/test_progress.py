@@ -18,9 +18,11 @@ from transformers import TrainerState
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.runs.scoring_progress import ScoringProgress
+from mixlora_exp.system.console import labelled, say
 from mixlora_exp.training.progress import (
     BAR,
     Pace,
+    ProgressBar,
     ProgressLines,
     live_line,
     progress_callback,
@@ -165,3 +167,17 @@ def test_scoring_shows_how_far_it_is(terminal: bool, monkeypatch) -> None:
             f"  answer_text: {done} of 1,000 items, {left} s left\n"
             for done, left in ((300, 70), (600, 40), (900, 10))
         ]
+
+
+def test_lines_of_several_processes_are_told_apart(monkeypatch, capsys) -> None:
+    """A bar would be written over by the others."""
+    monkeypatch.setattr(sys, "stderr", shown := Shown(True))
+    job = SimpleNamespace(step=0, steps=4, track=SimpleNamespace(tokens=0))
+    assert isinstance(progress_callback(job), ProgressBar)
+    with labelled("run 3"):
+        tell(progress_callback(job), job)
+        say("Training lora on 8 examples")
+    assert all(line.startswith("  run 3: step ") for line in shown.lines)
+    assert capsys.readouterr().out == "run 3: Training lora on 8 examples\n"
+    say("Scoring")
+    assert capsys.readouterr().out == "Scoring\n"

@@ -170,8 +170,8 @@ def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None
 
 def opened(overrides: Sequence[str]) -> list[str]:
     """Return the overrides with `++` before those of fields whose entries the schema does not list,
-    with `model=own` before a `model.path` or `model.hub_id` that no model is chosen for, and with the
-    list that `method.targets=all-linear` means."""
+    with `model=own` before a `model.path` or `model.hub_id` that no model is chosen for, and with
+    the list that `method.targets=all-linear` means."""
     lines = [f"++{line}" if ENTRIES.match(line) else line for line in overrides]
     # The field is a list.
     every = {f"method.targets={ALL_LINEAR}": f"method.targets=[{ALL_LINEAR}]"}

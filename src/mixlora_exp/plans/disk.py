@@ -11,8 +11,8 @@ __all__ = ["disk_bytes", "disk_line"]
 
 def disk_bytes(config: Config) -> dict[str, int]:
     """Return bytes on disk, by item: the float32 adapter; checkpoints, each of them the adapter
-    with the optimizer's state, one more than are kept while one is written; the model's weights in the cache
-    of the hub or of converted packages, in 16 bits."""
+    with the optimizer's state, one more than are kept while one is written; the model's weights in
+    the cache of the hub or of converted packages, in 16 bits."""
     found = {}
     if isinstance(config.method, TrainedMethodConfig):
         trained = count_parameters(config.model, config.method).trainable

@@ -18,7 +18,7 @@ from mixlora_exp.plans.plan import plan
 from mixlora_exp.plans.speed import Speed
 from mixlora_exp.runs.inputs import gather_inputs
 from mixlora_exp.runs.run import Run, start, training_examples
-from mixlora_exp.system.console import say
+from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import free_memory, processes
 from mixlora_exp.training import TrainSummary, fit, fit_halving
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from mixlora_exp.system.console import line_label
+
 OFTEN, SELDOM = 0.5, 30.0
 """Seconds between updates on a terminal, and between lines elsewhere."""
 
@@ -19,7 +21,8 @@ class ScoringProgress:
 
     def __call__(self, done: int, total: int) -> None:
         """Print how many of the items are done and the seconds left, if it is time for a line."""
-        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        # Another process on the terminal would write into a line that is rewritten.
+        now, terminal = time.perf_counter(), sys.stderr.isatty() and not line_label()
         if done >= total:
             if self.width:
                 sys.stderr.write("\r" + " " * self.width + "\r")
@@ -29,7 +32,7 @@ class ScoringProgress:
             return
         self.printed = now
         left = (now - self.begun) / done * (total - done)
-        line = f"  {self.label}: {done:,} of {total:,} items, {left:,.0f} s left"
+        line = f"  {line_label()}{self.label}: {done:,} of {total:,} items, {left:,.0f} s left"
         if not terminal:
             sys.stderr.write(f"{line}\n")
             return

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from mixlora_exp.config.resolve import open_session, to_config
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.sweeps.ledger import Ledger
+from mixlora_exp.system.console import labelled, line_label
 from mixlora_exp.system.signals import Terminated, heeded
 
 NOT_FOR_A_CELL = ("hydra.mode", "hydra.sweep", "hydra.job")
@@ -166,7 +167,9 @@ def run_cell(
                 if ledger.stopped:
                     raise Terminated
             sys.stderr.write(f"== {SWEEP.heading(job.num + 1)}: {overrides}\n")
-            outcome = _carried_out(cfg, overrides, recorded)
+            # With a ledger other processes run others of the jobs on the same terminal.
+            with labelled(f"run {job.num + 1}") if ledger is not None else nullcontext():
+                outcome = _carried_out(cfg, overrides, recorded)
     except Terminated:
         if SWEEP.runs:
             raise
@@ -184,7 +187,7 @@ def _carried_out(cfg: DictConfig, overrides: str, recorded: Recorded) -> Outcome
     try:
         return replace(run_one(cfg, earlier, recorded), before=len(earlier))
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {line_label()}{error}\n")
         failure = Failure(overrides, str(error), crashed=False)
         done, failed = 0, max(1, len(cfg.adapters))
         if isinstance(error, PackError):

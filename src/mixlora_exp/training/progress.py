@@ -15,6 +15,7 @@ from typing import Any
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.system.console import line_label
 from mixlora_exp.system.device import processes
 from mixlora_exp.system.untrusted import json_lines
 from mixlora_exp.training.job import Job
@@ -229,7 +230,7 @@ class ProgressLines(TrainerCallback):
             left = self.pace.left(step, steps)
             coefficient = _coefficient(self.job) if "router_loss" in logs else 0.0
             line = live_line(step, steps, logs, self.pace.look(), left, coefficient)
-            sys.stderr.write(f"  {self.label}{line}\n")
+            sys.stderr.write(f"  {line_label()}{self.label}{line}\n")
 
 
 def _tokens(job: Job) -> int:
@@ -238,8 +239,9 @@ def _tokens(job: Job) -> int:
 
 
 def progress_callback(job: Job) -> TrainerCallback:
-    """Return a bar on a terminal, otherwise a few lines."""
-    return ProgressBar(job) if sys.stderr.isatty() else ProgressLines(job)
+    """Return a bar on a terminal that no other process writes to, otherwise a few lines."""
+    alone = sys.stderr.isatty() and not line_label()
+    return ProgressBar(job) if alone else ProgressLines(job)
 
 
 class LogFile(TrainerCallback):
