@@ -23,7 +23,7 @@ from mixlora_exp.sweeps import jobs
 from mixlora_exp.sweeps import launch as sweep
 from mixlora_exp.sweeps.jobs import SWEEP, Outcome
 from mixlora_exp.sweeps.ledger import Ledger
-from mixlora_exp.sweeps.summary import Finished, edge_of_grid
+from mixlora_exp.sweeps.summary import Finished, edge_of_grid, edge_of_range
 from mixlora_exp.system import signals as interruption
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.signals import Terminated, deferred, heeded, install, requested
@@ -354,3 +354,13 @@ def test_a_learning_rate_at_the_edge_of_the_grid_is_reported() -> None:
     )
     assert "try smaller" in str(edge_of_grid([low, middle, high]))
     assert edge_of_grid([high]) is None
+
+
+def test_a_learning_rate_at_the_end_of_a_search_is_told() -> None:
+    """Within a tenth of the range, on a logarithmic scale."""
+    assert edge_of_range(3e-4, 1e-5, 1e-3) is None
+    assert "(trainer.learning_rate=0.0007 of 1e-05 to 0.001): try larger ones (rate_high)" in str(
+        edge_of_range(7e-4, 1e-5, 1e-3)
+    )
+    assert "lower end" in str(edge_of_range(1.5e-5, 1e-5, 1e-3))
+    assert "try smaller ones (rate_low)" in str(edge_of_range(1e-5, 1e-5, 1e-3))

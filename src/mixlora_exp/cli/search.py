@@ -48,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("the package optuna is not installed: run `pip install optuna`")
     from mixlora_exp.sweeps.search import SearchSettings, search
     from mixlora_exp.sweeps.study import ended
+    from mixlora_exp.sweeps.summary import RATE, edge_of_range
 
     # `seed` is the seed of the runs; the sampler keeps its default seed.
     names = SearchSettings.__dataclass_fields__.keys() - {"seed"}
@@ -61,4 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     print(f"{len(states)} trials, {states.count('PRUNED')} pruned{failed}")
     chosen = " ".join(f"{name}={value:.3g}" for name, value in best.params.items())
     print(f"best on held-out rows: {best.value:.4f} nats with {chosen}")
+    rate = best.params[RATE]
+    if (warning := edge_of_range(rate, settings.rate_low, settings.rate_high)) is not None:
+        print(warning)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -102,6 +103,21 @@ def edge_of_grid(runs: Sequence[Finished]) -> str | None:
                 f"({RATE}={rates[end]}): try {word.replace('est', 'er')} ones"
             )
     return None
+
+
+def edge_of_range(value: float, low: float, high: float) -> str | None:
+    """A warning if the learning rate of a search's best trial is in the lowest or highest tenth of
+    its range, on a logarithmic scale."""
+    place = log(value / low) / log(high / low)
+    if 0.1 < place < 0.9:
+        return None
+    end, word, limit = ("lower", "smaller", "rate_low") if place < 0.5 else (
+        "upper", "larger", "rate_high"
+    )  # fmt: skip
+    return (
+        f"warning: the best trial has a learning rate at the {end} end of the search's range "
+        f"({RATE}={value:.3g} of {low:g} to {high:g}): try {word} ones ({limit})"
+    )
 
 
 def print_summary(cells: Sequence[Cell]) -> None:
