@@ -10,7 +10,7 @@ from composed import compose
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose as compose_anew
-from mixlora_exp.config.schema import DataConfig, DataSource
+from mixlora_exp.config.schema import DataConfig, DataSource, Protocol
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.free_text import encode_free_text
@@ -87,6 +87,8 @@ def test_what_is_too_long_or_has_no_number_is_reported(tokenizer) -> None:
     words = Item("t", "t-1", "a", ("b",), 0, ("",), turns=(("user", "a"),))
     with pytest.raises(UserError, match="t-1 of t has an answer without a number"):
         encode_free_text(tokenizer, [words], CHAT, evaluation)
+    with pytest.raises(UserError, match="t-1 of t has an answer without a label: answer_pattern"):
+        encode_free_text(tokenizer, [words], CHAT, evaluation, Protocol.answer_pattern)
 
 
 FREE = "task=metamath_gsm8k"

@@ -54,7 +54,7 @@ def encode_tests(
             case Protocol.generate:
                 found[task] = encode_prompts(tokenizer, test.items, data, evaluation)
             case Protocol.exact_match | Protocol.answer_pattern:
-                found[task] = encode_free_text(tokenizer, test.items, data, evaluation)
+                found[task] = encode_free_text(tokenizer, test.items, data, evaluation, protocol)
             case Protocol.lm_eval:
                 found[task] = check_harness(tokenizer, task, test)
     return found

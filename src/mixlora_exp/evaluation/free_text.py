@@ -31,6 +31,7 @@ def encode_free_text(
     items: Sequence[Item],
     data: DataConfig,
     evaluation: EvaluationConfig,
+    protocol: Protocol = Protocol.exact_match,
 ) -> list[Encoded]:
     """Encode the items' prompts, in the chat template with `data=chat`.
 
@@ -39,10 +40,12 @@ def encode_free_text(
     """
     for item in items:
         if not item.labels[0]:
-            raise UserError(
-                f"item {item.id} of {item.task} has an answer without a number: exact_match "
-                "compares the last one"
-            )
+            lacks = "a number: exact_match compares the last one"
+            if protocol is Protocol.answer_pattern:
+                lacks = (
+                    "a label: answer_pattern looks for the item's own among task.custom's labels"
+                )
+            raise UserError(f"item {item.id} of {item.task} has an answer without {lacks}")
     if data.name is DataSource.chat:
         found = encode_chats(tokenizer, items)
     else:
