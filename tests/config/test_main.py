@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -141,3 +142,34 @@ def test_libraries_print_nothing_when_they_are_imported(tmp_path: Path) -> None:
         env=environment, cwd=tmp_path, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout + done.stderr == ""
+
+
+FIRST_LINE = """
+import json, sys, time
+class Terminal:
+    first = None
+    def isatty(self): return True
+    def flush(self): pass
+    def write(self, text):
+        if Terminal.first is None:
+            heavy = {"torch", "transformers", "peft", "hydra", "omegaconf", "rich", "yaml"}
+            Terminal.first = [text, sorted(heavy & set(sys.modules)), time.process_time()]
+sys.stderr = Terminal()
+sys.argv = ["train.py", "experiment=smoke", "dry_run=true"]
+import runpy
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as done:
+    print(json.dumps([*Terminal.first, done.code]))
+"""
+
+
+def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
+    """On a terminal; what takes seconds is imported later."""
+    command = [sys.executable, "-W", "ignore", "-c", FIRST_LINE]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    text, heavy, seconds, code = json.loads(done.stdout.splitlines()[-1])
+    assert text == "mixlora-exp train: loading, some seconds\n"
+    assert heavy == []
+    assert seconds < 1.0  # Of this process: other processes do not count.
+    assert code == 0
