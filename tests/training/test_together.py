@@ -30,19 +30,17 @@ SMALL = [
 # Four methods that differ in whatever may differ.
 FOUR = {
     "mixlora": ["method=mixlora", "method.rank=4", "trainer.micro_batch_size=4", "seed=1"],
-    "dora": [
-        "method=dora", "task=obqa", "method.rank=2", "seed=2",
-        "trainer.max_steps=12", "trainer.max_grad_norm=0.5",
-    ],
+    "dora": ["method=dora", "task=obqa", "method.rank=2", "seed=2", "trainer.max_grad_norm=0.5"],
     "mixdora": [
         "method=mixdora", "task=piqa", "method.num_experts=4", "seed=3", "method.dropout=0.2",
         "trainer.learning_rate=1e-3", "trainer.schedule=linear", "trainer.warmup_steps=3",
     ],
-    "lora": [
-        "method=lora", "seed=4", "trainer.micro_batch_size=2", "trainer.max_steps=9",
-        "trainer.loss_on=all",
-    ],
+    "lora": ["method=lora", "seed=4", "trainer.micro_batch_size=2", "trainer.loss_on=all"],
 }  # fmt: skip
+
+# Steps of each: all together at first, then fewer and fewer adapters, the last one alone.
+STEPS = {"mixlora": 6, "mixdora": 5, "dora": 4, "lora": 3}
+MANY = {"mixlora": 50, "mixdora": 50, "dora": 12, "lora": 9}
 
 
 # And what else may differ or be odd: presets, orders, targets, short last steps, other families.
@@ -149,17 +147,18 @@ def together(tmp_path: Path) -> Callable[..., dict[str, Result]]:
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "steps"),
     [
-        # As many as leave each job steps with all, with some and with none of the others.
-        pytest.param(torch.float64, 1e-9, 16, id="f64"),
-        pytest.param(torch.float64, 1e-9, 50, id="f64, long", marks=pytest.mark.slow),
-        pytest.param(torch.float32, 1e-4, 50, id="f32", marks=pytest.mark.slow),
+        pytest.param(torch.float64, 1e-9, STEPS, id="f64"),
+        pytest.param(torch.float64, 1e-9, MANY, id="f64, long", marks=pytest.mark.slow),
+        pytest.param(torch.float32, 1e-4, MANY, id="f32", marks=pytest.mark.slow),
     ],
 )
 def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, tolerance, steps) -> None:
     """Methods, ranks, experts, tasks, batch sizes, rates, schedules, clipping, lengths, dropout and
     losses of their own."""
-    words = [*SMALL, f"trainer.max_steps={steps}"]
-    configs = {name: compose([*words, *changes]) for name, changes in FOUR.items()}
+    configs = {
+        name: compose([*SMALL, *FOUR[name], f"trainer.max_steps={count}"])
+        for name, count in steps.items()
+    }
     found = together(configs, dtype)
     for name, config in configs.items():
         expected = alone(config, dtype)
@@ -183,7 +182,7 @@ def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, toleranc
 
 @pytest.mark.parametrize("model", ["tiny_gemma", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_odd_settings_too(alone, together, model) -> None:
-    steps = ["trainer.max_steps=7", f"model={model}"]
+    steps = ["trainer.max_steps=4", f"model={model}"]
     configs = {name: compose([*SMALL, *steps, *changes]) for name, changes in ODD.items()}
     found = together(configs, torch.float64)
     for name, config in configs.items():
@@ -238,7 +237,7 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
     ],
 )
 def test_every_kernel_trains_together(alone, together, kernel) -> None:
-    steps = ["trainer.max_steps=4", f"kernel={kernel}"]
+    steps = ["trainer.max_steps=3", f"kernel={kernel}"]
     configs = {name: compose([*SMALL, *changes, *steps]) for name, changes in FOUR.items()}
     found = together(configs, torch.float64)
     for name, config in configs.items():
@@ -277,7 +276,7 @@ def poison(adapter: str) -> Callable[..., None]:
 )
 def test_one_adapters_nan_stops_it_alone(together, victim) -> None:
     """It is taken out at its first step with a message, and the others do not change by a bit."""
-    steps = ["trainer.max_steps=4"]
+    steps = ["trainer.max_steps=3"]
     configs = {name: compose([*SMALL, *c, *steps]) for name, c in FOUR.items()}
     sound = together(configs)
     broken = together(configs, change=poison(f"adapter{list(FOUR).index(victim)}"))
@@ -293,14 +292,14 @@ def test_one_adapters_nan_stops_it_alone(together, victim) -> None:
 def test_one_that_diverges_later_stops_alone_and_broken_weights_are_not_kept(
     together, tmp_path
 ) -> None:
-    configs = {name: compose([*SMALL, *c, "trainer.max_steps=8"]) for name, c in FOUR.items()}
+    configs = {name: compose([*SMALL, *c, "trainer.max_steps=4"]) for name, c in FOUR.items()}
     # Too large for float32 after its first step.
     trainer = replace(configs["lora"].trainer, learning_rate=1e30)
     configs["lora"] = replace(configs["lora"], trainer=trainer)
     found = together(configs)
     assert "the loss became nan at step 2 (first in " in str(found["lora"].summary)
     assert not (tmp_path / "together-lora" / "last_good").exists()
-    assert found["mixlora"].summary.steps == 8
+    assert found["mixlora"].summary.steps == 4
 
 
 def test_no_examples_are_refused_by_name(together) -> None:
@@ -311,13 +310,13 @@ def test_no_examples_are_refused_by_name(together) -> None:
 
 def test_a_finished_one_leaves_the_batch(together) -> None:
     """Its weights stay as they were after its own last step."""
-    few, many = ["trainer.max_steps=2"], ["trainer.max_steps=6"]
+    few, many = ["trainer.max_steps=2"], ["trainer.max_steps=4"]
     short = {n: compose([*SMALL, *FOUR[n], *few]) for n in ("mixlora", "lora")}
     mixed = {**short, "lora": compose([*SMALL, *FOUR["lora"], *many])}
     expected, found = together(short), together(mixed)
     for key, weight in expected["mixlora"].weights.items():
         assert torch.equal(found["mixlora"].weights[key], weight)
-    assert found["lora"].summary.steps == 6
+    assert found["lora"].summary.steps == 4
 
 
 def test_a_batch_knows_its_examples_in_the_optimizer_step(tmp_path: Path) -> None:
