@@ -78,13 +78,13 @@ def comparable(summary: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple]:
-    """Weights, summary and log of a method's run that was not interrupted."""
+    """Weights, summary and folder, which is only read, of a method's run without interruption."""
 
     @functools.cache
     def run(method: str) -> tuple:
         folder = tmp_path_factory.mktemp("whole")
         weights, summary = train(compose([*SMALL, *f"method={method}".split()]), folder)
-        return weights, summary, (folder / "train_log.jsonl").read_text()
+        return weights, summary, folder
 
     return run
 
@@ -111,7 +111,7 @@ def killed_late(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
     config = compose([*SMALL, *f"method={method}".split()])
-    expected, truth, log = whole(method)
+    expected, truth, folder = whole(method)
     for after in killed:
         with pytest.raises(Killed):
             interrupted(config, tmp_path / "run", after)
@@ -120,6 +120,7 @@ def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
     assert comparable(summary) == comparable(truth)
+    log = (folder / "train_log.jsonl").read_text()
     assert (tmp_path / "run" / "train_log.jsonl").read_text() == log
 
 
@@ -159,10 +160,11 @@ def interrupted(config: Config, folder: Path, after: int) -> None:
         train(config, folder)
 
 
-def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch) -> None:
+def test_a_finished_training_is_not_repeated(whole, tmp_path, monkeypatch) -> None:
     """Killed while it was scored, a run goes on with the adapter that it had."""
     config = compose([*SMALL, "method=mixlora"])
-    expected, truth = train(config, tmp_path / "run")
+    expected, truth, folder = whole("mixlora")
+    shutil.copytree(folder, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(
             "mixlora_exp.training.trainer.MixLoraTrainer.training_step",
@@ -208,9 +210,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert (f"{newest} is damaged" in told) == (damage != "partial")
 
 
-def test_other_data_is_refused(tmp_path) -> None:
+def test_other_data_is_refused(whole, tmp_path) -> None:
     config = compose([*SMALL, "method=lora"])
-    train(config, tmp_path / "run")
+    shutil.copytree(whole("lora")[-1], tmp_path / "run")
     with pytest.raises(UserError, match=r"other data.*another output_dir, or force=true"):
         train(config, tmp_path / "run", identity={"data": "b"})
 
@@ -245,9 +247,9 @@ def test_damaged_ones_do_not_push_good_ones_out(tmp_path, capsys, keep) -> None:
     assert len(names) == 1 + keep
 
 
-def test_one_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch) -> None:
+def test_one_that_may_not_be_read_is_not_taken_for_damaged(whole, tmp_path, monkeypatch) -> None:
     config = compose([*SMALL, "method=lora"])
-    train(config, tmp_path / "run")
+    shutil.copytree(whole("lora")[-1], tmp_path / "run")
 
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied")
@@ -272,7 +274,7 @@ def test_a_continued_track_follows_the_device() -> None:
     assert again.counts.device.type == "meta"
 
 
-def test_a_full_disk_keeps_the_older_ones(tmp_path, monkeypatch) -> None:
+def test_a_full_disk_keeps_the_older_ones(whole, tmp_path, monkeypatch) -> None:
     config = compose([*SMALL, "method=lora"])
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -292,7 +294,7 @@ def test_a_full_disk_keeps_the_older_ones(tmp_path, monkeypatch) -> None:
             train(config, tmp_path / "run")
     left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step-00000002", "step-00000004"]
-    expected, _ = train(config, tmp_path / "whole")
+    expected, *_ = whole("lora")
     found, _ = train(config, tmp_path / "run")
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
@@ -374,10 +376,8 @@ def test_a_checkpoint_of_one_alone_is_continued_among_several(whole, tmp_path) -
         torch.testing.assert_close(found["mixdora"][0][name], weight, rtol=0, atol=1e-5)
 
 
-def test_state_is_plain_json(tmp_path) -> None:
-    config = compose([*SMALL, "method=mixlora"])
-    train(config, tmp_path / "run")
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+def test_state_is_plain_json(whole) -> None:
+    newest = sorted((whole("mixlora")[-1] / "checkpoints").iterdir())[-1]
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == 8
     assert len(state["track"]["losses"]) == 8
