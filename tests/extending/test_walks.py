@@ -49,12 +49,13 @@ def execute(command: str, place: Path) -> str:
     return done.stdout
 
 
-def follow(walk: str, place: Path) -> list[str]:
+def follow(walk: str, place: Path, commands: bool = True) -> list[str]:
     """Write the walk's files into a copy and run its commands there; returns what these told."""
     told = []
     for block in BLOCK.finditer((ROOT / "docs" / "extending" / walk).read_text(encoding="utf-8")):
         if block["kind"] == "bash":
-            told += [execute(command, place) for command in block["text"].splitlines()]
+            if commands:
+                told += [execute(command, place) for command in block["text"].splitlines()]
             continue
         path = place / block["path"]
         assert not path.exists(), f"{path} is no new file"
@@ -96,13 +97,34 @@ def test_kernel(copy: Path) -> None:
     assert (made["status"], made["kernel"]) == ("finished", "slots")
 
 
-def test_router(copy: Path) -> None:
-    judged, _ = follow("router.md", copy)
-    assert "6 passed" in judged
-    made = record(copy)
+JUDGED_AND_TRAINED = """
+import sys
+import pytest
+from mixlora_exp.cli.train import execute
+assert pytest.main(["-q", "tests/kernels/test_routers.py", "-k", "above"]) == 0
+sys.exit(execute(["experiment=smoke", "method=mixlora_above"]))
+"""
+
+
+def check_router(judged: str, least: int, made: dict) -> None:
+    assert int(re.search(r"(\d+) passed", judged)[1]) >= least
     assert made["status"] == "finished"
     assert made["config"]["method"]["router"] == "above"
     assert made["config"]["method"]["router_options"] == {"share": 0.13}
+
+
+def test_a_router_s_files_are_all_that_is_needed(copy: Path) -> None:
+    """The tests of routers judge it, and it trains: in one process, without the other routers."""
+    follow("router.md", copy, commands=False)
+    (copy / "tried.py").write_text(JUDGED_AND_TRAINED, encoding="utf-8")
+    judged = execute("python tried.py", copy)
+    check_router(judged, 3, record(copy))
+
+
+@pytest.mark.slow
+def test_router(copy: Path) -> None:
+    judged, _ = follow("router.md", copy)
+    check_router(judged, 10, record(copy))
 
 
 def test_a_method_takes_fewer_than_60_lines() -> None:
