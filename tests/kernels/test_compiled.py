@@ -14,8 +14,8 @@ from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
 from mixlora_exp.kernels.low_rank import LowRankPart
 from mixlora_exp.kernels.mixlora.exact import mixlora_exact
 
+# `aot_eager` starts from the graph that `eager` would run.
 BACKENDS = [
-    pytest.param("eager", id="traced only"),
     pytest.param("aot_eager", id="traced with the backward pass"),
     pytest.param("inductor", id="compiled", marks=pytest.mark.slow),
 ]
