@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def move_caches() -> Path:
     settings = Path.home() / ".gitconfig"
     for name in ELSEWHERE:
         os.environ.pop(name, None)
+    # Each of the many processes would compile the whole package anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     for name, folder in OWN.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(root / folder)
