@@ -26,6 +26,15 @@ KINDS = ["nf4", "int8", "int8_torchao"]
 # bitsandbytes' own forward pass needs widths in multiples of 32 on some CPUs.
 TINY = ["model=tiny", "model.config={intermediate_size: 192}"]
 METHODS = ["lora", "dora", "mixlora", "mixdora", "moslora", "pissa"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+# Every two of kind, dtype and method meet; the other triples are slow.
+TRIPLES = [
+    pytest.param(kind, dtype, method, id=f"{kind}-{name}-{method}",
+                 marks=[pytest.mark.slow] if (i + j + k) % 2 else [])
+    for i, kind in enumerate(KINDS)
+    for j, (name, dtype) in enumerate(DTYPES.items())
+    for k, method in enumerate(METHODS)
+]  # fmt: skip
 for _kind in KINDS:
     pytest.importorskip("torchao" if "torchao" in _kind else "bitsandbytes")
 
@@ -62,9 +71,7 @@ def gradients(model: PeftModel, batch: dict[str, Tensor], dtype: torch.dtype) ->
     return {"loss": loss.detach(), **{name: p.grad for name, p in trained.items()}}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype", "method"), TRIPLES)
 def test_gradients_are_those_on_the_dequantised_weights(kind, dtype, method, draw, batch) -> None:
     base = base_of(kind, dtype)
     plain = dense(base, dtype)

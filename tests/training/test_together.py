@@ -247,7 +247,7 @@ def test_every_kernel_trains_together(alone, together, kernel) -> None:
 
 
 def test_checkpointing_changes_nothing(together) -> None:
-    steps = ["trainer.max_steps=3"]
+    steps = ["trainer.max_steps=2"]
     results = []
     for extra in ([], ["trainer.gradient_checkpointing=true"]):
         configs = {n: compose([*SMALL, *c, *steps, *extra]) for n, c in FOUR.items()}
