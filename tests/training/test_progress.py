@@ -18,7 +18,7 @@ from transformers import TrainerState
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.runs.scoring_progress import ScoringProgress
-from mixlora_exp.system.console import labelled, say
+from mixlora_exp.system.console import labelled
 from mixlora_exp.training.progress import (
     BAR,
     Pace,
@@ -176,8 +176,8 @@ def test_lines_of_several_processes_are_told_apart(monkeypatch, capsys) -> None:
     assert isinstance(progress_callback(job), ProgressBar)
     with labelled("run 3"):
         tell(progress_callback(job), job)
-        say("Training lora on 8 examples")
+        echo("Training lora on 8 examples")
     assert all(line.startswith("  run 3: step ") for line in shown.lines)
     assert capsys.readouterr().out == "run 3: Training lora on 8 examples\n"
-    say("Scoring")
+    echo("Scoring")
     assert capsys.readouterr().out == "Scoring\n"

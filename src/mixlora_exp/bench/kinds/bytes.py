@@ -19,7 +19,7 @@ from mixlora_exp.bench.measure import feed_forward_saved_bytes, step_loss, train
 from mixlora_exp.bench.model import base_model, model_config, model_of
 from mixlora_exp.bench.options import BenchOptions, as_json, require_dtype, require_positive
 from mixlora_exp.bench.row_registry import BASELINE, ROWS, BenchRow
-from mixlora_exp.bench.runner import Kind, say
+from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.config.choices import LossOn
 from mixlora_exp.errors import UserError
 from mixlora_exp.training.saved_bytes import saved_bytes, storages_of
@@ -99,7 +99,7 @@ def measure(options: BytesOptions) -> Iterator[dict[str, Any]]:
         rows[name] = _bytes_of(model, ROWS[name], batch)
         del model
         gc.collect()
-        say(f"{name}: {rows[name]}")
+        echo(f"{name}: {rows[name]}")
         yield {
             "config": as_json(options),
             "layers": shape.config["num_hidden_layers"],
