@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.errors import UserError
-from mixlora_exp.models import identify, load_model, load_tokenizer, pypi
+from mixlora_exp.models import identify, load_model, load_tokenizer, packaged, pypi
 from mixlora_exp.models.tiny import build_tokenizer
 
 Tiny = Callable[..., ModelConfig]
@@ -106,7 +106,7 @@ def test_a_flipped_bit_in_the_cache_is_seen(package: ModelConfig, conversions: l
     whole, times = path.read_bytes(), path.stat()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    pypi._sha256.cache_clear()
+    packaged._sha256.cache_clear()
     assert not pypi.is_cached(package)
     load_model(package, torch.float32)
     assert len(conversions) == 2
