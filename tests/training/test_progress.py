@@ -18,7 +18,7 @@ from transformers import TrainerState
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.runs.scoring_progress import ScoringProgress
-from mixlora_exp.system.console import labelled
+from mixlora_exp.system.console import echo, labelled
 from mixlora_exp.training.progress import (
     BAR,
     Pace,
