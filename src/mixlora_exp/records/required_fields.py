@@ -168,7 +168,8 @@ def _check_score(score: Mapping[str, Any]) -> None:
 
 
 def _check_load(load: list[list[Any]] | None, where: str) -> None:
-    if load is not None and len({len(layer) for layer in load} | {0}) != 2:
+    lengths = None if load is None else {len(layer) for layer in load}
+    if lengths is not None and (len(lengths) != 1 or 0 in lengths):
         raise UserError(f"{where} must have one row of shares per layer, all of the same length")
 
 
