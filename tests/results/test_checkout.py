@@ -102,6 +102,9 @@ def test_a_long_difference_is_cut(checkout: Path, monkeypatch: pytest.MonkeyPatc
     write(checkout / "src/pack/code.py", "x = 2\n" * 1000)
     found = git_state(checkout)
     assert len(found["diff"]) < 350
+    monkeypatch.setattr(checkout_module, "LONGEST", 10**6)
+    whole = git_state(checkout)["diff"]
+    assert found["diff"] == f"{whole[:300]}\n({len(whole) - 300:,} more characters)\n"
     assert found["diff"].endswith("more characters)\n")
 
 
@@ -135,3 +138,27 @@ def test_no_checkout_is_none(
     assert git_state(checkout / "results") is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(checkout) is None
+
+
+@pytest.mark.parametrize("failing", ["HEAD", "--name-only", "ls-files"])
+def test_what_git_does_not_tell_is_not_guessed(
+    failing: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkout_module._git
+
+    def run(root: Path, *arguments: str) -> str | None:
+        return (
+            None
+            if failing in arguments and "--show-toplevel" not in arguments
+            else real(root, *arguments)
+        )
+
+    monkeypatch.setattr(checkout_module, "_git", run)
+    assert git_state(checkout) is None
+
+
+def test_new_code_that_cannot_be_read_is_named(checkout: Path) -> None:
+    (checkout / "src/pack/broken.py").symlink_to("nowhere")
+    found = git_state(checkout)
+    assert (found["dirty"], found["changed"]) == (True, ["src/pack/broken.py"])
+    assert found["diff"] == "\n+++ b/src/pack/broken.py: No such file or directory\n"

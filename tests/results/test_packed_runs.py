@@ -284,3 +284,15 @@ def test_a_record_can_be_looked_at(packed: Path, folder: Path) -> None:
     done = shown("nowhere")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "nowhere is not a run" in done.stderr
+
+
+def test_a_packed_run_begins_with_its_record_and_has_no_time(tmp_path: Path) -> None:
+    """Whatever object holds the name, and by a date that other programs read."""
+    path = tmp_path / "run.zip"
+    pack(path, {"a.jsonl": b"a", "".join(["record", ".json"]): b"{}", FORCED: b"[]"})
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == [RECORD, "a.jsonl", FORCED]
+        for entry in archive.infolist():
+            assert entry.date_time == (1980, 1, 1, 0, 0, 0)
+            assert entry.compress_type == zipfile.ZIP_DEFLATED
+            assert (entry.create_system, entry.external_attr >> 16) == (3, 0o100644)

@@ -190,3 +190,10 @@ def test_torch_is_not_imported() -> None:
     code = "import sys, mixlora_exp.records.record; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_the_processor_is_called_as_the_system_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "processor\t: 0\ncpu family\t: 6\nmodel name\t: A Processor\nvendor_id\t: x\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: told)
+    assert record_module.hardware(["a GPU"])["cpu"] == "A Processor"
+    assert record_module.hardware(["a GPU"])["gpus"] == ["a GPU"]

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import TASK_NAMES
+from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.records import show
 
 WIDTHS = pytest.mark.parametrize("width", [60, 80, 120])
@@ -113,6 +114,38 @@ def test_no_figure_is_cut(
     words = ["accuracy", "per char.", "std.", "err.", "major.", "class", "chance", "gold"]
     words += ["log-lik.", " n ", "un-", "parsed", *(["shares"] if experts else [])]
     assert [word for word in words if word not in heads] == []
+
+
+def test_a_deviation_from_the_preset_is_named_as_it_is_set() -> None:
+    made = record(before=False, names=("arc_e",))
+    preset = made["config"]["preset"]
+    assert show.scores_table(made, "generate").title.splitlines()[-1] == "preset=official"
+    kinds = {type(preset[switch]): (switch, dotted) for switch, dotted in SWITCHES.items()}
+    for kind, other in ((bool, None), (str, "another")):
+        switch, dotted = kinds[kind]
+        group, _, field = dotted.partition(".")
+        value = not preset[switch] if other is None else other
+        made["config"][group][field] = value
+        title = show.scores_table(made, "generate").title
+        assert f"{dotted}={str(value).lower()}" in title.split("preset=official, ")[1]
+
+
+def test_loads_and_the_cost_of_training_are_the_record_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = record(before=False, names=("arc_e",))
+    made["train"] |= {"expert_load": None, "peak_memory_bytes": 3 * 2**29, "final_loss": 1.25}
+    for score in made["scores"]:
+        score["expert_load"] = [[0.99, 0.01], [0.51, 0.49]]
+    assert show.load_table(made) is None
+    made["train"]["expert_load"] = [[1.0, 0.0], [1.0, 0.0]]
+    shares, rest, spread = show.load_table(made).figures
+    assert (shares.cells, rest.cells) == (["75", "100"], ["25", "0"])
+    assert spread.cells == ["0.2500", "0.5000"]
+    printed(monkeypatch, 200, made)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "Trained 50 steps, 10000000 tokens in 1 s (1 tokens/s), loss 1.250, peak memory 1.50 GiB"
+    )
 
 
 @WIDTHS
