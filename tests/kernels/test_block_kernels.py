@@ -247,6 +247,7 @@ def test_a_name_is_registered_once() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_says_what_it_is(name) -> None:
     assert 20 < len(KERNELS[name].summary) < 90
+    assert KERNELS[name].run.__doc__.strip().startswith(KERNELS[name].summary)
 
 
 @pytest.mark.parametrize(

@@ -352,3 +352,21 @@ def test_hash_is_that_of_splitmix64() -> None:
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
     ]
+
+
+def test_masks_drop_where_the_numbers_of_the_part_are_below_p() -> None:
+    key = key_of(40)
+    mask = key.mask("input", (40, 30), 0.3, CPU, hashed=True)
+    assert torch.equal(mask.kept(), key.uniform("input", 30) >= mask.threshold / 2**24)
+    assert not torch.equal(key.uniform("input", 30), key.uniform("hidden", 30))
+
+
+def test_no_probability_no_mask_and_no_rows_the_default_generator(p) -> None:
+    assert key_of(40).mask("input", (40, 30), 0.0, CPU) is None
+    key, found = DropoutKey(DropoutStream(0), "layers.3.mlp"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(key.mask("input", (40, 30), p, CPU).kept())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert key.uniform("input", 30) is None

@@ -41,3 +41,30 @@ def test_values_and_gradients_are_those_of_plain_code(fresh_seed, dora, masks, c
     found = torch.autograd.grad(made, [x, *trained], upstream)
     assert all(map(torch.equal, upstream, before))
     torch.testing.assert_close(found, torch.autograd.grad(wanted, [x, *trained], upstream))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_device_s_steps_are_taken_where_they_can(monkeypatch, supported) -> None:
+    """What they do not support goes through plain code, in both passes."""
+    taken = []
+
+    class Steps:
+        """The steps of eager code, which note their names."""
+
+        @staticmethod
+        def supports(x, parts) -> bool:
+            return supported
+
+        def __getattr__(self, name):
+            taken.append(name)
+            return getattr(eager_linear, name)
+
+    monkeypatch.setattr("mixlora_exp.kernels.lora.steps_on", lambda device: Steps())
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 6), (5, 2)))
+    base, part = FrozenLinear(torch.randn(5, 6, dtype=torch.float64)), LowRankPart(a, b, 0.7)
+    (made,) = lora_linears(x, [base], [part])
+    torch.testing.assert_close(made, lora_add_reference(base.linear(x), x, part))
+    made.sum().backward()
+    assert ("low" in taken) is supported
+    assert ("gradients_of_a" in taken) is supported
