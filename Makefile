@@ -18,7 +18,7 @@ OURS := src scripts tests train.py evaluate.py generate.py
 # half of the files, so that what a file's tests share is mostly made once.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: help install quickstart cold-start test test-slow reference soak soak-sweep bench bench-methods bench-gpu gpu-check \
+.PHONY: help install quickstart cold-start test test-slow reference soak soak-sweep mutants bench bench-methods bench-gpu gpu-check \
 	bench-eval collect tables check-tables figures report sweep study status lint format clean
 
 help:  ## list the targets
@@ -51,6 +51,11 @@ soak: $(STAMP)  ## kill, starve and damage runs at full length, and record how i
 
 soak-sweep: $(STAMP)  ## kill a sweep of SmolLM2 again and again, and compare (DATA_PATH=DIR)
 	$(BIN)/python tests/checks/soak_sweep.py data.path=$(or $(DATA_PATH),data)
+
+# AGAIN=--again runs only the mutants that survived in the record.
+mutants: $(STAMP)  ## change the code in 200 places, one at a time, and see whether a test notices
+	$(BIN)/python -m pip install --quiet cosmic-ray==8.7.0
+	$(BIN)/python tests/checks/mutants.py $(AGAIN)
 
 # Three hours on two cores; LLaMA-2 7B is cut to two layers.
 bench: bench-methods  ## measure time and memory of a step of each method on this machine

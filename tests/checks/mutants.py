@@ -1,0 +1,115 @@
+"""Measure how many small wrong changes of the code the tests notice, and record it.
+
+`python tests/checks/mutants.py` draws mutants of cosmic-ray by a seed, runs for each one the tests
+of its module in a clone of this checkout, and writes `results/mutation.json`. `--again` runs only
+those that survived in that record without a reason, after tests were added. `results/mutation.yaml`
+holds the reasons: of survivors that no test can or need tell from the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
+
+import yaml
+from caches import move_caches
+from mutants_drawn import ROOMS, draw
+from mutants_run import measure
+
+from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
+
+SEED, PER_ROOM = 2026, 52
+RECORD = ROOT / "results" / "mutation.json"
+REASONS = ROOT / "results" / "mutation.yaml"
+# What takes long to import. Nothing of this package: a fork imports that anew.
+LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "hydra", "pandas",
+             "scipy.stats", "scipy.optimize", "pytest")  # fmt: skip
+
+
+def _reasons() -> dict[tuple[str, str], str]:
+    held = yaml.safe_load(REASONS.read_text()) if REASONS.exists() else None
+    return {(row["file"], row["after"]): row["why"] for row in held or ()}
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    count = {name: sum(row["outcome"] == name for row in rows)
+             for name in ("killed", "timed out", "survived")}  # fmt: skip
+    noticed = count["killed"] + count["timed out"]
+    explained = sum("why" in row for row in rows)
+    return {"drawn": len(rows), **count, "explained": explained,
+            "score": round(noticed / len(rows), 3) if rows else None}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--again", action="store_true", help="run only survivors without a reason")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--per-room", type=int, default=PER_ROOM)
+    parser.add_argument("--room", choices=ROOMS, action="append", help="default: all but triton")
+    parser.add_argument("--out", type=Path, default=RECORD)
+    options = parser.parse_args()
+    os.nice(10)
+    begun, origin = time.monotonic(), provenance(ROOT)
+    earlier = read_record(options.out) if options.again else {"mutants": []}
+    reasons = _reasons()
+    known = {f"{row['file']} {row['name']} {row['after']}": row for row in earlier["mutants"]
+             if row["outcome"] != "survived" or (row["file"], row["after"]) in reasons}  # fmt: skip
+    mutants, rooms = [], {}
+    for room in options.room or [room for room in ROOMS if room != "triton"]:
+        drawn, rooms[room] = draw(ROOT, room, options.per_room, options.seed)
+        mutants += drawn
+    # The finder that registers the package with PEFT would import the package here.
+    sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != "mixlora_exp._peft_hook"]
+    move_caches()
+    with contextlib.redirect_stderr(None):
+        for name in LIBRARIES:
+            importlib.import_module(name)
+    rows = [known[mutant.key] for mutant in mutants if mutant.key in known]
+    left = [mutant for mutant in mutants if mutant.key not in known]
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        for mutant, outcome, seconds, failed in measure(Path(folder), left):
+            row = {
+                "room": mutant.room, "file": mutant.file, "line": mutant.line, "name": mutant.name,
+                "before": mutant.before, "after": mutant.after, "outcome": outcome,
+                "seconds": seconds, "by": failed,
+            }  # fmt: skip
+            rows.append(row)
+            print(len(rows), json.dumps([*row.values()][1:]), flush=True)
+    for row in rows:
+        if row["outcome"] == "survived" and (row["file"], row["after"]) in reasons:
+            row["why"] = reasons[row["file"], row["after"]]
+    for room, counted in rooms.items():
+        counted |= _summary([row for row in rows if row["room"] == room])
+    record = {
+        "tool": f"cosmic-ray {importlib.metadata.version('cosmic-ray')}",
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - begun, 1),
+        "all": _summary(rows),
+        "rooms": rooms,
+        "before": earlier.get("before") or earlier.get("rooms"),
+        "mutants": sorted(rows, key=lambda row: (row["room"], row["file"], row["line"])),
+        "provenance": origin,
+    }
+    write_json(options.out, finish_record(record))
+    print(record["all"], *(f"{room}: {counted}" for room, counted in rooms.items()), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
