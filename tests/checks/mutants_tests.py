@@ -28,6 +28,7 @@ MIXTURES = (
     "tests/adapters/mixtures/test_formulas.py",
     "tests/adapters/mixtures/test_losses.py",
     "tests/adapters/mixtures/test_adapters.py",
+    "tests/kernels/test_singular_starts.py",
 )
 TRITON_LINEAR = ("tests/kernels/test_triton_linear.py", "tests/adapters/test_linear_launches.py")
 TRITON = (
