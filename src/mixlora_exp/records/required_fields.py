@@ -48,7 +48,7 @@ STABILITY = {
 }  # fmt: skip
 TRAIN = {
     "steps": int, "examples?": int, "tokens?": int, "seconds?": NUMBER,
-    "final_loss?": FIGURE, "tokens_per_second?": NUMBER, "first_step_seconds?": (NUMBER, None),
+    "final_loss?": FIGURE, "tokens_per_second?": NUMBER, "first_step_seconds?": FIGURE,
     "peak_memory_bytes?": int, "not_chosen?": ({"*": [int]}, None),
     "kept_bytes_per_token?": FIGURE, "processes?": int,
     "expert_load": LOADS, "curve": [{"step": int, "loss": FIGURE}], "stability?": (STABILITY, None),
