@@ -9,6 +9,7 @@ from typing import Any
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig, by_layer
 from mixlora_exp.models import architecture_of
 from mixlora_exp.models.budget import budget_line
 from mixlora_exp.plans.cards import CARDS, card_lines, total_bytes
@@ -80,6 +81,7 @@ def describe(
             + (" (not trained)" if frozen else ""),
         ),
         *([("budget", line)] if (line := budget_line(config)) else []),
+        *(("experts", line) for line in _uneven_groups(config)),
         ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
         ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
         *(training if found.examples else [("training", "none: the model is scored as it is")]),
@@ -157,10 +159,28 @@ def _print(lines: Sequence[tuple[str, str]]) -> None:
 
 def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> str:
     """Return the first line that a run prints: its name, and objections to its use in tables; with
-    `method.match_params` a second one. `adapter`: see `runs.inputs.adapter_entry`."""
+    `method.match_params` a second one, and one where counts by groups of layers are not all used.
+    `adapter`: see `runs.inputs.adapter_entry`."""
     against, budget = _against(config, adapter), budget_line(config)
     first = f"Run {name}" + (f" ({against})" if against else "")
-    return f"{first}\n{budget}" if budget else first
+    return "\n".join(line for line in (first, budget, *_uneven_groups(config)) if line)
+
+
+def _uneven_groups(config: Config) -> list[str]:
+    """Return a line for each number of experts that is given for more groups than there are
+    layers, of which some then have none."""
+    if not isinstance(config.method, LinearMixtureMethodConfig):
+        return []
+    layers, lines = architecture_of(config.model).num_hidden_layers, []
+    for name in ("num_experts", "top_k"):
+        value = getattr(config.method, name)
+        if isinstance(value, str) and len(value.split("/")) > layers:
+            found = ", ".join(map(str, by_layer(name, value, layers)))
+            lines.append(
+                f"method.{name}={value} has more groups than the model has layers ({layers}): they "
+                f"get {found}"
+            )
+    return lines
 
 
 def _against(config: Config, adapter: Mapping[str, Any] | None) -> str:
