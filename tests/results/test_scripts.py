@@ -41,14 +41,16 @@ def read_once(committed: Results, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("read_once")
 def test_tables(script: Callable[..., Done], tmp_path: Path) -> None:
-    done = script("tables", f"--output={tmp_path}")
+    done = script("tables", f"--results={RESULTS}", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     committed = RESULTS / "tables"
     tidy = {"scores.csv", "differences.csv"}
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()} | tidy
-    assert script("tables", f"--output={tmp_path}", "--check").returncode == 0
+    assert (
+        script("tables", f"--results={RESULTS}", f"--output={tmp_path}", "--check").returncode == 0
+    )
     (tmp_path / "table1.csv").write_text("other\n")
-    done = script("tables", f"--output={tmp_path}", "--check")
+    done = script("tables", f"--results={RESULTS}", f"--output={tmp_path}", "--check")
     assert done.returncode == 2
     assert "run it without --check" in done.stderr
     assert (tmp_path / "table1.csv").read_text() == "other\n"
@@ -57,7 +59,7 @@ def test_tables(script: Callable[..., Done], tmp_path: Path) -> None:
 @pytest.mark.usefixtures("read_once")
 def test_figures_and_report(script: Callable[..., Done], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    done = script("report", f"--output={tmp_path}")
+    done = script("report", f"--results={RESULTS}", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     page = tmp_path / "report" / "index.html"
     content = page.read_text()
@@ -66,7 +68,7 @@ def test_figures_and_report(script: Callable[..., Done], tmp_path: Path) -> None
     links = re.findall(r'href="([^#"]+)"', content)
     assert any(re.search(r"/runs/[^/]+\.zip$", link) for link in links)
     assert [link for link in links if not (page.parent / link).is_file()] == []
-    done = script("figures", f"--output={tmp_path / 'again'}")
+    done = script("figures", f"--results={RESULTS}", f"--output={tmp_path / 'again'}")
     assert done.returncode == 0, done.stderr
     for path in (tmp_path / "figures").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
@@ -147,3 +149,13 @@ def test_ones_own_results_stay_apart_from_the_projects(
     assert script("collect", f"results={tmp_path / 'two'}").returncode == 0
     assert (tmp_path / "two" / "runs" / "lora.zip").is_file()
     assert "lora" in script("compare", "lora", "mixlora").stdout
+
+
+@pytest.mark.parametrize("command", ["tables", "report", "figures", "status"])
+def test_results_that_are_not_there(
+    script: Callable[..., Done], tmp_path: Path, command: str
+) -> None:
+    done = script(command, f"--results={tmp_path / 'typo'}")
+    assert done.returncode == 2
+    assert f"results={tmp_path / 'typo'} does not exist" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.kernels import working_dtype
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Siblings", "find_siblings"]
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+GROUPS = (ATTENTION_TARGETS[:3], FEED_FORWARD_TARGETS[:2])
 """Names of projections that share their input, in the order in which models call them."""
 
 

@@ -16,6 +16,6 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="DIR", type=Path, help="write elsewhere")
     args = parser.parse(argv)
     folder = args.output or args.results / "figures"
-    for name in draw_figures(gather(args.results), folder):
+    for name in draw_figures(gather(parser.require_results(args.results)), folder):
         print(f"{folder / name}.png, .svg")
     return 0

@@ -56,6 +56,19 @@ class Parser(argparse.ArgumentParser):
         what = f"root with runs/ and what is made from them (default: {OWN_RESULTS})"
         self.add_argument("--results", metavar="DIR", type=Path, default=OWN_RESULTS, help=what)
 
+    def require_results(self, folder: Path) -> Path:
+        """Return `results=DIR` if there is such a folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not folder.is_dir():
+            raise UserError(
+                f"results={folder} does not exist: name a folder with runs/, which "
+                "`mixlora-exp collect` makes"
+            )
+        return folder
+
     def _dashed(self, word: str) -> list[str]:
         """Return an option that was written as a setting (`brief=true`, `output=DIR`), with its
         dashes."""

@@ -19,5 +19,6 @@ def run(argv: Sequence[str]) -> int:
     parser.add_results()
     parser.add_argument("--output", metavar="DIR", type=Path, help="write elsewhere")
     args = parser.parse(argv)
-    print(f"written: {write_report(gather(args.results), args.output or args.results)}")
+    found = gather(parser.require_results(args.results))
+    print(f"written: {write_report(found, args.output or args.results)}")
     return 0

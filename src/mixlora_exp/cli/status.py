@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from mixlora_exp.cli.parser import Parser
+from mixlora_exp.config.paths import OWN_RESULTS
 from mixlora_exp.config.typed import as_typed
 from mixlora_exp.sweeps.status import FINISHED, LOCAL, STATES, SWEEPS, CellState, find_cells
 
@@ -82,6 +83,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*")
     args = parser.parse(argv)
     names = list(SWEEPS) if args.experiment is None else [args.experiment]
+    if args.results != OWN_RESULTS:
+        parser.require_results(args.results)
     cells = find_cells(names, as_typed(args.overrides), args.results / "runs")
     if args.state is not None:
         cells = [cell for cell in cells if cell.state == args.state]

@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
             "--runs needs --output=DIR: tables of some runs do not stand beside those of all"
         )
     folder = args.output or args.results / "tables"
-    results = gather(args.results, args.runs)
+    results = gather(parser.require_results(args.results), args.runs)
     differences = write_files(folder, table_files(results), args.check)
     differences += write_files(args.output or args.results, data_files(results), args.check)
     if differences:

@@ -17,7 +17,6 @@ B add to it.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -26,12 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixlora_exp.kernels import eager_linear, plain_linear
+from mixlora_exp.kernels.dropout import HAS_TRITON
 from mixlora_exp.kernels.frozen import Frozen
 from mixlora_exp.kernels.low_rank import PER_PART, LowRankPart, described, flat, rebuilt
 
 __all__ = ["lora_linears", "steps_on"]
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def steps_on(device: torch.device) -> ModuleType:

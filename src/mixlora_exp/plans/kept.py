@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from mixlora_exp.config.schema import (
+    ATTENTION_TARGETS,
     FEED_FORWARD_TARGETS,
     Config,
     LoraMethodConfig,
@@ -28,7 +29,7 @@ from mixlora_exp.models.parameters import router_of, routers_of, skeleton_of, wi
 
 __all__ = ["Kept", "kept_by_layer", "kept_without_adapter"]
 
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+SHARED_INPUTS = (ATTENTION_TARGETS[:3], FEED_FORWARD_TARGETS[:2], FEED_FORWARD_TARGETS[2:])
 """Projections with one input. That of o_proj is kept by the attention anyway."""
 ROUTING = 36
 """Bytes of a router's decision per slot."""

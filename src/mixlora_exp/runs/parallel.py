@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
 
 from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.schema import Config, LoraMethodConfig, Parallel, TrainedMethodConfig
-from mixlora_exp.system.device import processes
+from mixlora_exp.system.device import launcher_setting, processes
 from mixlora_exp.system.exit_codes import MISTAKE
 
 OVERRIDES = {
@@ -36,7 +35,7 @@ def refusal(config: Config, count: int) -> str | None:
     if not isinstance(config.method, TrainedMethodConfig):
         return None
     for name, (field, option) in OVERRIDES.items():
-        chosen = os.environ.get(name, "no").lower()
+        chosen = launcher_setting(name)
         if chosen != "no":
             return (
                 f"{name}={chosen}, which accelerate's configuration sets, would override {field}: "

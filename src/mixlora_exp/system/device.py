@@ -52,6 +52,12 @@ def processes() -> PartialState:
     return state
 
 
+def launcher_setting(name: str) -> str:
+    """Return what `accelerate launch` sets a variable to, in small letters; "no" where it does
+    not."""
+    return os.environ.get(name, "no").lower()
+
+
 def _not_whole(what: str) -> UserError:
     return UserError(
         f"processes under {what} are not supported: start them with torchrun or `accelerate launch "

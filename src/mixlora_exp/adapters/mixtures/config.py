@@ -10,6 +10,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from mixlora_exp.adapters.config import check_settings, check_supported, in_order
+from mixlora_exp.config.schema_method import ATTENTION_TARGETS
 from mixlora_exp.config.schema_mixture import LinearMixtureSettings
 from mixlora_exp.kernels import Mixture, Router, make_mixture, make_router
 
@@ -43,8 +44,7 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.MIXLORA
         if self.target_modules is None:
-            self.target_modules = {"q_proj", "k_proj", "v_proj", "o_proj"}
-            self.target_modules |= set(self.feed_forward_targets)
+            self.target_modules = {*ATTENTION_TARGETS, *self.feed_forward_targets}
         check_supported(self, unsupported=("use_dora",), init=(True,))
         check_settings(self, LinearMixtureSettings)
         plain = self.lora_targets
