@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +39,8 @@ PAGES = [
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands(start: str) -> list[str]:
@@ -269,20 +270,50 @@ def test_shown_status_is_the_real_one(
     assert " ".join(shown.split()) == " ".join(output.split())
 
 
-def test_python_block_loads_an_adapter(tmp_path: Path) -> None:
-    assert execute(["experiment=smoke", f"output_dir={tmp_path}"]) == 0
-    (folder,) = tmp_path.glob("*/adapter")
-    block, several = blocks("python")
-    assert "load_adapters" in several, "tested in tests/adapters/test_several_adapters.py"
-    import torch
+def ran(code: str, model: str, folder: Path) -> dict[str, Any]:
+    """What a block of Python leaves, run with the model and the adapter that lie in folders."""
+    for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-2-7b-hf"):
+        code = code.replace(name, model)
+    space: dict[str, Any] = {}
+    exec(compile(code.replace("outputs/.../adapter", str(folder)), "README.md", "exec"), space)
+    return space
 
-    from mixlora_exp.config.command import compose
-    from mixlora_exp.models import load_model
 
-    base = load_model(compose(["model=tiny"]).model, torch.float32, seed=42)
-    base.save_pretrained(tmp_path / "base")
-    code = block.replace("meta-llama/Llama-2-7b-hf", str(tmp_path / "base"))
-    code = code.replace("outputs/.../adapter", str(folder))
-    space: dict = {}
-    exec(compile(code, "README.md", "exec"), space)
+def test_the_readme_trains_with_the_trainer_and_with_trl_and_loads_what_they_saved(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are those of the method as the paper has it."""
+    pytest.importorskip("trl", reason="trl is not installed")
+    monkeypatch.chdir(tmp_path)
+    trainer, trl, loading = blocks("python", PAGES[0].read_text(encoding="utf-8"))
+    assert max(len(block.strip().splitlines()) for block in (trainer, trl, loading)) <= 13
+    trl = trl.replace("max_steps=2", "max_steps=2, use_cpu=True, bf16=False")
+    paper = compose(["method=mixlora"]).method
+    for code in (trainer, trl):
+        space = ran(code, str(folders["model.path"]), tmp_path)
+        config = space["config"]
+        assert (config.r, config.lora_alpha, config.lora_dropout) == (
+            paper.rank, paper.alpha, paper.dropout,
+        )  # fmt: skip
+        for name in ("num_experts", "top_k", "router_loss_coef", "router_init_std"):
+            assert getattr(config, name) == getattr(paper, name), name
+        loaded = ran(loading, str(folders["model.path"]), tmp_path)["model"]
+        weights = {n: p for n, p in loaded.named_parameters() if "lora_B" in n}
+        assert weights
+        assert all(weight.any() for weight in weights.values()), "B is 0 before training"
+        shutil.rmtree("adapter")
+
+
+def test_the_way_without_make_installs_what_make_installs() -> None:
+    (lines,) = (block for block in blocks("bash", PAGES[0].read_text()) if "pip install" in block)
+    made = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for pinned in re.findall(r"[\w-]+==[\d.]+", lines):
+        assert f" {pinned}\n" in made
+    assert (ROOT / "requirements" / "constraints.txt").is_file()
+
+
+def test_python_block_loads_an_adapter(folders: dict[str, Path]) -> None:
+    """The first of the page on adapters; that on several is tested in tests/adapters/."""
+    block, *_ = blocks("python", PAGES[2].read_text(encoding="utf-8"))
+    space = ran(block, str(folders["model.path"]), folders["adapter"])
     assert space["model"].active_peft_config.peft_type == "MIXLORA"

@@ -54,7 +54,8 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
     `target_modules` names projections; those in `feed_forward_targets` get experts, the others
     PEFT's LoRA. `r`, `lora_alpha`, `lora_dropout`, `use_dora` and `use_rslora` apply to both,
     unless `expert_lora` has separate values for the experts. With `use_dora` every LoRA has a
-    magnitude (MixDoRA).
+    magnitude (MixDoRA). Experts, top-k and router have the paper's values by default, LoRA's fields
+    PEFT's; the paper's are `r=16, lora_alpha=32, lora_dropout=0.05` (Table 3).
 
     Raises:
         ValueError: a value is out of range, or an option of LoraConfig is set that experts do not
