@@ -13,6 +13,7 @@ from mixlora_exp.adapters.mixed_adapters import load_adapters  # noqa: E402
 from mixlora_exp.adapters.mixtures.config import MixtureConfig  # noqa: E402
 from mixlora_exp.adapters.model import MixLoraModel, set_kernel  # noqa: E402
 from mixlora_exp.adapters.router_report import RouterReport  # noqa: E402
+from mixlora_exp.adapters.token_routing import TokenRouting, routing_of  # noqa: E402
 
 __all__ = [
     "MixLoraConfig",
@@ -20,10 +21,12 @@ __all__ = [
     "MixLoraModel",
     "MixtureConfig",
     "RouterReport",
+    "TokenRouting",
     "attach_adapter",
     "attach_together",
     "load_adapter",
     "load_adapters",
+    "routing_of",
     "save_adapter",
     "set_kernel",
 ]
