@@ -94,13 +94,21 @@ def test_a_package_that_is_missing(
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.delitem(sys.modules, "mixlora_exp.cli.status", raising=False)
     assert main(["status"]) == 2
-    assert "pip install 'mixlora-exp[harness]'" in capsys.readouterr().err
+    assert "`pip install '.[harness]'`, in the folder of the code" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert len(capsys.readouterr().out) > 100
+
+
+def test_usage_names_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bin/mixlora-exp", "compare", "--help"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("usage: mixlora-exp compare [-h]")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(
             f"error: {command} needs the package {error.name}: "
-            "run `pip install 'mixlora-exp[harness]'`\n"
+            "run `make install`, or `pip install '.[harness]'`, in the folder of the code\n"
         )
         return 2
     try:

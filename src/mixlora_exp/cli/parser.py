@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ class Parser(argparse.ArgumentParser):
     command's module, which `--help` prints unchanged."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
+        if Path(sys.argv[0]).name == "mixlora-exp" and len(sys.argv) > 1:
+            options.setdefault("prog", f"mixlora-exp {sys.argv[1]}")
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
