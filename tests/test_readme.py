@@ -158,6 +158,8 @@ def test_scoring_command_runs_at_tiny_size(
     records = [read_record(path) for path in tmp_path.glob("*/record.json")]
     assert len(records) == (2 if "outputs/A" in command else 1)
     assert all(record["train"] is None for record in records)
+    if "run=outputs/NAME" in command:
+        assert all("-mixlora-" in record["name"] for record in records), "named by its method"
 
 
 @pytest.fixture
