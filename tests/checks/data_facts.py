@@ -12,8 +12,9 @@ from collections import Counter
 
 from mixlora_exp.data.local import load_local
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.data_facts import FOLDER, clusters
+from mixlora_exp.results.data_facts import FOLDER
 from mixlora_exp.tasks import TASKS, Item
+from mixlora_exp.tasks.clusters import clusters
 
 
 def items(root: str, task: str, split: str) -> list[Item]:

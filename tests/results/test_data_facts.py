@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mixlora_exp.data.local import load_local
 from mixlora_exp.errors import UserError
-from mixlora_exp.results.data_facts import FOLDER, clusters
+from mixlora_exp.results.build import gather
+from mixlora_exp.results.data_facts import FOLDER, groups
+from mixlora_exp.results.statistics.parts import interval
+from mixlora_exp.results.tables.paired import cell
 from mixlora_exp.tasks import TASKS, Item
+from mixlora_exp.tasks.clusters import clusters
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -42,15 +47,21 @@ def test_items_that_depend_on_one_another(task: str) -> None:
     assert found == clusters(items(task, "test"))
 
 
-def test_what_makes_a_cluster() -> None:
-    def item(task: str, name: str, question: str, context: str = "", first: str = "x") -> Item:
-        return Item(task, name, question, (first, "y"), 0, ("A", "B"), context)
+def test_clusters_of_a_record_widen_its_intervals(add: Callable[..., Path], results: Path) -> None:
+    def halved(record: dict) -> None:
+        for score in record["scores"]:
+            score["clusters"] = {f"{score['task']}-{i}": f"{score['task']}-{i // 20}"
+                                 for i in range(40)}  # fmt: skip
 
-    passages = [item("boolq", "a", "1?", "P"), item("boolq", "b", "2?", "P"),
-                item("boolq", "c", "1?", "Q")]  # fmt: skip
-    assert clusters(passages) == {"a": "a", "b": "a"}
-    asked = [item("piqa", "a", "how?"), item("piqa", "b", "how?"), item("piqa", "c", "why?")]
-    assert clusters(asked) == {"a": "a", "b": "a"}
-    twins = [item("winogrande", "a", "It was _ ."), item("winogrande", "b", "It was not _ ."),
-             item("winogrande", "c", "It was _ .", first="z")]  # fmt: skip
-    assert clusters(twins) == {"a": "a", "b": "a"}
+    add("alone", 0.5)
+    add("together", 0.5, "seed=2", change=halved)
+    runs = {run.name: run for run in gather(results).runs}
+    for run in runs.values():
+        # The same answers: first half right, second half wrong.
+        for number, row in enumerate(run.predictions["arc_e", "label_logits"].values()):
+            row["prediction"] = 0 if number < 20 else 1
+    own, shared = (
+        interval([cell([runs[name]], "arc_e", "label_logits")]) for name in ("alone", "together")
+    )
+    assert len(groups(runs["together"], "arc_e", "label_logits")) == 40
+    assert shared[1] - shared[0] > 2 * (own[1] - own[0])

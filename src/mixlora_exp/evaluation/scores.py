@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixlora_exp.errors import UserError
+from mixlora_exp.tasks import TASKS
 from mixlora_exp.tasks.base import Item
+from mixlora_exp.tasks.clusters import clusters
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class TaskScore:
     each expert while the task was scored. `shortened`: items whose context was truncated. `tied`:
     items with several best options (the first is the prediction). `unparsed`: items whose generated
     text names no option, or whose most likely label is not theirs (`evaluation.arc_labels=nine`);
-    they count as wrong.
+    they count as wrong. `clusters`: item -> first item of its cluster, for items that depend on
+    others (see `tasks.clusters`); empty for a task of the user's own.
     """
 
     task: str
@@ -57,6 +60,7 @@ class TaskScore:
     unparsed: int | None = None
     expert_load: list[list[float]] | None = None
     batch_check: dict[str, Any] | None = None
+    clusters: dict[str, str] = field(default_factory=dict)
     items: list[ItemScore] = field(default_factory=list, repr=False)
 
 
@@ -93,6 +97,7 @@ def summarize(
         chance=sum(1 / len(item.options) for item in items) / n,
         tied=sum(s.scores.count(max(s.scores, default=0)) > 1 for s in scores),
         gold_log_likelihood=_mean([s.gold_log_likelihood for s in scores]),
+        clusters=clusters(items) if task in TASKS else {},
         items=list(scores),
         **rest,
     )

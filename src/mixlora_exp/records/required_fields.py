@@ -22,6 +22,7 @@ SCORE = {
     "task": str, "protocol": str, "n": int, "accuracy": NUMBER, "stderr": FIGURE,
     "accuracy_normalized": FIGURE, "majority_class": FIGURE, "chance": FIGURE,
     "gold_log_likelihood": FIGURE, "unparsed?": (int, None), "expert_load": LOADS,
+    "clusters?": {"*": str},
 }  # fmt: skip
 FILES = {"*": [{"path": str, "rows": int, "sha256": str}]}
 GIT = ({"commit": str, "dirty": bool}, None)

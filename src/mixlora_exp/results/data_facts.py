@@ -1,4 +1,4 @@
-"""Facts of the published data that records do not hold: most frequent answers of the training
+"""Facts of the published data that records may not hold: most frequent answers of the training
 splits, and which scored items depend on one another (`results/data/*.csv`).
 
 `tests/checks/data_facts.py` writes the files from the data.
@@ -7,30 +7,14 @@ splits, and which scored items depend on one another (`results/data/*.csv`).
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.results.runs import RecordedRun
-from mixlora_exp.tasks import TASKS, Item
+from mixlora_exp.tasks import TASKS
 
 FOLDER = RESULTS / "data"
-
-
-def cluster_key(item: Item) -> str:
-    """Return a key that is equal for items that share a passage, a question, or (WinoGrande's
-    twins) both candidates."""
-    if item.task == "winogrande":
-        return "\n".join(sorted(item.options))
-    return item.context or item.question
-
-
-def clusters(items: Iterable[Item]) -> dict[str, str]:
-    """Item -> first item of its cluster, for the clusters of more than one item."""
-    by_key: dict[str, list[str]] = {}
-    for item in items:
-        by_key.setdefault(cluster_key(item), []).append(item.id)
-    return {own: ids[0] for ids in by_key.values() if len(ids) > 1 for own in ids}
 
 
 @cache
@@ -63,8 +47,14 @@ def published(run: RecordedRun, task: str) -> bool:
     return sum(file["rows"] for file in files) == TASKS[task].sizes["test"]
 
 
-def groups(run: RecordedRun, task: str) -> Mapping[str, str]:
-    """Item -> cluster, for items that share a passage or a question with another one."""
+def groups(run: RecordedRun, task: str, protocol: str) -> Mapping[str, str]:
+    """Item -> cluster, for items that depend on another one: by the record, or for the published
+    test splits of records that do not say."""
+    if run.scored["data"]["name"] == "embedded":
+        return {}
+    recorded = run.scores[task, protocol].get("clusters")
+    if recorded is not None:
+        return recorded
     return _clusters().get(task, {}) if published(run, task) else {}
 
 

@@ -41,7 +41,7 @@ def cell(runs: Runs, task: str, protocol: str, field: str = ACCURACY) -> TaskMea
     if side is None:
         return None
     try:
-        return accuracy_part(side, groups(runs[0], task))
+        return accuracy_part(side, groups(runs[0], task, protocol))
     except ValueError as error:
         raise _unlike(task, protocol, runs, error) from error
 
@@ -54,7 +54,7 @@ def area(runs: Runs, task: str, protocol: str) -> TaskMean | None:
         return None
     if len({right for _, right in next(iter(margins.values())).values()}) < 2:
         return None
-    return area_part(margins, groups(runs[0], task))
+    return area_part(margins, groups(runs[0], task, protocol))
 
 
 def above(part: TaskMean | None, runs: Runs, task: str, protocol: str) -> bool:
@@ -79,7 +79,8 @@ def difference(
         sides[1] = dict.fromkeys(sides[0], next(iter(sides[1].values())))
     try:
         binary = field in ACCURACIES
-        return difference_part(sides[0], sides[1], groups(runs[0], task), binary=binary)
+        clusters = groups(runs[0], task, protocol)
+        return difference_part(sides[0], sides[1], clusters, binary=binary)
     except ValueError as error:
         raise _unlike(task, protocol, [*runs, *base], error) from error
 
