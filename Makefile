@@ -113,8 +113,9 @@ check-tables: $(STAMP)  ## fail where a table is not what the records give
 figures: $(STAMP)  ## draw the figures from the records
 	$(BIN)/python scripts/figures.py results=results
 
-report: tables $(STAMP)  ## make the report, one page with tables, figures and records
+report: tables $(STAMP)  ## make the report, one page with all, and its short form docs/report.html
 	$(BIN)/python scripts/report.py results=results
+	$(BIN)/python scripts/report.py results=results --short=docs/report.html
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check $(OURS)

@@ -12,7 +12,17 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from mixlora_exp.results import series
-from mixlora_exp.results.build import RESULTS, draw_figures, gather, write_report
+from mixlora_exp.results.build import (
+    RESULTS,
+    Results,
+    draw_figures,
+    gather,
+    page_text,
+    write_report,
+)
+from mixlora_exp.results.findings import Contrast
+from mixlora_exp.results.forest import forest
+from mixlora_exp.results.tables.parts import Entry
 
 Write = Callable[..., Path]
 SMALL = ("model=smollm2_135m", "task=multi", "data=local", "data.path=d")
@@ -113,13 +123,16 @@ def test_the_page_is_whole_and_leads_to_the_records(results: Path) -> None:
     text = " ".join(page.text)
     assert "MixLoRA minus LoRA, tasks mixed, is +15.0" in text, "a finding, made from the data"
     assert "steps are 5 times as long (alpha 160 to 32):" in text
-    assert "Table 2, LLaMA-2 7B: 0 of 8 rows run." in text
+    assert "LLaMA-2 7B: 0 of 30 rows (Tables 1, 2, 8, 9)" in text, "one line a model"
     # The first screen: findings, a table and the forest plot; the rest is folded.
     first = content.partition("<details")[0]
     assert first.count("<table>") == 1
     assert 'id="forest"' in first
     assert first.count("<li>") >= 3
     assert "data.train_limit" not in first, "conditions are in words"
+    plot = first.partition('id="forest"')[2]
+    assert 'aria-labelledby="forest-caption"' in plot
+    assert '<span class="figures">+15.0 [' in plot, "its figures are text"
     assert len(re.findall(r'alt="[^"]{40,}"', content)) == content.count("<img ")
     assert "dirty<b>" in text, "names are escaped, not markup"
     for number in range(1, 10):
@@ -134,3 +147,36 @@ def test_nothing_run_gives_a_page_too(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     content = write_report(gather(tmp_path), tmp_path).read_text()
     assert "MixLoRA and LoRA were not compared." in content
+
+
+def test_the_committed_page_is_what_the_records_give(committed: Results) -> None:
+    path = RESULTS.parent / "docs" / "report.html"
+    content = path.read_text(encoding="utf-8")
+    assert content == page_text(committed, path), "make report"
+    page = Page()
+    page.feed(content)
+    assert page.open == []
+    assert page.sources == []
+    assert not re.search(r"<script|@import|url\(|<link", content)
+    for link in page.links:
+        held = link[1:] in page.ids if link.startswith("#") else (path.parent / link).is_file()
+        assert held, link
+    first = content.partition("<details")[0]
+    assert (first.count("<table>"), first.count("<li>")) == (1, 3)
+    words = re.sub(r"<[^>]+>", " ", first.partition("</style>")[2])
+    assert not re.search(r"\w+\.\w+=|_", words), "conditions are in words"
+
+
+def test_the_forest_plot_puts_figures_where_they_belong() -> None:
+    def contrast(label: str, value: float, low: float, high: float, seeds: int) -> Contrast:
+        return Contrast(label, Entry("versus", value, low=low, high=high, seeds=seeds))
+
+    plot = forest([contrast("a", -4, -9, 1, 1), contrast("b", 8, 5, 9, 3)])
+    assert plot is not None
+    # From -10 to 10 points.
+    first, second = plot.lines
+    assert (first.left, first.width, first.at, first.one_seed) == (5, 50, 30, True)
+    assert (second.left, second.width, second.at, second.one_seed) == (75, 20, 90, False)
+    assert plot.zero == 50
+    assert plot.ticks == [("-10", 0), ("-5", 25), ("0", 50), ("+5", 75), ("+10", 100)]
+    assert forest([]) is None

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.results.build import gather, write_report
+from mixlora_exp.records.record import write_text
+from mixlora_exp.results.build import gather, page_text, write_report
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,7 +19,14 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(__doc__)
     parser.add_results()
     parser.add_argument("--output", metavar="DIR", type=Path, help="write elsewhere")
+    parser.add_argument(
+        "--short", metavar="FILE", type=Path, help="write only the page without figures and details"
+    )
     args = parser.parse(argv)
     found = gather(parser.require_results(args.results))
-    print(f"written: {write_report(found, args.output or args.results)}")
+    if args.short is not None:
+        write_text(args.short, page_text(found, args.short))
+        print(f"written: {args.short}")
+    else:
+        print(f"written: {write_report(found, args.output or args.results)}")
     return 0

@@ -256,14 +256,21 @@ def draw_figures(results: Results, folder: Path) -> list[str]:
 
 def write_report(results: Results, folder: Path) -> Path:
     """Write `report/index.html` and `figures/` to `folder`; returns the path of the page."""
+    names = draw_figures(results, folder / "figures")
+    path = folder / "report" / "index.html"
+    # The page draws the forest plot itself, so that its text does not shrink on a phone.
+    figures = [folder / "figures" / f"{name}.svg" for name in names if name != "forest"]
+    write_text(path, page_text(results, path, figures))
+    return path
+
+
+def page_text(results: Results, path: Path, figures: Sequence[Path] | None = None) -> str:
+    """Return the page as it stands at `path`, whose links lead to the records and tables in their
+    folder; without `figures` the short one."""
     from mixlora_exp.results.report import page
 
-    names = draw_figures(results, folder / "figures")
-    figures = [folder / "figures" / f"{name}.svg" for name in names]
-    path = folder / "report" / "index.html"
-    tables = results.tables
-    judged = list(verdicts(PAPER, tables))
-    # Links lead to the records and tables in their original folder.
+    judged = list(verdicts(PAPER, results.tables))
     source = quote(Path(os.path.relpath(results.folder, path.parent)).as_posix())
-    write_text(path, page(tables, results.runs, figures, results.left_out, judged, source))
-    return path
+    short = figures is None
+    left_out = results.left_out
+    return page(results.tables, results.runs, figures or (), left_out, judged, source, short=short)

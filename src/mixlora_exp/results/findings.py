@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.runs import RecordedRun
-from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, Block, Entry, Table
-from mixlora_exp.results.tables.render import not_run
+from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, REFERENCE, Block, Entry, Row, Table
+from mixlora_exp.results.tables.render import rows_not_run
 from mixlora_exp.results.verdicts import Verdict
 
 MAIN = 2
 """The table whose first block with results is shown first."""
+SETUPS = {"MT": "tasks mixed", "ST": "each task alone"}
+TITLES = {"base model": "base", REFERENCE: "chance"}
+"""Short titles of lines, for the columns of the first screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +28,21 @@ class Contrast:
 
 
 def main_block(tables: Mapping[int, Table]) -> Block | None:
-    """Return the lines of Table 2's first page that stand on the first screen."""
-    found = [block for block in tables[MAIN].summary if block.run]
-    return found[0] if found else None
+    """Return the lines of Table 2's first page that stand on the first screen: tasks mixed, or each
+    trained alone where no mixture was run."""
+    block = next((block for block in tables[MAIN].summary if block.run), None)
+    if block is None:
+        return None
+    chosen = next(
+        (s for s in SETUPS if any(row.label[1] == s for row in block.rows)), next(iter(SETUPS))
+    )
+    rows = tuple(
+        Row((TITLES.get(row.label[0], row.label[0]),), row.cells)
+        for row in block.rows
+        if row.label[1] in (chosen, "-")
+    )
+    heading = f"{block.heading}; {SETUPS[chosen]}"
+    return dataclasses.replace(block, heading=heading, stub=block.stub[:1], rows=rows)
 
 
 def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
@@ -39,15 +55,24 @@ def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
     for row in full.rows:
         entry = row.cells[at]
         if row.label[2] in ("minus LoRA", "minus the base model") and entry.value is not None:
-            setup = {"ST": "each task alone", "MT": "tasks mixed"}.get(row.label[1], row.label[1])
+            setup = SETUPS.get(row.label[1], row.label[1])
             found.append(Contrast(f"{row.label[0]} {row.label[2]}, {setup}", entry))
     return sorted(found, key=lambda c: ("base model" in c.label, c.label))
 
 
 def missing(tables: Mapping[int, Table]) -> list[str]:
-    """Return the list of missing runs, one sentence a block of the paper."""
+    """Return a phrase on each model of the paper of whose lines in some tables none was run."""
+    rows: dict[str, int] = {}
+    places: dict[str, list[str]] = {}
+    for number, table in tables.items():
+        for block in table.blocks:
+            if count := rows_not_run(block):
+                rows[block.heading] = rows.get(block.heading, 0) + count
+                places.setdefault(block.heading, []).append(str(number))
     return [
-        f"Table {number}, {line}" for number, table in tables.items() for line in not_run(table)
+        f"{model}: 0 of {count} rows (Table{'s' * (len(places[model]) > 1)} "
+        f"{', '.join(places[model])})"
+        for model, count in rows.items()
     ]
 
 
@@ -85,7 +110,7 @@ def sentences(
     total, family, marked = _marked(tables)
     found = [
         f"Of {total:,} paired comparisons {family:,} have several seeds and are above chance, and "
-        f"{marked:,} of these tell two settings apart after correction for their number."
+        f"{marked or 'none'} of these tell two settings apart after correction for their number."
     ]
     mixture = METHOD_TITLES["mixlora"]
     first = next(
@@ -106,7 +131,7 @@ def sentences(
     run = sum(entry.verdict != "not run" for entry in verdicts)
     doubted = sum(bool(entry.faults) for entry in verdicts)
     found.append(
-        f"Of the paper's {len(verdicts)} printed accuracies {run} were run at full size here, and "
-        f"{doubted} are in doubt by themselves."
+        f"Of the paper's {len(verdicts)} printed accuracies {run or 'none'} were run at full size "
+        f"here, and {doubted} are in doubt by themselves."
     )
     return found

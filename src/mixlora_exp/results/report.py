@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 from mixlora_exp.errors import shown
 from mixlora_exp.records.files import PACKED, RECORD
-from mixlora_exp.results.findings import main_block, missing, sentences
+from mixlora_exp.results.findings import contrasts, main_block, missing, sentences
+from mixlora_exp.results.forest import forest
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES
 from mixlora_exp.results.runs import LeftOut, RecordedRun
 from mixlora_exp.results.tables.parts import Entry, Table
@@ -71,9 +72,6 @@ def _shown(value: Any) -> Any:
 
 
 CAPTIONS = {
-    "forest": "Paired differences over the tasks above chance, in points, with 95 % intervals; "
-    "left of zero the first is worse. Open circles are one seed, which says nothing about others. "
-    "LoRA and DoRA ran with alpha 160, the mixtures with 32: their steps are not equally long.",
     "figure4a": "Average accuracy by the coefficient of the router loss, in the paper and here.",
     "figure4b": "Average accuracy by rank, in the paper and here.",
     "figure4c": "Average accuracy over inference time per token of each method.",
@@ -98,9 +96,12 @@ def page(
     left_out: Sequence[LeftOut],
     verdicts: Sequence[Verdict],
     results: str = "..",
+    *,
+    short: bool = False,
 ) -> str:
     """Return the page as HTML: first what is known, then everything, folded. `results`: the
-    relative address, from the page, of the folder with `runs/`, `bench/` and `tables/`."""
+    relative address, from the page, of the folder with `runs/`, `bench/` and `tables/`. `short`:
+    of each table its first page alone."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -114,6 +115,8 @@ def page(
         tables=list(tables.values()),
         sentences=sentences(tables, verdicts, runs),
         main=main_block(tables),
+        forest=forest(contrasts(tables)),
+        short=short,
         missing=missing(tables),
         runs=[_run_entry(run, number, results) for number, run in enumerate(runs, start=1)],
         figures=[_figure(path) for path in figures],

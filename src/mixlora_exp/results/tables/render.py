@@ -60,14 +60,18 @@ LEGEND = (
 )
 
 
+def rows_not_run(block: Block) -> int:
+    """Return the number of our lines in a block of the paper of which nothing was run."""
+    return 0 if block.run else sum(row.label[-1] == "ours" for row in block.rows)
+
+
 def not_run(table: Table) -> list[str]:
     """Return a sentence on each block of the paper of which nothing was run."""
-    found = []
-    for block in table.blocks:
-        rows = sum(row.label[-1] == "ours" for row in block.rows)
-        if rows and not block.run:
-            found.append(f"{plain(block.heading)}: 0 of {rows} rows run.")
-    return found
+    return [
+        f"{plain(block.heading)}: 0 of {rows} rows run."
+        for block in table.blocks
+        if (rows := rows_not_run(block))
+    ]
 
 
 def markdown(table: Table) -> str:
