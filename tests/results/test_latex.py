@@ -53,4 +53,4 @@ def test_the_tables_compile(committed: Results, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     log = (tmp_path / "tables.log").read_text(encoding="utf-8", errors="replace")
     wide = [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", log)]
-    assert max(wide, default=0.0) < 5.0
+    assert max(wide, default=0.0) < 1.0

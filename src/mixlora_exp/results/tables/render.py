@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 
 from mixlora_exp.errors import shown
@@ -122,6 +123,12 @@ def _escape(text: str) -> str:
     return "".join(ESCAPES.get(letter, letter) for letter in shown(text))
 
 
+def _breakable(text: str) -> str:
+    """Return a label whose names of settings may break after a dot, an underscore or an equals
+    sign."""
+    return re.sub(r"(?<=\w)((?:\.|\\_)(?=[a-z])|=(?=\w))", r"\1\\allowbreak{}", _escape(text))
+
+
 def _latex_cell(cell: Entry) -> str:
     if cell.value is None:
         return _escape(cell.text) or "--"
@@ -145,16 +152,16 @@ def _label(row: Row) -> str:
 
 def _tabular(block: Block, columns: Sequence[int]) -> str:
     """Some columns of a block."""
+    long = max((len(_label(row)) for row in block.rows), default=0) > LONGEST
     rows = [
-        _latex_row([_escape(_label(row)),
+        _latex_row([_breakable(_label(row)) if long else _escape(_label(row)),
                     *(_latex_cell(row.cells[column]) for column in columns)])
         for row in block.rows
         if any(row.cells[column].kind != "dash" for column in columns)
     ]  # fmt: skip
     if not rows:
         return ""
-    long = max(len(_label(row)) for row in block.rows) > LONGEST
-    stub = ">{\\raggedright}p{1.6in}" if long else "l"
+    stub = ">{\\raggedright}p{1.5in}" if long else "l"
     titles = [_escape(SHORT.get(name, name)) for name in (block.columns[c] for c in columns)]
     return "".join(
         [
@@ -188,7 +195,7 @@ def latex(table: Table) -> str:
 SHORT = {"above chance": "above", "average": "avg"}
 LONGEST = 23
 """Letters of a label that stay on one line."""
-WIDEST = 44
+WIDEST = 41
 """Letters and digits that fit into a column of 3.3 inches at 10 points, with gaps of 3 points."""
 
 
