@@ -55,6 +55,10 @@ def test_every_printed_cell_has_a_verdict(found: list[Verdict]) -> None:
     assert f"{len(found)} printed accuracies and averages: 0 reproduced" in text
     assert "no number of 500 answers gives 86.9" in text
     assert text.count("not run") == 1, "one line, not a page of dashes"
+    assert (
+        "Rows run: Gemma 2B 0 of 12, LLaMA-2 7B 0 of 30, LLaMA-3 8B 0 of 4, LLaMA-2 13B 0 of 4."
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,4 +80,6 @@ def test_runs_are_judged(write: Callable[..., Path], results: Path) -> None:
     made = list(verdicts(PAPER, gather(results).tables))
     (entry,) = [v for v in made if (v.table, v.column) == (2, "ARC-e") and "MixLoRA, MT" in v.line]
     assert (entry.verdict, entry.ours.value) == ("not reproduced", pytest.approx(30.0))
-    assert f"| 2 | {entry.line} | ARC-e | 76.6 | 30.0" in verdicts_markdown(made)
+    text = verdicts_markdown(made)
+    assert f"| 2 | {entry.line} | ARC-e | 76.6 | 30.0" in text
+    assert "LLaMA-2 7B 1 of 30" in text

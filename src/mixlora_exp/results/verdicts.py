@@ -135,12 +135,23 @@ Made by `make tables`; the rule was written before any run of the paper's models
 """
 
 
+def _rows_run(found: Sequence[Verdict]) -> Iterator[str]:
+    """Yield each model with the number of its printed lines of which a cell was run."""
+    rows: dict[str, dict[tuple[int, str], bool]] = {}
+    for entry in found:
+        own, line = rows.setdefault(entry.line.split(", ")[0], {}), (entry.table, entry.line)
+        own[line] = own.get(line, False) or entry.verdict != "not run"
+    for model, own in rows.items():
+        yield f"{model} {sum(own.values())} of {len(own)}"
+
+
 def verdicts_markdown(found: Sequence[Verdict]) -> str:
     """Counts, the cells that were run, and the figures of the paper that are in doubt."""
     counts = Counter(entry.verdict for entry in found)
     summary = ", ".join(f"{counts[name]} {name}" for name in
                      ("reproduced", "not reproduced", "undecidable", "not run"))  # fmt: skip
     lines = [HEAD, f"\n{len(found)} printed accuracies and averages: {summary}.\n"]
+    lines.append(f"Rows run: {', '.join(_rows_run(found))}.\n")
     run = [entry for entry in found if entry.verdict != "not run" and entry.ours is not None]
     if run:
         lines.append("\n| table | line | column | paper | ours | verdict |\n")
