@@ -13,6 +13,7 @@ from mixlora_exp.data.local import load_local
 from mixlora_exp.errors import UserError
 from mixlora_exp.results.build import gather
 from mixlora_exp.results.data_facts import FOLDER, groups
+from mixlora_exp.results.paper import BOOLQ_TRUE
 from mixlora_exp.results.statistics.parts import interval
 from mixlora_exp.results.tables.paired import cell
 from mixlora_exp.tasks import TASKS, Item
@@ -39,6 +40,10 @@ def test_the_most_frequent_answer_of_training(task: str) -> None:
     most = Counter(item.answer for item in rows).most_common(1)[0][1]
     (line,) = lines("majority.csv", task)
     assert (int(line["most"]), int(line["rows"])) == (most, len(rows))
+
+
+def test_the_majority_of_boolq() -> None:
+    assert sum(item.answer == 0 for item in items("boolq", "test")) == BOOLQ_TRUE
 
 
 @pytest.mark.parametrize("task", TASKS)

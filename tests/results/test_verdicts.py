@@ -47,6 +47,19 @@ def test_figures_that_say_nothing_are_named(found: list[Verdict]) -> None:
     assert (1, "LLaMA-2 7B, MixLoRA, ST", "BoolQ") not in at_chance
 
 
+def test_figures_of_a_constant_answer_are_named(found: list[Verdict]) -> None:
+    constant = {
+        (entry.table, entry.line)
+        for entry in found
+        if any("is the majority class of the validation split" in fault for fault in entry.faults)
+    }
+    assert constant == {
+        (table, f"{model}, {method}, ST")
+        for model, method, tables in (("LLaMA-2 7B", "LoRA", (1, 2)), ("Gemma 2B", "DoRA", (1, 5)))
+        for table in tables
+    }
+
+
 def test_every_printed_cell_has_a_verdict(found: list[Verdict]) -> None:
     # 16 lines of 8 tasks, 8 and 8 of 5, 10 and 8 of 4, and their averages.
     assert len(found) == 16 * 9 + 16 * 6 + 18 * 5
