@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixlora_exp.config.paths import CONF_DIR, RESULTS
+from mixlora_exp.config.paths import CONF_DIR, RESULTS, ROOT
 from mixlora_exp.records.record import read_run
 
 FOLDER = RESULTS / "smoke"
@@ -64,3 +64,48 @@ def test_lora_plus_diverged_at_lora_s_alpha() -> None:
 @pytest.mark.parametrize("name", sorted(RECORDS))
 def test_the_table_is_made_from_the_records(name: str) -> None:
     assert line(RECORDS[name]) in Path(FOLDER, "README.md").read_text().splitlines()
+
+
+HELD = {
+    record["config"]["model"]["quantization"]: record
+    for record in map(read_run, (FOLDER / "quantization").glob("*.zip"))
+}
+DISTANCES = {"nf4": 0.6, "int8": 0.04, "int8_torchao": 0.04, "none": 0.0}
+"""Within which the mean losses are those on bf16 weights, as docs/quantization.md says."""
+
+
+def mean_losses(kind: str) -> list[float]:
+    """Of the first and of the last ten steps."""
+    losses = HELD[kind]["train"]["stability"]["step_losses"]
+    return [sum(part) / 10 for part in (losses[:10], losses[-10:])]
+
+
+def held_line(kind: str) -> str:
+    """A row of the table of docs/quantization.md."""
+    losses, exact = (HELD[k]["train"]["stability"]["step_losses"] for k in (kind, "none"))
+    farthest = max(abs(a - b) for a, b in zip(losses, exact, strict=True))
+    numbers = [losses[0], *mean_losses(kind), farthest]
+    return f"| `{kind}` | {' | '.join(f'{number:.3f}' for number in numbers)} |"
+
+
+def test_every_quantisation_ran_alike() -> None:
+    sweep = yaml.safe_load((CONF_DIR / "experiment" / "smoke_quantization.yaml").read_text())
+    listed = sweep["hydra"]["sweeper"]["params"]["model.quantization"].split(",")
+    assert sorted(HELD) == sorted(listed) == sorted(DISTANCES)
+    alike = ("seed", "method", "trainer", "data", "task", "evaluation")
+    conditions = [
+        (r["provenance"]["git"], r["dtype"], {name: r["config"][name] for name in alike})
+        for r in HELD.values()
+    ]
+    assert all(each == conditions[0] for each in conditions)
+    assert conditions[0][0]["dirty"] is False
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_its_losses_are_near_those_on_bf16(kind: str) -> None:
+    text = (ROOT / "docs" / "quantization.md").read_text()
+    assert held_line(kind) in text.splitlines()
+    assert f"within {DISTANCES['nf4']}" in text
+    assert f"within {DISTANCES['int8']}" in text
+    for own, exact in zip(mean_losses(kind), mean_losses("none"), strict=True):
+        assert abs(own - exact) <= DISTANCES[kind]
