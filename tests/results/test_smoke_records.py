@@ -109,3 +109,21 @@ def test_its_losses_are_near_those_on_bf16(kind: str) -> None:
     assert f"within {DISTANCES['int8']}" in text
     for own, exact in zip(mean_losses(kind), mean_losses("none"), strict=True):
         assert abs(own - exact) <= DISTANCES[kind]
+
+
+def test_a_second_model_s_record_stands_beside_it() -> None:
+    (path,) = (FOLDER / "gemma3_270m").glob("*.zip")
+    record, other = read_run(path), RECORDS["mixlora"]
+    assert record["model"]["source"] == "pypi"
+    assert record["provenance"]["git"]["dirty"] is False
+    assert record["config"]["seed"] == other["config"]["seed"]
+    for name in ("method", "trainer", "data", "task", "evaluation"):
+        # A later version has more fields.
+        own = record["config"][name]
+        then = {f: v for f, v in other["config"][name].items() if f != "path"}
+        assert then == {field: own[field] for field in then}, name
+    losses = record["train"]["stability"]["step_losses"]
+    assert len(losses) == 30
+    assert sum(losses[-10:]) < sum(losses[:10]), "it learned something"
+    row = line(record).replace("`mixlora`", "`gemma3_270m`")
+    assert row in Path(FOLDER, "README.md").read_text().splitlines()
