@@ -38,7 +38,7 @@ def rows_of(names: list[str], **changes: Any) -> tuple[dict[str, Any], str]:
         model="tiny", batch=2, length=16, dtype="float32", memory=False, rounds=1, rows=names,
         **changes,
     )  # fmt: skip
-    *_, record = steps.benchmark_parts(options, say=lambda text: None)
+    *_, record = steps.benchmark_parts(options, echo=lambda text: None)
     origin = {"hardware": {"cpu": "c", "gpus": []}, "packages": {"torch": "t"}}
     return record["rows"], markdown({**record, "provenance": origin})
 
