@@ -58,6 +58,8 @@ def test_every_row_is_measured_or_says_why_not(result: dict) -> None:
     )
 
 
+# Some twenty models; `make bench-methods` measures the same rows.
+@pytest.mark.slow
 def test_a_row_for_each_mixture_and_router_if_it_is_named() -> None:
     names = [*(f"mixlora_{name}" for name in ROUTERS if name != "top_k"), *MIXTURES]
     assert set(names) <= set(ROWS)

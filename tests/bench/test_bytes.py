@@ -54,6 +54,8 @@ def rows_of(**changes) -> dict:
     return record["rows"]
 
 
+# Each method twice; the record's test counts each once.
+@pytest.mark.slow
 def test_methods_are_counted_alike_each_time() -> None:
     rows = rows_of()
     assert list(rows) == ["lora_peft", "dora_peft", "lora", "dora", "mixlora", "mixdora"]

@@ -57,6 +57,8 @@ def test_a_failure_names_the_tensor_and_how_far_it_is_off(monkeypatch: pytest.Mo
     assert failure(found).startswith(start)
 
 
+# Many draws of float64 oracles; the quick tests judge one case of each kind.
+@pytest.mark.slow
 def test_one_token_is_judged_by_many_draws() -> None:
     """By a single one a right kernel fails now and then: the router's gradient is one number."""
     seeds = {

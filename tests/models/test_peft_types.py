@@ -93,9 +93,17 @@ SMALL = {
     "SUPERTUNING": "{sparsity:0.5}", "WAVEFT": "{n_frequency:50}",
 }  # fmt: skip
 """Fields of the types whose defaults do not fit the widths of `tiny`."""
+QUICK = ("LORA", "ADALORA", "VERA", "LOHA", "HIRA", "OFT", "FOURIERFT", "BEFT")
 
 
-@pytest.mark.parametrize("kind", PEFT_TYPES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        # Those of the methods by name, and one of each other way to change a layer.
+        pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
+        for kind in PEFT_TYPES
+    ],
+)
 def test_each_type_trains_and_is_saved_whole(kind: str, tmp_path: Path) -> None:
     """Every parameter gets a gradient, the count before loading is that of the built model, the
     base stays as it is, and the saved adapter gives the same logits."""
