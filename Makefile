@@ -52,10 +52,9 @@ soak: $(STAMP)  ## kill, starve and damage runs at full length, and record how i
 soak-sweep: $(STAMP)  ## kill a sweep of SmolLM2 again and again, and compare (DATA_PATH=DIR)
 	$(BIN)/python tests/checks/soak_sweep.py data.path=$(or $(DATA_PATH),data)
 
-# AGAIN=--again runs only the mutants that survived in the record.
 mutants: $(STAMP)  ## change the code in 200 places, one at a time, and see whether a test notices
 	$(BIN)/python -m pip install --quiet cosmic-ray==8.7.0
-	$(BIN)/python tests/checks/mutants.py $(AGAIN)
+	$(BIN)/python tests/checks/mutants.py
 
 # Three hours on two cores; LLaMA-2 7B is cut to two layers.
 bench: bench-methods  ## measure time and memory of a step of each method on this machine

@@ -1,9 +1,8 @@
 """Measure how many small wrong changes of the code the tests notice, and record it.
 
 `python tests/checks/mutants.py` draws mutants of cosmic-ray by a seed, runs for each one the tests
-of its module in a clone of this checkout, and writes `results/mutation.json`. `--again` runs only
-those that survived in that record without a reason, after tests were added. `results/mutation.yaml`
-holds the reasons: of survivors that no test can or need tell from the original.
+of its module in a clone of this checkout, and writes `results/mutation.json`.
+`results/mutation.yaml` holds reasons: of survivors that no test can or need tell from the original.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from caches import move_caches
 from mutants_drawn import ROOMS, draw
 from mutants_run import measure
 
-from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
+from mixlora_exp.records.record import finish_record, provenance, write_json
 
 SEED, PER_ROOM = 2026, 52
 RECORD = ROOT / "results" / "mutation.json"
@@ -40,9 +39,13 @@ LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "hydra",
              "scipy.stats", "scipy.optimize", "pytest")  # fmt: skip
 
 
-def _reasons() -> dict[tuple[str, str], str]:
+def _change(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["file"], row["before"], row["after"]
+
+
+def _reasons() -> dict[tuple[str, str, str], str]:
     held = yaml.safe_load(REASONS.read_text()) if REASONS.exists() else None
-    return {(row["file"], row["after"]): row["why"] for row in held or ()}
+    return {_change(row): row["why"] for row in held or ()}
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -56,7 +59,6 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--again", action="store_true", help="run only survivors without a reason")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--per-room", type=int, default=PER_ROOM)
     parser.add_argument("--room", choices=ROOMS, action="append", help="default: all but triton")
@@ -64,11 +66,8 @@ def main() -> int:
     options = parser.parse_args()
     os.nice(10)
     begun, origin = time.monotonic(), provenance(ROOT)
-    earlier = read_record(options.out) if options.again else {"mutants": []}
     reasons = _reasons()
-    known = {f"{row['file']} {row['name']} {row['after']}": row for row in earlier["mutants"]
-             if row["outcome"] != "survived" or (row["file"], row["after"]) in reasons}  # fmt: skip
-    mutants, rooms = [], {}
+    mutants, rows, rooms = [], [], {}
     for room in options.room or [room for room in ROOMS if room != "triton"]:
         drawn, rooms[room] = draw(ROOT, room, options.per_room, options.seed)
         mutants += drawn
@@ -78,22 +77,19 @@ def main() -> int:
     with contextlib.redirect_stderr(None):
         for name in LIBRARIES:
             importlib.import_module(name)
-    rows = [known[mutant.key] for mutant in mutants if mutant.key in known]
-    left = [mutant for mutant in mutants if mutant.key not in known]
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        for mutant, outcome, seconds, failed in measure(Path(folder), left):
+        for mutant, outcome, seconds, failed in measure(Path(folder), mutants):
             row = {
                 "room": mutant.room, "file": mutant.file, "line": mutant.line, "name": mutant.name,
                 "before": mutant.before, "after": mutant.after, "outcome": outcome,
                 "seconds": seconds, "by": failed,
             }  # fmt: skip
+            if outcome == "survived" and _change(row) in reasons:
+                row["why"] = reasons[_change(row)]
             rows.append(row)
             print(len(rows), json.dumps([*row.values()][1:]), flush=True)
-    for row in rows:
-        if row["outcome"] == "survived" and (row["file"], row["after"]) in reasons:
-            row["why"] = reasons[row["file"], row["after"]]
     for room, counted in rooms.items():
         counted |= _summary([row for row in rows if row["room"] == room])
     record = {
@@ -102,7 +98,6 @@ def main() -> int:
         "seconds": round(time.monotonic() - begun, 1),
         "all": _summary(rows),
         "rooms": rooms,
-        "before": earlier.get("before") or earlier.get("rooms"),
         "mutants": sorted(rows, key=lambda row: (row["room"], row["file"], row["line"])),
         "provenance": origin,
     }
