@@ -69,7 +69,8 @@ def mixlora_peft(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     y, p = x.new_zeros(x.shape), block.dropout
     for expert in range(block.num_experts):
         tokens, slots = routing.slots_of(expert)
-        if len(tokens) == 0:
+        # Without any token at all, products of no rows keep the graph.
+        if len(tokens) == 0 and len(x) > 0:
             continue
         rows = x[tokens]
         hidden = activate(_project(rows, "gate", expert, tokens, block, p), block.activation)

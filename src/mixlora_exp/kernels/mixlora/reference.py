@@ -40,7 +40,8 @@ def mixlora_reference(x: Tensor, routing: Routing, block: FeedForward) -> Tensor
     x_low = drop(x, block.x_mask)
     for expert in range(block.num_experts):
         tokens, slots = routing.slots_of(expert)
-        if len(tokens) == 0:
+        # Without any token at all, products of no rows keep the graph.
+        if len(tokens) == 0 and len(x) > 0:
             continue
         inputs = x[tokens], x_low[tokens]
         hidden = activate(_project(*inputs, block.gate, expert), block.activation)
