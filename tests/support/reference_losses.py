@@ -49,8 +49,18 @@ RUNS: dict[str, tuple[str, ...]] = {
     "mixdora in bf16": ("method=mixdora", "kernel=exact", BFLOAT16),
     "mola": ("method=mola", "kernel=exact", FLOAT32),
 }
-ELSEWHERE = {FLOAT32: 1e-5, BFLOAT16: 2e-2}
-"""Relative tolerance on another kind of CPU, whose sums have another order."""
+EXACT = {"losses": 0.0, "gradient_norms": 0.0}
+ELSEWHERE = {
+    FLOAT32: {"losses": 1e-5, "gradient_norms": 1e-4},
+    BFLOAT16: {"losses": 2e-2, "gradient_norms": 1e-1},
+}
+"""Relative tolerances on another kind of CPU, whose sums have another order.
+
+A token near a tie of the router may then go to another expert there, which a gradient norm shows
+more than a loss. With `ATEN_CPU_CAPABILITY=avx2` and `=default`, and with a start that differs by
+1e-7, the largest differences were 1.6e-7 of a loss and 1.3e-5 of a norm in float32, 1.2e-3 and
+2.6e-2 in bf16.
+"""
 
 Losses = Mapping[str, Sequence[float]]
 
@@ -91,12 +101,12 @@ def losses_of(*words: str) -> dict[str, list[float]]:
     return {"losses": job.track.watch.losses, "gradient_norms": job.track.watch.norms}
 
 
-def drift(found: Losses, expected: Losses, tolerance: float) -> str:
-    """Where the first number differs by more than `tolerance`, relative, or at all if it is 0;
-    empty if none does."""
+def drift(found: Losses, expected: Losses, tolerances: Mapping[str, float]) -> str:
+    """Where the first number differs by more than its kind's tolerance, relative, or at all if that
+    is 0; empty if none does."""
     for name, values in expected.items():
         for step, (value, wanted) in enumerate(zip(found[name], values, strict=True), 1):
-            if not abs(value - wanted) <= tolerance * abs(wanted):
+            if not abs(value - wanted) <= tolerances[name] * abs(wanted):
                 return f"{name} of step {step}: {value!r}, was {wanted!r}"
     return ""
 
