@@ -13,6 +13,8 @@ from mixlora_exp.cli import report
 from mixlora_exp.cli.main import main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
+from mixlora_exp.runs.ownership import FILES, FOLDERS
+from mixlora_exp.runs.run import Run
 from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.exit_codes import guarded
 
@@ -28,7 +30,8 @@ def fault(number: int, path: object = None) -> OSError:
     ("number", "words"),
     [(errno.ENOSPC, ["No space left", "free space"]), (errno.EROFS, ["Read-only", "another"]),
      (errno.EIO, ["Input/output error", "check the disk"]), (errno.EACCES, ["permissions"]),
-     (errno.ENAMETOOLONG, ["too long for a file", "shorter"])],
+     (errno.ENAMETOOLONG, ["too long for a file", "shorter"]),
+     (errno.EEXIST, ["File exists", "remove it"]), (errno.EISDIR, ["directory", "remove it"])],
 )  # fmt: skip
 def test_a_command_reports_it_in_one_line(number: int, words: list[str], capsys) -> None:
     def command(_: object) -> None:
@@ -83,6 +86,43 @@ def test_a_run_on_a_failing_disk(
     assert not list(tmp_path.glob("*/record.json"))
     assert execute(argv) == 0
     assert len(list(tmp_path.glob("*/record.json"))) == 1 + together
+
+
+@pytest.fixture(scope="module")
+def run_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of the folder of the run `SMALL`."""
+    folder = tmp_path_factory.mktemp("out")
+    assert execute([*SMALL, f"output_dir={folder}"]) == 0
+    (record,) = folder.glob("*/record.json")
+    return record.parent.name
+
+
+@pytest.mark.parametrize("kind", ["other", "dangling link"])
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_something_else_in_a_runs_place(
+    name: str, kind: str, run_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It is refused before a model is loaded, and stays as it was."""
+    path = tmp_path / run_name / name
+    path.parent.mkdir()
+    if kind == "dangling link":
+        path.symlink_to(tmp_path / "absent")
+    elif name in FOLDERS:
+        path.write_text("mine")
+    else:
+        path.mkdir()
+
+    def loaded(_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Run, "load_base", loaded)
+    assert execute([*SMALL, f"output_dir={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert f"{path} is not a" in told
+    assert "remove it, or name another output_dir" in told
+    assert [entry.name for entry in path.parent.iterdir()] == [name]
 
 
 def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

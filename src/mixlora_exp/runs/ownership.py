@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.runlock import RunLock, holder_of
 
 LOCK, FAILURE = "lock", "failure.json"
+FOLDERS = ("trainer", "checkpoints", "adapter", "predictions")
+FILES = (FAILURE, "train_log.jsonl", RECORD)
+"""What a run creates or replaces in its folder."""
 
 
 class LostRun(UserError):
@@ -30,7 +34,12 @@ class GivenUp(Exception):
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[RunLock | None]:
-    """Hold the lock of a run within the context; yields None if another process holds it."""
+    """Hold the lock of a run within the context; yields None if another process holds it.
+
+    Raises:
+        UserError: the folder holds something else where the run writes.
+    """
+    check_places(folder)
     lock, free = RunLock(folder / LOCK), [True]
     if processes().is_main_process:
         free = [lock.acquire()]
@@ -47,6 +56,25 @@ def held(folder: Path) -> Iterator[RunLock | None]:
     finally:
         # A finished run needs no lock, and its folder keeps nothing of it.
         (lock.discard if (folder / RECORD).is_file() else lock.release)()
+
+
+def check_places(folder: Path) -> None:
+    """Check that each place where a run writes is free, or is what the run would replace: a folder
+    or a file.
+
+    Raises:
+        UserError: one is something else, such as a file where a folder will be, or a dangling link.
+    """
+    for names, sound, kind in (
+        (FOLDERS, os.path.isdir, "folder"),
+        (FILES, os.path.isfile, "file"),
+    ):
+        for path in (folder / name for name in names):
+            if os.path.lexists(path) and not sound(path):
+                raise UserError(
+                    f"{path} is not a {kind}, and the run writes one there: remove it, or name "
+                    "another output_dir"
+                )
 
 
 @contextlib.contextmanager

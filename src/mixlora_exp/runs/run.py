@@ -192,7 +192,7 @@ def run(
     inputs = gather_inputs(config)
     folder = Path(config.output_dir).expanduser() / run_name(config, inputs.identity["adapter"])
     record_path = folder / RECORD
-    if record_path.exists() and not config.force:
+    if record_path.is_file() and not config.force:
         return finished(record_path, inputs, config, earlier)
     # Before there is a folder: what cannot run leaves nothing.
     this = start(config, folder, inputs)
@@ -200,7 +200,7 @@ def run(
     with held(folder) as lock:
         if lock is None:
             return None
-        if record_path.exists() and not config.force:
+        if record_path.is_file() and not config.force:
             # Another process finished it between the check above and the lock.
             return finished(record_path, inputs, config, earlier)
         this.lock = lock

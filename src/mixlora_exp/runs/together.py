@@ -146,14 +146,14 @@ def _enter(
     earlier: list[Path] | None,
 ) -> None:
     """Add a run to the pack, unless it is finished or another process is executing it."""
-    if (folder / RECORD).exists() and not config.force:
+    if (folder / RECORD).is_file() and not config.force:
         pack.paths.append(finished(folder / RECORD, inputs, config, earlier))
         return
     this = start(config, folder, inputs)
     lock = stack.enter_context(held(folder))
     if lock is None:
         return
-    if (folder / RECORD).exists() and not config.force:
+    if (folder / RECORD).is_file() and not config.force:
         # Another process finished it between the look above and the lock.
         pack.paths.append(finished(folder / RECORD, inputs, config, earlier))
         return

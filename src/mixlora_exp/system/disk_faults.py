@@ -19,6 +19,8 @@ WAYS_OUT = {
     errno.ESTALE: "check the network file system",
     errno.ENAMETOOLONG: "give a shorter one",
     errno.ENOTDIR: "a part of this path is a file: name another folder",
+    errno.EEXIST: "remove it, or name another folder",
+    errno.EISDIR: "a folder is where a file should be: remove it, or name another folder",
     errno.ELOOP: "its links form a circle",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs",
