@@ -125,6 +125,15 @@ def test_something_else_in_a_runs_place(
     assert [entry.name for entry in path.parent.iterdir()] == [name]
 
 
+def test_a_path_that_is_too_long_as_a_whole(tmp_path: Path, capsys) -> None:
+    long = tmp_path.joinpath(*(25 * [200 * "a"]))
+    assert execute([*SMALL, f"output_dir={long}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert "too long for a file" in told
+
+
 def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def full(*_: object, **__: object) -> None:
         raise fault(errno.ENOSPC, str(tmp_path / "figures"))

@@ -120,6 +120,9 @@ BAD = [
     ([f"experiment={300 * 'a'}"], ["error: experiment: ", "conf/experiment/aaa", LONG]),
     ([f"model.name={300 * 'a'}"], ["error: model.name: ", "conf/model/aaa", LONG]),
     ([f"data.mirror=/{300 * 'a'}"], ["error: data.mirror: ", "/aaa", LONG]),
+    ([f"output_dir=/{300 * 'a'}/b"], ["error: output_dir=/aaa", LONG]),
+    ([f"output_dir={200 * 'ä'}", "dry_run=true"], ["error: output_dir=äää", LONG]),
+    (["-m", f"output_dir={300 * 'a'}", "seed=1,2"], ["error: output_dir=aaa", LONG]),
     ([f"--config-name={300 * 'a'}"], ["error: --config-name: ", LONG]),
     ([f"--config-dir={300 * 'a'}"], ["error: --config-dir: ", LONG]),
 ]

@@ -60,6 +60,8 @@ def test_a_study_that_cannot_be_read(tmp_path: Path, capfd, spoil) -> None:
     [
         (["study=a/b"], "study=a/b is not valid"),
         (["study="], "study= is not valid"),
+        ([f"study={300 * 'a'}"], "error: study=aaa"),
+        ([f"study={245 * 'a'}"], "this name is too long for a file"),
         (["coef_low=0.0"], "coef_low=0.0 is not valid: it must be above 0"),
         (["rate_low=1.0"], "it must be above 0 and below rate_high=0.001"),
         (["coef_high=inf"], "coef_high=inf is not valid: it must be finite"),

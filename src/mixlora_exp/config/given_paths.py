@@ -1,10 +1,11 @@
-"""Checks that the folders named on a command line exist, before torch is loaded."""
+"""Checks that the folders named on a command line exist or can be made, before torch is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from mixlora_exp.config.checks import require_short
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 
@@ -36,8 +37,9 @@ def check_given(config: Config) -> None:
     """Check the folders that a run's configuration names.
 
     Raises:
-        UserError: one is not there.
+        UserError: one is not there, or the name of the one to be made is too long.
     """
+    require_short("output_dir", config.output_dir)
     check_folders(
         [
             ("data.path", config.data.path),

@@ -22,6 +22,7 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import PackError, UserError
 from mixlora_exp.sweeps.ledger import Ledger
 from mixlora_exp.system.console import labelled, line_label
+from mixlora_exp.system.disk_faults import disk_fault
 from mixlora_exp.system.signals import Terminated, heeded
 
 NOT_FOR_A_CELL = ("hydra.mode", "hydra.sweep", "hydra.job")
@@ -132,11 +133,16 @@ def _adapters_of(config: Config, recorded: Recorded) -> list[Config]:
 
 def run_single(cfg: DictConfig, recorded: Recorded = None) -> UserError | None:
     """Execute a single run and return a `UserError`, which Hydra would report as a crash if it were
-    raised."""
+    raised; a failure of the disk becomes one."""
     try:
         run_one(cfg, recorded=recorded)
     except UserError as error:
         return error
+    except OSError as error:
+        message = disk_fault(error)
+        if message is None:
+            raise
+        return UserError(message)
     return None
 
 

@@ -20,7 +20,7 @@ import optuna
 from optuna.trial import TrialState
 from safetensors import SafetensorError
 
-from mixlora_exp.config.checks import require_name
+from mixlora_exp.config.checks import require_name, require_short
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import determining, to_dict
 from mixlora_exp.config.schema import Config, MixLoraMethodConfig, Protocol
@@ -80,6 +80,9 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         require_name("study", self.study)
+        # SQLite's journal has the longest name that is made of it.
+        require_short("study", self.study, ending=".db-journal")
+        require_short("output_dir", self.output_dir)
         for low, high in (("coef_low", "coef_high"), ("rate_low", "rate_high")):
             if not 0 < getattr(self, low) < getattr(self, high):
                 raise UserError(
