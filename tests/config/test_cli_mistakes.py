@@ -116,6 +116,9 @@ BAD = [
     (["hydra.mode=${x}"], ["hydra.mode=${x}", "'x' not found"]),
     (["hydra.run.dir=${x}"], ["hydra.run.dir=${x}", "'x' not found"]),
     (["-m", "hydra.sweep.dir=${x}"], ["hydra.sweep.dir=${x}", "'x' not found"]),
+    # folders of a user that does not exist
+    (["output_dir=~no-user/x"], ["output_dir=~no-user/x: there is no user of the name after ~"]),
+    (["data.mirror=~no-user"], ["data.mirror=~no-user: there is no user", "in full"]),
     # longer than a file's name may be
     ([f"experiment={300 * 'a'}"], ["error: experiment: ", "conf/experiment/aaa", LONG]),
     ([f"model.name={300 * 'a'}"], ["error: model.name: ", "conf/model/aaa", LONG]),

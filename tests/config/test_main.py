@@ -80,6 +80,13 @@ def test_a_checkout_runs_its_own_code(tmp_path: Path) -> None:
     subprocess.run(command, env=environment, cwd=tmp_path, check=True)
 
 
+def test_a_folder_of_no_user(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "~no-user/run"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ~no-user/run: there is no user of the name after ~: write ")
+    assert told.count("\n") == 1
+
+
 def test_a_command_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tabels"]) == 2
     assert capsys.readouterr().err == "error: tabels is not a command; did you mean tables?\n"

@@ -39,7 +39,7 @@ def check_given(config: Config) -> None:
     Raises:
         UserError: one is not there, or the name of the one to be made is too long.
     """
-    require_short("output_dir", config.output_dir)
+    require_short("output_dir", str(Path(config.output_dir).expanduser()))
     check_folders(
         [
             ("data.path", config.data.path),

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mixlora_exp.errors import UserError
+from mixlora_exp.errors import UserError, shown
 from mixlora_exp.system.disk_faults import disk_fault
 from mixlora_exp.system.library_notices import shorten_notices
 from mixlora_exp.system.signals import REQUEUE, Terminated, install
 
 MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
 """Exit codes."""
+NO_HOME = "Could not determine home directory."
+"""What `Path.expanduser` says of `~NAME` where there is no user NAME."""
 
 
 def guarded(
@@ -47,6 +49,15 @@ def guarded(
         if message is None:
             raise
         sys.stderr.write(f"error: {''.join(_field_of(error, argv))}{message}\n")
+        return MISTAKE
+    except RuntimeError as error:
+        if str(error) != NO_HOME:
+            raise
+        named = [word for word in argv if word.partition("=")[2].startswith("~") or word[:1] == "~"]
+        sys.stderr.write(
+            f"error: {shown(''.join(named[:1]), 160) or 'a path'}: there is no user of the name "
+            "after ~: write the folder in full, or ./~NAME\n"
+        )
         return MISTAKE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
