@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mixlora_exp.cli import power
+from mixlora_exp.cli.main import main
 from mixlora_exp.results.power import (
     average_item_error,
     detection_rate,
@@ -67,3 +71,13 @@ def test_it_predicts_what_the_tables_intervals_do() -> None:
     )
     # The formula takes the items' error for shared by all seeds, so it may foretell too little.
     assert clear / times >= foretold - 0.1
+
+
+def test_no_task_in_common(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    run = SimpleNamespace(name="a", scores={("arc_e", "label_logits"): None})
+    monkeypatch.setattr(power, "find_record", Path)
+    monkeypatch.setattr(power, "check_run", lambda files: run)
+    assert main(["power", "x", "y"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: a and a have no task in common under answer_text: give")
+    assert told.count("\n") == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mixlora_exp.cli.parser import Parser
+from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RunFiles, find_record
 from mixlora_exp.results.power import (
     average_item_error,
@@ -35,6 +36,11 @@ def run(argv: Sequence[str]) -> int:
     tasks = args.tasks or sorted(
         {task for task, protocol in a.scores.keys() & b.scores.keys() if protocol == "answer_text"}
     )
+    if not tasks:
+        raise UserError(
+            f"{a.name} and {b.name} have no task in common under answer_text: give two runs with "
+            "evaluation.protocols=[answer_text]"
+        )
     items = full_test_sets(tasks)
     shares = {task: args.factor * discordant_share(a, b, task) for task in tasks}
     for task in tasks:
