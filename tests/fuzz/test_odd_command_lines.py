@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
+import odd_values
 import pytest
 from huggingface_hub import constants
 from odd_values import LONG, misbehaviour
@@ -107,6 +108,21 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(command, "gather", not_here)
     monkeypatch.setattr(runner, "measure", not_here)
     monkeypatch.setattr(gpu_check, "check", not_here)
+
+
+@pytest.mark.parametrize(
+    ("code", "written", "wrong"),
+    [(2, "error: a\n", False), (0, "", False), (0, "a notice\n", False), (2, "", True),
+     (2, "a notice\nerror: a\n", True), (2, "error: a\nerror: b\n", True), (2, "a\n", True),
+     (1, "error: a\n", True), (2, "error: Traceback\n", True)],
+)  # fmt: skip
+def test_the_judge(code: int, written: str, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(_: object) -> int:
+        sys.stderr.write(written)
+        return code
+
+    monkeypatch.setattr(odd_values, "main", command)
+    assert bool(misbehaviour([])) is wrong
 
 
 @pytest.mark.usefixtures("nothing_runs")

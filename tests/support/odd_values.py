@@ -111,9 +111,11 @@ def misbehaviour(argv: Sequence[str]) -> str:
     if raised := trouble(act):
         return raised
     told = err.getvalue()
-    errors = [line for line in told.splitlines() if line.startswith("error: ")]
-    if code not in (0, 2) or "Traceback" in told or (code == 2 and len(errors) > 1):
+    if code not in (0, 2) or "Traceback" in told:
         return f"exit code {code}: {told[-1500:]}"
-    if code == 2 and not errors and not out.getvalue():
-        return "exit code 2 without a message"
+    if code == 2:
+        # No notice of a library or of Hydra may stand beside it.
+        lines = told.splitlines()
+        if len(lines) != 1 or not lines[0].startswith("error: "):
+            return f"exit code 2 with {len(lines)} lines: {told[-1500:]}"
     return ""
