@@ -10,13 +10,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import write_by_write
+
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.records.code_hash import code_sha256
+from mixlora_exp.system.exit_codes import guarded
 
 ALL = "SOAK_WRITES" in os.environ
 SUPPORT = ROOT / "tests" / "support"
 # Drawing up the tables once takes longer than all the others.
-QUICK = ["--sample", "5", "--stages", "train", "collect", "convert"]
+QUICK = ["--quick", "--stages", "train", "collect", "convert"]
 
 
 def test_failing_writes(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
@@ -45,3 +49,28 @@ def test_failing_writes(tmp_path: Path, record_property: Callable[[str, object],
         record_property(f"writes that failed with {way}", count)
     assert len(tried) >= 5
     assert not [one for one in tried if one["wrong"]]
+
+
+def careless(work: Path) -> int:
+    """Writes in place, and takes what is there for done."""
+
+    def write(_: object) -> None:
+        if not (work / "text").exists():
+            (work / "text").write_bytes(b"whole")
+
+    return guarded(write, [])
+
+
+def test_a_careless_writer_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: the judge is none that accepts everything, and none that injects nothing."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(write_by_write.STAGES, "careless", careless)
+    driver = write_by_write.Driver(tmp_path / "runs", ["careless"])
+    driver.prepare()
+    assert driver.calls["careless"] == ["open /text", "write /text"]
+    for number, way in ((1, "SIGKILL"), (2, "ENOSPC"), (2, "EIO")):
+        assert "ended differently" in driver.attempt("careless", number, way)
+    assert not driver.attempt("careless", 2, "short")
+    assert "not met" in driver.attempt("careless", 3, "EIO")
+    driver.calls["careless"][1] = "fsync /text"
+    assert "not met" in driver.attempt("careless", 2, "short")

@@ -2,11 +2,16 @@
 
 Calls are counted in their order: opening a file for writing, writing to it, syncing, renaming,
 linking, creating and removing files and folders, and safetensors' own writing of a whole file.
+
+Outside of it are: the files of locks, which a thread writes; calls relative to a folder's
+descriptor (`dir_fd`), as `shutil.rmtree` makes them; `os.write` to a descriptor; and the single
+writes inside safetensors, whose file fails as a whole.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import io
 import os
@@ -47,7 +52,7 @@ class Shim:
             return False
         self.calls.append(f"{name} {text.removeprefix(self.folder)}")
         if self.notes is not None:
-            descriptor = os.open(self.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            descriptor = REAL_DESCRIPTOR(self.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             REAL_WRITE(descriptor, f"{self.calls[-1]}\n".encode())
             os.close(descriptor)
         return len(self.calls) == self.number
@@ -60,12 +65,14 @@ class Shim:
         if not self.meets(name, path):
             return act()
         if self.way == "SIGKILL":
-            act()
+            # Also after a call that fails by itself, such as `mkdir` of what is there.
+            with contextlib.suppress(OSError):
+                act()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.fail(path)
 
 
-REAL_OPEN, REAL_WRITE = io.open, os.write
+REAL_OPEN, REAL_DESCRIPTOR, REAL_WRITE = io.open, os.open, os.write
 
 
 class _Raw(io.FileIO):
@@ -115,6 +122,16 @@ def install(shim: Shim) -> None:
     builtins.open = io.open = opened
     if hasattr(pathlib, "io"):
         pathlib.io.open = opened
+
+    def descriptor_of(path: Any, flags: int, *args: Any, **more: Any) -> int:
+        def act() -> int:
+            return REAL_DESCRIPTOR(path, flags, *args, **more)
+
+        if not flags & (os.O_CREAT | os.O_TRUNC) or more.get("dir_fd") is not None:
+            return act()
+        return shim.around("os.open", path, act)
+
+    os.open = descriptor_of
     for name in RENAMING:
         real = getattr(os, name)
 

@@ -1,9 +1,11 @@
 """Every command of a tiny whole run with one of its writing calls failing, and then again.
 
 `python write_by_write.py FOLDER REPORT` tries all calls in all ways and appends a line of JSON for
-each to REPORT, which it continues where it was stopped; `--sample N` tries N of them, drawn by a
-seed, `--part I/N` every N-th, so that N processes share them. Everything runs in forks of one
-process that has imported everything and carried each command out once.
+each to REPORT, which it continues where it was stopped; `--quick` tries one call of each kind,
+drawn by a seed, `--part I/N` every N-th, so that N processes share them. Everything runs in forks
+of one process that has imported everything and carried each command out once.
+
+Which calls are outside is said in `failing_writes`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 import small_gguf
 import torch
-from failing_writes import WAYS, Shim, install
+from failing_writes import RENAMING, WAYS, Shim, install
 from official_format import as_official
 
 from mixlora_exp.cli.main import main
@@ -35,7 +37,8 @@ from mixlora_exp.results.build import data_files, gather, table_files, write_fil
 RUN = ["experiment=smoke", "method=lora", "data.train_limit=8", "trainer.max_steps=2",
        "trainer.save_steps=1", "trainer.logging_steps=1", "trainer.precision=float32",
        "evaluation.limit=4", "evaluation.batch_check=0"]  # fmt: skip
-
+Attempt = tuple[str, int, str]
+"""Stage, number of the call from 1, way."""
 
 _made: tuple[Any, Any] | None = None
 
@@ -128,6 +131,28 @@ def forked(action: Callable[[], int], log: Path) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
 
 
+def kind_of(calls: Sequence[str]) -> str:
+    """The name of the first of some noted calls, without its file; empty if there is none."""
+    return calls[0].partition(" ")[0] if calls else ""
+
+
+def one_of_each_kind(every: Sequence[Attempt], calls: dict[str, list[str]]) -> list[Attempt]:
+    """A write cut short, one on a full disk, a rename, a sync, and any call of `collect`."""
+    draw = random.Random(0)
+
+    def drawn(way: str, *kinds: str) -> Attempt:
+        return draw.choice(
+            [one for one in every
+             if one[2] == way and kind_of(calls[one[0]][one[1] - 1 :]) in kinds]
+        )  # fmt: skip
+
+    collecting = [one for one in every if one[0] == "collect"]
+    return [
+        drawn("short", "write"), drawn("ENOSPC", "write"), drawn("SIGKILL", *RENAMING),
+        drawn("EIO", "fsync"), draw.choice(collecting),
+    ]  # fmt: skip
+
+
 @dataclasses.dataclass
 class Driver:
     """`before`: for each command the files that it begins with; `expected`: what it leaves."""
@@ -183,11 +208,15 @@ class Driver:
 
     def attempt(self, stage: str, number: int, way: str) -> str:
         """What is wrong after a call failed and the command was given again; empty if nothing."""
-        command = STAGES[stage]
+        command, notes = STAGES[stage], self.folder / "met"
         self.start(stage)
-        shim = Shim(str(self.work), number, way)
+        notes.write_text("")
+        shim = Shim(str(self.work), number, way, notes=str(notes))
         code, told = forked(lambda: self.shimmed(shim, command), self.log)
-        allowed = {"SIGKILL": (-9, 0), "short": (0,)}.get(way, (0, 2))
+        met = kind_of(notes.read_text().splitlines()[number - 1 : number])
+        if not met or met != kind_of(self.calls[stage][number - 1 : number]):
+            return f"the call was not met: {met or 'none'} in its place"
+        allowed = {"SIGKILL": (-9,), "short": (0,)}.get(way, (0, 2))
         if code not in allowed or "Traceback" in told:
             return f"exit code {code}: {told[-1500:]}"
         again, told = forked(lambda: command(self.work), self.log)
@@ -206,7 +235,7 @@ class Driver:
 
 
 def drive(
-    folder: Path, report: Path, sample: int | None, stages: Sequence[str], part: tuple[int, int]
+    folder: Path, report: Path, quick: bool, stages: Sequence[str], part: tuple[int, int]
 ) -> None:
     torch.set_num_threads(1)
     driver = Driver(folder, stages)
@@ -218,7 +247,7 @@ def drive(
         for way in WAYS
         if way != "short" or calls[number - 1].startswith("write ")
     ]
-    chosen = every if sample is None else random.Random(0).sample(every, sample)
+    chosen = one_of_each_kind(every, driver.calls) if quick else every
     chosen = chosen[part[0] :: part[1]]
     done = set()
     if report.exists():
@@ -239,9 +268,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("report", type=Path)
-    parser.add_argument("--sample", type=int)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--stages", nargs="+", default=list(STAGES))
     parser.add_argument("--part", default="0/1")
     given = parser.parse_args()
     first, parts = map(int, given.part.split("/"))
-    drive(given.folder, given.report, given.sample, given.stages, (first, parts))
+    drive(given.folder, given.report, given.quick, given.stages, (first, parts))
