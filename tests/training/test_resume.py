@@ -71,7 +71,7 @@ def train(
 
 def comparable(summary: Any) -> dict[str, Any]:
     found = asdict(summary)
-    for name in ("seconds", "tokens_per_second", "peak_memory_bytes"):
+    for name in ("seconds", "first_step_seconds", "tokens_per_second", "peak_memory_bytes"):
         del found[name]
     return found
 
