@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.config.command import compose
+from mixlora_exp.runs.parallel import refusal
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "scripts" / "cluster"
@@ -72,7 +73,9 @@ def test_the_command_in_their_head_composes(path: Path) -> None:
     if words.endswith(".txt"):
         assert (ROOT / words).is_file()
     else:
-        assert compose(words.split()).method.name == "mixlora"
+        config = compose(words.split())
+        assert config.method.name == "mixlora"
+        assert refusal(config, 4 if path.name == "slurm_node.sh" else 1) is None
 
 
 def test_each_line_of_the_list_composes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # One run on all GPUs of a node, one process for each:
-#   sbatch --gpus-per-node=4 scripts/cluster/slurm_node.sh method=mixlora model=llama2_7b task=multi
+#   sbatch --gpus-per-node=4 scripts/cluster/slurm_node.sh trainer.parallel=ddp trainer.micro_batch_size=4 method=mixlora model=llama2_7b task=multi
 # The batch is split among the processes. It did not run on several GPUs yet.
 #SBATCH --job-name=mixlora-exp
 #SBATCH --nodes=1

@@ -162,6 +162,11 @@ def two_processes(monkeypatch: pytest.MonkeyPatch, count: int, first: bool = Tru
             ["trainer.parallel=fsdp", "model.quantization=nf4"],
             "trainer.parallel=fsdp cannot divide the weights of model.quantization=nf4",
         ),
+        (
+            2,
+            ["trainer.parallel=ddp", "model.quantization=int8_torchao"],
+            "model.quantization=int8_torchao: processes cannot exchange such weights",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_refused_in_one_line(

@@ -164,6 +164,7 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _training(record: Mapping[str, Any]) -> Iterator[str]:
     train, trainer = record["train"], record["config"]["trainer"]
+    held = record["config"]["model"].get("quantization")
     figures = {
         "steps": train["steps"],
         "examples per step": trainer.get("batch_size"),
@@ -171,6 +172,7 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         "tokens": train.get("tokens"),
         "last loss": train.get("final_loss"),
         "precision": record.get("dtype"),
+        "frozen weights": None if held in (None, "none") else f"model.quantization={held}",
         "seed": record["config"]["seed"],
     }
     for name, value in figures.items():

@@ -61,6 +61,11 @@ def refusal(config: Config, count: int) -> str | None:
             "those that do not run out of memory would wait for the others: set a smaller "
             "trainer.micro_batch_size instead"
         )
+    if config.model.quantization is Quantization.int8_torchao:
+        return (
+            "model.quantization=int8_torchao: processes cannot exchange such weights: use int8 or "
+            "nf4 with trainer.parallel=ddp, or one process"
+        )
     return _not_sharded(config) if trainer.parallel is Parallel.fsdp else None
 
 
