@@ -11,6 +11,7 @@ import pytest
 from composed import compose
 
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import NotEnoughMemory
 from mixlora_exp.plans.hours import scored_tokens, trained_tokens
@@ -57,12 +58,25 @@ def test_a_record_of_the_machine_counts_and_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "word",
     ["method=lora", "model=gemma_2b", "method.top_k=4", "trainer.gradient_checkpointing=true",
-     "model.quantization=nf4", "method.dropout=0", "kernel=shared"],
+     "model.quantization=nf4", "method.dropout=0", "kernel=shared", "method.rank=4",
+     "method.expert_rank=8", "method.layers_to_transform=0-7", "method.num_experts=4",
+     "method.targets=[gate_proj,up_proj,down_proj]"],
 )  # fmt: skip
 def test_a_record_of_other_settings_does_not_count(word: str, tmp_path: Path) -> None:
     record(tmp_path, "card", H100, "triton", 100.0)
     config = compose(["model=llama2_7b", word])
     assert recorded_speed(config, H100, "bfloat16", tmp_path) is None
+
+
+@pytest.mark.parametrize("method", ["loramoe", "hydralora", "mola"])
+def test_a_mixture_of_other_sizes_has_no_recorded_speed(method: str) -> None:
+    """The committed rows have eight experts of rank 16 on all projections."""
+    record = json.loads((ROOT / "results/bench/methods-smollm2_135m.json").read_text())
+    hardware, dtype = record["provenance"]["hardware"], record["config"]["dtype"]
+    all_alike = ["method.rank=16", "method.num_experts=8", "method.targets=all-linear"]
+    words = ["model=smollm2_135m", f"method={method}", "kernel=exact"]
+    assert recorded_speed(compose(words), hardware, dtype) is None
+    assert recorded_speed(compose([*words, *all_alike]), hardware, dtype) is not None
 
 
 def test_committed_records_have_speeds() -> None:

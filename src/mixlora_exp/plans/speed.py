@@ -9,8 +9,15 @@ from typing import Any
 
 from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.paths import ROOT
-from mixlora_exp.config.schema import Config, LoraMethodConfig, MixLoraMethodConfig
-from mixlora_exp.kernels import resolve_kernel
+from mixlora_exp.config.schema import (
+    ATTENTION_TARGETS,
+    FEED_FORWARD_TARGETS,
+    Config,
+    LoraMethodConfig,
+    MixLoraMethodConfig,
+)
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
+from mixlora_exp.kernels import MIXTURES, resolve_kernel
 from mixlora_exp.models.parameters import router_of, skeleton_of
 from mixlora_exp.system.untrusted import read_json
 
@@ -92,16 +99,34 @@ def _is_of(config: Config, benchmark: Mapping[str, Any], row: Mapping[str, Any],
         and row["kernel"] == kernel
         and isinstance(method, LoraMethodConfig)
         and bool(benchmark["config"]["dropout"]) == bool(method.dropout)
-        and (not isinstance(method, MixLoraMethodConfig) or _experts(row) == _experts_of(method))
+        and _adapter(row) == _adapter_of(method)
+        and {*method.targets} == {*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS}
+        and method.layers_to_transform is None
+        and not method.rank_pattern
     )
 
 
-def _experts(row: Mapping[str, Any]) -> tuple[int, int, str]:
-    return row["num_experts"], row["top_k"], row.get("router", "top_k")
+def _adapter(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the rank of a row's adapter, and of several experts their number, K and router."""
+    name = row["method"]
+    mixed = name.startswith("mix") or (name in MIXTURES and MIXTURES[name].router is not None)
+    rank = row.get("rank", 16 if mixed else 80)
+    if not mixed:
+        return (rank,)
+    return rank, row["num_experts"], row["top_k"], row.get("router", "top_k")
 
 
-def _experts_of(method: MixLoraMethodConfig) -> tuple[int, int, str]:
-    return method.num_experts, router_of(method).slots, method.router.value
+def _adapter_of(method: LoraMethodConfig) -> tuple[Any, ...]:
+    """Return `_adapter` of a method."""
+    if isinstance(method, MixLoraMethodConfig):
+        ranks = {method.rank, method.rank_of_experts}
+        return *ranks, method.num_experts, router_of(method).slots, method.router.value
+    if isinstance(method, LinearMixtureMethodConfig):
+        own = MIXTURES[method.mixture.value].router
+        if own is not None:
+            router = method.router_name(own)
+            return method.rank_of_experts, method.num_experts, method.top_k, router
+    return (method.rank,)
 
 
 def duration(seconds: float) -> str:
