@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_seeds_are_one_side_and_differences_are_paired(six: list[str]) -> None:
     assert (versus.comparison.seeds, versus.comparison.items) == (3, 400)
     assert versus.verdict == "better"
     assert versus.q == versus.comparison.p, "one comparison: nothing to correct"
+
+
+def test_seeds_that_were_scored_again_are_one_side(tmp_path: Path, write: Write) -> None:
+    """Each of them has another adapter, which its training explains."""
+
+    def rescored(record: dict[str, Any]) -> None:
+        kept = ("name", "fingerprint", "config", "data", "model", "kernel", "dtype")
+        trained_by = {**{name: record[name] for name in kept}, "git": None}
+        hashed = f"{record['config']['seed']}" * 64
+        record["adapter"] = {"path": "x", "sha256": hashed, "trained_by": trained_by}
+
+    places = [
+        write(tmp_path, f"lora{seed}", words("lora", seed), {"arc_e": 0.5}, change=rescored)
+        for seed in (1, 2)
+    ]
+    (side,) = compare_runs(read_given(map(str, places))).sides
+    assert side.seeds == [1, 2]
 
 
 def test_only_what_differs_is_listed(six: list[str]) -> None:

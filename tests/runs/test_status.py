@@ -202,6 +202,16 @@ def test_a_model_in_a_folder_is_found_under_its_own_shape(tmp_path: Path) -> Non
     assert (cell.state, cell.name) == ("done", run_name(config))
 
 
+def test_a_model_of_ones_own_is_chosen_by_its_folder_alone(tmp_path: Path) -> None:
+    """As in `train.py`: the sweep's own models are not looked for."""
+    build_hf_config(compose(["model=tiny"]).model).save_pretrained(tmp_path / "mine")
+    words = [word for word in TINY if not word.startswith("model=")]
+    given = [*words, *ONE, f"model.path={tmp_path / 'mine'}", f"output_dir={tmp_path}"]
+    (cell,) = find_cells([SMALL], given, tmp_path / "records")
+    assert cell.state == "missing"
+    assert cell.name.startswith("mine-mixlora-")
+
+
 def test_committed_records_are_distinguished_from_finished_runs(tmp_path: Path) -> None:
     """`train.py` does not look there: the cell counts as recorded, and only on the same data."""
     (config,) = configs(tmp_path, *ONE)

@@ -128,8 +128,10 @@ def _settings(run: RecordedRun) -> dict[str, Any]:
         own = ("method.", "seed", "adapter", "model.", "trainer.", "task.train")
         found |= {name: value for name, value in scored.items() if not name.startswith(own)}
     known = {name: value for name, value in found.items() if name not in ("seed", "adapter")}
-    # What the weights are, not where they lie.
-    return {**known, "adapter": (run.record.get("adapter") or {}).get("sha256", "")[:8] or None}
+    adapter = run.record.get("adapter") or {}
+    # What the weights are, not where they lie; those that a run trained, by how it trained them.
+    own = None if adapter.get("trained_by") else adapter.get("sha256", "")[:8] or None
+    return {**known, "adapter": own}
 
 
 def _facts(run: RecordedRun) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config.command import plan_runs
+from mixlora_exp.config.command import opened, plan_runs
 from mixlora_exp.config.later_fields import completed
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import fingerprint, fingerprint_of, open_session
@@ -200,7 +200,7 @@ def find_cells(
     Raises:
         UserError: an experiment is unknown, or an override is not valid.
     """
-    planned = []
+    planned, overrides = [], opened(overrides)
     chosen = any(line.startswith("model=") for line in overrides)
     by_group = ByGroup()
     with open_session() as session:
