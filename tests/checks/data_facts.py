@@ -1,4 +1,4 @@
-"""Writes results/data/: most frequent answers of training splits, and clusters of scored items.
+"""Writes the package's results/facts/: most frequent answers of training, clusters of scored items.
 
 `python tests/checks/data_facts.py DIR`: a folder of data as for `data=local`. Splits that are not
 there are left out.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mixlora_exp.cli import compare
 from mixlora_exp.cli.main import COMMANDS, main
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.errors import UserError
@@ -188,3 +189,18 @@ def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
     assert heavy == []
     assert seconds < 1.0  # Of this process: other processes do not count.
     assert code == 0
+
+
+def test_a_package_that_a_command_meets_late_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`compare html=` and `figures` draw after they have read."""
+
+    def run(argv: object) -> int:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr(compare, "run", run)
+    assert main(["compare", "a", "b"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: compare needs the package matplotlib: run `make install`, or ")
+    assert "'.[figures]'" in line

@@ -22,7 +22,12 @@ assert str(ROOT) == sys.argv[2], ROOT
 assert len(rows("arc_e", "test", 0)) == 96
 assert main(["train", "--cfg", "job", "experiment=smoke", "preset=only_order"]) == 0
 assert main(["tables", "--check", "--runs", "x"]) == 2
+assert main(["compare", *sys.argv[3:]]) == 0
 """
+RUNS = [
+    ROOT / "results" / "runs" / f"smollm2_135m-{name}.zip"
+    for name in ("lora-multi-local-s42-06bdc0710e", "mixlora-multi-local-s42-2da95b57e2")
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def test_a_wheel_has_all_that_is_read(wheel: Path) -> None:
     for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "conf").rglob("*.json")]:
         assert f"mixlora_exp/conf/{path.relative_to(ROOT / 'conf')}" in names
     source = ROOT / "src"
-    for suffix in ("py", "txt", "j2"):
+    for suffix in ("py", "txt", "j2", "csv"):
         found = [p for p in source.rglob(f"*.{suffix}") if ".egg-info" not in str(p)]
         assert {str(p.relative_to(source)) for p in found} <= names
     (points,) = (name for name in names if name.endswith("entry_points.txt"))
@@ -64,7 +69,7 @@ def test_its_commands_run_without_a_checkout(wheel: Path, tmp_path: Path) -> Non
     zipfile.ZipFile(wheel).extractall(installed)
     here.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(installed), str(here)], cwd=here,
+        [sys.executable, "-c", CODE, str(installed), str(here), *map(str, RUNS)], cwd=here,
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

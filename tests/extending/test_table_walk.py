@@ -31,7 +31,7 @@ def make(target: str, copy: Path) -> str:
 
 def test_one_file_is_a_table(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("src", "conf", "scripts", "results/paper", "results/data"):
+    for name in ("src", "conf", "scripts", "results/paper"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)

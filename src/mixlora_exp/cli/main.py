@@ -35,6 +35,8 @@ GO_ON = ("train", "evaluate", "search")
 
 SLOW = ("train", "evaluate", "generate", "merge", "search", "bench")
 """Commands that load torch before they print their first line."""
+EXTRAS = {"matplotlib": "figures", "jinja2": "figures", "optuna": "search", "lm_eval": "eval"}
+"""Extras of the package that bring a module which is missing; else it is `harness`."""
 
 
 def usage() -> str:
@@ -68,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mixlora_exp.system.exit_codes import guarded
 
         module = importlib.import_module(f"mixlora_exp.cli.{command.replace('-', '_')}")
+        return guarded(module.run, rest, resumes=command in GO_ON)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mixlora_exp"):
+        name = error.name or ""
+        if name.startswith("mixlora_exp"):
             raise
         sys.stderr.write(
-            f"error: {command} needs the package {error.name}: "
-            "run `make install`, or `pip install '.[harness]'`, in the folder of the code\n"
+            f"error: {command} needs the package {name}: run `make install`, or "
+            f"`pip install '.[{EXTRAS.get(name, 'harness')}]'`, in the folder of the code\n"
         )
         return 2
-    try:
-        return guarded(module.run, rest, resumes=command in GO_ON)
     except BrokenPipeError:
         # The reader closed the pipe (`| head`). Without this, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,5 +1,5 @@
 """Facts of the published data that records may not hold: most frequent answers of the training
-splits, and which scored items depend on one another (`results/data/*.csv`).
+splits, and which scored items depend on one another (`facts/*.csv`).
 
 `tests/checks/data_facts.py` writes the files from the data.
 """
@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
-from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.tasks import TASKS
 
-FOLDER = RESULTS / "data"
+FOLDER = Path(__file__).parent / "facts"
 
 
 @cache
