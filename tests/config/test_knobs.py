@@ -10,9 +10,10 @@ import pytest
 from composed import compose
 
 from mixlora_exp.config.command import compose as compose_anew
+from mixlora_exp.config.command import opened, plan_runs
 from mixlora_exp.config.later_fields import UNNAMED, completed
 from mixlora_exp.config.recorded import rebuilt
-from mixlora_exp.config.resolve import fingerprint, to_dict
+from mixlora_exp.config.resolve import fingerprint, open_session, to_dict
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.config.together import entry_overrides
 from mixlora_exp.errors import UserError
@@ -115,3 +116,20 @@ def test_entries_by_name_in_a_list_of_adapters() -> None:
     words = entry_overrides(entry, 1)
     assert words == ["method=lora", "method.rank_pattern={q_proj:8}", "trainer.epochs=1"]
     assert compose(words).method.rank_pattern == {"q_proj": 8}
+
+
+@pytest.mark.parametrize(
+    ("params", "written"),
+    [
+        ("method.targets: 'all-linear,[q_proj]'", "method.targets=[all-linear]"),
+        ("method.rank_pattern: '{q_proj:8},{q_proj:16}'", "++method.rank_pattern={q_proj:8}"),
+    ],
+)
+def test_a_sweep_s_values_are_written_as_its_jobs_read_them(params: str, written: str) -> None:
+    name, values = params.split(": ")
+    words = ["method=lora", f"{name}={values[1:-1]}"]
+    with open_session() as session:
+        with pytest.raises(UserError, match=re.escape(f"in this form: write {written}")):
+            plan_runs(session, "config", words, True)
+        if name == "method.rank_pattern":
+            assert len(plan_runs(session, "config", opened(words), True).cells) == 2

@@ -312,6 +312,10 @@ def plan_runs(
         batches = get_class(sweeper._target_).split_arguments(swept, None)
     cells = []
     for lines in batches[0]:
+        # Hydra's own jobs compose the lines as they stand.
+        for line, open_line in zip(lines, opened(lines)[-len(lines) :], strict=True):
+            if line != open_line:
+                raise UserError(f"{line} cannot be swept in this form: write {open_line}")
         try:
             config = compose_one(hydra, name, [*fixed, *lines])
         except UserError as error:
