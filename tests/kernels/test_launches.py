@@ -7,30 +7,23 @@ of the optimizer step at hand, beyond what the frozen layer with its input gradi
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from card_layers import run_as_on_a_card, small_llama, with_adapter
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from mixlora_exp.adapters import MixLoraConfig, set_kernel
-from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.bench.baselines import patch_with_liger
 from mixlora_exp.bench.launches import LaunchCounter
 from mixlora_exp.config.choices import Head
-from mixlora_exp.kernels import DropoutStream, lora, resolve_kernel
+from mixlora_exp.kernels import DropoutStream, lora
 from mixlora_exp.training.head import loss_from_hidden
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from mixlora_exp.kernels.triton import block, linear_launch, router  # noqa: E402
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = (2, 16)
 
 
@@ -49,14 +42,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
             found[-1]["mm"] += 1
         return torch.empty(one.shape[0], other.shape[1], dtype=dtype)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mixlora_exp.kernels.triton.") and hasattr(module, "start"):
-            monkeypatch.setattr(module, "start", start)
+    run_as_on_a_card(monkeypatch, start)
     monkeypatch.setattr(lora, "_product", product)
-    monkeypatch.setattr(lora, "steps_on", lambda device: linear_launch)
-    monkeypatch.setattr(linear_launch, "supports", lambda *arguments: True)
-    monkeypatch.setattr(block, "supports", lambda *arguments: True)
-    monkeypatch.setattr(router, "INTERPRETED", True)
     return found
 
 
@@ -64,28 +51,10 @@ def pass_of(
     method: str, layers: int, counted: list[Counter[str]], liger: bool = False
 ) -> Counter[str]:
     """Of the second micro-batch of a run's first step: the first has what a step needs once."""
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=64, use_cache=False,
-    )  # fmt: skip
-    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+    base, stream = small_llama(layers), DropoutStream(1)
     if liger:
         patch_with_liger(base)
-    stream = DropoutStream(1)
-    if method == "frozen":
-        base.model.embed_tokens.weight.requires_grad_(True)
-        model = base
-    else:
-        mixture = method.startswith("mix")
-        common = {"r": 16 if mixture else 80, "lora_alpha": 32, "lora_dropout": 0.05,
-                  "use_dora": method.endswith("dora"), "target_modules": TARGETS}  # fmt: skip
-        settings = MixLoraConfig(**common, num_experts=8, top_k=2) if mixture else (
-            LoraConfig(**common, task_type="CAUSAL_LM")
-        )  # fmt: skip
-        model = get_peft_model(base, settings)
-        set_kernel(model, "triton" if mixture else resolve_kernel("auto", "cuda"))
-        use_dropout_stream(model, "default", stream)
-    model.train()
+    model = with_adapter(base, method, stream)
     ids = torch.randint(0, 60, TOKENS)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

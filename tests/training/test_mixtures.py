@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from encoded import examples_of
+from killed import killed_after
 
 from mixlora_exp.adapters import attach_adapter, attach_together
 from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
-from mixlora_exp.data.collator import Collator
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import fit, fit_jointly, make_job
 from mixlora_exp.training.checkpoints import Checkpoints
@@ -38,10 +38,6 @@ METHODS = {
     "goat": ["method.num_experts=4", "method.mixture_options.eta=0.01"],
     "moslora": [],
 }  # fmt: skip
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing after it is carried out."""
 
 
 def config_of(method: str, *words: str) -> Config:
@@ -72,21 +68,11 @@ def train(config: Config, folder: Path, dtype=torch.float32) -> tuple[dict, Any]
     "method",
     [m if m in ("goat", "loramoe") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
 )
-def test_resumed_to_the_bit(tmp_path, monkeypatch, method: str) -> None:
+def test_resumed_to_the_bit(tmp_path, method: str) -> None:
     config = config_of(method)
     expected, truth = train(config, tmp_path / "whole")
-    real, left = Collator.__call__, [34]
-
-    def collate(self, examples, first=0):
-        left[0] -= len(examples)
-        if left[0] < 0:
-            raise Killed
-        return real(self, examples, first)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Collator, "__call__", collate)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    with killed_after(34):
+        train(config, tmp_path / "run")
     found, summary = train(config, tmp_path / "run")
     assert found.keys() == expected.keys()
     for name, weight in expected.items():

@@ -12,13 +12,13 @@ import torch
 import transformers
 from composed import compose
 from encoded import examples_of
+from killed import killed_after
 from small_methods import base_of, config_of, train, weights_of
 
 from mixlora_exp.adapters import attach_together
 from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.config.optimizers import OPTIMIZERS, SCHEDULES
 from mixlora_exp.config.together import packs_of
-from mixlora_exp.data.collator import Collator
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_tokenizer
 from mixlora_exp.plans.disk import disk_bytes
@@ -43,10 +43,6 @@ CLASSES = {
 }
 COMPILED = ("adamw_torch_8bit", "adamw_torch_4bit")
 assert CLASSES.keys() == OPTIMIZERS.keys()
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing after it is carried out."""
 
 
 @pytest.fixture
@@ -106,21 +102,12 @@ def test_the_named_optimizer_runs(
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw_torch"])
-def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_resumed_to_the_bit(tmp_path: Path, name: str) -> None:
     config = config_of("lora", "method.rank=4", "method.dropout=0.2", f"trainer.optim={name}")
     model, truth = train(config, tmp_path / "whole")
-    expected, real, left = weights_of(model), Collator.__call__, [34]
-
-    def collate(self, examples, first=0):
-        left[0] -= len(examples)
-        if left[0] < 0:
-            raise Killed
-        return real(self, examples, first)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Collator, "__call__", collate)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    expected = weights_of(model)
+    with killed_after(34):
+        train(config, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
     model, summary = train(config, tmp_path / "run")
     for key, weight in weights_of(model).items():
@@ -128,24 +115,13 @@ def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nam
     assert summary.curve == truth.curve
 
 
-def test_without_checkpoints_an_interrupted_run_begins_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_checkpoints_an_interrupted_run_begins_anew(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     config = config_of("lora", *WIDE, "trainer.optim=adamw_bnb_8bit", "trainer.max_steps=4")
     model, truth = train(config, tmp_path / "whole")
-    expected, real, left = weights_of(model), Collator.__call__, [18]
-
-    def collate(self, examples, first=0):
-        left[0] -= len(examples)
-        if left[0] < 0:
-            raise Killed
-        return real(self, examples, first)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Collator, "__call__", collate)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    expected = weights_of(model)
+    with killed_after(18):
+        train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
     model, summary = train(config, tmp_path / "run")
     assert all(torch.equal(expected[key], weight) for key, weight in weights_of(model).items())

@@ -8,17 +8,13 @@ import pytest
 import torch
 from composed import compose
 from encoded import examples_of
+from killed import killed_after
 from small_methods import METHODS, OWN_TYPE, base_of, config_of, new_model, run, train, weights_of
 
 from mixlora_exp.adapters import attach_adapter, attach_together, load_adapter, save_adapter
 from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
-from mixlora_exp.data.collator import Collator
 from mixlora_exp.models import load_tokenizer
 from mixlora_exp.training import fit_jointly, make_job
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing after it is carried out."""
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,24 +49,14 @@ STATEFUL = ("lora_ga", "vera", "adalora", "fedpara", "orthogonal")
     "method",
     [m if m in STATEFUL else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
 )
-def test_resumed_to_the_bit(tmp_path: Path, monkeypatch, method: str) -> None:
+def test_resumed_to_the_bit(tmp_path: Path, method: str) -> None:
     config = config_of(method)
     model, truth = train(config, tmp_path / "whole")
     expected = weights_of(model)
     save_adapter(model, tmp_path / "first")
     # LoRA-GA reads the first step's examples twice.
-    real, left = Collator.__call__, [42 if method == "lora_ga" else 34]
-
-    def collate(self, examples, first=0):
-        left[0] -= len(examples)
-        if left[0] < 0:
-            raise Killed
-        return real(self, examples, first)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Collator, "__call__", collate)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "run")
+    with killed_after(42 if method == "lora_ga" else 34):
+        train(config, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
     torch.manual_seed(999)
     model, summary = train(config, tmp_path / "run")
