@@ -42,8 +42,8 @@ def _cut(text: str, most: int | None) -> str:
 def did_you_mean(
     word: str, options: Iterable[str], otherwise: str = "", *, most: int = 3, prefix: str = ""
 ) -> str:
-    """`; did you mean A or B?` with those of the options that are close to a word, at most so many
-    and each with the prefix; `otherwise` if none is."""
+    """Compute `; did you mean A or B?` with those of the options that are close to a word, at most
+    so many and each with the prefix; `otherwise` if none is."""
     close = difflib.get_close_matches(word, list(options), n=most, cutoff=0.6)
     named = " or ".join(prefix + option for option in close)
     return f"; did you mean {named}?" if close else otherwise

@@ -37,8 +37,9 @@ class Difference:
 def gradients_of(
     step: nn.Module | RecordedStep, row: BenchRow, batch: StepBatch
 ) -> dict[str, Tensor]:
-    """The gradients of a training step on the batch, by the parameters' names, and as `input` that
-    of the embeddings, where these are what the model is given. None is left in the model.
+    """Return the gradients of a training step on the batch, by the parameters' names, and as
+    `input` that of the embeddings, where these are what the model is given. None is left in the
+    model.
 
     step: a model, whose layers run as they are set up, or its recorded step, which is replayed.
     """
@@ -65,15 +66,15 @@ def gradients_of(
 
 
 def allowed(row: BenchRow, dtype: torch.dtype) -> float:
-    """The largest difference that rounding explains; dtype: of the frozen weights."""
+    """Return the largest difference that rounding explains; dtype: of the frozen weights."""
     if dtype.itemsize > 2:
         return EXACT
     return ROUTED if row.mixture or row.linear_mixture else ROUNDED
 
 
 def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
-    """The parameter that differs most. What only one of the two has is compared with zeros; a
-    difference that is not finite, or from zeros, is infinite."""
+    """Return the parameter that differs most. What only one of the two has is compared with zeros;
+    a difference that is not finite, or from zeros, is infinite."""
     errors = {}
     for name, like in {**found, **expected}.items():
         nothing = torch.zeros_like(like)

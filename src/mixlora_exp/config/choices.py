@@ -209,7 +209,7 @@ def _constants(given: Mapping[str, ast.expr | None]) -> Iterator[tuple[str, Any]
 
 
 def _attributes(name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, ast.expr | None]:
-    """What a class and its parents among `classes` set, by name."""
+    """Return what a class and its parents among `classes` set, by name."""
     found: dict[str, ast.expr | None] = {}
     if name in classes:
         for base in reversed(classes[name].bases):

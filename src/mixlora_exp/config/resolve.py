@@ -237,7 +237,7 @@ def determining(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a configuration that are no groups, by dotted name."""
+    """Return the values of a configuration that are no groups, by dotted name."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         inner = isinstance(value, Mapping)

@@ -18,7 +18,8 @@ OWN_METHODS = {"pissa": "use method=pissa", "lora_ga": "use method=lora_ga"}
 
 
 def _entry(value: Any) -> list[int] | None:
-    """The layers of one entry: a number, or a range in text as `8-15`; None if it is neither."""
+    """Return the layers of one entry: a number, or a range in text as `8-15`; None if it is
+    neither."""
     if type(value) is int and value >= 0:
         return [value]
     ends = fullmatch(r"(\d{1,5})-(\d{1,5})", value) if isinstance(value, str) else None
@@ -27,7 +28,7 @@ def _entry(value: Any) -> list[int] | None:
 
 
 def _layers(value: Any) -> list[int] | None:
-    """The sorted layers of `method.layers_to_transform`; None if it is not valid."""
+    """Return the sorted layers of `method.layers_to_transform`; None if it is not valid."""
     entries = [_entry(one) for one in (value if isinstance(value, list) else [value])]
     found = {layer for entry in entries if entry is not None for layer in entry}
     return sorted(found) if entries and None not in entries else None
@@ -103,6 +104,6 @@ class ModuleChoice:
         return self.layers_to_transform is None or layer in self.layers_to_transform
 
     def rank_at(self, path: str) -> int:
-        """The rank of a LoRA at a module's name in the model."""
+        """Return the rank of a LoRA at a module's name in the model."""
         found = (rank for key, rank in self.rank_pattern.items() if is_at(key, path))
         return next(found, self.rank)

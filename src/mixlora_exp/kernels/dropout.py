@@ -86,7 +86,8 @@ class RowIds:
 
 
 def _runs(hashed: Tensor, example: Tensor, position: Tensor) -> Tensor:
-    """`RowIds.runs` of rows, each (T,). hashed: the hash of a row's (seed, step, example)."""
+    """Return `RowIds.runs` of rows, each (T,). hashed: the hash of a row's (seed, step,
+    example)."""
     follows = (example[1:] == example[:-1]) & (position[1:] == position[:-1] + 1)
     starts = torch.cat([torch.ones(min(1, len(example)), dtype=torch.bool), ~follows])
     first = starts.nonzero().flatten()

@@ -82,8 +82,8 @@ class Mixture:
         }
 
     def saved_numbers(self, sizes: Sizes) -> int:
-        """Numbers per row that `branch` saves for the backward pass, for plans: A x and, with a
-        router, its products with the weights."""
+        """Return numbers per row that `branch` saves for the backward pass, for plans: A x and,
+        with a router, its products with the weights."""
         weighted = 0 if self.router is None else sizes.experts
         return sizes.rank * (self.shapes(sizes)["A"][0] + weighted)
 

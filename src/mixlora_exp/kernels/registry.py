@@ -47,8 +47,9 @@ class BlockSizes:
 
 
 def saved_by_operations(sizes: BlockSizes) -> float:
-    """Bytes per row that autograd saves where each slot is a whole expert of plain operations: the
-    input of every product and of every activation, and dropout's masks of a byte per element."""
+    """Return bytes per row that autograd saves where each slot is a whole expert of plain
+    operations: the input of every product and of every activation, and dropout's masks of a byte
+    per element."""
     masks = sizes.d + sizes.slots * sizes.f if sizes.dropout else 0
     numbers = 4 * sizes.f + 3 * sizes.d + 3 * sizes.rank + sizes.scaled
     return sizes.slots * sizes.width * numbers + masks

@@ -28,8 +28,8 @@ class Place(NamedTuple):
 
 
 def adapted_projections(model: nn.Module, method: LoraMethodConfig) -> Iterator[Place]:
-    """The projections in layers that have an adapter of `method`, its targets and others, layer by
-    layer."""
+    """Yield the projections in layers that have an adapter of `method`, its targets and others,
+    layer by layer."""
     for path, name, linear in placed_projections(model):
         found = LAYER.search(path)
         layer = int(found[1]) if found else 0
@@ -38,7 +38,7 @@ def adapted_projections(model: nn.Module, method: LoraMethodConfig) -> Iterator[
 
 
 def adapted_layers(model: nn.Module, method: LoraMethodConfig) -> list[int]:
-    """The numbers of the layers that have an adapter."""
+    """Return the numbers of the layers that have an adapter."""
     return [layer for layer in range(model.config.num_hidden_layers) if method.adapts(layer)]
 
 

@@ -65,7 +65,7 @@ def gguf_sha256(config: ModelConfig) -> str:
 
 
 def known_sha256(*files: Path) -> str:
-    """`file_sha256`, from memory if no file changed since it was last read."""
+    """Return `file_sha256`, from memory if no file changed since it was last read."""
     return _sha256(files, tuple(map(stamp, files)))
 
 

@@ -26,7 +26,7 @@ BLOCK, BLOCKS = 64, 256
 
 
 def is_installed(chosen: Quantization) -> bool:
-    """Whether the package of a quantisation other than `none` is installed."""
+    """Return whether the package of a quantisation other than `none` is installed."""
     return importlib.util.find_spec(PACKAGES[chosen]) is not None
 
 

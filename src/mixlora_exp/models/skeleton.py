@@ -85,7 +85,7 @@ def placed_projections(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]
 
 
 def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """`placed_projections` without the first component."""
+    """Return `placed_projections` without the first component."""
     return ((name, module) for _, name, module in placed_projections(model))
 
 

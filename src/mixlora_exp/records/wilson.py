@@ -11,7 +11,8 @@ Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
-    """A share in percent as text, a dash for None. sign: `+` writes that of positive ones too."""
+    """Return a share in percent as text, a dash for None. sign: `+` writes that of positive ones
+    too."""
     return "-" if value is None else f"{100 * value:{sign}.{digits}f}"
 
 

@@ -30,7 +30,7 @@ def check_processes(config: Config) -> None:
 
 
 def refusal(config: Config, count: int) -> str | None:
-    """Why `count` processes of this environment cannot train the run, None if they can."""
+    """Return why `count` processes of this environment cannot train the run, None if they can."""
     trainer = config.trainer
     if not isinstance(config.method, TrainedMethodConfig):
         return None
@@ -70,7 +70,7 @@ def refusal(config: Config, count: int) -> str | None:
 
 
 def _not_sharded(config: Config) -> str | None:
-    """Why `trainer.parallel=fsdp` is refused for a run; None if it is not."""
+    """Return why `trainer.parallel=fsdp` is refused for a run; None if it is not."""
     method, compiled, held = config.method, config.trainer.compile, config.model.quantization
     if held is not Quantization.none:
         return (

@@ -42,7 +42,7 @@ def probed_speed(config: Config) -> Speed:
 
 
 def _speeds(config: Config, place: str) -> tuple[float, float]:
-    """Tokens per second of training and of scoring; writes into the folder `place`."""
+    """Return tokens per second of training and of scoring; writes into the folder `place`."""
     short = _shortened(config, place)
     this = start(short, Path(place) / "probe", gather_inputs(short))
     base, evaluation = this.load_base(), short.evaluation
@@ -55,7 +55,8 @@ def _speeds(config: Config, place: str) -> tuple[float, float]:
 
 
 def _shortened(config: Config, place: str) -> Config:
-    """The configuration with few steps and items; AdaLoRA's schedule would need more steps."""
+    """Return the configuration with few steps and items; AdaLoRA's schedule would need more
+    steps."""
     method = config.method
     if getattr(method, "peft_type", None) == "ADALORA":
         method = replace(method, peft={**method.peft, "tinit": 0, "tfinal": 0})

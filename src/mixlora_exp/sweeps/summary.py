@@ -106,8 +106,8 @@ def edge_of_grid(runs: Sequence[Finished]) -> str | None:
 
 
 def edge_of_range(value: float, low: float, high: float) -> str | None:
-    """A warning if the learning rate of a search's best trial is in the lowest or highest tenth of
-    its range, on a logarithmic scale."""
+    """Return a warning if the learning rate of a search's best trial is in the lowest or highest
+    tenth of its range, on a logarithmic scale."""
     place = log(value / low) / log(high / low)
     if 0.1 < place < 0.9:
         return None

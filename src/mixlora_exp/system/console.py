@@ -27,7 +27,8 @@ def labelled(label: str) -> Iterator[None]:
 
 
 def line_label() -> str:
-    """What each line of progress begins with; empty in a process that has the terminal alone."""
+    """Return what each line of progress begins with; empty in a process that has the terminal
+    alone."""
     return "".join(f"{label}: " for label in _labels)
 
 

@@ -96,7 +96,8 @@ class Track:
         self._after_first = self.total_tokens(), self.seconds
 
     def tokens_per_second(self) -> float:
-        """Speed of this start's steps after its first one; of all steps where it is the last."""
+        """Return the speed of this start's steps after its first one; of all steps where it is the
+        last."""
         tokens, seconds = self._after_first
         if self.seconds <= seconds:
             tokens, seconds = 0, 0.0

@@ -44,8 +44,10 @@ class BytesOptions(BenchOptions):
 
 
 def _check(options: BytesOptions) -> None:
-    """Raises:
-    UserError: a value is out of range, or a row is not counted here.
+    """Check the settings.
+
+    Raises:
+        UserError: a value is out of range, or a row is not counted here.
     """
     require_positive(options, "batch", "length", "answer")
     require_dtype(options.dtype)
@@ -57,9 +59,9 @@ def _check(options: BytesOptions) -> None:
 
 
 def _bytes_of(model: nn.Module, row: BenchRow, batch: StepBatch) -> dict[str, float]:
-    """Bytes beyond parameters and batch: `held_bytes`, what the first step makes and later ones
-    have; `kept_bytes`, what the forward pass keeps for the backward pass; `peak_bytes`, the most
-    that live at once in a step, what is held and gradients included."""
+    """Return bytes beyond parameters and batch: `held_bytes`, what the first step makes and later
+    ones have; `kept_bytes`, what the forward pass keeps for the backward pass; `peak_bytes`, the
+    most that live at once in a step, what is held and gradients included."""
     with LiveBytes() as first:
         training_step(model, row, batch)
     gc.collect()
@@ -79,7 +81,7 @@ def _bytes_of(model: nn.Module, row: BenchRow, batch: StepBatch) -> dict[str, fl
 
 
 def measure(options: BytesOptions) -> Iterator[dict[str, Any]]:
-    """The record after each row; the one that others are compared with comes first."""
+    """Yield the record after each row; the one that others are compared with comes first."""
     _check(options)
     shape, dtype = model_config(options.model, options.layers), getattr(torch, options.dtype)
     base = base_model(shape, dtype, "cpu", options.seed)
