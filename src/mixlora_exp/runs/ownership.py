@@ -14,7 +14,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import write_json
 from mixlora_exp.system.console import echo
-from mixlora_exp.system.device import out_of_memory_told, processes
+from mixlora_exp.system.device import convert_out_of_memory, processes
 from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.runlock import RunLock, holder_of
 
@@ -85,7 +85,7 @@ def failure_noted(folder: Path, lock: RunLock) -> Iterator[None]:
         UserError: a file of the run cannot be written or read.
     """
     try:
-        with convert_disk_faults(f"output_dir={folder.parent}"), out_of_memory_told():
+        with convert_disk_faults(f"output_dir={folder.parent}"), convert_out_of_memory():
             forget_failure(folder)
             yield
     except GivenUp:

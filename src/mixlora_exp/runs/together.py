@@ -42,7 +42,7 @@ from mixlora_exp.runs.run import (
 )
 from mixlora_exp.runs.scoring import Scores, score_with
 from mixlora_exp.system.console import echo
-from mixlora_exp.system.device import free_memory, out_of_memory_told, processes
+from mixlora_exp.system.device import convert_out_of_memory, free_memory, processes
 from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.hub import adapter_folder
 from mixlora_exp.training import Job, TrainSummary, fit_jointly, make_job
@@ -127,7 +127,10 @@ def run_together(
             except UserError as error:
                 pack.fail(folder, error)
         try:
-            with convert_disk_faults(f"output_dir={configs[0].output_dir}"), out_of_memory_told():
+            with (
+                convert_disk_faults(f"output_dir={configs[0].output_dir}"),
+                convert_out_of_memory(),
+            ):
                 _carry_out(pack)
         except Exception as error:
             for this in pack.runs:

@@ -127,7 +127,7 @@ def free_memory() -> None:
 
 
 @contextmanager
-def out_of_memory_told() -> Iterator[None]:
+def convert_out_of_memory() -> Iterator[None]:
     """Convert an error of the device's allocator into a `NotEnoughMemory`."""
     try:
         yield

@@ -22,6 +22,7 @@ from mixlora_exp.bench.row_registry import BASELINE, ROWS, BenchRow
 from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.config.choices import LossOn
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import KERNELS
 from mixlora_exp.training.saved_bytes import saved_bytes, storages_of
 
 
@@ -54,7 +55,8 @@ def _check(options: BytesOptions) -> None:
     if not 0 <= options.dropout < 1:
         raise UserError(f"dropout={options.dropout} must be in [0, 1)")
     for name in options.rows:
-        if name not in ROWS or ROWS[name].compiled or ROWS[name].kernel == "triton":
+        row = ROWS.get(name)
+        if row is None or row.compiled or KERNELS[row.kernel].device == "cuda":
             raise UserError(f"rows={name} is not valid: choose rows that run eagerly on a CPU")
 
 
