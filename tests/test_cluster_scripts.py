@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.command import compose
 from mixlora_exp.runs.parallel import refusal
 
@@ -83,7 +84,7 @@ def test_each_line_of_the_list_composes(capsys: pytest.CaptureFixture[str]) -> N
     assert main([str(FOLDER / "runs.txt"), "--dry-run"]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [compose(command[2:]).method.name for command in commands] == [
-        "lora", "dora", "mixlora", "mixdora",
+        *PAPER_METHODS,
     ]  # fmt: skip
     assert {tuple(command[:2]) for command in commands} == {(sys.executable, "train.py")}
 

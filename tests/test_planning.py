@@ -14,6 +14,7 @@ from composed import compose
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.command import compose_cell
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import open_session
@@ -29,7 +30,7 @@ from mixlora_exp.results.paper import MODEL_TITLES
 from mixlora_exp.results.tables.sizes import percentages
 from mixlora_exp.training import fit
 
-METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]
+METHODS = ["none", *PAPER_METHODS]
 MIXTURES = {
     "mola": 105_635_840,
     "loramoe": 51_314_688,

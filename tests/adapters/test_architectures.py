@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter, set_kernel
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.schema import ModelConfig, ModelSource
 from mixlora_exp.models import load_model
 from mixlora_exp.models.parameters import count_parameters
@@ -40,7 +41,7 @@ KINDS = {
     },
 }  # fmt: skip
 SMALL = ["method.rank=2", "method.alpha=4"]
-METHODS = ("lora", "dora", "mixlora", "mixdora")
+METHODS = PAPER_METHODS
 KIND = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter, set_kernel
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.adapters.mixed_adapters import load_adapters
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.kernels import is_quantized, matrix_of, quantized
 from mixlora_exp.models import load_model
 from mixlora_exp.models.quantization import quantization_options
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 KINDS = ["nf4", "int8", "int8_torchao"]
 # bitsandbytes' own forward pass needs widths in multiples of 32 on some CPUs.
 TINY = ["model=tiny", "model.config={intermediate_size: 192}"]
-METHODS = ["lora", "dora", "mixlora", "mixdora", "moslora", "pissa"]
+METHODS = [*PAPER_METHODS, "moslora", "pissa"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Every two of kind, dtype and method meet; the other triples are slow.
 TRIPLES = [

@@ -13,12 +13,13 @@ from composed import compose
 from safetensors import SafetensorError
 
 from mixlora_exp.adapters import MixLoraFeedForward, attach_adapter, load_adapter, save_adapter
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASE = "base_model.json"
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
+METHODS = PAPER_METHODS
 
 
 def attach(method: str, seed: int = 0, *overrides: str):

@@ -13,6 +13,7 @@ from mixlora_exp.bench.model import base_model, model_config
 from mixlora_exp.bench.several_memory import account, resident
 from mixlora_exp.bench.several_report import several_markdown
 from mixlora_exp.bench.several_steps import AdapterOptions, Joint
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.kept import kept_by_layer
@@ -25,12 +26,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "mixlora", "mixdora", "mixed"])
+@pytest.mark.parametrize("kind", [*PAPER_METHODS, "mixed"])
 def test_memory_per_model_falls_as_the_base_is_shared(kind: str) -> None:
     """Within two points of (base / M + a) / (base + a), and by items that are counted."""
     found = account(AdapterOptions(**TINY, method=kind))
     one = found["rows"]["1"]
-    methods = ["lora", "dora", "mixlora", "mixdora"] if kind == "mixed" else [kind]
+    methods = PAPER_METHODS if kind == "mixed" else [kind]
     method = compose([f"method={methods[0]}"]).method
     counted = count_parameters(compose(["model=tiny"]).model, method)
     assert one["bytes"]["base"] == 4 * counted.base
@@ -45,7 +46,7 @@ def test_memory_per_model_falls_as_the_base_is_shared(kind: str) -> None:
             assert row["infer"] < one["infer"]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_the_plan_of_a_packed_pass_is_what_autograd_keeps(method: str) -> None:
     """Per token and layer, several adapters in one pass."""
     kept = {}

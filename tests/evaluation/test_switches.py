@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.schema import ArcLabels, DataConfig, EvaluationConfig, Protocol
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.evaluation import TaskScore, score_tests
@@ -24,7 +25,7 @@ def score(
     return found
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_dropout_in_evaluation_is_drawn_from_the_seed(
     method: str, make_model: Make, data: DataConfig, items: Make, scorer: Make
 ) -> None:

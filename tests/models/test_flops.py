@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.models import load_model
 from mixlora_exp.models.flops import count_flops
@@ -58,7 +59,7 @@ def test_the_base_model(base: int) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "lora", "dora", "mixlora", "mixdora", "mola", "loramoe", "hydralora", "adamole",
+        *PAPER_METHODS, "mola", "loramoe", "hydralora", "adamole",
         "goat num_experts=2", "moslora",
         "lora targets=[q_proj,down_proj]", "mixdora targets=[q_proj,up_proj]",
         "mixlora expert_rank=5 top_k=3", "mola router=uniform",

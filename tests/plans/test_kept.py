@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.schema import Config, LossOn
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
@@ -103,7 +104,7 @@ def small(*words: str) -> Config:
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_within_two_percent(method: str, kernel: str, dropout: float, dtype: torch.dtype) -> None:
     """Per token; masks of `reference` are those of a GPU, a byte per element, not the fewer of a
     CPU. Stock DoRA with dropout keeps a copy of each frozen weight in bf16 too."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from composed import compose
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import Config
 from mixlora_exp.models.parameters import count_parameters
@@ -78,7 +79,7 @@ def test_there_are_rows_of_each_stock_method() -> None:
     assert found >= {("lora", "peft"), ("dora", "peft"), ("mixlora", "peft")}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_a_runs_peak_within_ten_percent(method: str) -> None:
     """With the optimizer, over whole steps of a 7B model, beside examples of the longest length."""
     record = json.loads(TRAINED.read_text())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from table_cells import PAPER, bench_record
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.results import series
 from mixlora_exp.results.build import gather
 
@@ -98,7 +99,7 @@ def latencies(results: Path) -> dict[str, float]:
 
 
 def test_figure_4c_takes_a_record_that_has_lora(add: Write, results: Path) -> None:
-    for method in ("lora", "dora", "mixlora", "mixdora"):
+    for method in PAPER_METHODS:
         add(method, 0.4, f"method={method}")
     bench_record(results / "bench", "a-again", rows_of("dora", "mixlora", "mixdora"))
     assert latencies(results) == {}

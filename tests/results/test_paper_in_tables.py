@@ -10,9 +10,10 @@ import pytest
 from composed import compose
 from table_cells import PAPER, block, row
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.results.build import gather
-from mixlora_exp.results.paper import METHODS, MIXTURES, TASK_TITLES, contradictions, read_paper
+from mixlora_exp.results.paper import MIXTURES, TASK_TITLES, contradictions, read_paper
 from mixlora_exp.results.tables.accuracy_tables import ABLATION, MULTI, SINGLE
 from mixlora_exp.tasks import TASKS
 
@@ -152,7 +153,7 @@ def test_paper_s_averages_are_those_of_its_cells_elsewhere() -> None:
 
 def test_columns_and_lines_are_those_of_the_paper() -> None:
     columns = {1: SINGLE, 2: MULTI, 5: MULTI, 8: ABLATION, 9: ABLATION}
-    methods = {1: METHODS, 2: METHODS, 5: METHODS, 8: MIXTURES, 9: MIXTURES}
+    methods = {1: PAPER_METHODS, 2: PAPER_METHODS, 5: PAPER_METHODS, 8: MIXTURES, 9: MIXTURES}
     for number, tasks in columns.items():
         printed = read_paper(PAPER, number)
         assert printed.tasks == tasks

@@ -15,6 +15,7 @@ from composed import compose
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.resolve import fingerprint, to_dict
 from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Config
@@ -25,7 +26,7 @@ from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.plan import plan
 from mixlora_exp.runs import run as experiment
 
-METHODS = ["none", "lora", "dora", "mixlora", "mixdora"]
+METHODS = ["none", *PAPER_METHODS]
 VARIANTS = [(f"method={method}",) for method in METHODS]
 VARIANTS += [("model=tiny_gemma", "method=mixdora"), ("model=tiny_gemma", "method=none")]
 BOTH = ("evaluation.protocols=[label_logits,answer_text]", "evaluation.before_training=true")

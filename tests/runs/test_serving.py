@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli import generate as generation
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 from mixlora_exp.serving import answer
@@ -27,7 +28,7 @@ from mixlora_exp.serving.text_generation import continuations
 from mixlora_exp.system.exit_codes import guarded
 
 WORDS = ["model=tiny", "trainer.precision=float32"]
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
+METHODS = PAPER_METHODS
 PROMPTS = ["Question: Which of these?\nAnswer:", "Is it true?", "The moon goes around the earth"]
 
 

@@ -14,6 +14,7 @@ from composed import compose
 from safetensors.torch import load_file
 
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
@@ -114,7 +115,7 @@ def test_an_experiment_file_with_a_list(tmp_path, capsys) -> None:
     assert execute(command) == 0
     before = records(tmp_path)
     assert {r["config"]["method"]["name"] for r in before.values()} == {
-        "lora", "dora", "mixlora", "mixdora",
+        *PAPER_METHODS,
     }  # fmt: skip
     capsys.readouterr()
     assert execute(command) == 0

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.command import compose
 from mixlora_exp.models import load_model
 
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
+METHODS = PAPER_METHODS
 
 
 def save_all(folder: Path) -> None:

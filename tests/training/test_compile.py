@@ -7,6 +7,7 @@ import torch
 from host_reads import host_reads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.kernels import RowIds, dropout
 from mixlora_exp.training import compiled
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -95,7 +96,7 @@ def test_more_graphs_than_allowed_run_eagerly(train, traced, monkeypatch, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_fifty_steps_compiled_to_the_end(train, method) -> None:
     words = [f"method={method}", "trainer.max_steps=50", "trainer.logging_steps=1"]
     eager = train(*words)

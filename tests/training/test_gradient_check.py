@@ -16,6 +16,7 @@ from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.adapters.mixed_adapters import plain_parameters_of, routed_layers_of
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import MIXTURES, ROUTERS, Routing
@@ -25,7 +26,7 @@ from mixlora_exp.training.gradient_check import check_gradients_flow
 from mixlora_exp.training.router_decisions import predicting
 
 METHODS = [
-    *("lora", "dora", "mixlora", "mixdora", *MIXTURES),
+    *(*PAPER_METHODS, *MIXTURES),
     *("lora_r32", "lora_r128", "mixlora_one_expert"),
 ]
 SMALL = ["experiment=smoke", "data.train_limit=8", "trainer.max_steps=1", "trainer.batch_size=8"]

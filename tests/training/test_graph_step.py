@@ -8,6 +8,7 @@ import torch
 from stand_in_recorder import StandIn
 from torch import Tensor
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.command import compose
 from mixlora_exp.training import graph_step
 from mixlora_exp.training.cuda_graphs import CapturedPass, Recorder, StaticGradients
@@ -27,7 +28,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return made
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_losses_and_weights_are_those_of_eager_training(train, stand_in, method) -> None:
     words = [f"method={method}", *FEW, *TWO]
     eager = train(*words)

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Ol
 
 from mixlora_exp.adapters import MixLoraConfig, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
-from mixlora_exp.config.choices import Head
+from mixlora_exp.config.choices import PAPER_METHODS, Head
 from mixlora_exp.kernels import DropoutKey, DropoutStream
 from mixlora_exp.training import last_layer
 from mixlora_exp.training.last_layer import last_layer_at_kept_rows
 from mixlora_exp.training.losses import single_loss
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
+METHODS = PAPER_METHODS
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 50, "use_cache": False,

@@ -12,9 +12,10 @@ from peft.tuners.lora import LoraLayer
 
 from mixlora_exp.adapters import load_adapter, save_adapter
 from mixlora_exp.adapters.linear import FusedLinear
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.models import load_model
 
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
+METHODS = PAPER_METHODS
 
 
 @pytest.mark.parametrize("method", METHODS)

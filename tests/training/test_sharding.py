@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.models import load_model
 from mixlora_exp.system.device import processes
 from mixlora_exp.training.sharding import shard_frozen
@@ -106,7 +107,7 @@ def test_shards_compute_and_save_what_the_whole_model_does(tmp_path: Path, capfd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize("method", PAPER_METHODS)
 def test_a_sharded_run_is_that_of_one_process(method: str, tmp_path: Path) -> None:
     words = [word.replace("ddp", "fsdp") for word in UNEVEN] + [f"method={method}"]
     assert train_in(1, [*words, f"output_dir={tmp_path / 'alone'}"]) == [0]

@@ -13,14 +13,14 @@ import pytest
 import torch
 from composed import compose
 
-from mixlora_exp.config.choices import Order
+from mixlora_exp.config.choices import PAPER_METHODS, Order
 from mixlora_exp.data.encoding import Example
 from mixlora_exp.data.sampler import sampler_of
 from mixlora_exp.errors import UserError
 from mixlora_exp.training import MixLoraTrainer
 from mixlora_exp.training.steps import optimizer_steps
 
-METHODS = ["lora", "dora", "mixlora", "mixdora"]
+METHODS = PAPER_METHODS
 Train = Callable[..., Any]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixlora_exp.config.choices import Compile
+from mixlora_exp.config.choices import PAPER_METHODS, Compile
 from mixlora_exp.kernels import KERNELS, MIXTURES, ROUTERS, make_router
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ row("base", method="base", every=2)
 # `*_compiled` and `*_graph`: with `trainer.compile=layer` and `graph`, where there is a GPU.
 for _compile, _name in ((Compile.layer, "compiled"), (Compile.graph, "graph")):
     row(f"floor_{_name}", method="floor", compile=_compile)
-    for _method in ("lora", "dora", "mixlora", "mixdora"):
+    for _method in PAPER_METHODS:
         row(f"{_method}_triton_{_name}", method=_method, kernel="triton", compile=_compile)
 
 # A kernel without a line above has a row as well; the definition by loops would take hours.

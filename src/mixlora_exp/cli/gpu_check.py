@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.cli.parser import Parser
-from mixlora_exp.config.choices import Quantization
+from mixlora_exp.config.choices import PAPER_METHODS, Quantization
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import Config
@@ -49,7 +49,7 @@ from mixlora_exp.training import fit
 
 STEPS, SAVED, FEW, ITEMS, NEW_TOKENS = 20, 10, 5, 16, 16
 NF4 = Quantization.nf4
-OTHERS = ("lora", "dora", "mixdora")
+OTHERS = tuple(name for name in PAPER_METHODS if name != "mixlora")
 WORDS = (
     "model=llama2_7b", "model.weights=random", "data=embedded", "task=arc_e",
     "data.train_limit=320", f"trainer.save_steps={SAVED}", "trainer.logging_steps=1",

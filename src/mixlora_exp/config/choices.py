@@ -9,6 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+PAPER_METHODS = ("lora", "dora", "mixlora", "mixdora")
+"""The methods of arXiv 2404.15159, in the order of its tables."""
+
 
 class ModelSource(Enum):
     """Source of a model's weights if neither `path` nor `weights=random` is given."""

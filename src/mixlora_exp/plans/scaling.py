@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mixlora_exp.config.choices import Quantization
+from mixlora_exp.config.choices import PAPER_METHODS, Quantization
 from mixlora_exp.config.command import compose
 from mixlora_exp.plans.cards import CARDS, Fit, fits
 from mixlora_exp.plans.memory import usable_bytes
@@ -12,7 +12,6 @@ from mixlora_exp.plans.memory import usable_bytes
 __all__ = ["page"]
 
 MODELS = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
-METHODS = ("lora", "dora", "mixlora", "mixdora")
 TEXT = """\
 # What fits which card
 
@@ -56,7 +55,7 @@ def _row(model: str, method: str) -> str:
 def page() -> str:
     """Return the text of docs/scaling.md."""
     titles = " | ".join(f"{size} GB" for size in CARDS)
-    rows = [_row(model, method) for model in MODELS for method in METHODS]
+    rows = [_row(model, method) for model in MODELS for method in PAPER_METHODS]
     table = [f"| model | method | {titles} |", "| --- " * (2 + len(CARDS)) + "|", *rows]
     return TEXT.format(table="\n".join(table))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.paths import CONF_DIR, RESULTS
 from mixlora_exp.config.resolve import to_dict
@@ -24,7 +25,7 @@ from mixlora_exp.records.objections import objections
 from mixlora_exp.records.record import write_text
 from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
 from mixlora_exp.results.findings import contrasts
-from mixlora_exp.results.paper import METHOD_TITLES, METHODS
+from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
     EVALUATION_FIELDS,
@@ -66,7 +67,7 @@ def _defaults() -> tuple[dict[str, dict[str, Config]], dict[str, ModelConfig]]:
     by_method = {
         preset: {
             m: compose([f"method={m}", "model=llama2_7b", f"preset={preset}"])
-            for m in (*METHODS, "none")
+            for m in (*PAPER_METHODS, "none")
         }
         for preset in PRESETS
     }
@@ -116,7 +117,7 @@ def _chosen(
 def _of_other_methods(runs: Sequence[RecordedRun]) -> dict[str, LeftOut]:
     """Return runs, by name, of methods that the paper does not have, such as one with another
     router."""
-    known = ", ".join(METHODS)
+    known = ", ".join(PAPER_METHODS)
     return {
         run.name: LeftOut(run.name, f"method={run.method} is not in the paper's tables ({known})")
         for run in runs

@@ -16,8 +16,6 @@ METHOD_TITLES = {
     "mixlora": "MixLoRA",
     "mixdora": "MixDoRA",
 }
-METHODS = tuple(name for name in METHOD_TITLES if name != "none")
-"""The paper's methods, in the order of its tables."""
 MIXTURES = ("mixlora", "mixdora")
 """The methods with experts: the only ones whose settings Tables 8 and 9 vary."""
 MODEL_TITLES = {

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.results.cells import Blocks, Standards, block_title, deviations
-from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES, TASK_TITLES, read_paper
+from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES, read_paper
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.parts import AVERAGE, Entry, Table
 
@@ -66,7 +67,7 @@ def _times(record: Mapping[str, Any]) -> dict[str, float]:
     rows = record["rows"]
     return {
         METHOD_TITLES[method]: rows[method]["infer_forward_us_per_token"]
-        for method in METHODS
+        for method in PAPER_METHODS
         if "infer_forward_us_per_token" in rows.get(method, ())
     }
 

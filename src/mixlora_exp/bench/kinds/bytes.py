@@ -20,7 +20,7 @@ from mixlora_exp.bench.model import base_model, model_config, model_of
 from mixlora_exp.bench.options import BenchOptions, as_json, require_dtype, require_positive
 from mixlora_exp.bench.row_registry import BASELINE, ROWS, BenchRow
 from mixlora_exp.bench.runner import Kind, echo
-from mixlora_exp.config.choices import LossOn
+from mixlora_exp.config.choices import PAPER_METHODS, LossOn
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import KERNELS
 from mixlora_exp.training.saved_bytes import saved_bytes, storages_of
@@ -38,9 +38,7 @@ class BytesOptions(BenchOptions):
     answer: int = 8
     dtype: str = "bfloat16"
     dropout: float = 0.05
-    rows: list[str] = field(
-        default_factory=lambda: [BASELINE, "dora_peft", "lora", "dora", "mixlora", "mixdora"]
-    )
+    rows: list[str] = field(default_factory=lambda: [BASELINE, "dora_peft", *PAPER_METHODS])
     seed: int = 0
 
 

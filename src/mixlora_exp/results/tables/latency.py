@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_record
 from mixlora_exp.results.headings import told_apart
-from mixlora_exp.results.paper import METHOD_TITLES, METHODS, MODEL_TITLES, read_paper
+from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
 from mixlora_exp.results.runs import LeftOut
 from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, paper
 from mixlora_exp.results.tables.registry import PAPER, Made, Sources, table
@@ -243,7 +244,7 @@ def _of_one_shape(blocks: Sequence[Block], details: Sequence[Mapping[str, Any]])
     return dataclasses.replace(blocks[0], rows=tuple(rows), notes=notes)
 
 
-SUMMARY = tuple(METHOD_TITLES[method] for method in METHODS)
+SUMMARY = tuple(METHOD_TITLES[method] for method in PAPER_METHODS)
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> Block:
@@ -257,7 +258,7 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Block:
     for label, record in sorted(best.items()):
         base, cells = record["rows"].get("lora_peft"), []
         source = (f"bench/{record['name']}.json",)
-        found = [_fastest(record["rows"], method) for method in METHODS]
+        found = [_fastest(record["rows"], method) for method in PAPER_METHODS]
         cells = [_percent(_time_ratio(row, base, "train")) for row in found]
         cells += [number(_ratio(row, base, "train_peak_memory_bytes")) for row in found]
         cells.append(number(_scaled((base or {}).get("train_peak_memory_bytes"), 1e-9), 2))
@@ -279,7 +280,7 @@ def _fastest(rows: Mapping[str, Any], method: str) -> Mapping[str, Any]:
 
 
 def _completeness(record: Mapping[str, Any]) -> tuple[int, int, str]:
-    methods = sum("train_ratio" in _fastest(record["rows"], method) for method in METHODS)
+    methods = sum("train_ratio" in _fastest(record["rows"], method) for method in PAPER_METHODS)
     return methods, record["config"].get("rounds") or 0, record["name"]
 
 

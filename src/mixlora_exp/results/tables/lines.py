@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.results.data_facts import reference
-from mixlora_exp.results.paper import METHOD_TITLES, METHODS, TOLERANCE, PaperTable
+from mixlora_exp.results.paper import METHOD_TITLES, TOLERANCE, PaperTable
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics.estimates import compare, estimate
 from mixlora_exp.results.statistics.parts import TaskMean
@@ -216,7 +217,7 @@ def single_multi(
     spec, members = context.spec, context.members
     if "MT" not in spec.setups or "ST" not in spec.setups:
         return
-    for method in METHODS:
+    for method in PAPER_METHODS:
         title, (single, multi) = METHOD_TITLES[method], (Variant(method, s) for s in ("ST", "MT"))
         given = lines.get(single), lines.get(multi)
         if given[0] is not None and given[1] is not None and given[0][0] and given[1][0]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.results.cells import Standards
-from mixlora_exp.results.paper import METHOD_TITLES, METHODS
+from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.runs import RecordedRun
 
 
@@ -50,7 +51,7 @@ class AccuracySpec:
     values: tuple[str, ...] = ("",)
     default: str = ""
     """The value of Table 3, with which the others are compared."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = PAPER_METHODS
     others: bool = True
     """Whether the table includes models that are not in the paper."""
     params: Callable[[str, Variant], tuple[float, float] | None] = lambda model, variant: None
