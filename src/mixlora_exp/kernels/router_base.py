@@ -51,6 +51,8 @@ class Router(ABC):
     """False if every row gives all experts the same weight."""
     roles: ClassVar[Mapping[str, str]] = {"": "A"}
     """Which of LoRA+'s two learning rates the weights have, by their names: that of A or of B."""
+    single: ClassVar[bool] = False
+    """True if a row gets one expert at most, whatever `top_k` is."""
     block_options: ClassVar[tuple[str, ...]] = ()
     """Options that act on a feed-forward block alone, not on a single linear layer."""
 

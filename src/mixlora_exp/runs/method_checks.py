@@ -25,7 +25,7 @@ from mixlora_exp.system.hub import adapter_folder
 
 def check_method(config: Config) -> None:
     """Refuse a method that does not fit the model or the run's length, does not know one of its
-    options, or has a router that no loss trains.
+    options, or has a router that no loss trains or that ignores its K.
 
     Raises:
         UserError: it is one of these.
@@ -69,9 +69,15 @@ def _check_packing(config: Config) -> None:
 
 
 def _check_routers(config: Config) -> None:
-    """Refuse routers that learn nothing."""
+    """Refuse routers that learn nothing, and a K that a router with one expert per row would not
+    read."""
     method = config.method
     for layer, router in enumerate(routers_of(config.model, method)):
+        if router.single and router.top_k > 1:
+            raise UserError(
+                f"method.top_k={method.top_k}: router={word(method.router)} gives a token one "
+                "expert: set method.top_k=1"
+            )
         if router.trained and method.router_loss_coef == 0 and not router.learns_with(router.slots):
             raise UserError(
                 f"method.router_loss_coef=0: the router of layer {layer} would learn nothing, "

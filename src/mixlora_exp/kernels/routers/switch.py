@@ -28,13 +28,14 @@ class Switch(SoftmaxRouter):
     nothing.
 
     Loss: E sum_e F_e P_e with the share F_e of rows that prefer e, before any is dropped; 1 at
-    balance. `top_k` and `router_loss` are not read.
+    balance. `top_k` and `router_loss` are not read; a run refuses a `top_k` above 1.
 
     What moe-peft trains: `capacity` above 0: C, of each expert in each sequence of the batch and
     not of all of it, in which padding takes places; skip: rows without a place get p_e x in place
     of the feed-forward block, x its input; padding_in_loss: padding counts in both losses.
     """
 
+    single = True
     block_options = ("skip",)
     normalise: bool = False
     z_loss: float = 1e-3
