@@ -209,6 +209,8 @@ def test_partial_targets(model_of, batch, targets, parts) -> None:
     [
         pytest.param({"top_k": 5}, r"top_k=5 .*num_experts=4", id="more experts chosen than are"),
         pytest.param({"top_k": 0}, r"top_k=0", id="no expert chosen"),
+        pytest.param({"top_k": [1, 2]}, r"top_k=\[1, 2\] must be in", id="chosen by layer"),
+        pytest.param({"num_experts": [2, 4]}, "the same for all layers", id="experts by layer"),
         pytest.param({"r": 0}, r"r\b.*0", id="no rank"),
         pytest.param({"lora_dropout": 1.0}, "lora_dropout=1.0", id="everything dropped"),
         pytest.param({"router_loss_coef": -0.1}, "router_loss_coef=-0.1", id="rewards imbalance"),

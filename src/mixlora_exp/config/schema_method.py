@@ -125,13 +125,16 @@ class MixtureSettings:
     ranges, shared by Hydra (`MixLoraMethodConfig`) and PEFT (`MixLoraConfig`)."""
 
     num_experts: int = setting(
-        8, "Experts per feed-forward block (E).", "must be >= 1", lambda value, _: value >= 1
+        8,
+        "Experts per feed-forward block (E).",
+        "must be a whole number >= 1, the same for all layers",
+        lambda value, _: type(value) is int and value >= 1,
     )
     top_k: int = setting(
         2,
         "Experts per token (K); routers that choose their number do not read it.",
         "must be in [1, num_experts={num_experts}]",
-        lambda value, all: 1 <= value <= all.num_experts,
+        lambda value, all: type(value) is int and 1 <= value <= all.num_experts,
     )
     router: Router = setting(Router.top_k, "How experts are chosen.")
     router_options: dict[str, Any] = setting(
