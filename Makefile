@@ -68,7 +68,7 @@ bench: bench-methods  ## measure time and memory of a step of each method on thi
 	$(BIN)/python scripts/bench.py kind=adapters model=smollm2_135m method=mixed
 
 # A record of its own, about half an hour: the other rows would take twice as long beside these.
-bench-methods: $(STAMP)  ## measure a step of every mixture and of MixLoRA with every router
+bench-methods: $(STAMP)  ## measure a step of every method and router
 	$(BIN)/python scripts/bench.py model=smollm2_135m name=methods-smollm2_135m \
 		'rows=[lora_peft,lora,mixlora,methods]' $(OPTIONS)
 

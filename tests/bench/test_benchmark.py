@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from mixlora_exp.bench.batch import batch_of
 from mixlora_exp.bench.interleaved import interleaved, summary
 from mixlora_exp.bench.kinds.steps import benchmark_parts, check
+from mixlora_exp.bench.measure import inference_step, step_loss, training_step
 from mixlora_exp.bench.model import adapted, base_model, model_config
 from mixlora_exp.bench.options import StepOptions
 from mixlora_exp.bench.report import markdown, paper_rows
@@ -21,8 +23,10 @@ from mixlora_exp.bench.row_registry import BUILDERS, ROWS
 from mixlora_exp.bench.row_registry import row as register
 from mixlora_exp.bench.runner import Kind, kind_of, measure, run_benchmark
 from mixlora_exp.cli.main import main
+from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import MIXTURES, ROUTERS
+from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.records.record import read_record
 from mixlora_exp.training.saved_bytes import saved_bytes
 
@@ -58,10 +62,36 @@ def test_every_row_is_measured_or_says_why_not(result: dict) -> None:
     )
 
 
+CONFIGURED = [name for name, row in ROWS.items() if row.configured]
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_row_of_another_method_has_its_settings(name: str) -> None:
+    """And steps: each parameter that a run trains gets a gradient, and no other one."""
+    config = model_config("tiny", None)
+    base = base_model(config, torch.float32, "cpu", 0)
+    row, method = ROWS[name], compose([f"method={name}"]).method
+    ranks = getattr(method, "peft", {})
+    assert row.rank == ranks.get("r", ranks.get("init_r", getattr(method, "rank", None)))
+    model = adapted(base, row, 0.05, 0)
+    options = StepOptions(**SMALL, rows=[name])
+    made = batch_of(options, config.config["vocab_size"], "cpu")
+    model.train()
+    step_loss(model, row, made).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == count_parameters(config, method).trainable
+    assert all(p.grad.abs().max() > 0 for p in trained.values())
+    training_step(model, row, made)
+    assert inference_step(model, row, made) > 0
+    dropouts = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p}
+    assert dropouts == (set() if name in ("vera", "fedpara", "hira") else {0.05})
+
+
 # Some twenty models; `make bench-methods` measures the same rows.
 @pytest.mark.slow
 def test_a_row_for_each_mixture_and_router_if_it_is_named() -> None:
     names = [*(f"mixlora_{name}" for name in ROUTERS if name != "top_k"), *MIXTURES]
+    names += ["rslora", "lora_plus", "lora_fa", "vera", "adalora", "fedpara", "hira"]
     assert set(names) <= set(ROWS)
     assert not set(names) & set(StepOptions().rows)
     config = StepOptions(**{**SMALL, "model": "smollm2_135m", "layers": 1, "length": 4}, rounds=1,
@@ -71,7 +101,8 @@ def test_a_row_for_each_mixture_and_router_if_it_is_named() -> None:
     for name in names:
         assert found[name]["train_forward_us_per_token"] > 0
         assert found[name]["feed_forward_saved_bytes_per_token"] > 0
-        assert found[name]["rank"] == (80 if found[name]["num_experts"] == 1 else 16)
+        one = found[name]["num_experts"] == 1 or found[name]["configured"]
+        assert found[name]["rank"] == (found[name]["own_rank"] or (80 if one else 16))
 
 
 def test_every_step_has_its_turn_in_each_round_in_another_order() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from enum import Enum
+from functools import lru_cache
 from typing import get_type_hints
 
 import torch
@@ -13,13 +15,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as transformers_initialization
 
-from mixlora_exp.adapters import MixLoraConfig, MixtureConfig, set_kernel
+from mixlora_exp.adapters import MixLoraConfig, MixtureConfig, attach_adapter, set_kernel
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.mixed_adapters import peft_warnings_ignored
 from mixlora_exp.bench.row_registry import BUILDERS, ROWS, BenchRow
 from mixlora_exp.config.architecture import read_architecture
 from mixlora_exp.config.paths import CONF_DIR
-from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
+from mixlora_exp.config.schema import (
+    ATTENTION_TARGETS,
+    FEED_FORWARD_TARGETS,
+    Config,
+    ModelConfig,
+    PeftMethodConfig,
+)
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import MIXTURES, DropoutStream
 from mixlora_exp.models import build_hf_config
@@ -104,6 +112,31 @@ def peft_config(row: BenchRow, dropout: float) -> LoraConfig:
     return LoraConfig(**common)
 
 
+@lru_cache
+def settings_of(method: str, kernel: str, dropout: float) -> Config:
+    """Return a configuration with a method of conf/method/, and this dropout where its file has
+    one."""
+    # Imported late: machines of the GPU suite may have no Hydra.
+    from mixlora_exp.config.command import compose
+
+    config = compose([f"method={method}", f"kernel={kernel}"])
+    if isinstance(own := config.method, PeftMethodConfig):
+        changed = {name: dropout for name in own.peft if name.endswith("_dropout")}
+        return replace(config, method=replace(own, peft={**own.peft, **changed}))
+    return replace(config, method=replace(own, dropout=dropout))
+
+
+def _with_adapter(model: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> PeftModel:
+    """Return `model` with a row's adapter as it starts."""
+    if row.configured:
+        config = settings_of(row.method, row.kernel, dropout)
+        return attach_adapter(model, config.method, config.kernel, seed)
+    torch.manual_seed(seed)
+    made: PeftModel = get_peft_model(model, peft_config(row, dropout))
+    set_kernel(made, row.kernel)
+    return made
+
+
 def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
     """Return the model of a row on the weights of `base`. B is not left at zero, so that no product
     of the row is with zeros. Rows `base` and `floor` have no adapter. Dropout of this project's
@@ -111,11 +144,9 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
     model = sharing(base)
     if row.method in ("base", "floor"):
         return model
-    torch.manual_seed(seed)
     # Drawn where they stay: a host takes seconds for the adapters of seven billion weights.
     with peft_warnings_ignored(), base.device:
-        made: PeftModel = get_peft_model(model, peft_config(row, dropout))
-    set_kernel(made, row.kernel)
+        made = _with_adapter(model, row, dropout, seed)
     with torch.no_grad():
         if made.peft_config["default"].inference_mode:
             made.peft_config["default"].inference_mode = False
@@ -126,7 +157,7 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
         for name, parameter in made.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if "lora_B" in name:
+            if "lora_B" in name or (row.configured and not parameter.any()):
                 parameter.normal_(0, 0.02)
             if row.adapter_dtype == "base":
                 parameter.data = parameter.data.to(base.dtype)

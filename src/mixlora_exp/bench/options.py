@@ -19,7 +19,8 @@ def usual_rows() -> list[str]:
 
 
 ALL_NAMED = "methods"
-"""Stands in `rows` for every mixture in linear layers and MixLoRA with every other router."""
+"""Stands in `rows` for every mixture in linear layers, MixLoRA with every other router, and the
+methods beside LoRA that are no mixtures."""
 
 
 @dataclass(slots=True, kw_only=True)

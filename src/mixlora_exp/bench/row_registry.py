@@ -20,6 +20,8 @@ class BenchRow:
 
     method: lora, dora, mixlora, mixdora or a mixture in linear layers; `base` is the frozen model's
     forward pass alone and `floor` that and its input gradient, below which no adapter can get.
+    `configured`: the method is any other of conf/method/, at its settings there; `own_rank`: that
+    of the file, where it is not 80.
     `adapter_dtype`: float32 as PEFT sets it up, or `base`, that of the frozen weights. `head`: how
     the loss is computed (`training.head`; `full` is transformers' own). `autocast`: to bf16 beside
     a base in bf16, as a Trainer with `bf16=True` has it. `all_logits`: computed for every position,
@@ -40,6 +42,8 @@ class BenchRow:
     all_logits: bool = False
     compile: Compile = Compile.off
     every: int = 1
+    configured: bool = False
+    own_rank: int | None = None
     if_named: bool = False
 
     @property
@@ -55,6 +59,8 @@ class BenchRow:
     @property
     def rank(self) -> int:
         """Rank of the adapters, after Table 3: 80 for one LoRA, 16 for each of eight experts."""
+        if self.own_rank is not None:
+            return self.own_rank
         several = self.mixture or self.linear_mixture
         return 16 if several and self.num_experts > 1 else 80
 
@@ -168,6 +174,13 @@ for _name, _mixture in MIXTURES.items():
         _experts["top_k"] = make_router(_mixture.router, _experts, {}).slots
         _experts["router"] = _mixture.router
     row(_name, method=_name, kernel="exact", if_named=True, **_experts)
+
+# LoRA trained in other ways: its step differs by the scale (rsLoRA), not at all (LoRA+), and by A's
+# gradient (LoRA-FA); and PEFT's own types.
+for _name in ("rslora", "lora_plus", "lora_fa"):
+    row(_name, method=_name, kernel="exact", configured=True, if_named=True)
+for _name, _rank in {"vera": 256, "adalora": 12, "fedpara": 16, "hira": 32}.items():
+    row(_name, method=_name, configured=True, own_rank=_rank, if_named=True)
 
 METHODS = tuple(
     name
