@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from composed import compose
@@ -94,3 +96,36 @@ def test_routers_that_choose_how_many(method: str, router: str, base: int) -> No
     assert 1 <= mean < 8
     expected = TOKENS * count_flops(config.model, config.method, mean).adapter
     assert found == pytest.approx(expected, abs=TOKENS)
+
+
+SIDES = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 176), (64, 176), (176, 64)]
+"""Widths of the seven projections of the tiny model, which has two layers."""
+
+
+@pytest.mark.parametrize(
+    ("words", "formula"),
+    [
+        ("vera method.peft.r=16", lambda inner, outer: 2 * 16 * (inner + outer)),
+        ("adalora method.peft.init_r=5 method.peft.target_r=2",
+         lambda inner, outer: 2 * 5 * (inner + outer)),
+        # The matrices are made once in a pass; rows are multiplied with them.
+        ("fedpara method.peft.r=4", lambda inner, outer: 2 * inner * outer),
+        ("hira method.peft.r=4", lambda inner, outer: 2 * inner * outer),
+        ("peft method.peft_type=IA3", lambda inner, outer: 0),
+        ("peft method.peft_type=FOURIERFT", None),
+        ("peft method.peft_type=WAVEFT method.peft={n_frequency:50}", None),
+    ],
+)  # fmt: skip
+def test_pefts_own_types(words: str, formula: Callable[[int, int], int] | None) -> None:
+    config = compose(["model=tiny", *f"method={words}".split()])
+    expected = None if formula is None else 2 * sum(formula(*sides) for sides in SIDES)
+    assert count_flops(config.model, config.method).adapter == expected
+
+
+def test_pefts_own_types_as_in_a_whole_pass(base: int) -> None:
+    """Of AdaLoRA nothing is computed once in a pass."""
+    config = compose(["model=tiny", "method=adalora"])
+    model = load_model(config.model, torch.float32)
+    model.set_attn_implementation("eager")
+    model = attach_adapter(model, config.method, config.kernel, config.seed)
+    assert counted(model) - base == TOKENS * count_flops(config.model, config.method).adapter

@@ -23,8 +23,8 @@ from mixlora_exp.models.skeleton import skeleton_of
 
 class Flops(NamedTuple):
     """Two per multiplied pair of numbers. `base`: all linear layers of the model alone, the output
-    projection among them; `adapter`: what the method adds, None for PEFT's own types, some of which
-    build a whole weight."""
+    projection among them; `adapter`: what the method adds, None for types of PEFT that
+    `peft_flops` cannot count."""
 
     base: int
     adapter: int | None
@@ -34,7 +34,7 @@ def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None 
     """Return the FLOPs of matrix products per token in the kernels that share the frozen products
     (all but `reference`, `peft` and `shared`). The products of attention are not in it, which grow
     with the number of tokens and are the same for every method; nor are norms of DoRA, computed
-    once per optimizer step.
+    once per optimizer step, nor what PEFT's own types compute once in a pass (`peft_flops`).
 
     A mixture in linear layers multiplies with all of its experts, MixLoRA with those that a token
     has. experts: how many these are, None for as many as the router allows.
@@ -47,8 +47,13 @@ def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None 
     base = 2 * sum(linear.in_features * linear.out_features for linear in linears)
     if isinstance(method, LinearMixtureMethodConfig):
         return Flops(base, 2 * mixture_parameters(built, method).matrices)
+    if isinstance(method, PeftMethodConfig):
+        # PEFT takes a second to load, and most plans do not need it.
+        from mixlora_exp.models.peft_flops import peft_flops
+
+        return Flops(base, peft_flops(built, method))
     if not isinstance(method, LoraMethodConfig):
-        return Flops(base, None if isinstance(method, PeftMethodConfig) else 0)
+        return Flops(base, 0)
     mixed = isinstance(method, MixLoraMethodConfig)
     router = router_of(method) if mixed else None
     slots = experts if experts is not None or router is None else router.slots

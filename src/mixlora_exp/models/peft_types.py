@@ -86,29 +86,36 @@ def config_of(method: PeftMethodConfig) -> PeftConfig:
 
 @cached_by_text(lambda model, method: f"{model.config.to_json_string(use_diff=False)} {method}")
 def peft_size(model: nn.Module, method: PeftMethodConfig) -> PeftSize:
-    """Return the size of a method's adapter on a model: PEFT builds it on the meta device, so that
-    no weights are read.
+    """Return the size of a method's adapter on a model on the meta device.
 
     Raises:
-        UserError: as `config_of`, or PEFT cannot build it; or with LoRA+ a parameter has no role.
+        UserError: as `build_on_meta`; or with LoRA+ a parameter has no role.
     """
-    config = config_of(method)
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _try_out(config, model.config)
-            base = copy.deepcopy(model)
-            before = _elements(base)
-            built = get_peft_model(base, config, low_cpu_mem_usage=True)
-    except REFUSED as error:
-        raise _not_valid(method.peft_type, error) from error
+    built = build_on_meta(model, method)
     named = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
     # On the meta device PEFT leaves it trainable that AdaLoRA's count of ranks is a constant.
     trained = {name: p.numel() for name, p in named if "ranknum" not in name}
     for name in trained:
         rate_factor(name, method.lora_plus_ratio)
     count = sum(trained.values())
-    return PeftSize(count, _elements(built) - before - count)
+    return PeftSize(count, _elements(built) - _elements(model) - count)
+
+
+def build_on_meta(model: nn.Module, method: PeftMethodConfig) -> PeftModel:
+    """Return a copy of a model on the meta device with a method's adapter, so that no weights are
+    read.
+
+    Raises:
+        UserError: as `config_of`, or PEFT cannot build it.
+    """
+    config = config_of(method)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _try_out(config, model.config)
+            return get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+    except REFUSED as error:
+        raise _not_valid(method.peft_type, error) from error
 
 
 def _try_out(config: PeftConfig, of: Any) -> None:
