@@ -19,6 +19,9 @@ from caches import move_caches
 
 # Set by pytest-xdist in the processes that it starts.
 CACHES = None if "PYTEST_XDIST_WORKER" in os.environ else move_caches()
+# Each worker and each process that a test starts takes a core: with two threads each, two workers
+# on two cores wait for one another. torch reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_unconfigure() -> None:

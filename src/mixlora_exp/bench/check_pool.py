@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mixlora_exp.bench.checks import CASES, capture_error, kernel_errors, router_errors
+from mixlora_exp.kernels import KERNELS
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -33,15 +34,21 @@ class CheckTask:
 
 
 def all_checks() -> list[CheckTask]:
-    """Return all checks; first those that a training run in bf16 depends on."""
+    """Return all checks; first those that a training run in bf16 depends on.
+
+    Checked are the kernels that compute in the precision of the products, those made for a device
+    first, and their routers; the others consist of PyTorch's operations.
+    """
+    made = sorted((each for each in KERNELS.values() if not each.casts), key=lambda k: not k.device)
+    parts = [(w, k.name) for k in made for w in ("block", "router") if w == "block" or k.device]
     blocks = [
         CheckTask(what, kernel, case, dtype)
         for dtype in DTYPES
         for case in CASES
-        for what, kernel in (("block", "triton"), ("router", "triton"), ("block", "exact"))
+        for what, kernel in parts
     ]
     both = ("paper's setting", "MixDoRA")
-    graphs = [CheckTask("graph", kernel, case) for kernel in ("triton", "exact") for case in both]
+    graphs = [CheckTask("graph", each.name, case) for each in made for case in both]
     return [*blocks[: len(blocks) // len(DTYPES)], *graphs, *blocks[len(blocks) // len(DTYPES) :]]
 
 
