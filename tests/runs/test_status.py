@@ -26,7 +26,7 @@ from mixlora_exp.plans.hours import gpu_hours
 from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.record import finish_record, write_json
 from mixlora_exp.runs.inputs import resolve_config
-from mixlora_exp.sweeps import compose_cells
+from mixlora_exp.sweeps import compose_cells, status
 from mixlora_exp.sweeps.compose_cells import ByGroup
 from mixlora_exp.sweeps.status import SWEEPS, CellState, find_cells
 from mixlora_exp.system.runlock import RunLock
@@ -186,6 +186,29 @@ def test_stale_locks_of_another_machine_are_distinguished_from_living_ones(tmp_p
     states = [cell.state for cell in found]
     assert states == ["stopped", "stopped", "running", "stopped"]
     assert found[0].detail == "not seen alive for 1 s: elsewhere, process 7"
+
+
+def test_counts_do_not_wait_for_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Watching a process of this machine or of another takes longer than `--brief` may."""
+    few = [*ONE, "seed=1,2,3"]
+    names = [cell.name for cell in cells(SMALL, tmp_path, *few)]
+    lock = RunLock(tmp_path / names[0] / "lock")
+    assert lock.acquire()
+    foreign_lock(tmp_path / names[1] / "lock")
+
+    def waited(seconds: float) -> None:
+        raise AssertionError(f"slept {seconds} s")
+
+    monkeypatch.setattr(status.time, "sleep", waited)
+    words = [f"experiment={SMALL}", "brief=true", *TINY, *few, f"output_dir={tmp_path}"]
+    assert main(["status", *words]) == 0
+    lock.release()
+    _, counts, told = capsys.readouterr().out.splitlines()
+    assert counts.split() == [SMALL, "0", "3"]
+    assert told.startswith("2 of those missing are locked, ")
+    assert "was not watched" in told
 
 
 def test_a_model_in_a_folder_is_found_under_its_own_shape(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Show which runs of each table are done and which remain.
 
 --experiment=table2 shows one sweep, --state=failed one state, --brief only how many runs of each
-sweep are finished and how many are not, within seconds. Anything else is an override of train.py
+sweep are finished and how many are not, within seconds: it watches no lock, so that a run that is
+under way counts as missing. Anything else is an override of train.py
 (model=gemma_2b, data=local data.path=DIR output_dir=DIR). Runs are looked for in output_dir and
 among the collected ones (results=DIR).
 """
@@ -16,7 +17,7 @@ from rich.console import Console
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.config.paths import OWN_RESULTS
 from mixlora_exp.config.typed import as_typed
-from mixlora_exp.sweeps.status import FINISHED, LOCAL, STATES, SWEEPS, CellState, find_cells
+from mixlora_exp.sweeps.status import FINISHED, LOCAL, LOOK, STATES, SWEEPS, CellState, find_cells
 
 SHADES = {
     "done": "green", "recorded": "green", "running": "cyan", "stopped": "yellow",
@@ -85,7 +86,10 @@ def run(argv: Sequence[str]) -> int:
     names = list(SWEEPS) if args.experiment is None else [args.experiment]
     if args.results != OWN_RESULTS:
         parser.require_results(args.results)
-    cells = find_cells(names, as_typed(args.overrides), args.results / "runs")
+    # A state needs the locks watched: `stopped` is told from `running` in no other way.
+    watched = not args.brief or args.state is not None
+    patience = LOOK if watched else 0.0
+    cells = find_cells(names, as_typed(args.overrides), args.results / "runs", patience)
     if args.state is not None:
         cells = [cell for cell in cells if cell.state == args.state]
     console = Console(soft_wrap=True, highlight=False)
@@ -96,6 +100,12 @@ def run(argv: Sequence[str]) -> int:
         console.print(line, markup=False)
     if hidden := sum(cell.detail == LOCAL for cell in cells):
         console.print(f"{hidden} of those missing are {LOCAL}: add it to see their records.")
+    locked = 0 if watched else sum(cell.state == "stopped" for cell in cells)
+    if locked:
+        console.print(
+            f"{locked} of those missing are locked, and whether their processes live was not "
+            "watched: leave --brief out."
+        )
     if not args.brief:
         console.print("GPU hours and memory are estimates, at 1e14 FLOP/s in bf16.")
     return 0
