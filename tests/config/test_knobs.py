@@ -8,9 +8,11 @@ import re
 
 import pytest
 from composed import compose
+from hydra.types import RunMode
 
 from mixlora_exp.config.command import compose as compose_anew
-from mixlora_exp.config.command import opened, plan_runs
+from mixlora_exp.config.command import load, opened, plan_runs
+from mixlora_exp.config.explain import BY_NAME
 from mixlora_exp.config.later_fields import UNNAMED, completed
 from mixlora_exp.config.recorded import rebuilt
 from mixlora_exp.config.resolve import fingerprint, open_session, to_dict
@@ -100,6 +102,16 @@ def test_alpha_of_experts_is_apart_from_their_rank() -> None:
         ("trainer.schedule_options={num_cycles:2}", "trainer.schedule_options.num_cycles=2 is not "
          "valid: not an option of trainer.schedule=constant: it has none"),
         ("trainer.schedule=cosine trainer.schedule_options={cycles:2}", "it has num_cycles"),
+        ("trainer.schedule_options=[1]", "trainer.schedule_options=[1] is not valid: expected "
+         "entries by name, as in 'trainer.schedule_options={num_cycles:3}'"),
+        ("method=lora method.alpha_pattern=q_proj", "method.alpha_pattern=q_proj is not valid: "
+         "expected entries by name, as in 'method.alpha_pattern={q_proj:16}'"),
+        ("data.train_limits=[3]", "by name, as in '+data.train_limits={arc_e:200}'"),
+        ("method=lora method.rank_pattern={q_proj:{a:8}}", "method.rank_pattern.q_proj={'a': 8}"),
+        ("method=lora method.alpha_pattern={q_proj:{a:8}}", "method.alpha_pattern.q_proj={'a'"),
+        ("+data.train_limits={arc_e:{a:8}}", "data.train_limits.arc_e={'a': 8} is not valid"),
+        ("trainer.betas=[{a:2},1]", "trainer.betas=[{'a': 2}, 1.0] is not valid"),
+        ("trainer.betas={a:1}", "expected a list, as in trainer.betas=[a,b]"),
         ("trainer.schedule=cosine trainer.schedule_options={num_cycles:a}", "a number >= 0"),
         ("trainer.schedule=warmup_stable_decay", "schedule_options={num_decay_steps:100}"),
         ("trainer.schedule=cosine_with_min_lr", "one of min_lr and min_lr_rate"),
@@ -109,6 +121,12 @@ def test_alpha_of_experts_is_apart_from_their_rank() -> None:
 def test_what_does_not_go_is_told_by_name(words: str, told: str) -> None:
     with pytest.raises(UserError, match=re.escape(told)):
         compose_anew(words.split())
+
+
+def test_examples_in_messages_can_be_given() -> None:
+    """As far as the schema goes: whether this router or schedule has the entry is told later."""
+    with open_session() as session:
+        load(session, "config", opened(["method=goat", *BY_NAME.values()]), RunMode.RUN)
 
 
 def test_entries_by_name_in_a_list_of_adapters() -> None:

@@ -71,6 +71,7 @@ def test_another_adapter_in_the_same_folder_is_no_finished_run(
         ("+router_options.normalise=2", "normalise=2 must be true or false"),
         ("+router_options.temperature=hot", "temperature=hot must be a finite number"),
         ("+router_options.p=0.5", "p is not an option of router=top_k: it has temperature,"),
+        ("router_options.q=1", "q is not an option of router=top_k: it has temperature,"),
         ("router=uniform +router_options.p=1", "not an option of router=uniform: it has none"),
     ],
 )

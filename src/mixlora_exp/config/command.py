@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,8 +29,11 @@ from mixlora_exp.config.together import check_together, expand, packs_of
 from mixlora_exp.errors import UserError, did_you_mean
 
 Settings = TypeVar("Settings")
-ENTRIES = re.compile(r"(model\.config|method\.(rank|alpha)_pattern|trainer\.schedule_options)[.=]")
-"""Beginnings of overrides of fields with entries of any name."""
+CHECKED_LATER = (
+    "model.config", "method.rank_pattern", "method.alpha_pattern", "method.router_options",
+    "method.mixture_options", "method.peft", "trainer.schedule_options",
+)  # fmt: skip
+"""Fields whose entries are checked by name, but not by the schema."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,10 +171,12 @@ def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with `++` before those of fields whose entries the schema does not list,
+    """Return the overrides with `++` before those of fields whose entries are checked later,
     with `model=own` before a `model.path` or `model.hub_id` that no model is chosen for, and with
     the list that `method.targets=all-linear` means."""
-    lines = [f"++{line}" if ENTRIES.match(line) else line for line in overrides]
+    bare = [(line, line.lstrip("+")) for line in overrides]
+    later = tuple(f"{name}{end}" for name in CHECKED_LATER for end in ".=")
+    lines = [f"++{name}" if name.startswith(later) else line for line, name in bare]
     # The field is a list.
     every = {f"method.targets={ALL_LINEAR}": f"method.targets=[{ALL_LINEAR}]"}
     lines = [every.get(line, line) for line in lines]

@@ -13,7 +13,6 @@ from omegaconf.errors import (
     ConfigKeyError,
     MissingMandatoryValue,
     OmegaConfBaseException,
-    ValidationError,
 )
 
 from mixlora_exp.config.architecture import old_name
@@ -23,6 +22,19 @@ from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
 from mixlora_exp.errors import UserError, did_you_mean
 
 WANTED = {"Integer": "a whole number", "Float": "a number"}
+_EXAMPLES = (
+    "model.config={num_hidden_layers:2}",
+    "method.rank_pattern={q_proj:8}",
+    "method.alpha_pattern={q_proj:16}",
+    "method.router_options={temperature:2}",
+    "method.mixture_options={eta:1}",
+    "method.peft={r:8}",
+    "trainer.schedule_options={num_cycles:3}",
+    "+data.train_limits={arc_e:200}",
+    "+task.custom={mine:{question:q,options:[o],answer:a,answer_as:letter}}",
+)
+BY_NAME = {line.lstrip("+").partition("=")[0]: line for line in _EXAMPLES}
+"""Fields with entries by name -> an override of each, as an example."""
 
 
 def methods_with(name: str) -> list[str]:
@@ -110,9 +122,10 @@ def _file(error: BaseException) -> str:
 
 
 def _typed(key: str, overrides: Sequence[str]) -> str | None:
-    """Return the override that set `key`, a part of it, or a mapping that contains it."""
+    """Return the override that set `key`, a part of it, or a mapping that contains it, without the
+    `++` that `command.opened` may have added."""
     plain = re.sub(r"\[\d+\]$", "", key)
-    names = {override.lstrip("+").partition("=")[0]: override for override in overrides}
+    names = {line.partition("=")[0]: line for line in (o.lstrip("+") for o in overrides)}
     inside = (line for name, line in names.items() if name.startswith(f"{plain}."))
     around = (
         line
@@ -123,7 +136,7 @@ def _typed(key: str, overrides: Sequence[str]) -> str | None:
 
 
 def _explain_value(cause: OmegaConfBaseException, key: str, source: str, line: str | None) -> str:
-    """Return the message for a value of the wrong type, or outside an enumeration."""
+    """Return the message for a value of the wrong type or form, or outside an enumeration."""
     detail = str(cause).splitlines()[0]
     if wrong := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", detail):
         options = wrong[2].split(", ")
@@ -138,7 +151,11 @@ def _explain_value(cause: OmegaConfBaseException, key: str, source: str, line: s
         return f"{line or f'{key}={wrong[1]}'}{source} is not valid: expected true or false"
     if "is not Optional" in detail:
         return f"{line or f'{key}=null'}{source} is not valid: null is not allowed here"
-    if "is not a ListConfig" in detail:
+    mixed = "Cannot merge DictConfig with ListConfig" in detail
+    if key in BY_NAME and (mixed or detail.startswith("Cannot assign ")):
+        example = f"expected entries by name, as in '{BY_NAME[key]}'"
+        return f"{line or key}{source} is not valid: {example}"
+    if mixed or "is not a ListConfig" in detail:
         return f"{line or key}{source} is not valid: expected a list, as in {key}=[a,b]"
     return f"{line or key or 'configuration'}{source} is not valid: {detail}"
 
@@ -157,12 +174,9 @@ def _explain_omegaconf(
         if line is not None:
             source = f" (given as {line!r})"
         return unknown_field(key, cause.object_type, source)
-    if isinstance(cause, ValidationError):
-        if dereferenced := re.search(r"interpolation '(.+?)': (.*)", str(cause)):
-            return f"{line or f'{key}={dereferenced[1]}'}{source} is not valid: {dereferenced[2]}"
-        return _explain_value(cause, key, source, line)
-    detail = str(cause).splitlines()[0]
-    return f"{line or key}{source} is not valid: {detail}"
+    if dereferenced := re.search(r"interpolation '(.+?)': (.*)", str(cause)):
+        return f"{line or f'{key}={dereferenced[1]}'}{source} is not valid: {dereferenced[2]}"
+    return _explain_value(cause, key, source, line)
 
 
 def _explain_grammar(error: OverrideParseException) -> str:

@@ -115,7 +115,8 @@ class DataConfig:
         if self.train_limit is not None:
             require(self.train_limit >= 1, "data.train_limit", self.train_limit, "must be >= 1")
         for task, limit in self.train_limits.items():
-            require(limit >= 1, f"data.train_limits.{task}", limit, "must be >= 1")
+            valid = isinstance(limit, int) and limit >= 1
+            require(valid, f"data.train_limits.{task}", limit, "must be >= 1")
         require(bool(self.forms), "data.forms", self.forms, "name at least one of label, text")
         require(
             len(set(self.forms)) == len(self.forms),

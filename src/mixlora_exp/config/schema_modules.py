@@ -65,8 +65,11 @@ class ModuleChoice:
             for key, value in pattern.items():
                 self._check_key(f"method.{name}", key, value, pattern)
         for key, rank in self.rank_pattern.items():
-            require(rank >= 1, f"method.rank_pattern.{key}", rank, "must be >= 1")
+            valid = type(rank) is int and rank >= 1
+            require(valid, f"method.rank_pattern.{key}", rank, "must be a whole number >= 1")
         for key, alpha in self.alpha_pattern.items():
+            number = isinstance(alpha, (int, float))
+            require(number, f"method.alpha_pattern.{key}", alpha, "must be a number")
             require_positive(f"method.alpha_pattern.{key}", alpha)
         if self.layers_to_transform is not None:
             found = _layers(self.layers_to_transform)

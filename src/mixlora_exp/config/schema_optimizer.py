@@ -50,7 +50,8 @@ class OptimizerSettings:
         require(self.optim in OPTIMIZERS, "trainer.optim", self.optim, f"choose from {known}")
         require_positive("trainer.weight_decay", self.weight_decay, zero=True)
         require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            len(self.betas) == 2
+            and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in self.betas),
             "trainer.betas", self.betas, "must be two numbers in [0, 1)",
         )  # fmt: skip
         require(
