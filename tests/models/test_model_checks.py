@@ -63,6 +63,9 @@ def lacking(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fused projections": (phi, "phi3 is not supported: it has qkv_proj and gate_up_proj, several"),
+    # What weights would not mend is told before they are missed.
+    "fused, no weights": (lambda f: (phi(f), without_weights(f)), "phi3 is not supported: it has"),
+    "fused, cut off": (lambda f: (phi(f), cut_off(f)), "phi3 is not supported: it has"),
     "unknown": (lambda f: edited(f, model_type="lama"), "did you mean llama"),
     "no weights": (without_weights, "has no weights"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),

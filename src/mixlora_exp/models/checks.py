@@ -20,9 +20,9 @@ from mixlora_exp.models.weight_files import stored_tensors
 
 
 def _check_weights(folder: Path, found: PreTrainedConfig, config: ModelConfig, origin: str) -> None:
-    stored = stored_tensors(folder)
     # A tied output projection is the embedding, and not stored separately.
     needed = dict(skeleton(found, origin).named_parameters())
+    stored = stored_tensors(folder)
     # Names in a checkpoint of the model without output projection lack the first component.
     places = {name: stored.get(name, stored.get(name.partition(".")[2])) for name in needed}
     missing = sorted(name for name, place in places.items() if place is None)

@@ -210,6 +210,8 @@ def local_folder(config: ModelConfig) -> Path:
         )
     check_folder(folder, f"model.path={config.path}")
     if not any(folder.glob("*.safetensors")):
+        # An architecture that is not supported is told first: no weights would mend it.
+        skeleton(architecture_of(config), f"model.path={config.path}")
         raise UserError(
             f"model.path={config.path} is not valid: the folder has no weights (*.safetensors); "
             "give a folder in the transformers format"
