@@ -235,6 +235,27 @@ def test_names_carry_the_settings_that_are_not_the_defaults() -> None:
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", long)
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "told"),
+    [
+        ("lora", ["rank_pattern={q_proj:16,layers.0.mlp.up_proj:4}"],
+         "rank_layers.0.mlp.up4-rank_q16"),
+        ("lora", ["rank_pattern={layers.0.mlp.up_proj:4,q_proj:16}"],
+         "rank_layers.0.mlp.up4-rank_q16"),
+        ("lora", ["alpha_pattern={q_proj:8.5}"], "alpha_q8.5"),
+        ("lora", ["targets=[q_proj,v_proj]"], "targets_q_v"),
+        ("lora", ["layers_to_transform=[0,2-5,9]"], "layers0_2to5_9"),
+        ("mola", ["num_experts=[4,4,4,2]", "top_k=[2,2,1,1]"], "num_experts4x3_2-top_k2_2_1_1"),
+        ("mixlora_top_p", ["router_options.limit=3"], "limit3"),
+        ("vera", ["peft.r=8"], "r8"),
+    ],
+)  # fmt: skip
+def test_names_carry_lists_and_entries(method: str, words: list[str], told: str) -> None:
+    """Of entries by name those that differ from the method's own."""
+    given = [f"method={method}", "task=arc_e", "data=embedded", *(f"method.{w}" for w in words)]
+    assert f"-embedded-{told}-s42-" in run_name(compose(given))
+
+
 def other_value(value: object) -> object:
     """A different value of the same kind; checks do not run on assignment."""
     if isinstance(value, bool):
