@@ -16,7 +16,8 @@ from mixlora_exp.cli.main import COMMANDS, main
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -127,6 +128,9 @@ def test_usage_names_the_command(
         (["whole=yes", "a"], "whole=yes is not valid: expected true or false"),
         (["a", "--count=two"], "invalid int value: 'two'"),
         ([], "the following arguments are required"),
+        ([f"results={__file__}", "a"], "test_main.py is a file: name a folder"),
+        ([f"results={__file__}/a", "a"], "test_main.py, which is a file: name a folder"),
+        ([f"html={HERE}", "a"], f"html={HERE} is a folder: name the file to write, as {HERE}/pa"),
     ],
 )
 def test_mistakes_in_options_are_one_message(words: list[str], message: str) -> None:
@@ -134,6 +138,8 @@ def test_mistakes_in_options_are_one_message(words: list[str], message: str) -> 
     parser.add_argument("--output")
     parser.add_argument("--count", type=int)
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--html", metavar="FILE", type=Path)
+    parser.add_results()
     parser.add_argument("folder")
     with pytest.raises(UserError, match=message):
         parser.parse(words)
@@ -142,6 +148,8 @@ def test_mistakes_in_options_are_one_message(words: list[str], message: str) -> 
     args = parser.parse(["output=x=y", "count=2", "out", "whole=true"])
     assert (args.folder, args.output, args.count, args.whole) == ("out", "x=y", 2, True)
     assert not parser.parse(["out", "whole=false"]).whole
+    fine = ["out", f"html={__file__}", f"results={HERE}/new/one"]
+    assert parser.parse(fine).results == HERE / "new" / "one"
 
 
 def test_libraries_print_nothing_when_they_are_imported(tmp_path: Path) -> None:

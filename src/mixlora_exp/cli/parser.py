@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,8 @@ class Parser(argparse.ArgumentParser):
         """Parse options and positional arguments in any order.
 
         Raises:
-            UserError: an option is unknown or its value is not valid; the message names the closest
-                option.
+            UserError: an option is unknown (the message names the closest one), its value is not
+                valid, or it names a file where a folder belongs, or a folder where a file does.
         """
         names = [name for action in self._actions for name in action.option_strings]
         for word in argv:
@@ -52,7 +53,12 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("-") and name not in names:
                 hint = did_you_mean(name, names, f"; choose from {', '.join(names)}", most=1)
                 raise UserError(f"{word}: there is no option {name}{hint}")
-        return self.parse_intermixed_args([w for word in argv for w in self._dashed(word)])
+        found = self.parse_intermixed_args([w for word in argv for w in self._dashed(word)])
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if isinstance(value, Path) and action.option_strings:
+                _check_kind(action.dest, value, str(action.metavar))
+        return found
 
     def add_results(self) -> None:
         """Add `results=DIR`, the root of collected runs and of what is made from them."""
@@ -84,3 +90,18 @@ class Parser(argparse.ArgumentParser):
         if value not in ("true", "false"):
             raise UserError(f"{word} is not valid: expected true or false")
         return [f"--{name}"] if value == "true" else []
+
+
+def _check_kind(name: str, path: Path, kind: str) -> None:
+    """Refuse a file, or a path below one, where `kind` is DIR, and a folder where it is FILE.
+
+    Raises:
+        UserError: it is one.
+    """
+    if kind == "FILE" and path.is_dir():
+        page = path / "page.html"
+        raise UserError(f"{name}={path} is a folder: name the file to write, as {page}")
+    there = next((place for place in (path, *path.parents) if os.path.exists(place)), None)
+    if kind == "DIR" and there is not None and not there.is_dir():
+        place = "is" if there == path else f"lies below {there}, which is"
+        raise UserError(f"{name}={path} {place} a file: name a folder")
