@@ -25,7 +25,9 @@ H100 = {"gpus": ["NVIDIA H100 80GB HBM3"], "cpu": "any", "cpu_threads": 16}
 CPU = {"gpus": [], "cpu": "A CPU", "cpu_threads": 2}
 
 
-def record(folder: Path, name: str, hardware: dict[str, Any], kernel: str, us: float) -> None:
+def record(
+    folder: Path, name: str, hardware: dict[str, Any], kernel: str, us: float, **more: Any
+) -> None:
     row = {
         "method": "mixlora", "kernel": kernel, "num_experts": 8, "top_k": 2, "rounds": 3,
         "train_forward_us_per_token": us, "train_backward_us_per_token": us,
@@ -33,7 +35,7 @@ def record(folder: Path, name: str, hardware: dict[str, Any], kernel: str, us: f
     }  # fmt: skip
     settings = {
         "model": "llama2_7b", "batch": 4, "length": 512, "dtype": "bfloat16", "dropout": 0.05,
-        "loss_on": "answer",
+        "loss_on": "answer", **more,
     }  # fmt: skip
     found = {
         "provenance": {"hardware": hardware}, "config": settings, "layers": 32, "rows": {"a": row},
@@ -53,6 +55,24 @@ def test_a_record_of_the_machine_counts_and_no_other(tmp_path: Path) -> None:
     )
     assert recorded_speed(config, {**CPU, "cpu_threads": 64}, "bfloat16", tmp_path) is None
     assert recorded_speed(config, CPU, "float32", tmp_path) is None
+
+
+def test_a_record_with_the_loss_on_other_tokens_is_named_so(tmp_path: Path) -> None:
+    """It stands in where there is no other: logits of all tokens take more time."""
+    answers = compose(["model=llama2_7b"])
+    everything = compose(["model=llama2_7b", "trainer.loss_on=all"])
+    record(tmp_path, "all", H100, "triton", 200.0, loss_on="all")
+
+    def found(config: Config) -> Speed:
+        speed = recorded_speed(config, H100, "bfloat16", tmp_path)
+        assert speed is not None
+        return speed
+
+    assert found(answers).source == "results/bench/all.json, whose loss is on all tokens"
+    assert found(everything).source == "results/bench/all.json"
+    record(tmp_path, "answers", H100, "triton", 100.0)
+    assert found(answers) == Speed(5000.0, 10000.0, "results/bench/answers.json")
+    assert found(everything).source == "results/bench/all.json"
 
 
 @pytest.mark.parametrize(

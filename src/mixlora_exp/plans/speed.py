@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlora_exp.config.choices import Compile, Quantization
+from mixlora_exp.config.choices import Compile, LossOn, Quantization
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.schema import (
     ATTENTION_TARGETS,
@@ -24,6 +24,7 @@ from mixlora_exp.system.untrusted import read_json
 __all__ = ["Speed", "duration", "measured_rows", "recorded_speed", "time_line"]
 
 BENCHMARKS = ROOT / "results" / "bench"
+WHERE = {LossOn.all: "all tokens", LossOn.answer: "answers alone"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,12 @@ def recorded_speed(
 ) -> Speed | None:
     """Return the speed by the records in a folder of this model at full depth with this method and
     kernel, on the same GPU or, without one, the same CPU with as many threads; None without one.
-    Records of steps under autocast, as training runs, come first, then those of more rounds.
+    Records with the loss on the same tokens come first, then those of steps under autocast, as
+    training runs, then those of more rounds. A loss on other tokens is named with the source.
 
     hardware: as in a record. dtype: of the frozen weights on this machine.
     """
-    found: list[tuple[tuple[bool, int], Speed]] = []
+    found: list[tuple[tuple[bool, bool, int], Speed]] = []
     for file, where, benchmark, row in measured_rows(folder):
         settings = benchmark["config"]
         here = _machine(where) == _machine(hardware) and settings["dtype"] == dtype
@@ -70,9 +72,15 @@ def recorded_speed(
         names = ("train_forward", "train_backward", "infer_forward")
         forward, backward, scored = (row.get(f"{name}_us_per_token") for name in names)
         if None not in (forward, backward, scored):
-            speed = Speed(1e6 / (forward + backward), 1e6 / scored, f"results/bench/{file}")
+            # Records from before the setting have the loss on all tokens.
+            loss_on = settings.get("loss_on", LossOn.all.value)
+            same = loss_on == config.trainer.loss_on.value
+            source = f"results/bench/{file}"
+            if not same:
+                source += f", whose loss is on {WHERE[LossOn(loss_on)]}"
             under_autocast = "loss_on" in settings and row.get("autocast", True)
-            found.append(((under_autocast, row.get("rounds", 0)), speed))
+            speed = Speed(1e6 / (forward + backward), 1e6 / scored, source)
+            found.append(((same, under_autocast, row.get("rounds", 0)), speed))
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
