@@ -18,7 +18,7 @@ import torch
 from official_format import as_official
 
 from mixlora_exp.cli.evaluate import run as evaluate
-from mixlora_exp.cli.main import COMMANDS
+from mixlora_exp.cli.main import COMMANDS, main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config import schema
 from mixlora_exp.config.command import compose
@@ -247,7 +247,7 @@ def shown_by(kind: str) -> list[tuple[str, str]]:
 
 
 def test_every_transcript_is_tested() -> None:
-    kinds = ("train.py", "scripts/status.py")
+    kinds = ("train.py", "scripts/status.py", "compare")
     assert all(shown_by(kind) for kind in kinds)
     assert sum(len(shown_by(kind)) for kind in kinds) == len(transcripts())
 
@@ -270,6 +270,16 @@ def test_shown_status_is_the_real_one(
     command = command.replace("results=results", f"results={ROOT / 'results'}")
     shown = run_script(command, {}).replace(f"{ROOT}/", "")
     assert " ".join(shown.split()) == " ".join(output.split())
+
+
+@pytest.mark.parametrize(("command", "output"), shown_by("compare"))
+def test_shown_comparison_is_the_real_one(
+    command: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(shlex.split(command)[1:]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == " ".join(output.split())
 
 
 def ran(code: str, model: str, folder: Path) -> dict[str, Any]:
