@@ -205,7 +205,7 @@ def test_a_package_that_a_command_meets_late_is_named(
     """`compare html=` and `figures` draw after they have read."""
 
     def run(argv: object) -> int:
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.figure")
 
     monkeypatch.setattr(compare, "run", run)
     assert main(["compare", "a", "b"]) == 2

@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"mixlora_exp.cli.{command.replace('-', '_')}")
         return guarded(module.run, rest, resumes=command in GO_ON)
     except ModuleNotFoundError as error:
-        name = error.name or ""
-        if name.startswith("mixlora_exp"):
+        name = (error.name or "").partition(".")[0]
+        if name == "mixlora_exp":
             raise
         sys.stderr.write(
             f"error: {command} needs the package {name}: run `make install`, or "
