@@ -5,20 +5,17 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import dom_of, needs_browser
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from mixlora_exp.results.comparison import compare_runs, read_given
 from mixlora_exp.results.comparison_page import comparison_page
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 # Sets each control in turn as a user does and notes the items that are shown, by their last word.
 DRIVER = """<script>
@@ -73,7 +70,7 @@ STEPS = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
+@needs_browser
 def test_filters_and_orders_show_what_they_say(tmp_path: Path, write: Callable[..., Path]) -> None:
     places = []
     for method in ("lora", "mixlora"):
@@ -86,11 +83,7 @@ def test_filters_and_orders_show_what_they_say(tmp_path: Path, write: Callable[.
     driver = DRIVER.replace("STEPS", json.dumps([step for step, _ in STEPS]))
     path = tmp_path / "page.html"
     path.write_text(free.replace("</body>", f"{driver}</body>"), encoding="utf-8")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    done = subprocess.run(
-        [*words, "--virtual-time-budget=3000", path.as_uri()], capture_output=True, timeout=120
-    )
-    (held,) = re.findall(r'<pre id="tried">(.*?)</pre>', done.stdout.decode(), re.S)
+    (held,) = re.findall(r'<pre id="tried">(.*?)</pre>', dom_of(path), re.S)
     tried: list[Any] = json.loads(html.unescape(held))
     for (step, expected), (shown, told) in zip(STEPS, tried, strict=True):
         assert (step, shown) == (step, expected)

@@ -6,13 +6,12 @@ import base64
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import dom_of, needs_browser
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -25,7 +24,6 @@ from mixlora_exp.tasks import Item
 
 Write = Callable[..., Path]
 EVIL = "</script><script>alert('ran')</script><img src=http://evil.example/x>"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -113,16 +111,12 @@ def test_items_without_their_data_have_no_question(compared: Compared) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
+@needs_browser
 def test_a_browser_shows_texts_and_runs_nothing_of_them(compared: Compared, tmp_path: Path) -> None:
     entries, _ = differing_items(compared, asked)
     path = tmp_path / "page.html"
     path.write_text(comparison_page(compared, entries, []), encoding="utf-8")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    done = subprocess.run(
-        [*words, "--virtual-time-budget=3000", path.as_uri()], capture_output=True, timeout=120
-    )
-    dom = done.stdout.decode()
+    dom = dom_of(path)
     assert f"{len(entries)} of {len(entries)} items shown" in dom
     assert dom.count("<article>") == len(entries)
     assert "<p>&lt;/script&gt;&lt;script&gt;alert('ran')" in dom
