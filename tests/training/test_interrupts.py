@@ -57,6 +57,20 @@ def test_the_first_saves_and_says_where_the_same_command_resumes(
     assert "resuming after step 2 of 4" in capsys.readouterr().err
 
 
+def test_an_optimizer_without_checkpoints_says_that_nothing_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    press(monkeypatch, 2)
+    assert execute([*WORDS, "trainer.optim=adamw_bnb_8bit", f"output_dir={tmp_path}"]) == 130
+    *_, unsaved, last = capsys.readouterr().err.splitlines()
+    assert unsaved.endswith(
+        "step 2 of 4 is not saved: trainer.optim=adamw_bnb_8bit has no checkpoints; it begins anew"
+    )
+    assert last == "interrupted"
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
 def test_the_second_ends_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,7 +39,9 @@ def guarded(
         if not resumes:
             sys.stderr.write("terminated\n")
             return TERMINATED
-        sys.stderr.write("terminated: what was done is kept, the same command resumes from there\n")
+        sys.stderr.write(
+            "terminated: what was saved is kept, the same command resumes from there\n"
+        )
         return REQUEUE
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -227,19 +227,27 @@ class Job:
         return self.step % self.track.every == 0
 
     def save_due(self, asked_to_end: bool) -> bool:
-        """Return whether to write a checkpoint after the last completed step."""
-        every = self.config.trainer.save_steps
-        ends = self.step == self.steps or asked_to_end
-        kept = self.checkpoints is not None and self.config.trainer.optimizer.resumes
-        return kept and (ends or self.step % every == 0)
+        """Return whether to write a checkpoint after the last completed step, or to tell that a
+        run which is asked to end has none."""
+        trainer = self.config.trainer
+        if self.checkpoints is None or not trainer.optimizer.resumes:
+            return self.checkpoints is not None and asked_to_end
+        return self.step == self.steps or asked_to_end or self.step % trainer.save_steps == 0
 
     def save(self, optimizer: Optimizer, *, first: bool) -> None:
         """Write a checkpoint; all processes contribute, and the `first` one writes it, and tells
-        the step if the run is about to end.
+        the step if the run is about to end. An optimizer without checkpoints: only tell.
 
         Raises:
             UserError: the disk is full, or another process has taken over the run.
         """
+        trainer = self.config.trainer
+        if not trainer.optimizer.resumes:
+            if first:
+                at = f"step {self.step} of {self.steps} is not saved"
+                why = f"trainer.optim={trainer.optim} has no checkpoints"
+                sys.stderr.write(f"  {self.folder.name}: {at}: {why}; it begins anew\n")
+            return
         state = {
             "track": self.track.state(),
             "seconds": self.track.seconds,
