@@ -44,8 +44,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def kernels_of(method: str, written: list[str]) -> Counter[str]:
-    """Of the second of two layers, whose input has a gradient."""
-    base, stream = small_llama(layers=2), DropoutStream(1)
+    """Of the layers after the first, whose input has a gradient."""
+    base, stream = small_llama(layers=4), DropoutStream(1)
     model = with_adapter(base, method, stream)
     rows = torch.arange(128)
     stream.begin(0, rows // 64, rows % 64)
@@ -54,7 +54,8 @@ def kernels_of(method: str, written: list[str]) -> Counter[str]:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert refusal.reason is None
     found: Counter[str] = Counter()
-    # Forward and backward pass of the last layer that was compiled.
+    assert len(written) <= 4  # The second layer's code serves the others.
+    # Its forward and backward pass.
     for code in written[-2:]:
         for kind, name in CALL.findall(code):
             fused = kind == "cpp_fused"
@@ -68,10 +69,10 @@ def kernels_of(method: str, written: list[str]) -> Counter[str]:
 )
 @pytest.mark.parametrize(
     ("method", "budget"),
-    [("frozen", 26), ("lora", 73), ("dora", 68), ("mixlora", 66), ("mixdora", 63)],
+    [("frozen", 26), ("lora", 64), ("dora", 59), ("mixlora", 60), ("mixdora", 57)],
 )
 def test_budget(written, method, budget) -> None:
     found = kernels_of(method, written)
     assert found.total() <= budget, dict(sorted(found.items()))
     assert found["mm"] >= 14
-    assert method == "frozen" or found["lora_low"] >= 4
+    assert method == "frozen" or found["lora_low"] >= 2

@@ -60,15 +60,20 @@ class Siblings:
         self.names = tuple(layers)
         self.shares = True
         self._layers = {name: weakref.ref(layer) for name, layer in layers.items()}
+        self._traced: dict[str, Tensor] = {}
+        self._traced_input: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "shares": self.shares, "_layers": {}}
+        own = {"names": self.names, "shares": self.shares, "_layers": {}}
+        return {**own, "_traced": {}, "_traced_input": None}
 
     def output(self, name: str, layer: FusedLinear, x: Tensor, adapter: str) -> Tensor:
         """Return the output (T, out) of projection `name` for x (..., in), as of
         `FusedLinear.compute`. The first call computes all projections that share this input."""
-        if torch.compiler.is_compiling() or getattr(layer, "_is_replica", False):
+        if getattr(layer, "_is_replica", False):
             return layer.compute(x, [layer], adapter)[0]
+        if torch.compiler.is_compiling():
+            return self._traced_output(name, layer, x, adapter)
         waiting, PENDING.waiting = PENDING.waiting, None
         version = 0 if x.is_inference() else x._version
         state = version, torch.is_grad_enabled(), working_dtype(x), adapter
@@ -86,6 +91,24 @@ class Siblings:
         y = outputs.pop(name)
         if outputs:
             PENDING.waiting = _Waiting(self, x, state, outputs)
+        return y
+
+    def _traced_output(self, name: str, layer: FusedLinear, x: Tensor, adapter: str) -> Tensor:
+        """Compute as `output`, in a form that a compiler follows: no thread's own state, and no
+        look at the input's version, so that a compiled block must not change the input in place
+        between these calls."""
+        if self._traced_input is x and name in self._traced:
+            y = self._traced.pop(name)
+            if not self._traced:
+                self._traced_input = None
+            return y
+        if self._traced:
+            # Some were made for nothing.
+            self.shares = False
+        group = {name: layer, **self._followers(name, layer, adapter)}
+        outputs = dict(zip(group, layer.compute(x, list(group.values()), adapter), strict=True))
+        y = outputs.pop(name)
+        self._traced, self._traced_input = outputs, x if outputs else None
         return y
 
     def _followers(self, name: str, layer: FusedLinear, adapter: str) -> dict[str, FusedLinear]:
