@@ -27,6 +27,7 @@ KINDS = ["nf4", "int8", "int8_torchao"]
 # bitsandbytes' own forward pass needs widths in multiples of 32 on some CPUs.
 TINY = ["model=tiny", "model.config={intermediate_size: 192}"]
 METHODS = [*PAPER_METHODS, "moslora", "pissa"]
+METHODS += ["mola", "loramoe", "hydralora", "adamole", "goat"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Every two of kind, dtype and method meet; the other triples are slow.
 TRIPLES = [
