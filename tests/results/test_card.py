@@ -90,6 +90,24 @@ def test_each_source_of_a_base_has_its_own_lines(record: dict) -> None:
     card = model_card(folder)
     assert "/home/a" not in card
     assert '["model=smollm2_135m", "model.path=FOLDER"]' in card
+    for one in (record, folder, hub):
+        quantised = copy.deepcopy(one)
+        quantised["config"]["model"]["quantization"] = "int8"
+        card, held = model_card(quantised), '"model.quantization=int8"]'
+        assert (held if one is not hub else "BitsAndBytesConfig(load_in_8bit=True)") in card
+        assert held not in model_card(one)
+
+
+@pytest.mark.parametrize("fields", [{"quantization": "x\nimport os"}, {"quantization": ["nf4"]}])
+def test_a_record_of_a_stranger_writes_no_code(fields: dict, record: dict) -> None:
+    odd = copy.deepcopy(record)
+    odd["config"]["model"] |= fields
+    with pytest.raises((ValueError, TypeError)):
+        model_card(odd)
+    odd["config"]["model"]["quantization"], odd["dtype"] = "nf4", "x\nimport os"
+    odd["model"] = {"source": "hub", "id": "owner/base", "commit": "ab" * 20}
+    with pytest.raises(ValueError, match="dtype=x"):
+        model_card(odd)
 
 
 def test_scores_before_training_stand_beside(record: dict) -> None:

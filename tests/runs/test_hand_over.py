@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -13,15 +14,18 @@ import pytest
 import torch
 from composed import compose
 from fake_hub import FakeHub, fake_hub
-from peft import AutoPeftModelForCausalLM
+from torch import nn
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli import generate as generation
 from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.cli.push import run as push
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.choices import Quantization
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import is_quantized, matrix_of
 from mixlora_exp.models import load_model, load_tokenizer
+from mixlora_exp.records.card import model_card
 from mixlora_exp.records.record import finish_record, read_run, write_json
 from mixlora_exp.system.exit_codes import guarded
 
@@ -60,6 +64,18 @@ def test_the_three_lines_of_the_card_load_it(finished) -> None:
     found: dict = {}
     exec(code.replace("DIR", str(run.folder / "adapter")), found)
     assert found["model"](**found["tokenizer"]("a", return_tensors="pt")).logits.isfinite().all()
+
+
+def test_the_lines_hold_the_base_as_the_run_did(finished, tmp_path: Path) -> None:
+    """Without the record beside the adapter, which is not pushed."""
+    run = finished("method=mixlora")
+    shutil.copytree(run.folder / "adapter", tmp_path / "adapter")
+    record = copy.deepcopy(run.record)
+    record["config"]["model"]["quantization"] = "nf4"
+    code = re.search(r"```python\n(.*?)```", model_card(record), re.DOTALL)[1]
+    found: dict = {}
+    exec(code.replace("DIR", str(tmp_path / "adapter")), found)
+    assert all(map(is_quantized, frozen(found["model"]).values()))
 
 
 def test_it_goes_to_the_hub_and_is_scored_from_there(
@@ -156,17 +172,45 @@ def test_a_hub_that_refuses_is_reported(trained: Path, hub: FakeHub) -> None:
         push([str(trained), REPO])
 
 
-def test_a_base_on_the_hub_loads_by_three_lines_too(tmp_path: Path, monkeypatch) -> None:
-    """With PEFT alone, at the commit that the adapter was trained on."""
+def frozen(model: nn.Module) -> dict[str, nn.Linear]:
+    """The base's linear layers but the output projection, by their names without an adapter."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name and not name.endswith("lm_head")
+    }
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8", "int8_torchao"])
+def test_the_card_s_lines_load_a_base_on_the_hub_too(
+    kind: str, finished, tmp_path: Path, monkeypatch
+) -> None:
+    """With PEFT alone, at the commit that the adapter was trained on; a quantised base from the
+    same numbers, in the precision of the run."""
     commit = "0123456789abcdef" * 2 + "01234567"
     repository = tmp_path / "hub" / "models--owner--model"
     place = repository / "snapshots" / commit
     config = compose(["model=tiny", "method=mixlora", "method.rank=2"])
     load_model(config.model, torch.float32).save_pretrained(place)
     load_tokenizer(config.model).save_pretrained(place)
-    base = load_model(dataclasses.replace(config.model, path=str(place)), torch.float32)
+    stored = dataclasses.replace(config.model, path=str(place), quantization=Quantization(kind))
+    base = load_model(stored, torch.bfloat16)
+    expected = {name: matrix_of(layer) for name, layer in frozen(base).items()}
     save_adapter(attach_adapter(base, config.method, config.kernel, 0), tmp_path / "adapter")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    record = copy.deepcopy(finished("method=mixlora").record)
+    record["model"] = {"source": "hub", "id": "owner/model", "commit": commit}
+    record["config"]["model"]["quantization"], record["dtype"] = kind, "bfloat16"
+    code = re.search(
+        r"```python\n(.*?)```", model_card(record, str(tmp_path / "adapter")), re.DOTALL
+    )[1]
+    found: dict = {}
+    exec(code, found)
+    model = found["model"]
     assert model.peft_config["default"].peft_type == "MIXLORA"
+    layers = frozen(model)
+    assert layers.keys() == expected.keys()
+    for name, layer in layers.items():
+        assert is_quantized(layer) is (kind != "none"), name
+        assert torch.equal(matrix_of(layer).to(torch.bfloat16), expected[name]), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,27 @@ ID = re.compile(r"[A-Za-z0-9._=/+-]{1,200}")
 """Names of repositories and packages; whatever else a record says is not repeated."""
 HERE = "DIR"
 """Stands for the adapter's place in the lines that load it, as long as it is on no hub."""
+HELD = {
+    "nf4": (
+        "from transformers import BitsAndBytesConfig",
+        "BitsAndBytesConfig(\n"
+        '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
+        '    bnb_4bit_compute_dtype="{dtype}",\n'
+        ")",
+    ),
+    "int8": (
+        "from transformers import BitsAndBytesConfig",
+        "BitsAndBytesConfig(load_in_8bit=True)",
+    ),
+    "int8_torchao": (
+        "from torchao.quantization import Int8WeightOnlyConfig\n"
+        "from transformers import TorchAoConfig",
+        "TorchAoConfig(Int8WeightOnlyConfig())",
+    ),
+}
+"""`model.quantization` -> the lines by which transformers holds a base of the hub in the same form
+as `models.quantization`: imports, and the configuration."""
+DTYPES = ("float32", "bfloat16")
 
 
 def model_card(record: Mapping[str, Any], place: str = HERE, license: str | None = None) -> str:
@@ -94,18 +116,37 @@ def _summary(record: Mapping[str, Any]) -> str:
     )
 
 
+def _held(record: Mapping[str, Any]) -> str | None:
+    """Return the `model.quantization` of a run, or None for a base that is not quantised."""
+    held = record["config"]["model"].get("quantization")
+    if held in (None, "none"):
+        return None
+    if held not in HELD:
+        raise ValueError(f"model.quantization={held}")
+    return held
+
+
 def _loading(record: Mapping[str, Any], place: str) -> Iterator[str]:
-    if record["model"]["source"] == "hub":
-        lines = [
-            "import mixlora_exp",
-            "from peft import AutoPeftModelForCausalLM",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{place}")',
-        ]
+    source, held = record["model"]["source"], _held(record)
+    if source == "hub":
+        lines = ["import mixlora_exp", "from peft import AutoPeftModelForCausalLM"]
+        more = ""
+        if held is not None:
+            # It was quantised from weights in that precision, not from those on the hub.
+            if (dtype := record["dtype"]) not in DTYPES:
+                raise ValueError(f"dtype={dtype}")
+            imports, made = HELD[held]
+            lines += [imports, f"held = {made.format(dtype=dtype)}"]
+            more = f', dtype="{dtype}", quantization_config=held'
+        lines.append(f'model = AutoPeftModelForCausalLM.from_pretrained("{place}"{more})')
     else:
         where = place if place == HERE else f"hub:{place}@main"
-        more = ""
-        if record["model"]["source"] == "path":
-            more = f', ["model={record["config"]["model"]["name"]}", "model.path=FOLDER"]'
+        words = []
+        if source == "path":
+            words += [f"model={record['config']['model']['name']}", "model.path=FOLDER"]
+        if held is not None:
+            words.append(f"model.quantization={held}")
+        more = f", {json.dumps(words)}" if words else ""
         lines = [
             "from mixlora_exp.serving.open import open_adapter",
             f'opened = open_adapter("{where}"{more})',
@@ -164,7 +205,7 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _training(record: Mapping[str, Any]) -> Iterator[str]:
     train, trainer = record["train"], record["config"]["trainer"]
-    held = record["config"]["model"].get("quantization")
+    held = _held(record)
     figures = {
         "steps": train["steps"],
         "examples per step": trainer.get("batch_size"),
@@ -172,7 +213,7 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         "tokens": train.get("tokens"),
         "last loss": train.get("final_loss"),
         "precision": record.get("dtype"),
-        "frozen weights": None if held in (None, "none") else f"model.quantization={held}",
+        "frozen weights": None if held is None else f"model.quantization={held}",
         "seed": record["config"]["seed"],
     }
     for name, value in figures.items():
