@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from mixlora_exp.config.choices import PAPER_METHODS, Quantization
+from mixlora_exp.config.choices import PAPER_METHODS, LossOn, Quantization
 from mixlora_exp.config.command import compose
 from mixlora_exp.plans.cards import CARDS, Fit, fits
+from mixlora_exp.plans.measured import measured_peaks
 from mixlora_exp.plans.memory import usable_bytes
 
 __all__ = ["page"]
@@ -30,6 +31,14 @@ held against autograd's own count on a CPU, within 2 % for each kernel (11 % for
 dropout); the sums against peaks that were measured on an H100 and an H200, within 10 % for PEFT's
 own LoRA and DoRA, the paper's form (`kernel=peft`), and whole runs of a 7B model. Neither a
 quantised base nor checkpointing was measured on a GPU.
+
+## Plans beside measured peaks
+
+A training step in bf16 without an optimizer, dropout 0.05, of the rows whose code has not changed
+since they were measured: PEFT's own LoRA and DoRA, and the paper's form (`mixlora` with
+`kernel=peft`). Planned and measured peak in GiB, and how far the plan is off.
+
+{peaks}
 """
 
 
@@ -52,12 +61,34 @@ def _row(model: str, method: str) -> str:
     return f"| {model} | {method} | {' | '.join(cells)} |"
 
 
+def _measured_table() -> list[str]:
+    """Return the lines of the table of plans beside measured peaks, one per GPU, model, method and
+    record, of the kernel whose code has not changed."""
+    lines: dict[tuple[str, tuple[str, ...]], str] = {}
+    for peak in measured_peaks():
+        # A record has some rows twice.
+        if "kernel=peft" not in peak.words or (peak.file, peak.words) in lines:
+            continue
+        config, file = peak.config, peak.file
+        step = f"{config.trainer.micro_batch_size} x {config.data.cutoff_length}"
+        step += f", loss on {'answers' if config.trainer.loss_on is LossOn.answer else 'all'}"
+        off = f"{100 * (peak.planned / peak.measured - 1):+.1f} %"
+        cells = [
+            *(peak.gpu, config.model.name, config.method.name, step),
+            *(f"{size / 2**30:.2f}" for size in (peak.planned, peak.measured)),
+            *(off, f"[{file.removesuffix('.json')}](../results/bench/{file})"),
+        ]
+        lines[file, peak.words] = f"| {' | '.join(cells)} |"
+    titles = ["GPU", "model", "method", "step", "planned", "measured", "off", "record"]
+    return [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|", *lines.values()]
+
+
 def page() -> str:
     """Return the text of docs/scaling.md."""
     titles = " | ".join(f"{size} GB" for size in CARDS)
     rows = [_row(model, method) for model in MODELS for method in PAPER_METHODS]
     table = [f"| model | method | {titles} |", "| --- " * (2 + len(CARDS)) + "|", *rows]
-    return TEXT.format(table="\n".join(table))
+    return TEXT.format(table="\n".join(table), peaks="\n".join(_measured_table()))
 
 
 if __name__ == "__main__":
