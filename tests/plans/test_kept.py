@@ -10,10 +10,13 @@ import torch
 from composed import compose
 from cpu_kernels import CPU_KERNELS
 from peft import PeftModel
+from small_shape import SHAPE, small
 from torch import Tensor
 from torch.nn import functional
 
 from mixlora_exp.adapters import attach_adapter
+from mixlora_exp.bench import several_steps
+from mixlora_exp.bench.model import base_model, model_config
 from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.schema import Config, LossOn
 from mixlora_exp.data.collator import Collator
@@ -27,10 +30,6 @@ from mixlora_exp.training.packed import pack_batches, packed_attention
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 
 TARGETS = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
-SHAPE = {
-    "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1000,
-}  # fmt: skip
 FEW, MANY = 64, 192
 
 
@@ -91,12 +90,6 @@ def growth(config: Config, dtype: torch.dtype, layers: int = 2) -> Growth:
     return Growth(each, few - FEW * each)
 
 
-def small(*words: str) -> Config:
-    config = compose(["model=smollm2_135m", "model.weights=random", *words])
-    config.model.config.update(SHAPE)
-    return config
-
-
 @pytest.mark.parametrize(
     "dtype",
     [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)],
@@ -129,6 +122,35 @@ def test_packed_examples(method: str) -> None:
     measured = growth(small(*words, "data.packing=true"), torch.bfloat16, layers=3)
     assert found == pytest.approx(measured.per_token, rel=0.02)
     assert found > 1.02 * kept_by_layer(small(*words), 2).per_token
+
+
+@pytest.mark.parametrize("methods", [("dora", "dora"), ("lora", "mixdora")])
+def test_several_adapters_in_one_pass(
+    methods: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps its share of the tokens, with the copies of packed attention."""
+    monkeypatch.setattr(several_steps, "METHODS", methods)
+
+    def kept_by(layers: int, length: int) -> int:
+        shape = model_config("smollm2_135m", layers)
+        shape.config.update(SHAPE)
+        options = several_steps.AdapterOptions(method="mixed", length=length, dtype="bfloat16")
+        base = base_model(shape, torch.bfloat16, "cpu", 0)
+        base.set_attn_implementation("sdpa")
+        return several_steps.Joint(options, base, len(methods), sequences=1).saved()
+
+    few, many = (kept_by(3, length) - kept_by(2, length) for length in (FEW, MANY))
+    ranks = {"lora": 80, "dora": 80, "mixdora": 16}
+    configs = [
+        small(f"method={method}", "kernel=exact", f"method.rank={ranks[method]}",
+              "method.dropout=0.05", "trainer.loss_on=all", layers=1)
+        for method in methods
+    ]  # fmt: skip
+    plain = "lora" in methods or "dora" in methods
+    expected = sum(
+        kept_by_all_layers(config, 2, packed=True, beside_plain=plain) for config in configs
+    )
+    assert (many - few) / (MANY - FEW) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "[o_proj]", "[up_proj]"])

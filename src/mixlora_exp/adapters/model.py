@@ -199,6 +199,7 @@ class MixLoraModel(LoraModel):
         for layer in layers:
             # Detached: the graph would keep the pass's memory, and cannot be copied.
             layer.routings = {name: r.detached() for name, r in layer.routings.items()}
+        self.row_map.reported = True
         self.router_reports = {name: report.detached() for name, report in found.items()}
         return found
 

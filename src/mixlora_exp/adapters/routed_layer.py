@@ -68,7 +68,12 @@ class RoutedLayer(BaseTunerLayer):
             rows, held, mask, training=self.training, fused=fused, key=key
         )
         # Without its rows, which the report does not need.
-        self.routings[adapter] = replace(routing, rows=None)
+        reported = replace(routing, rows=None)
+        if _in_backward() and self.row_map.reported:
+            # Computed again by checkpointing: until the next pass, the graph would keep what the
+            # whole layer saves.
+            reported = reported.detached()
+        self.routings[adapter] = reported
         return routing
 
     @property
@@ -97,3 +102,9 @@ class RoutedLayer(BaseTunerLayer):
     def _base_weight(self) -> Tensor:
         """Return a frozen weight of the base layer."""
         return self.get_base_layer().weight
+
+
+def _in_backward() -> bool:
+    """Return whether autograd runs a backward pass, as torch's own checkpointing asks; never in
+    code that is being compiled."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -33,7 +33,7 @@ class RowMap:
     for the real ones of its rows in the pass, (rows,), or of a batch (sequences, tokens), which may
     begin with tokens of earlier passes; an adapter without one has real rows alone. `sequences`: of
     the pass, where it is known. `types`: by adapter, the kind of the task of each of its sequences
-    (0 or 1), where the batch tells.
+    (0 or 1), where the batch tells. `reported`: whether the report of the pass is made.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -41,6 +41,7 @@ class RowMap:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     sequences: int = 0
     types: Mapping[str, Tensor] = field(default_factory=dict)
+    reported: bool = False
     _real: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _resolved: dict[torch.Size, tuple[Segment, ...]] = field(default_factory=dict)
 
@@ -60,7 +61,7 @@ class RowMap:
         """Set which rows of the next pass are real (not padding), the kinds of its sequences'
         tasks, and the number of sequences."""
         self.masks, self.types, self._real = dict(masks), dict(types or {}), {}
-        self.sequences = sequences
+        self.sequences, self.reported = sequences, False
         for adapter, mask in masks.items():
             # Before the pass, which may be compiled.
             self._real[adapter, mask.numel()] = mask.reshape(-1).bool()

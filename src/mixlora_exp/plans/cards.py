@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.schema import Config, TrainedMethodConfig
-from mixlora_exp.plans.memory import memory_of, peak_bytes, scoring_bytes, usable_bytes
+from mixlora_exp.plans.memory import memory_together, peak_bytes, scoring_bytes, usable_bytes
 
 __all__ = ["CARDS", "Fit", "card_lines", "fits", "total_bytes"]
 
@@ -58,7 +58,7 @@ def total_bytes(configs: Sequence[Config], processes: int = 1) -> int:
     """Peak memory of one run, or of several that train together on one base model."""
     if len(configs) == 1:
         return peak_bytes(configs[0], processes=processes)
-    memories = [memory_of(config, packed=True) for config in configs]
+    memories = memory_together(configs)
     shared = max(m["weights"] + m.get("dequantized", 0) for m in memories)
     own = sum(sum(m.values()) - m["weights"] - m.get("dequantized", 0) for m in memories)
     return max(shared + own, *(scoring_bytes(config) for config in configs))

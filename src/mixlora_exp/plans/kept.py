@@ -100,12 +100,18 @@ class _Layer:
 
 
 def kept_by_layer(
-    config: Config, width: int, *, packed: bool = False, autocast: bool = True
+    config: Config,
+    width: int,
+    *,
+    packed: bool = False,
+    beside_plain: bool = False,
+    autocast: bool = True,
 ) -> Kept:
     """Return what a layer with adapters keeps, on average over these, with `width` bytes per
     number (4: float32, 2: bf16).
 
-    packed: as one of several adapters in a pass; `data.packing` keeps as much. autocast: whether it
+    packed: as one of several adapters in a pass; `data.packing` keeps as much. beside_plain: some
+    of these have no experts. autocast: whether it
     runs under autocast in bf16, as in training. What PEFT's other types keep is not counted as
     exactly as the rest.
     """
@@ -125,7 +131,9 @@ def kept_by_layer(
     sizes = BlockSizes(
         d=d, f=f, rank=rank, slots=slots, width=width, dropout=method.dropout, dora=method.dora
     )
-    return replace(kept, block=4 * d + ROUTING * slots + kernel.saved(sizes))
+    block = 4 * d + ROUTING * slots + kernel.saved(sizes)
+    # Frozen products of gate and up: an adapter without experts keeps those of all rows.
+    return replace(kept, block=block + (2 * f * width if beside_plain else 0))
 
 
 def _of_lora(

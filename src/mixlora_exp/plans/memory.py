@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mixlora_exp.config.choices import OWN_DROPOUT, Compile, Parallel, Protocol, Quantization
 from mixlora_exp.config.schema import (
     Config,
@@ -24,6 +26,7 @@ __all__ = [
     "kept_by_all_layers",
     "many_that_fit",
     "memory_of",
+    "memory_together",
     "number_bytes",
     "peak_bytes",
     "scoring_bytes",
@@ -52,11 +55,17 @@ def usable_bytes(gib: float) -> float:
 
 
 def kept_by_all_layers(
-    config: Config, width: int, packed: bool = False, *, autocast: bool = True
+    config: Config,
+    width: int,
+    packed: bool = False,
+    *,
+    beside_plain: bool = False,
+    autocast: bool = True,
 ) -> float:
     """Return bytes per token that all layers together keep for the backward pass, without copies of
     weights; see `kept_by_layer`."""
-    kept, shape = kept_by_layer(config, width, packed=packed, autocast=autocast), _shape(config)
+    kept = kept_by_layer(config, width, packed=packed, beside_plain=beside_plain, autocast=autocast)
+    shape = _shape(config)
     if config.trainer.gradient_checkpointing:
         # The input of each layer, and all saved tensors of one layer at a time.
         return kept.per_token + shape.num_hidden_layers * shape.hidden_size * width
@@ -89,7 +98,12 @@ def _last_layer_skips(config: Config) -> bool:
 
 
 def memory_of(
-    config: Config, packed: bool = False, *, processes: int = 1, autocast: bool = True
+    config: Config,
+    packed: bool = False,
+    *,
+    beside_plain: bool = False,
+    processes: int = 1,
+    autocast: bool = True,
 ) -> dict[str, int]:
     """Return memory that training takes on a device, in bytes, by item, all of which exist at its
     peak.
@@ -99,10 +113,11 @@ def memory_of(
     the adapter in that precision, and gradients; these only in so far as they exist beside the
     activations, which without accumulation they replace. activations: what is kept for the
     backward pass of one micro-batch of the longest examples, and the logits or a layer's
-    gradients. dequantized: matrices of a quantised base while a layer uses them. exchanged:
+    gradients. dequantized: a matrix of a quantised base while a layer uses it. exchanged:
     gradients on their way between processes.
 
-    packed: as one of several adapters on one base model. autocast: as `kept_by_layer`.
+    packed: as one of several adapters on one base model; see `memory_together`. beside_plain,
+    autocast: as `kept_by_layer`.
     """
     model, method = config.model, config.method
     width = number_bytes(config)
@@ -111,7 +126,9 @@ def memory_of(
         return {"weights": weights}
     trained = count_parameters(model, method).trainable
     tokens = config.trainer.micro_batch_size * config.data.cutoff_length
-    kept = tokens * kept_by_all_layers(config, width, packed, autocast=autocast)
+    kept = tokens * kept_by_all_layers(
+        config, width, packed, beside_plain=beside_plain, autocast=autocast
+    )
     layer = kept_by_layer(config, width, packed=packed, autocast=autocast)
     copied = 1 if config.trainer.gradient_checkpointing else len(_adapted_layers(config))
     activations = kept + layer.weights * copied
@@ -132,6 +149,12 @@ def memory_of(
     return {name: round(size) for name, size in items.items() if size}
 
 
+def memory_together(configs: Sequence[Config]) -> list[dict[str, int]]:
+    """Return `memory_of` each of several adapters that train together on one base model."""
+    plain = any(not isinstance(config.method, MixLoraMethodConfig) for config in configs)
+    return [memory_of(config, packed=True, beside_plain=plain) for config in configs]
+
+
 def _shape(config: Config):
     return skeleton_of(config.model).config
 
@@ -149,11 +172,13 @@ def _weights(config: Config, width: int, processes: int) -> int:
 
 
 def _dequantized(config: Config, width: int) -> int:
-    """Return the largest projections of a quantised base, gate and up at once, in the working
-    type."""
-    if config.model.quantization is Quantization.none:
+    """Return the largest projection of a quantised base while it is made a matrix, as one is at a
+    time. 8 bits become float32 first, which torchao copies even where that is the working type."""
+    kind = config.model.quantization
+    if kind is Quantization.none:
         return 0
-    return 2 * width * max(inner * outer for inner, outer in widths(config.model).values())
+    by_way = {Quantization.nf4: 0, Quantization.int8: 4 if width < 4 else 0}.get(kind, 4)
+    return (width + by_way) * max(inner * outer for inner, outer in widths(config.model).values())
 
 
 def _logits(config: Config) -> float:

@@ -139,13 +139,11 @@ def print_plan(
 def print_plan_together(configs: Sequence[Config], around: Circumstances | None = None) -> None:
     """Print the total memory of runs that share one base model, and what fits each card."""
     around = around or Circumstances()
-    memories = [memory_of(config, packed=True) for config in configs]
-    each = [sum(m.values()) - m["weights"] for m in memories]
-    total, weights = total_bytes(configs), memories[0]["weights"]
+    total, alone = total_bytes(configs), max(sum(memory_of(c).values()) for c in configs)
     text = (
         f"{len(configs)} adapters on one base: about {total / GIB:.1f} GiB, "
         f"{total / len(configs) / GIB:.1f} for each (estimated); alone the largest needs "
-        f"{(weights + max(each)) / GIB:.1f}"
+        f"{alone / GIB:.1f}"
     )
     _print([("all", text), *card_lines(configs, around.words, around.accepts)])
 

@@ -30,13 +30,16 @@ trainer.gradient_checkpointing=true`. What a layer keeps is counted from what th
 held against autograd's own count on a CPU, within 2 % for each kernel (11 % for `reference` with
 dropout); the sums against peaks that were measured on an H100 and an H200, within 10 % for PEFT's
 own LoRA and DoRA, the paper's form (`kernel=peft`), and whole runs of a 7B model. Neither a
-quantised base nor checkpointing was measured on a GPU.
+quantised base nor checkpointing was measured on a GPU: the matrix of the one, what the other keeps
+of each layer, scoring (planned up to half above) and several adapters in one pass are held against
+bytes counted on a CPU.
 
 ## Plans beside measured peaks
 
 A training step in bf16 without an optimizer, dropout 0.05, of the rows whose code has not changed
 since they were measured: PEFT's own LoRA and DoRA, and the paper's form (`mixlora` with
-`kernel=peft`). Planned and measured peak in GiB, and how far the plan is off.
+`kernel=peft`). Planned and measured peak in GiB, and how far the plan is off. With the loss on all
+tokens there was no autocast.
 
 {peaks}
 """
