@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ranks import as_rank, run_ranks
 
 from mixlora_exp.cli.evaluate import run, settled
 from mixlora_exp.cli.main import main
@@ -52,6 +54,38 @@ def test_the_same_scores_as_the_run(finished: Start, tmp_path: Path) -> None:
     assert source["name"] == trained.folder.name
     assert source["config"] == trained.record["config"]
     assert record["adapter"]["sha256"] == trained.record["saved_adapter"]["sha256"]
+
+
+def _evaluate(rank: int, count: int, port: int, words: list[str]) -> None:
+    as_rank(rank, count, port)
+    os._exit(guarded(run, words))
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_does(finished: Start, tmp_path: Path) -> None:
+    trained, found = finished(*MIXLORA), {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        words = [
+            f"run={trained.folder}", f"output_dir={folder}", "evaluation.batch_tokens=200",
+            "evaluation.limit=7", "evaluation.protocols=[label_logits,answer_text,generate]",
+            "trainer.parallel=ddp",
+        ]  # fmt: skip
+        assert run_ranks(count, _evaluate, words) == [0] * count
+        (path,) = folder.glob("*/record.json")
+        record = read_record(path)
+        # When and where it ran, and what it took.
+        for name in ("provenance", "content_sha256", "seconds"):
+            del record[name]
+        del record["config"]["output_dir"]
+        for spent in record["scoring"].values():
+            del spent["seconds"]
+        items = {p.name: p.read_bytes() for p in (path.parent / "predictions").iterdir()}
+        found[count] = record, items
+    (one, alone), (two, shared) = found[1], found[2]
+    assert alone == shared
+    assert len(alone) == 3
+    assert two == one
 
 
 def test_an_adapter_s_record_names_the_base_model(finished: Start, tmp_path: Path) -> None:
