@@ -121,6 +121,15 @@ def test_the_readmes_commands_for_one_card_fit_it() -> None:
         assert told == f"{needed / 2**30:.1f} GiB"
 
 
+def test_the_commands_for_24_gb_in_running_fit_it() -> None:
+    text = (ROOT / "docs" / "running.md").read_text()
+    one, two = re.findall(r"(?:\n# One 24 GB card.*)\n(.*)\n(.*)\n", text)[0]
+    assert peak_bytes(compose(shlex.split(one)[2:])) <= usable_bytes(24)
+    words = shlex.split(two)
+    assert words[:2] == ["torchrun", "--nproc-per-node=2"]
+    assert peak_bytes(compose(words[3:]), processes=2) <= usable_bytes(24)
+
+
 def test_a_dry_run_shows_cards_time_and_disk(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["model=llama2_7b", "task=arc_e", "dry_run=true"]) == 0
     out = capsys.readouterr().out
