@@ -52,7 +52,10 @@ def test_what_may_be_a_bug_keeps_its_traceback() -> None:
         raise fault(errno.ENOSPC)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+@pytest.mark.parametrize(
+    "together",
+    [pytest.param(False, id="alone"), pytest.param(True, id="together", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [(os, "makedirs", "trainer"), (os, "mkdir", "trainer"), (Path, "unlink", "failure.json")],

@@ -134,7 +134,13 @@ def test_there_are_commands_to_test() -> None:
     assert {"make quickstart", "make test"} <= set(commands("make"))
 
 
-@pytest.mark.parametrize("command", commands("python train.py"))
+def by_length(command: str) -> Any:
+    """Sweeps and lists of adapters of several runs take as long as all other commands."""
+    runs = command.count(",") + 1 if " -m " in command or "adapters=" in command else 1
+    return pytest.param(command, marks=pytest.mark.slow) if runs > 2 else command
+
+
+@pytest.mark.parametrize("command", map(by_length, commands("python train.py")))
 def test_command_runs_at_tiny_size(command: str, tmp_path: Path, folders: dict[str, Path]) -> None:
     if "model.quantization=nf4" in command:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -84,6 +84,7 @@ def test_the_whole_benchmark() -> None:
     assert "| together 2 |" in table
 
 
+@pytest.mark.slow
 def test_resident_memory_in_a_process_of_its_own() -> None:
     found = resident(AdapterOptions(**TINY, counts=[1, 2], sequences=2), 2)
     assert found["train"] > 0

@@ -38,14 +38,22 @@ def relative(result: Tensor, truth: Tensor) -> float:
 GELU = torch.nn.functional.gelu
 CASES = [
     pytest.param({}, id="plain"),
-    pytest.param({"tokens": 40, "hidden": 40, "inner": 72}, id="several tiles and splits"),
+    pytest.param(
+        {"tokens": 40, "hidden": 40, "inner": 72},
+        id="several tiles and splits",
+        marks=pytest.mark.slow,
+    ),
     pytest.param({"tokens": 1}, id="one token, as in generation"),
     pytest.param({"hidden": 7, "inner": 13}, id="odd sizes, below a tile"),
     pytest.param({"tokens": 17, "hidden": 17, "inner": 33}, id="odd sizes, one above a tile"),
     pytest.param({"experts": 1, "top_k": 1}, id="one expert"),
     pytest.param({"experts": 9, "top_k": 3, "rank": 8}, id="E and K no powers of two, rank 8"),
     pytest.param({"experts": 3, "top_k": 3}, id="K=E, no expert is left out"),
-    pytest.param({"experts": 8, "top_k": 8, "rank": 16}, id="all of eight, as in a soft mixture"),
+    pytest.param(
+        {"experts": 8, "top_k": 8, "rank": 16},
+        id="all of eight, as in a soft mixture",
+        marks=pytest.mark.slow,
+    ),
     pytest.param({"top_k": 1, "tokens": 20, "rank": 16}, id="K=1, rank 16 needs no padding"),
     pytest.param({"pushed": {2: -60.0}}, id="an expert without tokens"),
     pytest.param({"pushed": {1: 60.0}, "top_k": 1}, id="all tokens to one expert"),
@@ -190,6 +198,7 @@ def test_one_mask_alone(block_of, plain, fresh_seed, masked, dora) -> None:
     check_close(block, masks)
 
 
+@pytest.mark.slow
 def test_each_input_may_ask_for_a_gradient_alone(block_of, plain) -> None:
     """And gets the one that it has beside all others."""
     case = replace(plain, tokens=3, dora=True, biased=ROLES, normalised=False)
@@ -324,7 +333,7 @@ def test_package_does_not_import_its_triton_kernels() -> None:
 @pytest.mark.parametrize(
     "cards",
     [
-        pytest.param(["8.9"], id="the usual block, on a consumer card"),
+        pytest.param(["8.9"], id="the usual block, on a consumer card", marks=pytest.mark.slow),
         pytest.param(
             ["8.0", "8.9", "9.0", "all"],
             id="every table, on Ampere, a consumer card and Hopper",

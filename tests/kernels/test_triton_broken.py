@@ -31,7 +31,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(
+    "dora",
+    [pytest.param(False, id="LoRA", marks=pytest.mark.slow), pytest.param(True, id="DoRA")],
+)
 def test_same_bits_each_time_whatever_buffers_hold(
     block_of, plain, monkeypatch, fresh_seed, dora
 ) -> None:

@@ -54,7 +54,10 @@ def test_at_the_shape_of_llama(method: str, reference: str, rank: int, expected:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("reference", ["lora_r20", "dora_r9", "mixlora_r3"])
+@pytest.mark.parametrize(
+    "reference",
+    ["lora_r20", *(pytest.param(r, marks=pytest.mark.slow) for r in ("dora_r9", "mixlora_r3"))],
+)
 def test_no_other_rank_comes_closer(method: str, reference: str) -> None:
     words = [f"method={method}", "method.rank=2"]
     words += ["method.num_experts=2"] if method == "goat" else []

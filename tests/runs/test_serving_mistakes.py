@@ -242,6 +242,7 @@ def test_what_a_failed_run_left_is_named(
     assert "was trained on tiny (random tiny seed=7)" in message
 
 
+@pytest.mark.slow
 def test_who_reads_may_stop(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a\n" * 40)

@@ -109,6 +109,7 @@ def test_a_packed_sweep_gives_the_records_of_an_unpacked_one(tmp_path) -> None:
     assert together == [0, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_an_experiment_file_with_a_list(tmp_path, capsys) -> None:
     """And a second start runs nothing again."""
     command = ["experiment=multi_adapter/smoke", f"output_dir={tmp_path}"]
@@ -123,6 +124,7 @@ def test_an_experiment_file_with_a_list(tmp_path, capsys) -> None:
     assert capsys.readouterr().out.count("Already finished") == 4
 
 
+@pytest.mark.slow
 def test_those_that_are_missing_run(tmp_path) -> None:
     entries = "adapters=[lora,dora,mixlora]"
     assert execute([*SMALL, f"output_dir={tmp_path}", "method=lora"]) == 0
@@ -195,6 +197,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_pack_killed_while_it_is_scored_resumes(tmp_path, monkeypatch) -> None:
     """Nothing is trained again."""
     argv = [*SMALL, f"output_dir={tmp_path / 'run'}", "adapters=[lora,mixlora]"]
@@ -214,7 +217,7 @@ def test_a_pack_killed_while_it_is_scored_resumes(tmp_path, monkeypatch) -> None
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("where", ["a protocol", "a pass"])
+@pytest.mark.parametrize("where", ["a protocol", pytest.param("a pass", marks=pytest.mark.slow)])
 def test_scoring_that_fails_costs_that_adapter_alone(tmp_path, monkeypatch, capsys, where) -> None:
     """A pass that fails for all is made for each by itself."""
     from mixlora_exp.evaluation.forward import Scorer
@@ -256,6 +259,7 @@ def test_scoring_that_fails_costs_that_adapter_alone(tmp_path, monkeypatch, caps
         assert found == {"lora", "mixlora", "dora"}
 
 
+@pytest.mark.slow
 def test_the_base_model_in_a_packed_sweep(tmp_path) -> None:
     sweep = ["-m", *SMALL, "method=none,lora,dora", "trainer.pack_adapters=2"]
     assert execute([*sweep, f"output_dir={tmp_path}"]) == 0
@@ -274,6 +278,7 @@ def test_settings_of_a_group_in_an_entry(tmp_path) -> None:
     assert sum("-dora-" in name for name in names) == 1
 
 
+@pytest.mark.slow
 def test_seeds_pack_on_a_base_that_is_not_drawn(tmp_path) -> None:
     base = load_model(compose(["model=tiny"]).model, torch.float32)
     base.save_pretrained(tmp_path / "base")

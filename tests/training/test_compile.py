@@ -86,6 +86,7 @@ def test_batches_of_many_lengths(train, traced, monkeypatch, capsys, checkpointi
     assert "the compiler refuses" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_graphs_than_allowed_run_eagerly(train, traced, monkeypatch, capsys) -> None:
     monkeypatch.setattr(compiled, "BUCKET", 1)
     monkeypatch.setattr(compiled, "GRAPHS", 2)

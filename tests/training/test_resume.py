@@ -351,7 +351,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dic
     return configs, start_together(configs, tmp_path_factory.mktemp("several"))
 
 
-@pytest.mark.parametrize("killed", [[70], [130, 30]], ids=str)
+@pytest.mark.parametrize("killed", [[70], pytest.param([130, 30], marks=pytest.mark.slow)], ids=str)
 def test_several_resume_together(several, tmp_path, monkeypatch, killed) -> None:
     """Each from its own newest checkpoint, whatever step the others have reached."""
     configs, expected = several
