@@ -22,6 +22,7 @@ from mixlora_exp.cli.main import COMMANDS, main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config import schema
 from mixlora_exp.config.command import compose
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import open_session
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
@@ -118,6 +119,15 @@ def test_the_readme_names_the_groups_of_conf_and_commands_that_there_are() -> No
         groups = [name for name in hydra.config_loader.list_groups("") if name != "hydra"]
     assert sorted(listed) == sorted(groups)
     assert set(re.findall(r"mixlora-exp ([a-z][\w-]*)", README)) <= set(COMMANDS)
+
+
+def test_the_table_of_methods_has_all() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("## Methods")[1].split("##")[0]
+    named = re.findall(r"`(\w+)`", table)
+    # Who adds one need not add it there; this project's are.
+    assert set(named) <= {path.stem for path in (CONF_DIR / "method").glob("*.yaml")}
+    assert len(named) == len(set(named)) >= 30
 
 
 def test_links_lead_to_files() -> None:
