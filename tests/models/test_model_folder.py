@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixlora_exp.config.schema import ModelConfig, Weights
 from mixlora_exp.errors import UserError
@@ -36,6 +36,24 @@ def test_folder_round_trip(tiny: Tiny, same: Same, family: str, tmp_path: Path) 
     assert load_model(read, torch.bfloat16).dtype is torch.bfloat16
     text = "Answer: true</s> 12"
     assert load_tokenizer(read)(text).input_ids == tokenizer(text).input_ids
+
+
+def test_weights_go_to_the_device_as_they_are_read(
+    tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process of several would otherwise hold the whole model in host memory first."""
+    asked = []
+    read = AutoModelForCausalLM.from_pretrained
+
+    def spy(*args: object, **options: object) -> object:
+        asked.append(options.get("device_map"))
+        return read(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    device = torch.device("meta")
+    model = load_model(tiny(path=str(folder)), torch.float32, device=device)
+    assert asked == [{"": device}]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
 def test_random_weights_keep_the_tokenizer_of_the_folder(tiny: Tiny, folder: Path) -> None:
