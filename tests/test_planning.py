@@ -119,8 +119,10 @@ def test_sizes_of_mixtures(method: str, expected: int) -> None:
 
 @pytest.mark.parametrize("model", MODEL_TITLES)
 def test_tables_count_without_torch_what_a_plan_counts(model: str) -> None:
-    for method in METHODS[1:]:
-        config = compose([f"model={model}", f"method={method}", "method.targets=[k_proj,up_proj]"])
+    by_layer = ["method.num_experts=2/4", "method.top_k=1/2"]
+    for method, words in [*((method, []) for method in METHODS[1:]), ("mixlora", by_layer)]:
+        targets = "method.targets=[k_proj,up_proj]"
+        config = compose([f"model={model}", f"method={method}", targets, *words])
         counted = count_parameters(config.model, config.method)
         expected = (counted.percent_paper or 0.0, counted.percent_true)
         assert percentages(config.model, config.method) == pytest.approx(expected, rel=1e-12)

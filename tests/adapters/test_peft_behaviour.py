@@ -209,8 +209,13 @@ def test_partial_targets(model_of, batch, targets, parts) -> None:
     [
         pytest.param({"top_k": 5}, r"top_k=5 .*num_experts=4", id="more experts chosen than are"),
         pytest.param({"top_k": 0}, r"top_k=0", id="no expert chosen"),
-        pytest.param({"top_k": [1, 2]}, r"top_k=\[1, 2\] must be in", id="chosen by layer"),
-        pytest.param({"num_experts": [2, 4]}, "the same for all layers", id="experts by layer"),
+        pytest.param({"top_k": [1, 5]}, r"top_k=\[1, 5\] must be in \[1, n", id="chosen by layer"),
+        pytest.param({"num_experts": [2, 2.5]}, "a list of one for each layer", id="half experts"),
+        pytest.param({"num_experts": "2/x"}, "or text as 2/4/6/8", id="no groups of layers"),
+        pytest.param(
+            {"router_loss_pooling": "all", "num_experts": [2, 4]}, "a number each", id="all pooled"
+        ),
+        pytest.param({"router_options": {"q": 1}, "num_experts": [2, 4]}, "q is not", id="option"),
         pytest.param({"r": 0}, r"r\b.*0", id="no rank"),
         pytest.param({"lora_dropout": 1.0}, "lora_dropout=1.0", id="everything dropped"),
         pytest.param({"router_loss_coef": -0.1}, "router_loss_coef=-0.1", id="rewards imbalance"),

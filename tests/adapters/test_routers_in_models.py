@@ -12,7 +12,7 @@ from mixlora_exp.config.command import compose
 from mixlora_exp.evaluation.packing import Request, pack, pad_packed
 from mixlora_exp.kernels import ROUTERS, DropoutKey, DropoutStream, make_router
 from mixlora_exp.models import load_model
-from mixlora_exp.models.parameters import count_parameters, router_of
+from mixlora_exp.models.parameters import count_parameters, routers_of
 
 OPTIONS = {
     "top_k": "router_options={temperature:2.0,normalise:false}",
@@ -67,7 +67,7 @@ def test_what_is_trained(router, batch) -> None:
     spread(model)
     model.set_adapter("default")
     model.train()(**batch).loss.backward()
-    own, frozen = router_of(config.method), ROUTERS[router].frozen
+    own, frozen = routers_of(config.model, config.method)[0], ROUTERS[router].frozen
     routers = {n: p for n, p in model.named_parameters() if "lora_router" in n}
     assert len(routers) == 2 * len(own.initial(8))
     for parameter in routers.values():

@@ -46,7 +46,7 @@ def make_lora(hidden: int, dtype: torch.dtype, **changes) -> nn.Module:
 def make_mixlora(hidden: int, dtype: torch.dtype, **changes) -> MixLoraFeedForward:
     options = {"r": 16, "num_experts": 8, "top_k": 2, "lora_dropout": 0.05, **changes}
     config = MixLoraConfig(target_modules=TARGETS, **options)
-    return MixLoraFeedForward(make_mlp(hidden, dtype), "default", config).train()
+    return MixLoraFeedForward(make_mlp(hidden, dtype), "default", config, "mlp").train()
 
 
 def saved_bytes(

@@ -68,7 +68,7 @@ def test_the_base_model(base: int) -> None:
         "mola top_k=1 router=switch router_options.z_loss=0",
         "mixlora router=dense", "mixlora router=uniform", "mixlora router=random_frozen",
         "mixlora router=switch router_options.capacity_factor=8",
-        "mixlora num_experts=1 top_k=1",
+        "mixlora num_experts=1 top_k=1", "mixdora num_experts=[2,4] top_k=[1,2]",
     ],
 )  # fmt: skip
 def test_each_method(words: str, base: int) -> None:

@@ -25,7 +25,7 @@ from mixlora_exp.kernels import MIXTURES
 from mixlora_exp.models import load_model
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.plans.kept import kept_by_layer
-from mixlora_exp.plans.memory import kept_by_all_layers
+from mixlora_exp.plans.memory import kept_by_all_layers, scoring_bytes
 from mixlora_exp.training.packed import pack_batches, packed_attention
 from mixlora_exp.training.saved_bytes import counting_saved, storages_of
 
@@ -220,3 +220,13 @@ def test_ranks_by_module() -> None:
     assert kept_by_layer(config, 2).per_token == pytest.approx(
         kept_by_layer(small(*words), 2).per_token + 2 * (128 - 16 + 4 - 16)
     )
+
+
+def test_experts_by_layer() -> None:
+    """A layer keeps what it would with its K in all; scoring needs room for the largest."""
+    words = ["model=tiny", "method=mixdora", "kernel=exact", "method.rank=16"]
+    few, many = (compose([*words, f"method.top_k={k}"]) for k in (1, 3))
+    mixed = compose([*words, "method.top_k=1/3"])
+    expected = (kept_by_layer(few, 2).per_token + kept_by_layer(many, 2).per_token) / 2
+    assert kept_by_layer(mixed, 2).per_token == expected != kept_by_layer(few, 2).per_token
+    assert scoring_bytes(mixed) == scoring_bytes(many) > scoring_bytes(few)

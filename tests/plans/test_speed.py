@@ -80,7 +80,7 @@ def test_a_record_with_the_loss_on_other_tokens_is_named_so(tmp_path: Path) -> N
     ["method=lora", "model=gemma_2b", "method.top_k=4", "trainer.gradient_checkpointing=true",
      "model.quantization=nf4", "method.dropout=0", "kernel=shared", "method.rank=4",
      "method.expert_rank=8", "method.layers_to_transform=0-7", "method.num_experts=4",
-     "method.targets=[gate_proj,up_proj,down_proj]"],
+     "method.num_experts=8/4", "method.targets=[gate_proj,up_proj,down_proj]"],
 )  # fmt: skip
 def test_a_record_of_other_settings_does_not_count(word: str, tmp_path: Path) -> None:
     record(tmp_path, "card", H100, "triton", 100.0)

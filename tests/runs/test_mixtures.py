@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,10 +60,13 @@ def test_an_adapter_scores_as_in_its_own_run(
 
 
 def test_trained_and_scored_together(tmp_path: Path) -> None:
-    entries = "adapters=[mola,adamole,{method:goat,method.rank:2},moslora,mixlora,lora]"
+    entries = "adapters=[mola,adamole,{method:goat,method.rank:2},moslora,MIXLORA,lora]"
+    entries = entries.replace("MIXLORA", "{method:mixlora,method.num_experts:[2,4]}")
     assert execute(["experiment=smoke", entries, f"output_dir={tmp_path}"]) == 0
     names = {path.parent.name.split("-")[1] for path in tmp_path.glob("*/record.json")}
     assert names == {"mola", "adamole", "goat", "moslora", "mixlora", "lora"}
+    (path,) = tmp_path.glob("tiny-mixlora-*/adapter/adapter_config.json")
+    assert json.loads(path.read_text())["num_experts"] == [2, 4]
 
 
 def opened(method: str) -> Opened:
@@ -93,6 +97,9 @@ def test_others_are_not_merged(tmp_path: Path) -> None:
     [
         ("mola", "num_experts=[2,2,2]", "method.num_experts has 3 entries, and the model has 2"),
         ("mola", "top_k=[2]", "method.top_k has 1 entries"),
+        ("mixlora", "num_experts=[2,2,2]", "method.num_experts has 3 entries, and the model has 2"),
+        ("mixdora", "num_experts=2/4/6/8 top_k=3/1", "method.top_k=3/1 is 3 in layer 0, which has"),
+        ("mixlora", "num_experts=2/4 router=top_p router_options.limit=3", "limit=3 must be in"),
         ("mola", "num_experts=2/4/6/8 top_k=3/1", "method.top_k=3/1 is 3 in layer 0, which has 2"),
         ("mola", "router=top_p router_options.p=2", r"method.router_options.p=2.0 must be in"),
         ("mola", "mixture_options.d=1", "method.mixture_options.d is not an option of mola"),
@@ -120,7 +127,7 @@ def test_mistakes_are_reported_before_weights_are_read(
         ("num_experts=0", "method.num_experts=0 is not valid: must be a whole number >= 1, a list"),
         ("num_experts=2/a", "method.num_experts=2/a is not valid"),
         ("num_experts=3.5", "method.num_experts=3.5 is not valid"),
-        ("num_experts=4 top_k=5", "method.top_k=5 is not valid.*at most num_experts=4"),
+        ("num_experts=4 top_k=5", r"method.top_k=5 is not valid: must be in \[1, num_experts=4\]"),
         ("dora=true", "method.dora=True is not valid"),
         ("mixture=nola", "mixture=nola"),
     ],
@@ -128,3 +135,17 @@ def test_mistakes_are_reported_before_weights_are_read(
 def test_values_are_checked(words: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         compose(["method=mola", *(f"method.{word}" for word in words.split())])
+
+
+def test_a_plan_shows_experts_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["method=mixlora", "method.num_experts=[2,4]", "method.top_k=1/2"]
+    words = ["experiment=smoke", f"output_dir={tmp_path}", "dry_run=true"]
+    assert execute([*words, *own]) == 0
+    out = capsys.readouterr().out
+    assert "experts     layer 0: E 2, K 1; layer 1: E 4, K 2\n" in out
+    assert "router 384," in out  # 6 rows of 64.
+    assert execute([*words, *own, "method.top_k=[1,5]"]) == 2
+    told = "error: method.top_k=[1, 5] is not valid: must be in [1, num_experts=[2, 4]]\n"
+    assert capsys.readouterr().err == told
+    assert execute([*words, "method=mixlora"]) == 0
+    assert "experts " not in capsys.readouterr().out

@@ -44,6 +44,7 @@ SMALL = [
 OTHERS = ("lora", "dora", "mixlora", "mixlora method.router=random_frozen")
 NOISY = "mixlora_switch +method.router_options.jitter=0.1"
 PADDED = [f"mixlora method.router={name}" for name in ("threshold", "top_p", "dense", "uniform")]
+BY_LAYER = "mixdora method.num_experts=[2,4] method.top_k=[1,2]"
 KILLS = [[5], [20], [33, 14], [53]]
 """In the first step, in the second epoch, twice, and in the last step."""
 
@@ -103,10 +104,11 @@ def killed_late(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("method", "killed"),
     [
         # One method has every part, one has noise beside dropout, one rows of varying numbers of
-        # experts.
+        # experts, one layers.
         *(("mixdora", killed) for killed in KILLS),
         (NOISY, [33, 14]),
         (PADDED[0], [33, 14]),
+        (BY_LAYER, [33, 14]),
         *(pytest.param(m, [33, 14], marks=pytest.mark.slow) for m in PADDED[1:]),
         *(pytest.param(m, k, marks=pytest.mark.slow) for m in OTHERS for k in KILLS),
         *(pytest.param(NOISY, k, marks=pytest.mark.slow) for k in KILLS if k != [33, 14]),

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
+from mixlora_exp.config.by_layer import counts
 from mixlora_exp.config.schema_method import (
     ATTENTION_TARGETS,
     FEED_FORWARD_TARGETS,
@@ -91,7 +92,10 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
                 f"{self.feed_forward_targets}: without experts this is LoRA, use LoraConfig"
             )
         check_settings(self, MixtureSettings)
-        self.make_router()
+        # Checks the router's options. One that depends on E may not hold in all layers, of which
+        # only the model knows the number: each makes its own router.
+        experts, chosen = counts(self.num_experts) or [], counts(self.top_k) or []
+        self.make_router(max(experts), min(chosen), width=1)
         unknown = set(self.expert_lora or ()) - set(ExpertLora.__dataclass_fields__)
         if unknown:
             raise ValueError(f"expert_lora has the unknown fields {', '.join(sorted(unknown))}")
@@ -103,13 +107,13 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         if self.act_fn is not None and self.act_fn not in ACT2FN:
             raise ValueError(f"act_fn={self.act_fn!r} is not an activation of transformers")
 
-    def make_router(self) -> Router:
-        """Return the router with these settings.
+    def make_router(self, experts: int, chosen: int, width: int) -> Router:
+        """Return the router of a block with E and K, for rows of `width` elements.
 
         Raises:
             ValueError: an entry of `router_options` is unknown to the router or out of range.
         """
-        settings = {item.name: getattr(self, item.name) for item in fields(MixtureSettings)}
+        settings = self.router_settings(experts, chosen, width)
         return make_router(self.router, settings, self.router_options)
 
     def to_dict(self) -> dict[str, Any]:

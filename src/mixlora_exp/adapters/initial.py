@@ -25,28 +25,28 @@ def initial_weights(
     projections: by role, gate first, including those without experts. Shapes: A (E, R, in),
     B (E, out, R), magnitude (E, out).
     """
-    lora, made = config.experts, {}
+    lora, experts, made = config.experts, router.num_experts, {}
     for part, weight in router.initial(projections["gate"].in_features).items():
         made[f"lora_router_{part}" if part else "lora_router"] = weight
     adapted = dict(zip(projections, config.feed_forward_targets, strict=True))
     for role, frozen in projections.items():
         if adapted[role] not in config.expert_targets:
             continue
-        a = torch.empty(config.num_experts, lora.r, frozen.in_features)
+        a = torch.empty(experts, lora.r, frozen.in_features)
         # PEFT's kaiming_uniform(a=sqrt(5)) is uniform in +-1/sqrt(fan_in) of each expert.
         bound = 1 / math.sqrt(frozen.in_features)
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(a, std=1 / lora.r)
         else:
             nn.init.uniform_(a, -bound, bound)
-        b = torch.zeros(config.num_experts, frozen.out_features, lora.r)
+        b = torch.zeros(experts, frozen.out_features, lora.r)
         if not config.init_lora_weights:
             nn.init.uniform_(b, -1 / math.sqrt(lora.r), 1 / math.sqrt(lora.r))
         made |= {f"lora_A_{role}": a, f"lora_B_{role}": b}
         if lora.use_dora:
             # With B = 0 the magnitude is the row norm of W; also used for random B (tests).
             norms = squared_row_norms(matrix_of(frozen).detach()).sqrt().to(a.device)
-            made[f"lora_magnitude_{role}"] = norms.expand(config.num_experts, -1).clone()
+            made[f"lora_magnitude_{role}"] = norms.expand(experts, -1).clone()
     return made
 
 

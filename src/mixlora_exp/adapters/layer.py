@@ -55,41 +55,44 @@ class MixLoraFeedForward(CachesWeights, RoutedLayer):
         "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "activation", "router",
     )  # fmt: skip
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, name: str
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.projection_names = dict(zip(ROLES, config.feed_forward_targets, strict=True))
-        for role, name in self.projection_names.items():
-            projection = self.frozen(role) if hasattr(base_layer, name) else None
+        for role, own in self.projection_names.items():
+            projection = self.frozen(role) if hasattr(base_layer, own) else None
             if not is_linear(projection):
                 raise ValueError(
-                    f"MixLoRA needs {name} of {type(base_layer).__name__} to be an nn.Linear, "
+                    f"MixLoRA needs {own} of {type(base_layer).__name__} to be an nn.Linear, "
                     f"found {type(projection).__name__}"
                 )
         self._start_without_adapters(adapter_name)
-        for name in ("lora_router", *self.expert_parts):
-            self._parameters_called(name)
-        for name in self.other_param_names:
-            setattr(self, name, {})
+        for part in ("lora_router", *self.expert_parts):
+            self._parameters_called(part)
+        for setting in self.other_param_names:
+            setattr(self, setting, {})
         self.kernel = "auto"
         self.base_activation = known_activation(base_layer.act_fn)
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, name)
 
-    def update_layer(self, adapter_name: str, config: MixLoraConfig) -> None:
-        """Add an adapter with fresh weights."""
+    def update_layer(self, adapter_name: str, config: MixLoraConfig, name: str) -> None:
+        """Add an adapter with fresh weights. name: of this block in the model."""
         if list(self.projection_names.values()) != list(config.feed_forward_targets):
             raise ValueError(
                 f"feed_forward_targets={config.feed_forward_targets} differ from those of the "
                 f"adapters already there, {list(self.projection_names.values())}"
             )
-        lora, router = config.experts, config.make_router()
+        projections = {role: self.frozen(role) for role in ROLES}
+        width = projections["gate"].in_features
+        lora, router = config.experts, config.make_router(*config.experts_at(name), width)
         self.r[adapter_name], self.lora_alpha[adapter_name] = lora.r, lora.lora_alpha
         self.scaling[adapter_name] = scaling_of(lora)
         self.lora_dropout[adapter_name] = lora.lora_dropout
         self.use_dora[adapter_name], self.router[adapter_name] = lora.use_dora, router
         own = None if config.act_fn is None else known_activation(ACT2FN[config.act_fn])
         self.activation[adapter_name] = own or self.base_activation
-        projections = {role: self.frozen(role) for role in ROLES}
         weights = initial_weights(config, router, projections)
         fixed = [] if router.trained else [n for n in weights if n.startswith("lora_router")]
         self._add_weights(adapter_name, weights, fixed, trained=not config.inference_mode)

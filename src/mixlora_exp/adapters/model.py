@@ -19,6 +19,7 @@ from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.adapters.router_report import RouterReport, collect
 from mixlora_exp.adapters.row_map import BASE, RowMap
+from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.kernels import KERNELS, resolve_kernel
 
 __all__ = ["MixLoraModel", "set_kernel"]
@@ -70,7 +71,7 @@ class MixLoraModel(LoraModel):
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)
         shape = getattr(self.model, "config", None)
-        if isinstance(config, MixtureConfig) and hasattr(shape, "num_hidden_layers"):
+        if isinstance(config, MixtureSettings) and hasattr(shape, "num_hidden_layers"):
             config.settle(shape.num_hidden_layers)
 
     def _create_and_replace(
@@ -103,9 +104,9 @@ class MixLoraModel(LoraModel):
         elif target_name == config.feed_forward:
             if isinstance(target, MixLoraFeedForward):
                 layer = target
-                layer.update_layer(adapter_name, config)
+                layer.update_layer(adapter_name, config, current_key)
             else:
-                layer = MixLoraFeedForward(target, adapter_name, config)
+                layer = MixLoraFeedForward(target, adapter_name, config, current_key)
                 if adapter_name not in self.active_adapters:
                     layer.requires_grad_(False)
                 setattr(parent, target_name, layer)

@@ -184,21 +184,26 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
         for size in (config.get(name), *own.values()):
             if size is not None and not (type(size) is int and 0 <= size <= elements):
                 _refuse(folder, name, size, f"does not fit the tensors in {SAFETENSORS}")
-    experts = config.get("num_experts")
-    limit = len(shapes)
-    if config["peft_type"] == "LORA_MIXTURE":
+    experts, limit = config.get("num_experts"), len(shapes)
+    if config["peft_type"] in ("MIXLORA", "LORA_MIXTURE"):
         # All experts of a layer are one tensor.
         limit = max((shape[0] for shape in shapes if len(shape) == 3), default=0)
-        _check_per_layer(folder, config)
-        experts = max(experts) if isinstance(experts, list) else experts
+        experts = _most_experts(folder, config)
     if experts is not None and (type(experts) is not int or not 1 <= experts <= limit):
         _refuse(folder, "num_experts", experts, f"does not match the tensors in {SAFETENSORS}")
 
 
-def _check_per_layer(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a value that is neither a positive integer nor a list of them, one per layer."""
+def _most_experts(folder: Path, config: Mapping[str, Any]) -> int | None:
+    """Return the largest number of experts in a layer with an adapter. Refuse a value that is
+    neither a positive integer nor a list of them, one per layer."""
     for name in ("num_experts", "top_k"):
         value = config.get(name, 1)
         listed = value if isinstance(value, list) else [value]
         if not listed or not all(type(one) is int and one >= 1 for one in listed):
             _refuse(folder, name, value, "must be an integer above 0, or a list of them")
+    experts, layers = config.get("num_experts"), config.get("layers_to_transform")
+    if not isinstance(experts, list):
+        return experts
+    chosen = layers if isinstance(layers, list) else [layers]
+    everywhere = layers is None or not chosen
+    return max((e for layer, e in enumerate(experts) if everywhere or layer in chosen), default=1)

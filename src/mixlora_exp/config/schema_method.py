@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Any
 
+from mixlora_exp.config.by_layer import PER_LAYER, by_layer, counts, layer_of, may_fit
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import (
     OWN_PRECISION,
@@ -124,17 +125,14 @@ class MixtureSettings:
     """Settings of MixLoRA in addition to LoRA's: the single definition of names, defaults, help and
     ranges, shared by Hydra (`MixLoraMethodConfig`) and PEFT (`MixLoraConfig`)."""
 
-    num_experts: int = setting(
-        8,
-        "Experts per feed-forward block (E).",
-        "must be a whole number >= 1, the same for all layers",
-        lambda value, _: type(value) is int and value >= 1,
+    num_experts: Any = setting(
+        8, "Experts per feed-forward block or projection (E), maybe by layer."
     )
-    top_k: int = setting(
+    top_k: Any = setting(
         2,
-        "Experts per token (K); routers that choose their number do not read it.",
+        "Experts per token (K), maybe by layer; routers that choose their number do not read it.",
         "must be in [1, num_experts={num_experts}]",
-        lambda value, all: type(value) is int and 1 <= value <= all.num_experts,
+        lambda value, all: may_fit(value, all.num_experts),
     )
     router: Router = setting(Router.top_k, "How experts are chosen.")
     router_options: dict[str, Any] = setting(
@@ -151,7 +149,10 @@ class MixtureSettings:
     )
     router_loss_pooling: RouterLossPooling = setting(
         RouterLossPooling.layer,
-        "'layer': loss per layer, averaged; 'all': statistics of all layers.",
+        "'layer': loss per router, averaged; 'all': statistics of all routers, of equally many "
+        "experts.",
+        "must be layer, or num_experts and top_k a number each, the same in all layers",
+        lambda value, all: word(value) == "layer" or all.alike,
     )
     router_loss_reduction: RouterLossReduction = setting(
         RouterLossReduction.mean,
@@ -175,12 +176,63 @@ class MixtureSettings:
     def fault(self) -> tuple[str, Any, str] | None:
         """Return the name, value and violated rule of the first setting out of its range; None if
         all hold."""
+        for name in ("num_experts", "top_k"):
+            if counts(value := getattr(self, name)) is None:
+                return name, value, f"must be {PER_LAYER}"
         for item in fields(self):
             # PEFT's own fields have no rule.
             value, valid = getattr(self, item.name), item.metadata.get("valid")
             if valid is not None and not valid(value, self):
                 return item.name, word(value), item.metadata["rule"].format(**vars(self))
         return None
+
+    @property
+    def alike(self) -> bool:
+        """True if E and K are each given as one number for all layers."""
+        return type(self.num_experts) is type(self.top_k) is int
+
+    def experts_by_layer(self, layers: int) -> list[tuple[int, int]]:
+        """Return (E, K) of each layer.
+
+        Raises:
+            ValueError: a list has another length, or K > E in a layer.
+        """
+        experts = by_layer("num_experts", self.num_experts, layers)
+        chosen = by_layer("top_k", self.top_k, layers)
+        for layer, (e, k) in enumerate(zip(experts, chosen, strict=True)):
+            if k > e:
+                raise ValueError(
+                    f"top_k={self.top_k} is {k} in layer {layer}, which has {e} experts "
+                    f"(num_experts={self.num_experts}): choose at most as many"
+                )
+        return list(zip(experts, chosen, strict=True))
+
+    def settle(self, layers: int) -> None:
+        """Replace text by lists of one number for each layer of the model.
+
+        Raises:
+            ValueError: a list has another length, or K > E in a layer.
+        """
+        pairs = self.experts_by_layer(layers)
+        for name, own in zip(("num_experts", "top_k"), zip(*pairs, strict=True), strict=True):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, list(own))
+
+    def experts_at(self, module: str) -> tuple[int, int]:
+        """Return (E, K) at a module's name in the model, whose first number is the layer."""
+        experts, chosen = (
+            value if isinstance(value, int) else value[layer_of(module)]
+            for value in (self.num_experts, self.top_k)
+        )
+        return experts, chosen
+
+    def router_settings(self, experts: int, chosen: int, width: int) -> dict[str, Any]:
+        """Return the settings of a layer's router with E, K and rows of `width` elements."""
+        settings = {item.name: getattr(self, item.name) for item in fields(MixtureSettings)}
+        settings |= {"num_experts": experts, "top_k": chosen}
+        if self.router_init_std is None:
+            settings["router_init_std"] = 1 / sqrt(3 * width)
+        return settings
 
 
 @dataclass(kw_only=True)

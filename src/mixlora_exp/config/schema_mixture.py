@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from math import isfinite, sqrt
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from mixlora_exp.config.checks import require
@@ -15,7 +15,6 @@ from mixlora_exp.config.choices import (
     TYPED_LOSS,
     Mixture,
     Router,
-    RouterLossPooling,
 )
 from mixlora_exp.config.schema_method import (
     LoraMethodConfig,
@@ -28,62 +27,6 @@ from mixlora_exp.config.schema_method import (
 )
 from mixlora_exp.config.schema_rank import ExpertRank
 
-PER_LAYER = "a whole number >= 1, a list of one for each layer, or text as 2/4/6/8 for equal groups"
-
-
-def _counts(value: Any) -> list[int] | None:
-    """Return the numbers that a setting per layer has; None if it is no such setting."""
-    if isinstance(value, str):
-        words = value.split("/")
-        value = [int(word) for word in words if word.isdecimal()] if len(words) > 1 else None
-        value = value if value is not None and len(value) == len(words) else None
-    found = [value] if type(value) is int else value
-    if not isinstance(found, Sequence) or not found:
-        return None
-    return list(found) if all(type(one) is int and one >= 1 for one in found) else None
-
-
-def by_layer(name: str, value: Any, layers: int) -> list[int]:
-    """Return a setting's number for each of `layers` layers. A whole number: the same for all; a
-    list: one each; text as `2/4/6/8`: groups of consecutive layers, the layer l of L has entry
-    floor(l G / L) of G.
-
-    Raises:
-        ValueError: it is none of these, or of another length.
-    """
-    counts = _counts(value)
-    if counts is None:
-        raise ValueError(f"{name}={value} must be {PER_LAYER}")
-    if isinstance(value, int):
-        return counts * layers
-    if isinstance(value, str):
-        return [counts[layer * len(counts) // layers] for layer in range(layers)]
-    if len(counts) != layers:
-        raise ValueError(
-            f"{name} has {len(counts)} entries, and the model has {layers} layers: give one for "
-            "each layer, or text as 2/4/6/8 for equal groups of layers"
-        )
-    return counts
-
-
-def _is_per_layer(value: Any, _: Any) -> bool:
-    return _counts(value) is not None
-
-
-def _is_chosen(value: Any, all: LinearMixtureSettings) -> bool:
-    """Return whether K <= E, as far as that is known without the number of layers."""
-    chosen, experts = _counts(value), _counts(all.num_experts)
-    if chosen is None or experts is None:
-        return chosen is not None
-    if len(chosen) == len(experts):
-        return all_below(chosen, experts)
-    return max(chosen) <= min(experts) if 1 in (len(chosen), len(experts)) else True
-
-
-def all_below(chosen: Sequence[int], experts: Sequence[int]) -> bool:
-    """Return whether no K is above its E."""
-    return all(k <= e for k, e in zip(chosen, experts, strict=True))
-
 
 @dataclass(kw_only=True)
 class LinearMixtureSettings(MixtureSettings):
@@ -94,25 +37,7 @@ class LinearMixtureSettings(MixtureSettings):
     mixture_options: dict[str, float] = setting(
         {}, "Numbers that this method alone has, by name; see its file."
     )
-    num_experts: Any = setting(
-        8, "Experts per linear layer (E), maybe by layer.", f"must be {PER_LAYER}", _is_per_layer
-    )
-    top_k: Any = setting(
-        2,
-        "Experts per token (K), maybe by layer.",
-        f"must be {PER_LAYER}, and at most num_experts={{num_experts}}",
-        _is_chosen,
-    )
     router: Router | None = setting(None, "How experts are chosen; null: as the method does.")
-    router_loss_pooling: RouterLossPooling = setting(
-        RouterLossPooling.layer,
-        "'layer': loss per router, averaged; 'all': statistics of all routers, of equally many "
-        "experts.",
-        "must be layer, or num_experts and top_k a number each, the same in all layers",
-        lambda value, all: (
-            word(value) == "layer" or type(all.num_experts) is type(all.top_k) is int
-        ),
-    )
     router_init_std: float | None = setting(
         None,
         "Standard deviation of the router's initial weights; null: PyTorch's, 1/sqrt(3 in).",
@@ -146,30 +71,6 @@ class LinearMixtureSettings(MixtureSettings):
     def router_name(self, own: str) -> str:
         """Return the router's, `own` unless another is chosen."""
         return own if self.router is None else word(self.router)
-
-    def router_settings(self, experts: int, chosen: int, width: int) -> dict[str, Any]:
-        """Return the settings of a layer's router with E, K and rows of `width` elements."""
-        settings = {item.name: getattr(self, item.name) for item in fields(MixtureSettings)}
-        settings |= {"num_experts": experts, "top_k": chosen}
-        if self.router_init_std is None:
-            settings["router_init_std"] = 1 / sqrt(3 * width)
-        return settings
-
-    def experts_by_layer(self, layers: int) -> list[tuple[int, int]]:
-        """Return (E, K) of each layer.
-
-        Raises:
-            ValueError: a list has another length, or K > E in a layer.
-        """
-        experts = by_layer("num_experts", self.num_experts, layers)
-        chosen = by_layer("top_k", self.top_k, layers)
-        for layer, (e, k) in enumerate(zip(experts, chosen, strict=True)):
-            if k > e:
-                raise ValueError(
-                    f"top_k={self.top_k} is {k} in layer {layer}, which has {e} experts "
-                    f"(num_experts={self.num_experts}): choose at most as many"
-                )
-        return list(zip(experts, chosen, strict=True))
 
 
 @dataclass(kw_only=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
 
+from mixlora_exp.config.by_layer import layer_of
 from mixlora_exp.config.schema import LoraMethodConfig
 from mixlora_exp.config.schema_modules import is_at
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.skeleton import placed_projections
-
-LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-"""The first number in a module's name is its layer."""
 
 
 class Place(NamedTuple):
@@ -31,8 +28,7 @@ def adapted_projections(model: nn.Module, method: LoraMethodConfig) -> Iterator[
     """Yield the projections in layers that have an adapter of `method`, its targets and others,
     layer by layer."""
     for path, name, linear in placed_projections(model):
-        found = LAYER.search(path)
-        layer = int(found[1]) if found else 0
+        layer = layer_of(path)
         if method.adapts(layer):
             yield Place(name, layer, linear, method.rank_at(path))
 
@@ -65,5 +61,4 @@ def check_modules(model: nn.Module, method: LoraMethodConfig) -> None:
 
 
 def _is_adapted(path: str, key: str, method: LoraMethodConfig) -> bool:
-    found = LAYER.search(path)
-    return is_at(key, path) and method.adapts(int(found[1]) if found else 0)
+    return is_at(key, path) and method.adapts(layer_of(path))

@@ -17,7 +17,7 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.models.adapted_modules import adapted_projections
 from mixlora_exp.models.mixtures import mixture_parameters, router_size
-from mixlora_exp.models.parameters import router_of
+from mixlora_exp.models.parameters import routers_of
 from mixlora_exp.models.skeleton import skeleton_of
 
 
@@ -54,19 +54,17 @@ def count_flops(model: ModelConfig, method: MethodConfig, experts: float | None 
         return Flops(base, peft_flops(built, method))
     if not isinstance(method, LoraMethodConfig):
         return Flops(base, 0)
-    mixed = isinstance(method, MixLoraMethodConfig)
-    router = router_of(method) if mixed else None
-    slots = experts if experts is not None or router is None else router.slots
-    multiplied = 0.0
-    for name, _, linear, own_rank in adapted_projections(built, method):
-        sides = linear.in_features + linear.out_features
-        has_experts = mixed and name in FEED_FORWARD_TARGETS
+    routers, multiplied = routers_of(model, method), 0.0
+    for name, layer, linear, rank in adapted_projections(built, method):
+        multiplying: float = rank
+        if isinstance(method, MixLoraMethodConfig) and name in FEED_FORWARD_TARGETS:
+            slots = routers[layer].slots if experts is None else experts
+            multiplying = slots * method.rank_of_experts
+            if name == "down_proj" and method.dora and name in method.targets:
+                # Each expert scales its own product.
+                multiplied += (slots - 1) * linear.in_features * linear.out_features
+            if name == "gate_proj":
+                multiplied += router_size(routers[layer], linear.in_features)[1]
         if name in method.targets:
-            rank = slots * method.rank_of_experts if has_experts else own_rank
-            multiplied += rank * sides
-        if name == "down_proj" and has_experts and method.dora and name in method.targets:
-            # Each expert scales its own product.
-            multiplied += (slots - 1) * linear.in_features * linear.out_features
-        if name == "gate_proj" and router is not None:
-            multiplied += router_size(router, linear.in_features)[1]
+            multiplied += multiplying * (linear.in_features + linear.out_features)
     return Flops(base, round(2 * multiplied))

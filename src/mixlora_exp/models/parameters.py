@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from mixlora_exp.config.schema import (
     FEED_FORWARD_TARGETS,
@@ -12,7 +12,6 @@ from mixlora_exp.config.schema import (
     ModelConfig,
     PeftMethodConfig,
 )
-from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import Router, make_mixture, make_router
@@ -59,49 +58,36 @@ def widths(model: ModelConfig) -> dict[str, tuple[int, int]]:
     return found
 
 
-def router_of(method: MixLoraMethodConfig) -> Router:
-    """Return the router of a mixture in feed-forward blocks.
-
-    Raises:
-        UserError: it does not have one of `method.router_options`, or refuses its value.
-    """
-    settings = {item.name: getattr(method, item.name) for item in fields(MixtureSettings)}
-    try:
-        return make_router(method.router.value, settings, method.router_options)
-    except ValueError as error:
-        raise UserError(f"method: {error}") from error
-
-
-def routers_of(model: ModelConfig, method: MethodConfig | None) -> list[Router]:
-    """Return the router of each layer that has one: of its feed-forward block, or alike in all its
-    projections; none for other methods.
+def routers_of(model: ModelConfig, method: MethodConfig | None) -> dict[int, Router]:
+    """Return by number of layer the router of each one that has some: of its feed-forward block, or
+    alike in all its projections; none for other methods.
 
     Raises:
         UserError: the method refuses an option, or does not fit the model.
     """
+    if not isinstance(method, (MixLoraMethodConfig, LinearMixtureMethodConfig)):
+        return {}
     built = skeleton_of(model)
-    if isinstance(method, MixLoraMethodConfig):
-        return [router_of(method)] * len(adapted_layers(built, method))
-    if not isinstance(method, LinearMixtureMethodConfig):
-        return []
-    layers = built.config.num_hidden_layers
     try:
-        own = make_mixture(method.mixture.value, method.mixture_options).router
-        return (
-            []
-            if own is None
-            else [
-                make_router(
-                    method.router_name(own),
-                    method.router_settings(*sizes, 1),
-                    method.router_options,
-                )
-                for layer, sizes in enumerate(method.experts_by_layer(layers))
-                if method.adapts(layer)
-            ]
-        )
+        name = _router_name(method)
+        if name is None:
+            return {}
+        experts = method.experts_by_layer(built.config.num_hidden_layers)
+        return {
+            layer: make_router(
+                name, method.router_settings(*experts[layer], 1), method.router_options
+            )
+            for layer in adapted_layers(built, method)
+        }
     except ValueError as error:
         raise UserError(f"method.{error}") from error
+
+
+def _router_name(method: MixLoraMethodConfig | LinearMixtureMethodConfig) -> str | None:
+    if isinstance(method, MixLoraMethodConfig):
+        return method.router.value
+    own = make_mixture(method.mixture.value, method.mixture_options).router
+    return None if own is None else method.router_name(own)
 
 
 def count_parameters(model: ModelConfig, method: MethodConfig) -> Parameters:
@@ -136,17 +122,19 @@ def _count(model: ModelConfig, method: MethodConfig | None) -> Parameters:
     elif isinstance(method, LoraMethodConfig):
         check_modules(built, method)
         mixed = isinstance(method, MixLoraMethodConfig)
-        for name, _, linear, rank in adapted_projections(built, method):
+        routers = routers_of(model, method)
+        for name, layer, linear, rank in adapted_projections(built, method):
             within = name in FEED_FORWARD_TARGETS
             copies, part = 1, "other" if within else "attention"
             if within and mixed:
-                copies, rank, part = method.num_experts, method.rank_of_experts, "experts"
+                copies, part = routers[layer].num_experts, "experts"
+                rank = method.rank_of_experts
             if name in method.targets:
                 inputs = 0 if method.lora_fa else linear.in_features
                 parts[part] += copies * rank * (inputs + linear.out_features)
                 magnitude += copies * linear.out_features if method.dora else 0
             if name == "gate_proj" and mixed:
-                chosen = router_of(method)
+                chosen = routers[layer]
                 parts["router"] += chosen.trained * router_size(chosen, linear.in_features)[0]
     adapter = sum(parts.values())
     trained = isinstance(method, LoraMethodConfig) and method.train_magnitude

@@ -25,7 +25,7 @@ from mixlora_exp.kernels.dropout import INDEX_BYTES
 from mixlora_exp.kernels.registry import FASTEST, BlockSizes
 from mixlora_exp.models.adapted_modules import adapted_projections
 from mixlora_exp.models.mixtures import kept_by_mixture
-from mixlora_exp.models.parameters import router_of, routers_of, skeleton_of, widths
+from mixlora_exp.models.parameters import routers_of, skeleton_of, widths
 
 __all__ = ["Kept", "kept_by_layer", "kept_without_adapter"]
 
@@ -127,11 +127,14 @@ def kept_by_layer(
     if not isinstance(method, MixLoraMethodConfig):
         return kept
     d, f = widths(config.model)["gate_proj"]
-    slots, rank = router_of(method).slots, method.rank_of_experts
-    sizes = BlockSizes(
-        d=d, f=f, rank=rank, slots=slots, width=width, dropout=method.dropout, dora=method.dora
-    )
-    block = 4 * d + ROUTING * slots + kernel.saved(sizes)
+    sizes = [
+        BlockSizes(
+            d=d, f=f, rank=method.rank_of_experts, slots=router.slots, width=width,
+            dropout=method.dropout, dora=method.dora,
+        )
+        for router in routers_of(config.model, method).values()
+    ]  # fmt: skip
+    block = 4 * d + mean(ROUTING * own.slots + kernel.saved(own) for own in sizes)
     # Frozen products of gate and up: an adapter without experts keeps those of all rows.
     return replace(kept, block=block + (2 * f * width if beside_plain else 0))
 

@@ -17,7 +17,7 @@ from mixlora_exp.config.schema import (
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.models.adapted_modules import adapted_layers
 from mixlora_exp.models.mixtures import fixed_parameters
-from mixlora_exp.models.parameters import count_parameters, router_of, skeleton_of, widths
+from mixlora_exp.models.parameters import count_parameters, routers_of, skeleton_of, widths
 from mixlora_exp.models.quantization import base_bytes
 from mixlora_exp.models.skeleton import projections
 from mixlora_exp.plans.kept import kept_by_layer, kept_without_adapter
@@ -199,7 +199,9 @@ def scoring_bytes(config: Config) -> int:
     sides, shape = widths(model), _shape(config)
     tokens = max(config.evaluation.batch_tokens, config.data.cutoff_length)
     d, f = sides["gate_proj"]
-    slots = router_of(method).slots if isinstance(method, MixLoraMethodConfig) else 0
+    slots = 0
+    if isinstance(method, MixLoraMethodConfig):
+        slots = max(router.slots for router in routers_of(model, method).values())
     numbers = 6 * d + (4 + 2 * slots) * f
     if {Protocol.generate, Protocol.exact_match} & set(config.evaluation.protocols):
         numbers += 2 * sides["k_proj"][1] * shape.num_hidden_layers

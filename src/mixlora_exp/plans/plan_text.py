@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
+from mixlora_exp.config.by_layer import by_layer
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config
-from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig, by_layer
+from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.models import architecture_of
 from mixlora_exp.models.budget import budget_line
 from mixlora_exp.plans.cards import CARDS, card_lines, total_bytes
@@ -81,6 +84,7 @@ def describe(
             + (" (not trained)" if frozen else ""),
         ),
         *([("budget", line)] if (line := budget_line(config)) else []),
+        *([("experts", line)] if (line := _by_layer(config)) else []),
         *(("experts", line) for line in _uneven_groups(config)),
         ("train rows", ", ".join(f"{task} {n:,}" for task, n in found.rows.items()) or "none"),
         ("test rows", ", ".join(f"{task} {n:,}" for task, n in found.test_rows.items())),
@@ -164,10 +168,24 @@ def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> 
     return "\n".join(line for line in (first, budget, *_uneven_groups(config)) if line)
 
 
+def _by_layer(config: Config) -> str:
+    """Return E and K of each run of layers with the same; empty if they are given as numbers."""
+    method = config.method
+    if not isinstance(method, MixtureSettings) or method.alike:
+        return ""
+    pairs = method.experts_by_layer(architecture_of(config.model).num_hidden_layers)
+    found = []
+    for (experts, chosen), own in groupby(enumerate(pairs), key=itemgetter(1)):
+        numbers = [str(layer) for layer, _ in own]
+        where = f"layer {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
+        found.append(f"{where}: E {experts}, K {chosen}")
+    return "; ".join(found)
+
+
 def _uneven_groups(config: Config) -> list[str]:
     """Return a line for each number of experts that is given for more groups than there are
     layers, of which some then have none."""
-    if not isinstance(config.method, LinearMixtureMethodConfig):
+    if not isinstance(config.method, MixtureSettings):
         return []
     layers, lines = architecture_of(config.model).num_hidden_layers, []
     for name in ("num_experts", "top_k"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from mixlora_exp.config.schema import (
     Config,
     LoraMethodConfig,
     MixLoraMethodConfig,
+    ModelConfig,
 )
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.kernels import MIXTURES, resolve_kernel
-from mixlora_exp.models.parameters import router_of, skeleton_of
+from mixlora_exp.models.parameters import routers_of, skeleton_of
 from mixlora_exp.system.untrusted import read_json
 
 __all__ = ["Speed", "duration", "measured_rows", "recorded_speed", "time_line"]
@@ -107,7 +109,7 @@ def _is_of(config: Config, benchmark: Mapping[str, Any], row: Mapping[str, Any],
         and row["kernel"] == kernel
         and isinstance(method, LoraMethodConfig)
         and bool(benchmark["config"]["dropout"]) == bool(method.dropout)
-        and _adapter(row) == _adapter_of(method)
+        and _adapter(row) == _adapter_of(model, method)
         and {*method.targets} == {*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS}
         and method.layers_to_transform is None
         and not method.rank_pattern
@@ -124,11 +126,13 @@ def _adapter(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return rank, row["num_experts"], row["top_k"], row.get("router", "top_k")
 
 
-def _adapter_of(method: LoraMethodConfig) -> tuple[Any, ...]:
-    """Return `_adapter` of a method."""
+def _adapter_of(model: ModelConfig, method: LoraMethodConfig) -> tuple[Any, ...]:
+    """Return `_adapter` of a method; no row's if its blocks differ."""
     if isinstance(method, MixLoraMethodConfig):
         ranks = {method.rank, method.rank_of_experts}
-        return *ranks, method.num_experts, router_of(method).slots, method.router.value
+        routers = routers_of(model, method).values()
+        sizes = {(router.num_experts, router.slots) for router in routers}
+        return *ranks, *chain(*sizes), method.router.value
     if isinstance(method, LinearMixtureMethodConfig):
         own = MIXTURES[method.mixture.value].router
         if own is not None:

@@ -62,7 +62,7 @@ def _check_packing(config: Config) -> None:
         why = f"trainer.compile={trainer.compile.value} needs batches of few lengths"
     elif getattr(method, "type1_tasks", ()):
         why = "method.type1_tasks needs the sequences of a batch apart"
-    elif any(router.by_sequence for router in routers_of(config.model, method)):
+    elif any(router.by_sequence for router in routers_of(config.model, method).values()):
         why = "method.router_options.capacity counts by sequence"
     if why is not None:
         raise UserError(f"data.packing=true: {why}: leave one of them out")
@@ -72,7 +72,7 @@ def _check_routers(config: Config) -> None:
     """Refuse routers that learn nothing, and a K that a router with one expert per row would not
     read."""
     method = config.method
-    for layer, router in enumerate(routers_of(config.model, method)):
+    for layer, router in routers_of(config.model, method).items():
         if router.single and router.top_k > 1:
             raise UserError(
                 f"method.top_k={method.top_k}: router={word(method.router)} gives a token one "
@@ -108,7 +108,7 @@ def check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
         experts = held if isinstance(held, list) else [held]
     else:
         routers = routers_of(config.model, method)
-        routed, experts = bool(routers), [router.num_experts for router in routers]
+        routed, experts = bool(routers), [r.num_experts for r in routers.values()]
         router = word(getattr(method, "router", None))
     why = "has no router that chooses experts"
     if routed and router in ROUTERS and not ROUTERS[router].chooses:

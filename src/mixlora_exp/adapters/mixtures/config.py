@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,7 +18,6 @@ __all__ = ["MIXTURE_TYPE", "MixtureConfig"]
 MIXTURE_TYPE = "LORA_MIXTURE"
 """Name of the PEFT type in files. In memory adapters have the type of the MixLoRA tuner, which
 serves both, since PEFT refuses several types on one base model."""
-LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass
@@ -58,27 +56,6 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         self.check_router(self.make_mixture().router)
-
-    def settle(self, layers: int) -> None:
-        """Replace text by lists of one number for each layer of the model.
-
-        Raises:
-            ValueError: a list has another length, or K > E in a layer.
-        """
-        pairs = self.experts_by_layer(layers)
-        for name, own in zip(("num_experts", "top_k"), zip(*pairs, strict=True), strict=True):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, list(own))
-
-    def experts_at(self, module: str) -> tuple[int, int]:
-        """Return (E, K) at a module's name in the model, whose first number is the layer."""
-        found = LAYER.search(module)
-        layer = int(found[1]) if found else 0
-        experts, chosen = (
-            value if isinstance(value, int) else value[layer]
-            for value in (self.num_experts, self.top_k)
-        )
-        return experts, chosen
 
     def make_mixture(self) -> Mixture:
         """Return the method with its options.

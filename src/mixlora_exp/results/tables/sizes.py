@@ -23,11 +23,13 @@ def percentages(model: ModelConfig, method: LoraMethodConfig) -> tuple[float, fl
     }  # fmt: skip
     embeddings = c["vocab_size"] * d * (1 if c["tie_word_embeddings"] else 2)
     base = layers * (sum(i * o for i, o in shapes.values()) + 2 * d) + embeddings + d
-    mixed = isinstance(method, MixLoraMethodConfig)
-    adapter = layers * method.num_experts * d if mixed else 0
+    mixed, experts = isinstance(method, MixLoraMethodConfig), 0
+    if mixed:
+        experts = sum(own for own, _ in method.experts_by_layer(layers))
+    adapter = experts * d
     magnitude = 0
     for target in method.targets:
-        copies = layers * (method.num_experts if mixed and target in FEED_FORWARD_TARGETS else 1)
+        copies = experts if mixed and target in FEED_FORWARD_TARGETS else layers
         adapter += copies * method.rank * sum(shapes[target])
         magnitude += copies * shapes[target][1] if method.dora else 0
     trained = adapter + (magnitude if method.train_magnitude else 0)
