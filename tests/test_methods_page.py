@@ -1,4 +1,4 @@
-"""docs/methods.md has every method and router, and the sizes that a plan counts."""
+"""docs/methods.md: its methods are those of README, and their sizes are what a plan counts."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ def test_routers_and_methods_of_the_page_exist() -> None:
     assert set(rows("`method.router=`")) <= set(ROUTERS)
     assert set(rows("`method=`")) <= set(METHODS)
     assert len(rows("`method=`")) >= 29
+    assert len(rows("`method.router=`")) >= 7
+    readme = (CONF_DIR.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Methods")[1].split("##")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(rows("`method=`"))
 
 
 def test_pefts_types_are_named() -> None:

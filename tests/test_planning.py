@@ -264,7 +264,7 @@ def test_every_combination_has_a_plan(offline: None, tmp_path: Path) -> None:
         for group, found in names.items():
             composed = [compose_cell(hydra, "config", [f"{group}={name}"]) for name in found]
             parts[group] = [getattr(config, group) for config in composed]
-    assert [len(parts[group]) for group in names] == [13, 6, 10]
+    assert all(len(parts[group]) >= least for group, least in zip(names, (13, 6, 10), strict=True))
     models, methods, tasks = parts.values()
     # Each model with each task, and with each method.
     for (i, model), (j, task) in itertools.product(enumerate(models), enumerate(tasks)):

@@ -13,14 +13,14 @@ from peft import PeftModel, get_peft_model
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, load_adapters, save_adapter
 from mixlora_exp.adapters.model import set_kernel
-from mixlora_exp.config.schema import Kernel, KernelConfig
+from mixlora_exp.config.schema import KernelConfig, KernelName
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import KERNELS
 from mixlora_exp.models import load_model
 from mixlora_exp.models.parameters import count_parameters
 
 LISTS = {"num_experts": [2, 4], "top_k": [1, 2]}
-KERNEL = KernelConfig(name=Kernel.exact)
+KERNEL = KernelConfig(name=KernelName.exact)
 WORDS = ["model=tiny", "method.rank=2", "method.num_experts=[2,4]", "method.top_k=[1,2]"]
 
 

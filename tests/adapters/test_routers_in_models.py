@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
+from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.config.command import compose
 from mixlora_exp.evaluation.packing import Request, pack, pad_packed
 from mixlora_exp.kernels import ROUTERS, DropoutKey, DropoutStream, make_router
@@ -66,6 +67,10 @@ def test_what_is_trained(router, batch) -> None:
     model, config = attach(WORDS[router])
     spread(model)
     model.set_adapter("default")
+    # Noise of a router is drawn for rows with names.
+    stream, rows = DropoutStream(seed=1), torch.arange(batch["input_ids"].numel())
+    stream.begin(0, rows // batch["input_ids"].shape[1], rows % batch["input_ids"].shape[1])
+    use_dropout_stream(model, "default", stream)
     model.train()(**batch).loss.backward()
     own, frozen = routers_of(config.model, config.method)[0], ROUTERS[router].frozen
     routers = {n: p for n, p in model.named_parameters() if "lora_router" in n}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mixlora_exp.bench import kinds
 from mixlora_exp.bench.batch import batch_of
 from mixlora_exp.bench.interleaved import interleaved, summary
 from mixlora_exp.bench.kinds.steps import benchmark_parts, check
@@ -262,6 +264,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     record = json.loads((tmp_path / "one.json").read_text())
     assert record["rows"]["lora_peft"]["train_peak_memory_bytes"] > 0, "measured in its own process"
     assert "| lora_peft |" in capsys.readouterr().out
+
+
+def test_help_names_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    told = re.findall(r"^kind=([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
+    there = Path(kinds.__file__).parent.glob("[a-z]*.py")
+    assert sorted(told) == sorted(path.stem for path in there)
 
 
 def test_help_of_a_kind_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:

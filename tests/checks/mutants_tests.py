@@ -22,7 +22,7 @@ ROUTERS = (
     "tests/kernels/test_router_formulas.py",
     "tests/kernels/test_router_statistics.py",
     "tests/kernels/test_router_ties.py",
-    "tests/kernels/test_broken_numbers.py",
+    "tests/kernels/test_nan.py",
 )
 MIXTURES = (
     "tests/adapters/mixtures/test_formulas.py",
@@ -34,7 +34,7 @@ TRITON_LINEAR = ("tests/kernels/test_triton_linear.py", "tests/adapters/test_lin
 TRITON = (
     "tests/kernels/test_triton_order.py",
     "tests/kernels/test_triton.py",
-    "tests/kernels/test_triton_broken.py",
+    "tests/kernels/test_triton_nan.py",
     "tests/kernels/test_launches.py",
     "tests/kernels/test_low_rank_flops.py",
 )

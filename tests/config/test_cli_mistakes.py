@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlora_exp.config.choices import Kernel, Router
+from mixlora_exp.config.choices import KernelName, RouterName
 from mixlora_exp.config.command import compose_settings
 from mixlora_exp.config.explain import methods_with
 from mixlora_exp.config.schema import Config
@@ -61,12 +61,12 @@ BAD = [
     (["task.train=arc_e"], ["task.train=arc_e", "expected a list"]),
     (["trainer.loss_on=answers"], ["trainer.loss_on=answers", "answer, all", "mean answer"]),
     (["data.forms=[lable]"], ["data.forms=[lable]", "label, text"]),
-    (["kernel.name=fast"], ["kernel.name=fast", ", ".join(Kernel.__members__)]),
+    (["kernel.name=fast"], ["kernel.name=fast", ", ".join(KernelName.__members__)]),
     (["trainer.max_steps=0"], ["trainer.max_steps=0", ">= 1"]),
     (["method=mixlora", "method.top_k=9"], ["method.top_k=9", "num_experts=8"]),
     (
         ["method=mixlora", "method.router=best"],
-        ["method.router=best", ", ".join(Router.__members__)],
+        ["method.router=best", ", ".join(RouterName.__members__)],
     ),
     (
         ["method=mixlora", "method.router_loss_pooling=all", "method.router_loss_reduction=sum"],

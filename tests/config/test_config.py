@@ -422,12 +422,12 @@ def test_kernels_routers_and_mixtures_are_chosen_by_the_names_that_they_register
     """Which the configuration reads, with some properties, from their files without importing
     them."""
     from mixlora_exp.config import choices
-    from mixlora_exp.config.choices import Kernel, Mixture, Router
+    from mixlora_exp.config.choices import KernelName, MixtureName, RouterName
     from mixlora_exp.kernels import KERNELS, MIXTURES, ROUTERS
 
-    assert {choice.value for choice in Kernel} == {"auto", *KERNELS}
-    assert {choice.value for choice in Router} == set(ROUTERS)
-    assert {choice.value for choice in Mixture} == set(MIXTURES)
+    assert {choice.value for choice in KernelName} == {"auto", *KERNELS}
+    assert {choice.value for choice in RouterName} == set(ROUTERS)
+    assert {choice.value for choice in MixtureName} == set(MIXTURES)
     for read, registered, name in (
         (choices.OWN_DROPOUT, KERNELS, "draws_masks"),
         (choices.OWN_PRECISION, ROUTERS, "precision"),
@@ -440,4 +440,4 @@ def test_kernels_routers_and_mixtures_are_chosen_by_the_names_that_they_register
         assert read == {key: value for key, value in own.items() if value}
         assert read, name
     for name in ("auto", *KERNELS):
-        assert compose([f"kernel={name}"]).kernel.name is Kernel[name]
+        assert compose([f"kernel={name}"]).kernel.name is KernelName[name]

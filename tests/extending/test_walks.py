@@ -72,8 +72,8 @@ FOUND = """
 import sys
 import pytest
 from mixlora_exp.bench.row_registry import ROWS
-from mixlora_exp.config.choices import Kernel
-assert "slots" in Kernel.__members__ and "mixlora_slots" in ROWS
+from mixlora_exp.config.choices import KernelName
+assert "slots" in KernelName.__members__ and "mixlora_slots" in ROWS
 case = "slots and in_float64 and same and bias"
 sys.exit(pytest.main(["-q", "tests/kernels/test_block_kernels.py", "-k", case]))
 """

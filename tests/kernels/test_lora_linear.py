@@ -200,7 +200,7 @@ def test_is_each_adapter_by_itself(fresh_seed, count, tokens, dora, p) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_nothing_leaks_from_a_broken_adapter(fresh_seed, dora) -> None:
+def test_nothing_leaks_from_an_adapter_with_nan(fresh_seed, dora) -> None:
     """Neither into the others' outputs nor into their gradients, by a bit."""
     torch.manual_seed(fresh_seed)
     frozen, x, parts = draw_several(3, 5, (12, 20), 2, dora, 0.3)

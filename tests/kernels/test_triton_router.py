@@ -123,7 +123,7 @@ def test_the_router_adds_its_gradient_to_that_of_the_rows_it_hands_on(fresh_seed
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("experts", [4, 5, 16])
-def test_a_broken_token_gets_experts_that_exist(broken, experts) -> None:
+def test_a_nan_token_gets_experts_that_exist(broken, experts) -> None:
     """A number that is no expert would be read from outside the experts' memory."""
     x, router = inputs(9, 12, experts, torch.float32)
     sound = route_triton(x, router, 3)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mixlora_exp.adapters import load_adapter
 from mixlora_exp.cli.train import execute
-from mixlora_exp.config.schema import Kernel, KernelConfig
+from mixlora_exp.config.schema import KernelConfig, KernelName
 from mixlora_exp.models import load_model
 
 SMOKE = ["experiment=smoke", "trainer.precision=float32", "evaluation.limit=4"]
@@ -26,7 +26,7 @@ def broken(words: Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str
 def gives_numbers(adapter: Path) -> bool:
     config = compose(SMOKE)
     base = load_model(config.model, torch.float32, config.seed)
-    model = load_adapter(base, adapter, KernelConfig(name=Kernel.exact))
+    model = load_adapter(base, adapter, KernelConfig(name=KernelName.exact))
     with torch.no_grad():
         return bool(model(torch.arange(4, 40)[None]).logits.isfinite().all())
 

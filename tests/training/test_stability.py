@@ -84,7 +84,7 @@ def nan_output(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torc
 
 
 @pytest.mark.parametrize("method", ["lora", "mixlora"])
-def test_a_broken_layer_is_named(
+def test_a_layer_with_nan_is_named(
     method: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(trainer: MixLoraTrainer) -> None:
@@ -101,7 +101,7 @@ def test_a_broken_layer_is_named(
     assert not (folder / "last_good").exists(), "the adapter of now is not known to be good"
 
 
-def test_one_broken_batch_leaves_the_adapter_good(
+def test_one_nan_batch_leaves_the_adapter_good(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it gives numbers for, as before, shows that the weights are not the reason."""

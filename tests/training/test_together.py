@@ -289,7 +289,7 @@ def test_one_adapters_nan_stops_it_alone(together, victim) -> None:
             assert torch.equal(broken[name].weights[key], weight), (name, key)
 
 
-def test_one_that_diverges_later_stops_alone_and_broken_weights_are_not_kept(
+def test_one_that_diverges_later_stops_alone_and_its_weights_are_not_kept(
     together, tmp_path
 ) -> None:
     configs = {name: compose([*SMALL, *c, "trainer.max_steps=4"]) for name, c in FOUR.items()}

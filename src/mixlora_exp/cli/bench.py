@@ -7,6 +7,7 @@ kind=together  several adapters in one run against one run after another: data.p
 kind=peers     MixLoRA here and in the packages moe-peft and mixlora, in turns
 kind=eval      items per second of scoring, here and in lm-eval's own loop
 kind=forms     the exact kernel's two forms, by which it chooses on a CPU
+kind=bytes     bytes that a step of each row keeps, and the most that live at once, on a CPU
 kind=gpu       kernels against float64, then kind=steps of four models, in minutes=4; tests=true
                runs the tests of the Triton kernels afterwards
 

@@ -233,12 +233,12 @@ _KERNELS = _registered("mixlora", "kernel")
 OWN_DROPOUT = _with(_KERNELS, "draws_masks")
 """Kernels with other dropout masks than the rest, which agree up to rounding."""
 
-Kernel = Enum("Kernel", {name: name for name in ("auto", *_KERNELS)})
+KernelName = Enum("KernelName", {name: name for name in ("auto", *_KERNELS)})
 """Implementation that computes the adapters: one per file of `kernels/mixlora/` that registers it
 with `@kernel("NAME")`, and `auto`, the fastest on the device."""
 
 _ROUTERS = _registered("routers", "router")
-Router = Enum("Router", {name: name for name in _ROUTERS})
+RouterName = Enum("RouterName", {name: name for name in _ROUTERS})
 """Way to choose experts: one router per file of `kernels/routers/` with `@router("NAME")`."""
 OWN_PRECISION = _with(_ROUTERS, "precision")
 """Routers that have a precision of their own, and its default."""
@@ -246,7 +246,7 @@ BLOCK_OPTIONS = _with(_ROUTERS, "block_options")
 """Options of routers that act on a feed-forward block alone."""
 
 _MIXTURES = _registered("mixtures", "mixture")
-Mixture = Enum("Mixture", {name: name for name in _MIXTURES})
+MixtureName = Enum("MixtureName", {name: name for name in _MIXTURES})
 """Mixtures of experts in linear layers: one per file of `kernels/mixtures/` with
 `@mixture("NAME")`."""
 OWN_SCALE = _with(_MIXTURES, "own_scale")

@@ -86,7 +86,7 @@ def register_schemas() -> None:
         store.store(name=name, node=method)
     store.store(group="model", name=OWN, node={"name": OWN, "source": "hub"})
     # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
-    for kernel in schema.Kernel:
+    for kernel in schema.KernelName:
         store.store(group="kernel", name=kernel.name, node={"name": kernel.name})
 
 

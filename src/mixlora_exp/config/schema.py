@@ -18,7 +18,7 @@ from mixlora_exp.config.choices import (
     Compile,
     DataSource,
     Head,
-    Kernel,
+    KernelName,
     LossOn,
     ModelSource,
     Order,
@@ -58,8 +58,8 @@ __all__ = [
     "DataSource",
     "EvaluationConfig",
     "Head",
-    "Kernel",
     "KernelConfig",
+    "KernelName",
     "LoraMethodConfig",
     "LossOn",
     "MethodConfig",
@@ -92,7 +92,7 @@ FREE_TEXT_PROTOCOLS = (Protocol.exact_match.value, Protocol.answer_pattern.value
 class KernelConfig:
     """Implementation of LoRA and DoRA layers and the MixLoRA block."""
 
-    name: Kernel = MISSING
+    name: KernelName = MISSING
 
 
 @dataclass(slots=True, kw_only=True)

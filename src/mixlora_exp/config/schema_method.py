@@ -12,10 +12,10 @@ from mixlora_exp.config.by_layer import PER_LAYER, by_layer, counts, layer_of, m
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import (
     OWN_PRECISION,
-    Router,
     RouterLoss,
     RouterLossPooling,
     RouterLossReduction,
+    RouterName,
     RouterPrecision,
 )
 from mixlora_exp.config.schema_modules import ALL_LINEAR, ModuleChoice
@@ -134,7 +134,7 @@ class MixtureSettings:
         "must be in [1, num_experts={num_experts}]",
         lambda value, all: may_fit(value, all.num_experts),
     )
-    router: Router = setting(Router.top_k, "How experts are chosen.")
+    router: RouterName = setting(RouterName.top_k, "How experts are chosen.")
     router_options: dict[str, Any] = setting(
         {}, "What this router alone has, by name; see its file in kernels/routers/."
     )

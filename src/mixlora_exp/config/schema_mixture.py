@@ -13,8 +13,8 @@ from mixlora_exp.config.choices import (
     FROM_GRADIENT,
     OWN_SCALE,
     TYPED_LOSS,
-    Mixture,
-    Router,
+    MixtureName,
+    RouterName,
 )
 from mixlora_exp.config.schema_method import (
     LoraMethodConfig,
@@ -33,11 +33,13 @@ class LinearMixtureSettings(MixtureSettings):
     """Settings of a mixture in each linear layer in addition to LoRA's: shared by Hydra
     (`LinearMixtureMethodConfig`) and PEFT (`MixtureConfig`)."""
 
-    mixture: Mixture = setting(Mixture.mola, "The method; see its file in kernels/mixtures/.")
+    mixture: MixtureName = setting(
+        MixtureName.mola, "The method; see its file in kernels/mixtures/."
+    )
     mixture_options: dict[str, float] = setting(
         {}, "Numbers that this method alone has, by name; see its file."
     )
-    router: Router | None = setting(None, "How experts are chosen; null: as the method does.")
+    router: RouterName | None = setting(None, "How experts are chosen; null: as the method does.")
     router_init_std: float | None = setting(
         None,
         "Standard deviation of the router's initial weights; null: PyTorch's, 1/sqrt(3 in).",

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.config.choices import Mixture
+from mixlora_exp.config.choices import MixtureName
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import (
     Base,
@@ -116,7 +116,7 @@ def adapter_entry(config: Config) -> dict[str, Any] | None:
 def _method(settings: dict[str, Any]) -> str:
     """Return the method name of a saved adapter; types without one go by PEFT's name."""
     kind = settings["peft_type"].lower()
-    if kind == "lora_mixture" and settings.get("mixture") in Mixture.__members__:
+    if kind == "lora_mixture" and settings.get("mixture") in MixtureName.__members__:
         return settings["mixture"]
     return kind.replace("lora", "dora") if settings.get("use_dora") else kind
 

@@ -17,10 +17,10 @@ from mixlora_exp.adapters import MixtureConfig, load_adapter, load_adapters, sav
 from mixlora_exp.adapters.mixed_adapters import add_guest, parameters_of
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.config.by_layer import by_layer
-from mixlora_exp.config.schema import Kernel, KernelConfig
+from mixlora_exp.config.schema import KernelConfig, KernelName
 from mixlora_exp.errors import UserError
 
-KERNEL = KernelConfig(name=Kernel.exact)
+KERNEL = KernelConfig(name=KernelName.exact)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def broken_run(block, experts: Tensor, upstream: Tensor | None = None, **changed
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_a_broken_token_leaves_the_others_alone(block_of, plain, dora, broken) -> None:
+def test_a_nan_token_leaves_the_others_alone(block_of, plain, dora, broken) -> None:
     """A padding row may hold NaN. The token itself must not look sound."""
     block = block_of(replace(plain, dora=dora), 0, torch.float32)
     experts = route(block.values["x"], block.values["router"], 2).experts

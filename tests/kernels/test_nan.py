@@ -13,7 +13,7 @@ from mixlora_exp.kernels import route
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_a_broken_token_leaves_the_others_alone(
+def test_a_nan_token_leaves_the_others_alone(
     block_of, plain, form, dora, broken, dropout, tiny_blocks
 ) -> None:
     """A padding row may hold NaN. The token itself must not look sound."""
