@@ -19,7 +19,8 @@ from mixlora_exp.adapters.mixtures.layer import MixtureLinear
 from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import MIXTURES, ROUTERS, Routing, make_router
+from mixlora_exp.kernels import MIXTURES, ROUTERS, Mixture, Routing, make_router
+from mixlora_exp.kernels.mixture_base import mixture
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit
 from mixlora_exp.training.gradient_check import check_gradients_flow
@@ -71,6 +72,63 @@ def test_a_layer_whose_forward_is_never_called_is_named(start: Start) -> None:
 
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.lora_A\S* has no gradient"):
         start("method=lora", change=bypass)
+
+
+class ReadsNoMatrix(Mixture):
+    """Its forward is `delta`, which nothing calls."""
+
+    router = None
+
+    def branch(self, x, weights, parts, scaling):
+        """Compute zeros (T, out) of rows x (T, in)."""
+        return x.new_zeros(len(x), parts["B"].shape[1])
+
+    def delta(self, parts, scaling):
+        """Return the matrix that the author meant to be added."""
+        return scaling * parts["B"][0] @ parts["A"][0]
+
+
+class OwnMatrix(Mixture):
+    """Has a matrix M that `branch` does not read."""
+
+    def shapes(self, sizes):
+        """Return the shapes of A, B and M."""
+        return {**super().shapes(sizes), "M": (sizes.rank, sizes.rank)}
+
+    def initial(self, sizes, weight, scaling):
+        """Return A, B and M."""
+        return {**super().initial(sizes, weight, scaling), "M": torch.eye(sizes.rank)}
+
+
+class DetachedRouter(Mixture):
+    """Reads the router's weights without their graph."""
+
+    def branch(self, x, weights, parts, scaling):
+        """Compute the branch of rows x (T, in)."""
+        return super().branch(x, weights.detach(), parts, scaling)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words", "named"),
+    [
+        (ReadsNoMatrix, ["method=pissa"], r"q_proj\.lora_A"),
+        (OwnMatrix, ["method=mola", "method.num_experts=4"], r"q_proj\.lora_M"),
+        (DetachedRouter, ["method=mola", "method.num_experts=4"], r"q_proj\.lora_router"),
+        (
+            DetachedRouter,
+            ["method=mola", "method.num_experts=4", "method.router_loss_coef=0.01"],
+            r"q_proj\.lora_router",
+        ),
+    ],
+)
+def test_a_registered_method_that_does_not_train_is_named(
+    start: Start, monkeypatch: pytest.MonkeyPatch, bad: type[Mixture], words: list[str], named: str
+) -> None:
+    name = words[0].removeprefix("method=")
+    monkeypatch.delitem(MIXTURES, name)  # Put back afterwards; the command line knows the name.
+    mixture(name)(bad)
+    with pytest.raises(UserError, match=rf"layers\.0\.self_attn\.{named} has no gradient"):
+        start(*words)
 
 
 def test_an_unused_matrix_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ another method. Here its parameters are found without a gradient, and the run st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,7 +52,10 @@ def check_gradients_flow(
         value = loss()
         if not bool(summed((~value.detach().isfinite()).int().reshape(1)).eq(0)):
             return None
-        found = torch.autograd.grad(value, own, allow_unused=True)
+        found: Sequence[Tensor | None] = [None] * len(own)
+        # Without a graph, as where no layer of the method runs, autograd would raise.
+        if value.requires_grad:
+            found = torch.autograd.grad(value, own, allow_unused=True)
     sizes = []
     for name, gradient in zip(names, found, strict=True):
         slices = max(experts.get(name, 1), 1)
