@@ -17,6 +17,7 @@ from mixlora_exp.adapters.linear import use_linear_kernel
 from mixlora_exp.adapters.mixed_adapters import GuestConfig
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
+from mixlora_exp.adapters.mixtures.own_loop import check_started, warn_without_types
 from mixlora_exp.adapters.router_report import RouterReport, collect
 from mixlora_exp.adapters.row_map import BASE, RowMap
 from mixlora_exp.config.schema_method import MixtureSettings
@@ -42,7 +43,8 @@ class MixLoraModel(LoraModel):
 
     Raises:
         ValueError: in training, the router loss would have no gradient, as under re-entrant
-            gradient checkpointing.
+            gradient checkpointing; or an adapter that starts from a gradient, as LoRA-GA's, has no
+            start.
     """
 
     tuner_layer_cls = (LoraLayer, MixLoraFeedForward, MixtureLinear)
@@ -51,6 +53,7 @@ class MixLoraModel(LoraModel):
         self.__dict__["row_map"] = RowMap()
         super().__init__(*args, **kwargs)
         self.router_reports: dict[str, RouterReport] = {}
+        self._started: set[str] = set()
 
     @property
     def router_report(self) -> RouterReport | None:
@@ -246,6 +249,8 @@ class MixLoraModel(LoraModel):
         if kwargs.get("output_router_logits"):
             # The base model is not a mixture; this class adds the router loss instead.
             kwargs["output_router_logits"] = False
+        if self.training and torch.is_grad_enabled():
+            check_started(self.model, self.peft_config, self.active_adapters, self._started)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         types = kwargs.pop("task_types", None)
         inputs = kwargs.get("input_ids", args[0] if args else None)
@@ -263,6 +268,8 @@ class MixLoraModel(LoraModel):
         if report is None or not self.training:
             return output
         config = self.peft_config[self.active_adapters[0]]
+        if types is None:
+            warn_without_types(config)
         term = config.router_loss_coef * report.loss
         if isinstance(output, CausalLMOutputWithPast):
             # transformers' own output class with an `aux_loss`: an extra key on another class is
