@@ -100,6 +100,11 @@ def test_a_router_s_options_are_checked_before_weights_are_read(
          "router of layer 0 would learn nothing"),
         ("mola router=switch +router_options.z_loss=0 +router_options.skip=true",
          "method.router_options.skip=True: a single projection has no feed-forward block"),
+        ("mixlora_dense top_k=3", "method.top_k=3: router=dense does not read it: leave it out"),
+        ("mixlora_top_p num_experts=1/4 top_k=1/3", "method.top_k=1/3: router=top_p does not"),
+        ("mola router=uniform top_k=1", "method.top_k=1: router=uniform does not read it"),
+        ("hydralora top_k=2", "method.top_k=2: router=dense does not read it"),
+        ("loramoe mixture_options.d=0.5", "method.mixture_options.d=0.5 acts on the loss alone"),
     ],
 )  # fmt: skip
 def test_options_that_do_nothing_are_reported_before_weights_are_read(

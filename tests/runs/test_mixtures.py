@@ -144,6 +144,10 @@ def test_a_plan_shows_experts_by_layer(tmp_path: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "experts     layer 0: E 2, K 1; layer 1: E 4, K 2\n" in out
     assert "router 384," in out  # 6 rows of 64.
+    for router, told in (("dense", "K 2; layer 1: E 4, K 4"), ("top_p", "K up to 2; layer 1: E 4")):
+        changed = [f"method=mixlora_{router}", "method.num_experts=[2,4]"]
+        assert execute([*words, *changed]) == 0
+        assert f"experts     layer 0: E 2, {told}" in capsys.readouterr().out
     assert execute([*words, *own, "method.top_k=[1,5]"]) == 2
     told = "error: method.top_k=[1, 5] is not valid: must be in [1, num_experts=[2, 4]]\n"
     assert capsys.readouterr().err == told

@@ -63,6 +63,8 @@ class Mixture:
     """True if `scaling` ignores alpha / R."""
     typed_loss: ClassVar[bool] = False
     """True if the loss needs the types of tasks, `method.type1_tasks`."""
+    loss_options: ClassVar[tuple[str, ...]] = ()
+    """Options that act on the loss alone."""
     starts_from_weight: ClassVar[bool] = False
     """True if `initial` decomposes the weight, which takes minutes for large ones."""
     starts_from_gradient: ClassVar[bool] = False

@@ -53,6 +53,10 @@ class Router(ABC):
     """Which of LoRA+'s two learning rates the weights have, by their names: that of A or of B."""
     single: ClassVar[bool] = False
     """True if a row gets one expert at most, whatever `top_k` is."""
+    reads_top_k: ClassVar[bool] = True
+    """False if `slots` does not depend on `top_k`."""
+    varies: ClassVar[bool] = False
+    """True if how many experts a row gets, `slots` at most, depends on the row."""
     block_options: ClassVar[tuple[str, ...]] = ()
     """Options that act on a feed-forward block alone, not on a single linear layer."""
 

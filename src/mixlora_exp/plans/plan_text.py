@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 from mixlora_exp.config.by_layer import by_layer
@@ -15,6 +14,7 @@ from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_method import MixtureSettings
 from mixlora_exp.models import architecture_of
 from mixlora_exp.models.budget import budget_line
+from mixlora_exp.models.parameters import routers_of
 from mixlora_exp.plans.cards import CARDS, card_lines, total_bytes
 from mixlora_exp.plans.disk import disk_line
 from mixlora_exp.plans.hours import scored_tokens, trained_tokens
@@ -169,16 +169,20 @@ def first_line(name: str, config: Config, adapter: Mapping[str, Any] | None) -> 
 
 
 def _by_layer(config: Config) -> str:
-    """Return E and K of each run of layers with the same; empty if they are given as numbers."""
+    """Return E and K of each run of layers with the same; empty if they are given as numbers. K is
+    the router's, which may not be `top_k`."""
     method = config.method
     if not isinstance(method, MixtureSettings) or method.alike:
         return ""
-    pairs = method.experts_by_layer(architecture_of(config.model).num_hidden_layers)
+    told = {
+        layer: f"E {router.num_experts}, K {'up to ' if router.varies else ''}{router.slots}"
+        for layer, router in routers_of(config.model, method).items()
+    }
     found = []
-    for (experts, chosen), own in groupby(enumerate(pairs), key=itemgetter(1)):
-        numbers = [str(layer) for layer, _ in own]
+    for text, own in groupby(sorted(told), key=told.__getitem__):
+        numbers = list(map(str, own))
         where = f"layer {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
-        found.append(f"{where}: E {experts}, K {chosen}")
+        found.append(f"{where}: {text}")
     return "; ".join(found)
 
 

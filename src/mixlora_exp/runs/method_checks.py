@@ -13,8 +13,9 @@ from mixlora_exp.config.schema import (
     TrainedMethodConfig,
 )
 from mixlora_exp.config.schema_method import word
+from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import ROUTERS
+from mixlora_exp.kernels import MIXTURES, ROUTERS
 from mixlora_exp.models.adapted_modules import check_modules
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import count_parameters, routers_of
@@ -35,6 +36,7 @@ def check_method(config: Config) -> None:
         check_modules(skeleton_of(config.model), method)
     check_mixture(config.model, method)
     _check_routers(config)
+    _check_loss_options(method)
     if isinstance(method, PeftMethodConfig):
         from mixlora_exp.models.peft_types import check_schedule
 
@@ -69,10 +71,18 @@ def _check_packing(config: Config) -> None:
 
 
 def _check_routers(config: Config) -> None:
-    """Refuse routers that learn nothing, and a K that a router with one expert per row would not
-    read."""
+    """Refuse routers that learn nothing, and a K that a router would not read. A method's own K is
+    accepted there: a configuration does not tell whether it was given."""
     method = config.method
-    for layer, router in routers_of(config.model, method).items():
+    routers = routers_of(config.model, method)
+    least = min((router.num_experts for router in routers.values()), default=0)
+    for layer, router in routers.items():
+        own = {router.num_experts} if _own_router_has_all(method) else {2, 1} if least < 2 else {2}
+        if not router.reads_top_k and router.top_k not in own:
+            raise UserError(
+                f"method.top_k={method.top_k}: router={word(method.router)} does not read it: "
+                "leave it out"
+            )
         if router.single and router.top_k > 1:
             raise UserError(
                 f"method.top_k={method.top_k}: router={word(method.router)} gives a token one "
@@ -83,6 +93,26 @@ def _check_routers(config: Config) -> None:
                 f"method.router_loss_coef=0: the router of layer {layer} would learn nothing, "
                 "since the weight of a single expert is always 1: choose a coefficient above 0, "
                 "more experts per token, or method.router=switch"
+            )
+
+
+def _own_router_has_all(method: Any) -> bool:
+    """Return whether K of a method is E unless it is given."""
+    own = MIXTURES[method.mixture.value].router if hasattr(method, "mixture") else None
+    return own is not None and not ROUTERS[own].reads_top_k
+
+
+def _check_loss_options(method: Any) -> None:
+    """Refuse options of a mixture's loss where the loss has no coefficient."""
+    if not isinstance(method, LinearMixtureMethodConfig) or method.router_loss_coef:
+        return
+    mixture = MIXTURES[method.mixture.value]
+    for name in mixture.loss_options:
+        value = method.mixture_options.get(name)
+        if value is not None and value != getattr(mixture, name):
+            raise UserError(
+                f"method.mixture_options.{name}={value} acts on the loss alone, and "
+                "method.router_loss_coef=0: leave it out, or choose a coefficient above 0"
             )
 
 

@@ -32,6 +32,7 @@ class LoraMoe(Mixture):
 
     router = "dense"
     typed_loss = True
+    loss_options = ("d",)
     d: float = 0.0
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ class Dense(SoftmaxRouter):
     weights. 1 at balance, E at worst; `router_loss` is not read.
     """
 
+    reads_top_k = False
     normalise: bool = False
 
     @property

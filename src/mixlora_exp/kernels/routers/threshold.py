@@ -32,6 +32,8 @@ class Threshold(SoftmaxRouter):
     """
 
     roles: ClassVar[Mapping[str, str]] = {"": "A", "threshold": "A", "threshold_bias": "B"}
+    reads_top_k = False
+    varies = True
     t_max: float | None = None
     shifted_loss: bool = False
 

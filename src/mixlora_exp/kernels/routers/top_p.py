@@ -27,6 +27,8 @@ class TopP(SoftmaxRouter):
     padding_in_loss: padding counts in the loss.
     """
 
+    reads_top_k = False
+    varies = True
     p: float = 0.8
     limit: int = 0
     exceed: bool = False

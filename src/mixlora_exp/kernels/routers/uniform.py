@@ -21,6 +21,7 @@ class Uniform(Router):
     `top_k` is not read."""
 
     chooses = False
+    reads_top_k = False
 
     @property
     def slots(self) -> int:
