@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from composed import compose
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.adapters.saved import KINDS
 from mixlora_exp.config.choices import PEFT_TYPES
+from mixlora_exp.config.resolve import fingerprint
+from mixlora_exp.config.schema import PeftMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model
 from mixlora_exp.models.mixtures import fixed_parameters
@@ -140,11 +143,15 @@ REFUSED = [
     ("peft_type=PROMPT_TUNING", "PROMPT_TUNING is not trained here"),
     ("peft_type=MISS peft={init_weights:bat}", "peft.init_weights=bat is not served"),
     ("peft_type=VERA peft={rank:8}", "method.peft.rank is not a field of VeraConfig"),
+    ("peft_type=LOKR peft={q:1}", "q is not a field of LoKrConfig, which has r, alpha, "),
+    ("peft_type=LOKR peft={alpha:8,r:abc}", "method.peft.r=abc must be a whole number"),
+    ("peft_type=VERA peft={r:2.5}", "method.peft.r=2.5 must be a whole number"),
+    ("peft_type=LOKR peft={alpha:8,r:0}", "peft.alpha=8, method.peft.r=0: PEFT cannot build "),
     ("peft_type=VERA peft={vera_dropuot:0.1}", "did you mean vera_dropout"),
     ("peft_type=VERA peft={target_modules:[q_proj]}", "target_modules=.*set method.targets"),
     ("peft_type=VERA peft={bias:all}", "method.peft.bias=all is not served"),
-    ("peft_type=VERA peft={r:-1}", "PEFT cannot build VERA from these fields: "),
-    ("peft_type=VERA peft={r:x}", "PEFT cannot build VERA from these fields: "),
+    ("peft_type=VERA peft={r:-1}", "method.peft.r=-1: PEFT cannot build VERA from it: "),
+    ("peft_type=VERA peft={r:x}", "method.peft.r=x must be a whole number"),
     ("peft_type=LORA peft={init_lora_weights:pissa}", "init_lora_weights=pissa is not served"),
     ("peft_type=LORA peft={modules_to_save:[lm_head]}", "modules_to_save=.*is not served"),
     ("peft_type=ADALORA peft={total_step:9}", "total_step=9: it is the run's number of steps"),
@@ -154,13 +161,13 @@ REFUSED = [
     ("peft_type=ADALORA peft={deltaT:0}", "peft.deltaT=0 must be a whole number >= 1"),
     ("peft_type=ADALORA peft={orth_reg_weight:0}", "orth_reg_weight=0 must be above 0"),
     ("peft_type=ADALORA peft={beta1:2}", "peft.beta1=2 must be above 0 and below 1"),
-    ("peft_type=ADALORA peft={init_r:x}", "PEFT cannot build ADALORA from these fields: "),
+    ("peft_type=ADALORA peft={init_r:x}", "method.peft.init_r=x must be a whole number"),
     ("peft_type=ADALORA peft={tinit:400} trainer.max_steps=null",
      "tinit=400 and tfinal=0 needs at least 401 optimizer steps, and the run has "),
-    ("peft_type=VERA peft={r:0}", "PEFT cannot build VERA from these fields: "),
+    ("peft_type=VERA peft={r:0}", "method.peft.r=0: PEFT cannot build VERA from it: "),
     ("peft_type=LOHA peft={rank_dropout:x}", "peft.rank_dropout=x must be a number in"),
     ("peft_type=LOKR peft={module_dropout:1}", "peft.module_dropout=1 must be a number in"),
-    ("peft_type=LOHA peft={alpha:x}", "PEFT cannot build LOHA from these fields: "),
+    ("peft_type=LOHA peft={alpha:x}", "method.peft.alpha=x must be a whole number"),
     ("peft_type=ADALORA peft={tinit:3}", "needs at least 4 optimizer steps, and the run has 2"),
     ("peft_type=LORA trainer.compile=layer", "compile=layer was not tried with method=peft"),
     ("peft_type=VERA lora_plus_ratio=4", "vera_lambda_\\S+ has no role in LoRA"),
@@ -202,6 +209,17 @@ def test_values_are_checked(words: str, told: str) -> None:
 def test_a_configuration_of_pefts() -> None:
     config = compose(["method=peft", "method.peft_type=LORA", "method.peft={r:4}"])
     assert (config_of(config.method).r, config_of(config.method).task_type) == (4, "CAUSAL_LM")
+
+
+def test_names_of_types() -> None:
+    """Before the fingerprint."""
+    for kind in PEFT_TYPES:
+        for word in (PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__, kind.lower()):
+            method = PeftMethodConfig(name="peft", peft_type=word)
+            assert method.peft_type == kind
+    words = ["model=tiny", "method=peft"]
+    prints = {fingerprint(compose([*words, f"method.peft_type={w}"])) for w in ("vera", "VERA")}
+    assert len(prints) == 1
 
 
 def test_roles() -> None:

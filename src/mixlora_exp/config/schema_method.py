@@ -12,6 +12,7 @@ from mixlora_exp.config.by_layer import PER_LAYER, by_layer, counts, layer_of, m
 from mixlora_exp.config.checks import MISSING, require, require_name, require_positive
 from mixlora_exp.config.choices import (
     OWN_PRECISION,
+    PEFT_TYPES,
     RouterLoss,
     RouterLossPooling,
     RouterLossReduction,
@@ -97,12 +98,15 @@ class PeftMethodConfig(TrainedMethodConfig):
     """An adapter of PEFT by its type and fields; see `models/peft_types.py` for what is served."""
 
     peft_type: str = MISSING
-    """PEFT's name of the type, such as VERA, ADALORA, LOHA, LOKR, HIRA."""
+    """PEFT's name of the type, such as VERA, ADALORA, LOHA, LOKR, HIRA; the class name of its
+    configuration, as VeraConfig, and other cases become this name."""
     peft: Any = None
     """Fields of PEFT's configuration of this type; those left out have PEFT's defaults."""
 
     def __post_init__(self) -> None:
         TrainedMethodConfig.__post_init__(self)
+        short = self.peft_type.upper().removesuffix("CONFIG")
+        self.peft_type = short if short in PEFT_TYPES else self.peft_type
         self.peft = {} if self.peft is None else self.peft
         # A field of type dict would take no further entries on the command line.
         named = isinstance(self.peft, dict) and all(isinstance(name, str) for name in self.peft)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import peft
 import torch
@@ -42,6 +42,13 @@ the adapter's file nor the model without it would be what they say."""
 TRIED = 256
 """Inputs and outputs of the projections on which a configuration is tried: PEFT's defaults of all
 types fit them."""
+PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    str: ((str,), "text"),
+}
+"""Type of a field -> those of its values, and what they are called."""
 REFUSED = (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, AssertionError,
            RuntimeError, OSError)  # fmt: skip
 
@@ -75,7 +82,7 @@ def config_of(method: PeftMethodConfig) -> PeftConfig:
             config = owner(**given, **own)
         grows = kind == "ADALORA" and config.init_r <= config.target_r
     except (*REFUSED, Warning) as error:
-        raise _not_valid(kind, error) from error
+        raise _not_valid(method, error) from error
     if grows:
         raise UserError(
             f"method.peft.init_r={config.init_r} must be above target_r={config.target_r}: AdaLoRA "
@@ -115,7 +122,7 @@ def build_on_meta(model: nn.Module, method: PeftMethodConfig) -> PeftModel:
             _try_out(config, model.config)
             return get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     except REFUSED as error:
-        raise _not_valid(method.peft_type, error) from error
+        raise _not_valid(method, error) from error
 
 
 def _try_out(config: PeftConfig, of: Any) -> None:
@@ -152,7 +159,8 @@ def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) 
     known = [item.name for item in fields(owner)]
     for name, value in given.items():
         if name not in known:
-            hint = did_you_mean(name, known, f"; see {owner.__name__}")
+            free = [item for item in known if item not in (*SET_BY_THE_RUN, *CLOSED)]
+            hint = did_you_mean(name, known, f", which has {', '.join(free)}")
             raise UserError(f"method.peft.{name} is not a field of {owner.__name__}{hint}")
         if name in SET_BY_THE_RUN:
             raise UserError(f"method.peft.{name}={value}: {SET_BY_THE_RUN[name]}; leave it out")
@@ -221,6 +229,18 @@ def check_schedule(method: PeftMethodConfig, steps: int) -> None:
     )
 
 
-def _not_valid(kind: str, error: BaseException) -> UserError:
+def _not_valid(method: PeftMethodConfig, error: BaseException) -> UserError:
+    """Return the error about fields that PEFT refused: the first whose value is not of its type, or
+    all that were given."""
+    kind, given = method.peft_type, method.peft
+    hints = get_type_hints(_class_of(kind))
+    for name, value in given.items():
+        types, what = PLAIN.get(hints[name], ((object, bool), ""))
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            return UserError(f"method.peft.{name}={shown(str(value), 80)} must be {what}")
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-    return UserError(f"method.peft: PEFT cannot build {kind} from these fields: {reason}")
+    named = [f"method.peft.{name}={shown(str(value), 80)}" for name, value in given.items()]
+    return UserError(
+        f"{', '.join(named) or 'method.peft'}: PEFT cannot build {kind} from "
+        f"{'it' if len(named) == 1 else 'these fields'}: {reason}"
+    )
