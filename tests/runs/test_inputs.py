@@ -104,6 +104,7 @@ def test_a_router_s_options_are_checked_before_weights_are_read(
         ("mixlora_top_p num_experts=1/4 top_k=1/3", "method.top_k=1/3: router=top_p does not"),
         ("mola router=uniform top_k=1", "method.top_k=1: router=uniform does not read it"),
         ("hydralora top_k=2", "method.top_k=2: router=dense does not read it"),
+        ("goat kernel=reference", "kernel=reference changes nothing in method=goat"),
         ("loramoe mixture_options.d=0.5", "method.mixture_options.d=0.5 acts on the loss alone"),
     ],
 )  # fmt: skip
@@ -112,8 +113,9 @@ def test_options_that_do_nothing_are_reported_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(experiment, "load_model", None)
-    method, *rest = words.split()
-    own = [f"+method.{w[1:]}" if w[0] == "+" else f"method.{w}" for w in rest]
+    method, *rest = words.replace("kernel=", "@kernel=").split()
+    group = {"+": "+method.", "@": ""}
+    own = [f"{group[w[0]]}{w[1:]}" if w[0] in group else f"method.{w}" for w in rest]
     config = configure(f"method={method}", *own, f"dry_run={str(dry_run).lower()}")
     with pytest.raises(UserError, match=told) as raised:
         experiment.run(config)

@@ -16,6 +16,7 @@ from mixlora_exp.config.schema_method import word
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import MIXTURES, ROUTERS
+from mixlora_exp.kernels.registry import FASTEST
 from mixlora_exp.models.adapted_modules import check_modules
 from mixlora_exp.models.mixtures import check_mixture
 from mixlora_exp.models.parameters import count_parameters, routers_of
@@ -37,6 +38,7 @@ def check_method(config: Config) -> None:
     check_mixture(config.model, method)
     _check_routers(config)
     _check_loss_options(method)
+    _check_kernel(config)
     if isinstance(method, PeftMethodConfig):
         from mixlora_exp.models.peft_types import check_schedule
 
@@ -114,6 +116,18 @@ def _check_loss_options(method: Any) -> None:
                 f"method.mixture_options.{name}={value} acts on the loss alone, and "
                 "method.router_loss_coef=0: leave it out, or choose a coefficient above 0"
             )
+
+
+def _check_kernel(config: Config) -> None:
+    """Refuse a kernel that would be recorded for a method which runs alike with all."""
+    kernel, method = config.kernel.name.value, config.method
+    if not isinstance(method, LinearMixtureMethodConfig):
+        return
+    if kernel not in ("auto", "exact", *FASTEST.values()):
+        raise UserError(
+            f"kernel={kernel} changes nothing in method={method.name}, whose experts in single "
+            "projections run in one way: use kernel=auto"
+        )
 
 
 def check_shuffle(config: Config, adapter: dict[str, Any] | None) -> None:
