@@ -94,6 +94,7 @@ def test_a_row_of_another_method_has_its_settings(name: str) -> None:
 def test_a_row_for_each_mixture_and_router_if_it_is_named() -> None:
     names = [*(f"mixlora_{name}" for name in ROUTERS if name != "top_k"), *MIXTURES]
     names += ["rslora", "lora_plus", "lora_fa", "vera", "adalora", "fedpara", "hira"]
+    names += ["lora_r32", "lora_r128", "mixlora_one_expert"]
     assert set(names) <= set(ROWS)
     assert not set(names) & set(StepOptions().rows)
     config = StepOptions(**{**SMALL, "model": "smollm2_135m", "layers": 1, "length": 4}, rounds=1,

@@ -182,6 +182,19 @@ for _name in ("rslora", "lora_plus", "lora_fa"):
 for _name, _rank in {"vera": 256, "adalora": 12, "fedpara": 16, "hira": 32}.items():
     row(_name, method=_name, configured=True, own_rank=_rank, if_named=True)
 
+# Controls with a configuration of their own.
+_fields = {"kernel": "exact", "configured": True, "if_named": True}
+for _rank in (32, 128):
+    row(f"lora_r{_rank}", method=f"lora_r{_rank}", own_rank=_rank, **_fields)
+row(
+    "mixlora_one_expert",
+    method="mixlora_one_expert",
+    own_rank=16,
+    num_experts=1,
+    top_k=1,
+    **_fields,
+)
+
 METHODS = tuple(
     name
     for name, each in ROWS.items()
