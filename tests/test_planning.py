@@ -40,6 +40,17 @@ MIXTURES = {
     "moslora": 28_090_368,
 }
 """Trained parameters for LLaMA-2 7B with the settings of each file."""
+CONTROLS = {
+    # 32 layers of rank r at seven projections, whose inputs and outputs add up to 78,080.
+    "lora_r32": 79_953_920,  # 32 * 32 * 78,080
+    "lora_r128": 319_815_680,  # 32 * 128 * 78,080
+    "mixlora_one_expert": 39_976_960,  # 32 * 16 * 78,080
+    # And a magnitude per output: of four times 4,096 in attention, and of 2 * 11,008 + 4,096 for
+    # the block or each of 8 experts.
+    "dora": 201_244_672,  # 199,884,800 + 32 * 42,496
+    "mixdora": 210_632_704,  # 203,423,744 + 32 * (16,384 + 8 * 26,112)
+}
+"""The same of others, counted by hand."""
 BASE = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
@@ -115,6 +126,12 @@ def test_sizes_of_mixtures(method: str, expected: int) -> None:
     config = compose(["model=llama2_7b", f"method={method}"])
     counts = count_parameters(config.model, config.method)
     assert counts.trainable == counts.adapter == expected
+
+
+@pytest.mark.parametrize(("method", "expected"), CONTROLS.items())
+def test_sizes_of_controls_and_of_magnitudes(method: str, expected: int) -> None:
+    config = compose(["model=llama2_7b", f"method={method}"])
+    assert count_parameters(config.model, config.method).trainable == expected
 
 
 @pytest.mark.parametrize("model", MODEL_TITLES)

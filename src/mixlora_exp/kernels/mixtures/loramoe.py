@@ -54,7 +54,8 @@ class LoraMoe(Mixture):
         experts = torch.arange(shares.shape[1], device=shares.device)
         first = experts < shares.shape[1] / 2
         more = first == (types.to(shares.device) == 1).unsqueeze(1)
-        weighted = torch.where(more, 1 + self.d, 1 - self.d) * used
+        # A `where` of two numbers would be in float32.
+        weighted = torch.where(more, (1 + self.d) * used, (1 - self.d) * used)
         return {**found, "dispersion": weighted.var() / (weighted.mean() ** 2 + 1e-10)}
 
     def auxiliary_loss(self, router: Router, statistics: Mapping[str, Tensor]) -> Tensor:
