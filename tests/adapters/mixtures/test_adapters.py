@@ -66,14 +66,16 @@ def test_loading_needs_no_singular_values(mixed_of, base_of, tmp_path, monkeypat
     load_adapter(base_of(), tmp_path / "goat", KERNEL)
 
 
-def test_goat_starts_as_defined(base_of) -> None:
+@pytest.mark.parametrize("usual", [0, 1])
+def test_goat_starts_as_defined(base_of, usual: int) -> None:
     """s B_e A_e is the first R singular triplets of run e over rho; the mean over all experts is
     what the constant term takes away."""
-    model = get_peft_model(base_of(), make_settings("goat", mixture_options={"rho": 2.0}))
+    options = {"rho": 2.0, "usual_scale": usual}
+    model = get_peft_model(base_of(), make_settings("goat", mixture_options=options))
     layer = model.get_submodule("base_model.model.model.layers.1.self_attn.k_proj")
     u, values, v = torch.linalg.svd(layer.get_base_layer().weight)
     a, b, s = (getattr(layer, n)["default"] for n in ("lora_A", "lora_B", "scaling"))
-    assert s == (3 * 64 / 3) ** 0.5
+    assert s == (6 / 3 if usual else (3 * 64 / 3) ** 0.5)
     for e in range(4):
         own = slice(8 * e, 8 * e + 3)
         expected = u[:, own] @ torch.diag(values[own]) @ v[own] / 2
@@ -212,6 +214,11 @@ def test_mask_serves_all_experts_and_not_the_router(mixed_of, method: str) -> No
         ({"mixture": "goat", "r": 20}, "rank=20: each of 8 experts"),
         ({"mixture": "pissa", "r": 40, "num_experts": 1, "top_k": 1}, "rank=40: a weight of 32 x"),
         ({"mixture": "lora_ga", "r": 20, "num_experts": 1, "top_k": 1}, "twice as many singular"),
+        ({"mixture": "goat", "mixture_options": {"usual_scale": 2}}, "usual_scale=2 must be 0 or"),
+        (
+            {"mixture": "goat", "mixture_options": {"usual_scale": 1, "eta": 2}},
+            "eta=2: usual_scale",
+        ),
         ({"mixture": "lora_ga", "mixture_options": {"gamma": 0.0}}, "gamma=0.0 must be > 0"),
         ({"mixture": "moslora"}, "num_experts=8: mixture=moslora has 1 expert"),
         ({"mixture": "moslora", "router": "top_k"}, "mixture=moslora has no router"),

@@ -23,11 +23,12 @@ class Goat(Mixture):
     The singular values of W = U S V^T are cut into E equal runs; expert e starts from the first R
     of run e with `s B_e A_e = U_e S_e V_e^T / rho`. The original subtracts the initial product from
     W; here W stays as it is and the constant product of A0 and B0, the weights at the start, is
-    part of the adapter. Dropout acts on both terms alike. alpha is not used.
+    part of the adapter. Dropout acts on both terms alike. alpha is used with `usual_scale` alone.
 
     eta: learning rate of full fine-tuning over that of the adapter, as the paper's theory has it.
     rho: what the initial product is divided by. c: None for 1 / E, which makes the layer equal W
-    at the start on average over balanced routing, not for each token.
+    at the start on average over balanced routing, not for each token. usual_scale: 1 for
+    s = alpha / R, as one of the original's two versions has it.
     """
 
     fixed: ClassVar[tuple[str, ...]] = ("A0", "B0")
@@ -36,12 +37,19 @@ class Goat(Mixture):
     eta: float = 1.0
     rho: float = 10.0
     c: float | None = None
+    usual_scale: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("eta", "rho"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"mixture_options.{name}={value} must be > 0 and finite")
+        if self.usual_scale not in (0, 1):
+            raise ValueError(f"mixture_options.usual_scale={self.usual_scale} must be 0 or 1")
+        if self.usual_scale and self.eta != 1:
+            raise ValueError(
+                f"mixture_options.eta={self.eta}: usual_scale=1 does not read it: leave it out"
+            )
         if self.c is not None and not math.isfinite(self.c):
             raise ValueError(f"mixture_options.c={self.c} must be finite")
 
@@ -69,7 +77,9 @@ class Goat(Mixture):
         return run
 
     def scaling(self, sizes: Sizes, usual: float) -> float:
-        """Return sqrt(3 eta in / R); alpha is not used."""
+        """Return sqrt(3 eta in / R), or `usual` if that is asked for."""
+        if self.usual_scale:
+            return usual
         return math.sqrt(3 * self.eta * sizes.inputs / sizes.rank)
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:
