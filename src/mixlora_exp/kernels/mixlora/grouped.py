@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixlora_exp.kernels.activations import activate, activation_gradient
-from mixlora_exp.kernels.mixlora.expert_segments import Piece, Rows, blocks, sort_rows, sum_by_token
+from mixlora_exp.kernels.mixlora.expert_segments import Piece, Rows, blocks, sort_rows
 from mixlora_exp.kernels.mixlora.packing import pack, unpack
+from mixlora_exp.kernels.mixlora.scaled_sum import scaled_sum
 from mixlora_exp.kernels.mixlora.stage import Finish, add_down_bias
 from mixlora_exp.kernels.shapes import (
     FeedForward,
@@ -131,7 +132,9 @@ def _forward(
                 piece.multiply(low, down.b.transpose(1, 2), adds[piece.span])
 
         def mixed(values: Tensor, rows: Rows = rows) -> Tensor:
-            return values[rows.position] if per_slot else rows.combine(values, weighted=True)
+            if per_slot:
+                return values.index_select(0, rows.position)
+            return rows.combine(values, weighted=True)
 
         made = slice(done, done + (len(rows.pairs) if per_slot else end - first))
         done = made.stop
@@ -273,38 +276,8 @@ def _gradients(ctx, dhidden: Tensor, dadded: Tensor | None) -> tuple[Tensor | No
         roles = [role for role in ("gate", "up") if lows[role] is not None]
         sizes = [lows[role].a.shape[1] for role in roles]
         gradients.a.update(zip(roles, da.split(sizes, dim=1), strict=True))
-    # Of the down projection's magnitude `_ScaledSum` has the gradient.
+    # Of the down projection's magnitude `scaled_sum` has the gradient.
     return None, dx, dgate, dup, dweights, None, *gradients.flat(block)
-
-
-class _ScaledSum(torch.autograd.Function):
-    """`sum_k w_k scale_{e_k} y_k`: DoRA's scale of the filled slots' outputs, and their mixture.
-
-    y: (P, D) by filled slot; experts, weights: (T, K); scale: (E, D). Keeps y alone, where plain
-    operations keep three tensors of that size.
-    """
-
-    @staticmethod
-    def forward(ctx, y, experts, weights, scale):
-        ctx.save_for_backward(y, experts, weights, scale)
-        filled = weights != 0
-        scaled = y * scale[experts[filled]]
-        shares = weights[filled].to(y.dtype)
-        return sum_by_token(scaled, torch.arange(len(y)), filled.sum(dim=1), shares)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        y, experts, weights, scale = ctx.saved_tensors
-        filled = weights != 0
-        chosen, shares = experts[filled], weights[filled].to(y.dtype).unsqueeze(-1)
-        scales = scale[chosen]
-        dy = dy.index_select(0, filled.nonzero()[:, 0])
-        products = dy * y
-        dweights = torch.zeros_like(weights)
-        dweights[filled] = (products * scales).sum(dim=-1).to(weights.dtype)
-        dscale = torch.zeros_like(scale).index_add_(0, chosen, products * shares)
-        return dy * scales * shares, None, dweights, dscale
 
 
 def grouped_stage(
@@ -320,7 +293,7 @@ def grouped_stage(
         y = y if added is None else y + added
         if block.down.has_scale:
             scale = scale_of(block.down.experts, y.dtype)
-            y = _ScaledSum.apply(y, experts, weights, scale)
+            y = scaled_sum(y, experts, weights, scale)
         return add_down_bias(y, weights, block)
 
     return hidden, finish
