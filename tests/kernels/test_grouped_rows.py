@@ -127,19 +127,19 @@ def test_rows_are_the_pairs_by_expert(fresh_seed, dtype, step, tokens, top_k, em
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bf16"])
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "bool"])
+@pytest.mark.parametrize("kind", ["sparse", "sparse, tokens that lose nothing", "bool"])
 @pytest.mark.parametrize("size", [3, 64, 10_000])
-def test_pieces_drop_by_their_tokens_mask(fresh_seed, monkeypatch, dtype, sparse, size) -> None:
+def test_pieces_drop_by_their_tokens_mask(fresh_seed, monkeypatch, dtype, kind, size) -> None:
     monkeypatch.setattr(expert_segments, "PIECE_ELEMENTS", 0)
     monkeypatch.setattr(expert_segments, "PIECE_ROWS", size)
-    mask = draw_mask((110, 7), 0.4, torch.device("cpu"))
-    if not sparse:
+    mask = draw_mask((110, 40), 0.02 if "nothing" in kind else 0.4, torch.device("cpu"))
+    if kind == "bool":
         mask = DropMask(mask.kept(), mask.scale, mask.shape)
     weights = torch.rand(110, 2) * (torch.rand(110, 2) > 0.2)
     made = expert_segments.sort_rows(torch.randint(0, 4, (110, 2)), weights, 4, dtype)
-    low, b = torch.randn(len(made.tokens), 3).to(dtype), torch.randn(4, 3, 7).to(dtype)
-    before, covered, found = torch.randn(len(made.tokens), 7).to(dtype), 0, []
-    for piece in made.pieces(7, mask):
+    low, b = torch.randn(len(made.tokens), 3).to(dtype), torch.randn(4, 3, 40).to(dtype)
+    before, covered, found = torch.randn(len(made.tokens), 40).to(dtype), 0, []
+    for piece in made.pieces(40, mask):
         own = piece.span
         assert own.start == covered
         covered = own.stop
@@ -149,6 +149,7 @@ def test_pieces_drop_by_their_tokens_mask(fresh_seed, monkeypatch, dtype, sparse
         zeroed = piece.zero_(before[own].clone())
         assert torch.equal(zeroed, torch.where(kept, before[own], 0.0))
         added, plain = before[own].clone(), before[own].clone()
+        assert (piece.dropped.dim() == 1) == (kind == "sparse")
         piece.add_kept_product(added, low[own], b)
         piece.add_product(plain, low[own], b)
         # The dense form rounds the product before it adds it.

@@ -47,8 +47,8 @@ class Piece:
 
     span: which rows. pairs, tokens: (rows,), of which of the filled pairs and of which token each
     is. weights: (rows, 1), zero of what fills up. segments: their rows count from the piece's
-    first. dropped: flat numbers of the elements of (rows, F) that dropout zeroes, or (rows, F)
-    bool, true where it does not, or None for no dropout.
+    first. dropped: flat numbers of the elements of (rows, F) that dropout zeroes, some of them
+    more than once, or (rows, F) bool, true where it does not, or None for no dropout.
     """
 
     span: slice
@@ -178,34 +178,36 @@ class _Dropped:
     """`Piece.dropped`, by a mask of the block's hidden states, (tokens, F)."""
 
     def __init__(self, mask: DropMask | None) -> None:
-        self.mask = mask
+        self.kept = self.columns = None
         if mask is None:
             return
+        self.width = mask.shape[1]
         if mask.is_sparse:
-            self.elements = mask.elements.long()
-            # Where each token's elements begin and end.
-            starts = torch.arange(mask.shape[0] + 1) * mask.shape[1]
-            self.limits = torch.searchsorted(self.elements, starts)
-        else:
+            self.columns = _columns(mask.elements.long(), *mask.shape)
+        if self.columns is None:
             self.kept = mask.kept()
 
     def of(self, tokens: Tensor) -> Tensor | None:
-        """Return the flat numbers of the dropped elements of some rows, or None. tokens: (rows,),
-        the token of each row."""
-        if self.mask is None:
+        """Return which elements of some rows are dropped. tokens: (rows,), the token of each."""
+        if self.kept is not None:
+            return self.kept.index_select(0, tokens)
+        if self.columns is None:
             return None
-        if not self.mask.is_sparse:
-            return self.kept[tokens]
-        first = self.limits[tokens]
-        each = self.limits[tokens + 1] - first
-        ends = each.cumsum(0)
-        total = int(ends[-1])
-        # The elements of a row's token, moved to the row.
-        source = (first - ends + each).repeat_interleave(each, output_size=total)
-        source += torch.arange(total)
-        shift = (torch.arange(len(tokens)) - tokens) * self.mask.shape[1]
-        moved = shift.repeat_interleave(each, output_size=total)
-        return moved.add_(self.elements.index_select(0, source))
+        firsts = torch.arange(0, len(tokens) * self.width, self.width)
+        return self.columns.index_select(0, tokens).add_(firsts.unsqueeze(1)).view(-1)
+
+
+def _columns(elements: Tensor, tokens: int, width: int) -> Tensor | None:
+    """Return the columns of each token's dropped elements, (tokens, most of a token), the last one
+    repeated where there are fewer; None if a token has none. elements: their flat numbers."""
+    firsts = torch.arange(0, (tokens + 1) * width, width)
+    limits = torch.searchsorted(elements, firsts)
+    counts = limits.diff()
+    fewest, most = (int(count) for count in counts.aminmax())
+    if fewest == 0:
+        return None
+    found = torch.minimum(limits[:-1, None] + torch.arange(most), limits[1:, None] - 1)
+    return elements.index_select(0, found.view(-1)).view(found.shape).sub_(firsts[:-1, None])
 
 
 def sort_rows(experts: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> Rows:
