@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mixlora_exp.adapters import attach_adapter, save_adapter
+from mixlora_exp.cli.train import execute
 from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.models import load_model
+from mixlora_exp.runs.run import Run
 from mixlora_exp.system.device import processes
 from mixlora_exp.training.sharding import shard_frozen
 
@@ -104,6 +108,30 @@ def compare(rank: int, count: int, folder: Path, method: str, checkpointing: boo
 def test_shards_compute_and_save_what_the_whole_model_does(tmp_path: Path, capfd) -> None:
     assert run_ranks(2, check_shards, str(tmp_path)) == [0, 0], capfd.readouterr().err[-2000:]
     assert {path.name for path in tmp_path.iterdir()} == {"mixdora", "mixlora", "dora"}
+
+
+def check_reload(rank: int, count: int, port: int, argv: list[str]) -> None:
+    """Exit with the code of the run, 3 if its first base is there when it loads the second."""
+    as_rank(rank, count, port)
+    real, loaded = Run.load_base, []
+
+    def load_base(self: Run) -> torch.nn.Module:
+        gc.collect()
+        if any(one() is not None for one in loaded):
+            os._exit(3)
+        base = real(self)
+        loaded.append(weakref.ref(base))
+        return base
+
+    Run.load_base = load_base
+    code = execute(argv)
+    os._exit(code if len(loaded) == 2 else 4)
+
+
+def test_the_part_of_the_base_is_gone_before_the_whole_one_is_loaded(tmp_path: Path) -> None:
+    words = [w.replace("ddp", "fsdp") for w in UNEVEN if not w.startswith("evaluation.protocols")]
+    words = [word.replace("max_steps=6", "max_steps=1") for word in words]
+    assert run_ranks(2, check_reload, [*words, f"output_dir={tmp_path}"]) == [0, 0]
 
 
 @pytest.mark.slow

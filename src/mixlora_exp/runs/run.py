@@ -253,6 +253,9 @@ def _carry_out(this: Run) -> dict[str, Any]:
         summary = _train(this, base)
         adapter = str(folder / "adapter")
         if sharded(config):
+            # Else its part would lie beside the whole one.
+            del base
+            free_memory()
             base = this.load_base()
     model: torch.nn.Module = base
     if adapter is not None:
