@@ -26,9 +26,12 @@ ROOMS: dict[str, set[str]] = {
     # Floor 4
     "adapters": {"config", "errors", "kernels", "models", "system"},
     "evaluation": {"config", "data", "errors", "tasks"},
-    "plans": {"config", "data", "kernels", "models", "records", "system", "tasks"},
     "results": {"config", "errors", "records", "system", "tasks"},
     # Floor 5
+    "plans": {
+        *("adapters", "config", "data", "errors", "kernels", "models", "records", "system"),
+        "tasks",
+    },
     "official": {"adapters", "errors", "system"},
     "training": {"adapters", "config", "data", "errors", "kernels", "models", "records", "system"},
     # Floor 6: one run, which brings everything below together; and measurements.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mixlora_exp.config.choices import OWN_DROPOUT, Compile, Parallel, Protocol, Quantization
 from mixlora_exp.config.schema import (
@@ -21,9 +22,12 @@ from mixlora_exp.models.parameters import count_parameters, routers_of, skeleton
 from mixlora_exp.models.quantization import base_bytes
 from mixlora_exp.models.skeleton import projections
 from mixlora_exp.plans.kept import kept_by_layer, kept_without_adapter
+from mixlora_exp.plans.saved_adapter import saved_sizes
+from mixlora_exp.system.hub import adapter_folder
 
 __all__ = [
     "kept_by_all_layers",
+    "loading_bytes",
     "many_that_fit",
     "memory_of",
     "memory_together",
@@ -39,6 +43,8 @@ CHUNK = 2**23
 """Logits that exist at a time where the loss is computed in chunks."""
 ANSWER = 4
 """Tokens per example whose logits are needed where the loss is on answers: a label, or a few."""
+GENERATED = {Protocol.generate, Protocol.exact_match, Protocol.answer_pattern}
+"""Protocols whose answers the model generates."""
 SCORED = 256
 """Positions whose logits exist at a time when answers are scored."""
 
@@ -193,31 +199,43 @@ def _logits(config: Config) -> float:
 
 def scoring_bytes(config: Config) -> int:
     """Peak memory of scoring on a device, in bytes: weights (whole on each process), the adapter
-    with its copy in the working type, one layer's tensors for `evaluation.batch_tokens` tokens,
-    logits in float32, and the cache of keys and values where text is generated."""
+    (an existing one by its file) with its copy in the working type, one layer's tensors for
+    `evaluation.batch_tokens` tokens, logits in float32, and the cache of keys and values where text
+    is generated."""
     model, method, width = config.model, config.method, number_bytes(config)
     sides, shape = widths(model), _shape(config)
     tokens = max(config.evaluation.batch_tokens, config.data.cutoff_length)
     d, f = sides["gate_proj"]
-    slots = 0
+    held, slots = 0, 0
+    if config.adapter is not None:
+        held, slots = saved_sizes(adapter_folder(config.adapter), shape.num_hidden_layers)
+    elif isinstance(method, TrainedMethodConfig):
+        held = count_parameters(model, method).trainable + fixed_parameters(model, method)
     if isinstance(method, MixLoraMethodConfig):
         slots = max(router.slots for router in routers_of(model, method).values())
     numbers = 6 * d + (4 + 2 * slots) * f
-    if {Protocol.generate, Protocol.exact_match} & set(config.evaluation.protocols):
+    if GENERATED & set(config.evaluation.protocols):
         numbers += 2 * sides["k_proj"][1] * shape.num_hidden_layers
-    adapter = 0
-    if isinstance(method, TrainedMethodConfig):
-        held = count_parameters(model, method).trainable + fixed_parameters(model, method)
-        adapter = held * (6 if width == 2 else 4)
+    adapter = held * (6 if width == 2 else 4)
     logits = 8 * SCORED * shape.vocab_size
     weights = base_bytes(model, width) + _dequantized(config, width)
     return round(weights + adapter + tokens * numbers * width + logits)
 
 
+def loading_bytes(config: Config) -> int:
+    """Peak memory of loading the base model, in bytes: random weights are quantised after all of
+    them were drawn."""
+    model, width = config.model, number_bytes(config)
+    total = base_bytes(model, width)
+    if model.draws_weights and model.quantization is not Quantization.none:
+        total += base_bytes(replace(model, quantization=Quantization.none), width)
+    return total
+
+
 def peak_bytes(config: Config, *, processes: int = 1) -> int:
-    """Return memory that a device needs for a run: that of training or of scoring."""
+    """Return memory that a device needs for a run: that of loading, training or scoring."""
     training = sum(memory_of(config, processes=processes).values())
-    return max(training, scoring_bytes(config))
+    return max(loading_bytes(config), training, scoring_bytes(config))
 
 
 def many_that_fit(memory: dict[str, int], gib: float) -> int:
