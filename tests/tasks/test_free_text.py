@@ -19,6 +19,7 @@ CHAT = custom_task("t", question="m", answer="m", answer_as="messages", **COMMON
         ("The answer is: 18", "18"),
         ("The answer is $18.50 for 2 tickets", "18.5"),
         ("so the Answer is -3.00.", "-3"),
+        ("#### -0", "0"),
         ("First the answer is 4, but then the answer is 5 of 7", "5"),
         ("That makes 3 + 4 = 7 apples.", "7"),
         ("10-3", "3"),

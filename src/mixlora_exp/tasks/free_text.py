@@ -25,7 +25,8 @@ def final_number(text: str) -> Decimal | None:
     if not numbers:
         return None
     chosen = numbers[0] if marked else numbers[-1]
-    return Decimal(re.sub(r"[$,\s]", "", chosen)).normalize()
+    # Adding 0 makes 0 of -0.
+    return Decimal(re.sub(r"[$,\s]", "", chosen)).normalize() + 0
 
 
 def free_text_item(
