@@ -28,6 +28,7 @@ KINDS = ["nf4", "int8", "int8_torchao"]
 TINY = ["model=tiny", "model.config={intermediate_size: 192}"]
 METHODS = [*PAPER_METHODS, "moslora", "pissa"]
 METHODS += ["mola", "loramoe", "hydralora", "adamole", "goat"]
+ROUTERS = ["mixlora_top_p", "mixlora_switch", "mixlora_dense", "mixlora_threshold"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Every two of kind, dtype and method meet; the other triples are slow.
 TRIPLES = [
@@ -36,6 +37,13 @@ TRIPLES = [
     for i, kind in enumerate(KINDS)
     for j, (name, dtype) in enumerate(DTYPES.items())
     for k, method in enumerate(METHODS)
+]  # fmt: skip
+# All of them slow but the first.
+TRIPLES += [
+    pytest.param(kind, dtype, method, id=f"{kind}-{name}-{method}",
+                 marks=[pytest.mark.slow] if (kind, name, method) != ("nf4", "float32", ROUTERS[0])
+                 else [])
+    for kind in KINDS for name, dtype in DTYPES.items() for method in ROUTERS
 ]  # fmt: skip
 for _kind in KINDS:
     pytest.importorskip("torchao" if "torchao" in _kind else "bitsandbytes")
