@@ -21,7 +21,9 @@ before 4 bits (`nf4`), micro-batches of 8 before smaller ones. Beside them the G
 with examples of 512 tokens, the method's settings of Table 3 and one GPU, of whose memory a run can
 use 94 %; a dash: nothing fits. `python train.py dry_run=true model=... method=...` tells the same
 of any run, each card's settings as a command to paste. Made by
-`python -m mixlora_exp.plans.scaling > docs/scaling.md`, which a test repeats.
+`python -m mixlora_exp.plans.scaling > docs/scaling.md`, which a test repeats. `trainer.compile` is
+printed with each card but never searched, by decision: what it gains was not measured on a GPU, so
+that it stays as it was given, and only a change to 4 bits, which refuses it, switches it off.
 
 {table}
 
