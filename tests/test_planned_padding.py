@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 from composed import compose
 
@@ -47,6 +50,36 @@ def test_padding_is_that_of_the_first_epochs_batches(
 def test_batches_of_like_length_have_less_padding() -> None:
     alike, mixed = (plan(compose([*WORDS, f"trainer.order={o}"])) for o in ("bucketed", "fixed"))
     assert 0 < alike.padding < mixed.padding / 2
+
+
+def test_memory_is_that_of_the_longest_row(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Free text is not cut at `data.cutoff_length`."""
+    words = [
+        "model=tiny", "task=metamath_gsm8k", "data=local", f"data.path={tmp_path}",
+        "data.forms=[text]", "evaluation.protocols=[exact_match]", "trainer.batch_size=4096",
+        "trainer.micro_batch_size=4096", "dry_run=true",
+    ]  # fmt: skip
+    solution = f"{'1 and ' * 100}so the answer is: 7"
+    for name, row in {
+        "metamath/train": {"query": "How many?", "response": solution},
+        "gsm8k/test": {"question": "How many?", "answer": "#### 7"},
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir()
+        path.write_text(json.dumps(row) + "\n")
+    longest = plan(compose(words)).longest
+    assert longest > 100
+    told = []
+    for cutoff in (64, longest):
+        assert execute([*words, f"data.cutoff_length={cutoff}"]) == 0
+        out = capsys.readouterr().out
+        told.append(re.findall(r"^memory .*|^16 GB .*\)|^together .*", out, flags=re.MULTILINE))
+    assert told[0] == told[1]
+    assert len(told[0]) == 3
+    assert f" at {longest} tokens per example" in told[0][0]
+    # Its tokenizer is not here.
+    assert execute([*words[1:], "model=llama2_7b", "trainer.micro_batch_size=1"]) == 0
+    assert "free text is not cut, and longer rows need more)" in capsys.readouterr().out
 
 
 def test_without_a_tokenizer_padding_is_not_counted() -> None:

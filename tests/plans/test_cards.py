@@ -11,7 +11,9 @@ from composed import compose
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.choices import Compile, Quantization
+from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.paths import ROOT
+from mixlora_exp.models.quantization import base_bytes
 from mixlora_exp.plans.cards import CARDS, Fit, card_lines, fits, total_bytes
 from mixlora_exp.plans.memory import memory_of, peak_bytes, scoring_bytes, usable_bytes
 from mixlora_exp.plans.scaling import page
@@ -32,7 +34,7 @@ def test_the_order_of_settings() -> None:
 @pytest.mark.parametrize("method", ["mixlora", "none"])
 def test_each_command_is_of_a_run_that_fits(method: str) -> None:
     words = ["model=llama2_7b", f"method={method}", "dry_run=true"]
-    lines = card_lines([compose(words)], words)
+    lines = card_lines([compose(words)], CommandLine(words=words))
     assert [title for title, _ in lines] == [f"{size} GB" for size in CARDS]
     for size, (_, told) in zip(CARDS, lines, strict=True):
         given = shlex.split(told.partition(": python train.py ")[2])
@@ -44,7 +46,7 @@ def test_each_command_is_of_a_run_that_fits(method: str) -> None:
 
 def test_what_fits_as_it_is_and_what_does_not() -> None:
     config = compose(LLAMA)
-    lines = dict(card_lines([config], LLAMA))
+    lines = dict(card_lines([config], CommandLine(words=LLAMA)))
     assert lines["24 GB"].startswith("does not fit; this would, in ")
     assert "trainer.micro_batch_size=2" in lines["24 GB"]
     assert lines["48 GB"].endswith(": python train.py model=llama2_7b method=mixlora")
@@ -53,8 +55,8 @@ def test_what_fits_as_it_is_and_what_does_not() -> None:
 
 def test_nothing_fits_and_what_would() -> None:
     config = compose(["model=llama2_13b", "data.cutoff_length=4096"])
-    refused = card_lines([config], [], lambda one: one.model.quantization is Quantization.none)
-    told = dict(refused)
+    bf16 = lambda one: one.model.quantization is Quantization.none  # noqa: E731
+    told = dict(card_lines([config], CommandLine(), bf16))
     assert told["16 GB"].startswith("does not fit: the least is ")
     assert "(micro-batch 1, checkpointing, bf16, compile off)" in told["16 GB"]
     assert told["16 GB"].endswith(" GB would")
@@ -80,14 +82,62 @@ def test_processes_share_the_weights_and_the_step() -> None:
     assert shared["exchanged"] > 0
     sizes = {fit.micro_batch for fit in fits([config], lambda config: True, processes=4)}
     assert sizes == {4, 2, 1}
-    command = dict(card_lines([config], LLAMA, processes=4))["80 GB"]
+    command = dict(card_lines([config], CommandLine(words=LLAMA), processes=4))["80 GB"]
     assert "torchrun --nproc-per-node=4 train.py" in command
+
+
+@pytest.mark.parametrize(
+    ("adapters", "smaller"),
+    [
+        ("[lora,{method:mixlora,trainer.micro_batch_size:4}]", False),
+        ("[lora,{method:mixlora,trainer.micro_batch_size:8}]", False),
+        ("[lora,{method:mixlora,trainer.batch_size:24}]", True),
+    ],
+)
+def test_the_printed_command_of_joint_adapters_is_of_the_same_plan(
+    adapters: str, smaller: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"adapters={adapters}", "model=llama2_7b", "task=arc_e"]
+    assert execute([*words, "dry_run=true"]) == 0
+    cards = capsys.readouterr().out
+    for size in (24, 80):
+        told = re.search(rf"\n{size} GB .* in (.*) GiB \(.*\): python train.py (.*)\n", cards)
+        assert told, cards
+        assert execute([*shlex.split(told[2]), "dry_run=true"]) == 0
+        again = capsys.readouterr().out
+        assert f"adapters on one base: about {told[1]} GiB" in again
+        assert re.search(rf"\n{size} GB +fits, in {told[1]} GiB", again)
+    assert ("trainer.micro_batch_size=2" in cards) is smaller
 
 
 def test_adapters_on_one_base_need_less_than_apart() -> None:
     configs = [compose([*LLAMA, f"seed={seed}"]) for seed in (1, 2)]
     together = total_bytes(configs)
     assert peak_bytes(configs[0]) < together < 2 * peak_bytes(configs[0])
+
+
+def test_random_weights_are_quantised_after_they_were_drawn() -> None:
+    words = [*LLAMA, "model.quantization=nf4", "trainer.micro_batch_size=1"]
+    drawn, read = (compose([*words, *own]) for own in (["model.weights=random"], []))
+    both = base_bytes(drawn.model, 2) + base_bytes(compose(LLAMA).model, 2)
+    assert peak_bytes(drawn) == total_bytes([drawn]) == both > usable_bytes(16)
+    assert peak_bytes(read) < usable_bytes(16)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "task"),
+    [
+        ("generate", "arc_e"),
+        ("exact_match", "metamath_gsm8k"),
+        ("answer_pattern", "commonsense_170k"),
+    ],
+)
+def test_what_generates_keeps_keys_and_values(protocol: str, task: str) -> None:
+    words = ["model=llama2_7b", "method=none", "evaluation.batch_tokens=16384"]
+    plain, own = compose(words), [f"task={task}", "data=local", "data.forms=[text]"]
+    config = compose([*words, *own, f"evaluation.protocols=[{protocol}]"])
+    cache = 16384 * 2 * 4096 * 32 * 2
+    assert scoring_bytes(config) - scoring_bytes(plain) == cache
 
 
 def test_scoring_can_be_the_peak() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ from mixlora_exp.config.command import compose
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import in_lockstep
+from mixlora_exp.plans.memory import scoring_bytes
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.show import scores_table
 from mixlora_exp.runs import together
@@ -100,6 +104,34 @@ def test_an_adapter_s_record_names_the_base_model(finished: Start, tmp_path: Pat
     assert composed(*words, "seed=8").seed == 8
     other = composed(*words, "model=tiny_gemma")
     assert (other.seed, other.model) == (42, compose(["model=tiny_gemma"]).model)
+
+
+@pytest.mark.parametrize("name", ["run", "adapter", "both"])
+def test_a_plan_is_of_the_command_that_was_given(
+    name: str, finished: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished(*MIXLORA).folder
+    named = {
+        "run": f"run={folder}",
+        "adapter": f"adapter={folder / 'adapter'}",
+        "both": f"run=[{folder},{finished(*MIXLORA, 'method.rank=4').folder}]",
+    }[name]
+    words = [named, "protocol=generate", "data=embedded", f"output_dir={tmp_path}"]
+    assert guarded(run, [*words, "dry_run=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = (line for line in lines if line.startswith("16 GB"))
+    assert re.fullmatch(r"16 GB +fits, in [\d.]+ GiB \(bf16\): python evaluate.py (.*)", told)[
+        1
+    ] == shlex.join(words)
+
+
+def test_a_plan_counts_the_adapter_that_is_scored(finished: Start) -> None:
+    """As the same method is counted before it is trained."""
+    trained = finished(*MIXLORA, "method.top_k=1/3")
+    found = composed(f"run={trained.folder}")
+    assert found.adapter is not None
+    assert scoring_bytes(found) == scoring_bytes(trained.config)
+    assert scoring_bytes(found) > scoring_bytes(dataclasses.replace(found, adapter=None))
 
 
 def test_another_protocol_and_fewer_items(finished: Start, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_the_end_counts_what_is_done_failed_and_left_alone(tmp_path: Path, capsy
 def test_a_stopped_sweep_counts_too(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_one(cfg: Any, earlier: Any, recorded: Any) -> Outcome:
+    def run_one(cfg: Any, earlier: Any, recorded: Any, command: Any) -> Outcome:
         if cfg.seed == 2:
             signal.raise_signal(signal.SIGTERM)
         return Outcome(done=1)
@@ -259,7 +259,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def run(number: int, ledger: Ledger | None = None) -> tuple[Outcome | None, list[str]]:
         saved: list[str] = []
 
-        def run_one(cfg: Any, earlier: Any, recorded: Any) -> Outcome:
+        def run_one(cfg: Any, earlier: Any, recorded: Any, command: Any) -> Outcome:
             with deferred():
                 signal.raise_signal(number)
                 saved.extend(["checkpoint"] if requested() else [])

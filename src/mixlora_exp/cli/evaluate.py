@@ -14,6 +14,7 @@ from typing import Any
 
 from mixlora_exp.cli.hydra_command import dispatch, parse_flags
 from mixlora_exp.config.command import compose, parse_overrides
+from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.given_paths import check_folders
 from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.switches import SWITCHES
@@ -139,7 +140,8 @@ def run(argv: Sequence[str]) -> int:
         UserError: the command line is not valid, or an adapter cannot be scored.
     """
     argv = argv or ["--help"]
-    lines = each(parse_flags(argv).overrides)
+    typed = parse_flags(argv).overrides
+    lines = each(typed)
     if len(lines) == 1:
         return dispatch(argv, "evaluate", lambda _: settled(lines[0]))
     flags = [word for word in argv if word.startswith("-")]
@@ -150,5 +152,5 @@ def run(argv: Sequence[str]) -> int:
     # Imported late, so that a mistake on the command line is reported before torch loads.
     from mixlora_exp.runs.together import run_together
 
-    run_together(configs)
+    run_together(configs, line=CommandLine(script="evaluate.py", words=typed))
     return 0

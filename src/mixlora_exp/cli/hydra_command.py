@@ -25,6 +25,7 @@ from mixlora_exp.config.command import (
     opened,
     plan_runs,
 )
+from mixlora_exp.config.command_line import Command, command_of
 from mixlora_exp.config.given_paths import check_given
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.recorded import Recorded
@@ -37,6 +38,9 @@ from mixlora_exp.sweeps.launch import launch_sweep
 
 Settle = Callable[[Sequence[str]], tuple[list[str], Recorded]]
 """Turns the typed overrides of a command into those that Hydra composes, and what a record adds."""
+
+SCRIPTS = {"config": "train.py", "evaluate": "evaluate.py"}
+"""The script of each root in conf/."""
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -110,15 +114,22 @@ def _print_config(config: Any, package: str | None) -> int:
     return 0
 
 
-def _launch(session: Any, name: str, overrides: list[str], plan: Plan, recorded: Recorded) -> int:
+def _launch(
+    session: Any,
+    name: str,
+    overrides: list[str],
+    plan: Plan,
+    recorded: Recorded,
+    command: Command,
+) -> int:
     """Run the plan through Hydra's launcher and sweeper and return the exit code."""
     if not plan.multirun:
-        task = partial(run_single, recorded=recorded)
+        task = partial(run_single, recorded=recorded, command=command)
         job = session.run(config_name=name, task_function=task, overrides=overrides)
         if isinstance(job.return_value, UserError):
             raise job.return_value
         return 0
-    return launch_sweep(session, name, overrides, plan, recorded)
+    return launch_sweep(session, name, overrides, plan, recorded, command)
 
 
 def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
@@ -141,6 +152,7 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
         raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
     settled, recorded = settle(args.overrides)
     overrides = opened(settled)
+    command = command_of(SCRIPTS[root], args.overrides, overrides)
     if args.config_dir is not None:
         overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
     name = args.config_name or root
@@ -157,4 +169,4 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
         plan = plan_runs(session, name, overrides, args.multirun, recorded=recorded)
         for cell in plan.cells:
             check_given(cell.config)
-        return _launch(session, name, overrides, plan, recorded)
+        return _launch(session, name, overrides, plan, recorded, command)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mixlora_exp.config.choices import Compile, Quantization
+from mixlora_exp.config.command_line import CommandLine, name_of
 from mixlora_exp.config.schema import Config, TrainedMethodConfig
-from mixlora_exp.plans.memory import memory_together, peak_bytes, scoring_bytes, usable_bytes
+from mixlora_exp.plans.memory import (
+    loading_bytes,
+    memory_together,
+    peak_bytes,
+    scoring_bytes,
+    usable_bytes,
+)
 
-__all__ = ["CARDS", "Fit", "card_lines", "fits", "total_bytes"]
+__all__ = ["CARDS", "FIELDS", "Fit", "card_lines", "fits", "total_bytes"]
 
 CARDS = (16, 24, 48, 80)
 """Memory of the cards that a plan is made for, in GiB."""
 FREE = ("dry_run", "plan.probe")
+MICRO_BATCH, CHECKPOINTING, QUANTIZATION, COMPILE = FIELDS = (
+    "trainer.micro_batch_size", "trainer.gradient_checkpointing", "model.quantization",
+    "trainer.compile",
+)  # fmt: skip
+"""Fields of the settings that are chosen for a card."""
 Accepts = Callable[[Config], bool]
 """A function that returns whether method and kernel work with a configuration's settings."""
 
@@ -23,34 +35,44 @@ Accepts = Callable[[Config], bool]
 class Fit:
     """Settings of runs on one base model, and the bytes that a device needs for them."""
 
-    micro_batch: int
+    micro_batches: tuple[int, ...]
+    """That of each run."""
     checkpointing: bool
     quantization: Quantization
     compile: Compile
     needed: int
+    trains: bool = True
+
+    @property
+    def micro_batch(self) -> int:
+        """The micro-batch of the first run."""
+        return self.micro_batches[0]
 
     @property
     def described(self) -> str:
-        """The settings in words: micro-batch, checkpointing, weights, compilation."""
+        """The settings in words: weights, and of training micro-batch, checkpointing and
+        compilation."""
+        held = "bf16" if self.quantization is Quantization.none else self.quantization.value
+        if not self.trains:
+            return held
+        sizes = " and ".join(map(str, sorted(set(self.micro_batches), reverse=True)))
+        recomputed = "" if self.checkpointing else "no "
         return (
-            f"micro-batch {self.micro_batch}, "
-            f"{'' if self.checkpointing else 'no '}checkpointing, "
-            f"{'bf16' if self.quantization is Quantization.none else self.quantization.value}, "
-            f"compile {self.compile.value}"
+            f"micro-batch {sizes}, {recomputed}checkpointing, {held}, compile {self.compile.value}"
         )
 
     def words(self, config: Config) -> list[str]:
-        """Return the overrides by which a configuration gets these settings."""
+        """Return the overrides by which runs get these settings; config: that of the first."""
         trainer = config.trainer
         found = []
         if self.micro_batch != trainer.micro_batch_size:
-            found.append(f"trainer.micro_batch_size={self.micro_batch}")
+            found.append(f"{MICRO_BATCH}={self.micro_batch}")
         if self.checkpointing != trainer.gradient_checkpointing:
-            found.append("trainer.gradient_checkpointing=true")
+            found.append(f"{CHECKPOINTING}=true")
         if self.quantization is not config.model.quantization:
-            found.append(f"model.quantization={self.quantization.value}")
+            found.append(f"{QUANTIZATION}={self.quantization.value}")
         if self.compile is not trainer.compile:
-            found.append(f"trainer.compile={self.compile.value}")
+            found.append(f"{COMPILE}={self.compile.value}")
         return found
 
 
@@ -61,65 +83,87 @@ def total_bytes(configs: Sequence[Config], processes: int = 1) -> int:
     memories = memory_together(configs)
     shared = max(m["weights"] + m.get("dequantized", 0) for m in memories)
     own = sum(sum(m.values()) - m["weights"] - m.get("dequantized", 0) for m in memories)
-    return max(shared + own, *(scoring_bytes(config) for config in configs))
+    alone = (max(loading_bytes(config), scoring_bytes(config)) for config in configs)
+    return max(shared + own, *alone)
 
 
-def _settings(config: Config, processes: int) -> Iterator[tuple[bool, Quantization, int]]:
-    """Yield (checkpointing, quantisation, micro-batch) in the order of preference. What is switched
-    on stays on, and micro-batches do not become larger than asked for."""
-    trainer, chosen = config.trainer, config.model.quantization
-    if not isinstance(config.method, TrainedMethodConfig):
-        sizes, checkpointing = [trainer.micro_batch_size], [trainer.gradient_checkpointing]
-    else:
+def _trains(configs: Sequence[Config]) -> bool:
+    return any(isinstance(config.method, TrainedMethodConfig) for config in configs)
+
+
+def _settings(
+    configs: Sequence[Config], processes: int, fixed: Collection[str]
+) -> Iterator[tuple[bool, Quantization, int | None]]:
+    """Yield (checkpointing, quantisation, micro-batch) in the order of preference; None: each run
+    its own. What is switched on stays on, and micro-batches do not become larger than asked for.
+    Compilation is switched off where it must be, and never on (docs/scaling.md)."""
+    trainer, chosen = configs[0].trainer, configs[0].model.quantization
+    trains, largest = _trains(configs), trainer.micro_batch_size
+    sizes, checkpointing, quantized = [None], [trainer.gradient_checkpointing], [chosen]
+    alike = {config.trainer.micro_batch_size for config in configs} == {largest}
+    if trains and alike and MICRO_BATCH not in fixed:
+        batches = {config.trainer.batch_size for config in configs}
         sizes = [
             n
-            for n in range(trainer.micro_batch_size, 0, -1)
-            if trainer.batch_size % (n * processes) == 0
+            for n in range(largest, 0, -1)
+            if all(batch % (n * processes) == 0 for batch in batches)
         ]
-        checkpointing = [True] if trainer.gradient_checkpointing else [False, True]
-    quantized = [chosen, Quantization.nf4] if chosen is Quantization.none else [chosen]
+    if trains and not trainer.gradient_checkpointing and CHECKPOINTING not in fixed:
+        checkpointing = [False, True]
+    compiled = trains and trainer.compile is not Compile.off
+    given = {QUANTIZATION, COMPILE} if compiled else {QUANTIZATION}
+    if chosen is Quantization.none and not given & set(fixed):
+        quantized = [chosen, Quantization.nf4]
     for recomputed in checkpointing:
         for kind in quantized:
             for size in sizes:
                 yield recomputed, kind, size
 
 
-def _with(config: Config, checkpointing: bool, kind: Quantization, size: int) -> Config:
+def _with(config: Config, checkpointing: bool, kind: Quantization, size: int | None) -> Config:
     # Compiled layers would keep dequantised weights.
-    how = config.trainer.compile if kind is Quantization.none else Compile.off
+    trains = isinstance(config.method, TrainedMethodConfig)
+    how = config.trainer.compile if kind is Quantization.none or not trains else Compile.off
     trainer = replace(
         config.trainer,
-        micro_batch_size=size,
+        micro_batch_size=size or config.trainer.micro_batch_size,
         gradient_checkpointing=checkpointing,
         compile=how,
     )
     return replace(config, model=replace(config.model, quantization=kind), trainer=trainer)
 
 
-def fits(configs: Sequence[Config], accepts: Accepts, processes: int = 1) -> Iterator[Fit]:
+def fits(
+    configs: Sequence[Config],
+    accepts: Accepts,
+    processes: int = 1,
+    fixed: Collection[str] = (),
+) -> Iterator[Fit]:
     """Yield the settings that the runs can have, in the order of preference: no checkpointing
-    before checkpointing, then bf16 before 4 bits, then larger micro-batches before smaller. The
-    runs have the same trainer settings; accepts: says which are refused for another reason."""
-    first = configs[0]
-    for checkpointing, kind, size in _settings(first, processes):
-        changed = [
-            _with(config, checkpointing, kind, min(size, config.trainer.micro_batch_size))
-            for config in configs
-        ]
+    before checkpointing, then bf16 before 4 bits, then larger micro-batches before smaller.
+    accepts: says which are refused for another reason. fixed: those of `FIELDS` that stay."""
+    for checkpointing, kind, size in _settings(configs, processes, fixed):
+        changed = [_with(config, checkpointing, kind, size) for config in configs]
         if all(accepts(config) for config in changed):
-            needed = total_bytes(changed, processes)
-            yield Fit(size, checkpointing, kind, changed[0].trainer.compile, needed)
+            yield Fit(
+                tuple(config.trainer.micro_batch_size for config in changed),
+                checkpointing,
+                kind,
+                changed[0].trainer.compile,
+                total_bytes(changed, processes),
+                _trains(configs),
+            )
 
 
 def card_lines(
     configs: Sequence[Config],
-    words: Sequence[str],
+    line: CommandLine,
     accepts: Accepts = lambda config: True,
     processes: int = 1,
 ) -> list[tuple[str, str]]:
-    """Return a (title, value) line per card: what fits it first, as a command. words: the overrides
-    that the user gave."""
-    found = list(fits(configs, accepts, processes))
+    """Return a (title, value) line per card: what fits it first, as a command. line: that of the
+    runs."""
+    found = list(fits(configs, accepts, processes, line.fixed))
     needed = total_bytes(configs, processes)
     lines = []
     for size in CARDS:
@@ -132,7 +176,7 @@ def card_lines(
                 f"which such a card has {_gib(usable)}; {_larger(least)} would"
             )
         else:
-            command = _command(words, fit.words(configs[0]), processes)
+            command = _command(line, fit.words(configs[0]), processes)
             what = "fits" if needed <= usable else "does not fit; this would"
             text = f"{what}, in {_gib(fit.needed)} GiB ({fit.described}): {command}"
         lines.append((f"{size} GB", text))
@@ -149,8 +193,8 @@ def _larger(least: Fit) -> str:
     return "a smaller model, or shorter examples," if card is None else f"a card of {card} GB"
 
 
-def _command(words: Sequence[str], changed: Sequence[str], processes: int) -> str:
-    names = {word.partition("=")[0] for word in changed}
-    kept = [w for w in words if w.partition("=")[0].lstrip("+") not in {*names, *FREE}]
+def _command(line: CommandLine, changed: Sequence[str], processes: int) -> str:
+    names = {name_of(word) for word in changed}
+    kept = [word for word in line.words if name_of(word) not in {*names, *FREE}]
     start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
-    return " ".join([start, "train.py", *map(shlex.quote, [*kept, *changed])])
+    return " ".join([start, line.script, *map(shlex.quote, [*kept, *changed])])

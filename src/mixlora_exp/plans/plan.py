@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mixlora_exp.config.run_names import run_name
@@ -31,7 +31,8 @@ CHARACTERS_PER_TOKEN = 4.0
 class RunPlan:
     """The plan of one run. `tokens`: per epoch; `tokens_counted`: whether they were counted with
     the model's tokenizer, not estimated from characters. `padding`: fraction of padding positions
-    in the first epoch's batches, None if tokens were not counted."""
+    in the first epoch's batches, `longest`: tokens of the longest example; None if tokens were not
+    counted."""
 
     name: str
     parameters: Parameters
@@ -41,6 +42,7 @@ class RunPlan:
     tokens: int
     tokens_counted: bool
     padding: float | None
+    longest: int | None
     steps: int
     memory: dict[str, int]
 
@@ -163,9 +165,17 @@ def plan(config: Config, adapter: Mapping[str, Any] | None = None) -> RunPlan:
         tokens=_estimated(config, rows, items) if lengths is None else sum(lengths),
         tokens_counted=lengths is not None,
         padding=_padding(config, lengths) if lengths else None,
+        longest=max(lengths) if lengths else None,
         steps=count_steps(config.trainer, examples) if examples else 0,
         memory=memory_of(config),
     )
+
+
+def with_longest_row(config: Config, found: RunPlan) -> Config:
+    """Return the configuration with `data.cutoff_length` raised to the longest example, as what has
+    no context to cut (free text) is not cut there."""
+    longest = max(config.data.cutoff_length, found.longest or 0)
+    return replace(config, data=replace(config.data, cutoff_length=longest))
 
 
 def parameters_entry(config: Config) -> dict[str, Any]:

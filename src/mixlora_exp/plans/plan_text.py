@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from mixlora_exp.config.by_layer import by_layer
+from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config
@@ -19,10 +20,11 @@ from mixlora_exp.plans.cards import CARDS, card_lines, total_bytes
 from mixlora_exp.plans.disk import disk_line
 from mixlora_exp.plans.hours import scored_tokens, trained_tokens
 from mixlora_exp.plans.memory import many_that_fit, memory_of, scoring_bytes
-from mixlora_exp.plans.plan import RunPlan, plan
+from mixlora_exp.plans.plan import RunPlan, plan, with_longest_row
 from mixlora_exp.plans.speed import Speed, time_line
 from mixlora_exp.records.checkout import git_state
 from mixlora_exp.records.objections import objections
+from mixlora_exp.tasks import TASKS
 
 __all__ = ["Circumstances", "describe", "first_line", "print_plan", "print_plan_together"]
 
@@ -31,11 +33,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """Facts beside the configuration that a plan depends on. words: the overrides that the user
-    gave. accepts: whether a configuration is not refused for another reason than memory. processes:
+    """Facts beside the configuration that a plan depends on. line: the command line.
+    accepts: whether a configuration is not refused for another reason than memory. processes:
     how many train together. speed: that of this machine, None where it is not known."""
 
-    words: Sequence[str] = ()
+    line: CommandLine = CommandLine()
     accepts: Callable[[Config], bool] = lambda config: True
     processes: int = 1
     speed: Speed | None = None
@@ -104,6 +106,9 @@ def describe(
 
 
 def _memory(config: Config, found: RunPlan, processes: int) -> str:
+    unknown = not found.tokens_counted and not TASKS.keys() >= found.rows.keys()
+    more = "; free text is not cut, and longer rows need more" if unknown else ""
+    config = with_longest_row(config, found)
     scored = f"{scoring_bytes(config) / GIB:.1f}"
     if not found.examples:
         return f"about {scored} GiB to score (estimated)"
@@ -112,7 +117,8 @@ def _memory(config: Config, found: RunPlan, processes: int) -> str:
     each = f" on each of {processes} devices" if processes > 1 else ""
     return (
         f"about {total_bytes([config], processes) / GIB:.1f} GiB{each} at "
-        f"{config.data.cutoff_length} tokens per example: {named}; scoring {scored} (estimated)"
+        f"{config.data.cutoff_length} tokens per example: {named}; scoring {scored} "
+        f"(estimated{more})"
     )
 
 
@@ -128,16 +134,18 @@ def print_plan(
     around: Circumstances | None = None,
     *,
     cards: bool = True,
-) -> None:
-    """Plan a run and print the plan. `adapter`: see `runs.inputs.adapter_entry`. cards: with what
-    fits each card."""
+) -> Config:
+    """Plan a run and print the plan; returns the configuration with rows as long as the longest.
+    `adapter`: see `runs.inputs.adapter_entry`. cards: with what fits each card."""
     around = around or Circumstances()
     found = plan(config, adapter)
     lines, against = describe(config, found, around), _against(config, adapter)
+    longest = with_longest_row(config, found)
     if cards:
-        lines += card_lines([config], around.words, around.accepts, around.processes)
-    lines += [("together", _together(config))] if found.examples else []
+        lines += card_lines([longest], around.line, around.accepts, around.processes)
+    lines += [("together", _together(longest))] if found.examples else []
     _print([*lines, *([("record", against)] if against else [])])
+    return longest
 
 
 def print_plan_together(configs: Sequence[Config], around: Circumstances | None = None) -> None:
@@ -149,7 +157,7 @@ def print_plan_together(configs: Sequence[Config], around: Circumstances | None 
         f"{total / len(configs) / GIB:.1f} for each (estimated); alone the largest needs "
         f"{alone / GIB:.1f}"
     )
-    _print([("all", text), *card_lines(configs, around.words, around.accepts)])
+    _print([("all", text), *card_lines(configs, around.line, around.accepts)])
 
 
 def _print(lines: Sequence[tuple[str, str]]) -> None:

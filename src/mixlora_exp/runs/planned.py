@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.precision import resolve_dtype
@@ -19,24 +20,25 @@ from mixlora_exp.system.device import hardware_names, processes, resolve_device
 __all__ = ["tell_plan"]
 
 
-def tell_plan(configs: Sequence[Config], words: Sequence[str] = ()) -> None:
-    """Check the runs' inputs and print their plans. words: the overrides that the user gave.
+def tell_plan(configs: Sequence[Config], line: CommandLine | None = None) -> None:
+    """Check the runs' inputs and print their plans. line: the command line.
 
     Raises:
         UserError: an input is missing or wrong.
     """
     check_inputs(list(configs))
     count, one = processes().num_processes, len(configs) == 1
+    line, planned = line or CommandLine(), []
     for config in configs:
-        around = Circumstances(words, _is_accepted, count, _speed(config))
-        print_plan(config, adapter_entry(config), around, cards=one)
+        around = Circumstances(line, _is_accepted, count, _speed(config))
+        planned.append(print_plan(config, adapter_entry(config), around, cards=one))
     if not one:
-        print_plan_together(configs, Circumstances(words, _is_accepted, count))
+        print_plan_together(planned, Circumstances(line, _is_accepted, count))
 
 
 def _is_accepted(config: Config) -> bool:
     try:
-        check_quantized_base(config, None, here=False)
+        check_quantized_base(config, adapter_entry(config), here=False)
     except UserError:
         return False
     return refusal(config, processes().num_processes) is None

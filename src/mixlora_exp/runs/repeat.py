@@ -7,11 +7,13 @@ from typing import Any
 
 from mixlora_exp.config.architecture import current_model
 from mixlora_exp.config.command import parse_overrides
+from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.given_paths import check_given
 from mixlora_exp.config.recorded import rebuilt
 from mixlora_exp.config.resolve import determining
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
+from mixlora_exp.plans.cards import FIELDS
 from mixlora_exp.records.files import find_record
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
@@ -37,7 +39,8 @@ def repeat(given: str, words: Sequence[str]) -> bool | None:
     record = read_run(path)
     config = configuration(record, words)
     check_given(config)
-    found = run(config)
+    # What would change the run cannot be given.
+    found = run(config, line=CommandLine(words=("--from", given, *words), fixed=frozenset(FIELDS)))
     if found is None:
         return None
     if found.resolve() == path.resolve():

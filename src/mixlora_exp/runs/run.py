@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.adapters.shuffled import shuffle_experts
+from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.resolve import fingerprint, to_dict
 from mixlora_exp.config.run_names import run_name
@@ -164,13 +165,12 @@ def run(
     config: Config,
     watch: Watch | None = None,
     earlier: Earlier = None,
-    words: Sequence[str] = (),
+    line: CommandLine | None = None,
 ) -> Path | None:
     """Execute the run that `config` describes and return the path of its record; None for a dry
     run, or if another process is executing it. If the record exists already, its results are shown
-    or, if `earlier` is given, its path is added there.
+    or, if `earlier` is given, its path is added there. line: the command line, for a plan.
 
-    words: the overrides that the user gave, for a plan's commands.
     `watch` is called with step and loss (without router loss) during training, and may raise
     `GivenUp` to end the run. A finished run of the same fingerprint on the same inputs is not
     repeated unless `force` is set. The record is written last, so a folder without one holds no
@@ -186,7 +186,7 @@ def run(
         # Late: a probe of its speed starts a run.
         from mixlora_exp.runs.planned import tell_plan
 
-        tell_plan([config], words)
+        tell_plan([config], line)
         return None
     # Inputs first: most mistakes are there, and are found fastest.
     inputs = gather_inputs(config)

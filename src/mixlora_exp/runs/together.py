@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters import attach_together, load_adapters, save_adapter, set_kernel
 from mixlora_exp.adapters.mixed_adapters import check_shareable
 from mixlora_exp.adapters.shuffled import shuffle_experts
+from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Base, Config, LoraMethodConfig, Protocol
 from mixlora_exp.config.together import check_together
@@ -86,11 +87,14 @@ class _Pack:
 
 
 def run_together(
-    configs: Sequence[Config], *, earlier: list[Path] | None = None, words: Sequence[str] = ()
+    configs: Sequence[Config],
+    *,
+    earlier: list[Path] | None = None,
+    line: CommandLine | None = None,
 ) -> list[Path]:
     """Execute runs that share a base model; returns the paths of their records, none for a dry run.
 
-    Skips finished runs (see `run` for `earlier` and `words`) and those that another process is
+    Skips finished runs (see `run` for `earlier` and `line`) and those that another process is
     executing. A run that fails, in its data, training or scoring, is reported after the others are
     recorded.
 
@@ -99,7 +103,7 @@ def run_together(
             can fix (`PackError`).
     """
     if len(configs) == 1:
-        path = run(configs[0], earlier=earlier, words=words)
+        path = run(configs[0], earlier=earlier, line=line)
         return [] if path is None else [path]
     configs = [resolve_config(config) for config in configs]
     check_together(configs, [run_name(config) for config in configs])
@@ -113,7 +117,7 @@ def run_together(
             "torchrun, or train them one by one"
         )
     if configs[0].dry_run:
-        tell_plan(configs, words)
+        tell_plan(configs, line)
         return []
     pack = _Pack()
     with contextlib.ExitStack() as stack:

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mixlora_exp.config.command import compose_adapters
+from mixlora_exp.config.command_line import Command
 from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import open_session, to_config
 from mixlora_exp.config.schema import Config
@@ -89,22 +90,25 @@ def duration(seconds: float) -> str:
 
 
 def run_one(
-    cfg: DictConfig, earlier: list[Path] | None = None, recorded: Recorded = None
+    cfg: DictConfig,
+    earlier: list[Path] | None = None,
+    recorded: Recorded = None,
+    command: Command | None = None,
 ) -> Outcome:
     """Execute one composed configuration (a Hydra task function); see `runs.run` for `earlier` and
-    `resolve.to_config` for `recorded`."""
+    `resolve.to_config` for `recorded`. command: the one that asks for it."""
     config = _grouped(to_config(cfg, recorded))
-    words = HydraConfig.get().overrides.task
+    line = (command or Command()).line(HydraConfig.get().overrides.task, config.adapters)
     # Imported late, so that a mistake on the command line is reported before torch loads.
     if config.adapters:
         from mixlora_exp.runs.together import run_together
 
-        found = run_together(_adapters_of(config, recorded), earlier=earlier, words=words)
+        found = run_together(_adapters_of(config, recorded), earlier=earlier, line=line)
         runs, done = len(config.adapters), len(found)
     else:
         from mixlora_exp.runs.run import run
 
-        runs, done = 1, int(run(config, earlier=earlier, words=words) is not None)
+        runs, done = 1, int(run(config, earlier=earlier, line=line) is not None)
     return Outcome(done=runs) if config.dry_run else Outcome(done=done, alone=runs - done)
 
 
@@ -131,11 +135,13 @@ def _adapters_of(config: Config, recorded: Recorded) -> list[Config]:
     return [_grouped(each) for each in found]
 
 
-def run_single(cfg: DictConfig, recorded: Recorded = None) -> UserError | None:
+def run_single(
+    cfg: DictConfig, recorded: Recorded = None, command: Command | None = None
+) -> UserError | None:
     """Execute a single run and return a `UserError`, which Hydra would report as a crash if it were
     raised; a failure of the disk becomes one."""
     try:
-        run_one(cfg, recorded=recorded)
+        run_one(cfg, recorded=recorded, command=command)
     except UserError as error:
         return error
     except OSError as error:
@@ -147,7 +153,10 @@ def run_single(cfg: DictConfig, recorded: Recorded = None) -> UserError | None:
 
 
 def run_cell(
-    cfg: DictConfig, ledger: Ledger | None = None, recorded: Recorded = None
+    cfg: DictConfig,
+    ledger: Ledger | None = None,
+    recorded: Recorded = None,
+    command: Command | None = None,
 ) -> Outcome | None:
     """Execute one job of a sweep. A failure is returned, so that the other jobs still start.
 
@@ -175,7 +184,7 @@ def run_cell(
             sys.stderr.write(f"== {SWEEP.heading(job.num + 1)}: {overrides}\n")
             # With a ledger other processes run others of the jobs on the same terminal.
             with labelled(f"run {job.num + 1}") if ledger is not None else nullcontext():
-                outcome = _carried_out(cfg, overrides, recorded)
+                outcome = _carried_out(cfg, overrides, recorded, command)
     except Terminated:
         if SWEEP.runs:
             raise
@@ -188,10 +197,12 @@ def run_cell(
     return outcome
 
 
-def _carried_out(cfg: DictConfig, overrides: str, recorded: Recorded) -> Outcome:
+def _carried_out(
+    cfg: DictConfig, overrides: str, recorded: Recorded, command: Command | None
+) -> Outcome:
     earlier: list[Path] = []
     try:
-        return replace(run_one(cfg, earlier, recorded), before=len(earlier))
+        return replace(run_one(cfg, earlier, recorded, command), before=len(earlier))
     except UserError as error:
         sys.stderr.write(f"error: {line_label()}{error}\n")
         failure = Failure(overrides, str(error), crashed=False)

@@ -17,6 +17,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from mixlora_exp.config.command import Plan
+from mixlora_exp.config.command_line import Command
 from mixlora_exp.config.paths import share_code
 from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.errors import UserError
@@ -39,9 +40,11 @@ def launch_sweep(
     overrides: list[str],
     plan: Plan,
     recorded: Recorded = None,
+    command: Command | None = None,
 ) -> int:
     """Check all cells, run them through Hydra's launcher and sweeper and return the exit code. Each
-    job takes what it was not given from `recorded` (see `resolve.to_config`).
+    job takes what it was not given from `recorded` (see `resolve.to_config`). command: the one
+    that asks for it.
 
     Raises:
         UserError: a cell is not valid, or the launcher cannot start or write its files.
@@ -63,7 +66,7 @@ def launch_sweep(
     share_code()
 
     def multirun(task: Callable[..., Any]) -> Any:
-        job = partial(task, recorded=recorded)
+        job = partial(task, recorded=recorded, command=command)
         with _convert_folder_errors(plan):
             return session.multirun(config_name=name, task_function=job, overrides=overrides)
 
