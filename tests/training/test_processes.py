@@ -199,3 +199,13 @@ def test_one_process_begins_and_two_finish_what_one_does(tmp_path: Path) -> None
     assert "step" not in (tmp_path / "second.1").read_text()
     check_equal(tmp_path / "mixed", tmp_path / "alone", 2)
     assert examples_of(notes) == examples_of(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_two_processes_share_the_work_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    words = [*UNEVEN, f"model.quantization={kind}"]
+    for count, name in ((1, "alone"), (2, "shared")):
+        assert train_in(count, [*words, f"output_dir={tmp_path / name}"]) == [0] * count
+    check_equal(tmp_path / "shared", tmp_path / "alone", 2)

@@ -135,7 +135,7 @@ def test_the_part_of_the_base_is_gone_before_the_whole_one_is_loaded(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", PAPER_METHODS)
+@pytest.mark.parametrize("method", [*PAPER_METHODS, "mola"])
 def test_a_sharded_run_is_that_of_one_process(method: str, tmp_path: Path) -> None:
     words = [word.replace("ddp", "fsdp") for word in UNEVEN] + [f"method={method}"]
     assert train_in(1, [*words, f"output_dir={tmp_path / 'alone'}"]) == [0]
