@@ -96,6 +96,16 @@ def test_items_and_seeds_are_added_in_quadrature() -> None:
     assert (same.low, same.high) == pytest.approx(wilson(0.3, 100))
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_differences_of_accuracies_end_where_none_can_be(binary: bool) -> None:
+    """With two seeds Student's t reaches far; log-likelihoods have no end."""
+    shares = ({1: right(1.0, 20), 2: right(0.4, 20)}, {1: right(0.0, 20), 2: right(0.2, 20)})
+    found, mirrored = (compare(paired(*sides, binary=binary)) for sides in (shares, shares[::-1]))
+    assert (found.high == 1.0, mirrored.low == -1.0) == (binary, binary)
+    assert found.low == pytest.approx(-mirrored.high)
+    assert (found.low < -1.0, found.p) == (not binary, pytest.approx(mirrored.p))
+
+
 def test_seeds_that_answer_other_items_have_more_items() -> None:
     """Where the errors of two seeds are independent, they count as twice as many items."""
     draw = np.random.default_rng(0)

@@ -38,8 +38,12 @@ def estimate(*parts: TaskMean) -> Estimate:
 
 
 def compare(*parts: TaskMean) -> Comparison:
-    """Return a difference, or the unweighted average of those on several tasks."""
+    """Return a difference, or the unweighted average of those on several tasks. The interval of
+    differences of accuracies ends at -1 and 1, as no such difference lies beyond."""
     low, high = interval(parts)
+    limit = max(part.limit for part in parts)
     middle = mean(part.value for part in parts)
     items = sum(part.items for part in parts)
-    return Comparison(middle, low, high, seeds_of(parts), items, p_value(parts))
+    return Comparison(
+        middle, max(-limit, low), min(limit, high), seeds_of(parts), items, p_value(parts)
+    )

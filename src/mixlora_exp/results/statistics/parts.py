@@ -25,13 +25,14 @@ class TaskMean:
     """A mean over the items of one task and over seeds.
 
     `by_item(z)`: its interval over items alone, for the seeds that were run. `by_seed`: the mean of
-    each seed; `items`: number of items.
+    each seed; `items`: number of items; `limit`: what a difference of such means can at most be.
     """
 
     value: float
     by_item: Callable[[float], Bounds]
     by_seed: Mapping[int, float]
     items: int
+    limit: float = math.inf
 
 
 def variance_of_mean(values: np.ndarray, groups: Sequence[str]) -> float:
@@ -64,11 +65,14 @@ def _matrix(side: Mapping[int, BY_ITEM], groups: Groups) -> tuple[np.ndarray, li
 
 
 def _part(
-    figures: np.ndarray, seeds: Sequence[int], by_item: Callable[[float], Bounds]
+    figures: np.ndarray,
+    seeds: Sequence[int],
+    by_item: Callable[[float], Bounds],
+    limit: float = math.inf,
 ) -> TaskMean:
     means = figures.mean(axis=1)
     by_seed = dict(zip(seeds, map(float, means), strict=True))
-    return TaskMean(float(means.mean()), by_item, by_seed, figures.shape[1])
+    return TaskMean(float(means.mean()), by_item, by_seed, figures.shape[1], limit)
 
 
 def accuracy_part(side: Mapping[int, BY_ITEM], groups: Groups) -> TaskMean:
@@ -110,7 +114,7 @@ def difference_part(
     gained, lost = float((figures > 0).mean()), float((figures < 0).mean())
     shared = gained + lost - middle**2
     n = _effective(shared, by_item, clusters, len(seeds))
-    return _part(figures, seeds, lambda z: tango(gained, lost, n, z))
+    return _part(figures, seeds, lambda z: tango(gained, lost, n, z), limit=1.0)
 
 
 def _over_seeds(parts: Sequence[TaskMean], z: float) -> float:
