@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.runs import RecordedRun
-from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, REFERENCE, Block, Entry, Row, Table
+from mixlora_exp.results.tables.parts import (
+    AVERAGE,
+    AVERAGE_ABOVE,
+    NO_TASKS,
+    REFERENCE,
+    Block,
+    Entry,
+    Row,
+    Table,
+)
 from mixlora_exp.results.tables.render import rows_not_run
 from mixlora_exp.results.verdicts import Verdict
 
@@ -77,10 +86,21 @@ def missing(tables: Mapping[int, Table]) -> list[str]:
 
 
 def _marked(tables: Mapping[int, Table]) -> tuple[int, int, int]:
-    """Return numbers of comparisons, of those with several seeds and above chance, and of those
-    marked."""
-    cells = [c for table in tables.values() for c in table.cells() if c.kind == "versus"]
-    return len(cells), sum(c.q is not None for c in cells), sum(bool(c.mark) for c in cells)
+    """Return numbers of comparisons of accuracies, of those with several seeds and above chance,
+    and of those marked. A comparison in several tables counts once, and so does an average over all
+    tasks if it is that over those above chance."""
+    found: dict[tuple[object, ...], list[Entry]] = {}
+    for table in tables.values():
+        for block in table.blocks:
+            for row in block.rows:
+                for column, cell in zip(block.columns, row.cells, strict=True):
+                    if cell.kind == "versus" and not cell.nats:
+                        task = AVERAGE if column == AVERAGE_ABOVE else column
+                        figures = cell.value, cell.low, cell.high
+                        same = block.words or block.heading, task, cell.records, *figures
+                        found.setdefault(same, []).append(cell)
+    several = [cells for cells in found.values() if any(c.q is not None for c in cells)]
+    return len(found), len(several), sum(any(c.mark for c in cells) for cells in several)
 
 
 def _steps(entry: Entry, runs: Sequence[RecordedRun]) -> str:
@@ -109,23 +129,35 @@ def sentences(
     paper."""
     total, family, marked = _marked(tables)
     found = [
-        f"Of {total:,} paired comparisons {family:,} have several seeds and are above chance, and "
-        f"{marked or 'none'} of these tell two settings apart after correction for their number."
+        f"Of {total:,} paired comparisons of accuracies {family:,} have several seeds and are "
+        f"above chance, and {marked or 'none'} of these tell two settings apart after correction "
+        "for the number of comparisons in their table."
     ]
     mixture = METHOD_TITLES["mixlora"]
-    first = next(
-        (c for c in contrasts(tables) if c.label.startswith(f"{mixture} minus LoRA, tasks mixed")),
-        None,
-    )
+    known = {contrast.label: contrast for contrast in contrasts(tables)}
+    labels = (f"{mixture} minus LoRA, {setup}" for setup in SETUPS.values())
+    first = next((known[label] for label in labels if label in known), None)
     if first is None:
-        found.append(f"{mixture} and LoRA were not compared.")
+        tasks = dict.fromkeys(
+            column
+            for table in tables.values()
+            for block in table.blocks
+            for row in block.rows
+            if row.label[0] == mixture and row.label[-1] == "minus LoRA"
+            for column, cell in zip(block.columns, row.cells, strict=True)
+            if cell.kind == "versus" and column not in NO_TASKS
+        )
+        how = "not compared"
+        if tasks:
+            how = f"compared on {', '.join(tasks)}, not over all tasks of Table {MAIN}"
+        found.append(f"{mixture} and LoRA were {how}.")
     else:
         entry, verdict = first.entry, "tells nothing about other seeds"
         if entry.seeds > 1:
             verdict = f"is {entry.mark} than LoRA" if entry.mark else "is not told from LoRA"
         seeds = "1 seed" if entry.seeds == 1 else f"{entry.seeds} seeds"
         found.append(
-            f"{mixture} minus LoRA, tasks mixed, is {entry.show()} points ({seeds})"
+            f"{first.label}, is {dataclasses.replace(entry, mark='').show()} points ({seeds})"
             f"{_steps(entry, runs)}: it {verdict}."
         )
     run = sum(entry.verdict != "not run" for entry in verdicts)

@@ -89,7 +89,7 @@ def _differences(table: Table) -> Iterator[Sequence[Any]]:
                 if cell.kind != "versus":
                     continue
                 numbers = [cell.value, cell.low, cell.high, cell.p, cell.q]
-                metric = LIKELIHOOD if cell.digits == 3 else "accuracy"
+                metric = LIKELIHOOD if cell.nats else "accuracy"
                 task = TASK_IDS.get(column, column)
                 yield [
                     table.number, block.words or block.heading, a, b, task, metric,

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from mixlora_exp.results.statistics.estimates import Comparison, Estimate
 
+NATS_DIGITS = 3
+"""Digits of a difference in nats, by which it differs from one in points."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -33,6 +36,11 @@ class Entry:
     q: float | None = None
     at_chance: bool = False
     records: tuple[str, ...] = ()
+
+    @property
+    def nats(self) -> bool:
+        """Whether a comparison is one of log-likelihoods, which have no chance level."""
+        return self.kind == "versus" and self.digits == NATS_DIGITS
 
     def show(self, interval: bool = True) -> str:
         """Return the entry as plain text."""
@@ -152,7 +160,7 @@ def versus(
 ) -> Entry:
     """Return a paired difference in percentage points, or in nats. Its mark depends on the table's
     other comparisons (`marks.corrected`)."""
-    scale, digits = (1, 3) if nats else (100, 1)
+    scale, digits = (1, NATS_DIGITS) if nats else (100, 1)
     return Entry(
         "versus",
         scale * found.value,
