@@ -23,7 +23,13 @@ from mixlora_exp.sweeps import jobs
 from mixlora_exp.sweeps import launch as sweep
 from mixlora_exp.sweeps.jobs import SWEEP, Outcome
 from mixlora_exp.sweeps.ledger import Ledger
-from mixlora_exp.sweeps.summary import Finished, edge_of_grid, edge_of_range
+from mixlora_exp.sweeps.summary import (
+    Finished,
+    best_settings,
+    edge_of_grid,
+    edge_of_range,
+    summary,
+)
 from mixlora_exp.system import signals as interruption
 from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.system.signals import Terminated, deferred, heeded, install, requested
@@ -344,6 +350,39 @@ def test_a_sweep_ends_with_one_table(tmp_path: Path, capsys) -> None:
 def scored(rate: str, accuracy: float) -> Finished:
     scores = [{"task": "a", "protocol": "p", "accuracy": accuracy}]
     return Finished({"trainer.learning_rate": rate}, {"scores": scores}, Path("out"))
+
+
+def test_averages_are_of_one_protocol_and_all_its_tasks() -> None:
+    """A task that one protocol alone scored has no average of its own."""
+    keys = (("a", "p"), ("b", "p"), ("a", "q"))
+
+    def run(*accuracies: float) -> Finished:
+        scores = [
+            {"task": task, "protocol": protocol, "accuracy": accuracy}
+            for (task, protocol), accuracy in zip(keys, accuracies, strict=False)
+        ]
+        return Finished({}, {"scores": scores}, Path("out"))
+
+    columns = {c.head: c.cells for c in summary([run(0.6, 0.2, 0.9), run(0.5)]).figures}
+    assert columns["average\np"] == ["40.0", "-"]
+    assert list(columns) == ["a\np", "b\np", "a\nq", "average\np", "time"]
+
+
+def test_the_two_best_settings_are_compared_with_all_their_seeds() -> None:
+    """The best run alone would say rank 4, of seeds that rank 8 and 2 do not have."""
+
+    def run(rank: str, seed: str, accuracy: float) -> Finished:
+        scores = [{"task": "a", "protocol": "p", "accuracy": accuracy}]
+        varied = {"method.rank": rank, "seed": seed}
+        return Finished(varied, {"scores": scores}, Path(f"o u/r{rank}s{seed}"))
+
+    ranks = [run("4", "1", 0.9), run("8", "2", 0.8), run("8", "1", 0.7), run("2", "2", 0.7)]
+    runs = [*ranks, run("2", "1", 0.7), run("4", "2", 0.1)]
+    assert best_settings(runs) == (
+        "Compare the two best settings: mixlora-exp compare "
+        "'o u/r8s2' 'o u/r8s1' 'o u/r2s2' 'o u/r2s1'"
+    )
+    assert best_settings(runs[1:3]) is None, "two seeds of one setting"
 
 
 def test_a_learning_rate_at_the_edge_of_the_grid_is_reported() -> None:

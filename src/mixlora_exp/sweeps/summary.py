@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
+from shlex import quote
 from statistics import mean
 from typing import Any
 
@@ -62,6 +63,28 @@ def finished(cells: Sequence[Cell]) -> list[Finished]:
     return sorted(found, key=lambda run: -run.scores.get(first, -1.0))
 
 
+def _average(run: Finished, names: Sequence[str]) -> str:
+    known = [run.scores[name] for name in names if name in run.scores]
+    return f"{100 * mean(known):.1f}" if len(known) == len(names) else "-"
+
+
+def best_settings(runs: Sequence[Finished]) -> str | None:
+    """Return the command that compares the two best settings, by the mean of the first metric, with
+    all seeds of each; None if there is but one setting."""
+    first = next((name for run in runs for name in run.scores), "")
+    settings: dict[tuple[tuple[str, str], ...], list[Finished]] = {}
+    for run in runs:
+        own = tuple((name, value) for name, value in run.varied.items() if name != "seed")
+        settings.setdefault(own, []).append(run)
+    if len(settings) < 2:
+        return None
+    ranked = sorted(
+        settings.values(), key=lambda own: -mean(run.scores.get(first, -1.0) for run in own)
+    )
+    folders = (quote(str(run.folder)) for own in ranked[:2] for run in own)
+    return f"Compare the two best settings: mixlora-exp compare {' '.join(folders)}"
+
+
 def summary(runs: Sequence[Finished]) -> Sheet:
     """Return the table, one line a run, numbered from the best."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.scores))
@@ -76,12 +99,14 @@ def summary(runs: Sequence[Finished]) -> Sheet:
         )
         for name in metrics
     ]
-    if len(metrics) > 1:
-        means = [
-            f"{100 * mean(run.scores.values()):.1f}" if len(run.scores) == len(metrics) else "-"
-            for run in runs
-        ]
-        columns.append(Column("average", means))
+    # A mean over protocols, which ask the same question in other ways, would say nothing.
+    by_protocol: dict[str, list[str]] = {}
+    for name in metrics:
+        by_protocol.setdefault(name.rpartition(", ")[2], []).append(name)
+    for protocol, names in by_protocol.items():
+        if len(names) > 1:
+            head = shown(f"average, {protocol}", 60).replace(", ", "\n")
+            columns.append(Column(head, [_average(run, names) for run in runs]))
     columns.append(Column("time", [duration(run.record.get("seconds", 0.0)) for run in runs]))
     heading = f"== Results of the sweep, accuracy in %, sorted by {metrics[0]}"
     return Sheet(shown(heading), Column("run", [shown(label, 200) for label in labels]), columns)
@@ -132,8 +157,7 @@ def print_summary(cells: Sequence[Cell]) -> None:
         console.print(table)
     for number, run in enumerate(runs, start=1):
         echo(f"{number}  {run.folder}")
-    if len(runs) > 1:
-        two = " ".join(str(run.folder) for run in runs[:2])
-        echo(f"Compare the first two: mixlora-exp compare {two}")
+    if (hint := best_settings(runs)) is not None:
+        echo(hint)
     if (warning := edge_of_grid(runs)) is not None:
         echo(warning)
