@@ -69,6 +69,47 @@ def test_seeds_that_were_scored_again_are_one_side(tmp_path: Path, write: Write)
     assert side.seeds == [1, 2]
 
 
+def test_a_run_and_its_scoring_again_read_the_same_rows(tmp_path: Path, write: Write) -> None:
+    """The rows of the training, which the later record has only under its adapter."""
+
+    def rescored(record: dict[str, Any]) -> None:
+        kept = ("name", "fingerprint", "config", "data", "model", "kernel", "dtype")
+        trained_by = {**{name: record[name] for name in kept}, "git": None}
+        record["data"] = {"arc_e/test": record["data"]["arc_e/test"]}
+        record["adapter"] = {"path": "x", "sha256": "a" * 64, "trained_by": trained_by}
+
+    found = {"arc_e": 0.5}
+    places = [
+        write(tmp_path, "run", words("lora", 1), found),
+        write(tmp_path, "again", words("lora", 1, "evaluation.limit=7"), found, change=rescored),
+        write(tmp_path, "other", words("dora", 1), found, train_hash="other"),
+    ]
+    names = compare_runs(read_given(map(str, places[:2]))).differing
+    assert "evaluation.limit" in names
+    assert not [name for name in names if name.startswith("rows of")]
+    assert "rows of arc_e/train" in compare_runs(read_given(map(str, places[1:]))).differing
+
+
+def test_seeds_that_are_left_out_are_told(tmp_path: Path, write: Write, capsys) -> None:
+    for method, seeds in (("lora", (1,)), ("dora", (1, 2)), ("none", (1,))):
+        for seed in seeds:
+            write(tmp_path, f"{method}{seed}", words(method, seed), {"arc_e": 0.5})
+    assert main(["compare", *(str(tmp_path / n) for n in ("lora1", "dora1", "dora2"))]) == 0
+    assert "B - A: over seed 1 alone, which both have" in capsys.readouterr().out
+    for names in (("lora1", "dora2"), ("none1", "dora1", "dora2")):
+        assert main(["compare", *(str(tmp_path / name) for name in names)]) == 0
+        assert "alone" not in capsys.readouterr().out
+
+
+def test_sides_without_a_common_protocol_are_told(tmp_path: Path, write: Write, capsys) -> None:
+    for name, protocol in (("lora", "label_logits"), ("dora", "answer_text")):
+        write(tmp_path, name, words(name, 1), {"arc_e": 0.5}, protocol=protocol)
+    assert main(["compare", str(tmp_path / "lora"), str(tmp_path / "dora")]) == 0
+    out = capsys.readouterr().out
+    assert "Paired differences" not in out
+    assert "B - A: no difference, as all runs of both scored no task under one protocol" in out
+
+
 def test_only_what_differs_is_listed(six: list[str]) -> None:
     names = compare_runs(read_given(six)).differing
     assert names["method.name"] == ("lora", "mixlora")

@@ -21,6 +21,7 @@ from mixlora_exp.results.comparison_text import (
     as_csv,
     contrasts,
     differences_sheet,
+    notes,
     scores_sheet,
     settings_sheet,
     title,
@@ -59,6 +60,8 @@ def run(argv: Sequence[str]) -> int:
         echo(title(side))
     for sheet in (settings_sheet, scores_sheet, differences_sheet):
         _show(sheet(compared))
+    for note in notes(compared):
+        echo(note)
     if args.output is not None:
         write_text(args.output / f"{NAME}.csv", as_csv(compared))
         echo(f"Written: {args.output / NAME}.csv")

@@ -137,7 +137,7 @@ def _settings(run: RecordedRun) -> dict[str, Any]:
 def _facts(run: RecordedRun) -> dict[str, Any]:
     """Return what a run read and where it ran, by names that no setting has."""
     found = {f"rows of {split}": short_hash([file["sha256"] for file in files])
-             for split, files in run.record["data"].items()}  # fmt: skip
+             for split, files in run.data.items()}  # fmt: skip
     code = run.record.get("code")
     return {**circumstances(run.record), **found, "code": code and str(code)[:8]}
 

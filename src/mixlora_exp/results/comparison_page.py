@@ -23,6 +23,7 @@ from mixlora_exp.results.comparison import Compared
 from mixlora_exp.results.comparison_text import (
     contrasts,
     differences_sheet,
+    notes,
     scores_sheet,
     settings_sheet,
     title,
@@ -82,6 +83,7 @@ def comparison_page(
     return environment.get_template(TEMPLATE).render(
         sides=[title(side) for side in compared.sides],
         sheets=[settings_sheet(compared), scores_sheet(compared), differences_sheet(compared)],
+        notes=notes(compared),
         figures=_drawn(compared),
         items=_json(list(items)),
         missing=missing,

@@ -104,6 +104,33 @@ def differences_sheet(compared: Compared) -> Sheet:
     return Sheet(heading, Column("task", [name for name, _ in lines]), columns)
 
 
+def notes(compared: Compared) -> list[str]:
+    """Return, one line a pair of sides, which seeds a difference is over if not over all of them,
+    and why there is none with the first side."""
+    every = list(_each(compared))
+    pairs = {(v.side.letter, base.letter) for _, base, v in every}
+    found = []
+    subtracted = {
+        (v.side.letter, base.letter): (v.side, base)
+        for _, base, v in every
+        if v.comparison is not None
+    }
+    for side, base in subtracted.values():
+        one_base = base.runs[0].method == "none" or len(side.runs) == len(base.runs) == 1
+        common = [str(seed) for seed in side.seeds if seed in base.seeds]
+        if common and not one_base and side.seeds != base.seeds:
+            seeds = f"seed{'s' * (len(common) > 1)} {', '.join(common)}"
+            found.append(f"{side.letter} - {base.letter}: over {seeds} alone, which both have")
+    first = compared.sides[0].letter
+    found += [
+        f"{side.letter} - {first}: no difference, as all runs of both scored no task under one "
+        "protocol"
+        for side in compared.sides[1:]
+        if (side.letter, first) not in pairs
+    ]
+    return found
+
+
 def contrasts(compared: Compared) -> list[Contrast]:
     """Return the differences as lines of a forest plot."""
     return [

@@ -144,6 +144,13 @@ class RecordedRun:
         known = self.rescored and self.record["adapter"]["trained_by"] is not None
         return self.record["adapter"]["trained_by"] if known else self.record
 
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """Files that the run read, and those that its training read, by "task/split"."""
+        read = self.record["data"]
+        trained = {n: files for n, files in self._source()["data"].items() if n.endswith("/train")}
+        return {**read, **{n: files for n, files in trained.items() if n not in read}}
+
     def conditions(self, protocol: str) -> dict[str, Any]:
         """Return conditions that two results under `protocol` must share to be in one cell, in
         addition to model, method and tasks. Names are those of the configuration; `train.*` if
