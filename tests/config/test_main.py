@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from mixlora_exp.cli import compare
 from mixlora_exp.cli.main import COMMANDS, main
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.errors import UserError
+from mixlora_exp.system import library_notices
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -166,6 +169,24 @@ def test_libraries_print_nothing_when_they_are_imported(tmp_path: Path) -> None:
         env=environment, cwd=tmp_path, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["gpu-check", "lm-eval"])
+def test_commands_are_imported_after_that(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that load libraries before they read `--help`."""
+    loggers = [logging.getLogger(name) for name in library_notices.AT_IMPORT]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+
+    levels: set[int] = set()
+
+    def noted(name: str) -> None:
+        levels.update(logger.level for logger in loggers)
+        raise ModuleNotFoundError(name="x")
+
+    monkeypatch.setattr(importlib, "import_module", noted)
+    assert main([command, "--help"]) == 2
+    assert levels == {logging.ERROR}
 
 
 FIRST_LINE = """

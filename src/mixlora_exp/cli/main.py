@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Imported late, so that a command loads only what it needs.
         from mixlora_exp.system.exit_codes import guarded
+        from mixlora_exp.system.library_notices import shorten_notices
 
+        # Libraries warn when they are imported, which a command may do before it reads `--help`.
+        shorten_notices()
         module = importlib.import_module(f"mixlora_exp.cli.{command.replace('-', '_')}")
         return guarded(module.run, rest, resumes=command in GO_ON)
     except ModuleNotFoundError as error:
