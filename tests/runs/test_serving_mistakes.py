@@ -68,7 +68,7 @@ def test_the_base_model_is_that_of_the_record(run: Path) -> None:
 
 def test_the_command_alone_shows_its_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate"]) == 0
-    assert "generate.py adapter=DIR prompt=" in capsys.readouterr().out
+    assert "generate.py adapter=DIR 'prompt=" in capsys.readouterr().out
 
 
 def test_no_prompt_at_a_terminal_is_refused(
@@ -90,7 +90,7 @@ def test_an_empty_pipe_is_reported_before_a_model_is_loaded(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     monkeypatch.setattr(answer, "open_adapter", lambda *_: pytest.fail("a model was loaded"))
     shown = told(capsys, f"adapter={run}")
-    assert shown == 'error: no prompt was given: give prompt="..." or prompts=FILE'
+    assert shown == "error: no prompt was given: give 'prompt=...' or prompts=FILE"
 
 
 def test_what_is_written_is_harmless_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

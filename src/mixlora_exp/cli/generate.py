@@ -1,4 +1,4 @@
-"""Generate text with an adapter: `python generate.py adapter=DIR prompt="Question: ..."`."""
+"""Generate text with an adapter: `python generate.py adapter=DIR 'prompt=Question: ...'`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     named = {one.key_or_group.partition(".")[0] for one in given}
     if not named & {*ASKED, "model"} and sys.stdin.isatty():
         raise UserError(
-            'no prompt was given: give prompt="..." or prompts=FILE; to type prompts, name the '
+            "no prompt was given: give 'prompt=...' or prompts=FILE; to type prompts, name the "
             "model that answers them (adapter=DIR, or model=NAME)"
         )
     words = [one.input_line or "" for one in given if one.key_or_group.partition(".")[0] in BASE]

@@ -2,7 +2,7 @@
 method=mixlora task=arc_e data.train_limit=500 evaluation.limit=200`.
 
 `study`, `trials`, `coef_low`, `coef_high`, `rate_low`, `rate_high`, `prune_after`, `output_dir` and
-`ranges` (more fields to search, `"ranges=[method.dropout=0.01:0.2]"`) are settings of the search;
+`ranges` (more fields to search, `'ranges=[method.dropout=0.01:0.2]'`) are settings of the search;
 anything else is an override of `train.py`. The study is stored in `output_dir/<study>.db`: the same
 command resumes it, also with more `trials`. A failed trial is reported and counts as a trial.
 Needs `pip install optuna`.

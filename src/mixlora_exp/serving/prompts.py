@@ -93,7 +93,7 @@ def piped_prompts() -> Iterator[str]:
     lines = typed_prompts()
     first = next(lines, None)
     if first is None:
-        raise UserError('no prompt was given: give prompt="..." or prompts=FILE')
+        raise UserError("no prompt was given: give 'prompt=...' or prompts=FILE")
     return itertools.chain([first], lines)
 
 
