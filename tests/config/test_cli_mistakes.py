@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.config.choices import KernelName, RouterName
-from mixlora_exp.config.command import compose_settings
+from mixlora_exp.config.command import compose, compose_settings
 from mixlora_exp.config.explain import methods_with
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
@@ -47,6 +47,8 @@ BAD = [
         ["method=lora", "method.match_params=lora_r8"],
         [f"{', '.join(methods_with('match_params'))}, and methods made from"],
     ),
+    (["method=lora", "method.target_modules=all-linear"], ["write method.targets, as in"]),
+    (["method=vera", "+method.target_modules=[q_proj]"], ["write method.targets, as in"]),
     (["hydra.foo=1"], ["hydra.foo=1", "not a setting"]),
     (["--dry-run"], ["settings have no dashes", "write dry_run=..."]),
     (["experiment=study"], ["experiment=study is a folder", "experiment=study/step_size"]),
@@ -151,7 +153,14 @@ BAD_FILES = [
     (HEADER + "trainer: {loss_on: answers}\n", ["trainer.loss_on=answers", "bad.yaml", "all"]),
     (HEADER + "evaluation: {protocols: [logits]}\n", ["protocols[0]=logits", "answer_text"]),
     (HEADER + "trainer: 3\n", ["bad.yaml", "TrainerConfig", "3"]),
-    (HEADER + "trainer: {max_steps: 0}\n", ["trainer.max_steps=0", ">= 1"]),
+    (
+        HEADER + "trainer: {max_steps: 0}\n",
+        ["trainer.max_steps=0 (in experiment/bad.yaml) is not valid: must be >= 1"],
+    ),
+    (
+        HEADER + "defaults: [override /method: mixlora]\nmethod: {rank_pattern: {q_proj: 8}}\n",
+        ["method.rank_pattern={q_proj:8} (in experiment/bad.yaml) is not valid"],
+    ),
     (HEADER + "output_dir: ${nowhere}\n", ["output_dir=${nowhere}"]),
     (HEADER + "defaults: [override /model: tinny]\n", ["model=tinny", "experiment=bad", "tiny"]),
     (HEADER + "defaults: [override /modle: tiny]\n", ["modle", "bad.yaml", "model?"]),
@@ -176,6 +185,30 @@ def test_mistake_in_a_file(
     for word in words:
         assert word in message
     assert not ran
+
+
+def test_what_was_typed_is_in_no_file(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = HEADER + "trainer: {max_steps: 3}\n"
+    (tmp_path / "experiment" / "bad.yaml").write_text(text, encoding="utf-8")
+    given = [f"--config-dir={tmp_path}", "experiment=bad", "trainer.max_steps=0"]
+    assert "trainer.max_steps=0 is not valid" in refused(given)
+
+
+GIVEN = {"expert_alpha": "8", "rank_pattern": "{q_proj:8}", "lora_fa": "true", "dora": "true"}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_methods_that_a_message_names_take_the_setting(name: str) -> None:
+    others = {"lora", "mixlora", "mola", "moslora", "pissa"} - set(named := methods_with(name))
+    assert named
+    for method in (named[0], *others):
+        words = [f"method={method}", f"++method.{name}={GIVEN[name]}"]
+        if method in named:
+            compose(words)
+            continue
+        with pytest.raises(UserError):
+            compose(words)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ EXACT = "evaluation.protocols=[exact_match]"
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["data=local", EXACT], "data.forms=.'label'. is not valid: .*gsm8k is free text"),
+        (["data=local", EXACT], "data.forms=.label. .*is not valid: .*gsm8k is free text"),
         (["data=local", "data.forms=[text]"], "gsm8k is free text, which exact_match scores"),
         (
             ["data=chat", "evaluation.protocols=[answer_pattern]"],

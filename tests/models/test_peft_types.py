@@ -195,9 +195,9 @@ def test_mistakes_are_reported_before_weights_are_read(
         ("method=peft", "method.peft_type"),
         ("method=lora method.lora_plus_ratio=0", "method.lora_plus_ratio=0.0 is not valid"),
         ("method=vera method.targets=[lm_head]", "method.targets=lm_head is not valid"),
-        ("method=dora method.lora_fa=true", "method.lora_fa=True is not valid: only LoRA"),
-        ("method=mixlora method.lora_fa=true", "method.lora_fa=True is not valid: only LoRA"),
-        ("method=goat method.rslora=true", "method.rslora=True is not valid: mixture=goat"),
+        ("method=dora method.lora_fa=true", "method.lora_fa=true is not valid: only LoRA"),
+        ("method=mixlora method.lora_fa=true", "method.lora_fa=true is not valid: only LoRA"),
+        ("method=goat method.rslora=true", "method.rslora=true is not valid: mixture=goat"),
         ("method=vera method.rank=4", "method.rank"),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_probe_measures_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_probe_belongs_to_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["experiment=smoke", "plan.probe=true"]) == 2
-    assert "plan.probe=True is not valid: it is part of a plan: add dry_run=true" in (
+    assert "plan.probe=true is not valid: it is part of a plan: add dry_run=true" in (
         capsys.readouterr().err
     )
 

@@ -128,7 +128,7 @@ def test_mistakes_are_reported_before_weights_are_read(
         ("num_experts=2/a", "method.num_experts=2/a is not valid"),
         ("num_experts=3.5", "method.num_experts=3.5 is not valid"),
         ("num_experts=4 top_k=5", r"method.top_k=5 is not valid: must be in \[1, num_experts=4\]"),
-        ("dora=true", "method.dora=True is not valid"),
+        ("dora=true", "method.dora=true is not valid"),
         ("mixture=nola", "mixture=nola"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_plan_shows_experts_by_layer(tmp_path: Path, capsys: pytest.CaptureFix
         assert execute([*words, *changed]) == 0
         assert f"experts     layer 0: E 2, {told}" in capsys.readouterr().out
     assert execute([*words, *own, "method.top_k=[1,5]"]) == 2
-    told = "error: method.top_k=[1, 5] is not valid: must be in [1, num_experts=[2, 4]]\n"
+    told = "error: method.top_k=[1,5] is not valid: must be in [1, num_experts=[2,4]]\n"
     assert capsys.readouterr().err == told
     assert execute([*words, "method=mixlora"]) == 0
     assert "experts " not in capsys.readouterr().out

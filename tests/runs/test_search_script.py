@@ -137,7 +137,7 @@ def test_held_out_rows_are_not_trained_on() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "evaluation.held_out=True is not valid: it uses the rows that data.train_limit"),
+        ([], "evaluation.held_out=true is not valid: it uses the rows that data.train_limit"),
         (["data.train_limit=8", "evaluation.protocols=[lm_eval]"], "lm-eval scores its own"),
     ],
 )

@@ -299,7 +299,7 @@ def test_a_mixture_says_why_it_cannot_be_merged(
         (["adapter=a", "adapters=[b,c]"], "adapter is also given: give one of them"),
         (["adapters=[absent,gone]"], "adapter=absent does not exist"),
         (["adapters=[docs,docs]", "prompt=a"], "both called docs"),
-        (["adapters=[docs,conf]", "chat=true"], "chat=True is not valid: it works with one"),
+        (["adapters=[docs,conf]", "chat=true"], "chat=true is not valid: it works with one"),
         (["model=llama9"], "llama9"),
         (["chat=true", "prompt=a"], "no chat template"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 from re import fullmatch
 from typing import Any
 
+from mixlora_exp.config.typed import literal
 from mixlora_exp.errors import UserError, shown
 
 MISSING: Any = "???"
@@ -16,10 +17,24 @@ LONGEST_NAME = 255
 """Bytes of a file's or folder's name on the usual file systems."""
 
 
+class InvalidValue(UserError):
+    """A value that a field does not take. `source`: the file that sets it, as ` (in FILE)`."""
+
+    def __init__(self, name: str, value: object, rule: str, source: str = "") -> None:
+        plain = value is None or isinstance(value, (bool, list, dict))
+        typed = literal(value) if plain else value
+        super().__init__(f"{name}={typed}{source} is not valid: {rule}")
+        self.name, self.value, self.rule, self.source = name, value, rule, source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Processes of a sweep hand errors on.
+        return type(self), (self.name, self.value, self.rule, self.source)
+
+
 def require(condition: bool, name: str, value: object, rule: str) -> None:
     """Raise a `UserError` with field, value and violated `rule` unless `condition` holds."""
     if not condition:
-        raise UserError(f"{name}={'null' if value is None else value} is not valid: {rule}")
+        raise InvalidValue(name, value, rule)
 
 
 def require_positive(name: str, value: float, zero: bool = False) -> None:

@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from mixlora_exp.config.architecture import OWN
-from mixlora_exp.config.explain import explain
+from mixlora_exp.config.checks import InvalidValue
+from mixlora_exp.config.explain import explain, file_of
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.recorded import Recorded
 from mixlora_exp.config.resolve import fingerprint, open_session, to_config
@@ -166,8 +167,15 @@ def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None
         raise UserError(
             f"method.name={name} would only rename {chosen}: write method={name} to choose it"
         )
+    runtime = cfg.hydra.runtime
     with _explained(overrides):
-        return to_config(cfg, recorded)
+        try:
+            return to_config(cfg, recorded)
+        except InvalidValue as error:
+            if recorded:
+                raise
+            source = file_of(error.name, error.value, runtime, overrides)
+            raise InvalidValue(error.name, error.value, error.rule, source) from error
 
 
 def opened(overrides: Sequence[str]) -> list[str]:

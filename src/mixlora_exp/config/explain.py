@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -18,7 +20,7 @@ from omegaconf.errors import (
 from mixlora_exp.config.architecture import old_name
 from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema import Config
-from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS
+from mixlora_exp.config.schema_mixture import METHOD_SCHEMAS, REFUSED
 from mixlora_exp.errors import UserError, did_you_mean
 
 WANTED = {"Integer": "a whole number", "Float": "a number"}
@@ -43,7 +45,9 @@ def methods_with(name: str) -> list[str]:
     for path in sorted((CONF_DIR / "method").glob("*.yaml")):
         (first, *_) = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [""])
         schema = METHOD_SCHEMAS.get(str(first).strip("/").partition("@")[0])
-        if schema is not None and name in schema.__dataclass_fields__:
+        if schema is None or name in REFUSED.get(schema, ()):
+            continue
+        if name in schema.__dataclass_fields__:
             found.append(path.stem)
     return found
 
@@ -61,6 +65,9 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
     if parent == "model" and (today := old_name(name)) is not None:
         return f"{key} is not a setting{source}: write {today}"
     if parent == "method":
+        if name == "target_modules":
+            way = "write method.targets, as in method.targets=all-linear"
+            return f"{key} is not a setting{source}: {way}"
         where = "the chosen method has"
         if have := methods_with(name):
             return (
@@ -133,6 +140,24 @@ def _typed(key: str, overrides: Sequence[str]) -> str | None:
         if plain.startswith(f"{name}.") and line.partition("=")[2].startswith("{")
     )
     return names.get(plain) or next(inside, None) or next(around, None)
+
+
+def file_of(key: str, value: Any, runtime: Any, overrides: Sequence[str]) -> str:
+    """Return ` (in FILE.yaml)` for the chosen experiment, or the chosen option of the key's group,
+    that sets `key` to `value`; nothing if it was typed. runtime: Hydra's `hydra.runtime`."""
+    if _typed(key, overrides) is not None:
+        return ""
+    group, _, inner = key.partition(".")
+    folders = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
+    for choice, names in (("experiment", key), (group, inner)):
+        file = f"{choice}/{runtime.choices.get(choice)}.yaml"
+        path = next((folder / file for folder in folders if (folder / file).is_file()), None)
+        held = None if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name in names.split("."):
+            held = held.get(name) if isinstance(held, dict) else None
+        if held is not None and held == value:
+            return f" (in {file})"
+    return ""
 
 
 def _explain_value(cause: OmegaConfBaseException, key: str, source: str, line: str | None) -> str:

@@ -21,6 +21,7 @@ from mixlora_exp.config.choices import (
 )
 from mixlora_exp.config.schema_modules import ALL_LINEAR, ModuleChoice
 from mixlora_exp.config.schema_rank import ExpertRank
+from mixlora_exp.config.typed import literal
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -187,7 +188,11 @@ class MixtureSettings:
             # PEFT's own fields have no rule.
             value, valid = getattr(self, item.name), item.metadata.get("valid")
             if valid is not None and not valid(value, self):
-                return item.name, word(value), item.metadata["rule"].format(**vars(self))
+                return (
+                    item.name,
+                    word(value),
+                    item.metadata["rule"].format(num_experts=literal(self.num_experts)),
+                )
         return None
 
     @property

@@ -126,6 +126,12 @@ METHOD_SCHEMAS: dict[str, type[MethodConfig]] = {
 }
 """Schemas of the group `method`, by the names that the files in conf/method/ begin with."""
 
+REFUSED: dict[type[MethodConfig], tuple[str, ...]] = {
+    MixLoraMethodConfig: ("rank_pattern", "alpha_pattern", "lora_fa"),
+    LinearMixtureMethodConfig: ("rank_pattern", "alpha_pattern", "lora_fa", "dora", "expert_alpha"),
+}
+"""Fields that a schema inherits and of which it accepts the default alone."""
+
 
 def method_class(recorded: Mapping[str, Any]) -> type[MethodConfig]:
     """Return the schema of a method that is given as plain fields, as in a record."""

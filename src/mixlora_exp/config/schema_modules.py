@@ -8,6 +8,7 @@ from re import fullmatch
 from typing import Any
 
 from mixlora_exp.config.checks import require, require_positive
+from mixlora_exp.config.typed import literal
 
 ALL_LINEAR = "all-linear"
 """An entry of `method.targets` that stands for all projections."""
@@ -82,7 +83,7 @@ class ModuleChoice:
         valid = fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", key) is not None
         require(
             valid and key.rpartition(".")[2] in self.targets, f"{name}.{key}", value,
-            f"its name must end in one of method.targets={self.targets}",
+            f"its name must end in one of method.targets={literal(self.targets)}",
         )  # fmt: skip
         other = next((one for one in pattern if one != key and is_at(one, key)), None)
         # Which of them counts would depend on their order, which files do not keep.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def literal(value: Any) -> str:
             return str(value).lower()
         case int() | float():
             return repr(value)
+        case Enum():
+            return literal(value.value)
         case list() | tuple():
             return "[" + ",".join(map(literal, value)) + "]"
         case Mapping():
