@@ -150,7 +150,7 @@ def by_length(command: str) -> Any:
     return pytest.param(command, marks=pytest.mark.slow) if runs > 2 else command
 
 
-@pytest.mark.parametrize("command", map(by_length, commands("python train.py")))
+@pytest.mark.parametrize("command", [by_length(each) for each in commands("python train.py")])
 def test_command_runs_at_tiny_size(command: str, tmp_path: Path, folders: dict[str, Path]) -> None:
     if "model.quantization=nf4" in command:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

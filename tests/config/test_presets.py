@@ -111,11 +111,11 @@ def test_a_run_is_known_by_its_switches_and_not_by_the_preset() -> None:
 
 
 def test_padding_needs_the_loss_on_all_tokens() -> None:
-    with pytest.raises(UserError, match=r"trainer\.padding_in_loss=True.*loss_on=all"):
+    with pytest.raises(UserError, match=r"trainer\.padding_in_loss=true.*loss_on=all"):
         compose(["trainer.padding_in_loss=true"])
     with pytest.raises(UserError, match=r"preset"):
         compose(["preset=oficial"])
-    with pytest.raises(UserError, match=r"evaluation\.dropout=True.*lm-eval"):
+    with pytest.raises(UserError, match=r"evaluation\.dropout=true.*lm-eval"):
         compose(["preset=official", "evaluation.protocols=[lm_eval]"])
 
 

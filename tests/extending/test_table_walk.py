@@ -29,6 +29,7 @@ def make(target: str, copy: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_file_is_a_table(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("src", "conf", "scripts", "results/paper"):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("SOAK_KILLS", "5"))
+KILLS = int(os.environ.get("SOAK_KILLS", "3"))
 STAGES = ("training", "checkpoint", "adapter", "predictions", "record")
 
 
@@ -73,6 +73,7 @@ def test_sigterm_saves_and_asks_for_a_new_start(start, contents, until, tmp_path
     assert not saved.exists(), "checkpoints are not needed beside a record"
 
 
+@pytest.mark.slow
 def test_several_adapters_are_killed_and_go_on(start, contents, until, tmp_path: Path) -> None:
     argv = ["adapters=[lora,{method:mixdora,trainer.max_steps:7}]"]
     whole = start(*argv, f"output_dir={tmp_path / 'whole'}")

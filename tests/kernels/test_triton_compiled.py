@@ -74,6 +74,7 @@ def test_one_graph_with_the_operators_in_it(block_of, plain, backend, dora) -> N
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_decoder_layer_keeps_the_kernels(tmp_path) -> None:
     """As compiled for a GPU: each operator is in the graph as often as a pass launches it, and
     nothing of the dense form is."""

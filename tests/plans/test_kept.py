@@ -163,7 +163,8 @@ def test_some_projections(targets: str) -> None:
     assert found.per_token == pytest.approx(measured.per_token, rel=0.02)
 
 
-@pytest.mark.parametrize("method", MIXTURES)
+# LoRA-GA needs a pass over data first; its products are PiSSA's.
+@pytest.mark.parametrize("method", [name for name in MIXTURES if name != "lora_ga"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_mixtures_in_linear_layers(method: str, dropout: float) -> None:
     """Within 6 %: routers save small tensors of their own."""

@@ -116,6 +116,7 @@ def test_half_of_an_odd_size_divides_the_batch(tmp_path: Path, steps) -> None:
     assert record_of(tmp_path)["train"]["halved_micro_batch"] == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_size_is_not_gone_on_with(tmp_path: Path, steps, capsys) -> None:
     """Neither by one that does not halve, nor by adapters together."""
 

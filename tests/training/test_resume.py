@@ -136,7 +136,12 @@ def test_killed_and_started_again(whole, tmp_path, method, killed) -> None:
     [
         pytest.param("layer", [], id="layer", marks=pytest.mark.slow),
         pytest.param("graph", [], id="graph, all projections", marks=pytest.mark.slow),
-        pytest.param("graph", ["method.targets=[q_proj,down_proj]"], id="graph"),
+        pytest.param(
+            "graph",
+            ["method.targets=[q_proj,down_proj]"],
+            id="graph",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_compiled_run_is_resumed(tmp_path, monkeypatch, how, words) -> None:

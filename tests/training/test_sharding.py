@@ -128,6 +128,7 @@ def check_reload(rank: int, count: int, port: int, argv: list[str]) -> None:
     os._exit(code if len(loaded) == 2 else 4)
 
 
+@pytest.mark.slow
 def test_the_part_of_the_base_is_gone_before_the_whole_one_is_loaded(tmp_path: Path) -> None:
     words = [w.replace("ddp", "fsdp") for w in UNEVEN if not w.startswith("evaluation.protocols")]
     words = [word.replace("max_steps=6", "max_steps=1") for word in words]

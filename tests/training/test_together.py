@@ -180,7 +180,8 @@ def test_each_trajectory_is_that_of_a_run_alone(alone, together, dtype, toleranc
                 assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
-@pytest.mark.parametrize("model", ["tiny_gemma", pytest.param("tiny", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny_gemma", "tiny"])
 def test_odd_settings_too(alone, together, model) -> None:
     steps = ["trainer.max_steps=4", f"model={model}"]
     configs = {name: compose([*SMALL, *steps, *changes]) for name, changes in ODD.items()}

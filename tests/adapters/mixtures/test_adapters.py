@@ -204,7 +204,7 @@ def test_mask_serves_all_experts_and_not_the_router(mixed_of, method: str) -> No
         ({"top_k": 9}, r"top_k=9 must be in \[1, num_experts=8\]"),
         (
             {"top_k": [2, 3], "num_experts": [2, 2]},
-            r"top_k=.* must be in \[1, num_experts=\[2, 2\]\]",
+            r"top_k=.* must be in \[1, num_experts=\[2,2\]\]",
         ),
         ({"router": "none"}, "router='none' is not"),
         ({"router_options": {"p": 1.0}, "num_experts": 2}, "router_options.p is not an option"),
