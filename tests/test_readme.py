@@ -26,6 +26,7 @@ from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import open_session
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
+from mixlora_exp.system.console import console
 from mixlora_exp.system.exit_codes import guarded
 from mixlora_exp.tasks import embedded
 
@@ -293,7 +294,9 @@ def test_shown_comparison_is_the_real_one(
     command: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "100")
+    # The console may have been made under another environment.
+    monkeypatch.setattr(console, "_width", 100)
+    monkeypatch.setattr(console, "_height", 25)
     assert main(shlex.split(command)[1:]) == 0
     assert " ".join(capsys.readouterr().out.split()) == " ".join(output.split())
 

@@ -258,6 +258,7 @@ def test_unknown_model_is_reported() -> None:
         model_config("llama9", None)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=tiny", "batch=1", "length=4", "rounds=1", "dtype=float32"]
     words += ["rows=[lora_peft]", f"output={tmp_path}", "name=one"]

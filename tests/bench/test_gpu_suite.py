@@ -171,6 +171,7 @@ def test_mistakes_are_reported(words: list[str], message: str) -> None:
         run_benchmark(["kind=gpu", *words])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the suite takes minutes")
 def test_the_gpu_suite_says_that_it_needs_a_gpu_and_needs_no_hydra() -> None:
     """It runs on machines that have PyTorch, transformers and PEFT alone."""

@@ -104,6 +104,7 @@ def test_two_people_start_the_same_run(start, contents, until, tmp_path: Path) -
     assert len(contents(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_started_by_several_runs_each_cell_once(start, contents, tmp_path: Path) -> None:
     processes, cells = (8, 16) if KILLS > 5 else (3, 4)
     ranks = ",".join(str(rank) for rank in range(1, cells // 2 + 1))

@@ -110,6 +110,7 @@ def test_killed_it_resumes(tmp_path: Path) -> None:
     assert not more.configs
 
 
+@pytest.mark.slow
 def test_interrupted_it_has_the_trials_of_an_undisturbed_search(tmp_path: Path) -> None:
     """Settings, scores and what was pruned, wherever it stopped, for whatever reason."""
 
