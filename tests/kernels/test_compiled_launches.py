@@ -73,6 +73,6 @@ def kernels_of(method: str, written: list[str]) -> Counter[str]:
 )
 def test_budget(written, method, budget) -> None:
     found = kernels_of(method, written)
-    assert found.total() <= budget, dict(sorted(found.items()))
+    assert found.total() == budget, dict(sorted(found.items()))
     assert found["mm"] >= 14
     assert method == "frozen" or found["lora_low"] >= 2
