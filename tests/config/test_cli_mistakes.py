@@ -187,6 +187,14 @@ def test_mistake_in_a_file(
     assert not ran
 
 
+def test_the_file_of_a_scale_is_named_too(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "scale").mkdir()
+    text = HEADER + "trainer: {max_steps: 0}\n"
+    (tmp_path / "scale" / "bad.yaml").write_text(text, encoding="utf-8")
+    told = refused([f"--config-dir={tmp_path}", "scale=bad"])
+    assert "trainer.max_steps=0 (in scale/bad.yaml) is not valid" in told
+
+
 def test_what_was_typed_is_in_no_file(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "experiment").mkdir()
     text = HEADER + "trainer: {max_steps: 3}\n"

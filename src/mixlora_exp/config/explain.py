@@ -143,13 +143,13 @@ def _typed(key: str, overrides: Sequence[str]) -> str | None:
 
 
 def file_of(key: str, value: Any, runtime: Any, overrides: Sequence[str]) -> str:
-    """Return ` (in FILE.yaml)` for the chosen experiment, or the chosen option of the key's group,
-    that sets `key` to `value`; nothing if it was typed. runtime: Hydra's `hydra.runtime`."""
+    """Return ` (in FILE.yaml)` for the chosen experiment, scale, or option of the key's
+    group that sets `key` to `value`; nothing if it was typed. runtime: Hydra's `hydra.runtime`."""
     if _typed(key, overrides) is not None:
         return ""
     group, _, inner = key.partition(".")
     folders = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
-    for choice, names in (("experiment", key), (group, inner)):
+    for choice, names in (("experiment", key), ("scale", key), (group, inner)):
         file = f"{choice}/{runtime.choices.get(choice)}.yaml"
         path = next((folder / file for folder in folders if (folder / file).is_file()), None)
         held = None if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
