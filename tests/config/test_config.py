@@ -388,7 +388,9 @@ def test_a_model_of_a_folder_of_ones_own(tmp_path: Path, capsys) -> None:
     shape = compose(["model=tiny"]).model.config
     (tmp_path / "model" / "mine.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))
     assert execute(words) == 0
-    assert "mine: 3 layers, hidden 64" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "mine: 3 layers, hidden 64" in told
+    assert f": python train.py --config-dir={tmp_path} model=mine data=embedded\n" in told
 
 
 @pytest.mark.parametrize("cut", [None, 2])

@@ -152,7 +152,9 @@ def dispatch(argv: Sequence[str], root: str, settle: Settle) -> int:
         raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
     settled, recorded = settle(args.overrides)
     overrides = opened(settled)
-    command = command_of(SCRIPTS[root], args.overrides, overrides)
+    places = {"path": args.config_path, "dir": args.config_dir, "name": args.config_name}
+    flags = [f"--config-{what}={given}" for what, given in places.items() if given is not None]
+    command = command_of(SCRIPTS[root], [*flags, *args.overrides], overrides)
     if args.config_dir is not None:
         overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
     name = args.config_name or root
