@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -240,6 +241,9 @@ def drive(
     torch.set_num_threads(1)
     driver = Driver(folder, stages)
     driver.prepare()
+    # Each run collects garbage a few times; without this, that is two thirds of an attempt.
+    gc.collect()
+    gc.freeze()
     every = [
         (stage, number, way)
         for stage, calls in driver.calls.items()
