@@ -205,3 +205,16 @@ def test_files_of_killed_writers_are_removed_and_those_of_living_ones_kept(tmp_p
     assert (tmp_path / "a.zip").read_bytes() == b"whole"
     assert not left.exists()
     assert all(other.exists() for other in others)
+
+
+def test_what_is_written_counts_whatever_fails_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a record would be there, and the run end with "nothing was recorded"."""
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    write_whole(tmp_path / "file", [b"whole"])
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -187,6 +187,8 @@ def test_a_finished_run_is_not_repeated(
 ) -> None:
     first = run("method=lora")
     stamp = first.path.stat().st_mtime_ns
+    # As it is left where the run is killed just after its record.
+    (first.folder / "checkpoints").mkdir()
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "load_model", lambda *a, **k: pytest.fail("it ran again"))
@@ -195,6 +197,7 @@ def test_a_finished_run_is_not_repeated(
     assert told.startswith(f"Already finished: {first.path}")
     assert "arc_e" in told
     assert again.path == first.path
+    assert not (first.folder / "checkpoints").exists()
     assert first.path.stat().st_mtime_ns == stamp
     forced = run("method=lora", "force=true")
     assert forced.path == first.path

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 from pathlib import Path
 
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
 from mixlora_exp.records.show import print_record
 from mixlora_exp.runs.inputs import Inputs, differences
+from mixlora_exp.runs.ownership import FAILURE, LOCK
 from mixlora_exp.system.console import echo
+from mixlora_exp.system.device import processes
 from mixlora_exp.system.hashing import file_sha256
+from mixlora_exp.system.runlock import RunLock
 
 
 def finished(path: Path, inputs: Inputs, config: Config, earlier: list[Path] | None = None) -> Path:
@@ -36,6 +43,8 @@ def finished(path: Path, inputs: Inputs, config: Config, earlier: list[Path] | N
             f"{path} is a finished run with micro-batches halved to {halved} for lack of memory: "
             "trainer.auto_micro_batch=true accepts it, force=true runs it again"
         )
+    if processes().is_main_process:
+        remove_leftovers(path.parent)
     echo(f"Already finished: {path}. force=true runs it again.")
     if earlier is None:
         with odd_fields(path):
@@ -43,3 +52,27 @@ def finished(path: Path, inputs: Inputs, config: Config, earlier: list[Path] | N
     else:
         earlier.append(path)
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from the folder of a finished run what it no longer needs, and what is there only if
+    the run was killed after it had written its record, or its disk failed then: checkpoints, the
+    note of a failure, partly written files. Nothing is removed while another process holds the
+    run's lock, as one does that repeats the run, or from a folder that cannot be written."""
+    patterns = ("checkpoints", "trainer", FAILURE, ".*.tmp", "*/.*.tmp")
+    if not any(left for pattern in patterns for left in folder.glob(pattern)):
+        return
+    with contextlib.suppress(OSError, UserError):
+        lock = RunLock(folder / LOCK)
+        if not lock.acquire():
+            return
+        try:
+            # The process that held the lock until now may have begun anew.
+            for pattern in patterns if (folder / RECORD).is_file() else ():
+                for left in folder.glob(pattern):
+                    if left.is_dir() and not left.is_symlink():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        os.unlink(left)
+        finally:
+            lock.discard()

@@ -51,8 +51,10 @@ def write_whole(
                 if check is not None:
                     check(temporary)
                 temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
         # Windows cannot open a folder, and some network file systems cannot sync one.
         with contextlib.suppress(OSError):
             sync(path.parent)
