@@ -84,6 +84,7 @@ def test_another_result_is_reported_with_what_else_differs(
         (["method.rank=2"], "method.rank=2 would not repeat the record: only output_dir"),
         (["output_dir={beside}"], "holds the record itself: choose another folder"),
         (["data.path=/nowhere"], "data.path=/nowhere"),
+        (["plan.probe=true"], "it is part of a plan: add dry_run=true"),
     ],
 )
 def test_what_would_not_repeat_it_is_refused(finished, words: list[str], told: str) -> None:
@@ -92,6 +93,28 @@ def test_what_would_not_repeat_it_is_refused(finished, words: list[str], told: s
     with pytest.raises(UserError) as caught:
         run(["--from", str(first.folder), *words])
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("probe", [False, True], ids=["plan", "probe"])
+def test_a_dry_run_plans_it_and_leaves_nothing(
+    probe: bool, finished, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def started(*_: object) -> None:
+        raise AssertionError("a dry run started the run")
+
+    first = finished("method=mixlora")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mixlora_exp.runs.run._carry_out", started)
+    words = ["--from", str(first.folder), "dry_run=true"]
+    assert execute([*words, "plan.probe=true"] if probe else words) == 0
+    out = capsys.readouterr().out
+    plan = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert plan["run"] == first.folder.name
+    assert plan["steps"].startswith(f"{first.record['train']['steps']} of ")
+    assert plan["time"].startswith("about " if probe else "not known (plan.probe=true measures)")
+    assert f"train.py --from {first.folder}\n" in out, "the command without the plan's own words"
+    assert "Equal to" not in out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_record_does_not_accept_other_weights(finished) -> None:

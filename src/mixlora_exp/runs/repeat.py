@@ -21,9 +21,12 @@ from mixlora_exp.runs.run import run
 from mixlora_exp.system.console import echo
 
 AGAIN = "outputs/again"
-FREE = ("output_dir", "data.path", "data.mirror", "dry_run", "force", "adapter", "base")
-"""Settings that may differ from the record's: where files are, and what is accepted of them. Their
-content is compared."""
+FREE = (
+    *("output_dir", "data.path", "data.mirror", "adapter", "base", "force"),
+    *("dry_run", "plan.probe"),
+)
+"""Settings that may differ from the record's: where files are, and what is accepted of them, whose
+content is compared; and a plan instead of the run."""
 
 
 def repeat(given: str, words: Sequence[str]) -> bool | None:
@@ -68,8 +71,8 @@ def configuration(record: Mapping[str, Any], words: Sequence[str]) -> Config:
     """
     settings = dict(record["config"])
     # Adapters that were trained together have the same results alone.
-    settings |= {"output_dir": AGAIN, "dry_run": False, "force": False, "adapters": [],
-                 "base": "check", "tracker": {}}  # fmt: skip
+    settings |= {"output_dir": AGAIN, "dry_run": False, "plan": {}, "force": False,
+                 "adapters": [], "base": "check", "tracker": {}}  # fmt: skip
     for override in parse_overrides(words):
         name, value = override.key_or_group, override.value()
         if name not in FREE or not isinstance(value, str | bool | None):
