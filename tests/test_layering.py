@@ -183,6 +183,22 @@ def test_no_two_public_classes_share_a_name() -> None:
     assert {"Kernel", "KernelName"} <= set(names)
 
 
+def test_names_of_projections_are_listed_once() -> None:
+    """The official format has its own list: a change of ours must not change its files."""
+    lists = {
+        name_of(path)
+        for path in FILES
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict)
+        and sum(
+            isinstance(part, ast.Constant) and str(part.value).endswith("_proj")
+            for part in (node.keys if isinstance(node, ast.Dict) else node.elts)
+        )
+        >= 3
+    }
+    assert lists == {f"{PACKAGE}/config/schema_method.py", f"{PACKAGE}/official/tensors.py"}
+
+
 def test_environment_is_read_in_few_places() -> None:
     """No environment variable may change a result; the record strips git's from a subprocess."""
     readers = {

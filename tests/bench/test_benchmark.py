@@ -26,6 +26,7 @@ from mixlora_exp.bench.row_registry import row as register
 from mixlora_exp.bench.runner import Kind, kind_of, measure, run_benchmark
 from mixlora_exp.cli.main import main
 from mixlora_exp.config.command import compose
+from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import MIXTURES, ROUTERS
 from mixlora_exp.models.parameters import count_parameters
@@ -310,7 +311,9 @@ def test_the_forms_of_the_exact_kernel_are_timed(tmp_path: Path) -> None:
 
 PEER = """
 import json, sys
-assert json.loads(sys.argv[1])["shape"]["hidden_size"] > 0
+given = json.loads(sys.argv[1])
+assert given["shape"]["hidden_size"] > 0
+assert given["attention"] + given["feed_forward"] == PROJECTIONS
 print("ready", flush=True)
 for line in sys.stdin:
     print(json.dumps({"train_forward_s": 1000.0, "train_backward_s": 2000.0}), flush=True)
@@ -321,7 +324,8 @@ def test_peers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """With a worker that needs no package: it says that each step takes 3,000 seconds."""
     from mixlora_exp.bench.kinds import peers
 
-    (tmp_path / "worker.py").write_text(PEER)
+    projections = [*ATTENTION_TARGETS, *FEED_FORWARD_TARGETS]
+    (tmp_path / "worker.py").write_text(PEER.replace("PROJECTIONS", str(projections)))
     monkeypatch.setattr(peers, "WORKER", tmp_path / "worker.py")
     monkeypatch.setattr(peers, "_environment", lambda folder: Path(sys.executable))
     words = ["model=tiny", "batch=1", "length=4", "rounds=2", "dtype=float32"]

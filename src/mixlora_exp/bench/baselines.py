@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.bench.model import adapted
 from mixlora_exp.bench.row_registry import BenchRow, NotHere, row
+from mixlora_exp.config.schema import ATTENTION_TARGETS
 from mixlora_exp.errors import UserError
 
 
@@ -62,7 +63,7 @@ def use_axolotl(model: nn.Module, functions: Any) -> nn.Module:
         layer.mlp.forward = partial(functions.apply_lora_mlp_swiglu, layer.mlp)
         attention = layer.self_attn
         siblings = _Siblings(partial(functions.apply_lora_qkv, attention))
-        for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        for number, name in enumerate(ATTENTION_TARGETS[:3]):
             getattr(attention, name).forward = partial(siblings, number)
         attention.o_proj.forward = partial(functions.apply_lora_o, attention)
     return model

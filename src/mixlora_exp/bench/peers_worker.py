@@ -16,7 +16,6 @@ ADAPTER = {
     "peft_type": "MIXLORA",
     "r": 16,
     "lora_alpha": 32,
-    "target_modules": [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
     "routing_strategy": "mixlora",
     "num_experts": 8,
     "act_fn": "silu",
@@ -24,6 +23,13 @@ ADAPTER = {
     "base_model_name_or_path": "random",
     "task_type": "CAUSAL_LM",
 }
+
+
+def adapter_of(spec: dict) -> dict:
+    """Return the packages' adapter settings, on each projection."""
+    targets = [*spec["attention"], *spec["feed_forward"]]
+    own = {"lora_dropout": spec["dropout"], "use_dora": spec["dora"]}
+    return {**ADAPTER, "target_modules": targets, **own}
 
 
 def base(spec: dict) -> LlamaForCausalLM:
@@ -44,8 +50,7 @@ def moe_peft_step(spec: dict):
 
     inner = from_pretrained(base(spec), attn_impl="eager", use_sliding_window=False, device="cpu")
     model = LLMModel(inner)
-    adapter = {**ADAPTER, "lora_dropout": spec["dropout"], "use_dora": spec["dora"]}
-    config = lora_config_factory(adapter)
+    config = lora_config_factory(adapter_of(spec))
     config.adapter_name = "a"
     model.init_adapter(config)
     weights = model.get_adapter_weight_dict("a")
@@ -84,8 +89,7 @@ def mixlora_step(spec: dict):
     from mixlora.model import inject_adapter_in_model
 
     model = base(spec)
-    adapter = {**ADAPTER, "lora_dropout": spec["dropout"], "use_dora": spec["dora"]}
-    config = MixLoraConfig.from_config(adapter)
+    config = MixLoraConfig.from_config(adapter_of(spec))
     config.adapter_name_, config.dtype_ = "a", torch.float32
     shape, rank = spec["shape"], ADAPTER["r"]
     weights = {}
@@ -98,9 +102,9 @@ def mixlora_step(spec: dict):
         prefix = f"mixlora.layers.{number}"
         router = torch.randn(ADAPTER["num_experts"], shape["hidden_size"]) * 0.02
         weights[f"{prefix}.mlp.moe_gate.weight"] = router
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in spec["attention"]:
             draw(f"{prefix}.self_attn.{name}", getattr(block.self_attn, name))
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        for name in spec["feed_forward"]:
             for expert in range(ADAPTER["num_experts"]):
                 draw(f"{prefix}.mlp.{name}.experts.{expert}", getattr(block.mlp, name))
     inject_adapter_in_model(model, config, weights)

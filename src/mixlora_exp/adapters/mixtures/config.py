@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from mixlora_exp.adapters.config import check_settings, check_supported, in_order
-from mixlora_exp.config.schema_method import ATTENTION_TARGETS
+from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.config.schema_mixture import LinearMixtureSettings
 from mixlora_exp.kernels import Mixture, Router, make_mixture, make_router
 
@@ -32,7 +32,7 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
     """
 
     feed_forward: ClassVar[str] = "mlp"
-    feed_forward_targets: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
+    feed_forward_targets: ClassVar[tuple[str, ...]] = FEED_FORWARD_TARGETS
     lora_targets: list[str] = field(
         default_factory=list,
         metadata={"help": "Those of target_modules that get a LoRA in place of experts."},

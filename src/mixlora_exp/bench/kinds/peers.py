@@ -26,7 +26,7 @@ from mixlora_exp.bench.row_registry import BenchRow
 from mixlora_exp.bench.runner import Kind, echo
 from mixlora_exp.config.choices import LossOn
 from mixlora_exp.config.paths import ROOT
-from mixlora_exp.config.schema import ModelConfig
+from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS, ModelConfig
 from mixlora_exp.errors import UserError
 
 # What moe-peft 2.0.2 runs with; its own requirements ask for a torch from 2024 as well.
@@ -92,7 +92,8 @@ def _worker(python: Path, options: PeerOptions, shape: ModelConfig) -> subproces
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "vocab_size", "tie_word_embeddings")  # fmt: skip
     sizes = {name: shape.config[name] for name in names}
-    spec = json.dumps({**asdict(options), "shape": sizes})
+    targets = {"attention": ATTENTION_TARGETS, "feed_forward": FEED_FORWARD_TARGETS}
+    spec = json.dumps({**asdict(options), "shape": sizes, **targets})
     worker = subprocess.Popen(
         [str(python), "-W", "ignore", str(WORKER), spec],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,

@@ -4,6 +4,7 @@ their configurations, without torch."""
 from __future__ import annotations
 
 from mixlora_exp.config.schema import (
+    ATTENTION_TARGETS,
     FEED_FORWARD_TARGETS,
     LoraMethodConfig,
     MixLoraMethodConfig,
@@ -18,9 +19,9 @@ def percentages(model: ModelConfig, method: LoraMethodConfig) -> tuple[float, fl
     d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     heads, kv = (c[n] * c["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
     shapes = {
-        "q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d),
-        "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
-    }  # fmt: skip
+        **dict(zip(ATTENTION_TARGETS, [(d, heads), (d, kv), (d, kv), (heads, d)], strict=True)),
+        **dict(zip(FEED_FORWARD_TARGETS, [(d, f), (d, f), (f, d)], strict=True)),
+    }
     embeddings = c["vocab_size"] * d * (1 if c["tie_word_embeddings"] else 2)
     base = layers * (sum(i * o for i, o in shapes.values()) + 2 * d) + embeddings + d
     mixed, experts = isinstance(method, MixLoraMethodConfig), 0
