@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from mixlora_exp.config.choices import PAPER_METHODS, Compile
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.kernels import KERNELS, MIXTURES, ROUTERS, make_router
 
 if TYPE_CHECKING:
@@ -116,6 +119,13 @@ def row(name: str, **fields: Any) -> Callable[[Builder], Builder]:
     return build
 
 
+def rank_in_file(method: str) -> int:
+    """Return the rank that the file of a method in conf/method/ sets, read without Hydra."""
+    given = yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
+    own = given.get("peft", given)
+    return own[next(name for name in ("rank", "r", "init_r") if name in own)]
+
+
 # `*_peft`: PEFT's own layers as transformers' Trainer runs them. `lora_peft` is what the others are
 # compared with, `lora_peft_again` a second copy of it, which shows the noise; `*_all_logits` is the
 # very Trainer with a stock collator. `*_no_autocast`: PEFT's A and B then multiply in float32.
@@ -179,17 +189,17 @@ for _name, _mixture in MIXTURES.items():
 # gradient (LoRA-FA); and PEFT's own types.
 for _name in ("rslora", "lora_plus", "lora_fa"):
     row(_name, method=_name, kernel="exact", configured=True, if_named=True)
-for _name, _rank in {"vera": 256, "adalora": 12, "fedpara": 16, "hira": 32}.items():
-    row(_name, method=_name, configured=True, own_rank=_rank, if_named=True)
+for _name in ("vera", "adalora", "fedpara", "hira"):
+    row(_name, method=_name, configured=True, own_rank=rank_in_file(_name), if_named=True)
 
 # Controls with a configuration of their own.
 _fields = {"kernel": "exact", "configured": True, "if_named": True}
-for _rank in (32, 128):
-    row(f"lora_r{_rank}", method=f"lora_r{_rank}", own_rank=_rank, **_fields)
+for _name in ("lora_r32", "lora_r128"):
+    row(_name, method=_name, own_rank=rank_in_file(_name), **_fields)
 row(
     "mixlora_one_expert",
     method="mixlora_one_expert",
-    own_rank=16,
+    own_rank=_OF_MIXLORA.rank,
     num_experts=1,
     top_k=1,
     **_fields,
