@@ -78,8 +78,12 @@ def test_memory_is_that_of_the_longest_row(tmp_path, capsys: pytest.CaptureFixtu
     assert len(told[0]) == 3
     assert f" at {longest} tokens per example" in told[0][0]
     # Its tokenizer is not here.
-    assert execute([*words[1:], "model=llama2_7b", "trainer.micro_batch_size=1"]) == 0
-    assert "free text is not cut, and longer rows need more)" in capsys.readouterr().out
+    more = ["model=llama2_7b", "trainer.micro_batch_size=1", "data.cutoff_length=64"]
+    assert execute([*words[1:], *more]) == 0
+    out = capsys.readouterr().out
+    assert "free text is not cut, and longer rows need more)" in out
+    # Nor is it in the estimate of its tokens.
+    assert int(re.search(r"([0-9,]+) tokens \(estimated", out)[1].replace(",", "")) > 100
 
 
 def test_without_a_tokenizer_padding_is_not_counted() -> None:

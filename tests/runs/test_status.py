@@ -383,9 +383,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["status", *words]) == 0
     told = capsys.readouterr().out
     assert told.count("missing\n") == 8
-    assert "GPU hours and memory are estimates" in told
     # Not on a terminal, and whole all the same.
-    header, counts = told.splitlines()[-3:-1]
+    header, counts, *note = told.splitlines()[-4:]
+    assert "at most data.cutoff_length tokens an example" in note[0]
+    assert note[1] == "dry_run=true counts the tokens of local data; free text may have more."
     assert header.split() == ["experiment", "missing", "GPU", "hours", "left"]
     assert counts.split()[:2] == [SMALL, "8"]
 

@@ -107,5 +107,9 @@ def run(argv: Sequence[str]) -> int:
             "watched: leave --brief out."
         )
     if not args.brief:
-        console.print("GPU hours and memory are estimates, at 1e14 FLOP/s in bf16.")
+        console.print(
+            "GPU hours and memory are estimates, at 1e14 FLOP/s in bf16 and at most "
+            "data.cutoff_length tokens an example.\ndry_run=true counts the tokens of local data; "
+            "free text may have more."
+        )
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mixlora_exp.config.schema import AnswerForm, Config, TrainedMethodConfig
 from mixlora_exp.models.parameters import count_parameters
-from mixlora_exp.plans.plan import CHARACTERS_PER_TOKEN, RunPlan, known_characters
+from mixlora_exp.plans.plan import RunPlan, known_tokens
 from mixlora_exp.tasks import TASKS
 
 FLOPS_PER_SECOND = 1e14
@@ -15,10 +15,8 @@ FLOPS_PER_SECOND = 1e14
 
 
 def _example_tokens(config: Config, task: str, form: AnswerForm) -> float:
-    if task not in TASKS:
-        return config.data.cutoff_length / 2
-    characters = known_characters(config, task, form)
-    return min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
+    known = task in TASKS
+    return known_tokens(config, task, form) if known else config.data.cutoff_length / 2
 
 
 def _rows(task: str, split: str, limit: int | None) -> int:

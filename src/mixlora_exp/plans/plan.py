@@ -20,7 +20,7 @@ from mixlora_exp.models import has_local_tokenizer, load_tokenizer
 from mixlora_exp.models.flops import count_flops
 from mixlora_exp.models.parameters import Parameters, count_parameters
 from mixlora_exp.plans.memory import kept_by_all_layers, memory_of
-from mixlora_exp.tasks import TASKS
+from mixlora_exp.tasks import TASKS, Item
 
 BOOLQ_PASSAGE = 576
 """Mean characters of BoolQ's passages, which `data.boolq_passage=false` leaves out."""
@@ -77,20 +77,22 @@ def _rows(config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, lis
     return rows, tests, items
 
 
-def known_characters(config: Config, task: str, form: AnswerForm) -> float:
-    """Mean characters of prompt and answer of one of the paper's tasks."""
+def known_tokens(config: Config, task: str, form: AnswerForm) -> float:
+    """Return the tokens of prompt and answer of one of the paper's tasks, estimated from its mean
+    characters."""
     without = task == "boolq" and not config.data.boolq_passage
-    return TASKS[task].characters[form.value] - (BOOLQ_PASSAGE if without else 0)
+    characters = TASKS[task].characters[form.value] - (BOOLQ_PASSAGE if without else 0)
+    return min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
 
 
-def _characters(config: Config, task: str, form: AnswerForm, items: list) -> float:
-    """Mean characters of an example: known for the paper's data sets, otherwise counted."""
-    if task in TASKS:
-        return known_characters(config, task, form)
+def _tokens(config: Config, item: Item, form: AnswerForm) -> float:
+    """Estimate an example's tokens from its characters; what has no context (free text) is not
+    cut."""
     from mixlora_exp.data.encoding import prompt_with_answers
 
-    questions = [(prompt_with_answers(item, form), item.answer) for item in items]
-    return sum(len(p.text) + 1 + len(answers[i]) for (p, answers), i in questions) / len(questions)
+    prompt, answers = prompt_with_answers(item, form)
+    tokens = (len(prompt.text) + 1 + len(answers[item.answer])) / CHARACTERS_PER_TOKEN + 2
+    return min(tokens, config.data.cutoff_length) if prompt.context else tokens
 
 
 def _counted(config: Config, items: dict[str, list]) -> list[int] | None:
@@ -109,8 +111,10 @@ def _estimated(config: Config, rows: dict[str, int], items: dict[str, list]) -> 
     total = 0.0
     for task, n in rows.items():
         for form in config.data.forms:
-            characters = _characters(config, task, form, items.get(task, []))
-            total += n * min(characters / CHARACTERS_PER_TOKEN + 2, config.data.cutoff_length)
+            if task in TASKS:
+                total += n * known_tokens(config, task, form)
+            else:
+                total += sum(_tokens(config, item, form) for item in items[task])
     return round(total)
 
 
