@@ -7,6 +7,7 @@ import torch
 from host_reads import host_reads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.kernels import RowIds, dropout
 from mixlora_exp.training import compiled
@@ -68,6 +69,25 @@ def test_checkpointing_and_accumulation_too(train, traced, method) -> None:
     eager = train(*words)
     assert train(*words, "trainer.compile=layer").losses == pytest.approx(eager.losses, rel=1e-5)
     assert traced
+
+
+@pytest.mark.slow
+def test_recomputed_parts_keep_no_graph(train, traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their routers' decisions, until the next pass."""
+    followed, step = [], MixLoraTrainer.training_step
+
+    def noted(self: MixLoraTrainer, model, *args, **kwargs):
+        found = step(self, model, *args, **kwargs)
+        layers = [part for part in model.modules() if isinstance(part, RoutedLayer)]
+        decisions = [routing for layer in layers for routing in layer.routings.values()]
+        followed.append([routing.weights.requires_grad for routing in decisions])
+        return found
+
+    monkeypatch.setattr(MixLoraTrainer, "training_step", noted)
+    words = ["method=mola", *ONE, *FEW, "trainer.gradient_checkpointing=true"]
+    train(*words, "trainer.compile=layer")
+    assert traced
+    assert followed == 6 * [[False, False]], "two micro-batches a step, two layers"
 
 
 VARIED = ["trainer.batch_size=1", "trainer.micro_batch_size=1", "trainer.max_steps=8",

@@ -68,13 +68,16 @@ class RoutedLayer(BaseTunerLayer):
             rows, held, mask, training=self.training, fused=fused, key=key
         )
         # Without its rows, which the report does not need.
-        reported = replace(routing, rows=None)
-        if _in_backward() and self.row_map.reported:
-            # Computed again by checkpointing: until the next pass, the graph would keep what the
-            # whole layer saves.
-            reported = reported.detached()
-        self.routings[adapter] = reported
+        self.routings[adapter] = replace(routing, rows=None)
+        self.detach_recomputed()
         return routing
+
+    def detach_recomputed(self) -> None:
+        """Detach the routers' decisions if checkpointing computes the layer again: until the next
+        pass, their graph would keep what the whole layer saves. Code that is being compiled cannot
+        tell; whoever calls it does this after it."""
+        if _in_backward() and self.row_map.reported:
+            self.routings = {name: found.detached() for name, found in self.routings.items()}
 
     @property
     def routing(self) -> Routing | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.weight_cache import prepare_compiled
 from mixlora_exp.config.choices import Compile
 from mixlora_exp.config.schema import Config
@@ -78,13 +79,14 @@ class _Compiled:
 
     def __init__(self, layer: nn.Module, refusal: Refusal) -> None:
         self._eager, self._refusal = layer._call_impl, refusal
+        self._routed = [part for part in layer.modules() if isinstance(part, RoutedLayer)]
         self._call = torch.compile(self._eager, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._refusal.reason is not None:
             return self._eager(*args, **kwargs)
         try:
-            return self._call(*args, **kwargs)
+            found = self._call(*args, **kwargs)
         except REFUSALS as error:
             # The first lines: what the compiler met, and its message about it.
             reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
@@ -94,6 +96,9 @@ class _Compiled:
                 f"them: {type(error).__name__}: {reason}\n"
             )
             return self._eager(*args, **kwargs)
+        for part in self._routed:
+            part.detach_recomputed()
+        return found
 
 
 @contextmanager
