@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from composed import compose
 from encoded import examples_of
 from peft import PeftModel
 from torch import Tensor
+from torch.nn import functional
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.config.schema import Config
 from mixlora_exp.models import load_model, load_tokenizer
-from mixlora_exp.training import TrainSummary, fit
+from mixlora_exp.training import TrainSummary, fit, make_job
 from mixlora_exp.training.checkpoints import Checkpoints
 
 SMALL = [
@@ -82,3 +84,21 @@ def train(
 def run(model: Any) -> Tensor:
     ids = torch.randint(3, 1000, (2, 12), generator=torch.Generator().manual_seed(3))
     return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def first_losses(base: Any, config: Config, folder: Path) -> Iterator[Tensor]:
+    """The cross-entropy of each micro-batch of the first step, over the label tokens of both."""
+    job = make_job(
+        name="x", config=config, examples=examples_of(config), folder=folder,
+        tokenizer=load_tokenizer(config.model),
+    )  # fmt: skip
+    batches = [job.collated(0, number, 2) for number in range(2)]
+    items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    for batch in batches:
+        names = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+        logits = base(**{name: batch[name] for name in names if name in batch}).logits
+        targets = batch["labels"][:, 1:].flatten()
+        every = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum"
+        )
+        yield every / items

@@ -10,20 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from encoded import examples_of
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora import LoraLayer, preprocess_loraga
 from safetensors.torch import load_file
-from small_methods import base_of, config_of, new_model, run, train, weights_of
+from small_methods import base_of, config_of, first_losses, new_model, run, train, weights_of
 from torch import Tensor
 from torch.nn import functional
 
 from mixlora_exp.adapters import save_adapter
 from mixlora_exp.config.schema import Config
 from mixlora_exp.errors import UserError
-from mixlora_exp.models import load_tokenizer
-from mixlora_exp.training import make_job
 from mixlora_exp.training.hooks.lora_fa import LoraFa
 from mixlora_exp.training.hooks.lora_ga import GradientStart
 
@@ -133,23 +130,10 @@ def test_lora_ga_starts_as_pefts(tmp_path: Path, monkeypatch) -> None:
                 starts[name] = a.detach().clone(), b.detach().T.clone()
 
     def prepare(base: Any, lora: Any) -> None:
-        job = make_job(
-            name="x", config=config, examples=examples_of(config), folder=tmp_path,
-            tokenizer=load_tokenizer(config.model),
-        )  # fmt: skip
-        batches = [job.collated(0, number, 2) for number in range(2)]
-        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-
         def pass_once() -> None:
-            for batch in batches:
-                names = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
-                logits = base(**{name: batch[name] for name in names if name in batch}).logits
-                targets = batch["labels"][:, 1:].flatten()
-                every = functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum"
-                )
+            for loss in first_losses(base, config, tmp_path):
                 # PEFT divides by the number of passes.
-                (2 * every / items).backward()
+                (2 * loss).backward()
 
         preprocess_loraga(base, lora, pass_once)
 
