@@ -6,12 +6,12 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixlora_exp.config.schema import MethodConfig, ModelConfig, PeftMethodConfig
 from mixlora_exp.config.schema_mixture import LinearMixtureMethodConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import Router, Sizes, make_mixture, make_router
+from mixlora_exp.kernels import Mixture, Router, Sizes, make_mixture, make_router
 from mixlora_exp.models.adapted_modules import (
     adapted_layers,
     adapted_projections,
@@ -56,14 +56,31 @@ def mixture_parameters(model: nn.Module, method: LinearMixtureMethodConfig) -> M
 def router_size(router: Router, width: int) -> tuple[int, int]:
     """Return numbers of a router's parameters for rows of `width` elements: of all, and of those in
     matrices, with which every token is multiplied."""
-    with torch.device("meta"):
-        held = list(router.initial(width).values())
+    held = _held(router, width)
     numbers = [(weight.numel(), weight.numel() * (weight.dim() > 1)) for weight in held]
     return sum(n for n, _ in numbers), sum(n for _, n in numbers)
 
 
+def _held(router: Router, width: int) -> list[Tensor]:
+    with torch.device("meta"):
+        return list(router.initial(width).values())
+
+
 def _sizes(method: LinearMixtureMethodConfig, experts: int, linear: nn.Linear) -> Sizes:
     return Sizes(experts, method.rank_of_experts, linear.in_features, linear.out_features)
+
+
+def _router(
+    method: LinearMixtureMethodConfig,
+    mixture: Mixture,
+    experts: int,
+    chosen: int,
+    linear: nn.Linear,
+) -> Router | None:
+    if mixture.router is None:
+        return None
+    settings = method.router_settings(experts, chosen, linear.in_features)
+    return make_router(method.router_name(mixture.router), settings, method.router_options)
 
 
 def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize:
@@ -81,10 +98,9 @@ def _counted(model: nn.Module, method: LinearMixtureMethodConfig) -> MixtureSize
         low_rank += sum(prod(s) for part, s in shapes.items() if part not in mixture.fixed)
         fixed += sum(prod(shapes[part]) for part in mixture.fixed)
         matrices += sum(map(prod, shapes.values()))
-        if mixture.router is None:
+        router = _router(method, mixture, count, chosen, linear)
+        if router is None:
             continue
-        settings = method.router_settings(count, chosen, linear.in_features)
-        router = make_router(method.router_name(mixture.router), settings, method.router_options)
         size, multiplied = router_size(router, linear.in_features)
         matrices += multiplied
         routers, fixed = routers + size * router.trained, fixed + size * (not router.trained)
@@ -121,8 +137,19 @@ def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width
         total += width * mixture.saved_numbers(sizes)
         if method.dropout:
             total += (width + 1) * linear.in_features
-        if mixture.router is not None:
-            # Per slot an index of 8 bytes and numbers that differ by router.
-            total += 8 * count + 14 * chosen
-            total += 4 * linear.in_features if width == 2 else 0
+        router = _router(method, mixture, count, chosen, linear)
+        if router is None:
+            continue
+        if not router.chooses:
+            # Weights without a gradient: z before their product is not needed, they are.
+            total += 4 * count - width * sizes.rank * mixture.shapes(sizes)["A"][0]
+            continue
+        # Probabilities, per slot an index of 8 bytes, and what divides weights by their sum; more
+        # in some routers.
+        total += 8 * count + 8 * router.slots
+        total += 4 * router.slots + 5 if getattr(router, "normalise", False) else 0
+        if width == 2 and router.trained:
+            # The input is made float32 for each matrix.
+            matrices = sum(weight.dim() > 1 for weight in _held(router, linear.in_features))
+            total += 4 * linear.in_features * matrices
     return total / len(adapted_layers(built, method))

@@ -161,8 +161,11 @@ def _of_lora(
     bare = _of_frozen(model, width, packed)
     attention = bare.attention
     if isinstance(method, LinearMixtureMethodConfig):
-        # After dropout only routers keep the inputs of gate, up and the attention, and of down.
-        inputs = bool(not method.dropout or routers_of(model, method))
+        # After dropout only trained routers keep the inputs of gate, up and the attention, and of
+        # down; in bf16 it is copies in float32.
+        routers = routers_of(model, method).values()
+        trained = any(router.trained and router.chooses for router in routers)
+        inputs = not method.dropout or (trained and width == 4)
         experts = kept_by_mixture(model, method, width)
         return Kept(attention + experts + inputs * 2 * d * width, (3 + inputs) * f * width)
     ranks = _mean_ranks(model, method)
