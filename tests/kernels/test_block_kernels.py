@@ -122,13 +122,14 @@ def test_expert_without_tokens_gets_no_gradient(block_of, plain, form) -> None:
             assert all(gradient[expert].abs().max() > 0 for expert in (0, 1, 3))
 
 
+@pytest.mark.parametrize("tokens", [0, 1], ids=["no token", "a token without experts"])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_no_tokens_at_all(block_of, plain, form, dora) -> None:
-    """A batch may be empty: every parameter still gets a gradient, which is zero."""
-    block = block_of(replace(plain, tokens=0, dora=dora), 0)
+def test_without_a_filled_slot(block_of, plain, form, dora, tokens) -> None:
+    """Every parameter still gets a gradient, which is zero."""
+    block = block_of(replace(plain, tokens=tokens, empty=tokens > 0, dora=dora), 0)
     for compute in (form, "reference"):
         results = block.run(compute, torch.float64)
-        assert results["y"].shape == (0, 12)
+        assert results["y"].shape == (tokens, 12)
         assert all((result == 0).all() for result in results.values())
 
 

@@ -79,6 +79,7 @@ CASES = [
     pytest.param({"biased": ("up",), "roles": ("down",)}, id="bias on up, experts on down only"),
     pytest.param({"empty": True, "biased": ROLES}, id="tokens with fewer experts than K"),
     pytest.param({"empty": True, "dora": True, "top_k": 3}, id="the same with DoRA"),
+    pytest.param({"tokens": 1, "empty": True, "dora": True}, id="a token without experts"),
     pytest.param(
         {"tokens": 200, "experts": 8, "inner": 16}, id="200 tokens", marks=pytest.mark.slow
     ),

@@ -276,6 +276,12 @@ class Routing:
         """Return (tokens, slots) that an expert has, each int64 (n,)."""
         return ((self.experts == expert) & self.filled).nonzero(as_tuple=True)
 
+    def by_expert(self, experts: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Return (expert, tokens, slots) for each of `experts` that has a slot; for all of them
+        where none has one, since products of no rows keep the graph."""
+        found = [(expert, *self.slots_of(expert)) for expert in range(experts)]
+        return [one for one in found if len(one[1])] or found
+
     def at(self, rows: Tensor) -> Routing:
         """Return the decision for some rows alone, by number; without what the router's loss is
         made of beside it."""

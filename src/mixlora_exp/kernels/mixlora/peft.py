@@ -67,11 +67,7 @@ def mixlora_peft(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D).
     """
     y, p = x.new_zeros(x.shape), block.dropout
-    for expert in range(block.num_experts):
-        tokens, slots = routing.slots_of(expert)
-        # Without any token at all, products of no rows keep the graph.
-        if len(tokens) == 0 and len(x) > 0:
-            continue
+    for expert, tokens, slots in routing.by_expert(block.num_experts):
         rows = x[tokens]
         hidden = activate(_project(rows, "gate", expert, tokens, block, p), block.activation)
         hidden = hidden * _project(rows, "up", expert, tokens, block, p)

@@ -38,11 +38,7 @@ def mixlora_reference(x: Tensor, routing: Routing, block: FeedForward) -> Tensor
     """
     y = x.new_zeros(x.shape)
     x_low = drop(x, block.x_mask)
-    for expert in range(block.num_experts):
-        tokens, slots = routing.slots_of(expert)
-        # Without any token at all, products of no rows keep the graph.
-        if len(tokens) == 0 and len(x) > 0:
-            continue
+    for expert, tokens, slots in routing.by_expert(block.num_experts):
         inputs = x[tokens], x_low[tokens]
         hidden = activate(_project(*inputs, block.gate, expert), block.activation)
         hidden = hidden * _project(*inputs, block.up, expert)
