@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from zipfile import ZipFile
@@ -9,8 +10,8 @@ from zipfile import ZipFile
 import pytest
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.records.files import FORCED, RunFiles, pack
-from mixlora_exp.results.build import gather
+from mixlora_exp.records.files import FORCED, RECORD, RunFiles, pack, record_paths
+from mixlora_exp.results.build import gather, table_files
 from mixlora_exp.results.collect import collect
 from mixlora_exp.results.runs import load_runs
 
@@ -49,6 +50,47 @@ def test_what_no_table_could_use_is_refused(write: Write, tmp_path: Path) -> Non
     assert {entry.name for entry in found.refused} == {"dirty", "cut", "lost"}
     assert found.random == 1
     assert [path.name for path in target.iterdir()] == ["good.zip"]
+
+
+def test_a_hidden_run_beside_the_real_one_counts_nowhere(
+    write: Write, results: Path, tmp_path: Path
+) -> None:
+    """Whole as it may be, a hidden name is what a killed process left. A file of `collect` is
+    removed when the run is packed."""
+    runs = results / "runs"
+    write(runs, "a", [*SMALL, "task=multi"], FIVE)
+    before = table_files(gather(results))
+    other = write(tmp_path / "other", "a", [*SMALL, "task=multi"], dict.fromkeys(FIVE, 0.9))
+    collect(tmp_path / "other", tmp_path / "other")
+    for name in (".a.zip", ".a.zip.01234567.tmp"):
+        shutil.copy(other.with_suffix(".zip"), runs / name)
+    write(tmp_path, "a", [*SMALL, "task=multi"], dict.fromkeys(FIVE, 0.9)).rename(runs / ".a")
+    assert record_paths(runs) == [runs / "a" / RECORD]
+    assert gather(results).left_out == []
+    assert table_files(gather(results)) == before
+    for target in (tmp_path / "elsewhere", runs):
+        found = collect(runs, target)
+        assert (found.packed, found.known, found.refused) == (["a"], 0, [])
+        ((run,), left_out) = load_runs(target)
+        assert (run.scores["arc_e", "label_logits"]["accuracy"], left_out) == (0.5, [])
+    assert sorted(path.name for path in runs.iterdir()) == [".a", ".a.zip", "a.zip"]
+
+
+def test_a_kill_while_the_packed_folder_is_removed_leaves_one_run(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path, "a", SMALL, {"arc_e": 0.5})
+
+    def killed(left: Path) -> None:
+        (left / "predictions" / "arc_e.label_logits.jsonl").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixlora_exp.results.collect.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path, tmp_path)
+    assert folder.is_dir()
+    assert [run.name for run in load_runs(tmp_path)[0]] == ["a"]
+    assert load_runs(tmp_path)[1] == collect(tmp_path, tmp_path).refused == []
 
 
 def test_another_result_of_the_same_name_is_refused(write: Write, tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_a_kill_leaves_nothing_that_counts(moment: str, folder: Path, tmp_path: 
     assert record_paths(runs) == []
     assert load_runs(runs) == ([], [])
     assert collect(folder.parent, runs).packed == ["a"]
+    assert [path.name for path in runs.iterdir()] == ["a.zip"]
     assert [run.name for run in load_runs(runs)[0]] == ["a"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from re import fullmatch
 
 from mixlora_exp.errors import UserError
-from mixlora_exp.records.files import FORCED, PACKED, RECORD, RunFiles, name_of, pack
+from mixlora_exp.records.files import FORCED, PACKED, RECORD, RunFiles, name_of, pack, record_paths
 from mixlora_exp.records.objections import has_random_weights, objections
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.required_fields import NAME
@@ -43,7 +43,9 @@ def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
     if not source.is_dir():
         raise UserError(f"source={source} is not a folder: give the output_dir of the runs")
     found = Collected()
-    for path in sorted(source.glob(f"*/{RECORD}")):
+    for path in record_paths(source):
+        if path.suffix == PACKED:
+            continue
         try:
             match _collect(path, target, force):
                 case None:
@@ -81,6 +83,7 @@ def _collect(path: Path, target: Path, force: bool) -> bool | None:
     if in_place:
         # Check also the predictions before removing the folder.
         check_run(held, force=True)
+        path.unlink()  # First: without a record, what a kill leaves of the folder is no run.
         shutil.rmtree(path.parent)
     return new
 
