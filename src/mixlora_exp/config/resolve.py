@@ -88,6 +88,9 @@ def register_schemas() -> None:
     # No file per kernel: each registers itself, and `kernel=NAME` chooses it.
     for kernel in schema.KernelName:
         store.store(group="kernel", name=kernel.name, node={"name": kernel.name})
+    # Hydra copies the store with its file sources for each configuration it composes, a sixth of
+    # the time; it returns copies of the entries in any case.
+    store.__dict__["__deepcopy__"] = lambda _: store
 
 
 @contextmanager
