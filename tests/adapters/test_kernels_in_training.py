@@ -63,7 +63,7 @@ SGD = {"optimizer": torch.optim.SGD, "lr": 0.05}
     ("experts_dora", "dropout", "options"),
     [
         pytest.param(False, 0.0, ADAMW, id="MixLoRA, AdamW"),
-        pytest.param(True, 0.0, ADAMW, id="MixDoRA, AdamW"),
+        pytest.param(True, 0.0, ADAMW, id="MixDoRA, AdamW", marks=pytest.mark.slow),
         pytest.param(True, 0.2, SGD, id="MixDoRA, SGD, dropout of one seed"),
     ],
 )

@@ -155,6 +155,7 @@ def test_mistakes_in_options_are_one_message(words: list[str], message: str) -> 
     assert parser.parse(fine).results == HERE / "new" / "one"
 
 
+@pytest.mark.slow
 def test_libraries_print_nothing_when_they_are_imported(tmp_path: Path) -> None:
     for name in ("bitsandbytes", "torchao"):
         pytest.importorskip(name, reason=f"{name} is not installed")

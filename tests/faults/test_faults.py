@@ -187,7 +187,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in named.items() if "/lock/" not in name}
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "among others"])
+@pytest.mark.parametrize(
+    "together",
+    [
+        pytest.param(False, id="alone"),
+        pytest.param(True, id="among others", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("when", ["at the start", "in training", "in scoring"])
 def test_a_run_that_lost_its_lock_writes_nothing(
     tmp_path, monkeypatch, capsys, when, together

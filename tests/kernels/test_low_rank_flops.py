@@ -79,6 +79,7 @@ def test_the_formula_counts_what_the_kernels_multiply(
     assert counted[0] == products(orders[0], tiles, 16, 40, 20)
 
 
+@pytest.mark.slow
 def test_at_most_4_percent_of_the_frozen_products() -> None:
     """At LLaMA-2 7B's shape, as a router with random weights routes 2,048 tokens."""
     torch.manual_seed(0)

@@ -32,7 +32,9 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(
+    "dora", [pytest.param(False, id="LoRA", marks=pytest.mark.slow), pytest.param(True, id="DoRA")]
+)
 def test_one_graph_with_the_operators_in_it(block_of, plain, backend, dora) -> None:
     """Router and block, output and gradients, to the bit; fullgraph=True raises where the graph
     would break."""

@@ -184,7 +184,7 @@ def test_equals_the_definition(fresh_seed, steps, shape) -> None:
 @pytest.mark.parametrize(
     ("dtype", "dora"),
     [
-        (torch.float32, (0, 1, 2)),
+        pytest.param(torch.float32, (0, 1, 2), marks=pytest.mark.slow),
         *((dtype, (0, 1, 2)) for dtype in DTYPES[1:]),
         *(pytest.param(dtype, (), marks=pytest.mark.slow) for dtype in DTYPES[1:]),
     ],
@@ -360,7 +360,7 @@ def test_the_compiler_sees_the_kernels() -> None:
 @pytest.mark.parametrize(
     "cards",
     [
-        pytest.param(["8.9"], id="the usual group, on a consumer card"),
+        pytest.param(["8.9"], id="the usual group, on a consumer card", marks=pytest.mark.slow),
         pytest.param(["8.0", "8.9", "9.0", "all"], id="every table", marks=pytest.mark.slow),
     ],
 )

@@ -56,6 +56,7 @@ def test_tables(script: Callable[..., Done], tmp_path: Path) -> None:
     assert (tmp_path / "table1.csv").read_text() == "other\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("read_once")
 def test_figures_and_report(script: Callable[..., Done], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

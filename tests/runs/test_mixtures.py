@@ -26,6 +26,7 @@ from mixlora_exp.serving.open import Opened
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
     words = ["experiment=smoke", "method=mola", f"output_dir={tmp_path}"]
     done = subprocess.run(

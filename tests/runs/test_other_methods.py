@@ -52,6 +52,7 @@ def test_some_train_alone(tmp_path: Path, method: str) -> None:
         run_together(configs)
 
 
+@pytest.mark.slow
 def test_the_others_train_together(tmp_path: Path) -> None:
     entries = "adapters=[rslora,lora_plus,lora_fa,pissa,mixlora]"
     assert execute(["experiment=smoke", entries, f"output_dir={tmp_path}"]) == 0

@@ -50,7 +50,7 @@ def kill_in_second_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MixLoraTrainer, "training_step", training_step)
 
 
-@pytest.mark.parametrize("method", ["lora", "mixlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mixlora"])
 def test_from_training_to_use(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

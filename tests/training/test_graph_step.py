@@ -28,7 +28,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return made
 
 
-@pytest.mark.parametrize("method", PAPER_METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name == "mixdora" else pytest.mark.slow)
+        for name in PAPER_METHODS
+    ],
+)
 def test_losses_and_weights_are_those_of_eager_training(train, stand_in, method) -> None:
     words = [f"method={method}", *FEW, *TWO]
     eager = train(*words)

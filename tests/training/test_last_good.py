@@ -90,6 +90,7 @@ def test_of_adapters_trained_together_the_layer_is_named_too(
     assert len(list(tmp_path.rglob("record.json"))) == 1, "the other one's"
 
 
+@pytest.mark.slow
 def test_the_last_step_of_adapters_trained_together_is_looked_at_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

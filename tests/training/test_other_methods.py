@@ -120,6 +120,7 @@ def test_lora_plus_goes_with_any_method(tmp_path: Path, monkeypatch, method: str
             assert found[id(parameter)] == pytest.approx(expected * 2e-3), name
 
 
+@pytest.mark.slow
 def test_each_trajectory_is_that_of_a_run_alone(tmp_path: Path) -> None:
     names = ["rslora", "lora_plus", "lora_fa", "pissa", "mixlora"]
     configs = {name: config_of(name, "trainer.max_steps=3", "method.rank=4") for name in names}

@@ -215,13 +215,13 @@ def test_adapters_of_one_shape_are_batched(alone, together, monkeypatch) -> None
             [*SMALL, f"method={method}", f"trainer.learning_rate={rate}", *steps]
         )
         for method in ("lora", "dora")
-        for rate in (1e-4, 1e-3, 1e-2)
+        for rate in (1e-4, 1e-2)
     }
     found = together(configs, torch.float64)
     # Each is checked by itself before the first step, for its gradients, and after the last one,
     # for its loss.
-    first, last = calls.index(3), len(calls) - calls[::-1].index(3)
-    assert set(calls[first:last]) == {3}
+    first, last = calls.index(2), len(calls) - calls[::-1].index(2)
+    assert set(calls[first:last]) == {2}
     assert set(calls[:first]) == set(calls[last:]) == {1}
     for name, config in configs.items():
         expected = alone(config, torch.float64)
@@ -247,6 +247,7 @@ def test_every_kernel_trains_together(alone, together, kernel) -> None:
             torch.testing.assert_close(found[name].weights[key], weight, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_nothing(together) -> None:
     steps = ["trainer.max_steps=2"]
     results = []
@@ -271,8 +272,7 @@ def poison(adapter: str) -> Callable[..., None]:
     "victim",
     [
         "mixlora",
-        "lora",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "mixdora")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "dora", "mixdora")),
     ],
 )
 def test_one_adapters_nan_stops_it_alone(together, victim) -> None:
