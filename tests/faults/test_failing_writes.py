@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +15,6 @@ import pytest
 import write_by_write
 
 from mixlora_exp.config.paths import ROOT
-from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.system.exit_codes import guarded
 
 ALL = "SOAK_WRITES" in os.environ
@@ -23,11 +23,17 @@ SUPPORT = ROOT / "tests" / "support"
 QUICK = ["--quick", "--stages", "train", "collect", "convert"]
 
 
+def sources() -> str:
+    """Of all code that is tried, also of what decides no result."""
+    files = sorted(p for folder in (ROOT / "src", SUPPORT) for p in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
+
+
 def test_failing_writes(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """A sample of the calls; `make soak` tries all, and goes on where it was stopped."""
     folder = tmp_path
     if ALL:
-        folder = ROOT / "outputs" / f"soak-writes-{code_sha256()[:10]}"
+        folder = ROOT / "outputs" / f"soak-writes-{sources()}"
         folder.mkdir(parents=True, exist_ok=True)
     parts = (os.cpu_count() or 1) if ALL else 1
     reports = [folder / f"report-{part}-of-{parts}.jsonl" for part in range(parts)]
