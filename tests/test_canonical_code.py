@@ -133,6 +133,25 @@ def ask(n):
     assert meant(foreign) != meant(foreign.replace("a rule", "another"))
 
 
+@pytest.mark.parametrize("told", ["n or 'Choose'", "[n, 'Choose']", "(n, 'Choose')", "{'Choose'}"])
+def test_a_text_inside_what_is_said_does_not_count(told: str) -> None:
+    program = f"def ask(n):\n    raise ValueError({told})\n"
+    assert meant(program) == meant(program.replace("Choose", "Take"))
+    assert meant(program) != meant(program.replace("ValueError", "list"))
+
+
+def test_a_text_that_other_functions_read_counts() -> None:
+    program = """
+def ask(n):
+    global text
+    text = "Choose"
+    raise ValueError(text)
+"""
+    assert meant(program) != meant(program.replace("Choose", "Take"))
+    alone = program.replace("    global text\n", "")
+    assert meant(alone) == meant(alone.replace("Choose", "Take"))
+
+
 def test_fields_that_a_python_does_not_know_yet_change_nothing() -> None:
     tree = ast.parse("def f(a): return [None, 0, 'x']")
     before = canonical_code._dump(tree)
