@@ -24,8 +24,8 @@ TURNS = ((2, 0), (1, 2), (4, 4))
 def test_2_then_1_then_4_then_2_processes(
     method: str, parallel: str, tmp_path: Path, record_property
 ) -> None:
-    """Every step's loss and gradient norm to 1e-6 (float32, dropout on); predictions, data order
-    and routing exactly."""
+    """Every step's loss to 1e-6 and gradient norm to 3e-6 (float32, dropout on); predictions, data
+    order and routing exactly."""
     words = [*UNEVEN, f"method={method}", f"trainer.parallel={parallel}", "trainer.logging_steps=1"]
     alone, notes = tmp_path / "its examples", tmp_path / "examples"
     assert train_in(1, [*words, f"output_dir={tmp_path / 'alone'}"], notes=alone) == [0]
