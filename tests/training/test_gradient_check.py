@@ -21,6 +21,7 @@ from mixlora_exp.config.command import compose
 from mixlora_exp.errors import UserError
 from mixlora_exp.kernels import MIXTURES, ROUTERS, Mixture, Routing, make_router
 from mixlora_exp.kernels.mixture_base import mixture
+from mixlora_exp.kernels.routers.top_k import TopK
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import TrainSummary, fit
 from mixlora_exp.training.gradient_check import check_gradients_flow
@@ -159,21 +160,34 @@ def test_a_detached_router_is_named_even_where_its_loss_trains_it(
             start("method=mixlora", f"method.router_loss_coef={coefficient}")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["method=mola", "method.router=switch", "method.router_loss_coef=1e-3",
-         "method.num_experts=4", "method.top_k=1"],
-        ["method=mixlora", "method.router=threshold", "+method.router_options.t_max=1"],
-    ],
-)  # fmt: skip
-def test_modules_without_any_expert_are_listed(start: Start, words: list[str]) -> None:
-    """Rows that predict a label found no place, or no expert above the threshold."""
+def test_modules_without_any_expert_are_listed(start: Start) -> None:
+    """Rows that predict a label found no place there."""
     models: list[nn.Module] = []
-    found = start(*words, change=models.append)
+    words = ["method=mola", "method.router=switch", "method.router_loss_coef=1e-3"]
+    found = start(*words, "method.num_experts=4", "method.top_k=1", change=models.append)
     routed = routed_layers_of(models[0], "default")
     everything = {name: list(range(m.router["default"].num_experts)) for name, m in routed.items()}
     assert any(found.not_chosen.get(name) == every for name, every in everything.items())
+
+
+def test_a_run_without_any_expert_is_stopped(start: Start) -> None:
+    """None is above the threshold: but for attention nothing would be trained."""
+    with pytest.raises(UserError, match=r"has an expert in \S*layers\.0\.mlp, nor in any other"):
+        start("method=mixlora", "method.router=threshold", "+method.router_options.t_max=1")
+
+
+def test_a_router_that_gives_no_weight_is_stopped(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TopK.choose
+
+    def without(self: TopK, *given: object, **more: object) -> object:
+        chosen = real(self, *given, **more)
+        return replace(chosen, weights=chosen.weights * 0)
+
+    monkeypatch.setattr(TopK, "choose", without)
+    with pytest.raises(UserError, match="no row of the first micro-batch has an expert"):
+        start("method=mola")
 
 
 def test_each_router_decides_which_loss_must_reach_it(

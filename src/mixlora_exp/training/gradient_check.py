@@ -44,7 +44,7 @@ def check_gradients_flow(
     Raises:
         UserError: a parameter has no gradient, one of zeros alone, or one that is not finite; or an
             expert has gradients in some of its module's parameters and none in others; or no loss
-            reaches a router.
+            reaches a router; or no row gets an expert in any module.
     """
     names, own = list(parameters), list(parameters.values())
     device = own[0].device
@@ -72,6 +72,8 @@ def check_gradients_flow(
         module: Decision(*map(bool, values))
         for module, values in zip(watched, sums[len(names) :], strict=True)
     }
+    if decided and not any(decision.experts for decision in decided.values()):
+        raise UserError(_without_experts(next(iter(decided))))
     for name, total in totals.items():
         if not total.isfinite().all():
             raise UserError(_message(name, "a gradient that is not finite"))
@@ -112,6 +114,14 @@ def _message(name: str, what: str) -> str:
         f"method: {name} has {what} on the first micro-batch: the forward pass does not use it, or "
         "cuts it off from the loss, so nothing was trained. Mend the method's forward pass, or set "
         "requires_grad to False for what is meant to stay as it is"
+    )
+
+
+def _without_experts(module: str) -> str:
+    return (
+        f"method: no row of the first micro-batch has an expert in {module}, nor in any other "
+        "module with a router, so no expert was trained: choose a router and options with which "
+        "rows get experts, such as a lower threshold, or mend a router that gives weights of 0"
     )
 
 
