@@ -156,7 +156,7 @@ def _class_of(kind: str) -> type[PeftConfig]:
 
 
 def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) -> None:
-    known = [item.name for item in fields(owner)]
+    known, hints = [item.name for item in fields(owner)], get_type_hints(owner)
     for name, value in given.items():
         if name not in known:
             free = [item for item in known if item not in (*SET_BY_THE_RUN, *CLOSED)]
@@ -169,6 +169,10 @@ def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) 
                 f"method.peft.{name}={value} is not served: it would change the base model or its "
                 "forward pass, or read other files or data; leave it out"
             )
+        # PEFT takes a value of another type as true, or fails late.
+        types, what = PLAIN.get(hints[name], ((object, bool), ""))
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise UserError(f"method.peft.{name}={shown(str(value), 80)} must be {what}")
     if not isinstance(given.get("init_weights", True), bool):
         raise UserError(
             f"method.peft.init_weights={shown(str(given['init_weights']), 80)} is not served: it "
@@ -230,14 +234,8 @@ def check_schedule(method: PeftMethodConfig, steps: int) -> None:
 
 
 def _not_valid(method: PeftMethodConfig, error: BaseException) -> UserError:
-    """Return the error about fields that PEFT refused: the first whose value is not of its type, or
-    all that were given."""
+    """Return the error about fields that PEFT refused together: it names all that were given."""
     kind, given = method.peft_type, method.peft
-    hints = get_type_hints(_class_of(kind))
-    for name, value in given.items():
-        types, what = PLAIN.get(hints[name], ((object, bool), ""))
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            return UserError(f"method.peft.{name}={shown(str(value), 80)} must be {what}")
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
     named = [f"method.peft.{name}={shown(str(value), 80)}" for name, value in given.items()]
     return UserError(
