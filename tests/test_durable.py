@@ -207,6 +207,38 @@ def test_files_of_killed_writers_are_removed_and_those_of_living_ones_kept(tmp_p
     assert all(other.exists() for other in others)
 
 
+def test_a_new_file_that_another_process_is_about_to_remove_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has locked it, and not yet removed it."""
+    real, taken = durable.fcntl.flock, []
+
+    def flock(stream: Any, how: int) -> None:
+        if not taken:
+            taken.append(stream)
+            raise BlockingIOError
+        real(stream, how)
+
+    monkeypatch.setattr(durable.fcntl, "flock", flock)
+    names = ["0" * 8, "1" * 8]
+    monkeypatch.setattr(durable.secrets, "token_hex", lambda _: names[bool(taken)])
+    write_whole(tmp_path / "file", [b"whole"])
+    assert taken[0].closed
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link"])
+def test_what_is_no_file_under_a_left_over_s_name_is_not_waited_for(
+    kind: str, tmp_path: Path
+) -> None:
+    odd, elsewhere = tmp_path / ".file.0a1b2c3d.tmp", tmp_path / "elsewhere"
+    elsewhere.write_text("x")
+    os.mkfifo(odd) if kind == "FIFO" else odd.symlink_to(elsewhere)
+    write_whole(tmp_path / "file", [b"whole"])
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    assert elsewhere.read_text() == "x"
+
+
 def test_what_is_written_counts_whatever_fails_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

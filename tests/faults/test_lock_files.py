@@ -146,7 +146,7 @@ def test_a_file_that_appears_late_is_of_one_who_lives(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["host"] == "elsewhere"
 
 
-@pytest.mark.parametrize("name", ["٣", "³", "9x", "9.tmp", "0x1"])
+@pytest.mark.parametrize("name", ["٣", "³", "1²", "1٣", "9x", "9.tmp", "0x1"])
 def test_other_names_are_no_numbers(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps({**runlock._this_process(), "count": 0}))
     assert holder_of(tmp_path) is None

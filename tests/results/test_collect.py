@@ -76,21 +76,34 @@ def test_a_hidden_run_beside_the_real_one_counts_nowhere(
     assert sorted(path.name for path in runs.iterdir()) == [".a", ".a.zip", "a.zip"]
 
 
-def test_a_kill_while_the_packed_folder_is_removed_leaves_one_run(
+def test_a_kill_while_the_packed_files_are_removed_leaves_one_run(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path, "a", SMALL, {"arc_e": 0.5})
 
-    def killed(left: Path) -> None:
-        (left / "predictions" / "arc_e.label_logits.jsonl").unlink()
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mixlora_exp.results.collect.shutil.rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        collect(tmp_path, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("mixlora_exp.results.collect._remove_packed", killed)
+        with pytest.raises(KeyboardInterrupt):
+            collect(tmp_path, tmp_path)
     assert folder.is_dir()
     assert [run.name for run in load_runs(tmp_path)[0]] == ["a"]
     assert load_runs(tmp_path)[1] == collect(tmp_path, tmp_path).refused == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_what_was_not_packed_stays(write: Write, tmp_path: Path) -> None:
+    """Such as the weights, and predictions that are not those of the packed file."""
+    folder = write(tmp_path, "a", SMALL, {"arc_e": 0.5})
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "predictions" / "other.jsonl").write_text("other")
+    assert collect(tmp_path, tmp_path).packed == ["a"]
+    left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {"a.zip", "a/adapter/adapter_model.safetensors", "a/predictions/other.jsonl"}
+    assert collect(tmp_path, tmp_path).refused == []
 
 
 def test_another_result_of_the_same_name_is_refused(write: Write, tmp_path: Path) -> None:

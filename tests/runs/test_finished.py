@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mixlora_exp.records.files import RECORD
 from mixlora_exp.runs.finished import remove_leftovers
 from mixlora_exp.runs.ownership import FAILURE, LOCK
+from mixlora_exp.system import runlock
 from mixlora_exp.system.runlock import RunLock
 
 KEPT = ["adapter/README.md", "predictions/arc_e.jsonl", "train_log.jsonl"]
@@ -36,15 +40,42 @@ def test_what_it_no_longer_needs_is_removed(folder: Path) -> None:
     assert not (folder / LOCK).exists()
 
 
-def test_a_link_is_removed_and_not_followed(folder: Path, tmp_path_factory) -> None:
+def test_links_are_removed_and_not_followed(folder: Path, tmp_path_factory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "file").write_text("x")
-    (folder / "trainer" / "x").unlink()
-    (folder / "trainer").rmdir()
+    shutil.rmtree(folder / "trainer")
     (folder / "trainer").symlink_to(elsewhere)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").symlink_to(elsewhere / "nowhere")
     remove_leftovers(folder)
-    assert names(folder) == {*KEPT, "record.json"}
+    assert {p.name for p in folder.iterdir()} == {*(k.partition("/")[0] for k in KEPT), RECORD}
     assert (elsewhere / "file").exists()
+
+
+def test_the_lock_of_a_process_that_ended_is_removed(folder: Path) -> None:
+    """Also the file that it was writing, and whatever else has a number in its name."""
+    remove_leftovers(folder)
+    (folder / LOCK).mkdir()
+    ended = json.dumps({**runlock._this_process(), "pid": 2**22 + 1, "count": 3})
+    for name in ("1", ".1.4194305.0a1b2c3d"):
+        (folder / LOCK / name).write_text(ended)
+    remove_leftovers(folder)
+    assert not (folder / LOCK).exists()
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        if self.name == FAILURE:
+            raise OSError(5, "Input/output error")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    remove_leftovers(folder)
+    assert names(folder) == {*KEPT, FAILURE, "record.json"}
 
 
 def test_nothing_is_removed_while_another_process_repeats_it(folder: Path) -> None:

@@ -104,10 +104,9 @@ TOOK_PLACE = ("convert", "merge")
 def content(work: Path, stage: str) -> Any:
     """All that a command left, without time and place; names alone of what a run wrote."""
     files = {p.relative_to(work).as_posix(): p for p in sorted(work.rglob("*")) if p.is_file()}
-    names = {name: path for name, path in files.items() if "lock/" not in name}
     if stage == "train":
-        return [sorted(names), outcomes(work / "out")]
-    return {name: path.read_bytes().hex() for name, path in names.items()}
+        return [sorted(files), outcomes(work / "out")]
+    return {name: path.read_bytes().hex() for name, path in files.items() if "lock/" not in name}
 
 
 def forked(action: Callable[[], int], log: Path) -> tuple[int, str]:

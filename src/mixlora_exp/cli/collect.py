@@ -3,7 +3,7 @@
 Packs the record and the predictions of every finished run of committed code into one file,
 DIR/runs/NAME.zip; weights stay where they are. A run that was collected before is skipped, and
 so are runs on random weights; a different run of the same name, and a damaged one, is refused (exit
-code 2). --source=DIR/runs packs unpacked folders there.
+code 2). --source=DIR/runs packs unpacked folders there, and removes what it has packed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from re import fullmatch
@@ -35,7 +35,7 @@ def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
     `force`, the objections are stored with the record and noted under the tables. Without `force` a
     run on random weights (a check of the installation, for example) is skipped.
 
-    If `source` and `target` are the same, packed files replace the folders.
+    If `source` and `target` are the same, packed files replace those in the folders; weights stay.
 
     Raises:
         UserError: `source` is not a folder.
@@ -43,6 +43,8 @@ def collect(source: Path, target: Path, *, force: bool = False) -> Collected:
     if not source.is_dir():
         raise UserError(f"source={source} is not a folder: give the output_dir of the runs")
     found = Collected()
+    if source.resolve() == target.resolve():
+        _finish_removals(target)
     for path in record_paths(source):
         if path.suffix == PACKED:
             continue
@@ -81,11 +83,38 @@ def _collect(path: Path, target: Path, force: bool) -> bool | None:
     elif read_record(held)["content_sha256"] != run.record["content_sha256"]:
         raise UserError(f"{held.path} has another result: delete one of the two")
     if in_place:
-        # Check also the predictions before removing the folder.
+        # Check also the predictions before removing them.
         check_run(held, force=True)
         path.unlink()  # First: without a record, what a kill leaves of the folder is no run.
-        shutil.rmtree(path.parent)
+        _remove_packed(path.parent, held)
     return new
+
+
+def _remove_packed(folder: Path, packed: RunFiles) -> None:
+    """Remove the files of a run that are in its packed file, and the folders that are empty then:
+    weights and whatever else was not packed stay."""
+    for place in (folder / "predictions", folder):
+        if not place.is_dir() or place.is_symlink():
+            continue
+        # Names from the folder: a packed file of a stranger may have others.
+        for path in [path for path in place.iterdir() if path.is_file() and not path.is_symlink()]:
+            name = path.relative_to(folder).as_posix()
+            # Reasons are written anew when they are packed.
+            same = packed.has(name) and (name == FORCED or path.read_bytes() == packed.read(name))
+            if same:
+                path.unlink()
+        if not any(place.iterdir()):
+            place.rmdir()
+
+
+def _finish_removals(target: Path) -> None:
+    """Remove what an interrupted `collect` left of the folders of packed runs: it removes the
+    record first."""
+    for path in target.glob(f"*{PACKED}"):
+        folder = target / name_of(path)
+        if folder.is_dir() and not folder.is_symlink() and not (folder / RECORD).exists():
+            with contextlib.suppress(OSError, ValueError, UserError):
+                _remove_packed(folder, RunFiles(path))
 
 
 def _files(run: RecordedRun, files: RunFiles, reasons: list[str]) -> dict[str, bytes]:

@@ -57,10 +57,10 @@ def finished(path: Path, inputs: Inputs, config: Config, earlier: list[Path] | N
 def remove_leftovers(folder: Path) -> None:
     """Remove from the folder of a finished run what it no longer needs, and what is there only if
     the run was killed after it had written its record, or its disk failed then: checkpoints, the
-    note of a failure, partly written files. Nothing is removed while another process holds the
-    run's lock, as one does that repeats the run, or from a folder that cannot be written."""
-    patterns = ("checkpoints", "trainer", FAILURE, ".*.tmp", "*/.*.tmp")
-    if not any(left for pattern in patterns for left in folder.glob(pattern)):
+    note of a failure, partly written files, the lock. Nothing is removed while another process
+    holds the run's lock, as one does that repeats the run, or from a folder that cannot be
+    written."""
+    if not (_leftovers(folder) or os.path.lexists(folder / LOCK)):
         return
     with contextlib.suppress(OSError, UserError):
         lock = RunLock(folder / LOCK)
@@ -68,11 +68,17 @@ def remove_leftovers(folder: Path) -> None:
             return
         try:
             # The process that held the lock until now may have begun anew.
-            for pattern in patterns if (folder / RECORD).is_file() else ():
-                for left in folder.glob(pattern):
+            for left in _leftovers(folder) if (folder / RECORD).is_file() else ():
+                with contextlib.suppress(OSError):
                     if left.is_dir() and not left.is_symlink():
                         shutil.rmtree(left, ignore_errors=True)
                     else:
-                        os.unlink(left)
+                        left.unlink()
         finally:
             lock.discard()
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    named = (folder / name for name in ("checkpoints", "trainer", FAILURE))
+    hidden = (path for pattern in (".*.tmp", "*/.*.tmp") for path in folder.glob(pattern))
+    return [path for path in (*named, *hidden) if os.path.lexists(path)]

@@ -72,9 +72,13 @@ def _locked_file(path: Path) -> tuple[Path, BinaryIO]:
     for _ in range(TRIES):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         stream = temporary.open("xb")
-        # File systems without locks are tolerated.
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()  # Another process considers it abandoned and is about to remove it.
+            continue
+        except OSError:
+            pass  # File systems without locks are tolerated.
         if os.fstat(stream.fileno()).st_nlink:
             return temporary, stream
         stream.close()  # Another process considered it abandoned and removed it.
@@ -85,9 +89,14 @@ def _remove_abandoned_files(path: Path) -> None:
     """Remove incomplete files of processes that have ended."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
     for left in [other for other in path.parent.iterdir() if name.fullmatch(other.name)]:
-        with contextlib.suppress(OSError), left.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+        with contextlib.suppress(OSError):
+            # A FIFO would wait for who reads it. To write, as NFS locks nothing else exclusively.
+            stream = os.open(left, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(stream)
 
 
 def settle(folder: Path) -> None:

@@ -86,11 +86,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _newest(folder: Path) -> int:
-    names = (path.name for path in folder.glob("[0-9]*"))
+def _number(name: str) -> int | None:
     # `isdigit` alone is true of digits of other scripts and of superscripts, too.
-    numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
-    return max(numbers, default=0)
+    return int(name) if name.isascii() and name.isdigit() else None
+
+
+def _newest(folder: Path) -> int:
+    numbers = (_number(path.name) for path in folder.glob("[0-9]*"))
+    return max((number for number in numbers if number is not None), default=0)
 
 
 def _dead_here(holder: dict[str, Any]) -> bool | None:
@@ -113,6 +116,14 @@ def _dead_here(holder: dict[str, Any]) -> bool | None:
         return None
     # It exists but is not readable: hidden, or a zombie.
     return True if Path(f"/proc/{pid}/stat").exists() else None
+
+
+def _abandoned(path: Path) -> bool:
+    """Return whether a file is one that a process of this machine was writing when it ended."""
+    if not path.name.startswith("."):
+        return False
+    writer = _read(path)
+    return writer is not None and _dead_here(writer) is True
 
 
 def _alive(path: Path, patience: float) -> bool:
@@ -260,8 +271,9 @@ class RunLock:
         if lost or not number or _newest(self.folder) > number:
             return
         with contextlib.suppress(OSError):
-            for path in self.folder.glob("[0-9]*"):
-                if path.name.isdigit() and int(path.name) <= number:
+            for path in self.folder.iterdir():
+                found = _number(path.name)
+                if found is not None and found <= number or _abandoned(path):
                     path.unlink(missing_ok=True)
             self.folder.rmdir()
 
