@@ -216,3 +216,18 @@ def test_a_layer_that_is_not_quantised_yet_is_none() -> None:
     assert not is_quantized(nn.ReLU())
     assert quantized.stored(nn.Linear(8, 4).weight).shape == (4, 8)
     assert issubclass(FusedLinear, Linear)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (96, 64), (96, 96)])
+def test_blocks_of_4_bits_that_go_on_in_the_next_row(rows: int, columns: int) -> None:
+    """The numbers are those of the matrix quantised as one long row, whose blocks these are."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = torch.randn(rows, columns)
+    held, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    flat = functional.quantize_4bit(weight.view(1, -1), quant_type="nf4", blocksize=64)
+    layer = nn.Linear(columns, rows)
+    layer.weight = nn.Parameter(held, requires_grad=False)
+    layer.weight.quant_state = state
+    expected = functional.dequantize_4bit(*flat).view(rows, columns)
+    assert torch.equal(quantized._of_4_bits(layer.weight), expected)
+    assert float((expected - weight).abs().max()) < 0.6

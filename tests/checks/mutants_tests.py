@@ -57,9 +57,11 @@ TESTS = {
         "tests/kernels/test_triton_router.py", "tests/kernels/test_launches.py"
     ),
     "kernels/triton/*": (*TRITON, *TRITON_LINEAR),
+    "kernels/mixtures/lora_ga.py": (*MIXTURES, "tests/training/test_method_formulas.py"),
     "kernels/mixtures/*": MIXTURES,
     "kernels/mixture_base.py": MIXTURES,
     "kernels/routers/*": ROUTERS,
+    "kernels/router_base.py": (*ROUTERS, "tests/training/test_gradient_check.py"),
     "kernels/*router*.py": ROUTERS,
     "kernels/dropout.py": (
         "tests/kernels/test_dropout_masks.py",

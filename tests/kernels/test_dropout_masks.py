@@ -97,8 +97,8 @@ def test_every_element_can_be_dropped(fresh_seed, p) -> None:
     assert abs(float(both) - p**2) <= SIGMAS * p / math.sqrt(rounds) + 3 / rounds
 
 
-def test_scale_keeps_the_mean(p) -> None:
-    mask = draw_mask((300, 400), p, CPU)
+def test_scale_keeps_the_mean(draw, p) -> None:
+    mask = draw((300, 400), p, CPU)
     assert mask.scale == pytest.approx(1 / (1 - p))
     assert mask.shape == (300, 400)
     x = torch.ones(300, 400)
@@ -106,6 +106,11 @@ def test_scale_keeps_the_mean(p) -> None:
     assert set(made.unique().tolist()) == {0.0, torch.tensor(mask.scale).item()}
     limit = SIGMAS * math.sqrt(p / (1 - p) / x.numel())
     assert made.double().mean().item() == pytest.approx(1, abs=limit)
+
+
+def test_a_batch_without_rows_has_an_empty_mask() -> None:
+    mask = key_of(0).mask("x", (0, 4), 0.3, CPU)
+    assert mask.zero(torch.ones(0, 4)).shape == (0, 4)
 
 
 def test_mask_follows_the_seed_and_changes_from_draw_to_draw(p) -> None:

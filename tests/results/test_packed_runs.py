@@ -241,6 +241,12 @@ def test_links_and_names_from_inside_lead_nowhere(packed: Path, tmp_path: Path) 
     assert "is a link, which is not followed" in load_runs(packed.parent)[1][0].reason
 
 
+def test_a_damaged_file_has_nothing(packed: Path) -> None:
+    assert RunFiles(packed).has(RECORD)
+    packed.write_bytes(packed.read_bytes()[:40])
+    assert not RunFiles(packed).has(RECORD)
+
+
 def test_damaged_bytes_are_one_clause_or_change_nothing(packed: Path) -> None:
     """Any byte may be another one: the run is refused in words, or is read as it was."""
     whole, draw = packed.read_bytes(), random.Random(0)

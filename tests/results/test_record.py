@@ -119,7 +119,7 @@ def test_hand_edited_record_is_refused(written: Path) -> None:
 
 
 def test_missing_record_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the record"):
+    with pytest.raises(UserError, match="none.json: No such file or directory; give the folder"):
         read_record(tmp_path / "none.json")
 
 

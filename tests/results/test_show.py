@@ -136,7 +136,9 @@ def test_loads_and_the_cost_of_training_are_the_record_s(
     made = record(before=False, names=("arc_e",))
     made["train"] |= {"expert_load": None, "peak_memory_bytes": 3 * 2**29, "final_loss": 1.25}
     for score in made["scores"]:
-        score["expert_load"] = [[0.99, 0.01], [0.51, 0.49]]
+        # Those of the first protocol are shown.
+        first = score["protocol"] == "label_logits"
+        score["expert_load"] = [[0.99, 0.01], [0.51, 0.49]] if first else [[0.0, 1.0]] * 2
     assert show.load_table(made) is None
     made["train"]["expert_load"] = [[1.0, 0.0], [1.0, 0.0]]
     shares, rest, spread = show.load_table(made).figures
@@ -146,6 +148,20 @@ def test_loads_and_the_cost_of_training_are_the_record_s(
     assert capsys.readouterr().out.splitlines()[-1] == (
         "Trained 50 steps, 10000000 tokens in 1 s (1 tokens/s), loss 1.250, peak memory 1.50 GiB"
     )
+    made["train"]["first_step_seconds"] = 0.3
+    printed(monkeypatch, 200, made)
+    told = "in 1 s, 0.3 s of them for the first step (1 tokens/s after it), loss 1.250"
+    assert told in capsys.readouterr().out.splitlines()[-1]
+    made["train"]["steps"] = 1
+    printed(monkeypatch, 200, made)
+    assert "first step" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_generated_tasks_are_named_as_such() -> None:
+    made = record(before=False)
+    assert "(generated tasks, not the benchmarks)" in show.scores_table(made, "generate").title
+    made["config"]["data"]["name"] = "local"
+    assert "generated tasks" not in show.scores_table(made, "generate").title
 
 
 @WIDTHS

@@ -188,6 +188,13 @@ def test_only_shared_seeds_and_equal_items_are_compared() -> None:
     assert difference_part({1: a}, {2: b}, {}, binary=True) is None
     with pytest.raises(ValueError, match="different items"):
         paired({1: a}, {1: {"x": 1.0, "z": 1.0}})
+    # Also where the clusters are the same.
+    clusters = {"x": "c", "y": "d", "z": "d"}
+    with pytest.raises(ValueError, match="different items"):
+        difference_part({1: a}, {1: {"x": 1.0, "z": 1.0}}, clusters, binary=True)
+    for one, other in ((a, {"x": 1.0}), ({"x": 1.0}, a)):
+        with pytest.raises(ValueError, match="different items"):
+            paired({1: one}, {1: other})
     with pytest.raises(ValueError, match="different items"):
         accuracy_part({1: a, 2: {"x": 1.0}}, {})
 

@@ -219,6 +219,10 @@ def test_mask_serves_all_experts_and_not_the_router(mixed_of, method: str) -> No
             {"mixture": "goat", "mixture_options": {"usual_scale": 1, "eta": 2}},
             "eta=2: usual_scale",
         ),
+        (
+            {"mixture": "goat", "mixture_options": {"usual_scale": 1, "eta": 0.5}},
+            "eta=0.5: usual_scale",
+        ),
         ({"mixture": "lora_ga", "mixture_options": {"gamma": 0.0}}, "gamma=0.0 must be > 0"),
         ({"mixture": "moslora"}, "num_experts=8: mixture=moslora has 1 expert"),
         ({"mixture": "moslora", "router": "top_k"}, "mixture=moslora has no router"),
