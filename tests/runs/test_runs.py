@@ -67,15 +67,11 @@ def test_what_is_longer_than_the_model_is_refused_before_training(
 NO_EXPERTS = ("method=mixlora", "method.router=threshold", "+method.router_options.t_max=0.9")
 
 
-def test_a_run_whose_tokens_have_no_expert_says_so(run: Start) -> None:
-    """All experts are listed as not chosen at the first step, and have loads of 0."""
-    done = run(*NO_EXPERTS)
-    missing = done.record["train"]["not_chosen"]
-    assert len(missing) == 2
-    assert all(experts == list(range(8)) for experts in missing.values())
-    (score,) = done.record["scores"]
-    for load in (done.record["train"]["expert_load"], score["expert_load"]):
-        assert load == [[0.0] * 8] * 2
+def test_a_run_whose_tokens_have_no_expert_is_stopped(run: Start, tmp_path: Path) -> None:
+    """Before its first step: none would ever be trained, nor the threshold."""
+    with pytest.raises(UserError, match="no row of the first micro-batch has an expert"):
+        run(*NO_EXPERTS)
+    assert not list(tmp_path.rglob("record.json"))
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=" ".join)
