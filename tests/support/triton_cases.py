@@ -29,6 +29,7 @@ def load(*names: str) -> list[ModuleType]:
         return [importlib.import_module(name) for name in full]
     interpret_library()
     before = forget()
+    put_back(_copies)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -36,10 +37,19 @@ def load(*names: str) -> list[ModuleType]:
             importlib.import_module("triton.experimental.gluon")
             return [importlib.import_module(name) for name in full]
     finally:
-        forget()
-        for name, module in before.items():
-            sys.modules[name] = module
-            setattr(sys.modules[PACKAGE], name.rpartition(".")[2], module)
+        _copies.update(forget())
+        put_back(before)
+
+
+_copies: dict[str, ModuleType] = {}
+"""Made once in a process: who registers an operator anew frees the one that a copy made before
+holds, and calling that is undefined."""
+
+
+def put_back(modules: dict[str, ModuleType]) -> None:
+    for name, module in modules.items():
+        sys.modules[name] = module
+        setattr(sys.modules[PACKAGE], name.rpartition(".")[2], module)
 
 
 def interpret_library() -> None:
