@@ -117,6 +117,29 @@ def test_within_two_percent(method: str, kernel: str, dropout: float, dtype: tor
 
 
 @pytest.mark.parametrize("method", ["lora", "mixlora"])
+@pytest.mark.parametrize("name", ["qwen3_0.6b", "gemma3_270m"])
+def test_norms_of_other_families(name: str, method: str) -> None:
+    """Qwen 3 has norms of queries and keys, Gemma 3 two more of the hidden state as well."""
+    words = [f"model={name}", "model.weights=random", f"method={method}", "kernel=exact"]
+    config = compose([*words, "method.dropout=0.05", "trainer.loss_on=all"])
+
+    def cut(layers: int) -> Config:
+        own = {**config.model.config, "vocab_size": 1000, "num_hidden_layers": layers}
+        own |= {k: ["full_attention"] * layers for k in ("layer_types",) if k in own}
+        model = dataclasses.replace(config.model, config=own)
+        return dataclasses.replace(config, model=model)
+
+    few, many = (
+        more - fewer
+        for more, fewer in zip(
+            kept(cut(3), 3, torch.bfloat16), kept(cut(2), 2, torch.bfloat16), strict=True
+        )
+    )
+    planned = kept_by_layer(cut(3), 2).per_token
+    assert planned == pytest.approx((many - few) / (MANY - FEW), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
 def test_packed_examples(method: str) -> None:
     """Attention has copies of its own of queries, keys and values, and of what it returns."""
     words = (f"method={method}", "kernel=exact", "method.dropout=0.05", "method.rank=16")

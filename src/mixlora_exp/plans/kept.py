@@ -187,14 +187,29 @@ def kept_without_adapter(config: Config, width: int, *, packed: bool = False) ->
 
 def _of_frozen(model: ModelConfig, width: int, packed: bool) -> Kept:
     sides = widths(model)
-    d, f = sides["gate_proj"]
+    f = sides["gate_proj"][1]
     heads = skeleton_of(model).config.num_attention_heads
-    # The norms' inputs, in float32; queries, keys, values and the attention's output, which several
-    # adapters in one pass, and packed examples, keep twice; a number per head and norm in float32.
-    numbers = (4 if width == 2 else 2) * d + (3 if packed else 2) * sides["q_proj"][1]
-    attention = width * (numbers + 2 * sides["k_proj"][1]) + 4 * (heads + 2)
+    # Queries, keys, values and the attention's output, which several adapters in one pass, and
+    # packed examples, keep twice; a number per head in float32.
+    numbers = (3 if packed else 2) * sides["q_proj"][1] + 2 * sides["k_proj"][1]
+    attention = width * numbers + 4 * heads + _of_norms(model)
     # The gate, its activation and the up projection.
     return Kept(attention, 3 * f * width)
+
+
+def _of_norms(model: ModelConfig) -> int:
+    """Return what a layer's norms keep per token: their inputs in float32, and a number for each
+    row, of which a norm of queries or keys has one per head if it is as wide as a head."""
+    layers = skeleton_of(model).named_modules()
+    layer = next(module for name, module in layers if name.endswith("layers.0"))
+    found = 0
+    for name, module in layer.named_modules():
+        if type(module).__name__.endswith("Norm"):
+            size = module.weight.numel()
+            side = {"q_norm": "q_proj", "k_norm": "k_proj"}.get(name.rpartition(".")[2])
+            numbers = widths(model)[side][1] if side else size
+            found += 4 * numbers + 4 * numbers // size
+    return found
 
 
 def _mean_ranks(model: ModelConfig, method: LoraMethodConfig) -> dict[str, float]:
