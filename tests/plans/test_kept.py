@@ -116,6 +116,28 @@ def test_within_two_percent(method: str, kernel: str, dropout: float, dtype: tor
         assert found.weights == pytest.approx(measured.constant, rel=0.4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("router", "tolerance"),
+    [
+        ("threshold", 0.02),
+        ("threshold method.router_options={t_max:1.0}", 0.02),
+        ("switch method.router_options={capacity_factor:8}", 0.02),
+        ("switch method.router_options={capacity_factor:0.01}", 0.02),
+        # The plan is for all rows preferring one expert, which not quite all do here.
+        ("switch method.router_options={skip:true}", 0.1),
+        ("switch", 0.15),
+    ],
+)
+def test_rows_without_experts(router: str, tolerance: float, dtype: torch.dtype) -> None:
+    """The block computes them without experts, beside the slot that they did not get."""
+    name, *options = router.split()
+    config = small(f"method=mixlora_{name}", "kernel=exact", "method.dropout=0", *options)
+    measured, planned = growth(config, dtype, layers=3), kept_by_layer(config, dtype.itemsize)
+    assert planned.per_token == pytest.approx(measured.per_token, rel=tolerance)
+    assert planned.per_token > 0.99 * measured.per_token
+
+
 @pytest.mark.parametrize("method", ["lora", "mixlora"])
 @pytest.mark.parametrize("name", ["qwen3_0.6b", "gemma3_270m"])
 def test_norms_of_other_families(name: str, method: str) -> None:

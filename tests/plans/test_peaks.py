@@ -12,13 +12,14 @@ from small_shape import small
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.bench.live_bytes import LiveBytes
-from mixlora_exp.config.schema import Config
+from mixlora_exp.config.schema import Config, Head
 from mixlora_exp.evaluation.forward import Scorer
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.models.precision import autocast
 from mixlora_exp.models.quantization import base_bytes
 from mixlora_exp.plans.memory import memory_of, scoring_bytes
+from mixlora_exp.training.losses import single_loss
 
 CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -95,6 +96,29 @@ def test_with_checkpointing_a_layer_adds_its_input(method: str, kernel: str) -> 
     routers = {"lora": 0, "mola": 7}.get(method, 1)
     decided = 2 * routers * 2 * (4 + 4 + 8 + 4)
     assert more_found - found == pytest.approx(more_planned - planned + decided, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_full_logits_of_an_answer_as_long_as_its_example(dtype: str) -> None:
+    """As free text can be: per position a plan has the logits of `trainer.head=full`."""
+    few, many = 64, 192
+    words = ["method=lora", "kernel=exact", "method.rank=2", "method.dropout=0", "data=local",
+             "data.forms=[text]", "trainer.head=full", "trainer.micro_batch_size=1",
+             f"trainer.precision={dtype}"]  # fmt: skip
+    config, found, planned = small(*words, layers=1), [], []
+    config.model.config["vocab_size"] = 20_000
+    model = built(config).train()
+    for tokens in (8, few, many):
+        ids = ids_of(1, tokens)
+        batch = {"input_ids": ids, "labels": ids}
+        with LiveBytes() as memory:
+            with autocast(CPU, DTYPES[dtype]):
+                loss = single_loss(model, model.base_model.model, batch, tokens, Head.full)
+            loss.backward()
+        found.append(memory.peak)
+        config.data.cutoff_length = tokens
+        planned.append(memory_of(config)["activations"])
+    assert found[2] - found[1] == pytest.approx(planned[2] - planned[1], rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ class Router(ABC):
         return self.top_k
 
     @property
+    def base_share(self) -> float:
+        """Largest share of rows that get no expert from a feed-forward block, 0 to 1."""
+        return 0.0
+
+    @property
+    def skips(self) -> bool:
+        """True if such a row is passed on as it is, not computed by the block without experts."""
+        return False
+
+    @property
     def trained(self) -> bool:
         """True if the weights are trained: with one expert they have nothing to decide, and no
         gradient."""

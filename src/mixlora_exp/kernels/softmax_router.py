@@ -122,6 +122,9 @@ class SoftmaxRouter(Router):
         """
         if training and self.jitter:
             x = self._with_noise(x, key)
+        if len(weights) > 1:
+            # Several products read x in this type: they keep one copy of it.
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = self.logits(x, weights[""])
         if self.temperature != 1:
             logits = logits / self.temperature

@@ -149,7 +149,6 @@ def kept_by_mixture(model: ModelConfig, method: LinearMixtureMethodConfig, width
         total += 8 * count + 8 * router.slots
         total += 4 * router.slots + 5 if getattr(router, "normalise", False) else 0
         if width == 2 and router.trained:
-            # The input is made float32 for each matrix.
-            matrices = sum(weight.dim() > 1 for weight in _held(router, linear.in_features))
-            total += 4 * linear.in_features * matrices
+            # One copy of the input in float32.
+            total += 4 * linear.in_features
     return total / len(adapted_layers(built, method))

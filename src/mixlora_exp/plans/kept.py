@@ -127,14 +127,17 @@ def kept_by_layer(
     if not isinstance(method, MixLoraMethodConfig):
         return kept
     d, f = widths(config.model)["gate_proj"]
+    routers = routers_of(config.model, method).values()
     sizes = [
         BlockSizes(
             d=d, f=f, rank=method.rank_of_experts, slots=router.slots, width=width,
             dropout=method.dropout, dora=method.dora,
         )
-        for router in routers_of(config.model, method).values()
+        for router in routers
     ]  # fmt: skip
     block = 4 * d + mean(ROUTING * own.slots + kernel.saved(own) for own in sizes)
+    # Beside its slots a row without experts keeps gate, its activation, up and twice the output.
+    block += width * mean(r.base_share * (2 * d + (0 if r.skips else 3 * f)) for r in routers)
     # Frozen products of gate and up: an adapter without experts keeps those of all rows.
     return replace(kept, block=block + (2 * f * width if beside_plain else 0))
 

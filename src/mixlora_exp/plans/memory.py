@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mixlora_exp.config.choices import OWN_DROPOUT, Compile, Parallel, Protocol, Quantization
 from mixlora_exp.config.schema import (
+    AnswerForm,
     Config,
     Head,
     LoraMethodConfig,
@@ -41,8 +42,8 @@ USABLE = 0.94
 """Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""
 CHUNK = 2**23
 """Logits that exist at a time where the loss is computed in chunks."""
-ANSWER = 4
-"""Tokens per example whose logits are needed where the loss is on answers: a label, or a few."""
+LABEL = 4
+"""Most tokens per example that carry a loss where the answer is a label."""
 GENERATED = {Protocol.generate, Protocol.exact_match, Protocol.answer_pattern}
 """Protocols whose answers the model generates."""
 SCORED = 256
@@ -96,7 +97,7 @@ def _last_layer_skips(config: Config) -> bool:
     """Return whether the last layer's block runs at the rows with a loss alone
     (`training.last_layer`)."""
     method, trainer = config.method, config.trainer
-    if trainer.loss_on is LossOn.all or trainer.compile is not Compile.off:
+    if _positions_with_loss(config) > LABEL or trainer.compile is not Compile.off:
         return False
     if isinstance(method, MixLoraMethodConfig):
         return config.kernel.name.value not in OWN_DROPOUT
@@ -187,11 +188,18 @@ def _dequantized(config: Config, width: int) -> int:
     return (width + by_way) * max(inner * outer for inner, outer in widths(config.model).values())
 
 
+def _positions_with_loss(config: Config) -> int:
+    """Return the most positions per example that may carry a loss: an answer's text may be the
+    whole example."""
+    text = AnswerForm.text in config.data.forms
+    return config.data.cutoff_length if config.trainer.loss_on is LossOn.all or text else LABEL
+
+
 def _logits(config: Config) -> float:
     """Return bytes at the loss: logits, their log-softmax and its gradient in float32, of all
     positions with a loss or of a chunk of them."""
-    answers = config.data.cutoff_length if config.trainer.loss_on is LossOn.all else ANSWER
-    logits = config.trainer.micro_batch_size * answers * _shape(config).vocab_size
+    positions = _positions_with_loss(config)
+    logits = config.trainer.micro_batch_size * positions * _shape(config).vocab_size
     if config.trainer.head is not Head.full:
         logits = min(logits, CHUNK)
     return 12.0 * logits

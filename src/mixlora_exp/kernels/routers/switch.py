@@ -59,6 +59,17 @@ class Switch(SoftmaxRouter):
         """1: a row gets one expert or none."""
         return 1
 
+    @property
+    def base_share(self) -> float:
+        """Where all rows prefer one expert: what is beyond its capacity. With `capacity` that is
+        nearly all of a long sequence, counted as all."""
+        held = 0.0 if self.capacity else self.capacity_factor / self.num_experts
+        return max(0.0, 1 - held)
+
+    @property
+    def skips(self) -> bool:
+        return self.skip
+
     def choose(
         self,
         logits: Tensor,

@@ -46,6 +46,15 @@ class Threshold(SoftmaxRouter):
         """E: all probabilities may be above the threshold."""
         return self.num_experts
 
+    @property
+    def base_share(self) -> float:
+        """1 where t_max leaves it possible that a row has no expert: all may have none."""
+        return float(self._may_have_none)
+
+    @property
+    def _may_have_none(self) -> bool:
+        return self.t_max is not None and self.t_max > 1 / self.num_experts
+
     def initial(self, width: int) -> dict[str, Tensor]:
         """Return new weights of the logits and of the threshold, whose bias is 0."""
         threshold = torch.randn(1, width) * self.init_std
@@ -65,13 +74,12 @@ class Threshold(SoftmaxRouter):
     ) -> Routing:
         """Return all experts with weight max(p_e - t, 0); where t_max > 1/E, a row with no expert
         above it has `base` 1."""
-        lowest = 1 / self.num_experts
-        highest = lowest if self.t_max is None else self.t_max
+        highest = 1 / self.num_experts if self.t_max is None else self.t_max
         level = router_logits(x, weights["threshold"]) + weights["threshold_bias"]
         above = probabilities - highest * level.sigmoid()
         experts = ranked(logits)
         kept = above.gather(1, experts).clamp(min=0)
-        base = (kept == 0).all(dim=-1).to(kept.dtype) if highest > lowest else None
+        base = (kept == 0).all(dim=-1).to(kept.dtype) if self._may_have_none else None
         return Routing(logits, probabilities, experts, kept, {"above": above}, base=base)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
