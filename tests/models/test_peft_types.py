@@ -167,6 +167,8 @@ REFUSED = [
     ("peft_type=VERA peft={r:0}", "method.peft.r=0: PEFT cannot build VERA from it: "),
     ("peft_type=LOHA peft={rank_dropout:x}", "peft.rank_dropout=x must be a number"),
     ("peft_type=LOKR peft={module_dropout:1}", "peft.module_dropout=1 must be a number in"),
+    ("peft_type=LOKR peft={decompose_factor:0}", "decompose_factor=0 must be a whole number >= 1"),
+    ("peft_type=OFT peft={oft_block_size:7,r:0}", "PEFT cannot build OFT from .*Adjusted"),
     ("peft_type=LORA peft={use_rslora:5}", "method.peft.use_rslora=5 must be true or false"),
     ("peft_type=LOHA peft={alpha:x}", "method.peft.alpha=x must be a whole number"),
     ("peft_type=ADALORA peft={tinit:3}", "needs at least 4 optimizer steps, and the run has 2"),

@@ -53,6 +53,10 @@ REFUSED = (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, Ass
            RuntimeError, OSError)  # fmt: skip
 
 
+ADJUSTED = ".*Adjusted `"
+"""PEFT's warning that it takes another value than the one given, which the record would name."""
+
+
 class PeftSize(NamedTuple):
     """Numbers of an adapter's elements: trained ones, and others that it holds, such as VeRA's
     projections."""
@@ -113,15 +117,16 @@ def build_on_meta(model: nn.Module, method: PeftMethodConfig) -> PeftModel:
     read.
 
     Raises:
-        UserError: as `config_of`, or PEFT cannot build it.
+        UserError: as `config_of`, or PEFT cannot build it, or would take other values than these.
     """
     config = config_of(method)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _try_out(config, model.config)
+            warnings.filterwarnings("error", ADJUSTED)
             return get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
-    except REFUSED as error:
+    except (*REFUSED, Warning) as error:
         raise _not_valid(method, error) from error
 
 
@@ -184,6 +189,11 @@ def _check_fields(kind: str, owner: type[PeftConfig], given: Mapping[str, Any]) 
             f"method.peft.init_lora_weights={start} is not served: it changes the base weights, "
             f"which stay as they are here; choose from {', '.join(map(str, INITIAL))}, or use "
             "method=pissa or method=lora_ga"
+        )
+    if not (factor := given.get("decompose_factor", -1)) > 0 and factor != -1:
+        raise UserError(
+            f"method.peft.decompose_factor={factor} must be a whole number >= 1, or -1 for factors "
+            "near the square root"
         )
     for name, value in given.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
