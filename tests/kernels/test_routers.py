@@ -54,6 +54,20 @@ def decide(own: Router, width: int = 7, **given) -> tuple[Routing, dict[str, Ten
     return own.route(x, weights, **given), weights, x
 
 
+class Own(Router):
+    """A router of somebody else, with all that it inherits."""
+
+    def route(self, x, weights, *, training=False, fused=False) -> Routing:
+        raise AssertionError("not asked to decide")
+
+
+def test_one_expert_per_row_teaches_a_router_nothing() -> None:
+    """Its weight, normalised, is always 1, unless the router says otherwise."""
+    own = Own(num_experts=EXPERTS, top_k=1)
+    assert not own.learns_with(1)
+    assert own.learns_with(2)
+
+
 @pytest.mark.parametrize("width", [7, 16], ids="rows of {}".format)
 @pytest.mark.parametrize(("name", "options"), ROUTERS)
 def test_decision(name, options, width) -> None:

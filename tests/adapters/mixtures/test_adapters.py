@@ -66,11 +66,13 @@ def test_loading_needs_no_singular_values(mixed_of, base_of, tmp_path, monkeypat
     load_adapter(base_of(), tmp_path / "goat", KERNEL)
 
 
-@pytest.mark.parametrize("usual", [0, 1])
-def test_goat_starts_as_defined(base_of, usual: int) -> None:
-    """s B_e A_e is the first R singular triplets of run e over rho; the mean over all experts is
-    what the constant term takes away."""
-    options = {"rho": 2.0, "usual_scale": usual}
+@pytest.mark.parametrize(
+    ("options", "usual", "rho"),
+    [({"rho": 2.0}, 0, 2), ({"rho": 2.0, "usual_scale": 1}, 1, 2), ({}, 0, 10)],
+)
+def test_goat_starts_as_defined(base_of, options: dict, usual: int, rho: float) -> None:
+    """s B_e A_e is the first R singular triplets of run e over rho, 10 by default; the mean over
+    all experts is what the constant term takes away."""
     model = get_peft_model(base_of(), make_settings("goat", mixture_options=options))
     layer = model.get_submodule("base_model.model.model.layers.1.self_attn.k_proj")
     u, values, v = torch.linalg.svd(layer.get_base_layer().weight)
@@ -78,7 +80,7 @@ def test_goat_starts_as_defined(base_of, usual: int) -> None:
     assert s == (6 / 3 if usual else (3 * 64 / 3) ** 0.5)
     for e in range(4):
         own = slice(8 * e, 8 * e + 3)
-        expected = u[:, own] @ torch.diag(values[own]) @ v[own] / 2
+        expected = u[:, own] @ torch.diag(values[own]) @ v[own] / rho
         torch.testing.assert_close(s * b[e] @ a[e], expected, rtol=1e-4, atol=1e-6)
     x = torch.randn(5, 64)
     for part in ("A", "B"):
