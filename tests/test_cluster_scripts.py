@@ -111,11 +111,11 @@ def test_a_run_is_requeued_if_it_asks_for_it(cluster: Path, code: int, requeued:
 
 def test_a_job_of_an_array_takes_its_line(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = cluster / "runs.txt"
-    file.write_text("method=lora seed=1\nmethod=dora 'data.forms=[label,text]' seed=$(id)\n")
+    file.write_text("method=lora seed=1\nmethod=dora data.forms=[label,text] seed=$(id)\n")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert script("slurm_array.sh", str(file)).wait() == 0
     started = (cluster / "started").read_text().strip()
-    assert started == "train.py method=dora 'data.forms=[label,text]' seed=$(id)"
+    assert started == "train.py method=dora data.forms=[label,text] seed=$(id)"
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert script("slurm_array.sh", str(file)).wait() == 2
 

@@ -15,7 +15,7 @@
 set -u
 
 cd "${SLURM_SUBMIT_DIR:-.}"
-# Words are split at blanks, and nothing else in the line is interpreted.
+# Words are split at blanks, and nothing else in the line is interpreted: no quotes.
 read -r -a words <<< "$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")"
 if [ "${#words[@]}" -eq 0 ]; then echo "$1 has no line $SLURM_ARRAY_TASK_ID" >&2; exit 2; fi
 # In place of this shell, so that SLURM's signal reaches the next one.

@@ -135,7 +135,10 @@ def kept_by_layer(
         )
         for router in routers
     ]  # fmt: skip
-    block = 4 * d + mean(ROUTING * own.slots + kernel.saved(own) for own in sizes)
+    # x in float32: a router that learns keeps it, and in float32 it is that of the experts.
+    learns = any(router.trained and router.chooses for router in routers)
+    block = 4.0 * d if learns or width == 4 else 0.0
+    block += mean(ROUTING * own.slots + kernel.saved(own) for own in sizes)
     # Beside its slots a row without experts keeps gate, its activation, up and twice the output.
     block += width * mean(r.base_share * (2 * d + (0 if r.skips else 3 * f)) for r in routers)
     # Frozen products of gate and up: an adapter without experts keeps those of all rows.
