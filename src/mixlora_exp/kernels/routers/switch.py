@@ -68,6 +68,7 @@ class Switch(SoftmaxRouter):
 
     @property
     def skips(self) -> bool:
+        """The option `skip`."""
         return self.skip
 
     def choose(
