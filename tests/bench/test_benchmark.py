@@ -90,6 +90,15 @@ def test_a_row_of_another_method_has_its_settings(name: str) -> None:
     assert dropouts == (set() if name in ("vera", "fedpara", "hira") else {0.05})
 
 
+def test_lora_ga_is_measured_as_after_its_start() -> None:
+    """Without a start it refuses to train."""
+    row, options = ROWS["lora_ga"], StepOptions(**SMALL, rows=["lora_ga"])
+    config = model_config("tiny", None)
+    model = adapted(base_model(config, torch.float32, "cpu", 0), row, 0.05, 0)
+    training_step(model, row, batch_of(options, config.config["vocab_size"], "cpu"))
+    assert all(p.any() for n, p in model.named_parameters() if "lora_" in n)
+
+
 # Some twenty models; `make bench-methods` measures the same rows.
 @pytest.mark.slow
 def test_a_row_for_each_mixture_and_router_if_it_is_named() -> None:
