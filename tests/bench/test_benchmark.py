@@ -92,7 +92,8 @@ def test_a_row_of_another_method_has_its_settings(name: str) -> None:
 
 def test_lora_ga_is_measured_as_after_its_start() -> None:
     """Without a start it refuses to train."""
-    row, options = ROWS["lora_ga"], StepOptions(**SMALL, rows=["lora_ga"])
+    row = dataclasses.replace(ROWS["lora_ga"], own_rank=8)
+    options = StepOptions(**SMALL, rows=["lora_ga"])
     config = model_config("tiny", None)
     model = adapted(base_model(config, torch.float32, "cpu", 0), row, 0.05, 0)
     training_step(model, row, batch_of(options, config.config["vocab_size"], "cpu"))

@@ -178,6 +178,15 @@ def test_benchmarks_and_records_leave_out_what_they_cannot_read(
     assert len(left_out) == 1
 
 
+def test_tables_read_timings_and_pass_over_counted_bytes() -> None:
+    """Of the committed ones, of which none is left out for its kind."""
+    found, left_out = load_benchmarks(Path(__file__).parents[2] / "results" / "bench")
+    assert {entry.reason for entry in left_out} <= {"it was measured with uncommitted changes"}
+    names = {entry["name"] for entry in found}
+    assert "methods-smollm2_135m" in names
+    assert not any(name.startswith("bytes-") for name in names)
+
+
 def test_status_passes_over_and_shows_nothing_harmful(tmp_path: Path) -> None:
     words = ["model=tiny", "data=embedded", "method=lora", "task=arc_e", f"output_dir={tmp_path}"]
     name = "figure4c"

@@ -155,7 +155,7 @@ def adapted(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> 
                     parameter.normal_(0, 0.02)
             made.set_adapter("default")
         for name, parameter in made.named_parameters():
-            if "lora_B0" in name and not parameter.any():
+            if name.split(".")[-2] in ("lora_A0", "lora_B0") and not parameter.any():
                 # What LoRA-GA takes from a pass over data before its first step.
                 parameter.normal_(0, 0.02)
             if not parameter.requires_grad:
