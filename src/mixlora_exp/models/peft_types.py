@@ -51,8 +51,6 @@ PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
 """Type of a field -> those of its values, and what they are called."""
 REFUSED = (TypeError, ValueError, ArithmeticError, KeyError, AttributeError, AssertionError,
            RuntimeError, OSError)  # fmt: skip
-
-
 ADJUSTED = ".*Adjusted `"
 """PEFT's warning that it takes another value than the one given, which the record would name."""
 

@@ -30,13 +30,14 @@ that it stays as it was given, and only a change to 4 bits, which refuses it, sw
 `4 nf4 recomputed` is `trainer.micro_batch_size=4 model.quantization=nf4
 trainer.gradient_checkpointing=true`. What a layer keeps is counted from what the code saves, and
 held against autograd's own count on a CPU, within 2 % for each kernel at SmolLM2's shape (11 % for
-`reference` with dropout), and for `kernel=exact` with the other routers, and at the shapes of Gemma
-3 and Qwen 3. Where a router may leave rows without an expert, the plan has the most it can leave,
-and an answer's text may be the whole example. The sums against peaks that were measured on an H100
-and an H200, within 10 % for PEFT's own LoRA and DoRA, the paper's form (`kernel=peft`), and whole
-runs of a 7B model. Neither a quantised base nor checkpointing was measured on a GPU: the matrix of
-the one, what the other keeps of each layer, scoring (planned up to half above) and several adapters
-in one pass are held against bytes counted on a CPU.
+`reference` with dropout), and for `kernel=exact` with the other routers (`uniform` 3 %) and at the
+shapes of Gemma 3 and Qwen 3. Where a router may leave rows without an expert, the plan has the most
+it can leave (up to 15 % above what a freshly drawn `switch` left), and an answer's text may be the
+whole example. The sums against peaks that were measured on an H100 and an H200, within 10 % for
+PEFT's own LoRA and DoRA, the paper's form (`kernel=peft`), and whole runs of a 7B model. Neither a
+quantised base nor checkpointing was measured on a GPU: the matrix of the one, what the other keeps
+of each layer, scoring (planned up to half above) and several adapters in one pass are held against
+bytes counted on a CPU.
 
 ## Plans beside measured peaks
 
