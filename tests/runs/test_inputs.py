@@ -27,6 +27,15 @@ from mixlora_exp.tasks.embedded import rows as embedded_rows
 SCORE = ("method=none", "evaluation.limit=8")
 
 
+def test_an_adapter_is_scored_with_no_kernel_that_would_not_run(
+    finished: Callable[..., Any], configure: Callable[..., Any]
+) -> None:
+    adapter = finished("method=moslora").folder / "adapter"
+    told = "kernel=shared changes nothing in method=moslora"
+    with pytest.raises(UserError, match=told):
+        experiment.run(configure(*SCORE, f"adapter={adapter}", "kernel=shared"))
+
+
 def test_an_existing_adapter_scores_as_in_its_own_run(
     finished: Callable[..., Any], run: Callable[..., Any]
 ) -> None:

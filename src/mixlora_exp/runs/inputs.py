@@ -42,7 +42,7 @@ from mixlora_exp.records.code_hash import code_sha256
 from mixlora_exp.records.files import RECORD
 from mixlora_exp.records.record import read_run
 from mixlora_exp.records.required_fields import odd_fields
-from mixlora_exp.runs.method_checks import check_method, check_shuffle
+from mixlora_exp.runs.method_checks import check_kernel, check_method, check_shuffle
 from mixlora_exp.runs.optimizer_checks import check_optimizer
 from mixlora_exp.runs.parallel import check_processes
 from mixlora_exp.runs.quantized_base import check_quantized_base
@@ -236,6 +236,7 @@ def _check_settings(config: Config, adapter: dict[str, Any] | None, *, here: boo
     """Check all that needs neither data nor weights. `here`: the run executes on this machine."""
     _check_tracker(config)
     check_shuffle(config, adapter)
+    check_kernel(config, adapter)
     check_optimizer(config, here=here)
     _check_base(config, adapter)
     if here:

@@ -38,7 +38,6 @@ def check_method(config: Config) -> None:
     check_mixture(config.model, method)
     _check_routers(config)
     _check_loss_options(method)
-    _check_kernel(config)
     if isinstance(method, PeftMethodConfig):
         from mixlora_exp.models.peft_types import check_schedule
 
@@ -118,14 +117,21 @@ def _check_loss_options(method: Any) -> None:
             )
 
 
-def _check_kernel(config: Config) -> None:
-    """Refuse a kernel that would be recorded for a method which runs alike with all."""
+def check_kernel(config: Config, adapter: dict[str, Any] | None) -> None:
+    """Refuse a kernel that would be recorded for a method which runs alike with all. `adapter`: see
+    `inputs.adapter_entry`.
+
+    Raises:
+        UserError: it is one.
+    """
     kernel, method = config.kernel.name.value, config.method
-    if not isinstance(method, LinearMixtureMethodConfig):
-        return
-    if kernel not in ("auto", "exact", *FASTEST.values()):
+    name = method.name if adapter is None else adapter["method"]
+    alike = isinstance(method, LinearMixtureMethodConfig)
+    if adapter is not None:
+        alike = adapter["peft_type"] == "LORA_MIXTURE"
+    if alike and kernel not in ("auto", "exact", *FASTEST.values()):
         raise UserError(
-            f"kernel={kernel} changes nothing in method={method.name}, whose experts in single "
+            f"kernel={kernel} changes nothing in method={name}, whose experts in single "
             "projections run in one way: use kernel=auto"
         )
 
