@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from composed import compose
 
 from mixlora_exp.config.choices import PEFT_TYPES
-from mixlora_exp.config.paths import CONF_DIR
+from mixlora_exp.config.paths import CONF_DIR, RESULTS
 from mixlora_exp.config.together import packs_of
 from mixlora_exp.kernels.router_base import ROUTERS
 from mixlora_exp.models.parameters import count_parameters
@@ -34,6 +35,20 @@ def test_size_of_a_method(method: str) -> None:
     config = compose(["model=llama2_7b", f"method={method}"])
     counted = count_parameters(config.model, config.method).trainable
     assert rows("`method=`")[method][-1] == f"{counted:,}"
+
+
+def test_times_of_a_step_are_the_record_s() -> None:
+    """Every row of it stands on the page with its ratio to PEFT's LoRA."""
+    record = json.loads((RESULTS / "bench" / "methods-smollm2_135m.json").read_text())
+    text = PAGE.split("methods-smollm2_135m.md)")[1].split("the last four")[0]
+    shown = {}
+    for names, ratio in re.findall(r"((?:`\w+`(?:, | and )?)+) (\d\.\d\d)", text):
+        shown |= dict.fromkeys(re.findall(r"`(\w+)`", names), ratio)
+    measured = {name: f"{row['train_ratio']:.2f}" for name, row in record["rows"].items()}
+    assert measured.pop("lora_peft") == "1.00"
+    assert shown == measured
+    assert f"medians of {record['config']['rounds']} rounds" in text
+    assert record["provenance"]["hardware"]["cpu"] in text
 
 
 def test_routers_and_methods_of_the_page_exist() -> None:
