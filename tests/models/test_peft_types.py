@@ -169,6 +169,7 @@ REFUSED = [
     ("peft_type=LOKR peft={module_dropout:1}", "peft.module_dropout=1 must be a number in"),
     ("peft_type=LOKR peft={decompose_factor:0}", "decompose_factor=0 must be a whole number >= 1"),
     ("peft_type=OFT peft={oft_block_size:7,r:0}", "PEFT cannot build OFT from .*Adjusted"),
+    ("peft_type=DEFT peft={r:200}", "method.peft.r=200 must be at most \\d+, the outputs of the"),
     ("peft_type=LORA peft={use_rslora:5}", "method.peft.use_rslora=5 must be true or false"),
     ("peft_type=LOHA peft={alpha:x}", "method.peft.alpha=x must be a whole number"),
     ("peft_type=ADALORA peft={tinit:3}", "needs at least 4 optimizer steps, and the run has 2"),
@@ -207,6 +208,18 @@ def test_mistakes_are_reported_before_weights_are_read(
 def test_values_are_checked(words: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         compose(words.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("C3A", "{block_size:96}"), ("GRALORA", "{r:12,gralora_k:3}"), ("ROAD", "{group_size:96}")],
+)
+def test_values_that_belong_to_the_model_s_widths_are_taken(kind: str, fields: str) -> None:
+    config = compose(
+        ["model=smollm2_135m", "model.weights=random", "method=peft", f"method.peft_type={kind}",
+         f"method.peft={fields}"]
+    )  # fmt: skip
+    assert count_parameters(config.model, config.method).trainable > 0
 
 
 def test_a_configuration_of_pefts() -> None:

@@ -176,6 +176,14 @@ def test_a_run_without_any_expert_is_stopped(start: Start) -> None:
         start("method=mixlora", "method.router=threshold", "+method.router_options.t_max=1")
 
 
+def test_rows_without_a_loss_of_their_own_teach_experts(start: Start) -> None:
+    """The first rows have the places; the answer, which has the loss, sees them by attention."""
+    words = ["method=mixlora", "method.router=switch", "method.top_k=1"]
+    found = start(*words, "+method.router_options.capacity=4")
+    assert found.steps == 1
+    assert any("layers.1" in name for name in found.not_chosen)
+
+
 def test_a_router_that_gives_no_weight_is_stopped(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,27 +121,53 @@ def build_on_meta(model: nn.Module, method: PeftMethodConfig) -> PeftModel:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _try_out(config, model.config)
+            _try_out(config, model)
             warnings.filterwarnings("error", ADJUSTED)
-            return get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+            built = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     except (*REFUSED, Warning) as error:
         raise _not_valid(method, error) from error
+    if method.peft_type == "DEFT":
+        # PEFT lowers it without a word, and what is saved could not be loaded.
+        least = min(m.out_features for m in built.modules() if hasattr(m, "deft_P"))
+        if config.r > least:
+            raise UserError(
+                f"method.peft.r={config.r} must be at most {least}, the outputs of the smallest of "
+                "method.targets"
+            )
+    return built
 
 
-def _try_out(config: PeftConfig, of: Any) -> None:
-    """Train small projections for one pass: PEFT reads some values there alone. of: the model's
-    transformers configuration."""
+def _try_out(config: PeftConfig, model: nn.Module) -> None:
+    """Train small projections for one pass: PEFT reads some values there alone. Where it fails, one
+    by one those of the model's widths, to which alone some values belong."""
+    targets = sorted(config.target_modules)
+    try:
+        _train_once(config, dict.fromkeys(targets, (TRIED, TRIED)), model.config)
+    except REFUSED:
+        for name in targets:
+            found = (m for n, m in model.named_modules() if n.rpartition(".")[2] == name)
+            sides = [(m.in_features, m.out_features) for m in found if isinstance(m, nn.Linear)]
+            if not sides:
+                raise
+            _train_once(config, {name: sides[0]}, model.config)
+
+
+def _train_once(config: PeftConfig, sides: Mapping[str, tuple[int, int]], of: Any) -> None:
+    """Train projections of such widths for one pass. of: the model's transformers configuration."""
     own = copy.deepcopy(config)
+    own.target_modules = list(sides)
     own.task_type = None
     # What chooses some layers of a whole model.
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if hasattr(own, name):
             setattr(own, name, None)
-    small = nn.ModuleDict({name: nn.Linear(TRIED, TRIED) for name in own.target_modules})
+    small = nn.ModuleDict({name: nn.Linear(*widths) for name, widths in sides.items()})
     small.config = of
     get_peft_model(small, own)
     with torch.enable_grad():
-        sum(module(torch.ones(1, TRIED)).sum() for module in small.train().values()).backward()
+        small.train()
+        total = sum(small[name](torch.ones(1, widths[0])).sum() for name, widths in sides.items())
+        total.backward()
 
 
 def _elements(model: nn.Module | PeftModel) -> int:

@@ -126,13 +126,13 @@ def check_kernel(config: Config, adapter: dict[str, Any] | None) -> None:
     """
     kernel, method = config.kernel.name.value, config.method
     name = method.name if adapter is None else adapter["method"]
-    alike = isinstance(method, LinearMixtureMethodConfig)
+    alike = isinstance(method, (LinearMixtureMethodConfig, PeftMethodConfig))
     if adapter is not None:
-        alike = adapter["peft_type"] == "LORA_MIXTURE"
+        alike = adapter["peft_type"] not in ("LORA", "MIXLORA")
     if alike and kernel not in ("auto", "exact", *FASTEST.values()):
         raise UserError(
-            f"kernel={kernel} changes nothing in method={name}, whose experts in single "
-            "projections run in one way: use kernel=auto"
+            f"kernel={kernel} changes nothing in method={name}, which runs in one way: use "
+            "kernel=auto"
         )
 
 

@@ -72,7 +72,9 @@ def check_gradients_flow(
         module: Decision(*map(bool, values))
         for module, values in zip(watched, sums[len(names) :], strict=True)
     }
-    if decided and not any(decision.experts for decision in decided.values()):
+    # Rows without a loss of their own may still teach an expert, by the attention of later layers.
+    taught = any(totals[name].any() for name in totals if experts.get(name, 0))
+    if decided and not taught and not any(found.experts for found in decided.values()):
         raise UserError(_without_experts(next(iter(decided))))
     for name, total in totals.items():
         if not total.isfinite().all():
@@ -121,7 +123,8 @@ def _without_experts(module: str) -> str:
     return (
         f"method: no row of the first micro-batch has an expert in {module}, nor in any other "
         "module with a router, so no expert was trained: choose a router and options with which "
-        "rows get experts, such as a lower threshold, or mend a router that gives weights of 0"
+        "rows get experts, such as a lower threshold or a larger capacity, or mend a router that "
+        "gives weights of 0"
     )
 
 
