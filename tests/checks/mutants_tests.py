@@ -79,6 +79,7 @@ TESTS = {
     "kernels/dora.py": CAST_WEIGHTS,
     "kernels/precision.py": CAST_WEIGHTS,
     "kernels/shapes.py": CAST_WEIGHTS,
+    "kernels/mixlora/exact.py": (*BYTES_KEPT, "tests/kernels/test_compiled.py"),
     "kernels/mixlora/*": BYTES_KEPT,
     "kernels/registry.py": BYTES_KEPT,
     "kernels/*": PLAIN,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mixlora_exp.errors import UserError
@@ -270,3 +271,58 @@ def test_a_whole_output_folder_that_went_meanwhile_is_made_anew(
     assert lock.acquire()
     assert numbers(folder) == [1]
     lock.release()
+
+
+def test_discarding_removes_all_that_ended_holders_left(tmp_path: Path) -> None:
+    """Earlier numbers, and the file that one was writing when it was killed."""
+    folder = tmp_path / "lock"
+    for _ in range(2):
+        assert taken(folder)[0]
+    mine = json.loads((folder / "1").read_text())
+    put(folder, 1, **{**mine, "pid": 2**22 + 1})
+    (folder / "1").rename(folder / ".3.4194305.abcd")
+    lock = RunLock(folder, **PATIENT)
+    assert lock.acquire()
+    lock.discard()
+    assert not folder.exists()
+
+
+def test_discarding_leaves_what_a_living_process_writes(tmp_path: Path) -> None:
+    folder = tmp_path / "lock"
+    lock = RunLock(folder, **PATIENT)
+    assert lock.acquire()
+    (folder / ".2.1.abcd").write_bytes((folder / "1").read_bytes())
+    lock.discard()
+    assert [path.name for path in folder.iterdir()] == [".2.1.abcd"]
+
+
+def test_a_folder_that_went_and_came_back_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has removed it, and a third one made it anew before this one does."""
+    lock = RunLock(tmp_path, **PATIENT)
+    create, asked = lock._create, []
+
+    def gone_once(number: int) -> bool:
+        asked.append(number)
+        if len(asked) == 1:
+            raise FileNotFoundError(2, "No such file or directory", str(tmp_path))
+        return create(number)
+
+    monkeypatch.setattr(lock, "_create", gone_once)
+    assert lock.acquire()
+    lock.release()
+
+
+def test_where_the_system_has_no_proc_a_living_holder_keeps_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS, where start times come from psutil."""
+    monkeypatch.setattr(
+        runlock, "Path", lambda name: Path(str(name).replace("/proc/", f"{tmp_path}/no/"))
+    )
+    holder = RunLock(tmp_path / "lock", **PATIENT)
+    assert holder.acquire()
+    assert holder_of(tmp_path / "lock")["started"] == str(psutil.Process().create_time())
+    assert not taken(tmp_path / "lock")[0]
+    holder.release()

@@ -17,6 +17,7 @@ from mixlora_exp.kernels import (
     FrozenLinear,
     Projection,
     Routing,
+    draw_mask,
     kernel,
     resolve_kernel,
     route,
@@ -300,6 +301,16 @@ def test_the_faster_form_is_taken(monkeypatch, tokens, width, dtype, dora, grad,
             x, route(x, torch.zeros(2, width), 1), FeedForward(*projections, "silu")
         )
     assert taken == [form]
+
+
+@pytest.mark.parametrize("role", ["x_mask", "hidden_mask"])
+def test_a_block_is_cut_with_the_one_mask_that_it_has(role) -> None:
+    frozen = Projection(FrozenLinear(torch.zeros(4, 4)), None)
+    mask = draw_mask((9, 4), 0.5, torch.device("cpu"))
+    block = FeedForward(frozen, frozen, frozen, "silu", dropout=0.5, **{role: mask})
+    part = block.slice(2, 5)
+    assert torch.equal(getattr(part, role).kept(), mask.kept()[2:5])
+    assert {part.x_mask, part.hidden_mask} == {getattr(part, role), None}
 
 
 @pytest.mark.parametrize("form", ["exact, grouped", "exact, dense"])

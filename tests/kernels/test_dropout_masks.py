@@ -375,3 +375,18 @@ def test_no_probability_no_mask_and_no_rows_the_default_generator(p) -> None:
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert key.uniform("input", 30) is None
+
+
+def test_masks_are_those_of_every_commit() -> None:
+    """Elements that one key drops, to the number: another hash of the key or the place is another
+    trajectory of every run."""
+    key = key_of(4)
+    dropped = (~key.mask("input", (4, 30), 0.1, CPU).kept()).flatten().nonzero().flatten()
+    assert dropped.tolist() == [4, 29, 46, 71, 76, 77, 83]
+    hashed = (~key.mask("input", (4, 30), 0.1, CPU, hashed=True).kept()).flatten().nonzero()
+    assert hashed.flatten().tolist() == [1, 24, 39, 52, 60, 61, 67, 81, 112]
+    torch.manual_seed(3)
+    without_key = draw_mask((4, 30), 0.1, CPU, hashed=True)
+    assert (~without_key.kept()).flatten().nonzero().flatten().tolist() == [
+        17, 32, 39, 44, 54, 70, 80, 85, 97, 110,
+    ]  # fmt: skip

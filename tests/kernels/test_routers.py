@@ -189,3 +189,27 @@ def test_settings_come_from_the_adapter_and_options_from_their_own_place() -> No
         made("top_k", {"p": 0.3})
     with pytest.raises(ValueError, match="router='best' is unknown: choose from .*top_k"):
         made("best", {})
+
+
+def test_switch_says_whether_it_skips_the_block() -> None:
+    """And which share of rows goes to the frozen block at most; plans count by both."""
+    assert made("switch", {"capacity": 2, "skip": True}).skips is True
+    own = made("switch", {"capacity_factor": 1.25})
+    assert (own.skips, own.base_share) == (False, 1 - 1.25 / EXPERTS)
+
+
+@pytest.mark.parametrize("option", ["temperature", "jitter", "z_loss"])
+def test_one_launch_is_for_the_defaults_alone(option) -> None:
+    """`fused` changes no decision where an option differs, and without it no kernel is asked."""
+    options = {option: {"temperature": 3.0}.get(option, 0.01)}
+    for settings, fused in ((options, True), (options, False), ({}, False)):
+        found, *_ = decide(made("top_k", settings), fused=fused)
+        expected, *_ = decide(made("top_k", settings))
+        assert "report" not in found.extra
+        assert torch.equal(found.weights, expected.weights)
+
+
+@pytest.mark.parametrize("jitter", [-0.1, 1.0, 1.5])
+def test_noise_that_could_turn_an_input_s_sign_is_refused(jitter) -> None:
+    with pytest.raises(ValueError, match="jitter"):
+        made("top_k", {"jitter": jitter})

@@ -55,6 +55,9 @@ def test_every_committed_run_that_trained_has_a_whole_card(path: Path) -> None:
         assert f"{100 * score['majority_class']:.1f}" in cells
     for files in record["data"].values():
         assert files[0]["sha256"] in card
+    # A table whose rows differ in the number of cells is shown as text.
+    for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
+        assert len({row.count("|") for row in table.splitlines()}) == 1
 
 
 def test_the_licence_is_the_model_s_or_not_stated(record: dict) -> None:
@@ -147,6 +150,7 @@ def test_the_summary_and_the_training_are_the_record_s(record: dict) -> None:
     assert float(told["last loss"]) == pytest.approx(train["final_loss"], rel=1e-3)
     assert (int(told["seed"]), int(told["tokens"])) == (config["seed"], train["tokens"])
     assert told["record's sha256"] == record["content_sha256"]
+    assert told["code"] == record["provenance"]["git"]["commit"]
     other = copy.deepcopy(record)
     for name in ("rank", "alpha", "num_experts", "top_k"):
         other["config"]["method"][name] = None

@@ -120,6 +120,9 @@ def test_a_deviation_from_the_preset_is_named_as_it_is_set() -> None:
     made = record(before=False, names=("arc_e",))
     preset = made["config"]["preset"]
     assert show.scores_table(made, "generate").title.splitlines()[-1] == "preset=official"
+    preset["name"] = "correct"
+    assert "preset" not in show.scores_table(made, "generate").title, "the default is not told"
+    preset["name"] = "official"
     kinds = {type(preset[switch]): (switch, dotted) for switch, dotted in SWITCHES.items()}
     for kind, other in ((bool, None), (str, "another")):
         switch, dotted = kinds[kind]
