@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from composed import compose
+from peft import get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
@@ -135,6 +136,20 @@ def test_each_type_trains_and_is_saved_whole(kind: str, tmp_path: Path) -> None:
         assert (logits - plain).abs().max() > 1e-3
         with model.disable_adapter():
             assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_what_is_not_saved_is_not_trained(kind: str) -> None:
+    """On a bf16 base PEFT makes AdaLoRA's number of ranks trainable, and does not save it."""
+    own = [f"method.peft={SMALL[kind]}"] if kind in SMALL else []
+    config = compose(["model=tiny", "method=peft", f"method.peft_type={kind}", *own])
+    base = load_model(config.model, torch.bfloat16)
+    model = attach_adapter(base, config.method, config.kernel, seed=0)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    count = sum(p.numel() for _, p in trained)
+    assert count == count_parameters(config.model, config.method).trainable
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert {name.replace(".default", "") for name, _ in trained} <= saved.keys()
 
 
 REFUSED = [

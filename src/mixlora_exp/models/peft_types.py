@@ -102,7 +102,7 @@ def peft_size(model: nn.Module, method: PeftMethodConfig) -> PeftSize:
     """
     built = build_on_meta(model, method)
     named = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
-    # On the meta device PEFT leaves it trainable that AdaLoRA's count of ranks is a constant.
+    # As `adapters.build` does: PEFT makes AdaLoRA's count of ranks trainable where it moves it.
     trained = {name: p.numel() for name, p in named if "ranknum" not in name}
     for name in trained:
         rate_factor(name, method.lora_plus_ratio)
