@@ -82,7 +82,7 @@ def switch(z, p, x, weights, factor: float = 1.25, *, ones: bool = False):
         takes = t in REAL_ROWS and room[first[t]] > 0
         room[first[t]] -= takes
         kept.append([first[t]] if takes else [])
-        left.append(0.0 if takes else 1.0)
+        left.append(float(t in REAL_ROWS and not takes))
     most = torch.ones(T) if ones else torch.stack([p[t, first[t]] for t in range(T)])
     made = of_chosen(torch.ones_like(p) if ones else p, kept)
     return made, most * torch.tensor(left), balance(p, [[e] for e in first])
@@ -314,11 +314,11 @@ def test_compiled_blocks_have_the_rows_without_experts_too() -> None:
 
 
 def test_some_rows_alone_are_given_to_the_block_without_experts_too() -> None:
-    own = router_of("switch", {"capacity_factor": 0.5})
+    own = router_of("switch", {"capacity_factor": 0.25})
     leaves, rows = leaves_of(own), torch.arange(3, T, 2)
     x = leaves["x"]
     routing = own.route_masked(x, {"": leaves["router "]}, REAL)
     block, kernel = block_of(leaves), BLOCKS["exact"]
     some = kernel(x[rows], routing.at(rows), block)
     torch.testing.assert_close(some, kernel(x, routing, block)[rows])
-    assert routing.base[rows].count_nonzero() > 2
+    assert routing.base[rows].count_nonzero() > 1

@@ -22,8 +22,8 @@ class Switch(SoftmaxRouter):
 
     An expert takes the first C = ceil(capacity_factor T / E) of its rows in the order of the batch
     (example after example, each by position), where T counts the real rows of the forward pass:
-    padding takes no place. Rows beyond that, and padding, go through the feed-forward block without
-    experts, with the same weight p_e. Inference does the same as training, so that a row's output
+    padding takes no place. Rows beyond that go through the feed-forward block without experts, with
+    the same weight p_e; padding gets nothing from the block. Inference does the same as training, so that a row's output
     depends on the rows beside it, and token by token on fewer of them; a capacity_factor of E drops
     nothing.
 
@@ -79,8 +79,8 @@ class Switch(SoftmaxRouter):
         weights: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> Routing:
-        """Return each row's most probable expert, with weight 0 beyond the expert's capacity or in
-        padding; such a row's probability goes to `base`."""
+        """Return each row's most probable expert, with weight 0 beyond the expert's capacity, where
+        the probability goes to `base`, or in padding, which the block leaves out."""
         experts = ranked(logits)[:, :1].contiguous()
         most = probabilities.gather(1, experts)
         wanted = is_expert(experts[:, 0], self.num_experts).long()
@@ -97,6 +97,8 @@ class Switch(SoftmaxRouter):
         place = (wanted.cumsum(dim=-2) * wanted).sum(dim=-1).view(-1, 1)
         held = (place > 0) & (place <= capacity)
         base, kept = torch.where(held, 0.0, most)[:, 0], torch.where(held, most, 0.0)
+        if mask is not None and not self.capacity:
+            base = base * mask
         return Routing(logits, probabilities, experts, kept, base=base, skips=self.skip)
 
     def statistics(self, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
