@@ -128,6 +128,17 @@ def ask(n):
     # So does what only looks like a check: its argument is returned.
     other = CHECKS + "    return rule\n"
     assert meant(PROGRAM, other) != meant(PROGRAM.replace("must be > 0", "is small"), other)
+    # And an argument of a function that makes an exception, unless it becomes its text.
+    made = """
+def wrong(kind):
+    seen.append(kind)
+    return ValueError("no")
+
+
+def ask(n):
+    raise wrong("Choose")
+"""
+    assert meant(made) != meant(made.replace("Choose", "Take"))
     # And an argument of a function that this package does not have.
     foreign = "from elsewhere import require\nrequire(1, 'n', 'a rule')\n"
     assert meant(foreign) != meant(foreign.replace("a rule", "another"))
@@ -138,6 +149,11 @@ def test_a_text_inside_what_is_said_does_not_count(told: str) -> None:
     program = f"def ask(n):\n    raise ValueError({told})\n"
     assert meant(program) == meant(program.replace("Choose", "Take"))
     assert meant(program) != meant(program.replace("ValueError", "list"))
+
+
+def test_nor_does_what_a_library_s_exception_says() -> None:
+    program = "import library\n\ndef ask(n):\n    raise library.Wrong('Choose')\n"
+    assert meant(program) == meant(program.replace("Choose", "Take"))
 
 
 def test_a_text_that_other_functions_read_counts() -> None:

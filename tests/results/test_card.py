@@ -118,7 +118,8 @@ def test_scores_before_training_stand_beside(record: dict) -> None:
     both = copy.deepcopy(record)
     both["scores_before"] = [{**score, "accuracy": 0.125} for score in record["scores"]]
     card = model_card(both)
-    assert "before training" in card
+    assert "| 95 % interval | before training | majority class |" in card
+    assert re.search(r" to [\d.]+ \| 12.5 \|", card)
     assert card.count("| 12.5 |") == len(record["scores"])
     assert "before training" not in model_card(record)
 

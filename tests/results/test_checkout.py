@@ -136,6 +136,8 @@ def test_no_checkout_is_none(
 ) -> None:
     assert git_state(tmp_path) is None
     assert git_state(checkout / "results") is None
+    monkeypatch.chdir(tmp_path)
+    assert git_state(tmp_path) is None, "what git answers when it fails is no folder"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(checkout) is None
 

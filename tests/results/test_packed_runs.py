@@ -17,7 +17,14 @@ import pytest
 from opens import opens_below
 
 from mixlora_exp.errors import SCREEN, UserError
-from mixlora_exp.records.files import FORCED, RECORD, RunFiles, pack, record_paths
+from mixlora_exp.records.files import (
+    FORCED,
+    RECORD,
+    RunFiles,
+    find_record,
+    pack,
+    record_paths,
+)
 from mixlora_exp.records.record import read_record
 from mixlora_exp.results.build import gather, table_files
 from mixlora_exp.results.collect import collect
@@ -303,3 +310,12 @@ def test_a_packed_run_begins_with_its_record_and_has_no_time(tmp_path: Path) -> 
             assert entry.date_time == (1980, 1, 1, 0, 0, 0)
             assert entry.compress_type == zipfile.ZIP_DEFLATED
             assert (entry.create_system, entry.external_attr >> 16) == (3, 0o100644)
+
+
+def test_a_file_of_another_name_is_no_run(packed: Path) -> None:
+    assert find_record(str(packed)) == packed
+    for name in ("settings.json", "a.json", "record.jsonl"):
+        other = packed.with_name(name)
+        other.write_bytes(packed.read_bytes())
+        with pytest.raises(UserError, match="is not a run"):
+            find_record(str(other))

@@ -197,3 +197,8 @@ def test_the_processor_is_called_as_the_system_calls_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: told)
     assert record_module.hardware(["a GPU"])["cpu"] == "A Processor"
     assert record_module.hardware(["a GPU"])["gpus"] == ["a GPU"]
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "")
+    for processor, machine in (("", "arm64"), ("i386", "arm64")):
+        monkeypatch.setattr("platform.processor", lambda told=processor: told)
+        monkeypatch.setattr("platform.machine", lambda told=machine: told)
+        assert record_module.hardware([])["cpu"] == (processor or machine)

@@ -19,6 +19,7 @@ from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import TASK_NAMES
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.records import show
+from mixlora_exp.records.layout import Column, Sheet, fitted
 
 WIDTHS = pytest.mark.parametrize("width", [60, 80, 120])
 
@@ -218,3 +219,10 @@ def test_pipes_and_logs(settings: dict[str, str], width: int, sign: str) -> None
     assert "-1234.50" in done.stdout
     framed = [line for line in done.stdout.splitlines() if line[:1] in ("│", "|", "┃", "+")]
     assert 40 < max(map(len, framed)) <= width
+
+
+@pytest.mark.parametrize("more", [{}, {"summed": True}])
+def test_a_line_separates_a_last_row_that_sums_up(more: dict[str, bool]) -> None:
+    sheet = Sheet("", Column("task", ["a", "all"]), [Column("n", ["1", "2"])], **more)
+    (table,) = fitted(sheet, 60)
+    assert [row.end_section for row in table.rows] == [bool(more), False]

@@ -33,8 +33,8 @@ def line(record: dict) -> str:
 
 
 def test_every_method_of_the_sweep_ran() -> None:
-    """A method that came later is not in it until all are run again: they are of one commit, but for
-    `adalora`, in which a constant was trained until then."""
+    """A method that came later is not in it until all are run again: they are of one commit, but
+    for `adalora`, in which a constant was trained until then."""
     sweep = yaml.safe_load((CONF_DIR / "experiment" / "smoke_methods.yaml").read_text())
     listed = sweep["hydra"]["sweeper"]["params"]["method"].split(",")
     assert sorted(RECORDS) == sorted(listed)

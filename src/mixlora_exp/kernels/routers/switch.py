@@ -23,9 +23,9 @@ class Switch(SoftmaxRouter):
     An expert takes the first C = ceil(capacity_factor T / E) of its rows in the order of the batch
     (example after example, each by position), where T counts the real rows of the forward pass:
     padding takes no place. Rows beyond that go through the feed-forward block without experts, with
-    the same weight p_e; padding gets nothing from the block. Inference does the same as training, so that a row's output
-    depends on the rows beside it, and token by token on fewer of them; a capacity_factor of E drops
-    nothing.
+    the same weight p_e; padding gets nothing from the block. Inference does the same as training,
+    so that a row's output depends on the rows beside it, and token by token on fewer of them; a
+    capacity_factor of E drops nothing.
 
     Loss: E sum_e F_e P_e with the share F_e of rows that prefer e, before any is dropped; 1 at
     balance. `top_k` and `router_loss` are not read; a run refuses a `top_k` above 1.
