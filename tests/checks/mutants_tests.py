@@ -11,6 +11,7 @@ PLAIN = (
     "tests/kernels/test_activations.py",
     "tests/kernels/test_eager_linear.py",
     "tests/kernels/test_lora_linear.py::test_equals_the_definition",
+    "tests/kernels/test_lora_linear.py::test_the_form_of_other_devices_is_the_definition",
     "tests/kernels/test_lora_linear.py::test_is_each_adapter_by_itself",
     "tests/kernels/test_block_kernels.py",
     "tests/kernels/test_needed_gradients.py::test_linear_layers",

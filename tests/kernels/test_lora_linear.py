@@ -12,7 +12,7 @@ from one_lora import by_itself
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixlora_exp.kernels import DropMask, draw_mask
+from mixlora_exp.kernels import DropMask, draw_mask, plain_linear
 from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
 from mixlora_exp.kernels.low_rank import LowRankPart
 
@@ -90,6 +90,21 @@ def test_equals_the_definition(fresh_seed, tokens, size, rank, dora, held) -> No
     found = run(by_itself, values, *dtypes, mask)
     truth = run(definition, values, *dtypes, mask)
     assert found.keys() == truth.keys() == {"y", *NAMES[: 3 + dora]}
+    for name, value in found.items():
+        torch.testing.assert_close(value, truth[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scaling", [0.3, 1.7])
+def test_the_form_of_other_devices_is_the_definition(
+    fresh_seed, dora, scaling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose products have no factor until the last: below and above 1."""
+    monkeypatch.setattr("mixlora_exp.kernels.lora.steps_on", lambda device: plain_linear)
+    monkeypatch.setitem(globals(), "SCALING", scaling)
+    values = draw(9, (12, 20), 3, dora)
+    mask = draw_mask((9, 12), 0.4, torch.device("cpu"))
+    dtypes = torch.float64, torch.float64
+    found, truth = (run(form, values, *dtypes, mask) for form in (by_itself, definition))
     for name, value in found.items():
         torch.testing.assert_close(value, truth[name], rtol=1e-10, atol=1e-10)
 
