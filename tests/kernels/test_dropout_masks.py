@@ -133,9 +133,11 @@ def test_no_dropout_draws_nothing() -> None:
     assert drop(x, None, torch.tensor([1])) is x
 
 
-def test_few_dropped_elements_are_held_by_number(p) -> None:
+@pytest.mark.parametrize("keyed", [False, True])
+def test_few_dropped_elements_are_held_by_number(p, keyed) -> None:
     """So that little is kept for the backward pass; above one half a bool per element is less."""
-    mask = draw_mask((30, 40), p, CPU)
+    shape = (30, 40)
+    mask = key_of(30).mask("input", shape, p, CPU) if keyed else draw_mask(shape, p, CPU)
     assert mask.is_sparse == (p <= 0.5)
     if mask.is_sparse:
         assert mask.elements.dtype == torch.int32
