@@ -41,3 +41,20 @@ def test_pissa_starts_from_the_largest_singular_values(weight: Tensor) -> None:
     product = 0.7 * parts["B"][0] @ parts["A"][0]
     torch.testing.assert_close(product, low_rank(weight, slice(0, 3)), **EXACT)
     assert all(torch.equal(parts[name], parts[f"{name}0"]) for name in ("A", "B"))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_name", "width"),
+    [("mola", "A", 25), ("moslora", "A", 25), ("moslora", "mixer", 64)],
+)
+def test_other_starts_are_those_of_a_linear_layer(name: str, weight_name: str, width: int) -> None:
+    """Uniform in +-1/sqrt(width), to within what its extremes can miss; B is zero."""
+    torch.manual_seed(0)
+    experts = 1 if name == "moslora" else 4
+    sizes = Sizes(experts=experts, rank=64, inputs=25, outputs=12)
+    parts = make_mixture(name, {}).initial(sizes, torch.zeros(12, 25), 1.0)
+    drawn, end = parts[weight_name], 1 / math.sqrt(width)
+    assert -end <= drawn.min() < -0.98 * end
+    assert 0.98 * end < drawn.max() <= end
+    assert abs(drawn.mean()) < 6 * end / math.sqrt(3 * drawn.numel())
+    assert not parts["B"].any()
