@@ -3,6 +3,9 @@
 `python tests/checks/mutants.py` draws mutants of cosmic-ray by a seed, runs for each one the tests
 of its module in a clone of this checkout, and writes `results/mutation.json`.
 `results/mutation.yaml` holds reasons: of survivors that no test can or need tell from the original.
+
+`--again` runs those of the record that survived without a reason once more, with today's tests, and
+adds what became of them: tests were written for them, so that they are counted apart.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
 
 import yaml
 from caches import move_caches
-from mutants_drawn import ROOMS, draw
+from mutants_drawn import ROOMS, Mutant, draw, made_again
 from mutants_run import measure
 
-from mixlora_exp.records.record import finish_record, provenance, write_json
+from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
 
 SEED, PER_ROOM = 2026, 52
 RECORD = ROOT / "results" / "mutation.json"
@@ -53,8 +56,10 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
              for name in ("killed", "timed out", "survived")}  # fmt: skip
     noticed = count["killed"] + count["timed out"]
     explained = sum("why" in row for row in rows)
-    return {"drawn": len(rows), **count, "explained": explained,
-            "score": round(noticed / len(rows), 3) if rows else None}  # fmt: skip
+    later = sum(row.get("later", {}).get("outcome") in ("killed", "timed out") for row in rows)
+    share = {name: round(number / len(rows), 3) if rows else None for name, number in
+             (("score", noticed), ("score with later tests", noticed + later))}  # fmt: skip
+    return {"drawn": len(rows), **count, "explained": explained, "killed later": later, **share}
 
 
 def main() -> int:
@@ -63,14 +68,72 @@ def main() -> int:
     parser.add_argument("--per-room", type=int, default=PER_ROOM)
     parser.add_argument("--room", choices=ROOMS, action="append", help="default: all but triton")
     parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--again", action="store_true", help="the record's survivors, once more")
     options = parser.parse_args()
     os.nice(10)
+    record = _again(options.out) if options.again else _first(options)
+    rows = record["mutants"]
+    for room, counted in record["rooms"].items():
+        counted |= _summary([row for row in rows if row["room"] == room])
+    record["all"] = _summary(rows)
+    write_json(options.out, finish_record(record))
+    print(record["all"], *(f"{room}: {c}" for room, c in record["rooms"].items()), sep="\n")
+    return 0
+
+
+def _first(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of newly drawn mutants."""
     begun, origin = time.monotonic(), provenance(ROOT)
     reasons = _reasons()
     mutants, rows, rooms = [], [], {}
     for room in options.room or [room for room in ROOMS if room != "triton"]:
         drawn, rooms[room] = draw(ROOT, room, options.per_room, options.seed)
         mutants += drawn
+    for mutant, outcome, seconds, failed in _measured(mutants):
+        row = {
+            "room": mutant.room, "file": mutant.file, "line": mutant.line, "name": mutant.name,
+            "before": mutant.before, "after": mutant.after, "outcome": outcome,
+            "seconds": seconds, "by": failed,
+        }  # fmt: skip
+        if outcome == "survived" and _change(row) in reasons:
+            row["why"] = reasons[_change(row)]
+        rows.append(row)
+        print(len(rows), json.dumps([*row.values()][1:]), flush=True)
+    return {
+        "tool": f"cosmic-ray {importlib.metadata.version('cosmic-ray')}",
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - begun, 1),
+        "all": {},
+        "rooms": rooms,
+        "mutants": sorted(rows, key=lambda row: (row["room"], row["file"], row["line"])),
+        "provenance": origin,
+    }
+
+
+def _again(path: Path) -> dict[str, Any]:
+    """The record with what became of its survivors; without a place in today's files they are
+    `gone`."""
+    begun, origin = time.monotonic(), provenance(ROOT)
+    record, reasons = read_record(path), _reasons()
+    rows, later = {}, []
+    for row in record["mutants"]:
+        if row["outcome"] == "survived" and _change(row) in reasons:
+            row["why"] = reasons[_change(row)]
+        elif row["outcome"] == "survived":
+            mutant = made_again(ROOT, row)
+            row["later"] = {"outcome": "gone"}
+            if mutant is not None:
+                rows[mutant.key] = row
+                later.append(mutant)
+    for mutant, outcome, seconds, failed in _measured(later):
+        rows[mutant.key]["later"] = {"outcome": outcome, "seconds": seconds, "by": failed}
+        print(mutant.key, rows[mutant.key]["later"], flush=True)
+    record["again"] = {"seconds": round(time.monotonic() - begun, 1), "provenance": origin}
+    return record
+
+
+def _measured(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, str, float, str]]:
+    """As `measure`, in a clone of this checkout."""
     # The finder that registers the package with PEFT would import the package here.
     sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != "mixlora_exp._peft_hook"]
     move_caches()
@@ -80,30 +143,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        for mutant, outcome, seconds, failed in measure(Path(folder), mutants):
-            row = {
-                "room": mutant.room, "file": mutant.file, "line": mutant.line, "name": mutant.name,
-                "before": mutant.before, "after": mutant.after, "outcome": outcome,
-                "seconds": seconds, "by": failed,
-            }  # fmt: skip
-            if outcome == "survived" and _change(row) in reasons:
-                row["why"] = reasons[_change(row)]
-            rows.append(row)
-            print(len(rows), json.dumps([*row.values()][1:]), flush=True)
-    for room, counted in rooms.items():
-        counted |= _summary([row for row in rows if row["room"] == room])
-    record = {
-        "tool": f"cosmic-ray {importlib.metadata.version('cosmic-ray')}",
-        "seed": options.seed,
-        "seconds": round(time.monotonic() - begun, 1),
-        "all": _summary(rows),
-        "rooms": rooms,
-        "mutants": sorted(rows, key=lambda row: (row["room"], row["file"], row["line"])),
-        "provenance": origin,
-    }
-    write_json(options.out, finish_record(record))
-    print(record["all"], *(f"{room}: {counted}" for room, counted in rooms.items()), sep="\n")
-    return 0
+        yield from measure(Path(folder), mutants)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import ast
 import difflib
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cosmic_ray.ast import ast_nodes, get_ast_from_path
 from cosmic_ray.mutating import mutate_code
@@ -100,24 +101,45 @@ def draw(root: Path, room: str, count: int, seed: int) -> tuple[list[Mutant], di
     chance.shuffle(places)
     found, alike = [], 0
     for path, choices in places:
-        name, occurrence, (line, column) = chance.choice(choices)
-        source = path.read_text(encoding="utf-8")
-        mutated = mutate_code(source, get_operator(name)(), occurrence)
-        try:
-            same = mutated is None or _meaning(mutated) == _meaning(source)
-        except SyntaxError:
-            same = True
-        if same:
+        mutant = _mutant(root, room, path, chance.choice(choices))
+        if mutant is None:
             alike += 1
             continue
-        changed = list(difflib.ndiff(source.splitlines(), mutated.splitlines()))
-        before, after = (
-            "\n".join(text[2:].strip() for text in changed if text[0] == sign) for sign in "-+"
-        )
-        name = f"{name.partition('/')[2]} {line}:{column}"
-        file = path.relative_to(root).as_posix()
-        found.append(Mutant(room, file, line, name, before, after, source, mutated))
+        found.append(mutant)
         if len(found) == count:
             break
     counted = {"files": len(files), "places": len(places), "without effect": alike}
     return sorted(found, key=lambda mutant: (mutant.file, mutant.line)), counted
+
+
+def made_again(root: Path, row: Mapping[str, Any]) -> Mutant | None:
+    """The mutant of a record's row in today's file; None where that has no such place."""
+    path, operator = root / row["file"], row["name"].partition(" ")[0]
+    for choices in _places(path) if path.exists() else ():
+        for choice in choices:
+            if choice[0].partition("/")[2] == operator:
+                found = _mutant(root, row["room"], path, choice)
+                if found and (found.before, found.after) == (row["before"], row["after"]):
+                    return found
+    return None
+
+
+def _mutant(
+    root: Path, room: str, path: Path, choice: tuple[str, int, tuple[int, int]]
+) -> Mutant | None:
+    """None where the change means the same by construction, or is no Python."""
+    operator, occurrence, (line, column) = choice
+    source = path.read_text(encoding="utf-8")
+    mutated = mutate_code(source, get_operator(operator)(), occurrence)
+    try:
+        if mutated is None or _meaning(mutated) == _meaning(source):
+            return None
+    except SyntaxError:
+        return None
+    changed = list(difflib.ndiff(source.splitlines(), mutated.splitlines()))
+    before, after = (
+        "\n".join(text[2:].strip() for text in changed if text[0] == sign) for sign in "-+"
+    )
+    name = f"{operator.partition('/')[2]} {line}:{column}"
+    file = path.relative_to(root).as_posix()
+    return Mutant(room, file, line, name, before, after, source, mutated)
