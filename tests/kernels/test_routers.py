@@ -213,3 +213,38 @@ def test_one_launch_is_for_the_defaults_alone(option) -> None:
 def test_noise_that_could_turn_an_input_s_sign_is_refused(jitter) -> None:
     with pytest.raises(ValueError, match="jitter"):
         made("top_k", {"jitter": jitter})
+
+
+def test_noise_is_of_training_alone() -> None:
+    x, weights = torch.randn(11, 7), {"": torch.randn(EXPERTS, 7)}
+    noisy, plain = (made("top_k", {"jitter": jitter}) for jitter in (0.5, 0.0))
+    assert torch.equal(noisy.route(x, weights).weights, plain.route(x, weights).weights)
+    found = noisy.route_masked(x, weights, None)
+    assert torch.equal(found.weights, plain.route(x, weights).weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("top_p", {"p": 0.0}),
+        ("top_p", {"p": -0.5}),
+        ("top_p", {"p": 1.5}),
+        ("top_p", {"divisor": -1.0}),
+        ("top_p", {"limit": -1}),
+        ("top_p", {"limit": EXPERTS + 1}),
+        ("threshold", {"t_max": 0.0}),
+        ("threshold", {"t_max": 1.5}),
+        ("switch", {"capacity_factor": 0.0}),
+        ("switch", {"capacity": -1}),
+        ("top_k", {"temperature": 0.0}),
+        ("top_k", {"z_loss": -1.0}),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        made(name, options)
+
+
+@pytest.mark.parametrize(("name", "options"), ROUTERS)
+def test_only_a_capacity_counts_by_sequence(name, options) -> None:
+    assert made(name, options).by_sequence is ("capacity" in options)
