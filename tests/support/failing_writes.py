@@ -1,11 +1,12 @@
 """Lets one call of a process that writes to a folder fail, be cut short, or be its last.
 
 Calls are counted in their order: opening a file for writing, writing to it, syncing, renaming,
-linking, creating and removing files and folders, and safetensors' own writing of a whole file.
+linking, creating and removing files and folders, and safetensors' and tokenizers' own writing of a
+whole file.
 
 Outside of it are: the files of locks, which a thread writes; calls relative to a folder's
 descriptor (`dir_fd`), as `shutil.rmtree` makes them; `os.write` to a descriptor; and the single
-writes inside safetensors, whose file fails as a whole.
+writes inside safetensors and tokenizers, whose file fails as a whole.
 """
 
 from __future__ import annotations
@@ -171,3 +172,19 @@ def install(shim: Shim) -> None:
             raise SafetensorError(f"I/O error: {error.strerror}") from None
 
     safetensors.torch.serialize_file = serialized
+    # Imported here: most of what is tried reads no tokenizer.
+    from transformers import TokenizersBackend
+
+    save = TokenizersBackend._save_pretrained
+
+    def saved(self: Any, save_directory: Any, *args: Any, **more: Any) -> Any:
+        path = Path(save_directory) / "tokenizer.json"
+        try:
+            return shim.around("save", path, lambda: save(self, save_directory, *args, **more))
+        except OSError as error:
+            # As tokenizers does: half a file is there, and the exception has no type of its own.
+            save(self, save_directory, *args, **more)
+            os.truncate(path, path.stat().st_size // 2)
+            raise Exception(f"{error.strerror} (os error {error.errno})") from None
+
+    TokenizersBackend._save_pretrained = saved

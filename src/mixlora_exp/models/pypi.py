@@ -20,6 +20,7 @@ from mixlora_exp.config.schema import ModelConfig
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.packaged import gguf_files, gguf_sha256, joined, known_sha256
 from mixlora_exp.models.reading import one_error, quiet, read_model, read_tokenizer
+from mixlora_exp.models.writing import write_tokenizer
 from mixlora_exp.system.caches import cache_folder
 from mixlora_exp.system.durable import publishing
 from mixlora_exp.system.hashing import file_sha256
@@ -139,7 +140,7 @@ def _convert(gguf: Path, target: Path, config: ModelConfig) -> None:
         )
     with quiet():
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        write_tokenizer(tokenizer, target)
 
 
 def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:

@@ -141,8 +141,7 @@ class RecordedRun:
 
     def _source(self) -> Mapping[str, Any]:
         """Return the record of the training run, or the part of it in the record of a rescoring."""
-        known = self.rescored and self.record["adapter"]["trained_by"] is not None
-        return self.record["adapter"]["trained_by"] if known else self.record
+        return (self.record.get("adapter") or {}).get("trained_by") or self.record
 
     @property
     def data(self) -> Mapping[str, Any]:

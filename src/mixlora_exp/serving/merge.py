@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from mixlora_exp.errors import UserError
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.models.reading import read_model
+from mixlora_exp.models.writing import write_tokenizer
 from mixlora_exp.serving.merge_check import check, expect, merged_by_peft
 from mixlora_exp.serving.open import Opened
 from mixlora_exp.system.durable import publishing
@@ -101,7 +102,7 @@ def write_merged(opened: Opened, folder: Path) -> None:
     try:
         with publishing(folder) as new:
             merged.save_pretrained(new)
-            opened.tokenizer.save_pretrained(new)
+            write_tokenizer(opened.tokenizer, new)
             merged.to("meta")  # Two copies of a large model might not fit.
             written = read_model(str(new), dtype, config.model, str(folder))
             check(written.to(device), expected)
