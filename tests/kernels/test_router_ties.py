@@ -26,6 +26,7 @@ def test_the_lowest_expert_comes_first(
 ) -> None:
     """Among few whole numbers, whose sums are exact in every form, many are equal."""
     x = torch.randint(-1, 2, (40, 6))
+    x[0] = 0  # Of two experts few seeds have no equal logits.
     router = torch.randint(-1, 2, (experts, 6))
     logits = (x @ router.T).tolist()
     wanted = [sorted(range(experts), key=lambda e: -row[e])[:top_k] for row in logits]
