@@ -28,6 +28,7 @@ from mixlora_exp.sweeps.status import find_cells
 
 Draws = Callable[..., Iterator[Random]]
 KINDS = ("-lora-arc_e-", "-mixlora-arc_e-", "-mixdora-multi-", "-adapter-arc_e_obqa-", "-none-")
+BENCHMARKS = sorted(RESULTS.glob("bench/cpu-*.json"))
 WORDS = ["model=smollm2_135m", "data=embedded", "method=lora", "task=arc_e"]
 
 
@@ -47,6 +48,16 @@ def unpacked(kind: str, folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(files.read(name))
     return folder
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "-adapter-arc_e_obqa-local-s42-907b9004a4"])
+def test_every_kind_of_record_is_compared(kind: str) -> None:
+    """The last is of an adapter whose training left no record."""
+    first, other = (
+        str(min(RESULTS.glob(f"runs/*{one}*.zip"), key=lambda path: path.stat().st_size))
+        for one in (kind, "-mixlora-arc_e_obqa-")
+    )
+    assert not misbehaviour(["compare", first, other])
 
 
 def one_odd(draw: Random, runs: Path, number: int) -> Path:
@@ -74,6 +85,8 @@ def read_by_all(folder: Path, adapters: Path, aside: Path) -> Iterator[str]:
     yield trouble(lambda: _trained_by(folder / "record.json", "0"), UserError)
     yield trouble(lambda: package(folder, "a/b"), UserError)
     yield misbehaviour(["power", str(folder), str(folder)])
+    beside = folder.parent / f"good{KINDS[0]}"
+    yield misbehaviour(["compare", str(beside), str(folder)])
     shutil.rmtree(folder / "adapter")
 
     def shown() -> None:
@@ -92,6 +105,8 @@ def of_all_at_once(results: Path, output: Path) -> None:
     data_files(found)
     write_report(found, output)
     names = {run.name for run in found.runs} | {entry.name for entry in found.left_out}
+    measured = {f"bench/{path.stem}" for path in (results / "bench").iterdir()}
+    assert measured <= names | {f"bench/{record['name']}" for record in found.benchmarks}
     assert {path.name for path in (results / "runs").iterdir()} <= names
 
 
@@ -110,6 +125,9 @@ def test_odd_records(draws: Draws, adapters: Path, tmp_path: Path, capsys) -> No
     def states() -> None:
         find_cells(["figure4c"], WORDS, results / "runs", patience=0.0)
 
+    for number, draw in enumerate(draws("benchmarks", 12, 100)):
+        record = changed_somewhere(read_record(draw.choice(BENCHMARKS)), draw)
+        (results / "bench" / f"odd{number:03}.json").write_bytes(sealed(record))
     status = trouble(states)
     told = trouble(lambda: of_all_at_once(results, tmp_path / "out"))
     capsys.readouterr()

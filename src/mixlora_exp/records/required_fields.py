@@ -54,6 +54,28 @@ TRAIN = {
     "kept_bytes_per_token?": FIGURE, "processes?": int,
     "expert_load": LOADS, "curve": [{"step": int, "loss": FIGURE}], "stability?": (STABILITY, None),
 }  # fmt: skip
+PROVENANCE = {
+    "git": GIT, "packages": {"torch": TEXT}, "hardware": {"cpu": TEXT, "gpus": [str]},
+}  # fmt: skip
+_TIMES = ("train_forward", "train_backward", "infer_forward", "train")
+BENCHMARK = {
+    "config": {
+        "model": str, "layers": (int, None), "batch": int, "length": int, "dtype": str,
+        "dropout": NUMBER, "rounds?": int,
+    },
+    "threads": int, "layers": int, "provenance": PROVENANCE,
+    "rows": {"*": {
+        "error?": str, "method": str, "kernel": str, "adapter_dtype": str, "head": str,
+        "num_experts": int, "top_k": int, "router?": str,
+        **{f"{time}_us_per_token?": FIGURE for time in _TIMES},
+        **{f"{time}_ratio?": FIGURE for time in _TIMES},
+        **{f"{time}_ratio_quartiles?": [NUMBER] for time in _TIMES},
+        "train_peak_memory_bytes?": FIGURE, "infer_peak_memory_bytes?": FIGURE,
+        "feed_forward_saved_bytes_per_token?": FIGURE,
+        "samples?": [{"round": int, **{f"{time}_s?": NUMBER for time in _TIMES}}],
+    }},
+}  # fmt: skip
+"""Of a benchmark of steps."""
 RECORD = {
     **SOURCE,
     "status": str,
@@ -67,11 +89,7 @@ RECORD = {
     "scores_before?": ([SCORE], None),
     "predictions": {"*": str},
     "predictions_sha256?": {"*": str},
-    "provenance": {
-        "git": GIT,
-        "packages": {"torch": TEXT},
-        "hardware": {"cpu": TEXT, "gpus": [str]},
-    },
+    "provenance": PROVENANCE,
 }  # fmt: skip
 """A field with `?` is optional, `*` matches any name, and other fields are ignored."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -123,6 +141,15 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, (dict, list)):
         return isinstance(value, type(kind))
     return type(value) is kind
+
+
+def check_benchmark(record: Mapping[str, Any]) -> None:
+    """Check one benchmark of steps.
+
+    Raises:
+        UserError: a field is missing or has the wrong type; the message names it.
+    """
+    _check(record, BENCHMARK, "")
 
 
 def check_shape(record: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import yaml
 from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_record
+from mixlora_exp.records.required_fields import check_benchmark
 from mixlora_exp.results.headings import told_apart
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, read_paper
 from mixlora_exp.results.runs import LeftOut
@@ -66,11 +67,28 @@ def load_benchmarks(folder: Path) -> tuple[list[Mapping[str, Any]], list[LeftOut
                 if "rows" in one and not any("kept_bytes" in r for r in one["rows"].values()):
                     entry = {**one, "provenance": record["provenance"], "name": path.stem}
                     entry = _without_faults(entry, faults)
-                    _block(entry)  # Raises if fields are missing.
+                    _check(entry)
                     found.append(entry)
-        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            UserError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             left_out.append(LeftOut(f"bench/{path.stem}", str(error)))
     return found, left_out
+
+
+def _check(record: Mapping[str, Any]) -> None:
+    """Make all that the tables show of one benchmark, so that an odd value raises here and not in a
+    table."""
+    check_benchmark(record)
+    for block in (_block(record), _summary([record])):
+        for row in block.rows:
+            for cell in row.cells:
+                cell.show()
 
 
 def _faults(folder: Path) -> list[Mapping[str, Any]]:
