@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from composed import compose
 from encoded import examples_of
 from odd_values import VALUES, changed_somewhere, cut_or_flipped, trouble
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.errors import UserError
@@ -135,6 +137,67 @@ def without_a_weight(checkpoint: Path) -> str:
     tensors.pop(min(tensors))
     save_file(tensors, checkpoint / ADAPTER)
     return "only one of the two has the weight "
+
+
+def with_a_state(told: str, *path: str, value: Any) -> Callable[[Path], str]:
+    """Sets one value of a checkpoint's state."""
+
+    def spoil(checkpoint: Path) -> str:
+        state = json.loads((checkpoint / STATE).read_text())
+        owner = state
+        for name in path[:-1]:
+            owner = owner[name]
+        owner[path[-1]] = value
+        (checkpoint / STATE).write_text(json.dumps(state))
+        return told
+
+    return spoil
+
+
+def with_a_moment(told: str, key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], str]:
+    """Changes one tensor of the optimizer's state."""
+
+    def spoil(checkpoint: Path) -> str:
+        tensors = load_file(checkpoint / OPTIMIZER)
+        name = min(name for name in tensors if name.endswith(f"/{key}"))
+        tensors[name] = change(tensors[name])
+        save_file(tensors, checkpoint / OPTIMIZER)
+        return told
+
+    return spoil
+
+
+COUNTS = "is not null or 2 rows of 8 numbers of tokens"
+ENTRY = {"step": 1, "loss": 1.0}
+ODD_STATES = [
+    with_a_state(COUNTS, "track", "counts", value=[[1] * 8] * 3),
+    with_a_state(COUNTS, "track", "counts", value=[[1e6, *[0] * 7]]),
+    with_a_state(COUNTS, "track", "counts", value=[[1] * 8, [-1] * 8]),
+    with_a_state(COUNTS, "track", "window", value=[[1] * 7] * 2),
+    with_a_state("track.tokens", "track", "tokens", value=10**39),
+    with_a_state("ascending steps", "track", "curve", value=[{**ENTRY, "step": 99}]),
+    with_a_state("ascending steps", "track", "curve", value=[{**ENTRY, "step": -1}]),
+    with_a_state("ascending steps", "track", "curve", value=[ENTRY, ENTRY]),
+    with_a_state("seconds is not", "seconds", value=-5),
+    with_a_state("does not have", "not_chosen", value={"x": [99]}),
+    with_a_moment("number of steps", "step", lambda t: t.bool()),
+    with_a_moment("number of steps", "step", lambda t: t.to(torch.complex64)),
+    with_a_moment("number of steps", "step", lambda t: t - 0.5),
+    with_a_moment("below 0", "exp_avg_sq", lambda t: t - 1),
+]
+
+
+@pytest.mark.parametrize("spoil", ODD_STATES)
+def test_a_state_that_no_run_wrote_is_refused(
+    spoil: Callable[[Path], str], killed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(killed, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    told = spoil(newest)
+    sealed(newest)
+    with pytest.raises(UserError, match="is not a checkpoint of this run") as caught:
+        train(tmp_path / "run")
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize("spoil", [beyond_the_end, without_moments, without_a_weight])

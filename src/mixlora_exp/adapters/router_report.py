@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.row_map import RowMap
 
-__all__ = ["RouterReport", "collect"]
+__all__ = ["RouterReport", "collect", "counted_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,17 @@ def collect(layers: Sequence[RoutedLayer], row_map: RowMap) -> dict[str, RouterR
         name: _report([layer for layer in layers if name in layer.routings], name, row_map)
         for name in adapters
     }
+
+
+def counted_shape(model: nn.Module, adapter: str) -> tuple[int, int] | None:
+    """Return the shape (routers, E) of `RouterReport.counts` of an adapter; None without
+    routers."""
+    routers = [
+        module.router[adapter]
+        for module in model.modules()
+        if isinstance(module, RoutedLayer) and adapter in module.router
+    ]
+    return (len(routers), max(router.num_experts for router in routers)) if routers else None
 
 
 def _report(layers: Sequence[RoutedLayer], adapter: str, row_map: RowMap) -> RouterReport:

@@ -23,15 +23,17 @@ def check_content(
     parameters: Mapping[str, nn.Parameter],
     steps: int,
     *,
+    counted: tuple[int, int] | None = None,
     muon: bool = False,
 ) -> None:
     """Check a checkpoint against the adapter's trained parameters, by name, and the run's number of
-    optimizer steps. muon: its optimizer is Muon, not AdamW.
+    optimizer steps. counted: (routers, E) of its counts of tokens, None without routers. muon: its
+    optimizer is Muon, not AdamW.
 
     Raises:
         UserError: the run cannot have written it.
     """
-    for objection in _objections(found, parameters, steps, muon):
+    for objection in _objections(found, parameters, steps, counted, muon):
         raise UserError(
             f"{found.path} is not a checkpoint of this run, although its hashes fit: "
             f"{shown(objection, 200)}; remove it to resume from an earlier one or start anew"
@@ -39,11 +41,16 @@ def check_content(
 
 
 def _objections(
-    found: Checkpoint, parameters: Mapping[str, nn.Parameter], steps: int, muon: bool
+    found: Checkpoint,
+    parameters: Mapping[str, nn.Parameter],
+    steps: int,
+    counted: tuple[int, int] | None,
+    muon: bool,
 ) -> Iterator[str]:
     if not 1 <= found.step <= steps:
         yield f"it is of step {found.step}, and the run has {steps}"
-    yield from _of_state(found.state, found.step)
+    yield from _of_state(found.state, found.step, counted)
+    yield from _of_experts(found.state.get("not_chosen"), parameters)
     other = sorted(found.adapter.keys() ^ parameters.keys())
     if other:
         yield f"only one of the two has the weight {other[0]}"
@@ -57,8 +64,16 @@ def _objections(
                 yield from _unlike(f"{key} of {name}", moment, parameter)
         if muon:
             continue
+        if (found.moments[f"{name}/exp_avg_sq"] < 0).any():
+            yield f"exp_avg_sq of {name} has values below 0"
         taken = found.moments.get(f"{name}/step")
-        if taken is None or taken.numel() != 1 or not 1 <= float(taken) <= found.step:
+        if (
+            taken is None
+            or taken.numel() != 1
+            or not taken.is_floating_point()
+            or not 1 <= float(taken) <= found.step
+            or not float(taken).is_integer()
+        ):
             yield f"the optimizer has no valid number of steps of {name}"
 
 
@@ -72,7 +87,9 @@ def _unlike(what: str, tensor: Tensor, parameter: nn.Parameter) -> Iterator[str]
         yield f"{what} is not finite"
 
 
-def _of_state(state: Mapping[str, Any], step: int) -> Iterator[str]:
+def _of_state(
+    state: Mapping[str, Any], step: int, counted: tuple[int, int] | None
+) -> Iterator[str]:
     track = state.get("track")
     if not isinstance(track, dict):
         yield "it has no statistics of the steps"
@@ -84,23 +101,38 @@ def _of_state(state: Mapping[str, Any], step: int) -> Iterator[str]:
     curve = track.get("curve")
     if not isinstance(curve, list) or not all(map(_logged, curve)):
         yield "track.curve is not a list of log entries"
-    if type(track.get("tokens")) is not int or track["tokens"] < 0:
+    else:
+        logged = [0, *(entry["step"] for entry in curve)]
+        if logged != sorted(set(logged)) or logged[-1] > step:
+            yield f"track.curve is not of ascending steps from 1 to {step}"
+    if type(track.get("tokens")) is not int or not 0 <= track["tokens"] < 2**63:
         yield "track.tokens is not a number of tokens"
     if not _number(track.get("router_loss")):
         yield "track.router_loss is not a number"
     for name in ("counts", "window"):
-        if not _is_table(track.get(name, ())):
-            yield f"track.{name} is not null or one row of numbers per layer"
-    if not _number(state.get("seconds")):
-        yield "seconds is not a number"
-    experts = state.get("not_chosen")
-    if not (
-        experts is None or (isinstance(experts, dict) and all(map(_numbers, experts.values())))
-    ):
-        yield "not_chosen is not null or a list of experts per module"
+        if not _is_table(track.get(name, ()), counted):
+            sizes = "null" if counted is None else f"null or {counted[0]} rows of {counted[1]}"
+            yield f"track.{name} is not {sizes} numbers of tokens"
+    if not _number(state.get("seconds")) or state["seconds"] < 0:
+        yield "seconds is not a number of seconds"
     kept = state.get("kept_bytes_per_token")
     if not (kept is None or _number(kept)):
         yield "kept_bytes_per_token is not null or a number"
+
+
+def _of_experts(found: Any, parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
+    if found is None:
+        return
+    if not isinstance(found, dict) or not all(map(_numbers, found.values())):
+        yield "not_chosen is not null or a list of experts per module"
+        return
+    most = {name.rpartition(".")[0]: 0 for name in parameters}
+    for name, parameter in parameters.items():
+        module = name.rpartition(".")[0]
+        most[module] = max(most[module], parameter.shape[0])
+    for module, experts in found.items():
+        if module not in most or not all(0 <= expert < most[module] for expert in experts):
+            yield f"not_chosen has experts of {module} that the adapter does not have"
 
 
 def _number(value: Any) -> bool:
@@ -115,8 +147,13 @@ def _logged(entry: Any) -> bool:
     return isinstance(entry, dict) and type(entry.get("step")) is int and _number(entry.get("loss"))
 
 
-def _is_table(value: Any) -> bool:
-    if value is None:
-        return True
-    rows = isinstance(value, list) and all(isinstance(row, list) and row for row in value)
-    return rows and len({*map(len, value)}) == 1 and all(_number(x) for row in value for x in row)
+def _is_table(value: Any, counted: tuple[int, int] | None) -> bool:
+    if value is None or counted is None:
+        return value is None
+    rows, columns = counted
+    return (
+        isinstance(value, list)
+        and len(value) == rows
+        and all(isinstance(row, list) and len(row) == columns for row in value)
+        and all(_number(x) and x >= 0 for row in value for x in row)
+    )

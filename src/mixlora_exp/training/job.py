@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.mixed_adapters import parameters_of, plain_parameters_of
-from mixlora_exp.adapters.router_report import RouterReport
+from mixlora_exp.adapters.router_report import RouterReport, counted_shape
 from mixlora_exp.config.schema import Config, LoraMethodConfig
 from mixlora_exp.data.collator import Collator
 from mixlora_exp.data.encoding import Example
@@ -125,7 +125,8 @@ class Job:
         self.hook = hook_of(model, self.name, self.config, self.steps)
         if self._resumed is not None:
             muon = self.config.trainer.optim == "muon"
-            check_content(self._resumed, self.parameters, self.steps, muon=muon)
+            counted = counted_shape(model, self.name)
+            check_content(self._resumed, self.parameters, self.steps, counted=counted, muon=muon)
             first = processes().is_main_process
             if first and self.running:
                 text = f"resuming after step {self.step} of {self.steps}"
