@@ -15,7 +15,7 @@ from odd_values import LONG, misbehaviour
 
 from mixlora_exp.bench import runner
 from mixlora_exp.cli import figures, gpu_check, report, tables
-from mixlora_exp.cli.main import COMMANDS
+from mixlora_exp.cli.main import COMMANDS, main
 from mixlora_exp.errors import UserError
 
 Draws = Callable[..., Iterator[Random]]
@@ -39,6 +39,7 @@ FIELDS = (
     "evaluation.shuffle_experts", "tracker.group", "study", "trials", "ranges", "coef_low",
     "hydra.mode", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper.params", "hydra.verbose",
     "hydra.job.chdir", "hydra.job.num", "hydra.launcher", "hydra.searchpath", "hydra", "a.b.c",
+    "hydra.sweeper", "hydra.job.env_set", "hydra.callbacks", "hydra.sweeper._target_",
 )  # fmt: skip
 TYPED = (
     "1", "0", "-1", "1.5", "1e400", "nan", "null", "true", "", "''", "'", '"', "[", "]", "[]",
@@ -134,3 +135,26 @@ def test_odd_command_lines(draws: Draws, capfd: pytest.CaptureFixture[str]) -> N
             wrong[f"{number}: {argv}"] = what
     capfd.readouterr()
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("hydra.sweeper=basic", "a choice is written hydra/sweeper=NAME"),
+        ("hydra.launcher=joblib", "a choice is written hydra/launcher=NAME"),
+        ("hydra.verbose=1", "write true, false, or the name of a logger"),
+        ("hydra.verbose=null", "write true, false, or the name of a logger"),
+        ('hydra.job.env_set=${oc.decode:"1"}', "hydra.job.env_set is an object"),
+        ("hydra.callbacks=${now:%Y}", "hydra.callbacks is an object"),
+        ("hydra.sweeper._target_=os.system", "is chosen by name"),
+        ("+hydra.callbacks.a={_target_: os.system}", "is chosen by name"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("-m",)], ids=["run", "sweep"])
+def test_hydra_s_own_settings_have_their_form(
+    word: str, told: str, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *flags, "experiment=smoke", "dry_run=true", word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from mixlora_exp.config.architecture import OWN
@@ -151,13 +151,28 @@ def load(hydra: Any, name: str, overrides: Sequence[str], mode: RunMode) -> Dict
             run_mode=mode,
             validate_sweep_overrides=False,
         )
-        for key in (line.lstrip("+").partition("=")[0] for line in overrides):
-            # Hydra reads its own settings where an error is a traceback. Some, such as the number
-            # of a job, have a value only later.
-            if key.startswith("hydra."):
-                with suppress(InterpolationToMissingValueError):
-                    OmegaConf.select(found, key)
+        # Hydra reads its own settings where an error is a traceback.
+        own = [line.lstrip("+~") for line in overrides if line.lstrip("+~").startswith("hydra.")]
+        usual = hydra.config_loader.load_configuration(name, [], mode) if own else found
+        for line in own:
+            key = line.partition("=")[0]
+            # Some, such as the number of a job, have a value only later.
+            with suppress(InterpolationToMissingValueError):
+                _check_kind(line, OmegaConf.select(found, key), OmegaConf.select(usual, key))
     return found
+
+
+def _check_kind(line: str, value: Any, usual: Any) -> None:
+    """Refuse a word where Hydra has an object or a list, and what is no switch for `verbose`."""
+    key = line.partition("=")[0]
+    if "_target_" in line:
+        raise UserError(f"{line}: a plugin of Hydra is chosen by name, as hydra/launcher=NAME")
+    if key == "hydra.verbose" and not isinstance(value, bool | str | ListConfig):
+        raise UserError(f"{line}: write true, false, or the name of a logger")
+    for kind, word in ((DictConfig, "an object"), (ListConfig, "a list")):
+        if isinstance(usual, kind) and not isinstance(value, kind):
+            group = key.replace(".", "/")
+            raise UserError(f"{line}: {key} is {word}; a choice is written {group}=NAME")
 
 
 def _finish(cfg: DictConfig, overrides: Sequence[str], recorded: Recorded = None) -> Any:
