@@ -11,9 +11,10 @@ import pytest
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.schema import Protocol
-from mixlora_exp.evaluation import ItemScore, TaskScore
+from mixlora_exp.evaluation import ItemScore, Scorer, TaskScore
 from mixlora_exp.records.outcome import outcomes
 from mixlora_exp.runs import scoring
+from mixlora_exp.runs.kept_batches import KeptBatches
 from mixlora_exp.system import signals
 from mixlora_exp.training.trainer import MixLoraTrainer
 
@@ -114,6 +115,72 @@ def test_scores_of_a_finished_protocol_are_kept(
     assert asked == [Protocol.answer_text, Protocol.label_logits, Protocol.label_logits]
     assert outcomes(tmp_path / "run") == outcomes(tmp_path / "whole")
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("protocol", ["label_logits", "answer_text", "generate"])
+def test_batches_of_a_protocol_that_was_begun_are_kept(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Items of all tasks share batches, so that none of them is done before the last batches."""
+    words = [
+        *(
+            "experiment=smoke",
+            "method=mixlora",
+            "trainer.max_steps=2",
+            "evaluation.batch_tokens=150",
+        ),
+        *("task.evaluate=[arc_e,obqa]", f"evaluation.protocols=[{protocol}]"),
+    ]
+    run = {"label_logits": "run_logits", "answer_text": "run_scores", "generate": "run_generate"}
+    name, passes, stop = run[protocol], [], [0]
+    real = getattr(Scorer, name)
+
+    def passed(self: Scorer, rows, *args, **kwargs):
+        passes.append([len(row) if isinstance(row, list) else len(row.tokens) for row in rows])
+        if len(passes) == stop[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, rows, *args, **kwargs)
+
+    monkeypatch.setattr(Scorer, name, passed)
+    assert execute([*words, f"output_dir={tmp_path / 'whole'}"]) == 0
+    whole = list(passes)
+    assert len(whole) > 5
+    passes.clear()
+    stop[0] = 4
+    argv = [*words, f"output_dir={tmp_path / 'run'}"]
+    assert execute(argv) == 130
+    (kept,) = tmp_path.glob("run/*/checkpoints/scores-adapter-*-batches-0.jsonl")
+    capsys.readouterr()
+    stop[0] = 0
+    passes.clear()
+    assert execute(argv) == 0
+    assert f"{protocol}: 3 batches kept from before the interruption" in capsys.readouterr().out
+    assert passes == whole[3:]
+    assert outcomes(tmp_path / "run") == outcomes(tmp_path / "whole")
+    assert not kept.exists()
+
+
+def test_kept_batches_that_do_not_fit_are_computed(tmp_path: Path) -> None:
+    place, item = tmp_path / "batches.jsonl", ItemScore("x", 0, 1, [0.25, float("inf")], -1.5)
+    for number, results in enumerate(([item], [[(-0.5, True), (-1.0, False)]], ["a text"])):
+        kept = KeptBatches(place, {"run": "a"}, lambda: None)
+        name = kept.name_of(kept.next_call(), [f"arc_e/{number}"], [7])
+        assert kept.find(name) is None
+        kept.add(name, results, {"arc_e": [[1.0, 0.0]]})
+        again = KeptBatches(place, {"run": "a"}, lambda: None)
+        assert len(again) == number + 1
+        assert again.find(name) == (results, {"arc_e": [[1.0, 0.0]]})
+    assert kept.name_of(2, ["arc_e/2"], [7]) != name
+    assert KeptBatches(place, {"run": "b"}, lambda: None).name_of(1, ["arc_e/2"], [7]) != name
+    content = place.read_text()
+    for odd in (content[:-5], content.replace("a text", "a test"), f"{content}\n[1]\nnull\n{{"):
+        place.write_text(odd)
+        assert len(KeptBatches(place, {"run": "a"}, lambda: None)) == 2 + odd.startswith(content)
+    place.unlink()
+    place.mkdir()
+    kept = KeptBatches(place, {}, lambda: None)
+    kept.add("a", [], {})
+    assert len(kept) == 0, "what cannot be written is not kept"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "another"])

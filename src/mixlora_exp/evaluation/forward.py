@@ -4,9 +4,9 @@ and no dropout unless requested."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,31 @@ from mixlora_exp.evaluation.share import Result, Share
 
 LOGIT_ROWS = 256
 """Number of positions whose logits over the vocabulary are in memory at once."""
+
+
+class Keeper(Protocol):
+    """Keeps what batches gave, by a name made of their items; see `runs.kept_batches`. `seconds`:
+    what the batches took that it had."""
+
+    seconds: float
+
+    def next_call(self) -> int:
+        """Return the number of a list of batches."""
+        ...
+
+    def name_of(self, call: int, keys: Sequence[str], lengths: Sequence[int]) -> str:
+        """Return the name of a batch."""
+        ...
+
+    def find(self, name: str) -> tuple[list[Any], dict[str, list[list[float]]]] | None:
+        """Return the items' results and, by group, counts of experts; None if there are none."""
+        ...
+
+    def add(
+        self, name: str, results: Sequence[Any], counts: Mapping[str, list[list[float]]]
+    ) -> None:
+        """Keep those of a batch."""
+        ...
 
 
 def batches(lengths: Sequence[int], keys: Sequence[str], batch_tokens: int) -> Iterator[list[int]]:
@@ -47,6 +72,9 @@ class Scorer:
     which of the batches this process computes; None: all.
     """
 
+    keeps = True
+    """Whether batches may be left out that `kept` has."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -71,6 +99,8 @@ class Scorer:
         self.share = share or Share()
         self.watch: Callable[[int, int], None] | None = None
         """Told after each batch how many items are done, and of how many."""
+        self.kept: Keeper | None = None
+        """Asked for the results of each batch before it is computed, and told them after."""
         self._counts: dict[str, Tensor] = {}
 
     @contextmanager
@@ -155,17 +185,39 @@ class Scorer:
         `batches`); processes share the batches, and `watch` is told the progress of this one."""
         chosen = list(batches(lengths, keys, self.batch_tokens))
         own = sum(map(len, chosen[self.share.index :: self.share.count]))
-        done = 0
+        done, call = 0, 0 if self.kept is None else self.kept.next_call()
 
         def watched(batch: list[int]) -> Sequence[Result]:
             nonlocal done
-            found = work(batch)
+            if self.kept is None:
+                found = work(batch)
+            else:
+                names = [keys[i] for i in batch], [lengths[i] for i in batch]
+                name = self.kept.name_of(call, *names)
+                found = self._recalled(self.kept, name, lambda: work(batch))
             done += len(batch)
             if self.watch is not None:
                 self.watch(done, own)
             return found
 
         return self.share.results(chosen, watched)
+
+    def _recalled(
+        self, kept: Keeper, name: str, work: Callable[[], Sequence[Result]]
+    ) -> Sequence[Result]:
+        """Return the results of a batch from `kept`, or of `work`, which are kept then."""
+        known = kept.find(name)
+        if known is not None:
+            results, counts = known
+            for group, own in counts.items():
+                added = torch.tensor(own, dtype=torch.float64, device=self.device)
+                self._counts[group] = self._counts.get(group, 0) + added
+            return results
+        before = dict(self._counts)
+        results = work()
+        own = {g: n - before[g] if g in before else n for g, n in self._counts.items()}
+        kept.add(name, results, {g: n.tolist() for g, n in own.items() if bool(n.any())})
+        return results
 
     @torch.no_grad()
     def run_scores(

@@ -130,6 +130,9 @@ class Lockstep:
 class LockstepScorer(Scorer):
     """The scorer of one adapter, which shares its forward passes with the other adapters."""
 
+    # One that left batches out would meet the others in other passes.
+    keeps = False
+
     def __init__(self, meeting: Lockstep, adapter: str, batch_tokens: int) -> None:
         shared = meeting.scorer
         super().__init__(shared.model, shared.tokenizer, shared.autocast, batch_tokens)

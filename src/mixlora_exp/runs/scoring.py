@@ -1,5 +1,6 @@
-"""Scores of a run, protocol by protocol. Those of a finished protocol are kept until the record is
-written, so that an interrupted run does not compute them again."""
+"""Scores of a run, protocol by protocol. Those of a finished protocol, and the batches of one that
+was begun, are kept until the record is written, so that an interrupted run does not compute them
+again."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from mixlora_exp.config.schema import Protocol
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation import ItemScore, Scorer, TaskScore, score_tests
 from mixlora_exp.records.record import write_json
+from mixlora_exp.runs.kept_batches import KeptBatches
 from mixlora_exp.runs.scoring_progress import ScoringProgress
 from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import gathered, processes
@@ -45,6 +47,8 @@ def score_with(
             start, scorer = time.perf_counter(), scorer_of()
             if processes().is_main_process:
                 scorer.watch = ScoringProgress(f"{label}{protocol.value}")
+            if scorer.keeps and not config.evaluation.dropout:
+                scorer.kept = _begun(this, place, identity, f"{label}{protocol.value}")
             found = score_tests(
                 protocol,
                 scorer,
@@ -53,10 +57,13 @@ def score_with(
                 config.evaluation,
                 this.encoded[protocol.value],
             )
-            kept = found, round(time.perf_counter() - start, 3)
+            before = 0.0 if scorer.kept is None else scorer.kept.seconds
+            kept = found, round(time.perf_counter() - start + before, 3)
             if processes().is_main_process:
                 this.check_owner()
                 _keep(place, identity, kept)
+                for path in place.parent.glob(f"{place.stem}-batches-*.jsonl"):
+                    path.unlink(missing_ok=True)
         else:
             echo(f"  {label}{protocol.value}: kept from before the interruption")
         found, seconds = kept
@@ -73,6 +80,15 @@ def score_with(
 def _place(this: Run, adapter: Path | None, protocol: Protocol) -> Path:
     what = "base" if adapter is None else "adapter"
     return this.checkpoints().folder / f"scores-{what}-{protocol.value}.json"
+
+
+def _begun(this: Run, place: Path, identity: dict[str, Any], label: str) -> KeptBatches:
+    """Return this process's batches of a protocol that an earlier start may have begun."""
+    path = place.with_name(f"{place.stem}-batches-{processes().process_index}.jsonl")
+    kept = KeptBatches(path, identity, this.check_owner)
+    if len(kept) and processes().is_main_process:
+        echo(f"  {label}: {len(kept)} batches kept from before the interruption")
+    return kept
 
 
 def _identity(this: Run, adapter: Path | None) -> dict[str, Any]:
