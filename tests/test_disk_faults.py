@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mixlora_exp.cli import report
 from mixlora_exp.cli.main import main
 from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
+from mixlora_exp.results import figures
 from mixlora_exp.runs.ownership import FILES, FOLDERS
 from mixlora_exp.runs.run import Run
 from mixlora_exp.system.disk_faults import convert_disk_faults
@@ -145,3 +148,18 @@ def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(report, "write_report", full)
     assert main(["report", f"--output={tmp_path}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    figures.save(Figure, tmp_path, "one")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["one.png", "one.svg"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for name in ("one", "another"):
+            with pytest.raises(UserError, match=f"cannot write .*{name}.png: File too large"):
+                figures.save(Figure, tmp_path, name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -6,9 +6,11 @@ so that prints in grey are readable.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -19,6 +21,7 @@ from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from mixlora_exp.results.findings import Contrast
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.series import Curve, Load, Point, SweptLine
+from mixlora_exp.system.durable import write_whole
 
 COLORS = {
     "LoRA": "#0072B2",
@@ -47,14 +50,24 @@ PAPER_SPREAD = {"MixLoRA": 0.0223, "MixDoRA": 0.0328}
 
 
 def save(make: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
-    """Draw a figure and write `<name>.png` and `<name>.svg` to `folder`; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draw a figure and write `<name>.png` and `<name>.svg` to `folder`; returns the paths.
+
+    Raises:
+        UserError: a file cannot be written; an existing one is unchanged.
+    """
+    forms: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 160, "metadata": {"Software": None}},
+        "svg": {"metadata": {"Date": None}},
+    }
+    paths = []
     with mpl.rc_context(STYLE):
         figure = make()
         FigureCanvasAgg(figure)
-        paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-        figure.savefig(paths[0], dpi=160, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None})
+        for form, options in forms.items():
+            content = io.BytesIO()
+            figure.savefig(content, format=form, **options)
+            paths.append(folder / f"{name}.{form}")
+            write_whole(paths[-1], [content.getvalue()])
     return paths
 
 
