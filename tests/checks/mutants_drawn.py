@@ -113,15 +113,17 @@ def draw(root: Path, room: str, count: int, seed: int) -> tuple[list[Mutant], di
 
 
 def made_again(root: Path, row: Mapping[str, Any]) -> Mutant | None:
-    """The mutant of a record's row in today's file; None where that has no such place."""
+    """The mutant of a record's row in today's file, of several alike that with the nearest line;
+    None where there is no such place."""
     path, operator = root / row["file"], row["name"].partition(" ")[0]
-    for choices in _places(path) if path.exists() else ():
-        for choice in choices:
-            if choice[0].partition("/")[2] == operator:
-                found = _mutant(root, row["room"], path, choice)
-                if found and (found.before, found.after) == (row["before"], row["after"]):
-                    return found
-    return None
+    choices = [one for place in _places(path) for one in place] if path.exists() else []
+    made = (
+        _mutant(root, row["room"], path, choice)
+        for choice in choices
+        if choice[0].partition("/")[2] == operator
+    )
+    alike = [m for m in made if m and (m.before, m.after) == (row["before"], row["after"])]
+    return min(alike, key=lambda mutant: abs(mutant.line - row["line"]), default=None)
 
 
 def _mutant(

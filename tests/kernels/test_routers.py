@@ -247,4 +247,7 @@ def test_options_out_of_range_are_refused(name, options) -> None:
 
 @pytest.mark.parametrize(("name", "options"), ROUTERS)
 def test_only_a_capacity_counts_by_sequence(name, options) -> None:
-    assert made(name, options).by_sequence is ("capacity" in options)
+    own = made(name, options)
+    assert own.by_sequence is ("capacity" in options)
+    assert 1 <= own.slots <= EXPERTS
+    assert 0.0 <= own.base_share <= 1.0
