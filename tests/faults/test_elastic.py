@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,17 +51,36 @@ def test_four_processes_from_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_is_asked_to_end_and_goes_on(tmp_path: Path) -> None:
-    """The launcher itself receives SIGTERM. It ends with 1 whatever its processes end with."""
+def test_ctrl_c_of_two_processes_saves_and_they_go_on(tmp_path: Path) -> None:
+    argv = [*UNEVEN, f"output_dir={tmp_path / 'run'}"]
+    found = train_in(2, argv, stop=1, by=signal.SIGINT, log=tmp_path / "log")
+    assert found == [130, 130]
+    assert "saved after step 2 of 6; the same command" in (tmp_path / "log.0").read_text()
+    assert train_in(2, argv, log=tmp_path / "log") == [0, 0]
+    assert "resuming after step 2 of 6" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_torchrun_is_asked_to_end_and_goes_on(number: int, tmp_path: Path) -> None:
+    """The launcher itself receives SIGTERM, or all receive SIGINT. It ends with 1 whatever its
+    processes end with."""
     words = [*UNEVEN, "trainer.max_steps=2000", f"output_dir={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
                "-m", "mixlora_exp.cli.main", "train", *words]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # In the background of a shell it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     end = time.monotonic() + 200
     while not list(tmp_path.glob("run/*/train_log.jsonl")) and time.monotonic() < end:
         time.sleep(0.5)
-    started.terminate()
+    if number == signal.SIGINT:
+        os.killpg(started.pid, number)
+    else:
+        started.terminate()
     error = started.communicate(timeout=100)[1]
     assert "the same command goes on there" in error, error[-3000:]
     assert started.returncode == 1

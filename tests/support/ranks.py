@@ -61,16 +61,19 @@ def examples_of(folder: Path) -> list[list[object]]:
 
 
 def _one(
-    rank: int, count: int, port: int, stop: int | None, log: str, notes: str, argv: list[str]
-) -> None:
+    rank: int, count: int, port: int, stop: int | None, by: int, log: str, notes: str,
+    argv: list[str]
+) -> None:  # fmt: skip
     as_rank(rank, count, port)
     if log:
         os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if notes:
         os.makedirs(notes, exist_ok=True)
         note_examples(f"{notes}/{rank}")
-    if stop is not None and rank == count - 1:
-        stop_in(stop, signal.SIGTERM)
+    # A terminal sends Ctrl-C to all of them.
+    if stop is not None and (rank == count - 1 or by == signal.SIGINT):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop_in(stop, by)
     os._exit(execute(argv))
 
 
@@ -99,11 +102,13 @@ def train_in(
     argv: Sequence[str],
     *,
     stop: int | None = None,
+    by: int = signal.SIGTERM,
     log: object = "",
     notes: object = "",
 ) -> list[int | None]:
     """Execute a command line of train.py in `count` processes; returns their exit codes.
 
-    `stop`: the step, from 0, in which the last process receives SIGTERM. `log`: where standard
-    error goes, with the process's number after a dot. `notes`: the folder for `note_examples`."""
-    return run_ranks(count, _one, stop, str(log), str(notes), list(argv))
+    `stop`: the step, from 0, in which the last process receives SIGTERM; with `by`=SIGINT all do
+    receive that. `log`: where standard error goes, with the process's number after a dot. `notes`:
+    the folder for `note_examples`."""
+    return run_ranks(count, _one, stop, by, str(log), str(notes), list(argv))
