@@ -111,24 +111,27 @@ def _first(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _again(path: Path) -> dict[str, Any]:
-    """The record with what became of its survivors; without a place in today's files they are
-    `gone`."""
+    """The record with what became of its survivors that no earlier call has killed; without a place
+    in today's files they are `gone`."""
     begun, origin = time.monotonic(), provenance(ROOT)
     record, reasons = read_record(path), _reasons()
     rows, later = {}, []
     for row in record["mutants"]:
         if row["outcome"] == "survived" and _change(row) in reasons:
             row["why"] = reasons[_change(row)]
-        elif row["outcome"] == "survived":
+        elif row["outcome"] == "survived" and row.get("later", {}).get("outcome") != "killed":
             mutant = made_again(ROOT, row)
             row["later"] = {"outcome": "gone"}
             if mutant is not None:
                 rows[mutant.key] = row
                 later.append(mutant)
     for mutant, outcome, seconds, failed in _measured(later):
-        rows[mutant.key]["later"] = {"outcome": outcome, "seconds": seconds, "by": failed}
+        rows[mutant.key]["later"] = {
+            "outcome": outcome, "seconds": seconds, "by": failed, "commit": origin["git"]["commit"]
+        }  # fmt: skip
         print(mutant.key, rows[mutant.key]["later"], flush=True)
-    record["again"] = {"seconds": round(time.monotonic() - begun, 1), "provenance": origin}
+    again = {"seconds": round(time.monotonic() - begun, 1), "provenance": origin}
+    record["again"] = [*record.get("again", []), again]
     return record
 
 

@@ -215,9 +215,10 @@ def test_noise_that_could_turn_an_input_s_sign_is_refused(jitter) -> None:
         made("top_k", {"jitter": jitter})
 
 
-def test_noise_is_of_training_alone() -> None:
+@pytest.mark.parametrize("name", ["top_k", "top_p", "dense"])
+def test_noise_is_of_training_alone(name) -> None:
     x, weights = torch.randn(11, 7), {"": torch.randn(EXPERTS, 7)}
-    noisy, plain = (made("top_k", {"jitter": jitter}) for jitter in (0.5, 0.0))
+    noisy, plain = (made(name, {"jitter": jitter}) for jitter in (0.5, 0.0))
     assert torch.equal(noisy.route(x, weights).weights, plain.route(x, weights).weights)
     found = noisy.route_masked(x, weights, None)
     assert torch.equal(found.weights, plain.route(x, weights).weights)
