@@ -30,10 +30,11 @@ OPTIONS = {
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `python` that notes its arguments and ends with the code in a file, and a `scontrol`."""
+    """A `python` that notes its arguments and ends with the code in a file, also on SIGTERM, and a
+    `scontrol`."""
     python = f"""#!/bin/bash
 echo "$@" >> {tmp_path}/started
-trap 'echo term >> {tmp_path}/signals; exit 75' TERM
+trap 'echo term >> {tmp_path}/signals; exit $(cat {tmp_path}/code)' TERM
 if [ -e {tmp_path}/wait ]; then for _ in $(seq 100); do sleep 0.1; done; fi
 exit $(cat {tmp_path}/code)
 """
@@ -127,15 +128,32 @@ def test_a_node_starts_a_process_for_each_gpu(cluster: Path) -> None:
     assert started == [*expected, *WORDS]
 
 
-@pytest.mark.parametrize("name", ["slurm_run.sh", "slurm_node.sh"])
-def test_slurm_s_signal_reaches_the_run_and_the_job_is_requeued(cluster: Path, name: str) -> None:
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_node_that_fails_by_itself_is_not_requeued(cluster: Path, code: int) -> None:
+    (cluster / "code").write_text(str(code))
+    assert script("slurm_node.sh", *WORDS).wait() == code
+    assert not (cluster / "scontrol.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("slurm_run.sh", 75),
+        # torchrun ends with 1 where its processes end with 75.
+        ("slurm_node.sh", 1),
+    ],
+)
+def test_slurm_s_signal_reaches_the_run_and_the_job_is_requeued(
+    cluster: Path, name: str, code: int
+) -> None:
     (cluster / "wait").touch()
+    (cluster / "code").write_text(str(code))
     job = script(name, *WORDS)
     until = time.monotonic() + 60
     while not (cluster / "started").is_file() and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.3)  # Until both have set their traps.
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) == 75
+    assert job.wait(timeout=60) == code
     assert (cluster / "signals").read_text() == "term\n"
     assert (cluster / "scontrol.log").read_text() == "requeue 7\n"

@@ -76,7 +76,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _shares(method: MethodConfig) -> bool:
+def shares_a_base(method: MethodConfig) -> bool:
     """Return whether adapters of a method can be trained with others on one base model. PEFT's own
     types cannot, nor those that need a pass without any adapter."""
     return isinstance(method, LoraMethodConfig) and not method.needs_base_gradient
@@ -90,7 +90,7 @@ def check_together(configs: Sequence[Config], names: Sequence[str]) -> None:
     """
     first = shared_settings(configs[0])
     for number, config in enumerate(configs, start=1):
-        if isinstance(config.method, TrainedMethodConfig) and not _shares(config.method):
+        if isinstance(config.method, TrainedMethodConfig) and not shares_a_base(config.method):
             raise UserError(
                 f"adapters: entry {number} has method={config.method.name}, which cannot share a "
                 "base model with others: train it alone"
@@ -143,10 +143,10 @@ def packs_of(configs: Sequence[Config], size: int) -> list[list[int]]:
     a base model; each pack keeps the sweep's order."""
     packs: list[list[int]] = []
     for i, config in enumerate(configs):
-        shares = _shares(config.method)
+        shares = shares_a_base(config.method)
         for pack in packs:
             other = configs[pack[0]]
-            fits = shares and _shares(other.method)
+            fits = shares and shares_a_base(other.method)
             if fits and len(pack) < size and shared_settings(config) == shared_settings(other):
                 pack.append(i)
                 break

@@ -10,14 +10,17 @@ from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.command_line import CommandLine, name_of
 from mixlora_exp.config.schema import Config, TrainedMethodConfig
 from mixlora_exp.plans.memory import (
+    adapter_bytes,
     loading_bytes,
+    memory_of,
     memory_together,
+    number_bytes,
     peak_bytes,
     scoring_bytes,
     usable_bytes,
 )
 
-__all__ = ["CARDS", "FIELDS", "Fit", "card_lines", "fits", "total_bytes"]
+__all__ = ["CARDS", "FIELDS", "Fit", "card_lines", "fits", "many_that_fit", "total_bytes"]
 
 CARDS = (16, 24, 48, 80)
 """Memory of the cards that a plan is made for, in GiB."""
@@ -42,6 +45,8 @@ class Fit:
     compile: Compile
     needed: int
     trains: bool = True
+    wide: bool = False
+    """True if frozen weights that are not quantised are float32."""
 
     @property
     def micro_batch(self) -> int:
@@ -52,7 +57,8 @@ class Fit:
     def described(self) -> str:
         """The settings in words: weights, and of training micro-batch, checkpointing and
         compilation."""
-        held = "bf16" if self.quantization is Quantization.none else self.quantization.value
+        plain = "float32" if self.wide else "bf16"
+        held = plain if self.quantization is Quantization.none else self.quantization.value
         if not self.trains:
             return held
         sizes = " and ".join(map(str, sorted(set(self.micro_batches), reverse=True)))
@@ -83,8 +89,23 @@ def total_bytes(configs: Sequence[Config], processes: int = 1) -> int:
     memories = memory_together(configs)
     shared = max(m["weights"] + m.get("dequantized", 0) for m in memories)
     own = sum(sum(m.values()) - m["weights"] - m.get("dequantized", 0) for m in memories)
-    alone = (max(loading_bytes(config), scoring_bytes(config)) for config in configs)
-    return max(shared + own, *alone)
+    # Those that are scored together share the base model and a batch's tensors.
+    scored = max(scoring_bytes(config) - adapter_bytes(config) for config in configs)
+    scored += sum(adapter_bytes(config) for config in configs)
+    return max(shared + own, scored, *map(loading_bytes, configs))
+
+
+def many_that_fit(config: Config, gib: float) -> int:
+    """Return the number of adapters like this that can train and be scored together on one base
+    model in `gib` GiB."""
+    usable, memory = usable_bytes(gib), memory_of(config, packed=True)
+    if loading_bytes(config) > usable:
+        return 0
+    shared = memory["weights"] + memory.get("dequantized", 0)
+    trained = (usable - shared) // (sum(memory.values()) - shared)
+    own = adapter_bytes(config)
+    scored = (usable - scoring_bytes(config) + own) // own
+    return max(0, int(min(trained, scored)))
 
 
 def _trains(configs: Sequence[Config]) -> bool:
@@ -152,6 +173,7 @@ def fits(
                 changed[0].trainer.compile,
                 total_bytes(changed, processes),
                 _trains(configs),
+                number_bytes(changed[0]) == 4,
             )
 
 
@@ -173,7 +195,7 @@ def card_lines(
             least = min(found, key=lambda fit: fit.needed)
             text = (
                 f"does not fit: the least is {_gib(least.needed)} GiB ({least.described}), of "
-                f"which such a card has {_gib(usable)}; {_larger(least)} would"
+                f"which such a card has {_gib(usable)}; {_larger(least, configs)} would"
             )
         else:
             command = _command(line, fit.words(configs[0]), processes)
@@ -187,10 +209,16 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
 
 
-def _larger(least: Fit) -> str:
+def _larger(least: Fit, configs: Sequence[Config]) -> str:
     """Return what would be large enough for the smallest settings."""
     card = next((size for size in CARDS if least.needed <= usable_bytes(size)), None)
-    return "a smaller model, or shorter examples," if card is None else f"a card of {card} GB"
+    if card is not None:
+        return f"a card of {card} GB"
+    for config, size in zip(configs, least.micro_batches, strict=True):
+        changed = _with(config, least.checkpointing, least.quantization, size)
+        if scoring_bytes(changed) == least.needed:
+            return "a smaller evaluation.batch_tokens"
+    return "a smaller model, or shorter examples,"
 
 
 def _command(line: CommandLine, changed: Sequence[str], processes: int) -> str:

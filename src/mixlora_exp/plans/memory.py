@@ -27,9 +27,9 @@ from mixlora_exp.plans.saved_adapter import saved_sizes
 from mixlora_exp.system.hub import adapter_folder
 
 __all__ = [
+    "adapter_bytes",
     "kept_by_all_layers",
     "loading_bytes",
-    "many_that_fit",
     "memory_of",
     "memory_together",
     "number_bytes",
@@ -214,20 +214,31 @@ def scoring_bytes(config: Config) -> int:
     sides, shape = widths(model), _shape(config)
     tokens = max(config.evaluation.batch_tokens, config.data.cutoff_length)
     d, f = sides["gate_proj"]
-    held, slots = 0, 0
-    if config.adapter is not None:
-        held, slots = saved_sizes(adapter_folder(config.adapter), shape.num_hidden_layers)
-    elif isinstance(method, TrainedMethodConfig):
-        held = count_parameters(model, method).trainable + fixed_parameters(model, method)
+    _, slots = _scored_adapter(config)
     if isinstance(method, MixLoraMethodConfig):
         slots = max(router.slots for router in routers_of(model, method).values())
     numbers = 6 * d + (4 + 2 * slots) * f
     if GENERATED & set(config.evaluation.protocols):
         numbers += 2 * sides["k_proj"][1] * shape.num_hidden_layers
-    adapter = held * (6 if width == 2 else 4)
     logits = 8 * SCORED * shape.vocab_size
     weights = base_bytes(model, width) + _dequantized(config, width)
-    return round(weights + adapter + tokens * numbers * width + logits)
+    return round(weights + adapter_bytes(config) + tokens * numbers * width + logits)
+
+
+def adapter_bytes(config: Config) -> int:
+    """Bytes of `scoring_bytes` that are the adapter's: each of several that are scored together has
+    its own."""
+    return _scored_adapter(config)[0] * (6 if number_bytes(config) == 2 else 4)
+
+
+def _scored_adapter(config: Config) -> tuple[int, int]:
+    """Return numbers of the adapter, and slots per token if it is one that exists."""
+    model, method = config.model, config.method
+    if config.adapter is not None:
+        return saved_sizes(adapter_folder(config.adapter), _shape(config).num_hidden_layers)
+    if isinstance(method, TrainedMethodConfig):
+        return count_parameters(model, method).trainable + fixed_parameters(model, method), 0
+    return 0, 0
 
 
 def loading_bytes(config: Config) -> int:
@@ -244,11 +255,3 @@ def peak_bytes(config: Config, *, processes: int = 1) -> int:
     """Return memory that a device needs for a run: that of loading, training or scoring."""
     training = sum(memory_of(config, processes=processes).values())
     return max(loading_bytes(config), training, scoring_bytes(config))
-
-
-def many_that_fit(memory: dict[str, int], gib: float) -> int:
-    """Return the number of adapters like this that can train together on one base model in `gib`
-    GiB."""
-    shared = memory["weights"] + memory.get("dequantized", 0)
-    each = sum(memory.values()) - shared
-    return max(0, int((usable_bytes(gib) - shared) // each))

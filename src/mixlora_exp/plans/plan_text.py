@@ -13,13 +13,14 @@ from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.config.schema import Config
 from mixlora_exp.config.schema_method import MixtureSettings
+from mixlora_exp.config.together import shares_a_base
 from mixlora_exp.models import architecture_of
 from mixlora_exp.models.budget import budget_line
 from mixlora_exp.models.parameters import routers_of
-from mixlora_exp.plans.cards import CARDS, card_lines, total_bytes
+from mixlora_exp.plans.cards import CARDS, card_lines, many_that_fit, total_bytes
 from mixlora_exp.plans.disk import disk_line
 from mixlora_exp.plans.hours import scored_tokens, trained_tokens
-from mixlora_exp.plans.memory import many_that_fit, memory_of, scoring_bytes
+from mixlora_exp.plans.memory import memory_of, peak_bytes, scoring_bytes
 from mixlora_exp.plans.plan import RunPlan, plan, with_longest_row
 from mixlora_exp.plans.speed import Speed, time_line
 from mixlora_exp.records.checkout import git_state
@@ -123,8 +124,7 @@ def _memory(config: Config, found: RunPlan, processes: int) -> str:
 
 
 def _together(config: Config) -> str:
-    memory = memory_of(config, packed=True)
-    fits = ", ".join(f"{many_that_fit(memory, size)} in {size}" for size in CARDS)
+    fits = ", ".join(f"{many_that_fit(config, size)} in {size}" for size in CARDS)
     return f"adapters like this on one base: {fits} GB"
 
 
@@ -143,7 +143,8 @@ def print_plan(
     longest = with_longest_row(config, found)
     if cards:
         lines += card_lines([longest], around.line, around.accepts, around.processes)
-    lines += [("together", _together(longest))] if found.examples else []
+    joins = found.examples and shares_a_base(config.method)
+    lines += [("together", _together(longest))] if joins else []
     _print([*lines, *([("record", against)] if against else [])])
     return longest
 
@@ -151,7 +152,7 @@ def print_plan(
 def print_plan_together(configs: Sequence[Config], around: Circumstances | None = None) -> None:
     """Print the total memory of runs that share one base model, and what fits each card."""
     around = around or Circumstances()
-    total, alone = total_bytes(configs), max(sum(memory_of(c).values()) for c in configs)
+    total, alone = total_bytes(configs), max(map(peak_bytes, configs))
     text = (
         f"{len(configs)} adapters on one base: about {total / GIB:.1f} GiB, "
         f"{total / len(configs) / GIB:.1f} for each (estimated); alone the largest needs "
