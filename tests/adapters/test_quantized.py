@@ -129,7 +129,7 @@ def test_gradients_of_peft_s_own_types(kind, peft_type, dtype, batch) -> None:
                 trained[1][name].copy_(parameter)
     # PEFT's layers of these two on int8 keep float32 where those on bf16 weights round.
     rounds_otherwise = kind is Quantization.int8 and peft_type in ("ADALORA", "HIRA")
-    check_gradients(models, batch, dtype, 2e-2 if rounds_otherwise else 2e-3)
+    check_gradients(models, batch, dtype, 3e-2 if rounds_otherwise else 2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlora_exp.evaluation import ItemScore
-from mixlora_exp.system.untrusted import read_bytes
+from mixlora_exp.system.untrusted import parse_json, read_bytes
 
 __all__ = ["KeptBatches"]
 
@@ -93,10 +93,10 @@ class KeptBatches:
         found = {}
         for line in lines:
             try:
-                entry = json.loads(line)
+                entry = parse_json(line, finite=False)
                 if entry.pop("sha256") == _hash(entry):
                     found[entry["name"]] = entry
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         return found
 
