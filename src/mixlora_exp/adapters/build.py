@@ -8,13 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -129,19 +123,12 @@ def attach_adapter(
             if any(part in name for part in frozen):
                 parameter.requires_grad_(False)
     else:
-        _freeze_what_is_not_saved(adapted)
+        # Importing PEFT imports this module, and that one imports PEFT.
+        from mixlora_exp.models.peft_types import freeze_what_is_not_saved
+
+        freeze_what_is_not_saved(adapted)
     set_kernel(adapted, kernel.name.value)
     return adapted
-
-
-def _freeze_what_is_not_saved(model: PeftModel) -> None:
-    """Freeze what PEFT leaves out of an adapter's file, since it is constant: AdaLoRA's number of
-    ranks. PEFT makes it trainable where it moves it to another dtype or device than that of its
-    creation, such as on a bf16 base, and the loaded adapter would compute otherwise."""
-    saved = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name.replace(".default", "") not in saved:
-            parameter.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -215,8 +215,9 @@ class Scorer:
             return results
         before = dict(self._counts)
         results = work()
-        own = {g: n - before[g] if g in before else n for g, n in self._counts.items()}
-        kept.add(name, results, {g: n.tolist() for g, n in own.items() if bool(n.any())})
+        # `_count` makes a new tensor for the groups of a batch.
+        own = {g: n for g, n in self._counts.items() if before.get(g) is not n}
+        kept.add(name, results, {g: (n - before.get(g, 0)).tolist() for g, n in own.items()})
         return results
 
     @torch.no_grad()

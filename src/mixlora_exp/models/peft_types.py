@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import peft
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
@@ -102,8 +102,7 @@ def peft_size(model: nn.Module, method: PeftMethodConfig) -> PeftSize:
     """
     built = build_on_meta(model, method)
     named = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
-    # As `adapters.build` does: PEFT makes AdaLoRA's count of ranks trainable where it moves it.
-    trained = {name: p.numel() for name, p in named if "ranknum" not in name}
+    trained = {name: p.numel() for name, p in named}
     for name in trained:
         rate_factor(name, method.lora_plus_ratio)
     count = sum(trained.values())
@@ -126,6 +125,7 @@ def build_on_meta(model: nn.Module, method: PeftMethodConfig) -> PeftModel:
             built = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     except (*REFUSED, Warning) as error:
         raise _not_valid(method, error) from error
+    freeze_what_is_not_saved(built)
     if method.peft_type == "DEFT":
         # PEFT lowers it without a word, and what is saved could not be loaded.
         least = min(m.out_features for m in built.modules() if hasattr(m, "deft_P"))
@@ -135,6 +135,16 @@ def build_on_meta(model: nn.Module, method: PeftMethodConfig) -> PeftModel:
                 "method.targets"
             )
     return built
+
+
+def freeze_what_is_not_saved(model: PeftModel) -> None:
+    """Freeze what PEFT leaves out of an adapter's file, since it is constant: AdaLoRA's number of
+    ranks. PEFT makes it trainable where it moves it to another dtype or device than that of its
+    creation, such as on a bf16 base, and the loaded adapter would compute otherwise."""
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.replace(".default", "") not in saved:
+            parameter.requires_grad_(False)
 
 
 def _try_out(config: PeftConfig, model: nn.Module) -> None:
