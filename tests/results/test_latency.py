@@ -83,13 +83,32 @@ def test_the_summary_stands_first_with_time_and_memory(results: Path) -> None:
     first_page, printed = table.summary
     assert printed == table.blocks[0], "then the paper's"
     (line,) = first_page.rows
-    assert line.label == ("SmolLM2 135M: 30 layers, 8 x 128 tokens, bfloat16", "a cpu, 2 threads")
+    shape = "SmolLM2 135M: 30 layers, 8 x 128 tokens, bfloat16"
+    assert line.label == (shape, "a cpu, 2 threads", "no autocast, loss on all")
     cells = dict(zip(first_page.columns, line.cells, strict=True))
     assert cells["LoRA, time"].value == pytest.approx(200.0)
     assert cells["MixLoRA, time"].value == pytest.approx(300.0)
     assert (cells["MixLoRA, memory"].value, cells["PEFT's LoRA, GB"].value) == (50.0, 1.0)
     assert cells["DoRA, time"].value is None
     assert cells["LoRA, time"].records == ("bench/full.json",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"loss_on": "all", "answer": 8}, "autocast, loss on all"),
+        ({"loss_on": "answer", "answer": 8}, "autocast, loss on the last 8"),
+        ({"loss_on": "answer", "answer": 8, "dtype": "float32"}, "no autocast, loss on the last 8"),
+    ],
+)
+def test_the_summary_tells_kinds_of_step_apart(
+    results: Path, settings: dict[str, Any], step: str
+) -> None:
+    bench_record(results / "bench", "before", rows_of("lora"))
+    bench_record(results / "bench", "since", rows_of("lora", "mixlora"), **settings)
+    rows = {row.label[2]: row for row in gather(results).tables[6].summary[0].rows}
+    assert list(rows) == sorted(["no autocast, loss on all", step])
+    assert rows[step].cells[2].records == ("bench/since.json",)
 
 
 def latencies(results: Path) -> dict[str, float]:

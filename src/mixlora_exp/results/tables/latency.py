@@ -226,6 +226,17 @@ def _machine(record: Mapping[str, Any]) -> str:
     return ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {record['threads']} threads"
 
 
+def _step(record: Mapping[str, Any]) -> str:
+    """Return whether PEFT's LoRA ran under autocast, and which tokens the loss is on."""
+    config = record["config"]
+    if "loss_on" not in config:
+        how, loss = "no autocast", "all"
+    else:
+        how = "autocast" if config["dtype"] != "float32" else "no autocast"
+        loss = f"the last {config['answer']}" if config["loss_on"] == "answer" else "all"
+    return f"{how}, loss on {loss}"
+
+
 def _block(record: Mapping[str, Any]) -> Block:
     """Return one benchmark; its heading is the shape, and the second label how it was measured."""
     base = record["rows"].get("lora_peft")
@@ -268,11 +279,11 @@ SUMMARY = tuple(METHOD_TITLES[method] for method in PAPER_METHODS)
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> Block:
     """Return the time of a step and peak memory of each method with this project's kernels, per
-    shape and machine, of the benchmark with the most methods and rounds."""
-    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    shape, machine and kind of step, of the benchmark with the most methods and rounds."""
+    best: dict[tuple[str, ...], Mapping[str, Any]] = {}
     for record in sorted(records, key=_completeness):
         if record["config"]["dropout"]:
-            best[_shape(record), _machine(record)] = record
+            best[_shape(record), _machine(record), _step(record)] = record
     rows = []
     for label, record in sorted(best.items()):
         base, cells = record["rows"].get("lora_peft"), []
@@ -289,7 +300,8 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Block:
         *(f"{title}, memory" for title in SUMMARY),
         "PEFT's LoRA, GB",
     )
-    return Block(heading, ("shape, with its batch", "machine"), columns, tuple(rows), run=True)
+    labels = ("shape, with its batch", "machine", "step")
+    return Block(heading, labels, columns, tuple(rows), run=True)
 
 
 def _fastest(rows: Mapping[str, Any], method: str) -> Mapping[str, Any]:
