@@ -39,7 +39,7 @@ def block(block_of: Callable, plain, dora: bool) -> None:
     leaves = {n: v.to(DEVICE, torch.float32).requires_grad_() for n, v in made.values.items()}
     held = on_device(made.block(leaves, torch.float32, torch.float32, masks=masks))
     routing = triton_router.route_triton(leaves["x"], leaves["router"], 2)
-    triton_block.mixlora_triton(routing.rows, routing, held).sum().backward()
+    triton_block.fused_block(routing.rows, routing, held).sum().backward()
 
 
 def linears() -> None:

@@ -154,7 +154,7 @@ def test_block_sizes_do_not_matter(
 ) -> None:
     chosen = triton_tiles.Tiles(rows, inner)
     for module in (triton_columns, triton_hidden, triton_scaled):
-        monkeypatch.setattr(module, "tiles_of", lambda kernel, *_: chosen)
+        monkeypatch.setattr(module, "tiles_of", lambda kernel, *_, **__: chosen)
     block = block_of(replace(plain, tokens=20, inner=40, dora=dora), fresh_seed, torch.float32)
     check_close(block, block.masks(0.3, hashed=True))
 
@@ -183,7 +183,7 @@ def test_forms_at_hand_are_taken_for_the_parameters(block_of, plain, dora) -> No
             experts = replace(own, a=a, b=b, low=low)
             sides[role] = replace(projection, experts=experts)
         routing = block.route(x.float(), leaves["router"])
-        y = triton_block.mixlora_triton(x, routing, replace(made, **sides))
+        y = triton_block.fused_block(x, routing, replace(made, **sides))
         gradients = torch.autograd.grad(y, wanted, torch.ones_like(y))
         assert all(g.is_contiguous() and g.dtype == torch.float32 for g in gradients)
         found.append([y, *gradients])
@@ -277,7 +277,7 @@ def test_the_rest_is_left_to_the_dense_form(
 ) -> None:
     block = block_of(replace(plain, **options), 0, dtype)
     results = []
-    for kernel in (triton_block.mixlora_triton, exact_forms["exact, dense"]):
+    for kernel in (triton_block.fused_block, exact_forms["exact, dense"]):
         leaves = {
             name: v.to(DEVICE, dtype, copy=True).requires_grad_()
             for name, v in block.values.items()
@@ -310,7 +310,7 @@ def test_what_is_slower_for_its_size_is_reported_once(block_of, plain, caplog) -
     x, router = (block.values[name].to(DEVICE) for name in ("x", "router"))
     triton_block._warn_slower.cache_clear()
     for top_k in (1, 3, 3):
-        triton_block.mixlora_triton(x.float(), route(x.float(), router.float(), top_k), made)
+        triton_block.fused_block(x.float(), route(x.float(), router.float(), top_k), made)
     (told,) = (record.getMessage() for record in caplog.records)
     assert told.startswith("kernel=triton is not made for 3 experts per token of rank 60 in torch.")
 
@@ -374,7 +374,7 @@ def test_captured_in_a_cuda_graph(block_of, plain, dora) -> None:
 
     def step() -> list[Tensor]:
         routing = triton_router.route_triton(leaves["x"], leaves["router"], 2)
-        y = triton_block.mixlora_triton(routing.rows, routing, made)
+        y = triton_block.fused_block(routing.rows, routing, made)
         return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), upstream)]
 
     stream = torch.cuda.Stream()

@@ -60,7 +60,7 @@ def test_one_graph_with_the_operators_in_it(block_of, plain, backend, dora) -> N
     def step(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         made = block.block(leaves, torch.float32, torch.float32, masks=masks)
         routing = triton_router.route_triton(leaves["x"], leaves["router"], 2, real)
-        y = triton_block.mixlora_triton(routing.rows, routing, made)
+        y = triton_block.fused_block(routing.rows, routing, made)
         return y, routing.extra["report"].sum(dim=0)
 
     found = []

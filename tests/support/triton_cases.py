@@ -111,4 +111,4 @@ def fused(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     x = x.to(DEVICE)
     routing = Routing(*(p.to(DEVICE) for p in parts))
     assert triton_block.supports(x, routing, block)
-    return triton_block.mixlora_triton(x, routing, block).cpu()
+    return triton_block.fused_block(x, routing, block).cpu()

@@ -24,6 +24,6 @@ def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)`. x: (T, D); returns (T, D).
     """
     # Not before it is used: Triton is missing on many machines.
-    from mixlora_exp.kernels.triton.block import mixlora_triton as run
+    from mixlora_exp.kernels.triton.block import fused_block as run
 
     return run(x, routing, block)

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mixlora_exp.kernels.dropout import DropoutKey
-from mixlora_exp.kernels.router_base import normalised, ranked, router, router_logits
+from mixlora_exp.kernels.router_base import router, router_logits
 from mixlora_exp.kernels.shapes import Routing
 from mixlora_exp.kernels.softmax_router import SoftmaxRouter
+from mixlora_exp.kernels.top_k_routing import most_probable, route
 
 __all__ = ["TopK", "route"]
-
-
-def route(x: Tensor, weight: Tensor, top_k: int, dtype: torch.dtype | None = None) -> Routing:
-    """softmax(x weight^T), top-k, normalised over the k (paper, Section 3.2).
-
-    x: (T, D); weight: (E, D), no bias; dtype: of the product, see `router_logits`.
-    """
-    logits = router_logits(x, weight, dtype)
-    routing = _most_probable(logits, logits.softmax(dim=-1), top_k)
-    return replace(routing, weights=normalised(routing.weights))
-
-
-def _most_probable(logits: Tensor, probabilities: Tensor, top_k: int) -> Routing:
-    experts = ranked(logits)[:, :top_k].contiguous()
-    return Routing(logits, probabilities, experts, probabilities.gather(1, experts))
 
 
 @router("top_k")
@@ -56,7 +42,7 @@ class TopK(SoftmaxRouter):
         mask: Tensor | None,
     ) -> Routing:
         """Return the K most probable experts of each row."""
-        return _most_probable(logits, probabilities, self.top_k)
+        return most_probable(logits, probabilities, self.top_k)
 
     def route_masked(
         self,
@@ -73,7 +59,7 @@ class TopK(SoftmaxRouter):
         options = (self.precision, self.temperature, self.jitter, self.z_loss, self.normalise)
         if not fused or options != ("float32", 1.0, 0.0, 0.0, True):
             return super().route_masked(x, weights, mask, training=training, key=key)
-        # One launch. Not before it is used: Triton is missing on many machines.
+        # Not before it is used: Triton is missing on many machines.
         from mixlora_exp.kernels.triton.router import route_triton
 
         return route_triton(x, weights[""], self.top_k, mask)

@@ -38,7 +38,7 @@ from mixlora_exp.kernels.triton.scaled import (
 )
 from mixlora_exp.kernels.triton.tiles import takes
 
-__all__ = ["mixlora_triton", "supports"]
+__all__ = ["fused_block", "supports"]
 
 LOG = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ def _warn_slower(rank: int, slots: int, dtype: torch.dtype) -> None:
         )
 
 
-def mixlora_triton(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
+def fused_block(x: Tensor, routing: Routing, block: FeedForward) -> Tensor:
     """Compute `y_t = sum_k w_k(t) FFN_{e_k(t)}(x_t)` by fused kernels. x: (T, D); returns (T, D).
 
     What they do not support, `exact`'s dense form computes.

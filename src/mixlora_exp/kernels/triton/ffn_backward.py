@@ -1,4 +1,5 @@
-"""Triton kernels of the backward pass of `ffn`: its words, flags and block sizes hold here.
+"""Triton kernels of the gradients of the feed-forward block; arguments, flags and block sizes are
+those of the forward pass, `ffn`.
 
 One kernel sums over the slots of a token, one over the rows of an expert; both compute gate, up and
 hidden state again.

@@ -54,6 +54,11 @@ class Operands(NamedTuple):
         """True for each of gate, up and down that has experts."""
         return self.b1 is not None, self.b3 is not None, self.a2 is not None
 
+    @property
+    def plain(self) -> bool:
+        """True if gate and up have neither DoRA nor biases."""
+        return self.scale1 is self.scale3 is self.bias1 is self.bias3 is None
+
     def constants(self) -> dict[str, Any]:
         """Return the compile-time constants that all kernels of this block share."""
         low1, low3, low2 = self.low
@@ -100,7 +105,8 @@ def hidden_forward(
     held = Operands(*operands)
     gate, (tokens, inner), top_k = held.gate, held.gate.shape, held.weights.shape[1]
     num_experts, rank = held.experts_and_rank
-    tiles = tiles_of("forward", top_k * padded(rank), gate.dtype, gate.device)
+    columns, plain = top_k * padded(rank), held.plain and not per_slot
+    tiles = tiles_of("forward", columns, gate.dtype, gate.device, plain=plain)
     steps, splits = splits_of(tiles, tokens, inner, gate.device)
     rows = tokens * top_k if per_slot else tokens
     hidden = torch.empty((rows, inner), dtype=gate.dtype, device=gate.device)
@@ -154,7 +160,8 @@ def hidden_backward_tokens(
     held = Operands(*operands)
     gate, (tokens, inner), top_k = held.gate, held.gate.shape, held.weights.shape[1]
     num_experts, rank = held.experts_and_rank
-    tiles = tiles_of("tokens", top_k * padded(rank), gate.dtype, gate.device)
+    columns, plain = top_k * padded(rank), held.plain and not per_slot
+    tiles = tiles_of("tokens", columns, gate.dtype, gate.device, plain=plain)
     steps, splits = splits_of(tiles, tokens, inner, gate.device)
     dup = torch.empty_like(held.up)
     rows, full = tokens * top_k, torch.float32

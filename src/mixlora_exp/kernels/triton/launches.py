@@ -1,4 +1,4 @@
-"""Triton launches in the hands of who counts them."""
+"""Triton launches seen by an observer: the kernel, its arguments, and a call that launches it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward pass of `linear`, whose words and arguments hold here.
+"""Triton kernels of the gradients of a LoRA layer; names of arguments are those of `linear`.
 
 dlow_g: (T, R_g), the gradient of `low_g`: what comes from above times B_g.
 """

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixlora_exp.kernels.routers.top_k import route
 from mixlora_exp.kernels.shapes import Routing
+from mixlora_exp.kernels.top_k_routing import route
 from mixlora_exp.kernels.triton.operators import on_device_of, operator, start
 from mixlora_exp.kernels.triton.parts import INTERPRETED
 

@@ -31,20 +31,31 @@ class Tiles:
 
 # By kernel and padded columns: those of a row's rank or, for the kernels that sum over F for all
 # slots of a token, of K such. They were compiled for compute capabilities 8.0, 8.9 and 9.0: none
-# takes more shared memory than a consumer card has or spills more than 8 registers, but
-# for those of more than 3 slots, whose sums are too many for the registers. More rows read the
-# matrices less often, fewer meet fewer experts.
+# takes more shared memory than a consumer card has or spills more than 8 registers, but for those
+# of more than 3 slots, whose sums are too many for the registers, and 12 of `tokens` with two slots
+# of rank 128 on 9.0. More rows read the matrices less often, fewer meet fewer experts.
 HALF_TILES = {
-    "forward": {32: Tiles(32, 64), 64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 32)},
-    "tokens": {32: Tiles(32, 64, 8), 64: Tiles(32, 32), 128: Tiles(16, 32), 256: Tiles(16, 32, 8)},
+    "forward": {
+        32: Tiles(32, 64),
+        64: Tiles(32, 64),
+        128: Tiles(32, 64, 8),
+        256: Tiles(16, 64, 8),
+    },
+    "tokens": {
+        32: Tiles(32, 64, 8),
+        64: Tiles(16, 64),
+        128: Tiles(16, 32, 8),
+        256: Tiles(16, 32, 8),
+    },
     "inner": {32: Tiles(32, 64), 64: Tiles(32, 32), 128: Tiles(32, 32), 256: Tiles(16, 16)},
     "narrow": {32: Tiles(16, 256), 64: Tiles(16, 128), 128: Tiles(16, 64), 256: Tiles(16, 32)},
     "wide": {32: Tiles(32, 128), 64: Tiles(32, 64), 128: Tiles(32, 64), 256: Tiles(16, 32)},
     "matrices": {32: Tiles(64, 64), 64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16)},
 }
 
-# Timed on an H200, at LLaMA-2 7B's shape, E = 8, K = 2, r = 16: 257 and 451 us where those above
-# take 338 and 652, though 49 and 15 registers are spilled.
+# Timed on an H200, at LLaMA-2 7B's shape, E = 8, K = 2, r = 16, MixLoRA in bf16: 257 and 451 us
+# where those above take 338 and 652, though 49 and 15 registers are spilled. With biases 89 are,
+# with DoRA 130, which was not timed: these have those above.
 HOPPER = {("forward", 32): Tiles(64, 64), ("tokens", 32): Tiles(64, 64, 8)}
 
 # float32 products that are not cut to tf32 run outside the tensor cores, each thread with whole
@@ -78,9 +89,12 @@ def _card(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device) if there else None
 
 
-def tiles_of(kernel: str, columns: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+def tiles_of(
+    kernel: str, columns: int, dtype: torch.dtype, device: torch.device, *, plain: bool = False
+) -> Tiles:
     """Return the block sizes of a kernel: `forward`, `tokens`, `inner`, or of the kernels of
-    `narrow` to columns, from them and of the matrices' gradients. columns: padded."""
+    `narrow` to columns, from them and of the matrices' gradients. columns: padded. plain: gate and
+    up have neither DoRA nor biases, as where the larger tiles of a card were timed."""
     if INTERPRETED:
         # Small, so that small tests have several tiles.
         return Tiles(16, 32, 4, 1)
@@ -88,7 +102,7 @@ def tiles_of(kernel: str, columns: int, dtype: torch.dtype, device: torch.device
     if dtype == torch.float32:
         table = FULL_TILES | FULL_INNER if kernel == "inner" else FULL_TILES
     width, card = max(32, triton.next_power_of_2(columns)), _card(device)
-    if dtype != torch.float32 and card is not None and card.major == 9:
+    if plain and dtype == torch.bfloat16 and card is not None and card.major == 9:
         return HOPPER.get((kernel, width), table[width])
     return table[width]
 
