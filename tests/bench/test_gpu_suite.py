@@ -15,23 +15,50 @@ import torch
 from mixlora_exp.bench.check_pool import CheckTask, all_checks, carry_out, failure, results
 from mixlora_exp.bench.checks import CASES, kernel_errors, router_errors
 from mixlora_exp.bench.kinds import gpu
+from mixlora_exp.bench.linear_checks import CASES as LINEAR_CASES
 from mixlora_exp.bench.options import StepOptions, as_json
 from mixlora_exp.bench.report import kernel_table, markdown
 from mixlora_exp.bench.row_registry import ROWS
 from mixlora_exp.bench.runner import run_benchmark
 from mixlora_exp.errors import UserError
+from mixlora_exp.kernels import lora
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_each_kernel_is_checked_in_each_precision_bf16_first() -> None:
     tasks = all_checks()
-    assert len(set(tasks)) == len(tasks) == 3 * len(CASES) * 3 + 4
-    assert {t.dtype for t in tasks[: 3 * len(CASES) + 4]} == {"bfloat16"}
+    each = 3 * len(CASES) + len(LINEAR_CASES)
+    assert len(set(tasks)) == len(tasks) == 3 * each + 4
+    assert {t.dtype for t in tasks[: each + 4]} == {"bfloat16"}
     assert {(t.what, t.kernel) for t in tasks} == {
         ("block", "triton"), ("block", "exact"), ("router", "triton"),
-        ("graph", "triton"), ("graph", "exact"),
+        ("graph", "triton"), ("graph", "exact"), ("linear", "fused"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_layers_steps_of_a_cpu_pass_their_check(name: str, dtype: str) -> None:
+    found = carry_out(CheckTask("linear", "fused", name, dtype, "cpu"))
+    assert found["passed"], found
+    assert found["kernel"] == "fused linear"
+
+
+@pytest.mark.parametrize("step", ["low", "gradients_of_a", "input_gradient", "unscaled"])
+def test_a_wrong_step_of_a_layer_fails_its_check(step: str, monkeypatch) -> None:
+    right = getattr(lora.eager_linear, step)
+
+    def wrong(*inputs):
+        made = right(*inputs)
+        first = made if isinstance(made, torch.Tensor) else made[0]
+        first.mul_(1.1)
+        return made
+
+    monkeypatch.setattr(lora.eager_linear, step, wrong)
+    found = carry_out(CheckTask("linear", "fused", "MixDoRA", "bfloat16", "cpu"))
+    assert not found["passed"]
+    assert failure(found).startswith("MixDoRA, fused linear, bfloat16: ")
 
 
 def test_checks_run_in_processes_and_end_in_time() -> None:
@@ -139,8 +166,9 @@ def test_the_goals_rows_are_registered() -> None:
     assert set(gpu.GOAL_ROWS) <= set(ROWS)
     options = gpu.GpuOptions()
     assert gpu.steps_of(options, "llama2_7b").rows[0] == "lora_peft"
-    compiled = {name for name in gpu.steps_of(options, "gemma_2b").rows if ROWS[name].compiled}
-    assert compiled == {"mixlora_triton_graph", "floor_graph"}
+    assert any(ROWS[name].compiled for name in gpu.steps_of(options, "llama2_7b").rows)
+    assert set(gpu.steps_of(options, "gemma_2b").rows) == set(gpu.EVERYWHERE)
+    assert not any(ROWS[name].compiled for name in gpu.EVERYWHERE)
 
 
 def test_failing_tests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

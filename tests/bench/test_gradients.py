@@ -34,10 +34,8 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
 
 
 def rows_of(names: list[str], **changes: Any) -> tuple[dict[str, Any], str]:
-    options = StepOptions(
-        model="tiny", batch=2, length=16, dtype="float32", memory=False, rounds=1, rows=names,
-        **changes,
-    )  # fmt: skip
+    settings = {"model": "tiny", "batch": 2, "length": 16, "dtype": "float32", "memory": False}
+    options = StepOptions(**{**settings, **changes}, rounds=1, rows=names)
     *_, record = steps.benchmark_parts(options, echo=lambda text: None)
     origin = {"hardware": {"cpu": "c", "gpus": []}, "packages": {"torch": "t"}}
     return record["rows"], markdown({**record, "provenance": origin})
@@ -81,6 +79,34 @@ def test_a_dropped_gradient_is_reported_in_place_of_a_time(compiled_by) -> None:
         (parameter,) = [w for w in rows[name]["error"].split() if w.startswith("base_model")]
         assert ".self_attn." in parameter
         assert " is off by 1 of" in rows[name]["error"], "missing altogether"
+
+
+def half_of_attention(call: Callable) -> Callable:
+    """A decoder layer of whose gradient half gets through attention."""
+    projection: nn.Module = call.__self__.self_attn.o_proj
+
+    def halved(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return ((given[0] + given[0].detach()) / 2,)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hook = projection.register_forward_pre_hook(halved)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            hook.remove()
+
+    return run
+
+
+def test_half_a_gradient_is_no_rounding_of_16_bits(compiled_by) -> None:
+    """Also where the routers' choices follow the rounding."""
+    compiled_by(lambda call: call)
+    rows, _ = rows_of(NAMES, dtype="bfloat16")
+    assert all(rows[name]["rounds"] == 1 for name in NAMES[1:])
+    compiled_by(half_of_attention)
+    rows, _ = rows_of(["lora_peft", "lora_peft_compiled", OWN], dtype="bfloat16")
+    for name, most in (("lora_peft_compiled", "0.2"), (OWN, "0.45")):
+        assert rows[name]["error"].endswith(f"of the eager step's (allowed: {most})")
 
 
 class Forgetful(StandIn):

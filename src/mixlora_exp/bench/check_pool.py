@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from mixlora_exp.bench.checks import CASES, capture_error, kernel_errors, router_errors
+from mixlora_exp.bench.linear_checks import CASES as LINEAR_CASES
+from mixlora_exp.bench.linear_checks import linear_errors
 from mixlora_exp.kernels import KERNELS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -18,8 +20,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class CheckTask:
-    """One check. what: `block`, `router`, or `graph` for the capture of a CUDA graph; case: a name
-    in `CASES`; for a graph only whether it is `MixDoRA`."""
+    """One check. what: `block`, `router`, `linear` for LoRA layers (kernel `fused`), or `graph` for
+    the capture of a CUDA graph; case: a name in `CASES`; for a graph only whether it is
+    `MixDoRA`."""
 
     what: str
     kernel: str
@@ -41,12 +44,10 @@ def all_checks() -> list[CheckTask]:
     """
     made = sorted((each for each in KERNELS.values() if not each.casts), key=lambda k: not k.device)
     parts = [(w, k.name) for k in made for w in ("block", "router") if w == "block" or k.device]
-    blocks = [
-        CheckTask(what, kernel, case, dtype)
-        for dtype in DTYPES
-        for case in CASES
-        for what, kernel in parts
-    ]
+    blocks = []
+    for dtype in DTYPES:
+        blocks += [CheckTask(what, k, case, dtype) for case in CASES for what, k in parts]
+        blocks += [CheckTask("linear", "fused", case, dtype) for case in LINEAR_CASES]
     both = ("paper's setting", "MixDoRA")
     graphs = [CheckTask("graph", each.name, case) for each in made for case in both]
     return [*blocks[: len(blocks) // len(DTYPES)], *graphs, *blocks[len(blocks) // len(DTYPES) :]]
@@ -57,10 +58,12 @@ def carry_out(task: CheckTask) -> dict[str, Any]:
     case, dtype = CASES[task.case], getattr(torch, task.dtype)
     try:
         if task.what == "block":
-            # With one token the router's gradient is one number, whose rounding is chance: of two
-            # right kernels one is twice as far off as the other every tenth time.
+            # With one token the router's gradient is one number, whose rounding is chance: by a
+            # single draw a right kernel may fail.
             seeds = max(1, 16 // case.tokens)
             found = kernel_errors(task.kernel, case, dtype, task.device, seeds) | {"seeds": seeds}
+        elif task.what == "linear":
+            found = linear_errors(case, dtype, task.device)
         elif task.what == "router":
             found = router_errors(task.kernel, case, dtype, task.device)
         else:

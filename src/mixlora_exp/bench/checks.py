@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -157,17 +157,20 @@ def kernel_errors(
                     continue
                 error = float((value - truth[key]).norm() / truth[key].norm().clamp(min=1e-30))
                 sums.setdefault(key, [0.0, 0.0])[i] += error / seeds
+    return {"kernel": kernel, **asdict(case), **judged(sums, dtype)}
+
+
+def judged(errors: Mapping[str, Sequence[float]], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the verdict on (error, the reference's error in `dtype`) by tensor: `worst_ratio`,
+    `worst` and `passed` of `kernel_errors`."""
     floor = torch.finfo(dtype).eps / 2
-    ratios = {key: error / (allowed + floor) for key, (error, allowed) in sums.items()}
+    ratios = {key: error / (allowed + floor) for key, (error, allowed) in errors.items()}
     worst = max(ratios, key=ratios.get)
-    passed = all(error <= 2 * allowed + floor for error, allowed in sums.values())
     return {
-        "kernel": kernel,
         "dtype": str(dtype).removeprefix("torch."),
-        **asdict(case),
         "worst_ratio": round(ratios[worst], 3),
         "worst": worst,
-        "passed": passed,
+        "passed": all(error <= 2 * allowed + floor for error, allowed in errors.values()),
     }
 
 

@@ -19,10 +19,10 @@ from mixlora_exp.bench.row_registry import BenchRow
 
 STEP = 0
 """The optimizer step whose masks of dropout the compared passes have."""
-EXACT, ROUNDED, ROUTED = 1e-3, 0.2, 0.9
+EXACT, ROUNDED, ROUTED = 1e-3, 0.2, 0.45
 """Differences allowed in float32, in 16 bits, and there with a router, whose choices follow the
 rounding. bf16 against float32 differs by up to 0.02 with LoRA and 0.26 in a router (6 layers of
-SmolLM2's shape); a gradient that is missing, by 1."""
+SmolLM2's shape); a gradient of which half is missing, by 0.5."""
 
 
 @dataclass(frozen=True, slots=True)
