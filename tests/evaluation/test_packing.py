@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_reads import host_reads
 
 from mixlora_exp.evaluation.packing import Request, pack, pad_packed
 
@@ -84,6 +85,25 @@ def test_experts_are_counted_by_group(make_model: Make, scorer: Make) -> None:
         )
         assert together.take_expert_load(group) is None
     assert loads["x"] != loads["y"]
+
+
+def test_counting_experts_reads_nothing_back(
+    make_model: Make, scorer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each batch; a GPU would stand still for it."""
+    score, seen = scorer(make_model("mixlora"), 60), []
+    own = type(score)._count
+
+    def watched(*given: Any) -> None:
+        with host_reads() as reads:
+            own(*given)
+        seen.append(dict(reads))
+
+    monkeypatch.setattr(type(score), "_count", watched)
+    score.log_likelihoods([rows(seed) for seed in range(4)], ["a", "b", "c", "d"])
+    assert len(seen) > 1
+    assert not any(seen)
+    assert score.take_expert_load() is not None
 
 
 def test_empty_slots_are_not_counted(make_model: Make, scorer: Make) -> None:

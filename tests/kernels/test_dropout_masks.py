@@ -314,10 +314,13 @@ def test_padding_is_not_drawn_for(p) -> None:
     assert torch.equal(padded[5:], key_of(7).mask("input", (7, 300), p, CPU).kept())
 
 
+@pytest.mark.parametrize("hashed", [False, True], ids=["drawn", "hashed"])
 @pytest.mark.parametrize("p", [0.05, 0.7])
-def test_compiled_masks_are_those_of_eager_code(p) -> None:
+def test_compiled_masks_are_those_of_eager_code(p, hashed) -> None:
+    """Both forms: that of a CPU, and the hash of a GPU."""
+
     def run(x: torch.Tensor, key: DropoutKey) -> torch.Tensor:
-        return key.mask("input", tuple(x.shape), p, x.device).zero(x)
+        return key.mask("input", tuple(x.shape), p, x.device, hashed=hashed).zero(x)
 
     x = torch.randn(40, 300)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

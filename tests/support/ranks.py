@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from forked import CONTEXT
+from torch.nn.parallel import DistributedDataParallel
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.training.trainer import MixLoraTrainer
@@ -40,10 +41,13 @@ def stop_in(step: int, number: int) -> None:
 
 def note_examples(path: str) -> None:
     """Have this process append a line to a file for each example that it trains on and that counts:
-    the step, its number among the step's examples, and its tokens."""
+    the step, its number among the step's examples, and its tokens; and have it fail if each pass of
+    DDP walks the graph for parameters without a gradient, of which there are none."""
     real = MixLoraTrainer.training_step
 
     def training_step(self: MixLoraTrainer, model, inputs, *args, **kwargs) -> torch.Tensor:
+        if isinstance(model, DistributedDataParallel):
+            assert not model.find_unused_parameters
         with open(path, "a") as file:
             for batch in inputs.values():
                 rows = zip(batch["example"].tolist(), batch["input_ids"].tolist(), strict=True)

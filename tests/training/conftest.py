@@ -64,7 +64,10 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Trai
     monkeypatch.setattr(FIT, "MixLoraTrainer", Kept)
 
     def run(
-        *overrides: str, examples: list[Example] | None = None, folder: Path | None = None
+        *overrides: str,
+        examples: list[Example] | None = None,
+        folder: Path | None = None,
+        attention: str = "eager",
     ) -> Trained:
         config = compose([*SMALL, *overrides])
         tokenizer = load_tokenizer(config.model)
@@ -73,7 +76,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Trai
             items = loaded.limited(config.data.train_limit, config.data.seed).items
             examples = encode_examples(tokenizer, items, config.data)
         base = load_model(config.model, torch.float32, config.seed)
-        base.set_attn_implementation("eager")
+        base.set_attn_implementation(attention)
         model = attach_adapter(base, config.method, config.kernel, config.seed)
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         before = {name: p.detach().clone() for name, p in weights.items()}

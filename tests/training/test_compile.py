@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from host_reads import host_reads
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.masking_utils import sdpa_mask
 
 from mixlora_exp.adapters.routed_layer import RoutedLayer
-from mixlora_exp.config.choices import PAPER_METHODS
+from mixlora_exp.config.choices import PAPER_METHODS, Compile
 from mixlora_exp.kernels import RowIds, dropout
+from mixlora_exp.system.caches import keep_compiled_code
 from mixlora_exp.training import compiled
+from mixlora_exp.training.compiled import compiled_layers
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 FEW = ["trainer.max_steps=3", "trainer.logging_steps=1", "method.dropout=0.1"]
@@ -127,19 +132,42 @@ def test_fifty_steps_compiled_to_the_end(train, method) -> None:
 
 def test_a_cpu_runs_graph_as_layer(train, traced, capsys) -> None:
     """It says so. Batches are padded to multiples, and the layers are as before afterwards."""
-    found = train("method=lora", *ONE, "trainer.max_steps=1", "trainer.compile=graph")
+    words = ["method=lora", *ONE, "trainer.max_steps=1", "trainer.compile=graph"]
+    found = train(*words, attention="sdpa")
     assert "trainer.compile=graph: a CPU has no graphs to record: it runs as layer" in (
         capsys.readouterr().err
     )
     assert traced
     base = found.trainer.model.base_model.model
     assert all(layer._compiled_call_impl is None for layer in base.model.layers)
-    assert base.config._attn_implementation == "eager"
+    assert base.config._attn_implementation == "sdpa"
     (job,) = found.trainer.jobs.values()
     assert 0 < found.summary.first_step_seconds <= found.summary.seconds
     batch = job.collate(found.examples)
     assert batch["input_ids"].shape[1] % compiled.BUCKET == 0
     assert batch["attention_mask"].sum() == sum(len(e.input_ids) for e in found.examples)
+
+
+def test_compiled_code_is_kept_in_the_user_s_cache(train, traced, monkeypatch, tmp_path) -> None:
+    """Unless the user has chosen a folder."""
+    chosen = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(chosen, "mine")
+    keep_compiled_code()
+    assert os.environ[chosen] == "mine"
+    monkeypatch.delenv(chosen)
+    train("method=lora", *ONE, "trainer.max_steps=1", "trainer.compile=layer")
+    assert os.environ[chosen] == str(tmp_path / "mixlora_exp" / "inductor")
+
+
+def test_several_adapters_train_without_it(capsys) -> None:
+    """One line says why."""
+    base = torch.nn.Module()
+    with compiled_layers(base, Compile.graph, adapters=3) as refusal:
+        assert refusal.reason is None
+    told = capsys.readouterr().err
+    assert told.startswith("trainer.compile=graph: 3 adapters train together without it, since")
+    assert told.count("\n") == 1
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(train, monkeypatch, capsys) -> None:
@@ -160,11 +188,10 @@ def test_what_cannot_be_compiled_runs_as_it_is(train, monkeypatch, capsys) -> No
     assert found.losses == pytest.approx(eager.losses, rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "mixlora"])
-def test_nothing_is_read_within_a_micro_batch(train, traced, monkeypatch, method) -> None:
-    """From the batch to its gradients, dropout included; the first step compiles."""
-    seen = []
+@pytest.fixture
+def reads_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+    """What the host reads in each micro-batch, from the batch to its gradients."""
+    seen: list[dict[str, int]] = []
     own = MixLoraTrainer.training_step
 
     def watched(self, *args, **kwargs):
@@ -176,10 +203,28 @@ def test_nothing_is_read_within_a_micro_batch(train, traced, monkeypatch, method
     monkeypatch.setattr(MixLoraTrainer, "training_step", watched)
     # As on a GPU, where masks are not drawn but made by a hash, of the same rows.
     monkeypatch.setattr(dropout, "_runs", lambda *rows: None)
-    words = [f"method={method}", *BLOCK, "trainer.max_steps=3", "method.dropout=0.1"]
-    train(*words, "trainer.compile=layer")
-    assert len(seen) > 2
-    assert not any(seen[1:]), seen
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [("lora", ONE), *(pytest.param(m, BLOCK, marks=pytest.mark.slow) for m in PAPER_METHODS)],
+)
+def test_nothing_is_read_within_a_micro_batch(
+    train, traced, monkeypatch, reads_of_steps, method, targets
+) -> None:
+    """Dropout included, with the attention of a GPU. Where transformers decides whether a mask is
+    needed, it reads the batch."""
+    words = [f"method={method}", *targets, "trainer.max_steps=3", "method.dropout=0.1"]
+    train(*words, "trainer.compile=layer", attention="sdpa")
+    # The first one compiles.
+    assert len(reads_of_steps) > 2
+    assert not any(reads_of_steps[1:]), reads_of_steps
+    if targets is ONE:
+        reads_of_steps.clear()
+        monkeypatch.setattr(compiled, "_static_mask", sdpa_mask)
+        train(*words, "trainer.compile=layer", attention="sdpa")
+        assert all(reads_of_steps[1:]), reads_of_steps
 
 
 def test_rows_are_named_without_a_read_on_a_gpu() -> None:
