@@ -18,7 +18,7 @@ from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter, set
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.adapters.mixed_adapters import load_adapters
 from mixlora_exp.config.choices import PAPER_METHODS, Quantization
-from mixlora_exp.kernels import is_quantized, matrix_of, quantized
+from mixlora_exp.kernels import MIXTURES, is_quantized, matrix_of, quantized
 from mixlora_exp.models import load_model
 from mixlora_exp.models.quantization import quantization_options
 from mixlora_exp.runs.quantized_base import WORKING_TYPES
@@ -27,8 +27,7 @@ CPU = torch.device("cpu")
 KINDS = ["nf4", "int8", "int8_torchao"]
 # bitsandbytes' own forward pass needs widths in multiples of 32 on some CPUs.
 TINY = ["model=tiny", "model.config={intermediate_size: 192}"]
-METHODS = [*PAPER_METHODS, "moslora", "pissa"]
-METHODS += ["mola", "loramoe", "hydralora", "adamole", "goat"]
+METHODS = [*PAPER_METHODS, *(n for n, one in MIXTURES.items() if not one.starts_from_gradient)]
 ROUTERS = ["mixlora_top_p", "mixlora_switch", "mixlora_dense", "mixlora_threshold"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Every two of kind, dtype and method meet; the other triples are slow.

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mixlora_exp.adapters import attach_adapter, attach_together
 from mixlora_exp.adapters.shuffled import shuffle_experts
 from mixlora_exp.config.schema import Config
+from mixlora_exp.kernels import MIXTURES
 from mixlora_exp.models import load_model
 
-METHODS = ["mixlora", "mixdora", "mola", "loramoe", "hydralora", "adamole", "goat",
+METHODS = ["mixlora", "mixdora", *(name for name, one in MIXTURES.items() if one.router),
            "mixlora_switch", "mixlora_top_p", "mixlora_dense"]  # fmt: skip
 
 

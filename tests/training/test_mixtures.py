@@ -14,6 +14,7 @@ from mixlora_exp.adapters import attach_adapter, attach_together
 from mixlora_exp.adapters.mixed_adapters import plain_parameters_of
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
+from mixlora_exp.kernels import MIXTURES
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.training import fit, fit_jointly, make_job
 from mixlora_exp.training.checkpoints import Checkpoints
@@ -38,6 +39,12 @@ METHODS = {
     "goat": ["method.num_experts=4", "method.mixture_options.eta=0.01"],
     "moslora": [],
 }  # fmt: skip
+ELSEWHERE = {"pissa", "lora_ga"}
+"""Trained in test_other_methods."""
+
+
+def test_every_mixture_is_trained_here_or_there() -> None:
+    assert set(METHODS) | ELSEWHERE == set(MIXTURES)
 
 
 def config_of(method: str, *words: str) -> Config:

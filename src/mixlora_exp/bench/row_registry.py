@@ -119,11 +119,13 @@ def row(name: str, **fields: Any) -> Callable[[Builder], Builder]:
     return build
 
 
-def rank_in_file(method: str) -> int:
-    """Return the rank that the file of a method in conf/method/ sets, read without Hydra."""
-    given = yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
-    own = given.get("peft", given)
-    return own[next(name for name in ("rank", "r", "init_r") if name in own)]
+def settings_in_file(method: str) -> dict[str, Any]:
+    """Return what the file of a method in conf/method/ sets, with the files that it begins with;
+    read without Hydra."""
+    path = CONF_DIR / "method" / f"{method}.yaml"
+    own = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (first, *_) = own.pop("defaults")
+    return {**({} if first.startswith("/") else settings_in_file(first)), **own}
 
 
 # `*_peft`: PEFT's own layers as transformers' Trainer runs them. `lora_peft` is what the others are
@@ -185,25 +187,19 @@ for _name, _mixture in MIXTURES.items():
         _experts["router"] = _mixture.router
     row(_name, method=_name, kernel="exact", if_named=True, **_experts)
 
-# LoRA trained in other ways: its step differs by the scale (rsLoRA), not at all (LoRA+), and by A's
-# gradient (LoRA-FA); and PEFT's own types.
-for _name in ("rslora", "lora_plus", "lora_fa"):
-    row(_name, method=_name, kernel="exact", configured=True, if_named=True)
-for _name in ("vera", "adalora", "fedpara", "hira"):
-    row(_name, method=_name, configured=True, own_rank=rank_in_file(_name), if_named=True)
-
-# Controls with a configuration of their own.
-_fields = {"kernel": "exact", "configured": True, "if_named": True}
-for _name in ("lora_r32", "lora_r128"):
-    row(_name, method=_name, own_rank=rank_in_file(_name), **_fields)
-row(
-    "mixlora_one_expert",
-    method="mixlora_one_expert",
-    own_rank=_OF_MIXLORA.rank,
-    num_experts=1,
-    top_k=1,
-    **_fields,
-)
+# Every other file: LoRA trained in other ways, whose step differs by the scale (rsLoRA), not at all
+# (LoRA+), and by A's gradient (LoRA-FA); controls; and PEFT's own types, with their own layers.
+for _name in sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml")):
+    if _name in (*ROWS, "none", "peft"):
+        continue
+    _set, _fields = settings_in_file(_name), {"configured": True, "if_named": True}
+    if "peft_type" in _set:
+        _own = _set["peft"]
+        row(_name, method=_name, own_rank=_own.get("r", _own.get("init_r")), **_fields)
+    else:
+        _experts = {key: _set[key] for key in ("num_experts", "top_k") if key in _set}
+        _rank = None if _set["rank"] == ROWS["lora"].rank else _set["rank"]
+        row(_name, method=_name, kernel="exact", own_rank=_rank, **_experts, **_fields)
 
 METHODS = tuple(
     name

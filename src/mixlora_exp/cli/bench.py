@@ -1,25 +1,27 @@
 """Measure time and memory: `mixlora-exp bench kind=steps model=llama2_7b layers=2`.
 
-kind=steps     a training step and a forward pass of each method, rows=[lora_peft,mixlora] of a few;
-               loss_on=all, liger=true on a GPU
-kind=adapters  several adapters on one base, in time and memory: method=mixdora, or mixed
-kind=together  several adapters in one run against one run after another: data.path=DIR
-kind=peers     MixLoRA here and in the packages moe-peft and mixlora, in turns
-kind=eval      items per second of scoring, here and in lm-eval's own loop
-kind=forms     the exact kernel's two forms, by which it chooses on a CPU
-kind=bytes     bytes that a step of each row keeps, and the most that live at once, on a CPU
-kind=gpu       kernels against float64, then kind=steps of four models, in minutes=4; tests=true
-               runs the tests of the Triton kernels afterwards
-
 Writes `results/bench/<name>.json`, and tables beside it as `.md`. `kind=NAME --help` prints the
 settings of a kind with their defaults.
 """
 
 from __future__ import annotations
 
+import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
+from textwrap import fill
+
+
+def _kinds() -> Iterator[str]:
+    """Yield a line for each kind of benchmark: the first paragraph of its file, which is read and
+    not imported, since torch takes seconds to load."""
+    folder = Path(__file__).parents[1] / "bench" / "kinds"
+    for path in sorted(folder.glob("[a-z]*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        what = " ".join(text.split("\n\n")[0].split()).partition(": ")[2]
+        yield fill(f"kind={path.stem:10}{what}", 100, subsequent_indent=" " * 15)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,7 +32,8 @@ def run(argv: Sequence[str]) -> int:
     """
     words = [word for word in argv if word not in ("-h", "--help")]
     if not words and words != list(argv):
-        print((__doc__ or "").strip())
+        first, rest = (__doc__ or "").strip().split("\n\n", 1)
+        print("\n\n".join([first, "\n".join(_kinds()), rest]))
         return 0
     # Imported late: torch takes seconds to load.
     from mixlora_exp.bench.runner import kind_of, run_benchmark, split_kind
