@@ -121,9 +121,8 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def one_line(captured: Any) -> str:
     """What was said is one message, harmless and no longer than a screen."""
-    (error,) = [line for line in captured.err.splitlines() if line.startswith("error: ")] or [
-        line for line in captured.out.splitlines() if line.startswith("refused: ")
-    ]
+    begun = ("error: ", "refused: ")
+    (error,) = [line for line in captured.err.splitlines() if line.startswith(begun)]
     assert len(error) < SCREEN + 20
     for text in (captured.err, captured.out):
         assert all(line.isprintable() for line in text.splitlines())

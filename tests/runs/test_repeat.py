@@ -137,6 +137,12 @@ def test_folders_are_given_as_they_are_typed(finished, tmp_path: Path) -> None:
     assert list((tmp_path / "a=b (1)").glob(f"*/{RECORD}"))
 
 
+def test_two_records_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--from", "a", "--from", "b"], ["--from=a", "--from=b"]):
+        assert execute(words) == 2
+        assert "--from is given 2 times: give it once" in capsys.readouterr().err
+
+
 def test_other_records_are_reported_in_a_line(
     finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

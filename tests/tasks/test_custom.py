@@ -128,6 +128,24 @@ def test_settings_that_cannot_work_are_named() -> None:
         compose([OWN.replace("quiz:", "arc_e:")])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "+task.custom.quiz={question:q}",
+        "++task.custom.quiz.question=q",
+        "task.custom.quiz={question:q}",
+        "task.custom.quiz.question=q",
+    ],
+)
+def test_a_task_that_is_added_in_part_names_the_words_that_add_it(words: str) -> None:
+    added = "+task.custom={quiz:{question:q,options:[o],answer:a,answer_as:letter}}"
+    with pytest.raises(UserError) as caught:
+        compose([words])
+    assert words.lstrip("+") in str(caught.value)
+    assert str(caught.value).endswith(f"'{added}'")
+    assert list(compose([added]).task.custom) == ["quiz"]
+
+
 def test_a_bad_row_ends_the_run_with_its_line(
     quiz: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ code 2). --source=DIR/runs packs unpacked folders there, and removes what it has
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     for name in found.packed:
         print(f"collected: {name}")
     for entry in found.refused:
-        print(f"refused: {entry.name}: {entry.reason}")
+        print(f"refused: {entry.name}: {entry.reason}", file=sys.stderr)
     if found.random:
         print(f"skipped: {found.random} on random weights, whose scores mean nothing")
     if found == Collected():

@@ -42,8 +42,9 @@ class Parser(argparse.ArgumentParser):
         """Parse options and positional arguments in any order.
 
         Raises:
-            UserError: an option is unknown (the message names the closest one), its value is not
-                valid, or it names a file where a folder belongs, or a folder where a file does.
+            UserError: an option is unknown (the message names the closest one) or given twice, its
+                value is not valid, or it names a file where a folder belongs, or a folder where a
+                file does.
         """
         names = [name for action in self._actions for name in action.option_strings]
         for word in argv:
@@ -53,7 +54,13 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("-") and name not in names:
                 hint = did_you_mean(name, names, f"; choose from {', '.join(names)}", most=1)
                 raise UserError(f"{word}: there is no option {name}{hint}")
-        found = self.parse_intermixed_args([w for word in argv for w in self._dashed(word)])
+        words = [w for word in argv for w in self._dashed(word)]
+        options = words[: words.index("--")] if "--" in words else words
+        typed = [word.partition("=")[0] for word in options if word.startswith("-")]
+        # argparse would take the last and pass over the others.
+        if twice := next((name for name in typed if typed.count(name) > 1), None):
+            raise UserError(f"{twice} is given {typed.count(twice)} times: give it once")
+        found = self.parse_intermixed_args(words)
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if isinstance(value, Path) and action.option_strings:

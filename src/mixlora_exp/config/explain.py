@@ -39,6 +39,12 @@ BY_NAME = {line.lstrip("+").partition("=")[0]: line for line in _EXAMPLES}
 """Fields with entries by name -> an override of each, as an example."""
 
 
+def _custom_task(name: str) -> str:
+    """Return the override that adds a task of this name: Hydra takes `task.custom` as a whole
+    alone, because fields of a task have no defaults."""
+    return f"'{BY_NAME['task.custom'].replace('{mine:', f'{{{name}:')}'"
+
+
 def methods_with(name: str) -> list[str]:
     """Return the methods that have a setting, without those made from another method."""
     found = []
@@ -56,7 +62,8 @@ def unknown_field(key: str, owner: type | None, source: str = "") -> str:
     """Return the message for a dotted key that the dataclass `owner` does not have."""
     parent, _, name = key.rpartition(".")
     if owner is dict:
-        return f"{parent} has no entry {name}{source}: add it with +{key}=VALUE"
+        way = _custom_task(name) if parent == "task.custom" else f"+{key}=VALUE"
+        return f"{parent} has no entry {name}{source}: add it with {way}"
     if not dataclasses.is_dataclass(owner):
         return f"{key} is not a setting{source}"
     fields = [item.name for item in dataclasses.fields(owner)]
@@ -190,6 +197,9 @@ def _explain_omegaconf(
 ) -> str:
     key = cause.full_key or ""
     source = _file(error)
+    if "is not a subclass of CustomTask" in str(cause):  # Its key is the name of the task alone.
+        given = _typed(f"task.custom.{key}", overrides) or f"task.custom.{key}"
+        return f"{given}{source} is not valid: add the task with {_custom_task(key)}"
     line = None if source else _typed(key, overrides)
     if isinstance(cause, MissingMandatoryValue):
         return f"{key}=??? has no value{source}: set {key}=VALUE"
