@@ -17,7 +17,7 @@ from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
 from mixlora_exp.results import figures
 from mixlora_exp.runs.ownership import FILES, FOLDERS
-from mixlora_exp.runs.run import Run
+from mixlora_exp.runs.state import Run
 from mixlora_exp.system.disk_faults import convert_disk_faults
 from mixlora_exp.system.exit_codes import guarded
 

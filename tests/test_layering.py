@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,25 @@ def floor_of(room: str, above: tuple[str, ...] = ()) -> int:
 
 def test_the_house_has_no_circle_and_few_floors() -> None:
     assert max(map(floor_of, set(ROOMS) - {"__init__", "_peft_hook"})) == FLOORS
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Nor any longer circle, inside a room as well: imports for type checking and inside functions
+    count."""
+    modules = {path: ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+               for path in FILES}  # fmt: skip
+    names = {name.removesuffix(".__init__") for name in modules.values()}
+    imports = {}
+    for path, name in modules.items():
+        given = imported_modules(path)
+        # `from mixlora_exp.kernels import KERNELS` imports the room's own file.
+        found = {one if one in names else one.rpartition(".")[0] for one in given}
+        own = name.removesuffix(".__init__")
+        imports[own] = {one for one in found if one in names} - {own}
+    assert sum(map(len, imports.values())) > 500
+    list(TopologicalSorter(imports).static_order())
+    with pytest.raises(CycleError):
+        list(TopologicalSorter({**imports, f"{PACKAGE}.errors": names}).static_order())
 
 
 def test_the_root_holds_no_other_module() -> None:

@@ -19,7 +19,6 @@ from mixlora_exp.system.untrusted import (
     parse_json,
     raw_lines,
     read_json,
-    read_text,
     refuse_links,
 )
 
@@ -66,9 +65,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         read_json(pipe)
     (tmp_path / "link").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match="it is a device, not a file"):
-        read_text(tmp_path / "link")
+        read_json(tmp_path / "link")
     with pytest.raises(OSError, match="a folder"):
-        read_text(tmp_path)
+        read_json(tmp_path)
 
 
 def test_limits_are_reported_with_what_changes_them(

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from triton_cases import load
 
-from mixlora_exp.adapters import linear as linear_module
-from mixlora_exp.adapters import set_kernel
+from mixlora_exp.adapters import set_kernel, several_linear
 from mixlora_exp.adapters.dropout import use_dropout_stream
 from mixlora_exp.adapters.linear import FusedLinear
 from mixlora_exp.adapters.shared_input import PENDING
@@ -152,7 +151,7 @@ def test_the_base_s_weights_are_multiplied_with_as_they_are_held(
     def held(base: nn.Linear, dtype: torch.dtype) -> Frozen:
         return Doubled(base.weight.detach().to(dtype) / 2)
 
-    monkeypatch.setattr(linear_module, "frozen_linear", held)
+    monkeypatch.setattr(several_linear, "frozen_linear", held)
     check(results(block), expected)
 
 

@@ -84,7 +84,7 @@ TESTS = {
     "kernels/mixlora/*": BYTES_KEPT,
     "kernels/registry.py": BYTES_KEPT,
     "kernels/*": PLAIN,
-    "records/canonical_code.py": ("tests/test_canonical_code.py", "tests/test_hashing.py"),
+    "records/canonical_code.py": ("tests/results/test_canonical_code.py", "tests/test_hashing.py"),
     "records/card.py": ("tests/results/test_card.py",),
     "records/checkout.py": ("tests/results/test_checkout.py", "tests/results/test_record.py"),
     "records/code_hash.py": ("tests/test_hashing.py",),

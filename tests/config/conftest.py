@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.command import compose
 from mixlora_exp.config.schema import Config
 
 
@@ -38,3 +39,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
         return captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def base() -> Config:
+    """The configuration of a command line without words."""
+    return compose()

@@ -82,7 +82,7 @@ def test_torchrun_is_asked_to_end_and_goes_on(number: int, tmp_path: Path) -> No
     else:
         started.terminate()
     error = started.communicate(timeout=100)[1]
-    assert "the same command goes on there" in error, error[-3000:]
+    assert "the same command resumes there" in error, error[-3000:]
     assert started.returncode == 1
     (saved,) = tmp_path.glob("run/*/checkpoints/step-*")
     step = int(saved.name.removeprefix("step-"))

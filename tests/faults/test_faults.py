@@ -13,7 +13,7 @@ from mixlora_exp.cli.train import execute
 from mixlora_exp.records import record as record_file
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
-from mixlora_exp.runs import scoring
+from mixlora_exp.runs import scoring, state
 from mixlora_exp.tasks import embedded
 from mixlora_exp.training.trainer import MixLoraTrainer
 
@@ -73,16 +73,16 @@ def test_out_of_memory_in_one_cell_of_a_sweep(tmp_path, monkeypatch, capsys) -> 
 
 
 @pytest.mark.parametrize("adapters", [[], ["adapters=[lora,mixlora]"]], ids=["one", "two"])
-@pytest.mark.parametrize("place", ["load_model", "Scorer"])
+@pytest.mark.parametrize(("module", "place"), [(state, "load_model"), (experiment, "Scorer")])
 def test_a_device_that_is_too_small_is_told_in_a_line(
-    place: str, adapters: list[str], tmp_path, monkeypatch, capsys
+    module, place: str, adapters: list[str], tmp_path, monkeypatch, capsys
 ) -> None:
     """While the model is loaded, and while it is scored."""
 
     def too_small(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(experiment, place, too_small)
+    monkeypatch.setattr(module, place, too_small)
     argv = [*SMALL, *adapters, "evaluation.before_training=true", f"output_dir={tmp_path}"]
     assert execute(argv) == 2
     *_, line = capsys.readouterr().err.splitlines()
@@ -240,7 +240,7 @@ def test_a_forced_run_goes_on_after_a_kill(tmp_path, monkeypatch) -> None:
     (again,) = records(tmp_path)
     assert again["scores"] == whole["scores"]
     assert again["train"]["stability"] == whole["train"]["stability"]
-    # Once there is a record, it begins anew.
+    # Once there is a record, it starts from the beginning.
     train_until(monkeypatch, 0, Killed)
     with pytest.raises(Killed):
         execute([*argv, "force=true"])

@@ -25,6 +25,7 @@ from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.models.peft_types import config_of
 from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import state
 
 IN, OUT, LAYERS = 35_584, 42_496, 32
 """Of LLaMA-2 7B: inputs and outputs of a layer's seven projections, summed up."""
@@ -198,7 +199,7 @@ REFUSED = [
 def test_mistakes_are_reported_before_weights_are_read(
     words: str, told: str, dry_run: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     own = [word if word.startswith("trainer.") else f"method.{word}" for word in words.split()]
     config = compose(
         ["experiment=smoke", "method=peft", *own, f"dry_run={dry_run}", f"output_dir={tmp_path}"]

@@ -19,7 +19,7 @@ from mixlora_exp.plans.plan import plan
 from mixlora_exp.plans.speed import Speed, recorded_speed, time_line
 from mixlora_exp.runs import probe
 from mixlora_exp.runs.probe import probed_speed
-from mixlora_exp.runs.run import Run
+from mixlora_exp.runs.state import Run
 
 H100 = {"gpus": ["NVIDIA H100 80GB HBM3"], "cpu": "any", "cpu_threads": 16}
 CPU = {"gpus": [], "cpu": "A CPU", "cpu_threads": 2}

@@ -219,7 +219,7 @@ def test_json_is_read_in_one_place() -> None:
         if "json.loads(" in path.read_text() or "json.load(" in path.read_text()
     }
     assert users <= {
-        "system/untrusted.py", "sweeps/ledger.py", "sweeps/study.py", "runs/run.py",
+        "system/untrusted.py", "sweeps/ledger.py", "sweeps/study.py", "runs/state.py",
         "results/cells.py", "results/condition_text.py",
         "bench/memory.py", "bench/several_memory.py",
         "bench/kinds/peers.py", "bench/peers_worker.py", "results/tables/stability.py",

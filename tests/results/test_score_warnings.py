@@ -20,10 +20,10 @@ def score(accuracy: float, n: int = 300, protocol: str = "label_logits", **more:
         (score(0.5), None),
         (score(0.5, n=30), None),
         (score(0.5, n=29), "too few items to tell settings apart: arc_e label_logits (29 items)"),
-        (score(1.0), "a standard error of 0.0 is no certainty: every item ended alike: arc_e "
-                     "label_logits (all right)"),
-        (score(0.0, protocol="exact_match"), "a standard error of 0.0 is no certainty: every item "
-                                             "ended alike: arc_e exact_match (all wrong)"),
+        (score(1.0), "a standard error of 0.0 is no certainty: all items have the same result: "
+                     "arc_e label_logits (all right)"),
+        (score(0.0, protocol="exact_match"), "a standard error of 0.0 is no certainty: all items "
+                                             "have the same result: arc_e exact_match (all wrong)"),
         (score(0.29), "always the most frequent answer scores more: arc_e label_logits (29.0 < "
                       "30.0)"),
         (score(0.3), None),

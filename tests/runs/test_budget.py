@@ -10,6 +10,7 @@ import pytest
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_run
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import state
 
 Start = Callable[..., Any]
 
@@ -43,7 +44,7 @@ def test_out_of_reach_before_weights_are_read(
     method: str, budget: str, told: str, dry_run: str, configure: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     words = [f"method={method}", f"method.match_params={budget}", f"dry_run={dry_run}"]
     words += ["method.num_experts=99"] if method == "mola" else []
     with pytest.raises(UserError, match=told) as raised:

@@ -20,7 +20,7 @@ from mixlora_exp.cli.train import execute
 from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.models.file_cache import SETTLED
-from mixlora_exp.runs import inputs
+from mixlora_exp.runs import inputs, state
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.tasks.embedded import rows as embedded_rows
 
@@ -88,7 +88,7 @@ def test_a_router_s_options_are_checked_before_weights_are_read(
     words: str, told: str, dry_run: bool, configure: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     own = [f"+method.{w[1:]}" if w[0] == "+" else f"method.{w}" for w in words.split()]
     config = configure("method=mixlora", *own, f"dry_run={str(dry_run).lower()}")
     with pytest.raises(UserError, match=told) as raised:
@@ -121,7 +121,7 @@ def test_options_that_do_nothing_are_reported_before_weights_are_read(
     words: str, told: str, dry_run: bool, configure: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     method, *rest = words.replace("kernel=", "@kernel=").split()
     group = {"+": "+method.", "@": ""}
     own = [f"{group[w[0]]}{w[1:]}" if w[0] in group else f"method.{w}" for w in rest]
@@ -139,7 +139,7 @@ def test_what_cannot_run_leaves_nothing(
     def refuse(*_: Any) -> None:
         raise UserError("the hub cannot be reached")
 
-    monkeypatch.setattr(experiment, "load_tokenizer", refuse)
+    monkeypatch.setattr(state, "load_tokenizer", refuse)
     config = configure("method=lora")
     with pytest.raises(UserError, match="hub cannot be reached"):
         experiment.run(config)
@@ -163,8 +163,8 @@ def test_each_input_is_read_once(
 
     counted(inputs, "load_split", lambda data, task, split, *_: f"{task}/{split}")
     counted(inputs, "check_model", lambda model: model.name)
-    counted(experiment, "load_tokenizer", lambda model: model.name)
-    counted(experiment, "load_model", lambda model, *_: model.name)
+    counted(state, "load_tokenizer", lambda model: model.name)
+    counted(state, "load_model", lambda model, *_: model.name)
     experiment.run(configure("method=lora", "evaluation.before_training=true"))
     assert seen == {
         "load_split arc_e/train": 1,

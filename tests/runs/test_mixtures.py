@@ -20,6 +20,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import state
 from mixlora_exp.serving.merge import write_merged
 from mixlora_exp.serving.open import Opened
 
@@ -113,7 +114,7 @@ def test_mistakes_are_reported_before_weights_are_read(
     method: str, words: str, told: str, configure: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     own = [f"++method.{word}" for word in words.split()]
     for dry_run in (False, True):
         config = dataclasses.replace(configure(f"method={method}", *own), dry_run=dry_run)

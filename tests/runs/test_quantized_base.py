@@ -13,6 +13,7 @@ from mixlora_exp.cli.merge import run as merge
 from mixlora_exp.config.schema import Quantization
 from mixlora_exp.errors import UserError
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import state
 from mixlora_exp.runs.quantized_base import WORKING_TYPES, check_quantized_base
 from mixlora_exp.serving.open import open_adapter
 
@@ -60,7 +61,7 @@ def test_what_cannot_is_refused_before_loading(
     words: str, told: str, dry_run: str, configure: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     config = configure("method=mixlora", *(QUANTIZED + words).split(), f"dry_run={dry_run}")
     with pytest.raises(UserError, match=told) as raised:
         experiment.run(config)
@@ -71,7 +72,7 @@ def test_what_cannot_is_refused_before_loading(
 def test_a_missing_package_is_reported_before_loading(
     dry_run: str, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     there = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "torchao" else there(name, *a)

@@ -25,6 +25,7 @@ from mixlora_exp.models import load_model, load_tokenizer
 from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.plan import plan
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import state
 
 METHODS = ["none", *PAPER_METHODS]
 VARIANTS = [(f"method={method}",) for method in METHODS]
@@ -187,7 +188,7 @@ def test_a_finished_run_is_not_repeated(
     (first.folder / "checkpoints").mkdir()
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "load_model", lambda *a, **k: pytest.fail("it ran again"))
+        patch.setattr(state, "load_model", lambda *a, **k: pytest.fail("it ran again"))
         again = run("method=lora")
     told = capsys.readouterr().out
     assert told.startswith(f"Already finished: {first.path}")
@@ -299,7 +300,7 @@ def test_changed_data_under_the_same_settings_is_refused(run: Start, tmp_path: P
 def test_mistakes_in_data_come_before_any_model(
     run: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "load_model", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(state, "load_model", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(UserError, match=r"data\.path"):
         run("data=local", f"data.path={tmp_path / 'nowhere'}")
     folder = write_rows(tmp_path / "mine")

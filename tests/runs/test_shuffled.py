@@ -11,6 +11,7 @@ from mixlora_exp.cli.evaluate import run as evaluate
 from mixlora_exp.errors import UserError
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import state
 from mixlora_exp.system.exit_codes import guarded
 
 Start = Callable[..., Any]
@@ -45,7 +46,7 @@ def test_shuffled_experts_are_another_condition(finished: Start, tmp_path) -> No
 def test_nothing_to_shuffle(
     method: str, why: str, dry_run: str, configure: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "load_model", None)
+    monkeypatch.setattr(state, "load_model", None)
     method, *more = method.split()
     words = [f"method={method}", *more, "evaluation.shuffle_experts=1", f"dry_run={dry_run}"]
     with pytest.raises(UserError, match=f"shuffle_experts=1: {method} {why}"):

@@ -15,7 +15,7 @@ from same_runs import UNEVEN, check_equal
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.paths import ROOT
-from mixlora_exp.runs import run as experiment
+from mixlora_exp.runs import state
 
 START = "accelerate launch "
 
@@ -88,7 +88,7 @@ def test_what_would_change_the_computation_is_told_in_one_line(
     name: str, value: str, told: str, dry_run: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """Of one process too."""
-    monkeypatch.setattr(experiment, "load_model", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(state, "load_model", lambda *a, **k: pytest.fail("too late"))
     monkeypatch.setenv(name, value)
     argv = ["experiment=smoke", f"dry_run={dry_run}", f"output_dir={tmp_path}"]
     assert execute(argv) == 2

@@ -51,7 +51,7 @@ def test_the_first_saves_and_says_where_the_same_command_resumes(
     press(monkeypatch, 2)
     assert execute(argv) == 130
     *_, saved, last = capsys.readouterr().err.splitlines()
-    assert saved.endswith("saved after step 2 of 4; the same command goes on there")
+    assert saved.endswith("saved after step 2 of 4; the same command resumes there")
     assert last == "interrupted"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert execute(argv) == 0
@@ -66,7 +66,8 @@ def test_an_optimizer_without_checkpoints_says_that_nothing_is_saved(
     assert execute([*WORDS, "trainer.optim=adamw_bnb_8bit", f"output_dir={tmp_path}"]) == 130
     *_, unsaved, last = capsys.readouterr().err.splitlines()
     assert unsaved.endswith(
-        "step 2 of 4 is not saved: trainer.optim=adamw_bnb_8bit has no checkpoints; it begins anew"
+        "step 2 of 4 is not saved: trainer.optim=adamw_bnb_8bit has no checkpoints; it starts from "
+        "the beginning"
     )
     assert last == "interrupted"
     assert not list(tmp_path.glob("*/checkpoints/*"))

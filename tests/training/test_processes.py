@@ -16,7 +16,7 @@ from same_runs import UNEVEN, check_equal
 
 from mixlora_exp.adapters.router_report import RouterReport
 from mixlora_exp.cli.train import execute
-from mixlora_exp.runs import parallel
+from mixlora_exp.runs import parallel, state
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.system import device as runtime
 from mixlora_exp.system.device import SHARDED
@@ -101,8 +101,12 @@ def test_a_model_in_pieces_is_refused_before_anything_is_loaded(
     """A run of one adapter and, under every second variable, one of several."""
     adapters = ["adapters=[lora,mixlora]"] if list(SHARDED).index(name) % 2 else []
     monkeypatch.setenv(name, "true")
-    for what in ("load_model", "load_tokenizer", "gather_inputs"):
-        monkeypatch.setattr(experiment, what, lambda *a, **k: pytest.fail("too late"))
+    for module, what in (
+        (state, "load_model"),
+        (state, "load_tokenizer"),
+        (experiment, "gather_inputs"),
+    ):
+        monkeypatch.setattr(module, what, lambda *a, **k: pytest.fail("too late"))
     assert execute([*SMALL, *adapters, f"output_dir={tmp_path}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -173,7 +177,7 @@ def test_what_processes_cannot_share_is_refused_in_one_line(
     count: int, words: list[str], reason: str, dry_run: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     for what in ("load_model", "load_tokenizer"):
-        monkeypatch.setattr(experiment, what, lambda *a, **k: pytest.fail("too late"))
+        monkeypatch.setattr(state, what, lambda *a, **k: pytest.fail("too late"))
     argv = [*SMALL, *words, f"dry_run={dry_run}", f"output_dir={tmp_path}"]
     two_processes(monkeypatch, count)
     assert execute(argv) == 2

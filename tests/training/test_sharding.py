@@ -22,7 +22,7 @@ from mixlora_exp.adapters import attach_adapter, save_adapter
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.models import load_model
-from mixlora_exp.runs.run import Run
+from mixlora_exp.runs.state import Run
 from mixlora_exp.system.device import processes
 from mixlora_exp.training.sharding import shard_frozen
 

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from mixlora_exp.config.by_layer import counts
 from mixlora_exp.config.schema_method import (
     ATTENTION_TARGETS,
+    FEED_FORWARD_BLOCK,
     FEED_FORWARD_TARGETS,
     MixtureSettings,
 )
@@ -74,7 +75,9 @@ class MixLoraConfig(MixtureSettings, LoraConfig):
         default=None,
         metadata={"help": "Activation of the experts, by transformers' name; None: the base's."},
     )
-    feed_forward: str = field(default="mlp", metadata={"help": "Name of the feed-forward block."})
+    feed_forward: str = field(
+        default=FEED_FORWARD_BLOCK, metadata={"help": "Name of the feed-forward block."}
+    )
     feed_forward_targets: list[str] = field(
         default_factory=lambda: list(FEED_FORWARD_TARGETS),
         metadata={"help": "Names of its gate, up and down projection, in this order."},

@@ -15,7 +15,7 @@ from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.frozen import frozen_linear, is_linear
 from mixlora_exp.adapters.initial import initial_weights
 from mixlora_exp.adapters.routed_layer import RoutedLayer
-from mixlora_exp.adapters.several_adapters import several_feed_forward
+from mixlora_exp.adapters.several_feed_forward import several_feed_forward
 from mixlora_exp.adapters.weight_cache import CachesWeights
 from mixlora_exp.kernels import (
     KERNELS,

@@ -6,88 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as stock
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from mixlora_exp.adapters.cache_source import Source, source_on
 from mixlora_exp.adapters.dropout import input_mask
-from mixlora_exp.adapters.frozen import frozen_linear, is_linear, refuse_merge
-from mixlora_exp.adapters.row_map import RowMap
-from mixlora_exp.adapters.several_adapters import several_linear
+from mixlora_exp.adapters.frozen import is_linear
+from mixlora_exp.adapters.several_linear import RowsLinear, StockLinear, several_linear
 from mixlora_exp.adapters.shared_input import Siblings, find_siblings
 from mixlora_exp.adapters.weight_cache import CachesWeights, cached_weights, share_cache
-from mixlora_exp.kernels import Frozen, is_quantized, lora, working_dtype
+from mixlora_exp.kernels import is_quantized, lora, working_dtype
 from mixlora_exp.kernels.lora_many import lora_add, lora_add_reference
 from mixlora_exp.kernels.low_rank import LowRankPart
 
 QUANTIZED = ("peft.tuners.lora.bnb", "peft.tuners.lora.torchao")
 """Modules with PEFT's LoRA layers on quantised projections."""
-
-__all__ = ["FusedLinear", "ReferenceLinear", "StockLinear", "use_linear_kernel"]
-
-
-class RowsLinear(stock.Linear):
-    """A LoRA layer that can serve the rows of several adapters in one pass."""
-
-    peft_class: type[LoraLayer] | None = None
-    """PEFT's own class of a layer on a quantised projection."""
-    row_map: RowMap | None = None
-    """Shared by the layers of a model of the MixLoRA tuner, None in a model of PEFT's own."""
-
-    def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
-        """Return the outputs (T, out) of adapters of one kind on equal shares of the rows (T, in),
-        given the frozen product `W x` (T, out). The bias is added after DoRA's scale."""
-        raise NotImplementedError
-
-    def kind_of(self, adapter: str) -> object:
-        """Return a key: adapters with equal keys can run in one batched pass. None: `adapter` must
-        run alone in this layer."""
-
-    def frozen(self, dtype: torch.dtype) -> Frozen:
-        """Return the base layer's weight in a dtype, without its bias."""
-        return frozen_linear(self.base_layer, dtype)
-
-    def biased(self, y: Tensor) -> Tensor:
-        """Return `y` (T, out) with the base layer's bias added, if it has one."""
-        bias = self.base_layer.bias
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Merge as PEFT does.
-
-        Raises:
-            ValueError: the base weight is quantised.
-        """
-        refuse_merge(self.base_layer)
-        super().merge(*args, **kwargs)
-
-
-class StockLinear(RowsLinear):
-    """`peft.tuners.lora.Linear`, each segment as PEFT computes it."""
-
-    def adapt(self, frozen: Tensor, rows: Tensor, adapters: Sequence[str]) -> Tensor:
-        """Return the output (T, out) of the one adapter in `adapters`, by PEFT's own modules."""
-        (adapter,) = adapters
-        # PEFT takes the base layer's whole output, and its bias away again where DoRA scales.
-        frozen = self.biased(frozen)
-        if adapter not in self.lora_A:
-            return frozen
-        a, b = self.lora_A[adapter], self.lora_B[adapter]
-        rows = rows.to(a.weight.dtype)
-        if adapter in self.lora_variant:
-            y = self.lora_variant[adapter].forward(
-                self, active_adapter=adapter, x=rows, result=frozen
-            )
-        else:
-            y = frozen + b(a(self.lora_dropout[adapter](rows))) * self.scaling[adapter]
-        return y.to(frozen.dtype)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run PEFT's forward pass, or one adapter per segment of the rows where they belong to
-        several."""
-        return several_linear(self, x) if self.row_map else super().forward(x, *args, **kwargs)
 
 
 class FusedLinear(CachesWeights, RowsLinear):
@@ -196,7 +130,8 @@ class ReferenceLinear(FusedLinear):
         """Compute the outputs, each (T, out), by plain tensor operations."""
         rows = x.reshape(-1, x.shape[-1]).to(working_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
-            return [self.adapt(self.frozen(rows.dtype).linear(rows), rows, [adapter])]
+            frozen = self.frozen(rows.dtype).linear(rows)
+            return [self.biased(lora_add_reference(frozen, rows, self._part(adapter, rows)))]
 
     def kind_of(self, adapter: str) -> object:
         """Return None: each adapter runs alone."""

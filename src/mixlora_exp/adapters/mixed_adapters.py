@@ -23,10 +23,15 @@ from transformers import PreTrainedModel
 from mixlora_exp.adapters.base_check import check_base
 from mixlora_exp.adapters.config import MixLoraConfig, in_order
 from mixlora_exp.adapters.load_weights import fill, read_weights
-from mixlora_exp.adapters.mixtures.config import MIXTURE_TYPE, MixtureConfig
+from mixlora_exp.adapters.mixtures.config import MixtureConfig
+from mixlora_exp.adapters.own_types import LORA_MIXTURE, MIXLORA
 from mixlora_exp.adapters.routed_layer import RoutedLayer
 from mixlora_exp.adapters.saved import saved_settings
-from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+from mixlora_exp.config.schema_method import (
+    ATTENTION_TARGETS,
+    FEED_FORWARD_BLOCK,
+    FEED_FORWARD_TARGETS,
+)
 from mixlora_exp.errors import UserError
 
 __all__ = [
@@ -48,7 +53,7 @@ __all__ = [
 class GuestConfig(LoraConfig):
     """A LoRA (or DoRA) without experts, hosted by the MixLoRA tuner; saved as plain LoRA."""
 
-    feed_forward: ClassVar[str] = "mlp"
+    feed_forward: ClassVar[str] = FEED_FORWARD_BLOCK
     feed_forward_targets: ClassVar[tuple[str, ...]] = FEED_FORWARD_TARGETS
     router_loss_coef: ClassVar[float] = 0.0
 
@@ -242,7 +247,7 @@ def load_adapters(
         check_base(base, folder, settings, accept)
         weights = read_weights(folder)
         try:
-            kinds = {"MIXLORA": MixLoraConfig, MIXTURE_TYPE: MixtureConfig, "LORA": LoraConfig}
+            kinds = {MIXLORA: MixLoraConfig, LORA_MIXTURE: MixtureConfig, "LORA": LoraConfig}
             if settings["peft_type"] not in kinds:
                 known = ", ".join(kinds)
                 raise ValueError(f"peft_type={settings['peft_type']} is not one of {known}")

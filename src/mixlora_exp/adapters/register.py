@@ -8,9 +8,9 @@ from __future__ import annotations
 from peft import mapping
 from peft.utils import PeftType
 
-__all__ = ["register"]
+from mixlora_exp.adapters.own_types import OWN_TYPES
 
-NAMES = ("MIXLORA", "LORA_MIXTURE")
+__all__ = ["register"]
 
 
 def _extend_enum(name: str) -> None:
@@ -28,13 +28,13 @@ def _extend_enum(name: str) -> None:
 def register() -> None:
     """Register the configurations and the tuner as `PeftType.MIXLORA` and `LORA_MIXTURE`;
     idempotent."""
-    for name in NAMES:
+    for name in OWN_TYPES:
         _extend_enum(name)
     from mixlora_exp.adapters.config import MixLoraConfig
     from mixlora_exp.adapters.mixtures.config import MixtureConfig
     from mixlora_exp.adapters.model import MixLoraModel
 
-    for name, config in zip(NAMES, (MixLoraConfig, MixtureConfig), strict=True):
+    for name, config in zip(OWN_TYPES, (MixLoraConfig, MixtureConfig), strict=True):
         kind = PeftType(name)
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = MixLoraModel

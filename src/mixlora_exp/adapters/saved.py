@@ -14,13 +14,14 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mixlora_exp.adapters.files import BIN, CONFIG, SAFETENSORS, is_official, read_adapter_config
+from mixlora_exp.adapters.own_types import OWN_TYPES
 from mixlora_exp.adapters.tensor_shapes import load_shapes
 from mixlora_exp.config.choices import PEFT_TYPES
 from mixlora_exp.errors import UserError, shown
 
 __all__ = ["saved_settings"]
 
-KINDS = ("LORA", "MIXLORA", "LORA_MIXTURE", *(kind for kind in PEFT_TYPES if kind != "LORA"))
+KINDS = ("LORA", *OWN_TYPES, *(kind for kind in PEFT_TYPES if kind != "LORA"))
 """Supported PEFT types, which only add weights. Other types load tokenizers and further adapters
 named in their configuration, or compile code."""
 REACHING = (
@@ -185,7 +186,7 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
             if size is not None and not (type(size) is int and 0 <= size <= elements):
                 _refuse(folder, name, size, f"does not fit the tensors in {SAFETENSORS}")
     experts, limit = config.get("num_experts"), len(shapes)
-    if config["peft_type"] in ("MIXLORA", "LORA_MIXTURE"):
+    if config["peft_type"] in OWN_TYPES:
         # All experts of a layer are one tensor.
         limit = max((shape[0] for shape in shapes if len(shape) == 3), default=0)
         experts = _most_experts(folder, config)

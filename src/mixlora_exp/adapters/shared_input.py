@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,20 @@ from torch import Tensor, nn
 from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from mixlora_exp.kernels import working_dtype
 
-if TYPE_CHECKING:
-    from mixlora_exp.adapters.linear import FusedLinear
-
-__all__ = ["Siblings", "find_siblings"]
-
 GROUPS = (ATTENTION_TARGETS[:3], FEED_FORWARD_TARGETS[:2])
 """Names of projections that share their input, in the order in which models call them."""
+
+
+class SharesInput(Protocol):
+    """A layer that can compute others with it, as `adapters.linear.FusedLinear`."""
+
+    siblings: tuple[Siblings, str] | None
+
+    def compute(self, x: Tensor, layers: Sequence[SharesInput], adapter: str) -> list[Tensor]:
+        """Compute the outputs, each (T, out), of layers for the input x (..., in)."""
+
+    def joins(self, other: SharesInput, adapter: str) -> bool:
+        """Return whether this layer can be computed when `other` is called."""
 
 
 @dataclass(slots=True)
@@ -56,7 +63,7 @@ class Siblings:
     when they are called.
     """
 
-    def __init__(self, layers: Mapping[str, FusedLinear]) -> None:
+    def __init__(self, layers: Mapping[str, SharesInput]) -> None:
         self.names = tuple(layers)
         self.shares = True
         self._layers = {name: weakref.ref(layer) for name, layer in layers.items()}
@@ -67,9 +74,9 @@ class Siblings:
         own = {"names": self.names, "shares": self.shares, "_layers": {}}
         return {**own, "_traced": {}, "_traced_input": None}
 
-    def output(self, name: str, layer: FusedLinear, x: Tensor, adapter: str) -> Tensor:
+    def output(self, name: str, layer: SharesInput, x: Tensor, adapter: str) -> Tensor:
         """Return the output (T, out) of projection `name` for x (..., in), as of
-        `FusedLinear.compute`. The first call computes all projections that share this input."""
+        `SharesInput.compute`. The first call computes all projections that share this input."""
         if getattr(layer, "_is_replica", False):
             return layer.compute(x, [layer], adapter)[0]
         if torch.compiler.is_compiling():
@@ -93,7 +100,7 @@ class Siblings:
             PENDING.waiting = _Waiting(self, x, state, outputs)
         return y
 
-    def _traced_output(self, name: str, layer: FusedLinear, x: Tensor, adapter: str) -> Tensor:
+    def _traced_output(self, name: str, layer: SharesInput, x: Tensor, adapter: str) -> Tensor:
         """Compute as `output`, in a form that a compiler follows: no thread's own state, and no
         look at the input's version, so that a compiled block must not change the input in place
         between these calls."""
@@ -111,7 +118,7 @@ class Siblings:
         self._traced, self._traced_input = outputs, x if outputs else None
         return y
 
-    def _followers(self, name: str, layer: FusedLinear, adapter: str) -> dict[str, FusedLinear]:
+    def _followers(self, name: str, layer: SharesInput, adapter: str) -> dict[str, SharesInput]:
         """Return the layers that will be called next with the same input, as far as known."""
         known = self._layers.get(name)
         if known is None or known() is not layer:
@@ -124,7 +131,7 @@ class Siblings:
         return found
 
 
-def find_siblings(model: nn.Module, kind: type[FusedLinear]) -> None:
+def find_siblings(model: nn.Module, kind: type[SharesInput]) -> None:
     """Let layers of this exact type that share their input know of each other, and no others."""
     for module in model.modules():
         if isinstance(module, kind):

@@ -11,6 +11,8 @@ from typing import Any
 
 PAPER_METHODS = ("lora", "dora", "mixlora", "mixdora")
 """The methods of arXiv 2404.15159, in the order of its tables."""
+PAPER_MODELS = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
+"""The models of arXiv 2404.15159."""
 
 
 class ModelSource(Enum):

@@ -95,7 +95,11 @@ def register_schemas() -> None:
 
 @contextmanager
 def open_session(config_dir: Path | str = CONF_DIR) -> Iterator[Any]:
-    """Yield Hydra's object, initialised with `config_dir`; restores an outer session afterwards."""
+    """Yield Hydra's object, initialised with `config_dir`; restores an outer session afterwards.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     register_schemas()
     if not Path(config_dir).is_dir():
         raise UserError(

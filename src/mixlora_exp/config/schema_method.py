@@ -25,6 +25,8 @@ from mixlora_exp.config.typed import literal
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS = ("gate_proj", "up_proj", "down_proj")
+FEED_FORWARD_BLOCK = "mlp"
+"""Module name of a feed-forward block, which the tuner replaces."""
 
 
 @dataclass(slots=True, kw_only=True)

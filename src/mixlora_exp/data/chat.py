@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.data.encoding import Encoded, Example
+from mixlora_exp.data.encoded import Encoded, Example
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.tasks import Item
 

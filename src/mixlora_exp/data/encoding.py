@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from mixlora_exp.config.schema import AnswerForm, DataConfig, DataSource
+from mixlora_exp.data.chat import chat_examples
+from mixlora_exp.data.encoded import Encoded, Example
 from mixlora_exp.errors import UserError
 from mixlora_exp.tasks import TASKS, Item, Prompt
 from mixlora_exp.tasks.custom import label_prompt, text_prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Tokens of a prompt, and of each possible answer after it. `shortened`: the context was
-    truncated."""
-
-    prompt: list[int]
-    answers: list[list[int]]
-    shortened: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A training example: the last `answer_length` of `input_ids` are the answer with its EOS.
-    `shortened`: the context was truncated."""
-
-    input_ids: list[int]
-    answer_length: int
-    task: str
-    shortened: bool = False
 
 
 def prompt_with_answers(
@@ -195,8 +176,6 @@ def encode_examples(
             "model"
         )
     if data.name is DataSource.chat:
-        from mixlora_exp.data.chat import chat_examples
-
         return chat_examples(tokenizer, items)
     examples = []
     for form in data.forms:

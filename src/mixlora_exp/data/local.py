@@ -85,7 +85,11 @@ def _find(root: Path, task: str, split: str) -> Path:
 
 def json_rows(file: Path, seen: Seen = lambda _: None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each object of a JSON-lines file with its `file:line`; blank lines are skipped. `seen`
-    as in `raw_lines`."""
+    as in `raw_lines`.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no JSON object.
+    """
     try:
         for line, raw in raw_lines(file, seen):
             if raw.strip():

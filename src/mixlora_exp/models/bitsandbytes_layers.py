@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from mixlora_exp.models.quantization import WeightOnly
+from mixlora_exp.models.weight_only import WeightOnly
 
 
 class WeightOnly4bit(WeightOnly, Linear4bit):

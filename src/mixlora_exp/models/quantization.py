@@ -6,14 +6,15 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mixlora_exp.config.choices import Quantization
 from mixlora_exp.config.schema_model import ModelConfig
 from mixlora_exp.errors import UserError
-from mixlora_exp.kernels import QuantizedLinear, is_quantized, working_dtype
+from mixlora_exp.kernels import is_quantized
 from mixlora_exp.models.skeleton import skeleton_of
+from mixlora_exp.models.weight_only import WeightOnly
 
 PACKAGES = {
     Quantization.nf4: "bitsandbytes",
@@ -79,21 +80,6 @@ def quantization_options(
     return {"quantization_config": found, "device_map": {"": device}}
 
 
-class WeightOnly(nn.Linear):
-    """A layer that multiplies `x` as it is with the dequantised weight, as kernels do.
-
-    bitsandbytes' own int8 layer rounds `x` to int8 too, its NF4 layer lays out its weight in
-    another way when it is first used on some CPUs, and torchao's rounds the product otherwise.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute `x W^T + b` (..., out) with W dequantised, in the dtype of autocast or x."""
-        dtype = working_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            y = QuantizedLinear(self, dtype).linear(x.to(dtype))
-            return y if self.bias is None else y + self.bias.to(dtype)
-
-
 def quantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model whose quantised layers, if it has any, compute as `WeightOnly`; the same
     object."""
@@ -101,6 +87,7 @@ def quantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if not is_quantized(module):
             continue
         if type(module) is nn.Linear:
+            # transformers made it, and its name and hooks stay: there is no layer to replace.
             module.__class__ = WeightOnly
         else:
             from mixlora_exp.models.bitsandbytes_layers import WeightOnly4bit, WeightOnly8bit

@@ -11,13 +11,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers import initialization as transformers_initialization
 
 from mixlora_exp.config.schema import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+from mixlora_exp.config.schema_method import FEED_FORWARD_BLOCK as BLOCK
 from mixlora_exp.config.schema_model import ModelConfig
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.models.architecture import architecture_of
 from mixlora_exp.models.text_cache import cached_by_text
 
-BLOCK = "mlp"
-"""Module name of a feed-forward block, which the tuner replaces."""
 FORMULA = "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))"
 """The feed-forward block that experts extend; a block with another formula is not supported."""
 FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "dense_h_to_4h")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["write_tokenizer"]
-
 _NUMBERED = re.compile(r"\(os error (\d+)\)")
 
 

@@ -20,8 +20,6 @@ from mixlora_exp.plans.memory import (
     usable_bytes,
 )
 
-__all__ = ["CARDS", "FIELDS", "Fit", "card_lines", "fits", "many_that_fit", "total_bytes"]
-
 CARDS = (16, 24, 48, 80)
 """Memory of the cards that a plan is made for, in GiB."""
 FREE = ("dry_run", "plan.probe")

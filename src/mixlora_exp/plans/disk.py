@@ -6,8 +6,6 @@ from mixlora_exp.config.schema import Config, ModelSource, TrainedMethodConfig, 
 from mixlora_exp.models.mixtures import fixed_parameters
 from mixlora_exp.models.parameters import count_parameters, skeleton_of
 
-__all__ = ["disk_bytes", "disk_line"]
-
 
 def disk_bytes(config: Config) -> dict[str, int]:
     """Return bytes on disk, by item: the float32 adapter; checkpoints, each of them the adapter

@@ -27,8 +27,6 @@ from mixlora_exp.models.adapted_modules import adapted_projections
 from mixlora_exp.models.mixtures import kept_by_mixture
 from mixlora_exp.models.parameters import routers_of, skeleton_of, widths
 
-__all__ = ["Kept", "kept_by_layer", "kept_without_adapter"]
-
 SHARED_INPUTS = (ATTENTION_TARGETS[:3], FEED_FORWARD_TARGETS[:2], FEED_FORWARD_TARGETS[2:])
 """Projections with one input. That of o_proj is kept by the attention anyway."""
 ROUTING = 36

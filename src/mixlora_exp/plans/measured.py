@@ -13,8 +13,6 @@ from mixlora_exp.models.parameters import count_parameters
 from mixlora_exp.plans.memory import memory_of
 from mixlora_exp.plans.speed import measured_rows
 
-__all__ = ["MeasuredPeak", "measured_peaks"]
-
 FLOORS = ("base", "floor")
 
 

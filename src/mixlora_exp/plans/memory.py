@@ -26,18 +26,6 @@ from mixlora_exp.plans.kept import kept_by_layer, kept_without_adapter
 from mixlora_exp.plans.saved_adapter import saved_sizes
 from mixlora_exp.system.hub import adapter_folder
 
-__all__ = [
-    "adapter_bytes",
-    "kept_by_all_layers",
-    "loading_bytes",
-    "memory_of",
-    "memory_together",
-    "number_bytes",
-    "peak_bytes",
-    "scoring_bytes",
-    "usable_bytes",
-]
-
 USABLE = 0.94
 """Usable fraction of a GPU's memory; the rest goes to the CUDA context and fragmentation."""
 CHUNK = 2**23

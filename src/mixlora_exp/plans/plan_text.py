@@ -27,8 +27,6 @@ from mixlora_exp.records.checkout import git_state
 from mixlora_exp.records.objections import objections
 from mixlora_exp.tasks import TASKS
 
-__all__ = ["Circumstances", "describe", "first_line", "print_plan", "print_plan_together"]
-
 GIB = 2**30
 
 

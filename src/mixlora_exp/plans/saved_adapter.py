@@ -7,8 +7,6 @@ from pathlib import Path
 
 from mixlora_exp.errors import UserError
 
-__all__ = ["saved_sizes"]
-
 
 def saved_sizes(folder: Path, layers: int) -> tuple[int, int]:
     """Return the numbers in the tensors of an adapter for a model with `layers` layers, and the

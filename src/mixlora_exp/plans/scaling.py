@@ -1,18 +1,13 @@
-"""The paper's models on cards: `python -m mixlora_exp.plans.scaling` prints docs/scaling.md."""
+"""The paper's models on cards: the text of docs/scaling.md."""
 
 from __future__ import annotations
 
-import sys
-
-from mixlora_exp.config.choices import PAPER_METHODS, LossOn, Quantization
+from mixlora_exp.config.choices import PAPER_METHODS, PAPER_MODELS, LossOn, Quantization
 from mixlora_exp.config.command import compose
 from mixlora_exp.plans.cards import CARDS, Fit, fits
 from mixlora_exp.plans.measured import measured_peaks
 from mixlora_exp.plans.memory import usable_bytes
 
-__all__ = ["page"]
-
-MODELS = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
 TEXT = """\
 # What fits which card
 
@@ -21,7 +16,7 @@ before 4 bits (`nf4`), micro-batches of 8 before smaller ones. Beside them the G
 with examples of 512 tokens, the method's settings of Table 3 and one GPU, of whose memory a run can
 use 94 %; a dash: nothing fits. `python train.py dry_run=true model=... method=...` tells the same
 of any run, each card's settings as a command to paste. Made by
-`python -m mixlora_exp.plans.scaling > docs/scaling.md`, which a test repeats. `trainer.compile` is
+`python tests/checks/scaling_page.py > docs/scaling.md`, which a test repeats. `trainer.compile` is
 printed with each card but never searched, by decision: what it gains was not measured on a GPU, so
 that it stays as it was given, and only a change to 4 bits, which refuses it, switches it off.
 
@@ -94,10 +89,6 @@ def _measured_table() -> list[str]:
 def page() -> str:
     """Return the text of docs/scaling.md."""
     titles = " | ".join(f"{size} GB" for size in CARDS)
-    rows = [_row(model, method) for model in MODELS for method in PAPER_METHODS]
+    rows = [_row(model, method) for model in PAPER_MODELS for method in PAPER_METHODS]
     table = [f"| model | method | {titles} |", "| --- " * (2 + len(CARDS)) + "|", *rows]
     return TEXT.format(table="\n".join(table), peaks="\n".join(_measured_table()))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page())

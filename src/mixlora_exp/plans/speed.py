@@ -23,8 +23,6 @@ from mixlora_exp.kernels import MIXTURES, resolve_kernel
 from mixlora_exp.models.parameters import routers_of, skeleton_of
 from mixlora_exp.system.untrusted import read_json
 
-__all__ = ["Speed", "duration", "measured_rows", "recorded_speed", "time_line"]
-
 BENCHMARKS = ROOT / "results" / "bench"
 WHERE = {LossOn.all: "all tokens", LossOn.answer: "answers alone"}
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from mixlora_exp.config.paths import PACKAGE
 from mixlora_exp.records.canonical_code import meanings
 
-PACKAGE = Path(__file__).parents[1]
 ROOMS = (
     "adapters",
     "config",

@@ -41,7 +41,7 @@ def _unparsed(score: Score) -> str | None:
 
 KINDS: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
     ("too few items to tell settings apart", _few),
-    ("a standard error of 0.0 is no certainty: every item ended alike", _constant),
+    ("a standard error of 0.0 is no certainty: all items have the same result", _constant),
     ("below the majority class: always the most frequent answer scores more", _below),
     ("many texts name no option and count as wrong: look at predictions/", _unparsed),
 )

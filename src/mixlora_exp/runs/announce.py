@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixlora_exp.config.schema import Config, TrainedMethodConfig
 from mixlora_exp.data.loaded import LoadedSplit
 from mixlora_exp.plans.plan_text import first_line
 from mixlora_exp.runs.inputs import Inputs
+from mixlora_exp.runs.state import Run
 from mixlora_exp.system.console import echo
-
-if TYPE_CHECKING:
-    from mixlora_exp.runs.run import Run
 
 
 def announce(this: Run) -> None:
@@ -20,7 +18,10 @@ def announce(this: Run) -> None:
     echo(first_line(this.folder.name, this.config, this.inputs.identity["adapter"]))
     trainer = this.config.trainer
     if isinstance(this.config.method, TrainedMethodConfig) and not trainer.optimizer.resumes:
-        echo(f"trainer.optim={trainer.optim} has no checkpoints: interrupted, the run begins anew")
+        echo(
+            f"trainer.optim={trainer.optim} has no checkpoints: interrupted, the run starts from "
+            "the beginning"
+        )
     for warning in coinciding(this.config, this.inputs, this.tests):
         echo(warning)
 

@@ -13,8 +13,6 @@ from typing import Any
 from mixlora_exp.evaluation import ItemScore
 from mixlora_exp.system.untrusted import parse_json, read_bytes
 
-__all__ = ["KeptBatches"]
-
 Found = tuple[list[Any], dict[str, list[list[float]]]]
 """Results of a batch's items, and by group how often each expert was chosen (layers, E)."""
 

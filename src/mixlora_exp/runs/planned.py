@@ -17,10 +17,8 @@ from mixlora_exp.runs.probe import probed_speed
 from mixlora_exp.runs.quantized_base import check_quantized_base
 from mixlora_exp.system.device import hardware_names, processes, resolve_device
 
-__all__ = ["tell_plan"]
 
-
-def tell_plan(configs: Sequence[Config], line: CommandLine | None = None) -> None:
+def print_plans(configs: Sequence[Config], line: CommandLine | None = None) -> None:
     """Check the runs' inputs and print their plans. line: the command line.
 
     Raises:

@@ -17,12 +17,10 @@ from mixlora_exp.plans.hours import scored_tokens
 from mixlora_exp.plans.plan import plan
 from mixlora_exp.plans.speed import Speed
 from mixlora_exp.runs.inputs import gather_inputs
-from mixlora_exp.runs.run import Run, start, training_examples
+from mixlora_exp.runs.state import Run, start, training_examples
 from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import free_memory, processes
 from mixlora_exp.training import TrainSummary, fit, fit_halving
-
-__all__ = ["probed_speed"]
 
 STEPS, ITEMS = 3, 4
 """Steps that are measured, after one in which kernels are compiled, and items to score per task."""

@@ -7,37 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel
 
 from mixlora_exp.adapters import attach_adapter, load_adapter, save_adapter
 from mixlora_exp.adapters.shuffled import shuffle_experts
 from mixlora_exp.config.command_line import CommandLine
-from mixlora_exp.config.paths import ROOT
 from mixlora_exp.config.resolve import fingerprint, to_dict
 from mixlora_exp.config.run_names import run_name
 from mixlora_exp.config.schema import Base, Config, TrainedMethodConfig
-from mixlora_exp.data.encoding import Example, encode_examples
-from mixlora_exp.data.sources import LoadedSplit
-from mixlora_exp.errors import UserError
+from mixlora_exp.data.encoding import Example
 from mixlora_exp.evaluation import Scorer, Share, TaskScore
-from mixlora_exp.models import identify, load_model, load_tokenizer
-from mixlora_exp.models.precision import autocast, resolve_dtype
-from mixlora_exp.models.special_tokens import special_tokens_entry, special_tokens_line
+from mixlora_exp.models import identify
+from mixlora_exp.models.precision import autocast
+from mixlora_exp.models.special_tokens import special_tokens_entry
 from mixlora_exp.plans.plan import cost_entry, parameters_entry
 from mixlora_exp.records.card import model_card
 from mixlora_exp.records.record import (
     finish_record,
-    provenance,
     read_run,
     write_json,
     write_text,
@@ -47,118 +41,27 @@ from mixlora_exp.runs.announce import announce
 from mixlora_exp.runs.finished import finished
 from mixlora_exp.runs.inputs import (
     RECORD,
-    Inputs,
-    comparable,
-    encoded_tests,
     gather_inputs,
     resolve_config,
-    scored_tests,
 )
-from mixlora_exp.runs.ownership import check_lock, failure_noted, held
+from mixlora_exp.runs.ownership import failure_noted, held
+from mixlora_exp.runs.planned import print_plans
 from mixlora_exp.runs.predictions import score_entry, write_predictions
 from mixlora_exp.runs.scoring import Scores, score_with
+from mixlora_exp.runs.state import Run, Watch, start, training_examples
 from mixlora_exp.system.console import be_quiet, echo
 from mixlora_exp.system.device import (
     free_memory,
     gathered,
-    hardware_names,
     processes,
-    resolve_device,
 )
 from mixlora_exp.system.durable import sync
 from mixlora_exp.system.hashing import file_sha256
-from mixlora_exp.system.hub import adapter_folder
-from mixlora_exp.system.runlock import RunLock
 from mixlora_exp.training import TrainSummary, fit, fit_halving
-from mixlora_exp.training.checkpoints import Checkpoints
 from mixlora_exp.training.sharding import shard_frozen, sharded
-from mixlora_exp.training.tracking import RunTracker, start_tracker
+from mixlora_exp.training.tracking import start_tracker
 
-Watch = Callable[[int, float], None]
 Earlier = list[Path] | None
-
-
-@dataclass(slots=True)
-class Run:
-    """State shared by the steps of a run."""
-
-    config: Config
-    folder: Path
-    inputs: Inputs
-    tokenizer: PreTrainedTokenizerBase
-    tests: dict[str, LoadedSplit]
-    encoded: dict[str, dict[str, Any]]
-    """The items of `tests` as each protocol encodes them."""
-    dtype: torch.dtype
-    started: float
-    origin: dict[str, Any]
-    lock: RunLock = field(init=False)
-    """Held from before the first file of the run is written."""
-    tracker: RunTracker | None = None
-    watch: Watch | None = None
-
-    def checkpoints(self) -> Checkpoints:
-        """Return the checkpoints of this run, identified by its data, code and settings."""
-        of = {**self.inputs.identity, "fingerprint": fingerprint(self.config)}
-        folder, keep = self.folder / "checkpoints", self.config.trainer.keep_checkpoints
-        # Through JSON, because it is compared with an identity read from JSON.
-        identity = json.loads(json.dumps(comparable(of)))
-        # A forced run replaces checkpoints of other inputs, and resumes its own after a kill.
-        return Checkpoints(folder, identity, keep, self.check_owner, replace=self.config.force)
-
-    def check_owner(self) -> None:
-        """Refuse to write into a run that another process has taken over."""
-        check_lock(self.folder, self.lock)
-
-    def begin(self) -> None:
-        """Create the run's folder and remove an older record.
-
-        Raises:
-            UserError: the folder cannot be written, or another process has taken over the run.
-        """
-        try:
-            self.check_owner()
-            if (self.folder / RECORD).exists():
-                # A repeated run starts from the beginning.
-                self.checkpoints().clear()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if (self.folder / RECORD).exists():
-                (self.folder / RECORD).unlink()
-                # Else it might be there again after a power loss, beside another adapter.
-                sync(self.folder)
-            # Files that a killed process was writing.
-            for pattern in (".*.tmp", "predictions/.*.tmp"):
-                for left in self.folder.glob(pattern):
-                    left.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"output_dir={self.folder.parent} cannot be written ({error.strerror}): choose "
-                "another folder"
-            ) from error
-
-    @property
-    def adapter_folder(self) -> Path:
-        """Folder of the adapter to score: the given one, or the one that the run trains."""
-        given = self.config.adapter
-        return self.folder / "adapter" if given is None else adapter_folder(given)
-
-    def load_base(self) -> PreTrainedModel:
-        """Load the base model to this process's device, and set all seeds to the run's seed."""
-        echo(special_tokens_line(self.tokenizer))
-        device = resolve_device()
-        set_seed(self.config.seed)
-        base = load_model(self.config.model, self.dtype, self.config.seed, device)
-        if device.type == "cpu" or self.config.trainer.padding_in_loss:
-            # On short sequences eager attention is 2 to 3 times faster on a CPU than SDPA. Left
-            # padding attends to nothing: eager attention then averages over the whole row, as in
-            # the official packages, whereas SDPA gives zero.
-            base.set_attn_implementation("eager")
-        return base
-
-    def score_base(self, base: PreTrainedModel) -> list[TaskScore]:
-        """Score the base model before training."""
-        echo("Scoring the base model")
-        return _score(self, base, None)[0]
 
 
 def run(
@@ -183,10 +86,7 @@ def run(
     be_quiet(not first)
     config = resolve_config(config)
     if config.dry_run:
-        # Late: a probe of its speed starts a run.
-        from mixlora_exp.runs.planned import tell_plan
-
-        tell_plan([config], line)
+        print_plans([config], line)
         return None
     # Inputs first: most mistakes are there, and are found fastest.
     inputs = gather_inputs(config)
@@ -245,7 +145,7 @@ def _carry_out(this: Run) -> dict[str, Any]:
     config, folder = this.config, this.folder
     base, before, summary, adapter = this.load_base(), None, None, config.adapter
     if config.evaluation.before_training:
-        before = this.score_base(base)
+        before = score_base(this, base)
     if isinstance(config.method, TrainedMethodConfig):
         if processes().is_main_process:
             this.begin()
@@ -265,23 +165,6 @@ def _carry_out(this: Run) -> dict[str, Any]:
     if not processes().is_main_process:
         return {}
     return finish(this, base, summary, before, scores)
-
-
-def start(config: Config, folder: Path, inputs: Inputs) -> Run:
-    """Create the state shared by the steps of a run, and check all that needs no weights."""
-    tokenizer, tests = load_tokenizer(config.model), scored_tests(config, inputs)
-    return Run(
-        config,
-        folder,
-        inputs,
-        tokenizer,
-        tests,
-        encoded_tests(config, tokenizer, tests),
-        resolve_dtype(config.trainer.precision, resolve_device()),
-        time.time(),
-        # At the start: files of the code may change while the run executes.
-        provenance(ROOT, hardware_names()),
-    )
 
 
 def finish(
@@ -322,15 +205,6 @@ def finish(
         "seconds": round(time.time() - this.started, 1),
         "provenance": this.origin,
     }
-
-
-def training_examples(this: Run) -> list[Example]:
-    """Return the encoded training examples of a run."""
-    config, items = this.config, []
-    for task in config.task.train:
-        loaded = this.inputs.splits[task, "train"]
-        items += loaded.limited(config.data.train_limit_of(task), config.data.seed).items
-    return encode_examples(this.tokenizer, items, config.data)
 
 
 def _train(this: Run, base: PreTrainedModel) -> TrainSummary:
@@ -379,6 +253,12 @@ def _load(this: Run, base: PreTrainedModel) -> PeftModel:
     if this.config.evaluation.shuffle_experts is not None:
         shuffle_experts(model, "default", this.config.evaluation.shuffle_experts)
     return model
+
+
+def score_base(this: Run, base: PreTrainedModel) -> list[TaskScore]:
+    """Score the base model before training."""
+    echo("Scoring the base model")
+    return _score(this, base, None)[0]
 
 
 def score_alone(this: Run, base: PreTrainedModel) -> Scores:

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixlora_exp.config.schema import Protocol
 from mixlora_exp.errors import UserError
@@ -18,13 +18,11 @@ from mixlora_exp.evaluation import ItemScore, Scorer, TaskScore, score_tests
 from mixlora_exp.records.record import write_json
 from mixlora_exp.runs.kept_batches import KeptBatches
 from mixlora_exp.runs.scoring_progress import ScoringProgress
+from mixlora_exp.runs.state import Run
 from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import gathered, processes
 from mixlora_exp.system.hashing import file_sha256
 from mixlora_exp.system.untrusted import read_json
-
-if TYPE_CHECKING:
-    from mixlora_exp.runs.run import Run
 
 Scores = tuple[list[TaskScore], dict[str, dict[str, float]]]
 """Scores per task and protocol; and per protocol the number of items and the seconds."""

@@ -29,13 +29,14 @@ from mixlora_exp.runs.inputs import (
     resolve_config,
 )
 from mixlora_exp.runs.ownership import forget_failure, held, note_failure
-from mixlora_exp.runs.planned import tell_plan
+from mixlora_exp.runs.planned import print_plans
 from mixlora_exp.runs.run import (
     RECORD,
     Run,
     finish,
     run,
     score_alone,
+    score_base,
     start,
     tracked,
     training_examples,
@@ -117,7 +118,7 @@ def run_together(
             "torchrun, or train them one by one"
         )
     if configs[0].dry_run:
-        tell_plan(configs, line)
+        print_plans(configs, line)
         return []
     pack = _Pack()
     with contextlib.ExitStack() as stack:
@@ -176,7 +177,7 @@ def _carry_out(pack: _Pack) -> None:
         return
     base = pack.runs[0].load_base()
     before = {
-        this.folder.name: this.score_base(base)
+        this.folder.name: score_base(this, base)
         for this in pack.runs
         if this.config.evaluation.before_training
     }

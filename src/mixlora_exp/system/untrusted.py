@@ -116,16 +116,6 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
     return content
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a regular file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a regular file, too large, or not UTF-8.
-    """
-    return _decoded(read_bytes(path))
-
-
 def _decoded(content: bytes, halves: bool = False) -> str:
     try:
         # Some programs encode each half of a surrogate pair separately.

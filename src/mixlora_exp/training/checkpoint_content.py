@@ -36,7 +36,8 @@ def check_content(
     for objection in _objections(found, parameters, steps, counted, muon):
         raise UserError(
             f"{found.path} is not a checkpoint of this run, although its hashes fit: "
-            f"{shown(objection, 200)}; remove it to resume from an earlier one or start anew"
+            f"{shown(objection, 200)}; remove it to resume from an earlier one or start from the "
+            "beginning"
         )
 
 

@@ -247,7 +247,9 @@ class Job:
             if first:
                 at = f"step {self.step} of {self.steps} is not saved"
                 why = f"trainer.optim={trainer.optim} has no checkpoints"
-                sys.stderr.write(f"  {self.folder.name}: {at}: {why}; it begins anew\n")
+                sys.stderr.write(
+                    f"  {self.folder.name}: {at}: {why}; it starts from the beginning\n"
+                )
             return
         state = {
             "track": self.track.state(),
@@ -260,7 +262,7 @@ class Job:
             self.checkpoints.save(self.step, self.parameters, optimizer, state)
             if requested():
                 at = f"saved after step {self.step} of {self.steps}"
-                sys.stderr.write(f"  {self.folder.name}: {at}; the same command goes on there\n")
+                sys.stderr.write(f"  {self.folder.name}: {at}; the same command resumes there\n")
 
 
 def make_job(

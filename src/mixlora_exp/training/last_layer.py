@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mixlora_exp.adapters.layer import MixLoraFeedForward
 from mixlora_exp.adapters.mixtures.layer import MixtureLinear
-from mixlora_exp.config.schema import FEED_FORWARD_TARGETS
+from mixlora_exp.config.schema_method import FEED_FORWARD_BLOCK, FEED_FORWARD_TARGETS
 from mixlora_exp.training.compiled import decoder_layers
 
 
@@ -58,7 +58,7 @@ def _at_rows(module: nn.Module, kept: KeptRows) -> Callable[..., Tensor]:
 def _modules(base: PreTrainedModel) -> list[nn.Module]:
     """Return modules of the last layer that can skip rows; none in a layer of another form."""
     last = decoder_layers(base)[-1]
-    block = getattr(last, "mlp", None)
+    block = getattr(last, FEED_FORWARD_BLOCK, None)
     if isinstance(block, MixLoraFeedForward):
         # A kernel that draws masks takes them for all rows.
         return [] if block.kernel_on(base.device).draws_masks else [block]

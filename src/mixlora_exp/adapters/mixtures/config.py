@@ -9,15 +9,16 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from mixlora_exp.adapters.config import check_settings, check_supported, in_order
-from mixlora_exp.config.schema_method import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+from mixlora_exp.adapters.own_types import LORA_MIXTURE
+from mixlora_exp.config.schema_method import (
+    ATTENTION_TARGETS,
+    FEED_FORWARD_BLOCK,
+    FEED_FORWARD_TARGETS,
+)
 from mixlora_exp.config.schema_mixture import LinearMixtureSettings
 from mixlora_exp.kernels import Mixture, Router, make_mixture, make_router
 
-__all__ = ["MIXTURE_TYPE", "MixtureConfig"]
-
-MIXTURE_TYPE = "LORA_MIXTURE"
-"""Name of the PEFT type in files. In memory adapters have the type of the MixLoRA tuner, which
-serves both, since PEFT refuses several types on one base model."""
+__all__ = ["MixtureConfig"]
 
 
 @dataclass
@@ -31,7 +32,7 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
             support.
     """
 
-    feed_forward: ClassVar[str] = "mlp"
+    feed_forward: ClassVar[str] = FEED_FORWARD_BLOCK
     feed_forward_targets: ClassVar[tuple[str, ...]] = FEED_FORWARD_TARGETS
     lora_targets: list[str] = field(
         default_factory=list,
@@ -83,4 +84,4 @@ class MixtureConfig(LinearMixtureSettings, LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of `adapter_config.json`, with this kind's own type and sets as sorted
         lists."""
-        return {**in_order(super().to_dict()), "peft_type": MIXTURE_TYPE}
+        return {**in_order(super().to_dict()), "peft_type": LORA_MIXTURE}

@@ -14,7 +14,7 @@ from mixlora_exp.adapters.dropout import keyed_mask
 from mixlora_exp.adapters.frozen import frozen_linear, is_linear, refuse_merge
 from mixlora_exp.adapters.mixtures.config import MixtureConfig
 from mixlora_exp.adapters.routed_layer import RoutedLayer
-from mixlora_exp.adapters.several_adapters import several_linear
+from mixlora_exp.adapters.several_linear import several_linear
 from mixlora_exp.kernels import Frozen, Mixture, Sizes, matrix_of, working_dtype
 from mixlora_exp.kernels.dropout import drop
 from mixlora_exp.kernels.mixture_base import dense_weights

@@ -1,4 +1,4 @@
-"""Faults of a training loop that does not do what a mixture needs of its own one."""
+"""Warnings where a training loop that is not this project's leaves out what a mixture needs."""
 
 from __future__ import annotations
 

@@ -1,28 +1,40 @@
-"""Forward passes of layers over the rows of several adapters: the frozen products once for all
-rows, each adapter's part separately. Not used with one adapter."""
+"""The feed-forward block over the rows of several adapters: the frozen products once for all rows,
+each adapter's part separately. Not used with one adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixlora_exp.adapters.frozen import frozen_linear
-from mixlora_exp.adapters.row_map import Segment, join, take
-from mixlora_exp.kernels import working_dtype
-from mixlora_exp.kernels.activations import activate
+from mixlora_exp.adapters.row_map import RowMap, Segment, join, take
+from mixlora_exp.kernels import FeedForward, Kernel, Router, Routing, working_dtype
+from mixlora_exp.kernels.activations import Activation, activate
 
 if TYPE_CHECKING:
-    from mixlora_exp.adapters.layer import MixLoraFeedForward
-    from mixlora_exp.adapters.linear import RowsLinear
     from mixlora_exp.kernels.mixlora.stage import Finish
 
-__all__ = ["several_feed_forward", "several_linear"]
+
+class SegmentedBlock(Protocol):
+    """What this needs of a feed-forward block; see `adapters.layer.MixLoraFeedForward`."""
+
+    base_layer: nn.Module
+    base_activation: Activation
+    row_map: RowMap
+    router: Mapping[str, Router]
+
+    def kernel_on(self, device: torch.device) -> Kernel: ...  # noqa: D102
+    def frozen(self, role: str) -> nn.Linear: ...  # noqa: D102
+    def projection_layer(self, role: str) -> nn.Module: ...  # noqa: D102
+    def run(self, rows: Tensor, adapter: str, dtype: torch.dtype) -> Tensor: ...  # noqa: D102
+    def route(self, rows: Tensor, adapter: str, *, fused: bool) -> Routing: ...  # noqa: D102
+    def block(self, adapter: str, rows: int, dtype: torch.dtype) -> FeedForward: ...  # noqa: D102
 
 
-def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
+def several_feed_forward(layer: SegmentedBlock, x: Tensor) -> Tensor:
     """Return the feed-forward block, each segment of rows with its adapter: experts, plain LoRA, or
     only the base. x: (..., D); returns the same shape."""
     segments, dtype = layer.row_map.of(x), working_dtype(x)
@@ -70,7 +82,7 @@ def several_feed_forward(layer: MixLoraFeedForward, x: Tensor) -> Tensor:
 
 
 def _plain_stage(
-    layer: MixLoraFeedForward, x: Tensor, gate: Tensor, up: Tensor, adapter: str
+    layer: SegmentedBlock, x: Tensor, gate: Tensor, up: Tensor, adapter: str
 ) -> tuple[Tensor, Finish]:
     """Return the stage of an adapter without experts: PEFT's LoRA layers inside the base block."""
 
@@ -82,38 +94,3 @@ def _plain_stage(
 
     hidden = activate(adapted("gate", gate, x), layer.base_activation) * adapted("up", up, x)
     return hidden, lambda y: adapted("down", y, hidden)
-
-
-def several_linear(layer: RowsLinear, x: Tensor) -> Tensor:
-    """Compute `W x` once for all rows, then the adapter of each segment; adjacent segments of equal
-    shape together. x: (..., in); returns (..., out)."""
-    segments, dtype = layer.row_map.of(x), working_dtype(x)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        frozen = layer.frozen(dtype).linear(rows)
-        parts = []
-        for group in _groups(layer, segments):
-            span = group[0]
-            if len(group) > 1:
-                span = Segment("", slice(group[0].rows.start, group[-1].rows.stop))
-            names = [segment.adapter for segment in group]
-            parts.append(layer.adapt(take(frozen, span), take(rows, span), names))
-        y = join(parts, segments)
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _groups(layer: RowsLinear, segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Return adjacent segments that `adapt` can compute together: equal number of rows, rank and
-    kind."""
-    groups: list[list[Segment]] = []
-    last = None
-    for segment in segments:
-        kind = layer.kind_of(segment.adapter)
-        whole = isinstance(segment.rows, slice) and kind is not None
-        key = (segment.rows.stop - segment.rows.start, kind) if whole else None
-        if key is not None and key == last:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
-        last = key
-    return groups
