@@ -43,7 +43,11 @@ def patch_with_liger(base: PreTrainedModel) -> None:
 
 @row("lora_axolotl", method="lora", head="full")
 def lora_axolotl(base: PreTrainedModel, row: BenchRow, dropout: float, seed: int) -> nn.Module:
-    """Return PEFT's LoRA with axolotl's `kernels.lora`, whose activation is a Triton kernel."""
+    """Return PEFT's LoRA with axolotl's `kernels.lora`, whose activation is a Triton kernel.
+
+    Raises:
+        NotHere: axolotl or a GPU is missing, or the model's family is not wired.
+    """
     try:
         functions = import_module("axolotl.kernels.lora")
     except ImportError as error:

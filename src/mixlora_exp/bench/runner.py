@@ -80,7 +80,11 @@ def run_benchmark(arguments: Sequence[str]) -> Written:
 
 
 def measure(kind: Kind, options: BenchOptions) -> Written:
-    """Run a benchmark with these settings."""
+    """Run a benchmark with these settings.
+
+    Raises:
+        UserError: nothing was measured.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     # At the beginning: the code may be changed while it is measured.

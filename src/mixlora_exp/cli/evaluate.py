@@ -43,7 +43,11 @@ class Words:
         self.lines = [one.input_line or "" for one in parsed]
 
     def folders(self, name: str) -> list[str]:
-        """Return the folders that `run=` or `adapter=` names: none, one, or several in brackets."""
+        """Return the folders that `run=` or `adapter=` names: none, one, or several in brackets.
+
+        Raises:
+            UserError: the option has no folder.
+        """
         if name not in self.named:
             return []
         found = typed_texts(self.named[name])

@@ -167,7 +167,11 @@ def _train_on_nf4(
 
 
 def check(settings: argparse.Namespace, words: Sequence[str], place: Path) -> dict[str, Any]:
-    """Carry everything out in the folder `place`; returns what is to be recorded."""
+    """Carry everything out in the folder `place`; returns what is to be recorded.
+
+    Raises:
+        UserError: the model needs a CUDA GPU and there is none.
+    """
     begun, seconds = time.monotonic(), {}
 
     def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:

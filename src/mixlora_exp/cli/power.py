@@ -22,7 +22,11 @@ from mixlora_exp.results.runs import check_run
 
 
 def run(argv: Sequence[str]) -> int:
-    """Execute one command line and return the exit code."""
+    """Execute one command line and return the exit code.
+
+    Raises:
+        UserError: the runs have no task in common, or an option is not valid.
+    """
     parser = Parser(__doc__)
     parser.add_argument("a", metavar="RUN")
     parser.add_argument("b", metavar="RUN")

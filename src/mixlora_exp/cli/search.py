@@ -40,7 +40,11 @@ def _quoted(word: str) -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Execute one command line and return the exit code."""
+    """Execute one command line and return the exit code.
+
+    Raises:
+        UserError: optuna is not installed, or the command line is not valid.
+    """
     if {"-h", "--help"} & set(arguments):
         print((__doc__ or "").strip())
         return 0

@@ -17,7 +17,11 @@ from mixlora_exp.system.untrusted import parse_json
 
 
 def run(argv: Sequence[str]) -> int:
-    """Execute one command line and return the exit code."""
+    """Execute one command line and return the exit code.
+
+    Raises:
+        UserError: there is no such record or file.
+    """
     parser = Parser(__doc__)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--file", metavar="NAME", default=RECORD)

@@ -19,7 +19,11 @@ from mixlora_exp.system.exit_codes import MISTAKE
 
 
 def run(argv: Sequence[str]) -> int:
-    """Execute one command line and return the exit code."""
+    """Execute one command line and return the exit code.
+
+    Raises:
+        UserError: the options do not go together, or a folder cannot be read or written.
+    """
     parser = Parser(__doc__)
     parser.add_results()
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")

@@ -43,7 +43,7 @@ class Keeper(Protocol):
     def add(
         self, name: str, results: Sequence[Any], counts: Mapping[str, list[list[float]]]
     ) -> None:
-        """Keep those of a batch."""
+        """Keep the items' results of a finished batch, and by group its counts of experts."""
         ...
 
 

@@ -110,7 +110,11 @@ class Mixture:
         return scaling * stacked_product(x, parts["A"], parts["B"], weights)
 
     def delta(self, parts: Mapping[str, Tensor], scaling: float) -> Tensor:
-        """Return the branch as a matrix (out, in), for a method that is `mergeable`."""
+        """Return the branch as a matrix (out, in), for a method that is `mergeable`.
+
+        Raises:
+            NotImplementedError: the method is not mergeable.
+        """
         raise NotImplementedError
 
     def statistics(

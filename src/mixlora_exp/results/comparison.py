@@ -79,7 +79,7 @@ class Versus:
         if self.q is None:
             return "one seed"
         if self.q > 1 - LEVEL:
-            return "not told apart"
+            return "not distinguishable"
         return "better" if self.comparison.value > 0 else "worse"
 
 

@@ -71,7 +71,7 @@ def scores_sheet(compared: Compared) -> Sheet:
             cells.append("-" if e is None else _bounded(e.value, e.low, e.high) + grey)
         columns.append(Column(side.letter, cells))
     labels = [label(one) for one in compared.measured]
-    heading = "Accuracy in %, with 95 % intervals; °: not told from chance and majority class"
+    heading = "Accuracy in %, with 95 % intervals; °: not above chance and majority class"
     return Sheet(heading, Column("task", labels), columns)
 
 

@@ -152,9 +152,11 @@ def sentences(
             how = f"compared on {', '.join(tasks)}, not over all tasks of Table {MAIN}"
         found.append(f"{mixture} and LoRA were {how}.")
     else:
-        entry, verdict = first.entry, "tells nothing about other seeds"
+        entry, verdict = first.entry, "says nothing about other seeds"
         if entry.seeds > 1:
-            verdict = f"is {entry.mark} than LoRA" if entry.mark else "is not told from LoRA"
+            verdict = (
+                f"is {entry.mark} than LoRA" if entry.mark else "cannot be distinguished from LoRA"
+            )
         seeds = "1 seed" if entry.seeds == 1 else f"{entry.seeds} seeds"
         found.append(
             f"{first.label}, is {dataclasses.replace(entry, mark='').show()} points ({seeds})"

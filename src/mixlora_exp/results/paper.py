@@ -16,7 +16,7 @@ METHOD_TITLES = {
     "mixlora": "MixLoRA",
     "mixdora": "MixDoRA",
 }
-MIXTURES = ("mixlora", "mixdora")
+WITH_EXPERTS = ("mixlora", "mixdora")
 """The methods with experts: the only ones whose settings Tables 8 and 9 vary."""
 MODEL_TITLES = {
     "gemma_2b": "Gemma 2B",

@@ -99,7 +99,11 @@ def piped_prompts() -> Iterator[str]:
 
 def typed_prompts() -> Iterator[str]:
     """Yield prompts from standard input: on a terminal until an empty line, from a pipe all
-    non-empty lines."""
+    non-empty lines.
+
+    Raises:
+        UserError: the input is not UTF-8 text.
+    """
     typed = sys.stdin.isatty()
     if typed:
         sys.stderr.write("Type a prompt; an empty line ends.\n")

@@ -97,7 +97,11 @@ class SearchSettings:
                 raise UserError(f"{name}={getattr(self, name)} is not valid: it must be >= {least}")
 
     def space(self) -> dict[str, tuple[float, float]]:
-        """Return (low, high) of each searched field, by its dotted name."""
+        """Return (low, high) of each searched field, by its dotted name.
+
+        Raises:
+            UserError: a range is not valid.
+        """
         found: dict[str, tuple[float, float]] = {
             COEFFICIENT: (self.coef_low, self.coef_high),
             RATE: (self.rate_low, self.rate_high),

@@ -12,7 +12,11 @@ INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
 
 
 def value(row: Mapping[str, Any], name: str) -> Any:
-    """Return the value of field `name`, which must exist and not be null."""
+    """Return the value of field `name`, which must exist and not be null.
+
+    Raises:
+        ValueError: it is missing or null.
+    """
     if name not in row:
         raise ValueError(f"field '{name}' is missing; the row has {', '.join(row) or 'no field'}")
     found = row[name]
@@ -32,7 +36,11 @@ def label(found: str) -> str:
 
 
 def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Return the list of texts in field `name`, at least two of them."""
+    """Return the list of texts in field `name`, at least two of them.
+
+    Raises:
+        ValueError: it is missing, no list, or has too few or too many texts.
+    """
     found = value(row, name)
     if isinstance(found, str | bytes) or not isinstance(found, Sequence):
         raise ValueError(f"field '{name}' must be a list, not {type(found).__name__}")
@@ -44,7 +52,11 @@ def texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
-    """Return the integer in field `name` (a number or its digits), from `first` to `last`."""
+    """Return the integer in field `name` (a number or its digits), from `first` to `last`.
+
+    Raises:
+        ValueError: it is missing, no whole number, or out of range.
+    """
     found = value(row, name)
     digits = label(found) if isinstance(found, str) else found
     if isinstance(digits, str) and digits.isascii() and digits.isdigit():
@@ -55,7 +67,11 @@ def number(row: Mapping[str, Any], name: str, first: int, last: int) -> int:
 
 
 def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
-    """Return the row's `id`, or one composed of task and row index."""
+    """Return the row's `id`, or one composed of task and row index.
+
+    Raises:
+        ValueError: it is there and no text.
+    """
     found = row.get("id")
     if found is None or found == "":
         return f"{task}-{index}"
@@ -66,7 +82,11 @@ def row_id(row: Mapping[str, Any], task: str, index: int) -> str:
 
 def choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     """Return the options of a field `choices` = {text, label}, and the index of that in
-    `answerKey`."""
+    `answerKey`.
+
+    Raises:
+        ValueError: it is missing or inconsistent, or the answer is not among its labels.
+    """
     found = value(row, "choices")
     if not isinstance(found, Mapping):
         raise ValueError(f"field 'choices' must be an object, not {type(found).__name__}")

@@ -28,7 +28,7 @@ class MosLora(Mixture):
         return {**super().shapes(sizes), "mixer": (sizes.rank, sizes.rank)}
 
     def saved_numbers(self, sizes: Sizes) -> int:
-        """As the base class, and M A x."""
+        """Return the numbers a row keeps for the backward pass: LoRA's, and the R of M A x."""
         return super().saved_numbers(sizes) + sizes.rank
 
     def initial(self, sizes: Sizes, weight: Tensor, scaling: float) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ class Switch(SoftmaxRouter):
 
     @property
     def skips(self) -> bool:
-        """The option `skip`."""
+        """True if rows without a place get p_e x in place of the base's output (option `skip`)."""
         return self.skip
 
     def choose(

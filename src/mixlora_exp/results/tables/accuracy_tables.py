@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from mixlora_exp.config.choices import PAPER_MODELS
 from mixlora_exp.results.cells import Standards, deviations
-from mixlora_exp.results.paper import MIXTURES
+from mixlora_exp.results.paper import WITH_EXPERTS
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.tables.accuracy import accuracy_table
 from mixlora_exp.results.tables.registry import Made, Sources, table
@@ -101,10 +102,10 @@ def _sweep_line(column: str, prefix: str) -> Callable[[str, Variant], dict[str, 
 @table(1, "Accuracy (%) of single-task training")
 def single_task(sources: Sources) -> Made:
     """Return Table 1: all eight tasks, each trained alone."""
-    models = ("gemma_2b", "llama2_7b", "llama3_8b", "llama2_13b")
     # Mixtures of five tasks are in Tables 2 and 5.
     setups = {"ST": _single, "eight mixed": _eight}
-    spec = AccuracySpec(SINGLE, setups, _of_table_3, _single_line, models, params=_params(sources))
+    params = _params(sources)
+    spec = AccuracySpec(SINGLE, setups, _of_table_3, _single_line, PAPER_MODELS, params=params)
     return accuracy_table(1, spec, sources)
 
 
@@ -134,7 +135,7 @@ def ranks(sources: Sources) -> Made:
     """Return Table 8: runs that differ from Table 3 in rank alone, or in rank and alpha = 2 r."""
     values, line = tuple(f"r={rank}" for rank in RANKS), _sweep_line("rank", "r=")
     spec = AccuracySpec(
-        ABLATION, EITHER, _rank, line, ("llama2_7b",), values, "r=16", MIXTURES,
+        ABLATION, EITHER, _rank, line, ("llama2_7b",), values, "r=16", WITH_EXPERTS,
         params=_params(sources),
     )  # fmt: skip
     return accuracy_table(8, spec, sources)
@@ -146,7 +147,7 @@ def coefficients(sources: Sources) -> Made:
     values = tuple(f"coef={value}" for value in COEFFICIENTS)
     line = _sweep_line("router_loss_coef", "coef=")
     spec = AccuracySpec(
-        ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, "coef=1e-3", MIXTURES,
+        ABLATION, EITHER, _coefficient, line, ("llama2_7b",), values, "coef=1e-3", WITH_EXPERTS,
         params=_params(sources),
     )  # fmt: skip
     return accuracy_table(9, spec, sources)

@@ -103,6 +103,9 @@ def draw_groups(facts: Sequence[Fact], size: int, rng: Random) -> Iterator[tuple
     """Yield endless rounds of groups of `size` facts of one relation, with different answers.
 
     In a round no fact is used twice, and almost all are used.
+
+    Raises:
+        ValueError: too few facts have different answers.
     """
     while True:
         groups = []
