@@ -21,7 +21,7 @@ GROUPS = {
     ),
     "odd inputs": (
         "tests.fuzz",
-        "odd command lines, data, adapters, records, checkpoints and lock files",
+        "odd command lines, data, adapters, records, benchmarks, checkpoints and lock files",
     ),
     "elastic": (
         "tests.faults.test_elastic",
