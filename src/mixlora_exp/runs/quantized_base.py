@@ -18,12 +18,13 @@ from mixlora_exp.models.quantization import check_quantization
 from mixlora_exp.system.device import resolve_device
 
 WORKING_TYPES = {
-    Quantization.nf4: ("LORA", "ADALORA", "VERA", "HIRA"),
-    Quantization.int8: ("LORA", "ADALORA", "VERA", "HIRA", "LOHA", "LOKR"),
-    Quantization.int8_torchao: ("LORA", "ADALORA", "VERA", "LOHA", "LOKR"),
+    Quantization.nf4: ("LORA", "ADALORA", "VERA", "HIRA", "PVERA"),
+    Quantization.int8: ("LORA", "ADALORA", "VERA", "HIRA", "LOHA", "LOKR", "PVERA"),
+    Quantization.int8_torchao: (*("LORA", "ADALORA", "VERA", "LOHA", "LOKR", "PVERA", "RANDLORA"),),
 }
 """PEFT's types that were seen to train, load and score on such weights (a test each). Of the others
-IA3, LOHA and LOKR on nf4, and HIRA on int8_torchao, fail within PEFT; the rest was not tried."""
+IA3, LOHA and LOKR on nf4, and HIRA on int8_torchao, fail within PEFT; RANDLORA has other gradients
+in bf16 on nf4 and int8 than on the dequantised weights; the rest was not tried."""
 
 
 def check_quantized_base(
