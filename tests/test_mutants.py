@@ -35,6 +35,7 @@ def test_a_reason_is_of_a_line_that_is_there(reason: dict[str, str]) -> None:
 
 def test_every_survivor_of_the_record_has_a_test_or_a_reason() -> None:
     record = read_record(ROOT / "results" / "mutation.json")
+    assert record["seed"] == MADE["SEED"], "`make mutants` draws what the record has"
     survivors = [row for row in record["mutants"] if row["outcome"] == "survived"]
     assert len(record["mutants"]) >= 200
     for row in survivors:

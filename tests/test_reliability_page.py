@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from soak_summary import GROUPS, summary, table, with_table
 
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.records.record import read_record
-from mixlora_exp.system.untrusted import read_json
 
 PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 RECORD = read_record(ROOT / "results" / "soak.json")
-SWEEP = read_json(ROOT / "results" / "soak-sweep.json")
+SWEEP = read_record(ROOT / "results" / "soak-sweep.json")
 
 
 def test_figures_are_those_of_the_records() -> None:
     assert table(RECORD, SWEEP) in PAGE, "python tests/checks/soak.py --page"
     assert with_table(PAGE, table(RECORD, SWEEP)) == PAGE
+
+
+def test_the_record_is_of_a_whole_soak_that_passed() -> None:
+    assert RECORD["exit_code"] == 0
+    assert {test["outcome"] for test in RECORD["tests"].values()} == {"passed"}
+    counted: Counter[str] = Counter()
+    for test in RECORD["tests"].values():
+        counted.update(test.get("counted", {}))
+    wanted = {"command lines": 500, "data files": 200, "adapter folders": 200, "records": 100,
+              "checkpoints": 50, "kills in record": 6,
+              "writes that failed with EIO": 400}  # fmt: skip
+    assert {what: counted[what] for what, least in wanted.items() if counted[what] < least} == {}
+    assert all(SWEEP["same"].values())
 
 
 def test_another_record_gives_another_table() -> None:

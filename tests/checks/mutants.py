@@ -31,10 +31,11 @@ import yaml
 from caches import move_caches
 from mutants_drawn import ROOMS, Mutant, draw, made_again
 from mutants_run import measure
+from mutants_tests import SEED
 
 from mixlora_exp.records.record import finish_record, provenance, read_record, write_json
 
-SEED, PER_ROOM = 2026, 52
+PER_ROOM = 52
 RECORD = ROOT / "results" / "mutation.json"
 REASONS = ROOT / "results" / "mutation.yaml"
 # What takes long to import. Nothing of this package: a fork imports that anew.

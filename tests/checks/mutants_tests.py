@@ -23,7 +23,11 @@ PLAIN = (
     "tests/kernels/test_router_formulas.py",
 )
 SHARED_INPUT = (*PLAIN, "tests/adapters/test_shared_input.py")
-CAST_WEIGHTS = (*PLAIN, "tests/adapters/test_weight_cache.py")
+CAST_WEIGHTS = (
+    *PLAIN,
+    "tests/adapters/test_weight_cache.py",
+    "tests/adapters/test_weight_cache_work.py",
+)
 BYTES_KEPT = (*PLAIN, "tests/plans/test_kept.py")
 ROUTERS = (
     "tests/kernels/test_routers.py",
@@ -48,6 +52,8 @@ TRITON = (
     "tests/kernels/test_low_rank_flops.py",
 )
 
+SEED = 2028
+"""Of the draw; that of the record."""
 TESTS = {
     "kernels/triton/hashing.py": (
         "tests/kernels/test_triton_hashing.py", *TRITON_LINEAR, "tests/kernels/test_triton.py"

@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import write_by_write
@@ -55,6 +56,37 @@ def test_failing_writes(tmp_path: Path, record_property: Callable[[str, object],
         record_property(f"writes that failed with {way}", count)
     assert len(tried) >= 5
     assert not [one for one in tried if one["wrong"]]
+    if ALL:
+        assert not list(left_out(tried))
+
+
+def left_out(tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Of a report of all calls: commands, calls and ways that are not in it."""
+    for stage in write_by_write.STAGES:
+        calls = {one["number"]: one["call"] for one in tried if one["stage"] == stage}
+        ways = {(one["number"], one["way"]) for one in tried if one["stage"] == stage}
+        if not {"write", "fsync"} <= {call.partition(" ")[0] for call in calls.values()}:
+            yield f"{stage}: a kind of call"
+        for number in range(1, max(calls, default=0) + 1):
+            for way in write_by_write.WAYS:
+                cut = way == "short" and not calls.get(number, "").startswith("write ")
+                if not cut and (number, way) not in ways:
+                    yield f"{stage}, call {number}, {way}"
+
+
+def test_a_report_that_lacks_a_call_or_a_command_is_found_out() -> None:
+    calls = ("open a", "write a", "fsync a")
+    whole = [
+        {"stage": stage, "number": number, "way": way, "call": call}
+        for stage in write_by_write.STAGES
+        for number, call in enumerate(calls, 1)
+        for way in write_by_write.WAYS
+        if way != "short" or call == "write a"
+    ]
+    assert not list(left_out(whole))
+    assert list(left_out(whole[1:])) == [f"train, call 1, {whole[0]['way']}"]
+    without = [one for one in whole if one["stage"] != "merge"]
+    assert list(left_out(without)) == ["merge: a kind of call"]
 
 
 def careless(work: Path) -> int:

@@ -106,15 +106,22 @@ def one_odd(draw: Random, checkpoint: Path) -> None:
 
 
 def test_odd_checkpoints(draws: Draws, killed: Path, tmp_path: Path, capsys) -> None:
-    wrong = {}
+    wrong, ended = {}, []
+
+    def goes_on(folder: Path) -> None:
+        ended.append(False)
+        train(folder)
+        ended[-1] = True
+
     for number, draw in enumerate(draws("checkpoints", 6, 50)):
         folder = tmp_path / str(number)
         shutil.copytree(killed, folder)
         one_odd(draw, max((folder / "checkpoints").glob("step-*")))
-        if what := trouble(lambda folder=folder: train(folder), UserError):
+        if what := trouble(lambda folder=folder: goes_on(folder), UserError):
             wrong[number] = what
     capsys.readouterr()
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
+    assert set(ended) == {True, False}, "all were gone on from, or none"
 
 
 def beyond_the_end(checkpoint: Path) -> str:

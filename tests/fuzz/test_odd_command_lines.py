@@ -128,6 +128,7 @@ def test_the_judge(code: int, written: str, wrong: bool, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_odd_command_lines(draws: Draws, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "experiment=smoke"]) == 0, "here a good one is not refused"
     wrong = {}
     for number, draw in enumerate(draws("command lines", 25, 500)):
         argv = one_odd(draw)

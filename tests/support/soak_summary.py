@@ -61,7 +61,9 @@ def table(record: Mapping[str, Any], sweep: Mapping[str, Any]) -> str:
     often = ", ".join(f"{count} {signal}" for signal, count in signals.items())
     done = f"{sum(sweep['same'].values())} of {len(sweep['same'])} cells the same to the bit"
     what = "a sweep of SmolLM2 135M is killed and started again"
-    rows.append(f"| {what} | {often}: {done} | [record](../results/soak-sweep.json) |")
+    commit = sweep["provenance"]["git"]["commit"][:7]
+    rows.append(f"| {what} (commit {commit}) | {often}: {done} | "
+                "[record](../results/soak-sweep.json) |")  # fmt: skip
     outcomes = Counter(test["outcome"] for test in record["tests"].values())
     passed = f"{outcomes['passed']} of {outcomes.total()} passed"
     commit, hardware = record["provenance"]["git"]["commit"], record["provenance"]["hardware"]
