@@ -111,13 +111,41 @@ def drift(found: Losses, expected: Losses, tolerances: Mapping[str, float]) -> s
     return ""
 
 
+def for_machine(record: Mapping[str, Any], machine: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The part of the record that a kind of machine made; None without one."""
+    made = (record, *record.get("others", ()))
+    return next((one for one in made if one["machine"] == machine), None)
+
+
+def numbers(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run in the record its losses and gradient norms."""
+    return {kind: run[kind] for kind in EXACT if kind in run}
+
+
+def _agrees(known: Mapping[str, Any], runs: Mapping[str, Any]) -> bool:
+    """Whether another machine's runs are those of the record, up to its tolerances."""
+    same = {n: r["words"] for n, r in known["runs"].items()} == {
+        n: r["words"] for n, r in runs.items()
+    }
+    return same and not any(
+        drift(run, numbers(known["runs"][name]), ELSEWHERE[RUNS[name][-1]])
+        for name, run in runs.items()
+    )
+
+
 def remake(reason: str, file: Path = FILE, changelog: Path = CHANGELOG) -> int:
-    """Write the losses of this code and machine, and the reason to the changelog; the exit code."""
+    """Write the losses of this code and machine, and the reason to the changelog; the exit code.
+
+    Of a kind of machine that the record does not have, losses that agree with it are added; else
+    the record is made anew, and what other machines made of the code before goes.
+    """
     runs = {name: {"words": [*SMALL, *words], **losses_of(*words)} for name, words in RUNS.items()}
     machine = kind_of_machine()
     known = read_record(file) if file.exists() else {"runs": {}, "machine": None}
-    changed = [name for name in runs if runs[name] != known["runs"].get(name)]
-    if not changed and machine == known["machine"] and known["runs"].keys() == runs.keys():
+    own = for_machine(known, machine)
+    before = (own or known)["runs"]
+    changed = [name for name in runs if runs[name] != before.get(name)]
+    if own is not None and not changed and before.keys() == runs.keys():
         sys.stdout.write("the losses are as they were: nothing was written\n")
         return 0
     packages = provenance(ROOT)["packages"]
@@ -125,6 +153,9 @@ def remake(reason: str, file: Path = FILE, changelog: Path = CHANGELOG) -> int:
         "reason": reason, "code_sha256": code_sha256(), "machine": machine, "packages": packages,
         "runs": runs,
     }  # fmt: skip
+    if own is None and _agrees(known, runs):
+        kept = {k: v for k, v in known.items() if k not in ("schema_version", "content_sha256")}
+        record, changed = {**kept, "others": [*known.get("others", ()), record]}, []
     text = with_reason(changelog.read_text(encoding="utf-8"), reason, changed)
     write_json(file, finish_record(record))
     changelog.write_text(text, encoding="utf-8")

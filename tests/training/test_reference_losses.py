@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference_losses as reference
@@ -20,7 +21,9 @@ from reference_losses import (
     RUNS,
     SMALL,
     drift,
+    for_machine,
     kind_of_machine,
+    numbers,
 )
 
 from mixlora_exp.config.paths import ROOT
@@ -32,17 +35,24 @@ pytestmark = pytest.mark.skipif(
 KNOWN = read_record(FILE)
 
 
+MADE = for_machine(KNOWN, kind_of_machine())
+
+
 def tolerances(name: str) -> dict[str, float]:
-    return EXACT if KNOWN["machine"] == kind_of_machine() else ELSEWHERE[RUNS[name][-1]]
+    return ELSEWHERE[RUNS[name][-1]] if MADE is None else EXACT
 
 
-def test_the_reference_has_all_runs() -> None:
-    assert {name: run["words"] for name, run in KNOWN["runs"].items()} == {
+@pytest.mark.parametrize("made", [KNOWN, *KNOWN.get("others", ())], ids=lambda one: str(
+    one["machine"]["vendor_id"]))  # fmt: skip
+def test_the_reference_has_all_runs(made: dict[str, Any]) -> None:
+    """Of each kind of CPU, which agree with one another."""
+    assert {name: run["words"] for name, run in made["runs"].items()} == {
         name: [*SMALL, *words] for name, words in RUNS.items()
     }
     assert len(RUNS) == 10
-    for run in KNOWN["runs"].values():
+    for name, run in made["runs"].items():
         assert len(run["losses"]) == len(run["gradient_norms"]) == 20
+        assert not drift(run, numbers(KNOWN["runs"][name]), ELSEWHERE[RUNS[name][-1]])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -55,7 +65,7 @@ def test_losses_are_what_they_were(name: str) -> None:
 
 
 def expected(name: str) -> dict[str, list[float]]:
-    return {kind: KNOWN["runs"][name][kind] for kind in ("losses", "gradient_norms")}
+    return numbers((MADE or KNOWN)["runs"][name])
 
 
 def test_an_alpha_larger_by_a_thousandth_is_found() -> None:
@@ -108,6 +118,29 @@ def test_made_anew_with_the_reason_in_the_changelog(tmp_path: Path, monkeypatch)
     monkeypatch.setitem(reference.RUNS, "mola", ("method=mola", "kernel=exact"))
     assert reference.remake("a router", file, log) == 0
     assert "made anew (mola): a router." in log.read_text()
+
+
+def test_another_kind_of_cpu_is_added_if_it_agrees(tmp_path: Path, monkeypatch) -> None:
+    file, log = tmp_path / "reference.json", tmp_path / "CHANGELOG.md"
+    log.write_text("### Changed\n\n")
+
+    def on(machine: str, loss: float) -> dict[str, Any]:
+        monkeypatch.setattr(reference, "kind_of_machine", lambda: {"cpu": machine})
+        monkeypatch.setattr(reference, "losses_of", lambda *words: {"losses": [loss]})
+        assert reference.remake(machine, file, log) == 0
+        return read_record(file)
+
+    first = on("a", 1.0)
+    both = on("b", 1.0 + 1e-7)
+    assert both["runs"] == first["runs"]
+    assert [one["machine"] for one in both["others"]] == [{"cpu": "b"}]
+    assert for_machine(both, {"cpu": "b"})["runs"]["lora"]["losses"] == [1.0 + 1e-7]
+    assert "another machine" in log.read_text()
+    assert on("b", 1.0 + 1e-7) == both, "nothing changed"
+    # Other numbers: of what the others made of them nothing is known.
+    assert on("b", 2.0)["machine"] == {"cpu": "b"}
+    assert "others" not in read_record(file)
+    assert on("c", 3.0)["machine"] == {"cpu": "c"}
 
 
 @pytest.mark.parametrize("reason", ["", " \n"])
