@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import compose
+from host_reads import host_reads
 
 from mixlora_exp.adapters import attach_adapter
 from mixlora_exp.config.schema import Config
@@ -49,6 +50,21 @@ class Trained:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def reads_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the host reads a tensor in the check of each optimizer step's gradients."""
+    seen: list[int] = []
+    own = MixLoraTrainer.check_gradients
+
+    def watched(self) -> None:
+        with host_reads() as reads:
+            own(self)
+        seen.append(reads.total())
+
+    monkeypatch.setattr(MixLoraTrainer, "check_gradients", watched)
+    return seen
 
 
 @pytest.fixture

@@ -189,7 +189,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(train, monkeypatch, capsys) -> No
 
 
 @pytest.fixture
-def reads_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+def reads_of_passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """What the host reads in each micro-batch, from the batch to its gradients."""
     seen: list[dict[str, int]] = []
     own = MixLoraTrainer.training_step
@@ -211,20 +211,20 @@ def reads_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     [("lora", ONE), *(pytest.param(m, BLOCK, marks=pytest.mark.slow) for m in PAPER_METHODS)],
 )
 def test_nothing_is_read_within_a_micro_batch(
-    train, traced, monkeypatch, reads_of_steps, method, targets
+    train, traced, monkeypatch, reads_of_passes, method, targets
 ) -> None:
     """Dropout included, with the attention of a GPU. Where transformers decides whether a mask is
     needed, it reads the batch."""
     words = [f"method={method}", *targets, "trainer.max_steps=3", "method.dropout=0.1"]
     train(*words, "trainer.compile=layer", attention="sdpa")
     # The first one compiles.
-    assert len(reads_of_steps) > 2
-    assert not any(reads_of_steps[1:]), reads_of_steps
+    assert len(reads_of_passes) > 2
+    assert not any(reads_of_passes[1:]), reads_of_passes
     if targets is ONE:
-        reads_of_steps.clear()
+        reads_of_passes.clear()
         monkeypatch.setattr(compiled, "_static_mask", sdpa_mask)
         train(*words, "trainer.compile=layer", attention="sdpa")
-        assert all(reads_of_steps[1:]), reads_of_steps
+        assert all(reads_of_passes[1:]), reads_of_passes
 
 
 def test_rows_are_named_without_a_read_on_a_gpu() -> None:

@@ -14,22 +14,12 @@ from mixlora_exp.evaluation.head import _plain
 from mixlora_exp.evaluation.label_logits import _batch_scores
 from mixlora_exp.tasks.base import Item
 from mixlora_exp.training.checkpoints import Checkpoints
-from mixlora_exp.training.trainer import MixLoraTrainer
 
 
-def test_an_optimizer_step_is_asked_for_once(train, monkeypatch) -> None:
+def test_an_optimizer_step_is_asked_for_once(train, reads_of_steps) -> None:
     """Its loss and its norm, however many micro-batches it has."""
-    seen = []
-    own = MixLoraTrainer.check_gradients
-
-    def watched(self) -> None:
-        with host_reads() as reads:
-            own(self)
-        seen.append(reads.total())
-
-    monkeypatch.setattr(MixLoraTrainer, "check_gradients", watched)
     train("trainer.batch_size=8", "trainer.micro_batch_size=2", "trainer.max_steps=3")
-    assert seen == [1, 1, 1]
+    assert reads_of_steps == [1, 1, 1]
 
 
 def test_a_batch_of_items_is_read_once() -> None:

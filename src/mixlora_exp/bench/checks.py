@@ -70,14 +70,21 @@ CASES = {
 }
 
 
-def _values(case: Case, device: str, seed: int) -> dict[str, Tensor]:
-    """Return random values in float64 that fit in bf16, so that no input is rounded on its way."""
+def drawn_by(seed: int, device: str) -> Callable[..., Tensor]:
+    """Return a function of a shape and `scale` that draws values in float64 which fit in bf16, so
+    that no input is rounded on its way."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int, scale: float) -> Tensor:
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
         made = torch.randn(*shape, generator=generator) * scale
         return made.bfloat16().double().to(device)
 
+    return draw
+
+
+def _values(case: Case, device: str, seed: int) -> dict[str, Tensor]:
+    """Return the inputs and weights of a block, and an upstream gradient, by name."""
+    draw = drawn_by(seed, device)
     values = {
         "x": draw(case.tokens, case.hidden, scale=1.0),
         "router": draw(case.experts, case.hidden, scale=case.hidden**-0.5),
@@ -145,19 +152,32 @@ def kernel_errors(
     `dtype`; `worst_ratio` is the largest of the first over the second among output and gradients,
     and `passed` tells whether none is above twice the reference's (with half a rounding to
     spare)."""
-    sums: dict[str, list[float]] = {}
+    errors = Errors(seeds)
     for seed in range(seeds):
         values = _values(case, device, seed)
         truth = _run("reference", case, values, torch.float64, seed)
-        for i, name in enumerate((kernel, "reference")):
-            found = _run(name, case, values, dtype, seed)
-            for key, value in found.items():
-                # With one expert per token its weight is 1: the router's gradient is rounding.
-                if key == "router" and case.top_k == 1:
-                    continue
-                error = float((value - truth[key]).norm() / truth[key].norm().clamp(min=1e-30))
-                sums.setdefault(key, [0.0, 0.0])[i] += error / seeds
-    return {"kernel": kernel, **asdict(case), **judged(sums, dtype)}
+        both = [_run(name, case, values, dtype, seed) for name in (kernel, "reference")]
+        if case.top_k == 1:
+            # With one expert per token its weight is 1: the router's gradient is rounding.
+            truth.pop("router")
+        errors.add(truth, *both)
+    return {"kernel": kernel, **asdict(case), **judged(errors.mean, dtype)}
+
+
+class Errors:
+    """Mean relative errors over some seeds, by tensor: of a kernel, and of the reference in its
+    dtype."""
+
+    def __init__(self, seeds: int) -> None:
+        self.seeds = seeds
+        self.mean: dict[str, list[float]] = {}
+
+    def add(self, truth: Mapping[str, Tensor], *both: Mapping[str, Tensor]) -> None:
+        """Add the errors of one seed against `truth` in float64, of the tensors that it has."""
+        for i, found in enumerate(both):
+            for key, wanted in truth.items():
+                error = float((found[key] - wanted).norm() / wanted.norm().clamp(min=1e-30))
+                self.mean.setdefault(key, [0.0, 0.0])[i] += error / self.seeds
 
 
 def judged(errors: Mapping[str, Sequence[float]], dtype: torch.dtype) -> dict[str, Any]:

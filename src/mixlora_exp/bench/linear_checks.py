@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixlora_exp.bench.checks import Case, judged
+from mixlora_exp.bench.checks import Case, Errors, drawn_by, judged
 from mixlora_exp.kernels import FrozenLinear, draw_mask, lora
 from mixlora_exp.kernels.lora_many import lora_add_reference
 from mixlora_exp.kernels.low_rank import LowRankPart
@@ -19,13 +19,8 @@ D, to F and to 64 columns."""
 
 
 def _values(case: Case, device: str, seed: int) -> dict[str, Tensor]:
-    """Return random values in float64 that fit in bf16, so that no input is rounded on its way."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        made = torch.randn(*shape, generator=generator) * scale
-        return made.bfloat16().double().to(device)
-
+    """Return the input, weights and upstream gradients of three projections, by name."""
+    draw = drawn_by(seed, device)
     values = {"x": draw(case.tokens, case.hidden)}
     for g, width in enumerate((case.hidden, case.inner, 64)):
         values[f"{g}.weight"] = draw(width, case.hidden, scale=case.hidden**-0.5)
@@ -70,12 +65,9 @@ def _run(
 def linear_errors(case: Case, dtype: torch.dtype, device: str, seeds: int = 3) -> dict[str, Any]:
     """Return the errors of `kernels.lora` against its plain operations in float64, beside those of
     the plain operations in `dtype`; judged as `checks.kernel_errors` judges."""
-    sums: dict[str, list[float]] = {}
+    errors = Errors(seeds)
     for seed in range(seeds):
         values = _values(case, device, seed)
         truth = _run(False, case, values, torch.float64, seed)
-        for i, fused in enumerate((True, False)):
-            for key, value in _run(fused, case, values, dtype, seed).items():
-                error = float((value - truth[key]).norm() / truth[key].norm().clamp(min=1e-30))
-                sums.setdefault(key, [0.0, 0.0])[i] += error / seeds
-    return {"kernel": "linear", **asdict(case), **judged(sums, dtype)}
+        errors.add(truth, *(_run(fused, case, values, dtype, seed) for fused in (True, False)))
+    return {"kernel": "linear", **asdict(case), **judged(errors.mean, dtype)}

@@ -54,7 +54,7 @@ HALF_TILES = {
 }
 
 # Timed on an H200, at LLaMA-2 7B's shape, E = 8, K = 2, r = 16, MixLoRA in bf16: 257 and 451 us
-# where those above take 338 and 652, though 49 and 15 registers are spilled. With biases 89 are,
+# where those above take 339 and 652, though 49 and 15 registers are spilled. With biases 89 are,
 # with DoRA 130, which was not timed: these have those above.
 HOPPER = {("forward", 32): Tiles(64, 64), ("tokens", 32): Tiles(64, 64, 8)}
 
