@@ -3,6 +3,8 @@ checkpoint or record that is accepted."""
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 from random import Random
 
@@ -98,3 +100,43 @@ def test_power_losses(
     assert len(checkpoints) == 2
     # Without syncs the same judge finds what must not be: it is no judge that accepts everything.
     assert bool(wrong) is not honoured, wrong
+
+
+def test_a_file_that_goes_meanwhile_is_gone(tmp_path: Path) -> None:
+    """As a lock's heartbeat does, which no run waits for."""
+    (tmp_path / "lock").mkdir()
+    disk, stop = Disk(tmp_path), threading.Event()
+
+    def beat() -> None:
+        while not stop.is_set():
+            (tmp_path / "lock" / ".new").write_text("1")
+            (tmp_path / "lock" / ".new").replace(tmp_path / "lock" / "1")
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        for _ in range(300):
+            disk.look()
+    finally:
+        stop.set()
+        beating.join()
+        disk.close()
+    disk.look()
+    assert set(disk.now[(tmp_path / "lock").stat().st_ino]) == {"1"}
+
+
+def test_what_was_in_a_removed_folder_may_be_gone_without_it(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    for name in ("first", "second"):
+        (tmp_path / "disk" / "run" / name).write_text(name)
+    disk = Disk(tmp_path / "disk")
+    disk.all_is_on_disk()
+    shutil.rmtree(tmp_path / "disk" / "run")
+    disk.look()
+    left = set()
+    for number in range(60):
+        disk.after_power_loss(Random(number), tmp_path / f"state{number}")
+        run = tmp_path / f"state{number}" / "run"
+        left.add(tuple(sorted(p.name for p in run.iterdir())) if run.exists() else None)
+    disk.close()
+    assert left == {None, (), ("first",), ("second",), ("first", "second")}

@@ -6,6 +6,7 @@ entries of its last sync and any of the changes since. A rename is one change.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -35,12 +36,18 @@ class Disk:
     """Descriptors, so that no inode of a removed file is used again."""
 
     def look(self, *, at_once: bool = False) -> None:
-        """Note what changed; `at_once`: as one change of each folder."""
+        """Note what changed; `at_once`: as one change of each folder.
+
+        A lock's heartbeat, a thread of its own, may remove a file meanwhile: it is gone then.
+        """
+        met = set()
         for folder, _, files in os.walk(self.root):
             inode = self._inode(folder)
-            entries = {
-                name: os.lstat(os.path.join(folder, name)).st_ino for name in os.listdir(folder)
-            }
+            met.add(inode)
+            entries = {}
+            for name in os.listdir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    entries[name] = os.lstat(os.path.join(folder, name)).st_ino
             before = self.now.get(inode, {})
             names = entries.keys() | before.keys()
             change: Change = {n: entries.get(n) for n in names if entries.get(n) != before.get(n)}
@@ -49,7 +56,20 @@ class Disk:
             self.now[inode] = entries
             for name in files:
                 path = os.path.join(folder, name)
-                self.data[self._inode(path)] = Path(path).read_bytes()
+                with contextlib.suppress(FileNotFoundError):
+                    self.data[self._inode(path)] = Path(path).read_bytes()
+
+        for inode in self.now.keys() - met:
+            # What was in a removed folder was removed before it, one after the other.
+            gone, self.now[inode] = self.now[inode], {}
+            self.pending.setdefault(inode, []).extend({name: None} for name in gone)
+
+    def all_is_on_disk(self) -> None:
+        """Take everything that is there now as synced."""
+        self.look()
+        self.synced = {inode: dict(entries) for inode, entries in self.now.items()}
+        self.synced_data = dict(self.data)
+        self.pending.clear()
 
     def _inode(self, path: str) -> int:
         inode = os.stat(path).st_ino

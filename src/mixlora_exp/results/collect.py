@@ -14,6 +14,7 @@ from mixlora_exp.records.objections import has_random_weights, objections
 from mixlora_exp.records.record import read_record
 from mixlora_exp.records.required_fields import NAME
 from mixlora_exp.results.runs import LeftOut, RecordedRun, check_run
+from mixlora_exp.system.durable import sync
 
 
 @dataclass(slots=True)
@@ -85,7 +86,10 @@ def _collect(path: Path, target: Path, force: bool) -> bool | None:
     if in_place:
         # Check also the predictions before removing them.
         check_run(held, force=True)
-        path.unlink()  # First: without a record, what a kill leaves of the folder is no run.
+        # First, and on disk: without a record, what a kill or a power loss leaves is no run.
+        path.unlink()
+        with contextlib.suppress(OSError):
+            sync(path.parent)
         _remove_packed(path.parent, held)
     return new
 
