@@ -24,7 +24,7 @@ LOGIT_ROWS = 256
 
 class Keeper(Protocol):
     """Keeps what batches gave, by a name made of their items; see `runs.kept_batches`. `seconds`:
-    what the batches took that it had."""
+    what the batches took that were found."""
 
     seconds: float
 
@@ -36,8 +36,12 @@ class Keeper(Protocol):
         """Return the name of a batch."""
         ...
 
-    def find(self, name: str) -> tuple[list[Any], dict[str, list[list[float]]]] | None:
-        """Return the items' results and, by group, counts of experts; None if there are none."""
+    def has(self, name: str) -> bool:
+        """Return whether the batch is known, whose computing begins now if it is not."""
+        ...
+
+    def find(self, name: str) -> tuple[list[Any], dict[str, list[list[float]]]]:
+        """Return the items' results of a known batch and, by group, its counts of experts."""
         ...
 
     def add(
@@ -71,9 +75,6 @@ class Scorer:
     stays active, as in the official packages; torch's global generator is seeded with it. `share`:
     which of the batches this process computes; None: all.
     """
-
-    keeps = True
-    """Whether batches may be left out that `kept` has."""
 
     def __init__(
         self,
@@ -206,13 +207,18 @@ class Scorer:
         self, kept: Keeper, name: str, work: Callable[[], Sequence[Result]]
     ) -> Sequence[Result]:
         """Return the results of a batch from `kept`, or of `work`, which are kept then."""
-        known = kept.find(name)
-        if known is not None:
-            results, counts = known
-            for group, own in counts.items():
-                added = torch.tensor(own, dtype=torch.float64, device=self.device)
-                self._counts[group] = self._counts.get(group, 0) + added
-            return results
+        return self._known(kept, name) if kept.has(name) else self._new(kept, name, work)
+
+    def _known(self, kept: Keeper, name: str) -> Sequence[Result]:
+        results, counts = kept.find(name)
+        for group, own in counts.items():
+            added = torch.tensor(own, dtype=torch.float64, device=self.device)
+            self._counts[group] = self._counts.get(group, 0) + added
+        return results
+
+    def _new(
+        self, kept: Keeper, name: str, work: Callable[[], Sequence[Result]]
+    ) -> Sequence[Result]:
         before = dict(self._counts)
         results = work()
         # `_count` makes a new tensor for the groups of a batch.

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixlora_exp.evaluation.forward import Scorer, chosen
+from mixlora_exp.evaluation.forward import Keeper, Scorer, chosen
 from mixlora_exp.evaluation.packing import PackedQuestion
 
 Result = TypeVar("Result")
@@ -28,10 +28,12 @@ GRACE = 60.0
 
 @dataclass(slots=True)
 class _Request:
-    """A requested forward pass: its kind (method, setting) and rows, later its result."""
+    """A requested forward pass: its kind (method, setting) and rows, later its result. `known`: an
+    earlier start kept what comes of it."""
 
     kind: tuple[str, int]
     rows: Sequence[Any]
+    known: bool = False
     result: Any = None
     routes: list[list[Tensor]] = field(default_factory=list)
     experts: int = 0
@@ -40,6 +42,10 @@ class _Request:
 
 class PassFailed(Exception):
     """The requested forward pass failed; `__cause__` is the reason."""
+
+
+class LeftOut(Exception):
+    """The requested forward pass did not run: what comes of it is known for each adapter."""
 
 
 class Lockstep:
@@ -56,7 +62,11 @@ class Lockstep:
     def ask(self, adapter: str, request: _Request) -> _Request:
         """Wait for the other threads, and return the request with its result.
 
+        A pass is left out only if it is known for each adapter in it: each pass that runs has the
+        rows that it would have had without the interruption, and so the same rounding.
+
         Raises:
+            LeftOut: the pass was left out.
             PassFailed: the pass failed, or `cancel` was called.
         """
         with self._meeting:
@@ -66,6 +76,8 @@ class Lockstep:
             self._run_if_all_are_here()
             self._meeting.wait_for(lambda: adapter not in self._waiting or self._error is not None)
             failure = self._error or request.error
+            if isinstance(failure, LeftOut):
+                raise failure
             if failure is not None:
                 raise PassFailed from failure
         return request
@@ -102,6 +114,10 @@ class Lockstep:
         self._meeting.notify_all()
 
     def _run(self, kind: tuple[str, int], requests: Mapping[str, _Request]) -> None:
+        if all(request.known for request in requests.values()):
+            for request in requests.values():
+                request.error = LeftOut()
+            return
         method, setting = kind
         rows = [row for request in requests.values() for row in request.rows]
         names = [name for name, request in requests.items() for _ in request.rows]
@@ -130,17 +146,27 @@ class Lockstep:
 class LockstepScorer(Scorer):
     """The scorer of one adapter, which shares its forward passes with the other adapters."""
 
-    # One that left batches out would meet the others in other passes.
-    keeps = False
-
     def __init__(self, meeting: Lockstep, adapter: str, batch_tokens: int) -> None:
         shared = meeting.scorer
         super().__init__(shared.model, shared.tokenizer, shared.autocast, batch_tokens)
         self._meeting, self._adapter = meeting, adapter
         self._last = _Request(("", 0), ())
+        self._is_known = False
+
+    def _recalled(
+        self, kept: Keeper, name: str, work: Callable[[], Sequence[Result]]
+    ) -> Sequence[Result]:
+        self._is_known = kept.has(name)
+        try:
+            return self._new(kept, name, work)
+        except LeftOut:
+            return self._known(kept, name)
+        finally:
+            self._is_known = False
 
     def _ask(self, method: str, setting: int, rows: Sequence[Any]) -> Any:
-        self._last = self._meeting.ask(self._adapter, _Request((method, setting), rows))
+        request = _Request((method, setting), rows, self._is_known)
+        self._last = self._meeting.ask(self._adapter, request)
         return self._last.result
 
     def run_logits(self, rows: Sequence[Sequence[int]], keep: int, **kwargs: Any) -> Tensor:

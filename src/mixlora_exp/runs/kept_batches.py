@@ -27,13 +27,13 @@ class KeptBatches:
     """
 
     def __init__(self, path: Path, identity: Any, check: Callable[[], None]) -> None:
-        self._path, self._identity, self._check = path, identity, check
+        self._path, self._own, self._check = path, _hash(identity), check
         self._found = self._read()
         self._calls = 0
         self._writes = True
         self._since = time.perf_counter()
         self.seconds = 0.0
-        """What the batches of earlier starts took that were asked for."""
+        """What the batches of earlier starts took whose results were used."""
 
     def __len__(self) -> int:
         """Number of batches of earlier starts."""
@@ -46,26 +46,28 @@ class KeptBatches:
 
     def name_of(self, call: int, keys: Sequence[str], lengths: Sequence[int]) -> str:
         """Return the name of a batch of these items and numbers of tokens."""
-        return _hash([self._identity, call, list(keys), list(lengths)])
+        return f"{self._own} {_hash([call, list(keys), list(lengths)])}"
 
-    def find(self, name: str) -> Found | None:
-        """Return what an earlier start found for a batch."""
-        entry = self._found.get(name)
+    def has(self, name: str) -> bool:
+        """Return whether an earlier start had a batch. If not, its time begins now."""
         self._since = time.perf_counter()
-        if entry is None:
-            return None
+        return name in self._found
+
+    def find(self, name: str) -> Found:
+        """Return what an earlier start, which had this batch, found for it."""
+        entry = self._found[name]
         self.seconds += entry["seconds"]
         return [_back(r) for r in entry["results"]], entry["counts"]
 
     def add(
         self, name: str, results: Sequence[Any], counts: Mapping[str, list[list[float]]]
     ) -> None:
-        """Append the batch that was asked for last.
+        """Append the batch that was asked for last, unless an earlier start had it.
 
         Raises:
             UserError: another process has taken the run over.
         """
-        if not self._writes:
+        if name in self._found or not self._writes:
             return
         self._check()
         entry = {
@@ -92,7 +94,8 @@ class KeptBatches:
         for line in lines:
             try:
                 entry = parse_json(line, finite=False)
-                if entry.pop("sha256") == _hash(entry):
+                own = entry["name"].partition(" ")[0] == self._own
+                if entry.pop("sha256") == _hash(entry) and own:
                     found[entry["name"]] = entry
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,27 @@ Kept = tuple[list[TaskScore], float]
 
 
 def score_with(
-    this: Run, scorer_of: Callable[[], Scorer], adapter: Path | None, label: str = ""
+    this: Run,
+    scorer_of: Callable[[], Scorer],
+    adapter: Path | None,
+    label: str = "",
+    together: Sequence[str] = (),
 ) -> Scores:
     """Score every task under every protocol, each protocol with a new scorer. `adapter`: its
-    folder; None: the base model alone. `label` precedes the printed lines."""
+    folder; None: the base model alone. `label` precedes the printed lines. `together`: names of the
+    runs that are scored in the same passes. They must meet in the same passes again, so that also
+    the batches of a finished protocol are asked for one by one."""
     config, scores, times = this.config, [], {}
-    identity = _identity(this, adapter)
+    identity = _identity(this, adapter) | ({"together": list(together)} if together else {})
     for protocol in config.evaluation.protocols:
         place = _place(this, adapter, protocol)
         # All processes go by what the first one found.
-        kept = gathered(_recall(place, identity))[0]
+        kept = None if together else gathered(_recall(place, identity))[0]
         if kept is None:
             start, scorer = time.perf_counter(), scorer_of()
             if processes().is_main_process:
                 scorer.watch = ScoringProgress(f"{label}{protocol.value}")
-            if scorer.keeps and not config.evaluation.dropout:
+            if not config.evaluation.dropout:
                 scorer.kept = _begun(this, place, identity, f"{label}{protocol.value}")
             found = score_tests(
                 protocol,
@@ -59,6 +65,7 @@ def score_with(
             kept = found, round(time.perf_counter() - start + before, 3)
             if processes().is_main_process:
                 this.check_owner()
+            if processes().is_main_process and not together:
                 _keep(place, identity, kept)
                 for path in place.parent.glob(f"{place.stem}-batches-*.jsonl"):
                     path.unlink(missing_ok=True)

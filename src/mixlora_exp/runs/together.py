@@ -275,11 +275,12 @@ def score_together(
         for name, this in shared.items():
             if this.config.evaluation.shuffle_experts is not None:
                 shuffle_experts(model, name, this.config.evaluation.shuffle_experts)
+        names = [this.folder.name for this in shared.values()]
         results = in_lockstep(
             model,
             runs[0].tokenizer,
             autocast(next(model.parameters()).device, runs[0].dtype),
-            {name: partial(_score_with, this) for name, this in shared.items()},
+            {name: partial(_score_with, this, names) for name, this in shared.items()},
             max(this.config.evaluation.batch_tokens for this in shared.values()),
         )
         model.unload()
@@ -294,5 +295,6 @@ def score_together(
     return found
 
 
-def _score_with(this: Run, scorer: Scorer) -> Scores:
-    return score_with(this, lambda: scorer, this.adapter_folder, f"{this.folder.name} ")
+def _score_with(this: Run, names: Sequence[str], scorer: Scorer) -> Scores:
+    label = f"{this.folder.name} "
+    return score_with(this, lambda: scorer, this.adapter_folder, label, names)
