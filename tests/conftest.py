@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +95,20 @@ def shared_oracle() -> Path:
     if not folder.is_dir():
         pytest.skip("shared oracle folder is absent")
     return folder
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nobody may write to, root included."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True, text=True
+    )
+    if done.returncode:
+        if os.geteuid() == 0:
+            pytest.skip(f"nothing can be mounted, and root may write everywhere: {done.stderr}")
+        folder.chmod(0o555)
+    yield folder
+    if not done.returncode:
+        subprocess.run(["umount", folder], check=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
+import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from matplotlib.figure import Figure
 from mixlora_exp.cli import report
 from mixlora_exp.cli.main import main
 from mixlora_exp.cli.train import execute
+from mixlora_exp.config.paths import RESULTS
 from mixlora_exp.errors import UserError
 from mixlora_exp.results import figures
 from mixlora_exp.runs.ownership import FILES, FOLDERS
@@ -148,6 +152,69 @@ def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(report, "write_report", full)
     assert main(["report", f"--output={tmp_path}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root of results that holds one run of the project's, in its folder."""
+    root = tmp_path_factory.mktemp("results")
+    (root / "bench").mkdir()
+    packed = next((RESULTS / "runs").glob("*.zip"))
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(root / "runs" / packed.stem)
+    return root
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("collect", "--source={runs}", "--results={disk}", "--force"),
+     ("tables", "--results={root}", "--output={disk}/tables"),
+     ("report", "--results={root}", "--output={disk}/page"),
+     ("report", "--results={root}", "--short={disk}/page.md"),
+     ("figures", "--results={root}", "--output={disk}/figures")],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_disk_that_is_read_only(words, one_run: Path, read_only: Path, capsys) -> None:
+    places = {"root": one_run, "runs": one_run / "runs", "disk": read_only}
+    assert main([word.format(**places) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if "Read-only" in line or "cannot" in line]
+    assert str(read_only) in line
+
+
+def test_packing_in_place_on_a_disk_that_is_read_only(
+    one_run: Path, tmp_path: Path, capsys
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", disk]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"this user may mount no file system: {made.stderr.strip()}")
+    try:
+        shutil.copytree(one_run, disk, dirs_exist_ok=True)
+        words = ["collect", f"--source={disk / 'runs'}", f"--results={disk}", "--force"]
+        before = sorted(disk.rglob("*"))
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert "Read-only" in told
+        assert sorted(disk.rglob("*")) == before
+        # Packed before, but what was packed could not be removed.
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        kept = shutil.copytree(one_run / "runs", tmp_path / "kept")
+        assert main(words) == 0
+        shutil.copytree(kept, disk / "runs", dirs_exist_ok=True)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        capsys.readouterr()
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert "Read-only" in told
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

@@ -31,6 +31,12 @@ KILLS = "30"
 TESTS = (
     "tests/faults",
     "tests/fuzz",
+    "tests/test_disk_faults.py",
+    "tests/runs/test_machine_failures.py",
+    "tests/runs/test_search.py",
+    "tests/runs/test_search_on_a_full_disk.py",
+    "tests/models/test_writing.py",
+    "tests/training/test_interrupts.py",
     "tests/training/test_resume.py",
     "tests/training/test_tracking.py",
     "tests/results/test_record.py",

@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
@@ -84,23 +83,6 @@ def test_a_read_only_file_system_is_one_line(
 
     monkeypatch.setattr(os, "mkdir", refuse)
     assert "Read-only file system" in refused(capsys, tmp_path / "out", "method=lora,dora")
-
-
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder that nobody may write to, root included."""
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True, text=True
-    )
-    if done.returncode:
-        if os.geteuid() == 0:
-            pytest.skip(f"nothing can be mounted, and root may write everywhere: {done.stderr}")
-        folder.chmod(0o555)
-    yield folder
-    if not done.returncode:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_read_only_folder_is_one_line(read_only: Path, capsys) -> None:

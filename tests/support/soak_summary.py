@@ -19,6 +19,10 @@ GROUPS = {
         "tests.faults.test_lost_writes",
         "writes that were not synced are missing, in a drawn order",
     ),
+    "full disks": (
+        "tests.runs.test_search_on_a_full_disk",
+        "a search of hyperparameters meets a disk that is full, of seven sizes",
+    ),
     "odd inputs": (
         "tests.fuzz",
         "odd command lines, data, adapters, records, benchmarks, checkpoints and lock files",

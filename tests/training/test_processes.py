@@ -25,7 +25,7 @@ from mixlora_exp.training.run_statistics import Track
 SMALL = [
     "experiment=smoke", "method=mixlora", "data.train_limit=24", "trainer.precision=float32",
     "trainer.batch_size=8", "trainer.micro_batch_size=2", "trainer.max_steps=6",
-    "trainer.logging_steps=2", "trainer.save_steps=100", "evaluation.batch_check=0",
+    "trainer.logging_steps=1", "trainer.save_steps=100", "evaluation.batch_check=0",
 ]  # fmt: skip
 
 
