@@ -130,3 +130,23 @@ def test_a_second_model_s_record_stands_beside_it() -> None:
     assert all(map(math.isfinite, losses))
     row = line(record).replace("`mixlora`", "`gemma3_270m`")
     assert row in Path(FOLDER, "README.md").read_text().splitlines()
+
+
+def test_the_quickstart_of_the_second_model_stands_beside_it() -> None:
+    (path,) = (FOLDER / "quickstart").glob("*.zip")
+    record = read_run(path)
+    assert record["config"]["model"]["name"] == "gemma3_270m"
+    assert record["train"]["steps"] == 100
+    scores = {(score["task"], score["protocol"]): score for score in record["scores"]}
+    lines = Path(FOLDER, "README.md").read_text().splitlines()
+    for task in record["config"]["task"]["evaluate"]:
+        text, letters = (scores[task, protocol] for protocol in ("answer_text", "label_logits"))
+        assert text["n"] == letters["n"] == 48
+        numbers = (
+            text["accuracy"],
+            letters["accuracy"],
+            text["chance"],
+            letters["majority_class"],
+        )
+        cells = " | ".join(f"{100 * number:.1f}" for number in numbers)
+        assert f"| `{task}` | {cells} |" in lines
