@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from mixlora_exp.runs import ownership
 from mixlora_exp.system import runlock
 from mixlora_exp.system.runlock import RunLock, holder_of
 
@@ -276,3 +278,39 @@ def test_a_lock_whose_folder_went_meanwhile_is_taken_all_the_same(
     assert lock.acquire()
     assert removed
     lock.release()
+
+
+def test_another_process_of_the_same_start_notices_the_takeover_too(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    assert first.acquire()
+    second.follow(first.number)
+    assert second.held()
+    (tmp_path / str(first.number + 1)).write_text("{}")
+    assert not second.held()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    second.release()
+    second.discard()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    first.release()
+
+
+def test_the_first_process_tells_the_others_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list] = []
+    for is_first in (True, False):
+        state = SimpleNamespace(is_main_process=is_first, num_processes=2)
+
+        def broadcast(values: list, is_first: bool = is_first) -> None:
+            if is_first:
+                told.append(list(values))
+            else:
+                values[:] = told[0]
+
+        monkeypatch.setattr(ownership, "processes", lambda state=state: state)
+        monkeypatch.setattr(ownership, "broadcast_object_list", broadcast)
+        with ownership.held(tmp_path) as lock:
+            assert lock.held()
+            (tmp_path / "lock" / "9").write_text("{}")
+            assert not lock.held()
+        (tmp_path / "lock" / "9").unlink()

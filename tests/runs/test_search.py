@@ -20,6 +20,7 @@ from mixlora_exp.config.run_names import run_name  # noqa: E402
 from mixlora_exp.config.schema import Config  # noqa: E402
 from mixlora_exp.errors import NotEnoughMemory, UserError  # noqa: E402
 from mixlora_exp.records.record import finish_record, write_json  # noqa: E402
+from mixlora_exp.runs.ownership import LostRun  # noqa: E402
 from mixlora_exp.sweeps import search as searching  # noqa: E402
 from mixlora_exp.sweeps.search import Postponed, SearchSettings, search  # noqa: E402
 from mixlora_exp.system.runlock import RunLock  # noqa: E402
@@ -214,9 +215,9 @@ def _full_disk() -> UserError:
 
 @pytest.mark.parametrize(
     "error",
-    [NotEnoughMemory("too large"), Postponed("runs elsewhere"), _full_disk(),
+    [NotEnoughMemory("too large"), Postponed("runs elsewhere"), LostRun("taken over"), _full_disk(),
      OSError("No space left on device"), SafetensorError("No space left on device")],
-    ids=["memory", "elsewhere", "full disk", "OSError", "SafetensorError"],
+    ids=["memory", "elsewhere", "taken over", "full disk", "OSError", "SafetensorError"],
 )  # fmt: skip
 def test_what_stands_in_the_way_of_any_trial_ends_the_search(tmp_path: Path, error) -> None:
     """Once it is mended, the trial is made again."""

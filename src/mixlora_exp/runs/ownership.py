@@ -40,11 +40,13 @@ def held(folder: Path) -> Iterator[RunLock | None]:
         UserError: the folder holds something else where the run writes.
     """
     check_places(folder)
-    lock, free = RunLock(folder / LOCK), [True]
+    lock, free = RunLock(folder / LOCK), [True, 0]
     if processes().is_main_process:
-        free = [lock.acquire()]
+        free = [lock.acquire(), lock.number]
     if processes().num_processes > 1:
         broadcast_object_list(free)
+        if not processes().is_main_process:
+            lock.follow(free[1])
     if not free[0]:
         holder = holder_of(folder / LOCK) or {}
         where = f" ({holder.get('host')}, process {holder.get('pid')})" if holder else ""

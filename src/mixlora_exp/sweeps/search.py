@@ -27,7 +27,7 @@ from mixlora_exp.config.schema import Config, MixLoraMethodConfig, Protocol
 from mixlora_exp.errors import NotEnoughMemory, UserError
 from mixlora_exp.records.record import read_record
 from mixlora_exp.runs.inputs import comparable, gather_inputs, resolve_config
-from mixlora_exp.runs.ownership import GivenUp
+from mixlora_exp.runs.ownership import GivenUp, LostRun
 from mixlora_exp.sweeps.study import (
     REASON,
     REPORTED,
@@ -312,5 +312,5 @@ def _carry_out(
 def _by_its_settings(error: UserError) -> bool:
     """Return whether a trial may have failed because of its searched values. Insufficient memory,
     file errors and runs of other processes affect any trial, and can be fixed."""
-    elsewhere = isinstance(error, (Postponed, NotEnoughMemory))
+    elsewhere = isinstance(error, (Postponed, NotEnoughMemory, LostRun))
     return not elsewhere and not isinstance(error.__cause__, (OSError, SafetensorError))

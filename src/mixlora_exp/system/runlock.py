@@ -166,7 +166,7 @@ class RunLock:
 
     def __init__(self, folder: Path, *, beat: float = BEAT, patience: float = PATIENCE) -> None:
         self.folder, self._beat, self._patience = folder, beat, patience
-        self._number, self._count = 0, 0
+        self._number, self._count, self._followed = 0, 0, 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.lost = threading.Event()
@@ -244,12 +244,22 @@ class RunLock:
             raise
         return path
 
+    @property
+    def number(self) -> int:
+        """Number of the lock file that this process holds; 0: none."""
+        return self._number
+
+    def follow(self, number: int) -> None:
+        """Let `held` tell of the lock file `number`, which another process of this start holds."""
+        self._followed = number
+
     def held(self) -> bool:
-        """Return whether this process still holds the lock, according to the folder's current
-        state."""
-        if self._number and not self.lost.is_set():
+        """Return whether this process, or the one that it follows, still holds the lock, according
+        to the folder's current state."""
+        number = self._number or self._followed
+        if number and not self.lost.is_set():
             with contextlib.suppress(OSError):
-                if _newest(self.folder) > self._number:
+                if _newest(self.folder) > number:
                     self.lost.set()
         return not self.lost.is_set()
 
