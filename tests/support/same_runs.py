@@ -16,7 +16,7 @@ from mixlora_exp.records.record import read_record
 UNEVEN = [
     "experiment=smoke", "method=mixlora", "method.dropout=0.2", "data.train_limit=13",
     "trainer.precision=float32", "trainer.batch_size=8", "trainer.micro_batch_size=2",
-    "trainer.max_steps=6", "trainer.logging_steps=4", "trainer.save_steps=100",
+    "trainer.max_steps=6", "trainer.logging_steps=1", "trainer.save_steps=100",
     "trainer.parallel=ddp", "evaluation.limit=7", "evaluation.batch_tokens=200",
     "evaluation.protocols=[label_logits,answer_text,generate]",
 ]  # fmt: skip

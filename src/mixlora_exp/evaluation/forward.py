@@ -32,12 +32,13 @@ class Keeper(Protocol):
         """Return the number of a list of batches."""
         ...
 
-    def name_of(self, call: int, keys: Sequence[str], lengths: Sequence[int]) -> str:
-        """Return the name of a batch."""
+    def name_of(self, call: int, number: int, keys: Sequence[str], lengths: Sequence[int]) -> str:
+        """Return the name of a batch, the `number`-th of its list."""
         ...
 
-    def has(self, name: str) -> bool:
-        """Return whether the batch is known, whose computing begins now if it is not."""
+    def has(self, name: str, size: int) -> bool:
+        """Return whether results of a batch of `size` items are known, whose computing begins now
+        if they are not."""
         ...
 
     def find(self, name: str) -> tuple[list[Any], dict[str, list[list[float]]]]:
@@ -186,6 +187,8 @@ class Scorer:
         `batches`); processes share the batches, and `watch` is told the progress of this one."""
         chosen = list(batches(lengths, keys, self.batch_tokens))
         own = sum(map(len, chosen[self.share.index :: self.share.count]))
+        # An item's id and length may be another's too, its place in the list is not.
+        numbers = {batch[0]: number for number, batch in enumerate(chosen)}
         done, call = 0, 0 if self.kept is None else self.kept.next_call()
 
         def watched(batch: list[int]) -> Sequence[Result]:
@@ -193,9 +196,9 @@ class Scorer:
             if self.kept is None:
                 found = work(batch)
             else:
-                names = [keys[i] for i in batch], [lengths[i] for i in batch]
-                name = self.kept.name_of(call, *names)
-                found = self._recalled(self.kept, name, lambda: work(batch))
+                items = [keys[i] for i in batch], [lengths[i] for i in batch]
+                name = self.kept.name_of(call, numbers[batch[0]], *items)
+                found = self._recalled(self.kept, name, len(batch), lambda: work(batch))
             done += len(batch)
             if self.watch is not None:
                 self.watch(done, own)
@@ -204,10 +207,11 @@ class Scorer:
         return self.share.results(chosen, watched)
 
     def _recalled(
-        self, kept: Keeper, name: str, work: Callable[[], Sequence[Result]]
+        self, kept: Keeper, name: str, size: int, work: Callable[[], Sequence[Result]]
     ) -> Sequence[Result]:
-        """Return the results of a batch from `kept`, or of `work`, which are kept then."""
-        return self._known(kept, name) if kept.has(name) else self._new(kept, name, work)
+        """Return the results of a batch of `size` items from `kept`, or of `work`, which are kept
+        then."""
+        return self._known(kept, name) if kept.has(name, size) else self._new(kept, name, work)
 
     def _known(self, kept: Keeper, name: str) -> Sequence[Result]:
         results, counts = kept.find(name)

@@ -154,9 +154,9 @@ class LockstepScorer(Scorer):
         self._is_known = False
 
     def _recalled(
-        self, kept: Keeper, name: str, work: Callable[[], Sequence[Result]]
+        self, kept: Keeper, name: str, size: int, work: Callable[[], Sequence[Result]]
     ) -> Sequence[Result]:
-        self._is_known = kept.has(name)
+        self._is_known = kept.has(name, size)
         try:
             return self._new(kept, name, work)
         except LeftOut:
@@ -233,6 +233,7 @@ def in_lockstep(
     except BaseException as error:
         meeting.cancel(error)
         for thread in threads:
-            thread.join(GRACE)
+            if thread.ident is not None:  # It was started before the interruption.
+                thread.join(GRACE)
         raise
     return {name: results[name] for name in work}

@@ -7,14 +7,24 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixlora_exp.evaluation import ItemScore
 from mixlora_exp.system.untrusted import parse_json, read_bytes
 
-Found = tuple[list[Any], dict[str, list[list[float]]]]
+Kept = tuple[list[Any], dict[str, list[list[float]]]]
 """Results of a batch's items, and by group how often each expert was chosen (layers, E)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a line of the file says of a batch; `seconds`: what it took."""
+
+    results: list[Any]
+    counts: dict[str, list[list[float]]]
+    seconds: float
 
 
 class KeptBatches:
@@ -44,20 +54,22 @@ class KeptBatches:
         self._calls += 1
         return self._calls
 
-    def name_of(self, call: int, keys: Sequence[str], lengths: Sequence[int]) -> str:
-        """Return the name of a batch of these items and numbers of tokens."""
-        return f"{self._own} {_hash([call, list(keys), list(lengths)])}"
+    def name_of(self, call: int, number: int, keys: Sequence[str], lengths: Sequence[int]) -> str:
+        """Return the name of a batch, the `number`-th of its list, of these items and numbers of
+        tokens."""
+        return f"{self._own} {_hash([call, number, list(keys), list(lengths)])}"
 
-    def has(self, name: str) -> bool:
-        """Return whether an earlier start had a batch. If not, its time begins now."""
+    def has(self, name: str, size: int) -> bool:
+        """Return whether an earlier start had a batch of `size` items. If not, its time begins
+        now."""
         self._since = time.perf_counter()
-        return name in self._found
+        return name in self._found and len(self._found[name].results) == size
 
-    def find(self, name: str) -> Found:
+    def find(self, name: str) -> Kept:
         """Return what an earlier start, which had this batch, found for it."""
         entry = self._found[name]
-        self.seconds += entry["seconds"]
-        return [_back(r) for r in entry["results"]], entry["counts"]
+        self.seconds += entry.seconds
+        return entry.results, entry.counts
 
     def add(
         self, name: str, results: Sequence[Any], counts: Mapping[str, list[list[float]]]
@@ -85,7 +97,7 @@ class KeptBatches:
         except OSError:
             self._writes = False
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, _Entry]:
         try:
             lines = read_bytes(self._path).splitlines()
         except (OSError, ValueError):
@@ -96,7 +108,11 @@ class KeptBatches:
                 entry = parse_json(line, finite=False)
                 own = entry["name"].partition(" ")[0] == self._own
                 if entry.pop("sha256") == _hash(entry) and own:
-                    found[entry["name"]] = entry
+                    found[entry["name"]] = _Entry(
+                        [_back(result) for result in entry["results"]],
+                        {group: _counts(layers) for group, layers in entry["counts"].items()},
+                        float(entry["seconds"]),
+                    )
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         return found
@@ -122,6 +138,13 @@ def _back(value: Any) -> Any:
         return tuple(map(_back, inner))
     fields = {name: _back(one) for name, one in inner.items()}
     return ItemScore(**fields) if kind == "item" else fields
+
+
+def _counts(layers: Any) -> list[list[float]]:
+    found = [[float(count) for count in layer] for layer in layers]
+    if len({len(layer) for layer in found}) > 1:
+        raise ValueError("layers have different numbers of experts")
+    return found
 
 
 def _hash(entry: Any) -> str:

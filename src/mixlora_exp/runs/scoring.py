@@ -4,11 +4,13 @@ again."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,25 @@ def score_with(
     return scores, times
 
 
+def keep_scores(this: Run, adapter: Path, scores: Scores) -> None:
+    """Keep a run's finished scores, as `score_with` does of an adapter that is scored alone. A file
+    that cannot be written is left out: the record, which is written later, reports that."""
+    identity = _identity(this, adapter)
+    for protocol in this.config.evaluation.protocols:
+        own = [score for score in scores[0] if score.protocol == protocol.value]
+        with contextlib.suppress(UserError):
+            this.check_owner()
+            place = _place(this, adapter, protocol)
+            _keep(place, identity, (own, scores[1][protocol.value]["seconds"]))
+
+
+def are_kept(this: Run, adapter: Path) -> bool:
+    """Return whether an earlier start kept the scores of all protocols."""
+    identity = _identity(this, adapter)
+    protocols = this.config.evaluation.protocols
+    return all(_recall(_place(this, adapter, p), identity) is not None for p in protocols)
+
+
 def _place(this: Run, adapter: Path | None, protocol: Protocol) -> Path:
     what = "base" if adapter is None else "adapter"
     return this.checkpoints().folder / f"scores-{what}-{protocol.value}.json"
@@ -120,7 +141,9 @@ def _recall(place: Path, identity: dict[str, Any]) -> Kept | None:
             TaskScore(**{**score, "items": [ItemScore(**item) for item in score["items"]]})
             for score in entry["scores"]
         ]
-        return scores, entry["seconds"]
+        if not all(isfinite(s.accuracy) and len(s.items) == s.n for s in scores):
+            return None
+        return scores, float(entry["seconds"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
 

@@ -42,7 +42,7 @@ from mixlora_exp.runs.run import (
     training_examples,
     write_record,
 )
-from mixlora_exp.runs.scoring import Scores, score_with
+from mixlora_exp.runs.scoring import Scores, are_kept, keep_scores, score_with
 from mixlora_exp.system.console import echo
 from mixlora_exp.system.device import convert_out_of_memory, free_memory, processes
 from mixlora_exp.system.disk_faults import convert_disk_faults
@@ -265,7 +265,8 @@ def score_together(
         and Protocol.lm_eval not in this.config.evaluation.protocols
     }
     found: dict[str, Scores | BaseException] = {}
-    if len(shared) > 1:
+    # Kept is either none of them or, before the first record is written, each.
+    if len(shared) > 1 and not all(are_kept(r, r.adapter_folder) for r in shared.values()):
         model = load_adapters(
             base,
             {name: this.adapter_folder for name, this in shared.items()},
@@ -285,6 +286,10 @@ def score_together(
         )
         model.unload()
         found = {shared[name].folder.name: result for name, result in results.items()}
+        if all(isinstance(result, tuple) for result in found.values()):
+            # Killed between two records, who is left would be scored without the others' rows.
+            for this in shared.values():
+                keep_scores(this, this.adapter_folder, found[this.folder.name])
     for this in runs:
         if isinstance(found.get(this.folder.name), tuple):
             continue
