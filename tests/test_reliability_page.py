@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 
@@ -31,6 +32,22 @@ def test_the_record_is_of_a_whole_soak_that_passed() -> None:
               "writes that failed with EIO": 400}  # fmt: skip
     assert {what: counted[what] for what, least in wanted.items() if counted[what] < least} == {}
     assert all(SWEEP["same"].values())
+
+
+def test_the_record_has_all_that_the_soak_runs() -> None:
+    listed = ast.parse((ROOT / "tests" / "checks" / "soak.py").read_text(encoding="utf-8"))
+    (tests,) = (
+        ast.literal_eval(node.value)
+        for node in listed.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTS"
+    )
+    files = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for place in map(ROOT.joinpath, tests)
+        for path in ([place] if place.is_file() else place.glob("test_*.py"))
+    }
+    recorded = {name.partition("::")[0] for name in RECORD["tests"]}
+    assert files - recorded == set(), "make soak"
 
 
 def test_another_record_gives_another_table() -> None:

@@ -36,6 +36,7 @@ TESTS = (
     "tests/runs/test_search.py",
     "tests/runs/test_search_on_a_full_disk.py",
     "tests/models/test_writing.py",
+    "tests/runs/test_kept_scores.py",
     "tests/training/test_interrupts.py",
     "tests/training/test_resume.py",
     "tests/training/test_tracking.py",

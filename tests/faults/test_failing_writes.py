@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,19 @@ from mixlora_exp.system.exit_codes import guarded
 
 ALL = "SOAK_WRITES" in os.environ
 SUPPORT = ROOT / "tests" / "support"
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "accelerate")
 # Drawing up the tables once takes longer than all the others.
 QUICK = ["--quick", "--stages", "train", "collect", "convert"]
 
 
 def sources() -> str:
-    """Of all code that is tried, also of what decides no result."""
-    files = sorted(p for folder in (ROOT / "src", SUPPORT) for p in folder.rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
+    """Of all code and configurations that are tried, also of what decides no result, and of the
+    packages that write files."""
+    places = (ROOT / "src", SUPPORT)
+    files = sorted(p for place in places for p in place.rglob("*") if p.suffix in (".py", ".yaml"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
+    digest.update(" ".join(f"{name}{version(name)}" for name in PACKAGES).encode())
+    return digest.hexdigest()[:10]
 
 
 def test_failing_writes(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:

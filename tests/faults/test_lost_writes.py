@@ -3,6 +3,7 @@ checkpoint or record that is accepted."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -23,7 +24,7 @@ from mixlora_exp.training.checkpoints import Checkpoints
 RUN = ["experiment=smoke", "method=lora", "data.train_limit=8", "trainer.max_steps=2",
        "trainer.save_steps=1", "trainer.logging_steps=1", "trainer.precision=float32",
        "evaluation.limit=4", "evaluation.batch_check=0"]  # fmt: skip
-DRAWS = 4
+DRAWS = 16 if "SOAK_WRITES" in os.environ else 4
 """States drawn at each moment."""
 
 
@@ -44,8 +45,10 @@ def wrong_record(folder: Path) -> str:
         return "the adapter is missing"
     if file_sha256(weights) != record["saved_adapter"]["sha256"]:
         return "the adapter is another one"
-    if len((folder / "train_log.jsonl").read_text().splitlines()) != record["train"]["steps"]:
-        return "the log is cut off"
+    log = folder / "train_log.jsonl"
+    lines = log.read_bytes().splitlines() if log.is_file() else []
+    if len(lines) != record["train"]["steps"] or not all(line.strip(b"\0") for line in lines):
+        return "the log is not whole"
     return ""
 
 
@@ -93,6 +96,8 @@ def test_power_losses(
         watch(disk, patch.setattr, crashed)
         for words in ([], ["force=true"]):
             assert execute([*RUN, f"output_dir={tmp_path / 'out'}", *words]) == 0
+    disk.look()
+    crashed()
     disk.close()
     capsys.readouterr()
     if honoured:

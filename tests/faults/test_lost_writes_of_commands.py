@@ -4,6 +4,7 @@ run is lost, and `collect` given again ends as undisturbed."""
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.files import RunFiles, name_of, record_paths
 from mixlora_exp.results.runs import check_run
 
-DRAWS = 12
+DRAWS = 48 if "SOAK_WRITES" in os.environ else 12
 """States drawn at each moment."""
 Content = Mapping[str, bytes]
 

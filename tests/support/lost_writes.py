@@ -1,7 +1,7 @@
 """Which states of a folder a power loss may leave: what was not synced may be missing.
 
-A file holds what it held at its last sync, what it holds now, or half of that; a folder has the
-entries of its last sync and any of the changes since. A rename is one change.
+A file holds what it held at its last sync, what it holds now, half of that, or as many zeros; a
+folder has the entries of its last sync and any of the changes since. A rename is one change.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Disk:
             held = (
                 now
                 if now == old or draw.random() >= lost
-                else draw.choice((old, now[: len(now) // 2]))
+                else draw.choice((old, now[: len(now) // 2], bytes(len(now))))
             )
             (target / name).write_bytes(held)
 
