@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
 import pytest
 from composed import compose
+from transformers.utils import chat_template_utils
 
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose as compose_anew
@@ -54,6 +56,23 @@ def test_a_template_without_eos_gets_one(tokenizer) -> None:
     assert tokenizer.decode(example.input_ids[-example.answer_length :]) == "It is 7\n</s>"
 
 
+def test_a_template_that_writes_the_date_has_the_same_tokens_on_each_day(
+    tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 2, 3)
+
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    (today,) = encode_examples(tokenizer, [ITEM], CHAT)
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    turns = [{"role": "user", "content": "a"}]
+    assert "03 Feb 2031" in tokenizer.apply_chat_template(turns, tokenize=False)
+    assert encode_examples(tokenizer, [ITEM], CHAT) == [today]
+    assert "26 Jul 2024" in tokenizer.decode(today.input_ids)
+
+
 def test_without_a_template_it_is_a_question(tokenizer) -> None:
     data = DataConfig(name=DataSource.local, path="data", forms=CHAT.forms)
     data.forms = compose(["data.forms=[text]"]).data.forms
@@ -89,6 +108,20 @@ def test_what_is_too_long_or_has_no_number_is_reported(tokenizer) -> None:
         encode_free_text(tokenizer, [words], CHAT, evaluation)
     with pytest.raises(UserError, match="t-1 of t has an answer without a label: answer_pattern"):
         encode_free_text(tokenizer, [words], CHAT, evaluation, Protocol.answer_pattern)
+
+
+def test_texts_that_will_be_cut_off_are_told(tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = compose(["evaluation.max_new_tokens=3"]).evaluation
+    encode_free_text(tokenizer, [ITEM], CHAT, evaluation)
+    told = capsys.readouterr().err
+    assert "t: half of its own answers have more than" in told
+    assert "evaluation.max_new_tokens=3" in told
+    for quiet in (
+        {"evaluation": compose(["evaluation.max_new_tokens=60"]).evaluation},
+        {"evaluation": evaluation, "protocol": Protocol.answer_pattern},
+    ):
+        encode_free_text(tokenizer, [ITEM], CHAT, **quiet)
+        assert not capsys.readouterr().err
 
 
 FREE = "task=metamath_gsm8k"

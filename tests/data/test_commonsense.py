@@ -129,6 +129,15 @@ def test_another_answer_is_wrong_and_none_is_unparsed(folder: Path) -> None:
     assert found == [0, 1, 1, None]
 
 
+def test_hira_has_the_settings_of_the_suite_too() -> None:
+    hira, dora = (compose_anew([f"experiment=commonsense_170k{name}"]) for name in ("_hira", ""))
+    for group in ("trainer", "data", "task", "evaluation", "model"):
+        assert getattr(hira, group) == getattr(dora, group), group
+    assert hira.method.name == "hira"
+    assert hira.method.peft["r"] == dora.method.rank
+    assert hira.method.peft["target_modules"] == dora.method.targets
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [

@@ -94,6 +94,8 @@ def test_each_source_of_a_base_has_its_own_lines(record: dict) -> None:
     card = model_card(folder)
     assert "/home/a" not in card
     assert '["model=smollm2_135m", "model.path=FOLDER"]' in card
+    folder["config"]["model"]["name"] = "my-model"
+    assert '("DIR", ["model.path=FOLDER"])' in model_card(folder)
     for one in (record, folder, hub):
         quantised = copy.deepcopy(one)
         quantised["config"]["model"]["quantization"] = "int8"

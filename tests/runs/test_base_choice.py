@@ -102,6 +102,7 @@ def test_an_adapter_of_an_unknown_model_asks_for_it(
     assert "was trained on somebody/model\\x1b[2J, which is not a model in conf/model" in message
     assert "add model=NAME, or model.path=DIR" in message
     assert "does not name its base model" in scored(capsys, f"adapter={stranger(None)}")
+    assert base_of(folder, {"model.hub_id"}, precision=True) == ([], {})
     # A path in the file is not opened, though a model is there.
     path = model_at(tmp_path / "model")
     assert f"was trained on {path}, which is no" in scored(capsys, f"adapter={stranger(str(path))}")

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from mixlora_exp.cli import generate as generation
 from mixlora_exp.cli.merge import run as merge
 from mixlora_exp.config.schema import Quantization
 from mixlora_exp.errors import UserError
 from mixlora_exp.runs import run as experiment
 from mixlora_exp.runs import state
 from mixlora_exp.runs.quantized_base import WORKING_TYPES, check_quantized_base
-from mixlora_exp.serving.open import open_adapter
+from mixlora_exp.serving import open as opening
+from mixlora_exp.serving.open import open_adapter, open_adapters
+from mixlora_exp.system.exit_codes import guarded
 
 QUANTIZED = "model.quantization="
 
@@ -91,6 +94,47 @@ def test_an_adapter_of_experts_is_not_scored_with_a_kernel_that_cannot(
     check_quantized_base(config, {"peft_type": "LORA"})
     with pytest.raises(UserError, match="kernel=peft would dequantise"):
         check_quantized_base(config, {"peft_type": "MIXLORA"})
+
+
+def test_an_adapter_of_a_type_that_cannot_is_refused_by_name(
+    configure: Callable[..., Any],
+) -> None:
+    config = configure("method=none", f"{QUANTIZED}nf4")
+    check_quantized_base(config, {"peft_type": "VERA"})
+    check_quantized_base(config, {"peft_type": "LORA_MIXTURE"})
+    for kind in ("IA3", "LOHA"):
+        with pytest.raises(UserError, match=f"nf4: PEFT's {kind} fails or was not tried"):
+            check_quantized_base(config, {"peft_type": kind})
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "told"),
+    [
+        (
+            ["method=peft", "method.peft_type=LOHA", "method.peft={r: 2}"],
+            [],
+            "PEFT's LOHA fails or was not tried",
+        ),
+        (
+            ["method=mixlora"],
+            ["kernel=peft"],
+            "kernel=peft would dequantise the base once for each expert",
+        ),
+    ],
+    ids=["LOHA", "kernel=peft"],
+)
+def test_neither_is_asked(
+    method: list[str], words: list[str], told: str, finished, monkeypatch, capsys
+) -> None:
+    adapter = finished(*method).path.parent
+    monkeypatch.setattr(opening, "load_model", None)
+    assert (
+        guarded(generation.run, [f"adapter={adapter}", *words, f"{QUANTIZED}nf4", "prompt=a"]) == 2
+    )
+    assert told in capsys.readouterr().err
+    both = [str(finished("method=lora").path.parent), str(adapter)]
+    with pytest.raises(UserError, match=told):
+        open_adapters(both, [*words, f"{QUANTIZED}nf4"])
 
 
 @pytest.mark.slow

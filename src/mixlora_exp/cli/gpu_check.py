@@ -240,14 +240,19 @@ def run(argv: Sequence[str]) -> int:
     """
     parser = Parser(__doc__)
     parser.add_argument("--seconds", type=float, default=180.0, help="the time it may take")
-    parser.add_argument("--record", metavar="FILE", default="results/gpu-check.json")
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="default: results/gpu-check.json, outputs/gpu-check.json with changed runs",
+    )
     parser.add_argument("overrides", metavar="NAME=VALUE", nargs="*", help="change the runs")
     settings = parser.parse(argv)
     words = settings.overrides
     origin = provenance(ROOT, hardware_names())
     with tempfile.TemporaryDirectory() as place:
         found = check(settings, words, Path(place))
-    path = ROOT / settings.record
+    # A record of other runs does not replace that of these.
+    path = ROOT / (settings.record or f"{'outputs' if words else 'results'}/gpu-check.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, finish_record({**found, "provenance": origin}))
     for training in found["trainings"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -10,9 +11,27 @@ from mixlora_exp.data.encoded import Encoded, Example
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.tasks import Item
 
+DAY = datetime.date(2024, 7, 26)
+"""What templates that write today's date are told, so that a run has the same tokens on each day:
+the date that Llama 3's template itself takes where it is told none."""
+CODES = "aAbBdHjmMpSyY"
+"""Of `strftime`'s format, those that are replaced."""
+
+
+def _dated(template: str | dict[str, str]) -> str | None:
+    """Return the template with `DAY` in the place of today; None if it asks for no date. (A
+    function would not reach it: transformers may pass on texts alone.)"""
+    text = template.get("default", "") if isinstance(template, dict) else template
+    if "strftime_now" not in text:
+        return None
+    filled = "".join(f"|replace('%{code}', '{DAY.strftime('%' + code)}')" for code in CODES)
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{filled} }}}}{{%- endmacro -%}}"
+    return macro + text
+
 
 def encode_chats(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[Encoded]:
-    """Encode the messages of items as prompts, and the completions, which end with EOS.
+    """Encode the messages of items as prompts, and the completions, which end with EOS. A template
+    that writes the date writes that of `DAY`.
 
     Raises:
         UserError: the tokenizer has no chat template, or its template does not put the completion
@@ -23,15 +42,15 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> l
             "data=chat: the model's tokenizer has no chat template; use data=local, or another "
             "model"
         )
-    found = []
+    found, template = [], _dated(tokenizer.chat_template)
     for item in items:
         turns = [{"role": role, "content": content} for role, content in item.turns]
         whole = [*turns, {"role": "assistant", "content": item.options[0]}]
         try:
             before = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False
+                turns, add_generation_prompt=True, tokenize=False, chat_template=template
             )
-            text = tokenizer.apply_chat_template(whole, tokenize=False)
+            text = tokenizer.apply_chat_template(whole, tokenize=False, chat_template=template)
         except Exception as error:  # noqa: BLE001 - a template raises what its author chose
             raise UserError(
                 f"data=chat: the model's chat template refuses item {item.id} of {item.task} "

@@ -10,7 +10,9 @@ all if fewer than two do. A text without number or label counts as unparsed and 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +55,13 @@ def encode_free_text(
         found = encode(tokenizer, questions, data.cutoff_length)
     for item, encoded in zip(items, found, strict=True):
         check_positions(tokenizer, item, len(encoded.prompt) + evaluation.max_new_tokens)
+    usual = median(len(encoded.answers[0]) for encoded in found) if found else 0
+    if protocol is Protocol.exact_match and evaluation.max_new_tokens < usual:
+        sys.stderr.write(
+            f"warning: {items[0].task}: half of its own answers have more than "
+            f"{int(usual):,} tokens, and texts are cut off after evaluation.max_new_tokens="
+            f"{evaluation.max_new_tokens}: the number that one happens to end with counts\n"
+        )
     return found
 
 

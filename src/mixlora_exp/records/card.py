@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mixlora_exp.config.paths import CONF_DIR
 from mixlora_exp.config.schema_model import LICENSE, part_names
 from mixlora_exp.errors import shown
 from mixlora_exp.records.wilson import percent, wilson
@@ -143,7 +144,10 @@ def _loading(record: Mapping[str, Any], place: str) -> Iterator[str]:
         where = place if place == HERE else f"hub:{place}@main"
         words = []
         if source == "path":
-            words += [f"model={record['config']['model']['name']}", "model.path=FOLDER"]
+            # Of a model that was given by its folder alone the name is the folder's.
+            name = record["config"]["model"]["name"]
+            known = name in {path.stem for path in (CONF_DIR / "model").glob("*.yaml")}
+            words += [f"model={name}"] * known + ["model.path=FOLDER"]
         if held is not None:
             words.append(f"model.quantization={held}")
         more = f", {json.dumps(words)}" if words else ""

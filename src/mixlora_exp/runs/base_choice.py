@@ -127,7 +127,7 @@ def _by_name(folder: Path, given: Collection[str]) -> tuple[list[str], Recorded]
     option = matched(name) if name else None
     if option is not None:
         return [f"model={option}"], {}
-    if "model.path" in given:
+    if {"model.path", "model.hub_id"} & set(given):
         return [], {}
     if noted is not None:
         reason = f"was trained on {noted}, which is not a model in conf/model"
@@ -135,4 +135,7 @@ def _by_name(folder: Path, given: Collection[str]) -> tuple[list[str], Recorded]
         reason = f"was trained on {shown(name, 120)}, which is not a model in conf/model"
     else:
         reason = "does not name its base model"
-    raise UserError(f"adapter={folder} {reason}: add model=NAME, or model.path=DIR with that model")
+    raise UserError(
+        f"adapter={folder} {reason}: add model=NAME, or model.path=DIR or model.hub_id=ID with "
+        "that model"
+    )

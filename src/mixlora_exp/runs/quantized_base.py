@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mixlora_exp.adapters.own_types import OWN_TYPES
 from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.schema import (
     Config,
@@ -33,7 +34,8 @@ def check_quantized_base(
     """Check that method, kernel and compilation work with `model.quantization` and, if the run
     executes `here`, that this machine has the package and device.
 
-    adapter: the identity of an adapter to score, as of `runs.inputs.adapter_entry`.
+    adapter: the identity of an adapter to score or use, as of `runs.inputs.adapter_entry`, of which
+    its `peft_type` is read.
 
     Raises:
         UserError: one does not.
@@ -59,9 +61,12 @@ def check_quantized_base(
             f"{name}: method={method.name} starts from the gradient of the base's weights, which "
             "quantised ones do not have: use model.quantization=none"
         )
-    if isinstance(method, PeftMethodConfig) and method.peft_type not in WORKING_TYPES[chosen]:
+    of_peft = method.peft_type if isinstance(method, PeftMethodConfig) else None
+    if adapter and adapter["peft_type"] not in OWN_TYPES:
+        of_peft = adapter["peft_type"]
+    if of_peft is not None and of_peft not in WORKING_TYPES[chosen]:
         raise UserError(
-            f"{name}: PEFT's {method.peft_type} fails or was not tried with it: choose from "
+            f"{name}: PEFT's {of_peft} fails or was not tried with it: choose from "
             f"{', '.join(WORKING_TYPES[chosen])}, or use model.quantization=none"
         )
     if trains and config.trainer.compile is not Compile.off:

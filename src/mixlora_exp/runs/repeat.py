@@ -22,7 +22,7 @@ from mixlora_exp.system.console import echo
 
 AGAIN = "outputs/again"
 FREE = (
-    *("output_dir", "data.path", "data.mirror", "adapter", "base", "force"),
+    *("output_dir", "data.path", "data.mirror", "model.path", "adapter", "base", "force"),
     *("dry_run", "plan.probe"),
 )
 """Settings that may differ from the record's: where files are, and what is accepted of them, whose

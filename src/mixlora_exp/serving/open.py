@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixlora_exp.adapters import load_adapter, load_adapters, set_kernel
+from mixlora_exp.adapters.saved import saved_settings
 from mixlora_exp.config.command import compose
 from mixlora_exp.config.given_paths import check_folders
 from mixlora_exp.config.schema import Base, Config, Quantization
@@ -30,6 +31,7 @@ from mixlora_exp.models import (
 from mixlora_exp.models.precision import resolve_dtype
 from mixlora_exp.runs.base_choice import base_of, noted_base
 from mixlora_exp.runs.inputs import check_known_base, resolve_config
+from mixlora_exp.runs.quantized_base import check_quantized_base
 from mixlora_exp.system.device import resolve_device
 from mixlora_exp.system.hub import adapter_folder, on_hub
 
@@ -92,7 +94,8 @@ def open_adapters(adapters: Sequence[str], words: Sequence[str] = ()) -> Opened:
     folders = labelled(adapters)
     if "base=accept" not in words:
         _check_one_base(list(folders.values()))
-    base, tokenizer, config = _open_base(next(iter(folders.values())), words)
+    first, *others = folders.values()
+    base, tokenizer, config = _open_base(first, words, others=others)
     names = {label: f"adapter{number}" for number, label in enumerate(folders)}
     model = load_adapters(
         base,
@@ -165,7 +168,11 @@ def _folder_of(adapter: str) -> Path:
 
 
 def _open_base(
-    folder: Path | None, words: Sequence[str], *, to_merge: bool = False
+    folder: Path | None,
+    words: Sequence[str],
+    *,
+    to_merge: bool = False,
+    others: Sequence[Path] = (),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
     config = resolve_config(_composed(folder, words))
     if to_merge and config.model.quantization is not Quantization.none:
@@ -175,6 +182,9 @@ def _open_base(
             "it was quantised from"
         )
     config = dataclasses.replace(config, model=with_own_shape(config.model))
+    for each in (folder, *others):
+        kind = None if each is None else {"peft_type": saved_settings(each)["peft_type"]}
+        check_quantized_base(config, kind)
     check_model(config.model)
     if folder is not None:
         check_known_base(config, folder)

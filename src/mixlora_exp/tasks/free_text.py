@@ -11,7 +11,18 @@ from typing import Any
 from mixlora_exp.tasks import row_fields
 from mixlora_exp.tasks.base import Item
 
-NUMBER = re.compile(r"(?:(?<!\d)-)?\$?\s?(?:\d[\d,]{0,30}(?:\.\d{1,30})?|\.\d{1,30})")
+# Digits in groups are one number only where they are grouped as numbers are: 3,4,5 are three. A
+# minus belongs to what it touches, and not to a word before it (COVID-19).
+_BETWEEN = "[,\u00a0\u2009\u202f]"
+_DIGITS = rf"(?:\d{{1,3}}(?:{_BETWEEN}\d{{2,3}}){{0,9}}{_BETWEEN}\d{{3}}(?!\d)|\d{{1,31}})"
+_NUMBER = rf"(?:(?<![\w.)])-)?(?:\$\s?)?(?:{_DIGITS}(?:\.\d{{1,30}})?|(?<!\d)\.\d{{1,30}})"
+NUMBER = re.compile(_NUMBER)
+_OPERATOR = r"\s*[-+*/x\u00d7\u00f7\u00b7]\s*"
+SUM = re.compile(rf"(?:{_NUMBER})(?:{_OPERATOR}(?:{_NUMBER})){{1,30}}\s*=\s*({_NUMBER})")
+"""An expression and what it comes to, as in `2 + 3 = 5`."""
+FRACTION = re.compile(
+    rf"({_NUMBER})\s?/\s?({_NUMBER})|(-?)\\[dt]?frac{{({_NUMBER})}}{{({_NUMBER})}}"
+)
 MARKER = re.compile(r"####|answer is:?", re.IGNORECASE)
 TEMPLATE = "Question: {question}\nAnswer:"
 ROLES = ("system", "user", "assistant")
@@ -19,14 +30,38 @@ ROLES = ("system", "user", "assistant")
 
 def final_number(text: str) -> Decimal | None:
     """Return the number that a solution ends with: the first one after the last `####` (GSM8K) or
-    `answer is` (MetaMathQA); without either the last one in the text. None if there is none."""
-    marked = list(MARKER.finditer(text))
-    numbers = NUMBER.findall(text[marked[-1].end() :] if marked else text)
-    if not numbers:
+    `answer is` (MetaMathQA) that has one; without either the last one in the text. None if there is
+    none.
+
+    After a marker an expression counts as what it is said to come to (`2 + 3 = 5`), and a fraction,
+    in LaTeX too, as its quotient; elsewhere a fraction is two numbers.
+    """
+    # A minus sign of Unicode, and LaTeX's comma without a space.
+    text = text.replace("\u2212", "-").replace("{,}", ",")
+    for marker in reversed(list(MARKER.finditer(text))):
+        rest = text[marker.end() :]
+        if (first := NUMBER.search(rest)) is not None:
+            return _first(rest, first)
+    numbers = NUMBER.findall(text)
+    return _decimal(numbers[-1]) if numbers else None
+
+
+def _first(rest: str, first: re.Match[str]) -> Decimal | None:
+    if (found := SUM.match(rest, first.start())) is not None:
+        return _decimal(found[1])
+    fraction = FRACTION.search(rest)
+    if fraction is None or fraction.start() > first.start():
+        return _decimal(first[0])
+    above, below = [part for part in fraction.group(1, 2, 4, 5) if part is not None]
+    if not _decimal(below):
         return None
-    chosen = numbers[0] if marked else numbers[-1]
+    sign = -1 if fraction[3] else 1
+    return (sign * _decimal(above) / _decimal(below)).normalize() + 0
+
+
+def _decimal(text: str) -> Decimal:
     # Adding 0 makes 0 of -0.
-    return Decimal(re.sub(r"[$,\s]", "", chosen)).normalize() + 0
+    return Decimal(re.sub(r"[$,\s]", "", text)).normalize() + 0
 
 
 def free_text_item(
