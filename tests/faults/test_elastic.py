@@ -45,8 +45,9 @@ def test_2_then_1_then_4_then_2_processes(
 @pytest.mark.slow
 def test_four_processes_from_the_start(tmp_path: Path) -> None:
     """Log entries are of four steps, of which an epoch's last has fewer micro-batches."""
-    assert train_in(1, [*UNEVEN, f"output_dir={tmp_path / 'alone'}"]) == [0]
-    assert train_in(4, [*UNEVEN, f"output_dir={tmp_path / 'four'}"]) == [0] * 4
+    words = [*UNEVEN, "trainer.logging_steps=4"]
+    assert train_in(1, [*words, f"output_dir={tmp_path / 'alone'}"]) == [0]
+    assert train_in(4, [*words, f"output_dir={tmp_path / 'four'}"]) == [0] * 4
     check_equal(tmp_path / "four", tmp_path / "alone", 4)
 
 
@@ -58,6 +59,20 @@ def test_ctrl_c_of_two_processes_saves_and_they_go_on(tmp_path: Path) -> None:
     assert "saved after step 2 of 6; the same command" in (tmp_path / "log.0").read_text()
     assert train_in(2, argv, log=tmp_path / "log") == [0, 0]
     assert "resuming after step 2 of 6" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_while_they_score_keep_their_batches(tmp_path: Path) -> None:
+    words = [*UNEVEN, "evaluation.protocols=[answer_text]", "evaluation.batch_tokens=60"]
+    assert train_in(1, [*words, f"output_dir={tmp_path / 'alone'}"]) == [0]
+    argv = [*words, f"output_dir={tmp_path / 'run'}"]
+    assert train_in(2, argv, scored=2, by=signal.SIGINT) == [130, 130]
+    kept = sorted(path.name for path in tmp_path.glob("run/*/checkpoints/scores-*"))
+    assert kept == [f"scores-adapter-answer_text-batches-{rank}.jsonl" for rank in range(2)]
+    assert all(p.read_text().strip() for p in tmp_path.glob("run/*/checkpoints/scores-*"))
+    assert train_in(2, argv) == [0, 0]
+    check_equal(tmp_path / "run", tmp_path / "alone", 2)
+    assert not list(tmp_path.glob("run/*/checkpoints/scores-*"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.command_line import CommandLine
 from mixlora_exp.config.paths import ROOT
 from mixlora_exp.models.quantization import base_bytes
+from mixlora_exp.plans import cards
 from mixlora_exp.plans.cards import CARDS, Fit, card_lines, fits, total_bytes
 from mixlora_exp.plans.memory import memory_of, peak_bytes, scoring_bytes, usable_bytes
 from mixlora_exp.plans.scaling import page
@@ -73,6 +74,15 @@ def test_a_quantised_base_is_not_compiled() -> None:
     found = fits([compose([*LLAMA, "trainer.compile=layer"])], lambda config: True)
     by_kind = {fit.quantization: fit.compile for fit in found}
     assert by_kind == {Quantization.none: Compile.layer, Quantization.nf4: Compile.off}
+
+
+def test_a_package_that_is_not_here_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["model=llama2_7b", "method=mixlora"])
+    for here in (True, False):
+        monkeypatch.setattr(cards, "is_installed", lambda kind, here=here: here)
+        lines = dict(card_lines([config], CommandLine()))
+        assert ("without `pip install bitsandbytes`" in lines["16 GB"]) is not here
+        assert "pip install" not in lines["24 GB"]
 
 
 def test_processes_share_the_weights_and_the_step() -> None:

@@ -15,6 +15,7 @@ from forked import CONTEXT
 from torch.nn.parallel import DistributedDataParallel
 
 from mixlora_exp.cli.train import execute
+from mixlora_exp.evaluation import Scorer
 from mixlora_exp.training.trainer import MixLoraTrainer
 
 
@@ -37,6 +38,20 @@ def stop_in(step: int, number: int) -> None:
         return real(self, *args, **kwargs)
 
     MixLoraTrainer.training_step = training_step
+
+
+def stop_scoring(number_of_pass: int, number: int) -> None:
+    """Have this process receive the signal `number` before this pass of its scoring, counted from
+    0."""
+    real, passes = Scorer.run_scores, []
+
+    def run_scores(self: Scorer, *args, **kwargs):
+        if len(passes) == number_of_pass:
+            os.kill(os.getpid(), number)
+        passes.append(self)
+        return real(self, *args, **kwargs)
+
+    Scorer.run_scores = run_scores
 
 
 def note_examples(path: str) -> None:
@@ -65,8 +80,8 @@ def examples_of(folder: Path) -> list[list[object]]:
 
 
 def _one(
-    rank: int, count: int, port: int, stop: int | None, by: int, log: str, notes: str,
-    argv: list[str]
+    rank: int, count: int, port: int, stop: int | None, scored: int | None, by: int, log: str,
+    notes: str, argv: list[str]
 ) -> None:  # fmt: skip
     as_rank(rank, count, port)
     if log:
@@ -78,6 +93,9 @@ def _one(
     if stop is not None and (rank == count - 1 or by == signal.SIGINT):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stop_in(stop, by)
+    if scored is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop_scoring(scored, by)
     os._exit(execute(argv))
 
 
@@ -106,6 +124,7 @@ def train_in(
     argv: Sequence[str],
     *,
     stop: int | None = None,
+    scored: int | None = None,
     by: int = signal.SIGTERM,
     log: object = "",
     notes: object = "",
@@ -113,6 +132,7 @@ def train_in(
     """Execute a command line of train.py in `count` processes; returns their exit codes.
 
     `stop`: the step, from 0, in which the last process receives SIGTERM; with `by`=SIGINT all do
-    receive that. `log`: where standard error goes, with the process's number after a dot. `notes`:
-    the folder for `note_examples`."""
-    return run_ranks(count, _one, stop, by, str(log), str(notes), list(argv))
+    receive that. `scored`: the pass of its scoring, from 0, before which each receives it. `log`:
+    where standard error goes, with the process's number after a dot. `notes`: the folder for
+    `note_examples`."""
+    return run_ranks(count, _one, stop, scored, by, str(log), str(notes), list(argv))

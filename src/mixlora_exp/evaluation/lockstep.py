@@ -44,7 +44,7 @@ class PassFailed(Exception):
     """The requested forward pass failed; `__cause__` is the reason."""
 
 
-class LeftOut(Exception):
+class PassLeftOut(Exception):
     """The requested forward pass did not run: what comes of it is known for each adapter."""
 
 
@@ -66,7 +66,7 @@ class Lockstep:
         rows that it would have had without the interruption, and so the same rounding.
 
         Raises:
-            LeftOut: the pass was left out.
+            PassLeftOut: the pass was left out.
             PassFailed: the pass failed, or `cancel` was called.
         """
         with self._meeting:
@@ -76,7 +76,7 @@ class Lockstep:
             self._run_if_all_are_here()
             self._meeting.wait_for(lambda: adapter not in self._waiting or self._error is not None)
             failure = self._error or request.error
-            if isinstance(failure, LeftOut):
+            if isinstance(failure, PassLeftOut):
                 raise failure
             if failure is not None:
                 raise PassFailed from failure
@@ -116,7 +116,7 @@ class Lockstep:
     def _run(self, kind: tuple[str, int], requests: Mapping[str, _Request]) -> None:
         if all(request.known for request in requests.values()):
             for request in requests.values():
-                request.error = LeftOut()
+                request.error = PassLeftOut()
             return
         method, setting = kind
         rows = [row for request in requests.values() for row in request.rows]
@@ -159,7 +159,7 @@ class LockstepScorer(Scorer):
         self._is_known = kept.has(name, size)
         try:
             return self._new(kept, name, work)
-        except LeftOut:
+        except PassLeftOut:
             return self._known(kept, name)
         finally:
             self._is_known = False

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from mixlora_exp.config.choices import Compile, Quantization
 from mixlora_exp.config.command_line import CommandLine, name_of
 from mixlora_exp.config.schema import Config, TrainedMethodConfig
+from mixlora_exp.models.quantization import PACKAGES, is_installed
 from mixlora_exp.plans.memory import (
     adapter_bytes,
     loading_bytes,
@@ -198,9 +199,16 @@ def card_lines(
         else:
             command = _command(line, fit.words(configs[0]), processes)
             what = "fits" if needed <= usable else "does not fit; this would"
-            text = f"{what}, in {_gib(fit.needed)} GiB ({fit.described}): {command}"
+            described = f"{fit.described}{_lacks(fit.quantization)}"
+            text = f"{what}, in {_gib(fit.needed)} GiB ({described}): {command}"
         lines.append((f"{size} GB", text))
     return lines
+
+
+def _lacks(kind: Quantization) -> str:
+    if kind is Quantization.none or is_installed(kind):
+        return ""
+    return f"; not on this machine without `pip install {PACKAGES[kind]}`"
 
 
 def _gib(size: float) -> str:
