@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mixlora_exp.tasks import custom_task
@@ -43,6 +45,7 @@ CHAT = custom_task("t", question="m", answer="m", answer_as="messages", **COMMON
         ("The answer is 3/4 of it", "0.75"),
         ("The answer is 3/0", None),
         ("3/4", "4"),
+        ("1/2####5", "5"),
         ("9" * 40, "9" * 9),
         ("100", "100"),
         ("#### none", None),
@@ -104,3 +107,10 @@ def test_the_last_message_of_the_assistant_is_the_completion() -> None:
 def test_what_is_no_chat_is_reported(messages: object, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         CHAT.read({"m": messages}, 0)
+
+
+@pytest.mark.parametrize("piece", ["####", "the answer is ", "1,", "1 + ", "1/", "\\frac{1}{", "-"])
+def test_a_long_text_takes_no_time(piece: str) -> None:
+    start = time.perf_counter()
+    final_number(piece * 50_000)
+    assert time.perf_counter() - start < 5

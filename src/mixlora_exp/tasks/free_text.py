@@ -23,6 +23,7 @@ SUM = re.compile(rf"(?:{_NUMBER})(?:{_OPERATOR}(?:{_NUMBER})){{1,30}}\s*=\s*({_N
 FRACTION = re.compile(
     rf"({_NUMBER})\s?/\s?({_NUMBER})|(-?)\\[dt]?frac{{({_NUMBER})}}{{({_NUMBER})}}"
 )
+LONGEST_FRAC = len("-\\dfrac{")
 MARKER = re.compile(r"####|answer is:?", re.IGNORECASE)
 TEMPLATE = "Question: {question}\nAnswer:"
 ROLES = ("system", "user", "assistant")
@@ -38,18 +39,22 @@ def final_number(text: str) -> Decimal | None:
     """
     # A minus sign of Unicode, and LaTeX's comma without a space.
     text = text.replace("\u2212", "-").replace("{,}", ",")
-    for marker in reversed(list(MARKER.finditer(text))):
-        rest = text[marker.end() :]
-        if (first := NUMBER.search(rest)) is not None:
-            return _first(rest, first)
-    numbers = NUMBER.findall(text)
-    return _decimal(numbers[-1]) if numbers else None
+    numbers = list(NUMBER.finditer(text))
+    if not numbers:
+        return None
+    last = numbers[-1].start()
+    ends = [marker.end() for marker in MARKER.finditer(text) if marker.end() <= last]
+    if not ends:
+        return _decimal(numbers[-1][0])
+    first = next(number for number in numbers if number.start() >= ends[-1])
+    return _first(text, ends[-1], first)
 
 
-def _first(rest: str, first: re.Match[str]) -> Decimal | None:
-    if (found := SUM.match(rest, first.start())) is not None:
+def _first(text: str, start: int, first: re.Match[str]) -> Decimal | None:
+    if (found := SUM.match(text, first.start())) is not None:
         return _decimal(found[1])
-    fraction = FRACTION.search(rest)
+    # In LaTeX the fraction begins before its first number.
+    fraction = FRACTION.search(text, max(start, first.start() - LONGEST_FRAC))
     if fraction is None or fraction.start() > first.start():
         return _decimal(first[0])
     above, below = [part for part in fraction.group(1, 2, 4, 5) if part is not None]
