@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from mixlora_exp.cli.main import main
@@ -190,6 +191,7 @@ def test_a_disk_that_is_read_only(words, one_run: Path, read_only: Path, capsys)
 def test_what_is_made_of_records_on_a_full_disk(
     words, one_run: Path, tmp_path: Path, capsys
 ) -> None:
+    assert font_manager.fontManager  # Its cache is written by who imports it first.
     argv = [word.format(out=tmp_path) for word in (*words, f"--results={one_run}")]
     with largest_file(100):
         assert main(argv) == 2

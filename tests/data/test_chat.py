@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from composed import compose
@@ -13,12 +14,14 @@ from transformers.utils import chat_template_utils
 from mixlora_exp.cli.train import execute
 from mixlora_exp.config.command import compose as compose_anew
 from mixlora_exp.config.schema import DataConfig, DataSource, Protocol
+from mixlora_exp.data.chat import dated_template
 from mixlora_exp.data.encoding import encode_examples
 from mixlora_exp.errors import UserError
 from mixlora_exp.evaluation.free_text import encode_free_text
 from mixlora_exp.models.tiny import build_tokenizer
 from mixlora_exp.records.record import read_run
 from mixlora_exp.runs.run import run
+from mixlora_exp.serving.text_generation import _prompt_ids
 from mixlora_exp.tasks import Item
 
 TEMPLATE = (
@@ -71,6 +74,33 @@ def test_a_template_that_writes_the_date_has_the_same_tokens_on_each_day(
     assert "03 Feb 2031" in tokenizer.apply_chat_template(turns, tokenize=False)
     assert encode_examples(tokenizer, [ITEM], CHAT) == [today]
     assert "26 Jul 2024" in tokenizer.decode(today.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        ("  \n{{ strftime_now('%d %b %Y') }}|", "  \n26 Jul 2024|"),
+        (
+            "{{ strftime_now('%B %-d, %Y, %A, %H:%M %F') }}",
+            "July 26, 2024, Friday, 00:00 2024-07-26",
+        ),
+        ("{% if strftime_now is defined %}{{ strftime_now(format='%e%%') }}{% endif %}", "26%"),
+        ("{% macro m() %}{{ strftime_now('%y') }}{% endmacro %}{{ m() }}", "24"),
+    ],
+)
+def test_other_formats_of_the_date(tokenizer, template: str, wanted: str) -> None:
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": "a"}]
+    dated = dated_template(tokenizer)
+    assert tokenizer.apply_chat_template(turns, tokenize=False, chat_template=dated) == wanted
+    asked = _prompt_ids(SimpleNamespace(tokenizer=tokenizer), turns)
+    assert tokenizer.decode(asked).endswith(wanted.strip())
+
+
+def test_a_template_without_the_date_is_used_as_it_is(tokenizer) -> None:
+    assert dated_template(tokenizer) is None
+    tokenizer.chat_template = {"default": "{{ strftime_now('%d') }}", "tools": "x"}
+    assert dated_template(tokenizer).endswith("{{ strftime_now('%d') }}")
 
 
 def test_without_a_template_it_is_a_question(tokenizer) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from random import Random
 
@@ -119,8 +120,10 @@ def test_a_file_that_goes_meanwhile_is_gone(tmp_path: Path) -> None:
 
     beating = threading.Thread(target=beat)
     beating.start()
+    while not (tmp_path / "lock" / "1").exists():
+        time.sleep(0.001)
     try:
-        for _ in range(300):
+        for _ in range(100):
             disk.look()
     finally:
         stop.set()

@@ -178,6 +178,18 @@ def test_adapters_that_were_scored_together_end_the_same_after_a_kill_between_th
     assert not list(tmp_path.glob("run/*/checkpoints/*"))
 
 
+def test_scores_that_cannot_be_kept_are_recorded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scoring, "_keep", full)
+    words = [*BATCHED, "adapters=[mixlora,lora]", "evaluation.protocols=[label_logits]"]
+    assert execute([*words, f"output_dir={tmp_path}"]) == 0
+    assert len(list(tmp_path.glob("*/record.json"))) == 2
+
+
 def test_items_of_one_id_and_length_are_told_apart(tmp_path: Path) -> None:
     """Batches of a data set that repeats an id, stopped in the third of four."""
     scorer, asked = object.__new__(Scorer), []

@@ -14,19 +14,25 @@ from mixlora_exp.tasks import Item
 DAY = datetime.date(2024, 7, 26)
 """What templates that write today's date are told, so that a run has the same tokens on each day:
 the date that Llama 3's template itself takes where it is told none."""
-CODES = "aAbBdHjmMpSyY"
-"""Of `strftime`'s format, those that are replaced."""
+CODES = (
+    *("-d", "-m", "-y", "-j", "-H", "-I", "-M", "-S"),
+    *"aAbBcCdDeFgGhHIjmMnprRStTuUVwWxXyYzZ%",
+)
+"""Of `strftime`'s format, which are all replaced, those without a sign last."""
 
 
-def _dated(template: str | dict[str, str]) -> str | None:
-    """Return the template with `DAY` in the place of today; None if it asks for no date. (A
-    function would not reach it: transformers may pass on texts alone.)"""
+def dated_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the tokenizer's chat template with `DAY` in the place of today; None if it asks for no
+    date, or there is none. (A function would not reach it: transformers may pass on texts alone.)
+    """
+    template = tokenizer.chat_template or ""
     text = template.get("default", "") if isinstance(template, dict) else template
     if "strftime_now" not in text:
         return None
     filled = "".join(f"|replace('%{code}', '{DAY.strftime('%' + code)}')" for code in CODES)
-    macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{filled} }}}}{{%- endmacro -%}}"
-    return macro + text
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{filled} }}}}{{%- endmacro %}}"
+    # Else a line break that the template begins with would count as that of the macro's end.
+    return f"{macro}{{{{ '' }}}}{text}"
 
 
 def encode_chats(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[Encoded]:
@@ -42,7 +48,7 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> l
             "data=chat: the model's tokenizer has no chat template; use data=local, or another "
             "model"
         )
-    found, template = [], _dated(tokenizer.chat_template)
+    found, template = [], dated_template(tokenizer)
     for item in items:
         turns = [{"role": role, "content": content} for role, content in item.turns]
         whole = [*turns, {"role": "assistant", "content": item.options[0]}]

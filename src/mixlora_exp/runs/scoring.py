@@ -90,7 +90,7 @@ def keep_scores(this: Run, adapter: Path, scores: Scores) -> None:
     identity = _identity(this, adapter)
     for protocol in this.config.evaluation.protocols:
         own = [score for score in scores[0] if score.protocol == protocol.value]
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, OSError):
             this.check_owner()
             place = _place(this, adapter, protocol)
             _keep(place, identity, (own, scores[1][protocol.value]["seconds"]))
@@ -98,7 +98,10 @@ def keep_scores(this: Run, adapter: Path, scores: Scores) -> None:
 
 def are_kept(this: Run, adapter: Path) -> bool:
     """Return whether an earlier start kept the scores of all protocols."""
-    identity = _identity(this, adapter)
+    try:
+        identity = _identity(this, adapter)
+    except OSError:
+        return False  # Loading the adapter reports what is wrong with it.
     protocols = this.config.evaluation.protocols
     return all(_recall(_place(this, adapter, p), identity) is not None for p in protocols)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
+from mixlora_exp.data.chat import dated_template
 from mixlora_exp.data.collator import pad_left
 from mixlora_exp.errors import UserError, shown
 from mixlora_exp.evaluation.head import full_precision_head
@@ -75,7 +76,11 @@ def _prompt_ids(opened: Opened, prompt: Prompt) -> list[int]:
         return opened.tokenizer(prompt, verbose=False)["input_ids"]
     check_chat(opened)
     return opened.tokenizer.apply_chat_template(
-        list(prompt), add_generation_prompt=True, return_dict=True
+        list(prompt),
+        add_generation_prompt=True,
+        return_dict=True,
+        # As in training.
+        chat_template=dated_template(opened.tokenizer),
     )["input_ids"]
 
 

@@ -17,13 +17,15 @@ _BETWEEN = "[,\u00a0\u2009\u202f]"
 _DIGITS = rf"(?:\d{{1,3}}(?:{_BETWEEN}\d{{2,3}}){{0,9}}{_BETWEEN}\d{{3}}(?!\d)|\d{{1,31}})"
 _NUMBER = rf"(?:(?<![\w.)])-)?(?:\$\s?)?(?:{_DIGITS}(?:\.\d{{1,30}})?|(?<!\d)\.\d{{1,30}})"
 NUMBER = re.compile(_NUMBER)
+_FRAC = rf"\\[dt]?frac\s?(?:{{\s?{_NUMBER}\s?}}\s?{{\s?{_NUMBER}\s?}}|\d\d)"
+_WHOLE = rf"(?:{_NUMBER}\s?)?"
+_SLASH = rf"(?:{_NUMBER}\s)?{_NUMBER}\s?/\s?{_NUMBER}(?!\.?\d|\s?/)"
+VALUE = re.compile(rf"{_WHOLE}-?{_FRAC}|{_SLASH}|{_NUMBER}")
+"""A number, or a fraction, also after a whole number; 12/25/2024 is none."""
 _OPERATOR = r"\s*[-+*/x\u00d7\u00f7\u00b7]\s*"
-SUM = re.compile(rf"(?:{_NUMBER})(?:{_OPERATOR}(?:{_NUMBER})){{1,30}}\s*=\s*({_NUMBER})")
+_PART = rf"(?:-?{_FRAC}|{_NUMBER})"
+SUM = re.compile(rf"{_PART}(?:{_OPERATOR}{_PART}){{1,30}}\s*=\s*({VALUE.pattern})")
 """An expression and what it comes to, as in `2 + 3 = 5`."""
-FRACTION = re.compile(
-    rf"({_NUMBER})\s?/\s?({_NUMBER})|(-?)\\[dt]?frac{{({_NUMBER})}}{{({_NUMBER})}}"
-)
-LONGEST_FRAC = len("-\\dfrac{")
 MARKER = re.compile(r"####|answer is:?", re.IGNORECASE)
 TEMPLATE = "Question: {question}\nAnswer:"
 ROLES = ("system", "user", "assistant")
@@ -46,22 +48,28 @@ def final_number(text: str) -> Decimal | None:
     ends = [marker.end() for marker in MARKER.finditer(text) if marker.end() <= last]
     if not ends:
         return _decimal(numbers[-1][0])
-    first = next(number for number in numbers if number.start() >= ends[-1])
-    return _first(text, ends[-1], first)
-
-
-def _first(text: str, start: int, first: re.Match[str]) -> Decimal | None:
-    if (found := SUM.match(text, first.start())) is not None:
-        return _decimal(found[1])
-    # In LaTeX the fraction begins before its first number.
-    fraction = FRACTION.search(text, max(start, first.start() - LONGEST_FRAC))
-    if fraction is None or fraction.start() > first.start():
-        return _decimal(first[0])
-    above, below = [part for part in fraction.group(1, 2, 4, 5) if part is not None]
-    if not _decimal(below):
+    first = VALUE.search(text, ends[-1])
+    if first is None:
         return None
-    sign = -1 if fraction[3] else 1
-    return (sign * _decimal(above) / _decimal(below)).normalize() + 0
+    said = SUM.match(text, first.start())
+    return _value(first[0] if said is None else said[1])
+
+
+def _value(text: str) -> Decimal | None:
+    """Return the number that a match of `VALUE` stands for; None where it divides by 0."""
+    if (short := re.search(r"frac\s?(\d)(\d)$", text)) is not None:
+        text = f"{text[: short.start()]}frac{{{short[1]}}}{{{short[2]}}}"
+    *whole, above, below = [Decimal(1), *map(_decimal, NUMBER.findall(text))][-3:]
+    if len(NUMBER.findall(text)) == 1:
+        return below
+    if not below:
+        return None
+    found = above / below
+    if len(NUMBER.findall(text)) == 3:
+        found = whole[0] + (-found if text.startswith("-") else found)
+    elif "-\\" in text:
+        found = -found
+    return found.normalize() + 0
 
 
 def _decimal(text: str) -> Decimal:
