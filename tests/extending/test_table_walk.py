@@ -50,10 +50,10 @@ def test_one_file_is_a_table(tmp_path: Path) -> None:
     assert " match the records" in make("check-tables", tmp_path)
 
     made = tmp_path / "results" / "tables"
-    endings = {path.suffix for path in made.glob("table12.*")}
+    endings = {path.suffix for path in made.glob("table13.*")}
     assert endings == {".md", ".csv", ".tex"}
-    assert "[12: Speed of training](table12.md)" in (made / "README.md").read_text()
-    with (made / "table12.csv").open(encoding="utf-8") as stream:
+    assert "[13: Speed of training](table13.md)" in (made / "README.md").read_text()
+    with (made / "table13.csv").open(encoding="utf-8") as stream:
         assert {name for row in csv.reader(stream) for name in row} >= set(names)
 
 

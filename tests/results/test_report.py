@@ -20,8 +20,7 @@ from mixlora_exp.results.build import (
     page_text,
     write_report,
 )
-from mixlora_exp.results.findings import Contrast
-from mixlora_exp.results.forest import forest
+from mixlora_exp.results.forest import Contrast, forest
 from mixlora_exp.results.tables.parts import Entry
 
 Write = Callable[..., Path]

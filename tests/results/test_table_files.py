@@ -98,6 +98,7 @@ def test_tidy_files_have_one_figure_a_line(add: Write, results: Path) -> None:
     assert (first["task"], first["metric"], first["value"], first["n"]) == (
         "arc_e", "accuracy", "0.7", "40",
     )  # fmt: skip
+    assert first["rows"] == "test"
     assert float(first["se"]) == pytest.approx((0.7 * 0.3 / 40) ** 0.5, rel=1e-4)
     (line,) = [
         found for found in files["differences.csv"]

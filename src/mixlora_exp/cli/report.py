@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mixlora_exp.cli.parser import Parser
 from mixlora_exp.records.record import write_text
-from mixlora_exp.results.build import gather, page_text, write_report
+from mixlora_exp.results.build import draw_pictures, gather, page_text, write_report
 
 
 def run(argv: Sequence[str]) -> int:
@@ -20,13 +20,17 @@ def run(argv: Sequence[str]) -> int:
     parser.add_results()
     parser.add_argument("--output", metavar="DIR", type=Path, help="write elsewhere")
     parser.add_argument(
-        "--short", metavar="FILE", type=Path, help="write only the page without figures and details"
+        "--short",
+        metavar="FILE",
+        type=Path,
+        help="write only the page without details, and its two figures to pictures/ beside it",
     )
     args = parser.parse(argv)
     found = gather(parser.require_results(args.results))
     if args.short is not None:
         write_text(args.short, page_text(found, args.short))
-        print(f"written: {args.short}")
+        names = draw_pictures(found, args.short.parent / "pictures")
+        print(f"written: {args.short}, pictures: {', '.join(names) or 'none'}")
     else:
         print(f"written: {write_report(found, args.output or args.results)}")
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,7 @@ from mixlora_exp.results.runs import (
     RecordedRun,
     load_runs,
 )
+from mixlora_exp.results.tables import step_size
 from mixlora_exp.results.tables.latency import load_benchmarks
 from mixlora_exp.results.tables.parts import Block, Table
 from mixlora_exp.results.tables.registry import PAPER, Sources, make_tables
@@ -243,15 +244,36 @@ def draw_figures(results: Results, folder: Path) -> list[str]:
     curves = series.learning_curves(results.runs)
     if curves:
         made["learning_curves"] = lambda: figures.curves_figure(curves)
-    found = contrasts(results.tables)
-    if found:
-        made["forest"] = lambda: figures.forest_figure(found)
+    made |= _first_figures(results)
     for name, make in made.items():
         figures.save(make, folder, name)
     for path in folder.glob("*.*"):
         # Figures of records that no longer exist.
         if path.suffix in (".png", ".svg") and path.stem not in made:
             path.unlink()
+    return list(made)
+
+
+def _first_figures(results: Results) -> dict[str, Callable[[], Any]]:
+    """Return what draws the figures of the first screen's differences and scores, by name."""
+    from mixlora_exp.results import figures
+
+    made: dict[str, Callable[[], Any]] = {}
+    if found := contrasts(results.tables):
+        made["forest"] = lambda: figures.forest_figure(found)
+    if step_size.complete(own := results.tables[step_size.NUMBER]):
+        made["step_sizes"] = lambda: figures.step_size_figure(step_size.scores(own))
+    return made
+
+
+def draw_pictures(results: Results, folder: Path) -> list[str]:
+    """Draw the figures of the first screen as SVG alone, for pages that show them; returns their
+    names."""
+    from mixlora_exp.results import figures
+
+    made = _first_figures(results)
+    for name, make in made.items():
+        figures.save(make, folder, name, ("svg",))
     return list(made)
 
 

@@ -11,7 +11,7 @@ from mixlora_exp.errors import shown
 from mixlora_exp.records.layout import Column, Sheet
 from mixlora_exp.records.wilson import percent
 from mixlora_exp.results.comparison import Compared, Measured, Side, Versus
-from mixlora_exp.results.findings import Contrast
+from mixlora_exp.results.forest import Contrast
 from mixlora_exp.results.headings import word
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.tables.parts import Entry

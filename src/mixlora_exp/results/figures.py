@@ -18,9 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 
-from mixlora_exp.results.findings import Contrast
+from mixlora_exp.results.forest import Contrast
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.series import Curve, Load, Point, SweptLine
+from mixlora_exp.results.tables.parts import AVERAGE, Block
 from mixlora_exp.system.durable import write_whole
 
 COLORS = {
@@ -49,7 +50,9 @@ PAPER_SPREAD = {"MixLoRA": 0.0223, "MixDoRA": 0.0328}
 """Standard deviation of the expert load that the paper reports with Figure 5."""
 
 
-def save(make: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
+def save(
+    make: Callable[[], Figure], folder: Path, name: str, kinds: Sequence[str] = ("png", "svg")
+) -> list[Path]:
     """Draw a figure and write `<name>.png` and `<name>.svg` to `folder`; returns the paths.
 
     Raises:
@@ -63,9 +66,9 @@ def save(make: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
     with mpl.rc_context(STYLE):
         figure = make()
         FigureCanvasAgg(figure)
-        for form, options in forms.items():
+        for form in kinds:
             content = io.BytesIO()
-            figure.savefig(content, format=form, **options)
+            figure.savefig(content, format=form, **forms[form])
             paths.append(folder / f"{name}.{form}")
             write_whole(paths[-1], [content.getvalue()])
     return paths
@@ -182,22 +185,25 @@ def load_figure(load: Load) -> Figure:
 
 
 def curves_figure(curves: Sequence[Curve]) -> Figure:
-    """Training loss by step, one panel per model, data and trained tasks: of each method the mean
-    of its runs, and a band from the lowest to the highest."""
+    """Training loss by step, one panel per model, data and trained tasks: of each method at
+    each step size the mean of its runs, and a band from the lowest to the highest."""
     panels = list(dict.fromkeys(curve.panel for curve in curves))
     figure, axes = _panels(max(len(panels), 1), 2.8)
     for ax, panel in zip(axes, panels, strict=False):
-        bands: dict[tuple[str, tuple[int, ...]], list[Curve]] = {}
+        bands: dict[tuple[str, str, tuple[int, ...]], list[Curve]] = {}
         for curve in (c for c in curves if c.panel == panel):
-            bands.setdefault((METHOD_TITLES[curve.method], curve.steps), []).append(curve)
-        for (title, steps), own in bands.items():
+            key = METHOD_TITLES[curve.method], curve.step_size, curve.steps
+            bands.setdefault(key, []).append(curve)
+        sizes = list(dict.fromkeys(size for _, size, _ in bands))
+        for (title, size, steps), own in bands.items():
             by_step = list(zip(*(curve.losses for curve in own), strict=True))
             ax.fill_between(
                 steps, [*map(min, by_step)], [*map(max, by_step)], color=COLORS[title], alpha=0.2
             )
             ax.plot(
                 steps, [*map(mean, by_step)], color=COLORS[title], marker=MARKERS[title],
-                markevery=max(1, len(steps) // 8), label=f"{title}, runs: {len(own)}",
+                markevery=max(1, len(steps) // 8), label=f"{title}, {size}, runs: {len(own)}",
+                linestyle=DASHES[sizes.index(size) % len(DASHES)],
             )  # fmt: skip
         ax.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
         # The default writes powers of ten as formulas, which are not parsed here.
@@ -227,4 +233,35 @@ def forest_figure(contrasts: Sequence[Contrast]) -> Figure:
     ax.set_yticks(range(len(contrasts)), [contrast.label for contrast in reversed(contrasts)])
     ax.set_xlabel("difference in points, with its 95 % interval")
     ax.grid(visible=False, axis="y")
+    return figure
+
+
+def step_size_figure(scores: Block) -> Figure:
+    """Average accuracy of each method by step size, with its interval; a ring is around the step
+    size that held-out rows choose. `scores`: Table 12's, complete."""
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+    ax, at = figure.subplots(), scores.columns.index(AVERAGE)
+    rows = [row for row in scores.rows if row.label[1]]
+    steps = list(dict.fromkeys(row.label[1] for row in rows))
+    methods = list(dict.fromkeys(row.label[0] for row in rows))
+    for number, method in enumerate(methods):
+        mine = [row for row in rows if row.label[0] == method]
+        # Beside one another, so that intervals do not cover each other.
+        x = [steps.index(row.label[1]) + 0.08 * (number - (len(methods) - 1) / 2) for row in mine]
+        cells = [row.cells[at] for row in mine]
+        y = [cell.value or 0.0 for cell in cells]
+        low = [v - (c.low if c.low is not None else v) for v, c in zip(y, cells, strict=True)]
+        high = [(c.high if c.high is not None else v) - v for v, c in zip(y, cells, strict=True)]
+        ax.errorbar(
+            x, y, yerr=(low, high), capsize=3, color=COLORS[method], marker=MARKERS[method],
+            label=method,
+        )  # fmt: skip
+        chosen = [n for n, row in enumerate(mine) if row.label[2]]
+        ax.plot(
+            [x[n] for n in chosen], [y[n] for n in chosen], linestyle="none", marker="o",
+            markersize=14, markerfacecolor="none", markeredgecolor=COLORS[method],
+        )  # fmt: skip
+    ax.set_xticks(range(len(steps)), steps)
+    ax.set(xlabel="step size (alpha times learning rate)", ylabel="average accuracy, %")
+    ax.legend(fontsize=9)
     return figure

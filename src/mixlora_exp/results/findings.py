@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from mixlora_exp.results import step_size_findings
+from mixlora_exp.results.forest import Contrast
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.tables import step_size
 from mixlora_exp.results.tables.parts import (
     AVERAGE,
     AVERAGE_ABOVE,
@@ -28,17 +30,26 @@ TITLES = {"base model": "base", REFERENCE: "chance"}
 """Short titles of lines, for the columns of the first screen."""
 
 
-@dataclass(frozen=True, slots=True)
-class Contrast:
-    """A paired difference of the forest plot, in points."""
+NOTES = (
+    "Accuracy in percent. Grey with °: not above the last column, by chance or by the most "
+    "frequent answer of training. Above chance: the average over the tasks on which most are, and "
+    "so is the difference. Better or worse stands only with several seeds, after correction for "
+    "all comparisons of a table.",
+)
 
-    label: str
-    entry: Entry
+
+def _own_steps(tables: Mapping[int, Table]) -> Table | None:
+    """Return the comparison at step sizes of each method's own, which comes before Table 2, if all
+    of its runs are there."""
+    found = tables.get(step_size.NUMBER)
+    return found if found is not None and step_size.complete(found) else None
 
 
 def main_block(tables: Mapping[int, Table]) -> Block | None:
-    """Return the lines of Table 2's first page that stand on the first screen: tasks mixed, or each
-    trained alone where no mixture was run."""
+    """Return what stands on the first screen: the comparison at step sizes of each method's own, or
+    lines of Table 2's first page: tasks mixed, or each trained alone where no mixture was run."""
+    if (own := _own_steps(tables)) is not None:
+        return step_size_findings.main_block(own)
     block = next((block for block in tables[MAIN].summary if block.run), None)
     if block is None:
         return None
@@ -51,12 +62,14 @@ def main_block(tables: Mapping[int, Table]) -> Block | None:
         if row.label[1] in (chosen, "-")
     )
     heading = f"{block.heading}; {SETUPS[chosen]}"
-    return dataclasses.replace(block, heading=heading, stub=block.stub[:1], rows=rows)
+    return dataclasses.replace(block, heading=heading, stub=("task",), rows=rows, notes=NOTES)
 
 
 def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
-    """Return differences to LoRA and to the base model, over the tasks above chance, of the block
-    that is shown first."""
+    """Return the differences of the block that is shown first: those of the comparison at own step
+    sizes, or those to LoRA and to the base model over the tasks above chance."""
+    if (own := _own_steps(tables)) is not None:
+        return step_size_findings.contrasts(own)
     full = next((block for block in tables[MAIN].blocks if block.run), None)
     if full is None:
         return []
@@ -67,6 +80,13 @@ def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
             setup = SETUPS.get(row.label[1], row.label[1])
             found.append(Contrast(f"{row.label[0]} {row.label[2]}, {setup}", entry))
     return sorted(found, key=lambda c: ("base model" in c.label, c.label))
+
+
+def caption(tables: Mapping[int, Table]) -> str:
+    """Return what the differences of `contrasts` are of."""
+    if _own_steps(tables) is not None:
+        return step_size_findings.CAPTION
+    return "Paired differences over the tasks above chance"
 
 
 def missing(tables: Mapping[int, Table]) -> list[str]:
@@ -127,6 +147,8 @@ def sentences(
 ) -> list[str]:
     """Return three sentences: what was compared, the comparison of MixLoRA with LoRA, and the
     paper."""
+    if (own := _own_steps(tables)) is not None:
+        return [*step_size_findings.sentences(own), _of_paper(verdicts)]
     total, family, marked = _marked(tables)
     found = [
         f"Of {total:,} paired comparisons of accuracies {family:,} have several seeds and are "
@@ -162,10 +184,13 @@ def sentences(
             f"{first.label}, is {dataclasses.replace(entry, mark='').show()} points ({seeds})"
             f"{_steps(entry, runs)}: it {verdict}."
         )
+    return [*found, _of_paper(verdicts)]
+
+
+def _of_paper(verdicts: Sequence[Verdict]) -> str:
     run = sum(entry.verdict != "not run" for entry in verdicts)
     doubted = sum(bool(entry.faults) for entry in verdicts)
-    found.append(
+    return (
         f"Of the paper's {len(verdicts)} printed accuracies {run or 'none'} were run at full size "
         f"here, and {doubted} are in doubt by themselves."
     )
-    return found

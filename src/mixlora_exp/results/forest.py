@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixlora_exp.results.findings import Contrast
+from mixlora_exp.results.tables.parts import Entry
 
 TICK = 5
 """Points between two ticks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """A paired difference of the forest plot, in points."""
+
+    label: str
+    entry: Entry
 
 
 @dataclass(frozen=True, slots=True)

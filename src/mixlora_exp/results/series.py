@@ -186,11 +186,12 @@ def loads(blocks: Blocks, standards: Standards) -> list[Load]:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Training loss by optimizer step."""
+    """Training loss by optimizer step. `step_size`: alpha and learning rate, which decide how fast
+    the loss falls early."""
 
     panel: str
-    label: str
     method: str
+    step_size: str
     steps: tuple[int, ...]
     losses: tuple[float, ...]
 
@@ -215,8 +216,9 @@ def learning_curves(runs: Sequence[RecordedRun]) -> list[Curve]:
         found.append(
             Curve(
                 panel,
-                f"{METHOD_TITLES[run.method]}, seed {run.seed}",
                 run.method,
+                f"alpha {run.trained['method']['alpha']:g}, "
+                f"rate {run.trained['trainer']['learning_rate']:g}",
                 tuple(entry["step"] for entry in curve),
                 tuple(entry["loss"] for entry in curve),
             )

@@ -15,7 +15,7 @@ from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, Table
 
 SCORES = (
     "model", "method", "rank", "alpha", "rate", "mix", "seed", "task", "protocol", "metric",
-    "value", "se", "n", "record",
+    "value", "se", "n", "rows", "record",
 )  # fmt: skip
 DIFFERENCES = (
     "table", "conditions", "a", "b", "task", "metric", "delta", "low", "high", "p", "q", "n",
@@ -64,13 +64,15 @@ def _scores(run: RecordedRun) -> Iterator[Sequence[Any]]:
                 _number(value),
                 _number(error),
                 score["n"],
+                "held out" if run.held_out else "test",
                 run.name,
             ]
 
 
 def scores_csv(runs: Sequence[RecordedRun]) -> str:
     """Return every score of every usable run. `value`: accuracies as fractions, log-likelihoods in
-    nats; `se`: its standard error over items, taken as independent."""
+    nats; `se`: its standard error over items, taken as independent; `rows`: the test set, or rows
+    held out of training."""
     return _text(SCORES, (line for run in runs for line in _scores(run)))
 
 
@@ -89,7 +91,7 @@ def _differences(table: Table) -> Iterator[Sequence[Any]]:
                 if cell.kind != "versus":
                     continue
                 numbers = [cell.value, cell.low, cell.high, cell.p, cell.q]
-                metric = LIKELIHOOD if cell.nats else "accuracy"
+                metric = LIKELIHOOD if cell.nats else block.metric
                 task = TASK_IDS.get(column, column)
                 yield [
                     table.number, block.words or block.heading, a, b, task, metric,

@@ -16,7 +16,10 @@ def _counts(entry: Entry) -> bool:
 
 def corrected(table: Table) -> Table:
     """Return the table with q (Holm's adjusted p) and mark of each comparison that can have one.
-    The family is all of them in the table."""
+    The family is all of them in the table, unless its maker has already corrected some: then the
+    table is returned as it is."""
+    if any(cell.q is not None for cell in table.cells()):
+        return table
     family = [cell for cell in table.cells() if _counts(cell)]
     adjusted = holm([cell.p if cell.p is not None else 1.0 for cell in family])
     marked = {id(cell): _marked(cell, q) for cell, q in zip(family, adjusted, strict=True)}

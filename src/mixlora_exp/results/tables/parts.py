@@ -82,6 +82,8 @@ class Block:
     notes: tuple[str, ...] = ()
     words: str = ""
     """The heading in words, for readers who do not know the names of settings."""
+    metric: str = "accuracy"
+    """What the accuracies and their differences are of."""
 
     @property
     def filled(self) -> dict[str, tuple[int, int]]:

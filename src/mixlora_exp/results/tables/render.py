@@ -57,7 +57,7 @@ LEGEND = (
     "In brackets 95 % intervals over items and, where there are several, over seeds. ° not above "
     "the last line: chance, and the most frequent answer of training. Above chance: the average "
     "over the tasks on which most lines are, and so is the difference in the last column. Better "
-    "or worse: several seeds, and p at most 0.05 after correction for all comparisons of the table."
+    "or worse: several seeds, and p at most 0.05 after correction for the number of comparisons."
 )
 
 

@@ -17,12 +17,12 @@ from mixlora_exp.results.tables.parts import (
 )
 
 
-def _bare(entry: Entry) -> Entry:
+def bare(entry: Entry) -> Entry:
     """Return a figure without its interval, which the details have."""
     return dataclasses.replace(entry, low=None, high=None)
 
 
-def _seeds_in_heading(block: Block) -> Block:
+def seeds_in_heading(block: Block) -> Block:
     """Return the block with its number of seeds in the heading; in the cells only where it
     varies."""
     cells = [cell for row in block.rows for cell in row.cells if cell.seeds]
@@ -57,7 +57,7 @@ def _accuracy_rows(block: Block) -> Iterator[Row]:
             and label[2].startswith("minus ")
             and label[2] != "minus the base model"
         ]
-        cells = [_bare(row.cells[at[c]]) for c in block.columns if c not in NO_TASKS]
+        cells = [bare(row.cells[at[c]]) for c in block.columns if c not in NO_TASKS]
         average, above = (row.cells[at[c]] for c in (AVERAGE, AVERAGE_ABOVE))
         minus = others[0].cells[at[AVERAGE_ABOVE]] if others else dash
         if "minus" in row.label[1]:
@@ -84,7 +84,7 @@ def summarize_accuracy(blocks: Sequence[Block]) -> list[Block]:
         title = next((other for other in others if other != "minus the base model"), "difference")
         columns = [column for column in block.columns if column not in NO_TASKS]
         titles = (*columns, AVERAGE, AVERAGE_ABOVE, title)
-        made.append(_seeds_in_heading(Block(block.words, block.stub[:2], titles, rows, run=True)))
+        made.append(seeds_in_heading(Block(block.words, block.stub[:2], titles, rows, run=True)))
     return made
 
 
@@ -93,7 +93,7 @@ def summarize_lines(*kept: str) -> Callable[[Sequence[Block]], list[Block]]:
 
     def summarize(blocks: Sequence[Block]) -> list[Block]:
         return [
-            _seeds_in_heading(
+            seeds_in_heading(
                 dataclasses.replace(
                     block,
                     heading=block.words or block.heading,
