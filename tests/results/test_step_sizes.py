@@ -4,7 +4,9 @@ size is chosen, and what is said of it. Written before the runs were finished.""
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -17,6 +19,7 @@ from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.results import findings
 from mixlora_exp.results.build import Results
 from mixlora_exp.results.cells import Standards
+from mixlora_exp.results.data_facts import majority_of_train
 from mixlora_exp.results.runs import RecordedRun
 from mixlora_exp.results.statistics.families import holm
 from mixlora_exp.results.step_size_findings import UNSEEN
@@ -33,14 +36,18 @@ from mixlora_exp.results.step_sizes import (
 )
 from mixlora_exp.results.tables.parts import Table
 from mixlora_exp.results.tables.registry import Sources
-from mixlora_exp.results.tables.render import markdown
+from mixlora_exp.results.tables.render import details, latex, markdown
 from mixlora_exp.results.tables.step_size import NUMBER, differences, scores, step_size_table
+from mixlora_exp.results.tidy import differences_csv
+from mixlora_exp.tasks import TASKS as TASKS_OF
 
 ITEMS = 400
 Place = tuple[str, StepSize, int]
 Share = Callable[[str, StepSize, int, str], float]
 """(method, step size, seed, task) -> share of right answers."""
 SMALL, MIDDLE, LARGE = STEPS
+SPREAD = 0.0025
+"""Share of answers by which one seed is above or below the next."""
 STUDY = ("experiment=study/step_size", "data.path=d", "hydra.mode=RUN")
 
 
@@ -77,20 +84,29 @@ def made(
             for i in range(ITEMS)
         }  # fmt: skip
         found[task, "answer_text"] = {
-            "n": ITEMS, "accuracy": 0.0, "chance": 0.25, "majority_class": 0.27, "clusters": {},
+            "n": ITEMS, "accuracy": 0.0, "chance": 0.5 if task == "piqa" else 0.25,
+            "majority_class": 0.27, "clusters": {},
             "gold_log_likelihood": -2.0 + (method == "mixlora"),
         }  # fmt: skip
     weights = {"sha256": f"{method}{step}{seed}"}
-    record = {
-        "dtype": "bfloat16", "kernel": "exact", "code": "c", "data": {},
+    origin = {
+        "dtype": "bfloat16", "kernel": "exact", "code": "c", "data": FILES,
         "provenance": {"hardware": {"gpus": []}, "packages": {"torch": "2.13.0"}},
-        "saved_adapter": None if held_out else weights,
-        "adapter": {**weights, "trained_by": {"data": {}}} if held_out else None,
-        "train": None if held_out else {},
     }  # fmt: skip
+    record = {
+        **origin,
+        "saved_adapter": None if held_out else weights,
+        "adapter": {**weights, "trained_by": origin} if held_out else None,
+        "train": None if held_out else {},
+    }
     return RecordedRun(name, Path(name), record, trained, scored, found, predictions)
 
 
+FILES = {
+    f"{task}/{split}": [{"rows": TASKS_OF[task].sizes[split], "sha256": f"{task} {split}"}]
+    for task in TASKS
+    for split in ("train", "test")
+}
 PLACES = [(method, step, seed) for method in METHODS for step in STEPS for seed in SEEDS]
 
 
@@ -105,10 +121,11 @@ def study(
 
 
 def by_step(plain: Mapping[StepSize, float], mixed: Mapping[StepSize, float]) -> Share:
-    """A share by method and step size, a little apart from seed to seed and task to task."""
+    """A share by method and step size, a little apart from seed to seed: by another sign for each
+    method, so that differences are too."""
     return lambda method, step, seed, task: (
         (plain if method == "lora" else mixed)[step]
-        + 0.0025 * (seed - 43) * (-1) ** TASKS.index(task)
+        + SPREAD * (seed - 43) * (1 if method == "lora" else -1)
     )
 
 
@@ -153,11 +170,14 @@ def test_no_result_stands_before_all_runs_are_there(
     # A run that is missing takes its held-out scores with it.
     held -= at < 18
     assert found.blocks[0].heading.startswith(
-        f"{tested} of 18 runs are there, {held} of 18 scored on held-out rows"
+        f"{tested} of 18 runs are collected, {held} of 18 scored on held-out rows"
     )
     counts = [cell.text for cell in found.cells()]
     assert set(counts) == {"2 of 3", "3 of 3"}
     assert counts.count("3 of 3") == (10 if at < 18 else 11)
+
+
+OTHER_FILES = {**FILES, "arc_e/train": [{**FILES["arc_e/train"][0], "sha256": "other rows"}]}
 
 
 def changed(run: RecordedRun, part: str, group: str, name: str, value: Any) -> RecordedRun:
@@ -177,6 +197,7 @@ def changed(run: RecordedRun, part: str, group: str, name: str, value: Any) -> R
         lambda run: changed(run, "scored", "evaluation", "shuffle_experts", 1),
         lambda run: dataclasses.replace(run, record={**run.record, "code": "other"}),
         lambda run: dataclasses.replace(run, record={**run.record, "dtype": "float32"}),
+        lambda run: dataclasses.replace(run, record={**run.record, "data": OTHER_FILES}),
     ],
 )
 def test_a_run_of_other_conditions_is_none_of_the_design(
@@ -186,6 +207,40 @@ def test_a_run_of_other_conditions_is_none_of_the_design(
     # Beside the right one it changes nothing.
     both = read_cells([other(full[0]), *full], standards)
     assert both.cells == read_cells(full, standards).cells
+
+
+@pytest.mark.parametrize(
+    ("part", "group", "name", "value"),
+    [
+        ("trained", "trainer", "epochs", 2.0),
+        ("trained", "trainer", "max_steps", 2),
+        ("trained", "trainer", "batch_size", 64),
+        ("trained", "trainer", "order", "fixed"),
+        ("trained", "data", "seed", 7),
+        ("trained", "data", "forms", ["text", "letters"]),
+        ("trained", "data", "cutoff_length", 64),
+        ("trained", "model", "weights", "random"),
+        ("trained", "preset", "name", "official"),
+        ("scored", "evaluation", "dropout", True),
+    ],
+)
+def test_runs_that_are_alike_but_not_as_designed_do_not_count(
+    full: list[RecordedRun], standards: Standards, part: str, group: str, name: str, value: Any
+) -> None:
+    runs = [changed(run, part, group, name, value) for run in full]
+    assert not read_cells(runs, standards).tested
+    # Nor do they outnumber runs that are as designed.
+    few = read_cells([*runs, *full[:3]], standards)
+    assert set(few.tested) == set(PLACES[:3])
+
+
+def test_files_that_were_cut_short_are_not_the_design(
+    full: list[RecordedRun], standards: Standards
+) -> None:
+    short = {**FILES, "arc_e/test": [{"rows": 30, "sha256": "short"}]}
+    runs = [dataclasses.replace(run, record={**run.record, "data": short}) for run in full]
+    found = read_cells(runs, standards)
+    assert (len(found.tested), found.complete) == (0, False)
 
 
 def test_held_out_scores_of_other_weights_do_not_choose(
@@ -254,6 +309,20 @@ def test_differences_are_those_of_the_design(full: list[RecordedRun], standards:
     assert [label[2] for label in found] == ["minus LoRA"] * 4 + ["", ""]
 
 
+def test_intervals_hold_the_spread_over_seeds(
+    full: list[RecordedRun], standards: Standards
+) -> None:
+    """Seeds 42, 43 and 44 of MixLoRA minus LoRA are half a point apart: Student's t of three seeds
+    alone makes the interval as wide as this."""
+    own = differences(table_of(full, standards))
+    entry = next(iter(own.values()))
+    assert entry.low is not None
+    assert entry.value is not None
+    over_seeds = 4.303 * 100 * 2 * SPREAD / 3**0.5
+    assert entry.value - entry.low > over_seeds
+    assert over_seeds == pytest.approx(1.24, abs=0.01)
+
+
 def test_the_primary_comparison_stands_alone_and_the_others_are_corrected_together(
     configs: dict[str, dict[str, Any]], standards: Standards
 ) -> None:
@@ -300,8 +369,9 @@ def test_accuracies_stand_beside_chance_and_the_choice(
     assert at["average"].value == pytest.approx(50)
     assert at["held out"].value == pytest.approx(45)
     level = rows["chance or majority", "", ""]
-    # These made-up runs read no published files: majority of the scored items.
-    assert level[0].value == pytest.approx(27)
+    # The most frequent answer of ARC-e's training split is above chance.
+    assert level[0].value == pytest.approx(100 * majority_of_train("arc_e"))
+    assert level[0].value == pytest.approx(26.1, abs=0.05)
     text = markdown(found)
     assert "chosen" in text
     assert "3 seeds" in text
@@ -327,15 +397,105 @@ def test_the_first_sentence_is_the_rule_that_was_written_before(
 ) -> None:
     choice = by_step({**LEVEL, MIDDLE: 0.6}, {**LEVEL, SMALL: 0.6})
     found = table_of(study(configs, by_step(LEVEL, mixed), choice), standards)
-    first, second, _ = findings.sentences(tables_with(found), [], [])
-    assert first.endswith(f": {said}.")
-    assert f"LoRA: {MIDDLE}; MixLoRA: {SMALL}" in first
+    first, _, _ = findings.sentences(tables_with(found), [], [])
+    assert first.endswith(f" (3 seeds, mean of four tasks): {said}.")
+    chosen = f"choose for it (LoRA: {MIDDLE}; MixLoRA: {SMALL}), is "
     value = 100 * (mixed[SMALL] - 0.5)
-    assert f"is {value:+.1f} [" in first
-    assert second.startswith("At equal step sizes, from the smallest to the largest, it is ")
-    assert f"it is {value:+.1f}, +0.0, +0.0 points" in second.replace(" better", "").replace(
-        " worse", ""
-    ).replace("-0.0", "+0.0")
+    assert f"{chosen}{value:+.1f} [" in first
+
+
+@pytest.mark.parametrize(
+    ("large", "told"),
+    [
+        ((0.5, 0.5), "Of these 5 comparisons none tells two settings apart after correction."),
+        ((0.5, 0.6), "Of these 5 comparisons 2 tell two settings apart after correction."),
+        ((0.6, 0.6), "Of these 5 comparisons 2 tell two settings apart after correction."),
+    ],
+)
+def test_the_second_sentence_has_all_five_with_their_marks(
+    configs: dict[str, dict[str, Any]],
+    standards: Standards,
+    large: tuple[float, float],
+    told: str,
+) -> None:
+    plain, mixed = ({**LEVEL, LARGE: share} for share in large)
+    runs = study(configs, by_step(plain, mixed), by_step(LEVEL, LEVEL))
+    first, second, _ = findings.sentences(tables_with(table_of(runs, standards)), [], [])
+    # Both chose the smallest.
+    assert f"choose for it (both: {SMALL}), is " in first
+    assert second.endswith(told)
+    head = "MixLoRA minus LoRA at equal step sizes, from the smallest to the largest, in points: "
+    assert second.startswith(head)
+    figures = re.findall(r"([+-]\d+\.\d) \[[^]]*\]( \(\w+\))?", second)
+    gain, more = (100 * (share - 0.5) for share in large)
+    wanted = [0.0, 0.0, more - gain, gain, more]
+    assert [abs(float(value)) for value, _ in figures] == pytest.approx([abs(v) for v in wanted])
+    assert [bool(mark) for _, mark in figures] == [abs(v) > 1 for v in wanted]
+
+
+def test_one_comparison_tells(configs: dict[str, dict[str, Any]], standards: Standards) -> None:
+    mixed = {**LEVEL, MIDDLE: 0.6}
+    runs = study(configs, by_step(LEVEL, mixed), by_step(LEVEL, LEVEL))
+    _, second, _ = findings.sentences(tables_with(table_of(runs, standards)), [], [])
+    assert second.endswith("Of these 5 comparisons 1 tells two settings apart after correction.")
+
+
+def test_a_task_at_chance_is_grey_and_the_average_over_all_decides(
+    configs: dict[str, dict[str, Any]], standards: Standards
+) -> None:
+    """As it was written before the runs; beside it stands the average without that task."""
+
+    def share(method: str, step: StepSize, seed: int, task: str) -> float:
+        return 0.25 if task == "obqa" else 0.68 if method == "mixlora" else 0.58
+
+    found = table_of(study(configs, share, by_step(LEVEL, LEVEL)), standards)
+    block, versus_ = found.blocks[:2]
+    at = block.columns.index("OBQA")
+    assert all(row.cells[at].at_chance for row in block.rows[:-1])
+    assert not any(row.cells[0].at_chance for row in block.rows)
+    by_column = dict(zip(versus_.columns, versus_.rows[0].cells, strict=True))
+    assert by_column["OBQA"].at_chance
+    assert not by_column["ARC-e"].at_chance
+    assert (by_column["average"].value, by_column["average"].mark) == (
+        pytest.approx(7.5),
+        "better",
+    )
+    assert by_column["above chance"].value == pytest.approx(10)
+    assert by_column["above chance"].items == 3 * ITEMS
+    # Log-likelihoods: over the tasks that are above chance by the metric that decides.
+    assert found.blocks[-1].rows[0].cells[-1].items == 3 * ITEMS
+    lines = list(csv.DictReader(differences_csv({NUMBER: found}).splitlines()))
+    grey = [line for line in lines if line["at_chance"] == "yes"]
+    assert {line["task"] for line in grey if line["metric"] == "accuracy_normalized"} == {"obqa"}
+
+
+def test_every_file_of_the_table_names_what_it_compares(
+    full: list[RecordedRun], standards: Standards
+) -> None:
+    found = table_of(full, standards)
+    lines = list(csv.DictReader(differences_csv({NUMBER: found}).splitlines()))
+    # By accuracy, all of whose answers are wrong, no task is above chance.
+    assert len(lines) == 3 * 6 * 6 - 6
+    first = lines[4]
+    assert (first["a"], first["b"], first["task"], first["metric"]) == (
+        "MixLoRA, each at its own best step size",
+        "LoRA, each at its own best step size",
+        "average",
+        "accuracy_normalized",
+    )
+    assert f"own best: LoRA at {MIDDLE}, MixLoRA at {SMALL}" in first["conditions"]
+    assert first["p"] == first["q"] != ""
+    longer = next(line for line in lines if line["a"].startswith("LoRA, alpha"))
+    assert (longer["a"], longer["b"]) == (f"LoRA, {LARGE}", f"LoRA, {SMALL}")
+    assert "whether or not one of them is at chance" in details(found)
+    page = markdown(found)
+    assert "The first line decides, by its own p" in page
+    assert "after correction for the number of comparisons" not in page
+    rows = [line for line in page.splitlines() if line.startswith("| MixLoRA | each at its own")]
+    assert len(rows) == 1
+    assert rows[0].endswith(f"| {float(first['p']):.3f} | {float(first['q']):.3f} |")
+    assert "$<$0.001" in latex(found)
+    assert "¡" not in latex(found)
 
 
 def test_the_first_screen_is_the_comparison_once_it_is_complete(
@@ -349,7 +509,8 @@ def test_the_first_screen_is_the_comparison_once_it_is_complete(
     assert plain == pytest.approx([40, 50, 60, 50])
     assert mixed == pytest.approx([50, 60, 40, 50])
     assert minus == pytest.approx([10, 10, -20, 0])
-    assert level == pytest.approx([27] * 4)
+    known = [max(0.25 if n < 3 else 0.5, majority_of_train(t)) for n, t in enumerate(TASKS)]
+    assert level == pytest.approx([100 * mean(known)] * 4)
     labels = [contrast.label for contrast in findings.contrasts(tables_with(whole))]
     assert labels[0] == "MixLoRA minus LoRA, each at its own best step size"
     assert labels[-1] == f"MixLoRA, {LARGE} minus {SMALL}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,19 @@ import pytest
 from table_cells import LLAMA, PAPER, five
 
 from mixlora_exp.results.build import Results, gather
-from mixlora_exp.results.tables.parts import Entry
+from mixlora_exp.results.self_checks import Checked, self_checks
+from mixlora_exp.results.tables.parts import Entry, Row
 from mixlora_exp.results.verdicts import Verdict, judged, possible, verdicts, verdicts_markdown
 
 
 @pytest.fixture(scope="module")
 def found(committed: Results) -> list[Verdict]:
     return list(verdicts(PAPER, committed.tables))
+
+
+@pytest.fixture(scope="module")
+def checked(committed: Results) -> list[Checked]:
+    return list(self_checks(PAPER, committed.tables))
 
 
 def test_accuracies_of_five_hundred_answers_are_even_tenths() -> None:
@@ -60,11 +67,11 @@ def test_figures_of_a_constant_answer_are_named(found: list[Verdict]) -> None:
     }
 
 
-def test_every_printed_cell_has_a_verdict(found: list[Verdict]) -> None:
+def test_every_printed_cell_has_a_verdict(found: list[Verdict], checked: list[Checked]) -> None:
     # 16 lines of 8 tasks, 8 and 8 of 5, 10 and 8 of 4, and their averages.
     assert len(found) == 16 * 9 + 16 * 6 + 18 * 5
     assert {entry.verdict for entry in found} == {"not run"}
-    text = verdicts_markdown(found)
+    text = verdicts_markdown(found, checked)
     assert f"{len(found)} printed accuracies and averages: 0 reproduced" in text
     assert "no number of 500 answers gives 86.9" in text
     assert text.count("not run") == 1, "one line, not a page of dashes"
@@ -93,6 +100,45 @@ def test_runs_are_judged(write: Callable[..., Path], results: Path) -> None:
     made = list(verdicts(PAPER, gather(results).tables))
     (entry,) = [v for v in made if (v.table, v.column) == (2, "ARC-e") and "MixLoRA, MT" in v.line]
     assert (entry.verdict, entry.ours.value) == ("not reproduced", pytest.approx(30.0))
-    text = verdicts_markdown(made)
+    text = verdicts_markdown(made, [])
     assert f"| 2 | {entry.line} | ARC-e | 76.6 | 30.0" in text
     assert "LLaMA-2 7B 1 of 30" in text
+
+
+def test_figures_that_are_no_accuracies_are_held_against_the_paper(checked: list[Checked]) -> None:
+    """24 differences, 5 percentages of 6 lines in two tables, and #Params of 42 lines."""
+    assert len(checked) == 24 + 2 * 30 + 42
+    wrong = {(c.table, c.line, c.column, c.printed, c.fault) for c in checked if c.fault}
+    llama = "LLaMA-2 7B, {}, MT minus ST"
+    assert wrong == {
+        (2, llama.format("LoRA"), "PIQA", "2.5", "the two rows give -9.7"),
+        (2, llama.format("LoRA"), "average", "-1.9", "the two rows give -4.4"),
+        (2, llama.format("DoRA"), "OBQA", "-2.8", "the two rows give -4.8"),
+        (2, llama.format("DoRA"), "PIQA", "-6.9", "the two rows give -10.8"),
+        (2, llama.format("DoRA"), "average", "-6.7", "the two rows give -8.0"),
+        (7, "MixLoRA not optimized, adapters: 2", "infer forward", "160.6",
+         "243.1 of 152 is 159.9"),
+    }  # fmt: skip
+
+
+def test_printed_parameters_are_compared_with_the_shapes(
+    committed: Results, checked: list[Checked]
+) -> None:
+    """A figure that is off by more than its rounding is named."""
+    own = [c for c in checked if c.column == "#Params (%)"]
+    assert not any(c.fault for c in own)
+    table = committed.tables[8]
+    block = table.blocks[0]
+    rows = [
+        Row(row.label, (dataclasses.replace(row.cells[0], value=2.93), *row.cells[1:]))
+        if row.label == ("MixLoRA r=16", "ST", "paper") else row
+        for row in block.rows
+    ]  # fmt: skip
+    changed = dataclasses.replace(
+        table, blocks=[dataclasses.replace(block, rows=tuple(rows)), *table.blocks[1:]]
+    )
+    (found,) = [
+        c for c in self_checks(PAPER, {**committed.tables, 8: changed}) if "shapes" in c.fault
+    ]
+    assert (found.table, found.printed) == (8, "2.93")
+    assert found.fault.startswith("the shapes give 2.9")

@@ -36,6 +36,7 @@ from mixlora_exp.results.runs import (
     RecordedRun,
     load_runs,
 )
+from mixlora_exp.results.self_checks import self_checks
 from mixlora_exp.results.tables import step_size
 from mixlora_exp.results.tables.latency import load_benchmarks
 from mixlora_exp.results.tables.parts import Block, Table
@@ -191,7 +192,8 @@ def _index(results: Results) -> str:
 def table_files(results: Results) -> dict[str, str]:
     """Return the content of every file in `tables/`, by name."""
     found = list(verdicts(PAPER, results.tables))
-    files = {"README.md": _index(results), "verdicts.md": verdicts_markdown(found)}
+    checked = list(self_checks(PAPER, results.tables))
+    files = {"README.md": _index(results), "verdicts.md": verdicts_markdown(found, checked)}
     for table in results.tables.values():
         files[f"{table.name}.md"] = markdown(table)
         if table.summary:

@@ -9,6 +9,7 @@ from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.step_sizes import METHODS
 from mixlora_exp.results.tables.parts import AVERAGE, REFERENCE, Block, Entry, Row, Table
 from mixlora_exp.results.tables.step_size import CHOSEN, differences, scores
+from mixlora_exp.results.tables.summary import seeds_in_heading
 
 LORA, MIXLORA = (METHOD_TITLES[method] for method in METHODS)
 OWN = "each at its own"
@@ -16,10 +17,10 @@ CAPTION = "Paired differences of the average over four tasks"
 UNSEEN = "no difference was found, and one below about two and a half points could not be told"
 """The size is from the power analysis in docs/comparison.md."""
 NOTES = (
-    "Average accuracy in percent over ARC-e, ARC-c, OBQA and PIQA, by log-likelihood a character, "
-    "at three step sizes (alpha times learning rate), and at the one that rows held out of "
-    "training choose for each method. Better or worse stands only after correction for the "
-    "number of comparisons.",
+    "Average accuracy in percent over ARC-e, ARC-c, OBQA and PIQA, answers by log-likelihood per "
+    "character, at three step sizes (alpha times learning rate), and at the one that rows held "
+    "out of training choose for each method. The last difference decides, by its own p; better or "
+    "worse stands at the others after correction for five comparisons.",
 )
 
 
@@ -41,10 +42,11 @@ def main_block(table: Table) -> Block:
     ]
     rows.append(Row((f"{MIXLORA} minus {LORA}",), (*equal, own)))
     rows.append(Row((REFERENCE,), (level,) * (len(steps) + 1)))
-    return dataclasses.replace(
+    found = dataclasses.replace(
         block, heading=block.words, stub=("step size",), columns=(*steps, OWN), rows=tuple(rows),
         notes=NOTES,
     )  # fmt: skip
+    return seeds_in_heading(found)
 
 
 def contrasts(table: Table) -> list[Contrast]:
@@ -55,27 +57,31 @@ def contrasts(table: Table) -> list[Contrast]:
     ]
 
 
-def _bare(entry: Entry) -> str:
-    return dataclasses.replace(entry, mark="").show()
+def _shown(entry: Entry) -> str:
+    mark = f" ({entry.mark})" if entry.mark else ""
+    return dataclasses.replace(entry, mark="").show() + mark
 
 
 def sentences(table: Table) -> list[str]:
     """Return the primary comparison with its verdict, and the secondary ones."""
-    block = scores(table)
-    steps = {row.label[0]: row.label[1] for row in block.rows if row.label[2] == CHOSEN}
+    steps = {row.label[0]: row.label[1] for row in scores(table).rows if row.label[2] == CHOSEN}
     (_, own), *others = differences(table).items()
     verdict = f"at this size {MIXLORA} is {own.mark} than {LORA}" if own.mark else UNSEEN
+    alike = steps[LORA] == steps[MIXLORA]
+    chosen = f"{LORA}: {steps[LORA]}; {MIXLORA}: {steps[MIXLORA]}"
     first = (
         f"{MIXLORA} minus {LORA}, each at the step size that held-out rows choose for it "
-        f"({LORA}: {steps[LORA]}; {MIXLORA}: {steps[MIXLORA]}), is {_bare(own)} points "
+        f"({f'both: {steps[LORA]}' if alike else chosen}), is "
+        f"{dataclasses.replace(own, mark='').show()} points "
         f"({own.seeds} seeds, mean of four tasks): {verdict}."
     )
-    equal = [entry.show(interval=False) for (*_, other), entry in others if other]
-    longer = [f"{method} by {_bare(entry)}" for (method, _, other), entry in others if not other]
+    equal = [_shown(entry) for (*_, other), entry in others if other]
+    longer = [f"{_shown(entry)} with {method}" for (method, _, other), entry in others if not other]
     marked = sum(bool(entry.mark) for _, entry in others)
+    told = f"{marked or 'none'} tell{'s' * (marked < 2)} two settings apart"
     second = (
-        f"At equal step sizes, from the smallest to the largest, it is {', '.join(equal)} points; "
-        f"the largest step size instead of the smallest moves {' and '.join(longer)}. Of these "
-        f"{len(others)} comparisons {marked or 'none'} tell two settings apart after correction."
+        f"{MIXLORA} minus {LORA} at equal step sizes, from the smallest to the largest, in points: "
+        f"{', '.join(equal)}; the largest step size minus the smallest: {' and '.join(longer)}. "
+        f"Of these {len(others)} comparisons {told} after correction."
     )
     return [first, second]

@@ -10,17 +10,26 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import mean
+from typing import Any
 
+from mixlora_exp.config.command import compose
+from mixlora_exp.config.resolve import to_dict
 from mixlora_exp.results.cells import Standards, deviations
-from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.runs import (
+    DATA_FIELDS,
+    MODEL_FIELDS,
+    TRAINER_FIELDS,
+    TRAINING_DATA_FIELDS,
+    RecordedRun,
+)
 from mixlora_exp.results.statistics.parts import TaskMean
 from mixlora_exp.results.tables.paired import cell
 
 METHODS = ("lora", "mixlora")
 MODEL = "smollm2_135m"
 TASKS = ("arc_e", "arc_c", "obqa", "piqa")
-TRAINED_ROWS = {"arc_e": 2000, "arc_c": 1000, "obqa": 4500, "piqa": 2000}
 SEEDS = (42, 43, 44)
 PROTOCOL, METRIC = "answer_text", "accuracy_normalized"
 HELD_OUT_LIMIT = 500
@@ -100,21 +109,47 @@ class Progress:
         return bool(self.cells)
 
 
+@cache
+def _expected() -> dict[str, Any]:
+    """Return the conditions that a run of the design has, but for its step size, its data source
+    and its machine: those of `experiment=study/step_size`, in full."""
+    config = to_dict(compose(["experiment=study/step_size", "hydra.mode=RUN", "data.path=."]))
+    fields = {
+        "model": MODEL_FIELDS,
+        "data": (*DATA_FIELDS, *TRAINING_DATA_FIELDS),
+        "trainer": TRAINER_FIELDS,
+    }
+    found = {f"{group}.{n}": config[group][n] for group, names in fields.items() for n in names}
+    found |= {"precision": "bfloat16", "kernel": "exact", "preset": "correct"}
+    found |= {"evaluation.dropout": False, "train.data.seed": 0}
+    return {n: v for n, v in found.items() if n not in FREE}
+
+
+FREE = ("data.name", "trainer.learning_rate")
+MACHINE = ("hardware", "torch", "train.hardware", "train.torch")
+
+
 def _belongs(run: RecordedRun, standards: Standards) -> bool:
-    settings = run.trained["data"]
-    return (
+    if not (
         run.model == MODEL
         and run.method in METHODS
-        and run.preset == "correct"
         and run.seed in SEEDS
         and sorted(run.mix) == sorted(TASKS)
-        and settings["train_limits"] == TRAINED_ROWS
         and _step(run) in STEPS
         and deviations(run, standards).keys() <= {"alpha"}
         and all((task, PROTOCOL) in run.scores for task in TASKS)
-        and run.scored["evaluation"].get("shuffle_experts") is None
-        and run.scored["evaluation"]["limit"] == (HELD_OUT_LIMIT if run.held_out else None)
-    )
+    ):
+        return False
+    found = {n: v for n, v in run.conditions(PROTOCOL).items() if n not in (*FREE, *MACHINE)}
+    wanted = {**_expected(), "evaluation.limit": HELD_OUT_LIMIT if run.held_out else None}
+    if run.held_out:
+        wanted |= {"evaluation.held_out": True, "data.seed": 0}
+    # What only some runs have, such as shuffled experts or files cut short, is in no design.
+    return _plain(found) == _plain(wanted)
+
+
+def _plain(conditions: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(conditions, sort_keys=True))
 
 
 def _step(run: RecordedRun) -> StepSize:
@@ -125,7 +160,9 @@ def _shared(run: RecordedRun) -> str:
     """Return what all runs of the design have in common, the code included."""
     found = run.conditions(PROTOCOL)
     del found["trainer.learning_rate"]
-    return json.dumps({**found, "code": run.record.get("code")}, sort_keys=True)
+    files = {task: run.hashes(task) for task in TASKS}
+    code = run.record.get("code")
+    return json.dumps({**found, "files": files, "code": code}, sort_keys=True)
 
 
 def _largest(runs: Sequence[RecordedRun]) -> dict[Place, RecordedRun]:
@@ -134,7 +171,9 @@ def _largest(runs: Sequence[RecordedRun]) -> dict[Place, RecordedRun]:
     groups: dict[str, dict[Place, RecordedRun]] = defaultdict(dict)
     for run in runs:
         groups[_shared(run)].setdefault((run.method, _step(run), run.seed), run)
-    return max(groups.values(), key=len, default={})
+    # Of equal size: the same one each time, whatever the names of the runs.
+    best = max(groups, key=lambda key: (len(groups[key]), key), default=None)
+    return {} if best is None else groups[best]
 
 
 def _weights(run: RecordedRun, part: str) -> str | None:

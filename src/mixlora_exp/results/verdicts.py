@@ -18,6 +18,7 @@ from mixlora_exp.results.paper import (
     line_id,
     read_paper,
 )
+from mixlora_exp.results.self_checks import Checked
 from mixlora_exp.results.tables.parts import Entry, Table
 from mixlora_exp.tasks import TASKS
 
@@ -145,8 +146,9 @@ def _rows_run(found: Sequence[Verdict]) -> Iterator[str]:
         yield f"{model} {sum(own.values())} of {len(own)}"
 
 
-def verdicts_markdown(found: Sequence[Verdict]) -> str:
-    """Counts, the cells that were run, and the figures of the paper that are in doubt."""
+def verdicts_markdown(found: Sequence[Verdict], checked: Sequence[Checked]) -> str:
+    """Counts, the cells that were run, and the figures of the paper that are in doubt. `checked`:
+    figures that are no accuracies, which the paper alone is held against."""
     counts = Counter(entry.verdict for entry in found)
     summary = ", ".join(f"{counts[name]} {name}" for name in
                      ("reproduced", "not reproduced", "undecidable", "not run"))  # fmt: skip
@@ -168,4 +170,12 @@ def verdicts_markdown(found: Sequence[Verdict]) -> str:
         f"| {v.table} | {v.line} | {v.column} | {v.printed} | {'; '.join(v.faults)} |\n"
         for v in doubted
     ]
+    wrong = [entry for entry in checked if entry.fault]
+    lines.append(
+        f"\n## Figures that are no accuracies: {len(wrong)} of {len(checked)} contradicted\n\n"
+        "Differences of Table 2 by its two rows, percentages of Tables 6 and 7 by the figures "
+        "beside them, #Params by the models' shapes, each within its rounding.\n\n"
+    )
+    lines.append("| table | line | column | paper | why |\n| --- | --- | --- | ---: | --- |\n")
+    lines += [f"| {c.table} | {c.line} | {c.column} | {c.printed} | {c.fault} |\n" for c in wrong]
     return "".join(lines)

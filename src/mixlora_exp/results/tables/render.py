@@ -18,6 +18,7 @@ MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "\\`"}
 ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
 
@@ -83,8 +84,10 @@ def markdown(table: Table) -> str:
     left_out = "".join(f"{line} " for line in not_run(table))
     intro = f"\n{left_out}Every line and interval: [details]({table.name}-details.md).\n"
     accuracies = any(cell.kind in ("versus", "ours") and cell.items for cell in table.cells())
-    legend = LEGEND if accuracies else table.notes[0]
-    return title + intro + "".join(map(_block, table.summary)) + f"\n{legend}\n"
+    own = any(block.notes for block in table.summary)
+    legend = "" if own else LEGEND if accuracies else table.notes[0]
+    shown = f"\n{legend}\n" if legend else ""
+    return title + intro + "".join(map(_block, table.summary)) + shown
 
 
 def details(table: Table) -> str:
@@ -150,48 +153,65 @@ def _label(row: Row) -> str:
     return " ".join(part for part in row.label if part not in ("", "-"))
 
 
-def _tabular(block: Block, columns: Sequence[int]) -> str:
-    """Some columns of a block."""
+def _tabulars(block: Block, columns: Sequence[int], height: int) -> list[str]:
+    """Return some columns of a block, as one `tabular` or as several of `height` lines each."""
     long = max((len(_label(row)) for row in block.rows), default=0) > LONGEST
-    rows = [
-        _latex_row([_breakable(_label(row)) if long else _escape(_label(row)),
-                    *(_latex_cell(row.cells[column]) for column in columns)])
-        for row in block.rows
-        if any(row.cells[column].kind != "dash" for column in columns)
-    ]  # fmt: skip
-    if not rows:
-        return ""
+    chunks: list[list[str]] = [[]]
+    filled = 0
+    for row in block.rows:
+        if all(row.cells[column].kind == "dash" for column in columns):
+            continue
+        label = _label(row)
+        lines = -(-len(label) // SAFE) or 1
+        if chunks[-1] and filled + lines > height:
+            chunks.append([])
+            filled = 0
+        shown = _breakable(label) if long else _escape(label)
+        cells = (_latex_cell(row.cells[column]) for column in columns)
+        chunks[-1].append(_latex_row([shown, *cells]))
+        filled += lines
     stub = ">{\\raggedright}p{1.5in}" if long else "l"
     titles = [_escape(SHORT.get(name, name)) for name in (block.columns[c] for c in columns)]
-    return "".join(
-        [
-            f"\\begin{{tabular}}{{@{{}}{stub}{'r' * len(columns)}@{{}}}}\n\\toprule\n",
-            _latex_row(["", *titles]),
-            "\\midrule\n",
-            *rows,
-            "\\bottomrule\n\\end{tabular}\n",
-        ]
-    )
+    head = f"\\begin{{tabular}}{{@{{}}{stub}{'r' * len(columns)}@{{}}}}\n\\toprule\n"
+    return [
+        "".join(
+            [head, _latex_row(["", *titles]), "\\midrule\n", *rows,
+             "\\bottomrule\n\\end{tabular}\n"]
+        )
+        for rows in chunks
+        if rows
+    ]  # fmt: skip
 
 
 def latex(table: Table) -> str:
-    """Return the table's first page as LaTeX, at normal size in a column of 3.3 inches: one `table`
-    per block, in parts that stand below one another where they would be wider. Needs booktabs and
+    """Return the table's first page as LaTeX, at normal size in a column of 3.3 inches: a `table`
+    for each block, or several where it would be wider or higher than a page. Needs booktabs and
     array."""
     parts = []
     for index, block in enumerate(table.summary or table.blocks, start=1):
-        pieces = [_tabular(block, columns) for columns in _fitting(block)]
-        body = [
-            "\\begin{table}[t]\n\\centering\n\\setlength{\\tabcolsep}{3pt}\n",
-            f"\\caption{{{_escape(table.title)}. {_escape(block.heading)}.}}\n",
-            f"\\label{{tab:{table.name}-{index}}}\n",
-            "\\par\\medskip\n".join(piece for piece in pieces if piece),
-            "\\end{table}\n",
+        caption = f"{table.title}. {block.heading}."
+        height = HIGHEST - -(-len(caption) // LETTERS)
+        pieces = [
+            piece for columns in _fitting(block) for piece in _tabulars(block, columns, height)
         ]
-        parts.append("".join(body))
+        for number, piece in enumerate(pieces, start=1):
+            several = len(pieces) > 1
+            own = f" Part {number} of {len(pieces)}." if several else ""
+            body = [
+                "\\begin{table}[t]\n\\centering\n\\setlength{\\tabcolsep}{3pt}\n",
+                f"\\caption{{{_escape(caption + own)}}}\n",
+                f"\\label{{tab:{table.name}-{index}{f'-{number}' if several else ''}}}\n",
+                piece,
+                "\\end{table}\n",
+            ]
+            parts.append("".join(body))
     return "% Needs \\usepackage{booktabs,array}\n" + "\n".join(parts)
 
 
+HIGHEST = 38
+"""Lines of a page that a caption and a table may fill."""
+LETTERS, SAFE = 44, 18
+"""Letters of a caption's line, and fewest of one of a label that is broken into lines."""
 SHORT = {"above chance": "above", "average": "avg"}
 LONGEST = 23
 """Letters of a label that stay on one line."""

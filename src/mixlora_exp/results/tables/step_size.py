@@ -57,33 +57,36 @@ WORDS = {
     LIKELIHOOD: "log-likelihood of the right answer in nats",
 }
 NOTES = (
-    "What is compared, and by which rule, was written down before the runs: "
-    "[comparison.md](../../docs/comparison.md).",
+    "What is compared, and by which rule, was written down before the runs (docs/comparison.md). "
+    "The average over all four tasks decides, whether or not one of them is at chance.",
+    "Mean over seeds; in brackets the 95 % interval over items and seeds. ° not above chance and "
+    "the most frequent answer of the training split, or a difference of two such cells. Above "
+    "chance: the average over the tasks on which most lines are. Differences are paired over the "
+    "same items and seeds. Single tasks, accuracy without normalisation and the log-likelihood "
+    "decide nothing and are not marked.",
+)
+CHOICE = (
     "Held out: the average on training rows that no run is trained on, by which each method's step "
     "size is chosen: of those within 0.2 points of the highest the smallest. Test items play no "
-    "part.",
-    "Mean over seeds; in brackets the 95 % interval over items and seeds. ° not above chance and "
-    "the most frequent answer of the training split. Differences are paired over the same items "
-    "and seeds. The first comparison decides by itself; q is p for it, and for the five others it "
-    "is corrected together by Holm's method. Single tasks, accuracy without normalisation and the "
-    "log-likelihood decide nothing and are not marked.",
+    "part."
+)
+FAMILIES = (
+    "The first line decides, by its own p; the other five are corrected together by Holm's method "
+    "(q). Better or worse: q at most 0.05."
 )
 
 
-def _above(cells: Cells, metric: str) -> dict[tuple[str, object], list[bool]]:
-    """Return whether each cell lies above chance and the most frequent answer, task by task."""
-    return {
-        key: [
-            above(part, one.tested, task, PROTOCOL)
-            for part, task in zip(one.parts(metric), TASKS, strict=True)
-        ]
-        for key, one in cells.items()
-    }
+def _flags(one: Cell, metric: str) -> list[bool]:
+    """Return whether a cell lies above chance and the most frequent answer, task by task."""
+    return [
+        above(part, one.tested, task, PROTOCOL)
+        for part, task in zip(one.parts(metric), TASKS, strict=True)
+    ]
 
 
 def _kept(cells: Cells, metric: str) -> list[int]:
     """Return places of the tasks on which more than half of the cells lie above chance."""
-    lines = list(_above(cells, metric).values())
+    lines = [_flags(one, metric) for one in cells.values()]
     return [at for at in range(len(TASKS)) if 2 * sum(line[at] for line in lines) > len(lines)]
 
 
@@ -95,30 +98,34 @@ def _averaged(
 
 
 def _scores(cells: Cells, metric: str) -> Block:
-    higher, kept = _above(cells, metric), _kept(cells, metric)
-    chosen = [choose(cells, method) for method in METHODS]
-    rows = []
-    for key, one in cells.items():
-        names, parts = names_of(one.tested), one.parts(metric)
-        single = [
-            ours(estimate(part), names, at_chance=not known)
-            for part, known in zip(parts, higher[key], strict=True)
-        ]
-        averages = _averaged(parts, kept, lambda *p, names=names: ours(estimate(*p), names))
-        more = ()
-        if metric == METRIC:
-            more = (ours(estimate(*one.parts(held_out=True)), names_of(one.held_out)),)
-        mark = CHOSEN if one in chosen else ""
-        label = (METHOD_TITLES[one.method], str(one.step), mark)
-        rows.append(Row(label, (*single, *averages, *more)))
+    kept, chosen = _kept(cells, metric), [choose(cells, method) for method in METHODS]
     run = next(iter(cells.values())).tested[0]
     levels = [100 * reference(run, task, PROTOCOL) for task in TASKS]
-    level = [*levels, mean(levels), mean(levels[at] for at in kept) if kept else None]
+    every = mean(levels)
+    rows = []
+    for one in cells.values():
+        names, parts = names_of(one.tested), one.parts(metric)
+
+        def make(*some: TaskMean, level: float, names: tuple[str, ...] = names) -> Entry:
+            found = estimate(*some)
+            return ours(found, names, at_chance=100 * found.low <= level)
+
+        cells_ = [make(part, level=level) for part, level in zip(parts, levels, strict=True)]
+        cells_.append(make(*parts, level=every))
+        some = [parts[at] for at in kept]
+        cells_.append(make(*some, level=mean(levels[at] for at in kept)) if some else dash)
+        if metric == METRIC:
+            cells_.append(ours(estimate(*one.parts(held_out=True)), names_of(one.held_out)))
+        label = (METHOD_TITLES[one.method], str(one.step), CHOSEN if one in chosen else "")
+        rows.append(Row(label, tuple(cells_)))
+    level = [*levels, every, mean(levels[at] for at in kept) if kept else None]
     more = (dash,) if metric == METRIC else ()
     rows.append(Row((REFERENCE, "", ""), (*map(number, level), *more)))
     columns = (*COLUMNS, HELD_OUT) if metric == METRIC else COLUMNS
     heading = f"Accuracy in percent, {WORDS[metric]}"
-    return Block(heading, ("method", "step size", ""), columns, tuple(rows), run=True)
+    notes = (CHOICE,) if metric == METRIC else ()
+    stub = ("method", "step size", "")
+    return Block(heading, stub, columns, tuple(rows), run=True, notes=notes)
 
 
 def _likelihoods(cells: Cells) -> Block:
@@ -140,15 +147,19 @@ def _versus(pair: Pair, metric: str, kept: Sequence[int]) -> list[Entry]:
     names = names_of([run for side in sides for run in side.tested])
     found = [difference(*(s.tested for s in sides), task, PROTOCOL, metric) for task in TASKS]
     parts = [part for part in found if part is not None]
+    level = METRIC if metric == LIKELIHOOD else metric
+    either = [any(flags) for flags in zip(*(_flags(side, level) for side in sides), strict=True)]
 
-    def make(*some: TaskMean) -> Entry:
-        return versus(compare(*some), names, nats=metric == LIKELIHOOD)
+    def make(*some: TaskMean, at_chance: bool = False) -> Entry:
+        nats = metric == LIKELIHOOD
+        return versus(compare(*some), names, nats=nats, at_chance=at_chance and not nats)
 
-    return [*map(make, parts), *_averaged(parts, kept, make)]
+    single = [make(part, at_chance=not known) for part, known in zip(parts, either, strict=True)]
+    return [*single, *_averaged(parts, kept, make)]
 
 
 def _differences(cells: Cells, metric: str) -> Block:
-    kept = [*range(len(TASKS))] if metric == LIKELIHOOD else _kept(cells, metric)
+    kept = _kept(cells, METRIC if metric == LIKELIHOOD else metric)
     compared = list(pairs(cells, METHOD_TITLES))
     lines = [_versus(pair, metric, kept) for pair in compared]
     if metric == METRIC:
@@ -156,9 +167,11 @@ def _differences(cells: Cells, metric: str) -> Block:
         for line, q in zip(lines, _corrected(compared, lines), strict=True):
             line[at] = _marked(line[at], q)
     rows = tuple(Row(pair.label, tuple(line)) for pair, line in zip(compared, lines, strict=True))
-    heading = f"Differences, {WORDS[metric]}"
+    best = ", ".join(f"{METHOD_TITLES[m]} at {choose(cells, m).step}" for m in METHODS)
+    heading = f"Differences, {WORDS[metric]} (own best: {best})"
     stub = ("", "step size", "")
-    return Block(heading, stub, COLUMNS, rows, run=True, metric=metric)
+    notes = (FAMILIES,) if metric == METRIC else ()
+    return Block(heading, stub, COLUMNS, rows, run=True, metric=metric, notes=notes)
 
 
 def _corrected(compared: Sequence[Pair], lines: Sequence[Sequence[Entry]]) -> list[float]:
@@ -195,8 +208,10 @@ def _first_page(blocks: Sequence[Block]) -> list[Block]:
         for row in versus_.rows
     )  # fmt: skip
     columns = (AVERAGE, AVERAGE_ABOVE, "p", "q")
-    first = dataclasses.replace(scores, heading=scores.words, rows=rows)
-    second = dataclasses.replace(versus_, rows=lines, columns=columns, heading=versus_.words)
+    first = dataclasses.replace(scores, heading=scores.words, rows=rows, words="")
+    second = dataclasses.replace(
+        versus_, rows=lines, columns=columns, heading=versus_.words, words=""
+    )
     return [seeds_in_heading(first), seeds_in_heading(second)]
 
 
@@ -218,8 +233,9 @@ def _unfinished(progress: Progress) -> Block:
                 cells.append(Entry("text", text=text, records=names_of(runs)))
             rows.append(Row((METHOD_TITLES[method], str(step)), tuple(cells)))
     heading = (
-        f"{len(progress.tested)} of {progress.total} runs are there, {len(progress.held_out)} of "
-        f"{progress.total} scored on held-out rows: no result is shown before all are"
+        f"{len(progress.tested)} of {progress.total} runs are collected, "
+        f"{len(progress.held_out)} of {progress.total} scored on held-out rows: nothing is "
+        "compared before all are"
     )
     columns = ("seeds run", "scored on held-out rows")
     return Block(heading, ("method", "step size"), columns, tuple(rows))
