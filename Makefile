@@ -114,7 +114,7 @@ figures: $(STAMP)  ## draw the figures from the records
 
 report: tables $(STAMP)  ## make the report, one page with all, and its short form docs/report.html
 	$(BIN)/python scripts/report.py results=results
-	$(BIN)/python scripts/report.py results=results --short=docs/report.html
+	$(BIN)/python scripts/report.py results=results --short=docs/report.html --pictures=docs/pictures
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check $(OURS)

@@ -101,3 +101,20 @@ def test_averages_are_over_the_cells_that_their_row_shows(committed: Results) ->
                 }
         assert possible, f"{block.heading}: no one set of tasks gives the last column"
     assert seen > 20
+
+
+def test_the_same_runs_have_the_same_averages_in_all_tables(committed: Results) -> None:
+    """The tasks that are above chance do not depend on which lines a table shows."""
+    found: dict[tuple[object, ...], set[tuple[float | None, float | None]]] = {}
+    for number in (1, 2, 8, 9):
+        for block in committed.tables[number].blocks:
+            tasks = tuple(c for c in block.columns if c not in NO_TASKS)
+            for row in block.rows:
+                if row.label[-1] == "ours":
+                    cells = dict(zip(block.columns, row.cells, strict=True))
+                    key = (tasks, protocol_of(block), cells[AVERAGE].records)
+                    averages = (cells[AVERAGE].value, cells[AVERAGE_ABOVE].value)
+                    found.setdefault(key, set()).add(averages)
+    several = [averages for (*_, records), averages in found.items() if records]
+    assert several
+    assert all(len(averages) == 1 for averages in several)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import dom_of, needs_browser
+from browser import needs_browser
+from browser import seen as laid_out
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -19,20 +18,6 @@ from mixlora_exp.results.differing_items import differing_items
 from mixlora_exp.tasks import Item
 
 LONG = "Which_of_these_words_without_a_space_" * 4
-SEEN = """<script>
-const cells = [...document.querySelectorAll("td, th")].map((cell) => {
-  const box = cell.getBoundingClientRect();
-  const clipped = cell.scrollWidth > cell.clientWidth + 1;
-  return {text: cell.textContent, left: box.left, right: box.right, clipped,
-          size: parseFloat(getComputedStyle(cell).fontSize)};
-});
-parent.postMessage({width: innerWidth, page: document.documentElement.scrollWidth,
-  images: [...document.images].map((one) => one.getBoundingClientRect().right), cells}, "*");
-</script>"""
-# A window of the browser has at least 500 pixels, a frame in it any number.
-FRAME = """<!DOCTYPE html><pre id="seen"></pre><script>addEventListener("message",
-  ({data}) => { document.getElementById("seen").textContent = JSON.stringify(data); });</script>
-<iframe src="page.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
 
 
 @pytest.mark.slow
@@ -56,13 +41,7 @@ def test_nothing_lies_beside_the_window(
     page = comparison_page(compared, differing_items(compared, asked)[0], [])
     free, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     assert count == 1
-    path = tmp_path / "page.html"
-    path.write_text(free.replace("</body>", f"{SEEN}</body>"), encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
-    (held,) = re.findall(r'<pre id="seen">(.*?)</pre>', dom_of(frame), re.S)
-    seen = json.loads(html.unescape(held))
-    assert seen["width"] == width
+    seen = laid_out(free, width, tmp_path)
     assert seen["page"] <= width
     assert seen["images"]
     assert max(seen["images"]) <= width

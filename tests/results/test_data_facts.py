@@ -37,6 +37,10 @@ def items(task: str, split: str) -> list[Item]:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_most_frequent_answer_of_training(task: str) -> None:
     rows = items(task, "train")
+    if len(rows) != TASKS[task].sizes["train"]:
+        # Beside this checkout is a part of HellaSwag's split: nothing is known of all of it.
+        assert lines("majority.csv", task) == []
+        return
     most = Counter(item.answer for item in rows).most_common(1)[0][1]
     (line,) = lines("majority.csv", task)
     assert (int(line["most"]), int(line["rows"])) == (most, len(rows))

@@ -54,3 +54,6 @@ def test_the_tables_compile(committed: Results, tmp_path: Path) -> None:
     log = (tmp_path / "tables.log").read_text(encoding="utf-8", errors="replace")
     wide = [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", log)]
     assert max(wide, default=0.0) < 1.0
+    # What is higher than a page loses its end.
+    high = re.findall(r"Float too large for page by ([\d.]+)pt", log)
+    assert high == []

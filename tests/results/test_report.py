@@ -11,11 +11,12 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from mixlora_exp.results import series
+from mixlora_exp.results import figures, series
 from mixlora_exp.results.build import (
     RESULTS,
     Results,
     draw_figures,
+    draw_pictures,
     gather,
     page_text,
     write_report,
@@ -27,7 +28,7 @@ Write = Callable[..., Path]
 SMALL = ("model=smollm2_135m", "task=multi", "data=local", "data.path=d")
 FIVE = ("arc_e", "arc_c", "boolq", "obqa", "piqa")
 # Elements without an end tag.
-VOID = {"meta", "img", "br", "link", "hr", "input"}
+VOID = {"meta", "img", "br", "link", "hr", "input", "wbr"}
 
 
 @pytest.fixture
@@ -53,6 +54,34 @@ def test_figures_are_drawn_and_the_same_each_time(results: Path, tmp_path: Path)
             first, second = (tmp_path / d / f"{name}.{suffix}" for d in ("one", "two"))
             assert first.stat().st_size > 2000
             assert first.read_bytes() == second.read_bytes()
+
+
+def test_learning_curves_are_of_like_conditions(tmp_path: Path, write: Write) -> None:
+    """Another rank, switch or loss is no part of a band; another step size is one of its own."""
+    accuracy = dict.fromkeys(FIVE, 0.5)
+    (tmp_path / "bench").mkdir()
+    cases = {
+        "a": ["seed=1"],
+        "b": ["seed=2"],
+        "long": ["seed=1", "method.alpha=160"],
+        "rank": ["method.rank=4"],
+        "official": ["preset=official"],
+        "loss": ["trainer.loss_on=all"],
+        "decay": ["trainer.weight_decay=0.5"],
+    }
+    for name, words in cases.items():
+        write(tmp_path / "runs", name, [*SMALL, "method=mixlora", *words], accuracy)
+    found = gather(tmp_path)
+    curves = series.learning_curves(found.runs, found.standards)
+    assert sorted(curve.step_size for curve in curves) == [
+        "alpha 160, rate 2e-4", "alpha 32, rate 2e-4", "alpha 32, rate 2e-4",
+    ]  # fmt: skip
+    (ax,) = figures.curves_figure(curves).axes
+    labels = sorted(text.get_text() for text in ax.get_legend().get_texts())
+    assert labels == [
+        "MixLoRA, alpha 160, rate 2e-4, runs: 1",
+        "MixLoRA, alpha 32, rate 2e-4, runs: 2",
+    ]
 
 
 def test_figures_show_what_the_tables_say(results: Path) -> None:
@@ -164,6 +193,31 @@ def test_the_committed_page_is_what_the_records_give(committed: Results) -> None
     assert (first.count("<table>"), first.count("<li>")) == (1, 3)
     words = re.sub(r"<[^>]+>", " ", first.partition("</style>")[2])
     assert not re.search(r"\w+\.\w+=|_", words), "conditions are in words"
+
+
+def test_the_committed_pictures_are_what_the_records_give(
+    committed: Results, tmp_path: Path
+) -> None:
+    """Labels and figures; places of glyphs are left to the library's version."""
+    held = RESULTS.parent / "docs" / "pictures"
+    names = draw_pictures(committed, tmp_path)
+    assert {f"{name}.svg" for name in names} == {path.name for path in held.iterdir()}
+
+    def words(path: Path) -> list[str]:
+        return re.findall(r">([^<>\n]+)</text>", path.read_text(encoding="utf-8"))
+
+    for name in names:
+        found = words(tmp_path / f"{name}.svg")
+        assert len(found) > 5
+        assert found == words(held / f"{name}.svg"), "make report"
+
+
+def test_pictures_without_records_are_removed(results: Path, tmp_path: Path) -> None:
+    for name in ("forest", "step_sizes", "other"):
+        (tmp_path / f"{name}.svg").write_text("old", encoding="utf-8")
+    assert draw_pictures(gather(results), tmp_path) == ["forest"]
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["forest.svg", "other.svg"]
+    assert (tmp_path / "forest.svg").stat().st_size > 2000
 
 
 def test_the_forest_plot_puts_figures_where_they_belong() -> None:

@@ -14,7 +14,7 @@ from mixlora_exp.results.statistics.estimates import compare, estimate
 from mixlora_exp.results.statistics.families import holm
 from mixlora_exp.results.statistics.intervals import tango
 from mixlora_exp.results.statistics.parts import TaskMean, accuracy_part, difference_part
-from mixlora_exp.results.statistics.two_classes import area_part, area_under_curve
+from mixlora_exp.results.statistics.two_classes import area_error, area_part, area_under_curve
 
 
 def items(values: np.ndarray | list[float]) -> dict[str, float]:
@@ -222,6 +222,19 @@ def test_area_under_the_curve() -> None:
     found = estimate(area_part({1: rows, 2: rows}, {}))
     assert (found.value, found.seeds) == (pytest.approx(area), 2)
     assert found.high - found.low == pytest.approx(2 * Z * variance**0.5, rel=0.05)
+
+
+def test_the_error_of_an_area_is_delongs() -> None:
+    draw = np.random.default_rng(3)
+    first = draw.random(60) < 0.4
+    margins = draw.normal(size=60) + first
+    rows = {f"{i:02}": (float(margins[i]), bool(first[i])) for i in range(60)}
+    area, error = area_error(rows, {})
+    above = (margins[first][:, None] > margins[~first][None, :]).astype(float)
+    assert area == pytest.approx(above.mean())
+    parts = (above.mean(axis=1), above.mean(axis=0))
+    variance = sum(((part - area) ** 2).sum() / len(part) ** 2 for part in parts)
+    assert error == pytest.approx(variance**0.5)
 
 
 def test_a_constant_answer_has_an_area_of_one_half() -> None:

@@ -74,19 +74,20 @@ def made(
     name = f"{method}-{step.alpha}-{step.rate}-{seed}-{held_out}"
     found: dict[tuple[str, str], dict[str, Any]] = {}
     predictions = {}
+    nats = -2.0 + (method == "mixlora") + 0.1 * STEPS.index(step)
     for task in TASKS:
         right = round(share(method, step, seed, task) * ITEMS)
         predictions[task, "answer_text"] = {
             f"{task}-{i}": {
                 "answer": 0, "prediction": 1, "prediction_normalized": int(i >= right),
-                "gold_log_likelihood": -2.0 + (method == "mixlora"),
+                "gold_log_likelihood": nats,
             }
             for i in range(ITEMS)
         }  # fmt: skip
         found[task, "answer_text"] = {
             "n": ITEMS, "accuracy": 0.0, "chance": 0.5 if task == "piqa" else 0.25,
             "majority_class": 0.27, "clusters": {},
-            "gold_log_likelihood": -2.0 + (method == "mixlora"),
+            "gold_log_likelihood": nats,
         }  # fmt: skip
     weights = {"sha256": f"{method}{step}{seed}"}
     origin = {
@@ -137,8 +138,8 @@ HELD = by_step({SMALL: 0.3, MIDDLE: 0.45, LARGE: 0.4}, {SMALL: 0.6, MIDDLE: 0.5,
 
 def table_of(runs: list[RecordedRun], standards: Standards) -> Table:
     sources = Sources(runs, None, standards, [], {}, {})  # type: ignore[arg-type]
-    blocks, notes, brief = step_size_table(sources)  # type: ignore[misc]
-    return Table(NUMBER, "own step sizes", blocks, notes, brief(blocks))
+    blocks, notes, brief, legend = step_size_table(sources)  # type: ignore[misc]
+    return Table(NUMBER, "own step sizes", blocks, notes, brief(blocks), legend)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_the_design_is_that_of_the_experiment(
     """What `make study` runs is what is looked for."""
     assert read_cells(full, standards).complete
     assert [str(step) for step in STEPS] == [
-        "alpha 32, rate 0.0002", "alpha 160, rate 0.0002", "alpha 160, rate 0.0006",
+        "alpha 32, rate 2e-4", "alpha 160, rate 2e-4", "alpha 160, rate 6e-4",
     ]  # fmt: skip
     assert [step.size for step in STEPS] == pytest.approx([0.0064, 0.032, 0.096])
     assert configs["lora"]["method"]["rank"] == 80
@@ -353,8 +354,9 @@ def test_only_averages_by_the_metric_that_decides_are_marked(
     assert marked == {(found.blocks[1].heading, "average")}
     metrics = [block.metric for block in found.blocks if "Differences" in block.heading]
     assert metrics == ["accuracy_normalized", "accuracy", "gold_log_likelihood"]
-    # MixLoRA's log-likelihood is higher by one nat everywhere.
-    assert [row.cells[-2].value for row in found.blocks[-1].rows][:4] == [1.0] * 4
+    # MixLoRA's log-likelihood is one nat higher, and that of the next larger step size a tenth.
+    nats = [row.cells[-2].value for row in found.blocks[-1].rows]
+    assert nats == pytest.approx([0.9, 1, 1, 1, 0.2, 0.2])
 
 
 def test_accuracies_stand_beside_chance_and_the_choice(

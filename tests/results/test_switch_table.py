@@ -82,7 +82,9 @@ def test_each_switch_beside_none(write: Write, results: Path) -> None:
     assert cell(block, "preset=official", likelihood).value == pytest.approx(-0.5)
     assert cell(block, "preset=official", likelihood).mark == "worse"
     same = cell(block, "trainer.loss_on=all", likelihood, "BoolQ")
-    assert (same.value, same.mark) == (0.0, "")
+    # Zero in every item: no interval of zero width, and none of the corrected comparisons.
+    assert (same.kind, same.text, same.value) == ("text", "equal", None)
+    assert len(same.records) == 6
     # One seed up, two down: no matter how sure each is, three seeds do not tell.
     mixed = cell(block, "trainer.loss_on=all, trainer.padding_in_loss=true", likelihood)
     assert mixed.value == pytest.approx(-0.25 / 3)

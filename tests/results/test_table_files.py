@@ -20,6 +20,7 @@ from mixlora_exp.results.build import (
     table_files,
     write_files,
 )
+from mixlora_exp.results.tidy import AREA
 
 Write = Callable[..., Path]
 
@@ -99,6 +100,7 @@ def test_tidy_files_have_one_figure_a_line(add: Write, results: Path) -> None:
         "arc_e", "accuracy", "0.7", "40",
     )  # fmt: skip
     assert first["rows"] == "test"
+    assert not [line for line in files["scores.csv"] if line["metric"] == AREA], "one answer only"
     assert float(first["se"]) == pytest.approx((0.7 * 0.3 / 40) ** 0.5, rel=1e-4)
     (line,) = [
         found for found in files["differences.csv"]

@@ -20,17 +20,18 @@ def run(argv: Sequence[str]) -> int:
     parser.add_results()
     parser.add_argument("--output", metavar="DIR", type=Path, help="write elsewhere")
     parser.add_argument(
-        "--short",
-        metavar="FILE",
-        type=Path,
-        help="write only the page without details, and its two figures to pictures/ beside it",
+        "--short", metavar="FILE", type=Path, help="write only the page without figures and details"
+    )
+    parser.add_argument(
+        "--pictures", metavar="DIR", type=Path, help="draw the figures of the first screen, as SVG"
     )
     args = parser.parse(argv)
     found = gather(parser.require_results(args.results))
     if args.short is not None:
         write_text(args.short, page_text(found, args.short))
-        names = draw_pictures(found, args.short.parent / "pictures")
-        print(f"written: {args.short}, pictures: {', '.join(names) or 'none'}")
-    else:
+        print(f"written: {args.short}")
+    if args.pictures is not None:
+        print(f"drawn: {', '.join(draw_pictures(found, args.pictures)) or 'nothing'}")
+    if args.short is None and args.pictures is None:
         print(f"written: {write_report(found, args.output or args.results)}")
     return 0

@@ -243,7 +243,7 @@ def draw_figures(results: Results, folder: Path) -> list[str]:
     loads = series.loads(results.blocks, results.standards)
     for number, load in enumerate(loads, start=1):
         made[f"figure5-{number}"] = lambda load=load: figures.load_figure(load)
-    curves = series.learning_curves(results.runs)
+    curves = series.learning_curves(results.runs, results.standards)
     if curves:
         made["learning_curves"] = lambda: figures.curves_figure(curves)
     made |= _first_figures(results)
@@ -270,12 +270,14 @@ def _first_figures(results: Results) -> dict[str, Callable[[], Any]]:
 
 def draw_pictures(results: Results, folder: Path) -> list[str]:
     """Draw the figures of the first screen as SVG alone, for pages that show them; returns their
-    names."""
+    names. Removes those for which there are no records any more."""
     from mixlora_exp.results import figures
 
     made = _first_figures(results)
     for name, make in made.items():
         figures.save(make, folder, name, ("svg",))
+    for name in {"forest", "step_sizes"} - made.keys():
+        (folder / f"{name}.svg").unlink(missing_ok=True)
     return list(made)
 
 

@@ -34,9 +34,10 @@ def _majorities() -> Mapping[str, float]:
         }
 
 
-def majority_of_train(task: str) -> float:
-    """Return the share of the most frequent answer in the published training split."""
-    return _majorities()[task]
+def majority_of_train(task: str) -> float | None:
+    """Return the share of the most frequent answer in the published training split; None where it
+    is not known."""
+    return _majorities().get(task)
 
 
 def published(run: RecordedRun, task: str) -> bool:

@@ -90,7 +90,8 @@ def caption(tables: Mapping[int, Table]) -> str:
 
 
 def missing(tables: Mapping[int, Table]) -> list[str]:
-    """Return a phrase on each model of the paper of whose lines in some tables none was run."""
+    """Return a phrase on each model of the paper of whose lines in some tables none was run, and on
+    the comparison at own step sizes."""
     rows: dict[str, int] = {}
     places: dict[str, list[str]] = {}
     for number, table in tables.items():
@@ -98,11 +99,16 @@ def missing(tables: Mapping[int, Table]) -> list[str]:
             if count := rows_not_run(block):
                 rows[block.heading] = rows.get(block.heading, 0) + count
                 places.setdefault(block.heading, []).append(str(number))
-    return [
+    found = [
         f"{model}: 0 of {count} rows (Table{'s' * (len(places[model]) > 1)} "
         f"{', '.join(places[model])})"
         for model, count in rows.items()
     ]
+    own = tables.get(step_size.NUMBER)
+    if own is not None and not step_size.complete(own):
+        heading = own.blocks[0].heading.partition(":")[0]
+        found.append(f"the comparison at step sizes of each method's own: {heading}")
+    return [*found, step_size.NOT_YET]
 
 
 def _marked(tables: Mapping[int, Table]) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from mixlora_exp.errors import shown
 from mixlora_exp.records.files import PACKED, RECORD
@@ -69,6 +69,11 @@ def _shown(value: Any) -> Any:
     # What a macro made is markup, and its values were escaped.
     plain = isinstance(value, str) and not isinstance(value, Markup)
     return shown(value, None) if plain else value
+
+
+def _breakable(name: str) -> Markup:
+    """Return a heading with a place where a narrow column may break a method's name."""
+    return Markup(escape(shown(name, None)).replace("Mix", Markup("Mix<wbr>")))
 
 
 CAPTIONS = {
@@ -128,4 +133,5 @@ def page(
         results=results,
         shown=SHOWN_LINKS,
         seeds=seeds,
+        breakable=_breakable,
     )

@@ -12,6 +12,7 @@ from mixlora_exp.config.choices import PAPER_METHODS
 from mixlora_exp.results.cells import Blocks, Standards, block_title, deviations
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES, read_paper
 from mixlora_exp.results.runs import RecordedRun
+from mixlora_exp.results.step_sizes import step_size
 from mixlora_exp.results.tables.parts import AVERAGE, Entry, Table
 
 
@@ -196,10 +197,28 @@ class Curve:
     losses: tuple[float, ...]
 
 
-def learning_curves(runs: Sequence[RecordedRun]) -> list[Curve]:
-    """Learning curves of runs with at least three logged losses."""
+FREE = ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_size")
+"""Settings of the trainer in which curves of one figure may differ: they decide the length of a
+curve, or are named beside it."""
+
+
+def _usual(run: RecordedRun, standards: Standards) -> bool:
+    """Return whether a run has Table 3's settings, but for its step size and length: losses on
+    other tokens, other ranks or switches are no like conditions."""
+    own, trainer = run.trained["trainer"], standards.trainer
+    return (
+        run.preset == "correct"
+        and deviations(run, standards).keys() <= {"alpha"}
+        and all(own[name] == value for name, value in trainer.items() if name not in FREE)
+    )
+
+
+def learning_curves(runs: Sequence[RecordedRun], standards: Standards) -> list[Curve]:
+    """Learning curves of runs at Table 3's settings with at least three logged losses."""
     found = []
     for run in runs:
+        if run.method == "none" or not _usual(run, standards):
+            continue
         train = run.record["train"]
         curve = [] if train is None else train["curve"]
         if len(curve) < 3:
@@ -217,8 +236,7 @@ def learning_curves(runs: Sequence[RecordedRun]) -> list[Curve]:
             Curve(
                 panel,
                 run.method,
-                f"alpha {run.trained['method']['alpha']:g}, "
-                f"rate {run.trained['trainer']['learning_rate']:g}",
+                str(step_size(run)),
                 tuple(entry["step"] for entry in curve),
                 tuple(entry["loss"] for entry in curve),
             )

@@ -47,7 +47,8 @@ class StepSize:
     rate: float
 
     def __str__(self) -> str:
-        return f"alpha {self.alpha:g}, rate {self.rate:g}"
+        # As it is given: 2e-4, not 2e-04 or 0.0002.
+        return f"alpha {self.alpha:g}, rate {self.rate:.0e}".replace("e-0", "e-")
 
     @property
     def size(self) -> float:
@@ -135,7 +136,7 @@ def _belongs(run: RecordedRun, standards: Standards) -> bool:
         and run.method in METHODS
         and run.seed in SEEDS
         and sorted(run.mix) == sorted(TASKS)
-        and _step(run) in STEPS
+        and step_size(run) in STEPS
         and deviations(run, standards).keys() <= {"alpha"}
         and all((task, PROTOCOL) in run.scores for task in TASKS)
     ):
@@ -152,7 +153,8 @@ def _plain(conditions: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(conditions, sort_keys=True))
 
 
-def _step(run: RecordedRun) -> StepSize:
+def step_size(run: RecordedRun) -> StepSize:
+    """Return the step size of a trained run."""
     return StepSize(run.trained["method"]["alpha"], run.trained["trainer"]["learning_rate"])
 
 
@@ -170,7 +172,7 @@ def _largest(runs: Sequence[RecordedRun]) -> dict[Place, RecordedRun]:
     conditions: one comparison never mixes two commits, environments or data."""
     groups: dict[str, dict[Place, RecordedRun]] = defaultdict(dict)
     for run in runs:
-        groups[_shared(run)].setdefault((run.method, _step(run), run.seed), run)
+        groups[_shared(run)].setdefault((run.method, step_size(run), run.seed), run)
     # Of equal size: the same one each time, whatever the names of the runs.
     best = max(groups, key=lambda key: (len(groups[key]), key), default=None)
     return {} if best is None else groups[best]

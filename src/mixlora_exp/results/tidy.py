@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import stdev
 from typing import Any
 
+from mixlora_exp.results.data_facts import groups
 from mixlora_exp.results.paper import TASK_TITLES
-from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
+from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun, read_margins
+from mixlora_exp.results.statistics.two_classes import area_error
 from mixlora_exp.results.tables.parts import AVERAGE_ABOVE, Table
 
 SCORES = (
@@ -24,6 +26,8 @@ DIFFERENCES = (
 TASK_IDS = {title: name for name, title in TASK_TITLES.items()}
 TASK_IDS[AVERAGE_ABOVE] = "average above chance"
 METRICS = ("accuracy", "accuracy_normalized", LIKELIHOOD)
+AREA = "area_under_roc_curve"
+"""Of tasks with two answers: 0.5 for any constant answer."""
 
 
 def _text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -47,6 +51,7 @@ def _scores(run: RecordedRun) -> Iterator[Sequence[Any]]:
         run.seed if trained else "",
     ]  # fmt: skip
     for (task, protocol), score in run.scores.items():
+        found: dict[str, tuple[float, float | None]] = {}
         for metric in METRICS:
             value = score.get(metric)
             if value is None:
@@ -56,22 +61,20 @@ def _scores(run: RecordedRun) -> Iterator[Sequence[Any]]:
                 rows = run.predictions[task, protocol].values()
                 nats = [row[LIKELIHOOD] for row in rows if row.get(LIKELIHOOD) is not None]
                 error = stdev(nats) / math.sqrt(len(nats)) if nats[1:] else None
-            yield [
-                *head,
-                task,
-                protocol,
-                metric,
-                _number(value),
-                _number(error),
-                score["n"],
-                "held out" if run.held_out else "test",
-                run.name,
-            ]
+            found[metric] = value, error
+        margins = read_margins(run, task, protocol)
+        if margins is not None and len({first for _, first in margins.values()}) == 2:
+            found[AREA] = area_error(margins, groups(run, task, protocol))
+        rows_ = "held out" if run.held_out else "test"
+        for metric, figures in found.items():
+            shown = map(_number, figures)
+            yield [*head, task, protocol, metric, *shown, score["n"], rows_, run.name]
 
 
 def scores_csv(runs: Sequence[RecordedRun]) -> str:
-    """Return every score of every usable run. `value`: accuracies as fractions, log-likelihoods in
-    nats; `se`: its standard error over items, taken as independent; `rows`: the test set, or rows
+    """Return every score of every usable run. `value`: accuracies and areas under the ROC curve
+    as fractions, log-likelihoods in nats; `se`: its standard error over items, taken as independent
+    but for the areas; `rows`: the test set, or rows
     held out of training."""
     return _text(SCORES, (line for run in runs for line in _scores(run)))
 

@@ -57,7 +57,7 @@ def _faults(line: Mapping[str, str], column: str, contradicted: Mapping) -> tupl
     printed, items = float(line[column]), TASKS[column].sizes["test"]
     if not possible(printed, items):
         found.append(f"no number of {items:,} answers gives {printed}")
-    chance = 100 * max(majority_of_train(column), 1 / OPTIONS[column])
+    chance = 100 * max(majority_of_train(column) or 0.0, 1 / OPTIONS[column])
     if printed <= chance + HALF:
         found.append(f"not above chance or the most frequent answer of training ({chance:.1f})")
     return tuple(found)

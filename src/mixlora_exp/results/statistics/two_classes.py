@@ -55,3 +55,16 @@ def area_part(seeds: Mapping[int, Mapping[str, tuple[float, bool]]], groups: Gro
     fewest = min(first, len(items) - first)
     n = area * (1 - area) / variance if min(variance, area * (1 - area)) > 1e-12 else fewest
     return TaskMean(area, lambda z: wilson(area, n, z), areas, len(items))
+
+
+def area_error(rows: Mapping[str, tuple[float, bool]], groups: Groups) -> tuple[float, float]:
+    """Return the area under the curve of one run and its standard error over items; item ->
+    (margin, first is right).
+
+    Raises:
+        ValueError: only one of the two answers is ever right.
+    """
+    items = sorted(rows)
+    pairs = np.array([rows[item] for item in items])
+    area, parts = area_under_curve(pairs[:, 0], pairs[:, 1].astype(bool))
+    return area, float(variance_of_mean(parts, [groups.get(i, i) for i in items]) ** 0.5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mixlora_exp.results.cells import Key, block_title
 from mixlora_exp.results.condition_text import condition_text
 from mixlora_exp.results.paper import (
+    METHOD_TITLES,
     MODEL_TITLES,
     TASK_TITLES,
     Contradiction,
@@ -117,8 +119,8 @@ def _block(
     beside_paper: bool,
     known: Sequence[Contradiction],
     words: str,
+    above: frozenset[str],
 ) -> Block:
-    above = lines.tasks_above_chance(spec.tasks, protocol, members)
     context = lines.Context(spec, protocol, members, above)
     rows: list[Row] = []
     # A setup with results for one method is shown for all methods, with dashes.
@@ -149,7 +151,46 @@ def _block(
     rows += lines.baselines(context)
     titles = (TASK_TITLES[task] for task in spec.tasks)
     columns = ("#Params (%)", *titles, AVERAGE, AVERAGE_ABOVE)
-    return Block(heading, STUB, columns, tuple(rows), run=bool(members), words=words)
+    notes = tuple(_caveats(model, protocol, members))
+    return Block(heading, STUB, columns, tuple(rows), run=bool(members), notes=notes, words=words)
+
+
+def _caveats(model: str, protocol: str, members: Mapping[Variant, Members]) -> Iterator[str]:
+    """Yield what a reader of a block's results has to know beside them."""
+    runs = [run for by_task in members.values() for own in by_task.values() for run in own]
+    trained = [run for run in runs if run.method != "none"]
+    alphas: dict[float, dict[str, None]] = defaultdict(dict)
+    for run in trained:
+        alphas[run.trained["method"]["alpha"]].setdefault(METHOD_TITLES[run.method])
+    if len(alphas) > 1:
+        named = "; ".join(f"{', '.join(alphas[alpha])}: {alpha:g}" for alpha in sorted(alphas))
+        yield (
+            f"Alpha differs ({named}): early in training a step moves the output by about alpha "
+            "times the learning rate, so that a difference may be that of alpha alone "
+            "(docs/presets.md)."
+        )
+    counts = [run.parameters for run in trained]
+    shares = [c["percent_true"] for c in counts if c is not None and c.get("percent_true")]
+    if shares and max(shares) > MANY:
+        ends = dict.fromkeys(f"{share:.1f}" for share in (min(shares), max(shares)))
+        yield (
+            f"Of {MODEL_TITLES.get(model, model)}'s parameters {' to '.join(ends)} % are trained; "
+            "of the paper's models it is 0.4 to 6 %."
+        )
+    if protocol == "answer_text" and any("winogrande" in by_task for by_task in members.values()):
+        yield (
+            "WinoGrande: the candidate after the sentence with its blank is scored, which is no "
+            "partial scoring."
+        )
+
+
+MANY = 10.0
+"""Percent of trained parameters that are named beside a result."""
+
+
+def _above(spec: AccuracySpec, key: Key, sources: Sources) -> frozenset[str]:
+    runs = sources.blocks.runs.get(key, ())
+    return lines.tasks_above_chance(spec.tasks, key[1], runs, sources.standards)
 
 
 def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
@@ -172,11 +213,17 @@ def accuracy_table(number: int, spec: AccuracySpec, sources: Sources) -> Made:
             if key in found:
                 heading += f": {block_title(key, standards)[0]}"
             members = found.pop(key, {})
+            higher = _above(spec, key, sources)
             words = condition_text(key, standards) if members else heading
-            made.append(_block(spec, model, printed, heading, key[1], members, True, known, words))
+            made.append(
+                _block(spec, model, printed, heading, key[1], members, True, known, words, higher)
+            )
     for key in sorted(found) if spec.others else ():
         heading = f"{MODEL_TITLES.get(key[0], key[0])}: {block_title(key, standards)[0]}"
         words, members = condition_text(key, standards), found[key]
-        made.append(_block(spec, key[0], printed, heading, key[1], members, False, known, words))
+        higher = _above(spec, key, sources)
+        made.append(
+            _block(spec, key[0], printed, heading, key[1], members, False, known, words, higher)
+        )
     notes = [*NOTES, *dict.fromkeys(f"The paper (†): {entry.text}." for entry in known)]
     return made, notes, summarize_accuracy

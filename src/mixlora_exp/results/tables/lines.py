@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
 from mixlora_exp.config.choices import PAPER_METHODS
+from mixlora_exp.results.cells import Standards, deviations
 from mixlora_exp.results.data_facts import reference
 from mixlora_exp.results.paper import METHOD_TITLES, TOLERANCE, PaperTable
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
@@ -59,13 +62,22 @@ class Context:
 
 
 def tasks_above_chance(
-    tasks: Sequence[str], protocol: str, members: Mapping[Variant, Members]
+    tasks: Sequence[str], protocol: str, runs: Iterable[RecordedRun], standards: Standards
 ) -> frozenset[str]:
-    """Return tasks on which more than half of the trained lines lie above chance and the most
-    frequent answer of training."""
+    """Return tasks on which more than half of the trained settings lie above chance and the most
+    frequent answer of training. `runs`: all of a block, whatever table shows them, so that two
+    tables of one block leave out the same tasks."""
+    settings: dict[str, dict[str, list[RecordedRun]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.method != "none":
+            odd = deviations(run, standards)
+            key = json.dumps([run.method, run.preset, odd, sorted(run.mix)], sort_keys=True)
+            for task in run.mix:
+                if (task, protocol) in run.scores:
+                    settings[key][task].append(run)
     found = []
     for task in tasks:
-        lines = [m[task] for v, m in members.items() if v != BASE and m.get(task)]
+        lines = [by_task[task] for by_task in settings.values() if task in by_task]
         higher = [above(cell(runs, task, protocol), runs, task, protocol) for runs in lines]
         if 2 * sum(higher) > len(higher) or not lines:
             found.append(task)
@@ -181,7 +193,7 @@ def compared(
         return versus(compare(*known), records, nats=field == LIKELIHOOD, at_chance=any_at_chance)
 
     cells = [entry([task]) for task in context.tasks]
-    if any(found.value is not None for found in cells):
+    if any(found.kind != "dash" for found in cells):
         yield Row(label, (dash, *cells, *map(entry, _averages(context))))
 
 

@@ -111,6 +111,8 @@ class Table:
     notes: Sequence[str] = field(default_factory=list)
     summary: Sequence[Block] = ()
     """Content of the table's first page, where that is not all of it."""
+    legend: str = ""
+    """What stands under the first page in place of the usual legend."""
 
     @property
     def name(self) -> str:
@@ -161,7 +163,10 @@ def versus(
     found: Comparison, records: tuple[str, ...], *, nats: bool = False, at_chance: bool = False
 ) -> Entry:
     """Return a paired difference in percentage points, or in nats. Its mark depends on the table's
-    other comparisons (`marks.corrected`)."""
+    other comparisons (`marks.corrected`). A difference in nats that is zero in every item and seed
+    has no interval: it is said in words."""
+    if nats and found.low == found.high == 0:
+        return Entry("text", text="equal", records=records)
     scale, digits = (1, NATS_DIGITS) if nats else (100, 1)
     return Entry(
         "versus",

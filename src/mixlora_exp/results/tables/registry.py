@@ -51,8 +51,13 @@ class Sources:
 
 Brief = Callable[[Sequence[Block]], Sequence[Block]]
 """Blocks -> what stands on the table's first page; the rest is in its details."""
-Made = tuple[Sequence[Block], Sequence[str]] | tuple[Sequence[Block], Sequence[str], Brief]
-"""Blocks of lines, notes in Markdown, and what to show first if that is not all."""
+Made = (
+    tuple[Sequence[Block], Sequence[str]]
+    | tuple[Sequence[Block], Sequence[str], Brief]
+    | tuple[Sequence[Block], Sequence[str], Brief, str]
+)
+"""Blocks of lines, notes in plain text, what to show first if that is not all, and a legend of that
+page if it is not the usual one."""
 Maker = Callable[[Sources], Made]
 _MAKERS: dict[int, tuple[str, Maker]] = {}
 
@@ -87,7 +92,10 @@ def make_tables(sources: Sources) -> dict[int, Table]:
 
 
 def _made(number: int, title: str, made: Made) -> Table:
-    blocks, notes, *summary = made
+    blocks, notes, *more = made
     found = corrected(Table(number, title, blocks, notes))
     # Of the marked blocks.
-    return dataclasses.replace(found, summary=summary[0](found.blocks)) if summary else found
+    if not more:
+        return found
+    legend = more[1] if len(more) > 1 else ""
+    return dataclasses.replace(found, summary=more[0](found.blocks), legend=legend)

@@ -84,10 +84,8 @@ def markdown(table: Table) -> str:
     left_out = "".join(f"{line} " for line in not_run(table))
     intro = f"\n{left_out}Every line and interval: [details]({table.name}-details.md).\n"
     accuracies = any(cell.kind in ("versus", "ours") and cell.items for cell in table.cells())
-    own = any(block.notes for block in table.summary)
-    legend = "" if own else LEGEND if accuracies else table.notes[0]
-    shown = f"\n{legend}\n" if legend else ""
-    return title + intro + "".join(map(_block, table.summary)) + shown
+    legend = table.legend or (LEGEND if accuracies else table.notes[0])
+    return title + intro + "".join(map(_block, table.summary)) + f"\n{legend}\n"
 
 
 def details(table: Table) -> str:

@@ -4,7 +4,7 @@ paper."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 
 from mixlora_exp.records.wilson import LEVEL
@@ -30,7 +30,7 @@ from mixlora_exp.results.step_sizes import (
     pairs,
     read_cells,
 )
-from mixlora_exp.results.tables.paired import ACCURACY, above, difference, names_of
+from mixlora_exp.results.tables.paired import ACCURACY, above, area, difference, names_of
 from mixlora_exp.results.tables.parts import (
     AVERAGE,
     AVERAGE_ABOVE,
@@ -48,6 +48,11 @@ from mixlora_exp.results.tables.registry import Made, Sources, table
 from mixlora_exp.results.tables.summary import bare, seeds_in_heading
 
 NUMBER = 12
+NOT_YET = (
+    "parts A', B, C and D of docs/comparison.md (magnitudes, single tasks, controls of the "
+    "router, other methods)"
+)
+"""What no table has yet."""
 HELD_OUT, CHOSEN = "held out", "chosen"
 TITLES = tuple(TASK_TITLES[task] for task in TASKS)
 COLUMNS = (*TITLES, AVERAGE, AVERAGE_ABOVE)
@@ -139,6 +144,26 @@ def _likelihoods(cells: Cells) -> Block:
     columns = (*TITLES, AVERAGE)
     heading = f"Mean {WORDS[LIKELIHOOD]}"
     return Block(heading, ("method", "step size", ""), columns, tuple(rows), run=True)
+
+
+def _areas(cells: Cells) -> Iterator[Block]:
+    """Yield the area under the ROC curve of the tasks with two answers, in percent: 50 for any
+    constant answer."""
+    parts = {
+        key: [area(one.tested, task, PROTOCOL) for task in TASKS] for key, one in cells.items()
+    }
+    two = [at for at in range(len(TASKS)) if all(own[at] is not None for own in parts.values())]
+    if not two:
+        return
+    rows = []
+    for key, one in cells.items():
+        found = [estimate(part) for at in two if (part := parts[key][at]) is not None]
+        names = names_of(one.tested)
+        shown = tuple(ours(entry, names, at_chance=entry.low <= 0.5) for entry in found)
+        rows.append(Row((METHOD_TITLES[one.method], str(one.step), ""), shown))
+    columns = tuple(TITLES[at] for at in two)
+    heading = "Area under the ROC curve in percent, 50 for any constant answer"
+    yield Block(heading, ("method", "step size", ""), columns, tuple(rows), run=True)
 
 
 def _versus(pair: Pair, metric: str, kept: Sequence[int]) -> list[Entry]:
@@ -264,14 +289,14 @@ def step_size_table(sources: Sources) -> Made:
     """Build the table: scores and differences by the metric that decides, then by the others."""
     progress = read_cells(sources.runs, sources.standards)
     if not progress.complete:
-        return [_unfinished(progress)], NOTES, _first_page
+        return [_unfinished(progress)], NOTES, _first_page, NOTES[0]
     cells = progress.cells
     blocks = [
         block
         for metric in (METRIC, ACCURACY)
         for block in (_scores(cells, metric), _differences(cells, metric))
     ]
-    blocks += [_likelihoods(cells), _differences(cells, LIKELIHOOD)]
+    blocks += [_likelihoods(cells), _differences(cells, LIKELIHOOD), *_areas(cells)]
     where = f"{MODEL_TITLES[MODEL]}, 9,500 training rows of four tasks, 1 epoch, full test sets"
     made = [dataclasses.replace(block, words=f"{where}: {block.heading}") for block in blocks]
-    return made, NOTES, _first_page
+    return made, NOTES, _first_page, " ".join(NOTES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from mixlora_exp.results.tables.parts import (
     AVERAGE,
@@ -84,23 +84,6 @@ def summarize_accuracy(blocks: Sequence[Block]) -> list[Block]:
         title = next((other for other in others if other != "minus the base model"), "difference")
         columns = [column for column in block.columns if column not in NO_TASKS]
         titles = (*columns, AVERAGE, AVERAGE_ABOVE, title)
-        made.append(seeds_in_heading(Block(block.words, block.stub[:2], titles, rows, run=True)))
+        found = Block(block.words, block.stub[:2], titles, rows, run=True, notes=block.notes)
+        made.append(seeds_in_heading(found))
     return made
-
-
-def summarize_lines(*kept: str) -> Callable[[Sequence[Block]], list[Block]]:
-    """Keeps the lines whose last label is one of `kept`."""
-
-    def summarize(blocks: Sequence[Block]) -> list[Block]:
-        return [
-            seeds_in_heading(
-                dataclasses.replace(
-                    block,
-                    heading=block.words or block.heading,
-                    rows=tuple(row for row in block.rows if row.label[-1] in kept),
-                )
-            )
-            for block in blocks
-        ]
-
-    return summarize

@@ -14,15 +14,16 @@ from typing import Any
 
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.cells import Key, block_title
-from mixlora_exp.results.condition_text import condition_text
+from mixlora_exp.results.condition_text import PROTOCOLS, condition_text
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics.estimates import compare, estimate
-from mixlora_exp.results.tables.paired import ACCURACY, above, cell, difference
+from mixlora_exp.results.tables.lines import AREA
+from mixlora_exp.results.tables.paired import ACCURACY, above, area, cell, difference
 from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, ours, versus
 from mixlora_exp.results.tables.registry import Made, Sources, table
-from mixlora_exp.results.tables.summary import summarize_lines
+from mixlora_exp.results.tables.summary import seeds_in_heading
 
 Diff = tuple[tuple[str, Any], ...]
 """Switches that differ from `preset=correct`, with their values."""
@@ -118,7 +119,14 @@ def _rows(
     likelihoods = [[run.scores[t, protocol]["gold_log_likelihood"] for run in runs] for t in tasks]
     if not any(value is None for row in likelihoods for value in row):
         cells = [number(mean(row), 3, names) for row in likelihoods]
-        yield Row((label, "log-likelihood of the gold answer"), tuple(cells))
+        yield Row((label, LIKELIHOOD_ROW), tuple(cells))
+    areas = [area(runs, task, protocol) for task in tasks]
+    if any(part is not None for part in areas):
+        yield Row((label, AREA), tuple(
+            dash if part is None else ours(found := estimate(part), names,
+                                           at_chance=found.low <= 0.5)
+            for part in areas
+        ))  # fmt: skip
     if diff:
         felt = {t for t in tasks if any(_matters(n, runs[0], t, protocol) for n, _ in diff)}
         for title, field in (
@@ -129,7 +137,7 @@ def _rows(
                 _versus(runs, base, task, protocol, field) if task in felt else dash
                 for task in tasks
             ]
-            if any(cell.value is not None for cell in cells):
+            if any(cell.kind != "dash" for cell in cells):
                 yield Row((label, title), tuple(cells))
 
 
@@ -152,6 +160,60 @@ def _baselines(runs: Sequence[RecordedRun], tasks: Sequence[str], protocol: str)
             number(100 * runs[0].scores[t, protocol][field], 1, (runs[0].name,)) for t in tasks
         ]
         yield Row((title, ""), tuple(cells))
+
+
+LEGEND = (
+    "In brackets 95 % intervals over items and seeds. First line: scores of the runs without a "
+    "switch; below them differences to these, in points of accuracy and in nats of the right "
+    "answer's log-likelihood. ° not above chance and the most frequent answer of training. Better "
+    "or worse: several seeds, and p at most 0.05 after correction for all comparisons here. "
+    "Answers as letters, single values and areas under the ROC curve stand in the details."
+)
+IN_WORDS = {
+    "trainer.loss_on=all": "loss on all tokens",
+    "trainer.padding_in_loss=true": "padding in the loss",
+    "trainer.order=fixed": "fixed order",
+    "method.train_magnitude=false": "magnitudes frozen",
+    "method.router_loss=topk": "router loss by all choices",
+    "method.router_loss_pooling=all": "router loss over all layers at once",
+    "method.router_loss_coef=0.01": "router loss times 1e-2",
+    "data.boolq_passage=false": "BoolQ without passages",
+    "evaluation.arc_labels=nine": "nine labels for ARC",
+    "evaluation.dropout=true": "dropout while scoring",
+    "preset=official": "all of the official packages'",
+}
+"""A switch with its value -> its words."""
+LIKELIHOOD_ROW = "log-likelihood of the gold answer"
+
+
+def _first_page(blocks: Sequence[Block]) -> list[Block]:
+    """Return one line for each switch, of blocks with answers as text where there are any."""
+    texts = [block for block in blocks if PROTOCOLS["answer_text"] in block.words]
+    made = []
+    for block in texts or blocks:
+        by_label = {row.label: row.cells for row in block.rows}
+        none = (dash,) * len(block.columns)
+
+        def line(
+            label: str, parts: tuple[str, str], own: dict = by_label, empty: tuple = none
+        ) -> Row:
+            figures = zip(*(own.get((label, part), empty) for part in parts), strict=True)
+            words = ", ".join(IN_WORDS.get(part, part) for part in label.split(", "))
+            return Row((words,), tuple(cell for pair in figures for cell in pair))
+
+        rows = [line("preset=correct", ("accuracy", LIKELIHOOD_ROW))]
+        rows += [line(label, ("", "-")) for label in ("majority class", "chance")]
+        labels = dict.fromkeys(row.label[0] for row in block.rows)
+        minus = ("accuracy minus preset=correct", "log-likelihood minus preset=correct")
+        rows += [
+            line(label, minus)
+            for label in labels
+            if any((label, part) in by_label for part in minus)
+        ]
+        columns = tuple(title for column in block.columns for title in (column, f"{column}, nats"))
+        found = Block(block.words, ("switches",), columns, tuple(rows), run=True)
+        made.append(seeds_in_heading(found))
+    return made
 
 
 def _plain_first(entry: tuple[Key, Sequence[RecordedRun]]) -> tuple[bool, Key]:
@@ -223,5 +285,4 @@ def switches(sources: Sources) -> Made:
         "° not above chance and the most frequent answer of training. Log-likelihoods are in nats, "
         "means over items.",
     ]
-    kept = ("accuracy minus preset=correct", "log-likelihood minus preset=correct")
-    return blocks, notes, summarize_lines(*kept)
+    return blocks, notes, _first_page, LEGEND
