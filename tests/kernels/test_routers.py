@@ -131,6 +131,9 @@ def test_task_loss_reaches_the_router(name, options) -> None:
         KERNELS[kernel](x, routing, block).square().sum().backward()
         found.append([x.grad, *(weight.grad for weight in weights.values())])
     for one, other in zip(*found, strict=True):
+        if one is None and other is None:
+            # A weight that takes part in training alone, as that of a router's noise.
+            continue
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 

@@ -62,7 +62,7 @@ STEPS = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class StepCell:
     """The runs of one method at one step size, one per seed: `tested` on the full test sets,
     `held_out` on rows of the training split that no run is trained on."""
 
@@ -87,7 +87,7 @@ class Cell:
         return mean(part.value for part in self.parts(held_out=True))
 
 
-Cells = Mapping[tuple[str, StepSize], Cell]
+StepCells = Mapping[tuple[str, StepSize], StepCell]
 
 
 Place = tuple[str, StepSize, int]
@@ -101,7 +101,7 @@ class Progress:
 
     tested: Mapping[Place, RecordedRun]
     held_out: Mapping[Place, RecordedRun]
-    cells: Cells
+    cells: StepCells
     total: int = len(METHODS) * len(STEPS) * len(SEEDS)
 
     @property
@@ -192,7 +192,7 @@ def read_cells(runs: Sequence[RecordedRun], standards: Standards) -> Progress:
     if min(len(tested), len(held)) < total:
         return Progress(tested, held, {})
     cells = {
-        (method, step): Cell(method, step, *(
+        (method, step): StepCell(method, step, *(
             tuple(found[method, step, seed] for seed in SEEDS) for found in (tested, held)
         ))
         for method in METHODS
@@ -201,7 +201,7 @@ def read_cells(runs: Sequence[RecordedRun], standards: Standards) -> Progress:
     return Progress(tested, held, cells)
 
 
-def choose(cells: Cells, method: str) -> Cell:
+def choose(cells: StepCells, method: str) -> StepCell:
     """Return the cell whose step size has the highest accuracy on held-out rows, the smallest of
     those that are at most `CLOSE` below it. Test items play no part."""
     own = [cells[method, step] for step in STEPS]
@@ -216,12 +216,12 @@ class Pair:
     that decides; the others are corrected together."""
 
     label: tuple[str, str, str]
-    first: Cell
-    second: Cell
+    first: StepCell
+    second: StepCell
     primary: bool = False
 
 
-def pairs(cells: Cells, titles: Mapping[str, str]) -> Iterator[Pair]:
+def pairs(cells: StepCells, titles: Mapping[str, str]) -> Iterator[Pair]:
     """Yield the primary comparison, then the five secondary ones."""
     plain, mixed = (titles[method] for method in METHODS)
     best = {method: choose(cells, method) for method in METHODS}

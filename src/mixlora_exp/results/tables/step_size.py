@@ -22,10 +22,10 @@ from mixlora_exp.results.step_sizes import (
     SEEDS,
     STEPS,
     TASKS,
-    Cell,
-    Cells,
     Pair,
     Progress,
+    StepCell,
+    StepCells,
     choose,
     pairs,
     read_cells,
@@ -81,7 +81,7 @@ FAMILIES = (
 )
 
 
-def _flags(one: Cell, metric: str) -> list[bool]:
+def _flags(one: StepCell, metric: str) -> list[bool]:
     """Return whether a cell lies above chance and the most frequent answer, task by task."""
     return [
         above(part, one.tested, task, PROTOCOL)
@@ -89,7 +89,7 @@ def _flags(one: Cell, metric: str) -> list[bool]:
     ]
 
 
-def _kept(cells: Cells, metric: str) -> list[int]:
+def _kept(cells: StepCells, metric: str) -> list[int]:
     """Return places of the tasks on which more than half of the cells lie above chance."""
     lines = [_flags(one, metric) for one in cells.values()]
     return [at for at in range(len(TASKS)) if 2 * sum(line[at] for line in lines) > len(lines)]
@@ -102,7 +102,7 @@ def _averaged(
     return make(*parts), make(*some) if some else dash
 
 
-def _scores(cells: Cells, metric: str) -> Block:
+def _scores(cells: StepCells, metric: str) -> Block:
     kept, chosen = _kept(cells, metric), [choose(cells, method) for method in METHODS]
     run = next(iter(cells.values())).tested[0]
     levels = [100 * reference(run, task, PROTOCOL) for task in TASKS]
@@ -133,7 +133,7 @@ def _scores(cells: Cells, metric: str) -> Block:
     return Block(heading, stub, columns, tuple(rows), run=True, notes=notes)
 
 
-def _likelihoods(cells: Cells) -> Block:
+def _likelihoods(cells: StepCells) -> Block:
     rows = []
     for one in cells.values():
         values = [
@@ -146,7 +146,7 @@ def _likelihoods(cells: Cells) -> Block:
     return Block(heading, ("method", "step size", ""), columns, tuple(rows), run=True)
 
 
-def _areas(cells: Cells) -> Iterator[Block]:
+def _areas(cells: StepCells) -> Iterator[Block]:
     """Yield the area under the ROC curve of the tasks with two answers, in percent: 50 for any
     constant answer."""
     parts = {
@@ -168,7 +168,7 @@ def _areas(cells: Cells) -> Iterator[Block]:
 
 def _versus(pair: Pair, metric: str, kept: Sequence[int]) -> list[Entry]:
     """Return one difference per task, and their averages over all and over those above chance."""
-    sides: tuple[Cell, Cell] = (pair.first, pair.second)
+    sides: tuple[StepCell, StepCell] = (pair.first, pair.second)
     names = names_of([run for side in sides for run in side.tested])
     found = [difference(*(s.tested for s in sides), task, PROTOCOL, metric) for task in TASKS]
     parts = [part for part in found if part is not None]
@@ -183,7 +183,7 @@ def _versus(pair: Pair, metric: str, kept: Sequence[int]) -> list[Entry]:
     return [*single, *_averaged(parts, kept, make)]
 
 
-def _differences(cells: Cells, metric: str) -> Block:
+def _differences(cells: StepCells, metric: str) -> Block:
     kept = _kept(cells, METRIC if metric == LIKELIHOOD else metric)
     compared = list(pairs(cells, METHOD_TITLES))
     lines = [_versus(pair, metric, kept) for pair in compared]
