@@ -213,7 +213,7 @@ def test_the_committed_pictures_are_what_the_records_give(
 
 
 def test_pictures_without_records_are_removed(results: Path, tmp_path: Path) -> None:
-    for name in ("forest", "step_sizes", "other"):
+    for name in ("forest", "step_sizes", "step_size_forest", "other"):
         (tmp_path / f"{name}.svg").write_text("old", encoding="utf-8")
     assert draw_pictures(gather(results), tmp_path) == ["forest"]
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["forest.svg", "other.svg"]

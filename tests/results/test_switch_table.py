@@ -82,8 +82,9 @@ def test_each_switch_beside_none(write: Write, results: Path) -> None:
     assert cell(block, "preset=official", likelihood).value == pytest.approx(-0.5)
     assert cell(block, "preset=official", likelihood).mark == "worse"
     same = cell(block, "trainer.loss_on=all", likelihood, "BoolQ")
-    # Zero in every item: no interval of zero width, and none of the corrected comparisons.
-    assert (same.kind, same.text, same.value) == ("text", "equal", None)
+    # Zero in every item: no interval of zero width, yet one of the corrected comparisons.
+    assert (same.kind, same.show(), same.value, same.low) == ("versus", "equal", 0.0, None)
+    assert (same.p, same.q) == (1.0, 1.0)
     assert len(same.records) == 6
     # One seed up, two down: no matter how sure each is, three seeds do not tell.
     mixed = cell(block, "trainer.loss_on=all, trainer.padding_in_loss=true", likelihood)

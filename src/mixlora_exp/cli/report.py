@@ -23,7 +23,10 @@ def run(argv: Sequence[str]) -> int:
         "--short", metavar="FILE", type=Path, help="write only the page without figures and details"
     )
     parser.add_argument(
-        "--pictures", metavar="DIR", type=Path, help="draw the figures of the first screen, as SVG"
+        "--pictures",
+        metavar="DIR",
+        type=Path,
+        help="draw only the figures of the first screen, as SVG, to DIR",
     )
     args = parser.parse(argv)
     found = gather(parser.require_results(args.results))

@@ -24,7 +24,7 @@ from mixlora_exp.errors import UserError
 from mixlora_exp.records.objections import objections
 from mixlora_exp.records.record import write_text
 from mixlora_exp.results.cells import Blocks, Standards, copies, group_runs, require_together
-from mixlora_exp.results.findings import contrasts
+from mixlora_exp.results.findings import contrasts, multi_task
 from mixlora_exp.results.paper import METHOD_TITLES
 from mixlora_exp.results.runs import (
     DATA_FIELDS,
@@ -139,9 +139,10 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
     dropped = {**_of_other_methods(runs), **copies(runs)}
     left_out = [*left_out, *dropped.values()]
     chosen = _chosen([run for run in runs if run.name not in dropped], left_out, names)
+    study = _study(folder) if names is None else []
     blocks = group_runs(chosen)
     benchmarks, unusable = load_benchmarks(folder / "bench")
-    sources = Sources(chosen, blocks, standards, benchmarks, presets, models)
+    sources = Sources(chosen, blocks, standards, benchmarks, presets, models, study)
     reasons = {run.name: objections(run.record) for run in chosen}
     tables = {n: _marked(table, reasons) for n, table in make_tables(sources).items()}
     used = {name for table in tables.values() for name in table.records()}
@@ -152,7 +153,15 @@ def gather(folder: Path = RESULTS, names: Sequence[str] | None = None) -> Result
         if run.name not in known_names
     ]
     everything = [*left_out, *blocks.left_out, *unplaced, *unusable]
-    return Results(folder, chosen, blocks, standards, benchmarks, tables, everything)
+    # Scores of a comparison that has not ended stand nowhere.
+    shown = [*chosen, *study] if step_size.complete(tables[step_size.NUMBER]) else chosen
+    return Results(folder, shown, blocks, standards, benchmarks, tables, everything)
+
+
+def _study(folder: Path) -> list[RecordedRun]:
+    """Return runs that lie apart until their comparison is complete (`study/a`)."""
+    place = folder / "study" / "a"
+    return load_runs(place)[0] if place.is_dir() else []
 
 
 def _marked(table: Table, reasons: Mapping[str, Sequence[str]]) -> Table:
@@ -261,9 +270,10 @@ def _first_figures(results: Results) -> dict[str, Callable[[], Any]]:
     from mixlora_exp.results import figures
 
     made: dict[str, Callable[[], Any]] = {}
-    if found := contrasts(results.tables):
+    if found := multi_task(results.tables):
         made["forest"] = lambda: figures.forest_figure(found)
     if step_size.complete(own := results.tables[step_size.NUMBER]):
+        made["step_size_forest"] = lambda: figures.forest_figure(contrasts(results.tables))
         made["step_sizes"] = lambda: figures.step_size_figure(step_size.scores(own))
     return made
 
@@ -276,7 +286,7 @@ def draw_pictures(results: Results, folder: Path) -> list[str]:
     made = _first_figures(results)
     for name, make in made.items():
         figures.save(make, folder, name, ("svg",))
-    for name in {"forest", "step_sizes"} - made.keys():
+    for name in {"forest", "step_size_forest", "step_sizes"} - made.keys():
         (folder / f"{name}.svg").unlink(missing_ok=True)
     return list(made)
 
@@ -286,7 +296,8 @@ def write_report(results: Results, folder: Path) -> Path:
     names = draw_figures(results, folder / "figures")
     path = folder / "report" / "index.html"
     # The page draws the forest plot itself, so that its text does not shrink on a phone.
-    figures = [folder / "figures" / f"{name}.svg" for name in names if name != "forest"]
+    drawn = "step_size_forest" if "step_size_forest" in names else "forest"
+    figures = [folder / "figures" / f"{name}.svg" for name in names if name != drawn]
     write_text(path, page_text(results, path, figures))
     return path
 
@@ -300,4 +311,7 @@ def page_text(results: Results, path: Path, figures: Sequence[Path] | None = Non
     source = quote(Path(os.path.relpath(results.folder, path.parent)).as_posix())
     short = figures is None
     left_out = results.left_out
-    return page(results.tables, results.runs, figures or (), left_out, judged, source, short=short)
+    return page(
+        results.tables, results.runs, figures or (), left_out, judged, source,
+        folder=results.folder, short=short,
+    )  # fmt: skip

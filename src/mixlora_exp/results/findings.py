@@ -32,9 +32,9 @@ TITLES = {"base model": "base", REFERENCE: "chance"}
 
 NOTES = (
     "Accuracy in percent. Grey with °: not above the last column, by chance or by the most "
-    "frequent answer of training. Above chance: the average over the tasks on which most are, and "
-    "so is the difference. Better or worse stands only with several seeds, after correction for "
-    "all comparisons of a table.",
+    "frequent answer of training. Above chance: the average over the tasks on which more than half "
+    "of all trained settings under these conditions are, and so is the difference. Better or worse "
+    "stands only with several seeds, after correction for all comparisons of a table.",
 )
 
 
@@ -62,14 +62,21 @@ def main_block(tables: Mapping[int, Table]) -> Block | None:
         if row.label[1] in (chosen, "-")
     )
     heading = f"{block.heading}; {SETUPS[chosen]}"
-    return dataclasses.replace(block, heading=heading, stub=("task",), rows=rows, notes=NOTES)
+    return dataclasses.replace(
+        block, heading=heading, stub=("task",), rows=rows, notes=(*NOTES, *block.notes)
+    )
 
 
 def contrasts(tables: Mapping[int, Table]) -> list[Contrast]:
     """Return the differences of the block that is shown first: those of the comparison at own step
-    sizes, or those to LoRA and to the base model over the tasks above chance."""
+    sizes, or those of `multi_task`."""
     if (own := _own_steps(tables)) is not None:
         return step_size_findings.contrasts(own)
+    return multi_task(tables)
+
+
+def multi_task(tables: Mapping[int, Table]) -> list[Contrast]:
+    """Return Table 2's differences to LoRA and to the base model, over the tasks above chance."""
     full = next((block for block in tables[MAIN].blocks if block.run), None)
     if full is None:
         return []
@@ -108,7 +115,7 @@ def missing(tables: Mapping[int, Table]) -> list[str]:
     if own is not None and not step_size.complete(own):
         heading = own.blocks[0].heading.partition(":")[0]
         found.append(f"the comparison at step sizes of each method's own: {heading}")
-    return [*found, step_size.NOT_YET]
+    return found
 
 
 def _marked(tables: Mapping[int, Table]) -> tuple[int, int, int]:

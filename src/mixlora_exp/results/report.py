@@ -41,15 +41,15 @@ def _links(cell: Entry, numbers: Mapping[str, int], results: str) -> list[tuple[
     return found
 
 
-def _run_entry(run: RecordedRun, number: int, results: str) -> dict[str, Any]:
+def _run_entry(run: RecordedRun, number: int, results: str, folder: Path) -> dict[str, Any]:
     origin = run.record["provenance"]
     hardware = origin["hardware"]
     train = run.record["train"]
-    place = run.path.name if run.path.suffix == PACKED else f"{run.name}/{RECORD}"
+    place = run.path if run.path.suffix == PACKED else run.path.parent / RECORD
     return {
         "number": number,
         "name": run.name,
-        "address": f"{results}/runs/{quote(place)}",
+        "address": f"{results}/{quote(place.relative_to(folder).as_posix())}",
         "model": MODEL_TITLES.get(run.model, run.model),
         "method": METHOD_TITLES[run.method],
         "trained": ", ".join(run.mix) or "-",
@@ -80,6 +80,8 @@ CAPTIONS = {
     "figure4a": "Average accuracy by the coefficient of the router loss, in the paper and here.",
     "figure4b": "Average accuracy by rank, in the paper and here.",
     "figure4c": "Average accuracy over inference time per token of each method.",
+    "forest": "Differences to LoRA and to the base model over the tasks above chance (Table 2), "
+    "with 95 % intervals; open circles are one seed.",
     "figure5": "Share of the tokens that each expert gets, by task and by layer.",
     "step_sizes": "Average accuracy of LoRA and MixLoRA at three step sizes, with 95 % intervals; "
     "a ring is around the one that held-out rows choose.",
@@ -104,10 +106,11 @@ def page(
     verdicts: Sequence[Verdict],
     results: str = "..",
     *,
+    folder: Path,
     short: bool = False,
 ) -> str:
     """Return the page as HTML: first what is known, then everything, folded. `results`: the
-    relative address, from the page, of the folder with `runs/`, `bench/` and `tables/`. `short`:
+    relative address, from the page, of `folder` with `runs/`, `bench/` and `tables/`. `short`:
     of each table its first page alone."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -126,7 +129,7 @@ def page(
         forest_words=caption(tables),
         short=short,
         missing=missing(tables),
-        runs=[_run_entry(run, number, results) for number, run in enumerate(runs, start=1)],
+        runs=[_run_entry(run, number, results, folder) for number, run in enumerate(runs, start=1)],
         figures=[_figure(path) for path in figures],
         left_out=dict.fromkeys((entry.name, entry.reason) for entry in left_out),
         links=lambda cell: _links(cell, numbers, results),

@@ -78,11 +78,14 @@ def _parameters(table: Table) -> Iterator[Checked]:
             counted = by_label.get((*line, "ours"))
             if source != "paper" or printed.value is None or counted is None:
                 continue
-            text = f"{printed.value:.{printed.digits}f}"
             known = re.match(r"([\d.]+);", counted.text)
+            if known is None:
+                # Nothing to hold it against.
+                continue
+            text = f"{printed.value:.{printed.digits}f}"
             half = 0.5 * 10**-printed.digits + 1e-9
-            wrong = known is not None and abs(float(known[1]) - printed.value) > half
-            fault = f"the shapes give {known[1]}" if known is not None and wrong else ""
+            wrong = abs(float(known[1]) - printed.value) > half
+            fault = f"the shapes give {known[1]}" if wrong else ""
             title = ", ".join([block.heading.partition(":")[0], *line])
             yield Checked(table.number, title, PARAMETERS, text, fault)
 

@@ -197,19 +197,28 @@ class Curve:
     losses: tuple[float, ...]
 
 
-FREE = ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_size")
-"""Settings of the trainer in which curves of one figure may differ: they decide the length of a
-curve, or are named beside it."""
+FREE = (
+    "trainer.learning_rate", "trainer.epochs", "trainer.max_steps", "trainer.micro_batch_size",
+    "data.train_limit", "data.train_limits", "data.forms", "data.seed", "train.data.seed",
+)  # fmt: skip
+"""Conditions in which curves of one figure may differ: they decide the length of a curve, or stand
+beside it."""
 
 
 def _usual(run: RecordedRun, standards: Standards) -> bool:
     """Return whether a run has Table 3's settings, but for its step size and length: losses on
     other tokens, other ranks or switches are no like conditions."""
-    own, trainer = run.trained["trainer"], standards.trainer
+    found = run.conditions(next(iter(run.scores))[1])
+    usual = standards.conditions(run.model)
     return (
-        run.preset == "correct"
-        and deviations(run, standards).keys() <= {"alpha"}
-        and all(own[name] == value for name, value in trainer.items() if name not in FREE)
+        deviations(run, standards).keys() <= {"alpha"}
+        and "train.model.quantization" not in found
+        and "model.quantization" not in found
+        and all(
+            found[name] == value
+            for name, value in usual.items()
+            if name in found and name not in FREE and not name.startswith("evaluation.")
+        )
     )
 
 

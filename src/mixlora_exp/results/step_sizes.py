@@ -149,8 +149,11 @@ def _belongs(run: RecordedRun, standards: Standards) -> bool:
     return _plain(found) == _plain(wanted)
 
 
-def _plain(conditions: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(conditions, sort_keys=True))
+def _plain(value: Any) -> Any:
+    """Return a setting with lists for tuples, so that records and configurations compare equal."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def step_size(run: RecordedRun) -> StepSize:
@@ -169,7 +172,8 @@ def _shared(run: RecordedRun) -> str:
 
 def _largest(runs: Sequence[RecordedRun]) -> dict[Place, RecordedRun]:
     """Return the runs by method, step size and seed, of the largest group that shares all other
-    conditions: one comparison never mixes two commits, environments or data."""
+    conditions (`conditions`, hashes of the files, hash of the code): one comparison never mixes two
+    of them."""
     groups: dict[str, dict[Place, RecordedRun]] = defaultdict(dict)
     for run in runs:
         groups[_shared(run)].setdefault((run.method, step_size(run), run.seed), run)

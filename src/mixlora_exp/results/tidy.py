@@ -81,8 +81,9 @@ def scores_csv(runs: Sequence[RecordedRun]) -> str:
 
 def differences_csv(tables: Mapping[int, Table]) -> str:
     """Return every paired difference of every table. `delta`, `low`, `high`: percentage points, or
-    nats; `p`: two-sided, not corrected; `q`: by Holm over the table, where there are several seeds
-    and the cells are not at chance."""
+    nats; `p`: two-sided, not corrected; `q`: by Holm over the table (Table 12: by its own rule),
+    where there are several seeds and the cells are not at chance. Without bounds: zero in every
+    item and seed."""
     return _text(DIFFERENCES, (line for table in tables.values() for line in _differences(table)))
 
 

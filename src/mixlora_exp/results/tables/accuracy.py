@@ -48,7 +48,8 @@ NOTES = (
     "(magnitudes left out), and of all weights (magnitudes counted).",
     "° not above chance and the most frequent answer of the training split, by the interval: such "
     "a figure, or a difference between two of them, is never marked. The last average leaves out "
-    "tasks on which that holds for half of the trained lines or more.",
+    "tasks on which that holds for half of the trained settings under these conditions or more, "
+    "whatever table shows them.",
     "Differences are paired over the same items and seeds. Better or worse stands only where there "
     "are several seeds and Holm's correction for all such comparisons of this table leaves "
     "p at most 0.05; p and the corrected q are in results/differences.csv. "

@@ -44,7 +44,7 @@ class Entry:
 
     def show(self, interval: bool = True) -> str:
         """Return the entry as plain text."""
-        if self.value is None:
+        if self.value is None or (self.kind == "versus" and self.text):
             return self.text or "-"
         sign = "+" if self.signed else ""
         shown = f"{self.value:{sign},.{self.digits}f}"
@@ -166,7 +166,10 @@ def versus(
     other comparisons (`marks.corrected`). A difference in nats that is zero in every item and seed
     has no interval: it is said in words."""
     if nats and found.low == found.high == 0:
-        return Entry("text", text="equal", records=records)
+        return Entry(
+            "versus", 0.0, text="equal", seeds=found.seeds, items=found.items, digits=NATS_DIGITS,
+            signed=True, p=1.0, records=records,
+        )  # fmt: skip
     scale, digits = (1, NATS_DIGITS) if nats else (100, 1)
     return Entry(
         "versus",

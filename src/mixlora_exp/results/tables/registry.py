@@ -33,7 +33,8 @@ class Sources:
     runs: usable runs, sorted by name. blocks: the same runs, grouped into comparable ones.
     standards: the defaults with which runs are compared. benchmarks: the records in
     `results/bench`. defaults: composed configurations by preset (`correct`, `official`) and method.
-    models: configurations by name, for every model that has a title.
+    models: configurations by name, for every model that has a title. study: runs of a comparison
+    that is shown once all of them are there.
     """
 
     runs: Sequence[RecordedRun]
@@ -42,6 +43,7 @@ class Sources:
     benchmarks: Sequence[Mapping[str, Any]]
     defaults: Mapping[str, Mapping[str, Config]]
     models: Mapping[str, ModelConfig]
+    study: Sequence[RecordedRun] = ()
 
     def composed(self, preset: str = "correct") -> dict[str, dict[str, Any]]:
         """Return the defaults under a preset as dictionaries, by method; the base model is

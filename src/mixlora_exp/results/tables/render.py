@@ -57,8 +57,9 @@ def _notes(notes: Sequence[str]) -> str:
 LEGEND = (
     "In brackets 95 % intervals over items and, where there are several, over seeds. ° not above "
     "the last line: chance, and the most frequent answer of training. Above chance: the average "
-    "over the tasks on which most lines are, and so is the difference in the last column. Better "
-    "or worse: several seeds, and p at most 0.05 after correction for the number of comparisons."
+    "over the tasks on which more than half of all trained settings under these conditions are, "
+    "whatever table shows them, and so is the difference in the last column. Better or worse: "
+    "several seeds, and p at most 0.05 after correction for the number of comparisons."
 )
 
 
@@ -131,7 +132,7 @@ def _breakable(text: str) -> str:
 
 
 def _latex_cell(cell: Entry) -> str:
-    if cell.value is None:
+    if cell.value is None or (cell.kind == "versus" and cell.text):
         return _escape(cell.text) or "--"
     sign = "+" if cell.signed else ""
     shown = f"{cell.value:{sign},.{cell.digits}f}"

@@ -48,11 +48,6 @@ from mixlora_exp.results.tables.registry import Made, Sources, table
 from mixlora_exp.results.tables.summary import bare, seeds_in_heading
 
 NUMBER = 12
-NOT_YET = (
-    "parts A', B, C and D of docs/comparison.md (magnitudes, single tasks, controls of the "
-    "router, other methods)"
-)
-"""What no table has yet."""
 HELD_OUT, CHOSEN = "held out", "chosen"
 TITLES = tuple(TASK_TITLES[task] for task in TASKS)
 COLUMNS = (*TITLES, AVERAGE, AVERAGE_ABOVE)
@@ -287,7 +282,7 @@ def differences(found: Table) -> dict[tuple[str, ...], Entry]:
 @table(NUMBER, "LoRA and MixLoRA at step sizes of their own")
 def step_size_table(sources: Sources) -> Made:
     """Build the table: scores and differences by the metric that decides, then by the others."""
-    progress = read_cells(sources.runs, sources.standards)
+    progress = read_cells([*sources.runs, *sources.study], sources.standards)
     if not progress.complete:
         return [_unfinished(progress)], NOTES, _first_page, NOTES[0]
     cells = progress.cells

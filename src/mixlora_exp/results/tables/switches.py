@@ -15,13 +15,23 @@ from typing import Any
 from mixlora_exp.config.switches import SWITCHES
 from mixlora_exp.results.cells import Key, block_title
 from mixlora_exp.results.condition_text import PROTOCOLS, condition_text
+from mixlora_exp.results.data_facts import reference
 from mixlora_exp.results.headings import short_hash, told_apart, word
 from mixlora_exp.results.paper import METHOD_TITLES, MODEL_TITLES, TASK_TITLES
 from mixlora_exp.results.runs import LIKELIHOOD, RecordedRun
 from mixlora_exp.results.statistics.estimates import compare, estimate
 from mixlora_exp.results.tables.lines import AREA
 from mixlora_exp.results.tables.paired import ACCURACY, above, area, cell, difference
-from mixlora_exp.results.tables.parts import Block, Entry, Row, dash, number, ours, versus
+from mixlora_exp.results.tables.parts import (
+    REFERENCE,
+    Block,
+    Entry,
+    Row,
+    dash,
+    number,
+    ours,
+    versus,
+)
 from mixlora_exp.results.tables.registry import Made, Sources, table
 from mixlora_exp.results.tables.summary import seeds_in_heading
 
@@ -160,14 +170,17 @@ def _baselines(runs: Sequence[RecordedRun], tasks: Sequence[str], protocol: str)
             number(100 * runs[0].scores[t, protocol][field], 1, (runs[0].name,)) for t in tasks
         ]
         yield Row((title, ""), tuple(cells))
+    levels = (number(100 * reference(runs[0], t, protocol), 1, (runs[0].name,)) for t in tasks)
+    yield Row((REFERENCE, ""), tuple(levels))
 
 
 LEGEND = (
     "In brackets 95 % intervals over items and seeds. First line: scores of the runs without a "
     "switch; below them differences to these, in points of accuracy and in nats of the right "
     "answer's log-likelihood. ° not above chance and the most frequent answer of training. Better "
-    "or worse: several seeds, and p at most 0.05 after correction for all comparisons here. "
-    "Answers as letters, single values and areas under the ROC curve stand in the details."
+    "or worse: several seeds, and p at most 0.05 after correction for all comparisons of this "
+    "table. "
+    "Every block, single values and areas under the ROC curve stand in the details."
 )
 IN_WORDS = {
     "trainer.loss_on=all": "loss on all tokens",
@@ -176,7 +189,7 @@ IN_WORDS = {
     "method.train_magnitude=false": "magnitudes frozen",
     "method.router_loss=topk": "router loss by all choices",
     "method.router_loss_pooling=all": "router loss over all layers at once",
-    "method.router_loss_coef=0.01": "router loss times 1e-2",
+    "method.router_loss_coef=0.01": "router loss coefficient 1e-2",
     "data.boolq_passage=false": "BoolQ without passages",
     "evaluation.arc_labels=nine": "nine labels for ARC",
     "evaluation.dropout=true": "dropout while scoring",
@@ -202,7 +215,7 @@ def _first_page(blocks: Sequence[Block]) -> list[Block]:
             return Row((words,), tuple(cell for pair in figures for cell in pair))
 
         rows = [line("preset=correct", ("accuracy", LIKELIHOOD_ROW))]
-        rows += [line(label, ("", "-")) for label in ("majority class", "chance")]
+        rows.append(line(REFERENCE, ("", "-")))
         labels = dict.fromkeys(row.label[0] for row in block.rows)
         minus = ("accuracy minus preset=correct", "log-likelihood minus preset=correct")
         rows += [
