@@ -13,6 +13,7 @@ from mixlora_exp.results.paper import (
     MODEL_TITLES,
     TASK_TITLES,
     TOLERANCE,
+    printed_differences,
     read_paper,
 )
 from mixlora_exp.results.tables.parts import NO_TASKS, Table
@@ -36,16 +37,12 @@ class Checked:
 
 def _differences(folder: Path) -> Iterator[Checked]:
     table = read_paper(folder, 2)
-    for method, line in table.differences.items():
-        single, multi = (table.line(method=method, setup=setup) for setup in ("ST", "MT"))
-        if single is None or multi is None:
-            continue
-        for column in (*table.tasks, "avg"):
-            found = float(multi[column]) - float(single[column])
-            wrong = abs(found - float(line[column])) > TOLERANCE
-            fault = f"the two rows give {found:.1f}" if wrong else ""
-            title = f"{MODEL_TITLES[single['model']]}, {METHOD_TITLES[method]}, MT minus ST"
-            yield Checked(2, title, TASK_TITLES.get(column, "average"), line[column], fault)
+    model = MODEL_TITLES[table.lines[0]["model"]]
+    for method, column, printed, found in printed_differences(table):
+        wrong = abs(found - float(printed)) > TOLERANCE
+        fault = f"the two rows give {found:.1f}" if wrong else ""
+        title = f"{model}, {METHOD_TITLES[method]}, MT minus ST"
+        yield Checked(2, title, TASK_TITLES.get(column, "average"), printed, fault)
 
 
 def _percentages(folder: Path, number: int) -> Iterator[Checked]:

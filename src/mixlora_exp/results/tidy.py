@@ -74,8 +74,7 @@ def _scores(run: RecordedRun) -> Iterator[Sequence[Any]]:
 def scores_csv(runs: Sequence[RecordedRun]) -> str:
     """Return every score of every usable run. `value`: accuracies and areas under the ROC curve
     as fractions, log-likelihoods in nats; `se`: its standard error over items, taken as independent
-    but for the areas; `rows`: the test set, or rows
-    held out of training."""
+    but for the areas; `rows`: the test set, or rows held out of training."""
     return _text(SCORES, (line for run in runs for line in _scores(run)))
 
 
